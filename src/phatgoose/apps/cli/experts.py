@@ -1,0 +1,165 @@
+"""Commands of contributors: train, gate, check."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from ...config import Formatting, GateTraining, Lora, Recipe, Training
+from ...errors import ConfigError, ExpertError
+from .flags import with_settings
+
+__all__ = ["BaseOption", "DtypeOption", "TemplateOption", "ChoicesOption", "register"]
+
+# typer reads annotations at run time, on Python 3.10 too: hence Optional instead of "| None".
+BaseOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--base", help="Base model: a Hub id, a local folder, or smollm2 (embedded)."),
+]
+DtypeOption = Annotated[
+    str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")
+]
+TemplateOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--template", help="jinja2 template 'input ||| target' over a row's fields."),
+]
+ChoicesOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option("--choices", help="jinja2 template of the answer choices, 'yes ||| no'."),
+]
+OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the experts.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the contributors' commands to `app`."""
+    app.command("train", help="Train experts: LoRA, gates and statistics for each task.")(train)
+    app.command("gate", help="Train gates for a PEFT LoRA adapter that exists already.")(gate)
+    app.command("check", help="Verify expert directories and name what is wrong.")(check)
+
+
+@with_settings(Lora, Training, GateTraining, Formatting)
+def train(
+    *,
+    tasks: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(help="Task files (.jsonl, .csv) or hub:DATASET; default: the recipe's."),
+    ] = None,
+    out: OutOption = Path("experts"),
+    base: BaseOption = None,
+    dtype: DtypeOption = "auto",
+    template: TemplateOption = None,
+    choices: ChoicesOption = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue unfinished work.")] = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Throw unfinished work away.")
+    ] = False,
+    recipe: Recipe,
+    lora: Lora,
+    training: Training,
+    gates: GateTraining,
+    formatting: Formatting,
+) -> None:
+    """Train one expert per task, one after another, with the base loaded once."""
+    sources = tasks or list(recipe.tasks)
+    if not sources:
+        raise ConfigError("No task was given: name task files or a recipe that lists some.")
+    from ...bases import load_base
+    from ...tasks import load_task
+    from ...training import train_expert
+
+    loaded = [load_task(source, template=template, choices=choices) for source in sources]
+    names = [task.name for task in loaded]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"Two tasks are named {name!r}; experts of one pool need own names.")
+        if (out / name).exists() and not resume:
+            raise ExpertError(f"{out / name} exists already; choose another --out, or --resume.")
+    model = load_base(base or recipe.base or "smollm2", dtype=dtype)
+    console = Console()
+    for number, task in enumerate(loaded, 1):
+        expert = train_expert(
+            model,
+            task,
+            out=out / task.name,
+            lora=lora,
+            training=training,
+            gate_training=gates,
+            formatting=formatting,
+            resume=resume,
+            restart=restart,
+        )
+        metrics = expert.info.metrics
+        console.print(
+            f"[{number}/{len(loaded)}] {expert.name}: validation loss "
+            f"{metrics['expert_validation_loss']:.4f} at step {metrics['expert_best_step']}, "
+            f"{metrics['expert_tokens_per_second']:.0f} tokens/s; gates: "
+            f"{metrics['gate_tokens_per_second']:.0f} tokens/s -> {out / task.name}",
+            highlight=False, markup=False, soft_wrap=True,
+        )
+
+
+@with_settings(Training, GateTraining, Formatting)
+def gate(
+    *,
+    adapter: Annotated[Path, typer.Argument(help="Folder of the PEFT LoRA adapter.")],
+    task: Annotated[str, typer.Option("--task", help="The data it was trained on.")],
+    out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
+    base: BaseOption = None,
+    dtype: DtypeOption = "auto",
+    template: TemplateOption = None,
+    choices: ChoicesOption = None,
+    name: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--name", help="The expert's name; default: the name of --out."),
+    ] = None,
+    recipe: Recipe,
+    training: Training,
+    gates: GateTraining,
+    formatting: Formatting,
+) -> None:
+    """Train gates for an existing adapter; an interrupted run is picked up by the same command."""
+    if out.exists():
+        raise ExpertError(f"{out} exists already; choose another --out.")
+    from ...adapters import read_adapter_config
+    from ...bases import load_base
+    from ...gates import train_gates
+    from ...tasks import load_task
+
+    loaded = load_task(task, template=template, choices=choices)
+    named = read_adapter_config(adapter).get("base_model_name_or_path")
+    expert = train_gates(
+        load_base(base or recipe.base or named or "smollm2", dtype=dtype),
+        adapter,
+        loaded,
+        out=out,
+        training=training,
+        gate_training=gates,
+        formatting=formatting,
+        name=name,
+    )
+    Console().print(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}", highlight=False)
+
+
+def check(
+    directories: Annotated[list[Path], typer.Argument(help="Expert directories.")],
+) -> None:
+    """Verify hashes, names, shapes and finiteness of experts; exit 2 when anything is wrong."""
+    from ...expert import Expert, check_expert
+
+    problems = {directory: check_expert(directory) for directory in directories}
+    for directory, found in problems.items():
+        if not found:
+            expert = Expert.load(directory)
+            typer.echo(
+                f"ok  {directory}: {expert.name}, {len(expert.lora)} sites, gates: "
+                f"{'yes' if expert.gates else 'no'}, means: {'yes' if expert.means else 'no'}, "
+                f"embeddings: {'yes' if expert.embeddings is not None else 'no'}"
+            )
+    wrong = [problem for found in problems.values() for problem in found]
+    for problem in wrong[:-1]:
+        typer.echo(f"error: {problem}", err=True)
+    if wrong:
+        raise ExpertError(wrong[-1])

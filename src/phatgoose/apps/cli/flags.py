@@ -1,0 +1,86 @@
+"""Command-line flags derived from the config dataclasses: defined once, described once.
+
+A command function takes its settings as keyword-only parameters annotated with config classes. The
+decorator `with_settings` shows typer one flag per field instead, and hands the function filled
+config objects: defaults, overlaid by the recipe, overlaid by what stands on the command line.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional, get_args
+
+import typer
+
+from ...config import RECIPE_TABLES, Recipe, Setting, from_mapping, read_recipe, settings_of
+
+__all__ = ["RecipeOption", "with_settings"]
+
+TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
+
+RecipeOption = Annotated[
+    Optional[Path],  # noqa: UP045  typer reads annotations at run time, on Python 3.10 too
+    typer.Option("--recipe", help="TOML file with settings; flags given here win over it."),
+]
+
+
+def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that replaces the parameter named after each config's table by its fields as flags.
+
+    The decorated function must take `recipe` (a `Recipe`) and one keyword parameter per config,
+    named as in `RECIPE_TABLES`.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        owners = {setting.name: config for config in configs for setting in settings_of(config)}
+        tables = {TABLE_OF[config] for config in configs}
+
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            path = arguments.pop("recipe", None)
+            recipe = read_recipe(path) if path else Recipe()
+            given = {name: arguments.pop(name) for name in owners}
+            for config in configs:
+                table = TABLE_OF[config]
+                values = dict(recipe.tables.get(table, {}))
+                for name, owner in owners.items():
+                    if owner is config and given[name] is not None:
+                        values[name] = given[name]
+                arguments[table] = from_mapping(config, values, "command line")
+            command(recipe=recipe, **arguments)
+
+        signature = inspect.signature(command, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name not in {*tables, "recipe"}]
+        recipe_parameter = inspect.Parameter(
+            "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RecipeOption
+        )
+        flags = [
+            _flag(setting, TABLE_OF[config]) for config in configs for setting in settings_of(config)
+        ]
+        run.__signature__ = signature.replace(  # type: ignore[attr-defined]
+            parameters=[*own, recipe_parameter, *flags]
+        )
+        run.__annotations__ = {p.name: p.annotation for p in [*own, recipe_parameter, *flags]}
+        return run
+
+    return decorate
+
+
+def _flag(setting: Setting, panel: str) -> inspect.Parameter:
+    """One optional flag; None means that it was not given."""
+    kind = next(option for option in get_args(setting.type) or (setting.type,) if option)
+    shown = "" if setting.default is None else f" [default: {setting.default}]"
+    flag = "--" + setting.name.replace("_", "-")
+    names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    return inspect.Parameter(
+        setting.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[
+            Optional[kind],  # noqa: UP045
+            typer.Option(names, help=setting.help + shown, rich_help_panel=f"Settings: {panel}"),
+        ],
+    )

@@ -1,0 +1,91 @@
+"""The command's frame: the app, and how errors, warnings and interruptions reach the user."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from typing import Any
+
+import click
+import typer
+from rich.console import Console
+
+from ... import __version__
+from ...errors import PhatgooseError
+from . import experts, routed
+
+__all__ = ["app", "main"]
+
+HELP = """Post-hoc routing among independently trained PEFT experts (PHATGOOSE).
+
+train an expert, gate an adapter, check an expert, list a pool, compose a routed model, generate with
+it, evaluate it. Start with: phatgoose demo
+"""
+
+app = typer.Typer(
+    help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
+experts.register(app)
+routed.register(app)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"phatgoose {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
+    ),
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 when all went well, 2 after a one-line error, 130 on Ctrl-C."""
+    _quieten()
+    try:
+        code = app(args=arguments, standalone_mode=False)
+    except PhatgooseError as error:
+        code = _complain(str(error))
+    except click.ClickException as error:
+        code = _complain(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        print("\ninterrupted; training and gates go on with --resume", file=sys.stderr)  # noqa: T201
+        code = 130
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(message: str) -> int:
+    line = " ".join(message.split())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_plain(line)}")
+    return 2
+
+
+def _quieten() -> None:
+    """Warnings as one line each, our own log lines as they are, other libraries' advice left out."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("phatgoose").setLevel(logging.INFO)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.showwarning = _show_warning
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    line = " ".join(str(message).split())
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[yellow]warning:[/] {_plain(line)}")
+
+
+def _plain(text: str) -> str:
+    """Text that rich prints as it stands."""
+    return text.replace("[", r"\[")

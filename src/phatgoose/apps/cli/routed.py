@@ -1,0 +1,245 @@
+"""Commands of aggregators: pool, compose, generate, evaluate, demo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ...config import Formatting, Recipe, Routing
+from ...errors import RoutingError
+from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
+from .flags import with_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["register"]
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A routed model's folder, a pool (folder or manifest), or a base model alone."
+    ),
+]
+KeepOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--keep", help="Use this expert only (repeatable)."),
+]
+LeaveOutOption = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--leave-out", help="Do without this expert (repeatable)."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the aggregators' commands to `app`."""
+    app.command("pool", help="List a pool's experts; with --out write a manifest.")(pool)
+    app.command("compose", help="Make a routed model of a pool and save it.")(compose)
+    app.command("generate", help="Generate text with a routed model.")(generate)
+    app.command("evaluate", help="Score a model zero-shot on tasks.")(evaluate)
+    app.command("demo", help="Train five small experts, route them, score them.")(demo)
+
+
+def pool(
+    places: Annotated[list[Path], typer.Argument(help="Folders of experts, or a manifest.")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--out", help="Write a manifest (.json) here."),
+    ] = None,
+) -> None:
+    """List the experts of a pool."""
+    from ...pool import Pool
+
+    opened = Pool.open(places[0] if len(places) == 1 else places)
+    table = Table(title=f"{len(opened)} experts for {opened.base.id}")
+    for column in ("expert", "sites", "ranks", "gates", "means", "embeddings", "folder"):
+        table.add_column(column)
+    for expert in opened.experts:
+        ranks = sorted({lora.A.shape[0] for lora in expert.lora.values()})
+        table.add_row(
+            expert.name,
+            str(len(expert.lora)),
+            "-".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))),
+            *("yes" if part else "no" for part in (expert.gates, expert.means)),
+            "no" if expert.embeddings is None else str(len(expert.embeddings)),
+            str(expert.directory),
+        )
+    Console().print(table)
+    if out:
+        opened.write_manifest(out)
+        typer.echo(f"manifest -> {out}")
+
+
+@with_settings(Routing)
+def compose(
+    *,
+    pool: Annotated[list[Path], typer.Argument(help="Folders of experts, or a manifest.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the routed model.")],
+    base: BaseOption = None,
+    dtype: DtypeOption = "auto",
+    keep: KeepOption = None,
+    leave_out: LeaveOutOption = None,
+    recipe: Recipe,
+    routing: Routing,
+) -> None:
+    """Make a routed model and save it."""
+    if out.exists():
+        raise RoutingError(f"{out} exists already; choose another --out.")
+    from ...storage import save
+
+    places = pool[0] if len(pool) == 1 else pool
+    model = _compose(places, base or recipe.base, dtype, routing, keep, leave_out)
+    save(model, out)
+    parts: Any = model.phatgoose
+    typer.echo(
+        f"{len(parts.experts)} experts at {len(parts.layers)} sites, router {routing.router}, "
+        f"k = {routing.k} -> {out}"
+    )
+
+
+@with_settings(Routing, Formatting)
+def generate(
+    *,
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to continue or answer.")],
+    base: BaseOption = None,
+    dtype: DtypeOption = "auto",
+    keep: KeepOption = None,
+    leave_out: LeaveOutOption = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
+    temperature: Annotated[float, typer.Option(help="Temperature when sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed when sampling.")] = 0,
+    show_experts: Annotated[
+        bool, typer.Option("--show-experts", help="Colour each token by its top expert.")
+    ] = False,
+    recipe: Recipe,
+    routing: Routing,
+    formatting: Formatting,
+) -> None:
+    """Generate an answer to a prompt."""
+    from ..generation import Sampling, answer, coloured
+
+    loaded, tokenizer = _open_model(model, base or recipe.base, dtype, routing, keep, leave_out)
+    sampling = Sampling(max_new_tokens, temperature if sample else None, seed)
+    result = answer(loaded, tokenizer, prompt, formatting, sampling, record=show_experts)
+    if result.recording is None:
+        Console(highlight=False, markup=False, soft_wrap=True).print(result.text)
+    else:
+        Console(highlight=False).print(coloured(result, tokenizer))
+
+
+@with_settings(Routing, Formatting)
+def evaluate(
+    *,
+    model: ModelArgument,
+    task: Annotated[
+        list[str], typer.Option("--task", help="Task file or hub:DATASET (repeatable).")
+    ],
+    base: BaseOption = None,
+    dtype: DtypeOption = "auto",
+    template: TemplateOption = None,
+    choices: ChoicesOption = None,
+    keep: KeepOption = None,
+    leave_out: LeaveOutOption = None,
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--limit", min=1, help="Score so many examples a task, drawn by --seed."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(help="For tasks without choices.")] = 64,
+    json: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="Write scores and predictions here."),
+    ] = None,
+    recipe: Recipe,
+    routing: Routing,
+    formatting: Formatting,
+) -> None:
+    """Score a model on tasks and print the table."""
+    from ...evaluation import evaluate as run
+    from ...tasks import load_task
+
+    tasks = [load_task(source, template=template, choices=choices) for source in task]
+    loaded, tokenizer = _open_model(model, base or recipe.base, dtype, routing, keep, leave_out)
+    result = run(
+        loaded,
+        tasks,
+        tokenizer=tokenizer,
+        limit=limit,
+        seed=seed,
+        formatting=formatting,
+        max_new_tokens=max_new_tokens,
+    )
+    table = Table(title=str(model))
+    for column in ("task", "metric", "score", "95 % interval", "n", "ties"):
+        table.add_column(column)
+    for score in result.scores:
+        interval = f"{score.low:.3f} to {score.high:.3f}"
+        table.add_row(
+            score.task, score.metric, f"{score.score:.3f}", interval, str(score.n), str(score.ties)
+        )
+    table.add_section()
+    table.add_row("mean", "", f"{result.mean:.3f}", "", "", "")
+    Console().print(table)
+    if json:
+        result.write_json(json, predictions=True)
+        typer.echo(f"scores -> {json}")
+
+
+def demo(
+    base: BaseOption = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of the demo's results.")] = Path("demo"),
+) -> None:
+    """Train five small experts on tasks of our own, route them, score them on unseen tasks."""
+    from ..demo import run_demo
+
+    run_demo(base or "smollm2", out)
+
+
+def _compose(
+    places: Any,
+    base: str | None,
+    dtype: str,
+    routing: Routing,
+    keep: list[str] | None,
+    leave_out: list[str] | None,
+) -> PreTrainedModel:
+    """The pool opened, its base loaded in `dtype`, and both composed."""
+    from ...bases import load_base
+    from ...pool import Pool
+    from ...routed import compose as run
+
+    opened = Pool.open(places).select(keep, leave_out)
+    revision = None if base else opened.base.revision
+    loaded = load_base(base or opened.base.id, dtype=dtype, revision=revision)
+    return run(
+        opened, loaded, router=routing.router, k=routing.k, kernel=routing.kernel, eps=routing.eps
+    )
+
+
+def _open_model(
+    model: str,
+    base: str | None,
+    dtype: str,
+    routing: Routing,
+    keep: list[str] | None,
+    leave_out: list[str] | None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A routed folder loaded, a pool composed, or a base model alone, with its tokenizer."""
+    from ...bases import load_base
+    from ...storage import ROUTED_INFO, load
+
+    path = Path(model)
+    if (path / ROUTED_INFO).is_file():
+        routed = load(path, base and load_base(base, dtype=dtype), dtype=dtype)
+    elif path.suffix == ".json" or (path.is_dir() and not (path / "config.json").is_file()):
+        routed = _compose(path, base, dtype, routing, keep, leave_out)
+    else:
+        loaded = load_base(model, dtype=dtype)
+        return loaded.model, loaded.tokenizer
+    return routed, routed.phatgoose.tokenizer  # type: ignore[union-attr,return-value]

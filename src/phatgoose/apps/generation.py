@@ -1,0 +1,109 @@
+"""Answers from a routed model, with the experts behind each token where wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from rich.text import Text
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..config import Formatting
+from ..encoding import Encoder
+from ..recording import Recording
+from ..routed import record as record_routing
+
+__all__ = ["Answer", "Sampling", "answer", "coloured"]
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; black is left out.
+COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to generate; `temperature` None is greedy."""
+
+    max_new_tokens: int = 64
+    temperature: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated `text`, all `tokens` (prompt first for causal models), and the routing, if recorded."""
+
+    text: str
+    tokens: list[int]
+    prompt_length: int
+    recording: Recording | None
+
+
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    formatting: Formatting | None = None,
+    sampling: Sampling | None = None,
+    *,
+    record: bool = False,
+) -> Answer:
+    """What `model` generates after `prompt`. Raises RoutingError to `record` an unrouted model."""
+    sampling = sampling or Sampling()
+    is_encoder_decoder = bool(model.config.is_encoder_decoder)
+    encoder = Encoder(tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=formatting)
+    ids = torch.tensor([encoder.prompt(prompt)], device=model.device)
+    torch.manual_seed(sampling.seed)
+    choice = (
+        {"do_sample": False}
+        if sampling.temperature is None
+        else {"do_sample": True, "temperature": sampling.temperature}
+    )
+
+    def generate() -> list[int]:
+        output: list[int] = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=sampling.max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **choice,
+        )[0].tolist()
+        return output
+
+    recording = None
+    if record:
+        with record_routing(model) as recording:
+            tokens = generate()
+    else:
+        tokens = generate()
+    start = 0 if is_encoder_decoder else ids.shape[1]
+    text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
+    return Answer(text, tokens, start, recording)
+
+
+def coloured(result: Answer, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """The tokens of a recorded answer, each in the colour of its top expert, with a legend.
+
+    An expert's share in a token is its weight averaged over all sites. The last token generated was
+    never routed (nothing follows it) and stays uncoloured.
+    """
+    if result.recording is None:
+        return Text(result.text)
+    names = result.recording.experts
+    top = result.recording.by_token().argmax(dim=-1).tolist()
+    text = Text()
+    for position, token in enumerate(result.tokens):
+        if token in tokenizer.all_special_ids:
+            continue
+        style = _style(top[position]) if position < len(top) else ""
+        weight = " bold" if position >= result.prompt_length else ""
+        text.append(tokenizer.decode([token]), style=style + weight)
+    text.append("\n\n")
+    for index in sorted(set(top)):
+        text.append(f" {names[index]} ", style=f"reverse {_style(index)}")
+        text.append(" ")
+    return text
+
+
+def _style(expert: int) -> str:
+    """A colour per expert; after seven the colours come again, underlined."""
+    return COLOURS[expert % len(COLOURS)] + (" underline" if expert >= len(COLOURS) else "")

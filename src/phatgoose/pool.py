@@ -1,0 +1,225 @@
+"""Pools: collections of experts for one base model, and their weights stacked site by site."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import ExpertError, PoolError
+from .expert import LAYOUT, BaseReference, Expert, sha256_of
+
+__all__ = ["MANIFEST_VERSION", "Pool", "SiteStack"]
+
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class SiteStack:
+    """All experts' weights at one site, one tensor each.
+
+    Only the experts that act at the site are in it; `experts` holds their indices in the pool, [E].
+    Ranks that differ are filled up with zeros, which changes no number.
+    """
+
+    experts: Tensor  # [E] int64
+    A: Tensor  # [E, r, n]
+    B: Tensor  # [E, r, d], transposed, scale folded in
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Experts that share a base model. Open one with `Pool.open`."""
+
+    experts: tuple[Expert, ...]
+
+    @classmethod
+    def open(cls, source: str | Path | Sequence[str | Path]) -> Pool:
+        """The pool in `source`.
+
+        `source` is a folder of expert directories, one expert directory, a list of such folders or
+        directories, or a manifest written by `write_manifest` (experts are then checked against
+        their recorded hashes). Every expert is read and fully checked once. Raises PoolError when
+        there is no expert, two share a name, or bases differ; ExpertError for a bad expert.
+        """
+        if isinstance(source, str | Path) and Path(source).suffix == ".json":
+            return cls._of(_read_manifest(Path(source)))
+        places = [source] if isinstance(source, str | Path) else source
+        directories = [directory for place in places for directory in _expert_directories(Path(place))]
+        if not directories:
+            raise PoolError(
+                f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
+                f"expert directories, each with a {LAYOUT.info}."
+            )
+        return cls._of(Expert.load(directory) for directory in directories)
+
+    @classmethod
+    def _of(cls, experts: Iterable[Expert]) -> Pool:
+        pool = cls(tuple(experts))
+        first = pool.experts[0]
+        seen: dict[str, Path] = {}
+        for expert in pool.experts:
+            if expert.name in seen:
+                raise PoolError(
+                    f"Two experts are named {expert.name!r}: {seen[expert.name]} and "
+                    f"{expert.directory}; rename one."
+                )
+            seen[expert.name] = expert.directory
+            if not _same_base(expert.info.base, first.info.base):
+                raise PoolError(
+                    f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
+                    f"{first.name!r} on {first.info.base.id!r}; a pool has one base."
+                )
+        return pool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts' names, in order: index z of a routing is the z-th of them."""
+        return tuple(expert.name for expert in self.experts)
+
+    @property
+    def base(self) -> BaseReference:
+        """The base all experts were trained on, with its fingerprint if any expert has it."""
+        known = (expert.info.base for expert in self.experts if expert.info.base.fingerprint)
+        return next(known, self.experts[0].info.base)
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """Every site at which at least one expert acts."""
+        return tuple(dict.fromkeys(site for expert in self.experts for site in expert.lora))
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def select(
+        self, keep: Iterable[str] | None = None, leave_out: Iterable[str] | None = None
+    ) -> Pool:
+        """The pool of the experts named in `keep` (None: all), without those in `leave_out`.
+
+        Raises PoolError for a name that the pool lacks, and when no expert is left.
+        """
+        if isinstance(keep, str) or isinstance(leave_out, str):
+            raise PoolError("keep and leave_out must be lists of names.")
+        kept, left = list(keep) if keep is not None else list(self.names), list(leave_out or ())
+        for name in [*kept, *left]:
+            if name not in self.names:
+                raise PoolError(f"The pool has no expert {name!r}; it has {', '.join(self.names)}.")
+        chosen = [e for e in self.experts if e.name in kept and e.name not in left]
+        if not chosen:
+            raise PoolError("No expert is left in the pool after keep and leave_out.")
+        return Pool(tuple(chosen))
+
+    def stack(self, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
+        """The weights of the experts that act at `site`, in `dtype` on `device`."""
+        present = [z for z, expert in enumerate(self.experts) if site in expert.lora]
+        factors = [self.experts[z].lora[site] for z in present]
+        rank = max(lora.A.shape[0] for lora in factors)
+        A = torch.zeros(len(present), rank, factors[0].A.shape[1], dtype=dtype, device=device)
+        B = torch.zeros(len(present), rank, factors[0].B.shape[0], dtype=dtype, device=device)
+        for row, lora in enumerate(factors):
+            A[row, : lora.A.shape[0]] = lora.A
+            B[row, : lora.B.shape[1]] = (lora.scale * lora.B.float()).T
+        return SiteStack(torch.tensor(present, device=device), A, B)
+
+    def vectors(self, kind: str, site: str) -> Tensor:
+        """The experts' gates (`kind` "gates") or mean activations ("means") at `site`, [E, n].
+
+        Rows belong to the experts of `stack(site, …)`. Raises PoolError naming those without.
+        """
+        rows = []
+        for expert in self.experts:
+            if site not in expert.lora:
+                continue
+            vector = getattr(expert, kind).get(site)
+            if vector is None:
+                remedy = "run 'phatgoose gate' on it"
+                raise PoolError(f"Expert {expert.name!r} has no {kind}; {remedy} or leave it out.")
+            rows.append(vector)
+        return torch.stack(rows)
+
+    def records(self) -> list[dict[str, Any]]:
+        """One record per expert: name, place and the hashes of its weights and vectors."""
+        return [
+            {
+                "name": expert.name,
+                "path": str(expert.directory.resolve()),
+                "adapter_sha256": expert.info.adapter_sha256,
+                "vectors_sha256": expert.info.vectors_sha256,
+            }
+            for expert in self.experts
+        ]
+
+    def write_manifest(self, path: str | Path) -> None:
+        """Write a JSON manifest that `open` reads; paths in it are relative to it where possible.
+
+        Raises PoolError when it can't be written.
+        """
+        path = Path(path)
+        records = [
+            {**record, "path": os.path.relpath(record["path"], path.resolve().parent)}
+            for record in self.records()
+        ]
+        content = {
+            "manifest_version": MANIFEST_VERSION,
+            "base": {"id": self.base.id, "fingerprint": self.base.fingerprint},
+            "experts": records,
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            unfinished = path.with_name(f".{path.name}.unfinished")
+            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            os.replace(unfinished, path)
+        except OSError as error:
+            raise PoolError(f"{path} can't be written: {error.strerror}.") from error
+
+
+def _expert_directories(place: Path) -> Iterator[Path]:
+    """`place` if it is an expert, else the experts directly in it, by name."""
+    if not place.is_dir():
+        raise PoolError(f"{place} does not exist or is no folder; wanted a folder of experts.")
+    if (place / LAYOUT.info).is_file():
+        yield place
+        return
+    for folder in sorted(place.iterdir()):
+        if not folder.name.startswith(".") and (folder / LAYOUT.info).is_file():
+            yield folder
+
+
+def _read_manifest(path: Path) -> Iterator[Expert]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        version, records = content["manifest_version"], content["experts"]
+        places = [(path.parent / record["path"], record) for record in records]
+    except OSError as error:
+        raise PoolError(f"Manifest {path} can't be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise PoolError(f"{path} is no pool manifest: {error}.") from error
+    if version != MANIFEST_VERSION:
+        raise PoolError(f"{path}: manifest version {version!r} is unknown, wanted {MANIFEST_VERSION}.")
+    if not places:
+        raise PoolError(f"Manifest {path} lists no expert.")
+    for place, record in places:
+        _check_hash(place, record)
+        yield Expert.load(place)
+
+
+def _check_hash(place: Path, record: Mapping[str, Any]) -> None:
+    for file, key in ((LAYOUT.adapter_weights, "adapter_sha256"), (LAYOUT.vectors, "vectors_sha256")):
+        if record.get(key) and sha256_of(place / file) != record[key]:
+            raise ExpertError(
+                f"Expert {record.get('name')!r} at {place}: {file} is not the one in the manifest."
+            )
+
+
+def _same_base(one: BaseReference, other: BaseReference) -> bool:
+    """Same fingerprint where both have one; otherwise the same name."""
+    if one.fingerprint and other.fingerprint:
+        return one.fingerprint == other.fingerprint
+    return one.id == other.id

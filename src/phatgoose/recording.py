@@ -1,0 +1,59 @@
+"""What a routed model decided, token by token: filled by `record`, read by the analyses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .sites import Site
+
+__all__ = ["Recording", "Watcher"]
+
+# (site, experts [T, k], weights [T, k], mask of real tokens or None, shape of the token grid)
+Watcher = Callable[[Site, Tensor, Tensor, "Tensor | None", Sequence[int]], None]
+
+
+@dataclass
+class Recording:
+    """Routing decisions by site, in the order in which tokens passed.
+
+    `weights[site]` is a list with one float32 tensor per forward pass, [rows, tokens, E], zero for
+    experts not chosen; `real[site]` likewise the masks of real tokens, [rows, tokens].
+    """
+
+    experts: tuple[str, ...]
+    weights: dict[str, list[Tensor]] = field(default_factory=dict)
+    real: dict[str, list[Tensor]] = field(default_factory=dict)
+
+    def add(
+        self, site: Site, experts: Tensor, weights: Tensor, real: Tensor | None, grid: Sequence[int]
+    ) -> None:
+        """Take in one pass through one site."""
+        dense = torch.zeros(len(experts), len(self.experts))
+        dense.scatter_add_(1, experts.cpu(), weights.detach().float().cpu())
+        mask = torch.ones(tuple(grid), dtype=torch.bool) if real is None else real.cpu()
+        self.weights.setdefault(site.name, []).append(dense.view(*grid, -1))
+        self.real.setdefault(site.name, []).append(mask)
+
+    def usage(self) -> dict[str, Tensor]:
+        """Mean weight of each expert over all real tokens, [E] by site (METHOD section 7)."""
+        means = {}
+        for site, passes in self.weights.items():
+            tokens = [w[mask] for w, mask in zip(passes, self.real[site], strict=True)]
+            means[site] = torch.cat(tokens).mean(dim=0)
+        return means
+
+    def by_token(self, row: int = 0) -> Tensor:
+        """Mean weight of each expert over all sites, [tokens, E], for one row of the batch.
+
+        Sites must have seen the same tokens; in an encoder-decoder model those of the stream that
+        most sites see are used.
+        """
+        streams: dict[int, list[Tensor]] = {}
+        for passes in self.weights.values():
+            tokens = torch.cat([part[row] for part in passes])
+            streams.setdefault(len(tokens), []).append(tokens)
+        return torch.stack(max(streams.values(), key=len)).mean(dim=0)

@@ -1,0 +1,272 @@
+"""The routed model: a transformers model whose linear layers pick their experts for every token.
+
+    W u + sum over z in E_t of w_z B_z A_z u                                     (METHOD section 4)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .bases import Base, fingerprint, load_base
+from .config import Routing
+from .errors import PoolError, RoutingError, WrongBaseError
+from .expert import BaseReference
+from .kernels import choose_kernel
+from .pool import Pool, SiteStack
+from .recording import Recording, Watcher
+from .routers import make_router, router_vectors, warn_of_untrained
+from .sites import Site, TokenMasks, find_sites, replace_module
+
+__all__ = ["Composition", "RoutedLinear", "compose", "composition_of", "detach", "record"]
+
+ATTRIBUTE = "phatgoose"
+
+
+class RoutedLinear(nn.Module):
+    """A linear layer (of any make) with a pool of experts and a router.
+
+    Looks like the layer it wraps: `weight`, `bias`, `in_features` and `out_features` are those of
+    `base`, and so are its keys in the model's state dict (experts are kept out of it).
+    """
+
+    A: Tensor
+    B: Tensor
+    experts: Tensor
+
+    def __init__(
+        self, base: nn.Module, site: Site, stack: SiteStack, router: nn.Module, kernel: str
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.site = site
+        self.in_features, self.out_features = site.in_features, site.out_features
+        self.register_buffer("A", stack.A, persistent=False)
+        self.register_buffer("B", stack.B, persistent=False)
+        self.register_buffer("experts", stack.experts, persistent=False)
+        self.router = router
+        self.kernel = kernel
+        self.masks = TokenMasks()
+        self.watcher: Watcher | None = None
+        self.register_state_dict_post_hook(_hide_wrapper)
+        self.register_load_state_dict_pre_hook(_find_wrapper)
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; some models look at its dtype."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[.., n] to [.., d]."""
+        y: Tensor = self.base(u)
+        tokens = u.reshape(-1, u.shape[-1])
+        decision = self.router(tokens)
+        real = self.masks.real_tokens(u, self.site.stream)
+        weights = decision.weights
+        if real is not None:
+            weights = weights * real.reshape(-1, 1)
+        if self.watcher is not None:
+            self.watcher(self.site, self.experts[decision.experts], weights, real, u.shape[:-1])
+        kernel = choose_kernel(
+            self.kernel, len(tokens), decision.experts.shape[1], len(self.experts)
+        )
+        delta = kernel(tokens.to(self.A.dtype), decision.experts, weights, self.A, self.B)
+        return y + delta.view(*u.shape[:-1], -1).to(y.dtype)
+
+
+def _hide_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+        state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
+
+
+def _find_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}base.{key.removeprefix(prefix)}"] = state.pop(key)
+
+
+@dataclass
+class Composition:
+    """What a routed model is made of; found on it as `model.phatgoose`.
+
+    `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
+    layers by site.
+    """
+
+    base: BaseReference
+    tokenizer: PreTrainedTokenizerBase | None
+    experts: tuple[str, ...]
+    records: list[dict[str, Any]]
+    routing: Routing
+    layers: dict[str, RoutedLinear]
+    masks: TokenMasks
+
+
+def compose(
+    pool: Pool | str | Path,
+    base: Base | PreTrainedModel | str | None = None,
+    *,
+    router: str = "phatgoose",
+    k: int = 2,
+    kernel: str = "auto",
+    keep: Iterable[str] | None = None,
+    leave_out: Iterable[str] | None = None,
+    eps: float = 1e-5,
+) -> PreTrainedModel:
+    """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
+
+    `base` is a name, a loaded `Base` or a transformers model; None loads the one the pool was
+    trained on. `router` is one of `phatgoose.routers.ROUTERS`; `k` experts act per token, lowered
+    with a warning when the pool has fewer. `keep` and `leave_out` select experts by name. `kernel`
+    is "auto" or a name in `phatgoose.kernels.KERNELS`. Undo with `detach`. Raises WrongBaseError
+    when the base is not the experts' own, PoolError for unknown experts or missing vectors,
+    ConfigError for an unknown router or kernel, RoutingError when the base is routed already.
+    """
+    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+    pool = pool.select(keep, leave_out)
+    routing = Routing(router=router, k=k, kernel=kernel, eps=eps)
+    choose_kernel(kernel, 1, 1, 1)
+    if k > len(pool) and router != "merged":
+        warnings.warn(f"k is {k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=2)
+    vectors = {name: router_vectors(pool, name, router) for name in pool.sites}
+    found = resolve_base(base, pool.base)
+    check_fingerprint(pool.base, found.reference)
+    sites = find_sites(found.model)
+    _check_fit(pool, sites, found.model)
+    layers = {}
+    for name in pool.sites:
+        original = found.model.get_submodule(name)
+        dtype = original.weight.dtype if original.weight.is_floating_point() else found.model.dtype
+        stack = pool.stack(name, dtype, original.weight.device)
+        module = make_router(vectors[name], len(stack.experts), routing).to(original.weight.device)
+        layers[name] = RoutedLinear(original, sites[name], stack, module, kernel)
+    warn_of_untrained(pool, router, vectors)
+    parts = Composition(
+        base=found.reference,
+        tokenizer=found.tokenizer,
+        experts=pool.names,
+        records=pool.records(),
+        routing=routing,
+        layers=layers,
+        masks=TokenMasks(),
+    )
+    return install(found.model, parts)
+
+
+def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
+    """Put the routed layers of `parts` into `model` and return it."""
+    for name, layer in parts.layers.items():
+        layer.masks = parts.masks
+        replace_module(model, name, layer)
+    parts.masks.attach(model)
+    setattr(model, ATTRIBUTE, parts)
+    return model
+
+
+def detach(model: PreTrainedModel) -> PreTrainedModel:
+    """The base model again, exactly as it was before `compose`, which changed it in place.
+
+    Raises RoutingError when `model` is not routed.
+    """
+    parts = composition_of(model)
+    parts.masks.detach()
+    for name, layer in parts.layers.items():
+        replace_module(model, name, layer.base)
+    delattr(model, ATTRIBUTE)
+    return model
+
+
+def composition_of(model: PreTrainedModel) -> Composition:
+    """What `model` was composed of. Raises RoutingError when it is not routed."""
+    parts = getattr(model, ATTRIBUTE, None)
+    if not isinstance(parts, Composition):
+        raise RoutingError("This model is not routed; make one with compose(pool).")
+    return parts
+
+
+@contextmanager
+def record(model: PreTrainedModel) -> Iterator[Recording]:
+    """A `Recording` that fills with every routing decision of `model` while the context is open.
+
+    Raises RoutingError when `model` is not routed.
+    """
+    parts = composition_of(model)
+    recording = Recording(parts.experts)
+    for layer in parts.layers.values():
+        layer.watcher = recording.add
+    try:
+        yield recording
+    finally:
+        for layer in parts.layers.values():
+            layer.watcher = None
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    """A base model to route in, not routed yet; `tokenizer` None means that none came with it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    reference: BaseReference
+
+
+def resolve_base(
+    base: Base | PreTrainedModel | str | Path | None, wanted: BaseReference
+) -> ResolvedBase:
+    """The base given as a name, a `Base` or a model, loaded if need be; None means `wanted`.
+
+    Raises RoutingError when the model is routed already.
+    """
+    if base is None:
+        base = load_base(wanted.id, revision=wanted.revision)
+    elif isinstance(base, str | Path):
+        base = load_base(base)
+    model = base.model if isinstance(base, Base) else base
+    if hasattr(model, ATTRIBUTE):
+        raise RoutingError("This base model is routed already; detach it first.")
+    if isinstance(base, Base):
+        reference = BaseReference(base.id, base.revision, base.fingerprint)
+        return ResolvedBase(model, base.tokenizer, reference)
+    return ResolvedBase(model, None, BaseReference(wanted.id, wanted.revision, fingerprint(model)))
+
+
+def check_fingerprint(wanted: BaseReference, found: BaseReference) -> None:
+    """Raise WrongBaseError unless both are one base; warn when `wanted` has no fingerprint."""
+    if wanted.fingerprint is None:
+        warnings.warn(
+            f"The experts don't record their base's fingerprint; taking {found.id!r} on trust.",
+            stacklevel=4,
+        )
+    elif wanted.fingerprint != found.fingerprint:
+        raise WrongBaseError(
+            f"The experts were trained on {wanted.id!r} with fingerprint {wanted.fingerprint[:19]}…, "
+            f"but the base model {found.id!r} has {str(found.fingerprint)[:19]}…."
+        )
+
+
+def _check_fit(pool: Pool, sites: dict[str, Site], model: nn.Module) -> None:
+    for expert in pool.experts:
+        for name, lora in expert.lora.items():
+            if name not in sites:
+                raise PoolError(
+                    f"Expert {expert.name!r} acts on {name}, which {type(model).__name__} lacks."
+                )
+            got = (lora.A.shape[1], lora.B.shape[0])
+            wanted = (sites[name].in_features, sites[name].out_features)
+            if got != wanted:
+                raise PoolError(
+                    f"Expert {expert.name!r}, site {name}: maps {got[0]} to {got[1]} features, but "
+                    f"the base model {wanted[0]} to {wanted[1]}."
+                )

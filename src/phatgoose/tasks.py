@@ -1,0 +1,258 @@
+"""Tasks: examples with an input, a target and, where there are any, answer choices.
+
+Sources are JSON Lines, CSV, datasets from the Hub or rows already in memory. Fields can be taken
+as they are or rendered by a template in promptsource's notation (`input ||| target`).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
+
+from .errors import TaskError
+
+__all__ = ["Example", "Task", "load_task"]
+
+SPLITS = ("train", "validation", "test")
+SEPARATOR = "|||"
+VALIDATION_SHARE = 0.1
+VALIDATION_MOST = 500
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example. `choices` is empty for open-ended tasks; `references` holds every right answer."""
+
+    input: str
+    target: str
+    choices: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every accepted answer: the references, or the target alone."""
+        return self.references or (self.target,)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named dataset. `validation_origin` tells where the validation split came from."""
+
+    name: str
+    train: tuple[Example, ...] = ()
+    validation: tuple[Example, ...] = ()
+    test: tuple[Example, ...] = ()
+    source: str = "memory"
+    validation_origin: str = "given"
+
+    def with_validation(self, seed: int = 0) -> Task:
+        """This task with a validation split: its own, or a tenth of `train` (500 at most) set apart.
+
+        The choice depends on `seed` alone and is told in `validation_origin`. Raises TaskError when
+        there are fewer than two training examples to divide.
+        """
+        if self.validation:
+            return self
+        if len(self.train) < 2:
+            raise TaskError(
+                f"Task {self.name!r} has {len(self.train)} training examples; training needs at "
+                f"least two, one of them for validation."
+            )
+        count = min(max(1, round(len(self.train) * VALIDATION_SHARE)), VALIDATION_MOST)
+        chosen = set(random.Random(seed).sample(range(len(self.train)), count))
+        return replace(
+            self,
+            train=tuple(row for i, row in enumerate(self.train) if i not in chosen),
+            validation=tuple(row for i, row in enumerate(self.train) if i in chosen),
+            validation_origin=f"{count} of {len(self.train)} training examples, seed {seed}",
+        )
+
+    def evaluation_examples(self, limit: int | None = None, seed: int = 0) -> tuple[Example, ...]:
+        """The examples to score on: test, else validation, else train.
+
+        `limit` draws so many of them (the same ones for a given `seed`, in file order); None keeps
+        all. Raises TaskError when the task is empty.
+        """
+        examples = self.test or self.validation or self.train
+        if not examples:
+            raise TaskError(f"Task {self.name!r} has no examples.")
+        if limit is None or limit >= len(examples):
+            return examples
+        chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
+        return tuple(examples[i] for i in chosen)
+
+
+def load_task(
+    source: str | Path | Iterable[Mapping[str, Any]],
+    *,
+    name: str | None = None,
+    template: str | None = None,
+    choices: str | None = None,
+) -> Task:
+    """The task in `source`.
+
+    `source` is a `.jsonl` or `.csv` file, `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION` (read
+    with the `datasets` library), or rows in memory (dicts, a `Dataset`, or a `DatasetDict`). Rows
+    have the fields `input`, `target`, optional `choices`, `references` and `split` (train,
+    validation or test; train when absent). With `template` ("input ||| target", jinja2, as in
+    promptsource) these two are rendered from whatever fields a row has, and `choices`
+    ("yes ||| no", jinja2) likewise. `name` defaults to the file's stem.
+
+    Raises TaskError, naming the line, for a missing file, broken line, missing field, a target that
+    is not among the choices, or a source without examples.
+    """
+    rows, label, default_name = _open_source(source)
+    renderer = _Renderer(template, choices)
+    splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
+    for where, row in rows:
+        split = row.get("split") or "train"
+        if split not in splits:
+            raise TaskError(f"{where}: split is {split!r}, but must be {', '.join(SPLITS)}.")
+        splits[split].append(_example(renderer.render(row, where), where))
+    if not any(splits.values()):
+        raise TaskError(f"{label} has no examples.")
+    return Task(
+        name or default_name, *(tuple(splits[split]) for split in SPLITS), source=label
+    )
+
+
+Rows = Iterator[tuple[str, Mapping[str, Any]]]
+
+
+def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows, str, str]:
+    """(located rows, how to call the source, a name for the task)."""
+    if isinstance(source, str) and source.startswith("hub:"):
+        return _read_hub(source), source, source[4:].split("@")[0].replace("/", "--").replace(":", "--")
+    if not isinstance(source, str | Path):
+        return _read_memory(source), "memory", "task"
+    path = Path(source)
+    readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise TaskError(f"Task {path} must be a .jsonl or .csv file, or hub:DATASET.")
+    if not path.is_file():
+        raise TaskError(f"Task file {path} does not exist.")
+    return readers[path.suffix](path), str(path), path.stem
+
+
+def _read_jsonl(path: Path) -> Rows:
+    try:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TaskError(f"{where}: broken JSON ({error.msg}).") from error
+            if not isinstance(row, dict):
+                raise TaskError(f"{where}: wanted an object with fields, got {line[:40]!r}.")
+            yield where, row
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"Task file {path} can't be read: {error}.") from error
+
+
+def _read_csv(path: Path) -> Rows:
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in (reader := csv.DictReader(file)):
+                yield f"{path}, line {reader.line_num}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise TaskError(f"Task file {path} can't be read: {error}.") from error
+
+
+def _read_hub(source: str) -> Rows:
+    try:
+        import datasets  # an optional extra, needed for this kind of source alone
+    except ImportError as error:
+        raise TaskError(f"{source} needs datasets: pip install 'phatgoose[datasets]'.") from error
+    address, _, revision = source.removeprefix("hub:").partition("@")
+    dataset, _, config = address.partition(":")
+    try:
+        loaded = datasets.load_dataset(dataset, config or None, revision=revision or None)
+    except Exception as error:  # datasets documents no common base class for what it raises
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TaskError(f"{source} can't be loaded: {reason}") from error
+    yield from _read_memory(loaded, source)
+
+
+def _read_memory(rows: Any, label: str = "memory") -> Rows:
+    if isinstance(rows, Mapping):  # a DatasetDict: split name -> rows
+        for split, part in rows.items():
+            known = split if split in SPLITS else "train"
+            for number, row in enumerate(part, 1):
+                yield f"{label}, {split} row {number}", {"split": known, **row}
+        return
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, Mapping):
+            raise TaskError(f"{label}, row {number}: wanted a dict with fields, got {row!r:.40}.")
+        yield f"{label}, row {number}", row
+
+
+class _Renderer:
+    """Makes `input`, `target` and `choices` out of a row's fields by the user's templates."""
+
+    def __init__(self, template: str | None, choices: str | None) -> None:
+        environment = SandboxedEnvironment(undefined=StrictUndefined)
+        if template is not None and template.count(SEPARATOR) != 1:
+            raise TaskError(f"template must have the form 'input {SEPARATOR} target'.")
+        try:
+            parts = template.split(SEPARATOR) if template else []
+            self._parts = [environment.from_string(part) for part in parts]
+            self._choices: Template | None = environment.from_string(choices) if choices else None
+        except TemplateError as error:
+            raise TaskError(f"template is not valid jinja2: {error}.") from error
+
+    def render(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """The row with its rendered fields in place of (or beside) its own."""
+        rendered = dict(row)
+        try:
+            if self._choices:
+                text = self._choices.render(row)
+                rendered["choices"] = [choice.strip() for choice in text.split(SEPARATOR)]
+            for key, part in zip(("input", "target"), self._parts, strict=False):
+                fields = {**row, "answer_choices": rendered.get("choices")}
+                rendered[key] = part.render(fields).strip()
+        except (TemplateError, TypeError, LookupError) as error:
+            raise TaskError(f"{where}: the template can't be filled: {error}.") from error
+        return rendered
+
+
+def _example(row: Mapping[str, Any], where: str) -> Example:
+    """The example in `row`, checked."""
+    texts = {}
+    for key in ("input", "target"):
+        value = row.get(key)
+        if value is None or isinstance(value, list | dict) or str(value) == "":
+            fields = ", ".join(map(str, row)) or "none"
+            raise TaskError(f"{where}: {key} is missing or empty; the fields there are {fields}.")
+        texts[key] = str(value)
+    choices = _texts(row.get("choices"), f"{where}: choices")
+    references = _texts(row.get("references"), f"{where}: references")
+    if choices and texts["target"] not in choices:
+        raise TaskError(
+            f"{where}: target {texts['target']!r} is not among the choices {list(choices)}."
+        )
+    return Example(texts["input"], texts["target"], choices, references)
+
+
+def _texts(value: Any, where: str) -> tuple[str, ...]:
+    """A list of texts, given as such or, in CSV cells, as JSON or separated by |||."""
+    if value is None or value == "":
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.startswith("[") else value.split(SEPARATOR)
+        except json.JSONDecodeError as error:
+            raise TaskError(f"{where}: broken JSON list ({error.msg}).") from error
+        value = [item.strip() if isinstance(item, str) else item for item in value]
+    if not isinstance(value, list | tuple):
+        raise TaskError(f"{where} must be a list of texts, got {value!r:.40}.")
+    return tuple(str(item) for item in value)

@@ -1,0 +1,222 @@
+"""Experts: a LoRA trained through PEFT on somebody's task, then its gates and statistics.
+
+Precision: the base stays in its own dtype (bfloat16 where that is fast); A and B are trained as
+float32 master copies that are cast in the forward pass, so that nothing of the base path is
+upcast (PEFT's default casts every activation up, at a quarter of the speed on a CPU). The adapter
+is saved in the base's dtype: exactly the numbers that were validated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from .bases import Base, load_base
+from .config import Formatting, GateTraining, Lora, Training
+from .encoding import Encoder
+from .errors import ConfigError, ExpertError
+from .expert import Expert
+from .fitting import Collator, FitReport, fit
+from .gates import train_gates
+from .sites import find_sites
+from .tasks import Task
+
+__all__ = ["train_expert"]
+
+logger = logging.getLogger(__name__)
+
+ADAPTER = "default"
+
+
+class _MasterLinear(nn.Linear):
+    """A linear layer whose float32 weight is cast to the dtype of its input."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return functional.linear(u, self.weight.to(u.dtype))
+
+
+def train_expert(
+    base: Base | str,
+    task: Task,
+    *,
+    out: str | Path,
+    lora: Lora | None = None,
+    training: Training | None = None,
+    gate_training: GateTraining | None = None,
+    formatting: Formatting | None = None,
+    name: str | None = None,
+    resume: bool = False,
+    restart: bool = False,
+) -> Expert:
+    """A finished expert for `task`, written to `out`: LoRA, gates and statistics (METHOD section 3).
+
+    `base` is a loaded base or its name; loading it once serves many tasks. Checkpoints are kept in
+    `.<out's name>.work` beside `out`. An interrupted run is continued with `resume` (a finished one
+    is simply loaded) and thrown away with `restart`; with neither, existing work is an error.
+    Raises ExpertError when `out` exists, ConfigError when resumed work had other settings, TaskError
+    when the task can't be used.
+    """
+    out = Path(out)
+    settings = [
+        lora or Lora(), training or Training(), gate_training or GateTraining(),
+        formatting or Formatting(),
+    ]
+    if out.exists() and resume:
+        return Expert.load(out)
+    if out.exists():
+        raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
+    work = out.parent / f".{out.name}.work"
+    base = load_base(base) if isinstance(base, str) else base
+    identity = {"base": base.fingerprint, "task": task.source, "settings": [*map(asdict, settings)]}
+    _open_work(work, identity, resume=resume, restart=restart)
+    adapter = _train_lora(base, task, work, *settings)
+    expert = train_gates(
+        base,
+        adapter,
+        task,
+        out=out,
+        training=settings[1],
+        gate_training=settings[2],
+        formatting=settings[3],
+        name=name,
+        work=work,
+        record={
+            "hyperparameters": asdict(settings[0]),
+            "metrics": json.loads((work / "report.json").read_text()),
+        },
+    )
+    shutil.rmtree(work)
+    return expert
+
+
+def _open_work(work: Path, identity: dict[str, Any], *, resume: bool, restart: bool) -> None:
+    """Make the work folder, or make sure that the one there belongs to this very run."""
+    file = work / "run.json"
+    content = json.dumps(identity, indent=2)
+    if restart:
+        shutil.rmtree(work, ignore_errors=True)
+    if file.is_file():
+        if not resume:
+            raise ExpertError(
+                f"Unfinished work was found in {work}; use resume to continue it or restart to "
+                f"throw it away."
+            )
+        if file.read_text(encoding="utf-8") != content:
+            raise ConfigError(
+                f"The unfinished work in {work} had other settings, data or another base; repeat "
+                f"them, or use restart to throw it away."
+            )
+        return
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        file.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise ExpertError(f"{work} can't be written: {error.strerror}.") from error
+
+
+def _train_lora(
+    base: Base,
+    task: Task,
+    work: Path,
+    lora: Lora,
+    training: Training,
+    _: GateTraining,
+    formatting: Formatting,
+) -> Path:
+    """The folder of the trained PEFT adapter, made unless an earlier run finished it."""
+    finished = work / "adapter"
+    if finished.is_dir():
+        return finished
+    task = task.with_validation(training.seed)
+    encoder = Encoder(
+        base.tokenizer, is_encoder_decoder=base.is_encoder_decoder, formatting=formatting
+    )
+    collator = Collator(base.model, base.tokenizer.pad_token_id)
+    pairs = [
+        [encoder.pair(example.input, example.target) for example in split]
+        for split in (task.train, task.validation[: training.eval_examples])
+    ]
+    torch.manual_seed(training.seed)
+    with _lora_on(base, lora) as model:
+        report = fit(
+            model,
+            train=pairs[0],
+            validation=pairs[1],
+            collator=collator,
+            training=training,
+            steps=training.steps,
+            learning_rate=training.learning_rate,
+            work=work / "lora",
+            checkpoint_every=min(training.eval_every, training.steps),
+            label=f"{task.name}: expert",
+        )
+        _save_adapter(model, base, work, report)
+    shutil.rmtree(work / "lora")
+    return finished
+
+
+@contextmanager
+def _lora_on(base: Base, lora: Lora) -> Iterator[PeftModel]:
+    """The base with a fresh LoRA at every site, ready to train, while the context is open."""
+    sites = find_sites(base.model, lora.sites)
+    config = LoraConfig(
+        task_type=TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        target_modules=list(sites),
+        fan_in_fan_out=isinstance(base.model.get_submodule(next(iter(sites))), Conv1D),
+        revision=base.revision,
+    )
+    with warnings.catch_warnings():
+        # PEFT reads a property that transformers has renamed; nothing a user could act on.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        model = get_peft_model(base.model, config)
+    try:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                _use_master_copies(layer, lora.init_std)
+        yield model
+    finally:
+        model.unload()
+
+
+def _use_master_copies(layer: LoraLayer, init_std: float) -> None:
+    """Float32 A ~ N(0, init_std^2) and B = 0 that are cast in the forward pass, not the input."""
+    layer.cast_input_dtype_enabled = False
+    for factors in (layer.lora_A, layer.lora_B):
+        plain = factors[ADAPTER]
+        master = _MasterLinear(plain.in_features, plain.out_features, bias=False, device="meta")
+        master.weight = nn.Parameter(plain.weight.detach().float())
+        factors[ADAPTER] = master
+    nn.init.normal_(layer.lora_A[ADAPTER].weight, std=init_std)
+    nn.init.zeros_(layer.lora_B[ADAPTER].weight)
+
+
+def _save_adapter(model: PeftModel, base: Base, work: Path, report: FitReport) -> None:
+    """The adapter in the base's dtype and the report, complete or not at all."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(base.model.dtype)
+    model.peft_config[ADAPTER].base_model_name_or_path = base.id
+    unfinished = work / "adapter.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    model.save_pretrained(unfinished, save_embedding_layers=False)
+    (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's card; the expert has its own
+    metrics = {f"expert_{key}": value for key, value in asdict(report).items()}
+    (work / "report.json").write_text(json.dumps(metrics))
+    os.rename(unfinished, work / "adapter")

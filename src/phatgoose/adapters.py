@@ -80,8 +80,8 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
         raise ExpertError(
-            f"{directory} was initialised by {init}, which changes the base; convert it with PEFT's "
-            f"path_initial_model_for_weight_conversion first."
+            f"{directory} was initialised by {init}, which changes the base; convert it with "
+            f"PEFT's path_initial_model_for_weight_conversion first."
         )
     return config
 

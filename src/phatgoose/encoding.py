@@ -75,7 +75,11 @@ class Encoder:
         """The tokens of an input, cut on the right to `max_input_tokens`."""
         most = self.formatting.max_input_tokens
         if not self.formatting.chat:
-            return self._tokens(text, special=True)[:most] if self._fits(text, most) else self._cut(text, most)
+            return (
+                self._tokens(text, special=True)[:most]
+                if self._fits(text, most)
+                else self._cut(text, most)
+            )
         text = self.tokenizer.decode(self._tokens(text)[:most])  # cut the text, not the template
         messages = [{"role": "user", "content": text}]
         rendered = self.tokenizer.apply_chat_template(

@@ -32,7 +32,15 @@ from .adapters import (
 from .card import model_card
 from .errors import ExpertError
 
-__all__ = ["BaseReference", "Expert", "ExpertInfo", "FORMAT_VERSION", "LAYOUT", "check_expert", "sha256_of"]
+__all__ = [
+    "FORMAT_VERSION",
+    "LAYOUT",
+    "BaseReference",
+    "Expert",
+    "ExpertInfo",
+    "check_expert",
+    "sha256_of",
+]
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -82,8 +90,8 @@ class Expert:
     """One expert: its adapter's factors, gates and statistics, by site name.
 
     `directory` holds the adapter files. `gates` and `means` map a site to a float32 vector of its
-    input size n and are empty when there are none; `embeddings` is None or [examples, dims], rows of
-    length 1, made by `info.embedder`.
+    input size n and are empty when there are none; `embeddings` is None or [examples, dims], of
+    rows of length 1 made by `info.embedder`.
     """
 
     info: ExpertInfo
@@ -135,11 +143,9 @@ class Expert:
             metrics=metrics or {},
             embedder=embedder,
         )
-        vectors = [
-            {site: vector.detach().float().cpu().contiguous() for site, vector in (group or {}).items()}
-            for group in (gates, means)
-        ]
-        expert = cls(info, directory, read_lora(directory), *vectors, embeddings)
+        expert = cls(
+            info, directory, read_lora(directory), _plain(gates), _plain(means or {}), embeddings
+        )
         for problem in _vector_problems(expert):
             raise ExpertError(problem)
         return expert
@@ -157,14 +163,16 @@ class Expert:
         return expert
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Expert:
-        """This expert as a complete directory, which is then loaded and returned.
+        """Write a complete directory, and return the expert as loaded from it.
 
         Written beside its destination and renamed into place. Raises ExpertError when `directory`
         exists (unless `overwrite`) or can't be written.
         """
         target = Path(directory)
         if target.exists() and not overwrite:
-            raise ExpertError(f"{target} exists already; choose another place or allow overwriting.")
+            raise ExpertError(
+                f"{target} exists already; choose another place or allow overwriting."
+            )
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
@@ -187,7 +195,9 @@ class Expert:
             save_file(vectors, work / LAYOUT.vectors)
             info = replace(info, vectors_sha256=sha256_of(work / LAYOUT.vectors))
         if self.embeddings is not None:
-            save_file({"embeddings": self.embeddings.float().contiguous()}, work / LAYOUT.embeddings)
+            save_file(
+                {"embeddings": self.embeddings.float().contiguous()}, work / LAYOUT.embeddings
+            )
         (work / LAYOUT.card).write_text(model_card(asdict(info), self.lora), encoding="utf-8")
         content = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (work / LAYOUT.info).write_text(content + "\n", encoding="utf-8")
@@ -207,6 +217,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
         raise ExpertError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors as they are stored: float32, on the CPU, without history."""
+    return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
 
 def _move_into_place(work: Path, target: Path) -> None:
@@ -230,13 +245,17 @@ def _read(directory: Path) -> Expert:
     for key, vector in vectors.items():
         kind, _, site = key.partition(".")
         if kind not in groups:
-            raise ExpertError(f"{directory / LAYOUT.vectors} holds {key!r}; wanted gate.* and mean.*.")
+            raise ExpertError(
+                f"{directory / LAYOUT.vectors} holds {key!r}; wanted gate.* and mean.*."
+            )
         groups[kind][site] = vector
     embeddings = None
     if info.embedder is not None:
         held = read_tensors(directory / LAYOUT.embeddings)
         if set(held) != {"embeddings"} or held["embeddings"].dim() != 2:
-            raise ExpertError(f"{directory / LAYOUT.embeddings} must hold one matrix, 'embeddings'.")
+            raise ExpertError(
+                f"{directory / LAYOUT.embeddings} must hold one matrix, 'embeddings'."
+            )
         embeddings = held["embeddings"]
     return Expert(info, directory, read_lora(directory), groups["gate"], groups["mean"], embeddings)
 
@@ -267,8 +286,8 @@ def _problems(expert: Expert) -> Iterator[str]:
         got = sha256_of(directory / file)
         if got != wanted:
             yield (
-                f"Expert {info.name!r}: {file} was changed after the expert was made: its SHA-256 is "
-                f"{got[:12]}…, wanted {wanted[:12]}…."
+                f"Expert {info.name!r}: {file} was changed after the expert was made: its SHA-256 "
+                f"is {got[:12]}…, wanted {wanted[:12]}…."
             )
     yield from _vector_problems(expert)
 

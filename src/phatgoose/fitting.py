@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -69,7 +70,7 @@ class Collator:
     def __init__(self, model: PreTrainedModel, pad_token_id: int) -> None:
         self._pad = pad_token_id
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        self._start = getattr(model.config, "decoder_start_token_id", None)
+        self._start: int = getattr(model.config, "decoder_start_token_id", None) or 0
         accepted = inspect.signature(model.forward).parameters
         self._wants_positions = "position_ids" in accepted
 
@@ -93,7 +94,9 @@ class Collator:
         return {
             "input_ids": pad_right(prompts, self._pad),
             "attention_mask": pad_right([[1] * len(row) for row in prompts], 0),
-            "decoder_input_ids": pad_right([[self._start, *row[:-1]] for row in targets], self._pad),
+            "decoder_input_ids": pad_right(
+                [[self._start, *row[:-1]] for row in targets], self._pad
+            ),
             "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
             "labels": pad_right(targets, IGNORED),
         }
@@ -104,7 +107,7 @@ def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
     `batch` comes from `Collator`. Causal models that can (`logits_to_keep`) compute no others.
     """
-    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    inputs: dict[str, Any] = {key: value for key, value in batch.items() if key != "labels"}
     if "decoder_input_ids" in batch:
         logits: Tensor = model(**inputs, use_cache=False).logits
         return logits
@@ -116,7 +119,9 @@ def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def _accepted_by(model: nn.Module) -> Any:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if isinstance(model, PeftModel):
+        inner = model.get_base_model()
     return inspect.signature(inner.forward).parameters
 
 
@@ -320,7 +325,7 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
 
 
 class _ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """One line on the terminal: steps, loss and tokens per second; and a log line per validation."""
+    """One line on the terminal (steps, loss, tokens per second); a log line per validation."""
 
     def __init__(self, label: str, lengths: list[int], order: list[int], batch: int) -> None:
         self.label, self.tokens, self.seconds = label, 0, 0.0
@@ -331,7 +336,10 @@ class _ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is un
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Open the bar where a resumed run stands."""
         self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self.label, unit="step",
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self.label,
+            unit="step",
             disable=None,
         )
 
@@ -354,7 +362,10 @@ class _ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is un
         if logs and "eval_loss" in logs:
             logger.info(
                 "%s: step %d of %d, validation loss %.4f",
-                self.label, state.global_step, state.max_steps, logs["eval_loss"],
+                self.label,
+                state.global_step,
+                state.max_steps,
+                logs["eval_loss"],
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:

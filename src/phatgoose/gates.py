@@ -44,11 +44,14 @@ class GatedLinear(nn.Module):
     paper section 3.1, equation 2). With `use_gate` False the sigmoid is left out: the expert alone.
     """
 
+    A: Tensor
+    B: Tensor
+
     def __init__(self, base: nn.Module, lora: LoraFactors) -> None:
         super().__init__()
         self.base = base
-        weight = base.weight
-        self.register_buffer("A", lora.A.to(weight.device, weight.dtype), persistent=False)
+        weight = self.weight
+        self.register_buffer("A", lora.A.to(weight), persistent=False)
         self.register_buffer("B", (lora.scale * lora.B.float()).to(weight), persistent=False)
         self.gate = nn.Parameter(torch.zeros(lora.A.shape[1], device=weight.device))
         self.use_gate = True
@@ -74,7 +77,9 @@ class GatedLinear(nn.Module):
 
 
 @contextmanager
-def gated(model: PreTrainedModel, lora: Mapping[str, LoraFactors]) -> Iterator[dict[str, GatedLinear]]:
+def gated(
+    model: PreTrainedModel, lora: Mapping[str, LoraFactors]
+) -> Iterator[dict[str, GatedLinear]]:
     """The expert's sites as gated layers inside `model`, by name, while the context is open.
 
     Raises ExpertError when a site or its shape doesn't fit the model.

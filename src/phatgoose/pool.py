@@ -52,7 +52,9 @@ class Pool:
         if isinstance(source, str | Path) and Path(source).suffix == ".json":
             return cls._of(_read_manifest(Path(source)))
         places = [source] if isinstance(source, str | Path) else source
-        directories = [directory for place in places for directory in _expert_directories(Path(place))]
+        directories = [
+            directory for place in places for directory in _expert_directories(Path(place))
+        ]
         if not directories:
             raise PoolError(
                 f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
@@ -202,7 +204,9 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
     except (ValueError, KeyError, TypeError) as error:
         raise PoolError(f"{path} is no pool manifest: {error}.") from error
     if version != MANIFEST_VERSION:
-        raise PoolError(f"{path}: manifest version {version!r} is unknown, wanted {MANIFEST_VERSION}.")
+        raise PoolError(
+            f"{path}: manifest version {version!r} is unknown, wanted {MANIFEST_VERSION}."
+        )
     if not places:
         raise PoolError(f"Manifest {path} lists no expert.")
     for place, record in places:
@@ -211,7 +215,10 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
 
 
 def _check_hash(place: Path, record: Mapping[str, Any]) -> None:
-    for file, key in ((LAYOUT.adapter_weights, "adapter_sha256"), (LAYOUT.vectors, "vectors_sha256")):
+    for file, key in (
+        (LAYOUT.adapter_weights, "adapter_sha256"),
+        (LAYOUT.vectors, "vectors_sha256"),
+    ):
         if record.get(key) and sha256_of(place / file) != record[key]:
             raise ExpertError(
                 f"Expert {record.get('name')!r} at {place}: {file} is not the one in the manifest."

@@ -1,6 +1,6 @@
 """The routed model: a transformers model whose linear layers pick their experts for every token.
 
-    W u + sum over z in E_t of w_z B_z A_z u                                     (METHOD section 4)
+W u + sum over z in E_t of w_z B_z A_z u                                     (METHOD section 4)
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -56,8 +55,8 @@ class RoutedLinear(nn.Module):
         self.kernel = kernel
         self.masks = TokenMasks()
         self.watcher: Watcher | None = None
-        self.register_state_dict_post_hook(_hide_wrapper)
-        self.register_load_state_dict_pre_hook(_find_wrapper)
+        self.register_state_dict_post_hook(_hide_wrapper)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_find_wrapper)  # type: ignore[no-untyped-call]
 
     @property
     def weight(self) -> Tensor:
@@ -139,7 +138,9 @@ def compose(
     routing = Routing(router=router, k=k, kernel=kernel, eps=eps)
     choose_kernel(kernel, 1, 1, 1)
     if k > len(pool) and router != "merged":
-        warnings.warn(f"k is {k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=2)
+        warnings.warn(
+            f"k is {k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=2
+        )
     vectors = {name: router_vectors(pool, name, router) for name in pool.sites}
     found = resolve_base(base, pool.base)
     check_fingerprint(pool.base, found.reference)
@@ -251,8 +252,9 @@ def check_fingerprint(wanted: BaseReference, found: BaseReference) -> None:
         )
     elif wanted.fingerprint != found.fingerprint:
         raise WrongBaseError(
-            f"The experts were trained on {wanted.id!r} with fingerprint {wanted.fingerprint[:19]}…, "
-            f"but the base model {found.id!r} has {str(found.fingerprint)[:19]}…."
+            f"The experts were trained on {wanted.id!r} with fingerprint "
+            f"{wanted.fingerprint[:19]}…, but the base model {found.id!r} has "
+            f"{str(found.fingerprint)[:19]}…."
         )
 
 

@@ -21,7 +21,14 @@ from .config import Routing
 from .errors import ConfigError
 from .pool import Pool
 
-__all__ = ["ROUTERS", "ConstantRouter", "RoutingDecision", "ScoredRouter", "make_router", "standardise"]
+__all__ = [
+    "ROUTERS",
+    "ConstantRouter",
+    "RoutingDecision",
+    "ScoredRouter",
+    "make_router",
+    "standardise",
+]
 
 # Below this standard deviation a vector has no direction worth the name: float32 noise around zero.
 UNTRAINED_STD = 1e-8
@@ -49,15 +56,19 @@ def standardise(vectors: Tensor) -> Tensor:
     deviation = vectors.std(dim=-1, unbiased=False, keepdim=True)
     centred = vectors - vectors.mean(dim=-1, keepdim=True)
     constant = deviation <= UNTRAINED_STD
-    return torch.where(constant, torch.zeros_like(vectors), centred / deviation.clamp(min=UNTRAINED_STD))
+    return torch.where(
+        constant, torch.zeros_like(vectors), centred / deviation.clamp(min=UNTRAINED_STD)
+    )
 
 
 class ScoredRouter(nn.Module):
     """The top k of the affinities v̄ᵀū, softmax of α/√n over those k (METHOD section 4).
 
-    Because v̄ sums to zero, v̄ᵀū = v̄ᵀu / sqrt(var(u) + eps): u needs no centring. The softmax over the
-    chosen k alone equals the released code's softmax over all, cut to k and renormalised.
+    Because v̄ sums to zero, v̄ᵀū = v̄ᵀu / sqrt(var(u) + eps): u needs no centring. The softmax over
+    the chosen k alone equals the released code's softmax over all, cut to k and renormalised.
     """
+
+    vectors: Tensor
 
     def __init__(self, vectors: Tensor, k: int, eps: float) -> None:
         """`vectors` [E, n] are standardised already; `k` is lowered to E."""
@@ -80,6 +91,8 @@ class ScoredRouter(nn.Module):
 
 class ConstantRouter(nn.Module):
     """The same weights for every token, over all experts of the site."""
+
+    weights: Tensor
 
     def __init__(self, weights: Tensor) -> None:
         """`weights` [E]."""
@@ -108,7 +121,7 @@ ROUTERS = (*SCORED, MERGED)
 
 
 def router_vectors(pool: Pool, site: str, router: str) -> Tensor | None:
-    """The standardised vectors [E, n] that `router` scores with at `site`, None if it doesn't score.
+    """The standardised vectors [E, n] that `router` scores with at `site`, None if it has none.
 
     Raises ConfigError for an unknown router and PoolError when an expert lacks the vectors.
     """

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -24,7 +24,9 @@ __all__ = ["Site", "TokenMasks", "find_sites", "replace_module", "watch_inputs"]
 
 Stream = Literal["encoder", "decoder"]
 
-CROSS_ATTENTION = re.compile(r"(EncDecAttention|encoder_attn|cross_attn|crossattention)\.(k|v|k_proj|v_proj)$")
+CROSS_ATTENTION = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_attn|crossattention)\.(k|v|k_proj|v_proj)$"
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
         wanted = re.compile(pattern or "")
     except re.error as error:
         raise ConfigError(f"sites is {pattern!r}, not a regular expression: {error}.") from error
-    blocks = [name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = [
+        name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    ]
     sites = {}
     for name, module in model.named_modules():
         shape = _linear_shape(module)
@@ -59,8 +63,9 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
             sites[name] = Site(name, *shape, _stream_of(name, model))
     if not sites:
         raise ConfigError(
-            f"No linear layer inside the blocks of {type(model).__name__} matches "
-            f"{pattern!r}." if pattern else f"{type(model).__name__} has no linear layers in blocks."
+            f"No linear layer inside the blocks of {type(model).__name__} matches {pattern!r}."
+            if pattern
+            else f"{type(model).__name__} has no linear layers in blocks."
         )
     return sites
 
@@ -70,9 +75,11 @@ def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     if isinstance(module, nn.Linear) or (  # quantised linears of other libraries look the same
-        hasattr(module, "in_features") and hasattr(module, "out_features") and hasattr(module, "weight")
+        hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+        and hasattr(module, "weight")
     ):
-        return int(module.in_features), int(module.out_features)
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     return None
 
 
@@ -145,7 +152,7 @@ def _present_columns(arguments: dict[str, Any]) -> Tensor | None:
 @contextmanager
 def watch_inputs(
     model: PreTrainedModel,
-    sites: dict[str, Site],
+    sites: Mapping[str, Site],
     see: Callable[[Site, Tensor, Tensor | None], None],
 ) -> Iterator[None]:
     """Call `see(site, u, real)` for each pass through each site while the context is open.

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .adapters import read_tensors
 from .bases import Base, load_base
 from .config import Routing
-from .errors import ExpertError, RoutingError
-from .adapters import read_tensors
+from .errors import RoutingError
 from .expert import BaseReference, sha256_of
 from .pool import SiteStack
 from .routed import (
@@ -113,7 +113,7 @@ def load(
 
 
 def _tensors(parts: Composition) -> dict[str, Tensor]:
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for name, layer in parts.layers.items():
         tensors |= {f"A.{name}": layer.A, f"B.{name}": layer.B, f"experts.{name}": layer.experts}
         if isinstance(layer.router, ScoredRouter):
@@ -135,9 +135,15 @@ def _read_info(path: Path) -> dict[str, Any]:
         info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = info["format_version"]
     except OSError as error:
-        raise RoutingError(f"{path.parent} holds no routed model: {path.name} can't be read.") from error
+        raise RoutingError(
+            f"{path.parent} holds no routed model: {path.name} can't be read."
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise RoutingError(f"{path} is not a valid description of a routed model: {error}.") from error
+        raise RoutingError(
+            f"{path} is not a valid description of a routed model: {error}."
+        ) from error
     if version != FORMAT_VERSION:
-        raise RoutingError(f"{path}: format version {version!r} is unknown, wanted {FORMAT_VERSION}.")
+        raise RoutingError(
+            f"{path}: format version {version!r} is unknown, wanted {FORMAT_VERSION}."
+        )
     return info

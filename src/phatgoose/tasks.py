@@ -29,7 +29,7 @@ VALIDATION_MOST = 500
 
 @dataclass(frozen=True)
 class Example:
-    """One example. `choices` is empty for open-ended tasks; `references` holds every right answer."""
+    """One example. `choices` is empty for open-ended tasks; `references` are all right answers."""
 
     input: str
     target: str
@@ -54,7 +54,7 @@ class Task:
     validation_origin: str = "given"
 
     def with_validation(self, seed: int = 0) -> Task:
-        """This task with a validation split: its own, or a tenth of `train` (500 at most) set apart.
+        """The task with a validation split: its own, or a tenth of `train` (500 at most) set apart.
 
         The choice depends on `seed` alone and is told in `validation_origin`. Raises TaskError when
         there are fewer than two training examples to divide.
@@ -99,9 +99,9 @@ def load_task(
 ) -> Task:
     """The task in `source`.
 
-    `source` is a `.jsonl` or `.csv` file, `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION` (read
-    with the `datasets` library), or rows in memory (dicts, a `Dataset`, or a `DatasetDict`). Rows
-    have the fields `input`, `target`, optional `choices`, `references` and `split` (train,
+    `source` is a `.jsonl` or `.csv` file, `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION`
+    (read with the `datasets` library), or rows in memory (dicts, a `Dataset`, a `DatasetDict`).
+    Rows have the fields `input`, `target`, optional `choices`, `references` and `split` (train,
     validation or test; train when absent). With `template` ("input ||| target", jinja2, as in
     promptsource) these two are rendered from whatever fields a row has, and `choices`
     ("yes ||| no", jinja2) likewise. `name` defaults to the file's stem.
@@ -120,7 +120,11 @@ def load_task(
     if not any(splits.values()):
         raise TaskError(f"{label} has no examples.")
     return Task(
-        name or default_name, *(tuple(splits[split]) for split in SPLITS), source=label
+        name or default_name,
+        train=tuple(splits["train"]),
+        validation=tuple(splits["validation"]),
+        test=tuple(splits["test"]),
+        source=label,
     )
 
 
@@ -130,7 +134,11 @@ Rows = Iterator[tuple[str, Mapping[str, Any]]]
 def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows, str, str]:
     """(located rows, how to call the source, a name for the task)."""
     if isinstance(source, str) and source.startswith("hub:"):
-        return _read_hub(source), source, source[4:].split("@")[0].replace("/", "--").replace(":", "--")
+        return (
+            _read_hub(source),
+            source,
+            source[4:].split("@")[0].replace("/", "--").replace(":", "--"),
+        )
     if not isinstance(source, str | Path):
         return _read_memory(source), "memory", "task"
     path = Path(source)
@@ -144,19 +152,23 @@ def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows
 
 def _read_jsonl(path: Path) -> Rows:
     try:
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise TaskError(f"{where}: broken JSON ({error.msg}).") from error
-            if not isinstance(row, dict):
-                raise TaskError(f"{where}: wanted an object with fields, got {line[:40]!r}.")
-            yield where, row
+        with path.open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 too
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    where = f"{path}, line {number}"
+                    yield where, _parse(line, where)
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"Task file {path} can't be read: {error}.") from error
+
+
+def _parse(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise TaskError(f"{where}: broken JSON ({error.msg}).") from error
+    if not isinstance(row, dict):
+        raise TaskError(f"{where}: wanted an object with fields, got {line[:40]!r}.")
+    return row
 
 
 def _read_csv(path: Path) -> Rows:

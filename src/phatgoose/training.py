@@ -63,40 +63,42 @@ def train_expert(
     resume: bool = False,
     restart: bool = False,
 ) -> Expert:
-    """A finished expert for `task`, written to `out`: LoRA, gates and statistics (METHOD section 3).
+    """A finished expert for `task`, written to `out`: LoRA, gates, statistics (METHOD section 3).
 
     `base` is a loaded base or its name; loading it once serves many tasks. Checkpoints are kept in
     `.<out's name>.work` beside `out`. An interrupted run is continued with `resume` (a finished one
     is simply loaded) and thrown away with `restart`; with neither, existing work is an error.
-    Raises ExpertError when `out` exists, ConfigError when resumed work had other settings, TaskError
-    when the task can't be used.
+    Raises ExpertError when `out` exists, ConfigError when resumed work had other settings,
+    TaskError when the task can't be used.
     """
     out = Path(out)
-    settings = [
-        lora or Lora(), training or Training(), gate_training or GateTraining(),
-        formatting or Formatting(),
-    ]
+    lora, training = lora or Lora(), training or Training()
+    gate_training, formatting = gate_training or GateTraining(), formatting or Formatting()
     if out.exists() and resume:
         return Expert.load(out)
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     work = out.parent / f".{out.name}.work"
     base = load_base(base) if isinstance(base, str) else base
-    identity = {"base": base.fingerprint, "task": task.source, "settings": [*map(asdict, settings)]}
+    identity = {
+        "base": base.fingerprint,
+        "task": task.source,
+        "settings": [asdict(lora), asdict(training), asdict(gate_training), asdict(formatting)],
+    }
     _open_work(work, identity, resume=resume, restart=restart)
-    adapter = _train_lora(base, task, work, *settings)
+    adapter = _train_lora(base, task, work, lora, training, formatting)
     expert = train_gates(
         base,
         adapter,
         task,
         out=out,
-        training=settings[1],
-        gate_training=settings[2],
-        formatting=settings[3],
+        training=training,
+        gate_training=gate_training,
+        formatting=formatting,
         name=name,
         work=work,
         record={
-            "hyperparameters": asdict(settings[0]),
+            "hyperparameters": asdict(lora),
             "metrics": json.loads((work / "report.json").read_text()),
         },
     )
@@ -135,7 +137,6 @@ def _train_lora(
     work: Path,
     lora: Lora,
     training: Training,
-    _: GateTraining,
     formatting: Formatting,
 ) -> Path:
     """The folder of the trained PEFT adapter, made unless an earlier run finished it."""

@@ -30,7 +30,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """Generated `text`, all `tokens` (prompt first for causal models), and the routing, if recorded."""
+    """Generated `text`, all `tokens` (a causal model's prompt first) and, if recorded, routing."""
 
     text: str
     tokens: list[int]

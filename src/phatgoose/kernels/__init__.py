@@ -7,7 +7,7 @@ Every kernel is a function `(u, experts, weights, A, B) -> delta` of
     experts  [T, k]     indices into the E experts at hand, int64
     weights  [T, k]     their weights
     A        [E, r, n]  LoRA factors
-    B        [E, r, d]  LoRA factors, transposed (so that both unfold without a copy), scale folded in
+    B        [E, r, d]  LoRA factors, transposed, so that both unfold without a copy; scaled
     delta    [T, d]     in the dtype of u
 and gives the same numbers and gradients as `reference`, up to rounding. None waits for the device.
 """

@@ -9,7 +9,7 @@ __all__ = ["reference"]
 
 
 def reference(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
-    """sum over z in E_t of w_z B_z A_z u_t for every token t, [T, d] (METHOD section 4).
+    """Sum over z in E_t of w_z B_z A_z u_t for every token t, [T, d] (METHOD section 4).
 
     Shapes as in `phatgoose.kernels`. One product per expert, over all tokens, weighted by zero
     where the expert was not chosen.

@@ -12,16 +12,14 @@ from ...config import Formatting, GateTraining, Lora, Recipe, Training
 from ...errors import ConfigError, ExpertError
 from .flags import with_settings
 
-__all__ = ["BaseOption", "DtypeOption", "TemplateOption", "ChoicesOption", "register"]
+__all__ = ["BaseOption", "ChoicesOption", "DtypeOption", "TemplateOption", "register"]
 
 # typer reads annotations at run time, on Python 3.10 too: hence Optional instead of "| None".
 BaseOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--base", help="Base model: a Hub id, a local folder, or smollm2 (embedded)."),
 ]
-DtypeOption = Annotated[
-    str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")
-]
+DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
 TemplateOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--template", help="jinja2 template 'input ||| target' over a row's fields."),
@@ -53,9 +51,7 @@ def train(
     template: TemplateOption = None,
     choices: ChoicesOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue unfinished work.")] = False,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Throw unfinished work away.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw unfinished work away.")] = False,
     recipe: Recipe,
     lora: Lora,
     training: Training,
@@ -97,7 +93,9 @@ def train(
             f"{metrics['expert_validation_loss']:.4f} at step {metrics['expert_best_step']}, "
             f"{metrics['expert_tokens_per_second']:.0f} tokens/s; gates: "
             f"{metrics['gate_tokens_per_second']:.0f} tokens/s -> {out / task.name}",
-            highlight=False, markup=False, soft_wrap=True,
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
 
 

@@ -28,7 +28,7 @@ RecipeOption = Annotated[
 
 
 def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that replaces the parameter named after each config's table by its fields as flags.
+    """A decorator that shows each config parameter of a command as one flag per field.
 
     The decorated function must take `recipe` (a `Recipe`) and one keyword parameter per config,
     named as in `RECIPE_TABLES`.
@@ -58,7 +58,9 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
             "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RecipeOption
         )
         flags = [
-            _flag(setting, TABLE_OF[config]) for config in configs for setting in settings_of(config)
+            _flag(setting, TABLE_OF[config])
+            for config in configs
+            for setting in settings_of(config)
         ]
         run.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[*own, recipe_parameter, *flags]
@@ -72,7 +74,7 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
 def _flag(setting: Setting, panel: str) -> inspect.Parameter:
     """One optional flag; None means that it was not given."""
     kind = next(option for option in get_args(setting.type) or (setting.type,) if option)
-    shown = "" if setting.default is None else f" [default: {setting.default}]"
+    shown = "" if setting.default is None else f" (default: {setting.default})"
     flag = "--" + setting.name.replace("_", "-")
     names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
     return inspect.Parameter(

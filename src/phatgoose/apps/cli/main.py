@@ -18,10 +18,9 @@ from . import experts, routed
 
 __all__ = ["app", "main"]
 
-HELP = """Post-hoc routing among independently trained PEFT experts (PHATGOOSE).
+HELP = """Many independently trained PEFT experts, routed per token and module into one model.
 
-train an expert, gate an adapter, check an expert, list a pool, compose a routed model, generate with
-it, evaluate it. Start with: phatgoose demo
+Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate.
 """
 
 app = typer.Typer(
@@ -47,7 +46,7 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 when all went well, 2 after a one-line error, 130 on Ctrl-C."""
+    """Run the command line and exit: 0 if all is well, 2 after a one-line error, 130 on Ctrl-C."""
     _quieten()
     try:
         code = app(args=arguments, standalone_mode=False)
@@ -66,12 +65,14 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _complain(message: str) -> int:
     line = " ".join(message.split())
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[bold red]error:[/] {_plain(line)}")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"[bold red]error:[/] {_plain(line)}"
+    )
     return 2
 
 
 def _quieten() -> None:
-    """Warnings as one line each, our own log lines as they are, other libraries' advice left out."""
+    """Warnings as one line each, our own log lines as they are, no advice of other libraries."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -83,7 +84,9 @@ def _quieten() -> None:
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     line = " ".join(str(message).split())
-    Console(stderr=True, soft_wrap=True, highlight=False).print(f"[yellow]warning:[/] {_plain(line)}")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"[yellow]warning:[/] {_plain(line)}"
+    )
 
 
 def _plain(text: str) -> str:

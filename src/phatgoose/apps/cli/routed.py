@@ -193,7 +193,9 @@ def evaluate(
 
 def demo(
     base: BaseOption = None,
-    out: Annotated[Path, typer.Option("--out", help="Folder of the demo's results.")] = Path("demo"),
+    out: Annotated[Path, typer.Option("--out", help="Folder of the demo's results.")] = Path(
+        "demo"
+    ),
 ) -> None:
     """Train five small experts on tasks of our own, route them, score them on unseen tasks."""
     from ..demo import run_demo
@@ -242,4 +244,4 @@ def _open_model(
     else:
         loaded = load_base(model, dtype=dtype)
         return loaded.model, loaded.tokenizer
-    return routed, routed.phatgoose.tokenizer  # type: ignore[union-attr,return-value]
+    return routed, routed.phatgoose.tokenizer

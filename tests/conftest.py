@@ -1,0 +1,206 @@
+"""Tiny bases, tokenizers and experts, made from configs: no network, no downloads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from phatgoose.bases import Base, fingerprint, load_base
+from phatgoose.expert import BaseReference, Expert
+from phatgoose.pool import Pool
+from phatgoose.sites import find_sites
+
+VOCABULARY = 300
+KINDS = ("llama", "gpt2", "qwen2", "t5")  # qwen2 is the grouped-query model, with biases
+
+
+def make_tokenizer(*, final_eos: bool) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 256 bytes and three special tokens; no training, no files."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    vocabulary |= {character: 3 + i for i, character in enumerate(alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    if final_eos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model with weights large enough for routing to matter."""
+    torch.manual_seed(seed)
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    if kind == "llama":
+        config = LlamaConfig(**small, **ids, intermediate_size=48, num_attention_heads=4)
+        model: PreTrainedModel = LlamaForCausalLM(config)
+    elif kind == "qwen2":
+        config = Qwen2Config(
+            **small, **ids, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2
+        )
+        model = Qwen2ForCausalLM(config)
+    elif kind == "gpt2":
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, **ids)
+        model = GPT2LMHeadModel(config)
+    else:
+        config = T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+            tie_word_embeddings=False,
+        )
+        model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.2)
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def base_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A local folder per kind of tiny base, as a user would have one."""
+    folders = {}
+    for kind in KINDS:
+        folder = tmp_path_factory.mktemp("bases") / kind
+        make_model(kind).save_pretrained(folder)
+        make_tokenizer(final_eos=kind == "t5").save_pretrained(folder)
+        folders[kind] = folder
+    return folders
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """Each kind of base in turn."""
+    return str(request.param)
+
+
+@pytest.fixture
+def base(kind: str, base_folders: dict[str, Path]) -> Base:
+    """A fresh base of the current kind, float32."""
+    return load_base(base_folders[kind], dtype="float32")
+
+
+@pytest.fixture
+def llama(base_folders: dict[str, Path]) -> Base:
+    """A fresh tiny Llama, float32, for tests that need one base only."""
+    return load_base(base_folders["llama"], dtype="float32")
+
+
+def make_adapter(
+    base: Base, folder: Path, *, rank: int = 4, seed: int = 0, **options: object
+) -> Path:
+    """A PEFT LoRA adapter of random factors at every site of `base`, written to `folder`."""
+    sites = find_sites(base.model)
+    conv = isinstance(base.model.get_submodule(next(iter(sites))), Conv1D)
+    settings = {
+        "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(sites),
+        "fan_in_fan_out": conv,
+        **options,
+    }
+    fresh = load_base(base.id, dtype="float32")
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(fresh.model, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+MakeExpert = Callable[..., Expert]
+
+
+@pytest.fixture
+def make_expert(tmp_path: Path) -> MakeExpert:
+    """A function that writes a random expert for a base: `make_expert(base, name, seed=…, rank=…)`."""
+
+    def make(base: Base, name: str, *, rank: int = 4, seed: int = 0, **options: object) -> Expert:
+        adapter = make_adapter(base, tmp_path / "adapters" / name, rank=rank, seed=seed, **options)
+        generator = torch.Generator().manual_seed(seed + 1000)
+        acts = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+        sites = {
+            site: found.in_features
+            for site, found in find_sites(base.model).items()
+            if any(site == target or site.endswith(f".{target}") for target in acts)
+        }
+        gates, means = (
+            {site: torch.randn(n, generator=generator) for site, n in sites.items()}
+            for _ in range(2)
+        )
+        expert = Expert.from_peft(
+            adapter,
+            gates,
+            name=name,
+            means=means,
+            base=BaseReference(base.id, None, fingerprint(base.model)),
+        )
+        return expert.save(tmp_path / "experts" / name)
+
+    return make
+
+
+@pytest.fixture
+def pool(base: Base, make_expert: MakeExpert) -> Pool:
+    """Four random experts for the current base, named e0 to e3."""
+    return Pool(tuple(make_expert(base, f"e{seed}", seed=seed) for seed in range(4)))
+
+
+@pytest.fixture
+def llama_pool(llama: Base, make_expert: MakeExpert) -> Pool:
+    """Four random experts for the tiny Llama, named e0 to e3."""
+    return Pool(tuple(make_expert(llama, f"e{seed}", seed=seed) for seed in range(4)))
+
+
+def make_ids(rows: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:
+    """Random token ids without special ones, [rows, tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 259, (rows, tokens), generator=generator)
+
+
+def logits_of(model: PreTrainedModel, ids: torch.Tensor, **inputs: object) -> torch.Tensor:
+    """The logits after `ids`; an encoder-decoder model reads them in encoder and decoder alike."""
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = ids
+    with torch.no_grad():
+        return model(input_ids=ids, **inputs).logits

@@ -1,0 +1,220 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import logits_of, make_ids
+from oracle import mixture, naively_routed, token_weights
+from torch.nn.functional import layer_norm
+
+from phatgoose.errors import ConfigError, PoolError
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of
+from phatgoose.routers import (
+    ROUTERS,
+    ConstantRouter,
+    ScoredRouter,
+    router_vectors,
+    standardise,
+)
+
+EPS = 1e-5
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def scored(gates: torch.Tensor, k: int = 2, eps: float = EPS) -> ScoredRouter:
+    return ScoredRouter(standardise(gates), k, eps)
+
+
+def plain_scores(u: torch.Tensor, gates: torch.Tensor) -> torch.Tensor:
+    """v̄ᵀū/√n with both standardised as the method's formula says, float64 [T, E]."""
+    u, v = u.double(), gates.double()
+    u = (u - u.mean(-1, keepdim=True)) / (u.var(-1, unbiased=False, keepdim=True) + EPS).sqrt()
+    v = (v - v.mean(-1, keepdim=True)) / v.std(-1, unbiased=False, keepdim=True)
+    return u @ v.T / math.sqrt(u.shape[-1])
+
+
+def with_vectors(pool: Pool, name: str, value: float) -> Pool:
+    """The pool with constant gates and means for the expert `name`."""
+
+    def constant(vectors):
+        return {site: torch.full_like(v, value) for site, v in vectors.items()}
+
+    return Pool(tuple(
+        replace(e, gates=constant(e.gates), means=constant(e.means)) if e.name == name else e
+        for e in pool.experts
+    ))
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e-3])
+def test_folded_standardisation_equals_the_plain_one(spread):
+    gates, u = random(5, 33) + 3, spread * random(9, 33, seed=1) + 0.5
+    got = scored(gates).affinities(u)
+    torch.testing.assert_close(got.double(), plain_scores(u, gates), rtol=1e-4, atol=1e-5)
+
+
+def test_activations_are_standardised_as_layer_norm_does():
+    gates, u = random(5, 32), 0.003 * random(9, 32, seed=1)
+    plain = layer_norm(u, (32,), eps=EPS) @ standardise(gates).T / math.sqrt(32)
+    torch.testing.assert_close(scored(gates).affinities(u), plain)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_softmax_is_over_the_chosen_k_only(k):
+    gates, u = random(5, 32), random(9, 32, seed=1)
+    decision = scored(gates, k)(u)
+    scores = plain_scores(u, gates).sort(dim=-1, descending=True)
+    assert torch.equal(decision.experts, scores.indices[:, :k])
+    torch.testing.assert_close(
+        decision.weights.double(), scores.values[:, :k].softmax(-1), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_softmax_over_all_then_renormalised_is_the_same(k):
+    gates, u = random(5, 32), random(9, 32, seed=1)
+    decision = scored(gates, k)(u)
+    over_all = plain_scores(u, gates).softmax(dim=-1).topk(k, dim=-1)
+    renormalised = over_all.values / over_all.values.sum(dim=-1, keepdim=True)
+    assert torch.equal(decision.experts, over_all.indices)
+    torch.testing.assert_close(decision.weights.double(), renormalised, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_direction_of_a_gate_counts():
+    gates, u = random(5, 32), random(9, 32, seed=1)
+    scales = torch.tensor([[0.01], [1.0], [50.0], [3.0], [0.5]])
+    decision, other = scored(gates)(u), scored(gates * scales + 2)(u)
+    assert torch.equal(decision.experts, other.experts)
+    torch.testing.assert_close(decision.weights, other.weights, rtol=1e-4, atol=1e-5)
+
+
+def test_k_is_lowered_to_the_number_of_experts():
+    assert scored(random(3, 8), k=7)(random(2, 8)).experts.shape == (2, 3)
+
+
+def test_a_single_token_is_routed():
+    decision = scored(random(5, 32))(random(1, 32, seed=1))
+    assert decision.experts.shape == (1, 2)
+    assert decision.weights.sum().item() == pytest.approx(1)
+
+
+def test_no_token_at_all_is_routed():
+    assert scored(random(5, 32))(torch.empty(0, 32)).weights.shape == (0, 2)
+
+
+def test_a_constant_activation_weighs_its_experts_equally():
+    decision = scored(random(5, 32))(torch.full((1, 32), 2.0))
+    torch.testing.assert_close(decision.weights, torch.tensor([[0.5, 0.5]]), rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("size", [32, 33, 576])
+@pytest.mark.parametrize("value", [0.0, 0.1, -3.7, 1000.3])
+def test_a_constant_gate_standardises_to_zeros(value, size):
+    rows = standardise(torch.stack([torch.full((size,), value), random(size)]))
+    assert not rows[0].any()
+    assert rows[1].std(unbiased=False).item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("size", [1e-5, 1.0, 1e4])
+def test_a_trained_gate_of_any_size_keeps_its_direction(size):
+    gate = random(1, 64)
+    torch.testing.assert_close(standardise(size * gate), standardise(gate), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1])
+@pytest.mark.parametrize("router", ["phatgoose", "average-activation"])
+def test_an_untrained_gate_scores_zero_and_warns_once(llama, llama_pool, router, value):
+    pool = with_vectors(llama_pool, "e1", value)
+    with pytest.warns(UserWarning, match="'e1'") as warned:
+        model = compose(pool, llama, k=4, router=router)
+    assert len(warned) == 1
+    for layer in composition_of(model).layers.values():
+        u = random(6, layer.in_features)
+        scores = layer.router.affinities(u)
+        assert not scores[:, 1].any()
+        assert scores[:, 0].all()
+    assert logits_of(model, make_ids()).isfinite().all()
+
+
+def test_a_pool_of_untrained_gates_alone_is_no_nan(llama, llama_pool):
+    pool = with_vectors(llama_pool.select(["e0"]), "e0", 0.0)
+    with pytest.warns(UserWarning, match="'e0'"):
+        model = compose(pool, llama, k=1)
+    assert logits_of(model, make_ids()).isfinite().all()
+
+
+def test_average_activation_scores_with_the_means(llama, llama_pool):
+    ids = make_ids()
+    with naively_routed(llama.model, llama_pool.experts, k=2, vectors="means"):
+        wanted = logits_of(llama.model, ids)
+    got = logits_of(compose(llama_pool, llama, k=2, router="average-activation"), ids)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_gates_and_means_choose_differently(llama_pool):
+    site = llama_pool.sites[0]
+    u = random(8, 32)
+    gates, means = (mixture(u, llama_pool.experts, site, 1, kind) for kind in ("gates", "means"))
+    assert not torch.allclose(gates, means)
+
+
+def test_merged_is_the_exact_mean_of_all_products(base, pool):
+    ids = make_ids()
+    got = logits_of(compose(pool, base, router="merged"), ids)
+    fresh = type(base.model).from_pretrained(base.id).eval()
+    for site in pool.sites:
+        products = [e.lora[site].scale * e.lora[site].B @ e.lora[site].A for e in pool.experts]
+        weight = fresh.get_submodule(site).weight
+        mean = torch.stack(products).mean(dim=0)
+        weight.data += mean if weight.shape == mean.shape and base.model.config.model_type != "gpt2" else mean.T
+    torch.testing.assert_close(got, logits_of(fresh, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_merged_is_not_the_mean_of_the_factors(llama, llama_pool):
+    site, u = llama_pool.sites[0], random(1, 32)
+    loras = [expert.lora[site] for expert in llama_pool.experts]
+    A, B = (torch.stack([getattr(lora, side) for lora in loras]).mean(0) for side in "AB")
+    layer = composition_of(compose(llama_pool, llama, router="merged")).layers[site]
+    assert not torch.allclose(layer(u) - layer.base(u), loras[0].scale * u @ A.T @ B.T, atol=1e-3)
+
+
+def test_merged_needs_no_vectors(llama, llama_pool):
+    bare = Pool(tuple(replace(expert, gates={}, means={}) for expert in llama_pool.experts))
+    compose(bare, llama, router="merged")
+
+
+@pytest.mark.parametrize(("router", "kind"), [("phatgoose", "gates"), ("average-activation", "means")])
+def test_missing_vectors_are_told(llama, llama_pool, router, kind):
+    first = replace(llama_pool.experts[0], **{kind: {}})
+    with pytest.raises(PoolError, match=f"'e0' has no {kind}"):
+        compose(Pool((first, *llama_pool.experts[1:])), llama, router=router)
+
+
+def test_a_constant_router_gives_all_experts_their_weights():
+    decision = ConstantRouter(torch.tensor([0.25, 0.75]))(random(3, 8))
+    assert torch.equal(decision.experts, torch.tensor([[0, 1]] * 3))
+    assert torch.equal(decision.weights, torch.tensor([[0.25, 0.75]] * 3))
+
+
+def test_an_unknown_router_is_refused(llama, llama_pool):
+    with pytest.raises(ConfigError, match="'best'"):
+        compose(llama_pool, llama, router="best")
+    with pytest.raises(ConfigError, match="'best'"):
+        router_vectors(llama_pool, llama_pool.sites[0], "best")
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_weights_of_every_router_sum_to_one(llama, llama_pool, router):
+    layers = composition_of(compose(llama_pool, llama, router=router)).layers
+    for layer in layers.values():
+        weights = layer.router(random(5, layer.in_features)).weights
+        torch.testing.assert_close(weights.sum(dim=-1), torch.ones(5))
+
+
+def test_the_oracle_itself_weighs_the_best_expert_most(llama_pool):
+    weights = token_weights(random(32), llama_pool.experts, llama_pool.sites[0], k=3)
+    assert len(weights) == 3
+    assert list(weights.values()) == sorted(weights.values(), reverse=True)

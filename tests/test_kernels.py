@@ -65,9 +65,15 @@ def assert_equals_reference(problem: Problem, name: str) -> None:
 problems = st.integers(1, 5).flatmap(
     lambda E: st.builds(
         make_problem,
-        T=st.integers(0, 7), E=st.just(E), k=st.integers(1, E),
-        r=st.integers(1, 5), n=st.integers(1, 9), d=st.integers(1, 9),
-        dtype=st.sampled_from(list(ROUNDINGS)), strided=st.booleans(), seed=st.integers(0, 999),
+        T=st.integers(0, 7),
+        E=st.just(E),
+        k=st.integers(1, E),
+        r=st.integers(1, 5),
+        n=st.integers(1, 9),
+        d=st.integers(1, 9),
+        dtype=st.sampled_from(list(ROUNDINGS)),
+        strided=st.booleans(),
+        seed=st.integers(0, 999),
     )
 )
 

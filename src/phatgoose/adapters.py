@@ -41,6 +41,7 @@ UNSUPPORTED: dict[str, str] = {
     "lora_bias": "its B factors carry biases",
     "arrow_config": "it is itself a router",
     "use_qalora": "QALoRA pools its inputs",
+    "kasa_config": "KaSA adds a term of its own",
     "use_bdlora": "its factors are block-diagonal",
 }
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")

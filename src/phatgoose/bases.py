@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -200,7 +201,7 @@ def _reported(name: str | Path) -> Iterator[None]:
     """Whatever transformers raises while loading `name`, as one BaseModelError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BaseModelError(
             f"Base model {str(name)!r} can't be loaded: {reason} Wanted: a Hub id or a local "

@@ -8,6 +8,7 @@ and the released code) unless the help text says otherwise.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -178,7 +179,10 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
             raise ConfigError(
                 f"{where}: {key} is {value!r}, but must be {_type_name(known[key].type)}."
             )
-    return config(**{key: _widen(value, known[key].type) for key, value in values.items()})
+    try:
+        return config(**{key: _widen(value, known[key].type) for key, value in values.items()})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -236,8 +240,8 @@ def _relative_to(folder: Path, task: str) -> str:
 
 
 def _require(holds: bool, name: str, got: object, wanted: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {got!r}, but must be {wanted}.")
+    if not holds or got == math.inf:
+        raise ConfigError(f"{name} is {got!r}, but must be {wanted} and finite.")
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

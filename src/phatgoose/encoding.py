@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from .bases import Base
 from .config import Formatting
 from .errors import TaskError
 
@@ -66,6 +67,13 @@ class Encoder:
             raise TaskError("The base model's tokenizer has no end-of-sequence token.")
         if self.formatting.chat and not tokenizer.chat_template:
             raise TaskError("chat is on, but the base model's tokenizer has no chat template.")
+
+    @classmethod
+    def of(cls, base: Base, formatting: Formatting | None = None) -> Encoder:
+        """The encoder for a base model."""
+        return cls(
+            base.tokenizer, is_encoder_decoder=base.is_encoder_decoder, formatting=formatting
+        )
 
     def pair(self, input_text: str, target: str) -> TokenPair:
         """Prompt and target of one example; see `prompt` and `target`."""

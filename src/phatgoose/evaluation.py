@@ -6,7 +6,6 @@ METHOD section 6, Scoring. Every score comes with its n and a 95 % interval.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from .encoding import Encoder, batches_of_tokens, pad_left, pad_right
 from .errors import EvaluationError
 from .likelihood import choice_log_likelihoods
 from .tasks import Example, Task
+from .work import write_text
 
 __all__ = ["Evaluation", "Prediction", "TaskScore", "evaluate"]
 
@@ -80,15 +80,8 @@ class Evaluation:
 
     def write_json(self, path: str | Path, *, predictions: bool = False) -> None:
         """Write `to_dict` to `path`, complete or not at all. Raises EvaluationError if it can't."""
-        path = Path(path)
         content = json.dumps(self.to_dict(predictions=predictions), indent=2, ensure_ascii=False)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.unfinished")
-            unfinished.write_text(content + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
-        except OSError as error:
-            raise EvaluationError(f"{path} can't be written: {error.strerror}.") from error
+        write_text(Path(path), content + "\n", EvaluationError)
 
 
 def evaluate(

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -32,6 +31,7 @@ from .adapters import (
 from .bases import Base, BaseReference
 from .card import model_card
 from .errors import ExpertError
+from .work import new_directory
 
 __all__ = [
     "FORMAT_VERSION",
@@ -166,16 +166,8 @@ class Expert:
             raise ExpertError(
                 f"{target} exists already; choose another place or allow overwriting."
             )
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        except OSError as error:
-            raise ExpertError(f"{target} can't be written: {error.strerror}.") from error
-        try:
+        with new_directory(target, ExpertError) as work:
             self._write(work)
-            _move_into_place(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
         return Expert.load(target)
 
     def _write(self, work: Path) -> None:
@@ -217,17 +209,6 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
 
-def _move_into_place(work: Path, target: Path) -> None:
-    os.chmod(work, 0o755)  # mkdtemp's own mode would hide the expert from everybody else
-    if target.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-        os.rename(target, old / "expert")
-        os.rename(work, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(work, target)
-
-
 def _read(directory: Path) -> Expert:
     """The files of an expert directory, parsed but not yet compared with each other."""
     info = _read_info(directory / LAYOUT.info)
@@ -263,9 +244,30 @@ def _read_info(path: Path) -> ExpertInfo:
                 f"{path}: format version {content.get('format_version')!r} is unknown; this "
                 f"phatgoose reads version {FORMAT_VERSION}."
             )
-        return ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
+        info = ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ExpertError(f"{path} is not a valid description of an expert: {error}.") from error
+    for key, (value, kind) in _typed_fields(info).items():
+        if not isinstance(value, kind):
+            raise ExpertError(f"{path}: {key} is {value!r}, which is of the wrong type.")
+    return info
+
+
+def _typed_fields(info: ExpertInfo) -> dict[str, tuple[object, Any]]:
+    """Every field of a description with the types it may have."""
+    optional = (str, NoneType)
+    return {
+        "name": (info.name, str),
+        "base.id": (info.base.id, str),
+        "base.revision": (info.base.revision, optional),
+        "base.fingerprint": (info.base.fingerprint, optional),
+        "adapter_sha256": (info.adapter_sha256, str),
+        "vectors_sha256": (info.vectors_sha256, optional),
+        "embedder": (info.embedder, optional),
+        "task": (info.task, dict),
+        "hyperparameters": (info.hyperparameters, dict),
+        "metrics": (info.metrics, dict),
+    }
 
 
 def _problems(expert: Expert) -> Iterator[str]:

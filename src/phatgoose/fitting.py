@@ -292,6 +292,22 @@ class _PartTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         loss = total / count
         return (loss, {"logits": logits}) if return_outputs else loss
 
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss over all target tokens, whatever the batches."""
+        self.model.eval()
+        total = tokens = 0.0
+        with torch.no_grad():
+            for batch in self.get_eval_dataloader(eval_dataset):
+                inputs = self._prepare_inputs(batch)
+                total += float(self.compute_loss(self.model, inputs, num_items_in_batch=1))
+                tokens += float(inputs["labels"].ne(IGNORED).sum())
+        metrics = {f"{metric_key_prefix}_loss": total / tokens}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

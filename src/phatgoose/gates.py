@@ -141,19 +141,22 @@ def train_gates(
     identity = {
         "base": base.fingerprint,
         "adapter": sha256_of(adapter / ADAPTER_WEIGHTS),
-        "task": task.source,
+        "task": task.digest,
         "settings": [asdict(training), asdict(gate_training), asdict(formatting)],
     }
+    # What can't be trained is refused here, before anything is written.
+    task, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
+    _check_fit(read_lora(adapter), find_sites(base.model))
     work = open_work(out, identity, resume=resume, restart=restart)
     expert = add_gates(
         base,
         adapter,
         task,
+        encoder,
         out=out,
         work=work,
         training=training,
         gate_training=gate_training,
-        formatting=formatting,
         name=name,
     )
     shutil.rmtree(work)
@@ -172,25 +175,21 @@ def add_gates(
     base: Base,
     adapter: Path,
     task: Task,
+    encoder: Encoder,
     *,
     out: Path,
     work: Path,
     training: Training,
     gate_training: GateTraining,
-    formatting: Formatting,
     name: str | None = None,
     record: Record | None = None,
 ) -> Expert:
     """The stage shared by `train_gates` and `train_expert`: gates, statistics, the directory.
 
-    Checkpoints go to `work`; those found there are continued from.
+    `task` has its validation split. Checkpoints go to `work`; those found there are continued from.
     """
     record = record or Record()
-    task = task.with_validation(training.seed)
     lora = read_lora(adapter)
-    encoder = Encoder(
-        base.tokenizer, is_encoder_decoder=base.is_encoder_decoder, formatting=formatting
-    )
     train = [encoder.pair(example.input, example.target) for example in task.train]
     collator = Collator(base.model, base.tokenizer.pad_token_id)
     sites = {name: site for name, site in find_sites(base.model).items() if name in lora}
@@ -219,7 +218,7 @@ def add_gates(
             **record.hyperparameters,
             **asdict(training),
             **asdict(gate_training),
-            **asdict(formatting),
+            **asdict(encoder.formatting),
         },
         metrics={
             **record.metrics,

@@ -16,6 +16,7 @@ from torch import Tensor
 from .bases import BaseReference
 from .errors import ExpertError, PoolError
 from .expert import LAYOUT, Expert, sha256_of
+from .work import write_text
 
 __all__ = ["MANIFEST_VERSION", "Pool", "SiteStack"]
 
@@ -66,7 +67,8 @@ class Pool:
     @classmethod
     def _of(cls, experts: Iterable[Expert]) -> Pool:
         pool = cls(tuple(experts))
-        first = pool.experts[0]
+        fingerprints = [e for e in pool.experts if e.info.base.fingerprint]
+        first = (fingerprints or pool.experts)[0]
         seen: dict[str, Path] = {}
         for expert in pool.experts:
             if expert.name in seen:
@@ -174,13 +176,7 @@ class Pool:
             "base": {"id": self.base.id, "fingerprint": self.base.fingerprint},
             "experts": records,
         }
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_name(f".{path.name}.unfinished")
-            unfinished.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-            os.replace(unfinished, path)
-        except OSError as error:
-            raise PoolError(f"{path} can't be written: {error.strerror}.") from error
+        write_text(path, json.dumps(content, indent=2) + "\n", PoolError)
 
 
 def _expert_directories(place: Path) -> Iterator[Path]:

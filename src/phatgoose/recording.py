@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .sites import Site
+from .sites import Site, Stream
 
 __all__ = ["Recording", "Watcher"]
 
@@ -27,6 +27,7 @@ class Recording:
     experts: tuple[str, ...]
     weights: dict[str, list[Tensor]] = field(default_factory=dict)
     real: dict[str, list[Tensor]] = field(default_factory=dict)
+    streams: dict[str, Stream] = field(default_factory=dict)
 
     def add(
         self, site: Site, experts: Tensor, weights: Tensor, real: Tensor | None, grid: Sequence[int]
@@ -35,6 +36,7 @@ class Recording:
         dense = torch.zeros(len(experts), len(self.experts))
         dense.scatter_add_(1, experts.cpu(), weights.detach().float().cpu())
         mask = torch.ones(tuple(grid), dtype=torch.bool) if real is None else real.cpu()
+        self.streams[site.name] = site.stream
         self.weights.setdefault(site.name, []).append(dense.view(*grid, -1))
         self.real.setdefault(site.name, []).append(mask)
 
@@ -49,11 +51,14 @@ class Recording:
     def by_token(self, row: int = 0) -> Tensor:
         """Mean weight of each expert over all sites, [tokens, E], for one row of the batch.
 
-        Sites must have seen the same tokens; in an encoder-decoder model those of the stream that
-        most sites see are used.
+        In an encoder-decoder model the sites of one stream are used: of the encoder or the decoder,
+        whichever has more.
         """
-        streams: dict[int, list[Tensor]] = {}
-        for passes in self.weights.values():
-            tokens = torch.cat([part[row] for part in passes])
-            streams.setdefault(len(tokens), []).append(tokens)
-        return torch.stack(max(streams.values(), key=len)).mean(dim=0)
+        seen = list(self.streams.values())
+        stream = "encoder" if seen.count("encoder") > seen.count("decoder") else "decoder"
+        rows = [
+            torch.cat([part[row] for part in passes])
+            for site, passes in self.weights.items()
+            if self.streams[site] == stream
+        ]
+        return torch.stack(rows).mean(dim=0)

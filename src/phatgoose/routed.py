@@ -22,11 +22,9 @@ from .kernels import choose_kernel
 from .pool import Pool, SiteStack
 from .recording import Recording, Watcher
 from .routers import make_router, router_vectors, warn_of_untrained
-from .sites import Site, TokenMasks, find_sites, replace_module
+from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
 
 __all__ = ["Composition", "RoutedLinear", "compose", "composition_of", "detach", "record"]
-
-ATTRIBUTE = "phatgoose"
 
 
 class RoutedLinear(nn.Module):
@@ -171,7 +169,7 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
         layer.masks = parts.masks
         replace_module(model, name, layer)
     parts.masks.attach(model)
-    setattr(model, ATTRIBUTE, parts)
+    setattr(model, ROUTED, parts)
     return model
 
 
@@ -184,13 +182,13 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     parts.masks.detach()
     for name, layer in parts.layers.items():
         replace_module(model, name, layer.base)
-    delattr(model, ATTRIBUTE)
+    delattr(model, ROUTED)
     return model
 
 
 def composition_of(model: PreTrainedModel) -> Composition:
     """What `model` was composed of. Raises RoutingError when it is not routed."""
-    parts = getattr(model, ATTRIBUTE, None)
+    parts = getattr(model, ROUTED, None)
     if not isinstance(parts, Composition):
         raise RoutingError("This model is not routed; make one with compose(pool).")
     return parts
@@ -234,7 +232,7 @@ def resolve_base(
     elif isinstance(base, str | Path):
         base = load_base(base)
     model = base.model if isinstance(base, Base) else base
-    if hasattr(model, ATTRIBUTE):
+    if hasattr(model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if isinstance(base, Base):
         return ResolvedBase(model, base.tokenizer, base.reference)

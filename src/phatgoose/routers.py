@@ -30,8 +30,10 @@ __all__ = [
     "standardise",
 ]
 
-# Below this standard deviation a vector has no direction worth the name: float32 noise around zero.
-UNTRAINED_STD = 1e-8
+# A vector that differs from a constant by less than this share of its largest entry (or whose
+# largest entry is below SMALLEST) has no direction worth the name: it is float32 noise.
+ROUNDING = 1e-6
+SMALLEST = 1e-8
 
 
 @dataclass(frozen=True)
@@ -53,12 +55,11 @@ def standardise(vectors: Tensor) -> Tensor:
     trained gates. A constant row (a gate never trained) would explode here, so it becomes 0 and
     scores 0 everywhere.
     """
-    deviation = vectors.std(dim=-1, unbiased=False, keepdim=True)
-    centred = vectors - vectors.mean(dim=-1, keepdim=True)
-    constant = deviation <= UNTRAINED_STD
-    return torch.where(
-        constant, torch.zeros_like(vectors), centred / deviation.clamp(min=UNTRAINED_STD)
-    )
+    exact = vectors.double()
+    deviation = exact.std(dim=-1, unbiased=False, keepdim=True)
+    noise = ROUNDING * exact.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST)
+    centred = exact - exact.mean(dim=-1, keepdim=True)
+    return (centred / deviation.clamp(min=noise)).where(deviation > noise, 0.0).float()
 
 
 class ScoredRouter(nn.Module):

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .errors import ConfigError
+from .errors import ConfigError, RoutingError
 
-__all__ = ["Site", "TokenMasks", "find_sites", "replace_module", "watch_inputs"]
+__all__ = ["ROUTED", "Site", "Stream", "TokenMasks", "find_sites", "replace_module", "watch_inputs"]
 
+ROUTED = "phatgoose"  # the attribute by which a routed model is known; see routed.Composition
 Stream = Literal["encoder", "decoder"]
 
 CROSS_ATTENTION = re.compile(
@@ -47,8 +48,11 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
     """All sites of `model` by name, in the model's order.
 
     `pattern` keeps only the sites whose name it matches (regular expression, `re.search`); None
-    keeps all. Raises ConfigError when the pattern isn't one or matches nothing.
+    keeps all. Raises ConfigError when the pattern isn't one or matches nothing, RoutingError when
+    the model is routed and its sites are taken.
     """
+    if hasattr(model, ROUTED):
+        raise RoutingError("This model is routed already; detach it first.")
     try:
         wanted = re.compile(pattern or "")
     except re.error as error:
@@ -133,8 +137,9 @@ class TokenMasks:
         def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = signature.bind_partial(*args, **kwargs).arguments
             self._masks[stream] = _present_columns(given)
-            if stream == "decoder" and given.get("encoder_attention_mask") is not None:
-                self._masks["encoder"] = given["encoder_attention_mask"].bool()
+            if stream == "decoder":
+                encoder_mask = given.get("encoder_attention_mask")
+                self._masks["encoder"] = None if encoder_mask is None else encoder_mask.bool()
 
         self._handles.append(stack.register_forward_pre_hook(remember, with_kwargs=True))
 

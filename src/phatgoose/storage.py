@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,7 +15,7 @@ from transformers import PreTrainedModel
 from .adapters import read_tensors
 from .bases import Base, BaseReference, load_base
 from .config import Routing
-from .errors import RoutingError
+from .errors import ExpertError, RoutingError
 from .expert import sha256_of
 from .pool import SiteStack
 from .routed import (
@@ -31,6 +28,7 @@ from .routed import (
 )
 from .routers import ScoredRouter, make_router
 from .sites import TokenMasks, find_sites
+from .work import new_directory
 
 __all__ = ["ROUTED_INFO", "load", "save"]
 
@@ -49,12 +47,7 @@ def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = Fal
     target = Path(directory)
     if target.exists() and not overwrite:
         raise RoutingError(f"{target} exists already; choose another place or allow overwriting.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except OSError as error:
-        raise RoutingError(f"{target} can't be written: {error.strerror}.") from error
-    try:
+    with new_directory(target, RoutingError) as work:
         save_file(_tensors(parts), work / ROUTED_WEIGHTS)
         info = {
             "format_version": FORMAT_VERSION,
@@ -64,12 +57,6 @@ def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = Fal
             "weights_sha256": sha256_of(work / ROUTED_WEIGHTS),
         }
         (work / ROUTED_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-        os.chmod(work, 0o755)
-        if target.exists():
-            shutil.rmtree(target)
-        os.rename(work, target)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def load(
@@ -85,9 +72,7 @@ def load(
     """
     directory = Path(directory)
     info = _read_info(directory / ROUTED_INFO)
-    if sha256_of(directory / ROUTED_WEIGHTS) != info["weights_sha256"]:
-        raise RoutingError(f"{directory / ROUTED_WEIGHTS} was changed after it was written.")
-    tensors = read_tensors(directory / ROUTED_WEIGHTS)
+    tensors = _read_weights(directory / ROUTED_WEIGHTS, info["weights_sha256"])
     wanted, routing = BaseReference(**info["base"]), Routing(**info["routing"])
     if base is None:
         base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
@@ -121,6 +106,15 @@ def _tensors(parts: Composition) -> dict[str, Tensor]:
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
+def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+    try:
+        if sha256_of(path) != sha256:
+            raise RoutingError(f"{path} was changed after it was written.")
+        return read_tensors(path)
+    except ExpertError as error:
+        raise RoutingError(str(error)) from error
+
+
 def _stack_of(
     name: str, tensors: dict[str, Tensor], weight: Tensor
 ) -> tuple[SiteStack, Tensor | None]:
@@ -134,6 +128,7 @@ def _read_info(path: Path) -> dict[str, Any]:
     try:
         info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version = info["format_version"]
+        missing = {"base", "routing", "experts", "weights_sha256"} - info.keys()
     except OSError as error:
         raise RoutingError(
             f"{path.parent} holds no routed model: {path.name} can't be read."
@@ -142,6 +137,8 @@ def _read_info(path: Path) -> dict[str, Any]:
         raise RoutingError(
             f"{path} is not a valid description of a routed model: {error}."
         ) from error
+    if missing:
+        raise RoutingError(f"{path} lacks {', '.join(sorted(missing))}.")
     if version != FORMAT_VERSION:
         raise RoutingError(
             f"{path}: format version {version!r} is unknown, wanted {FORMAT_VERSION}."

@@ -7,10 +7,11 @@ as they are or rendered by a template in promptsource's notation (`input ||| tar
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,15 @@ SPLITS = ("train", "validation", "test")
 SEPARATOR = "|||"
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
+# What an expression in a user's template may raise.
+TEMPLATE_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,14 @@ class Task:
     source: str = "memory"
     validation_origin: str = "given"
 
+    @property
+    def digest(self) -> str:
+        """A hash of all examples: the same for the same data, wherever they came from."""
+        splits = [
+            [asdict(row) for row in part] for part in (self.train, self.validation, self.test)
+        ]
+        return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
+
     def with_validation(self, seed: int = 0) -> Task:
         """The task with a validation split: its own, or a tenth of `train` (500 at most) set apart.
 
@@ -79,8 +97,10 @@ class Task:
         """The examples to score on: test, else validation, else train.
 
         `limit` draws so many of them (the same ones for a given `seed`, in file order); None keeps
-        all. Raises TaskError when the task is empty.
+        all. Raises TaskError when the task is empty or `limit` is below 1.
         """
+        if limit is not None and limit < 1:
+            raise TaskError(f"limit is {limit}, but must be at least 1.")
         examples = self.test or self.validation or self.train
         if not examples:
             raise TaskError(f"Task {self.name!r} has no examples.")
@@ -152,7 +172,7 @@ def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows
 
 def _read_jsonl(path: Path) -> Rows:
     try:
-        with path.open(encoding="utf-8") as lines:  # str.splitlines would split at U+2028 too
+        with path.open(encoding="utf-8-sig") as lines:  # str.splitlines would split at U+2028 too
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"{path}, line {number}"
@@ -173,7 +193,7 @@ def _parse(line: str, where: str) -> Mapping[str, Any]:
 
 def _read_csv(path: Path) -> Rows:
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             for row in (reader := csv.DictReader(file)):
                 yield f"{path}, line {reader.line_num}", row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
@@ -232,7 +252,7 @@ class _Renderer:
             for key, part in zip(("input", "target"), self._parts, strict=False):
                 fields = {**row, "answer_choices": rendered.get("choices")}
                 rendered[key] = part.render(fields).strip()
-        except (TemplateError, TypeError, LookupError) as error:
+        except TEMPLATE_FAILURES as error:
             raise TaskError(f"{where}: the template can't be filled: {error}.") from error
         return rendered
 

@@ -82,21 +82,24 @@ def train_expert(
     base = load_base(base) if isinstance(base, str) else base
     identity = {
         "base": base.fingerprint,
-        "task": task.source,
+        "task": task.digest,
         "settings": [asdict(lora), asdict(training), asdict(gate_training), asdict(formatting)],
     }
+    # What can't be trained is refused here, before anything is written.
+    task, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
+    find_sites(base.model, lora.sites)
     work = open_work(out, identity, resume=resume, restart=restart)
-    adapter = _train_lora(base, task, work, lora, training, formatting)
+    adapter = _train_lora(base, task, encoder, work, lora, training)
     report = json.loads((work / REPORT).read_text(encoding="utf-8"))
     expert = add_gates(
         base,
         adapter,
         task,
+        encoder,
         out=out,
         work=work,
         training=training,
         gate_training=gate_training,
-        formatting=formatting,
         name=name,
         record=Record(asdict(lora), report),
     )
@@ -105,21 +108,12 @@ def train_expert(
 
 
 def _train_lora(
-    base: Base,
-    task: Task,
-    work: Path,
-    lora: Lora,
-    training: Training,
-    formatting: Formatting,
+    base: Base, task: Task, encoder: Encoder, work: Path, lora: Lora, training: Training
 ) -> Path:
     """The folder of the trained PEFT adapter, made unless an earlier run finished it."""
     finished = work / "adapter"
     if finished.is_dir():
         return finished
-    task = task.with_validation(training.seed)
-    encoder = Encoder(
-        base.tokenizer, is_encoder_decoder=base.is_encoder_decoder, formatting=formatting
-    )
     collator = Collator(base.model, base.tokenizer.pad_token_id)
     pairs = [
         [encoder.pair(example.input, example.target) for example in split]

@@ -1,20 +1,23 @@
-"""Unfinished work: a folder beside the result, which knows what it belongs to.
+"""Writing so that what exists is complete: unfinished work and results renamed into place.
 
-Nothing in it is ever taken for a finished expert: its name starts with a dot, and results are
-renamed out of it when they are complete.
+Unfinished folders stand beside their result and have names that start with a dot, so nothing takes
+them for a finished one.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, ExpertError
+from .errors import ConfigError, ExpertError, PhatgooseError
 
-__all__ = ["open_work"]
+__all__ = ["new_directory", "open_work", "write_text"]
 
 IDENTITY = "run.json"
 
@@ -48,3 +51,53 @@ def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: 
     except OSError as error:
         raise ExpertError(f"{work} can't be written: {error.strerror}.") from error
     return work
+
+
+@contextmanager
+def new_directory(target: Path, error: type[PhatgooseError]) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
+
+    A `target` that exists is replaced, and kept if that fails. Raises `error` when something can't
+    be written.
+    """
+    work = old = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        yield work
+        _open_to_readers(work)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+            os.rename(target, old / target.name)
+        try:
+            os.rename(work, target)
+        except OSError:
+            if old is not None:
+                os.rename(old / target.name, target)
+            raise
+    except OSError as problem:
+        raise error(f"{target} can't be written: {problem.strerror or problem}.") from problem
+    finally:
+        for folder in (work, old):
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
+    """Write `content` to `path`, complete or not at all. Raises `error` when it can't be done."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(content, encoding="utf-8")
+        os.replace(unfinished, path)
+    except OSError as problem:
+        raise error(f"{path} can't be written: {problem.strerror or problem}.") from problem
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give a temporary folder and its files the modes that any new ones would have."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Formatting
 from ..encoding import Encoder
+from ..errors import TaskError
 from ..recording import Recording
 from ..routed import record as record_routing
 
@@ -47,7 +48,12 @@ def answer(
     *,
     record: bool = False,
 ) -> Answer:
-    """What `model` generates after `prompt`. Raises RoutingError to `record` an unrouted model."""
+    """What `model` generates after `prompt`.
+
+    Raises RoutingError to `record` a model that is not routed, TaskError for an empty prompt.
+    """
+    if not prompt:
+        raise TaskError("The prompt is empty.")
     sampling = sampling or Sampling()
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     encoder = Encoder(tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=formatting)

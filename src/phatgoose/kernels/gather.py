@@ -13,9 +13,9 @@ def gather(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
     The k chosen experts of a token are stacked to one LoRA of rank k r. Static shapes.
     """
     tokens, k = experts.shape
-    r = A.shape[1]
-    chosen_A = A[experts].reshape(tokens, k * r, -1)  # [T, k r, n]
-    chosen_B = B[experts].reshape(tokens, k * r, -1)  # [T, k r, d]
+    _, r, n = A.shape
+    chosen_A = A[experts].view(tokens, k * r, n)
+    chosen_B = B[experts].view(tokens, k * r, B.shape[2])
     inner = chosen_A @ u.unsqueeze(-1)  # [T, k r, 1]
     inner = inner.view(tokens, k, r) * weights.to(u.dtype).unsqueeze(-1)
     return (inner.view(tokens, 1, k * r) @ chosen_B).squeeze(1)

@@ -8,9 +8,9 @@ import sys
 import warnings
 from typing import Any
 
-import click
 import typer
 from rich.console import Console
+from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
@@ -23,8 +23,13 @@ HELP = """Many independently trained PEFT experts, routed per token and module i
 Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate.
 """
 
+INTERRUPTED = 130
+
 app = typer.Typer(
-    help=HELP, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    help=HELP,
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
 )
 experts.register(app)
 routed.register(app)
@@ -38,11 +43,13 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: bool = typer.Option(
         False, "--version", callback=_show_version, is_eager=True, help="Print the version."
     ),
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,14 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
         code = app(args=arguments, standalone_mode=False)
     except PhatgooseError as error:
         code = _complain(str(error))
-    except click.ClickException as error:
+    except TyperException as error:  # an unknown flag, a missing argument, a wrong type
         code = _complain(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
-        print("\ninterrupted; training and gates go on with --resume", file=sys.stderr)  # noqa: T201
-        code = 130
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    if code == INTERRUPTED:
+        typer.echo("interrupted; training and gates go on with --resume", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 

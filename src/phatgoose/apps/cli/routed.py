@@ -110,9 +110,9 @@ def generate(
     dtype: DtypeOption = "auto",
     keep: KeepOption = None,
     leave_out: LeaveOutOption = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
-    temperature: Annotated[float, typer.Option(help="Temperature when sampling.")] = 1.0,
+    temperature: Annotated[float, typer.Option(min=1e-3, help="Temperature when sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed when sampling.")] = 0,
     show_experts: Annotated[
         bool, typer.Option("--show-experts", help="Colour each token by its top expert.")
@@ -151,7 +151,7 @@ def evaluate(
         typer.Option("--limit", min=1, help="Score so many examples a task, drawn by --seed."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
-    max_new_tokens: Annotated[int, typer.Option(help="For tasks without choices.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="For tasks without choices.")] = 64,
     json: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--json", help="Write scores and predictions here."),

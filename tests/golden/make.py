@@ -1,0 +1,76 @@
+"""Writes tests/golden/expert, the expert directory that every later version must still read.
+
+Run it only when the format version is raised, and keep the old directory beside the new one:
+    python tests/golden/make.py
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from phatgoose.bases import BaseReference
+from phatgoose.expert import Expert
+
+HERE = Path(__file__).parent
+SITES = {"model.layers.0.self_attn.q_proj": (4, 3), "model.layers.0.mlp.down_proj": (6, 4)}
+RANK = 2
+
+
+def ramp(*shape: int, start: float) -> torch.Tensor:
+    """start, start + 0.25, start + 0.5, … in the given shape: exact in every float type here."""
+    count = torch.Size(shape).numel()
+    return (torch.arange(count, dtype=torch.float32) * 0.25 + start).reshape(shape)
+
+
+def write_adapter(folder: Path) -> None:
+    """A PEFT LoRA adapter, as PEFT 0.18 and later write it, with a pattern for rank and alpha."""
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "example/base",
+        "r": RANK,
+        "lora_alpha": 3,
+        "alpha_pattern": {"mlp.down_proj": 8},
+        "use_rslora": False,
+        "target_modules": ["q_proj", "down_proj"],
+        "bias": "none",
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {}
+    for place, (site, (n, d)) in enumerate(SITES.items()):
+        prefix = f"base_model.model.{site}"
+        tensors[f"{prefix}.lora_A.weight"] = ramp(RANK, n, start=place - 1.0)
+        tensors[f"{prefix}.lora_B.weight"] = ramp(d, RANK, start=place + 0.5)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def main() -> None:
+    """Write the directory anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_adapter(Path(folder))
+        expert = Expert.from_peft(
+            folder,
+            {
+                site: ramp(n, start=2.0 * place)
+                for place, (site, (n, _)) in enumerate(SITES.items())
+            },
+            means={site: ramp(n, start=-0.5) for site, (n, _) in SITES.items()},
+            embeddings=torch.tensor([[0.6, 0.8], [1.0, 0.0]]),
+            embedder="example/embedder",
+            name="golden",
+            base=BaseReference("example/base", "main", "sha256:0123"),
+            task={"name": "golden", "source": "golden.jsonl", "train_examples": 2},
+            hyperparameters={"rank": RANK, "learning_rate": 0.005},
+            metrics={"expert_validation_loss": 0.125},
+        )
+        expert.save(HERE / "expert", overwrite=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""PEFT adapters: read as PEFT itself would, or refused with the reason."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+
+from conftest import make_adapter
+from phatgoose.adapters import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    UNSUPPORTED,
+    read_adapter_config,
+    read_lora,
+    read_tensors,
+)
+from phatgoose.bases import load_base
+from phatgoose.errors import ExpertError
+
+SITE = "base_model.model.model.layers.0.self_attn.q_proj"
+
+PLAIN = [
+    {},
+    {"use_rslora": True},
+    {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 6}},
+    {"alpha_pattern": {"q_proj": 3, "layers.0.self_attn.v_proj": 5}},
+    {
+        "use_rslora": True,
+        "rank_pattern": {"mlp.down_proj": 1},
+        "alpha_pattern": {"down_proj": 7, r"layers.\d.self_attn.k_proj": 9},
+    },
+    {"target_modules": ["q_proj", "down_proj"]},
+    {"target_modules": r".*layers\.1\..*_proj"},
+    {"target_modules": "all-linear"},
+    {"init_lora_weights": "gaussian"},
+    {"lora_dropout": 0.5},
+]
+
+REFUSED = [
+    ("use_dora", True, "DoRA rescales the base weight"),
+    ("modules_to_save", ["lm_head"], "it replaces whole modules"),
+    ("trainable_token_indices", [1, 2], "changes token embeddings"),
+    ("layer_replication", [[0, 1]], "changes the base's layers"),
+    ("target_parameters", ["x"], "no linear layers"),
+    ("lora_bias", True, "B factors carry biases"),
+    ("bias", "all", "bias='all'"),
+    ("bias", "lora_only", "bias='lora_only'"),
+    ("init_lora_weights", "pissa", "initialised by pissa"),
+    ("init_lora_weights", "pissa_niter_4", "initialised by pissa_niter_4"),
+    ("init_lora_weights", "OLoRA", "initialised by OLoRA"),
+    ("peft_type", "IA3", "type IA3; wanted LORA"),
+    ("peft_type", None, "type None; wanted LORA"),
+]
+
+
+@pytest.fixture(scope="module")
+def original(base_folders, tmp_path_factory) -> Path:
+    base = load_base(base_folders["llama"], dtype="float32")
+    return make_adapter(base, tmp_path_factory.mktemp("adapters") / "plain")
+
+
+@pytest.fixture
+def adapter(original, tmp_path) -> Path:
+    """A plain adapter of one's own to damage."""
+    return shutil.copytree(original, tmp_path / "my-adapter")
+
+
+def set_config(adapter: Path, **values: object) -> None:
+    path = adapter / ADAPTER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    change(tensors)
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)
+
+
+def complaint_about(adapter: Path) -> str:
+    with pytest.raises(ExpertError) as caught:
+        read_lora(adapter)
+    message = str(caught.value)
+    assert str(adapter) in message
+    assert "\n" not in message
+    return message
+
+
+def peft_layers(base: Any, adapter: Path) -> dict[str, LoraLayer]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = PeftModel.from_pretrained(base.model, adapter)
+    named = model.get_base_model().named_modules()
+    return {name: module for name, module in named if isinstance(module, LoraLayer)}
+
+
+@pytest.mark.parametrize("options", PLAIN, ids=str)
+def test_factors_and_scales_are_pefts_own(llama, tmp_path, options):
+    adapter = make_adapter(llama, tmp_path / "adapter", **options)
+    factors, layers = read_lora(adapter), peft_layers(llama, adapter)
+    assert set(factors) == set(layers)
+    for site, layer in layers.items():
+        assert factors[site].scale == pytest.approx(layer.scaling["default"]), site
+        assert torch.equal(factors[site].A, layer.lora_A["default"].weight), site
+        assert torch.equal(factors[site].B, layer.lora_B["default"].weight), site
+
+
+@pytest.mark.parametrize(("kind", "module"), [("gpt2", "c_attn"), ("t5", "wo")])
+def test_factors_and_scales_are_pefts_own_for_other_bases(base, module, tmp_path):
+    adapter = make_adapter(base, tmp_path / "adapter", rank_pattern={module: 2})
+    factors, layers = read_lora(adapter), peft_layers(base, adapter)
+    assert set(factors) == set(layers)
+    for site, layer in layers.items():
+        assert factors[site].scale == pytest.approx(layer.scaling["default"]), site
+
+
+def test_the_patterns_above_do_change_ranks_and_scales(llama, tmp_path):
+    adapter = make_adapter(
+        llama, tmp_path / "a", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 5}
+    )
+    factors = read_lora(adapter)
+    ranks = {lora.A.shape[0] for lora in factors.values()}
+    scales = {lora.scale for lora in factors.values()}
+    assert ranks == {2, 4}
+    assert scales == {2.0, 4.0, 1.25}
+
+
+@pytest.mark.parametrize(("key", "value", "reason"), REFUSED)
+def test_what_is_no_plain_lora_is_refused_with_the_reason(adapter, key, value, reason):
+    set_config(adapter, **{key: value})
+    assert reason in complaint_about(adapter)
+
+
+def test_a_real_dora_adapter_is_refused(llama, tmp_path):
+    adapter = make_adapter(llama, tmp_path / "dora", use_dora=True)
+    assert "use_dora" in complaint_about(adapter)
+
+
+def test_every_lora_variant_that_peft_knows_is_refused_or_known_to_be_plain():
+    plain_at_inference = {"velora_config", "monteclora_config"}  # they change the training only
+    for field in dataclasses.fields(LoraConfig):
+        if field.metadata.get("is_lora_variant"):
+            assert field.name in {*UNSUPPORTED, *plain_at_inference}, (
+                f"PEFT's {field.name} selects another forward pass; name it in UNSUPPORTED"
+            )
+
+
+def test_a_folder_without_a_config_is_no_adapter(tmp_path):
+    message = complaint_about(tmp_path)
+    assert "no PEFT adapter" in message
+    assert ADAPTER_CONFIG in message
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "null", '"LORA"'])
+def test_a_broken_config_is_refused(adapter, text):
+    (adapter / ADAPTER_CONFIG).write_text(text)
+    complaint_about(adapter)
+
+
+def test_pickled_weights_are_refused_unread(adapter):
+    (adapter / ADAPTER_WEIGHTS).unlink()
+    (adapter / "adapter_model.bin").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    assert "never read" in complaint_about(adapter)
+
+
+def test_missing_weights_are_refused(adapter):
+    (adapter / ADAPTER_WEIGHTS).unlink()
+    assert "does not exist" in complaint_about(adapter)
+
+
+@pytest.mark.parametrize("extra", ["lm_head.weight", "model.embed_tokens.lora_embedding_A"])
+def test_a_tensor_that_is_left_over_is_refused_by_name(adapter, extra):
+    name = f"base_model.model.{extra}"
+    change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(2, 2)}))
+    assert repr(name) in complaint_about(adapter)
+
+
+def test_a_tensor_with_a_foreign_prefix_is_refused(adapter):
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(4, 32)}))
+    assert repr(name) in complaint_about(adapter)
+
+
+@pytest.mark.parametrize("side", "AB")
+def test_a_factor_without_its_partner_is_refused_with_the_site(adapter, side):
+    change_tensors(adapter, lambda tensors: tensors.pop(f"{SITE}.lora_{side}.weight"))
+    message = complaint_about(adapter)
+    assert "site model.layers.0.self_attn.q_proj" in message
+    assert "None" in message
+
+
+@pytest.mark.parametrize("shape", [(5, 32), (4,), (4, 32, 1)])
+def test_factors_that_do_not_fit_each_other_are_refused_with_both_shapes(adapter, shape):
+    name = f"{SITE}.lora_A.weight"
+    change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(shape)}))
+    message = complaint_about(adapter)
+    assert f"got {shape} and (32, 4)" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_refused_with_the_tensor(adapter, value):
+    name = f"{SITE}.lora_B.weight"
+    change_tensors(adapter, lambda tensors: tensors[name].view(-1)[7].fill_(value))
+    message = complaint_about(adapter)
+    assert name in message
+    assert "not finite" in message
+
+
+@pytest.mark.parametrize("length", [0, 5, 500, -1])
+def test_truncated_weights_are_refused(adapter, length):
+    weights = adapter / ADAPTER_WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:length])
+    assert "damaged or truncated" in complaint_about(adapter)
+
+
+def test_weights_without_any_factor_are_refused(adapter):
+    change_tensors(adapter, lambda tensors: tensors.clear())
+    assert "no LoRA factors" in complaint_about(adapter)
+
+
+def test_reading_changes_no_file(adapter):
+    before = {path: path.read_bytes() for path in adapter.iterdir()}
+    read_adapter_config(adapter)
+    read_tensors(adapter / ADAPTER_WEIGHTS)
+    read_lora(adapter)
+    assert {path: path.read_bytes() for path in adapter.iterdir()} == before

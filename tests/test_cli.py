@@ -1,0 +1,595 @@
+"""The command line: the whole story on a tiny base, and one line for whatever can be wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+import phatgoose
+from conftest import make_adapter, make_model, make_tokenizer
+from phatgoose.apps.cli import app, main
+from phatgoose.bases import load_base
+from phatgoose.config import Formatting, GateTraining, Lora, Routing, Training, settings_of
+from phatgoose.expert import LAYOUT, Expert, sha256_of
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+GATE_FLAGS = ["--batch-size", "4", "--gate-steps", "2", "--statistics-examples", "4"]
+FLAGS = [*GATE_FLAGS, "--steps", "2", "--rank", "2", "--eval-every", "1", "--dtype", "float32"]
+SITE = "model.layers.0.self_attn.q_proj"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
+    """The command run in this process, with Python's usual warning filters."""
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        for kind in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
+            warnings.simplefilter("ignore", kind)
+        with pytest.raises(SystemExit) as caught:
+            main([str(argument) for argument in arguments])
+    streams = capsys.readouterr()
+    return Outcome(int(caught.value.code or 0), streams.out, streams.err)
+
+
+@pytest.fixture
+def phat(capsys) -> Callable[..., Outcome]:
+    return lambda *arguments: run(capsys, *arguments)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def review(number: int, **changes: Any) -> dict[str, Any]:
+    target = ("good", "bad")[number % 2]
+    row = {"input": f"Film {number} is", "target": target, "choices": ["good", "bad"]}
+    return {**row, **changes}
+
+
+def open_row(number: int) -> dict[str, Any]:
+    return {"input": f"Count {number}:", "target": str(number)}
+
+
+@pytest.fixture(scope="module")
+def workshop(base_folders, tmp_path_factory) -> Path:
+    """A folder with two trained experts, what they were trained on, and a pool of damaged ones."""
+    folder = tmp_path_factory.mktemp("workshop")
+    write_rows(folder / "reviews.jsonl", [review(i) for i in range(8)])
+    write_rows(folder / "counting.jsonl", [open_row(i) for i in range(8)])
+    write_rows(folder / "unseen.jsonl", [review(i) for i in range(20, 26)])
+    shutil.copytree(base_folders["llama"], folder / "tiny-base")
+    make_model("llama", seed=1).save_pretrained(folder / "other-base")
+    make_tokenizer(final_eos=False).save_pretrained(folder / "other-base")
+    tasks = [str(folder / name) for name in ("reviews.jsonl", "counting.jsonl")]
+    arguments = ["--base", str(folder / "tiny-base"), "--out", str(folder / "experts"), *FLAGS]
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:
+        main(["train", *tasks, *arguments])
+    assert caught.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def here(workshop, tmp_path, monkeypatch) -> Path:
+    """A copy of the workshop, as the current folder."""
+    folder = shutil.copytree(workshop, tmp_path / "here")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def change_vectors(expert: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    vectors = load_file(expert / LAYOUT.vectors)
+    change(vectors)
+    save_file(vectors, expert / LAYOUT.vectors)
+    info = json.loads((expert / LAYOUT.info).read_text())
+    info["vectors_sha256"] = sha256_of(expert / LAYOUT.vectors)
+    (expert / LAYOUT.info).write_text(json.dumps(info))
+
+
+def damage(folder: Path) -> None:
+    """Everything that is wrong with the inputs below, beside the good ones."""
+    (folder / "empty.jsonl").touch()
+    (folder / "broken.jsonl").write_text(json.dumps(review(0)) + "\n{not json\n")
+    write_rows(folder / "no-target.jsonl", [review(0), {"input": "x", "label": "y"}])
+    write_rows(folder / "no-input.jsonl", [{"target": "y"}])
+    write_rows(folder / "odd-target.jsonl", [review(0), review(1, target="so so")])
+    write_rows(folder / "single.jsonl", [review(0)])
+    write_rows(folder / "mixed.jsonl", [review(0), open_row(1)])
+    (folder / "bad.toml").write_text("[training]\nlerning_rate = 1.0\n")
+    (folder / "worse.toml").write_text("[training\n")
+    (folder / "file").write_text("in the way")
+    (folder / "none").mkdir()
+    reviews = folder / "experts" / "reviews"
+    for name in ("cut", "nan", "gate", "changed", "foreign"):
+        shutil.copytree(reviews, folder / "damaged" / name)
+    shutil.copytree(reviews, folder / "twins" / "one")
+    shutil.copytree(reviews, folder / "twins" / "two")
+    weights = folder / "damaged" / "cut" / LAYOUT.adapter_weights
+    weights.write_bytes(weights.read_bytes()[:-50])
+    change_vectors(folder / "damaged" / "nan", lambda v: v[f"gate.{SITE}"].fill_(float("nan")))
+    gate = {f"gate.{SITE}": torch.zeros(7)}
+    change_vectors(folder / "damaged" / "gate", lambda v: v.update(gate))
+    shutil.copy(
+        folder / "experts" / "counting" / LAYOUT.adapter_weights, folder / "damaged" / "changed"
+    )
+    info = folder / "damaged" / "foreign" / LAYOUT.info
+    info.write_text(json.dumps({**json.loads(info.read_text()), "format_version": 99}))
+    bare = Expert.from_peft(reviews, {}, name="bare", base=Expert.load(reviews).info.base)
+    bare.save(folder / "bare")
+
+
+@pytest.fixture(scope="module")
+def damaged_workshop(workshop, tmp_path_factory) -> Path:
+    folder = shutil.copytree(workshop, tmp_path_factory.mktemp("damaged") / "here")
+    damage(folder)
+    return folder
+
+
+def snapshot(folder: Path) -> dict[str, int]:
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+TRAIN = ["--base", "tiny-base", "--out", "new", *FLAGS]
+BASE = ["--base", "tiny-base", "--dtype", "float32"]
+
+BAD_INPUTS = {
+    # data
+    "train on a missing file": (["train", "nowhere.jsonl", *TRAIN], "nowhere.jsonl does not exist"),
+    "train on an empty file": (["train", "empty.jsonl", *TRAIN], "empty.jsonl has no examples"),
+    "train on a broken line": (["train", "broken.jsonl", *TRAIN], "broken.jsonl, line 2"),
+    "train without target": (["train", "no-target.jsonl", *TRAIN], "line 2: target is missing"),
+    "train without input": (["train", "no-input.jsonl", *TRAIN], "line 1: input is missing"),
+    "train on an odd target": (["train", "odd-target.jsonl", *TRAIN], "line 2: target 'so so'"),
+    "train on one example": (["train", "single.jsonl", *TRAIN], "at least two"),
+    "train on nothing": (["train", *TRAIN], "No task was given"),
+    "train on one task twice": (
+        ["train", "reviews.jsonl", "reviews.jsonl", *TRAIN],
+        "Two tasks are named 'reviews'",
+    ),
+    "train on a good and a bad task": (
+        ["train", "reviews.jsonl", "broken.jsonl", *TRAIN],
+        "broken.jsonl, line 2",
+    ),
+    "evaluate on a missing file": (
+        ["evaluate", "experts", "--task", "nowhere.jsonl", *BASE],
+        "nowhere.jsonl does not exist",
+    ),
+    "evaluate on an empty file": (
+        ["evaluate", "experts", "--task", "empty.jsonl", *BASE],
+        "has no examples",
+    ),
+    "evaluate on a broken line": (
+        ["evaluate", "experts", "--task", "broken.jsonl", *BASE],
+        "line 2",
+    ),
+    "evaluate with an odd target": (
+        ["evaluate", "experts", "--task", "odd-target.jsonl", *BASE],
+        "not among the choices",
+    ),
+    "evaluate on mixed examples": (
+        ["evaluate", "experts", "--task", "mixed.jsonl", *BASE],
+        "with and without choices",
+    ),
+    "gate on a missing file": (
+        ["gate", "experts/reviews", "--task", "nowhere.jsonl", "--out", "new/x", *BASE],
+        "nowhere.jsonl does not exist",
+    ),
+    # settings
+    "unknown key in a recipe": (
+        ["train", "reviews.jsonl", "--recipe", "bad.toml", *TRAIN],
+        "unknown setting 'lerning_rate'",
+    ),
+    "unknown key in a recipe for compose": (
+        ["compose", "experts", "--recipe", "bad.toml", "--out", "new"],
+        "unknown setting 'lerning_rate'",
+    ),
+    "broken recipe": (["train", "--recipe", "worse.toml", *TRAIN], "not valid TOML"),
+    "missing recipe": (["train", "--recipe", "nowhere.toml", *TRAIN], "can't be read"),
+    "rank out of range": (["train", "reviews.jsonl", *TRAIN, "--rank", "0"], "rank is 0"),
+    "steps of a wrong type": (["train", "reviews.jsonl", *TRAIN, "--steps", "many"], "--steps"),
+    "sites that match nothing": (
+        ["train", "reviews.jsonl", *TRAIN, "--sites", "nothing"],
+        "matches 'nothing'",
+    ),
+    "sites that are no pattern": (
+        ["train", "reviews.jsonl", *TRAIN, "--sites", "("],
+        "not a regular expression",
+    ),
+    "chat without a template": (
+        ["train", "reviews.jsonl", *TRAIN, "--chat"],
+        "no chat template",
+    ),
+    "unknown router": (
+        ["compose", "experts", "--out", "new", "--router", "best", *BASE],
+        "router is 'best', but must be one of phatgoose",
+    ),
+    "unknown kernel": (
+        ["compose", "experts", "--out", "new", "--kernel", "fast", *BASE],
+        "kernel is 'fast'",
+    ),
+    "k below one": (["compose", "experts", "--out", "new", "--k", "0", *BASE], "k is 0"),
+    "unknown dtype": (["generate", "tiny-base", "hi", "--dtype", "int3"], "'int3'"),
+    "no tokens to generate": (
+        ["generate", "experts", "hi", "--max-new-tokens", "0", *BASE],
+        "max",
+    ),
+    "no temperature to sample with": (
+        ["generate", "experts", "hi", "--sample", "--temperature", "0", *BASE],
+        "temperature",
+    ),
+    "an empty prompt": (["generate", "experts", "", *BASE], "prompt"),
+    "no examples to evaluate": (
+        ["evaluate", "experts", "--task", "unseen.jsonl", "--limit", "0", *BASE],
+        "limit",
+    ),
+    "experts shown of an unrouted model": (
+        ["generate", "tiny-base", "hi", "--show-experts"],
+        "not routed",
+    ),
+    # experts, pools and bases
+    "missing base": (["train", "reviews.jsonl", *TRAIN, "--base", "./nowhere"], "'./nowhere'"),
+    "wrong base to compose": (
+        ["compose", "experts", "--out", "new", "--base", "other-base"],
+        "The experts were trained on",
+    ),
+    "wrong base to generate": (["generate", "experts", "hi", "--base", "other-base"], "trained on"),
+    "wrong base to evaluate": (
+        ["evaluate", "experts", "--task", "unseen.jsonl", "--base", "other-base"],
+        "The experts were trained on",
+    ),
+    "truncated adapter": (["check", "damaged/cut"], "damaged/cut/adapter_model.safetensors is dam"),
+    "truncated adapter in a pool": (["pool", "damaged/cut"], "damaged or truncated"),
+    "truncated adapter to compose": (
+        ["compose", "damaged/cut", "--out", "new", *BASE],
+        "damaged or truncated",
+    ),
+    "NaN in a gate": (["check", "damaged/nan"], f"gate.{SITE} holds a value that is not finite"),
+    "NaN in a pool": (["pool", "damaged/nan"], "not finite"),
+    "gate of a wrong size": (["check", "damaged/gate"], f"{SITE}: the gate has shape (7,)"),
+    "gate of a wrong size in a pool": (["pool", "damaged/gate"], "wanted (32,) and float32"),
+    "another adapter than the hash says": (["check", "damaged/changed"], "SHA-256"),
+    "unknown format version": (["check", "damaged/foreign"], "version 99 is unknown"),
+    "expert without gates": (
+        ["compose", "experts", "bare", "--out", "new", *BASE],
+        "Expert 'bare' has no gates; run 'phatgoose gate' on it",
+    ),
+    "two experts of one name": (["pool", "twins"], "Two experts are named 'reviews'"),
+    "two experts of one name to compose": (
+        ["compose", "experts", "twins/one", "--out", "new", *BASE],
+        "Two experts are named 'reviews'",
+    ),
+    "zero experts": (["pool", "none"], "No expert was found in none"),
+    "zero experts to compose": (["compose", "none", "--out", "new"], "No expert was found"),
+    "zero experts left": (
+        ["compose", "experts", "--out", "new", "--leave-out", "reviews", "--leave-out", "counting"],
+        "No expert is left",
+    ),
+    "missing pool": (["pool", "nowhere"], "nowhere does not exist"),
+    "unknown expert": (
+        ["generate", "experts", "hi", "--keep", "nobody"],
+        "no expert 'nobody'; it has counting, reviews",
+    ),
+    "missing model": (["generate", "./nowhere", "hi"], "'./nowhere'"),
+    "check of what is no expert": (["check", "none"], "none is no expert directory"),
+    "gate of what is no adapter": (
+        ["gate", "none", "--task", "reviews.jsonl", "--out", "new/x", *BASE],
+        "none is no PEFT adapter",
+    ),
+    # places
+    "train into a file": (
+        ["train", "reviews.jsonl", *TRAIN, "--out", "file/new"],
+        "can't be written",
+    ),
+    "train onto an expert": (
+        ["train", "reviews.jsonl", *TRAIN, "--out", "experts"],
+        "experts/reviews exists already",
+    ),
+    "gate into a file": (
+        ["gate", "bare", "--task", "reviews.jsonl", "--out", "file/x", *BASE, *GATE_FLAGS],
+        "can't be written",
+    ),
+    "compose into a file": (
+        ["compose", "experts", "--out", "file/new", *BASE],
+        "can't be written",
+    ),
+    "compose onto a folder": (["compose", "experts", "--out", "none"], "none exists already"),
+    "manifest into a file": (["pool", "experts", "--out", "file/pool.json"], "can't be written"),
+    "scores into a file": (
+        ["evaluate", "experts", "--task", "unseen.jsonl", "--json", "file/s.json", *BASE],
+        "can't be written",
+    ),
+    # the command line itself
+    "unknown command": (["trian"], "trian"),
+    "unknown flag": (["pool", "experts", "--colour", "red"], "--colour"),
+    "missing argument": (["compose", "experts"], "out"),
+    "surplus argument": (["generate", "experts", "hi", "there"], "there"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_told_in_one_line_and_writes_nothing(
+    case, damaged_workshop, phat, monkeypatch
+):
+    monkeypatch.chdir(damaged_workshop)
+    before = snapshot(damaged_workshop)
+    arguments, complaint = BAD_INPUTS[case]
+    outcome = phat(*arguments)
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
+    assert complaint in outcome.err
+    assert "Traceback" not in outcome.err + outcome.out
+    after = snapshot(damaged_workshop)
+    shutil.rmtree(damaged_workshop / "new", ignore_errors=True)  # the next case starts afresh
+    assert after.keys() == before.keys()
+
+
+def test_several_problems_are_told_in_a_line_each(damaged_workshop, phat):
+    damaged = damaged_workshop / "damaged"
+    outcome = phat("check", damaged / "cut", damaged_workshop / "experts/reviews", damaged / "gate")
+    assert outcome.code == 2
+    assert outcome.out.startswith("ok")
+    assert [line.split(":")[0] for line in outcome.err.splitlines()] == ["error", "error"]
+
+
+def test_train_makes_complete_experts_with_the_settings_given(workshop):
+    expert = Expert.load(workshop / "experts" / "reviews")
+    wanted = {"rank": 2, "steps": 2, "gate_steps": 2, "batch_size": 4, "alpha": 1.0}
+    assert wanted.items() <= dict(expert.info.hyperparameters).items()
+    assert {lora.A.shape[0] for lora in expert.lora.values()} == {2}
+    assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
+    names = sorted(path.name for path in (workshop / "experts").iterdir())
+    assert names == ["counting", "reviews"]
+
+
+def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, phat):
+    checked = phat("check", "experts/reviews", "experts/counting")
+    assert checked.code == 0
+    assert checked.out.count("14 sites, gates: yes, means: yes") == 2
+
+    pooled = phat("pool", "experts", "--out", "lists/pool.json")
+    assert pooled.code == 0
+    assert "2 experts" in pooled.out
+    assert (here / "lists" / "pool.json").is_file()
+
+    composed = phat("compose", "lists/pool.json", "--out", "routed", "--k", 1, *BASE)
+    assert composed.out == "2 experts at 14 sites, router phatgoose, k = 1 -> routed\n"
+
+    shutil.rmtree(here / "experts")  # a routed model needs them no longer
+    answered = phat("generate", "routed", "Film 3 is", "--max-new-tokens", 4, *BASE)
+    assert answered.code == 0
+    assert answered.out.strip()
+
+    scored = phat("evaluate", "routed", "--task", "unseen.jsonl", "--json", "out/s.json", *BASE)
+    assert scored.code == 0
+    scores = json.loads((here / "out" / "s.json").read_text())
+    (row,) = scores["tasks"]
+    assert (row["task"], row["n"]) == ("unseen", 6)
+    assert row["metric"] == "rank classification accuracy"
+    assert scores["mean"] == row["score"] == sum(p["correct"] for p in row["predictions"]) / 6
+    assert 0 <= row["low"] <= row["score"] <= row["high"] <= 1
+    assert f"{row['score']:.3f}" in scored.out
+    for outcome in (checked, pooled, composed, answered, scored):
+        assert outcome.err == ""
+
+
+@pytest.mark.parametrize("model", ["experts", "tiny-base", "experts/reviews"])
+def test_evaluate_takes_a_pool_or_a_base_or_one_expert(here, phat, model):
+    options = ["--k", 1] if model == "experts/reviews" else []
+    outcome = phat("evaluate", model, "--task", "counting.jsonl", "--limit", 3, *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "exact match" in outcome.out
+
+
+def test_generate_shows_the_experts_behind_the_tokens(here, phat):
+    outcome = phat("generate", "experts", "Film", "--show-experts", "--max-new-tokens", 3, *BASE)
+    assert outcome.code == 0
+    assert "reviews" in outcome.out or "counting" in outcome.out
+
+
+def test_sampling_with_one_seed_gives_one_answer(here, phat):
+    sample = ["generate", "experts", "Film", "--sample", "--max-new-tokens", 12, *BASE]
+    answers = [phat(*sample, "--seed", seed).out for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_experts_are_kept_and_left_out_by_name(here, phat):
+    outcome = phat("compose", "experts", "--out", "a", "--keep", "reviews", "--k", 1, *BASE)
+    assert outcome.out.startswith("1 experts")
+    outcome = phat("compose", "experts", "--out", "b", "--leave-out", "reviews", "--k", 1, *BASE)
+    assert outcome.out.startswith("1 experts")
+    kept = [json.loads((here / name / "routed.json").read_text())["experts"] for name in "ab"]
+    assert [row["name"] for rows in kept for row in rows] == ["reviews", "counting"]
+
+
+def test_a_k_above_the_pool_is_lowered_with_a_warning_of_one_line(here, phat):
+    outcome = phat("compose", "experts", "--out", "routed", "--k", 9, *BASE)
+    assert outcome.code == 0
+    assert re.fullmatch(r"warning: k is 9, but the pool has 2 experts[^\n]*\n", outcome.err)
+    assert phat("generate", "routed", "Film", "--max-new-tokens", 2, *BASE).code == 0
+
+
+def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
+    (here / "recipes").mkdir()
+    (here / "recipes" / "mine.toml").write_text(
+        'base = "tiny-base"\ntasks = ["../reviews.jsonl"]\n'
+        "[lora]\nrank = 3\nalpha = 6\n[training]\nsteps = 1\nbatch_size = 2\n"
+        "[gates]\ngate_steps = 1\nmeans = false\n"
+    )
+    options = ["--recipe", "recipes/mine.toml", "--out", "new", "--steps", 2, "--dtype", "float32"]
+    outcome = phat("train", *options)
+    assert outcome.code == 0, outcome.err
+    expert = Expert.load(here / "new" / "reviews")
+    assert expert.info.base.id == "tiny-base"
+    assert not expert.means
+    got = expert.info.hyperparameters
+    wanted = {"rank": 3, "alpha": 6.0, "steps": 2, "batch_size": 2, "gate_steps": 1}
+    assert {key: got[key] for key in wanted} == wanted
+
+
+def test_switches_on_the_command_line_win_over_a_recipe(here, phat):
+    (here / "r.toml").write_text("[gates]\nmeans = false\n")
+    options = ["--recipe", "r.toml", "--means", "--base", "tiny-base", "--out", "new", *FLAGS]
+    assert phat("train", "reviews.jsonl", *options).code == 0
+    assert Expert.load(here / "new" / "reviews").means
+
+
+def test_train_with_resume_keeps_what_is_finished(here, phat):
+    before = snapshot(here / "experts")
+    options = ["--base", "tiny-base", "--out", "experts", "--resume", *FLAGS]
+    assert phat("train", "reviews.jsonl", "counting.jsonl", *options).code == 0
+    assert snapshot(here / "experts") == before
+
+
+def test_a_run_that_was_refused_can_be_repeated_with_better_settings(here, phat):
+    refused = phat("train", "reviews.jsonl", *TRAIN, "--sites", "nothing")
+    assert refused.code == 2
+    repeated = phat("train", "reviews.jsonl", *TRAIN, "--sites", "q_proj")
+    assert repeated.code == 0, repeated.err
+    assert len(Expert.load(here / "new" / "reviews").lora) == 2
+
+
+def test_gate_turns_an_ordinary_adapter_into_an_expert(here, phat):
+    base = load_base("tiny-base", dtype="float32")
+    make_adapter(base, here / "adapter")
+    outcome = phat(
+        "gate", "adapter", "--task", "reviews.jsonl", "--out", "experts/mine", *BASE, *GATE_FLAGS
+    )
+    assert outcome.code == 0, outcome.err
+    assert "mine: gates at 14 sites -> experts/mine" in outcome.out
+    expert = Expert.load(here / "experts" / "mine")
+    assert expert.info.base.fingerprint == base.fingerprint
+    assert any(gate.any() for gate in expert.gates.values())
+
+
+def test_templates_serve_rows_of_any_fields(here, phat):
+    write_rows(here / "raw.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(6)])
+    outcome = phat(
+        "evaluate", "experts", "--task", "raw.jsonl", *BASE,
+        "--template", "{{ text }} is ||| {{ answer_choices[label] }}", "--choices", "good ||| bad",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "rank classification" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("command", "configs"),
+    [
+        ("train", (Lora, Training, GateTraining, Formatting)),
+        ("gate", (Training, GateTraining, Formatting)),
+        ("compose", (Routing,)),
+        ("generate", (Routing, Formatting)),
+        ("evaluate", (Routing, Formatting)),
+    ],
+)
+def test_every_setting_is_a_flag_with_its_help(command, configs):
+    parameters = {p.name: p for p in COMMANDS[command].params}
+    wanted = [setting for config in configs for setting in settings_of(config)]
+    assert "--recipe" in parameters["recipe"].opts
+    for setting in wanted:
+        parameter = parameters[setting.name]
+        assert f"--{setting.name.replace('_', '-')}" in parameter.opts
+        assert setting.help in parameter.help
+        if isinstance(setting.default, bool):
+            assert f"--no-{setting.name.replace('_', '-')}" in parameter.secondary_opts
+
+
+def test_every_command_and_option_has_a_help_text():
+    for name, command in COMMANDS.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_explains_itself(command, phat):
+    outcome = phat(command, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"phatgoose {command}" in outcome.out or f" {command} " in outcome.out
+
+
+def test_the_version_is_the_packages(phat):
+    assert phat("--version") == Outcome(0, f"phatgoose {phatgoose.__version__}\n", "")
+
+
+def test_no_command_at_all_shows_the_commands(phat):
+    outcome = phat()
+    assert "Traceback" not in outcome.err
+    assert all(name in outcome.out + outcome.err for name in COMMANDS)
+
+
+def test_an_interruption_is_told_in_one_line(phat, monkeypatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("phatgoose.pool.Pool.open", interrupt)
+    outcome = phat("pool", "anywhere")
+    assert outcome.code == 130
+    assert "interrupted" in outcome.err
+    assert "Traceback" not in outcome.err
+
+
+def process(*arguments: str, cwd: Path | None = None) -> Outcome:
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, timeout=60)
+    return Outcome(done.returncode, done.stdout, done.stderr)
+
+
+def test_the_module_runs_as_a_program():
+    version = process(sys.executable, "-m", "phatgoose", "--version")
+    assert version == Outcome(0, f"phatgoose {phatgoose.__version__}\n", "")
+
+
+def test_the_console_script_tells_an_error_in_one_line(tmp_path):
+    script = Path(sys.executable).parent / "phatgoose"
+    if not script.exists():
+        pytest.skip("the package is not installed with its console script")
+    (tmp_path / "none").mkdir()
+    outcome = process(str(script), "pool", "none", cwd=tmp_path)
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: No expert was found in none[^\n]*\n", outcome.err)
+    assert outcome.out == ""
+
+
+@pytest.mark.parametrize(
+    "code",
+    ["import phatgoose", "from phatgoose.apps.cli import main; main(['--help'])"],
+    ids=["import", "help"],
+)
+def test_nothing_heavy_is_loaded_before_it_is_needed(code):
+    heavy = ["torch", "transformers", "peft", "numpy", "datasets", "matplotlib", "scipy"]
+    report = f"print('loaded:', [name for name in {heavy} if name in sys.modules])"
+    lines = f"import sys\ntry:\n  {code}\nfinally:\n  {report}"
+    outcome = process(sys.executable, "-c", lines)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.splitlines()[-1] == "loaded: []"
+
+
+def test_help_comes_in_well_under_a_second_and_a_half():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert process(sys.executable, "-m", "phatgoose", "--help").code == 0
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 1.5

@@ -1,0 +1,234 @@
+"""Settings: the paper's defaults, checks, recipes, and what the command line reads off them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from phatgoose.config import (
+    RECIPE_TABLES,
+    Formatting,
+    GateTraining,
+    Lora,
+    Routing,
+    Training,
+    from_mapping,
+    read_recipe,
+    settings_of,
+)
+from phatgoose.errors import ConfigError
+
+CONFIGS = (Lora, Training, GateTraining, Formatting, Routing)
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+PAPER = [  # METHOD sections 3, 4 and 6; paper section 4.1 and the released code
+    (Lora, "rank", 16),
+    (Lora, "alpha", 1.0),
+    (Lora, "init_std", 0.01),
+    (Lora, "sites", None),
+    (Training, "steps", 1000),
+    (Training, "batch_size", 1024),
+    (Training, "learning_rate", 5e-3),
+    (Training, "warmup_ratio", 0.06),
+    (Training, "weight_decay", 0.0),
+    (Training, "max_grad_norm", 1.0),
+    (Training, "eval_every", 100),
+    (GateTraining, "gate_steps", 100),
+    (GateTraining, "gate_learning_rate", None),
+    (GateTraining, "statistics_examples", 1000),
+    (GateTraining, "means", True),
+    (GateTraining, "embedder", "sentence-transformers/all-MiniLM-L6-v2"),
+    (Formatting, "max_input_tokens", 512),
+    (Formatting, "chat", False),
+    (Routing, "router", "phatgoose"),
+    (Routing, "k", 2),
+    (Routing, "eps", 1e-5),
+]
+
+OUT_OF_RANGE = [
+    (Lora, "rank", 0),
+    (Lora, "alpha", 0.0),
+    (Lora, "init_std", -0.1),
+    (Training, "steps", 0),
+    (Training, "batch_size", -1),
+    (Training, "micro_batch_size", 0),
+    (Training, "eval_every", 0),
+    (Training, "eval_examples", 0),
+    (Training, "learning_rate", 0.0),
+    (Training, "learning_rate", float("nan")),
+    (Training, "warmup_ratio", 1.5),
+    (Training, "warmup_ratio", -0.1),
+    (Training, "weight_decay", -1.0),
+    (Training, "max_grad_norm", 0.0),
+    (GateTraining, "gate_steps", 0),
+    (GateTraining, "gate_learning_rate", 0.0),
+    (GateTraining, "statistics_examples", 0),
+    (Formatting, "max_input_tokens", 0),
+    (Formatting, "max_target_tokens", 0),
+    (Routing, "k", 0),
+    (Routing, "eps", 0.0),
+]
+
+WRONG_TYPE = [
+    (Training, "steps", "many", "a whole number"),
+    (Training, "steps", 2.5, "a whole number"),
+    (Training, "steps", True, "a whole number"),
+    (Training, "learning_rate", "fast", "a number"),
+    (Training, "learning_rate", True, "a number"),
+    (Lora, "sites", 3, "a text"),
+    (GateTraining, "means", 1, "true or false"),
+    (GateTraining, "gate_learning_rate", "slow", "a number"),
+]
+
+
+def write_recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("config", "name", "value"), PAPER)
+def test_defaults_are_the_papers(config, name, value):
+    assert getattr(config(), name) == value
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_settings_cannot_be_changed_afterwards(config):
+    first = dataclasses.fields(config)[0].name
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        setattr(config(), first, 1)
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_settings_of_covers_every_field_with_a_help_text(config):
+    settings = settings_of(config)
+    assert [setting.name for setting in settings] == [f.name for f in dataclasses.fields(config)]
+    for setting in settings:
+        assert len(setting.help) > 10, setting
+        assert setting.default == getattr(config(), setting.name)
+
+
+def test_no_two_config_classes_share_a_name_because_flags_would_collide():
+    names = [setting.name for config in CONFIGS for setting in settings_of(config)]
+    assert len(names) == len(set(names))
+
+
+def test_every_config_class_has_a_table_in_recipes():
+    assert set(RECIPE_TABLES.values()) == set(CONFIGS)
+
+
+@pytest.mark.parametrize(("config", "name", "value"), OUT_OF_RANGE)
+def test_values_out_of_range_are_refused_by_name(config, name, value):
+    with pytest.raises(ConfigError, match=rf"^{name} is .*, but must be"):
+        config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("config", "name"), [(Training, "learning_rate"), (Lora, "alpha"), (Routing, "eps")]
+)
+def test_infinities_are_refused(config, name):
+    with pytest.raises(ConfigError, match=name):
+        config(**{name: float("inf")})
+
+
+@pytest.mark.parametrize(("config", "name", "value", "wanted"), WRONG_TYPE)
+def test_values_of_a_wrong_type_are_refused_with_what_is_wanted(config, name, value, wanted):
+    with pytest.raises(ConfigError, match=rf"^here: {name} is .*must be {wanted}"):
+        from_mapping(config, {name: value}, "here")
+
+
+def test_unknown_settings_are_refused_with_their_name_and_the_known_ones():
+    with pytest.raises(ConfigError, match=r"^here: unknown setting 'lerning_rate'.*learning_rate"):
+        from_mapping(Training, {"lerning_rate": 1e-3}, "here")
+
+
+def test_a_mapping_fills_its_own_fields_only():
+    assert from_mapping(Training, {"steps": 7}, "here") == Training(steps=7)
+
+
+def test_whole_numbers_become_floats_where_a_float_is_wanted():
+    alpha = from_mapping(Lora, {"alpha": 16}, "here").alpha
+    assert isinstance(alpha, float)
+    assert alpha == 16.0
+
+
+def test_a_recipe_gives_base_tasks_and_tables(tmp_path):
+    recipe = read_recipe(
+        write_recipe(tmp_path, 'base = "b"\ntasks = ["t.jsonl"]\n[lora]\nrank = 3\n[routing]\nk=1')
+    )
+    assert recipe.base == "b"
+    assert recipe.tables == {"lora": {"rank": 3}, "routing": {"k": 1}}
+
+
+def test_task_paths_in_a_recipe_are_relative_to_it(tmp_path):
+    absolute = tmp_path / "elsewhere" / "d.jsonl"
+    path = write_recipe(
+        tmp_path, f'tasks = ["a.jsonl", "../b.csv", "hub:owner/c@main", "{absolute}"]'
+    )
+    assert read_recipe(path).tasks == (
+        str(tmp_path / "a.jsonl"),
+        str(tmp_path / "../b.csv"),
+        "hub:owner/c@main",
+        str(absolute),
+    )
+
+
+def test_an_empty_recipe_changes_nothing(tmp_path):
+    recipe = read_recipe(write_recipe(tmp_path, ""))
+    assert (recipe.base, recipe.tasks, recipe.tables) == (None, (), {})
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("base = ", "not valid TOML"),
+        ("bass = 'x'", "unknown key 'bass'"),
+        ("[training]\nstep = 3", r"\[training\]: unknown setting 'step'"),
+        ("[training]\nsteps = 'three'", "steps is 'three'"),
+        ("[lora]\nrank = 0", "rank is 0"),
+        ("lora = 3", "lora must be a table"),
+        ("base = 3", "base is 3"),
+        ("tasks = 'a.jsonl'", "tasks must be a list"),
+        ("tasks = [1]", "tasks must be a list"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_the_reason(tmp_path, text, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        read_recipe(write_recipe(tmp_path, text))
+
+
+def test_a_value_out_of_range_in_a_recipe_names_the_recipe(tmp_path):
+    path = write_recipe(tmp_path, "[lora]\nrank = 0")
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_recipe_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml can't be read"):
+        read_recipe(tmp_path / "nowhere.toml")
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        read_recipe(path)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+def test_the_recipes_that_come_with_the_project_are_valid(path):
+    recipe = read_recipe(path)
+    for table, values in recipe.tables.items():
+        from_mapping(RECIPE_TABLES[table], values, table)
+
+
+def test_the_papers_recipe_agrees_with_the_defaults():
+    tables = read_recipe(RECIPES / "paper.toml").tables
+    own = {("training", "micro_batch_size"), ("gates", "embeddings")}  # ours, not the paper's
+    for table, config in RECIPE_TABLES.items():
+        for name, value in tables.get(table, {}).items():
+            if (table, name) not in own:
+                assert getattr(config(), name) == value, f"[{table}] {name}"

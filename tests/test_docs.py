@@ -1,0 +1,201 @@
+"""The documents: examples run, links lead somewhere, and commands are ones that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import typer
+
+from phatgoose.apps.cli import app
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+FENCE = re.compile(
+    r"^(?P<runs><!-- runs -->\s*\n)?```(?P<kind>\w*)\n(?P<code>.*?)^```", re.M | re.S
+)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)")
+INLINE = re.compile(r"`(?P<code>phatgoose [^`]+)`")
+PLACEHOLDERS = {"…", "..."}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced piece of a document."""
+
+    kind: str
+    code: str
+    line: int
+    runs: bool
+
+
+def blocks_of(document: Path) -> list[Block]:
+    text = document.read_text(encoding="utf-8")
+    return [
+        Block(
+            found["kind"],
+            found["code"],
+            text.count("\n", 0, found.start("code")) + 1,
+            bool(found["runs"]),
+        )
+        for found in FENCE.finditer(text)
+    ]
+
+
+def prose_of(document: Path) -> str:
+    return FENCE.sub("", document.read_text(encoding="utf-8"))
+
+
+def shell_lines(document: Path) -> Iterator[str]:
+    for block in blocks_of(document):
+        if block.kind in {"bash", "console", "sh"}:
+            for line in block.code.replace("\\\n", " ").splitlines():
+                yield line.strip().removeprefix("$ ")
+
+
+def commands_of(document: Path) -> list[str]:
+    """The `phatgoose …` command lines in shell blocks."""
+    return [line for line in shell_lines(document) if line.startswith("phatgoose ")]
+
+
+def words_of(command: str) -> list[str]:
+    """The words after `phatgoose`, up to a pipe, a redirection or another command."""
+    words = shlex.split(command, comments=True)[1:]
+    ends = [i for i, word in enumerate(words) if word in {"|", ">", ">>", "&&", ";", "&"}]
+    return words[: ends[0]] if ends else words
+
+
+def slug_of(heading: str) -> str:
+    """A heading's anchor, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def cases(find: object) -> list[object]:
+    return [
+        pytest.param(document, item, id=f"{document.name}: {item}")
+        for document in DOCUMENTS
+        for item in find(document)  # type: ignore[operator]
+    ]
+
+
+def write_rows(path: Path, topic: str) -> None:
+    rows = [
+        {"input": f"{topic} {i}:", "target": ("yes", "no")[i % 2], "choices": ["yes", "no"]}
+        for i in range(8)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def reader(base_folders, tmp_path, monkeypatch) -> Path:
+    """What a reader has at hand: data, a tiny base, and the same tiny base in place of smollm2."""
+    for topic in ("reviews", "trivia", "unseen"):
+        write_rows(tmp_path / f"{topic}.jsonl", topic)
+    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
+    cached = tmp_path / "cache" / "phatgoose" / "bases" / "smollm2-135m-instruct"
+    shutil.copytree(base_folders["llama"], cached)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RUNNABLE = [d for d in DOCUMENTS if any(b.runs and b.kind == "python" for b in blocks_of(d))]
+
+
+@pytest.mark.parametrize("document", RUNNABLE, ids=lambda document: document.name)
+def test_examples_that_say_so_run(document, reader):
+    namespace: dict[str, object] = {"__name__": "example"}
+    for block in blocks_of(document):
+        if block.runs and block.kind == "python":
+            padded = "\n" * (block.line - 1) + block.code  # so that a failure names its line
+            exec(compile(padded, str(document), "exec"), namespace)
+
+
+def test_the_readme_has_an_example_that_runs():
+    readme = ROOT / "README.md"
+    if not any(block.kind == "python" for block in blocks_of(readme)):
+        pytest.skip("the README has no Python example yet")
+    assert readme in RUNNABLE, "put <!-- runs --> on the line above its ```python"
+
+
+def test_the_search_for_blocks_finds_them(tmp_path):
+    document = tmp_path / "a.md"
+    document.write_text(
+        "x\n<!-- runs -->\n```python\na = 1\n```\n```bash\n$ phatgoose pool a | b\n```\n"
+    )
+    assert blocks_of(document) == [
+        Block("python", "a = 1\n", 4, True),
+        Block("bash", "$ phatgoose pool a | b\n", 7, False),
+    ]
+    assert [words_of(command) for command in commands_of(document)] == [["pool", "a"]]
+
+
+def links_of(document: Path) -> list[str]:
+    links = [found["target"] for found in LINK.finditer(prose_of(document))]
+    return sorted({link for link in links if not re.match(r"\w+:", link)})
+
+
+@pytest.mark.parametrize(("document", "link"), cases(links_of))
+def test_links_lead_to_files_and_headings_that_exist(document, link):
+    name, _, anchor = link.partition("#")
+    target = (document.parent / name).resolve() if name else document
+    assert target.exists()
+    if anchor:
+        headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.M)
+        assert anchor in map(slug_of, headings)
+
+
+@pytest.mark.parametrize(("document", "command"), cases(commands_of))
+def test_commands_in_blocks_can_be_given_as_they_stand(document, command):
+    name, *words = words_of(command)
+    if name.startswith("-"):
+        assert name in {"--help", "--version"}
+        return
+    assert name in COMMANDS
+    if "--help" not in words:
+        COMMANDS[name].make_context(name, words)  # raises for an unknown flag or a missing value
+
+
+def inline_of(document: Path) -> list[str]:
+    return sorted({found["code"] for found in INLINE.finditer(prose_of(document))})
+
+
+@pytest.mark.parametrize(("document", "command"), cases(inline_of))
+def test_commands_in_the_text_and_their_flags_exist(document, command):
+    name, *words = command.split()[1:]
+    if name in PLACEHOLDERS or name.startswith("-"):
+        return
+    assert name in COMMANDS
+    known = {"--help"}
+    for parameter in COMMANDS[name].params:
+        known |= {*parameter.opts, *parameter.secondary_opts}
+    assert {word.split("=")[0] for word in words if word.startswith("--")} <= known
+
+
+def recipes_of(document: Path) -> list[str]:
+    text = document.read_text(encoding="utf-8")
+    return sorted(set(re.findall(r"(?<![\w/])recipes/[\w./-]+\.toml", text)))
+
+
+@pytest.mark.parametrize(("document", "recipe"), cases(recipes_of))
+def test_recipes_that_are_named_exist(document, recipe):
+    assert (ROOT / recipe).is_file()
+
+
+def make_targets_of(document: Path) -> list[str]:
+    lines = [line for line in shell_lines(document) if re.match(r"make \w", line)]
+    return sorted({line.split()[1] for line in lines})
+
+
+@pytest.mark.parametrize(("document", "target"), cases(make_targets_of))
+def test_make_targets_that_are_named_exist(document, target):
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert re.search(rf"^{re.escape(target)}:", makefile, re.M)

@@ -1,0 +1,299 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import logits_of, make_model
+from oracle import naively_routed
+from phatgoose.errors import EvaluationError, PhatgooseError, TaskError
+from phatgoose.evaluation import evaluate
+from phatgoose.likelihood import choice_log_likelihoods
+from phatgoose.routed import compose
+from phatgoose.tasks import Example, Task
+
+CHOICE_TASK = Task(
+    "choose",
+    test=(
+        Example("is it?", "yes", ("yes", "no")),
+        Example("which of the three letters is it", "b", ("a", "b", "c")),
+        Example("one", "certainly not", ("certainly not", "perhaps", "no", "y")),
+        Example("ends in space ", "maybe", ("maybe", "mayhem")),
+        Example("a far longer input that makes other rows need padding", "no", ("no", "nope")),
+    ),
+)
+
+
+def naive_scores(model, base, example: Example) -> list[float]:
+    """The mean log-likelihood per target token, </s> included: one whole pass per choice."""
+    scores = []
+    prompt = base.tokenizer(example.input)["input_ids"]
+    for choice in example.choices:
+        if base.is_encoder_decoder:
+            target = [*base.tokenizer(choice, add_special_tokens=False)["input_ids"], 1]
+            decoded = torch.tensor([[0, *target[:-1]]])
+            logits = logits_of(model, torch.tensor([prompt]), decoder_input_ids=decoded)[0]
+        else:
+            space = "" if example.input.endswith(" ") else " "
+            target = [*base.tokenizer(space + choice)["input_ids"], 1]
+            logits = logits_of(model, torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
+        rows = logits.log_softmax(dim=-1)
+        scores.append(sum(rows[t, token].item() for t, token in enumerate(target)) / len(target))
+    return scores
+
+
+def greedy_text(model, base, text: str, tokens: int) -> str:
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
+    )[0]
+    start = 0 if base.is_encoder_decoder else ids.shape[1]
+    return base.tokenizer.decode(output[start:], skip_special_tokens=True).strip()
+
+
+def open_task(base, tokens: int) -> Task:
+    """A task without choices whose targets are what the plain model answers, but for one."""
+    texts = ("a", "some longer text", "b c d")
+    right = [Example(text, greedy_text(base.model, base, text, tokens)) for text in texts]
+    return Task("open", test=(*right, Example("something else", "never this")))
+
+
+def with_targets(task: Task, predictions, right: int) -> Task:
+    """The task with targets such that the first `right` predictions are right, the others wrong."""
+    examples = [
+        replace(e, target=p.answer if i < right else next(c for c in e.choices if c != p.answer))
+        for i, (e, p) in enumerate(zip(task.test, predictions, strict=True))
+    ]
+    return replace(task, test=tuple(examples))
+
+
+def inputs_of(task: Task, evaluation) -> list[tuple[float, ...]]:
+    return [prediction.scores for prediction in evaluation.scores[0].predictions]
+
+
+@pytest.mark.parametrize("budget", [1, 90, 4096])
+def test_rank_classification_is_the_naive_one(base, budget):
+    score = evaluate(base, CHOICE_TASK, token_budget=budget).scores[0]
+    right = 0
+    for example, prediction in zip(CHOICE_TASK.test, score.predictions, strict=True):
+        wanted = naive_scores(base.model, base, example)
+        assert prediction.scores == pytest.approx(wanted, abs=1e-4)
+        assert prediction.answer == example.choices[wanted.index(max(wanted))]
+        assert prediction.correct == (prediction.answer == example.target)
+        right += prediction.correct
+    assert (score.score, score.n) == (right / 5, 5)
+    assert score.metric == "rank classification accuracy"
+
+
+def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):
+    with naively_routed(base.model, pool.experts, k=2):
+        wanted = [naive_scores(base.model, base, example) for example in CHOICE_TASK.test]
+    score = evaluate(compose(pool, base), CHOICE_TASK).scores[0]
+    for prediction, scores in zip(score.predictions, wanted, strict=True):
+        assert prediction.scores == pytest.approx(scores, abs=1e-4)
+
+
+def test_choices_of_a_single_token_need_no_second_pass(base):
+    prompt = base.tokenizer("is it?")["input_ids"]
+    ((index, scores),) = choice_log_likelihoods(base.model, [(prompt, [[7], [9], [1]])], 0, 100)
+    if base.is_encoder_decoder:
+        start = torch.tensor([[0]])
+        row = logits_of(base.model, torch.tensor([prompt]), decoder_input_ids=start)[0, -1]
+    else:
+        row = logits_of(base.model, torch.tensor([prompt]))[0, -1]
+    assert index == 0
+    assert scores == pytest.approx(row.log_softmax(-1)[[7, 9, 1]].tolist(), abs=1e-5)
+
+
+def test_the_order_of_choices_changes_no_score(llama):
+    turned = replace(
+        CHOICE_TASK, test=tuple(replace(e, choices=e.choices[::-1]) for e in CHOICE_TASK.test)
+    )
+    one, other = (evaluate(llama, task).scores[0].predictions for task in (CHOICE_TASK, turned))
+    for prediction, reversed_ in zip(one, other, strict=True):
+        assert reversed_.scores[::-1] == pytest.approx(prediction.scores, abs=1e-5)
+        assert reversed_.answer == prediction.answer
+
+
+def test_ties_are_counted_and_the_first_choice_is_taken(llama):
+    llama.model.lm_head.weight.data.zero_()  # all tokens equally likely
+    examples = (
+        Example("x", "cd", ("ab", "cd")),
+        Example("y", "ef", ("ef", "gh")),
+        Example("longer", "ef", ("ij", "ef", "gh")),
+    )
+    score = evaluate(llama, Task("ties", test=examples)).scores[0]
+    assert [prediction.answer for prediction in score.predictions] == ["ab", "ef", "ij"]
+    assert (score.ties, score.n) == (3, 3)
+    assert score.score == pytest.approx(1 / 3)
+
+
+def test_no_tie_is_counted_where_there_is_none(llama):
+    assert evaluate(llama, CHOICE_TASK).scores[0].ties == 0
+
+
+def test_any_reference_is_a_right_answer(llama):
+    first = evaluate(llama, CHOICE_TASK).scores[0].predictions
+    wrong = with_targets(CHOICE_TASK, first, right=0)
+    assert evaluate(llama, wrong).scores[0].score == 0
+    references = tuple(
+        replace(e, references=(e.target, p.answer)) for e, p in zip(wrong.test, first, strict=True)
+    )
+    assert evaluate(llama, replace(wrong, test=references)).scores[0].score == 1
+
+
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_open_tasks_are_scored_by_generation_and_exact_match(base, budget):
+    task = open_task(base, tokens=5)
+    score = evaluate(base, task, max_new_tokens=5, token_budget=budget).scores[0]
+    assert [p.answer for p in score.predictions[:3]] == [e.target for e in task.test[:3]]
+    assert [p.correct for p in score.predictions] == [True, True, True, False]
+    assert (score.metric, score.score, score.ties) == ("exact match", 0.75, 0)
+
+
+def test_exact_match_takes_any_reference_and_no_part_of_one(llama):
+    (example, *_) = open_task(llama, tokens=5).test
+    assert len(example.target) > 1
+    variants = (
+        replace(example, target="no", references=("no", f" {example.target}\n")),
+        replace(example, target=example.target[:-1]),
+    )
+    score = evaluate(llama, Task("open", test=variants), max_new_tokens=5).scores[0]
+    assert [prediction.correct for prediction in score.predictions] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("right", "low", "high"), [(0, 0.0, 0.2775), (7, 0.3968, 0.8922), (10, 0.7225, 1.0)]
+)
+def test_the_interval_is_wilsons(llama, right, low, high):
+    examples = tuple(Example(f"input {i}", "a", ("a", "b")) for i in range(10))
+    task = Task("ten", test=examples)
+    task = with_targets(task, evaluate(llama, task).scores[0].predictions, right)
+    score = evaluate(llama, task).scores[0]
+    assert score.score == right / 10
+    assert (score.low, score.high) == pytest.approx((low, high), abs=1e-4)
+
+
+def test_wilsons_interval_by_its_formula(llama):
+    score = evaluate(llama, CHOICE_TASK).scores[0]
+    z, n, p = 1.959964, score.n, score.score
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    assert (score.low, score.high) == pytest.approx((middle - half, middle + half), abs=1e-6)
+
+
+def test_a_limit_and_a_seed_draw_the_same_examples_for_every_model(llama, pool_of):
+    examples = tuple(Example(f"input number {i}", "a", ("a", "b")) for i in range(30))
+    task = Task("many", test=examples)
+    whole = inputs_of(task, evaluate(llama, task, token_budget=1))
+    drawn = {}
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        scores = inputs_of(task, evaluate(llama, task, limit=4, seed=seed, token_budget=1))
+        drawn[name] = [whole.index(score) for score in scores]
+    assert drawn["one"] == drawn["same"] == sorted(drawn["one"])
+    assert len(set(drawn["one"])) == 4
+    assert drawn["one"] != drawn["other"]
+    expected = [examples.index(example) for example in task.evaluation_examples(4, seed=0)]
+    assert drawn["one"] == expected
+    routed = evaluate(compose(pool_of("llama"), llama), task, limit=4, seed=0)
+    assert routed.scores[0].n == 4
+
+
+def test_a_limit_above_the_size_takes_all(llama):
+    assert evaluate(llama, CHOICE_TASK, limit=99).scores[0].n == 5
+
+
+def test_a_limit_of_nothing_is_refused(llama):
+    with pytest.raises(PhatgooseError):
+        evaluate(llama, CHOICE_TASK, limit=0)
+
+
+def test_the_test_split_is_used_then_validation_then_train(llama):
+    one, two, three = (
+        tuple(Example(f"{n} {i}", "a", ("a", "b")) for i in range(n)) for n in (1, 2, 3)
+    )
+    tasks = [
+        Task("test", train=one, validation=two, test=three),
+        Task("validation", train=one, validation=two),
+        Task("train", train=one),
+    ]
+    assert [score.n for score in evaluate(llama, tasks).scores] == [3, 2, 1]
+
+
+def test_the_mean_over_tasks_is_unweighted(llama):
+    many = Task("many", test=tuple(Example(f"m {i}", "a", ("a", "b")) for i in range(4)))
+    few = Task("few", test=(Example("f", "a", ("a", "b")),))
+    first = evaluate(llama, [many, few])
+    tasks = [
+        with_targets(task, score.predictions, right)
+        for task, score, right in zip((many, few), first.scores, (4, 0), strict=True)
+    ]
+    assert evaluate(llama, tasks).mean == 0.5
+
+
+def test_results_are_written_as_json(llama, tmp_path):
+    result = evaluate(llama, [CHOICE_TASK])
+    result.write_json(tmp_path / "new" / "scores.json")
+    content = json.loads((tmp_path / "new" / "scores.json").read_text())
+    (task,) = content["tasks"]
+    assert content["mean"] == result.mean
+    assert content["confidence"] == 0.95
+    assert (task["task"], task["n"], task["score"]) == ("choose", 5, result.scores[0].score)
+    assert "predictions" not in task
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["scores.json"]
+
+
+def test_predictions_are_written_on_request(llama, tmp_path):
+    result = evaluate(llama, CHOICE_TASK)
+    result.write_json(tmp_path / "scores.json", predictions=True)
+    rows = json.loads((tmp_path / "scores.json").read_text())["tasks"][0]["predictions"]
+    assert [row["answer"] for row in rows] == [p.answer for p in result.scores[0].predictions]
+    assert [tuple(row["scores"]) for row in rows] == inputs_of(CHOICE_TASK, result)
+
+
+def test_results_that_cannot_be_written_are_told(llama, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EvaluationError, match="can't be written"):
+        evaluate(llama, CHOICE_TASK).write_json(tmp_path / "file" / "scores.json")
+
+
+def test_a_task_that_mixes_choices_and_none_is_refused(llama):
+    task = replace(CHOICE_TASK, test=(*CHOICE_TASK.test, Example("open", "end")))
+    with pytest.raises(EvaluationError, match="with and without choices"):
+        evaluate(llama, task)
+
+
+def test_an_empty_task_and_no_task_are_refused(llama):
+    with pytest.raises(TaskError, match="'empty'"):
+        evaluate(llama, Task("empty"))
+    with pytest.raises(EvaluationError, match="No task"):
+        evaluate(llama, [])
+
+
+def test_scores_that_are_not_numbers_are_refused(llama):
+    llama.model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(EvaluationError, match=r"'choose'.*not numbers"):
+        evaluate(llama, CHOICE_TASK)
+
+
+def test_a_model_of_unknown_origin_needs_its_tokenizer(llama):
+    model = make_model("llama")
+    with pytest.raises(EvaluationError, match="tokenizer"):
+        evaluate(model, CHOICE_TASK)
+    given = evaluate(model, CHOICE_TASK, tokenizer=llama.tokenizer)
+    assert inputs_of(CHOICE_TASK, given) == inputs_of(CHOICE_TASK, evaluate(llama, CHOICE_TASK))
+
+
+def test_a_routed_model_knows_its_tokenizer(llama, llama_pool):
+    routed = compose(llama_pool, llama.model)  # a bare model, no Base
+    with_own = evaluate(routed, CHOICE_TASK)
+    given = evaluate(routed, CHOICE_TASK, tokenizer=llama.tokenizer)
+    assert inputs_of(CHOICE_TASK, with_own) == inputs_of(CHOICE_TASK, given)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"], indirect=True)
+def test_dropout_plays_no_part(base):
+    base.model.train()
+    one, other = (inputs_of(CHOICE_TASK, evaluate(base, CHOICE_TASK)) for _ in range(2))
+    assert one == other

@@ -1,0 +1,408 @@
+from contextlib import suppress
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from phatgoose import gates as gates_module
+from phatgoose.adapters import LoraFactors, read_lora
+from phatgoose.bases import load_base
+from phatgoose.config import GateTraining, Training
+from phatgoose.encoding import IGNORED, TokenPair
+from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
+from phatgoose.fitting import Collator, fit, target_logits
+from phatgoose.gates import GatedLinear, gated, mean_activations, train_gates
+from phatgoose.routed import compose
+from phatgoose.sites import find_sites
+from phatgoose.tasks import Example, Task
+
+TASK = Task(
+    "echo",
+    train=tuple(Example(f"say {word}", word) for word in ("a", "bee", "seedy", "of", "gee", "ice")),
+    validation=(Example("say yes", "yes"),),
+)
+TRAINING = Training(batch_size=4, micro_batch_size=2, learning_rate=0.05)
+GATES = GateTraining(gate_steps=4)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_gated_linear(gate: Tensor | None = None) -> tuple[GatedLinear, LoraFactors]:
+    torch.manual_seed(0)
+    lora = LoraFactors(normal(3, 8), normal(5, 3, seed=1), scale=1.5)
+    layer = GatedLinear(nn.Linear(8, 5).requires_grad_(False), lora)
+    if gate is not None:
+        layer.gate.data.copy_(gate)
+    return layer, lora
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {key: value.clone() for key, value in model.state_dict().items()}
+
+
+def same_weights(model: nn.Module, before: dict[str, Tensor]) -> bool:
+    after = model.state_dict()
+    return after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+
+
+@pytest.fixture
+def adapter(llama, tmp_path):
+    return make_adapter(llama, tmp_path / "adapter")
+
+
+def test_a_gate_starts_at_zeros_and_has_no_bias():
+    layer, _ = make_gated_linear()
+    assert layer.gate.shape == (8,)
+    assert not layer.gate.any()
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["gate"]
+
+
+def test_at_the_start_half_of_the_update_is_added():
+    layer, lora = make_gated_linear()
+    u = normal(2, 4, 8, seed=2)
+    wanted = layer.base(u) + 0.5 * lora.scale * u @ lora.A.T @ lora.B.T
+    torch.testing.assert_close(layer(u), wanted)
+
+
+def test_the_gate_scales_the_update_and_never_the_base():
+    layer, lora = make_gated_linear(normal(8, seed=3))
+    u = normal(6, 8, seed=2)
+    for token, got in zip(u, layer(u), strict=True):
+        sigma = 1 / (1 + torch.exp(-layer.gate @ token))
+        wanted = layer.base(token) + sigma * lora.scale * lora.B @ (lora.A @ token)
+        torch.testing.assert_close(got, wanted)
+    layer.gate.data.copy_(-1e4 * u[0])
+    torch.testing.assert_close(layer(u[:1]), layer.base(u[:1]))
+
+
+def test_without_its_gate_the_layer_is_the_expert_alone():
+    layer, lora = make_gated_linear(normal(8, seed=3))
+    layer.use_gate = False
+    u = normal(6, 8, seed=2)
+    torch.testing.assert_close(layer(u), layer.base(u) + lora.scale * u @ lora.A.T @ lora.B.T)
+
+
+def test_the_gradient_of_a_gate_is_the_derivative_of_the_method():
+    layer, lora = make_gated_linear(0.3 * normal(8, seed=3))
+    u, cotangent = normal(6, 8, seed=2), normal(6, 5, seed=4)
+    (got,) = torch.autograd.grad((layer(u) * cotangent).sum(), [layer.gate])
+    u, cotangent = u.double(), cotangent.double()
+    update = lora.scale * u @ lora.A.double().T @ lora.B.double().T
+    sigma = torch.sigmoid(u @ layer.gate.detach().double())
+    slope = sigma * (1 - sigma) * (update * cotangent).sum(dim=-1)
+    torch.testing.assert_close(got.double(), slope @ u, rtol=1e-5, atol=1e-5)
+
+
+def test_the_gradient_of_a_gate_agrees_with_finite_differences():
+    layer, _ = make_gated_linear(0.3 * normal(8, seed=3))
+    u, cotangent = normal(6, 8, seed=2), normal(6, 5, seed=4).double()
+
+    def loss() -> Tensor:
+        return (layer(u).double() * cotangent).sum()
+
+    (got,) = torch.autograd.grad(loss(), [layer.gate])
+    start, step = layer.gate.detach().clone(), 1e-2
+    for i, direction in enumerate(step * torch.eye(8)):
+        layer.gate.data.copy_(start + direction)
+        above = loss().item()
+        layer.gate.data.copy_(start - direction)
+        slope = (above - loss().item()) / (2 * step)
+        assert got[i].item() == pytest.approx(slope, abs=2e-3)
+
+
+def test_gates_of_a_whole_model_agree_with_finite_differences(base, kind, tmp_path):
+    lora = read_lora(make_adapter(base, tmp_path / "adapter"))
+    name = list(lora)[-1]
+    with gated(base.model, lora) as layers:
+        layer, ids = layers[name], make_ids()
+        inputs = {"decoder_input_ids": ids} if base.is_encoder_decoder else {}
+
+        def loss() -> Tensor:
+            return base.model(ids, **inputs).logits.double().log_softmax(-1)[0, :, 5].sum()
+
+        (got,) = torch.autograd.grad(loss(), [layer.gate])
+        direction = got / got.norm()
+        step = 1e-2
+        with torch.no_grad():
+            layer.gate.copy_(step * direction)
+            above = loss().item()
+            layer.gate.copy_(-step * direction)
+            slope = (above - loss().item()) / (2 * step)
+    assert slope == pytest.approx(got.norm().item(), rel=1e-2)
+
+
+def test_gated_layers_leave_with_their_context_even_after_an_error(base, tmp_path):
+    lora = read_lora(make_adapter(base, tmp_path / "adapter"))
+    modules = dict(base.model.named_modules())
+    name = next(iter(lora))
+    with gated(base.model, lora) as layers:
+        assert base.model.get_submodule(name) is layers[name]
+    with suppress(LookupError), gated(base.model, lora):
+        raise LookupError
+    assert dict(base.model.named_modules()) == modules
+
+
+def test_ungated_layers_are_the_peft_model(base, tmp_path):
+    folder = make_adapter(base, tmp_path / "adapter")
+    ids = make_ids()
+    with gated(base.model, read_lora(folder)) as layers:
+        for layer in layers.values():
+            layer.use_gate = False
+        got = logits_of(base.model, ids)
+    assert_same_logits(got, logits_of(peft_model(base, folder), ids))
+
+
+def test_gate_training_changes_the_gates_and_nothing_else(base, tmp_path):
+    folder = make_adapter(base, tmp_path / "adapter")
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before, modules = weights_of(base.model), dict(base.model.named_modules())
+    expert = train_gates(
+        base, folder, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
+    )
+    assert same_weights(base.model, before)
+    assert dict(base.model.named_modules()) == modules
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+    saved = (expert.directory / "adapter_model.safetensors").read_bytes()
+    assert saved == files["adapter_model.safetensors"]
+    assert expert.gates.keys() == find_sites(base.model).keys()
+    assert all(gate.any() for gate in expert.gates.values())
+
+
+def test_only_gates_are_handed_to_the_optimiser(llama, adapter, tmp_path, monkeypatch):
+    trained = []
+
+    def spy(model, **arguments):
+        trained.extend(name for name, p in model.named_parameters() if p.requires_grad)
+        return fit(model, **arguments)
+
+    monkeypatch.setattr(gates_module, "fit", spy)
+    expert = train_gates(
+        llama, adapter, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
+    )
+    assert sorted(trained) == sorted(f"{site}.gate" for site in expert.gates)
+    assert not any(parameter.requires_grad for parameter in llama.model.parameters())
+
+
+def naive_gates(base, adapter, steps: int, learning_rate: float) -> dict[str, Tensor]:
+    """Gates after AdamW steps on all training examples at once, by hooks on the plain model."""
+    lora = read_lora(adapter)
+    gates = {site: torch.zeros(f.A.shape[1], requires_grad=True) for site, f in lora.items()}
+
+    def hook_of(site: str):
+        A, B, scale = lora[site].A, lora[site].B, lora[site].scale
+
+        def hook(_, args, output):
+            sigma = torch.sigmoid(args[0] @ gates[site])
+            return output + sigma.unsqueeze(-1) * scale * (args[0] @ A.T @ B.T)
+
+        return hook
+
+    handles = [base.model.get_submodule(site).register_forward_hook(hook_of(site)) for site in lora]
+    optimiser = torch.optim.AdamW(gates.values(), lr=learning_rate, weight_decay=0)
+    for _ in range(steps):
+        losses = []
+        for example in TASK.train:
+            prompt = base.tokenizer(example.input)["input_ids"]
+            target = [*base.tokenizer(" " + example.target)["input_ids"], 1]
+            logits = base.model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+            losses.append(-logits.log_softmax(-1)[range(len(target)), target])
+        optimiser.zero_grad()
+        torch.cat(losses).mean().backward()
+        nn.utils.clip_grad_norm_(gates.values(), 1.0)
+        optimiser.step()
+    for handle in handles:
+        handle.remove()
+    return {site: gate.detach() for site, gate in gates.items()}
+
+
+def test_gates_are_those_of_a_naive_training_loop(llama, adapter, tmp_path):
+    rate = 0.05
+    training = replace(TRAINING, batch_size=len(TASK.train), warmup_ratio=0.0)
+    expert = train_gates(
+        llama,
+        adapter,
+        TASK,
+        out=tmp_path / "expert",
+        training=training,
+        gate_training=GateTraining(gate_steps=3, gate_learning_rate=rate),
+    )
+    naive = naive_gates(llama, adapter, 3, rate)
+    for site, gate in expert.gates.items():
+        torch.testing.assert_close(gate, naive[site], rtol=0, atol=1e-2 * rate)
+
+
+def test_the_learning_rate_of_gates_is_the_experts_unless_given(llama, adapter, tmp_path):
+    def trained(out: str, training: Training, rate: float | None):
+        settings = GateTraining(gate_steps=2, gate_learning_rate=rate)
+        return train_gates(
+            llama, adapter, TASK, out=tmp_path / out, training=training, gate_training=settings
+        ).gates
+
+    default = trained("a", replace(TRAINING, learning_rate=0.02), None)
+    given = trained("b", TRAINING, 0.02)
+    other = trained("c", TRAINING, None)
+    assert all(torch.equal(default[site], given[site]) for site in default)
+    assert not any(torch.equal(default[site], other[site]) for site in default)
+
+
+def test_gates_are_trained_in_float32_on_a_bfloat16_base(llama, adapter, tmp_path):
+    half = load_base(llama.id, dtype="bfloat16")
+    before = weights_of(half.model)
+    expert = train_gates(
+        half, adapter, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
+    )
+    assert same_weights(half.model, before)
+    gates = torch.cat(list(expert.gates.values()))
+    assert gates.dtype == torch.float32
+    assert not torch.equal(gates, gates.bfloat16().float())
+
+
+def pairs_of(base, task: Task = TASK) -> list[TokenPair]:
+    space = "" if base.is_encoder_decoder else " "
+    return [
+        TokenPair(
+            base.tokenizer(e.input)["input_ids"],
+            [*base.tokenizer(space + e.target, add_special_tokens=False)["input_ids"], 1],
+        )
+        for e in task.train
+    ]
+
+
+def naive_means(model, sites, pairs: list[TokenPair]) -> dict[str, Tensor]:
+    """The mean input of each site, from one pass per example without any padding."""
+    inputs: dict[str, list[Tensor]] = {site: [] for site in sites}
+    handles = [
+        model.get_submodule(site).register_forward_pre_hook(
+            lambda _, args, site=site: inputs[site].append(args[0][0].double())
+        )
+        for site in sites
+    ]
+    for pair in pairs:
+        if model.config.is_encoder_decoder:
+            target = torch.tensor([[0, *pair.target[:-1]]])
+            logits_of(model, torch.tensor([pair.prompt]), decoder_input_ids=target)
+        else:
+            logits_of(model, torch.tensor([pair.prompt + pair.target]))
+    for handle in handles:
+        handle.remove()
+    return {site: torch.cat(tokens).mean(dim=0) for site, tokens in inputs.items()}
+
+
+def assert_same_means(got, wanted) -> None:
+    assert got.keys() == wanted.keys()
+    for site in got:
+        torch.testing.assert_close(got[site].double(), wanted[site], rtol=1e-4, atol=1e-5)
+
+
+def test_mean_activations_are_those_of_one_example_at_a_time(base, monkeypatch):
+    monkeypatch.setattr(gates_module, "STATISTICS_TOKEN_BUDGET", 40)  # batches of two or three
+    sites, pairs = find_sites(base.model), pairs_of(base)
+    got = mean_activations(base.model, sites, pairs, Collator(base.model, 0))
+    assert_same_means(got, naive_means(base.model, sites, pairs))
+
+
+def test_the_means_of_an_expert_are_measured_with_it_and_without_gates(base, tmp_path):
+    folder = make_adapter(base, tmp_path / "adapter")
+    expert = train_gates(
+        base, folder, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
+    )
+    with gated(base.model, expert.lora) as layers:
+        for layer in layers.values():
+            layer.use_gate = False
+        assert_same_means(expert.means, naive_means(base.model, list(layers), pairs_of(base)))
+
+
+def test_means_of_a_sample_come_from_that_many_examples(llama, adapter, tmp_path):
+    settings = replace(GATES, statistics_examples=1)
+    expert = train_gates(
+        llama, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=settings
+    )
+    site = next(iter(expert.means))
+    with gated(llama.model, expert.lora) as layers:
+        for layer in layers.values():
+            layer.use_gate = False
+        singles = [naive_means(llama.model, [site], [pair])[site] for pair in pairs_of(llama)]
+    gaps = [(expert.means[site] - single).abs().max().item() for single in singles]
+    assert sorted(gaps)[0] < 1e-5 < sorted(gaps)[1]
+
+
+def test_means_can_be_left_out(llama, adapter, tmp_path):
+    settings = replace(GATES, means=False)
+    expert = train_gates(
+        llama, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=settings
+    )
+    assert not expert.means
+
+
+def test_targets_stand_where_they_are_predicted(base):
+    pairs = pairs_of(base)
+    batch = Collator(base.model, 0)(pairs)
+    with torch.no_grad():
+        logits = target_logits(base.model, batch)
+    assert logits.shape[:2] == batch["labels"].shape
+    for pair, row, labels in zip(pairs, logits, batch["labels"], strict=True):
+        if base.is_encoder_decoder:
+            target = torch.tensor([[0, *pair.target[:-1]]])
+            wanted = logits_of(base.model, torch.tensor([pair.prompt]), decoder_input_ids=target)[0]
+        else:
+            ids = torch.tensor([pair.prompt + pair.target])
+            wanted = logits_of(base.model, ids)[0, len(pair.prompt) - 1 : -1]
+        assert labels[labels != IGNORED].tolist() == pair.target
+        assert_same_logits(row[labels != IGNORED], wanted)
+
+
+def test_an_adapter_for_another_base_is_refused(base_folders, adapter, tmp_path):
+    gpt2 = load_base(base_folders["gpt2"], dtype="float32")
+    with pytest.raises(ExpertError, match=r"model\.layers\.0"):
+        train_gates(gpt2, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=GATES)
+
+
+def test_a_routed_base_is_refused(llama, llama_pool, adapter, tmp_path):
+    compose(llama_pool, llama)
+    with pytest.raises(PhatgooseError, match="routed"):
+        train_gates(
+            llama, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=GATES
+        )
+
+
+def test_an_existing_place_is_refused(llama, adapter, tmp_path):
+    (tmp_path / "expert").mkdir()
+    with pytest.raises(ExpertError, match="exists already"):
+        train_gates(llama, adapter, TASK, out=tmp_path / "expert")
+
+
+def interrupt_after(monkeypatch, passes: int) -> None:
+    """Make training stop with KeyboardInterrupt after so many forward passes."""
+    calls = []
+
+    def counted(model, batch):
+        calls.append(1)
+        if len(calls) > passes:
+            raise KeyboardInterrupt
+        return target_logits(model, batch)
+
+    monkeypatch.setattr("phatgoose.fitting.target_logits", counted)
+
+
+def test_an_interrupted_gate_training_resumes_to_the_same_bits(
+    llama, adapter, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(gates_module, "GATE_CHECKPOINT_EVERY", 2)
+    settings = {"training": TRAINING, "gate_training": GATES}
+    wanted = train_gates(llama, adapter, TASK, out=tmp_path / "whole", **settings)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, passes=7)  # in the fourth of four steps of two passes
+        with pytest.raises(KeyboardInterrupt):
+            train_gates(llama, adapter, TASK, out=tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut").exists()
+    with pytest.raises(ExpertError, match="resume"):
+        train_gates(llama, adapter, TASK, out=tmp_path / "cut", **settings)
+    with pytest.raises(ConfigError, match="other settings"):
+        train_gates(llama, adapter, TASK, out=tmp_path / "cut", resume=True)
+    got = train_gates(llama, adapter, TASK, out=tmp_path / "cut", resume=True, **settings)
+    assert all(torch.equal(got.gates[site], wanted.gates[site]) for site in wanted.gates)
+    assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from transformers import pipeline
+
+from conftest import logits_of, make_ids
+from oracle import naively_routed
+from phatgoose.routed import compose
+
+NEW = 6
+WAYS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.9, "top_p": 0.95},
+    "beams": {"num_beams": 3, "do_sample": False},
+}
+
+
+def generate(model, ids, mask=None, seed=0, **options):
+    torch.manual_seed(seed)
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, min_new_tokens=NEW, **options
+    )
+
+
+def greedy_by_hand(model, ids):
+    """The next token of highest probability, always from a whole pass without a cache."""
+    inputs = {}
+    output = torch.zeros(1, 1, dtype=torch.long) if model.config.is_encoder_decoder else ids
+    for _ in range(NEW):
+        if model.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = output
+        scores = logits_of(model, ids if inputs else output, **inputs)[:, -1]
+        scores[:, 1] = -torch.inf  # no end before NEW tokens
+        output = torch.cat([output, scores.argmax(dim=-1, keepdim=True)], dim=1)
+    return output
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_generation_takes_the_best_token_each_time(base, pool, use_cache):
+    model, ids = compose(pool, base), make_ids()
+    got = generate(model, ids, do_sample=False, use_cache=use_cache)
+    assert torch.equal(got, greedy_by_hand(model, ids))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generation_with_and_without_a_cache_is_the_same(base, pool, way):
+    model, ids = compose(pool, base), make_ids()
+    with_cache = generate(model, ids, use_cache=True, **WAYS[way])
+    assert torch.equal(with_cache, generate(model, ids, use_cache=False, **WAYS[way]))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_generation_is_that_of_the_naively_routed_model(base, pool, way):
+    ids = make_ids()
+    plain = generate(base.model, ids, **WAYS[way])
+    with naively_routed(base.model, pool.experts, k=2):
+        wanted = generate(base.model, ids, **WAYS[way])
+    assert torch.equal(generate(compose(pool, base), ids, **WAYS[way]), wanted)
+    assert not torch.equal(plain, wanted)
+
+
+@pytest.mark.parametrize("way", ["greedy", "beams"])
+def test_a_padded_batch_is_generated_as_its_rows_are_alone(base, pool, way):
+    model = compose(pool, base)
+    long, short = make_ids(tokens=9), make_ids(tokens=5, seed=1)
+    padding = torch.zeros(1, 4, dtype=torch.long)
+    short_row = [short, padding] if base.is_encoder_decoder else [padding, short]
+    ids = torch.cat([long, torch.cat(short_row, dim=1)])
+    got = generate(model, ids, ids.ne(0).long(), **WAYS[way])
+    for row, alone in zip(got, (long, short), strict=True):
+        assert torch.equal(row[-NEW:], generate(model, alone, **WAYS[way])[0, -NEW:])
+
+
+def test_sampling_follows_the_seed(base, pool):
+    model, ids = compose(pool, base), make_ids()
+    samples = [generate(model, ids, seed=seed, **WAYS["sampling"]) for seed in (0, 0, 1)]
+    assert torch.equal(samples[0], samples[1])
+    assert not torch.equal(samples[0], samples[2])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)
+def test_the_text_generation_pipeline_takes_a_routed_model(base, pool):
+    model = compose(pool, base)
+    pipe = pipeline("text-generation", model=model, tokenizer=base.tokenizer)
+    options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
+    answer = pipe("a goose", return_full_text=False, **options)[0]["generated_text"]
+    ids = base.tokenizer("a goose", return_tensors="pt")["input_ids"]
+    tokens = generate(model, ids, do_sample=False)[0, -NEW:]
+    assert answer == base.tokenizer.decode(tokens, skip_special_tokens=True)

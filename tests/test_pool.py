@@ -1,0 +1,329 @@
+"""Pools: opened from folders, lists and manifests; what doesn't fit together is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import make_adapter
+from phatgoose.bases import BaseReference, load_base
+from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError
+from phatgoose.expert import LAYOUT, Expert
+from phatgoose.pool import MANIFEST_VERSION, Pool
+from phatgoose.routed import compose
+from phatgoose.sites import find_sites
+
+QUERY = "model.layers.0.self_attn.q_proj"
+DOWN = "model.layers.1.mlp.down_proj"
+BASE = BaseReference("tiny", None, "sha256:ab")
+
+
+@pytest.fixture(scope="module")
+def adapters(base_folders, tmp_path_factory) -> dict[str, Path]:
+    """Adapters of three ranks; the one of rank 2 acts on queries only."""
+    base = load_base(base_folders["llama"], dtype="float32")
+    folder = tmp_path_factory.mktemp("adapters")
+    return {
+        "four": make_adapter(base, folder / "four", rank=4, seed=1),
+        "six": make_adapter(base, folder / "six", rank=6, seed=2, use_rslora=True),
+        "two": make_adapter(base, folder / "two", rank=2, seed=3, target_modules=["q_proj"]),
+    }
+
+
+@pytest.fixture
+def write(adapters, tmp_path):
+    """A function that writes an expert: `write(name, adapter, **what from_peft takes)`."""
+
+    def expert(name: str, adapter: str = "four", *, place: str = "pool", **options: Any) -> Path:
+        plain = Expert.from_peft(adapters[adapter], {}, name=name)
+        gates = {site: torch.ones(lora.A.shape[1]) for site, lora in plain.lora.items()}
+        for vector in gates.values():
+            vector[: len(name)] = 2.0
+        options = {"gates": gates, "base": BASE, **options}
+        made = Expert.from_peft(adapters[adapter], name=name, **options)
+        return made.save(tmp_path / place / name).directory
+
+    return expert
+
+
+def complaint_about(source: Any, kind: type[PhatgooseError] = PoolError) -> str:
+    with pytest.raises(kind) as caught:
+        Pool.open(source)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def write_manifest(path: Path, content: object) -> Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_folder_of_experts_is_a_pool_in_the_order_of_names(write, tmp_path):
+    for name in ("b", "c", "a"):
+        write(name)
+    pool = Pool.open(tmp_path / "pool")
+    assert pool.names == ("a", "b", "c")
+    assert len(pool) == 3
+    assert pool.base == BASE
+
+
+def test_one_expert_is_a_pool(write):
+    assert Pool.open(write("alone")).names == ("alone",)
+
+
+def test_a_list_of_experts_and_folders_is_a_pool_in_its_own_order(write, tmp_path):
+    one, _, _ = write("z"), write("a", place="more"), write("b", place="more")
+    assert Pool.open([str(one), tmp_path / "more"]).names == ("z", "a", "b")
+
+
+def test_unfinished_hidden_and_foreign_folders_are_no_experts(write, tmp_path):
+    done = write("done")
+    shutil.copytree(done, done.parent / ".done-x1y2")
+    shutil.copytree(done, done.parent / ".next.work" / "adapter")
+    (done.parent / "notes").mkdir()
+    (done.parent / "notes.txt").write_text("a file")
+    assert Pool.open(done.parent).names == ("done",)
+
+
+def test_a_pool_knows_every_site_of_any_expert(write, llama, tmp_path):
+    write("narrow", "two")
+    write("wide", "four")
+    pool = Pool.open(tmp_path / "pool")
+    assert set(pool.sites) == set(find_sites(llama.model))
+    assert len(pool.sites) == len(set(pool.sites))
+
+
+@pytest.mark.parametrize("make", [True, False], ids=["empty", "missing"])
+def test_a_folder_without_experts_is_refused_by_name(tmp_path, make):
+    if make:
+        (tmp_path / "pool").mkdir()
+    assert str(tmp_path / "pool") in complaint_about(tmp_path / "pool")
+
+
+def test_an_empty_list_is_refused():
+    assert "No expert was found in an empty list" in complaint_about([])
+
+
+def test_a_damaged_expert_spoils_the_pool_by_name(write):
+    write("good")
+    bad = write("bad")
+    weights = bad / LAYOUT.adapter_weights
+    weights.write_bytes(weights.read_bytes()[:-3])
+    assert str(bad) in complaint_about(bad.parent, ExpertError)
+
+
+def test_two_experts_of_one_name_are_refused_with_both_places(write):
+    one, other = write("twin"), write("twin", place="elsewhere")
+    message = complaint_about([one, other])
+    for part in ("Two experts are named 'twin'", str(one), str(other)):
+        assert part in message
+
+
+def test_one_expert_listed_twice_is_refused(write):
+    one = write("alone")
+    assert "Two experts are named" in complaint_about([one, one.parent])
+
+
+def test_experts_of_different_bases_are_refused_with_both_names(write, tmp_path):
+    write("a")
+    write("b", base=BaseReference("large", None, "sha256:cd"))
+    message = complaint_about(tmp_path / "pool")
+    for part in ("'a'", "'b'", "'tiny'", "'large'", "one base"):
+        assert part in message
+
+
+def test_one_base_name_with_two_fingerprints_is_refused(write, tmp_path):
+    write("a")
+    write("b", base=BaseReference("tiny", None, "sha256:cd"))
+    complaint_about(tmp_path / "pool")
+
+
+def test_two_base_names_with_one_fingerprint_are_one_base(write, tmp_path):
+    write("a")
+    write("b", base=dataclasses.replace(BASE, id="copy/of-tiny"))
+    assert Pool.open(tmp_path / "pool").names == ("a", "b")
+
+
+def test_an_expert_without_fingerprint_joins_by_the_name_of_its_base(write, tmp_path):
+    write("a", base=BaseReference("tiny"))
+    write("b")
+    assert Pool.open(tmp_path / "pool").base == BASE
+
+
+def test_an_expert_without_fingerprint_can_not_hide_that_two_others_differ(write, tmp_path):
+    write("a", base=BaseReference("tiny"))
+    write("b", base=BaseReference("tiny", None, "sha256:ab"))
+    write("c", base=BaseReference("tiny", None, "sha256:cd"))
+    message = complaint_about(tmp_path / "pool")
+    assert "'b'" in message
+    assert "'c'" in message
+
+
+def test_selecting_keeps_the_order_of_the_pool(write, tmp_path):
+    for name in ("a", "b", "c"):
+        write(name)
+    pool = Pool.open(tmp_path / "pool")
+    assert pool.select().names == ("a", "b", "c")
+    assert pool.select(keep=["c", "a"]).names == ("a", "c")
+    assert pool.select(leave_out=["b"]).names == ("a", "c")
+    assert pool.select(keep=["a", "b"], leave_out=["a"]).names == ("b",)
+    assert pool.names == ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"keep": ["x"]}, "no expert 'x'; it has a, b"),
+        ({"leave_out": ["x"]}, "no expert 'x'; it has a, b"),
+        ({"leave_out": ["a", "b"]}, "No expert is left"),
+        ({"keep": []}, "No expert is left"),
+        ({"keep": "a"}, "must be lists"),
+        ({"leave_out": "a"}, "must be lists"),
+    ],
+)
+def test_a_bad_selection_is_refused_with_the_reason(write, tmp_path, options, complaint):
+    write("a")
+    write("b")
+    with pytest.raises(PoolError, match=complaint):
+        Pool.open(tmp_path / "pool").select(**options)
+
+
+def test_a_stack_of_mixed_ranks_is_filled_up_with_zeros(write, tmp_path):
+    write("four", "four")
+    write("six", "six")
+    pool = Pool.open(tmp_path / "pool")
+    stack = pool.stack(DOWN, torch.float32, torch.device("cpu"))
+    assert stack.experts.tolist() == [0, 1]
+    assert stack.A.shape == (2, 6, 48)
+    assert stack.B.shape == (2, 6, 32)
+    assert not stack.A[0, 4:].any()
+    assert not stack.B[0, 4:].any()
+    for row, expert in enumerate(pool.experts):
+        lora = expert.lora[DOWN]
+        update = lora.scale * lora.B @ lora.A
+        assert torch.allclose(stack.B[row].T @ stack.A[row], update, atol=1e-6)
+
+
+def test_a_stack_holds_only_the_experts_that_act_at_the_site(write, tmp_path):
+    write("a", "two")
+    write("b", "four")
+    pool = Pool.open(tmp_path / "pool")
+    cpu = torch.device("cpu")
+    assert pool.stack(DOWN, torch.float32, cpu).experts.tolist() == [1]
+    assert pool.stack(QUERY, torch.float32, cpu).experts.tolist() == [0, 1]
+    assert pool.vectors("gates", DOWN).tolist() == [pool.experts[1].gates[DOWN].tolist()]
+    assert pool.vectors("gates", QUERY).shape == (2, 32)
+
+
+def test_a_stack_comes_in_the_dtype_asked_for(write):
+    stack = Pool.open(write("a")).stack(QUERY, torch.bfloat16, torch.device("cpu"))
+    assert (stack.A.dtype, stack.B.dtype) == (torch.bfloat16, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("router", "lacking"), [("phatgoose", "gates"), ("average-activation", "means")]
+)
+def test_experts_without_vectors_are_refused_with_the_remedy(
+    write, llama, tmp_path, router, lacking
+):
+    write("bare", gates={}, base=llama.reference)
+    with pytest.raises(PoolError) as caught:
+        compose(Pool.open(tmp_path / "pool"), llama, router=router, k=1)
+    for part in ("'bare'", f"no {lacking}", "phatgoose gate", "leave it out"):
+        assert part in str(caught.value)
+
+
+def test_the_merged_router_needs_no_vectors(write, llama, tmp_path):
+    write("bare", gates={}, base=llama.reference)
+    compose(Pool.open(tmp_path / "pool"), llama, router="merged", k=1)
+
+
+def test_an_unknown_router_is_refused_with_the_known_ones(write, llama):
+    pool = Pool.open(write("a", base=llama.reference))
+    with pytest.raises(ConfigError, match=r"'best'.*phatgoose.*merged"):
+        compose(pool, llama, router="best", k=1)
+
+
+def test_a_manifest_opens_the_same_pool(write, tmp_path):
+    for name in ("b", "a"):
+        write(name)
+    pool = Pool.open([tmp_path / "pool" / "b", tmp_path / "pool" / "a"])
+    pool.write_manifest(tmp_path / "lists" / "mine.json")
+    again = Pool.open(tmp_path / "lists" / "mine.json")
+    assert again.names == ("b", "a")
+    assert again.records() == pool.records()
+
+
+def test_a_manifest_moves_together_with_its_experts(write, tmp_path):
+    write("a")
+    Pool.open(tmp_path / "pool").write_manifest(tmp_path / "pool" / "pool.json")
+    moved = tmp_path / "elsewhere" / "moved"
+    shutil.move(tmp_path / "pool", moved)
+    pool = Pool.open(str(moved / "pool.json"))
+    assert pool.experts[0].directory.resolve() == (moved / "a").resolve()
+
+
+def test_a_manifest_beside_its_experts_is_no_expert(write, tmp_path):
+    write("a")
+    Pool.open(tmp_path / "pool").write_manifest(tmp_path / "pool" / "pool.json")
+    assert Pool.open(tmp_path / "pool").names == ("a",)
+
+
+@pytest.mark.parametrize("changed", ["adapter", "gates"])
+def test_a_manifest_notices_an_expert_that_was_replaced(write, tmp_path, changed):
+    place = write("a")
+    gates = {site: -gate for site, gate in Expert.load(place).gates.items()}
+    Pool.open(place).write_manifest(tmp_path / "pool.json")
+    shutil.rmtree(place)
+    write("a", **{"adapter": {"adapter": "six"}, "gates": {"gates": gates}}[changed])
+    message = complaint_about(tmp_path / "pool.json", ExpertError)
+    assert "'a'" in message
+    assert str(place) in message
+
+
+def test_a_manifest_of_an_expert_that_is_gone_names_it(write, tmp_path):
+    place = write("gone")
+    Pool.open(place).write_manifest(tmp_path / "pool.json")
+    shutil.rmtree(place)
+    assert "gone" in complaint_about(tmp_path / "pool.json", ExpertError)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        ({"manifest_version": MANIFEST_VERSION + 1, "experts": [{"path": "a"}]}, "version"),
+        ({"manifest_version": MANIFEST_VERSION, "experts": []}, "lists no expert"),
+        ({"manifest_version": MANIFEST_VERSION, "experts": [{}]}, "no pool manifest"),
+        ({"manifest_version": MANIFEST_VERSION, "experts": ["a"]}, "no pool manifest"),
+        ({"manifest_version": MANIFEST_VERSION, "experts": 3}, "no pool manifest"),
+        ({"experts": []}, "no pool manifest"),
+        ([], "no pool manifest"),
+        ("text", "no pool manifest"),
+    ],
+)
+def test_a_bad_manifest_is_refused_with_the_reason(tmp_path, content, complaint):
+    assert complaint in complaint_about(write_manifest(tmp_path / "pool.json", content))
+
+
+def test_a_manifest_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "pool.json").write_text("{")
+    assert "no pool manifest" in complaint_about(tmp_path / "pool.json")
+
+
+def test_a_missing_manifest_is_refused_by_name(tmp_path):
+    assert "nowhere.json can't be read" in complaint_about(tmp_path / "nowhere.json")
+
+
+def test_a_manifest_that_can_not_be_written_is_refused_and_leaves_nothing(write, tmp_path):
+    pool = Pool.open(write("a"))
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(PoolError, match="can't be written"):
+        pool.write_manifest(tmp_path / "file" / "pool.json")
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "pool"}

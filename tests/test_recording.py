@@ -1,0 +1,140 @@
+from contextlib import suppress
+
+import pytest
+import torch
+
+from conftest import logits_of, make_ids
+from oracle import token_weights
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of, record
+
+
+def recorded(model, ids, **inputs):
+    with record(model) as recording:
+        logits_of(model, ids, **inputs)
+    return recording
+
+
+def padded_batch(base):
+    """Two rows, of 7 and 4 real tokens; the model's inputs beside the ids."""
+    ids = make_ids(rows=2)
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    inputs = {"attention_mask": mask}
+    if base.is_encoder_decoder:
+        target_mask = torch.ones(2, 3, dtype=torch.long)
+        target_mask[0, 2:] = 0
+        inputs |= {"decoder_input_ids": ids[:, :3], "decoder_attention_mask": target_mask}
+    return ids, inputs
+
+
+def test_recorded_weights_are_those_of_the_method(base, pool):
+    model = compose(pool, base, k=2)
+    inputs = {}
+    for site, layer in composition_of(model).layers.items():
+        layer.register_forward_pre_hook(lambda _, args, site=site: inputs.update({site: args[0]}))
+    recording = recorded(model, make_ids())
+    assert recording.weights.keys() == composition_of(model).layers.keys()
+    for site, (weights,) in recording.weights.items():
+        for got, u in zip(weights[0], inputs[site][0], strict=True):
+            wanted = token_weights(u, pool.experts, site, k=2)
+            assert {int(z) for z in got.nonzero()} == wanted.keys()
+            assert got.sum().item() == pytest.approx(1)
+            assert got.tolist() == pytest.approx([wanted.get(z, 0) for z in range(4)], abs=1e-5)
+
+
+def test_padding_has_no_weight(base, pool):
+    model = compose(pool, base)
+    ids, inputs = padded_batch(base)
+    recording = recorded(model, ids, **inputs)
+    for site, layer in composition_of(model).layers.items():
+        reads_targets = base.is_encoder_decoder and layer.site.stream == "decoder"
+        mask = inputs["decoder_attention_mask" if reads_targets else "attention_mask"].bool()
+        assert torch.equal(recording.real[site][0], mask)
+        sums = recording.weights[site][0].sum(dim=-1)
+        torch.testing.assert_close(sums, mask.float())
+
+
+def test_usage_is_the_mean_over_real_tokens(base, pool):
+    ids, inputs = padded_batch(base)
+    recording = recorded(compose(pool, base), ids, **inputs)
+    for site, usage in recording.usage().items():
+        rows = recording.weights[site][0].flatten(0, 1)
+        tokens = [row for row in rows if row.any()]
+        torch.testing.assert_close(usage, sum(tokens) / len(tokens))
+        assert usage.sum().item() == pytest.approx(1)
+
+
+def test_usage_covers_several_passes(llama, llama_pool):
+    model = compose(llama_pool, llama)
+    with record(model) as recording:
+        logits_of(model, make_ids(tokens=2))
+        logits_of(model, make_ids(tokens=6, seed=1))
+    for site, passes in recording.weights.items():
+        assert [part.shape for part in passes] == [(1, 2, 4), (1, 6, 4)]
+        wanted = (2 * passes[0][0].mean(0) + 6 * passes[1][0].mean(0)) / 8
+        torch.testing.assert_close(recording.usage()[site], wanted)
+
+
+def test_by_token_is_the_mean_over_sites(llama, llama_pool):
+    recording = recorded(compose(llama_pool, llama), make_ids(rows=2))
+    wanted = sum(passes[0][1] for passes in recording.weights.values()) / len(recording.weights)
+    torch.testing.assert_close(recording.by_token(row=1), wanted)
+
+
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
+@pytest.mark.parametrize("targets", [3, 7])
+def test_by_token_of_an_encoder_decoder_uses_the_stream_of_most_sites(base, make_expert, targets):
+    pool = Pool(
+        tuple(make_expert(base, f"q{seed}", seed=seed, target_modules=["q"]) for seed in range(3))
+    )
+    ids = make_ids(tokens=7)
+    recording = recorded(compose(pool, base), ids, decoder_input_ids=ids[:, :targets])
+    decoder = [passes[0][0] for site, passes in recording.weights.items() if "decoder" in site]
+    assert len(decoder) > len(recording.weights) / 2
+    torch.testing.assert_close(recording.by_token(), sum(decoder) / len(decoder))
+
+
+def test_every_token_of_a_generation_is_recorded_once(llama, llama_pool):
+    model, ids = compose(llama_pool, llama), make_ids(tokens=5)
+    with record(model) as recording, torch.no_grad():
+        output = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, min_new_tokens=6
+        )
+    one_pass = recorded(model, output[:, :-1])  # nothing follows the last token
+    assert recording.by_token().shape == (10, 4)
+    torch.testing.assert_close(recording.by_token(), one_pass.by_token(), rtol=0, atol=1e-4)
+
+
+def test_recording_changes_no_bit(base, pool):
+    model, ids = compose(pool, base), make_ids()
+    wanted = logits_of(model, ids)
+    with record(model):
+        assert torch.equal(logits_of(model, ids), wanted)
+
+
+def test_recording_ends_with_its_context_even_after_an_error(llama, llama_pool):
+    model = compose(llama_pool, llama)
+    with suppress(LookupError), record(model) as recording:
+        logits_of(model, make_ids())
+        raise LookupError
+    logits_of(model, make_ids())
+    assert all(len(passes) == 1 for passes in recording.weights.values())
+
+
+def test_experts_absent_from_a_site_have_no_weight_there(llama, make_expert):
+    everywhere, attention = (
+        make_expert(llama, "everywhere"),
+        make_expert(llama, "attention", seed=1, target_modules=["q_proj"]),
+    )
+    recording = recorded(compose(Pool((attention, everywhere)), llama), make_ids())
+    assert recording.experts == ("attention", "everywhere")
+    usage = recording.usage()
+    assert usage["model.layers.0.mlp.up_proj"].tolist() == pytest.approx([0, 1])
+    assert usage["model.layers.0.self_attn.q_proj"].all()
+
+
+def test_merged_experts_share_every_token_equally(llama, llama_pool):
+    recording = recorded(compose(llama_pool, llama, router="merged"), make_ids())
+    for usage in recording.usage().values():
+        assert usage.tolist() == pytest.approx([0.25] * 4)

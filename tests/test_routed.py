@@ -1,0 +1,377 @@
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import assert_same_logits, logits_of, make_ids, make_model, peft_model
+from oracle import mixture, naively_routed, update
+from phatgoose.bases import load_base
+from phatgoose.errors import ConfigError, PoolError, RoutingError, WrongBaseError
+from phatgoose.expert import BaseReference
+from phatgoose.kernels import KERNELS
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of, detach, record
+
+PRECISE = {"rtol": 1e-5, "atol": 1e-5}
+Q_PROJ = {  # a site with 32 inputs in every kind of tiny base
+    "llama": "model.layers.0.self_attn.q_proj",
+    "qwen2": "model.layers.0.self_attn.q_proj",
+    "gpt2": "transformer.h.0.attn.c_attn",
+    "t5": "decoder.block.0.layer.0.SelfAttention.q",
+}
+ATTENTION_ONLY = ["q_proj", "v_proj"]
+
+
+def layer_of(model, site):
+    return composition_of(model).layers[site]
+
+
+def peft_logits(base, expert, ids):
+    return logits_of(peft_model(base, expert.directory), ids)
+
+
+def routed_alone(base, *experts, name):
+    return compose(Pool(experts), base, keep=[name], k=1)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_every_layer_is_the_mixture_of_the_method(base, pool, k):
+    model = compose(pool, base, k=k)
+    for site, layer in composition_of(model).layers.items():
+        u = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(k))
+        wanted = layer.base(u) + mixture(u, pool.experts, site, k)
+        torch.testing.assert_close(layer(u), wanted.float(), **PRECISE)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_the_whole_model_is_the_naively_routed_one(base, pool, k):
+    ids = make_ids(rows=2)
+    with naively_routed(base.model, pool.experts, k):
+        wanted = logits_of(base.model, ids)
+    assert not torch.allclose(wanted, logits_of(base.model, ids), atol=0.1)
+    assert_same_logits(logits_of(compose(pool, base, k=k), ids), wanted)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_kernel_makes_the_same_model(base, pool, kernel):
+    ids = make_ids()
+    with naively_routed(base.model, pool.experts, k=2):
+        wanted = logits_of(base.model, ids)
+    assert_same_logits(logits_of(compose(pool, base, k=2, kernel=kernel), ids), wanted)
+
+
+def test_one_token_is_routed(base, pool):
+    ids = make_ids(tokens=1)
+    with naively_routed(base.model, pool.experts, k=2):
+        wanted = logits_of(base.model, ids)
+    assert_same_logits(logits_of(compose(pool, base), ids), wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": 7},
+        {"alpha_pattern": 3},
+        {"rank_pattern": 2, "alpha_pattern": 5, "use_rslora": True},
+    ],
+    ids=lambda options: "+".join(options) or "plain",
+)
+def test_one_expert_alone_is_the_peft_model(base, kind, make_expert, options):
+    options = {
+        key: {Q_PROJ[kind].rpartition(".")[2]: value} if key.endswith("pattern") else value
+        for key, value in options.items()
+    }
+    expert, other = make_expert(base, "one", **options), make_expert(base, "other", seed=1)
+    ids = make_ids(rows=2)
+    wanted = peft_logits(base, expert, ids)
+    assert_same_logits(logits_of(routed_alone(base, expert, other, name="one"), ids), wanted)
+
+
+def test_one_expert_of_a_subset_of_sites_is_the_peft_model(llama, make_expert):
+    expert = make_expert(llama, "one", target_modules=ATTENTION_ONLY)
+    wanted = peft_logits(llama, expert, make_ids())
+    got = logits_of(routed_alone(llama, expert, name="one"), make_ids())
+    assert_same_logits(got, wanted)
+
+
+def test_mixed_ranks_share_a_pool(base, make_expert):
+    pool = Pool(tuple(make_expert(base, f"r{rank}", rank=rank, seed=rank) for rank in (1, 3, 8)))
+    ids = make_ids()
+    with naively_routed(base.model, pool.experts, k=2):
+        wanted = logits_of(base.model, ids)
+    assert_same_logits(logits_of(compose(pool, base), ids), wanted)
+
+
+def test_zero_padding_of_ranks_changes_no_bit(llama, make_expert):
+    small, large = make_expert(llama, "small", rank=2), make_expert(llama, "large", rank=9, seed=1)
+    stack = Pool((small, large)).stack(Q_PROJ["llama"], torch.float32, torch.device("cpu"))
+    lora = small.lora[Q_PROJ["llama"]]
+    assert stack.A.shape == (2, 9, 32)
+    assert torch.equal(stack.A[0, :2], lora.A)
+    assert torch.equal(stack.B[0, :2], (lora.scale * lora.B).T)
+    assert not stack.A[0, 2:].any()
+    assert not stack.B[0, 2:].any()
+
+
+def test_sites_with_fewer_than_k_experts_use_those_there_are(llama, make_expert):
+    pool = Pool(
+        (
+            make_expert(llama, "everywhere"),
+            make_expert(llama, "attention", seed=1, target_modules=ATTENTION_ONLY),
+            make_expert(llama, "q", seed=2, target_modules=["q_proj"]),
+        )
+    )
+    ids = make_ids()
+    with naively_routed(llama.model, pool.experts, k=3):
+        wanted = logits_of(llama.model, ids)
+    assert_same_logits(logits_of(compose(pool, llama, k=3), ids), wanted)
+
+
+def test_a_site_without_experts_stays_the_base_layer(llama, make_expert):
+    expert = make_expert(llama, "attention", target_modules=ATTENTION_ONLY)
+    down = llama.model.model.layers[0].mlp.down_proj
+    model = compose(Pool((expert,)), llama, k=1)
+    assert model.model.layers[0].mlp.down_proj is down
+    assert set(composition_of(model).layers) == set(expert.lora)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_changes_no_real_token(base, pool, side):
+    model = compose(pool, base)
+    long, short = make_ids(tokens=9), make_ids(tokens=5, seed=1)
+    padding = torch.zeros(1, 4, dtype=torch.long)
+    parts = [padding, short] if side == "left" else [short, padding]
+    ids = torch.cat([long, torch.cat(parts, dim=1)])
+    mask = torch.ones_like(ids)
+    mask[1] = torch.cat([part * 0 + int(part is short) for part in parts], dim=1)
+    place = mask[1].bool()
+    inputs = {"attention_mask": mask}
+    if base.is_encoder_decoder:
+        inputs |= {"decoder_attention_mask": mask}
+    else:
+        inputs |= {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    got = logits_of(model, ids, **inputs)
+    assert_same_logits(got[:1], logits_of(model, long))
+    assert_same_logits(got[1:, place], logits_of(model, short))
+
+
+def test_a_mask_of_an_earlier_call_is_forgotten(base, pool):
+    model, ids = compose(pool, base), make_ids()
+    wanted = logits_of(model, ids)
+    masked = torch.ones_like(ids)
+    masked[:, -3:] = 0
+    logits_of(model, ids, attention_mask=masked)
+    assert torch.equal(logits_of(model, ids), wanted)
+
+
+def test_a_mask_of_an_earlier_call_is_forgotten_by_cross_attention(base_folders, make_expert):
+    base = load_base(base_folders["t5"], dtype="float32")
+    model = compose(Pool((make_expert(base, "one"),)), base, k=1)
+    ids = make_ids()
+    masked = torch.ones_like(ids)
+    masked[:, -3:] = 0
+    encoded = model.get_encoder()(input_ids=ids)
+    wanted = logits_of(model, None, encoder_outputs=encoded, decoder_input_ids=ids)
+    logits_of(model, ids, attention_mask=masked)
+    got = logits_of(model, None, encoder_outputs=encoded, decoder_input_ids=ids)
+    assert torch.equal(got, wanted)
+
+
+def test_detach_gives_the_base_back_bit_for_bit(base, pool):
+    ids = make_ids()
+    logits, modules = logits_of(base.model, ids), dict(base.model.named_modules())
+    routed = compose(pool, base)
+    assert routed is base.model
+    assert not torch.equal(logits_of(routed, ids), logits)
+    assert detach(routed) is base.model
+    after = dict(base.model.named_modules())
+    assert after.keys() == modules.keys()
+    assert all(after[name] is modules[name] for name in modules)
+    assert torch.equal(logits_of(base.model, ids), logits)
+
+
+def test_detach_leaves_no_hook_and_no_attribute(base, pool):
+    attributes = set(vars(base.model))
+    detach(compose(pool, base))
+    assert set(vars(base.model)) == attributes
+    assert not any(module._forward_pre_hooks for module in base.model.modules())
+
+
+def test_a_detached_base_can_be_routed_again(base, pool):
+    ids = make_ids()
+    first = logits_of(compose(pool, base), ids)
+    detach(base.model)
+    assert torch.equal(logits_of(compose(pool, base), ids), first)
+
+
+def test_composing_changes_no_base_weight(base, pool):
+    before = {key: value.clone() for key, value in base.model.state_dict().items()}
+    model = compose(pool, base)
+    logits_of(model, make_ids())
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_a_routed_model_loads_a_state_dict_of_the_base(base, pool):
+    model, ids = compose(pool, base), make_ids()
+    wanted = logits_of(model, ids)
+    state = load_base(base.id, dtype="float32").model.state_dict()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    assert not torch.allclose(logits_of(model, ids), wanted)
+    loaded = model.load_state_dict(state)
+    assert not loaded.missing_keys
+    assert not loaded.unexpected_keys
+    assert torch.equal(logits_of(model, ids), wanted)
+
+
+def test_transformers_saves_the_base_of_a_routed_model(base, pool, tmp_path):
+    wanted = logits_of(base.model, make_ids())
+    compose(pool, base).save_pretrained(tmp_path)
+    saved = type(base.model).from_pretrained(tmp_path).eval()
+    assert torch.equal(logits_of(saved, make_ids()), wanted)
+
+
+def test_a_missing_key_is_still_missed(llama, llama_pool):
+    model = compose(llama_pool, llama)
+    state = model.state_dict()
+    del state[f"{Q_PROJ['llama']}.weight"]
+    with pytest.raises(RuntimeError, match="q_proj"):
+        model.load_state_dict(state)
+
+
+def test_a_routed_model_looks_like_its_base(base, pool, kind):
+    plain = base.model.get_submodule(Q_PROJ[kind])
+    layer = layer_of(compose(pool, base), Q_PROJ[kind])
+    assert layer.base is plain
+    assert layer.weight is plain.weight
+    assert layer.bias is plain.bias
+    assert (layer.in_features, layer.out_features) == (32, plain(torch.zeros(32)).shape[0])
+
+
+def test_keep_uses_the_named_experts_only(base, pool):
+    ids = make_ids()
+    with naively_routed(base.model, [pool.experts[0], pool.experts[3]], k=2):
+        wanted = logits_of(base.model, ids)
+    model = compose(pool, base, keep=["e3", "e0"])
+    assert composition_of(model).experts == ("e0", "e3")
+    assert_same_logits(logits_of(model, ids), wanted)
+
+
+def test_leave_out_uses_all_but_the_named_experts(llama, llama_pool):
+    ids = make_ids()
+    with naively_routed(llama.model, llama_pool.experts[1:], k=2):
+        wanted = logits_of(llama.model, ids)
+    model = compose(llama_pool, llama, leave_out=["e0"])
+    assert_same_logits(logits_of(model, ids), wanted)
+
+
+def test_a_k_above_the_pool_is_lowered_with_a_warning(llama, llama_pool):
+    ids = make_ids()
+    wanted = logits_of(compose(llama_pool, llama, k=4), ids)
+    detach(llama.model)
+    with pytest.warns(UserWarning, match="k is 9, but the pool has 4 experts"):
+        model = compose(llama_pool, llama, k=9)
+    assert torch.equal(logits_of(model, ids), wanted)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "named"),
+    [
+        ({"keep": ["nobody"]}, PoolError, "'nobody'"),
+        ({"leave_out": ["nobody"]}, PoolError, "'nobody'"),
+        ({"keep": ["e0"], "leave_out": ["e0"]}, PoolError, "No expert is left"),
+        ({"keep": "e0"}, PoolError, "lists of names"),
+        ({"kernel": "fastest"}, ConfigError, "'fastest'"),
+        ({"router": "best"}, ConfigError, "'best'"),
+        ({"k": 0}, ConfigError, "k is 0"),
+        ({"eps": 0.0}, ConfigError, "eps"),
+    ],
+)
+def test_impossible_settings_are_refused_and_leave_the_base_alone(
+    llama, llama_pool, options, error, named
+):
+    modules = dict(llama.model.named_modules())
+    with pytest.raises(error, match=named):
+        compose(llama_pool, llama, **options)
+    assert dict(llama.model.named_modules()) == modules
+
+
+def test_composing_twice_is_refused(llama, llama_pool):
+    compose(llama_pool, llama)
+    with pytest.raises(RoutingError, match="routed already"):
+        compose(llama_pool, llama)
+
+
+@pytest.mark.parametrize("wants_routed", [detach, composition_of, lambda m: record(m).__enter__()])
+def test_a_plain_model_is_not_routed(llama, wants_routed):
+    with pytest.raises(RoutingError, match="not routed"):
+        wants_routed(llama.model)
+
+
+def test_another_base_of_the_same_shape_is_refused(llama_pool):
+    other = make_model("llama", seed=1)
+    with pytest.raises(WrongBaseError, match="fingerprint"):
+        compose(llama_pool, other)
+    assert not hasattr(other, "phatgoose")
+
+
+def test_an_unknown_fingerprint_is_taken_on_trust_with_a_warning(llama, llama_pool):
+    reference = BaseReference(llama.id)
+    unsure = Pool(
+        tuple(replace(e, info=replace(e.info, base=reference)) for e in llama_pool.experts)
+    )
+    with pytest.warns(UserWarning, match="fingerprint"):
+        compose(unsure, llama)
+
+
+def test_experts_for_another_architecture_are_refused(base_folders, llama_pool):
+    unsure = tuple(
+        replace(e, info=replace(e.info, base=BaseReference("x"))) for e in llama_pool.experts
+    )
+    gpt2 = load_base(base_folders["gpt2"], dtype="float32")
+    with pytest.raises(PoolError, match="'e0'"), pytest.warns(UserWarning, match="fingerprint"):
+        compose(Pool(unsure), gpt2)
+
+
+@pytest.mark.parametrize("given", ["base", "model", "name", "nothing"])
+def test_the_base_can_be_given_in_many_ways(llama, llama_pool, given):
+    base = {"base": llama, "model": llama.model, "name": llama.id, "nothing": None}[given]
+    model = compose(llama_pool, base)
+    assert (model is llama.model) == (given in ("base", "model"))
+    assert composition_of(model).base == BaseReference(llama.id, None, llama.fingerprint)
+
+
+def test_a_pool_can_be_given_as_a_folder(llama, llama_pool):
+    model = compose(llama_pool.experts[0].directory.parent, llama)
+    assert composition_of(model).experts == llama_pool.names
+
+
+def test_a_layer_in_bfloat16_is_the_mixture_up_to_rounding(base, pool, kind):
+    layer = layer_of(compose(pool, load_base(base.id, dtype="bfloat16"), k=4), Q_PROJ[kind])
+    u = torch.randn(8, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = layer.base(u).double() + mixture(u, pool.experts, Q_PROJ[kind], k=4)
+    assert layer(u).dtype == torch.bfloat16
+    atol = 2 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
+    torch.testing.assert_close(layer(u).double(), wanted, rtol=0, atol=atol)
+
+
+def test_the_update_of_an_expert_is_scaled_by_alpha_over_rank(llama, make_expert):
+    expert = make_expert(llama, "one", rank=4, lora_alpha=6)
+    u = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    layer = layer_of(compose(Pool((expert,)), llama, k=1), Q_PROJ["llama"])
+    lora = expert.lora[Q_PROJ["llama"]]
+    wanted = 6 / 4 * lora.B @ (lora.A @ u)
+    torch.testing.assert_close(update(expert, Q_PROJ["llama"], u).float(), wanted)
+    torch.testing.assert_close(layer(u[None])[0] - layer.base(u), wanted, **PRECISE)
+
+
+def test_gradients_reach_the_input_through_the_experts(llama, llama_pool):
+    layer = layer_of(compose(llama_pool, llama, k=4), Q_PROJ["llama"])
+    u = torch.randn(1, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    layer(u).sum().backward()
+    assert not torch.allclose(u.grad, layer.weight.sum(dim=0)[None])

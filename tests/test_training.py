@@ -1,0 +1,415 @@
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from conftest import assert_same_logits, logits_of, make_ids, peft_model
+from phatgoose import training as training_module
+from phatgoose.bases import load_base
+from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, TaskError
+from phatgoose.expert import Expert
+from phatgoose.fitting import fit
+from phatgoose.pool import Pool
+from phatgoose.routed import compose
+from phatgoose.sites import find_sites
+from phatgoose.tasks import Example, Task
+from phatgoose.training import train_expert
+
+
+def words(*targets: str) -> tuple[Example, ...]:
+    return tuple(Example(f"say {word}", word) for word in targets)
+
+
+TASK = Task(
+    "echo", words("a", "bee", "seedy", "of", "gee", "ice"), validation=words("yes", "no", "maybe")
+)
+LORA = Lora(rank=2, alpha=4)
+TRAINING = Training(
+    steps=4, batch_size=4, micro_batch_size=2, learning_rate=0.02, eval_every=2, warmup_ratio=0.25
+)
+GATES = GateTraining(gate_steps=2)
+ADAPTER = "adapter_model.safetensors"
+
+
+def train(base, out: Path, task: Task = TASK, training: Training = TRAINING, **options) -> Expert:
+    settings = {"lora": LORA, "gate_training": GATES, **options}
+    return train_expert(base, task, out=out, training=training, **settings)
+
+
+def target_nll(model, base, examples) -> Tensor:
+    """The negative log-likelihood of every target token, one example at a time, no padding."""
+    losses = []
+    for example in examples:
+        prompt = base.tokenizer(example.input)["input_ids"]
+        space = "" if base.is_encoder_decoder else " "
+        target = base.tokenizer(space + example.target, add_special_tokens=False)["input_ids"] + [1]
+        if base.is_encoder_decoder:
+            shifted = torch.tensor([[0, *target[:-1]]])
+            logits = logits_of(model, torch.tensor([prompt]), decoder_input_ids=shifted)[0]
+        else:
+            logits = logits_of(model, torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
+        losses.append(-logits.float().log_softmax(-1)[range(len(target)), target])
+    return torch.cat(losses)
+
+
+def without_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "dropout", None), float):
+            module.dropout = 0.0
+
+
+@contextmanager
+def spying_on_fit(monkeypatch, look):
+    """Call `look(model)` right after the LoRA was fitted, before it is saved and taken off."""
+
+    def spy(model, **arguments):
+        report = fit(model, **arguments)
+        look(model)
+        return report
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module, "fit", spy)
+        yield
+
+
+def assert_same_expert(got: Expert, wanted: Expert) -> None:
+    """Bit for bit the same adapter and gates."""
+    assert (got.directory / ADAPTER).read_bytes() == (wanted.directory / ADAPTER).read_bytes()
+    assert got.gates.keys() == wanted.gates.keys()
+    assert all(torch.equal(got.gates[site], wanted.gates[site]) for site in wanted.gates)
+
+
+def test_peft_loads_the_expert_and_computes_as_the_trained_model_did(base, tmp_path, monkeypatch):
+    ids, seen = make_ids(), []
+    plain = logits_of(base.model, ids)
+    with spying_on_fit(monkeypatch, lambda model: seen.append(logits_of(model, ids))):
+        expert = train(base, tmp_path / "echo")
+    assert not torch.allclose(seen[0], plain, atol=1e-2)
+    assert_same_logits(logits_of(peft_model(base, expert.directory), ids), seen[0])
+
+
+@pytest.fixture(scope="module")
+def whole(base_folders, tmp_path_factory) -> Expert:
+    """The expert of an uninterrupted training of the tiny Llama."""
+    base = load_base(base_folders["llama"], dtype="float32")
+    return train(base, tmp_path_factory.mktemp("whole") / "whole")
+
+
+def test_a_finished_expert_is_complete_and_leaves_no_work_behind(llama, tmp_path):
+    expert = train(llama, tmp_path / "echo")
+    assert expert.lora.keys() == expert.gates.keys() == expert.means.keys()
+    assert expert.lora.keys() == find_sites(llama.model).keys()
+    assert expert.info.base == llama.reference
+    assert (expert.info.name, expert.info.task["name"]) == ("echo", "echo")
+    assert [path.name for path in tmp_path.iterdir()] == ["echo"]
+
+
+def test_settings_and_results_are_recorded(llama, tmp_path):
+    info = train(llama, tmp_path / "echo", name="other").info
+    assert info.name == "other"
+    wanted = {"rank": 2, "alpha": 4, "steps": 4, "learning_rate": 0.02, "gate_steps": 2}
+    assert wanted.items() <= info.hyperparameters.items()
+    assert info.metrics["expert_steps"] == 4
+    assert info.metrics["expert_best_step"] in (2, 4)
+    assert info.metrics["expert_tokens_per_second"] > 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+@pytest.mark.parametrize("micro", [1, 3])
+def test_the_training_loss_is_the_mean_over_all_target_tokens_of_the_batch(base, tmp_path, micro):
+    without_dropout(base.model)
+    wanted = target_nll(base.model, base, TASK.train).mean().item()
+    training = replace(TRAINING, steps=1, batch_size=6, micro_batch_size=micro, eval_every=1)
+    expert = train(base, tmp_path / "echo", training=training)
+    assert expert.info.metrics["expert_train_loss"] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+@pytest.mark.parametrize("micro", [1, 4])
+def test_the_validation_loss_is_the_mean_over_all_target_tokens(base, tmp_path, micro):
+    training = replace(TRAINING, micro_batch_size=micro)
+    expert = train(base, tmp_path / "echo", training=training)
+    wanted = target_nll(peft_model(base, expert.directory), base, TASK.validation).mean().item()
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_micro_batch_changes_the_result_by_rounding_only(llama, tmp_path):
+    training = replace(TRAINING, steps=1, batch_size=6, eval_every=1, warmup_ratio=0.0)
+
+    def factors(micro: int) -> Tensor:
+        settings = replace(training, micro_batch_size=micro)
+        expert = train(llama, tmp_path / str(micro), training=settings)
+        return torch.cat([t.flatten() for lora in expert.lora.values() for t in (lora.A, lora.B)])
+
+    close = (factors(1) - factors(6)).abs() < 1e-3 * training.learning_rate
+    assert close.float().mean() > 0.99
+
+
+def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
+    task = Task("liar", words("yes", "yes", "yes", "yes"), validation=words("no", "maybe"))
+    training = replace(TRAINING, steps=10, learning_rate=0.1)
+    with caplog.at_level(logging.INFO, "phatgoose.fitting"):
+        expert = train(llama, tmp_path / "liar", task, training)
+    logged = re.findall(r"step (\d+) of 10, validation loss ([\d.]+)", caplog.text)
+    losses = {int(step): float(loss) for step, loss in logged}
+    best = min(losses, key=losses.get)
+    assert len(losses) == 5
+    assert best != 10
+    assert expert.info.metrics["expert_best_step"] == best
+    loss = target_nll(peft_model(llama, expert.directory), llama, task.validation).mean().item()
+    assert loss == pytest.approx(losses[best], abs=1e-3)
+
+
+def test_training_lowers_the_loss(llama, tmp_path):
+    training = replace(TRAINING, steps=30, eval_every=30)
+    expert = train(llama, tmp_path / "echo", training=training)
+    before = target_nll(llama.model, llama, TASK.train).mean()
+    after = target_nll(peft_model(llama, expert.directory), llama, TASK.train).mean()
+    assert after < 0.5 * before
+
+
+def test_a_base_is_as_it_was_after_training(base, tmp_path):
+    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
+    modules, attributes = dict(base.model.named_modules()), set(vars(base.model))
+    train(base, tmp_path / "first", Task("other", words("x", "y", "z")))
+    assert dict(base.model.named_modules()) == modules
+    assert set(vars(base.model)) - attributes <= {"_is_accelerate_prepared"}  # accelerate's mark
+    assert all(torch.equal(base.model.state_dict()[key], weights[key]) for key in weights)
+    assert not base.model.training
+
+
+def test_an_expert_does_not_depend_on_what_its_base_served_before(llama, tmp_path, whole):
+    train(llama, tmp_path / "first", Task("other", words("x", "y", "z")))
+    assert_same_expert(train(llama, tmp_path / "second"), whole)
+
+
+def test_a_bfloat16_base_is_trained_through_float32_copies(base_folders, tmp_path, monkeypatch):
+    half = load_base(base_folders["llama"], dtype="bfloat16")
+    weights = {key: value.clone() for key, value in half.model.state_dict().items()}
+    dtypes = {True: set(), False: set()}
+
+    def look(model):
+        for parameter in model.parameters():
+            dtypes[parameter.requires_grad].add(parameter.dtype)
+
+    with spying_on_fit(monkeypatch, look):
+        expert = train(half, tmp_path / "echo")
+    assert dtypes == {True: {torch.float32}, False: {torch.bfloat16}}
+    saved = load_file(expert.directory / ADAPTER)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    assert all(torch.equal(half.model.state_dict()[key], weights[key]) for key in weights)
+
+
+def test_training_depends_on_its_seed_alone(llama, tmp_path, whole):
+    torch.manual_seed(2)
+    assert_same_expert(train(llama, tmp_path / "again"), whole)
+    other = train(llama, tmp_path / "other", training=replace(TRAINING, seed=7))
+    assert (other.directory / ADAPTER).read_bytes() != (whole.directory / ADAPTER).read_bytes()
+
+
+def test_experts_can_act_on_chosen_sites(llama, tmp_path):
+    expert = train(llama, tmp_path / "echo", lora=replace(LORA, sites="self_attn"))
+    assert expert.gates.keys() == find_sites(llama.model, "self_attn").keys()
+
+
+def test_lora_starts_as_the_method_says(llama, tmp_path, monkeypatch):
+    started = {}
+
+    def start(model, **arguments):
+        named = model.named_parameters()
+        started.update({name: p.detach().clone() for name, p in named if p.requires_grad})
+        raise LookupError
+
+    monkeypatch.setattr(training_module, "fit", start)
+    with pytest.raises(LookupError):
+        train(llama, tmp_path / "echo", lora=replace(LORA, rank=16))
+    A, B = (torch.cat([p.flatten() for n, p in started.items() if f"lora_{s}" in n]) for s in "AB")
+    assert A.std().item() == pytest.approx(0.01, rel=0.05)
+    assert not B.any()
+    assert len(started) == 2 * len(find_sites(llama.model))
+
+
+def test_training_needs_two_examples(llama, tmp_path):
+    with pytest.raises(TaskError, match="at least two"):
+        train(llama, tmp_path / "echo", Task("tiny", words("a")))
+
+
+def test_a_routed_base_is_refused(llama, llama_pool, tmp_path):
+    compose(llama_pool, llama)
+    with pytest.raises(PhatgooseError, match="routed"):
+        train(llama, tmp_path / "echo")
+
+
+# Interruptions. A run's forward passes: per LoRA step 2 (micro-batches); after steps 2 and 4 one
+# validation of 1; then 2 per gate step.
+
+
+def on_call(function: str, call: int, action):
+    """(module, name, a function in its place that does `action` on its `call`-th call)."""
+    module, _, name = function.rpartition(".")
+    original, calls = getattr(import_module(module), name), []
+
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == call:
+            action()
+        return original(*args, **kwargs)
+
+    return import_module(module), name, counted
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def interrupted(monkeypatch, base, out: Path, function: str, call: int, **options) -> None:
+    """Start a training in `out` that is interrupted in the given call."""
+    with monkeypatch.context() as patch:
+        patch.setattr(*on_call(function, call, interrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(base, out, **options)
+    assert not out.exists()
+
+
+PASS = "phatgoose.fitting.target_logits"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"], indirect=True)  # with dropout
+def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path, monkeypatch):
+    whole = train(base, tmp_path / "whole")
+    interrupted(monkeypatch, base, tmp_path / "cut", PASS, call=8)
+    assert (tmp_path / ".cut.work" / "lora" / "checkpoint-2" / "complete").is_file()
+    assert_same_expert(train(base, tmp_path / "cut", resume=True), whole)
+    assert not (tmp_path / ".cut.work").exists()
+
+
+def test_a_resumed_run_skips_what_is_done(llama, tmp_path, monkeypatch):
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=11)  # in the gates
+    passes = []
+    monkeypatch.setattr(*on_call(PASS, 5, lambda: passes.append("too many")))
+    train(llama, tmp_path / "cut", resume=True)
+    assert not passes
+
+
+def test_a_checkpoint_cut_short_is_dropped(llama, tmp_path, monkeypatch):
+    training = replace(TRAINING, eval_every=1)
+    whole = train(llama, tmp_path / "whole", training=training)
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=10, training=training)
+    newest = tmp_path / ".cut.work" / "lora" / "checkpoint-3"
+    (newest / "complete").unlink()
+    (newest / "trainable.safetensors").write_bytes(b"torn")
+    resumed = train(llama, tmp_path / "cut", training=training, resume=True)
+    assert_same_expert(resumed, whole)
+
+
+def test_unfinished_work_is_an_error_unless_resumed_or_restarted(
+    llama, tmp_path, monkeypatch, whole
+):
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
+    with pytest.raises(ExpertError, match="use resume to continue it or restart"):
+        train(llama, tmp_path / "cut")
+    assert (tmp_path / ".cut.work" / "lora" / "checkpoint-2").is_dir()
+    assert_same_expert(train(llama, tmp_path / "cut", restart=True), whole)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"lora": replace(LORA, rank=3)},
+        {"training": replace(TRAINING, learning_rate=0.5)},
+        {"gate_training": replace(GATES, gate_steps=3)},
+        {"task": replace(TASK, train=words("quite", "other", "data"))},
+    ],
+    ids=["lora", "training", "gates", "data"],
+)
+def test_work_with_other_settings_or_data_is_not_resumed(llama, tmp_path, monkeypatch, other):
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
+    with pytest.raises(ConfigError, match="other settings, data or another base"):
+        train(llama, tmp_path / "cut", resume=True, **other)
+
+
+def test_work_on_another_base_is_not_resumed(llama, base_folders, tmp_path, monkeypatch):
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
+    with pytest.raises(ConfigError, match="another base"):
+        train(load_base(base_folders["qwen2"], dtype="float32"), tmp_path / "cut", resume=True)
+
+
+def test_restarting_with_other_settings_uses_them(llama, tmp_path, monkeypatch):
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
+    expert = train(llama, tmp_path / "cut", lora=replace(LORA, rank=3), restart=True)
+    assert {lora.A.shape[0] for lora in expert.lora.values()} == {3}
+
+
+def test_resuming_a_finished_run_loads_it(llama, monkeypatch, whole):
+    monkeypatch.setattr(*on_call(PASS, 1, interrupt))
+    assert_same_expert(train(llama, whole.directory, resume=True), whole)
+
+
+def test_an_existing_place_is_refused(llama, tmp_path):
+    (tmp_path / "echo").mkdir()
+    with pytest.raises(ExpertError, match="exists already"):
+        train(llama, tmp_path / "echo")
+
+
+def test_resuming_without_any_work_starts_it(llama, tmp_path, whole):
+    assert_same_expert(train(llama, tmp_path / "echo", resume=True), whole)
+
+
+KILLS = {
+    "in a LoRA step": (PASS, 8),
+    "before a checkpoint's optimiser state": ("torch.save", 1),
+    "before the adapter is in place": ("os.rename", 1),
+    "in a gate step": (PASS, 12),
+    "in the middle of the expert's files": ("phatgoose.expert.model_card", 1),
+    "before the expert is in place": ("os.rename", 2),
+}
+
+KILLED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_training import KILLS, load_base, kill_self, on_call, train
+base = load_base(sys.argv[2], dtype="float32")
+for number, (function, call) in enumerate(KILLS.values()):
+    child = os.fork()
+    if child == 0:
+        setattr(*on_call(function, call, kill_self))
+        train(base, Path(sys.argv[3]) / f"cut{number}")
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+def kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
+def test_a_killed_run_never_looks_finished_and_can_be_resumed(llama, tmp_path, whole):
+    arguments = [Path(__file__).parent, llama.id, tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(KILLS)
+    with pytest.raises(PoolError, match="No expert was found"):
+        Pool.open(tmp_path)
+    for number in range(len(KILLS)):
+        assert_same_expert(train(llama, tmp_path / f"cut{number}", resume=True), whole)

@@ -1,0 +1,84 @@
+"""The wheel: built, installed elsewhere, and used without the source tree."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import phatgoose
+
+ROOT = Path(__file__).parent.parent
+WANTED = os.environ.get("CI") == "true" or os.environ.get("PHATGOOSE_TEST_WHEEL") == "1"
+
+pytestmark = pytest.mark.skipif(
+    not WANTED, reason="building takes a while; set PHATGOOSE_TEST_WHEEL=1 (CI does by CI=true)"
+)
+
+
+def pip(*arguments: str) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+    pip("wheel", "--no-deps", *isolation, "--wheel-dir", str(folder), str(ROOT))
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    pip("install", "--no-deps", "--target", str(target), str(wheel))
+    return target
+
+
+def run(installed: Path, cwd: Path, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_is_named_after_package_and_version(wheel):
+    assert wheel.name == f"phatgoose-{phatgoose.__version__}-py3-none-any.whl"
+
+
+def test_the_wheel_holds_every_module_and_nothing_else(wheel):
+    source = ROOT / "src"
+    wanted = {str(p.relative_to(source)) for p in (source / "phatgoose").rglob("*.py")}
+    names = zipfile.ZipFile(wheel).namelist()
+    info = f"phatgoose-{phatgoose.__version__}.dist-info/"
+    assert {name for name in names if not name.startswith(info)} == wanted | {"phatgoose/py.typed"}
+    assert f"{info}licenses/LICENSE" in names
+
+
+def test_the_installed_package_is_imported_from_where_it_was_put(installed, tmp_path):
+    code = "import phatgoose as p; print(p.__file__, p.__version__, p.Pool, p.load_task)"
+    output = run(installed, tmp_path, "-c", code)
+    assert output.startswith(f"{installed}/phatgoose/__init__.py {phatgoose.__version__} ")
+
+
+def test_the_installed_command_shows_its_help(installed, tmp_path):
+    assert "evaluate" in run(installed, tmp_path, "-m", "phatgoose", "--help")
+
+
+def test_the_installed_package_says_that_it_is_typed(installed):
+    assert (installed / "phatgoose" / "py.typed").is_file()
+
+
+def test_the_installed_console_script_leads_to_the_command_line(installed):
+    (entry,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "phatgoose = phatgoose.apps.cli:main" in entry.read_text()

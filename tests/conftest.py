@@ -154,7 +154,7 @@ MakeExpert = Callable[..., Expert]
 
 @pytest.fixture
 def make_expert(tmp_path: Path) -> MakeExpert:
-    """A function that writes a random expert for a base: `make_expert(base, name, seed=…, rank=…)`."""
+    """A function that writes a random expert: `make_expert(base, name, seed=…, rank=…)`."""
 
     def make(base: Base, name: str, *, rank: int = 4, seed: int = 0, **options: object) -> Expert:
         adapter = make_adapter(base, tmp_path / "adapters" / name, rank=rank, seed=seed, **options)

@@ -95,10 +95,12 @@ def test_inputs_that_just_fit_stay_whole(is_encoder_decoder):
     assert exact.prompt("abcdef") == whole
 
 
-def test_cutting_a_target_warns_and_keeps_the_end_of_sequence():
+@pytest.mark.parametrize("text", ["abcd", "abcdef"])
+def test_cutting_a_target_warns_and_keeps_the_end_of_sequence(text):
     encoder = make_encoder(T5, max_target_tokens=4)
-    with pytest.warns(UserWarning, match=r"A target of 7 tokens was cut to 4 .*'abcdef'"):
-        target = encoder.target("x", "abcdef")
+    told = rf"A target of {len(text) + 1} tokens was cut to 4 .*'{text}'"
+    with pytest.warns(UserWarning, match=told):
+        target = encoder.target("x", text)
     assert text_of(encoder, target) == "abc</s>"
 
 

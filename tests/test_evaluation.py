@@ -158,9 +158,10 @@ def test_exact_match_takes_any_reference_and_no_part_of_one(llama):
     variants = (
         replace(example, target="no", references=("no", f" {example.target}\n")),
         replace(example, target=example.target[:-1]),
+        replace(example, target=example.target + "s"),
     )
     score = evaluate(llama, Task("open", test=variants), max_new_tokens=5).scores[0]
-    assert [prediction.correct for prediction in score.predictions] == [True, False]
+    assert [prediction.correct for prediction in score.predictions] == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ SEED = 0
 THREADS = 2  # the same number everywhere, so that one machine gives the same numbers each time
 LORA = Lora(rank=16, alpha=16.0)
 TRAINING = Training(
-    steps=40, batch_size=8, learning_rate=2e-3, eval_every=40, eval_examples=16, seed=SEED
+    steps=32, batch_size=8, learning_rate=2e-3, eval_every=32, eval_examples=16, seed=SEED
 )
-GATES = GateTraining(gate_steps=20, gate_learning_rate=5e-3, statistics_examples=32)
+GATES = GateTraining(gate_steps=16, gate_learning_rate=5e-3, statistics_examples=32)
 EVALUATED = 60  # examples of each unseen task
 PROMPT = "Nina saw seven ducks and two herons. Is a heron a bird, a fruit or a tool? Answer:"
 

@@ -6,7 +6,7 @@ import torch
 from conftest import assert_same_logits, logits_of, make_ids, make_model, peft_model
 from oracle import mixture, naively_routed, update
 from phatgoose.bases import load_base
-from phatgoose.errors import ConfigError, PoolError, RoutingError, WrongBaseError
+from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.expert import BaseReference
 from phatgoose.kernels import KERNELS
 from phatgoose.pool import Pool
@@ -334,7 +334,7 @@ def test_experts_for_another_architecture_are_refused(base_folders, llama_pool):
         replace(e, info=replace(e.info, base=BaseReference("x"))) for e in llama_pool.experts
     )
     gpt2 = load_base(base_folders["gpt2"], dtype="float32")
-    with pytest.raises(PoolError, match="'e0'"), pytest.warns(UserWarning, match="fingerprint"):
+    with pytest.raises(ExpertError, match="'e0'"), pytest.warns(UserWarning, match="fingerprint"):
         compose(Pool(unsure), gpt2)
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -198,15 +199,20 @@ def test_a_failed_overwrite_keeps_the_old_folder(llama, llama_pool, saved, monke
     assert composition_of(load(saved, dtype="float32")).routing.k == 2
 
 
+@pytest.mark.parametrize("failing", [1, 2])
 def test_an_overwrite_that_fails_at_the_end_keeps_the_old_folder(
-    llama, llama_pool, saved, monkeypatch
+    llama, llama_pool, saved, monkeypatch, failing
 ):
     model = compose(llama_pool, llama, k=1)
+    rename, calls = os.rename, []
 
-    def fail(*_):
-        raise KeyboardInterrupt
+    def interrupted(*paths):
+        calls.append(paths)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        rename(*paths)
 
-    monkeypatch.setattr("os.rename", fail)
+    monkeypatch.setattr("os.rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         save(model, saved, overwrite=True)
     monkeypatch.undo()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ExpertError
+from .sites import Site
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "LoraFactors",
+    "check_fit",
     "read_adapter_config",
     "read_lora",
     "read_tensors",
@@ -132,6 +134,20 @@ def read_lora(directory: Path) -> dict[str, LoraFactors]:
     if not factors:
         raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no LoRA factors.")
     return factors
+
+
+def check_fit(name: str, lora: Mapping[str, LoraFactors], sites: Mapping[str, Site]) -> None:
+    """Raise ExpertError unless each of the factors of expert `name` fits a site of the base."""
+    for site, factors in lora.items():
+        if site not in sites:
+            raise ExpertError(f"Expert {name!r} acts on {site}, which the base model lacks.")
+        got = (factors.A.shape[1], factors.B.shape[0])
+        wanted = (sites[site].in_features, sites[site].out_features)
+        if got != wanted:
+            raise ExpertError(
+                f"Expert {name!r}, site {site}: maps {got[0]} to {got[1]} features, the base model "
+                f"{wanted[0]} to {wanted[1]}; it was trained on another base."
+            )
 
 
 def _site_of(key: str, directory: Path) -> str:

@@ -19,7 +19,13 @@ from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .adapters import ADAPTER_WEIGHTS, LoraFactors, read_adapter_config, read_lora
+from .adapters import (
+    ADAPTER_WEIGHTS,
+    LoraFactors,
+    check_fit,
+    read_adapter_config,
+    read_lora,
+)
 from .bases import Base, load_base
 from .config import Formatting, GateTraining, Training
 from .embeddings import embed_examples
@@ -27,7 +33,7 @@ from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ExpertError
 from .expert import Expert, sha256_of
 from .fitting import Collator, FitReport, fit
-from .sites import Site, find_sites, replace_module, watch_inputs
+from .sites import Site, WrappedLinear, find_sites, replace_module, watch_inputs
 from .tasks import Task
 from .work import open_work
 
@@ -37,7 +43,7 @@ GATE_CHECKPOINT_EVERY = 25
 STATISTICS_TOKEN_BUDGET = 4096
 
 
-class GatedLinear(nn.Module):
+class GatedLinear(WrappedLinear):
     """A linear layer with one LoRA expert whose update passes a gate.
 
     `W u + scale * B A u * sigmoid(v . u)` with v starting at zeros and no bias (METHOD section 3.2;
@@ -48,23 +54,12 @@ class GatedLinear(nn.Module):
     B: Tensor
 
     def __init__(self, base: nn.Module, lora: LoraFactors) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base, lora.A.shape[1], lora.B.shape[0])
         weight = self.weight
         self.register_buffer("A", lora.A.to(weight), persistent=False)
         self.register_buffer("B", (lora.scale * lora.B.float()).to(weight), persistent=False)
         self.gate = nn.Parameter(torch.zeros(lora.A.shape[1], device=weight.device))
         self.use_gate = True
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight; some models look at its dtype."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base.bias  # type: ignore[return-value]
 
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]."""
@@ -84,7 +79,7 @@ def gated(
 
     Raises ExpertError when a site or its shape doesn't fit the model.
     """
-    _check_fit(lora, find_sites(model))
+    check_fit("adapter", lora, find_sites(model))
     originals = {name: model.get_submodule(name) for name in lora}
     layers = {name: GatedLinear(originals[name], lora[name]) for name in lora}
     try:
@@ -94,19 +89,6 @@ def gated(
     finally:
         for name, original in originals.items():
             replace_module(model, name, original)
-
-
-def _check_fit(lora: Mapping[str, LoraFactors], sites: Mapping[str, Site]) -> None:
-    for name, factors in lora.items():
-        if name not in sites:
-            raise ExpertError(f"The adapter acts on {name}, which the base model does not have.")
-        got = (factors.A.shape[1], factors.B.shape[0])
-        wanted = (sites[name].in_features, sites[name].out_features)
-        if got != wanted:
-            raise ExpertError(
-                f"Site {name}: the adapter maps {got[0]} to {got[1]} features, the base model "
-                f"{wanted[0]} to {wanted[1]}; it was trained on another base."
-            )
 
 
 def train_gates(
@@ -146,7 +128,7 @@ def train_gates(
     }
     # What can't be trained is refused here, before anything is written.
     task, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
-    _check_fit(read_lora(adapter), find_sites(base.model))
+    check_fit(adapter.name, read_lora(adapter), find_sites(base.model))
     work = open_work(out, identity, resume=resume, restart=restart)
     expert = add_gates(
         base,

@@ -15,23 +15,23 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import check_fit
 from .bases import Base, BaseReference, fingerprint, load_base
 from .config import Routing
-from .errors import PoolError, RoutingError, WrongBaseError
+from .errors import RoutingError, WrongBaseError
 from .kernels import choose_kernel
 from .pool import Pool, SiteStack
 from .recording import Recording, Watcher
 from .routers import make_router, router_vectors, warn_of_untrained
-from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
+from .sites import ROUTED, Site, TokenMasks, WrappedLinear, find_sites, replace_module
 
 __all__ = ["Composition", "RoutedLinear", "compose", "composition_of", "detach", "record"]
 
 
-class RoutedLinear(nn.Module):
+class RoutedLinear(WrappedLinear):
     """A linear layer (of any make) with a pool of experts and a router.
 
-    Looks like the layer it wraps: `weight`, `bias`, `in_features` and `out_features` are those of
-    `base`, and so are its keys in the model's state dict (experts are kept out of it).
+    Experts and router are buffers that stay out of the model's state dict.
     """
 
     A: Tensor
@@ -41,10 +41,8 @@ class RoutedLinear(nn.Module):
     def __init__(
         self, base: nn.Module, site: Site, stack: SiteStack, router: nn.Module, kernel: str
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base, site.in_features, site.out_features)
         self.site = site
-        self.in_features, self.out_features = site.in_features, site.out_features
         self.register_buffer("A", stack.A, persistent=False)
         self.register_buffer("B", stack.B, persistent=False)
         self.register_buffer("experts", stack.experts, persistent=False)
@@ -52,18 +50,6 @@ class RoutedLinear(nn.Module):
         self.kernel = kernel
         self.masks = TokenMasks()
         self.watcher: Watcher | None = None
-        self.register_state_dict_post_hook(_hide_wrapper)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_find_wrapper)  # type: ignore[no-untyped-call]
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight; some models look at its dtype."""
-        return self.base.weight  # type: ignore[return-value]
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base layer's bias."""
-        return self.base.bias  # type: ignore[return-value]
 
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]."""
@@ -80,17 +66,7 @@ class RoutedLinear(nn.Module):
             self.kernel, len(tokens), decision.experts.shape[1], len(self.experts)
         )
         delta = kernel(tokens.to(self.A.dtype), decision.experts, weights, self.A, self.B)
-        return y + delta.view(*u.shape[:-1], -1).to(y.dtype)
-
-
-def _hide_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
-        state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
-
-
-def _find_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for key in [key for key in state if key.startswith(prefix)]:
-        state[f"{prefix}base.{key.removeprefix(prefix)}"] = state.pop(key)
+        return y + delta.view(*u.shape[:-1], self.out_features).to(y.dtype)
 
 
 @dataclass
@@ -126,9 +102,11 @@ def compose(
     `base` is a name, a loaded `Base` or a transformers model; None loads the one the pool was
     trained on. `router` is one of `phatgoose.routers.ROUTERS`; `k` experts act per token, lowered
     with a warning when the pool has fewer. `keep` and `leave_out` select experts by name. `kernel`
-    is "auto" or a name in `phatgoose.kernels.KERNELS`. Undo with `detach`. Raises WrongBaseError
-    when the base is not the experts' own, PoolError for unknown experts or missing vectors,
-    ConfigError for an unknown router or kernel, RoutingError when the base is routed already.
+    is "auto" or a name in `phatgoose.kernels.KERNELS`. Undo with `detach`.
+
+    Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
+    it, PoolError for unknown experts or missing vectors, ConfigError for an unknown router or
+    kernel, RoutingError when the base is routed already.
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     pool = pool.select(keep, leave_out)
@@ -142,7 +120,8 @@ def compose(
     found = resolve_base(base, pool.base)
     check_fingerprint(pool.base, found.reference)
     sites = find_sites(found.model)
-    _check_fit(pool, sites, found.model)
+    for expert in pool.experts:
+        check_fit(expert.name, expert.lora, sites)
     layers = {}
     for name in pool.sites:
         original = found.model.get_submodule(name)
@@ -252,19 +231,3 @@ def check_fingerprint(wanted: BaseReference, found: BaseReference) -> None:
             f"{wanted.fingerprint[:19]}…, but the base model {found.id!r} has "
             f"{str(found.fingerprint)[:19]}…."
         )
-
-
-def _check_fit(pool: Pool, sites: dict[str, Site], model: nn.Module) -> None:
-    for expert in pool.experts:
-        for name, lora in expert.lora.items():
-            if name not in sites:
-                raise PoolError(
-                    f"Expert {expert.name!r} acts on {name}, which {type(model).__name__} lacks."
-                )
-            got = (lora.A.shape[1], lora.B.shape[0])
-            wanted = (sites[name].in_features, sites[name].out_features)
-            if got != wanted:
-                raise PoolError(
-                    f"Expert {expert.name!r}, site {name}: maps {got[0]} to {got[1]} features, but "
-                    f"the base model {wanted[0]} to {wanted[1]}."
-                )

@@ -20,7 +20,16 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import ConfigError, RoutingError
 
-__all__ = ["ROUTED", "Site", "Stream", "TokenMasks", "find_sites", "replace_module", "watch_inputs"]
+__all__ = [
+    "ROUTED",
+    "Site",
+    "Stream",
+    "TokenMasks",
+    "WrappedLinear",
+    "find_sites",
+    "replace_module",
+    "watch_inputs",
+]
 
 ROUTED = "phatgoose"  # the attribute by which a routed model is known; see routed.Composition
 Stream = Literal["encoder", "decoder"]
@@ -92,6 +101,41 @@ def _stream_of(name: str, model: PreTrainedModel) -> Stream:
         return "decoder"
     in_encoder = re.match(r"(model\.|transformer\.)?encoder\.", name)
     return "encoder" if in_encoder or CROSS_ATTENTION.search(name) else "decoder"
+
+
+class WrappedLinear(nn.Module):
+    """A layer that stands in the place of a linear one and looks like it to its model.
+
+    `weight`, `bias`, `in_features` and `out_features` are those of `base`, and so are its keys in
+    the model's state dict.
+    """
+
+    def __init__(self, base: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = in_features, out_features
+        self.register_state_dict_post_hook(_hide_wrapper)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_find_wrapper)  # type: ignore[no-untyped-call]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; some models look at its dtype."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+
+def _hide_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+        state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
+
+
+def _find_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}base.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -73,7 +73,10 @@ def load(
     directory = Path(directory)
     info = _read_info(directory / ROUTED_INFO)
     tensors = _read_weights(directory / ROUTED_WEIGHTS, info["weights_sha256"])
-    wanted, routing = BaseReference(**info["base"]), Routing(**info["routing"])
+    try:
+        wanted, routing = BaseReference(**info["base"]), Routing(**info["routing"])
+    except TypeError as error:
+        raise RoutingError(f"{directory / ROUTED_INFO} has unknown settings: {error}.") from error
     if base is None:
         base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
     found = resolve_base(base, wanted)

@@ -45,11 +45,7 @@ def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: 
                 f"them, or use restart to throw it away."
             )
         return work
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        file.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise ExpertError(f"{work} can't be written: {error.strerror}.") from error
+    write_text(file, content, ExpertError)
     return work
 
 
@@ -71,7 +67,7 @@ def new_directory(target: Path, error: type[PhatgooseError]) -> Iterator[Path]:
             os.rename(target, old / target.name)
         try:
             os.rename(work, target)
-        except OSError:
+        except BaseException:  # an interruption between the two renames must lose nothing either
             if old is not None:
                 os.rename(old / target.name, target)
             raise

@@ -69,6 +69,7 @@ class ExpertInfo:
     base: BaseReference
     adapter_sha256: str
     vectors_sha256: str | None = None
+    embeddings_sha256: str | None = None
     format_version: int = FORMAT_VERSION
     task: Mapping[str, Any] = field(default_factory=dict)
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
@@ -173,16 +174,16 @@ class Expert:
     def _write(self, work: Path) -> None:
         for file in (LAYOUT.adapter_config, LAYOUT.adapter_weights):
             shutil.copyfile(self.directory / file, work / file)
-        info = replace(self.info, vectors_sha256=None)
+        info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
         vectors |= {f"mean.{site}": vector for site, vector in self.means.items()}
         if vectors:
             save_file(vectors, work / LAYOUT.vectors)
             info = replace(info, vectors_sha256=sha256_of(work / LAYOUT.vectors))
         if self.embeddings is not None:
-            save_file(
-                {"embeddings": self.embeddings.float().contiguous()}, work / LAYOUT.embeddings
-            )
+            rows = self.embeddings.float().contiguous()
+            save_file({"embeddings": rows}, work / LAYOUT.embeddings)
+            info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
         (work / LAYOUT.card).write_text(model_card(asdict(info), self.lora), encoding="utf-8")
         content = json.dumps(asdict(info), indent=2, ensure_ascii=False)
         (work / LAYOUT.info).write_text(content + "\n", encoding="utf-8")
@@ -224,7 +225,7 @@ def _read(directory: Path) -> Expert:
             )
         groups[kind][site] = vector
     embeddings = None
-    if info.embedder is not None:
+    if info.embeddings_sha256 is not None:
         held = read_tensors(directory / LAYOUT.embeddings)
         if set(held) != {"embeddings"} or held["embeddings"].dim() != 2:
             raise ExpertError(
@@ -263,6 +264,7 @@ def _typed_fields(info: ExpertInfo) -> dict[str, tuple[object, Any]]:
         "base.fingerprint": (info.base.fingerprint, optional),
         "adapter_sha256": (info.adapter_sha256, str),
         "vectors_sha256": (info.vectors_sha256, optional),
+        "embeddings_sha256": (info.embeddings_sha256, optional),
         "embedder": (info.embedder, optional),
         "task": (info.task, dict),
         "hyperparameters": (info.hyperparameters, dict),
@@ -274,10 +276,16 @@ def _problems(expert: Expert) -> Iterator[str]:
     info, directory = expert.info, expert.directory
     if not NAME.fullmatch(info.name):
         yield f"{directory}: {info.name!r} is not a valid name."
-    hashes = [(LAYOUT.adapter_weights, info.adapter_sha256)]
-    if info.vectors_sha256 is not None:
-        hashes.append((LAYOUT.vectors, info.vectors_sha256))
-    for file, wanted in hashes:
+    hashes = {
+        LAYOUT.adapter_weights: info.adapter_sha256,
+        LAYOUT.vectors: info.vectors_sha256,
+        LAYOUT.embeddings: info.embeddings_sha256,
+    }
+    for file, wanted in hashes.items():
+        if wanted is None:
+            if (directory / file).exists():
+                yield f"Expert {info.name!r}: {file} is there, but {LAYOUT.info} does not know it."
+            continue
         got = sha256_of(directory / file)
         if got != wanted:
             yield (

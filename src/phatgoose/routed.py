@@ -112,11 +112,11 @@ def compose(
     pool = pool.select(keep, leave_out)
     routing = Routing(router=router, k=k, kernel=kernel, eps=eps)
     choose_kernel(kernel, 1, 1, 1)
+    vectors = {name: router_vectors(pool, name, router) for name in pool.sites}
     if k > len(pool) and router != "merged":
         warnings.warn(
             f"k is {k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=2
         )
-    vectors = {name: router_vectors(pool, name, router) for name in pool.sites}
     found = resolve_base(base, pool.base)
     check_fingerprint(pool.base, found.reference)
     sites = find_sites(found.model)

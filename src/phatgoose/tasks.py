@@ -10,6 +10,7 @@ import csv
 import hashlib
 import json
 import random
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -121,6 +122,7 @@ def load_task(
 
     `source` is a `.jsonl` or `.csv` file, `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION`
     (read with the `datasets` library), or rows in memory (dicts, a `Dataset`, a `DatasetDict`).
+    Splits of a `DatasetDict` with other names than these three are left out with a warning.
     Rows have the fields `input`, `target`, optional `choices`, `references` and `split` (train,
     validation or test; train when absent). With `template` ("input ||| target", jinja2, as in
     promptsource) these two are rendered from whatever fields a row has, and `choices`
@@ -217,10 +219,14 @@ def _read_hub(source: str) -> Rows:
 
 def _read_memory(rows: Any, label: str = "memory") -> Rows:
     if isinstance(rows, Mapping):  # a DatasetDict: split name -> rows
-        for split, part in rows.items():
-            known = split if split in SPLITS else "train"
-            for number, row in enumerate(part, 1):
-                yield f"{label}, {split} row {number}", {"split": known, **row}
+        unknown = [split for split in rows if split not in SPLITS]
+        if unknown:
+            warnings.warn(
+                f"{label}: splits left out: {', '.join(map(str, unknown))}.", stacklevel=4
+            )
+        for split in SPLITS:
+            for number, row in enumerate(rows.get(split, ()), 1):
+                yield f"{label}, {split} row {number}", {"split": split, **row}
         return
     for number, row in enumerate(rows, 1):
         if not isinstance(row, Mapping):

@@ -62,13 +62,13 @@ def new_directory(target: Path, error: type[PhatgooseError]) -> Iterator[Path]:
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         yield work
         _open_to_readers(work)
-        if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-            os.rename(target, old / target.name)
         try:
+            if target.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
+                os.rename(target, old / target.name)
             os.rename(work, target)
         except BaseException:  # an interruption between the two renames must lose nothing either
-            if old is not None:
+            if old is not None and (old / target.name).exists():
                 os.rename(old / target.name, target)
             raise
     except OSError as problem:

@@ -122,9 +122,9 @@ def _table(results: dict[str, Evaluation]) -> Table:
     """Accuracy in per cent with half the 95 % interval, a row per model."""
     first = next(iter(results.values()))
     table = Table(title="zero-shot accuracy, % (± half the 95 % interval)")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     for score in first.scores:
-        table.add_column(score.task, justify="right")
+        table.add_column(score.task.replace("_", " "), justify="right")
     table.add_column("mean", justify="right")
     for label, result in results.items():
         cells = [

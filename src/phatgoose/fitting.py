@@ -144,10 +144,41 @@ def fit(
     complete one is continued from, to the same result. With an empty `validation` nothing is
     selected and the last state stays.
     """
-    micro = _micro_batch(training)
     order = _OrderedSampler(train, training.batch_size, steps, training.seed)
     bar = _ProgressBar(label, [pair.length for pair in train], order.indices, training.batch_size)
-    arguments = TrainingArguments(
+    arguments = _arguments(
+        training, steps, learning_rate, work, checkpoint_every, select=bool(validation)
+    )
+    trainer = _PartTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=_Pairs(train),
+        eval_dataset=_Pairs(validation) if validation else None,
+        data_collator=collator,
+        callbacks=[bar, _ValidateLastStep()] if validation else [bar],
+        order=order,
+    )
+    trainer.remove_callback(PrinterCallback)  # the progress bar shows the same numbers
+    with warnings.catch_warnings(), contiguous_head(model):
+        # The loop's own remark on resuming with constant settings; nothing a user could act on.
+        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
+        result = trainer.train(resume_from_checkpoint=_newest_checkpoint(work))
+    model.eval()
+    return _report(trainer, result.training_loss, bar, steps)
+
+
+def _arguments(
+    training: Training,
+    steps: int,
+    learning_rate: float,
+    work: Path,
+    checkpoint_every: int,
+    *,
+    select: bool,
+) -> TrainingArguments:
+    """The Trainer's own settings; `select` validates at every checkpoint and ends on the best."""
+    micro = _micro_batch(training)
+    return TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
         per_device_train_batch_size=micro,
@@ -158,13 +189,13 @@ def fit(
         lr_scheduler_type="constant_with_warmup",
         weight_decay=training.weight_decay,
         max_grad_norm=training.max_grad_norm,
-        eval_strategy="steps" if validation else "no",
+        eval_strategy="steps" if select else "no",
         eval_steps=checkpoint_every,
         save_strategy="steps",
         save_steps=checkpoint_every,
         save_total_limit=2,
-        load_best_model_at_end=bool(validation),
-        metric_for_best_model="loss" if validation else None,
+        load_best_model_at_end=select,
+        metric_for_best_model="loss" if select else None,
         logging_steps=max(1, min(10, steps // 10)),
         seed=training.seed,
         use_cpu=not torch.cuda.is_available(),
@@ -173,22 +204,6 @@ def fit(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    trainer = _PartTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=_Pairs(train),
-        eval_dataset=_Pairs(validation) if validation else None,
-        data_collator=collator,
-        callbacks=[bar],
-        order=order,
-    )
-    trainer.remove_callback(PrinterCallback)  # the progress bar shows the same numbers
-    with warnings.catch_warnings(), contiguous_head(model):
-        # The loop's own remark on resuming with constant settings; nothing a user could act on.
-        warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
-        result = trainer.train(resume_from_checkpoint=_newest_checkpoint(work))
-    model.eval()
-    return _report(trainer, result.training_loss, bar, steps)
 
 
 def _report(trainer: Trainer, train_loss: float, bar: _ProgressBar, steps: int) -> FitReport:
@@ -338,6 +353,15 @@ def _trainable(model: nn.Module) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+class _ValidateLastStep(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """The last step is a candidate too when it is no multiple of the validation interval."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a validation and a checkpoint at the end."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
 
 
 class _ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

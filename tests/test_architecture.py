@@ -24,6 +24,7 @@ LAYERS = (
     ("bases", "kernels", "sites", "tasks"),
     ("adapters", "card", "embeddings", "work"),
     ("encoding",),
+    ("collating",),
     ("expert", "fitting", "likelihood", "recording"),
     ("gates", "pool"),
     ("training", "routers"),

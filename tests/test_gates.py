@@ -9,10 +9,11 @@ from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft
 from phatgoose import gates as gates_module
 from phatgoose.adapters import LoraFactors, read_lora
 from phatgoose.bases import load_base
+from phatgoose.collating import Collator, target_logits
 from phatgoose.config import GateTraining, Training
 from phatgoose.encoding import IGNORED, TokenPair
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
-from phatgoose.fitting import Collator, fit, target_logits
+from phatgoose.fitting import fit
 from phatgoose.gates import GatedLinear, gated, mean_activations, train_gates
 from phatgoose.routed import compose
 from phatgoose.sites import find_sites

@@ -27,12 +27,13 @@ from .adapters import (
     read_lora,
 )
 from .bases import Base, load_base
+from .collating import Collator
 from .config import Formatting, GateTraining, Training
 from .embeddings import embed_examples
 from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ExpertError
 from .expert import Expert, sha256_of
-from .fitting import Collator, FitReport, fit
+from .fitting import FitReport, fit
 from .sites import Site, WrappedLinear, find_sites, replace_module, watch_inputs
 from .tasks import Task
 from .work import open_work

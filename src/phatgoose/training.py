@@ -26,11 +26,12 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .bases import Base, load_base
+from .collating import Collator
 from .config import Formatting, GateTraining, Lora, Training
 from .encoding import Encoder
 from .errors import ExpertError
 from .expert import Expert
-from .fitting import Collator, FitReport, fit
+from .fitting import FitReport, fit
 from .gates import Record, add_gates
 from .sites import find_sites
 from .tasks import Task

@@ -57,7 +57,7 @@ def pool(
     opened = Pool.open(places[0] if len(places) == 1 else places)
     table = Table(title=f"{len(opened)} experts for {opened.base.id}")
     for column in ("expert", "sites", "ranks", "gates", "means", "embeddings", "folder"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for expert in opened.experts:
         ranks = sorted({lora.A.shape[0] for lora in expert.lora.values()})
         table.add_row(

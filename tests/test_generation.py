@@ -1,9 +1,11 @@
 import pytest
 import torch
+from rich.color import Color, ColorSystem
 from transformers import pipeline
 
 from conftest import logits_of, make_ids
 from oracle import naively_routed
+from phatgoose.apps.generation import COLOURS
 from phatgoose.routed import compose
 
 NEW = 6
@@ -87,3 +89,8 @@ def test_the_text_generation_pipeline_takes_a_routed_model(base, pool):
     ids = base.tokenizer("a goose", return_tensors="pt")["input_ids"]
     tokens = generate(model, ids, do_sample=False)[0, -NEW:]
     assert answer == base.tokenizer.decode(tokens, skip_special_tokens=True)
+
+
+def test_the_colours_of_experts_differ_on_a_terminal_of_sixteen_colours_too():
+    numbers = {Color.parse(colour).downgrade(ColorSystem.STANDARD).number for colour in COLOURS}
+    assert len(numbers) == len(COLOURS)

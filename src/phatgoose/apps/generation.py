@@ -16,8 +16,9 @@ from ..routed import record as record_routing
 
 __all__ = ["Answer", "Sampling", "answer", "coloured"]
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; black is left out.
-COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7")
+# Paul Tol's "bright" colours: colour-blind readers can tell them apart, and so can terminals of 16
+# colours, where each of them falls on another one.
+COLOURS = ("#EE6677", "#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
 
 
 @dataclass(frozen=True)

@@ -82,12 +82,9 @@ class Encoder:
     def prompt(self, text: str) -> list[int]:
         """The tokens of an input, cut on the right to `max_input_tokens`."""
         most = self.formatting.max_input_tokens
-        if not self.formatting.chat:
-            return (
-                self._tokens(text, special=True)[:most]
-                if self._fits(text, most)
-                else self._cut(text, most)
-            )
+        if not self.formatting.chat:  # the tokenizer's own cut keeps BOS, or T5's final </s>
+            tokens: list[int] = self.tokenizer(text, truncation=True, max_length=most)["input_ids"]
+            return tokens
         text = self.tokenizer.decode(self._tokens(text)[:most])  # cut the text, not the template
         messages = [{"role": "user", "content": text}]
         rendered = self.tokenizer.apply_chat_template(
@@ -112,16 +109,8 @@ class Encoder:
             )
         return [*tokens[: most - 1], int(self.tokenizer.eos_token_id)]
 
-    def _tokens(self, text: str, *, special: bool = False) -> list[int]:
-        tokens: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        return tokens
-
-    def _fits(self, text: str, most: int) -> bool:
-        return len(self._tokens(text, special=True)) <= most
-
-    def _cut(self, text: str, most: int) -> list[int]:
-        """Cut in such a way that special tokens (BOS, or T5's final </s>) stay."""
-        tokens: list[int] = self.tokenizer(text, truncation=True, max_length=most)["input_ids"]
+    def _tokens(self, text: str) -> list[int]:
+        tokens: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return tokens
 
 

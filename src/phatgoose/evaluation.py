@@ -21,6 +21,7 @@ from .config import Formatting
 from .encoding import Encoder, batches_of_tokens, pad_left, pad_right
 from .errors import EvaluationError
 from .likelihood import choice_log_likelihoods
+from .sites import ROUTED
 from .tasks import Example, Task
 from .work import write_text
 
@@ -133,7 +134,7 @@ def evaluate(
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    parts = getattr(model, "phatgoose", None)
+    parts = getattr(model, ROUTED, None)
     if parts is not None and parts.tokenizer is not None:
         return parts.tokenizer
     name = parts.base.id if parts is not None else model.name_or_path

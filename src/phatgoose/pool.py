@@ -67,8 +67,7 @@ class Pool:
     @classmethod
     def _of(cls, experts: Iterable[Expert]) -> Pool:
         pool = cls(tuple(experts))
-        fingerprints = [e for e in pool.experts if e.info.base.fingerprint]
-        first = (fingerprints or pool.experts)[0]
+        first = pool._anchor
         seen: dict[str, Path] = {}
         for expert in pool.experts:
             if expert.name in seen:
@@ -92,8 +91,13 @@ class Pool:
     @property
     def base(self) -> BaseReference:
         """The base all experts were trained on, with its fingerprint if any expert has it."""
-        known = (expert.info.base for expert in self.experts if expert.info.base.fingerprint)
-        return next(known, self.experts[0].info.base)
+        return self._anchor.info.base
+
+    @property
+    def _anchor(self) -> Expert:
+        """The expert whose base the others are held against: the first that has a fingerprint."""
+        known = (expert for expert in self.experts if expert.info.base.fingerprint)
+        return next(known, self.experts[0])
 
     @cached_property
     def sites(self) -> tuple[str, ...]:

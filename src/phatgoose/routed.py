@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Composition:
     records: list[dict[str, Any]]
     routing: Routing
     layers: dict[str, RoutedLinear]
-    masks: TokenMasks
+    masks: TokenMasks = field(default_factory=TokenMasks)
 
 
 def compose(
@@ -137,7 +137,6 @@ def compose(
         records=pool.records(),
         routing=routing,
         layers=layers,
-        masks=TokenMasks(),
     )
     return install(found.model, parts)
 

@@ -146,8 +146,10 @@ def warn_of_untrained(pool: Pool, router: str, vectors: Mapping[str, Tensor | No
     """Warn once of each expert with `vectors` (by site, standardised) that have no direction."""
     flat = dict.fromkeys(pool.names, 0)
     for site, rows in vectors.items():
+        if rows is None:
+            continue
         present = [expert.name for expert in pool.experts if site in expert.lora]
-        for name, row in zip(present, rows if rows is not None else (), strict=rows is not None):
+        for name, row in zip(present, rows, strict=True):
             flat[name] += int(not row.any())
     for name, sites in flat.items():
         if sites:

@@ -27,7 +27,7 @@ from .routed import (
     resolve_base,
 )
 from .routers import ScoredRouter, make_router
-from .sites import TokenMasks, find_sites
+from .sites import find_sites
 from .work import new_directory
 
 __all__ = ["ROUTED_INFO", "load", "save"]
@@ -95,7 +95,6 @@ def load(
         records=info["experts"],
         routing=routing,
         layers=layers,
-        masks=TokenMasks(),
     )
     return install(found.model, parts)
 

@@ -2,14 +2,13 @@
 
 Precision: the base stays in its own dtype (bfloat16 where that is fast); A and B are trained as
 float32 master copies that are cast in the forward pass, so that nothing of the base path is
-upcast (PEFT's default casts every activation up, at a quarter of the speed on a CPU). The adapter
+upcast (PEFT's default casts every activation up; docs/design.md has the speeds). The adapter
 is saved in the base's dtype: exactly the numbers that were validated.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
 import warnings
@@ -38,8 +37,6 @@ from .tasks import Task
 from .work import open_work
 
 __all__ = ["train_expert"]
-
-logger = logging.getLogger(__name__)
 
 ADAPTER = "default"
 REPORT = "report.json"

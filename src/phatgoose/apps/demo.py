@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from ..bases import Base, load_base
 from ..config import GateTraining, Lora, Training
+from ..errors import EvaluationError
 from ..evaluation import Evaluation, evaluate
 from ..pool import Pool
 from ..recording import Recording
@@ -25,6 +26,7 @@ from ..routed import compose, detach, record
 from ..storage import save
 from ..tasks import Task, load_task
 from ..training import train_expert
+from ..work import write_text
 from .demo_tasks import held_out_rows, training_rows
 from .figures import usage_heat_map
 from .generation import Sampling, answer, coloured
@@ -115,7 +117,7 @@ def _score_all(
 
 def _write_results(results: dict[str, Evaluation], path: Path) -> None:
     content = {label: result.to_dict() for label, result in results.items()}
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=2) + "\n", EvaluationError)
 
 
 def _table(results: dict[str, Evaluation]) -> Table:

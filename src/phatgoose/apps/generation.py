@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,23 +66,14 @@ def answer(
         if sampling.temperature is None
         else {"do_sample": True, "temperature": sampling.temperature}
     )
-
-    def generate() -> list[int]:
-        output: list[int] = model.generate(
+    with record_routing(model) if record else nullcontext() as recording:
+        tokens = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=sampling.max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             **choice,
         )[0].tolist()
-        return output
-
-    recording = None
-    if record:
-        with record_routing(model) as recording:
-            tokens = generate()
-    else:
-        tokens = generate()
     start = 0 if is_encoder_decoder else ids.shape[1]
     text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
     return Answer(text, tokens, start, recording)

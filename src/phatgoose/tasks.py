@@ -55,7 +55,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Task:
-    """A named dataset. `validation_origin` tells where the validation split came from."""
+    """A named dataset and how it is scored.
+
+    `validation_origin` tells where the validation split came from. `metrics` are names in
+    `phatgoose.metrics.METRICS`, the task's score being their mean; empty means accuracy where there
+    are choices and exact match elsewhere. `max_new_tokens` bounds generated answers, None leaves
+    that to whoever evaluates.
+    """
 
     name: str
     train: tuple[Example, ...] = ()
@@ -63,6 +69,8 @@ class Task:
     test: tuple[Example, ...] = ()
     source: str = "memory"
     validation_origin: str = "given"
+    metrics: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
 
     @property
     def digest(self) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -26,10 +27,12 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from phatgoose.adapters import read_lora
-from phatgoose.bases import Base, fingerprint, load_base
-from phatgoose.expert import BaseReference, Expert
+from phatgoose.bases import Base, load_base
+from phatgoose.embeddings import retrieval_text
+from phatgoose.expert import Expert
 from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of
+from phatgoose.routers import lookup
 from phatgoose.sites import find_sites
 
 VOCABULARY = 300
@@ -149,77 +152,111 @@ def make_adapter(
     return folder
 
 
+def write_expert(base: Base, folder: Path, name: str, *, seed: int = 0, **options: object) -> Expert:
+    """A random expert of `make_adapter`, gates and means included, written below `folder`."""
+    adapter = make_adapter(base, folder / "adapters" / name, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    acts = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    sites = {
+        site: found.in_features
+        for site, found in find_sites(base.model).items()
+        if any(site == target or site.endswith(f".{target}") for target in acts)
+    }
+    gates, means = (
+        {site: torch.randn(n, generator=generator) for site, n in sites.items()} for _ in range(2)
+    )
+    expert = Expert.from_peft(adapter, gates, name=name, means=means, base=base)
+    return expert.save(folder / "experts" / name)
+
+
 MakeExpert = Callable[..., Expert]
 
 
 @pytest.fixture
 def make_expert(tmp_path: Path) -> MakeExpert:
     """A function that writes a random expert: `make_expert(base, name, seed=…, rank=…)`."""
-
-    def make(base: Base, name: str, *, rank: int = 4, seed: int = 0, **options: object) -> Expert:
-        adapter = make_adapter(base, tmp_path / "adapters" / name, rank=rank, seed=seed, **options)
-        generator = torch.Generator().manual_seed(seed + 1000)
-        acts = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
-        sites = {
-            site: found.in_features
-            for site, found in find_sites(base.model).items()
-            if any(site == target or site.endswith(f".{target}") for target in acts)
-        }
-        gates, means = (
-            {site: torch.randn(n, generator=generator) for site, n in sites.items()}
-            for _ in range(2)
-        )
-        expert = Expert.from_peft(
-            adapter,
-            gates,
-            name=name,
-            means=means,
-            base=BaseReference(base.id, None, fingerprint(base.model)),
-        )
-        return expert.save(tmp_path / "experts" / name)
-
-    return make
+    return lambda base, name, **options: write_expert(base, tmp_path, name, **options)
 
 
 @pytest.fixture(scope="session")
 def pool_of(
     base_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Pool]:
-    """`pool_of(kind)`: four random experts, e0 to e3, for that base, made once."""
+) -> Callable[..., Pool]:
+    """`pool_of(kind)`: four random experts, e0 to e3, for that base, made once.
 
-    def random_expert(base: Base, folder: Path, name: str, seed: int) -> Expert:
-        adapter = make_adapter(base, folder / "adapters" / name, seed=seed)
-        generator = torch.Generator().manual_seed(seed + 1000)
-        gates, means = (
-            {
-                site: torch.randn(lora.A.shape[1], generator=generator)
-                for site, lora in read_lora(adapter).items()
-            }
-            for _ in range(2)
-        )
-        reference = BaseReference(base.id, None, base.fingerprint)
-        expert = Expert.from_peft(adapter, gates, name=name, means=means, base=reference)
-        return expert.save(folder / "experts" / name)
+    `ranks` says how many there are, and of what rank each.
+    """
 
     @cache
-    def make(kind: str) -> Pool:
+    def make(kind: str, ranks: tuple[int, ...] = (4, 4, 4, 4)) -> Pool:
         base = load_base(base_folders[kind], dtype="float32")
         folder = tmp_path_factory.mktemp(kind)
-        return Pool(tuple(random_expert(base, folder, f"e{z}", z) for z in range(4)))
+        return Pool(
+            tuple(
+                write_expert(base, folder, f"e{z}", seed=z, rank=rank)
+                for z, rank in enumerate(ranks)
+            )
+        )
 
     return make
 
 
 @pytest.fixture
-def pool(kind: str, pool_of: Callable[[str], Pool]) -> Pool:
+def pool(kind: str, pool_of: Callable[..., Pool]) -> Pool:
     """Four random experts, e0 to e3, for the current base."""
     return pool_of(kind)
 
 
 @pytest.fixture
-def llama_pool(pool_of: Callable[[str], Pool]) -> Pool:
+def llama_pool(pool_of: Callable[..., Pool]) -> Pool:
     """Four random experts, e0 to e3, for the tiny Llama."""
     return pool_of("llama")
+
+
+TOPICS = ("apples, pears and plums", "1 + 2 = 3, 4 + 5 = 9", "WHAT? WHO? WHY?", "jazz quiz; zigzag")
+SCORES = {  # of the experts e0 to e3: e1 is the best at "first", e2 at "second", e3 on the whole
+    "e0": {"first": 0.1, "second": 0.4},
+    "e1": {"first": 0.8, "second": 0.1},
+    "e2": {"first": 0.0, "second": 0.9},
+    "e3": {"first": 0.6, "second": 0.7},
+}
+
+
+def toy_embed(texts: Sequence[str], embedder: str = "toy") -> torch.Tensor:
+    """Unit vectors of a text's bytes, counted [texts, 64]: in place of a sentence embedder."""
+    rows = [torch.tensor(list(text.encode())).remainder(64).bincount(minlength=64) for text in texts]
+    return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1)
+
+
+@pytest.fixture
+def toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`toy_embed` in place of the sentence embedder."""
+    monkeypatch.setattr(lookup, "embed_texts", toy_embed)
+
+
+def with_embeddings(pool: Pool) -> Pool:
+    """The pool whose experts have trained on one of TOPICS each, the first on 1 input, and so on."""
+    experts = []
+    for z, (expert, topic) in enumerate(zip(pool.experts, TOPICS, strict=False)):
+        texts = [retrieval_text(topic * (copies + 1), ()) for copies in range(z + 1)]
+        info = replace(expert.info, embedder="toy")
+        experts.append(replace(expert, info=info, embeddings=toy_embed(texts)))
+    return Pool(tuple(experts))
+
+
+def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTrainedModel:
+    """`pool`, of e0 to e3 or fewer, composed by any of ROUTERS with all that this one needs."""
+    given: dict[str, object] = {"single": {"expert": pool.names[-1]}}.get(router, {})
+    given |= {"scores": SCORES} if router in ("oracle", "best-individual") else {}
+    model = compose(with_embeddings(pool), base, router=router, **given | options)
+    return of_task(model, "second")
+
+
+def of_task(model: PreTrainedModel, task: str) -> PreTrainedModel:
+    """`model`, told by hand that all inputs to come belong to `task`; router oracle must know."""
+    if composition_of(model).lookup is not None:
+        composition_of(model).lookup.begin_task(task)
+    return model
 
 
 def make_ids(rows: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from conftest import assert_same_logits, logits_of, make_adapter, make_ids
 from phatgoose import gates as gates_module
+from phatgoose import statistics as statistics_module
 from phatgoose.adapters import LoraFactors, read_lora
 from phatgoose.bases import load_base
 from phatgoose.collating import Collator, target_logits
@@ -14,9 +15,10 @@ from phatgoose.config import GateTraining, Training
 from phatgoose.encoding import IGNORED, TokenPair
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
 from phatgoose.fitting import fit
-from phatgoose.gates import GatedLinear, gated, mean_activations, train_gates
+from phatgoose.gates import GatedLinear, gated, train_gates
 from phatgoose.routed import compose
 from phatgoose.sites import find_sites
+from phatgoose.statistics import at_full_strength, mean_activations
 from phatgoose.tasks import Example, Task
 
 TASK = Task(
@@ -80,13 +82,6 @@ def test_the_gate_scales_the_update_and_never_the_base():
     torch.testing.assert_close(layer(u[:1]), layer.base(u[:1]))
 
 
-def test_without_its_gate_the_layer_is_the_expert_alone():
-    layer, lora = make_gated_linear(normal(8, seed=3))
-    layer.use_gate = False
-    u = normal(6, 8, seed=2)
-    torch.testing.assert_close(layer(u), layer.base(u) + lora.scale * u @ lora.A.T @ lora.B.T)
-
-
 def test_the_gradient_of_a_gate_is_the_derivative_of_the_method():
     layer, lora = make_gated_linear(0.3 * normal(8, seed=3))
     u, cotangent = normal(6, 8, seed=2), normal(6, 5, seed=4)
@@ -145,16 +140,6 @@ def test_gated_layers_leave_with_their_context_even_after_an_error(base, tmp_pat
     with suppress(LookupError), gated(base.model, lora):
         raise LookupError
     assert dict(base.model.named_modules()) == modules
-
-
-def test_ungated_layers_are_the_peft_model(base, tmp_path):
-    folder = make_adapter(base, tmp_path / "adapter")
-    ids = make_ids()
-    with gated(base.model, read_lora(folder)) as layers:
-        for layer in layers.values():
-            layer.use_gate = False
-        got = logits_of(base.model, ids)
-    assert_same_logits(got, logits_of(peft_model(base, folder), ids))
 
 
 def test_gate_training_changes_the_gates_and_nothing_else(base, tmp_path):
@@ -300,7 +285,7 @@ def assert_same_means(got, wanted) -> None:
 
 
 def test_mean_activations_are_those_of_one_example_at_a_time(base, monkeypatch):
-    monkeypatch.setattr(gates_module, "STATISTICS_TOKEN_BUDGET", 40)  # batches of two or three
+    monkeypatch.setattr(statistics_module, "TOKEN_BUDGET", 40)  # batches of two or three
     sites, pairs = find_sites(base.model), pairs_of(base)
     got = mean_activations(base.model, sites, pairs, Collator(base.model, 0))
     assert_same_means(got, naive_means(base.model, sites, pairs))
@@ -311,10 +296,8 @@ def test_the_means_of_an_expert_are_measured_with_it_and_without_gates(base, tmp
     expert = train_gates(
         base, folder, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
     )
-    with gated(base.model, expert.lora) as layers:
-        for layer in layers.values():
-            layer.use_gate = False
-        assert_same_means(expert.means, naive_means(base.model, list(layers), pairs_of(base)))
+    with at_full_strength(base.model, expert.lora):
+        assert_same_means(expert.means, naive_means(base.model, expert.lora, pairs_of(base)))
 
 
 def test_means_of_a_sample_come_from_that_many_examples(llama, adapter, tmp_path):
@@ -323,9 +306,7 @@ def test_means_of_a_sample_come_from_that_many_examples(llama, adapter, tmp_path
         llama, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=settings
     )
     site = next(iter(expert.means))
-    with gated(llama.model, expert.lora) as layers:
-        for layer in layers.values():
-            layer.use_gate = False
+    with at_full_strength(llama.model, expert.lora):
         singles = [naive_means(llama.model, [site], [pair])[site] for pair in pairs_of(llama)]
     gaps = [(expert.means[site] - single).abs().max().item() for single in singles]
     assert sorted(gaps)[0] < 1e-5 < sorted(gaps)[1]

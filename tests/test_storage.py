@@ -1,15 +1,17 @@
 import json
 import os
-import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import logits_of, make_ids, make_model
+from conftest import compose_by, logits_of, make_ids, make_model, of_task
 from phatgoose import storage
 from phatgoose.bases import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
+from phatgoose.layers import FoldedLinear, RoutedLinear
 from phatgoose.pool import Pool
 from phatgoose.routed import compose, composition_of, detach, record
 from phatgoose.routers import ROUTERS
@@ -31,20 +33,33 @@ def edit_info(folder, change):
     path.write_text(json.dumps(info))
 
 
-@pytest.mark.parametrize("router", ROUTERS)
+def gone(pool: Pool) -> Pool:
+    """The pool in memory alone: as if its experts' files had been deleted."""
+    return Pool(tuple(replace(e, directory=Path("gone") / e.name) for e in pool.experts))
+
+
+@pytest.mark.parametrize(
+    ("router", "ranks"),
+    [*((router, (2, 3, 4)) for router in ROUTERS), ("merged", (24, 9, 20))],
+    ids=[*ROUTERS, "merged and folded"],
+)
 def test_a_loaded_model_is_the_saved_one_without_the_experts_files(
-    base, make_expert, tmp_path, router
+    base, kind, pool_of, toy_embedder, tmp_path, router, ranks
 ):
-    experts = [make_expert(base, f"e{seed}", seed=seed, rank=2 + seed) for seed in range(3)]
-    ids = make_ids(rows=2)
-    model = compose(Pool(tuple(experts)), base, router=router)
+    pool, ids = gone(pool_of(kind, ranks)), make_ids(rows=2)
+    model = compose_by(router, pool, base)
     wanted = logits_of(model, ids)
+    kinds = {type(layer) for layer in composition_of(model).layers.values()}
+    assert (RoutedLinear in kinds) == (ranks[0] < 9)  # ranks that are large fold everywhere
     save(model, tmp_path / "routed")
-    shutil.rmtree(tmp_path / "experts")
-    shutil.rmtree(tmp_path / "adapters")
-    loaded = load(tmp_path / "routed", dtype="float32")
+    loaded = of_task(load(tmp_path / "routed", dtype="float32"), "second")
     assert loaded is not model
+    assert {type(layer) for layer in composition_of(loaded).layers.values()} == kinds
     assert torch.equal(logits_of(loaded, ids), wanted)
+    again = tmp_path / "again"
+    save(loaded, again)
+    for file in ("routed.json", "routed.safetensors"):
+        assert (again / file).read_bytes() == (tmp_path / "routed" / file).read_bytes()
 
 
 def test_a_model_in_bfloat16_is_loaded_bit_for_bit(llama, llama_pool, tmp_path):

@@ -15,6 +15,7 @@ The names, in the order of the story:
     detach         the base model again                         phatgoose.routed
     save, load     a routed model to and from a folder          phatgoose.storage
     evaluate       zero-shot scores                             phatgoose.evaluation
+    compare        many methods on whole suites                 phatgoose.comparison
 
 Importing this package loads neither torch nor transformers; using a name does.
 """
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .comparison import compare
     from .evaluation import evaluate
     from .expert import Expert
     from .gates import train_gates
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Expert",
     "Pool",
+    "compare",
     "compose",
     "detach",
     "evaluate",
@@ -52,6 +55,7 @@ __all__ = [
 _HOMES = {
     "Expert": "expert",
     "Pool": "pool",
+    "compare": "comparison",
     "compose": "routed",
     "detach": "routed",
     "evaluate": "evaluation",

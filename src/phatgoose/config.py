@@ -90,6 +90,11 @@ class GateTraining:
     Batch size, warm-up, clipping, weight decay and seed are those of `Training`, as in the paper.
     """
 
+    joint: Annotated[
+        bool,
+        "Train gates together with the expert in one go, instead of after it (Appendix A); steps "
+        "and learning rate are then the expert's.",
+    ] = False
     gate_steps: Annotated[int, "Optimiser steps of gate training."] = 100
     gate_learning_rate: Annotated[
         float | None, "Learning rate of gate training; default: that of the expert."
@@ -136,10 +141,17 @@ class Formatting:
 class Routing:
     """How a routed model chooses experts (METHOD section 4)."""
 
-    router: Annotated[str, "Which router chooses the experts."] = "phatgoose"
+    router: Annotated[
+        str,
+        "phatgoose, average-activation, arrow, uniform-top-k, retrieval, oracle, merged, single, "
+        "best-individual or random.",
+    ] = "phatgoose"
     k: Annotated[int, "Experts per token at each site."] = 2
     kernel: Annotated[str, "auto, reference, concat or gather."] = "auto"
     eps: Annotated[float, "Added to var(u) under the root when u is standardised."] = 1e-5
+    expert: Annotated[str | None, "The expert of router single."] = None
+    arrow: Annotated[str, "Form of router arrow: svd (the paper's), peft or mttl."] = "svd"
+    router_seed: Annotated[int, "Seed of router random."] = 0
 
     def __post_init__(self) -> None:
         _require(self.k >= 1, "k", self.k, "at least 1")

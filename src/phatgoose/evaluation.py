@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: rank classification where there are choices, exact match elsewhere.
+"""Zero-shot evaluation: rank classification where there are choices, generation elsewhere.
 
 METHOD section 6, Scoring. Every score comes with its n and a 95 % interval.
 """
@@ -6,49 +6,56 @@ METHOD section 6, Scoring. Every score comes with its n and a 95 % interval.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.stats import binomtest
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bases import Base, load_tokenizer
+from .bootstrap import CONFIDENCE, Interval, Sample
 from .config import Formatting
-from .encoding import Encoder, batches_of_tokens, pad_left, pad_right
+from .encoding import Encoder
 from .errors import EvaluationError
-from .likelihood import choice_log_likelihoods
+from .metrics import METRICS, metric
+from .prediction import Answer, generated_answers, ranked_answers
+from .routed import serving
 from .sites import ROUTED
 from .tasks import Example, Task
 from .work import write_text
 
-__all__ = ["Evaluation", "Prediction", "TaskScore", "evaluate"]
+__all__ = ["Evaluation", "Prediction", "TaskScore", "evaluate", "metrics_of"]
 
-CONFIDENCE = 0.95
 TOKEN_BUDGET = 4096
+MAX_NEW_TOKENS = 64
+CHOSEN = "accuracy"  # the metric of rank classification
+WRITTEN = "exact-match"  # the metric of generated answers where a task names none
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What the model answered to one example.
 
-    `scores` holds the mean log-likelihood per target token of each choice, in order; empty for
-    generated answers.
+    `correct` tells whether the answer is one of the accepted ones as it stands, whatever the
+    metrics. `scores` holds the mean log-likelihood per target token of each choice, in order; empty
+    for generated answers. `marks` are the answer's statistics in each of the task's metrics.
     """
 
     answer: str
     correct: bool
     scores: tuple[float, ...] = ()
+    marks: tuple[tuple[float, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One task's score: the share of right answers among `n`, with its Wilson interval.
+    """One task's score, from 0 to 1: the mean over its metrics, with its 95 % interval.
 
-    `ties` counts the examples whose best choices scored equally; the first of them was taken.
+    `metric` names them in words, `by_metric` has the score in each. The interval is Wilson's where
+    the score is a share of right answers, else a bootstrap over examples. `ties` counts the
+    examples whose best choices scored equally; the first of them was taken.
     """
 
     task: str
@@ -58,6 +65,7 @@ class TaskScore:
     low: float
     high: float
     ties: int
+    by_metric: Mapping[str, float] = field(default_factory=dict)
     predictions: tuple[Prediction, ...] = ()
 
 
@@ -93,18 +101,21 @@ def evaluate(
     limit: int | None = None,
     seed: int = 0,
     formatting: Formatting | None = None,
-    max_new_tokens: int = 64,
+    max_new_tokens: int = MAX_NEW_TOKENS,
     token_budget: int = TOKEN_BUDGET,
 ) -> Evaluation:
     """The scores of `model`, routed or not, on `tasks`.
 
-    Examples with choices are scored by rank classification: the choice of the highest mean
-    log-likelihood per target token, end-of-sequence included; a task whose examples have none by
-    greedy generation of at most `max_new_tokens` and exact match with any reference, white space
-    around both left out. `limit` draws so many examples per task, the same ones for one `seed`.
-    `tokenizer` None takes that of the routed model or its base. `token_budget` bounds a batch.
-    Raises EvaluationError for a task that mixes examples with and without choices, a score that is
-    not a number, or a missing tokenizer; TaskError for an empty task.
+    A task is scored by its `metrics`; one that names none by rank classification where its examples
+    have choices (the choice of the highest mean log-likelihood per target token, end-of-sequence
+    included, is the answer) and by exact match elsewhere, white space around both left out. Answers
+    that are not chosen are generated greedily, at most the task's `max_new_tokens` or else the ones
+    given here. `limit` draws so many examples per task, the same ones for one `seed`. `tokenizer`
+    None takes that of the routed model or its base. `token_budget` bounds a batch.
+
+    Raises EvaluationError for a task that mixes examples with and without choices, an unknown
+    metric or a combination that no answer can serve, a score that is not a number, or a missing
+    tokenizer; TaskError for an empty task.
     """
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
@@ -117,108 +128,85 @@ def evaluate(
     scores = []
     for task in [tasks] if isinstance(tasks, Task) else tasks:
         examples = task.evaluation_examples(limit, seed)
-        with_choices = {bool(example.choices) for example in examples}
-        if len(with_choices) > 1:
-            raise EvaluationError(f"Task {task.name!r} has examples with and without choices.")
-        if with_choices.pop():
-            predictions = _rank(model, examples, encoder, token_budget, task.name)
-            scores.append(_task_score(task.name, "rank classification accuracy", predictions))
-        else:
-            predictions = _generate(
-                model, examples, encoder, max_new_tokens, token_budget, task.name
-            )
-            scores.append(_task_score(task.name, "exact match", predictions))
+        metrics = metrics_of(task, examples)
+        with serving(model, task.name, examples) as before_pass:
+            shared = (model, examples, encoder, token_budget, task.name, before_pass)
+            if metrics == (CHOSEN,):
+                answers = ranked_answers(*shared)
+            else:
+                answers = generated_answers(*shared, task.max_new_tokens or max_new_tokens)
+        scores.append(_task_score(task.name, metrics, examples, answers))
     if not scores:
         raise EvaluationError("No task was given to evaluate on.")
     return Evaluation(tuple(scores))
 
 
+def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
+    """The metrics that `task` is scored by on `examples`: its own, or those fitting its examples.
+
+    Raises EvaluationError for an unknown one, for rank classification without choices or beside a
+    metric of generated answers, and for a task without metrics that has both kinds of examples.
+    """
+    with_choices = {bool(example.choices) for example in examples}
+    if not task.metrics and len(with_choices) > 1:
+        raise EvaluationError(f"Task {task.name!r} has examples with and without choices.")
+    names = task.metrics or ((CHOSEN,) if True in with_choices else (WRITTEN,))
+    for name in names:
+        metric(name)
+    if CHOSEN in names and len(names) > 1:
+        raise EvaluationError(
+            f"Task {task.name!r} is scored by {' and '.join(names)}, but an answer is either "
+            f"chosen ({CHOSEN}) or generated (the other metrics)."
+        )
+    if CHOSEN in names and False in with_choices:
+        raise EvaluationError(f"Task {task.name!r}: {CHOSEN} needs choices in every example.")
+    return tuple(names)
+
+
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     parts = getattr(model, ROUTED, None)
     if parts is not None and parts.tokenizer is not None:
-        return parts.tokenizer
+        tokenizer: PreTrainedTokenizerBase = parts.tokenizer
+        return tokenizer
     name = parts.base.id if parts is not None else model.name_or_path
     if not name:
         raise EvaluationError("The model doesn't say where it came from; pass its tokenizer.")
     return load_tokenizer(name)
 
 
-def _rank(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    encoder: Encoder,
-    budget: int,
-    label: str,
-) -> list[Prediction]:
-    rows = [
-        (
-            encoder.prompt(example.input),
-            [encoder.target(example.input, choice) for choice in example.choices],
+def _task_score(
+    task: str, metrics: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]
+) -> TaskScore:
+    predictions = [
+        Prediction(
+            answer.text,
+            answer.text in [accepted.strip() for accepted in example.answers]
+            if not answer.scores
+            else answer.text in example.answers,
+            answer.scores,
+            tuple(METRICS[name].measure(answer.text, example.answers) for name in metrics),
         )
-        for example in examples
+        for example, answer in zip(examples, answers, strict=True)
     ]
-    predictions: dict[int, Prediction] = {}
-    pad = encoder.tokenizer.pad_token_id
-    with tqdm(total=len(rows), desc=label, unit="example", disable=None) as bar:
-        for index, scores in choice_log_likelihoods(model, rows, pad, budget):
-            predictions[index] = _ranked(examples[index], scores, label)
-            bar.update(1)
-    return [predictions[index] for index in range(len(examples))]
-
-
-def _ranked(example: Example, scores: list[float], label: str) -> Prediction:
-    if any(score != score for score in scores):
-        raise EvaluationError(
-            f"Task {label!r}: the model's log-likelihoods are not numbers for the input "
-            f"{example.input[:60]!r}…; try dtype float32."
-        )
-    answer = example.choices[scores.index(max(scores))]
-    return Prediction(answer, answer in example.answers, tuple(scores))
-
-
-def _generate(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    encoder: Encoder,
-    max_new_tokens: int,
-    budget: int,
-    label: str,
-) -> list[Prediction]:
-    prompts = [encoder.prompt(example.input) for example in examples]
-    pad = pad_right if encoder.is_encoder_decoder else pad_left
-    predictions: dict[int, Prediction] = {}
-    with tqdm(total=len(prompts), desc=label, unit="example", disable=None) as bar:
-        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-        for batch in batches_of_tokens(lengths, budget):
-            rows = [prompts[i] for i in batch]
-            with torch.inference_mode():
-                output = model.generate(
-                    pad(rows, encoder.tokenizer.pad_token_id).to(model.device),
-                    attention_mask=pad([[1] * len(row) for row in rows], 0).to(model.device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    pad_token_id=encoder.tokenizer.pad_token_id,
-                )
-            start = 0 if encoder.is_encoder_decoder else max(map(len, rows))
-            for index, tokens in zip(batch, output, strict=True):
-                text = encoder.tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
-                right = text in [answer.strip() for answer in examples[index].answers]
-                predictions[index] = Prediction(text, right)
-            bar.update(len(batch))
-    return [predictions[index] for index in range(len(examples))]
-
-
-def _task_score(task: str, metric: str, predictions: Sequence[Prediction]) -> TaskScore:
-    right, n = sum(p.correct for p in predictions), len(predictions)
-    interval = binomtest(right, n).proportion_ci(CONFIDENCE, method="wilson")
+    sample = Sample.of(metrics, [prediction.marks for prediction in predictions])
+    interval = _interval(sample)
     return TaskScore(
         task=task,
-        metric=metric,
-        score=right / n,
-        n=n,
-        low=float(interval.low),
-        high=float(interval.high),
+        metric=" + ".join(METRICS[name].label for name in metrics),
+        score=sample.score,
+        n=sample.n,
+        low=interval.low,
+        high=interval.high,
         ties=sum(p.scores.count(max(p.scores)) > 1 for p in predictions if p.scores),
+        by_metric=sample.by_metric,
         predictions=tuple(predictions),
     )
+
+
+def _interval(sample: Sample) -> Interval:
+    """Wilson's interval of a share of right answers, else a bootstrap."""
+    marks = sample.statistics[0]
+    if len(sample.metrics) > 1 or marks.shape[1] > 1 or not ((marks == 0) | (marks == 1)).all():
+        return sample.interval()
+    wilson = binomtest(int(marks.sum()), sample.n).proportion_ci(CONFIDENCE, method="wilson")
+    return Interval(float(wilson.low), float(wilson.high))

@@ -39,6 +39,7 @@ __all__ = [
     "Expert",
     "ExpertInfo",
     "check_expert",
+    "check_name",
     "sha256_of",
 ]
 
@@ -122,10 +123,7 @@ class Expert:
         directory = Path(adapter_dir)
         config = read_adapter_config(directory)
         name = name or directory.resolve().name
-        if not NAME.fullmatch(name):
-            raise ExpertError(
-                f"{name!r} can't name an expert: use letters, digits, '.', '_' and '-' only."
-            )
+        check_name(name)
         if isinstance(base, Base):
             base = base.reference
         info = ExpertInfo(
@@ -195,6 +193,14 @@ def check_expert(directory: str | Path) -> list[str]:
         return list(_problems(_read(Path(directory))))
     except ExpertError as error:
         return [str(error)]
+
+
+def check_name(name: str) -> None:
+    """Raise ExpertError unless `name` can be an expert's (docs/format.md)."""
+    if not NAME.fullmatch(name):
+        raise ExpertError(
+            f"{name!r} can't name an expert: use letters, digits, '.', '_' and '-' only."
+        )
 
 
 def sha256_of(path: Path) -> str:

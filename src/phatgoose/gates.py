@@ -6,9 +6,8 @@ factors, v the gate [n].
 
 from __future__ import annotations
 
-import random
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,7 +15,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .adapters import (
@@ -29,26 +27,31 @@ from .adapters import (
 from .bases import Base, load_base
 from .collating import Collator
 from .config import Formatting, GateTraining, Training
-from .embeddings import embed_examples
-from .encoding import Encoder, TokenPair, batches_of_tokens
-from .errors import ExpertError
-from .expert import Expert, sha256_of
+from .encoding import Encoder
+from .errors import ConfigError, ExpertError
+from .expert import Expert, check_name, sha256_of
 from .fitting import FitReport, fit
-from .sites import Site, WrappedLinear, find_sites, replace_module, watch_inputs
+from .sites import WrappedLinear, find_sites, replace_module
+from .statistics import statistics_of
 from .tasks import Task
 from .work import open_work
 
-__all__ = ["GatedLinear", "Record", "add_gates", "gated", "mean_activations", "train_gates"]
+__all__ = ["GatedLinear", "Record", "add_gates", "gated", "openness", "train_gates"]
 
 GATE_CHECKPOINT_EVERY = 25
-STATISTICS_TOKEN_BUDGET = 4096
+
+
+def openness(u: Tensor, v: Tensor) -> Tensor:
+    """How far a gate is open for each token, `sigmoid(v . u)`: [.., n] and [n] to [.., 1]."""
+    score = u @ v.to(u.dtype)
+    return torch.sigmoid(score.float()).to(u.dtype).unsqueeze(-1)
 
 
 class GatedLinear(WrappedLinear):
     """A linear layer with one LoRA expert whose update passes a gate.
 
     `W u + scale * B A u * sigmoid(v . u)` with v starting at zeros and no bias (METHOD section 3.2;
-    paper section 3.1, equation 2). With `use_gate` False the sigmoid is left out: the expert alone.
+    paper section 3.1, equation 2).
     """
 
     A: Tensor
@@ -60,16 +63,12 @@ class GatedLinear(WrappedLinear):
         self.register_buffer("A", lora.A.to(weight), persistent=False)
         self.register_buffer("B", (lora.scale * lora.B.float()).to(weight), persistent=False)
         self.gate = nn.Parameter(torch.zeros(lora.A.shape[1], device=weight.device))
-        self.use_gate = True
 
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]."""
         y: Tensor = self.base(u)
         update = functional.linear(functional.linear(u, self.A), self.B)
-        if not self.use_gate:
-            return y + update
-        score = u @ self.gate.to(u.dtype)
-        return y + torch.sigmoid(score.float()).to(u.dtype).unsqueeze(-1) * update
+        return y + openness(u, self.gate) * update
 
 
 @contextmanager
@@ -112,13 +111,19 @@ def train_gates(
     for. The finished expert is written to `out`, named `name` or after it. An interrupted run is
     continued with `resume` and thrown away with `restart`. Raises ExpertError when the adapter
     can't be used or doesn't fit the base, or `out` exists; ConfigError when resumed work had other
-    settings; TaskError when the task can't be used.
+    settings or joint training is asked for; TaskError when the task can't be used.
     """
     out, adapter = Path(out), Path(adapter)
     training, gate_training = training or Training(), gate_training or GateTraining()
     formatting = formatting or Formatting()
+    if gate_training.joint:
+        raise ConfigError(
+            "joint is on, but an adapter that exists can't be trained together with its gates; "
+            "turn it off here, or train a new expert."
+        )
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another place.")
+    check_name(name or out.name)
     read_adapter_config(adapter)
     base = load_base(base) if isinstance(base, str) else base
     identity = {
@@ -148,10 +153,14 @@ def train_gates(
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of an expert's making before its gates."""
+    """What is known of an expert's making before its gates.
+
+    `gates` are those trained jointly with the expert; None means that they are still to be trained.
+    """
 
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, object] = field(default_factory=dict)
+    gates: Mapping[str, Tensor] | None = None
 
 
 def add_gates(
@@ -170,31 +179,25 @@ def add_gates(
     """The stage shared by `train_gates` and `train_expert`: gates, statistics, the directory.
 
     `task` has its validation split. Checkpoints go to `work`; those found there are continued from.
+    Gates that `record` brings along are taken as they are.
     """
     record = record or Record()
     lora = read_lora(adapter)
-    train = [encoder.pair(example.input, example.target) for example in task.train]
-    collator = Collator(base.model, base.tokenizer.pad_token_id)
-    sites = {name: site for name, site in find_sites(base.model).items() if name in lora}
-    measured = _sample(range(len(train)), gate_training.statistics_examples, training.seed)
-    means = embeddings = None
-    with gated(base.model, lora) as layers:
-        report = _fit_gates(base, layers, train, collator, training, gate_training, work, task.name)
-        gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
-        if gate_training.means:
-            for layer in layers.values():
-                layer.use_gate = False
-            pairs = [train[i] for i in measured]
-            means = mean_activations(base.model, sites, pairs, collator, task.name)
-    if gate_training.embeddings:
-        embeddings = embed_examples([task.train[i] for i in measured], gate_training.embedder)
+    metrics, gates = dict(record.metrics), record.gates
+    if gates is None:
+        with gated(base.model, lora) as layers:
+            report = _fit_gates(base, layers, task, encoder, training, gate_training, work)
+            gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
+        known = {key: value for key, value in asdict(report).items() if value is not None}
+        metrics |= {f"gate_{key}": value for key, value in known.items()}
+    measured = statistics_of(base, lora, task, encoder, gate_training, training.seed)
     expert = Expert.from_peft(
         adapter,
         gates,
         base=base.reference,
         name=name or out.name,
-        means=means,
-        embeddings=embeddings,
+        means=measured.means,
+        embeddings=measured.embeddings,
         embedder=gate_training.embedder if gate_training.embeddings else None,
         task=_task_record(task),
         hyperparameters={
@@ -203,10 +206,7 @@ def add_gates(
             **asdict(gate_training),
             **asdict(encoder.formatting),
         },
-        metrics={
-            **record.metrics,
-            **{f"gate_{key}": value for key, value in asdict(report).items() if value is not None},
-        },
+        metrics=metrics,
     )
     return expert.save(out)
 
@@ -214,33 +214,27 @@ def add_gates(
 def _fit_gates(
     base: Base,
     layers: Mapping[str, GatedLinear],
-    train: Sequence[TokenPair],
-    collator: Collator,
+    task: Task,
+    encoder: Encoder,
     training: Training,
     gate_training: GateTraining,
     work: Path,
-    label: str,
 ) -> FitReport:
     base.model.requires_grad_(False)
     for layer in layers.values():
         layer.gate.requires_grad_(True)
     return fit(
         base.model,
-        train=train,
+        train=[encoder.pair(example.input, example.target) for example in task.train],
         validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
-        collator=collator,
+        collator=Collator(base.model, base.tokenizer.pad_token_id),
         training=training,
         steps=gate_training.gate_steps,
         learning_rate=gate_training.gate_learning_rate or training.learning_rate,
         work=work / "gates",
         checkpoint_every=min(GATE_CHECKPOINT_EVERY, gate_training.gate_steps),
-        label=f"{label}: gates",
+        label=f"{task.name}: gates",
     )
-
-
-def _sample(indices: range, count: int, seed: int) -> list[int]:
-    """At most `count` of the indices, the same ones for the same seed, in order."""
-    return sorted(random.Random(seed).sample(indices, min(count, len(indices))))
 
 
 def _task_record(task: Task) -> dict[str, object]:
@@ -251,39 +245,3 @@ def _task_record(task: Task) -> dict[str, object]:
         "validation_examples": len(task.validation),
         "validation_origin": task.validation_origin,
     }
-
-
-def mean_activations(
-    model: PreTrainedModel,
-    sites: Mapping[str, Site],
-    pairs: Sequence[TokenPair],
-    collator: Collator,
-    label: str = "",
-) -> dict[str, Tensor]:
-    """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
-
-    Teacher forcing: prompt and right target are passed in one go, padding left out (METHOD section
-    5, Average Activation; the released code keeps only the last generated step in the decoder).
-    """
-    totals: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
-
-    def add(site: Site, u: Tensor, real: Tensor | None) -> None:
-        tokens = u.flatten(0, -2) if real is None else u[real]
-        totals[site.name] = totals.get(site.name, 0) + tokens.double().sum(dim=0)
-        counts[site.name] = counts.get(site.name, 0) + tokens.shape[0]
-
-    lengths = [pair.length for pair in pairs]
-    with (
-        torch.no_grad(),
-        watch_inputs(model, sites, add),
-        tqdm(total=len(pairs), desc=f"{label}: means", unit="example", disable=None) as bar,
-    ):
-        model.eval()
-        for batch in batches_of_tokens(lengths, STATISTICS_TOKEN_BUDGET):
-            inputs = collator([pairs[i] for i in batch])
-            inputs.pop("labels")
-            inner = model if model.config.is_encoder_decoder else model.base_model
-            inner(**{key: value.to(model.device) for key, value in inputs.items()}, use_cache=False)
-            bar.update(len(batch))
-    return {site: (totals[site] / counts[site]).float().cpu() for site in sites}

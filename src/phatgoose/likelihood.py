@@ -7,7 +7,7 @@ output. Both are then expanded over the choices.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -26,28 +26,40 @@ from .encoding import (
 __all__ = ["ChoicePrompt", "choice_log_likelihoods"]
 
 Tokens = Sequence[int]
+Announce = Callable[[Sequence[int]], None]  # told which prompt each row of the next pass is of
 ChoicePrompt = tuple[Tokens, Sequence[Tokens]]  # a prompt and its choices, tokenised
 
 
 def choice_log_likelihoods(
-    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad_token_id: int, budget: int
+    model: PreTrainedModel,
+    rows: Sequence[ChoicePrompt],
+    pad_token_id: int,
+    budget: int,
+    before_pass: Callable[[Sequence[int]], None] = lambda _: None,
 ) -> Iterator[tuple[int, list[float]]]:
     """(index of the row, mean log-likelihood per target token of each choice), in any order.
 
     The end-of-sequence token counts as a target token (METHOD section 6, Scoring). A batch holds at
-    most `budget` tokens of prompts and choices together, padding included.
+    most `budget` tokens of prompts and choices together, padding included. `before_pass` is called
+    before each pass through the model with the index in `rows` that each row of the batch is from.
     """
     score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
     lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
     with torch.inference_mode(), contiguous_head(model):
         for batch in batches_of_tokens(lengths, budget):
             chosen = [rows[i] for i in batch]
-            means = score(model, chosen, pad_token_id).tolist()
+
+            def announce(places: Sequence[int], batch: Sequence[int] = batch) -> None:
+                before_pass([batch[place] for place in places])
+
+            means = score(model, chosen, pad_token_id, announce).tolist()
             for index, (_, choices) in zip(batch, chosen, strict=True):
                 yield index, [means.pop(0) for _ in choices]
 
 
-def _score_causal(model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int) -> Tensor:
+def _score_causal(
+    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: Announce
+) -> Tensor:
     """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = model.device
     prompts = pad_left([prompt for prompt, _ in rows], pad).to(device)
@@ -55,6 +67,7 @@ def _score_causal(model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int
     passed = _passes(model, logits_to_keep=1, position_ids=position_ids(real))
     cache = DynamicCache(config=model.config)
     held = {_cache_argument(model): cache, "use_cache": True}
+    announce(range(len(rows)))
     first = model(input_ids=prompts, attention_mask=real, **held, **passed)
     owner = _owners(rows, device)
     labels = _targets(rows, IGNORED).to(device)  # [choices, longest]
@@ -66,6 +79,7 @@ def _score_causal(model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int
     present = labels[:, :-1].ne(IGNORED).long()
     mask = torch.cat([real.index_select(0, owner), present], dim=1)
     positions = position_ids(mask)[:, -inputs.shape[1] :]
+    announce(owner.tolist())
     rest = model(
         input_ids=inputs,
         attention_mask=mask,
@@ -75,15 +89,19 @@ def _score_causal(model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int
     return _mean_log_likelihood(torch.cat([start, rest.logits], dim=1), labels)
 
 
-def _score_seq2seq(model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int) -> Tensor:
+def _score_seq2seq(
+    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: Announce
+) -> Tensor:
     """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = model.device
     prompts = pad_right([prompt for prompt, _ in rows], pad).to(device)
     real = pad_right([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
+    announce(range(len(rows)))
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=real).last_hidden_state
     owner = _owners(rows, device)
     start = model.config.decoder_start_token_id
     inputs = [[start, *choice[:-1]] for _, choices in rows for choice in choices]
+    announce(owner.tolist())
     logits = model(
         encoder_outputs=BaseModelOutput(last_hidden_state=encoded.index_select(0, owner)),
         attention_mask=real.index_select(0, owner),

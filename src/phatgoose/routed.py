@@ -1,18 +1,15 @@
-"""The routed model: a transformers model whose linear layers pick their experts for every token.
-
-W u + sum over z in E_t of w_z B_z A_z u                                     (METHOD section 4)
-"""
+"""The routed model: a transformers model whose linear layers pick their experts for every token."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import check_fit
@@ -20,53 +17,26 @@ from .bases import Base, BaseReference, fingerprint, load_base
 from .config import Routing
 from .errors import RoutingError, WrongBaseError
 from .kernels import choose_kernel
+from .kernels.mixed import mixed_factors
+from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .pool import Pool, SiteStack
-from .recording import Recording, Watcher
-from .routers import make_router, router_vectors, warn_of_untrained
-from .sites import ROUTED, Site, TokenMasks, WrappedLinear, find_sites, replace_module
+from .recording import Recording
+from .routers import (
+    MERGED,
+    Lookup,
+    RandomRouter,
+    check_routing,
+    make_lookup,
+    make_router,
+    narrow_pool,
+    router_vectors,
+    warn_of_untrained,
+)
+from .scores import Scores, read_scores
+from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
+from .tasks import Example
 
-__all__ = ["Composition", "RoutedLinear", "compose", "composition_of", "detach", "record"]
-
-
-class RoutedLinear(WrappedLinear):
-    """A linear layer (of any make) with a pool of experts and a router.
-
-    Experts and router are buffers that stay out of the model's state dict.
-    """
-
-    A: Tensor
-    B: Tensor
-    experts: Tensor
-
-    def __init__(
-        self, base: nn.Module, site: Site, stack: SiteStack, router: nn.Module, kernel: str
-    ) -> None:
-        super().__init__(base, site.in_features, site.out_features)
-        self.site = site
-        self.register_buffer("A", stack.A, persistent=False)
-        self.register_buffer("B", stack.B, persistent=False)
-        self.register_buffer("experts", stack.experts, persistent=False)
-        self.router = router
-        self.kernel = kernel
-        self.masks = TokenMasks()
-        self.watcher: Watcher | None = None
-
-    def forward(self, u: Tensor) -> Tensor:
-        """[.., n] to [.., d]."""
-        y: Tensor = self.base(u)
-        tokens = u.reshape(-1, u.shape[-1])
-        decision = self.router(tokens)
-        real = self.masks.real_tokens(u, self.site.stream)
-        weights = decision.weights
-        if real is not None:
-            weights = weights * real.reshape(-1, 1)
-        if self.watcher is not None:
-            self.watcher(self.site, self.experts[decision.experts], weights, real, u.shape[:-1])
-        kernel = choose_kernel(
-            self.kernel, len(tokens), decision.experts.shape[1], len(self.experts)
-        )
-        delta = kernel(tokens.to(self.A.dtype), decision.experts, weights, self.A, self.B)
-        return y + delta.view(*u.shape[:-1], self.out_features).to(y.dtype)
+__all__ = ["Composition", "compose", "composition_of", "detach", "record", "serving"]
 
 
 @dataclass
@@ -74,7 +44,7 @@ class Composition:
     """What a routed model is made of; found on it as `model.phatgoose`.
 
     `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
-    layers by site.
+    layers by site; `lookup` what the sites of a looked-up router share, None for other routers.
     """
 
     base: BaseReference
@@ -82,7 +52,8 @@ class Composition:
     experts: tuple[str, ...]
     records: list[dict[str, Any]]
     routing: Routing
-    layers: dict[str, RoutedLinear]
+    layers: dict[str, RoutedLayer]
+    lookup: Lookup | None = None
     masks: TokenMasks = field(default_factory=TokenMasks)
 
 
@@ -96,39 +67,47 @@ def compose(
     keep: Iterable[str] | None = None,
     leave_out: Iterable[str] | None = None,
     eps: float = 1e-5,
+    expert: str | None = None,
+    scores: Scores | str | Path | None = None,
+    arrow: str = "svd",
+    router_seed: int = 0,
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
 
     `base` is a name, a loaded `Base` or a transformers model; None loads the one the pool was
     trained on. `router` is one of `phatgoose.routers.ROUTERS`; `k` experts act per token, lowered
     with a warning when the pool has fewer. `keep` and `leave_out` select experts by name. `kernel`
-    is "auto" or a name in `phatgoose.kernels.KERNELS`. Undo with `detach`.
+    is "auto" or a name in `phatgoose.kernels.KERNELS`. For router single, `expert` names it; for
+    oracle and best-individual, `scores` are those of the single experts (expert -> task -> score,
+    or the comparison.json of a comparison); for arrow, `arrow` is its form
+    (`phatgoose.routers.arrow`); for random, `router_seed` its seed. Undo with `detach`.
 
     Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
-    it, PoolError for unknown experts or missing vectors, ConfigError for an unknown router or
-    kernel, RoutingError when the base is routed already.
+    it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
+    unknown router or kernel, RoutingError when the base is routed already.
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     pool = pool.select(keep, leave_out)
-    routing = Routing(router=router, k=k, kernel=kernel, eps=eps)
+    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed)
+    check_routing(routing, pool)
     choose_kernel(kernel, 1, 1, 1)
-    vectors = {name: router_vectors(pool, name, router) for name in pool.sites}
-    if k > len(pool) and router != "merged":
-        warnings.warn(
-            f"k is {k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=2
-        )
+    scores = read_scores(scores) if isinstance(scores, str | Path) else scores
+    pool = narrow_pool(pool, routing, scores)
+    vectors = {name: router_vectors(pool, name, routing) for name in pool.sites}
     found = resolve_base(base, pool.base)
     check_fingerprint(pool.base, found.reference)
+    lookup = make_lookup(pool, routing, scores, found.tokenizer)
     sites = find_sites(found.model)
-    for expert in pool.experts:
-        check_fit(expert.name, expert.lora, sites)
+    for each in pool.experts:
+        check_fit(each.name, each.lora, sites)
     layers = {}
     for name in pool.sites:
         original = found.model.get_submodule(name)
         dtype = original.weight.dtype if original.weight.is_floating_point() else found.model.dtype
         stack = pool.stack(name, dtype, original.weight.device)
-        module = make_router(vectors[name], len(stack.experts), routing).to(original.weight.device)
-        layers[name] = RoutedLinear(original, sites[name], stack, module, kernel)
+        layers[name] = routed_layer(
+            original, sites[name], stack, routing, vectors[name], lookup, len(pool)
+        )
     warn_of_untrained(pool, router, vectors)
     parts = Composition(
         base=found.reference,
@@ -137,8 +116,31 @@ def compose(
         records=pool.records(),
         routing=routing,
         layers=layers,
+        lookup=lookup,
     )
     return install(found.model, parts)
+
+
+def routed_layer(
+    original: Any,
+    site: Site,
+    stack: SiteStack,
+    routing: Routing,
+    vectors: Tensor | None,
+    lookup: Lookup | None,
+    pool_size: int,
+    *,
+    may_fold: bool = True,
+) -> RoutedLayer:
+    """The layer that takes the place of `original` at `site`, ready to be installed."""
+    if may_fold and routing.router == MERGED and is_cheaper_folded(original, stack):
+        return FoldedLinear(original, site, folded_weight(original, stack), stack.experts)
+    router = make_router(site.name, stack.experts, pool_size, routing, vectors, lookup)
+    mixes = routing.router == "arrow" and routing.arrow == "mttl"
+    router.to(original.weight.device)
+    return RoutedLinear(
+        original, site, stack, router, routing.kernel, mixed_factors if mixes else None
+    )
 
 
 def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
@@ -147,6 +149,8 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
         layer.masks = parts.masks
         replace_module(model, name, layer)
     parts.masks.attach(model)
+    if parts.lookup is not None:
+        parts.lookup.attach(model)
     setattr(model, ROUTED, parts)
     return model
 
@@ -158,6 +162,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     """
     parts = composition_of(model)
     parts.masks.detach()
+    if parts.lookup is not None:
+        parts.lookup.detach()
     for name, layer in parts.layers.items():
         replace_module(model, name, layer.base)
     delattr(model, ROUTED)
@@ -187,6 +193,32 @@ def record(model: PreTrainedModel) -> Iterator[Recording]:
     finally:
         for layer in parts.layers.values():
             layer.watcher = None
+
+
+@contextmanager
+def serving(
+    model: PreTrainedModel, task: str, examples: Sequence[Example]
+) -> Iterator[Callable[[Sequence[int]], None]]:
+    """A function to call before each pass through `model` with the rows' indices in `examples`.
+
+    It is what routers need that go by whole inputs (retrieval) or tasks (oracle, by the name
+    `task`), and makes random ones start anew. Does nothing to other models, routed or not. Raises
+    RoutingError when router oracle has no score of `task`.
+    """
+    parts = getattr(model, ROUTED, None)
+    lookup = parts.lookup if parts is not None else None
+    for layer in parts.layers.values() if parts is not None else ():
+        if isinstance(layer, RoutedLinear) and isinstance(layer.router, RandomRouter):
+            layer.router.restart()
+    if lookup is None:
+        yield lambda _: None
+        return
+    lookup.begin_task(task)
+    experts = lookup.find(examples)
+    try:
+        yield lambda rows: lookup.serve(experts[list(rows)])
+    finally:
+        lookup.serve(None)
 
 
 @dataclass(frozen=True)

@@ -10,31 +10,33 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import read_tensors
 from .bases import Base, BaseReference, load_base
 from .config import Routing
 from .errors import ExpertError, RoutingError
 from .expert import sha256_of
+from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .pool import SiteStack
 from .routed import (
     Composition,
-    RoutedLinear,
     check_fingerprint,
     composition_of,
     install,
     resolve_base,
+    routed_layer,
 )
-from .routers import ScoredRouter, make_router
-from .sites import find_sites
+from .routers import Lookup, Retriever, TaskTable, VectorRouter
+from .sites import Site, find_sites
 from .work import new_directory
 
-__all__ = ["ROUTED_INFO", "load", "save"]
+__all__ = ["ROUTED_INFO", "ROUTED_WEIGHTS", "load", "save"]
 
 FORMAT_VERSION = 1
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
+EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"
 
 
 def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -55,6 +57,7 @@ def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = Fal
             "routing": asdict(parts.routing),
             "experts": parts.records,
             "weights_sha256": sha256_of(work / ROUTED_WEIGHTS),
+            "lookup": _lookup_info(parts.lookup),
         }
         (work / ROUTED_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
@@ -83,11 +86,11 @@ def load(
     check_fingerprint(wanted, found.reference)
     sites = find_sites(found.model)
     layers = {}
+    lookup = _lookup(info, tensors, found.tokenizer)
     for name in [key.removeprefix("experts.") for key in tensors if key.startswith("experts.")]:
-        original = found.model.get_submodule(name)
-        stack, vectors = _stack_of(name, tensors, original.weight)
-        router = make_router(vectors, len(stack.experts), routing).to(original.weight.device)
-        layers[name] = RoutedLinear(original, sites[name], stack, router, routing.kernel)
+        layers[name] = _layer(
+            found.model.get_submodule(name), sites[name], tensors, routing, lookup, info
+        )
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
@@ -95,6 +98,7 @@ def load(
         records=info["experts"],
         routing=routing,
         layers=layers,
+        lookup=lookup,
     )
     return install(found.model, parts)
 
@@ -102,10 +106,58 @@ def load(
 def _tensors(parts: Composition) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, layer in parts.layers.items():
-        tensors |= {f"A.{name}": layer.A, f"B.{name}": layer.B, f"experts.{name}": layer.experts}
-        if isinstance(layer.router, ScoredRouter):
-            tensors[f"vectors.{name}"] = layer.router.vectors
+        tensors[f"experts.{name}"] = layer.experts
+        if isinstance(layer, FoldedLinear):
+            tensors[f"folded.{name}"] = layer.folded
+        if isinstance(layer, RoutedLinear):
+            tensors |= {f"A.{name}": layer.A, f"B.{name}": layer.B}
+            if isinstance(layer.router, VectorRouter):
+                tensors[f"vectors.{name}"] = layer.router.vectors
+    if isinstance(parts.lookup, Retriever):
+        tensors |= {EMBEDDINGS: parts.lookup.embeddings, OWNERS: parts.lookup.owners}
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def _lookup_info(lookup: Lookup | None) -> dict[str, Any]:
+    """What a looked-up router keeps beside its tensors."""
+    if isinstance(lookup, Retriever):
+        return {"embedder": lookup.embedder}
+    return {"experts_by_task": lookup.experts} if isinstance(lookup, TaskTable) else {}
+
+
+def _lookup(
+    info: dict[str, Any], tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
+) -> Lookup | None:
+    held = info.get("lookup", {})
+    if "experts_by_task" in held:
+        return TaskTable(held["experts_by_task"])
+    if "embedder" not in held:
+        return None
+    if tokenizer is None:
+        raise RoutingError("Router retrieval reads prompts; hand the base over with its tokenizer.")
+    return Retriever(tensors[EMBEDDINGS], tensors[OWNERS], held["embedder"], tokenizer)
+
+
+def _layer(
+    original: Any,
+    site: Site,
+    tensors: dict[str, Tensor],
+    routing: Routing,
+    lookup: Lookup | None,
+    info: dict[str, Any],
+) -> RoutedLayer:
+    weight, name = original.weight, site.name
+    experts = tensors[f"experts.{name}"].to(weight.device)
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    if f"folded.{name}" in tensors:
+        folded = tensors[f"folded.{name}"].to(weight.device, dtype)
+        return FoldedLinear(original, site, folded, experts)
+    A, B = (tensors[f"{side}.{name}"].to(weight.device, dtype) for side in "AB")
+    vectors = tensors.get(f"vectors.{name}")
+    stack = SiteStack(experts, A, B)
+    return routed_layer(
+        original, site, stack, routing, vectors, lookup, len(info["experts"]), may_fold=False
+    )
 
 
 def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
@@ -115,15 +167,6 @@ def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
         return read_tensors(path)
     except ExpertError as error:
         raise RoutingError(str(error)) from error
-
-
-def _stack_of(
-    name: str, tensors: dict[str, Tensor], weight: Tensor
-) -> tuple[SiteStack, Tensor | None]:
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    A, B = (tensors[f"{side}.{name}"].to(weight.device, dtype) for side in "AB")
-    experts = tensors[f"experts.{name}"].to(weight.device)
-    return SiteStack(experts, A, B), tensors.get(f"vectors.{name}")
 
 
 def _read_info(path: Path) -> dict[str, Any]:

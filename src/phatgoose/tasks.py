@@ -11,8 +11,9 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from .errors import TaskError
 
-__all__ = ["Example", "Task", "load_task"]
+__all__ = ["Example", "Task", "load_task", "mix"]
 
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "|||"
@@ -113,10 +114,7 @@ class Task:
         examples = self.test or self.validation or self.train
         if not examples:
             raise TaskError(f"Task {self.name!r} has no examples.")
-        if limit is None or limit >= len(examples):
-            return examples
-        chosen = sorted(random.Random(seed).sample(range(len(examples)), limit))
-        return tuple(examples[i] for i in chosen)
+        return _draw(examples, limit, seed)
 
 
 def load_task(
@@ -156,6 +154,45 @@ def load_task(
         test=tuple(splits["test"]),
         source=label,
     )
+
+
+def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int = 0) -> Task:
+    """One task of the training examples of all `tasks`, for the Multitask model (METHOD section 5).
+
+    Training draws from it evenly, hence from each task in proportion to its size, or to `most`
+    where it has more examples than that: so many are then drawn, once, by `seed` (as T0 caps large
+    datasets). None caps nothing. Validation examples, each task's own or those that
+    `with_validation(seed)` sets apart, stand in turns, so that the first few come from all tasks
+    alike. There is no test split.
+
+    Raises TaskError when there are no tasks, one can't be trained on, or `most` is below 1.
+    """
+    if not tasks:
+        raise TaskError(f"The mixture {name!r} has no tasks.")
+    if most is not None and most < 1:
+        raise TaskError(f"most is {most}, but must be at least 1.")
+    for task in tasks:
+        if not task.train:
+            raise TaskError(f"Task {task.name!r} has no training examples to mix.")
+    divided = [task.with_validation(seed) for task in tasks]
+    parts = [_draw(task.train, most, seed) for task in divided]
+    sizes = (f"{task.source} ({len(part)})" for task, part in zip(tasks, parts, strict=True))
+    turns = zip_longest(*(task.validation for task in divided))
+    return Task(
+        name,
+        train=tuple(row for part in parts for row in part),
+        validation=tuple(row for turn in turns for row in turn if row is not None),
+        source=f"mixture of {', '.join(sizes)}",
+        validation_origin=f"each task's own, or set apart from it by seed {seed}",
+    )
+
+
+def _draw(examples: tuple[Example, ...], most: int | None, seed: int) -> tuple[Example, ...]:
+    """At most so many of the examples (None: all), the same for a given seed, in file order."""
+    if most is None or most >= len(examples):
+        return examples
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
+    return tuple(examples[i] for i in chosen)
 
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]

@@ -1,5 +1,7 @@
 """Experts: a LoRA trained through PEFT on somebody's task, then its gates and statistics.
 
+Gates follow the expert, or are trained together with it (`GateTraining.joint`).
+
 Precision: the base stays in its own dtype (bfloat16 where that is fast); A and B are trained as
 float32 master copies that are cast in the forward pass, so that nothing of the base path is
 upcast (PEFT's default casts every activation up; docs/design.md has the speeds). The adapter
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
@@ -29,9 +32,9 @@ from .collating import Collator
 from .config import Formatting, GateTraining, Lora, Training
 from .encoding import Encoder
 from .errors import ExpertError
-from .expert import Expert
+from .expert import Expert, check_name
 from .fitting import FitReport, fit
-from .gates import Record, add_gates
+from .gates import Record, add_gates, openness
 from .sites import find_sites
 from .tasks import Task
 from .work import open_work
@@ -40,6 +43,7 @@ __all__ = ["train_expert"]
 
 ADAPTER = "default"
 REPORT = "report.json"
+JOINT_GATES = "gates.safetensors"
 
 
 class _MasterLinear(nn.Linear):
@@ -47,6 +51,21 @@ class _MasterLinear(nn.Linear):
 
     def forward(self, u: Tensor) -> Tensor:
         return functional.linear(u, self.weight.to(u.dtype))
+
+
+class _GatedMasterLinear(_MasterLinear):
+    """A LoRA's A whose output passes the module's gate v, zeros at the start (joint training).
+
+    PEFT then computes `W u + scale * B A u * sigmoid(v . u)`, since the sigmoid is one number a
+    token: B (A u * sigmoid) is B A u * sigmoid.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.gate = nn.Parameter(torch.zeros(in_features, device=device))
+
+    def forward(self, u: Tensor) -> Tensor:
+        return openness(u, self.gate) * super().forward(u)
 
 
 def train_expert(
@@ -64,11 +83,13 @@ def train_expert(
 ) -> Expert:
     """A finished expert for `task`, written to `out`: LoRA, gates, statistics (METHOD section 3).
 
+    Gates are trained after the LoRA, or with `gate_training.joint` together with it, for the LoRA's
+    steps and at its learning rate (the paper's Appendix A); the adapter is plain LoRA either way.
     `base` is a loaded base or its name; loading it once serves many tasks. Checkpoints are kept in
     `.<out's name>.work` beside `out`. An interrupted run is continued with `resume` (a finished one
     is simply loaded) and thrown away with `restart`; with neither, existing work is an error.
-    Raises ExpertError when `out` exists, ConfigError when resumed work had other settings,
-    TaskError when the task can't be used.
+    Raises ExpertError when `out` exists or the name can't be an expert's, ConfigError when resumed
+    work had other settings, TaskError when the task can't be used.
     """
     out = Path(out)
     lora, training = lora or Lora(), training or Training()
@@ -77,6 +98,7 @@ def train_expert(
         return Expert.load(out)
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
+    check_name(name or out.name)
     base = load_base(base) if isinstance(base, str) else base
     identity = {
         "base": base.fingerprint,
@@ -87,8 +109,13 @@ def train_expert(
     task, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
     find_sites(base.model, lora.sites)
     work = open_work(out, identity, resume=resume, restart=restart)
-    adapter = _train_lora(base, task, encoder, work, lora, training)
-    report = json.loads((work / REPORT).read_text(encoding="utf-8"))
+    joint = gate_training.joint
+    adapter = _train_lora(base, task, encoder, work, lora, training, joint=joint)
+    record = Record(
+        hyperparameters=asdict(lora),
+        metrics=json.loads((work / REPORT).read_text(encoding="utf-8")),
+        gates=load_file(work / JOINT_GATES) if joint else None,
+    )
     expert = add_gates(
         base,
         adapter,
@@ -99,16 +126,26 @@ def train_expert(
         training=training,
         gate_training=gate_training,
         name=name,
-        record=Record(asdict(lora), report),
+        record=record,
     )
     shutil.rmtree(work)
     return expert
 
 
 def _train_lora(
-    base: Base, task: Task, encoder: Encoder, work: Path, lora: Lora, training: Training
+    base: Base,
+    task: Task,
+    encoder: Encoder,
+    work: Path,
+    lora: Lora,
+    training: Training,
+    *,
+    joint: bool,
 ) -> Path:
-    """The folder of the trained PEFT adapter, made unless an earlier run finished it."""
+    """The folder of the trained PEFT adapter, made unless an earlier run finished it.
+
+    `joint` trains gates with it and leaves them in `work` beside the report.
+    """
     finished = work / "adapter"
     if finished.is_dir():
         return finished
@@ -118,7 +155,7 @@ def _train_lora(
         for split in (task.train, task.validation[: training.eval_examples])
     ]
     torch.manual_seed(training.seed)
-    with _lora_on(base, lora) as model:
+    with _lora_on(base, lora, joint=joint) as model:
         report = fit(
             model,
             train=pairs[0],
@@ -131,14 +168,19 @@ def _train_lora(
             checkpoint_every=min(training.eval_every, training.steps),
             label=f"{task.name}: expert",
         )
+        if joint:
+            save_file(_take_gates(base), work / JOINT_GATES)
         _save_adapter(model, base, work, report)
     shutil.rmtree(work / "lora")
     return finished
 
 
 @contextmanager
-def _lora_on(base: Base, lora: Lora) -> Iterator[PeftModel]:
-    """The base with a fresh LoRA at every site, ready to train, while the context is open."""
+def _lora_on(base: Base, lora: Lora, *, joint: bool) -> Iterator[PeftModel]:
+    """The base with a fresh LoRA at every site, ready to train, while the context is open.
+
+    `joint` puts a gate beside each A.
+    """
     sites = find_sites(base.model, lora.sites)
     config = LoraConfig(
         task_type=TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
@@ -155,22 +197,37 @@ def _lora_on(base: Base, lora: Lora) -> Iterator[PeftModel]:
     try:
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
-                _use_master_copies(layer, lora.init_std)
+                _use_master_copies(layer, lora.init_std, joint=joint)
         yield model
     finally:
         model.unload()
 
 
-def _use_master_copies(layer: LoraLayer, init_std: float) -> None:
+def _use_master_copies(layer: LoraLayer, init_std: float, *, joint: bool) -> None:
     """Float32 A ~ N(0, init_std^2) and B = 0 that are cast in the forward pass, not the input."""
     layer.cast_input_dtype_enabled = False
     for factors in (layer.lora_A, layer.lora_B):
         plain = factors[ADAPTER]
-        master = _MasterLinear(plain.in_features, plain.out_features, bias=False, device="meta")
+        shape, device = (plain.in_features, plain.out_features), plain.weight.device
+        master = (
+            _GatedMasterLinear(*shape, device)
+            if joint and factors is layer.lora_A
+            else _MasterLinear(*shape, bias=False, device="meta")
+        )
         master.weight = nn.Parameter(plain.weight.detach().float())
         factors[ADAPTER] = master
     nn.init.normal_(layer.lora_A[ADAPTER].weight, std=init_std)
     nn.init.zeros_(layer.lora_B[ADAPTER].weight)
+
+
+def _take_gates(base: Base) -> dict[str, Tensor]:
+    """The jointly trained gates by site, taken out of the model: PEFT would save them with A."""
+    gates = {}
+    for site, layer in base.model.named_modules():
+        if isinstance(layer, LoraLayer):
+            gates[site] = layer.lora_A[ADAPTER].gate.detach().cpu()
+            del layer.lora_A[ADAPTER].gate
+    return gates
 
 
 def _save_adapter(model: PeftModel, base: Base, work: Path, report: FitReport) -> None:

@@ -61,7 +61,9 @@ class Suite:
         for entry in self.entries:
             if entry.name == name:
                 return entry
-        raise TaskError(f"Suite {self.name} has no dataset {name!r}; it has {', '.join(self.names)}.")
+        raise TaskError(
+            f"Suite {self.name} has no dataset {name!r}; it has {', '.join(self.names)}."
+        )
 
     def load(self, sources: Sources | None = None) -> tuple[Task, ...]:
         """Every dataset, loaded. Raises TaskError naming the one that can't be."""

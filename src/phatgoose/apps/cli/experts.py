@@ -1,9 +1,9 @@
-"""Commands of contributors: train, gate, check."""
+"""Commands of contributors: train, gate, measure, check."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -11,6 +11,10 @@ from rich.console import Console
 from ...config import Formatting, GateTraining, Lora, Recipe, Training
 from ...errors import ConfigError, ExpertError
 from .flags import with_settings
+
+if TYPE_CHECKING:
+    from ...expert import Expert
+    from ...tasks import Task
 
 __all__ = ["BaseOption", "ChoicesOption", "DtypeOption", "TemplateOption", "register"]
 
@@ -37,6 +41,7 @@ def register(app: typer.Typer) -> None:
     """Add the contributors' commands to `app`."""
     app.command("train", help="Train experts: LoRA, gates and statistics for each task.")(train)
     app.command("gate", help="Train gates for a PEFT LoRA adapter that exists already.")(gate)
+    app.command("measure", help="Measure statistics for an expert that exists already.")(measure)
     app.command("check", help="Verify expert directories and name what is wrong.")(check)
 
 
@@ -48,6 +53,17 @@ def train(
         typer.Argument(help="Task files (.jsonl, .csv) or hub:DATASET; default: the recipe's."),
     ] = None,
     out: OutOption = Path("experts"),
+    multitask: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--multitask", help="Train one expert of this name on all tasks at once."),
+    ] = None,
+    mixture_most: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            "--mixture-most",
+            help="With --multitask: draw at most so many training examples of each task.",
+        ),
+    ] = None,
     base: BaseOption = None,
     dtype: DtypeOption = "auto",
     template: TemplateOption = None,
@@ -64,17 +80,16 @@ def train(
     sources = tasks or list(recipe.tasks)
     if not sources:
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
+    if mixture_most is not None and multitask is None:
+        raise ConfigError("--mixture-most is for --multitask NAME, which was not given.")
     from ...bases import load_base
-    from ...tasks import load_task
+    from ...tasks import load_task, mix
     from ...training import train_expert
 
     loaded = [load_task(source, template=template, choices=choices) for source in sources]
-    names = [task.name for task in loaded]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"Two tasks are named {name!r}; experts of one pool need own names.")
-        if (out / name).exists() and not resume:
-            raise ExpertError(f"{out / name} exists already; choose another --out, or --resume.")
+    if multitask is not None:
+        loaded = [mix(loaded, multitask, most=mixture_most, seed=training.seed)]
+    _refuse_taken_names(loaded, out, resume=resume)
     model = load_base(base or recipe.base or "smollm2", dtype=dtype)
     console = Console()
     for number, task in enumerate(loaded, 1):
@@ -82,6 +97,7 @@ def train(
             model,
             task,
             out=out / task.name,
+            name=task.name,
             lora=lora,
             training=training,
             gate_training=gates,
@@ -89,16 +105,37 @@ def train(
             resume=resume,
             restart=restart,
         )
-        metrics = expert.info.metrics
         console.print(
-            f"[{number}/{len(loaded)}] {expert.name}: validation loss "
-            f"{metrics['expert_validation_loss']:.4f} at step {metrics['expert_best_step']}, "
-            f"{metrics['expert_tokens_per_second']:.0f} tokens/s; gates: "
-            f"{metrics['gate_tokens_per_second']:.0f} tokens/s -> {out / task.name}",
+            f"[{number}/{len(loaded)}] {_summary(expert)} -> {out / task.name}",
             highlight=False,
             markup=False,
             soft_wrap=True,
         )
+
+
+def _refuse_taken_names(tasks: list[Task], out: Path, *, resume: bool) -> None:
+    """Raise unless each task can have its expert in a folder of its own below `out`."""
+    from ...expert import check_name
+
+    names = [task.name for task in tasks]
+    for name in names:
+        check_name(name)
+        if names.count(name) > 1:
+            raise ConfigError(f"Two tasks are named {name!r}; experts of one pool need own names.")
+        if (out / name).exists() and not resume:
+            raise ExpertError(f"{out / name} exists already; choose another --out, or --resume.")
+
+
+def _summary(expert: Expert) -> str:
+    """What training came to, on one line."""
+    metrics = expert.info.metrics
+    speed = metrics.get("gate_tokens_per_second")
+    gates = "trained jointly" if speed is None else f"{speed:.0f} tokens/s"
+    return (
+        f"{expert.name}: validation loss {metrics['expert_validation_loss']:.4f} at step "
+        f"{metrics['expert_best_step']}, {metrics['expert_tokens_per_second']:.0f} tokens/s; "
+        f"gates: {gates}"
+    )
 
 
 @with_settings(Training, GateTraining, Formatting)
@@ -147,6 +184,49 @@ def gate(
     Console().print(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}", highlight=False)
 
 
+def measure(
+    expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
+    task: Annotated[str, typer.Option("--task", help="The data it was trained on.")],
+    means: Annotated[
+        bool, typer.Option("--means/--no-means", help="Measure each site's mean activation.")
+    ] = True,
+    embeddings: Annotated[
+        bool,
+        typer.Option(
+            "--embeddings/--no-embeddings",
+            help="Embed training inputs (needs the extra 'retrieval').",
+        ),
+    ] = True,
+    statistics_examples: Annotated[
+        int, typer.Option("--statistics-examples", help="Training examples measured.")
+    ] = 1000,
+    embedder: Annotated[
+        str, typer.Option("--embedder", help="Sentence embedder: a Hub id or a local folder.")
+    ] = GateTraining.embedder,
+    base: BaseOption = None,
+    dtype: DtypeOption = "auto",
+    template: TemplateOption = None,
+    choices: ChoicesOption = None,
+) -> None:
+    """Measure statistics of an expert, with the seed and formatting it was trained with."""
+    from ...bases import load_base
+    from ...expert import Expert
+    from ...statistics import measure as measure_expert
+    from ...tasks import load_task
+
+    loaded, data = Expert.load(expert), load_task(task, template=template, choices=choices)
+    measured = measure_expert(
+        loaded,
+        load_base(base or loaded.info.base.id, dtype=dtype),
+        data,
+        examples=statistics_examples,
+        means=means,
+        embeddings=embeddings,
+        embedder=embedder,
+    )
+    typer.echo(f"{_contents(measured)} -> {expert}")
+
+
 def check(
     directories: Annotated[list[Path], typer.Argument(help="Expert directories.")],
 ) -> None:
@@ -156,14 +236,20 @@ def check(
     problems = {directory: check_expert(directory) for directory in directories}
     for directory, found in problems.items():
         if not found:
-            expert = Expert.load(directory)
-            typer.echo(
-                f"ok  {directory}: {expert.name}, {len(expert.lora)} sites, gates: "
-                f"{'yes' if expert.gates else 'no'}, means: {'yes' if expert.means else 'no'}, "
-                f"embeddings: {'yes' if expert.embeddings is not None else 'no'}"
-            )
+            typer.echo(f"ok  {directory}: {_contents(Expert.load(directory))}")
     wrong = [problem for found in problems.values() for problem in found]
     for problem in wrong[:-1]:
         typer.echo(f"error: {problem}", err=True)
     if wrong:
         raise ExpertError(wrong[-1])
+
+
+def _contents(expert: Expert) -> str:
+    """What an expert has, on one line."""
+    has = {
+        "gates": bool(expert.gates),
+        "means": bool(expert.means),
+        "embeddings": expert.embeddings is not None,
+    }
+    answers = ", ".join(f"{part}: {'yes' if there else 'no'}" for part, there in has.items())
+    return f"{expert.name}, {len(expert.lora)} sites, {answers}"

@@ -27,15 +27,21 @@ RecipeOption = Annotated[
 ]
 
 
-def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_settings(
+    *configs: type, without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that shows each config parameter of a command as one flag per field.
 
     The decorated function must take `recipe` (a `Recipe`) and one keyword parameter per config,
-    named as in `RECIPE_TABLES`.
+    named as in `RECIPE_TABLES`. Fields named in `without` get no flag.
     """
+    shown = {
+        config: [setting for setting in settings_of(config) if setting.name not in without]
+        for config in configs
+    }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        owners = {setting.name: config for config in configs for setting in settings_of(config)}
+        owners = {setting.name: config for config in configs for setting in shown[config]}
         tables = {TABLE_OF[config] for config in configs}
 
         @functools.wraps(command)
@@ -58,9 +64,7 @@ def with_settings(*configs: type) -> Callable[[Callable[..., None]], Callable[..
             "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RecipeOption
         )
         flags = [
-            _flag(setting, TABLE_OF[config])
-            for config in configs
-            for setting in settings_of(config)
+            _flag(setting, TABLE_OF[config]) for config in configs for setting in shown[config]
         ]
         run.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[*own, recipe_parameter, *flags]

@@ -14,13 +14,13 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
-from . import experts, routed
+from . import comparison, experts, routed
 
 __all__ = ["app", "main"]
 
 HELP = """Many independently trained PEFT experts, routed per token and module into one model.
 
-Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate.
+Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate, compare.
 """
 
 INTERRUPTED = 130
@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 experts.register(app)
 routed.register(app)
+comparison.register(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -14,11 +14,12 @@ from ...errors import RoutingError
 from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
 from .flags import with_settings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 __all__ = ["register"]
 
+ScoresOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--scores", help="comparison.json of a compare: for oracle and best-individual."),
+]
 ModelArgument = Annotated[
     str,
     typer.Argument(
@@ -83,16 +84,22 @@ def compose(
     dtype: DtypeOption = "auto",
     keep: KeepOption = None,
     leave_out: LeaveOutOption = None,
+    scores: ScoresOption = None,
     recipe: Recipe,
     routing: Routing,
 ) -> None:
     """Make a routed model and save it."""
     if out.exists():
         raise RoutingError(f"{out} exists already; choose another --out.")
+    from ...bases import load_base
+    from ...opening import compose_pool
+    from ...pool import Pool
     from ...storage import save
 
-    places = pool[0] if len(pool) == 1 else pool
-    model = _compose(places, base or recipe.base, dtype, routing, keep, leave_out)
+    opened = Pool.open(pool[0] if len(pool) == 1 else pool).select(keep, leave_out)
+    name = base or recipe.base
+    loaded = load_base(name, dtype=dtype) if name else None
+    model = compose_pool(opened, loaded, dtype=dtype, routing=routing, scores=scores)
     save(model, out)
     parts: Any = model.phatgoose
     typer.echo(
@@ -110,6 +117,7 @@ def generate(
     dtype: DtypeOption = "auto",
     keep: KeepOption = None,
     leave_out: LeaveOutOption = None,
+    scores: ScoresOption = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 64,
     sample: Annotated[bool, typer.Option("--sample", help="Sample instead of greedy.")] = False,
     temperature: Annotated[float, typer.Option(min=1e-3, help="Temperature when sampling.")] = 1.0,
@@ -122,15 +130,26 @@ def generate(
     formatting: Formatting,
 ) -> None:
     """Generate an answer to a prompt."""
+    from ...opening import open_model
     from ..generation import Sampling, answer, coloured
 
-    loaded, tokenizer = _open_model(model, base or recipe.base, dtype, routing, keep, leave_out)
+    opened = open_model(
+        model,
+        base or recipe.base,
+        dtype=dtype,
+        routing=routing,
+        keep=keep,
+        leave_out=leave_out,
+        scores=scores,
+    )
     sampling = Sampling(max_new_tokens, temperature if sample else None, seed)
-    result = answer(loaded, tokenizer, prompt, formatting, sampling, record=show_experts)
+    result = answer(
+        opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts
+    )
     if result.recording is None:
         Console(highlight=False, markup=False, soft_wrap=True).print(result.text)
     else:
-        Console(highlight=False).print(coloured(result, tokenizer))
+        Console(highlight=False).print(coloured(result, opened.tokenizer))
 
 
 @with_settings(Routing, Formatting)
@@ -146,6 +165,7 @@ def evaluate(
     choices: ChoicesOption = None,
     keep: KeepOption = None,
     leave_out: LeaveOutOption = None,
+    scores: ScoresOption = None,
     limit: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option("--limit", min=1, help="Score so many examples a task, drawn by --seed."),
@@ -162,14 +182,23 @@ def evaluate(
 ) -> None:
     """Score a model on tasks and print the table."""
     from ...evaluation import evaluate as run
+    from ...opening import open_model
     from ...tasks import load_task
 
     tasks = [load_task(source, template=template, choices=choices) for source in task]
-    loaded, tokenizer = _open_model(model, base or recipe.base, dtype, routing, keep, leave_out)
+    opened = open_model(
+        model,
+        base or recipe.base,
+        dtype=dtype,
+        routing=routing,
+        keep=keep,
+        leave_out=leave_out,
+        scores=scores,
+    )
     result = run(
-        loaded,
+        opened.model,
         tasks,
-        tokenizer=tokenizer,
+        tokenizer=opened.tokenizer,
         limit=limit,
         seed=seed,
         formatting=formatting,
@@ -201,47 +230,3 @@ def demo(
     from ..demo import run_demo
 
     run_demo(base or "smollm2", out)
-
-
-def _compose(
-    places: Any,
-    base: str | None,
-    dtype: str,
-    routing: Routing,
-    keep: list[str] | None,
-    leave_out: list[str] | None,
-) -> PreTrainedModel:
-    """The pool opened, its base loaded in `dtype`, and both composed."""
-    from ...bases import load_base
-    from ...pool import Pool
-    from ...routed import compose as run
-
-    opened = Pool.open(places).select(keep, leave_out)
-    revision = None if base else opened.base.revision
-    loaded = load_base(base or opened.base.id, dtype=dtype, revision=revision)
-    return run(
-        opened, loaded, router=routing.router, k=routing.k, kernel=routing.kernel, eps=routing.eps
-    )
-
-
-def _open_model(
-    model: str,
-    base: str | None,
-    dtype: str,
-    routing: Routing,
-    keep: list[str] | None,
-    leave_out: list[str] | None,
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A routed folder loaded, a pool composed, or a base model alone, with its tokenizer."""
-    from ...bases import load_base
-    from ...storage import ROUTED_INFO, load
-
-    path = Path(model)
-    if (path / ROUTED_INFO).is_file():
-        routed = load(path, base and load_base(base, dtype=dtype), dtype=dtype)
-    elif path.suffix == ".json" or (path.is_dir() and not (path / "config.json").is_file()):
-        routed = _compose(path, base, dtype, routing, keep, leave_out)
-    else:
-        loaded = load_base(model, dtype=dtype)
-        return loaded.model, loaded.tokenizer
-    return routed, routed.phatgoose.tokenizer

@@ -1,0 +1,131 @@
+"""The command of researchers: compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ...config import Formatting, Recipe, Routing
+from ...errors import ConfigError
+from .experts import BaseOption, DtypeOption
+from .flags import with_settings
+
+__all__ = ["DataOption", "TemplatesOption", "register"]
+
+DataOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--data", help="Folder of copies of Hub datasets; default: the Hub itself."),
+]
+TemplatesOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--templates", help="Folder of promptsource templates, for P3 datasets."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to `app`."""
+    app.command("compare", help="Score many methods on whole suites, side by side.")(compare)
+
+
+@with_settings(Routing, Formatting, without=("router", "expert"))
+def compare(
+    *,
+    pool: Annotated[list[Path], typer.Argument(help="Folders of experts, or a manifest.")],
+    suites: Annotated[
+        list[str],
+        typer.Option(
+            "--suite",
+            "--suites",
+            help="t0ho, bbh, bbl, t0hi, flan, a folder of task files, or a suite file (.toml); "
+            "repeatable, or with commas.",
+        ),
+    ],
+    methods: Annotated[
+        list[str],
+        typer.Option("--method", "--methods", help="all, or names; repeatable, or with commas."),
+    ] = ["all"],  # noqa: B006  typer wants a list
+    reference: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--reference",
+            help="LABEL=MODEL: one more row, from an expert, a pool, a routed model or a base "
+            "(repeatable).",
+        ),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", help="Folder of results and tables.")] = Path(
+        "comparison"
+    ),
+    limit: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--limit", min=1, help="Score so many examples a dataset, drawn by --seed."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the draw.")] = 0,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="For generated answers, where a dataset says nothing.")
+    ] = 64,
+    data: DataOption = None,
+    templates: TemplatesOption = None,
+    base: BaseOption = None,
+    dtype: DtypeOption = "auto",
+    recipe: Recipe,
+    routing: Routing,
+    formatting: Formatting,
+) -> None:
+    """Score methods on suites; finished cells in --out are kept and used again."""
+    references = _references(reference or [])
+    from ...bases import load_base
+    from ...comparison import compare as run
+    from ...pool import Pool
+    from ...suites import Sources
+
+    opened = Pool.open(pool[0] if len(pool) == 1 else pool)
+    name = base or recipe.base or opened.base.id
+    revision = None if base or recipe.base else opened.base.revision
+    names = _split(methods)
+    comparison = run(
+        opened,
+        _split(suites),
+        "all" if names == ["all"] else names,
+        out=out,
+        base=load_base(name, dtype=dtype, revision=revision),
+        references=references,
+        limit=limit,
+        seed=seed,
+        routing=routing,
+        formatting=formatting,
+        max_new_tokens=max_new_tokens,
+        sources=Sources(data, templates),
+    )
+    table = Table(title="mean score in %, [95 % interval]; * not zero-shot")
+    table.add_column("method", no_wrap=True)
+    for column, tasks in comparison.columns.items():
+        table.add_column(f"{column} ({len(tasks)})", justify="right")
+    for row, summaries in comparison.summaries.items():
+        cells = [
+            f"{100 * s.mean:.1f} [{100 * s.interval.low:.0f}, {100 * s.interval.high:.0f}]"
+            for s in summaries.values()
+        ]
+        label = comparison.labels[row] + (" *" if row in comparison.choices else "")
+        table.add_row(Text(label), *map(Text, cells), style="bold" if row == "phatgoose" else "")
+    Console().print(table)
+    typer.echo(f"tables -> {out / 'comparison.md'}, .csv, .json; cells -> {out / 'results.jsonl'}")
+
+
+def _split(values: list[str]) -> list[str]:
+    return [part for value in values for part in value.split(",") if part]
+
+
+def _references(values: list[str]) -> dict[str, str]:
+    """Models by label, from LABEL=MODEL."""
+    references = {}
+    for value in values:
+        label, sign, place = value.partition("=")
+        if not (label and sign and place):
+            raise ConfigError(f"--reference is {value!r}, but must have the form LABEL=MODEL.")
+        references[label] = place
+    return references

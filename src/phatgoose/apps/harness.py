@@ -1,0 +1,209 @@
+"""Routed models under lm-evaluation-harness: `lm_eval --model phatgoose`.
+
+    lm_eval --model phatgoose --model_args pool=experts,router=phatgoose,k=2 --tasks my_task
+
+lm_eval finds `PhatgooseLM` by our entry point in its group "lm_eval.models". Its releases up to
+0.4.13 don't read that group yet; under those, `main` is the same command and knows the model.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any
+
+import torch
+from transformers import PreTrainedModel
+
+from ..bases import choose_dtype, load_base
+from ..config import Routing, from_mapping, settings_of
+from ..errors import ConfigError
+from ..opening import compose_pool, is_routed
+from ..pool import Pool
+from ..routed import Composition, composition_of
+from ..storage import load
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.registry import model_registry, register_model
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.utils import simple_parse_args_string
+except ImportError as error:
+    raise ConfigError("The harness needs lm-eval: pip install 'phatgoose[harness]'.") from error
+
+__all__ = ["ModelArguments", "PhatgooseLM", "main"]
+
+MODEL = "phatgoose"
+WHERE = "model_args"
+DELIMITER = " "  # what the harness puts before a choice unless the task says otherwise
+ROUTING = tuple(setting.name for setting in settings_of(Routing))
+SETTLED = (*ROUTING, "keep", "leave_out", "scores")  # what a saved routed model was made with
+NAMES = ("pool", "base", "expert", "keep", "leave_out")
+
+Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, and their tokens
+
+
+@dataclass(frozen=True)
+class ModelArguments(Routing):
+    """What `--model_args` takes: a routing, and where and how the model is opened.
+
+    lm_eval's flags --batch_size, --max_batch_size and --device come here too.
+    """
+
+    pool: Annotated[str, "Folder of experts, manifest, or folder of a saved routed model."] = ""
+    keep: Annotated[str | None, "Use these experts only: names joined by '+'."] = None
+    leave_out: Annotated[str | None, "Do without these experts: names joined by '+'."] = None
+    scores: Annotated[str | None, "comparison.json of a compare, for best-individual."] = None
+    base: Annotated[str | None, "The base model, where it is not under its recorded name."] = None
+    dtype: Annotated[str, "auto, bfloat16, float16 or float32."] = "auto"
+    device: Annotated[str | None, "Where to compute; a GPU that is not there is left out."] = None
+    batch_size: Annotated[int | str, "Rows at a time, or auto."] = 1
+    max_batch_size: Annotated[int, "The most rows that auto tries."] = 64
+    add_eos: Annotated[bool, "Let every continuation end with end-of-sequence."] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.pool:
+            raise ConfigError("pool is missing; say pool=FOLDER.")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> ModelArguments:
+        """The arguments in `values`, as lm_eval parsed them.
+
+        Raises ConfigError for an unknown argument, a wrong type, a missing pool, and what a saved
+        routed model was made with.
+        """
+        digits = {key: str(values[key]) for key in NAMES if type(values.get(key)) is int}
+        arguments = from_mapping(cls, {**values, **digits}, WHERE)
+        given = [name for name in SETTLED if name in values]
+        if given and is_routed(arguments.pool):
+            raise ConfigError(
+                f"{WHERE}: {arguments.pool} is a saved routed model, made with its own "
+                f"{', '.join(given)}; leave that out, or name the pool it was made of."
+            )
+        return arguments
+
+    @property
+    def routing(self) -> Routing:
+        """The routing alone."""
+        return Routing(**{name: getattr(self, name) for name in ROUTING})
+
+
+class PhatgooseLM(HFLM):  # type: ignore[misc]
+    """A routed model as the harness's language model; `ModelArguments` says what it takes.
+
+    Context and continuation are tokenised apart, as in the experts' training. Log-likelihoods are
+    computed in float32. With `add_eos` they are those of `phatgoose.evaluate`, summed.
+
+    Raises ConfigError for arguments that can't be used and for routers that look whole inputs up,
+    and whatever opening the model raises.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        self.arguments = ModelArguments.of(arguments)
+        model = _open_routed(self.arguments)
+        parts = composition_of(model)
+        _refuse_lookup(parts)
+        super().__init__(
+            pretrained=model,
+            tokenizer=parts.tokenizer,
+            backend="seq2seq" if model.config.is_encoder_decoder else "causal",
+            batch_size=self.arguments.batch_size,
+            max_batch_size=self.arguments.max_batch_size,
+            softmax_dtype="float32",
+        )
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: Mapping[str, Any], additional_config: Mapping[str, Any] | None = None
+    ) -> PhatgooseLM:
+        """The model for parsed `--model_args`, which win over lm_eval's flags of the same name."""
+        flags = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        return cls(**{**flags, **arg_dict})
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: Mapping[str, Any] | None = None
+    ) -> PhatgooseLM:
+        """The model for `--model_args` as written; see `create_from_arg_obj`."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What lm_eval writes into its results: base, routing, experts and their hashes too."""
+        parts = composition_of(self.model)
+        ours = {"base": asdict(parts.base), "routing": asdict(parts.routing)}
+        return {**super().get_model_info(), MODEL: {**ours, "experts": parts.records}}
+
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """The tokens of a context and of what follows it.
+
+        In a decoder that reads it alone, a target starts without the task's delimiter.
+        """
+        if self.backend == "seq2seq":
+            continuation = continuation.removeprefix(DELIMITER)
+        return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+
+    def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> Any:
+        """(log-likelihood, is greedy) of each request; the pieces of a running text stay open."""
+        if self.arguments.add_eos:
+            eos = self.eot_token_id
+            requests = [
+                (texts, context, [*target, eos] if texts is not None else target)
+                for texts, context, target in requests
+            ]
+        return super()._loglikelihood_tokens(requests, **options)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run lm_eval's own command, with `--model phatgoose` known to it.
+
+    `arguments` are the command line's words after the command's name; None takes the process's.
+    """
+    before = sys.argv
+    sys.argv = ["lm_eval", *(before[1:] if arguments is None else arguments)]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+
+
+def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
+    """The routed model in a folder, or one composed of a pool."""
+    device = _present(arguments.device)
+    dtype = str(choose_dtype(arguments.dtype, device)).removeprefix("torch.")
+    base = load_base(arguments.base, dtype=dtype, device=device) if arguments.base else None
+    if is_routed(arguments.pool):
+        model = load(arguments.pool, base, dtype=dtype)
+    else:
+        pool = Pool.open(arguments.pool)
+        pool = pool.select(_names(arguments.keep), _names(arguments.leave_out))
+        model = compose_pool(
+            pool, base, dtype=dtype, routing=arguments.routing, scores=arguments.scores
+        )
+    return model.to(device) if device else model
+
+
+def _present(device: str | None) -> str | None:
+    """`device`, or None for a GPU on a machine without: lm_eval names cuda:0 unless it is told."""
+    missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
+    return None if missing else device
+
+
+def _refuse_lookup(parts: Composition) -> None:
+    if parts.lookup is not None:
+        raise ConfigError(
+            f"Router {parts.routing.router} goes by whole examples, which lm_eval hands over in "
+            f"pieces; score it with 'phatgoose evaluate', or take another router."
+        )
+
+
+def _names(joined: str | None) -> list[str] | None:
+    return None if joined is None else joined.split("+")
+
+
+if MODEL not in model_registry:  # run as a command, this file is imported under a second name
+    register_model(MODEL)(PhatgooseLM)
+
+if __name__ == "__main__":
+    main()

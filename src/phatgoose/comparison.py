@@ -1,0 +1,282 @@
+"""Methods beside each other on whole suites, the way the paper's Table 1 does it.
+
+Every finished cell (one model on one dataset) is kept in a results store, so that a comparison can
+be stopped, continued, and extended by methods, experts or suites without computing or mixing up
+anything twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from .bases import Base, load_base
+from .bootstrap import Sample
+from .config import Formatting, Routing
+from .errors import ConfigError, TaskError
+from .evaluation import MAX_NEW_TOKENS, TOKEN_BUDGET, TaskScore, evaluate, metrics_of
+from .methods import DERIVED, METHODS, Row, reference_row, rows_of, single_rows
+from .opening import OpenedModel
+from .pool import Pool
+from .results import ResultStore, code_version
+from .scores import Scores, best_expert, best_expert_by_task
+from .suites import Sources, Suite, open_suite
+from .tables import Comparison, Result, write_tables
+from .tasks import Task
+
+__all__ = ["compare"]
+
+RESULTS = "results.jsonl"
+
+
+@dataclass(frozen=True)
+class _Protocol:
+    """How every cell is scored."""
+
+    formatting: Formatting
+    max_new_tokens: int
+    token_budget: int
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    """A task cut down to the examples that are scored, and the digest of all that matters of it."""
+
+    task: Task
+    metrics: tuple[str, ...]
+    digest: str
+
+
+def compare(
+    pool: Pool | str | Path,
+    suites: Iterable[Suite | str | Path],
+    methods: Iterable[str] | str = "all",
+    *,
+    out: str | Path,
+    base: Base | str | None = None,
+    references: Mapping[str, str | Path] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    routing: Routing | None = None,
+    formatting: Formatting | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    token_budget: int = TOKEN_BUDGET,
+    sources: Sources | None = None,
+) -> Comparison:
+    """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
+
+    `methods` are names in `phatgoose.methods.METHODS`, or "all", which leaves out with a note those
+    that the pool lacks something for. Oracle and best-individual run every single expert once.
+    `references` adds further models by label: an expert (such as a multitask one), another pool
+    (such as one of jointly trained experts), a routed model, a base by Hub id or path. `suites` are
+    names in `phatgoose.suites.SUITES`, folders of task files, suite files or `Suite`s, whose files
+    are found by `sources`. `limit` draws so many examples of each dataset, the same ones for all
+    methods. `routing` gives k and the other settings of the routers.
+
+    Finished cells are kept in `out`/results.jsonl and reused; the tables are written to
+    `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, and what opening
+    pools, suites and models and scoring them raise.
+    """
+    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+    routing = routing or Routing()
+    wanted, notes = _wanted_methods(pool, methods)
+    protocol = _Protocol(formatting or Formatting(), max_new_tokens, token_budget)
+    columns, datasets = _load(suites, sources, limit, seed, protocol)
+    if base is None or isinstance(base, str):
+        name, revision = (base, None) if base else (pool.base.id, pool.base.revision)
+        base = load_base(name, revision=revision)
+    rows = rows_of(pool, wanted, routing)
+    rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
+    singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
+    store = ResultStore(Path(out) / RESULTS)
+    results = _run([*rows, *singles], list(datasets.values()), base, store, protocol)
+    experts: Scores = {
+        row.name: {task: results[row.name][task].score for task in datasets} for row in singles
+    }
+    comparison = Comparison(
+        suites=columns,
+        labels={row.name: row.label for row in rows},
+        results={row.name: results[row.name] for row in rows},
+        experts={row.name: results[row.name] for row in singles},
+        notes=tuple(notes),
+        settings={
+            "base": asdict(base.reference),
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "experts": list(pool.names),
+            "limit": limit,
+            "seed": seed,
+            "k": routing.k,
+            "code": code_version(),
+            "formatting": asdict(protocol.formatting),
+        },
+    )
+    comparison = _with_derived(comparison, wanted, experts, pool)
+    write_tables(comparison, Path(out))
+    return comparison
+
+
+def _wanted_methods(pool: Pool, methods: Iterable[str] | str) -> tuple[list[str], list[str]]:
+    """(names of the methods to run, notes on what was left out)."""
+    if methods != "all":
+        wanted = [methods] if isinstance(methods, str) else list(methods)
+        for name in wanted:
+            if name not in METHODS:
+                raise ConfigError(
+                    f"Method {name!r} is unknown; known are all, {', '.join(METHODS)}."
+                )
+        return wanted, []
+    lacking = {
+        "retrieval": [e.name for e in pool.experts if e.embeddings is None],
+        "average-activation": [e.name for e in pool.experts if not e.means],
+        "phatgoose": [e.name for e in pool.experts if not e.gates],
+        "uniform-top-k": [e.name for e in pool.experts if not e.gates],
+    }
+    notes = [
+        f"{METHODS[name]} was left out: {', '.join(names)} can't be routed by it (run 'phatgoose "
+        f"measure' or 'phatgoose gate' first)."
+        for name, names in lacking.items()
+        if names
+    ]
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return [name for name in METHODS if not lacking.get(name)], notes
+
+
+def _load(
+    suites: Iterable[Suite | str | Path],
+    sources: Sources | None,
+    limit: int | None,
+    seed: int,
+    protocol: _Protocol,
+) -> tuple[dict[str, tuple[str, ...]], dict[str, _Dataset]]:
+    """(datasets' names by suite, datasets by name); raises TaskError for names that clash."""
+    columns: dict[str, tuple[str, ...]] = {}
+    datasets: dict[str, _Dataset] = {}
+    for suite in [suites] if isinstance(suites, str | Path | Suite) else suites:
+        opened = suite if isinstance(suite, Suite) else open_suite(suite)
+        if opened.name in columns:
+            raise TaskError(f"Two suites are called {opened.name!r}; rename one.")
+        for task in opened.load(sources):
+            dataset = _dataset(task, limit, seed, protocol)
+            if datasets.setdefault(task.name, dataset).digest != dataset.digest:
+                raise TaskError(f"Two suites have different datasets called {task.name!r}.")
+        columns[opened.name] = opened.names
+    if not datasets:
+        raise TaskError("No suite was given to compare on.")
+    return columns, datasets
+
+
+def _dataset(task: Task, limit: int | None, seed: int, protocol: _Protocol) -> _Dataset:
+    examples = task.evaluation_examples(limit, seed)
+    metrics = metrics_of(task, examples)
+    longest = task.max_new_tokens or protocol.max_new_tokens
+    content = [
+        [asdict(example) for example in examples],
+        metrics,
+        None if metrics == ("accuracy",) else longest,
+        asdict(protocol.formatting),
+        protocol.token_budget,
+    ]
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    chosen = replace(task, train=(), validation=(), test=examples, max_new_tokens=longest)
+    return _Dataset(chosen, metrics, digest)
+
+
+def _run(
+    rows: Sequence[Row],
+    datasets: Sequence[_Dataset],
+    base: Base,
+    store: ResultStore,
+    protocol: _Protocol,
+) -> dict[str, dict[str, Result]]:
+    """Every row's result on every dataset, computed where the store has none."""
+    results: dict[str, dict[str, Result]] = {}
+    with tqdm(total=len(rows) * len(datasets), desc="compare", unit="cell", disable=None) as bar:
+        for row in rows:
+            keys = {dataset.task.name: _key(row, dataset, base) for dataset in datasets}
+            missing = [d for d in datasets if store.get(keys[d.task.name]) is None]
+            bar.update(len(datasets) - len(missing))
+            if missing:
+                with row.model(base) as opened:
+                    for dataset in missing:
+                        bar.set_description(f"{row.name} on {dataset.task.name}")
+                        store.add(keys[dataset.task.name], _score(opened, dataset, protocol))
+                        bar.update(1)
+            results[row.name] = {
+                dataset.task.name: _result(store.get(keys[dataset.task.name]) or {})
+                for dataset in datasets
+            }
+    return results
+
+
+def _key(row: Row, dataset: _Dataset, base: Base) -> dict[str, Any]:
+    return {
+        "base": base.fingerprint,
+        "dtype": str(base.model.dtype),
+        "method": dict(row.identity),
+        "task": dataset.task.name,
+        "examples": dataset.digest,
+        "code": code_version(),
+    }
+
+
+def _score(opened: OpenedModel, dataset: _Dataset, protocol: _Protocol) -> dict[str, Any]:
+    """One cell, as it is stored."""
+    begun = time.monotonic()
+    (score,) = evaluate(
+        opened.model,
+        dataset.task,
+        tokenizer=opened.tokenizer,
+        formatting=protocol.formatting,
+        token_budget=protocol.token_budget,
+    ).scores
+    return {
+        **_without_predictions(score),
+        "metrics": list(dataset.metrics),
+        "seconds": round(time.monotonic() - begun, 2),
+        "answers": [prediction.answer for prediction in score.predictions],
+        "marks": [prediction.marks for prediction in score.predictions],
+    }
+
+
+def _without_predictions(score: TaskScore) -> dict[str, Any]:
+    record = asdict(score)
+    del record["predictions"]
+    return record
+
+
+def _result(stored: Mapping[str, Any]) -> Result:
+    return Result(
+        task=stored["task"],
+        metric=stored["metric"],
+        low=stored["low"],
+        high=stored["high"],
+        ties=stored["ties"],
+        seconds=stored["seconds"],
+        sample=Sample.of(stored["metrics"], stored["marks"]),
+    )
+
+
+def _with_derived(
+    comparison: Comparison, wanted: Sequence[str], experts: Scores, pool: Pool
+) -> Comparison:
+    """The comparison with Best Individual and Oracle, chosen by the single experts' scores."""
+    results, labels = dict(comparison.results), dict(comparison.labels)
+    choices: dict[str, dict[str, str]] = {}
+    if "best-individual" in wanted:
+        best = best_expert(experts, pool.names)
+        choices["best-individual"] = dict.fromkeys(experts[best], best)
+    if "oracle" in wanted:
+        choices["oracle"] = best_expert_by_task(experts, pool.names)
+    for name, chosen in choices.items():
+        labels[name] = METHODS[name]
+        results[name] = {task: comparison.experts[expert][task] for task, expert in chosen.items()}
+    return replace(comparison, results=results, labels=labels, choices=choices)

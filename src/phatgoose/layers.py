@@ -1,0 +1,127 @@
+"""The layers of a routed model: linear ones that add their experts' updates.
+
+W u + sum over z in E_t of w_z B_z A_z u                                     (METHOD section 4)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.pytorch_utils import Conv1D
+
+from .kernels import Kernel, choose_kernel
+from .pool import SiteStack
+from .recording import Watcher
+from .sites import Site, TokenMasks, WrappedLinear
+
+__all__ = ["FoldedLinear", "RoutedLayer", "RoutedLinear", "folded_weight", "is_cheaper_folded"]
+
+
+class RoutedLayer(WrappedLinear):
+    """What all layers of a routed model share: their site, its experts, and who watches.
+
+    `experts` [E] are the pool's indices of the experts that act here.
+    """
+
+    experts: Tensor
+
+    def __init__(self, base: nn.Module, site: Site, experts: Tensor) -> None:
+        super().__init__(base, site.in_features, site.out_features)
+        self.site = site
+        self.register_buffer("experts", experts, persistent=False)
+        self.masks = TokenMasks()
+        self.watcher: Watcher | None = None
+
+    def tell(
+        self, experts: Tensor, weights: Tensor, real: Tensor | None, grid: Sequence[int]
+    ) -> None:
+        """Report a decision over the pool's `experts` to whoever watches."""
+        if self.watcher is not None:
+            self.watcher(self.site, experts, weights, real, grid)
+
+
+class RoutedLinear(RoutedLayer):
+    """A linear layer (of any make) with a pool of experts and a router.
+
+    Experts and router are buffers that stay out of the model's state dict.
+    """
+
+    A: Tensor
+    B: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        site: Site,
+        stack: SiteStack,
+        router: nn.Module,
+        kernel: str,
+        product: Kernel | None = None,
+    ) -> None:
+        """`product` takes the place of the kernels where another function than theirs is wanted."""
+        super().__init__(base, site, stack.experts)
+        self.register_buffer("A", stack.A, persistent=False)
+        self.register_buffer("B", stack.B, persistent=False)
+        self.router = router
+        self.kernel = kernel
+        self.product = product
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[.., n] to [.., d]."""
+        y: Tensor = self.base(u)
+        tokens = u.reshape(-1, u.shape[-1])
+        decision = self.router(tokens)
+        real = self.masks.real_tokens(u, self.site.stream)
+        weights = decision.weights
+        if real is not None:
+            weights = weights * real.reshape(-1, 1)
+        self.tell(self.experts[decision.experts], weights, real, u.shape[:-1])
+        kernel = self.product or choose_kernel(
+            self.kernel, len(tokens), decision.experts.shape[1], len(self.experts)
+        )
+        delta = kernel(tokens.to(self.A.dtype), decision.experts, weights, self.A, self.B)
+        return y + delta.view(*u.shape[:-1], self.out_features).to(y.dtype)
+
+
+class FoldedLinear(RoutedLayer):
+    """A linear layer with the mean of its experts' updates inside its weight.
+
+    The base layer is kept for `detach`. In bfloat16 the sum of weight and update is rounded once,
+    where a factored update would be rounded apart.
+    """
+
+    folded: Tensor
+
+    def __init__(self, base: nn.Module, site: Site, folded: Tensor, experts: Tensor) -> None:
+        """`folded` [d, n] comes from `folded_weight`."""
+        super().__init__(base, site, experts)
+        self.register_buffer("folded", folded, persistent=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[.., n] to [.., d]."""
+        if self.watcher is not None:
+            real = self.masks.real_tokens(u, self.site.stream)
+            experts = self.experts.expand(u[..., 0].numel(), -1)
+            weights = torch.full(experts.shape, 1 / len(self.experts), device=u.device)
+            if real is not None:
+                weights = weights * real.reshape(-1, 1)
+            self.tell(experts, weights, real, u.shape[:-1])
+        return functional.linear(u, self.folded, self.bias)
+
+
+def is_cheaper_folded(base: nn.Module, stack: SiteStack) -> bool:
+    """True where E r (n + d) factors outnumber the n d weights, which must be plain numbers."""
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    plain = isinstance(base, nn.Linear | Conv1D) and weight.is_floating_point()
+    return plain and stack.A.numel() + stack.B.numel() > weight.numel()
+
+
+def folded_weight(base: nn.Module, stack: SiteStack) -> Tensor:
+    """W plus the mean of all B A, [d, n], in the dtype of W; summed in float32."""
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    weight = weight.T if isinstance(base, Conv1D) else weight
+    A, B = stack.A.float().flatten(0, 1), stack.B.float().flatten(0, 1)  # [E r, n], [E r, d]
+    return (weight.float() + B.T @ A / len(stack.experts)).to(weight.dtype)

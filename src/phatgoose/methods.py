@@ -1,0 +1,171 @@
+"""The rows of a comparison: what is composed for each, and what identifies its results.
+
+METHOD section 5; the paper's Table 1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .bases import Base, load_base
+from .config import Routing
+from .errors import ConfigError
+from .expert import Expert, sha256_of
+from .opening import OpenedModel, is_pool, is_routed, open_model
+from .pool import Pool
+from .routed import compose, detach
+from .sites import ROUTED
+from .storage import ROUTED_WEIGHTS
+
+__all__ = ["DERIVED", "METHODS", "Row", "reference_row", "rows_of", "single_rows"]
+
+# In the order of the tables. Oracle and Best Individual follow from the single experts' results.
+METHODS: dict[str, str] = {
+    "base": "Base model",
+    "random": "Random",
+    "retrieval": "Retrieval",
+    "average-activation": "Average Activation",
+    "arrow": "Arrow",
+    "merged": "Merged Experts",
+    "uniform-top-k": "Uniform top-k",
+    "phatgoose": "PHATGOOSE",
+    "best-individual": "Best Individual",
+    "oracle": "Oracle",
+}
+DERIVED = ("best-individual", "oracle")  # they know the answers: not zero-shot
+
+# What the result of each router depends on: settings, and what experts share beside their adapter.
+SETTINGS = {
+    "phatgoose": ("k", "eps"),
+    "average-activation": ("k", "eps"),
+    "uniform-top-k": ("k", "eps"),
+    "arrow": ("k", "arrow"),
+    "random": ("k", "router_seed"),
+}
+SHARED = {
+    "phatgoose": "gates",
+    "uniform-top-k": "gates",
+    "average-activation": "means",
+    "retrieval": "embeddings",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a comparison.
+
+    `identity` tells its results from those of any other model. `pool` None means the base alone or,
+    with `place`, whatever is found there.
+    """
+
+    name: str
+    label: str
+    identity: Mapping[str, Any]
+    pool: Pool | None = None
+    routing: Routing | None = None
+    place: str | None = None
+
+    @contextmanager
+    def model(self, base: Base) -> Iterator[OpenedModel]:
+        """The row's model while the context is open; `base` is as it was afterwards."""
+        if self.pool is None and self.place is not None:
+            opened = open_model(self.place, base if is_routed(self.place) else None)
+        elif self.pool is None or self.routing is None:
+            opened = OpenedModel(base.model, base.tokenizer)
+        else:
+            opened = _composed(self.pool, base, self.routing)
+        try:
+            yield opened
+        finally:
+            if hasattr(opened.model, ROUTED):
+                detach(opened.model)
+
+
+def _composed(pool: Pool, base: Base, routing: Routing) -> OpenedModel:
+    model: PreTrainedModel = compose(
+        pool,
+        base,
+        router=routing.router,
+        k=routing.k,
+        kernel=routing.kernel,
+        eps=routing.eps,
+        expert=routing.expert,
+        arrow=routing.arrow,
+        router_seed=routing.router_seed,
+    )
+    tokenizer: PreTrainedTokenizerBase = base.tokenizer
+    return OpenedModel(model, tokenizer)
+
+
+def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
+    """The rows for those of `methods` that are not derived, in the order of METHODS."""
+    return [
+        _row(name, pool, replace(routing, router=name, expert=None))
+        for name in METHODS
+        if name in methods and name not in DERIVED
+    ]
+
+
+def single_rows(pool: Pool) -> list[Row]:
+    """A row for each expert of the pool, alone."""
+    return [
+        _pool_row(name, name, pool.select([name]), Routing(router="single", k=1))
+        for name in pool.names
+    ]
+
+
+def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
+    """A row for any other model: a routed model's folder, a pool, an expert, a base by id or path.
+
+    A pool is routed as PHATGOOSE, an expert stands alone. Raises ConfigError for a label that is
+    the name of a method.
+    """
+    if label in METHODS:
+        raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")
+    if is_routed(place):
+        identity = {"routed": sha256_of(Path(place) / ROUTED_WEIGHTS)}
+        return Row(label, label, identity, place=str(place))
+    if not is_pool(place):
+        return Row(label, label, {"model": load_base(place).fingerprint}, place=str(place))
+    pool = Pool.open(place)
+    alone = Routing(router="single", k=1)
+    chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose", expert=None)
+    return _pool_row(label, label, pool, chosen)
+
+
+def _row(name: str, pool: Pool, routing: Routing) -> Row:
+    if name == "base":
+        return Row(name, METHODS[name], {"model": "base"})
+    return _pool_row(name, METHODS[name], pool, routing)
+
+
+def _pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
+    router = routing.router
+    settings = {key: getattr(routing, key) for key in (*SETTINGS.get(router, ()), "kernel")}
+    identity = {
+        "router": router,
+        **settings,
+        "pool": [_expert_digest(expert, SHARED.get(router)) for expert in pool.experts],
+    }
+    return Row(name, label, identity, pool, routing)
+
+
+def _expert_digest(expert: Expert, shared: str | None) -> str:
+    """A hash of what a router uses of an expert: its adapter and one kind of what it shares."""
+    digest = hashlib.sha256(expert.info.adapter_sha256.encode())
+    tensors: dict[str, Tensor] = {}
+    if shared == "embeddings" and expert.embeddings is not None:
+        tensors = {str(expert.info.embedder): expert.embeddings}
+    elif shared in ("gates", "means"):
+        tensors = dict(getattr(expert, shared))
+    for name in sorted(tensors):
+        digest.update(name.encode() + tensors[name].float().numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,138 @@
+"""Finished results in a file of JSON lines: appended one by one, found again by their key."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .errors import EvaluationError
+
+__all__ = ["ResultStore", "code_version"]
+
+SCORING = ("evaluation", "opening")  # with everything they import, these decide what a score is
+
+
+class ResultStore:
+    """Results by key in the JSON Lines file `path`, which is made when the first one is added.
+
+    A key is any JSON object; equal content means equal key. Every result is on the disk when `add`
+    returns, so work that is cut off at any moment loses only what it was doing. Raises
+    EvaluationError when the file can't be read or written, or a line in it is no result.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._results: dict[str, Mapping[str, Any]] = {}
+        for line in self._complete_lines():
+            try:
+                record = json.loads(line)
+                self._results[_digest(record["key"])] = record["result"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise EvaluationError(
+                    f"{self.path} is no file of results: {line[:40]!r} is no result. Move it away."
+                ) from error
+
+    def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The result stored under `key`, None when there is none."""
+        return self._results.get(_digest(key))
+
+    def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        """Keep `result` under `key`, in memory and on the disk."""
+        line = json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise EvaluationError(f"{self.path} can't be written: {error.strerror}.") from error
+        self._results[_digest(key)] = result
+
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def _complete_lines(self) -> Iterator[str]:
+        """The file's lines; one without an end was cut off while it was written, and goes."""
+        if not self.path.exists():
+            return
+        try:
+            content = self.path.read_bytes()
+            complete = content.rfind(b"\n") + 1
+            if complete < len(content):
+                warnings.warn(f"{self.path}: the last result was cut off; dropped.", stacklevel=3)
+                os.truncate(self.path, complete)
+            yield from content[:complete].decode("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise EvaluationError(f"Results {self.path} can't be read: {error}.") from error
+
+
+def _digest(key: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_version() -> str:
+    """The package's version and a hash of all its code that decides what a score is.
+
+    Comments, docstrings and layout don't count, so that only a change of behaviour makes results
+    old.
+    """
+    digest = hashlib.sha256()
+    for module in sorted(_imported_by(SCORING)):
+        digest.update(module.encode())
+        digest.update(ast.dump(_without_docstrings(_tree(module))).encode())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def _imported_by(modules: tuple[str, ...]) -> set[str]:
+    """`modules` and every module of this package that they import, by dotted name."""
+    found: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting.extend(_imports(module))
+    return found
+
+
+def _imports(module: str) -> Iterator[str]:
+    package = module.split(".") if _is_package(module) else module.split(".")[:-1]
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = package[: len(package) - node.level + 1]
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            for name in (origin, *(f"{origin}.{alias.name}".lstrip(".") for alias in node.names)):
+                if name and _file(name).is_file():
+                    yield name
+
+
+def _is_package(module: str) -> bool:
+    return _file(module).name == "__init__.py"
+
+
+def _file(module: str) -> Path:
+    place = Path(__file__).parent.joinpath(*module.split("."))
+    package = place / "__init__.py"
+    return package if package.is_file() else place.with_suffix(".py")
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_file(module).read_text(encoding="utf-8"))
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+    return tree

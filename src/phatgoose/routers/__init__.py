@@ -1,0 +1,199 @@
+"""Routers: which experts act on a token at a site, and how much (METHOD sections 4 and 5).
+
+name                how experts are chosen                               needs            k
+phatgoose           scored: gate against activation, both standardised   gates            k
+average-activation  scored: mean activation in the gate's place          means            k
+arrow               scored: first right singular vector of B A           -                k
+uniform-top-k       phatgoose's experts with equal weights               gates            k
+retrieval           looked up: the expert of the nearest training input  embeddings       1
+oracle              looked up: the best expert of the task               scores           1
+merged              constant: the mean of all B A                        -                all
+single              constant: the expert named in `expert`               -                1
+best-individual     constant: the expert with the best mean score        scores           1
+random              drawn for each token                                 -                k
+
+A router is a module per site that answers every token with a `RoutingDecision`. The looked-up ones
+share one `Lookup` over all sites.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..config import Routing
+from ..errors import ConfigError, PoolError
+from ..pool import Pool
+from ..scores import Scores, best_expert, best_expert_by_task
+from .arrow import ARROW_VARIANTS, arrow_vector
+from .decision import RoutingDecision
+from .lookup import LookedUpRouter, Lookup, Retriever, TaskTable
+from .scored import ArrowRouter, ScoredRouter, UniformTopKRouter, VectorRouter, standardise
+from .unscored import RandomRouter, UniformRouter
+
+__all__ = [
+    "ARROW_VARIANTS",
+    "ROUTERS",
+    "ArrowRouter",
+    "LookedUpRouter",
+    "Lookup",
+    "RandomRouter",
+    "Retriever",
+    "RoutingDecision",
+    "ScoredRouter",
+    "TaskTable",
+    "UniformRouter",
+    "UniformTopKRouter",
+    "VectorRouter",
+    "check_routing",
+    "make_lookup",
+    "make_router",
+    "narrow_pool",
+    "router_vectors",
+    "standardise",
+    "warn_of_untrained",
+]
+
+STANDARDISED = {"phatgoose": "gates", "average-activation": "means", "uniform-top-k": "gates"}
+SCORED = (*STANDARDISED, "arrow")
+LOOKED_UP = ("retrieval", "oracle")
+ALONE = ("single", "best-individual")
+MERGED, RANDOM = "merged", "random"
+ROUTERS = (*SCORED, *LOOKED_UP, MERGED, *ALONE, RANDOM)
+USE_K = (*SCORED, RANDOM)
+
+
+def check_routing(routing: Routing, pool: Pool) -> None:
+    """Refuse a routing that names something unknown, and warn when `k` exceeds the pool.
+
+    Raises ConfigError.
+    """
+    for name, value, known in (
+        ("router", routing.router, ROUTERS),
+        ("arrow", routing.arrow, ARROW_VARIANTS),
+    ):
+        if value not in known:
+            raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
+    if routing.expert is not None and routing.router != "single":
+        raise ConfigError(f"expert is for router single; the router is {routing.router}.")
+    if routing.k > len(pool) and routing.router in USE_K:
+        warnings.warn(
+            f"k is {routing.k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=3
+        )
+
+
+def narrow_pool(pool: Pool, routing: Routing, scores: Scores | None) -> Pool:
+    """The experts that `routing` can ever choose: one for single and best-individual, else all.
+
+    Raises PoolError when the expert is not in the pool or not named, ConfigError without `scores`
+    where they are needed.
+    """
+    if routing.router == "single":
+        if routing.expert is None and len(pool) > 1:
+            raise PoolError(
+                f"Router single needs the name of its expert: one of {', '.join(pool.names)}."
+            )
+        return pool.select([routing.expert or pool.names[0]])
+    if routing.router == "best-individual":
+        return pool.select([best_expert(_wanted(scores, routing), pool.names)])
+    return pool
+
+
+def _wanted(scores: Scores | None, routing: Routing) -> Scores:
+    if scores is None:
+        raise ConfigError(
+            f"Router {routing.router} needs the scores of every single expert: those of a finished "
+            f"'phatgoose compare' (--scores comparison.json)."
+        )
+    return scores
+
+
+def router_vectors(pool: Pool, site: str, routing: Routing) -> Tensor | None:
+    """The vectors [E, n] that the router scores with at `site`, None if it has none.
+
+    Raises PoolError when an expert lacks what they are made of.
+    """
+    if routing.router in STANDARDISED:
+        return standardise(pool.vectors(STANDARDISED[routing.router], site).float())
+    if routing.router == "arrow":
+        factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
+        return torch.stack([arrow_vector(lora, routing.arrow) for lora in factors])
+    return None
+
+
+def make_lookup(
+    pool: Pool,
+    routing: Routing,
+    scores: Scores | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Lookup | None:
+    """What a looked-up router's sites share, None for the other routers.
+
+    Raises PoolError when an expert has no embeddings or two were made by different embedders,
+    ConfigError without the `scores` or `tokenizer` that are needed.
+    """
+    if routing.router == "oracle":
+        best = best_expert_by_task(_wanted(scores, routing), pool.names)
+        return TaskTable({task: pool.names.index(expert) for task, expert in best.items()})
+    if routing.router != "retrieval":
+        return None
+    if tokenizer is None:
+        raise ConfigError("Router retrieval reads prompts; hand the base over with its tokenizer.")
+    embedders = {expert.info.embedder for expert in pool.experts}
+    for expert in pool.experts:
+        if expert.embeddings is None:
+            raise PoolError(
+                f"Expert {expert.name!r} has no embeddings; run 'phatgoose measure' on it or leave "
+                f"it out."
+            )
+    if len(embedders) > 1:
+        raise PoolError(f"The experts' embeddings come from several embedders: {embedders}.")
+    rows = [expert.embeddings for expert in pool.experts if expert.embeddings is not None]
+    owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
+    return Retriever(torch.cat(rows).float(), owners, str(embedders.pop()), tokenizer)
+
+
+def make_router(
+    site: str,
+    experts: Tensor,
+    pool_size: int,
+    routing: Routing,
+    vectors: Tensor | None,
+    lookup: Lookup | None,
+) -> nn.Module:
+    """The router module of `site`, at which the pool's `experts` [E] (indices) act."""
+    if lookup is not None:
+        return LookedUpRouter(experts, pool_size, lookup)
+    if vectors is not None:
+        if routing.router == "arrow":
+            return ArrowRouter(vectors, len(vectors) if routing.arrow == "mttl" else routing.k)
+        scored = UniformTopKRouter if routing.router == "uniform-top-k" else ScoredRouter
+        return scored(vectors, routing.k, routing.eps)
+    if routing.router == RANDOM:
+        return RandomRouter(
+            len(experts), routing.k, routing.router_seed + zlib.crc32(site.encode())
+        )
+    return UniformRouter(len(experts))
+
+
+def warn_of_untrained(pool: Pool, router: str, vectors: Mapping[str, Tensor | None]) -> None:
+    """Warn once of each expert with `vectors` (by site, standardised) that have no direction."""
+    flat = dict.fromkeys(pool.names, 0)
+    for site, rows in vectors.items():
+        if rows is None:
+            continue
+        present = [expert.name for expert in pool.experts if site in expert.lora]
+        for name, row in zip(present, rows, strict=True):
+            flat[name] += int(not row.any())
+    for name, sites in flat.items():
+        if sites:
+            warnings.warn(
+                f"Expert {name!r} has a constant vector for router {router!r} at {sites} of "
+                f"{len(vectors)} sites (never trained?); it scores 0 there.",
+                stacklevel=3,
+            )

@@ -1,0 +1,97 @@
+"""Routers that score every token against one vector per expert (METHOD sections 4 and 5).
+
+Glossary: u input activation [T, n], v an expert's vector [n], V all vectors of a site [E, n], alpha
+affinity, w weights, k experts per token. A bar (ū, v̄) means standardised over the n features.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .decision import RoutingDecision
+
+__all__ = ["ArrowRouter", "ScoredRouter", "UniformTopKRouter", "VectorRouter", "standardise"]
+
+# A vector that differs from a constant by less than this share of its largest entry (or whose
+# largest entry is below SMALLEST) has no direction worth the name: it is float32 noise.
+ROUNDING = 1e-6
+SMALLEST = 1e-8
+
+
+def standardise(vectors: Tensor) -> Tensor:
+    """Each row minus its mean over its (population) standard deviation; zeros if it is constant.
+
+    METHOD section 4; the released code's LayerNorm adds 1e-5 under the root, which damps weakly
+    trained gates. A constant row (a gate never trained) would explode here, so it becomes 0 and
+    scores 0 everywhere.
+    """
+    exact = vectors.double()
+    deviation = exact.std(dim=-1, unbiased=False, keepdim=True)
+    noise = ROUNDING * exact.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST)
+    centred = exact - exact.mean(dim=-1, keepdim=True)
+    return (centred / deviation.clamp(min=noise)).where(deviation > noise, 0.0).float()
+
+
+class VectorRouter(nn.Module):
+    """The frame of all scored routers: the top k of some affinity, softmax over those k."""
+
+    vectors: Tensor
+
+    def __init__(self, vectors: Tensor, k: int) -> None:
+        """`vectors` [E, n], ready to score with; `k` is lowered to E."""
+        super().__init__()
+        self.register_buffer("vectors", vectors.float(), persistent=False)
+        self.k = min(k, vectors.shape[0])
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """What the softmax is taken of, for every token and expert, float32 [T, E]."""
+        raise NotImplementedError
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n]."""
+        chosen = self.affinities(u).topk(self.k, dim=-1)
+        return RoutingDecision(chosen.indices, chosen.values.softmax(dim=-1))
+
+
+class ScoredRouter(VectorRouter):
+    """The top k of the affinities v̄ᵀū, softmax of α/√n over those k (METHOD section 4).
+
+    Because v̄ sums to zero, v̄ᵀū = v̄ᵀu / sqrt(var(u) + eps): u needs no centring. The softmax over
+    the chosen k alone equals the released code's softmax over all, cut to k and renormalised.
+    """
+
+    def __init__(self, vectors: Tensor, k: int, eps: float) -> None:
+        """`vectors` [E, n] are standardised already; `k` is lowered to E."""
+        super().__init__(vectors, k)
+        self.eps = eps
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """α/√n for every token and expert, float32 [T, E]."""
+        u = u.float()
+        deviation = (u.var(dim=-1, unbiased=False, keepdim=True) + self.eps).sqrt()
+        return u @ self.vectors.T / (deviation * math.sqrt(u.shape[-1]))
+
+
+class UniformTopKRouter(ScoredRouter):
+    """The same k experts as PHATGOOSE's, each with the weight 1/k: what the softmax is worth."""
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n]."""
+        chosen = self.affinities(u).topk(self.k, dim=-1)
+        return RoutingDecision(chosen.indices, torch.full_like(chosen.values, 1 / self.k))
+
+
+class ArrowRouter(VectorRouter):
+    """The top k of |vᵀu|, softmax of the same numbers over those k (METHOD section 5, Arrow).
+
+    v is the first right singular vector of the expert's B A (`phatgoose.routers.arrow`), of which
+    only the line matters, not the sign. Neither side is standardised and nothing is scaled, as in
+    Ostapenko et al. 2024; the released code of PHATGOOSE divides by a temperature of 10 and √n.
+    """
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """|vᵀu| for every token and expert, float32 [T, E]."""
+        return (u.float() @ self.vectors.T).abs()

@@ -1,0 +1,51 @@
+"""Routers that do not look at the token: the same weights for all, or chance."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .decision import RoutingDecision
+
+__all__ = ["RandomRouter", "UniformRouter"]
+
+
+class UniformRouter(nn.Module):
+    """All experts of the site with equal weights, for every token.
+
+    Over a whole pool this is the exact mean of all updates B A (METHOD section 5, Merged Experts),
+    not the mean of A times the mean of B; over one expert it is that expert alone.
+    """
+
+    def __init__(self, experts: int) -> None:
+        """`experts` act at the site."""
+        super().__init__()
+        self.experts = experts
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n]; k is E."""
+        experts = torch.arange(self.experts, device=u.device).expand(len(u), -1)
+        return RoutingDecision(experts, torch.full(experts.shape, 1 / self.experts).to(u.device))
+
+
+class RandomRouter(nn.Module):
+    """k different experts drawn for each token, with equal weights: the floor of a comparison.
+
+    Draws depend on `seed`, the site and how many tokens passed since `restart`.
+    """
+
+    def __init__(self, experts: int, k: int, seed: int) -> None:
+        """`experts` act at the site; `k` is lowered to them; give each site its own `seed`."""
+        super().__init__()
+        self.experts, self.k, self.seed = experts, min(k, experts), seed
+        self.restart()
+
+    def restart(self) -> None:
+        """Draw the same experts again from here on."""
+        self._generator = torch.Generator().manual_seed(self.seed)
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n]."""
+        lots = torch.rand(len(u), self.experts, generator=self._generator)
+        experts = lots.topk(self.k, dim=-1).indices.to(u.device)
+        return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k).to(u.device))

@@ -1,0 +1,326 @@
+"""Arrow beside torch's SVD of the whole B A, beside PEFT's own Arrow, and beside mttl's rule."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import ArrowConfig, create_arrow_model
+from peft.tuners.lora.arrow import ArrowLoraLinearLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from conftest import assert_same_logits, logits_of, make_adapter, make_ids
+from phatgoose.adapters import ADAPTER_WEIGHTS, LoraFactors
+from phatgoose.bases import load_base
+from phatgoose.errors import ConfigError
+from phatgoose.expert import Expert
+from phatgoose.kernels.mixed import mixed_factors
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of, detach
+from phatgoose.routers import ARROW_VARIANTS, ArrowRouter, arrow_vector
+from phatgoose.storage import load, save
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def factors(r: int, n: int, d: int, *, seed: int = 0, kept: int | None = None) -> LoraFactors:
+    """Random factors of rank r, or of rank `kept` where that is less, and scale 2."""
+    A, B = random(r, n, seed=seed), random(d, r, seed=seed + 1)
+    if kept is not None:
+        B = B[:, :kept] @ random(min(kept, r), r, seed=seed + 2)
+    return LoraFactors(A, B, 2.0)
+
+
+shapes = st.builds(
+    factors,
+    r=st.integers(1, 8),
+    n=st.integers(1, 12),
+    d=st.integers(1, 12),
+    seed=st.integers(0, 999),
+    kept=st.none() | st.integers(0, 3),
+)
+
+
+# The vectors
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(lora=shapes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_vector_is_the_first_right_singular_one_of_the_product(lora, dtype):
+    lora = LoraFactors(lora.A.to(dtype), lora.B.to(dtype), lora.scale)
+    got = arrow_vector(lora)
+    assert (got.dtype, got.shape) == (torch.float32, lora.A.shape[1:])
+    product = lora.B.double() @ lora.A.double()
+    _, values, V = torch.linalg.svd(product)
+    if not product.any():
+        assert not got.any()
+        return
+    assert got.norm() == pytest.approx(1, abs=1e-6)
+    assert (product @ got.double()).norm() == pytest.approx(float(values[0]), rel=1e-6)
+    if len(values) == 1 or values[1] < 0.9 * values[0]:
+        torch.testing.assert_close((got.double() @ V[0]).abs(), torch.ones(()).double())
+        aligned = got.double() * (got.double() @ V[0]).sign()
+        torch.testing.assert_close(aligned, V[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ARROW_VARIANTS)
+def test_an_update_of_zero_has_no_vector(variant):
+    lora = factors(4, 9, 7)
+    for A, B in ((lora.A, 0 * lora.B), (0 * lora.A, lora.B)):
+        assert torch.equal(arrow_vector(LoraFactors(A, B, 2.0), variant), torch.zeros(9))
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e6])
+@pytest.mark.parametrize("variant", ["svd", "mttl"])
+def test_neither_size_nor_scale_of_an_update_counts(variant, size):
+    lora = factors(4, 9, 7)
+    other = LoraFactors(size * lora.A, size * lora.B, 0.1)
+    one, other = arrow_vector(lora, variant), arrow_vector(other, variant)
+    torch.testing.assert_close(one * (one @ other).sign(), other)
+
+
+def peft_layer(experts: int, n: int, k: int = 2, seed: int = 0) -> ArrowLoraLinearLayer:
+    config = ArrowConfig(top_k=k, router_temperature=1.0, rng_seed=seed)
+    config.task_adapter_names = [f"e{z}" for z in range(experts)]
+    config.gks_adapter_names = []
+    return ArrowLoraLinearLayer(n, config)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(lora=shapes, seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_the_variant_of_peft_is_that_of_peft(lora, seed, dtype):
+    A, B = lora.A.to(dtype), lora.B.to(dtype)
+    wanted = peft_layer(1, A.shape[1], seed=seed).top_right_singular_vec_from_BA(A, B)
+    torch.testing.assert_close(arrow_vector(LoraFactors(A, B, 1.0), "peft", seed), wanted)
+
+
+def test_power_iteration_stops_short_where_two_singular_values_are_close():
+    A = torch.eye(2, 6)
+    B = torch.diag(torch.tensor([1.0, 0.999]))
+    exact, peft = (arrow_vector(LoraFactors(A, B, 1.0), variant) for variant in ("svd", "peft"))
+    assert exact.abs()[0] == pytest.approx(1)
+    assert peft.abs()[0] < 0.99
+
+
+def test_an_unknown_variant_is_refused(llama, llama_pool):
+    with pytest.raises(ConfigError, match="arrow is 'qr', but must be one of svd, peft, mttl"):
+        arrow_vector(factors(1, 2, 3), "qr")
+    with pytest.raises(ConfigError, match="arrow is 'qr'"):
+        compose(llama_pool, llama, router="arrow", arrow="qr")
+
+
+# The decision
+
+
+def test_the_experts_are_those_of_the_largest_projections_and_weighed_by_a_softmax():
+    vectors, u = torch.nn.functional.normalize(random(5, 8), dim=-1), random(7, 8, seed=1)
+    decision = ArrowRouter(vectors, 3)(u)
+    for t in range(7):
+        scores = {z: abs(float(vectors[z] @ u[t])) for z in range(5)}
+        chosen = sorted(scores, key=lambda z: -scores[z])[:3]
+        assert decision.experts[t].tolist() == chosen
+        wanted = torch.tensor([scores[z] for z in chosen]).softmax(dim=-1)
+        torch.testing.assert_close(decision.weights[t], wanted)
+
+
+def test_the_sign_of_a_vector_does_not_count():
+    vectors, u = random(5, 8), random(7, 8, seed=1)
+    signs = torch.tensor([[1.0], [-1.0], [-1.0], [1.0], [-1.0]])
+    one, other = ArrowRouter(vectors, 2)(u), ArrowRouter(signs * vectors, 2)(u)
+    assert torch.equal(one.experts, other.experts)
+    assert torch.equal(one.weights, other.weights)
+
+
+def test_an_expert_without_an_update_scores_zero_and_warns(llama, make_expert):
+    pool = Pool((make_expert(llama, "e0"), make_expert(llama, "e1", seed=1)))
+    lora = {s: LoraFactors(f.A, 0 * f.B, f.scale) for s, f in pool.experts[1].lora.items()}
+    empty = Expert(**{**vars(pool.experts[1]), "lora": lora})
+    with pytest.warns(UserWarning, match=r"'e1' .* 'arrow' at 14 of 14 sites") as warned:
+        model = compose(Pool((pool.experts[0], empty)), llama, router="arrow")
+    assert len(warned) == 1
+    for layer in composition_of(model).layers.values():
+        assert not layer.router.affinities(random(3, layer.in_features))[:, 1].any()
+
+
+# The whole model beside PEFT's
+
+
+@pytest.fixture(scope="session")
+def spread(base_folders, tmp_path_factory):
+    """`spread(kind)`: a pool of four experts, each with one singular value far above the rest."""
+    pools = {}
+
+    def make(kind: str) -> Pool:
+        if kind not in pools:
+            base = load_base(base_folders[kind], dtype="float32")
+            folder, experts = tmp_path_factory.mktemp(f"spread-{kind}"), []
+            for z in range(4):
+                adapter = make_adapter(base, folder / f"e{z}", seed=z)
+                tensors = load_file(adapter / ADAPTER_WEIGHTS)
+                for key, tensor in tensors.items():
+                    if ".lora_A." in key:
+                        tensor[1:] *= 0.2
+                save_file(tensors, adapter / ADAPTER_WEIGHTS)
+                experts.append(Expert.from_peft(adapter, {}, base=base))
+            pools[kind] = Pool(tuple(experts))
+        return pools[kind]
+
+    return make
+
+
+def peft_arrow(base, pool: Pool, k: int):
+    """PEFT's own Arrow over the same adapters."""
+    fresh = load_base(base.id, dtype="float32").model
+    config = ArrowConfig(top_k=k, router_temperature=1.0, rng_seed=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fan_in_fan_out at Conv1D, and transformers' own
+        return create_arrow_model(fresh, [str(e.directory) for e in pool.experts], config).eval()
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_the_routed_model_is_that_of_peft(base, kind, spread, k):
+    pool, ids = spread(kind), make_ids(rows=2)
+    wanted = logits_of(peft_arrow(base, pool, k), ids)
+    plain = logits_of(base.model, ids)
+    for variant in ("svd", "peft"):
+        got = logits_of(compose(pool, base, router="arrow", arrow=variant, k=k), ids)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+        assert_same_logits(got, wanted)
+        detach(base.model)
+    assert not torch.allclose(plain, wanted, atol=0.1)
+
+
+def test_without_a_spectral_gap_the_variant_of_peft_is_still_that_of_peft(llama, llama_pool):
+    ids = make_ids(rows=2)
+    wanted = logits_of(peft_arrow(llama, llama_pool, 2), ids)
+    got = {}
+    for variant in ("svd", "peft"):
+        got[variant] = logits_of(compose(llama_pool, llama, router="arrow", arrow=variant), ids)
+        detach(llama.model)
+    assert_same_logits(got["peft"], wanted)
+    assert not torch.allclose(got["svd"], wanted, atol=1e-2)
+
+
+def test_k_and_router_change_the_model(llama, spread):
+    ids, logits = make_ids(), []
+    for options in ({"k": 1}, {"k": 2}, {"k": 4}, {"k": 4, "arrow": "mttl"}):
+        logits.append(logits_of(compose(spread("llama"), llama, router="arrow", **options), ids))
+        detach(llama.model)
+    for i, one in enumerate(logits):
+        assert not any(torch.allclose(one, other, atol=1e-2) for other in logits[i + 1 :])
+
+
+# As in mttl
+
+
+def mttl_update(u: Tensor, loras: list[LoraFactors], rank: int) -> Tensor:
+    """(sum w_z s_z B_z)(sum w_z A_z) u for one token u [n], softmax over all of |v u|; float64."""
+    scores = []
+    for lora in loras:
+        _, _, V = torch.linalg.svd(lora.B.double() @ lora.A.double())
+        scores.append((V[0] @ u.double()).abs())
+    weights = torch.stack(scores).softmax(dim=-1)
+    A, B = torch.zeros(rank, len(u)).double(), torch.zeros(loras[0].B.shape[0], rank).double()
+    for w, lora in zip(weights, loras, strict=True):
+        A[: lora.A.shape[0]] += w * lora.A.double()
+        B[:, : lora.A.shape[0]] += w * lora.scale * lora.B.double()
+    return B @ (A @ u.double())
+
+
+@contextmanager
+def routed_as_in_mttl(model, pool: Pool):
+    def hook(site: str):
+        loras = [expert.lora[site] for expert in pool.experts]
+        rank = max(lora.A.shape[0] for lora in loras)
+
+        def add(_, args, output):
+            rows = [mttl_update(u, loras, rank) for u in args[0].reshape(-1, args[0].shape[-1])]
+            return output + torch.stack(rows).view(output.shape).to(output.dtype)
+
+        return add
+
+    handles = [model.get_submodule(s).register_forward_hook(hook(s)) for s in pool.sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4, 4), (2, 3, 4)])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)
+def test_as_in_mttl_all_experts_take_part_and_factors_are_mixed(base, kind, pool_of, ranks):
+    pool, ids = pool_of(kind, ranks), make_ids(tokens=4)
+    with routed_as_in_mttl(base.model, pool):
+        wanted = logits_of(base.model, ids)
+    model = compose(pool, base, router="arrow", arrow="mttl", k=1)
+    assert_same_logits(logits_of(model, ids), wanted)
+    detach(model)
+    mixed_outputs = compose(pool, base, router="arrow", k=len(ranks))
+    assert not torch.allclose(logits_of(mixed_outputs, ids), wanted, atol=0.1)
+
+
+@pytest.mark.parametrize("kernel", ["reference", "concat", "gather"])
+def test_no_kernel_changes_the_form_of_mttl(llama, llama_pool, kernel):
+    ids = make_ids()
+    wanted = logits_of(compose(llama_pool, llama, router="arrow", arrow="mttl"), ids)
+    detach(llama.model)
+    model = compose(llama_pool, llama, router="arrow", arrow="mttl", kernel=kernel)
+    assert torch.equal(logits_of(model, ids), wanted)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    size=st.builds(
+        SimpleNamespace,
+        T=st.integers(0, 5),
+        E=st.integers(1, 4),
+        r=st.integers(1, 4),
+        n=st.integers(1, 6),
+        d=st.integers(1, 6),
+        k=st.integers(1, 4),
+        seed=st.integers(0, 999),
+    )
+)
+def test_mixed_factors_are_those_of_the_formula_in_values_and_gradients(size):
+    k = min(size.k, size.E)
+    u, A, B = random(size.T, size.n), random(size.E, size.r, size.n), random(size.E, size.r, size.d)
+    weights = random(size.T, k, seed=size.seed).softmax(dim=-1)
+    experts = random(size.T, size.E, seed=size.seed + 1).argsort(dim=-1)[:, :k]
+    leaves = [leaf.double().requires_grad_() for leaf in (u, weights, A, B)]
+    u, weights, A, B = leaves
+    rows = []
+    for t in range(size.T):
+        mixed_A = sum(weights[t, i] * A[experts[t, i]] for i in range(k))
+        mixed_B = sum(weights[t, i] * B[experts[t, i]] for i in range(k))
+        rows.append(mixed_B.T @ (mixed_A @ u[t]))
+    got = mixed_factors(u, experts, weights, A, B)
+    if not rows:
+        assert got.shape == (0, size.d)
+        return
+    wanted = torch.stack(rows)
+    torch.testing.assert_close(got, wanted)
+    cotangent = random(size.T, size.d, seed=5).double()
+    gradients = (torch.autograd.grad(value, leaves, cotangent) for value in (got, wanted))
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("variant", ARROW_VARIANTS)
+def test_the_form_is_kept_in_the_folder(llama, spread, tmp_path: Path, variant):
+    ids = make_ids()
+    model = compose(spread("llama"), llama, router="arrow", arrow=variant, k=1)
+    wanted = logits_of(model, ids)
+    save(model, tmp_path / "routed")
+    loaded = load(tmp_path / "routed", dtype="float32")
+    assert composition_of(loaded).routing.arrow == variant
+    assert torch.equal(logits_of(loaded, ids), wanted)

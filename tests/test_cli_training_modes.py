@@ -1,0 +1,162 @@
+"""The command line of joint and multitask training and of measuring statistics."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+from phatgoose import statistics as statistics_module
+from phatgoose.expert import LAYOUT, Expert
+from test_cli import BASE, TRAIN, Outcome, open_row, phat, review, snapshot, write_rows
+from test_statistics import embed
+
+__all__ = ["phat"]  # the fixture
+
+
+@pytest.fixture
+def here(base_folders, tmp_path, monkeypatch) -> Path:
+    """The current folder: two tasks and a tiny base."""
+    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
+    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(30)])
+    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def trained(here, phat) -> Path:
+    """One trained expert in the current folder."""
+    assert phat("train", "reviews.jsonl", *TRAIN, "--joint").code == 0
+    return here / "new" / "reviews"
+
+
+def refused(outcome: Outcome, complaint: str) -> None:
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
+    assert complaint in outcome.err
+
+
+def test_joint_trains_expert_and_gates_in_one_go(here, phat):
+    outcome = phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--joint")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("gates: trained jointly -> new/") == 2
+    expert = Expert.load(here / "new" / "reviews")
+    assert expert.info.hyperparameters["joint"] is True
+    assert all(gate.any() for gate in expert.gates.values())
+    pooled = phat("compose", "new", "--out", "routed", *BASE)
+    assert pooled.code == 0, pooled.err
+
+
+def test_joint_can_stand_in_a_recipe_and_be_taken_back(here, phat):
+    (here / "r.toml").write_text("[gates]\njoint = true\n")
+    assert phat("train", "reviews.jsonl", "--recipe", "r.toml", *TRAIN).code == 0
+    assert Expert.load(here / "new" / "reviews").info.hyperparameters["joint"] is True
+    options = ["--recipe", "r.toml", "--no-joint", *TRAIN]
+    assert phat("train", "counting.jsonl", *options).code == 0
+    assert Expert.load(here / "new" / "counting").info.hyperparameters["joint"] is False
+
+
+def test_joint_is_refused_for_an_adapter_that_exists(trained, phat):
+    outcome = phat("gate", trained, "--task", "reviews.jsonl", "--out", "again", *BASE, "--joint")
+    refused(outcome, "joint is on")
+    assert not Path("again").exists()
+
+
+def test_multitask_trains_one_expert_on_all_tasks(here, phat):
+    outcome = phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--multitask", "all")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("[1/1] all: validation loss")
+    assert [path.name for path in (here / "new").iterdir()] == ["all"]
+    record = Expert.load(here / "new" / "all").info.task
+    assert record["name"] == "all"
+    assert record["source"] == "mixture of reviews.jsonl (11), counting.jsonl (27)"
+    assert record["validation_examples"] == 4
+
+
+def test_a_mixture_can_be_capped_and_trained_jointly(here, phat):
+    modes = ["--multitask", "all", "--mixture-most", 5, "--joint"]
+    outcome = phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, *modes)
+    assert outcome.code == 0, outcome.err
+    expert = Expert.load(here / "new" / "all")
+    assert expert.info.task["source"] == "mixture of reviews.jsonl (5), counting.jsonl (5)"
+    assert all(gate.any() for gate in expert.gates.values())
+
+
+def test_a_finished_mixture_is_kept_when_resumed(here, phat):
+    arguments = ["train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--multitask", "all"]
+    assert phat(*arguments).code == 0
+    before = snapshot(here / "new")
+    refused(phat(*arguments), "new/all exists already")
+    assert phat(*arguments, "--resume").code == 0
+    assert snapshot(here / "new") == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--mixture-most", "5"], "--mixture-most is for --multitask NAME"),
+        (["--multitask", "all", "--mixture-most", "0"], "most is 0"),
+        (["--multitask", "a/b"], "'a/b' can't name an expert"),
+        (["--multitask", ""], "'' can't name an expert"),
+    ],
+)
+def test_bad_mixtures_are_refused_before_anything_is_written(here, phat, flags, complaint):
+    refused(phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, *flags), complaint)
+    assert not (here / "new").exists()
+
+
+def test_a_file_whose_name_no_expert_can_have_is_refused_before_training(here, phat):
+    shutil.copy("reviews.jsonl", "my reviews.jsonl")
+    refused(phat("train", "my reviews.jsonl", *TRAIN), "'my reviews' can't name an expert")
+    assert not (here / "new").exists()
+
+
+def test_measure_adds_statistics_to_an_expert(here, phat, monkeypatch):
+    monkeypatch.setattr(statistics_module, "embed_examples", embed)
+    assert phat("train", "reviews.jsonl", *TRAIN, "--no-means").code == 0
+    trained = here / "new" / "reviews"
+    before = Expert.load(trained)
+    assert not before.means
+    options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 3]
+    outcome = phat("measure", "new/reviews", *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    wanted = "reviews, 14 sites, gates: yes, means: yes, embeddings: yes"
+    assert outcome.out == f"{wanted} -> new/reviews\n"
+    assert f"new/reviews: {wanted}\n" in phat("check", "new/reviews").out
+    after = Expert.load(trained)
+    assert after.info.adapter_sha256 == before.info.adapter_sha256
+    assert len(after.embeddings) == 3
+
+
+@pytest.mark.parametrize("left_out", ["means", "embeddings"])
+def test_measure_leaves_out_what_is_not_wanted(trained, phat, monkeypatch, left_out):
+    monkeypatch.setattr(statistics_module, "embed_examples", embed)
+    before = Expert.load(trained)
+    options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 2]
+    assert phat("measure", trained, *options, f"--no-{left_out}").code == 0
+    after = Expert.load(trained)
+    changed = any((after.means[site] != before.means[site]).any() for site in before.means)
+    assert changed == (left_out == "embeddings")
+    assert (after.embeddings is not None) == (left_out == "means")
+
+
+def test_bad_measurements_are_told_in_one_line_and_change_nothing(trained, here, phat):
+    write_rows(here / "single.jsonl", [review(0)])
+    before = snapshot(here)
+    given = ["measure", "new/reviews", "--task", "reviews.jsonl", "--dtype", "float32"]
+    refused(phat(*given, "--no-means", "--no-embeddings"), "nothing to measure")
+    refused(phat(*given, "--statistics-examples", 0), "statistics_examples is 0")
+    refused(phat(*given[:3], "nowhere.jsonl"), "nowhere.jsonl does not exist")
+    refused(phat(*given[:3], "single.jsonl", "--no-embeddings"), "at least two")
+    refused(phat("measure", "none", *given[2:]), "none is no expert directory")
+    refused(phat("measure", "tiny-base", *given[2:]), f"{LAYOUT.info} is missing")
+    refused(phat(*given, "--base", "./nowhere"), "'./nowhere'")
+    assert snapshot(here) == before
+
+
+def test_the_flags_of_both_modes_are_in_the_help(phat):
+    shown = phat("train", "--help").out
+    assert all(flag in shown for flag in ("--multitask", "--mixture-most", "--joint"))

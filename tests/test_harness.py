@@ -1,0 +1,302 @@
+"""lm_eval's own command and functions on tiny routed models, without a network."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from functools import partial
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
+
+import lm_eval
+from lm_eval.api import registry
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from phatgoose.apps import harness
+from phatgoose.apps.harness import ModelArguments, PhatgooseLM
+from phatgoose.encoding import Encoder
+from phatgoose.errors import ConfigError, PoolError
+from phatgoose.evaluation import evaluate
+from phatgoose.likelihood import choice_log_likelihoods
+from phatgoose.routed import compose, composition_of
+from phatgoose.storage import save
+from phatgoose.tasks import Example, Task
+
+EXAMPLES = (
+    Example("is it?", "yes", ("yes", "no")),
+    Example("which of the three letters is it", "b", ("a", "b", "c")),
+    Example("one", "certainly not", ("certainly not", "perhaps", "no", "y")),
+    Example("a far longer input that makes other rows need padding", "no", ("no", "nope")),
+    Example("two lines\nof input", "maybe", ("maybe", "mayhem")),
+)
+KINDS_HERE = pytest.mark.parametrize("kind", ["llama", "t5"])
+
+YAML = """
+task: my_task
+dataset_path: json
+dataset_kwargs:
+  data_files: {{test: {folder}/rows.jsonl}}
+  cache_dir: {folder}/cache
+output_type: {output_type}
+test_split: test
+doc_to_text: "{{{{input}}}}"
+doc_to_target: {target}
+{more}
+"""
+CHOICES = """
+doc_to_choice: choices
+metric_list:
+  - {metric: acc, aggregation: mean, higher_is_better: true}
+"""
+OPEN = """
+generation_kwargs: {until: ["zzz"], max_gen_toks: 6}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
+
+
+@pytest.fixture(autouse=True)
+def _no_look_around(monkeypatch):
+    """lm_eval describes the machine in each result, which takes a second; and no network at all."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def write_task(tmp_path):
+    """A function that writes `my_task` to a folder, in the style of `output_type`."""
+
+    def write(output_type: str = "multiple_choice") -> Path:
+        folder = tmp_path / "tasks"
+        folder.mkdir()
+        rows = [
+            {
+                "input": example.input,
+                "target": example.target,
+                "choices": example.choices,
+                "label": example.choices.index(example.target),
+            }
+            for example in EXAMPLES
+        ]
+        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        with_choices = output_type == "multiple_choice"
+        text = YAML.format(
+            folder=folder,
+            output_type=output_type,
+            target="label" if with_choices else "target",
+            more=CHOICES if with_choices else OPEN,
+        )
+        (folder / "my_task.yaml").write_text(text)
+        return folder
+
+    return write
+
+
+def run(pool_folder: Path, tasks: Path, **arguments: object) -> dict:
+    """lm_eval's results of `--model phatgoose`."""
+    return lm_eval.simple_evaluate(
+        model="phatgoose",
+        model_args={"pool": str(pool_folder), "dtype": "float32", **arguments},
+        tasks=["my_task"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )
+
+
+def folder_of(pool) -> Path:
+    return pool.experts[0].directory.parent
+
+
+def scores_of(results: dict) -> list[list[float]]:
+    """The log-likelihood of each choice of each example, in file order."""
+    samples = sorted(results["samples"]["my_task"], key=lambda sample: sample["doc_id"])
+    return [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
+
+
+def encoder_of(model) -> Encoder:
+    return Encoder(
+        composition_of(model).tokenizer, is_encoder_decoder=model.config.is_encoder_decoder
+    )
+
+
+@KINDS_HERE
+def test_log_likelihoods_and_accuracy_are_those_of_evaluate(pool, base, write_task):
+    results = run(folder_of(pool), write_task(), add_eos=True, k=2, batch_size=3)
+    model = compose(pool, base, k=2)
+    encoder = encoder_of(model)
+    rows = [
+        (encoder.prompt(e.input), [encoder.target(e.input, choice) for choice in e.choices])
+        for e in EXAMPLES
+    ]
+    means = dict(choice_log_likelihoods(model, rows, encoder.tokenizer.pad_token_id, 4096))
+    right = 0
+    for index, sums in enumerate(scores_of(results)):
+        lengths = [len(target) for target in rows[index][1]]
+        wanted = [mean * length for mean, length in zip(means[index], lengths, strict=True)]
+        assert sums == pytest.approx(wanted, abs=1e-4)
+        normalised = [total / length for total, length in zip(sums, lengths, strict=True)]
+        best = EXAMPLES[index].choices[normalised.index(max(normalised))]
+        right += best == EXAMPLES[index].target
+    assert right / len(EXAMPLES) == evaluate(model, Task("t", test=EXAMPLES)).scores[0].score
+
+
+@KINDS_HERE
+def test_without_end_of_sequence_the_numbers_are_those_of_lm_eval_s_own_model(
+    pool, base, write_task
+):
+    tasks = write_task()
+    model = compose(pool, base, k=2)
+    own = HFLM(pretrained=model, tokenizer=base.tokenizer, batch_size=2, softmax_dtype="float32")
+    if base.is_encoder_decoder:  # this tokenizer, unlike T5's, keeps the space before a choice
+        text = (tasks / "my_task.yaml").read_text()
+        (tasks / "my_task.yaml").write_text(text + 'target_delimiter: ""\n')
+    wanted = lm_eval.simple_evaluate(
+        model=own,
+        tasks=["my_task"],
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+    )
+    got = run(folder_of(pool), tasks, k=2)
+    assert got["results"]["my_task"]["acc,none"] == wanted["results"]["my_task"]["acc,none"]
+    for mine, theirs in zip(scores_of(got), scores_of(wanted), strict=True):
+        assert mine == pytest.approx(theirs, abs=1e-4)
+
+
+@KINDS_HERE
+def test_padding_changes_no_number(pool, write_task):
+    tasks = write_task()
+    alone, together = (run(folder_of(pool), tasks, batch_size=size) for size in (1, 16))
+    for one, many in zip(scores_of(alone), scores_of(together), strict=True):
+        assert one == pytest.approx(many, abs=1e-4)
+
+
+@KINDS_HERE
+def test_generated_answers_are_those_of_the_routed_model(pool, base, write_task):
+    size = 1 if base.is_encoder_decoder else 3  # lm_eval's limit there counts the padded prompt
+    results = run(folder_of(pool), write_task("generate_until"), batch_size=size)
+    model = compose(pool, base)
+    for sample in results["samples"]["my_task"]:
+        ids = torch.tensor([base.tokenizer(sample["doc"]["input"])["input_ids"]])
+        mask = torch.ones_like(ids)
+        limit = ids.shape[1] + 6
+        output = model.generate(ids, attention_mask=mask, max_length=limit, do_sample=False)[0]
+        start = 0 if base.is_encoder_decoder else ids.shape[1]
+        wanted = base.tokenizer.decode(output[start:], skip_special_tokens=True)
+        assert sample["resps"][0][0] == wanted
+
+
+def test_the_results_tell_what_was_routed(llama_pool, write_task):
+    results = run(
+        folder_of(llama_pool), write_task(), router="average-activation", k=3, leave_out="e1"
+    )
+    told = results["config"]["phatgoose"]
+    assert told["base"]["fingerprint"] == llama_pool.base.fingerprint
+    assert (told["routing"]["router"], told["routing"]["k"]) == ("average-activation", 3)
+    assert [record["name"] for record in told["experts"]] == ["e0", "e2", "e3"]
+    assert all(record["adapter_sha256"] for record in told["experts"])
+
+
+def test_a_saved_routed_model_is_opened_as_it_was_saved(llama_pool, llama, tmp_path):
+    save(compose(llama_pool, llama, k=1), tmp_path / "routed")
+    opened = PhatgooseLM(pool=str(tmp_path / "routed"), dtype="float32", device="cpu")
+    assert composition_of(opened.model).routing.k == 1
+    assert composition_of(opened.model).experts == ("e0", "e1", "e2", "e3")
+    with pytest.raises(ConfigError, match="saved routed model, made with its own k, keep;"):
+        PhatgooseLM(pool=str(tmp_path / "routed"), k=2, keep="e0")
+
+
+def test_a_manifest_and_another_place_of_the_base_are_taken(llama_pool, base_folders, tmp_path):
+    llama_pool.write_manifest(tmp_path / "pool.json")
+    moved = tmp_path / "moved"
+    moved.symlink_to(base_folders["llama"])
+    opened = PhatgooseLM.create_from_arg_string(
+        f"pool={tmp_path / 'pool.json'},base={moved},keep=e0+e2,batch_size=4,kernel=reference",
+        {"batch_size": 1, "max_batch_size": None, "device": "cpu"},
+    )
+    parts = composition_of(opened.model)
+    assert parts.experts == ("e0", "e2")
+    assert parts.base.id == str(moved)
+    assert parts.routing.kernel == "reference"
+    assert opened.batch_size == 4
+
+
+def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
+    folder = str(folder_of(llama_pool))
+    with pytest.raises(ConfigError, match="unknown setting 'routr'; known are router, k, kernel"):
+        PhatgooseLM(pool=folder, routr="phatgoose")
+    with pytest.raises(ConfigError, match="k is 'two', but must be"):
+        PhatgooseLM(pool=folder, k="two")
+    with pytest.raises(ConfigError, match="pool is missing"):
+        PhatgooseLM(k=2)
+    with pytest.raises(PoolError, match="has no expert '7'"):
+        PhatgooseLM(pool=folder, keep=7)
+    with pytest.raises(PoolError, match="does not exist"):
+        PhatgooseLM(pool=str(tmp_path / "nothing"))
+    assert ModelArguments.of({"pool": 7}).pool == "7"
+
+
+@KINDS_HERE
+def test_an_empty_context_ends_with_eos_too_and_running_text_never(pool):
+    closed, plain = (
+        PhatgooseLM(pool=str(folder_of(pool)), dtype="float32", add_eos=end)
+        for end in (True, False)
+    )
+    nothing_before = [Instance("loglikelihood", {}, ("", "yes"), 0)]
+    by_hand = [(("", "yes"), [1], [*plain.tok_encode("yes", add_special_tokens=False), 1])]
+    assert closed.loglikelihood(nothing_before) == plain._loglikelihood_tokens(by_hand)
+    text = [Instance("loglikelihood_rolling", {}, ("some running text",), 0)]
+    assert closed.loglikelihood_rolling(text) == plain.loglikelihood_rolling(text)
+
+
+def test_contexts_keep_their_own_white_space(llama_pool):
+    opened = PhatgooseLM(pool=str(folder_of(llama_pool)))
+    encoder = encoder_of(opened.model)
+    context, continuation = opened._encode_pair("ends in space ", "maybe")
+    assert context == encoder.prompt("ends in space ")
+    assert [*continuation, opened.eot_token_id] == encoder.target("ends in space ", "maybe")
+
+
+def test_lm_eval_loads_the_model_from_our_entry_point(monkeypatch):
+    """Its releases after 0.4.13 register this placeholder by themselves."""
+    ours = registry.Registry("model", base_cls=LM)
+    point = EntryPoint("phatgoose", "phatgoose.apps.harness:PhatgooseLM", "lm_eval.models")
+    ours.register("phatgoose", target=point)
+    monkeypatch.setattr(registry, "model_registry", ours)
+    assert registry.get_model("phatgoose") is PhatgooseLM
+
+
+def test_the_command_is_lm_eval_s_own(llama_pool, write_task, capsys, monkeypatch):
+    """Its flags, its default device cuda:0 included, and its table."""
+    monkeypatch.setattr("lm_eval.__main__.setup_logging", lambda: None)  # would set up pytest's
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", partial(TaskManager, include_defaults=False))
+    before = list(sys.argv)
+    harness.main(
+        f"--model phatgoose --model_args pool={folder_of(llama_pool)},router=phatgoose,k=2 "
+        f"--tasks my_task --include_path {write_task()}".split()
+    )
+    assert "|my_task|" in capsys.readouterr().out
+    assert sys.argv == before
+
+
+def test_routers_that_need_the_whole_example_are_refused(llama_pool, tmp_path):
+    scores = {f"e{z}": {"my_task": z / 4} for z in range(4)}
+    model = compose(llama_pool, router="oracle", scores=scores)
+    save(model, tmp_path / "routed")
+    with pytest.raises(ConfigError, match="Router oracle goes by whole examples"):
+        PhatgooseLM(pool=str(tmp_path / "routed"))
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
+    spec = importlib.util.spec_from_file_location("phatgoose.apps.bare", harness.__file__)
+    with pytest.raises(ConfigError, match=r"pip install 'phatgoose\[harness\]'"):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))

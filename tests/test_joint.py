@@ -1,0 +1,323 @@
+"""Joint training: expert and gates in one go, against a naive loop written with hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from phatgoose import training as training_module
+from phatgoose.bases import load_base
+from phatgoose.config import GateTraining
+from phatgoose.errors import ConfigError
+from phatgoose.expert import Expert
+from phatgoose.fitting import fit
+from phatgoose.gates import gated, train_gates
+from phatgoose.sites import find_sites
+from phatgoose.statistics import at_full_strength
+from test_training import (
+    ADAPTER,
+    LORA,
+    PASS,
+    TASK,
+    TRAINING,
+    assert_same_expert,
+    interrupt,
+    interrupted,
+    on_call,
+    spying_on_fit,
+    target_nll,
+    without_dropout,
+)
+from test_training import train as train_default
+
+JOINT = GateTraining(joint=True)
+BOTH_WAYS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+
+Factors = dict[str, dict[str, Tensor]]  # site -> A, B, v
+
+
+def train(base, out, **options) -> Expert:
+    return train_default(base, out, **{"gate_training": JOINT, **options})
+
+
+def factors_in(model: nn.Module) -> Factors:
+    """What is trained, as it stands in the model: master copies and gates, by site."""
+    found: Factors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            site, _, part = name.removeprefix("base_model.model.").partition(".lora_")
+            key = "v" if part.endswith("gate") else part[0]
+            found.setdefault(site, {})[key] = parameter
+    return found
+
+
+def copies_of(factors: Factors) -> Factors:
+    return {
+        site: {key: tensor.detach().clone().requires_grad_() for key, tensor in parts.items()}
+        for site, parts in factors.items()
+    }
+
+
+class Naive:
+    """W u + scale * B A u * sigmoid(v . u) by a hook at each site, as the paper writes it."""
+
+    def __init__(self, model: nn.Module, factors: Factors, scale: float) -> None:
+        self.scale = scale
+        self.handles = [
+            model.get_submodule(site).register_forward_hook(self.hook(**parts))
+            for site, parts in factors.items()
+        ]
+
+    def hook(self, A: Tensor, B: Tensor, v: Tensor) -> Callable[..., Tensor]:
+        def add(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
+            u = args[0]
+            sigma = 1 / (1 + torch.exp(-(u * v).sum(dim=-1, keepdim=True)))
+            return y + sigma * self.scale * (u @ A.T @ B.T)
+
+        return add
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def nll(model, base) -> Tensor:
+    """The training loss: `target_nll` with a graph."""
+    losses = []
+    for example in TASK.train:
+        prompt = base.tokenizer(example.input)["input_ids"]
+        space = "" if base.is_encoder_decoder else " "
+        target = base.tokenizer(space + example.target, add_special_tokens=False)["input_ids"] + [1]
+        if base.is_encoder_decoder:
+            shifted = torch.tensor([[0, *target[:-1]]])
+            logits = model(torch.tensor([prompt]), decoder_input_ids=shifted).logits[0]
+        else:
+            logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        losses.append(-logits.log_softmax(-1)[range(len(target)), target])
+    return torch.cat(losses).mean()
+
+
+def fill(factors: Factors, *keys: str, std: float = 0.1) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parts in factors.values():
+            for key in keys:
+                parts[key].copy_(std * torch.randn(parts[key].shape, generator=generator))
+
+
+def gradients(loss: Tensor, factors: Factors) -> list[Tensor]:
+    return torch.autograd.grad(loss, [t for parts in factors.values() for t in parts.values()])
+
+
+def test_the_gates_start_at_zeros_and_everything_else_as_without_them(llama):
+    started = []
+    for joint in (False, True):
+        torch.manual_seed(0)
+        with training_module._lora_on(llama, LORA, joint=joint) as model:
+            started.append(copies_of(factors_in(model)))
+    plain, joint = started
+    assert joint.keys() == plain.keys() == find_sites(llama.model).keys()
+    for site, parts in joint.items():
+        assert torch.equal(parts["A"], plain[site]["A"])
+        assert not parts["B"].any()
+        assert not parts["v"].any()
+        assert parts["v"].shape == parts["A"].shape[1:]
+
+
+def test_gates_of_zeros_are_half_of_the_lora(base):
+    ids, logits = make_ids(), []
+    for joint, alpha in ((True, 4), (False, 2)):
+        torch.manual_seed(0)
+        with training_module._lora_on(base, replace(LORA, alpha=alpha), joint=joint) as model:
+            fill(factors_in(model), "B")
+            logits.append(logits_of(model.eval(), ids))
+    assert_same_logits(*logits)
+    assert not torch.allclose(logits[0], logits_of(base.model, ids), atol=1e-2)
+
+
+def test_loss_and_gradients_are_those_of_the_method(base):
+    with training_module._lora_on(base, LORA, joint=True) as model:
+        fill(factors_in(model), "A", "B", "v")
+        copies = copies_of(factors_in(model))
+        got = nll(model.eval(), base)
+        got_gradients = gradients(got, factors_in(model))
+    naive = Naive(base.model, copies, LORA.alpha / LORA.rank)
+    wanted = nll(base.model, base)
+    wanted_gradients = gradients(wanted, copies)
+    naive.remove()
+    torch.testing.assert_close(got, wanted)
+    assert len(got_gradients) == 3 * len(copies)
+    for one, other in zip(got_gradients, wanted_gradients, strict=True):
+        assert other.any()
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+def naive_training(base, factors: Factors, steps: int, learning_rate: float) -> None:
+    """AdamW on A, B and v at once, all training examples a step."""
+    naive = Naive(base.model, factors, LORA.alpha / LORA.rank)
+    parameters = [tensor for parts in factors.values() for tensor in parts.values()]
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0)
+    for _ in range(steps):
+        optimiser.zero_grad()
+        nll(base.model, base).backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+    naive.remove()
+
+
+@BOTH_WAYS
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_expert_and_its_gates_are_those_of_a_naive_loop(base, tmp_path, monkeypatch, steps):
+    without_dropout(base.model)
+    started: list[Factors] = []
+
+    def spy(model, **arguments):
+        started.append(copies_of(factors_in(model)))
+        return fit(model, **arguments)
+
+    monkeypatch.setattr(training_module, "fit", spy)
+    training = replace(TRAINING, steps=steps, batch_size=6, eval_every=steps, warmup_ratio=0.0)
+    expert = train(base, tmp_path / "echo", training=training)
+    (factors,) = started
+    naive_training(base, factors, steps, training.learning_rate)
+    gaps = []
+    for site, lora in expert.lora.items():
+        got = {"A": lora.A, "B": lora.B, "v": expert.gates[site]}
+        gaps += [(got[key] - factors[site][key]).abs().flatten() for key in "ABv"]
+    assert (torch.cat(gaps) < 1e-2 * training.learning_rate).float().mean() > 0.99
+
+
+def gated_loss(base, expert: Expert, examples) -> float:
+    """The loss of the base with the saved expert behind its saved gates."""
+    with gated(base.model, expert.lora) as layers:
+        for site, layer in layers.items():
+            layer.gate.data.copy_(expert.gates[site])
+        return target_nll(base.model, base, examples).mean().item()
+
+
+@BOTH_WAYS
+def test_the_saved_expert_behind_its_gates_has_the_validated_loss(base, tmp_path):
+    training = replace(TRAINING, steps=6, learning_rate=0.1)
+    expert = train(base, tmp_path / "echo", training=training)
+    loss = gated_loss(base, expert, TASK.validation)
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
+    with at_full_strength(base.model, expert.lora):
+        assert target_nll(base.model, base, TASK.validation).mean().item() != pytest.approx(loss)
+
+
+def test_the_adapter_is_plain_lora_and_the_gates_are_ours(base, tmp_path):
+    expert = train(base, tmp_path / "echo")
+    endings = {key.rpartition(".lora_")[2] for key in load_file(expert.directory / ADAPTER)}
+    assert endings == {"A.weight", "B.weight"}
+    assert expert.gates.keys() == expert.lora.keys() == find_sites(base.model).keys()
+    assert all(gate.any() for gate in expert.gates.values())
+    ids = make_ids()
+    got = logits_of(peft_model(base, expert.directory), ids)  # warnings are errors
+    with at_full_strength(base.model, expert.lora):
+        assert_same_logits(got, logits_of(base.model, ids))
+
+
+def test_it_is_one_stage_and_says_so(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr("phatgoose.gates.fit", interrupt)
+    expert = train(llama, tmp_path / "echo")
+    assert expert.info.hyperparameters["joint"] is True
+    assert expert.info.metrics["expert_steps"] == TRAINING.steps
+    assert not any(key.startswith("gate_") for key in expert.info.metrics)
+    assert expert.means.keys() == expert.lora.keys()
+    assert [path.name for path in tmp_path.iterdir()] == ["echo"]
+
+
+def test_training_lowers_the_loss(llama, tmp_path):
+    expert = train(llama, tmp_path / "echo", training=replace(TRAINING, steps=30, eval_every=30))
+    before = target_nll(llama.model, llama, TASK.train).mean()
+    assert gated_loss(llama, expert, TASK.train) < 0.5 * before
+
+
+def test_a_base_is_as_it_was_after_training(base, tmp_path):
+    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
+    modules = dict(base.model.named_modules())
+    train(base, tmp_path / "echo")
+    assert dict(base.model.named_modules()) == modules
+    assert base.model.state_dict().keys() == weights.keys()
+    assert all(torch.equal(base.model.state_dict()[key], weights[key]) for key in weights)
+
+
+def test_a_bfloat16_base_is_trained_through_float32_copies(base_folders, tmp_path, monkeypatch):
+    half = load_base(base_folders["llama"], dtype="bfloat16")
+    dtypes = set()
+
+    def look(model):
+        dtypes.update(p.dtype for p in model.parameters() if p.requires_grad)
+
+    with spying_on_fit(monkeypatch, look):
+        expert = train(half, tmp_path / "echo")
+    assert dtypes == {torch.float32}
+    saved = load_file(expert.directory / ADAPTER)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+    gates = torch.cat(list(expert.gates.values()))
+    assert not torch.equal(gates, gates.bfloat16().float())
+
+
+def test_gates_alone_cannot_be_trained_jointly(llama, tmp_path):
+    adapter = make_adapter(llama, tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="joint is on"):
+        train_gates(llama, adapter, TASK, out=tmp_path / "e", gate_training=JOINT)
+
+
+@pytest.fixture(scope="module")
+def whole(base_folders, tmp_path_factory) -> Expert:
+    """The expert of an uninterrupted joint training of the tiny Llama."""
+    base = load_base(base_folders["llama"], dtype="float32")
+    return train(base, tmp_path_factory.mktemp("whole") / "whole")
+
+
+# Four steps of two passes; after steps 2 and 4 one validation of one pass.
+CUTS = {
+    "in the first step": (PASS, 2),
+    "after a checkpoint": (PASS, 8),
+    "before the gates are kept": ("phatgoose.training.save_file", 1),
+    "before the adapter is in place": ("os.rename", 1),
+    "in the statistics": ("phatgoose.gates.statistics_of", 1),
+    "before the expert is in place": ("os.rename", 2),
+}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_resumed_run_ends_in_the_same_bits(llama, tmp_path, monkeypatch, whole, cut):
+    function, call = CUTS[cut]
+    interrupted(monkeypatch, llama, tmp_path / "cut", function, call, gate_training=JOINT)
+    resumed = train(llama, tmp_path / "cut", resume=True)
+    assert_same_expert(resumed, whole)
+    assert all(torch.equal(resumed.means[site], whole.means[site]) for site in whole.means)
+    assert not (tmp_path / ".cut.work").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"], indirect=True)  # with dropout
+def test_a_resumed_run_with_dropout_ends_in_the_same_bits(base, tmp_path, monkeypatch):
+    finished = train(base, tmp_path / "whole")
+    interrupted(monkeypatch, base, tmp_path / "cut", PASS, call=8, gate_training=JOINT)
+    assert_same_expert(train(base, tmp_path / "cut", resume=True), finished)
+
+
+def test_a_resumed_run_trains_nothing_twice(llama, tmp_path, monkeypatch, whole):
+    cut = ("phatgoose.gates.statistics_of", 1)
+    interrupted(monkeypatch, llama, tmp_path / "cut", *cut, gate_training=JOINT)
+    monkeypatch.setattr(*on_call(PASS, 1, interrupt))
+    assert_same_expert(train(llama, tmp_path / "cut", resume=True), whole)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_joint_work_is_not_resumed_as_other_work(llama, tmp_path, monkeypatch, first):
+    settings = [
+        GateTraining(joint=first, gate_steps=2),
+        GateTraining(joint=not first, gate_steps=2),
+    ]
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8, gate_training=settings[0])
+    with pytest.raises(ConfigError, match="other settings"):
+        train(llama, tmp_path / "cut", resume=True, gate_training=settings[1])

@@ -1,0 +1,263 @@
+"""Merged: the mean of all updates, added at the side or folded into the weights."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from conftest import assert_same_logits, logits_of, make_ids
+from phatgoose.bases import load_base
+from phatgoose.encoding import pad_left, pad_right
+from phatgoose.layers import FoldedLinear, RoutedLinear, folded_weight, is_cheaper_folded
+from phatgoose.pool import Pool, SiteStack
+from phatgoose.routed import compose, composition_of, detach, record
+from phatgoose.storage import load, save
+
+LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base
+SITE = "model.layers.0.self_attn.q_proj"
+
+
+def mean_update(pool: Pool, site: str) -> Tensor:
+    """The mean of s B A over the experts that act at `site`, float64 [d, n]."""
+    loras = [expert.lora[site] for expert in pool.experts if site in expert.lora]
+    return sum(lora.scale * lora.B.double() @ lora.A.double() for lora in loras) / len(loras)
+
+
+def merged_by_hand(base, pool: Pool):
+    """A fresh copy of `base` with the mean update added to every weight."""
+    model = load_base(base.id, dtype="float32").model
+    for site in pool.sites:
+        layer, mean = model.get_submodule(site), mean_update(pool, site)
+        layer.weight.data += mean.T if isinstance(layer, Conv1D) else mean
+    return model
+
+
+def layers_of(model, kind: type) -> set[str]:
+    return {site for site, layer in composition_of(model).layers.items() if type(layer) is kind}
+
+
+@pytest.fixture
+def large(kind, pool_of) -> Pool:
+    """Three experts of ranks so large that they are folded."""
+    return pool_of(kind, LARGE)
+
+
+def test_folded_it_is_the_exact_mean_of_all_products(base, large):
+    ids = make_ids(rows=2)
+    model = compose(large, base, router="merged")
+    assert layers_of(model, FoldedLinear) == set(large.sites)
+    assert_same_logits(logits_of(model, ids), logits_of(merged_by_hand(base, large), ids))
+
+
+def test_factored_it_is_the_same(base, large, monkeypatch):
+    ids = make_ids(rows=2)
+    monkeypatch.setattr("phatgoose.routed.is_cheaper_folded", lambda *_: False)
+    model = compose(large, base, router="merged")
+    assert layers_of(model, RoutedLinear) == set(large.sites)
+    assert_same_logits(logits_of(model, ids), logits_of(merged_by_hand(base, large), ids))
+
+
+@pytest.mark.parametrize("rank", [3, 30])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)
+def test_the_mean_is_over_the_experts_that_act_at_the_site(base, kind, make_expert, rank):
+    few = ["q_proj", "down_proj"] if kind == "llama" else ["c_attn"]
+    patterns = {"rank_pattern": {few[0]: 2 * rank}, "alpha_pattern": {few[0]: 5}}
+    pool = Pool(
+        (
+            make_expert(base, "everywhere", rank=rank, **patterns),
+            make_expert(base, "few", rank=rank + 1, seed=1, target_modules=few),
+            make_expert(base, "other", rank=rank + 2, seed=2, use_rslora=True),
+        )
+    )
+    ids = make_ids(rows=2)
+    model = compose(pool, base, router="merged")
+    assert bool(layers_of(model, FoldedLinear)) == (rank == 30)
+    assert {len(layer.experts) for layer in composition_of(model).layers.values()} == {2, 3}
+    assert_same_logits(logits_of(model, ids), logits_of(merged_by_hand(base, pool), ids))
+
+
+def stack_of(E: int, r: int, n: int, d: int) -> SiteStack:
+    generator = torch.Generator().manual_seed(0)
+    A, B = (torch.randn(E, r, size, generator=generator) for size in (n, d))
+    return SiteStack(torch.arange(E), A, B)
+
+
+@pytest.mark.parametrize(
+    ("experts", "cheaper"), [(2, False), (3, False), (4, True)], ids=["fewer", "as many", "more"]
+)
+def test_folding_is_for_factors_that_outnumber_the_weights(experts, cheaper):
+    stack = stack_of(experts, 4, 16, 48)  # 256 factors an expert, 768 weights
+    assert is_cheaper_folded(nn.Linear(16, 48), stack) is cheaper
+    assert is_cheaper_folded(Conv1D(48, 16), stack) is cheaper
+
+
+class Quantised(nn.Module):
+    """A linear layer whose weight is packed in whole numbers."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        self.plain, self.bias = plain, None
+        self.weight = nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.plain(u)
+
+
+class QuantisedLinear(nn.Linear):
+    """The same, dressed up as torch's own class."""
+
+    def __init__(self, plain: nn.Module) -> None:
+        super().__init__(plain.in_features, plain.out_features, bias=False)
+        self.plain = plain
+        self.weight = nn.Parameter(torch.zeros(4, 1, dtype=torch.uint8), requires_grad=False)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return self.plain(u)
+
+
+@pytest.mark.parametrize("make", [Quantised, QuantisedLinear])
+def test_a_weight_that_is_no_plain_numbers_stays_as_it_is(make):
+    assert not is_cheaper_folded(make(nn.Linear(16, 48, bias=False)), stack_of(9, 4, 16, 48))
+
+
+@pytest.mark.parametrize("make", [Quantised, QuantisedLinear])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_quantised_base_is_merged_at_the_side(llama, pool_of, tmp_path, make, dtype):
+    pool, ids = pool_of("llama", LARGE), make_ids(rows=2)
+
+    def quantised():
+        base = load_base(llama.id, dtype=dtype)
+        attention = base.model.get_submodule(SITE.rpartition(".")[0])
+        attention.q_proj = make(attention.q_proj)
+        return base
+
+    ids = make_ids(rows=2)
+    model = compose(pool, quantised(), router="merged")
+    assert layers_of(model, RoutedLinear) == {SITE}
+    layer = composition_of(model).layers[SITE]
+    assert layer.A.dtype == getattr(torch, dtype)
+    got = logits_of(model, ids)
+    if dtype == "float32":
+        assert_same_logits(got, logits_of(merged_by_hand(llama, pool), ids))
+    save(model, tmp_path / "routed")
+    loaded = load(tmp_path / "routed", quantised())
+    assert composition_of(loaded).layers[SITE].A.dtype == getattr(torch, dtype)
+    assert torch.equal(logits_of(loaded, ids), got)
+
+
+class Doubling(nn.Linear):
+    """A linear layer that is more than its weight, as those in 8-bit floats are."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return 2 * super().forward(u)
+
+
+def test_a_layer_that_does_more_than_its_weight_is_not_folded(llama, pool_of):
+    pool, u = pool_of("llama", LARGE), torch.ones(1, 32)
+    attention = llama.model.get_submodule(SITE.rpartition(".")[0])
+    doubling = Doubling(32, 32, bias=False)
+    doubling.weight = attention.q_proj.weight
+    attention.q_proj = doubling
+    wanted = doubling(u) + u @ mean_update(pool, SITE).float().T
+    got = composition_of(compose(pool, llama, router="merged")).layers[SITE](u)
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("conv", [False, True])
+def test_a_weight_in_bfloat16_is_rounded_once(conv):
+    base = (Conv1D(48, 16) if conv else nn.Linear(16, 48)).bfloat16()
+    stack = stack_of(9, 4, 16, 48)
+    rounded = SiteStack(stack.experts, stack.A.bfloat16(), stack.B.bfloat16())
+    got = folded_weight(base, rounded)
+    weight = base.weight.double()
+    products = rounded.B.double().transpose(1, 2) @ rounded.A.double()
+    exact = (weight.T if conv else weight) + products.mean(dim=0)
+    assert (got.dtype, got.shape) == (torch.bfloat16, (48, 16))
+    half_a_step = torch.finfo(torch.bfloat16).eps / 2
+    assert ((got.double() - exact).abs() <= 1.01 * half_a_step * exact.abs() + 1e-6).all()
+
+
+def test_a_model_in_bfloat16_is_close_to_that_in_float32(base, large):
+    ids = make_ids(rows=2)
+    wanted = logits_of(merged_by_hand(base, large).bfloat16(), ids)
+    got = logits_of(compose(large, load_base(base.id, dtype="bfloat16"), router="merged"), ids)
+    assert got.dtype == torch.bfloat16
+    exact = logits_of(merged_by_hand(base, large), ids)
+    off, usual = ((logits.float() - exact).abs().mean() for logits in (got, wanted))
+    assert off < 1.5 * usual
+
+
+@pytest.mark.parametrize("ranks", [(4, 4, 4, 4), LARGE], ids=["factored", "folded"])
+def test_a_recording_shows_all_experts_alike_and_no_padding(base, kind, pool_of, ranks):
+    pool = pool_of(kind, ranks)
+    model = compose(pool, base, router="merged")
+    ids = make_ids(rows=2, tokens=6)
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    inputs = {"decoder_attention_mask": mask} if base.is_encoder_decoder else {}
+    with record(model) as recording:
+        logits = logits_of(model, ids, attention_mask=mask, **inputs)
+    share = torch.full((len(pool),), 1 / len(pool))
+    assert recording.usage().keys() == set(pool.sites)
+    for site, usage in recording.usage().items():
+        torch.testing.assert_close(usage, share)
+        (weights,), (real,) = recording.weights[site], recording.real[site]
+        assert torch.equal(real, mask.bool())
+        assert not weights[~real].any()
+        torch.testing.assert_close(weights[real], share.expand(10, -1))
+    torch.testing.assert_close(recording.by_token(), share.expand(6, -1))
+    assert torch.equal(logits_of(model, ids, attention_mask=mask, **inputs), logits)
+
+
+def test_a_recording_names_the_experts_of_the_pool_where_some_are_absent(llama, make_expert):
+    pool = Pool(
+        (
+            make_expert(llama, "q", rank=30, target_modules=["q_proj"]),
+            make_expert(llama, "everywhere", rank=30, seed=1),
+        )
+    )
+    model = compose(pool, llama, router="merged")
+    with record(model) as recording:
+        logits_of(model, make_ids())
+    usage = recording.usage()
+    assert usage[SITE].tolist() == [0.5, 0.5]
+    assert usage["model.layers.0.mlp.down_proj"].tolist() == [0, 1]
+
+
+def test_a_folded_model_looks_like_its_base_and_gives_it_back(base, large):
+    modules = dict(base.model.named_modules())
+    state = {key: value.clone() for key, value in base.model.state_dict().items()}
+    model = compose(large, base, router="merged")
+    for site, layer in composition_of(model).layers.items():
+        assert layer.base is modules[site]
+        assert layer.weight is modules[site].weight
+        assert layer.bias is modules[site].bias
+        assert layer.folded.shape == (layer.out_features, layer.in_features)
+    assert list(model.state_dict()) == list(state)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    detach(model)
+    assert dict(base.model.named_modules()) == modules
+
+
+def test_a_folded_model_generates_a_padded_batch_as_its_rows_alone(base, large):
+    model = compose(large, base, router="merged")
+    long, short = make_ids(tokens=9), make_ids(tokens=5, seed=1)
+    pad = pad_right if base.is_encoder_decoder else pad_left
+    ids = pad([long[0].tolist(), short[0].tolist()], 0)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    got = model.generate(ids, attention_mask=ids.ne(0).long(), **options)
+    hand = merged_by_hand(base, large)
+    for row, alone in zip(got, (long, short), strict=True):
+        wanted = hand.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert torch.equal(row[-5:], wanted[0, -5:])
+
+
+def test_a_folded_model_can_be_copied(llama, pool_of):
+    model = compose(pool_of("llama", LARGE), llama, router="merged")
+    ids = make_ids()
+    assert torch.equal(logits_of(copy.deepcopy(model), ids), logits_of(model, ids))

@@ -1,0 +1,288 @@
+"""Metrics beside hand-computed scores, the libraries' own, and the properties all of them share."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import sacrebleu
+from hypothesis import given
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from phatgoose.errors import EvaluationError
+from phatgoose.metrics import METRICS, Metric, metric
+
+Row = tuple[str, Sequence[str]]
+
+WORDS = ("the", "cat", "Cat", "sat", "on", "a", "mat", "mat.", "猫", "élan", "42", "—", "")
+sentences = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
+texts = st.one_of(st.text(max_size=30), sentences)
+rows = st.tuples(texts, st.lists(texts, min_size=1, max_size=3))
+corpora = st.lists(rows, min_size=1, max_size=6)
+each_metric = pytest.mark.parametrize("name", METRICS)
+
+
+def statistics_of(scorer: Metric, corpus: Sequence[Row]) -> np.ndarray:
+    return np.array([scorer.measure(*row) for row in corpus], dtype=np.float64)
+
+
+def score_of(name: str, corpus: Sequence[Row]) -> float:
+    return float(METRICS[name].combine(statistics_of(METRICS[name], corpus).sum(0), len(corpus)))
+
+
+def score(name: str, prediction: str, *references: str) -> float:
+    return score_of(name, [(prediction, references)])
+
+
+def sacrebleu_of(corpus: Sequence[Row]) -> float:
+    """corpus_bleu / 100; it wants its references transposed, None where an example has fewer."""
+    most = max(len(references) for _, references in corpus)
+    streams = [[refs[i] if i < len(refs) else None for _, refs in corpus] for i in range(most)]
+    return sacrebleu.corpus_bleu([prediction for prediction, _ in corpus], streams).score / 100
+
+
+# What all metrics share
+
+
+def test_metrics_are_found_by_their_names():
+    assert list(METRICS) == [
+        "accuracy",
+        "exact-match",
+        "normalised-exact-match",
+        "squad-exact-match",
+        "squad-f1",
+        "rouge-l",
+        "bleu",
+    ]
+    assert all(metric(name) is each and each.name == name for name, each in METRICS.items())
+    assert len({each.label for each in METRICS.values()}) == len(METRICS)
+
+
+def test_an_unknown_metric_is_refused_with_the_known_ones():
+    with pytest.raises(EvaluationError, match=r"'rouge' is unknown; known are accuracy, .*, bleu"):
+        metric("rouge")
+
+
+@each_metric
+@pytest.mark.parametrize("references", [(), [], "a bare text", ""])
+def test_answers_need_a_sequence_of_accepted_ones(name, references):
+    with pytest.raises(EvaluationError, match="a sequence of one or more texts, got "):
+        METRICS[name].measure("answer", references)
+
+
+@each_metric
+@given(corpora)
+def test_scores_lie_between_0_and_1(name, corpus):
+    assert 0.0 <= score_of(name, corpus) <= 1.0
+
+
+@pytest.mark.parametrize("name", sorted({*METRICS} - {"bleu"}))  # there it can cost brevity
+@given(corpora)
+def test_more_accepted_answers_never_lower_a_score(name, corpus):
+    fewer = [(prediction, references[:1]) for prediction, references in corpus]
+    assert score_of(name, fewer) <= score_of(name, corpus)
+
+
+@each_metric
+@given(st.lists(sentences, min_size=1, max_size=4))
+def test_a_perfect_answer_scores_1_beside_others(name, others):
+    perfect = "Thé cat sat on 42 mats today"
+    assert score(name, perfect, *others, perfect) == pytest.approx(1.0, abs=1e-12)
+
+
+@each_metric
+@given(corpora, st.data())
+def test_a_weighted_sum_of_statistics_scores_the_resampled_set(name, corpus, data):
+    chosen = data.draw(
+        st.lists(st.integers(0, len(corpus) - 1), min_size=len(corpus), max_size=len(corpus))
+    )
+    weights = np.stack(
+        [np.ones(len(corpus)), np.bincount(chosen, minlength=len(corpus)).astype(float)]
+    )
+    scores = METRICS[name].combine(weights @ statistics_of(METRICS[name], corpus), len(corpus))
+    assert scores.shape == (2,)
+    resampled = [corpus[i] for i in chosen]
+    expected = [score_of(name, corpus), score_of(name, resampled)]
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-12)
+
+
+@each_metric
+def test_combine_takes_any_leading_shape_and_a_number_of_examples_for_each(name):
+    scorer, corpus = METRICS[name], [("the cat sat down", ["the cat sat down"]), ("x", ["y"])]
+    one, both = (statistics_of(scorer, corpus[:k]).sum(0) for k in (1, 2))
+    sums, n = np.array([[one, both, one]] * 2), np.array([[1, 2, 1]] * 2)
+    scores = scorer.combine(sums, n)
+    assert scores.shape == (2, 3)
+    expected = [1.0, score_of(name, corpus), 1.0]
+    np.testing.assert_allclose(scores, [expected] * 2, rtol=0, atol=1e-12)
+    assert scorer.combine(one, 1).shape == ()
+    assert scorer.combine(sums[:0], n[:0]).shape == (0, 3)
+
+
+def test_importing_the_metrics_is_light():
+    code = "import sys, phatgoose.metrics; print(*sys.modules)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ran.stdout.split())
+    assert not {"torch", "transformers", "nltk", "rouge_score", "pandas"} & loaded
+
+
+# Accuracy and exact match
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "accuracy", "exact", "normalised"),
+    [
+        ("Yes", ["Yes"], 1, 1, 1),
+        ("Yes", ["No", "Yes"], 1, 1, 1),
+        (" Yes\n", ["Yes"], 0, 1, 1),
+        ("Yes", ["Yes "], 0, 1, 1),
+        ("yes", ["Yes"], 0, 0, 1),
+        ("The Beatles!", ["beatles"], 0, 0, 1),
+        ("a  b", ["a b"], 0, 0, 1),
+        ("theatre", ["atre"], 0, 0, 0),  # an article is a word, not a beginning
+        ("U.S.", ["us"], 0, 0, 1),
+        ("the-end", ["the end"], 0, 0, 0),  # punctuation goes first, and joins
+        ("", [""], 1, 1, 1),
+        ("", ["  "], 0, 1, 1),
+        ("", ["the", "x"], 0, 0, 1),
+        ("", ["x"], 0, 0, 0),
+        ("x", [""], 0, 0, 0),
+        ("É", ["é"], 0, 0, 1),
+        ("e\u0301", ["é"], 0, 0, 0),  # not composed to one form
+        ("“yes”", ["yes"], 0, 0, 0),  # ASCII punctuation only
+        ("\u3000猫", ["猫"], 0, 1, 1),
+    ],
+)
+def test_exact_matches(prediction, references, accuracy, exact, normalised):
+    assert score("accuracy", prediction, *references) == accuracy
+    assert score("exact-match", prediction, *references) == exact
+    assert score("normalised-exact-match", prediction, *references) == normalised
+    assert score("squad-exact-match", prediction, *references) == normalised
+
+
+def test_scores_of_matches_are_means_over_examples():
+    assert score_of("accuracy", [("a", ["a"]), ("b", ["c"]), ("d", ["d", "e"]), ("", ["f"])]) == 0.5
+
+
+# SQuAD F1
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("the big cat", ["The cat"], 2 / 3),  # precision 1/2, recall 1
+        ("cat cat dog", ["cat cat cat"], 2 / 3),  # repeated words count as often as both have them
+        ("dog cat", ["cat dog"], 1),
+        ("a b c d", ["x", "b c", "b"], 0.8),  # "a" is an article: 2 of 3 words, both found
+        ("cat", ["dog"], 0),
+        ("", ["cat"], 0),
+        ("cat", [""], 0),
+        ("", [""], 0),
+        ("the", ["the"], 0),
+    ],
+)
+def test_squad_f1(prediction, references, expected):
+    assert score("squad-f1", prediction, *references) == pytest.approx(expected, abs=1e-12)
+
+
+plain_words = st.lists(st.sampled_from(["cat", "dog", "sat"]), min_size=1, max_size=6)
+
+
+@given(plain_words, plain_words)
+def test_squad_f1_is_the_harmonic_mean_of_precision_and_recall(ours, theirs):
+    shared = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
+    expected = 0.0
+    if shared:
+        precision, recall = shared / len(ours), shared / len(theirs)
+        expected = 2 * precision * recall / (precision + recall)
+    found = score("squad-f1", " ".join(ours), " ".join(theirs))
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+# ROUGE-L
+
+
+@pytest.mark.parametrize(
+    ("prediction", "references", "expected"),
+    [
+        ("police kill the gunman", ["police killed the gunman"], 3 / 4),  # Lin 2004; not stemmed
+        ("the gunman kill police", ["police killed the gunman"], 2 / 4),
+        ("Police!", ["police killed the gunman"], 2 / 5),  # precision 1, recall 1/4
+        ("police", ["a thief", "police kill", "POLICE"], 1),
+        ("", ["police"], 0),
+        ("police", [""], 0),
+        ("", [""], 0),
+        ("猫", ["猫"], 0),  # no word of a-z or 0-9
+        ("café au lait", ["caf au lait"], 1),
+    ],
+)
+def test_rouge_l(prediction, references, expected):
+    assert score("rouge-l", prediction, *references) == pytest.approx(expected, abs=1e-12)
+
+
+@given(corpora)
+def test_rouge_l_is_the_mean_of_the_librarys_best(corpus):
+    library = RougeScorer(["rougeL"])
+    best = [library.score_multi(refs, prediction)["rougeL"].fmeasure for prediction, refs in corpus]
+    assert score_of("rouge-l", corpus) == pytest.approx(sum(best) / len(best), abs=1e-12)
+
+
+# BLEU
+
+
+@given(corpora)
+def test_bleu_of_sums_is_sacrebleus_of_the_corpus(corpus):
+    assert score_of("bleu", corpus) == pytest.approx(sacrebleu_of(corpus), abs=1e-9)
+
+
+def test_bleu_by_hand():
+    corpus = [
+        ("the cat sat on the mat", ["the cat sat on a mat"]),
+        ("it rains a lot", ["it rains", "it rains a great deal today"]),
+    ]
+    matches, totals = (5 + 3, 3 + 2, 2 + 1, 1 + 0), (6 + 4, 5 + 3, 4 + 2, 3 + 1)
+    lengths = (6 + 4, 6 + 2)  # both references are two words off the answer's 4: the shorter counts
+    assert statistics_of(METRICS["bleu"], corpus).sum(0).tolist() == [*matches, *totals, *lengths]
+    geometric = math.exp(sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / 4)
+    assert score_of("bleu", corpus) == pytest.approx(geometric, abs=1e-12)
+
+
+def test_bleu_penalises_brevity_by_the_closest_reference():
+    cut = ("the cat sat on", ["the cat sat on the mat", "the cat sat on the mat all day"])
+    assert METRICS["bleu"].measure(*cut) == (4, 3, 2, 1, 4, 3, 2, 1, 4, 6)
+    assert score_of("bleu", [cut]) == pytest.approx(math.exp(1 - 6 / 4), abs=1e-12)
+
+
+def test_bleu_smooths_orders_without_a_match():
+    pairs = ("a b x c", ["a b y", "x c z q"])
+    assert METRICS["bleu"].measure(*pairs) == (4, 2, 0, 0, 4, 3, 2, 1, 4, 4)
+    expected = (4 / 4 * 2 / 3 * (1 / 2) / 2 * (1 / 4) / 1) ** (
+        1 / 4
+    )  # none: half a match, then 1/4
+    assert score_of("bleu", [pairs]) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("corpus", [[("", [""])], [("", ["a b c d"])], [("猫", ["犬"])]])
+def test_bleu_without_a_match_is_0(corpus):
+    assert score_of("bleu", corpus) == 0.0
+
+
+def test_bleu_of_short_answers_is_0_even_where_they_are_right():
+    assert score("bleu", "yes it is", "yes it is") == 0.0
+    assert sacrebleu_of([("yes it is", ["yes it is"])]) == pytest.approx(0.0, abs=1e-9)
+
+
+def test_bleu_is_of_the_corpus_not_the_mean_over_examples():
+    right, short = ("one two three four", ["one two three four"]), ("yes", ["yes"])
+    assert score_of("bleu", [right, short]) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_bleu_refuses_fractions_of_examples():
+    counts = statistics_of(METRICS["bleu"], [("a b c d", ["a b c d"])])
+    with pytest.raises(EvaluationError, match="whole numbers"):
+        METRICS["bleu"].combine(0.3 * counts, 1)

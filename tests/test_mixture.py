@@ -1,0 +1,139 @@
+"""Mixtures: one task out of several, for the Multitask model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.errors import TaskError
+from phatgoose.tasks import Example, Task, mix
+from phatgoose.training import train_expert
+
+
+def rows(name: str, count: int) -> tuple[Example, ...]:
+    return tuple(Example(f"{name} {i}", str(i)) for i in range(count))
+
+
+def make_task(name: str, train: int, validation: int = 0, test: int = 0) -> Task:
+    return Task(
+        name,
+        rows(name, train),
+        rows(f"{name} validation", validation),
+        rows(f"{name} test", test),
+        source=f"{name}.jsonl",
+    )
+
+
+def origins(examples: tuple[Example, ...]) -> Counter[str]:
+    return Counter(example.input.split()[0] for example in examples)
+
+
+def test_a_mixture_holds_all_training_examples_of_all_tasks():
+    mixed = mix([make_task("a", 3, 1), make_task("b", 5, 2)], "both")
+    assert mixed.name == "both"
+    assert mixed.train == rows("a", 3) + rows("b", 5)
+    assert mixed.test == ()
+
+
+def test_a_cap_draws_that_many_of_large_tasks_and_leaves_small_ones_whole():
+    tasks = [make_task("a", 3, 1), make_task("b", 50, 1), make_task("c", 5, 1)]
+    mixed = mix(tasks, "all", most=5)
+    assert origins(mixed.train) == {"a": 3, "b": 5, "c": 5}
+    assert set(mixed.train) <= {row for task in tasks for row in task.train}
+    assert len(set(mixed.train)) == 13
+    assert mixed.source == "mixture of a.jsonl (3), b.jsonl (5), c.jsonl (5)"
+
+
+def test_a_draw_depends_on_the_seed_alone():
+    tasks = [make_task("a", 50, 1), make_task("b", 50, 1)]
+    assert mix(tasks, "x", most=5) == mix(tasks, "x", most=5)
+    assert mix(tasks, "x", most=5).train != mix(tasks, "x", most=5, seed=1).train
+    assert mix(tasks, "x", most=5).train != mix(tasks, "x", most=5).train[::-1]
+    inputs = [row.input for row in mix(tasks, "x", most=5).train[:5]]
+    assert inputs != [f"a {i}" for i in range(5)]  # a draw, not the head of the file
+
+
+def test_validation_examples_are_those_a_task_has_or_would_set_apart():
+    own, divided = make_task("a", 20, 3), make_task("b", 20)
+    mixed = mix([own, divided], "both", seed=4)
+    apart = divided.with_validation(4)
+    assert set(mixed.validation) == {*own.validation, *apart.validation}
+    assert mixed.train == own.train + apart.train
+    assert "seed 4" in mixed.validation_origin
+    assert mixed.with_validation(9) is mixed
+
+
+def test_the_first_validation_examples_come_from_all_tasks_alike():
+    mixed = mix([make_task("a", 9, 40), make_task("b", 9, 2), make_task("c", 9, 30)], "all")
+    assert origins(mixed.validation[:6]) == {"a": 2, "b": 2, "c": 2}
+    assert origins(mixed.validation) == {"a": 40, "b": 2, "c": 30}
+    assert origins(mixed.validation[:20]) == {"a": 9, "b": 2, "c": 9}
+
+
+def test_a_mixture_of_one_task_is_its_data():
+    task = make_task("a", 9, 3)
+    mixed = mix([task], "a")
+    assert (mixed.train, mixed.validation) == (task.train, task.validation)
+
+
+def test_what_differs_only_in_the_cap_has_another_digest():
+    tasks = [make_task("a", 9, 1)]
+    assert mix(tasks, "x", most=3).digest != mix(tasks, "x").digest
+
+
+@given(
+    st.lists(st.tuples(st.integers(2, 30), st.integers(0, 5)), min_size=1, max_size=5),
+    st.integers(1, 30),
+)
+def test_no_task_gives_more_than_it_has_or_than_the_cap(sizes, most):
+    tasks = [make_task(f"t{i}", *size) for i, size in enumerate(sizes)]
+    mixed = mix(tasks, "mix", most=most)
+    wanted = {t.name: min(most, len(t.with_validation().train)) for t in tasks}
+    assert origins(mixed.train) == wanted
+    assert not set(mixed.train) & set(mixed.validation)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "most", "complaint"),
+    [
+        ([], None, "no tasks"),
+        ([make_task("a", 3, 1)], 0, "most is 0"),
+        ([make_task("a", 3, 1), make_task("b", 0, 2)], None, "'b' has no training examples"),
+        ([make_task("a", 3, 1), make_task("b", 1)], None, "'b' has 1 training examples"),
+        ([make_task("a", 3, 1), make_task("b", 0, 0, 4)], None, "'b' has no training examples"),
+    ],
+)
+def test_what_cannot_be_mixed_is_refused(tasks, most, complaint):
+    with pytest.raises(TaskError, match=complaint):
+        mix(tasks, "mix", most=most)
+
+
+def test_a_mixture_trains_like_any_task(llama, tmp_path):
+    mixed = mix([make_task("a", 5, 2), make_task("b", 30, 2)], "both", most=5)
+    training = Training(steps=2, batch_size=4, eval_every=2)
+    expert = train_expert(
+        llama,
+        mixed,
+        out=tmp_path / "both",
+        lora=Lora(rank=2),
+        training=training,
+        gate_training=GateTraining(gate_steps=1),
+    )
+    record = expert.info.task
+    assert (record["name"], record["train_examples"], record["validation_examples"]) == (
+        "both",
+        10,
+        4,
+    )
+    assert record["source"] == "mixture of a.jsonl (5), b.jsonl (5)"
+
+
+def test_choices_travel_with_their_examples():
+    task = make_task("a", 4, 1)
+    chosen = replace(task, train=(Example("q", "yes", ("yes", "no")), *task.train))
+    assert mix([task, chosen], "both").train[4].choices == ("yes", "no")

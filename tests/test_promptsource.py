@@ -1,0 +1,634 @@
+"""promptsource's template files: what is read, what is rendered, and what is refused."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phatgoose.errors import TaskError
+from phatgoose.suites.entries import Sources
+from phatgoose.suites.promptsource import (
+    PromptTemplate,
+    Rendered,
+    read_templates,
+    templates_folder,
+)
+
+P3 = Path(__file__).parents[2] / "shared/data/p3_templates"
+FILE = """
+dataset: fruit
+templates:
+  11: !Template
+    answer_choices: sour ||| sweet
+    id: 11
+    jinja: "How does {{fruit}} taste? ||| {{answer_choices[label]}}"
+    metadata: !TemplateMetadata
+      choices_in_prompt: false
+      metrics:
+      - Accuracy
+      languages: [en]
+      original_task: true
+    name: taste
+    reference: ours
+  22: !Template
+    answer_choices: null
+    id: 22
+    jinja: "Name a fruit. ||| {{fruit}}"
+    metadata: !TemplateMetadata
+      choices_in_prompt: null
+      metrics: null
+      original_task: null
+    name: Any fruit
+    reference: ours
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    def write(text=FILE, dataset="fruit", config=None):
+        place = tmp_path / dataset / (config or "")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "templates.yaml").write_text(text, encoding="utf-8")
+        return tmp_path
+
+    return write
+
+
+def rendered(jinja, row, choices=None, name="test"):
+    return PromptTemplate(name, jinja, choices).render(row)
+
+
+# --- reading ---
+
+
+def test_reads_every_field_and_sorts_by_name(folder):
+    first, second = read_templates(folder(), "fruit", None)
+    assert first == PromptTemplate("Any fruit", "Name a fruit. ||| {{fruit}}")
+    assert second == PromptTemplate(
+        "taste",
+        "How does {{fruit}} taste? ||| {{answer_choices[label]}}",
+        "sour ||| sweet",
+        original_task=True,
+        choices_in_prompt=False,
+        metrics=("Accuracy",),
+        languages=("en",),
+    )
+
+
+def test_configurations_are_folders(folder):
+    root = folder(config="big")
+    assert len(read_templates(root, "fruit", "big")) == 2
+    with pytest.raises(TaskError, match=r"fruit.templates\.yaml does not exist; .*pip install"):
+        read_templates(root, "fruit", None)
+
+
+@pytest.mark.parametrize(
+    "tag",
+    [
+        "!!python/object/apply:os.system [echo]",
+        "!!python/name:os.system ''",
+        "!!python/object:pathlib.Path {}",
+        "!Templates {}",
+        "!pickle abc",
+    ],
+)
+def test_other_tags_are_refused(folder, tag):
+    root = folder(FILE.replace("reference: ours", f"reference: {tag}", 1))
+    with pytest.raises(
+        TaskError, match=r"fruit.templates\.yaml can't be read: could not determine"
+    ):
+        read_templates(root, "fruit", None)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "has no templates"),
+        ("[1, 2]", "has no templates"),
+        ("templates: {}", "has no templates"),
+        ("templates: [1]", "has no templates"),
+        ("templates: {a: 1}", "wanted a template with a name, got 1"),
+        ("templates: {a: {name: 3, jinja: x}}", "wanted a template with a name"),
+        ("templates: {a: {name: n, jinja: 3}}", "template 'n': jinja and answer_choices must be"),
+        ("templates: {a: {name: n, jinja: x, answer_choices: [y]}}", "answer_choices must be"),
+        ("templates: {a: {name: n, jinja: x, metadata: 3}}", "metadata must be fields, got 3"),
+        ("templates: {a: {name: n, jinja: x, metadata: {metrics: y}}}", "must be lists, got 'y'"),
+        ("templates: {a: {name: n, jinja: x, metadata: {languages: 3}}}", "must be lists, got 3"),
+        ("templates: {a: {name: n, jinja: '{{x'}}", "template 'n' is not valid jinja2"),
+        ("templates: {a: {name: n, jinja: '{{x | nofilter}}'}}", "nofilter"),
+        ("templates: {a: {name: n, jinja: x, answer_choices: '{% if %}'}}", "not valid jinja2"),
+        ("templates: {a: ", "can't be read"),
+        ("[" * 5000, "can't be read"),
+    ],
+)
+def test_broken_files_are_refused_by_name(folder, text, reason):
+    with pytest.raises(TaskError) as caught:
+        read_templates(folder(text), "fruit", None)
+    assert reason in str(caught.value)
+    assert "templates.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_not_text_are_refused(folder):
+    root = folder()
+    (root / "fruit/templates.yaml").write_bytes(b"templates: \xff\xfe")
+    with pytest.raises(TaskError, match="can't be read"):
+        read_templates(root, "fruit", None)
+
+
+def test_folder_given(tmp_path):
+    assert templates_folder(Sources(templates=tmp_path)) == tmp_path
+    with pytest.raises(TaskError, match=r"nowhere does not exist; .*promptsource==0\.2\.3"):
+        templates_folder(Sources(templates=tmp_path / "nowhere"))
+
+
+def test_folder_of_the_installed_package_is_found_without_importing_it(tmp_path, monkeypatch):
+    (tmp_path / "promptsource/templates").mkdir(parents=True)
+    (tmp_path / "promptsource/__init__.py").write_text("raise RuntimeError", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert templates_folder(Sources()) == tmp_path / "promptsource/templates"
+    assert "promptsource" not in sys.modules
+    (tmp_path / "promptsource/templates").rmdir()
+    with pytest.raises(TaskError, match=r"Prompt templates are missing; .*pip install --no-deps"):
+        templates_folder(Sources())
+
+
+def test_no_folder_without_the_package(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(TaskError, match="Prompt templates are missing"):
+        templates_folder(Sources())
+
+
+# --- rendering ---
+
+
+def test_input_target_and_choices_are_stripped():
+    row = {"fruit": "a lemon", "label": 0}
+    assert rendered(" Taste of\n{{fruit}}?  |||\n{{answer_choices[label]}} ", row, "sour|||sweet ")
+    assert rendered(
+        " Taste of\n{{fruit}}?  |||\n{{answer_choices[label]}} ", row, " sour|||sweet "
+    ) == Rendered("Taste of\na lemon?", "sour", ("sour", "sweet"))
+
+
+def test_choices_are_rendered_from_the_row():
+    row = {"options": ["red", " blue"], "key": 1}
+    made = rendered(
+        "Pick: {{answer_choices | join(', ')}} ||| {{answer_choices[key]}}",
+        row,
+        "{{options | join('|||')}}",
+    )
+    assert made == Rendered("Pick: red, blue", "blue", ("red", "blue"))
+
+
+def test_no_choices_are_none_for_the_template():
+    assert rendered("{{answer_choices is none}} ||| x", {}) == Rendered("True", "x")
+
+
+def test_several_targets():
+    made = rendered("Name a primary colour. ||| {{all | join(' ||| ')}}", {"all": ["red", "blue"]})
+    assert made == Rendered("Name a primary colour.", "red", (), ("red", "blue"))
+    made = rendered("Q ||| red ||| ||| blue |||", {})
+    assert made == Rendered("Q", "red", (), ("red", "blue"))
+
+
+@pytest.mark.parametrize(
+    "jinja",
+    [
+        "{% if kind == 'why' %}Why? ||| Because.{% endif %}",
+        "No separator {{kind}}",
+        "Question ||| {% if kind == 'why' %}x{% endif %}",
+        "{{missing}} ||| target",
+        " ||| ",
+        "Q ||| ||| second",
+    ],
+)
+def test_rows_that_a_template_has_nothing_for(jinja):
+    assert rendered(jinja, {"kind": "what"}) is None
+
+
+def test_separators_in_a_row_do_not_split():
+    row = {
+        "text": "a ||| b",
+        "list": ["c ||| d", "e"],
+        "deep": {"x": [{"y": "f|||g"}], "t": ("h|||",)},
+        "n": 3,
+    }
+    made = rendered(
+        "{{text}} {{deep.x[0].y}} {{deep.t[0]}}{{n}} ||| {{list[0]}}", row, "{{list | join('|||')}}"
+    )
+    assert made == Rendered("a ||| b f|||g h|||3", "c ||| d", ("c ||| d", "e"))
+    assert row["list"] == ["c ||| d", "e"]
+
+
+@given(st.dictionaries(st.sampled_from("abc"), st.text("|x {}%", max_size=9), min_size=3))
+def test_whatever_texts_a_row_has_they_come_back(row):
+    row = {key: f"<{value}>" for key, value in row.items()}
+    made = rendered("{{a}}/{{answer_choices[0]}} ||| {{c}}", row, "{{b}} ||| {{c}}")
+    assert made == Rendered(f"{row['a']}/{row['b']}", row["c"], (row["b"], row["c"]))
+
+
+def test_templates_do_not_change_the_row():
+    row = {"items": ["a"]}
+    made = rendered("{% set _ = items.append('b') %}{{items | length}} ||| x", row)
+    assert made == Rendered("2", "x")
+    assert row == {"items": ["a"]}
+
+
+def test_long_values_are_cut_as_promptsource_does():
+    made = rendered("{{text}}! ||| {{text}}", {"text": "word " * 1000}, "{{text}}")
+    assert len(made.input) <= 2048 + 1
+    assert made.input.endswith("word...!")
+    assert made.target.endswith("word...")
+    assert len(made.choices[0]) == 4999
+
+
+def test_choice_draws_the_same_for_the_same_row_and_differently_for_others():
+    jinja, state = "{{range(1000) | choice}} {{range(1000) | choice}} ||| x", random.getstate()
+    first = [rendered(jinja, {"n": n}).input for n in range(20)]
+    assert first == [rendered(jinja, {"n": n}).input for n in range(20)]
+    assert len(set(first)) == 20
+    assert len({text for draws in first for text in draws.split()}) > 30
+    assert first[0] != rendered(jinja, {"n": 0}, name="another").input
+    assert random.getstate() == state
+
+
+def test_choice_draws_the_same_in_another_process():
+    script = (
+        "from phatgoose.suites.promptsource import PromptTemplate as T\n"
+        "print(T('t', '{{range(10**4) | choice}} ||| x').render({'a': 'b', 'c': [1]}).input)"
+    )
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    }
+    assert len(runs) == 1
+
+
+def test_choice_works_in_loops_and_choices():
+    made = rendered(
+        "{% for x in [1, 2] %}{{['a'] | choice}}{% endfor %} ||| {{answer_choices[0]}}",
+        {},
+        "{{['b'] | choice}}",
+    )
+    assert made == Rendered("aa", "b", ("b",))
+
+
+def test_most_frequent_and_zip():
+    row = {"votes": ["no", "yes", "yes", "no", "maybe"], "names": ["p", "q"]}
+    made = rendered(
+        "{{votes | most_frequent | join(',')}} {{[] | most_frequent}} ||| "
+        "{% for v, n in zip(votes, names) %}{{v}}{{n}};{% endfor %}",
+        row,
+    )
+    assert made == Rendered("no,yes None", "nop;yesq;")
+
+
+@pytest.mark.parametrize(
+    ("jinja", "reason"),
+    [
+        ("{{missing.field}} ||| x", "'missing' is undefined"),
+        ("{{none_left | choice}} ||| x", "empty"),
+        ("{% if 1 // zero %}{% endif %} ||| x", "by zero"),
+        ("{{number.real.__class__.__mro__}} ||| x", "unsafe"),
+        ("{{answer_choices[3] + 1}} ||| x", "undefined|list"),
+    ],
+)
+def test_failing_expressions_name_the_template(jinja, reason):
+    row = {"none_left": [], "zero": 0, "number": 1}
+    with pytest.raises(TaskError, match=f"Template 'test' can't be filled: .*({reason})"):
+        rendered(jinja, row, "a ||| b")
+
+
+def test_a_field_called_answer_choices_is_refused():
+    with pytest.raises(TaskError, match="field answer_choices of its own"):
+        rendered("x ||| y", {"answer_choices": []})
+
+
+def test_fields_are_those_that_a_template_mentions():
+    template = PromptTemplate(
+        "t",
+        "{% set x = a %}{{x}}{% for i in b %}{{i}}{% endfor %} ||| {{answer_choices[c] | choice}}",
+        "{% for p, q in zip(d, e) %}{{p}}{% endfor %}",
+    )
+    assert template.fields == {"a", "b", "c", "d", "e"}
+
+
+# --- the real files: every template of P3's 47 on a made-up record ---
+
+NLI = {"premise": "Ann has two cats.", "hypothesis": "Ann has a cat.", "label": 0}
+PAIR = {"sentence1": "It rained all day.", "sentence2": "All day it rained.", "label": 1}
+SQUAD = {
+    "id": "1",
+    "title": "Bees",
+    "context": "The bees live in a hive near the river.",
+    "question": "Where do the bees live?",
+    "answers": {"text": ["in a hive"], "answer_start": [14]},
+}
+DUORC = {
+    "plot_id": "/m/1",
+    "plot": "Ada builds a boat and sails to an island.",
+    "title": "The Boat",
+    "question_id": "1",
+    "question": "What does Ada build?",
+    "answers": ["a boat"],
+    "no_answer": False,
+}
+LETTERED = {
+    "id": "1",
+    "question": "What do plants need to grow?",
+    "question_concept": "plants",
+    "choices": {"label": ["A", "B", "C", "D"], "text": ["light", "noise", "paint", "glass"]},
+    "answerKey": "A",
+}
+TOPIC = {"label": 1, "title": "Cup final", "content": "The home side won the cup in extra time."}
+RECORDS = {
+    "adversarial_qa/adversarialQA": {
+        **SQUAD,
+        "metadata": {"split": "train", "model_in_the_loop": "BiDAF"},
+    },
+    "ag_news": {"text": "The striker scored twice on Sunday.", "label": 1},
+    "amazon_polarity": {"label": 1, "title": "Great kettle", "content": "It boils fast."},
+    "anli": {"uid": "1", **NLI, "reason": "two cats include one"},
+    "app_reviews": {
+        "package_name": "org.example.maps",
+        "review": "Works well offline.",
+        "date": "May 5 2016",
+        "star": 4,
+    },
+    "cnn_dailymail/3.0.0": {
+        "article": "A long bridge opened in the north on Monday.",
+        "highlights": "New bridge opens .",
+        "id": "1",
+    },
+    "common_gen": {
+        "concept_set_idx": 0,
+        "concepts": ["dog", "catch", "ball"],
+        "target": "The dog runs to catch the ball.",
+    },
+    "commonsense_qa": LETTERED,
+    "cos_e/v1.11": {
+        "id": "1",
+        "question": "Where do books stand?",
+        "choices": ["on a shelf", "in a lake", "under snow", "in soup", "on fire"],
+        "answer": "on a shelf",
+        "abstractive_explanation": "Shelves are made for books.",
+        "extractive_explanation": "books stand",
+    },
+    "cosmos_qa": {
+        "id": "1",
+        "context": "I missed the bus and it was raining.",
+        "question": "Why was I wet?",
+        "answer0": "I walked home.",
+        "answer1": "I swam.",
+        "answer2": "I took a bath.",
+        "answer3": "None of the above choices .",
+        "label": 0,
+    },
+    "dbpedia_14": TOPIC,
+    "dream": {
+        "id": 0,
+        "dialogue_id": "1",
+        "dialogue": ["M: Is the shop open?", "W: Yes, until six.", "M: Thank you."],
+        "question": "Until when is the shop open?",
+        "choice": ["Until five.", "Until six.", "Until nine."],
+        "answer": "Until six.",
+    },
+    "duorc/ParaphraseRC": DUORC,
+    "duorc/SelfRC": DUORC,
+    "gigaword": {"document": "the river rose by two metres on friday .", "summary": "river rises"},
+    "glue/mrpc": {**PAIR, "idx": 0},
+    "glue/qqp": {
+        "question1": "How old is Rome?",
+        "question2": "Is Rome old?",
+        "label": 0,
+        "idx": 0,
+    },
+    "hellaswag": {
+        "ind": 1,
+        "activity_label": "Baking bread",
+        "ctx_a": "A man kneads the dough.",
+        "ctx_b": "he",
+        "ctx": "A man kneads the dough. he",
+        "endings": ["puts it in the oven.", "eats the bowl.", "paints it.", "throws a ball."],
+        "source_id": "a~1",
+        "split": "train",
+        "split_type": "indomain",
+        "label": "0",
+    },
+    "hotpot_qa/fullwiki": {
+        "id": "1",
+        "question": "In which country is the town of the mill?",
+        "answer": "France",
+        "type": "bridge",
+        "level": "easy",
+        "supporting_facts": {"title": ["The mill", "The town"], "sent_id": [0, 0]},
+        "context": {
+            "title": ["The mill", "The town"],
+            "sentences": [["The mill is in the town."], ["The town is in France.", " It is old."]],
+        },
+    },
+    "imdb": {"text": "A film that I would see again.", "label": 1},
+    "kilt_tasks/hotpotqa": {
+        "id": "1",
+        "input": "Who wrote the song?",
+        "meta": {"left_context": "", "mention": "", "right_context": ""},
+        "output": [{"answer": "Bo", "meta": {"score": 0}, "provenance": []}],
+    },
+    "multi_news": {
+        "document": "The lake froze. ||||| Skaters came to the lake.",
+        "summary": "– The lake froze and skaters came.",
+    },
+    "paws/labeled_final": {"id": 1, **PAIR},
+    "qasc": {
+        **LETTERED,
+        "fact1": "plants need light to grow.",
+        "fact2": "the sun gives light.",
+        "combinedfact": "plants need the sun to grow.",
+        "formatted_question": "What do plants need to grow? (A) light (B) noise",
+    },
+    "quail": {
+        "id": "1",
+        "context_id": "1",
+        "question_id": "1",
+        "domain": "fiction",
+        "metadata": {"author": "A", "title": "T", "url": "u"},
+        "context": "Mia lost her key and rang the bell.",
+        "question": "What did Mia lose?",
+        "question_type": "Factual",
+        "answers": ["her key", "her hat", "her dog", "not enough information"],
+        "correct_answer_id": 0,
+    },
+    "quarel": {
+        "id": "1",
+        "answer_index": 1,
+        "logical_forms": ["(infer)"],
+        "logical_form_pretty": "qrel",
+        "world_literals": {"world1": ["ice"], "world2": ["gravel"]},
+        "question": "A sled is slower on (A) ice (B) gravel",
+    },
+    "quartz": {
+        **LETTERED,
+        "choices": {"label": ["A", "B"], "text": ["more", "less"]},
+        "question": "With more sun a plant grows _____.",
+        "para": "The more sun a plant has, the more it grows.",
+        "para_id": "1",
+        "para_anno": {"effect_prop": "growth"},
+        "question_anno": {"less_effect_dir": ""},
+    },
+    "quoref": {**SQUAD, "url": "https://example.org"},
+    "ropes": {
+        "id": "1",
+        "background": "Salt lowers the freezing point of water.",
+        "situation": "Road A has salt on it, road B has none.",
+        "question": "Which road freezes first?",
+        "answers": {"text": ["road B"]},
+    },
+    "rotten_tomatoes": {"text": "a warm and funny film .", "label": 1},
+    "samsum": {"id": "1", "dialogue": "Li: lunch?\r\nBo: at noon", "summary": "They eat at noon."},
+    "sciq": {
+        "question": "What gas do plants take in?",
+        "distractor1": "neon",
+        "distractor2": "argon",
+        "distractor3": "helium",
+        "correct_answer": "carbon dioxide",
+        "support": "Plants take in carbon dioxide.",
+    },
+    "social_i_qa": {
+        "context": "Kai helped Lee to move.",
+        "question": "How would Lee feel?",
+        "answerA": "thankful",
+        "answerB": "angry",
+        "answerC": "bored",
+        "label": "1",
+    },
+    "story_cloze/2016": {
+        "story_id": "1",
+        "input_sentence_1": "Tom wanted a cake.",
+        "input_sentence_2": "He had no eggs.",
+        "input_sentence_3": "He asked a neighbour.",
+        "input_sentence_4": "She gave him three eggs.",
+        "sentence_quiz1": "Tom baked a cake.",
+        "sentence_quiz2": "Tom sold his car.",
+        "answer_right_ending": 1,
+    },
+    "super_glue/cb": {**NLI, "idx": 0},
+    "super_glue/copa": {
+        "premise": "The glass fell.",
+        "choice1": "It broke.",
+        "choice2": "It sang.",
+        "question": "effect",
+        "idx": 0,
+        "label": 0,
+    },
+    "super_glue/rte": {**NLI, "idx": 0},
+    "super_glue/wic": {
+        "word": "bank",
+        "sentence1": "We sat on the bank.",
+        "sentence2": "The bank gave a loan.",
+        "start1": 14,
+        "start2": 4,
+        "end1": 18,
+        "end2": 8,
+        "idx": 0,
+        "label": 0,
+    },
+    "super_glue/wsc.fixed": {
+        "text": "Ben thanked Max because he had helped.",
+        "span1_index": 2,
+        "span2_index": 4,
+        "span1_text": "Max",
+        "span2_text": "he",
+        "idx": 0,
+        "label": 1,
+    },
+    "trec": {"text": "What is the capital of Peru ?", "label_coarse": 5, "label_fine": 21},
+    "wiki_bio": {
+        "input_text": {
+            "table": {
+                "column_header": ["name", "birth_date", "article_title"],
+                "row_number": [1, 1, 1],
+                "content": ["ida brun", "1 may 1901", "ida brun\n"],
+            },
+            "context": "ida brun\n",
+        },
+        "target_text": "ida brun ( born 1 may 1901 ) was a painter .\n",
+    },
+    "wiki_hop/original": {
+        "id": "1",
+        "question": "country_of_citizenship ida brun",
+        "answer": "denmark",
+        "candidates": ["denmark", "peru", "oslo"],
+        "supports": ["Ida Brun was born in Odense.", "Odense is a town in Denmark."],
+        "annotations": [["follows", "not_follows"]],
+    },
+    "wiki_qa": {
+        "question_id": "Q1",
+        "question": "how high is the tower ?",
+        "document_title": "The tower",
+        "answer": "The tower is 90 metres high .",
+        "label": 1,
+    },
+    "winogrande/winogrande_xl": {
+        "sentence": "The cup didn't fit on the tray because the _ was too small.",
+        "option1": "cup",
+        "option2": "tray",
+        "answer": "2",
+    },
+    "wiqa": {
+        "question_stem": "suppose there is less rain, how will it affect more plants.",
+        "question_para_step": ["Rain falls.", "Roots take up water.", "The plants grow."],
+        "answer_label": "less",
+        "answer_label_as_choice": "B",
+        "choices": {"text": ["more", "less", "no effect"], "label": ["A", "B", "C"]},
+        "metadata_question_id": "q1",
+        "metadata_graph_id": "1",
+        "metadata_para_id": "1",
+        "metadata_question_type": "INPARA_EFFECT",
+        "metadata_path_len": 2,
+    },
+    "xsum": {"document": "A school in Wales has a new roof.", "summary": "New roof.", "id": "1"},
+    "yelp_review_full": {"label": 3, "text": "Good soup, slow service."},
+}
+# Datasets none of whose templates is marked as the original task.
+WITHOUT_ORIGINAL = {"app_reviews", "kilt_tasks/hotpotqa", "quarel"}
+
+# Datasets with a template for another task whose target is not among its choices.
+FLAWED = {"imdb", "wiqa"}
+
+needs_p3 = pytest.mark.skipif(not P3.is_dir(), reason=f"no P3 templates in {P3}")
+
+
+@pytest.mark.real
+@needs_p3
+def test_there_is_a_record_for_every_real_file():
+    assert {str(file.parent.relative_to(P3)) for file in P3.rglob("templates.yaml")} == set(RECORDS)
+    assert len(RECORDS) == 47
+
+
+@pytest.mark.real
+@needs_p3
+@pytest.mark.parametrize("path", RECORDS)
+def test_real_templates(path):
+    dataset, _, config = path.partition("/")
+    templates = read_templates(P3, dataset, config or None)
+    assert len({template.name for template in templates}) == len(templates)
+    filled = 0
+    for template in templates:
+        assert template.fields <= RECORDS[path].keys(), template.name
+        original = template.original_task or path in WITHOUT_ORIGINAL
+        made = template.render(RECORDS[path])
+        if made is None:
+            continue
+        assert not made.references
+        if made.choices and (original or path not in FLAWED):
+            assert made.target in made.choices, template.name
+        filled += original
+    assert filled

@@ -1,0 +1,236 @@
+"""Statistics of an expert: at training or later, the same numbers, and nothing else changes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from phatgoose import statistics as statistics_module
+from phatgoose.adapters import read_lora
+from phatgoose.bases import BaseReference, load_base
+from phatgoose.config import Formatting, GateTraining, Lora, Training
+from phatgoose.errors import ConfigError, ExpertError, TaskError, WrongBaseError
+from phatgoose.expert import LAYOUT, Expert
+from phatgoose.gates import train_gates
+from phatgoose.statistics import at_full_strength, measure
+from phatgoose.tasks import Example, Task
+from phatgoose.training import train_expert
+
+TASK = Task("count", tuple(Example(f"count {i} and on", str(i)) for i in range(20)))
+TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, seed=3)
+
+
+def embed(examples, embedder: str = "none") -> Tensor:
+    """Unit vectors that tell examples and embedders apart, in place of a sentence embedder."""
+    seeds = [sum(f"{embedder}{example.input}".encode()) for example in examples]
+    rows = [torch.randn(8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
+
+
+@pytest.fixture(autouse=True)
+def _embedder(monkeypatch):
+    monkeypatch.setattr(statistics_module, "embed_examples", embed)
+
+
+def train(base, out: Path, **statistics) -> Expert:
+    return train_expert(
+        base,
+        TASK,
+        out=out,
+        lora=Lora(rank=2, alpha=4),
+        training=TRAINING,
+        gate_training=GateTraining(joint=True, **statistics),
+    )
+
+
+def same(one, other) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
+    wanted = train(base, tmp_path / "a" / "count", embeddings=True, statistics_examples=7)
+    bare = train(base, tmp_path / "b" / "count", means=False)
+    assert not bare.means
+    assert bare.embeddings is None
+    got = measure(bare.directory, base, TASK, examples=7)
+    assert same(got.means, wanted.means)
+    assert torch.equal(got.embeddings, wanted.embeddings)
+    assert len(got.embeddings) == 7
+    assert got.info.embedder == wanted.info.embedder
+    assert got.info == replace(
+        wanted.info,
+        metrics=got.info.metrics,  # they hold times
+    )
+
+
+def test_measuring_changes_neither_adapter_nor_gates(llama, tmp_path):
+    expert = train(llama, tmp_path / "count")
+    before = files_of(expert.directory)
+    got = measure(expert, llama, TASK, examples=5)
+    after = files_of(expert.directory)
+    for name in (LAYOUT.adapter_weights, LAYOUT.adapter_config):
+        assert after[name] == before[name]
+    assert same(got.gates, expert.gates)
+    assert not same(got.means, expert.means)
+    assert (got.name, got.directory) == (expert.name, expert.directory)
+    assert got.info.metrics == expert.info.metrics
+    assert got.info.task == expert.info.task
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+
+
+def test_what_is_not_asked_for_stays(llama, tmp_path):
+    expert = train(llama, tmp_path / "count", embeddings=True)
+    got = measure(expert, llama, TASK, examples=3, embeddings=False)
+    assert torch.equal(got.embeddings, expert.embeddings)
+    assert got.info.embedder == expert.info.embedder
+    assert not same(got.means, expert.means)
+    again = measure(got, llama, TASK, examples=4, means=False, embedder="other")
+    assert same(again.means, got.means)
+    assert (len(again.embeddings), again.info.embedder) == (4, "other")
+    recorded = again.info.hyperparameters
+    assert (recorded["means"], recorded["embeddings"]) == (True, True)
+    assert (recorded["statistics_examples"], recorded["embedder"]) == (4, "other")
+
+
+def test_experts_without_gates_and_record_can_be_measured(llama, tmp_path):
+    adapter = make_adapter(llama, tmp_path / "adapter")
+    expert = Expert.from_peft(adapter, {}, base=llama).save(tmp_path / "plain")
+    got = measure(expert, llama.id, TASK, embeddings=False)
+    assert got.means.keys() == expert.lora.keys()
+    assert not got.gates
+
+
+def test_seed_and_formatting_are_those_of_training_unless_given(llama, tmp_path):
+    trained = train_expert(
+        llama,
+        TASK,
+        out=tmp_path / "count",
+        training=TRAINING,
+        gate_training=GateTraining(joint=True, statistics_examples=5),
+        formatting=Formatting(max_input_tokens=6),
+    )
+    options = {"examples": 5, "embeddings": False}
+    assert same(measure(trained, llama, TASK, **options).means, trained.means)
+    assert not same(measure(trained, llama, TASK, seed=8, **options).means, trained.means)
+    longer = measure(trained, llama, TASK, formatting=Formatting(), **options)
+    assert not same(longer.means, trained.means)
+
+
+def test_a_record_that_is_no_formatting_is_refused(llama, tmp_path):
+    adapter = make_adapter(llama, tmp_path / "adapter")
+    odd = {"max_input_tokens": "many"}
+    expert = Expert.from_peft(adapter, {}, base=llama, hyperparameters=odd).save(tmp_path / "odd")
+    with pytest.raises(ConfigError, match="'adapter', hyperparameters: max_input_tokens is 'many'"):
+        measure(expert, llama, TASK)
+
+
+def test_at_most_a_thousand_embeddings_are_kept(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(statistics_module, "MOST_EMBEDDINGS", 6)
+    expert = train(llama, tmp_path / "count", embeddings=True, statistics_examples=9)
+    assert len(expert.embeddings) == 6
+
+
+def test_only_training_examples_are_measured(llama, tmp_path, monkeypatch):
+    expert, seen = train(llama, tmp_path / "count"), []
+    monkeypatch.setattr(
+        statistics_module, "embed_examples", lambda rows, name: seen.extend(rows) or embed(rows)
+    )
+    measure(expert, llama, TASK, means=False)
+    assert tuple(seen) == TASK.with_validation(TRAINING.seed).train
+
+
+def test_the_expert_at_full_strength_is_the_peft_model(base, tmp_path):
+    folder, ids = make_adapter(base, tmp_path / "adapter"), make_ids()
+    plain = logits_of(base.model, ids)
+    with at_full_strength(base.model, read_lora(folder)):
+        got = logits_of(base.model, ids)
+    assert_same_logits(got, logits_of(peft_model(base, folder), ids))
+    assert torch.equal(logits_of(base.model, ids), plain)
+
+
+def test_full_strength_ends_with_its_context_even_after_an_error(llama, tmp_path):
+    lora, ids = read_lora(make_adapter(llama, tmp_path / "adapter")), make_ids()
+    plain = logits_of(llama.model, ids)
+    with pytest.raises(LookupError), at_full_strength(llama.model, lora):
+        raise LookupError
+    assert torch.equal(logits_of(llama.model, ids), plain)
+
+
+def test_means_measured_with_gates_trained_are_those_without_them(llama, tmp_path):
+    adapter = make_adapter(llama, tmp_path / "adapter")
+    training = replace(TRAINING, learning_rate=0.5)
+    expert = train_gates(
+        llama,
+        adapter,
+        TASK,
+        out=tmp_path / "count",
+        training=training,
+        gate_training=GateTraining(gate_steps=3),
+    )
+    bare = Expert.from_peft(adapter, {}, name="bare", base=llama).save(tmp_path / "bare")
+    got = measure(bare, llama, TASK, embeddings=False, seed=training.seed)
+    assert same(got.means, expert.means)
+
+
+def refused(error: type[Exception], match: str, expert: Expert, *arguments, **options) -> None:
+    before = files_of(expert.directory)
+    with pytest.raises(error, match=match):
+        measure(expert, *arguments, **options)
+    assert files_of(expert.directory) == before
+
+
+def test_nothing_to_measure_is_an_error(llama, tmp_path):
+    expert = train(llama, tmp_path / "count")
+    refused(ConfigError, "nothing to measure", expert, llama, TASK, means=False, embeddings=False)
+    refused(ConfigError, "statistics_examples is 0", expert, llama, TASK, examples=0)
+    refused(TaskError, "has 0 training examples", expert, llama, Task("empty"))
+
+
+def test_another_base_is_refused_and_an_unknown_one_taken_on_trust(llama, base_folders, tmp_path):
+    expert = train(llama, tmp_path / "count")
+    other = load_base(base_folders["llama"], dtype="float32")
+    with torch.no_grad():
+        next(other.model.parameters()).add_(1)
+    changed = replace(other, fingerprint="sha256:" + "0" * 64)
+    refused(WrongBaseError, "'count' was trained on", expert, changed, TASK)
+    reference = BaseReference(llama.id, None, None)
+    adapter = make_adapter(llama, tmp_path / "adapter")
+    old = Expert.from_peft(adapter, {}, name="old", base=reference).save(tmp_path / "old")
+    with pytest.warns(UserWarning, match="'old' doesn't record its base's fingerprint"):
+        assert measure(old, llama, TASK, embeddings=False).means
+
+
+def test_foreign_files_are_not_lost(llama, tmp_path):
+    expert = train(llama, tmp_path / "count")
+    (expert.directory / "notes.txt").write_text("mine")
+    refused(ExpertError, "also holds notes.txt", expert, llama, TASK)
+
+
+def test_what_fails_half_way_leaves_the_expert_as_it_was(llama, tmp_path, monkeypatch):
+    expert = train(llama, tmp_path / "count")
+
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("phatgoose.expert.save_file", fail)
+    refused(ExpertError, "No space left", expert, llama, TASK)
+    assert [path.name for path in tmp_path.iterdir()] == ["count"]
+
+
+def test_a_damaged_expert_is_refused(llama, tmp_path):
+    expert = train(llama, tmp_path / "count")
+    info = json.loads((expert.directory / LAYOUT.info).read_text())
+    info["adapter_sha256"] = "0" * 64
+    (expert.directory / LAYOUT.info).write_text(json.dumps(info))
+    with pytest.raises(ExpertError, match="was changed after"):
+        measure(expert.directory, llama, TASK)

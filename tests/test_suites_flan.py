@@ -1,0 +1,160 @@
+"""The FLAN suite: its list, and the division of prompted rows into training and validation."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from phatgoose.errors import TaskError
+from phatgoose.suites.entries import Sources
+from phatgoose.suites.flan import flan
+from phatgoose.suites.t0 import t0_held_in
+from phatgoose.tasks import Example
+
+datasets = pytest.importorskip("datasets")
+
+REPOSITORY = "r-three/Phatgoose_flanv2_offline"
+IRONY = "FLANV2/NIV2/Irony Detection"
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+def row(number: int, kind: str = "zs_noopt") -> dict[str, str]:
+    return {"inputs": f"Q{number}", "targets": f"A{number}", "_template_type": kind, "_task": "t"}
+
+
+def save(folder, rows) -> Sources:
+    """A copy of one dataset of the repository, saved as its authors did."""
+    splits = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    splits.save_to_disk(folder / REPOSITORY / IRONY)
+    return Sources(folder)
+
+
+def irony(sources: Sources):
+    return flan().entry("niv2_irony_detection").read(sources)
+
+
+def test_the_suite_has_the_papers_166_datasets_in_its_order():
+    suite = flan()
+    assert suite.name == "flan"
+    assert len(suite.names) == len(set(suite.names)) == 166
+    assert suite.names[:36] == t0_held_in().names
+    families = [name.split("_")[0] for name in suite.names]
+    assert families[36:72] == ["flan2021"] * 36
+    assert families[72:147] == ["niv2"] * 75
+    assert suite.names[147:154] == (
+        "wsc",
+        "copa",
+        "hellaswag",
+        "wic",
+        "race_high",
+        "race_middle",
+        "web_questions",
+    )
+    assert families[154:] == ["dialog"] * 4 + ["flan2021"] * 8
+
+
+@pytest.mark.parametrize(
+    ("index", "name", "max_new_tokens", "micro_batch_size"),
+    [
+        (36, "flan2021_ai2_arc_easy", 63, 16),
+        (42, "flan2021_drop", 511, 2),
+        (65, "flan2021_squad_v2", 63, 16),
+        (72, "niv2_translation", 511, 4),
+        (108, "niv2_negotiation_strategy_detection", 1, 16),
+        (146, "niv2_misc", 255, 8),
+        (154, "dialog_qrecc", 127, 4),
+        (165, "flan2021_wmt14_translate_fr_en", 511, 2),
+    ],
+)
+def test_entries_have_the_papers_settings(index, name, max_new_tokens, micro_batch_size):
+    entry = flan().entries[index]
+    assert entry.name == name
+    assert entry.metrics == ("rouge-l",)
+    assert entry.max_new_tokens == max_new_tokens  # the paper's code counts the start token too
+    assert entry.micro_batch_size == micro_batch_size
+    assert entry.train_examples is None
+
+
+def test_the_added_p3_datasets_are_entries_like_those_of_t0():
+    race, questions = flan().entry("race_high"), flan().entry("web_questions")
+    assert (race.metrics, race.max_new_tokens, race.micro_batch_size) == (("accuracy",), None, 2)
+    assert race.train_examples == 62445 * 8
+    assert (questions.metrics, questions.max_new_tokens) == (("rouge-l",), 31)
+    assert all(entry.train_examples for entry in flan().entries[147:154])
+
+
+def test_an_added_p3_dataset_is_rendered_by_its_templates(tmp_path):
+    rows = [{"question": f"who is {i}", "answers": [f"N{i}", f"M{i}"]} for i in range(3)]
+    for split in ("train", "test"):
+        path = tmp_path / f"data/web_questions/{split}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    template = """dataset: web_questions
+templates:
+  1: !Template
+    answer_choices: null
+    id: 1
+    jinja: 'Tell me: {{question}} ||| {{answers.0}}'
+    metadata: !TemplateMetadata
+      choices_in_prompt: false
+      original_task: true
+    name: tell
+    reference: ''
+"""
+    (tmp_path / "templates/web_questions").mkdir(parents=True)
+    (tmp_path / "templates/web_questions/templates.yaml").write_text(template, encoding="utf-8")
+    task = flan().entry("web_questions").read(Sources(tmp_path / "data", tmp_path / "templates"))
+    assert len(task.train) == 3
+    assert task.validation[1] == Example("Tell me: who is 1", "N1", (), ("N1", "M1"))
+    assert task.metrics == ("rouge-l",)
+
+
+def test_rows_become_examples_as_they_are(tmp_path):
+    rows = [{**row(0), "inputs": " Is this\nirony? ", "targets": "no "}, row(1)]
+    task = irony(save(tmp_path, rows))
+    assert task.name == "niv2_irony_detection"
+    assert (task.metrics, task.max_new_tokens) == (("rouge-l",), 3)
+    assert set(task.train) == {Example(" Is this\nirony? ", "no "), Example("Q1", "A1")}
+    assert (task.validation, task.test) == ((), ())  # a tenth of two is none
+    assert task.source == f"{REPOSITORY}, {IRONY}"
+
+
+def test_only_zero_shot_rows_with_input_and_target_are_kept(tmp_path):
+    kinds = ["zs_opt", "fs_opt", "zs_noopt", "fs_noopt", None]
+    rows = [row(i, kind) for i, kind in enumerate(kinds)]
+    rows += [{**row(5), "inputs": " \n"}, {**row(6), "targets": ""}, {**row(7), "targets": None}]
+    task = irony(save(tmp_path, rows))
+    assert {example.input for example in task.train} == {"Q0", "Q2"}
+
+
+def test_the_division_is_that_of_the_papers_code(tmp_path):
+    task = irony(save(tmp_path, [row(i) for i in range(57)]))
+    order = np.random.RandomState(1234).choice(57, size=57, replace=False)  # its src/data/flat.py
+    assert [example.input for example in task.validation] == [f"Q{i}" for i in order[:5]]
+    assert [example.input for example in task.train] == [f"Q{i}" for i in order[5:]]
+    assert task.validation_origin == "5 of 57 examples, seed 1234"
+
+
+def test_large_datasets_are_limited_as_in_the_papers_code(tmp_path, monkeypatch):
+    monkeypatch.setattr("phatgoose.suites.flan.VALIDATION_MOST", 3)
+    monkeypatch.setattr("phatgoose.suites.flan.TRAIN_MOST", 20)
+    task = irony(save(tmp_path, [row(i) for i in range(57)]))
+    order = np.random.RandomState(1234).permutation(57)
+    drawn = np.random.default_rng(42).choice(54, size=20, replace=False)
+    assert [example.input for example in task.validation] == [f"Q{i}" for i in order[:3]]
+    assert [example.input for example in task.train] == [f"Q{i}" for i in order[3:][drawn]]
+
+
+def test_a_missing_dataset_a_missing_field_and_no_examples_are_refused(tmp_path):
+    with pytest.raises(TaskError, match="isn't there"):
+        irony(Sources(tmp_path))
+    with pytest.raises(TaskError, match="row 1: field 'targets' is missing; the fields there are"):
+        irony(save(tmp_path / "a", [{"inputs": "Q", "_template_type": "zs_opt"}]))
+    with pytest.raises(TaskError, match=r"Irony Detection of dataset .* has no zero-shot examples"):
+        irony(save(tmp_path / "b", [row(0, "fs_opt")]))

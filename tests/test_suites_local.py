@@ -1,0 +1,250 @@
+"""Suites of one's own, and the table of all suites."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from phatgoose.errors import TaskError
+from phatgoose.suites import SUITES, Entry, Sources, Suite, open_suite
+from phatgoose.suites.local import local_suite
+from phatgoose.tasks import Example
+
+REAL = Path(__file__).parents[2] / "shared/data/eval"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two small task files."""
+    path = tmp_path / "mine"
+    path.mkdir()
+    rows = [
+        {"input": "Is it?", "target": "yes", "choices": ["yes", "no"], "split": "test"},
+        {"input": "Was it?", "target": "no", "split": "validation"},
+        {"input": "Will it?", "target": "no", "references": ["no", "never"]},
+    ]
+    (path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (path / "a.csv").write_text("input,target,split\n1+1,2,test\n", encoding="utf-8")
+    (path / "notes.txt").write_text("not a task", encoding="utf-8")
+    return path
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "suite.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def complaint(path: Path) -> str:
+    with pytest.raises(TaskError) as caught:
+        local_suite(path)
+    return str(caught.value)
+
+
+def test_a_folders_task_files_are_its_suite(folder):
+    suite = local_suite(folder)
+    assert suite.name == "mine"
+    assert suite.names == ("a", "b")
+    first, second = suite.load()
+    assert first.test == (Example("1+1", "2"),)
+    assert second.name == "b"
+    assert second.test == (Example("Is it?", "yes", ("yes", "no")),)
+    assert second.validation == (Example("Was it?", "no"),)
+    assert second.train == (Example("Will it?", "no", (), ("no", "never")),)
+    assert (second.metrics, second.max_new_tokens) == ((), None)
+
+
+def test_the_name_of_the_folder_one_is_in_is_found(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    assert local_suite(".").name == "mine"
+
+
+FULL = """
+name = "my-suite"
+suffix = "\\nAnswer:"
+
+[[tasks]]
+file = "mine/b.jsonl"
+name = "questions"
+metrics = ["accuracy", "rouge-l"]
+max_new_tokens = 8
+
+[[tasks]]
+file = "mine/a.csv"
+suffix = ""
+"""
+
+
+def test_a_toml_file_lists_tasks_and_how_they_are_scored(folder):
+    suite = local_suite(write(folder.parent, FULL))
+    assert suite.name == "my-suite"
+    assert suite.names == ("questions", "a")
+    entry = suite.entry("questions")
+    assert (entry.metrics, entry.max_new_tokens) == (("accuracy", "rouge-l"), 8)
+    assert (entry.micro_batch_size, entry.train_examples) == (None, None)
+    task = entry.read(Sources())
+    assert task.name == "questions"
+    assert (task.metrics, task.max_new_tokens) == (("accuracy", "rouge-l"), 8)
+    assert task.source == str(folder.parent / "mine/b.jsonl")
+
+
+def test_the_suffix_is_appended_to_every_input(folder):
+    first, second = local_suite(write(folder.parent, FULL)).load()
+    assert first.test == (Example("Is it?\nAnswer:", "yes", ("yes", "no")),)
+    assert first.validation == (Example("Was it?\nAnswer:", "no"),)
+    assert first.train == (Example("Will it?\nAnswer:", "no", (), ("no", "never")),)
+    assert second.test == (Example("1+1", "2"),)
+
+
+def test_name_and_suffix_have_defaults(folder):
+    suite = local_suite(write(folder, '[[tasks]]\nfile = "b.jsonl"\n'))
+    assert (suite.name, suite.names) == ("suite", ("b",))
+    assert suite.load()[0].test[0].input == "Is it?"
+
+
+def test_task_files_may_have_absolute_paths(folder, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    suite = local_suite(write(elsewhere, f"[[tasks]]\nfile = {json.dumps(str(folder / 'a.csv'))}"))
+    assert suite.load()[0].test == (Example("1+1", "2"),)
+
+
+def test_files_are_read_when_an_entry_is(folder):
+    (folder / "b.jsonl").write_text("{broken", encoding="utf-8")
+    suite = local_suite(folder)
+    with pytest.raises(TaskError, match=r"b\.jsonl, line 1: broken JSON"):
+        suite.entry("b").read(Sources())
+
+
+TASK = '[[tasks]]\nfile = "b.jsonl"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = ", "is not valid TOML"),
+        ("nmae = 'x'\n" + TASK, "suite.toml: unknown key 'nmae'; known are name, suffix, tasks."),
+        (
+            TASK + "metric = ['accuracy']",
+            "suite.toml, task 1: unknown key 'metric'; known are file",
+        ),
+        ("name = 3\n" + TASK, "suite.toml: name is 3, but must be a text."),
+        ("suffix = 3\n" + TASK, "suite.toml: suffix is 3, but must be a text."),
+        ("tasks = ['b.jsonl']", "tasks must be tables, each headed [[tasks]]."),
+        ("[tasks]\nfile = 'b.jsonl'", "tasks must be tables, each headed [[tasks]]."),
+        ("name = 'x'", "suite.toml has no tasks"),
+        ("[[tasks]]\nname = 'x'", "suite.toml, task 1: file is missing."),
+        ("[[tasks]]\nfile = 'notes.txt'", "notes.txt, but must be a .jsonl or .csv file."),
+        ("[[tasks]]\nfile = 'none.jsonl'", "none.jsonl does not exist."),
+        (TASK + "name = 3", "task 1: name is 3, but must be a text."),
+        (TASK + "suffix = 3", "task 1: suffix is 3, but must be a text."),
+        (TASK + "metrics = 'accuracy'", "metrics is 'accuracy', but must be a list such as"),
+        (TASK + "metrics = [1]", "metrics is [1], but must be a list such as"),
+        (TASK + "max_new_tokens = 0", "max_new_tokens is 0, but must be a whole number above 0."),
+        (TASK + "max_new_tokens = true", "max_new_tokens is True, but must be"),
+        (TASK + "max_new_tokens = 1.5", "max_new_tokens is 1.5, but must be"),
+        (TASK + TASK, "2 tasks are called 'b'; give them different names."),
+    ],
+)
+def test_a_suite_that_can_not_be_meant_is_refused(folder, text, message):
+    assert message in complaint(write(folder, text))
+
+
+def test_what_is_no_suite_is_refused(folder, tmp_path):
+    assert "must be a folder of task files or a .toml file" in complaint(folder / "b.jsonl")
+    assert "must be a folder of task files or a .toml file" in complaint(tmp_path / "nowhere")
+    assert "can't be read: No such file" in complaint(tmp_path / "nowhere.toml")
+    (tmp_path / "empty").mkdir()
+    assert "empty has no tasks" in complaint(tmp_path / "empty")
+    (folder / "b.csv").write_text("input,target\n1,2\n", encoding="utf-8")
+    assert "2 tasks are called 'b'" in complaint(folder)
+
+
+def test_a_toml_file_that_is_no_text_is_refused(folder):
+    (folder / "suite.toml").write_bytes(b"\xff\xfe")
+    assert "is not valid TOML" in complaint(folder / "suite.toml")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("t0hi", 36),
+        ("t0ho", 11),
+        ("flan", 166),
+        ("bbh", 22),
+        ("bbl", 17),
+        ("bbh-23", 23),
+        ("bbl-24", 24),
+    ],
+)
+def test_the_papers_suites_are_known_by_name(name, count):
+    suite = open_suite(name)
+    assert isinstance(suite, Suite)
+    assert suite.name == name
+    assert len(set(suite.names)) == len(suite.entries) == count
+    assert all(isinstance(entry, Entry) for entry in suite.entries)
+
+
+def test_open_suite_takes_known_names_folders_and_toml_files(folder, monkeypatch):
+    assert list(SUITES) == ["t0hi", "t0ho", "flan", "bbh", "bbl", "bbh-23", "bbl-24"]
+    assert open_suite(folder).names == ("a", "b")
+    assert open_suite(str(write(folder.parent, FULL))).name == "my-suite"
+    folder.rename(folder.parent / "bbh")
+    monkeypatch.chdir(folder.parent)
+    assert len(open_suite("bbh").names) == 22
+    assert open_suite("./bbh").names == ("a", "b")
+    assert open_suite(Path("bbh")).names == ("a", "b")
+
+
+def test_an_unknown_suite_lists_the_known_ones(tmp_path):
+    with pytest.raises(TaskError) as caught:
+        open_suite("bbq")
+    message = str(caught.value)
+    assert (
+        "Suite 'bbq' is neither a known name (t0hi, t0ho, flan, bbh, bbl, bbh-23, bbl-24)"
+        in message
+    )
+    assert "nor a folder of task files nor a .toml file" in message
+    with pytest.raises(TaskError, match="can't be read"):
+        open_suite(tmp_path / "nowhere.toml")
+
+
+def test_listing_the_suites_loads_no_heavy_library():
+    code = (
+        "import sys, phatgoose.suites as s; [make() for make in s.SUITES.values()];"
+        "print({'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.real
+def test_a_folder_of_real_tasks_is_a_suite():
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL} is not there")
+    suite = local_suite(REAL)
+    assert suite.name == "eval"
+    assert "bb_snarks" in suite.names
+    for entry in suite.entries:
+        if entry.name == "bb_misconceptions_russian":  # its inputs are empty
+            with pytest.raises(TaskError, match="line 1: input is missing or empty"):
+                entry.read(Sources())
+        else:
+            task = entry.read(Sources())
+            assert task.name == entry.name
+            assert task.evaluation_examples(limit=1)
+
+
+@pytest.mark.real
+def test_a_toml_file_of_real_tasks_is_a_suite(tmp_path):
+    if not REAL.is_dir():
+        pytest.skip(f"{REAL} is not there")
+    file = json.dumps(str(REAL / "bb_snarks.jsonl"))
+    table = f'suffix = "\\nAnswer:"\n[[tasks]]\nfile = {file}\nmetrics = ["accuracy"]\n'
+    (task,) = local_suite(write(tmp_path, table)).load()
+    assert task.metrics == ("accuracy",)
+    assert all(example.input.endswith("\nAnswer:") for example in task.test)

@@ -1,0 +1,560 @@
+"""The T0 suites: what is in them, and which examples their entries make of rows and templates."""
+
+from __future__ import annotations
+
+import csv
+import json
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from phatgoose.errors import TaskError
+from phatgoose.metrics import METRICS
+from phatgoose.suites import t0
+from phatgoose.suites.entries import Sources
+from phatgoose.suites.t0 import t0_held_in, t0_held_out
+from phatgoose.tasks import Example
+from test_promptsource import P3, RECORDS, needs_p3
+
+# name, micro-batch, most new tokens (None where answers are ranked): the released code's table
+HELD_IN = """
+ag_news 16; amazon_polarity 16; cosmos_qa 16; samsum 4 127; quartz 32; ropes 16 15; wiki_bio 4 255
+paws 32; wiki_qa 16; social_i_qa 32; qasc 32; quail 16; dream 4; wiqa 32; quarel 32; sciq 16
+quoref 16 31; duorc 4 63; rotten_tomatoes 32; yelp_review_full 16; common_gen 32 63
+gigaword 16 127; xsum 8 255; mrpc 32; qqp 16; commonsense_qa 32; cos_e 32; wiki_hop 2
+hotpot_qa 4 63; app_reviews 8; trec 8; multi_news 4 255; imdb 16; adversarial_qa 8 127
+cnn_dailymail 4 127; dbpedia_14 16
+"""
+HELD_OUT = "rte hellaswag copa wic winogrande cb story_cloze anli_r1 anli_r2 anli_r3 wsc"
+SQUAD = ("squad-exact-match", "squad-f1")
+APP_CHOICES = "bad ||| poor ||| fair ||| good ||| superb"
+
+
+class Rows(Sequence):
+    """Rows made when asked for, which keep a record of that."""
+
+    def __init__(self, count, make):
+        self.count, self.make, self.asked = count, make, []
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        self.asked.append(index)
+        return self.make(index)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a dataset's template file: (name, jinja, choices, original task) each."""
+
+    def write(path, *templates):
+        folder = tmp_path / "templates" / path
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = ["templates:"]
+        for number, (name, jinja, choices, original) in enumerate(templates):
+            lines += [
+                f"  {number}: !Template",
+                f"    name: {json.dumps(name)}",
+                f"    jinja: {json.dumps(jinja)}",
+                f"    answer_choices: {json.dumps(choices)}",
+                f"    metadata: !TemplateMetadata {{original_task: {json.dumps(original)}}}",
+            ]
+        (folder / "templates.yaml").write_text("\n".join(lines), encoding="utf-8")
+        return Sources(templates=tmp_path / "templates")
+
+    return write
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """Serves rows by split in place of the Hub, and returns what was asked for."""
+    requests = []
+
+    def serve(**splits):
+        def read_rows(sources, dataset, config, split):
+            requests.append((dataset, config, split))
+            return splits[split]
+
+        monkeypatch.setattr(t0, "read_rows", read_rows)
+        return requests
+
+    return serve
+
+
+def read(name, sources):
+    suite = t0_held_in() if name in t0_held_in().names else t0_held_out()
+    return suite.entry(name).read(sources)
+
+
+# --- what is in the suites ---
+
+
+def test_the_suites_have_the_papers_datasets_in_its_order():
+    suite = t0_held_in()
+    listed = [item.split() for line in HELD_IN.strip().splitlines() for item in line.split(";")]
+    assert suite.name == "t0hi"
+    assert suite.names == tuple(words[0] for words in listed)
+    assert len(set(suite.names)) == 36
+    for entry, (_, batch, *new_tokens) in zip(suite.entries, listed, strict=True):
+        assert entry.micro_batch_size == int(batch)
+        assert entry.max_new_tokens == (int(new_tokens[0]) if new_tokens else None)
+        assert (entry.metrics == ("accuracy",)) == (not new_tokens)
+    held_out = t0_held_out()
+    assert held_out.name == "t0ho"
+    assert held_out.names == tuple(HELD_OUT.split())
+    assert {entry.metrics for entry in held_out.entries} == {("accuracy",)}
+
+
+def test_metrics_are_known_and_the_codes():
+    metrics = {entry.name: entry.metrics for entry in t0_held_in().entries}
+    assert {name for names in metrics.values() for name in names} <= set(METRICS)
+    assert metrics["ropes"] == metrics["quoref"] == metrics["duorc"] == SQUAD
+    assert metrics["adversarial_qa"] == SQUAD
+    assert metrics["samsum"] == metrics["hotpot_qa"] == ("rouge-l",)
+    for name in ("wiki_bio", "common_gen", "gigaword", "xsum", "multi_news", "cnn_dailymail"):
+        assert metrics[name] == ("bleu", "rouge-l")
+
+
+def test_training_examples_are_rows_times_templates_up_to_the_limit():
+    counts = {entry.name: entry.train_examples for entry in t0_held_in().entries}
+    assert counts["mrpc"] == 3668 * 7
+    assert counts["trec"] == 5452
+    assert counts["wiki_hop"] == 43738 * 9
+    assert counts["paws"] == counts["gigaword"] == counts["app_reviews"] == 500_000
+    assert 500_000 < 49401 * 11
+
+
+def test_selection_splits_and_limits():
+    datasets = {table["name"]: table for table in t0._tables()["held_in"]}
+    splits = {name: table.get("validation", "validation") for name, table in datasets.items()}
+    tests = {"ag_news", "amazon_polarity", "yelp_review_full", "trec", "imdb", "dbpedia_14"}
+    assert {name for name, split in splits.items() if split == "test"} == tests
+    assert (splits["wiki_bio"], splits["app_reviews"]) == ("val", "train")
+    assert Counter(table.get("validation_rows") for table in datasets.values()) == {
+        None: 28,
+        10_000: 7,
+        500_000: 1,
+    }
+    assert all("/" in table["hub"] for tables in t0._tables().values() for table in tables)
+    generated = {name for name, table in datasets.items() if table["metrics"] != ["accuracy"]}
+    assert {name for name, table in datasets.items() if "references" in table} == generated
+
+
+# --- held-in ---
+
+
+def mrpc_templates(written):
+    return written(
+        "glue/mrpc",
+        (
+            "b same",
+            "{{sentence1}} = {{sentence2}}? ||| {{answer_choices[label]}}",
+            "no|||yes",
+            True,
+        ),
+        ("a same", "{{sentence2}}? ||| {{answer_choices[label]}}", "false ||| true", True),
+        ("c write", "Rephrase {{sentence1}} ||| {{sentence2}}", None, False),
+    )
+
+
+def mrpc_row(index):
+    return {"sentence1": f"left {index}", "sentence2": f"right {index}", "label": index % 2}
+
+
+def test_held_in_task(written, served):
+    sources = mrpc_templates(written)
+    requests = served(train=Rows(3, mrpc_row), validation=Rows(5, mrpc_row))
+    task = read("mrpc", sources)
+    assert requests == [("nyu-mll/glue", "mrpc", "train"), ("nyu-mll/glue", "mrpc", "validation")]
+    assert task.name == "mrpc"
+    assert (task.metrics, task.max_new_tokens, task.test) == (("accuracy",), None, ())
+    assert task.validation_origin == "split validation"
+    assert len(task.train) == 3 * 3
+    assert task.train[3:6] == (
+        Example("right 1?", "true", ("false", "true")),
+        Example("left 1 = right 1?", "yes", ("no", "yes")),
+        Example("Rephrase left 1", "right 1"),
+    )
+    assert [example.input for example in task.validation] == [
+        "right 0?",
+        "left 1 = right 1?",
+        "right 2?",
+        "left 3 = right 3?",
+        "right 4?",
+    ]
+    assert task.digest == read("mrpc", sources).digest
+
+
+def test_training_pairs_are_drawn_before_any_row_is_read(written, served, monkeypatch):
+    monkeypatch.setattr(t0, "MOST_TRAIN_PAIRS", 50)
+    rows = Rows(4_000_000, mrpc_row)
+    served(train=rows, validation=Rows(2, mrpc_row))
+    task = read("mrpc", mrpc_templates(written))
+    assert len(task.train) == len(set(task.train)) == 50
+    assert len(rows.asked) <= 51  # the first is read to check its fields
+    assert len({example.choices for example in task.train}) == 3
+    rows.asked.clear()
+    assert read("mrpc", mrpc_templates(written)).train == task.train
+
+
+def test_a_large_validation_split_is_sampled_then_templates_take_turns(
+    written, served, monkeypatch
+):
+    sources = written(
+        "glue/qqp",
+        ("a", "{{question1}} A ||| {{answer_choices[label]}}", "no|||yes", True),
+        ("b", "{{question1}} B ||| {{answer_choices[label]}}", "no|||yes", True),
+    )
+    served(
+        train=Rows(1, lambda index: {"question1": "x", "label": 0}),
+        validation=Rows(12_000, lambda index: {"question1": f"{index:05d}", "label": 1}),
+    )
+    task = read("qqp", sources)
+    assert task.validation_origin == "split validation, 10000 of 12000 rows, seed 42"
+    inputs = [example.input for example in task.validation]
+    assert len(set(inputs)) == 10_000
+    assert inputs == sorted(inputs)
+    assert [text[-1] for text in inputs] == ["A", "B"] * 5000
+
+
+def test_templates_left_out_everywhere(written, served):
+    jinja, choices = "{{sentence1}} %s ||| {{answer_choices[label]}}", "no|||yes"
+    path = "paws/labeled_final"
+    served(train=[mrpc_row(0)], validation=[mrpc_row(0), mrpc_row(1)])
+    sources = written(
+        path, ("keep", jinja % "K", choices, True), ("paraphrase-task", jinja % "P", choices, True)
+    )
+    task = read("paws", sources)
+    assert [example.input for example in task.train] == ["left 0 K"]
+    assert [example.input for example in task.validation] == ["left 0 K", "left 1 K"]
+    sources = written(path, ("keep", jinja % "K", choices, True))
+    with pytest.raises(TaskError, match=r"paws/labeled_final have no 'paraphrase-task'.*0\.2\.3"):
+        read("paws", sources)
+
+
+def test_templates_left_out_of_validation_only(written, served):
+    left_out = "Check if a random answer is valid or not"
+    sources = written(
+        "social_i_qa",
+        (left_out, "{{context}} valid? ||| {{answer_choices[0]}}", "yes|||no", True),
+        ("answer", "{{context}} ||| {{answer_choices[label | int - 1]}}", "a|||b|||c", True),
+    )
+    served(train=[{"context": "t", "label": "1"}], validation=[{"context": "v", "label": "3"}] * 3)
+    task = read("social_i_qa", sources)
+    assert [example.input for example in task.train] == ["t valid?", "t"]
+    assert set(task.validation) == {Example("v", "c", ("a", "b", "c"))}
+
+
+def test_all_templates_validate_where_none_is_the_original_task(written, served):
+    jinja = "{{question}} %s ||| {{answer_choices[answer_index]}}"
+    sources = written("quarel", *((n, jinja % n, "p|||q", False) for n in "ab"))
+    row = {"question": "x", "answer_index": 1}
+    served(train=[row], validation=[row, row])
+    assert [example.input for example in read("quarel", sources).validation] == ["x a", "x b"]
+
+
+def test_app_reviews_sets_the_papers_rows_apart(written, served):
+    sources = written(
+        "app_reviews",
+        ("rating", "Rate {{review}} ||| {{answer_choices[star-1]}}", APP_CHOICES, False),
+        ("generate_review", "Write {{star}} ||| {{review}}", None, False),
+        ("convert_to_rating", "{{review}} out of 5? ||| {{star}}", None, False),
+        ("convert_to_star_rating", "{{review}} ||| {{answer_choices[star-1]}}", APP_CHOICES, False),
+    )
+    count = 10_030
+    requests = served(train=Rows(count, lambda i: {"review": f"r{i}", "star": 1 + i % 5}))
+    task = read("app_reviews", sources)
+    assert {split for _, _, split in requests} == {"train"}
+    examples = [{"review": f"r{i}"} for i in range(count)]  # as the released code shuffles them
+    np.random.RandomState(1234).shuffle(examples)
+    expected = [f"Rate {row['review']}" for row in examples]
+    assert [example.input for example in task.validation] == expected[:10_000]
+    assert len(task.train) == 30 * 4
+    assert [e.input for e in task.train if e.input.startswith("Rate")] == expected[10_000:]
+    assert task.validation_origin == "split train, 10000 rows set apart, seed 1234"
+
+
+def test_generated_answers_are_compared_with_the_rows_own(written, served):
+    sources = written(
+        "quoref",
+        ("find", "{{context}} {{question}} ||| {{answers.text | choice}}", "yes ||| no", True),
+    )
+    row = {"context": "C", "question": "Q?", "answers": {"text": ["one", "1", " "]}}
+    served(train=[row], validation=[row] * 4)
+    task = read("quoref", sources)
+    assert (task.metrics, task.max_new_tokens) == (SQUAD, 31)
+    assert task.train[0].references == ()
+    for example in task.validation:
+        assert example.choices == ()
+        assert example.answers == ("one", "1")
+        assert example.target in ("one", "1")
+
+
+def test_duorc_rows_without_an_answer_expect_what_the_template_says(written, served):
+    sources = written(
+        "duorc/ParaphraseRC",
+        ("q", "{{question}} ||| {{'Unknown' if no_answer else answers[0]}}", None, True),
+    )
+    rows = [
+        {"question": "a?", "no_answer": False, "answers": ["x", "y"]},
+        {"question": "b?", "no_answer": True, "answers": []},
+        {"question": "c?", "no_answer": True, "answers": None},
+    ]
+    served(train=rows[:1], validation=rows)
+    answers = [example.answers for example in read("duorc", sources).validation]
+    assert answers == [("x", "y"), ("Unknown",), ("Unknown",)]
+
+
+def test_a_text_is_one_reference_and_a_missing_one_an_error(written, served):
+    sources = written("xsum", ("sum", "{{document}} ||| Short.", None, True))
+    served(train=[{"document": "d"}], validation=[{"document": "d", "summary": " Both. "}])
+    assert read("xsum", sources).validation[0].answers == (" Both. ",)
+    served(train=[{"document": "d"}], validation=[{"document": "d"}])
+    with pytest.raises(TaskError, match="xsum: a row has no field summary"):
+        read("xsum", sources)
+
+
+def test_trec_has_the_papers_prompt(served):
+    served(
+        train=[{"text": "How far is it ?", "fine_label": index} for index in range(50)],
+        test=[{"text": "Who ?", "fine_label": 29}],
+    )
+    task = read("trec", Sources())
+    (example,) = task.validation
+    assert example.target == "Individual."
+    assert len(example.choices) == len(set(example.choices)) == 50
+    assert example.input == f"Question: Who ?\nAnswer choices: {list(example.choices)}\nAnswer:"
+    assert [each.target for each in task.train] == list(example.choices)
+
+
+def test_wiki_hop_copies_may_call_the_question_query(written, served):
+    sources = written(
+        "wiki_hop/original",
+        ("w", "{{question}} ||| {{answer}}", "{{candidates | join('|||')}}", True),
+    )
+    row = {"answer": "x", "candidates": ["x", "y"]}
+    served(train=[{"query": "Q", **row}], validation=[{"question": "Q", **row}])
+    task = read("wiki_hop", sources)
+    assert task.train == task.validation == (Example("Q", "x", ("x", "y")),)
+
+
+# --- held-out ---
+
+
+def test_held_out_tasks_have_every_row_in_every_original_template(written, served):
+    sources = written(
+        "anli",
+        ("b", "B {{premise}} ||| {{answer_choices[label]}}", "x|||y|||z", True),
+        ("a", "A {{premise}} ||| {{answer_choices[label]}}", "l|||m|||n", True),
+        ("c", "C {{premise}} ||| {{answer_choices[label]}}", "x|||y|||z", False),
+    )
+    requests = served(
+        dev_r1=[{"premise": "p", "label": 2}, {"premise": "q", "label": 0}],
+        dev_r2=[{"premise": "r", "label": 1}],
+        dev_r3=[{"premise": "s", "label": 1}],
+    )
+    task = read("anli_r1", sources)
+    assert task.test == (
+        Example("A p", "n", ("l", "m", "n")),
+        Example("B p", "z", ("x", "y", "z")),
+        Example("A q", "l", ("l", "m", "n")),
+        Example("B q", "x", ("x", "y", "z")),
+    )
+    assert (task.train, task.validation, task.metrics) == ((), (), ("accuracy",))
+    assert [read(f"anli_r{n}", sources).test[0].input for n in (2, 3)] == ["A r", "A s"]
+    assert requests == [("facebook/anli", None, f"dev_r{n}") for n in (1, 2, 3)]
+
+
+def test_copa_leaves_four_templates_out(written, served):
+    names = [name for table in t0._tables()["held_out"] for name in table.get("ignored", ())]
+    assert len(names) == 4
+    jinja = "{{premise}} ||| {{answer_choices[label]}}"
+    choices = "{{choice1}} ||| {{choice2}}"
+    sources = written(
+        "super_glue/copa", *((name, jinja, choices, True) for name in [*names, "kept"])
+    )
+    served(validation=[{"premise": "p", "choice1": "a|||b", "choice2": "c", "label": 0}])
+    assert read("copa", sources).test == (Example("p", "a|||b", ("a|||b", "c")),)
+
+
+def story(**fields):
+    sentences = {f"InputSentence{n}": f"Sentence {n}." for n in (1, 2, 3, 4)}
+    endings = {"RandomFifthSentenceQuiz1": "Left.", "RandomFifthSentenceQuiz2": "Right, then."}
+    return {"InputStoryid": "id-1", **sentences, **endings, "AnswerRightEnding": 2, **fields}
+
+
+def test_story_cloze_is_read_from_the_authors_file(written, tmp_path):
+    sources = written(
+        "story_cloze/2016",
+        (
+            "end",
+            "{{input_sentence_1}} {{input_sentence_4}} ||| "
+            "{{answer_choices[answer_right_ending-1]}}",
+            "{{sentence_quiz1}} ||| {{sentence_quiz2}}",
+            True,
+        ),
+    )
+    file = tmp_path / "data/LSDSem/story_cloze/2016/test.csv"
+    file.parent.mkdir(parents=True)
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.DictWriter(opened, fieldnames=list(story()))
+        writer.writeheader()
+        writer.writerows([story(), story(AnswerRightEnding=1)])
+    sources = Sources(data=tmp_path / "data", templates=sources.templates)
+    choices = ("Left.", "Right, then.")
+    assert read("story_cloze", sources).test == (
+        Example("Sentence 1. Sentence 4.", "Right, then.", choices),
+        Example("Sentence 1. Sentence 4.", "Left.", choices),
+    )
+
+
+def test_story_cloze_says_how_to_get_it(written, tmp_path):
+    sources = written("story_cloze/2016", ("a", "x ||| y", "y|||z", True))
+    told = r"signed form \(https://cs\.rochester.*LSDSem/story_cloze/2016/test\.csv"
+    with pytest.raises(TaskError, match=told):
+        read("story_cloze", sources)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(TaskError, match=told):
+        read("story_cloze", Sources(data=tmp_path / "data", templates=sources.templates))
+
+
+# --- what can't be used ---
+
+
+def test_pairs_left_out_are_counted_in_one_warning(written, served):
+    sources = written(
+        "super_glue/cb",
+        ("a", "{{premise}} ||| {{answer_choices[label]}}", "yes|||no", True),
+        ("b", "{{premise}} ||| {{hypothesis}}", "yes|||no", True),
+        ("c", "{% if label %}{{premise}} ||| yes{% endif %}", "yes|||no", True),
+        ("d", "{{premise}} ||| {{['yes', 'no'][label // label]}}", "yes|||no", True),
+        ("e", "{{premise}} ||| {{['yes'][premise.missing.label]}}", "yes|||no", True),
+    )
+    served(validation=[{"premise": "p", "hypothesis": h, "label": 0} for h in ("h", "no", "YES")])
+    with pytest.warns(UserWarning, match="cb: ") as caught:
+        task = read("cb", sources)
+    assert len(caught) == 1
+    told = str(caught[0].message)
+    assert "11 of 15 pairs of a row and a prompt template are left out" in told
+    assert "2 whose target is not among the answer choices" in told
+    assert "3 without an input or a target" in told
+    assert "6 whose template can't be filled" in told
+    assert "First failure: Template 'd' can't be filled: " in told
+    assert caught[0].filename == __file__
+    assert [example.target for example in task.test] == ["yes", "yes", "no", "yes"]
+
+
+def test_nothing_is_warned_of_when_nothing_is_left_out(written, served):
+    served(train=Rows(3, mrpc_row), validation=Rows(5, mrpc_row))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read("mrpc", mrpc_templates(written))
+
+
+def test_training_targets_may_be_no_choice(written, served):
+    sources = written(
+        "glue/mrpc",
+        ("a", "{{sentence1}} ||| {{answer_choices[label]}}", "no|||yes", True),
+        ("b", "{{sentence1}} ||| {{sentence2}}", "no|||yes", False),
+    )
+    served(train=[mrpc_row(0)], validation=[mrpc_row(0)])
+    assert read("mrpc", sources).train[1] == Example("left 0", "right 0", ("no", "yes"))
+
+
+@pytest.mark.parametrize(
+    ("jinja", "original", "reason"),
+    [
+        (
+            "{{premise}} ||| {{label}}",
+            True,
+            "rte has no evaluation examples: .*not among the answer",
+        ),
+        (
+            "{{premise}} ||| {{[][label]}}{{premise.a.b}}",
+            True,
+            "whose template can't be filled. Temp",
+        ),
+        ("{{premise}}", True, "rte has no evaluation examples: without an input or a target"),
+        ("{{premise}} ||| no", False, "there are no pairs of a row and a template"),
+        (
+            "{{text}} ||| no",
+            True,
+            "has no field text, which the template 't' needs; .* premise, label",
+        ),
+    ],
+)
+def test_datasets_without_examples_are_refused(written, served, jinja, original, reason):
+    sources = written("super_glue/rte", ("t", jinja, "yes|||no", original))
+    served(validation=[{"premise": "p", "label": 0}])
+    with pytest.raises(TaskError, match=reason):
+        read("rte", sources)
+
+
+def test_splits_without_rows_are_refused(written, served):
+    sources = written("super_glue/rte", ("t", "{{premise}} ||| no", "yes|||no", True))
+    served(validation=[])
+    with pytest.raises(TaskError, match="Split validation of aps/super_glue has no rows"):
+        read("rte", sources)
+
+
+def test_missing_templates_name_the_file(served, tmp_path):
+    served(validation=[{"premise": "p"}])
+    with pytest.raises(TaskError, match=r"super_glue.rte.templates\.yaml does not exist"):
+        read("rte", Sources(templates=tmp_path))
+
+
+def test_local_copies_in_the_hubs_layout(written, tmp_path):
+    for split, count in (("train", 2), ("validation", 3)):
+        file = tmp_path / f"data/nyu-mll/glue/mrpc/{split}-00000-of-00001.jsonl"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(mrpc_row(index)) for index in range(count)]
+        file.write_text("\n".join(lines), encoding="utf-8")
+    sources = Sources(data=tmp_path / "data", templates=mrpc_templates(written).templates)
+    task = read("mrpc", sources)
+    assert (len(task.train), len(task.validation)) == (6, 3)
+    assert task.validation[1] == Example("left 1 = right 1?", "yes", ("no", "yes"))
+
+
+# --- the real templates, on the made-up records ---
+
+
+def records_of(table):
+    if not table.get("templates"):
+        return {"text": "What is the capital of Peru ?", "coarse_label": 4, "fine_label": 32}
+    return RECORDS[table["templates"]]
+
+
+@pytest.mark.real
+@needs_p3
+@pytest.mark.parametrize("table", t0._tables()["held_in"], ids=lambda table: table["name"])
+def test_real_held_in_tasks(table, monkeypatch):
+    rows = [records_of(table)] * 10_013
+    monkeypatch.setattr(
+        t0, "read_rows", lambda *request: rows if table.get("set_apart") else rows[:13]
+    )
+    with warnings.catch_warnings(record=True):
+        warnings.simplefilter("always")
+        task = read(table["name"], Sources(templates=P3))
+    for example in task.validation:
+        assert bool(example.choices) == (task.metrics == ("accuracy",))
+        assert example.answers
+    templates = t0._templates(t0._HeldIn(**t0._tupled(table)), Sources(templates=P3))
+    assert len(templates) == table["train_templates"]
+    assert 0 < len(task.train) <= 13 * len(templates)
+
+
+@pytest.mark.real
+@needs_p3
+@pytest.mark.parametrize("name", HELD_OUT.split())
+def test_real_held_out_tasks(name, monkeypatch, tmp_path):
+    table = {table["name"]: table for table in t0._tables()["held_out"]}[name]
+    monkeypatch.setattr(t0, "read_rows", lambda *request: [records_of(table)])
+    task = read(name, Sources(data=tmp_path, templates=P3))
+    counts = dict(zip(HELD_OUT.split(), (10, 4, 8, 10, 5, 15, 5, 15, 15, 15, 10), strict=True))
+    assert len(task.test) == counts[name]  # the counts that the released code notes

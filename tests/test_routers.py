@@ -194,7 +194,7 @@ def test_missing_vectors_are_told(llama, llama_pool, router, kind):
 
 
 def test_a_uniform_router_gives_all_experts_the_same_weight():
-    decision = UniformRouter(2)(random(3, 8))
+    decision = UniformRouter(2, 2)(random(3, 8))
     assert torch.equal(decision.experts, torch.tensor([[0, 1]] * 3))
     assert torch.equal(decision.weights, torch.tensor([[0.5, 0.5]] * 3))
 

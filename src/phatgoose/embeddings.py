@@ -17,7 +17,7 @@ from .tasks import Example
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["embed_examples", "embed_texts", "retrieval_text"]
+__all__ = ["can_embed", "embed_examples", "embed_texts", "retrieval_text"]
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 SHOWN_FROM = 500  # texts from which on a progress bar is worth its line
@@ -45,6 +45,12 @@ def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tenso
         list(texts), convert_to_tensor=True, show_progress_bar=len(texts) >= SHOWN_FROM
     )
     return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
+
+
+def can_embed() -> bool:
+    """True where the default embedder can be used without a download."""
+    wanted = ("sentence_transformers", MINILM_PACKAGE)
+    return all(importlib.util.find_spec(package) is not None for package in wanted)
 
 
 @functools.cache

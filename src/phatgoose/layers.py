@@ -95,9 +95,12 @@ class FoldedLinear(RoutedLayer):
 
     folded: Tensor
 
-    def __init__(self, base: nn.Module, site: Site, folded: Tensor, experts: Tensor) -> None:
+    def __init__(
+        self, base: nn.Module, site: Site, folded: Tensor, experts: Tensor, pool_size: int
+    ) -> None:
         """`folded` [d, n] comes from `folded_weight`."""
         super().__init__(base, site, experts)
+        self.weight_of_each = 1 / pool_size
         self.register_buffer("folded", folded, persistent=False)
 
     def forward(self, u: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ class FoldedLinear(RoutedLayer):
         if self.watcher is not None:
             real = self.masks.real_tokens(u, self.site.stream)
             experts = self.experts.expand(u[..., 0].numel(), -1)
-            weights = torch.full(experts.shape, 1 / len(self.experts), device=u.device)
+            weights = torch.full(experts.shape, self.weight_of_each, device=u.device)
             if real is not None:
                 weights = weights * real.reshape(-1, 1)
             self.tell(experts, weights, real, u.shape[:-1])
@@ -119,9 +122,12 @@ def is_cheaper_folded(base: nn.Module, stack: SiteStack) -> bool:
     return plain and stack.A.numel() + stack.B.numel() > weight.numel()
 
 
-def folded_weight(base: nn.Module, stack: SiteStack) -> Tensor:
-    """W plus the mean of all B A, [d, n], in the dtype of W; summed in float32."""
+def folded_weight(base: nn.Module, stack: SiteStack, pool_size: int) -> Tensor:
+    """W plus the mean of all B A, [d, n], in the dtype of W; summed in float32.
+
+    Those of the pool's experts that are not in `stack` count as zero.
+    """
     weight: Tensor = base.weight  # type: ignore[assignment]
     weight = weight.T if isinstance(base, Conv1D) else weight
     A, B = stack.A.float().flatten(0, 1), stack.B.float().flatten(0, 1)  # [E r, n], [E r, d]
-    return (weight.float() + B.T @ A / len(stack.experts)).to(weight.dtype)
+    return (weight.float() + B.T @ A / pool_size).to(weight.dtype)

@@ -77,7 +77,8 @@ class Row:
     def model(self, base: Base) -> Iterator[OpenedModel]:
         """The row's model while the context is open; `base` is as it was afterwards."""
         if self.pool is None and self.place is not None:
-            opened = open_model(self.place, base if is_routed(self.place) else None)
+            dtype = str(base.model.dtype).removeprefix("torch.")
+            opened = open_model(self.place, base if is_routed(self.place) else None, dtype=dtype)
         elif self.pool is None or self.routing is None:
             opened = OpenedModel(base.model, base.tokenizer)
         else:

@@ -134,7 +134,8 @@ def routed_layer(
 ) -> RoutedLayer:
     """The layer that takes the place of `original` at `site`, ready to be installed."""
     if may_fold and routing.router == MERGED and is_cheaper_folded(original, stack):
-        return FoldedLinear(original, site, folded_weight(original, stack), stack.experts)
+        folded = folded_weight(original, stack, pool_size)
+        return FoldedLinear(original, site, folded, stack.experts, pool_size)
     router = make_router(site.name, stack.experts, pool_size, routing, vectors, lookup)
     mixes = routing.router == "arrow" and routing.arrow == "mttl"
     router.to(original.weight.device)

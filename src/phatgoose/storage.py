@@ -151,7 +151,7 @@ def _layer(
     dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
     if f"folded.{name}" in tensors:
         folded = tensors[f"folded.{name}"].to(weight.device, dtype)
-        return FoldedLinear(original, site, folded, experts)
+        return FoldedLinear(original, site, folded, experts, len(info["experts"]))
     A, B = (tensors[f"{side}.{name}"].to(weight.device, dtype) for side in "AB")
     vectors = tensors.get(f"vectors.{name}")
     stack = SiteStack(experts, A, B)

@@ -1,32 +1,31 @@
 """The demo: the whole story on five small tasks of our own, on a laptop, in minutes.
 
-Five experts are trained with their gates, composed, and scored beside the base, each single expert
-and the uniform merge on five tasks that none of them was trained on.
+Five experts are trained with their gates, composed, and compared with the base, each single expert
+and every other way of routing on five tasks that none of them was trained on.
 """
 
 from __future__ import annotations
 
-import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from transformers import PreTrainedModel
 
 from ..bases import Base, load_base
+from ..comparison import compare
 from ..config import GateTraining, Lora, Training
-from ..errors import EvaluationError
-from ..evaluation import Evaluation, evaluate
+from ..embeddings import can_embed
 from ..pool import Pool
 from ..recording import Recording
-from ..routed import compose, detach, record
+from ..routed import compose, record
 from ..storage import save
+from ..suites import Entry, Suite
 from ..tasks import Task, load_task
 from ..training import train_expert
-from ..work import write_text
+from .comparison_tables import datasets_table
 from .demo_tasks import held_out_rows, training_rows
 from .figures import usage_heat_map
 from .generation import Sampling, answer, coloured
@@ -45,7 +44,7 @@ PROMPT = "Nina saw seven ducks and two herons. Is a heron a bird, a fruit or a t
 
 
 def run_demo(base_name: str, out: Path) -> None:
-    """Train, route, score and draw; leave experts, routed model, table and figure in `out`.
+    """Train, compare, route and draw; leave experts, tables, routed model and figure in `out`.
 
     Experts that `out` holds already are kept, so an interrupted demo goes on where it stopped.
     """
@@ -57,10 +56,8 @@ def run_demo(base_name: str, out: Path) -> None:
     console.print("[bold]2. Five experts with gates[/], each trained on one task")
     pool = _train_pool(base, out / "experts", console)
     unseen = _unseen_tasks()
-    console.print(f"[bold]3. Scores on unseen tasks[/], {EVALUATED} examples each")
-    results = _score_all(base, pool, unseen, console)
-    _write_results(results, out / "scores.json")
-    console.print(_table(results))
+    console.print(f"[bold]3. Every method on unseen tasks[/], {EVALUATED} examples each")
+    console.print(datasets_table(compare(pool, [_suite(unseen)], base=base, out=out)))
     console.print("[bold]4. A routed answer[/], each token in the colour of its top expert")
     model = compose(pool, base)
     routed = answer(model, base.tokenizer, PROMPT, sampling=Sampling(12), record=True)
@@ -69,13 +66,14 @@ def run_demo(base_name: str, out: Path) -> None:
     usage = {task.name: _usage(model, base, task) for task in unseen}
     usage_heat_map(usage, pool.names, out / "routing.png")
     save(model, out / "routed", overwrite=True)
-    console.print(f"Heat map -> {out / 'routing.png'}   scores -> {out / 'scores.json'}")
+    console.print(f"Heat map -> {out / 'routing.png'}   tables -> {out / 'comparison.md'}")
     console.print(f"Routed model -> {out / 'routed'} (try: phatgoose generate {out / 'routed'} …)")
     console.print(f"Done in {time.monotonic() - begun:.0f} s.")
 
 
 def _train_pool(base: Base, folder: Path, console: Console) -> Pool:
     names = []
+    gates = replace(GATES, embeddings=can_embed())
     for name, rows in training_rows(SEED).items():
         expert = train_expert(
             base,
@@ -83,7 +81,7 @@ def _train_pool(base: Base, folder: Path, console: Console) -> Pool:
             out=folder / name,
             lora=LORA,
             training=TRAINING,
-            gate_training=GATES,
+            gate_training=gates,
             resume=True,
         )
         loss = expert.info.metrics["expert_validation_loss"]
@@ -99,43 +97,11 @@ def _unseen_tasks() -> list[Task]:
     ]
 
 
-def _score_all(
-    base: Base, pool: Pool, tasks: list[Task], console: Console
-) -> dict[str, Evaluation]:
-    """Every row of the table by its label."""
-    console.print("   base")
-    results = {"base": evaluate(base, tasks)}
-    ways = {name: {"keep": [name], "k": 1} for name in pool.names}
-    ways |= {"merged": {"router": "merged"}, "PHATGOOSE": {"router": "phatgoose", "k": 2}}
-    for label, options in ways.items():
-        console.print(f"   {label}")
-        model = compose(pool, base, **options)  # type: ignore[arg-type]
-        results[label] = evaluate(model, tasks)
-        detach(model)
-    return results
+def _suite(tasks: list[Task]) -> Suite:
+    def entry(task: Task) -> Entry:
+        return Entry(task.name, lambda _: task)
 
-
-def _write_results(results: dict[str, Evaluation], path: Path) -> None:
-    content = {label: result.to_dict() for label, result in results.items()}
-    write_text(path, json.dumps(content, indent=2) + "\n", EvaluationError)
-
-
-def _table(results: dict[str, Evaluation]) -> Table:
-    """Accuracy in per cent with half the 95 % interval, a row per model."""
-    first = next(iter(results.values()))
-    table = Table(title="zero-shot accuracy, % (± half the 95 % interval)")
-    table.add_column("model", no_wrap=True)
-    for score in first.scores:
-        table.add_column(score.task.replace("_", " "), justify="right")
-    table.add_column("mean", justify="right")
-    for label, result in results.items():
-        cells = [
-            f"{100 * score.score:.0f} ±{50 * (score.high - score.low):.0f}"
-            for score in result.scores
-        ]
-        style = "bold" if label == "PHATGOOSE" else ""
-        table.add_row(Text(label), *cells, f"{100 * result.mean:.1f}", style=style)
-    return table
+    return Suite("unseen", tuple(map(entry, tasks)))
 
 
 def _usage(model: PreTrainedModel, base: Base, task: Task) -> dict[str, torch.Tensor]:

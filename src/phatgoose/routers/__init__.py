@@ -178,7 +178,7 @@ def make_router(
         return RandomRouter(
             len(experts), routing.k, routing.router_seed + zlib.crc32(site.encode())
         )
-    return UniformRouter(len(experts))
+    return UniformRouter(len(experts), pool_size)
 
 
 def warn_of_untrained(pool: Pool, router: str, vectors: Mapping[str, Tensor | None]) -> None:

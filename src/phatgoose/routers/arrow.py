@@ -46,14 +46,14 @@ def _first_right_singular_vector(A: Tensor, B: Tensor) -> Tensor:
     Q, R = torch.linalg.qr(A.double().T)  # [n, r], [r, r]
     small = torch.linalg.qr(B.double(), mode="r").R @ R.T  # [r, r]
     _, singular_values, V = torch.linalg.svd(small)
-    vector: Tensor = Q @ V[0]
-    return vector.float() if singular_values[0] > 0 else torch.zeros(len(vector))
+    direction = V[0] if singular_values[0] > 0 else torch.zeros_like(V[0])
+    return (Q @ direction).float()
 
 
 def _power_iteration(A: Tensor, B: Tensor, seed: int) -> Tensor:
     """The same by 15 multiplications with A^T B^T B A, as peft's ArrowLoraLinearLayer does it."""
     generator = torch.Generator().manual_seed(seed)
-    vector = torch.randn(A.shape[1], generator=generator)
+    vector: Tensor = torch.randn(A.shape[1], generator=generator)
     vector = vector / (vector.norm() + SMALLEST)
     inner = B.T @ B
     for _ in range(POWER_STEPS):

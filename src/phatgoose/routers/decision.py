@@ -13,9 +13,9 @@ __all__ = ["RoutingDecision"]
 class RoutingDecision:
     """The experts chosen for each of T tokens, best first where there is a best.
 
-    `experts` [T, k] are rows of the site's stack, `weights` [T, k] float32. They sum to 1, or to 0
-    for a token whose only expert does not act at the site. (`RoutedLinear` sets those of padding
-    to 0.)
+    `experts` [T, k] are rows of the site's stack, `weights` [T, k] float32. They sum to 1, or to
+    less for looked-up and merged experts of which some do not act at the site. (`RoutedLinear`
+    sets those of padding to 0.)
     """
 
     experts: Tensor

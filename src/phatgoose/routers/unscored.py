@@ -11,21 +11,22 @@ __all__ = ["RandomRouter", "UniformRouter"]
 
 
 class UniformRouter(nn.Module):
-    """All experts of the site with equal weights, for every token.
+    """All experts of the site with the weight 1 / pool size each, for every token.
 
-    Over a whole pool this is the exact mean of all updates B A (METHOD section 5, Merged Experts),
-    not the mean of A times the mean of B; over one expert it is that expert alone.
+    This is the exact mean of all updates B A (METHOD section 5, Merged Experts), not the mean of A
+    times the mean of B. An expert that does not act at the site counts with an update of zero, so
+    that weights sum to less than 1 there. A pool of one is that expert alone.
     """
 
-    def __init__(self, experts: int) -> None:
-        """`experts` act at the site."""
+    def __init__(self, experts: int, pool_size: int) -> None:
+        """`experts` of a pool act at the site."""
         super().__init__()
-        self.experts = experts
+        self.experts, self.weight = experts, 1 / pool_size
 
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for u [T, n]; k is E."""
         experts = torch.arange(self.experts, device=u.device).expand(len(u), -1)
-        return RoutingDecision(experts, torch.full(experts.shape, 1 / self.experts).to(u.device))
+        return RoutingDecision(experts, torch.full(experts.shape, self.weight, device=u.device))
 
 
 class RandomRouter(nn.Module):
@@ -48,4 +49,4 @@ class RandomRouter(nn.Module):
         """The decision for u [T, n]."""
         lots = torch.rand(len(u), self.experts, generator=self._generator)
         experts = lots.topk(self.k, dim=-1).indices.to(u.device)
-        return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k).to(u.device))
+        return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))

@@ -1,4 +1,4 @@
-"""The command of researchers: compare."""
+"""Commands of researchers: compare, lm-eval."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from ...config import Formatting, Recipe, Routing
 from ...errors import ConfigError
@@ -28,8 +26,17 @@ TemplatesOption = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command to `app`."""
+    """Add the researchers' commands to `app`."""
     app.command("compare", help="Score many methods on whole suites, side by side.")(compare)
+    app.command(
+        "lm-eval",
+        help="lm-evaluation-harness' own command, with --model phatgoose known to it.",
+        context_settings={
+            "allow_extra_args": True,
+            "ignore_unknown_options": True,
+            "help_option_names": [],
+        },
+    )(lm_eval)
 
 
 @with_settings(Routing, Formatting, without=("router", "expert"))
@@ -82,6 +89,7 @@ def compare(
     from ...comparison import compare as run
     from ...pool import Pool
     from ...suites import Sources
+    from ..comparison_tables import means_table
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool)
     name = base or recipe.base or opened.base.id
@@ -101,19 +109,15 @@ def compare(
         max_new_tokens=max_new_tokens,
         sources=Sources(data, templates),
     )
-    table = Table(title="mean score in %, [95 % interval]; * not zero-shot")
-    table.add_column("method", no_wrap=True)
-    for column, tasks in comparison.columns.items():
-        table.add_column(f"{column} ({len(tasks)})", justify="right")
-    for row, summaries in comparison.summaries.items():
-        cells = [
-            f"{100 * s.mean:.1f} [{100 * s.interval.low:.0f}, {100 * s.interval.high:.0f}]"
-            for s in summaries.values()
-        ]
-        label = comparison.labels[row] + (" *" if row in comparison.choices else "")
-        table.add_row(Text(label), *map(Text, cells), style="bold" if row == "phatgoose" else "")
-    Console().print(table)
+    Console().print(means_table(comparison))
     typer.echo(f"tables -> {out / 'comparison.md'}, .csv, .json; cells -> {out / 'results.jsonl'}")
+
+
+def lm_eval(context: typer.Context) -> None:
+    """Run lm_eval with the words that follow."""
+    from ..harness import main
+
+    main(context.args)
 
 
 def _split(values: list[str]) -> list[str]:

@@ -152,7 +152,9 @@ def make_adapter(
     return folder
 
 
-def write_expert(base: Base, folder: Path, name: str, *, seed: int = 0, **options: object) -> Expert:
+def write_expert(
+    base: Base, folder: Path, name: str, *, seed: int = 0, **options: object
+) -> Expert:
     """A random expert of `make_adapter`, gates and means included, written below `folder`."""
     adapter = make_adapter(base, folder / "adapters" / name, seed=seed, **options)
     generator = torch.Generator().manual_seed(seed + 1000)
@@ -224,7 +226,9 @@ SCORES = {  # of the experts e0 to e3: e1 is the best at "first", e2 at "second"
 
 def toy_embed(texts: Sequence[str], embedder: str = "toy") -> torch.Tensor:
     """Unit vectors of a text's bytes, counted [texts, 64]: in place of a sentence embedder."""
-    rows = [torch.tensor(list(text.encode())).remainder(64).bincount(minlength=64) for text in texts]
+    rows = [
+        torch.tensor(list(text.encode())).remainder(64).bincount(minlength=64) for text in texts
+    ]
     return torch.nn.functional.normalize(torch.stack(rows).float(), dim=-1)
 
 
@@ -235,7 +239,7 @@ def toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def with_embeddings(pool: Pool) -> Pool:
-    """The pool whose experts have trained on one of TOPICS each, the first on 1 input, and so on."""
+    """The pool whose experts have trained on one of TOPICS each: e0 on one input, e1 on two."""
     experts = []
     for z, (expert, topic) in enumerate(zip(pool.experts, TOPICS, strict=False)):
         texts = [retrieval_text(topic * (copies + 1), ()) for copies in range(z + 1)]

@@ -9,6 +9,7 @@ import pytest
 
 from phatgoose.config import (
     RECIPE_TABLES,
+    SUITE_NAMES,
     Formatting,
     GateTraining,
     Lora,
@@ -19,9 +20,9 @@ from phatgoose.config import (
     settings_of,
 )
 from phatgoose.errors import ConfigError
+from phatgoose.suites import SUITES
 
 CONFIGS = (Lora, Training, GateTraining, Formatting, Routing)
-RECIPES = Path(__file__).parent.parent / "recipes"
 
 PAPER = [  # METHOD sections 3, 4 and 6; paper section 4.1 and the released code
     (Lora, "rank", 16),
@@ -180,6 +181,25 @@ def test_an_empty_recipe_changes_nothing(tmp_path):
     assert (recipe.base, recipe.tasks, recipe.tables) == (None, (), {})
 
 
+def test_suites_in_a_recipe_are_no_paths(tmp_path):
+    tasks = ["t0hi", "flan/niv2_misc", "./t0hi", "t0hi/own.jsonl", "mine", "mine.toml/one"]
+    assert read_recipe(write_recipe(tmp_path, f"tasks = {tasks}")).tasks == (
+        "t0hi",
+        "flan/niv2_misc",
+        *(str(tmp_path / task) for task in tasks[2:]),
+    )
+
+
+def test_the_names_of_suites_are_those_that_are_known():
+    assert set(SUITE_NAMES) == set(SUITES)
+
+
+def test_folders_in_a_recipe_are_relative_to_it(tmp_path):
+    recipe = read_recipe(write_recipe(tmp_path, 'data = "../hub"\ntemplates = "/p3"'))
+    assert recipe.data == tmp_path / "../hub"
+    assert recipe.templates == Path("/p3")
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
@@ -192,6 +212,8 @@ def test_an_empty_recipe_changes_nothing(tmp_path):
         ("base = 3", "base is 3"),
         ("tasks = 'a.jsonl'", "tasks must be a list"),
         ("tasks = [1]", "tasks must be a list"),
+        ("data = 3", "data is 3"),
+        ("templates = []", "templates is"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_the_reason(tmp_path, text, complaint):
@@ -216,19 +238,3 @@ def test_a_recipe_that_is_no_text_is_refused(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not valid TOML"):
         read_recipe(path)
-
-
-@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
-def test_the_recipes_that_come_with_the_project_are_valid(path):
-    recipe = read_recipe(path)
-    for table, values in recipe.tables.items():
-        from_mapping(RECIPE_TABLES[table], values, table)
-
-
-def test_the_papers_recipe_agrees_with_the_defaults():
-    tables = read_recipe(RECIPES / "paper.toml").tables
-    own = {("training", "micro_batch_size"), ("gates", "embeddings")}  # ours, not the paper's
-    for table, config in RECIPE_TABLES.items():
-        for name, value in tables.get(table, {}).items():
-            if (table, name) not in own:
-                assert getattr(config(), name) == value, f"[{table}] {name}"

@@ -2,14 +2,18 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from conftest import logits_of, make_model
 from oracle import naively_routed
+from phatgoose.bootstrap import Sample
 from phatgoose.errors import EvaluationError, PhatgooseError, TaskError
-from phatgoose.evaluation import evaluate
+from phatgoose.evaluation import evaluate, metrics_of
 from phatgoose.likelihood import choice_log_likelihoods
+from phatgoose.metrics import metric
 from phatgoose.routed import compose
 from phatgoose.tasks import Example, Task
 
@@ -298,3 +302,187 @@ def test_dropout_plays_no_part(base):
     base.model.train()
     one, other = (inputs_of(CHOICE_TASK, evaluate(base, CHOICE_TASK)) for _ in range(2))
     assert one == other
+
+
+# Tasks that say how they are scored
+
+
+def written_task(base, *metrics: str, tokens: int = 5) -> Task:
+    """Two examples whose target is what the plain model writes, and two whose target isn't."""
+    answers = [greedy_text(base.model, base, text, tokens) for text in ("a", "b c d")]
+    return Task(
+        "written",
+        test=(
+            Example("a", answers[0]),
+            Example("b c d", "not so", references=("not so", answers[1])),
+            Example("something else", "never this"),
+            Example("a", f"{answers[0]} and more", choices=(answers[0], f"{answers[0]} and more")),
+        ),
+        metrics=metrics,
+        max_new_tokens=tokens,
+    )
+
+
+def by_hand(name: str, answers, examples) -> float:
+    """The score in one metric by the sums that its definition asks for."""
+    rows = zip(answers, examples, strict=True)
+    marks = np.array([metric(name).measure(answer, e.answers) for answer, e in rows])
+    return float(metric(name).combine(marks.sum(axis=0), len(marks)))
+
+
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        ("rouge-l", "bleu"),
+        ("squad-exact-match", "squad-f1"),
+        ("bleu",),
+        ("normalised-exact-match",),
+    ],
+    ids="+".join,
+)
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+def test_a_task_is_scored_by_the_mean_of_its_metrics(base, metrics):
+    task = written_task(base, *metrics)
+    (score,) = evaluate(base, task).scores
+    answers = [prediction.answer for prediction in score.predictions]
+    assert answers[0] == task.test[0].target
+    assert list(score.by_metric) == list(metrics)
+    for name in metrics:
+        assert score.by_metric[name] == pytest.approx(by_hand(name, answers, task.test), abs=1e-9)
+    mean = sum(score.by_metric.values()) / len(metrics)
+    assert score.score == pytest.approx(mean, abs=1e-12)
+    assert score.metric == " + ".join(metric(name).label for name in metrics)
+    for prediction, example in zip(score.predictions, task.test, strict=True):
+        wanted = tuple(metric(name).measure(prediction.answer, example.answers) for name in metrics)
+        assert prediction.marks == wanted
+        assert prediction.scores == ()
+        assert prediction.correct == (prediction.answer in example.answers)
+    assert [prediction.correct for prediction in score.predictions] == [True, True, False, False]
+
+
+def test_choices_play_no_part_where_a_metric_of_written_answers_is_asked_for(llama):
+    task = replace(CHOICE_TASK, metrics=("exact-match",), max_new_tokens=3)
+    (score,) = evaluate(llama, task).scores
+    assert score.metric == "exact match"
+    for prediction, example in zip(score.predictions, task.test, strict=True):
+        assert prediction.answer == greedy_text(llama.model, llama, example.input, 3)
+
+
+def test_the_metrics_that_tasks_without_any_have_can_be_named(llama):
+    for task, name in ((CHOICE_TASK, "accuracy"), (open_task(llama, 5), "exact-match")):
+        (usual,) = evaluate(llama, task, max_new_tokens=5).scores
+        (named,) = evaluate(llama, replace(task, metrics=(name,)), max_new_tokens=5).scores
+        assert named == usual
+        assert usual.by_metric == {name: usual.score}
+        assert [p.marks for p in usual.predictions] == [
+            ((float(p.correct),),) for p in usual.predictions
+        ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+def test_a_task_bounds_its_own_answers(base):
+    examples = tuple(Example(text, "x") for text in ("a", "some longer text", "b c d"))
+    tasks = [
+        Task("own", test=examples, max_new_tokens=2),
+        Task("the rest", test=examples),
+        Task("long", test=examples, max_new_tokens=9),
+    ]
+    scores = evaluate(base, tasks, max_new_tokens=4).scores
+    for score, tokens in zip(scores, (2, 4, 9), strict=True):
+        answers = [prediction.answer for prediction in score.predictions]
+        assert answers == [greedy_text(base.model, base, e.input, tokens) for e in examples]
+    usual = evaluate(base, tasks[1]).scores[0].predictions[0].answer
+    assert usual == greedy_text(base.model, base, "a", 64)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "match"),
+    [
+        (("rouge",), r"Metric 'rouge' is unknown; known are accuracy, exact-match"),
+        (("rouge-l", "nothing"), "Metric 'nothing' is unknown"),
+        (("accuracy", "bleu"), "accuracy and bleu, but an answer is either chosen"),
+        (("squad-f1", "accuracy"), "squad-f1 and accuracy, but an answer is either chosen"),
+    ],
+)
+def test_metrics_that_no_answer_can_serve_are_refused(llama, metrics, match):
+    task = replace(CHOICE_TASK, metrics=metrics)
+    with pytest.raises(EvaluationError, match=match):
+        metrics_of(task, task.test)
+    with pytest.raises(EvaluationError, match=match):
+        evaluate(llama, task)
+
+
+def test_accuracy_needs_choices_in_every_example():
+    open_examples = (Example("open", "end"),)
+    for examples in (open_examples, (*CHOICE_TASK.test, *open_examples)):
+        task = Task("odd", test=examples, metrics=("accuracy",))
+        with pytest.raises(EvaluationError, match="'odd': accuracy needs choices in every example"):
+            metrics_of(task, examples)
+
+
+def test_written_answers_may_have_choices_in_some_examples():
+    examples = (*CHOICE_TASK.test, Example("open", "end"))
+    mixed = Task("mixed", test=examples, metrics=("rouge-l", "bleu"))
+    assert metrics_of(mixed, examples) == ("rouge-l", "bleu")
+    with pytest.raises(EvaluationError, match="'mixed' has examples with and without choices"):
+        metrics_of(replace(mixed, metrics=()), examples)
+    assert metrics_of(CHOICE_TASK, CHOICE_TASK.test) == ("accuracy",)
+    assert metrics_of(Task("open"), (Example("open", "end"),)) == ("exact-match",)
+
+
+def test_a_mistake_in_any_task_is_told_by_its_name(llama):
+    wrong = replace(CHOICE_TASK, name="wrong", metrics=("accuracy", "bleu"))
+    with pytest.raises(EvaluationError, match="'wrong'"):
+        evaluate(llama, [CHOICE_TASK, wrong])
+
+
+@pytest.mark.parametrize(
+    ("metrics", "wilson"),
+    [
+        (("exact-match",), True),
+        (("squad-exact-match",), True),
+        (("squad-f1",), False),
+        (("bleu",), False),
+        (("exact-match", "normalised-exact-match"), False),
+    ],
+    ids=lambda value: "+".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_interval_is_wilsons_for_a_share_of_right_answers_and_else_a_bootstrap(
+    llama, metrics, wilson
+):
+    words = ("left", "right", "up", "down")
+    answer = greedy_text(llama.model, llama, "a", 5)
+    examples = tuple(
+        Example("a", answer if i % 3 else f"{answer} {word}") for i, word in enumerate(words)
+    )
+    examples = (*examples, *(Example("a", "qq ww ee") for _ in range(3)))
+    task = Task("seven", test=examples, metrics=metrics, max_new_tokens=5)
+    (score,) = evaluate(llama, task).scores
+    sample = Sample.of(metrics, [prediction.marks for prediction in score.predictions])
+    assert score.score == pytest.approx(sample.score)
+    bootstrap = sample.interval()
+    if wilson:
+        share = binomtest(round(score.score * 7), 7).proportion_ci(0.95, method="wilson")
+        assert (score.low, score.high) == pytest.approx((share.low, share.high))
+        assert (score.low, score.high) != pytest.approx((bootstrap.low, bootstrap.high))
+    else:
+        assert (score.low, score.high) == (bootstrap.low, bootstrap.high)
+    assert 0 <= score.low <= score.score <= score.high <= 1
+
+
+def test_scores_by_metric_are_written_as_json(llama, tmp_path):
+    result = evaluate(llama, written_task(llama, "rouge-l", "bleu"))
+    result.write_json(tmp_path / "scores.json")
+    (row,) = json.loads((tmp_path / "scores.json").read_text())["tasks"]
+    assert row["by_metric"] == result.scores[0].by_metric
+    assert row["metric"] == "ROUGE-L + BLEU"
+    result.write_json(tmp_path / "more.json", predictions=True)
+    (row,) = json.loads((tmp_path / "more.json").read_text())["tasks"]
+    marks = [[list(part) for part in p.marks] for p in result.scores[0].predictions]
+    assert [prediction["marks"] for prediction in row["predictions"]] == marks
+
+
+def test_the_mean_counts_every_task_once_whatever_its_metrics(llama):
+    tasks = [written_task(llama, "rouge-l", "bleu"), CHOICE_TASK]
+    result = evaluate(llama, tasks)
+    assert result.mean == pytest.approx(sum(score.score for score in result.scores) / 2)

@@ -145,11 +145,11 @@ def test_a_pool_of_untrained_gates_alone_is_no_nan(llama, llama_pool):
     assert logits_of(model, make_ids()).isfinite().all()
 
 
-def test_average_activation_scores_with_the_means(llama, llama_pool):
+def test_average_activation_scores_with_the_means(base, pool):
     ids = make_ids()
-    with naively_routed(llama.model, llama_pool.experts, k=2, vectors="means"):
-        wanted = logits_of(llama.model, ids)
-    got = logits_of(compose(llama_pool, llama, k=2, router="average-activation"), ids)
+    with naively_routed(base.model, pool.experts, k=2, vectors="means"):
+        wanted = logits_of(base.model, ids)
+    got = logits_of(compose(pool, base, k=2, router="average-activation"), ids)
     assert_same_logits(got, wanted)
 
 
@@ -204,6 +204,41 @@ def test_an_unknown_router_is_refused(llama, llama_pool):
         compose(llama_pool, llama, router="best")
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_uniform_top_k_takes_the_experts_of_phatgoose_and_weighs_them_alike(base, pool, k):
+    decisions = {}
+    for router in ("phatgoose", "uniform-top-k"):
+        layers = composition_of(compose(pool, base, router=router, k=k)).layers
+        decisions[router] = {
+            site: layer.router(random(9, layer.in_features)) for site, layer in layers.items()
+        }
+        detach(base.model)
+    for site, wanted in decisions["phatgoose"].items():
+        got = decisions["uniform-top-k"][site]
+        assert torch.equal(got.experts, wanted.experts)
+        torch.testing.assert_close(got.weights, torch.full((9, k), 1 / k))
+
+
+def test_uniform_top_k_of_one_is_phatgoose_and_of_all_is_merged(llama, llama_pool):
+    ids, logits = make_ids(rows=2), {}
+    for router, k in (("phatgoose", 1), ("uniform-top-k", 1), ("uniform-top-k", 4), ("merged", 4)):
+        logits[router, k] = logits_of(compose(llama_pool, llama, router=router, k=k), ids)
+        detach(llama.model)
+    assert torch.equal(logits["uniform-top-k", 1], logits["phatgoose", 1])
+    assert_same_logits(logits["uniform-top-k", 4], logits["merged", 4])
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "average-activation", "arrow", "random"])
+def test_a_k_above_the_pool_is_told_where_k_matters(llama, llama_pool, router):
+    with pytest.warns(UserWarning, match="k is 5, but the pool has 4 experts"):
+        compose(llama_pool, llama, router=router, k=5)
+
+
+@pytest.mark.parametrize("router", ["merged", "single", "oracle", "best-individual"])
+def test_a_k_above_the_pool_is_not_told_where_k_does_not_matter(llama, llama_pool, router):
+    compose_by(router, llama_pool, llama, k=5)
+
+
 @pytest.mark.parametrize("router", ROUTERS)
 def test_weights_of_every_router_sum_to_one(llama, llama_pool, toy_embedder, router):
     model = compose_by(router, llama_pool, llama)
@@ -233,9 +268,7 @@ def test_every_router_leaves_the_base_as_it_was(base, pool, toy_embedder, router
 
 @pytest.mark.parametrize("router", [router for router in ROUTERS if router != "random"])
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-def test_every_router_generates_a_padded_batch_as_its_rows_alone(
-    base, pool, toy_embedder, router
-):
+def test_every_router_generates_a_padded_batch_as_its_rows_alone(base, pool, toy_embedder, router):
     model = compose_by(router, pool, base)
     long, short = make_ids(tokens=9), make_ids(tokens=5, seed=1)
     pad = pad_right if base.is_encoder_decoder else pad_left

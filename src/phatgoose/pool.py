@@ -148,8 +148,11 @@ class Pool:
                 continue
             vector = getattr(expert, kind).get(site)
             if vector is None:
-                remedy = "run 'phatgoose gate' on it"
-                raise PoolError(f"Expert {expert.name!r} has no {kind}; {remedy} or leave it out.")
+                command = {"gates": "gate", "means": "measure"}[kind]
+                raise PoolError(
+                    f"Expert {expert.name!r} has no {kind}; run 'phatgoose {command}' on it or "
+                    f"leave it out."
+                )
             rows.append(vector)
         return torch.stack(rows)
 

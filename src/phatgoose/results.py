@@ -70,7 +70,8 @@ class ResultStore:
             if complete < len(content):
                 warnings.warn(f"{self.path}: the last result was cut off; dropped.", stacklevel=3)
                 os.truncate(self.path, complete)
-            yield from content[:complete].decode("utf-8").splitlines()
+            # str.splitlines would also split at U+2028 and U+0085, which answers may hold.
+            yield from content[:complete].decode("utf-8").split("\n")[:-1]
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"Results {self.path} can't be read: {error}.") from error
 

@@ -7,6 +7,7 @@ tasks. Both know the answers beforehand, so neither is zero-shot.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,10 +27,14 @@ def read_scores(path: str | Path) -> Scores:
     path = Path(path)
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))[EXPERTS]
-        return {
+        found = {
             str(expert): {str(task): float(score) for task, score in tasks.items()}
             for expert, tasks in scores.items()
         }
+        numbers = [list(tasks.values()) for tasks in found.values()]
+        if not numbers or not all(row and all(map(math.isfinite, row)) for row in numbers):
+            raise ValueError("no finite scores")
+        return found
     except OSError as error:
         raise PoolError(f"Scores {path} can't be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -15,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .adapters import read_tensors
 from .bases import Base, BaseReference, load_base
 from .config import Routing
-from .errors import ExpertError, RoutingError
+from .errors import ConfigError, ExpertError, RoutingError
 from .expert import sha256_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .pool import SiteStack
@@ -88,9 +87,7 @@ def load(
     layers = {}
     lookup = _lookup(info, tensors, found.tokenizer)
     for name in [key.removeprefix("experts.") for key in tensors if key.startswith("experts.")]:
-        layers[name] = _layer(
-            found.model.get_submodule(name), sites[name], tensors, routing, lookup, info
-        )
+        layers[name] = _layer(found.model, sites[name], tensors, routing, lookup, info)
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
@@ -134,21 +131,23 @@ def _lookup(
     if "embedder" not in held:
         return None
     if tokenizer is None:
-        raise RoutingError("Router retrieval reads prompts; hand the base over with its tokenizer.")
+        raise ConfigError("Router retrieval reads prompts; hand the base over with its tokenizer.")
     return Retriever(tensors[EMBEDDINGS], tensors[OWNERS], held["embedder"], tokenizer)
 
 
 def _layer(
-    original: Any,
+    model: PreTrainedModel,
     site: Site,
     tensors: dict[str, Tensor],
     routing: Routing,
     lookup: Lookup | None,
     info: dict[str, Any],
 ) -> RoutedLayer:
-    weight, name = original.weight, site.name
+    name = site.name
+    original: Any = model.get_submodule(name)
+    weight = original.weight
     experts = tensors[f"experts.{name}"].to(weight.device)
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    dtype = weight.dtype if weight.is_floating_point() else model.dtype
     if f"folded.{name}" in tensors:
         folded = tensors[f"folded.{name}"].to(weight.device, dtype)
         return FoldedLinear(original, site, folded, experts, len(info["experts"]))

@@ -145,8 +145,9 @@ class Comparison:
         return text.getvalue()
 
     def to_markdown(self) -> str:
-        """The table of means, that of differences, and the one per dataset."""
-        return "\n".join([*self._means(), "", *self._differences(), "", *self._datasets()]) + "\n"
+        """The tables of means, of differences, per dataset, and of what it took."""
+        parts = (self._means(), self._differences(), self._datasets(), self._costs())
+        return "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
 
     def _means(self) -> Iterator[str]:
         yield "## Means over datasets, in per cent, with 95 % intervals"
@@ -163,7 +164,7 @@ class Comparison:
         )
         if self.choices:
             yield (
-                "* chosen by the results themselves, so not zero-shot; the interval leaves that "
+                "\\* chosen by the results themselves, so not zero-shot; the interval leaves that "
                 "choice out."
             )
         yield from (f"Note: {note}" for note in self.notes)
@@ -197,6 +198,15 @@ class Comparison:
             everywhere = set(chosen.values())
             yield ""
             yield f"{self.labels[name]}: {everywhere.pop() if len(everywhere) == 1 else said}."
+
+    def _costs(self) -> Iterator[str]:
+        yield "## Cells and seconds of scoring"
+        yield ""
+        yield from _header(["model", "cells", "seconds"])
+        for name, results in {**self.results, **self.experts}.items():
+            if name not in self.choices:
+                seconds = sum(result.seconds for result in results.values())
+                yield _line([self._named(name), str(len(results)), f"{seconds:.0f}"])
 
     def _named(self, row: str) -> str:
         label = self.labels.get(row, row)

@@ -22,7 +22,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from .errors import TaskError
 
-__all__ = ["Example", "Task", "load_task", "mix"]
+__all__ = ["Example", "Task", "default_name", "load_task", "mix"]
 
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "|||"
@@ -85,9 +85,9 @@ class Task:
         """The task with a validation split: its own, or a tenth of `train` (500 at most) set apart.
 
         The choice depends on `seed` alone and is told in `validation_origin`. Raises TaskError when
-        there are fewer than two training examples to divide.
+        there is no training example, or are fewer than two to divide.
         """
-        if self.validation:
+        if self.validation and self.train:
             return self
         if len(self.train) < 2:
             raise TaskError(
@@ -156,6 +156,13 @@ def load_task(
     )
 
 
+def default_name(source: str | Path) -> str:
+    """What the task of a file or of `hub:DATASET` is called unless it is given another name."""
+    if isinstance(source, str) and source.startswith("hub:"):
+        return source[4:].split("@")[0].replace("/", "--").replace(":", "--")
+    return Path(source).stem
+
+
 def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int = 0) -> Task:
     """One task of the training examples of all `tasks`, for the Multitask model (METHOD section 5).
 
@@ -201,11 +208,7 @@ Rows = Iterator[tuple[str, Mapping[str, Any]]]
 def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows, str, str]:
     """(located rows, how to call the source, a name for the task)."""
     if isinstance(source, str) and source.startswith("hub:"):
-        return (
-            _read_hub(source),
-            source,
-            source[4:].split("@")[0].replace("/", "--").replace(":", "--"),
-        )
+        return _read_hub(source), source, default_name(source)
     if not isinstance(source, str | Path):
         return _read_memory(source), "memory", "task"
     path = Path(source)
@@ -214,7 +217,7 @@ def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows
         raise TaskError(f"Task {path} must be a .jsonl or .csv file, or hub:DATASET.")
     if not path.is_file():
         raise TaskError(f"Task file {path} does not exist.")
-    return readers[path.suffix](path), str(path), path.stem
+    return readers[path.suffix](path), str(path), default_name(path)
 
 
 def _read_jsonl(path: Path) -> Rows:

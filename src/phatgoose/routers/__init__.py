@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import Routing
 from ..errors import ConfigError, PoolError
+from ..expert import Expert
 from ..pool import Pool
 from ..scores import Scores, best_expert, best_expert_by_task
 from .arrow import ARROW_VARIANTS, arrow_vector
@@ -81,7 +82,7 @@ def check_routing(routing: Routing, pool: Pool) -> None:
             raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
     if routing.expert is not None and routing.router != "single":
         raise ConfigError(f"expert is for router single; the router is {routing.router}.")
-    if routing.k > len(pool) and routing.router in USE_K:
+    if routing.k > len(pool) and routing.router in USE_K and routing.arrow != "mttl":
         warnings.warn(
             f"k is {routing.k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=3
         )
@@ -144,18 +145,27 @@ def make_lookup(
         return None
     if tokenizer is None:
         raise ConfigError("Router retrieval reads prompts; hand the base over with its tokenizer.")
-    embedders = {expert.info.embedder for expert in pool.experts}
-    for expert in pool.experts:
-        if expert.embeddings is None:
-            raise PoolError(
-                f"Expert {expert.name!r} has no embeddings; run 'phatgoose measure' on it or leave "
-                f"it out."
-            )
-    if len(embedders) > 1:
-        raise PoolError(f"The experts' embeddings come from several embedders: {embedders}.")
-    rows = [expert.embeddings for expert in pool.experts if expert.embeddings is not None]
+    rows = [_embeddings(expert) for expert in pool.experts]
+    kinds = {
+        (str(expert.info.embedder), row.shape[1])
+        for expert, row in zip(pool.experts, rows, strict=True)
+    }
+    if len(kinds) > 1:
+        raise PoolError(
+            f"The experts' embeddings come from several embedders and can't be compared: {kinds}."
+        )
     owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
-    return Retriever(torch.cat(rows).float(), owners, str(embedders.pop()), tokenizer)
+    unit = torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
+    return Retriever(unit, owners, kinds.pop()[0], tokenizer)
+
+
+def _embeddings(expert: Expert) -> Tensor:
+    if expert.embeddings is None or expert.info.embedder is None:
+        lacks = "embeddings" if expert.embeddings is None else "record of its embedder"
+        raise PoolError(
+            f"Expert {expert.name!r} has no {lacks}; run 'phatgoose measure' on it or leave it out."
+        )
+    return expert.embeddings
 
 
 def make_router(

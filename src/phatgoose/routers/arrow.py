@@ -47,7 +47,8 @@ def _first_right_singular_vector(A: Tensor, B: Tensor) -> Tensor:
     small = torch.linalg.qr(B.double(), mode="r").R @ R.T  # [r, r]
     _, singular_values, V = torch.linalg.svd(small)
     direction = V[0] if singular_values[0] > 0 else torch.zeros_like(V[0])
-    return (Q @ direction).float()
+    vector: Tensor = Q @ direction
+    return vector.float()
 
 
 def _power_iteration(A: Tensor, B: Tensor, seed: int) -> Tensor:

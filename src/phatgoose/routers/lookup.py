@@ -30,6 +30,7 @@ class Lookup:
     """
 
     rows: Tensor | None = None
+    unknown = "Nothing has told the router yet what its inputs are."
 
     def begin_task(self, name: str) -> None:
         """The examples to come belong to the task called `name`."""
@@ -52,6 +53,8 @@ class Lookup:
 class TaskTable(Lookup):
     """One expert per task: Oracle (METHOD section 5)."""
 
+    unknown = "Router oracle goes by the task's name, which evaluate and compare tell it."
+
     def __init__(self, experts: Mapping[str, int]) -> None:
         """`experts` maps a task's name to an index in the pool."""
         self.experts = dict(experts)
@@ -68,7 +71,7 @@ class TaskTable(Lookup):
     def find(self, examples: Sequence[Example]) -> Tensor:
         """The expert of the present task, for each of `examples`."""
         if self.rows is None:
-            raise RoutingError("Router oracle was not told which task its inputs belong to.")
+            raise RoutingError(self.unknown)
         return self.rows.expand(len(examples))
 
 
@@ -89,6 +92,7 @@ class Retriever(Lookup):
         self.embeddings, self.owners = embeddings, owners
         self.embedder, self.tokenizer = embedder, tokenizer
         self._announced = False
+        self._prompt, self._length = torch.empty(0, 0), 0  # read last, and its length by now
         self._handles: list[Any] = []
 
     def nearest(self, texts: Sequence[str]) -> Tensor:
@@ -116,7 +120,10 @@ class Retriever(Lookup):
                 return
             if ids is None:
                 raise RoutingError("Router retrieval reads the input's tokens; pass input_ids.")
-            self.rows = self.nearest(self._texts(ids, kwargs.get("attention_mask")))
+            if not self._grew(ids):
+                self.rows = self.nearest(self._texts(ids, kwargs.get("attention_mask")))
+                self._prompt = ids.cpu()
+            self._length = ids.shape[1]
 
         self._handles.append(stack.register_forward_pre_hook(read, with_kwargs=True))
 
@@ -125,6 +132,12 @@ class Retriever(Lookup):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    def _grew(self, ids: Tensor) -> bool:
+        """True for the prompt read last, a token longer: a step of generation without a cache."""
+        prompt = self._prompt
+        grew = self.rows is not None and ids.shape == (len(prompt), self._length + 1)
+        return grew and torch.equal(ids[:, : prompt.shape[1]].cpu(), prompt)
 
     def _texts(self, ids: Tensor, mask: Tensor | None) -> list[str]:
         real = torch.ones_like(ids).bool() if mask is None or mask.dim() != 2 else mask.bool()
@@ -161,7 +174,7 @@ class LookedUpRouter(nn.Module):
         """
         rows = self.lookup.rows
         if rows is None:
-            raise RoutingError("No expert was looked up for this input: nobody said what it is.")
+            raise RoutingError(self.lookup.unknown)
         if len(u) % len(rows):
             raise RoutingError(f"{len(u)} tokens can't be shared out to {len(rows)} inputs.")
         experts = self.position[rows.to(u.device)].repeat_interleave(len(u) // len(rows))

@@ -7,6 +7,7 @@ t0.py            t0hi, t0ho: T0's held-in and held-out datasets in P3's prompts
 flan.py          flan: 166 datasets, T0 held-in among them
 bigbench.py      bbh, bbl: what the released code evaluates; bbh-23, bbl-24: what the paper counts
 local.py         a folder of task files, or a TOML file that lists them
+sources.py       what may be named to train on: suites, parts of them, files
 
 The lists stand in TOML files of the same names. Nothing is downloaded or read before an entry is.
 """

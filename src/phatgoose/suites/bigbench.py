@@ -64,7 +64,8 @@ def _entry(name: str, row: Mapping[str, Any], dataset: str) -> Entry:
         read = _Hard(name, row["dataset"], metrics, most, tuple(row.get("choices", ())))
     else:
         read = _BigBench(name, dataset, metrics, most, row["references"])
-    return Entry(name, read, metrics, most, row["micro_batch_size"])
+    source = f"{read.dataset}, {name}"
+    return Entry(name, read, metrics, most, row["micro_batch_size"], source=source)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ class Entry:
     `read` loads it. `metrics` and `max_new_tokens` are those of the task that `read` returns.
     `micro_batch_size` is what the paper's code takes per forward pass when it trains on this
     dataset, `train_examples` how many examples that training has as far as known without loading;
-    None where there is none.
+    None where there is none. `source` says in words where the data come from.
     """
 
     name: str
@@ -42,6 +42,7 @@ class Entry:
     max_new_tokens: int | None = None
     micro_batch_size: int | None = None
     train_examples: int | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)

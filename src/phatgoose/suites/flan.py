@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..errors import TaskError
 from ..tasks import Example, Task
 from .entries import Entry, Sources, Suite
 from .hub import read_rows
-from .t0 import _held_in_task, _HeldIn, _tupled, t0_held_in
+from .t0 import held_in_entry, t0_held_in
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -58,32 +57,22 @@ def flan() -> Suite:
             *t0_held_in().entries,
             *prompted["flan2021"],
             *prompted["niv2"],
-            *(_p3_entry(row) for row in table["p3"]),
+            *(held_in_entry(row) for row in table["p3"]),
             *prompted["addition"],
         ),
     )
 
 
-def _p3_entry(row: Mapping[str, Any]) -> Entry:
-    dataset = _HeldIn(**_tupled(row))
-    return Entry(
-        dataset.name,
-        partial(_held_in_task, dataset),
-        metrics=dataset.metrics,
-        max_new_tokens=dataset.max_new_tokens,
-        micro_batch_size=dataset.micro_batch_size,
-        train_examples=dataset.train_examples,
-    )
-
-
 def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
     most = row["max_length"] - 1  # it counts the decoder's start token
+    read = _Prompted(row["name"], dataset, f"FLANV2/{row['path']}", most)
     return Entry(
         row["name"],
-        _Prompted(row["name"], dataset, f"FLANV2/{row['path']}", most),
+        read,
         metrics=METRICS,
         max_new_tokens=most,
         micro_batch_size=row["micro_batch_size"],
+        source=read.source,
     )
 
 
@@ -95,6 +84,11 @@ class _Prompted:
     dataset: str
     folder: str
     max_new_tokens: int
+
+    @property
+    def source(self) -> str:
+        """Where the data come from, in words."""
+        return f"{self.dataset}, {self.folder}"
 
     def __call__(self, sources: Sources) -> Task:
         examples = list(self._examples(read_rows(sources, self.dataset, self.folder, "train")))
@@ -110,7 +104,7 @@ class _Prompted:
             self.name,
             train=tuple(examples[i] for i in train),
             validation=tuple(examples[i] for i in order[:count]),
-            source=f"{self.dataset}, {self.folder}",
+            source=self.source,
             validation_origin=f"{count} of {len(examples)} examples, seed {SPLIT_SEED}",
             metrics=METRICS,
             max_new_tokens=self.max_new_tokens,

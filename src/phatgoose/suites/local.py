@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..config import TASK_FILES
 from ..errors import TaskError
 from ..tasks import Example, Task, load_task
 from .entries import Entry, Sources, Suite
@@ -20,7 +21,6 @@ else:
 
 __all__ = ["local_suite"]
 
-TASK_FILES = (".csv", ".jsonl")
 SUITE_KEYS = ("name", "suffix", "tasks")
 TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
 
@@ -75,7 +75,7 @@ class _TaskFile:
 
 
 def _entry(task: _TaskFile) -> Entry:
-    return Entry(task.name, task, task.metrics, task.max_new_tokens)
+    return Entry(task.name, task, task.metrics, task.max_new_tokens, source=str(task.file))
 
 
 def _folder_suite(folder: Path) -> Suite:

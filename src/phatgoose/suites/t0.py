@@ -32,7 +32,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["t0_held_in", "t0_held_out"]
+__all__ = ["held_in_entry", "t0_held_in", "t0_held_out"]
 
 SEED = 42
 SET_APART_SEED = 1234
@@ -51,18 +51,21 @@ def t0_held_in() -> Suite:
     take turns. It is the test split of six datasets, and a part of some large ones; the task's
     `validation_origin` tells.
     """
-    entries = tuple(
-        Entry(
-            dataset.name,
-            partial(_held_in_task, dataset),
-            metrics=dataset.metrics,
-            max_new_tokens=dataset.max_new_tokens,
-            micro_batch_size=dataset.micro_batch_size,
-            train_examples=dataset.train_examples,
-        )
-        for dataset in (_HeldIn(**_tupled(table)) for table in _tables()["held_in"])
+    return Suite("t0hi", tuple(held_in_entry(table) for table in _tables()["held_in"]))
+
+
+def held_in_entry(table: Mapping[str, Any]) -> Entry:
+    """The entry of a dataset to train on, described as in t0.toml's tables [[held_in]]."""
+    dataset = _HeldIn(**_tupled(table))
+    return Entry(
+        dataset.name,
+        partial(_held_in_task, dataset),
+        metrics=dataset.metrics,
+        max_new_tokens=dataset.max_new_tokens,
+        micro_batch_size=dataset.micro_batch_size,
+        train_examples=dataset.train_examples,
+        source=dataset.source,
     )
-    return Suite("t0hi", entries)
 
 
 def t0_held_out() -> Suite:
@@ -72,7 +75,9 @@ def t0_held_out() -> Suite:
     accuracy is the mean over its templates. Story Cloze has to be asked for from its authors.
     """
     entries = tuple(
-        Entry(dataset.name, partial(_held_out_task, dataset), metrics=ACCURACY)
+        Entry(
+            dataset.name, partial(_held_out_task, dataset), metrics=ACCURACY, source=dataset.source
+        )
         for dataset in (_HeldOut(**_tupled(table)) for table in _tables()["held_out"])
     )
     return Suite("t0ho", entries)
@@ -98,6 +103,11 @@ class _Dataset:
     rename: Mapping[str, str] = field(default_factory=dict)
     prompt: str = ""
     prompt_choices: tuple[str, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """Where the data come from, in words."""
+        return f"{self.hub}, prompts of P3"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +190,7 @@ def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
         dataset.name,
         train=train,
         validation=validation,
-        source=f"{dataset.hub}, prompts of P3",
+        source=dataset.source,
         validation_origin=origin,
         metrics=dataset.metrics,
         max_new_tokens=dataset.max_new_tokens,
@@ -200,7 +210,7 @@ def _held_out_task(dataset: _HeldOut, sources: Sources) -> Task:
     picker = _Picker(dataset.name)
     test = picker.graded((row, template) for row in rows for template in templates)
     picker.warn()
-    return Task(dataset.name, test=test, source=f"{dataset.hub}, prompts of P3", metrics=ACCURACY)
+    return Task(dataset.name, test=test, source=dataset.source, metrics=ACCURACY)
 
 
 def _train_pairs(

@@ -10,19 +10,10 @@ from rich.console import Console
 
 from ...config import Formatting, Recipe, Routing
 from ...errors import ConfigError
-from .experts import BaseOption, DtypeOption
+from .experts import BaseOption, DataOption, DtypeOption, TemplatesOption
 from .flags import with_settings
 
-__all__ = ["DataOption", "TemplatesOption", "register"]
-
-DataOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--data", help="Folder of copies of Hub datasets; default: the Hub itself."),
-]
-TemplatesOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--templates", help="Folder of promptsource templates, for P3 datasets."),
-]
+__all__ = ["register"]
 
 
 def register(app: typer.Typer) -> None:
@@ -107,7 +98,7 @@ def compare(
         routing=routing,
         formatting=formatting,
         max_new_tokens=max_new_tokens,
-        sources=Sources(data, templates),
+        sources=Sources(data or recipe.data, templates or recipe.templates),
     )
     Console().print(means_table(comparison))
     typer.echo(f"tables -> {out / 'comparison.md'}, .csv, .json; cells -> {out / 'results.jsonl'}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -11,12 +12,28 @@ from rich.console import Console
 from ...config import Formatting, GateTraining, Lora, Recipe, Training
 from ...errors import ConfigError, ExpertError
 from .flags import with_settings
+from .plan import (
+    JsonOption,
+    PlanOption,
+    TflopsOption,
+    TokensPerSecondOption,
+    refuse_without_plan,
+    show_plan,
+)
 
 if TYPE_CHECKING:
     from ...expert import Expert
-    from ...tasks import Task
+    from ...suites.sources import TrainingTask
 
-__all__ = ["BaseOption", "ChoicesOption", "DtypeOption", "TemplateOption", "register"]
+__all__ = [
+    "BaseOption",
+    "ChoicesOption",
+    "DataOption",
+    "DtypeOption",
+    "TemplateOption",
+    "TemplatesOption",
+    "register",
+]
 
 # typer reads annotations at run time, on Python 3.10 too: hence Optional instead of "| None".
 BaseOption = Annotated[
@@ -31,6 +48,14 @@ TemplateOption = Annotated[
 ChoicesOption = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--choices", help="jinja2 template of the answer choices, 'yes ||| no'."),
+]
+DataOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--data", help="Folder of copies of Hub datasets; default: the Hub itself."),
+]
+TemplatesOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--templates", help="Folder of promptsource templates, for P3 datasets."),
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue unfinished work.")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Throw unfinished work away.")]
@@ -50,7 +75,11 @@ def train(
     *,
     tasks: Annotated[
         Optional[list[str]],  # noqa: UP045
-        typer.Argument(help="Task files (.jsonl, .csv) or hub:DATASET; default: the recipe's."),
+        typer.Argument(
+            help="Task files (.jsonl, .csv), hub:DATASET, suites (t0hi, flan, a .toml file, a "
+            "folder of task files) or one of a suite's datasets (t0hi/ag_news); default: the "
+            "recipe's."
+        ),
     ] = None,
     out: OutOption = Path("experts"),
     multitask: Annotated[
@@ -68,9 +97,16 @@ def train(
     dtype: DtypeOption = "auto",
     template: TemplateOption = None,
     choices: ChoicesOption = None,
+    data: DataOption = None,
+    templates: TemplatesOption = None,
     resume: ResumeOption = False,
     restart: RestartOption = False,
+    plan: PlanOption = False,
+    tflops: TflopsOption = None,
+    tokens_per_second: TokensPerSecondOption = None,
+    json: JsonOption = None,
     recipe: Recipe,
+    given: frozenset[str],
     lora: Lora,
     training: Training,
     gates: GateTraining,
@@ -82,48 +118,90 @@ def train(
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
     if mixture_most is not None and multitask is None:
         raise ConfigError("--mixture-most is for --multitask NAME, which was not given.")
-    from ...bases import load_base
-    from ...tasks import load_task, mix
-    from ...training import train_expert
+    speeds = {"tflops": tflops, "tokens_per_second": tokens_per_second}
+    if not plan:
+        refuse_without_plan({**speeds, "json": json})
+    from ...suites.sources import Sources, mixture, open_tasks
 
-    loaded = [load_task(source, template=template, choices=choices) for source in sources]
+    places = Sources(data or recipe.data, templates or recipe.templates)
+    opened = open_tasks(sources, places, template=template, choices=choices)
     if multitask is not None:
-        loaded = [mix(loaded, multitask, most=mixture_most, seed=training.seed)]
-    _refuse_taken_names(loaded, out, resume=resume)
-    model = load_base(base or recipe.base or "smollm2", dtype=dtype)
-    console = Console()
-    for number, task in enumerate(loaded, 1):
-        expert = train_expert(
-            model,
-            task,
-            out=out / task.name,
-            name=task.name,
+        opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
+    _refuse_taken_names(opened, out, resume=resume)
+    unfinished = [task for task in opened if not (out / task.name).exists()]
+    name = base or recipe.base or "smollm2"
+    if plan:
+        from ...planning import plan_training
+
+        planned = plan_training(
+            name,
+            unfinished,
             lora=lora,
             training=training,
             gate_training=gates,
             formatting=formatting,
-            resume=resume,
-            restart=restart,
+            dtype=dtype,
+            **speeds,
         )
-        console.print(
-            f"[{number}/{len(loaded)}] {_summary(expert)} -> {out / task.name}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        show_plan(planned, finished=len(opened) - len(unfinished), path=json)
+        return
+    from ...bases import load_base
+    from ...expert import Expert
+    from ...training import train_expert
+
+    _read_own_files(unfinished, training.seed)
+    model = load_base(name, dtype=dtype)
+    for number, task in enumerate(opened, 1):
+        place = out / task.name
+        if task not in unfinished:
+            expert = Expert.load(place)
+        else:
+            expert = train_expert(
+                model,
+                task.load(),
+                out=place,
+                name=task.name,
+                lora=lora,
+                training=_training_of(task, training, given),
+                gate_training=gates,
+                formatting=formatting,
+                resume=resume,
+                restart=restart,
+            )
+        typer.echo(f"[{number}/{len(opened)}] {_summary(expert)} -> {place}")
 
 
-def _refuse_taken_names(tasks: list[Task], out: Path, *, resume: bool) -> None:
+def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
+    """Read the user's own task files once, so that what is wrong is told before any training."""
+    for task in tasks:
+        if task.place == "file":
+            task.load().with_validation(seed)
+
+
+def _training_of(task: TrainingTask, training: Training, given: frozenset[str]) -> Training:
+    """`training` with the micro-batch that the task's suite says, unless the user said one."""
+    most = task.entry.micro_batch_size
+    if most is None or "micro_batch_size" in given:
+        return training
+    return replace(training, micro_batch_size=most)
+
+
+def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
     """Raise unless each task can have its expert in a folder of its own below `out`."""
     from ...expert import check_name
 
-    names = [task.name for task in tasks]
-    for name in names:
-        check_name(name)
-        if names.count(name) > 1:
-            raise ConfigError(f"Two tasks are named {name!r}; experts of one pool need own names.")
-        if (out / name).exists() and not resume:
-            raise ExpertError(f"{out / name} exists already; choose another --out, or --resume.")
+    named: dict[str, str] = {}
+    for task in tasks:
+        check_name(task.name)
+        if task.name in named:
+            raise ConfigError(
+                f"Two tasks are named {task.name!r} ({named[task.name]} and {task.named}); experts "
+                f"of one pool need own names."
+            )
+        named[task.name] = task.named
+        place = out / task.name
+        if place.exists() and not resume:
+            raise ExpertError(f"{place} exists already; choose another --out, or --resume.")
 
 
 def _summary(expert: Expert) -> str:

@@ -33,7 +33,8 @@ def with_settings(
     """A decorator that shows each config parameter of a command as one flag per field.
 
     The decorated function must take `recipe` (a `Recipe`) and one keyword parameter per config,
-    named as in `RECIPE_TABLES`. Fields named in `without` get no flag.
+    named as in `RECIPE_TABLES`. If it takes `given` too, it gets the names of the settings that
+    the recipe or the command line gave. Fields named in `without` get no flag.
     """
     shown = {
         config: [setting for setting in settings_of(config) if setting.name not in without]
@@ -43,23 +44,28 @@ def with_settings(
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         owners = {setting.name: config for config in configs for setting in shown[config]}
         tables = {TABLE_OF[config] for config in configs}
+        signature = inspect.signature(command, eval_str=True)
 
         @functools.wraps(command)
         def run(**arguments: Any) -> None:
             path = arguments.pop("recipe", None)
             recipe = read_recipe(path) if path else Recipe()
-            given = {name: arguments.pop(name) for name in owners}
+            flags = {name: arguments.pop(name) for name in owners}
+            given: set[str] = set()
             for config in configs:
                 table = TABLE_OF[config]
                 values = dict(recipe.tables.get(table, {}))
                 for name, owner in owners.items():
-                    if owner is config and given[name] is not None:
-                        values[name] = given[name]
+                    if owner is config and flags[name] is not None:
+                        values[name] = flags[name]
                 arguments[table] = from_mapping(config, values, "command line")
+                given |= values.keys()
+            if "given" in signature.parameters:
+                arguments["given"] = frozenset(given)
             command(recipe=recipe, **arguments)
 
-        signature = inspect.signature(command, eval_str=True)
-        own = [p for p in signature.parameters.values() if p.name not in {*tables, "recipe"}]
+        ours = {*tables, "recipe", "given"}
+        own = [p for p in signature.parameters.values() if p.name not in ours]
         recipe_parameter = inspect.Parameter(
             "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RecipeOption
         )

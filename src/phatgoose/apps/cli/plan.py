@@ -1,0 +1,141 @@
+"""What `phatgoose train --plan` shows: a table of experts to be trained, and what was assumed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ...errors import ConfigError
+
+if TYPE_CHECKING:
+    from ...planning import Plan, PlannedTask
+
+__all__ = [
+    "JsonOption",
+    "PlanOption",
+    "TflopsOption",
+    "TokensPerSecondOption",
+    "refuse_without_plan",
+    "show_plan",
+]
+
+# typer reads annotations at run time, on Python 3.10 too: hence Optional instead of "| None".
+PlanOption = Annotated[
+    bool,
+    typer.Option("--plan", help="Train nothing and download nothing: tell steps, time and disk."),
+]
+TflopsOption = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        "--tflops",
+        help="With --plan: speed kept up, in 10^12 operations a second (default: 100, assumed of "
+        "an A100- or H100-class GPU in bfloat16).",
+    ),
+]
+TokensPerSecondOption = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        "--tokens-per-second",
+        help="With --plan: speed as training reports it, instead of --tflops.",
+    ),
+]
+JsonOption = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("--json", help="With --plan: write it here too."),
+]
+
+WIDE = 180  # columns where nobody's terminal says otherwise
+PLACES = {"file": "", "copy": " (copy)", "hub": " (Hub)"}
+
+
+def refuse_without_plan(options: Mapping[str, object]) -> None:
+    """Raise ConfigError for a flag of --plan that was given without it."""
+    for name, value in options.items():
+        if value is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is for --plan, which was not given.")
+
+
+def show_plan(plan: Plan, *, finished: int, path: Path | None) -> None:
+    """Print `plan`, which leaves out `finished` experts; write it to `path` as JSON, if any."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(console.width, WIDE))
+    count = len(plan.tasks)
+    table = Table(title=f"{count} experts to train on {plan.base}")
+    table.add_column("expert", no_wrap=True)
+    table.add_column("data", overflow="fold")
+    for column in ("examples", "steps", "sequences", "tokens", "time", "disk"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for task in plan.tasks:
+        table.add_row(*map(Text, _cells(task)))
+    table.add_section()
+    sums = (
+        f"{plan.sequences:,}",
+        _amount(plan.tokens),
+        _duration(plan.seconds),
+        _size(plan.disk_bytes),
+    )
+    table.add_row("total", f"{count} tasks", "", f"{plan.steps:,}", *sums)
+    console.print(table)
+    expert = (
+        f"An expert: {plan.sites} sites, {plan.lora_parameters:,} LoRA parameters (kept in "
+        f"{plan.dtype}), {plan.gate_parameters:,} gate parameters. Checkpoints while it trains: up "
+        f"to {_size(plan.working_bytes)}."
+    )
+    kept = [f"{finished} experts are finished and not counted."] if finished else []
+    for line in (expert, *kept, *plan.notes):
+        console.print(Text(line))
+    if path is not None:
+        from ...work import write_text
+
+        write_text(path, json.dumps(_record(plan), indent=2) + "\n", ConfigError)
+        console.print(Text(f"plan -> {path}"))
+
+
+def _record(plan: Plan) -> dict[str, object]:
+    totals = ("steps", "sequences", "tokens", "seconds", "disk_bytes")
+    return {**asdict(plan), "totals": {name: getattr(plan, name) for name in totals}}
+
+
+def _cells(task: PlannedTask) -> tuple[str, ...]:
+    examples = "?" if task.examples is None else f"{task.examples:,}"
+    listed = task.examples is not None and not task.counted
+    bound = "≤ " if task.lengths == "limits" else ""
+    return (
+        task.name,
+        task.source + PLACES[task.place],
+        f"{'~' if listed else ''}{examples}",
+        f"{task.steps:,} + {task.gate_steps:,}",
+        f"{task.trained + task.measured:,}",
+        bound + _amount(task.tokens),
+        bound + _duration(task.seconds),
+        _size(task.disk_bytes),
+    )
+
+
+def _duration(seconds: float) -> str:
+    for unit, length, most in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 100)):
+        if seconds < most * length:
+            return f"{seconds / length:.{0 if unit == 's' else 1}f} {unit}"
+    return f"{seconds / 86400:,.1f} days"
+
+
+def _amount(number: float) -> str:
+    """A large number in thousands, millions or billions."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number:,.0f}"
+
+
+def _size(number: int) -> str:
+    return f"{_amount(number)}B" if number >= 1000 else f"{number} B"

@@ -1,0 +1,340 @@
+"""What a training run will cost, worked out beforehand: nothing is trained and nothing downloaded.
+
+Time is a count of floating-point operations over a speed. LoRA training with a frozen base costs 4
+of them for each parameter of a linear layer and each token that passes it: 2 (multiply, add) for
+the forward pass, and 2 for the way back through the activations. The other 2 of full training,
+for the gradients of the weights, fall away. Validation and statistics cost the forward 2. Left out
+are A, B and gates (2 % of T5-XL's), attention scores (they grow with the square of the length),
+padding, the optimiser, reading data, and sentence embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from tqdm.auto import tqdm
+
+from .bases import choose_dtype, load_tokenizer
+from .config import Formatting, GateTraining, Lora, Training
+from .encoding import Encoder
+from .errors import BaseModelError, ConfigError, TaskError
+from .shapes import Shapes
+from .statistics import MOST_EMBEDDINGS
+from .suites.sources import TrainingTask
+from .tasks import Task
+
+__all__ = ["TFLOPS", "Plan", "PlannedTask", "plan_training"]
+
+TFLOPS = 100.0  # what an A100- or H100-class GPU keeps up in bfloat16; assumed, not measured
+TRAINED, MEASURED = 4, 2  # operations for a parameter and a token: see above
+SAMPLE = 200
+TOKENS_PER_WORD = 1.3
+EMBEDDING_DIMS = 384  # of the default embedder, all-MiniLM-L6-v2
+FLOAT32 = 4
+CHECKPOINTS = 3  # the best and the last one, while the next is written
+CHECKPOINT_COPIES = 3  # a parameter and its two moments in AdamW
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """What training one expert will take.
+
+    `examples` are those to train on, `counted` in the data or else as the suite lists them; None
+    means unknown. `trained` sequences go forward and back, `measured` ones (validation, statistics)
+    forward only; `tokens` are those of both. `prompt_tokens` and `target_tokens` are a sequence's
+    mean, by `lengths`: "measured" on a sample, estimated from its "words", or the "limits" to which
+    sequences are cut, hence an upper bound. `disk_bytes` is the expert's directory.
+    """
+
+    name: str
+    source: str
+    place: str
+    examples: int | None
+    counted: bool
+    steps: int
+    gate_steps: int
+    trained: int
+    measured: int
+    prompt_tokens: float
+    target_tokens: float
+    lengths: str
+    tokens: int
+    seconds: float
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What training a pool will take, task by task.
+
+    `sites`, `lora_parameters` and `gate_parameters` are those of one expert. `working_bytes` is the
+    room for the checkpoints of the expert in training. `notes` say what was assumed.
+    """
+
+    base: str
+    dtype: str
+    sites: int
+    lora_parameters: int
+    gate_parameters: int
+    tasks: tuple[PlannedTask, ...]
+    working_bytes: int
+    notes: tuple[str, ...]
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all experts, gates included."""
+        return sum(task.steps + task.gate_steps for task in self.tasks)
+
+    @property
+    def sequences(self) -> int:
+        """Sequences of all experts, those that are only measured included."""
+        return sum(task.trained + task.measured for task in self.tasks)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all experts."""
+        return sum(task.tokens for task in self.tasks)
+
+    @property
+    def seconds(self) -> float:
+        """The time of all experts, one after the other."""
+        return sum(task.seconds for task in self.tasks)
+
+    @property
+    def disk_bytes(self) -> int:
+        """The size of all expert directories."""
+        return sum(task.disk_bytes for task in self.tasks)
+
+
+def plan_training(
+    base: str,
+    tasks: Sequence[TrainingTask],
+    *,
+    lora: Lora | None = None,
+    training: Training | None = None,
+    gate_training: GateTraining | None = None,
+    formatting: Formatting | None = None,
+    dtype: str = "auto",
+    tflops: float | None = None,
+    tokens_per_second: float | None = None,
+) -> Plan:
+    """What training an expert of `base` on each task will take.
+
+    Data that are on this machine are read, one dataset at a time; datasets of the Hub are not. The
+    base's weights are never needed. `tflops` is the speed that is kept up, in 10^12 operations a
+    second (None: TFLOPS); `tokens_per_second`, as training reports it, is used instead where known.
+
+    Raises ConfigError for a speed that isn't one, BaseModelError when the base's config isn't on
+    this machine (the two bases of the recipes are known without), TaskError for a task file of the
+    user's own that can't be used.
+    """
+    lora, training = lora or Lora(), training or Training()
+    gate_training, formatting = gate_training or GateTraining(), formatting or Formatting()
+    for name, speed in (("tflops", tflops), ("tokens_per_second", tokens_per_second)):
+        if speed is not None and not (0 < speed < math.inf):
+            raise ConfigError(f"{name} is {speed!r}, but must be above 0 and finite.")
+    shapes = Shapes.of(base, lora)
+    planner = _Planner(
+        shapes,
+        training,
+        gate_training,
+        formatting,
+        _encoder(base, shapes, formatting),
+        choose_dtype(dtype).itemsize,
+        TFLOPS if tflops is None else tflops,
+        tokens_per_second,
+    )
+    unread: list[str] = []
+    planned = tuple(
+        planner.plan(task, _read(task, training.seed, unread))
+        for task in tqdm(tasks, desc="plan", unit="task", leave=False, disable=None)
+    )
+    return Plan(
+        base=base,
+        dtype=str(choose_dtype(dtype)).removeprefix("torch."),
+        sites=shapes.sites,
+        lora_parameters=shapes.lora,
+        gate_parameters=shapes.gates,
+        tasks=planned,
+        working_bytes=planner.working_bytes,
+        notes=tuple(_notes(base, planner, planned, unread)),
+    )
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Mean tokens of a sequence, and how they are known: see PlannedTask."""
+
+    prompt: float
+    target: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class _Planner:
+    """Everything that is the same for all tasks. `encoder` None: no tokenizer is at hand."""
+
+    shapes: Shapes
+    training: Training
+    gate_training: GateTraining
+    formatting: Formatting
+    encoder: Encoder | None
+    itemsize: int
+    tflops: float
+    tokens_per_second: float | None
+
+    @property
+    def working_bytes(self) -> int:
+        """Checkpoints of the LoRA (of its gates too when joint), and the adapter made of them."""
+        joint = self.shapes.gates if self.gate_training.joint else 0
+        held = CHECKPOINTS * CHECKPOINT_COPIES * FLOAT32 * (self.shapes.lora + joint)
+        return held + self.itemsize * self.shapes.lora
+
+    def plan(self, task: TrainingTask, data: Task | None) -> PlannedTask:
+        """The costs of one task; `data` is None where it can't be read here."""
+        training, gates, shapes = self.training, self.gate_training, self.shapes
+        examples = task.entry.train_examples if data is None else len(data.train)
+        lengths = self._lengths(data)
+        length = lengths.prompt + lengths.target
+        gate_steps = 0 if gates.joint else gates.gate_steps
+        trained = training.batch_size * (training.steps + gate_steps)
+        measured = self._validated(data) + (self._sampled(examples) if gates.means else 0)
+        operations = lengths.prompt * shapes.prompt + lengths.target * shapes.target
+        if self.tokens_per_second is None:
+            work = (TRAINED * trained + MEASURED * measured) * operations
+            seconds = work / (self.tflops * 1e12)
+        else:
+            like_trained = trained + measured * MEASURED / TRAINED
+            seconds = like_trained * length / self.tokens_per_second
+        return PlannedTask(
+            name=task.name,
+            source=task.entry.source or task.named,
+            place=task.place,
+            examples=examples,
+            counted=data is not None,
+            steps=training.steps,
+            gate_steps=gate_steps,
+            trained=trained,
+            measured=measured,
+            prompt_tokens=lengths.prompt,
+            target_tokens=lengths.target,
+            lengths=lengths.basis,
+            tokens=round((trained + measured) * length),
+            seconds=seconds,
+            disk_bytes=self._disk(examples),
+        )
+
+    def _validated(self, data: Task | None) -> int:
+        """Sequences of all validations: every so many steps, and after the last one."""
+        most = self.training.eval_examples
+        count = most if data is None else min(most, len(data.validation))
+        return count * math.ceil(self.training.steps / self.training.eval_every)
+
+    def _sampled(self, examples: int | None) -> int:
+        most = self.gate_training.statistics_examples
+        return most if examples is None else min(most, examples)
+
+    def _disk(self, examples: int | None) -> int:
+        """Adapter, gates, means and embeddings; the descriptions beside them are small."""
+        vectors = 1 + self.gate_training.means
+        size = self.itemsize * self.shapes.lora + FLOAT32 * self.shapes.gates * vectors
+        if self.gate_training.embeddings:
+            size += FLOAT32 * EMBEDDING_DIMS * min(MOST_EMBEDDINGS, self._sampled(examples))
+        return size
+
+    def _lengths(self, data: Task | None) -> _Lengths:
+        """The tokens of one of its sequences, as far as that can be told."""
+        limits = self.formatting
+        if data is None:
+            return _Lengths(limits.max_input_tokens, limits.max_target_tokens, "limits")
+        count = min(SAMPLE, len(data.train))
+        sample = random.Random(self.training.seed).sample(data.train, count)
+        if self.encoder is None:
+            return _Lengths(
+                _by_words([row.input for row in sample], limits.max_input_tokens),
+                _by_words([row.target for row in sample], limits.max_target_tokens),
+                "words",
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of targets that are cut: training will tell
+            pairs = [self.encoder.pair(row.input, row.target) for row in sample]
+        return _Lengths(
+            fmean(len(pair.prompt) for pair in pairs),
+            fmean(len(pair.target) for pair in pairs),
+            "measured",
+        )
+
+
+def _encoder(base: str, shapes: Shapes, formatting: Formatting) -> Encoder | None:
+    """The base's encoder, None when its tokenizer isn't on this machine."""
+    try:
+        tokenizer = load_tokenizer(base, offline=True)
+    except BaseModelError:
+        return None
+    return Encoder(tokenizer, is_encoder_decoder=shapes.is_encoder_decoder, formatting=formatting)
+
+
+def _read(task: TrainingTask, seed: int, unread: list[str]) -> Task | None:
+    """The task, divided as for training; None where its data are not on this machine.
+
+    Why a copy can't be read is added to `unread`.
+    """
+    if task.place == "hub":
+        return None
+    try:
+        return task.load().with_validation(seed)
+    except TaskError as error:
+        if task.place == "file":
+            raise
+        unread.append(str(error))
+        return None
+
+
+def _by_words(texts: Sequence[str], most: int) -> float:
+    """Tokens of a text on average, by its words, one for the end of the sequence included."""
+    return fmean(min(most, TOKENS_PER_WORD * len(text.split()) + 1) for text in texts)
+
+
+def _notes(
+    base: str, planner: _Planner, tasks: Sequence[PlannedTask], unread: Sequence[str]
+) -> list[str]:
+    """What was assumed, in sentences."""
+    limits = planner.formatting
+    most = f"{limits.max_input_tokens} + {limits.max_target_tokens}"
+    meanings = {
+        "measured": f"measured on up to {SAMPLE} of its examples",
+        "words": (
+            f"estimated as {TOKENS_PER_WORD} a word of up to {SAMPLE} examples, since the base's "
+            f"tokenizer isn't on this machine"
+        ),
+        "limits": (
+            f"taken as the {most} to which it is cut, an upper bound that is usually far too high, "
+            f"since the data aren't on this machine"
+        ),
+    }
+    counts = Counter(task.lengths for task in tasks)
+    notes = [
+        f"For {count} of {len(tasks)} tasks, the tokens of a sequence are {meanings[basis]}."
+        for basis, count in counts.items()
+    ]
+    if planner.tokens_per_second is None:
+        notes.append(
+            f"Time is {TRAINED} operations for each linear parameter and trained token, {MEASURED} "
+            f"for validation and statistics, at {planner.tflops:g} TFLOP/s kept up; "
+            f"{TFLOPS:g} is assumed of an A100- or H100-class GPU in bfloat16, not measured."
+        )
+    else:
+        notes.append(f"Time is at {planner.tokens_per_second:g} trained tokens a second, as given.")
+    if planner.shapes.from_table:
+        notes.append(f"The config of {base} isn't on this machine; its published shapes are used.")
+    if planner.gate_training.embeddings:
+        notes.append(f"Embeddings are taken to have {EMBEDDING_DIMS} dimensions.")
+    if unread:
+        notes.append(f"{len(unread)} copies can't be read, the first because: {unread[0]}")
+    return notes

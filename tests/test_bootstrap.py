@@ -1,0 +1,229 @@
+"""Intervals by resampling beside sums written out, known cases, and what all models must share."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from phatgoose.bootstrap import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
+from phatgoose.metrics import METRICS
+
+ROWS = [
+    ("the cat sat on the mat", ["the cat sat on the mat"]),
+    ("a dog ran over the hill", ["the dog ran up the hill", "a dog"]),
+    ("no", ["yes", "no idea at all"]),
+    ("birds sing in the old tree", ["birds sing in an old tree", "a tree of birds"]),
+]
+
+
+def sample_of(metrics, rows=ROWS) -> Sample:
+    marks = [[METRICS[name].measure(*row) for name in metrics] for row in rows]
+    return Sample.of(metrics, marks)
+
+
+def matches(*values: float) -> Sample:
+    """Answers that are right (1) or wrong (0)."""
+    return Sample.of(["accuracy"], [[(value,)] for value in values])
+
+
+def bleu_of(rows) -> float:
+    most = max(len(references) for _, references in rows)
+    streams = [[refs[i] if i < len(refs) else None for _, refs in rows] for i in range(most)]
+    return sacrebleu.corpus_bleu([answer for answer, _ in rows], streams).score / 100
+
+
+def weights_of(draws, n: int) -> np.ndarray:
+    return np.array([np.bincount(draw, minlength=n) for draw in draws], float)
+
+
+# One dataset
+
+
+def test_a_sample_holds_the_statistics_of_each_metric():
+    sample = sample_of(["rouge-l", "bleu", "exact-match"])
+    assert sample.metrics == ("rouge-l", "bleu", "exact-match")
+    assert [rows.shape for rows in sample.statistics] == [(4, 1), (4, 10), (4, 1)]
+    assert sample.n == 4
+    assert sample.statistics[2][:, 0].tolist() == [1, 0, 0, 0]
+
+
+def test_the_score_is_the_mean_over_the_metrics():
+    names = ["rouge-l", "bleu", "squad-f1"]
+    sample = sample_of(names)
+    assert list(sample.by_metric) == names
+    for name in ("rouge-l", "squad-f1"):
+        mean = sum(METRICS[name].measure(*row)[0] for row in ROWS) / 4
+        assert sample.by_metric[name] == pytest.approx(mean, abs=1e-12)
+    assert sample.by_metric["bleu"] == pytest.approx(bleu_of(ROWS), abs=1e-12)
+    assert sample.score == pytest.approx(sum(sample.by_metric.values()) / 3, abs=1e-12)
+    assert isinstance(sample.score, float)
+
+
+@settings(deadline=None, derandomize=True, max_examples=30)
+@given(st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=5))
+@pytest.mark.parametrize("metrics", [["bleu"], ["rouge-l", "bleu"], ["accuracy"]], ids="+".join)
+def test_a_replicate_is_the_score_of_the_examples_drawn(metrics, draws):
+    got = sample_of(metrics).replicates(weights_of(draws, 4))
+    wanted = [sample_of(metrics, [ROWS[i] for i in draw]).score for draw in draws]
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_corpus_bleu_is_resampled_as_a_corpus():
+    draws = [[0, 0, 1, 3], [3, 3, 3, 1]]
+    wanted = [bleu_of([ROWS[i] for i in draw]) for draw in draws]
+    got = sample_of(["bleu"]).replicates(weights_of(draws, 4))
+    np.testing.assert_allclose(got, wanted, rtol=0, atol=1e-12)
+    singles = [sample_of(["bleu"], [row]).score for row in ROWS]
+    assert got[0] != pytest.approx(np.mean([singles[i] for i in draws[0]]), abs=1e-3)
+
+
+def test_the_interval_is_that_of_a_bootstrap_written_out():
+    values = np.random.default_rng(1).random(40)
+    interval = matches(*values).interval()
+    generator = np.random.default_rng(7)
+    means = [generator.choice(values, 40).mean() for _ in range(4000)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=0.02)
+    normal = 1.96 * values.std() / math.sqrt(40)
+    assert interval.high - interval.low == pytest.approx(2 * normal, rel=0.1)
+
+
+def test_an_interval_follows_its_seed_and_holds_the_score():
+    for sample in (sample_of(["bleu"]), sample_of(["rouge-l", "squad-f1"]), matches(1, 0, 0, 1)):
+        assert sample.interval() == sample.interval(seed=0)
+        assert 0 <= sample.interval().low <= sample.score <= sample.interval().high <= 1
+    values = np.random.default_rng(1).random(40)
+    assert matches(*values).interval(1) != matches(*values).interval(2)
+
+
+@pytest.mark.parametrize("values", [(1,), (0, 0, 0), (1, 1, 1, 1), (0.25, 0.25)])
+def test_examples_that_are_all_alike_leave_no_doubt(values):
+    interval = matches(*values).interval()
+    assert (interval.low, interval.high) == pytest.approx((values[0], values[0]), abs=1e-12)
+
+
+def test_an_interval_cuts_off_the_same_share_on_both_sides():
+    assert CONFIDENCE == 0.95
+    interval = interval_of(np.arange(1001))
+    assert interval == Interval(pytest.approx(25), pytest.approx(975))
+    assert isinstance(interval.low, float)
+    assert interval_of(np.array([0.3])) == Interval(0.3, 0.3)
+
+
+def test_intervals_hold_the_true_mean_about_as_often_as_they_say():
+    generator, held, trials = np.random.default_rng(0), 0, 300
+    for seed in range(trials):
+        sample = matches(*(generator.random(60) < 0.6).astype(float))
+        interval = sample.interval(seed)
+        held += interval.low <= 0.6 <= interval.high
+    assert 0.90 <= held / trials <= 0.98
+
+
+# Several datasets
+
+
+def scored(*means: float, n: int = 200, seed: int = 0) -> list[Sample]:
+    """A dataset for each of the means, of n examples with such a share of right answers."""
+    generator = np.random.default_rng(seed)
+    return [matches(*(generator.random(n) < mean).astype(float)) for mean in means]
+
+
+def test_models_with_the_same_answers_never_differ():
+    samples = scored(0.3, 0.5, 0.9)
+    replicates = dataset_replicates({"one": samples, "other": scored(0.3, 0.5, 0.9)})
+    assert replicates["one"].shape == (2000,)
+    assert np.array_equal(replicates["one"], replicates["other"])
+    assert replicates["one"].std() > 0.01
+
+
+def test_a_lead_on_every_example_is_the_same_in_every_resample():
+    marks = [np.random.default_rng(d).random(30) / 2 for d in range(4)]
+    lower = [matches(*row) for row in marks]
+    higher = [matches(*(row + 0.25)) for row in marks]
+    replicates = dataset_replicates({"lower": lower, "higher": higher})
+    np.testing.assert_allclose(replicates["higher"] - replicates["lower"], 0.25, atol=1e-12)
+
+
+def test_a_models_replicates_do_not_depend_on_the_company():
+    one, other = scored(0.3, 0.5, 0.9), scored(0.2, 0.8, 0.4, seed=1)
+    alone = dataset_replicates({"one": one})["one"]
+    both = dataset_replicates({"other": other, "one": one})
+    assert np.array_equal(both["one"], alone)
+    assert not np.array_equal(both["other"], alone)
+    assert list(both) == ["other", "one"]
+
+
+def test_replicates_follow_their_seed_and_number():
+    models = {"one": scored(0.3, 0.5)}
+    once = dataset_replicates(models, replicates=50, seed=3)["one"]
+    assert once.shape == (50,)
+    assert np.array_equal(dataset_replicates(models, replicates=50, seed=3)["one"], once)
+    assert not np.array_equal(dataset_replicates(models, replicates=50, seed=4)["one"], once)
+
+
+def test_a_single_dataset_is_resampled_by_its_examples_alone():
+    (sample,) = samples = scored(0.4)
+    replicates = dataset_replicates({"one": samples})["one"]
+    interval, usual = interval_of(replicates), sample.interval()
+    assert (interval.low, interval.high) == pytest.approx((usual.low, usual.high), abs=0.02)
+    assert replicates.mean() == pytest.approx(sample.score, abs=0.01)
+
+
+def test_certain_datasets_are_resampled_by_datasets_alone():
+    scores = (0.0, 0.25, 1.0)
+    samples = [matches(*[score] * 5) for score in scores]
+    replicates = dataset_replicates({"one": samples}, replicates=27000)["one"]
+    values, counts = np.unique(replicates.round(9), return_counts=True)
+    means = [sum(draw) / 3 for draw in np.stack(np.meshgrid(*[scores] * 3)).reshape(3, 27).T]
+    wanted, shares = np.unique(np.round(means, 9), return_counts=True)
+    np.testing.assert_allclose(values, wanted, atol=1e-9)
+    np.testing.assert_allclose(counts, 1000 * shares, atol=5 * np.sqrt(27000 / 4))
+
+
+def test_both_datasets_and_examples_vary():
+    samples = scored(0.2, 0.4, 0.6, 0.8, n=25)
+    scores = np.array([sample.score for sample in samples])
+    replicates = dataset_replicates({"one": samples}, replicates=8000)["one"]
+    of_examples = np.mean(scores * (1 - scores)) / 25
+    expected = math.sqrt((scores.var() + of_examples) / 4)
+    assert replicates.mean() == pytest.approx(scores.mean(), abs=0.01)
+    assert replicates.std() == pytest.approx(expected, rel=0.05)
+
+
+def test_a_dataset_drawn_twice_draws_its_examples_anew():
+    """With one dataset in two slots half of the variance would remain if its draws were shared."""
+    same = scored(0.5, n=25)[0]
+    two = dataset_replicates({"one": [same, same]}, replicates=8000)["one"]
+    one = dataset_replicates({"one": [same]}, replicates=8000)["one"]
+    assert two.std() == pytest.approx(one.std() / math.sqrt(2), rel=0.05)
+
+
+def test_datasets_may_differ_in_size_and_metrics():
+    samples = [sample_of(["bleu"]), sample_of(["rouge-l", "squad-f1"]), matches(1, 0, 1, 1, 0, 0)]
+    replicates = dataset_replicates({"one": samples, "other": samples}, replicates=300)
+    assert np.array_equal(replicates["one"], replicates["other"])
+    mean = np.mean([sample.score for sample in samples])
+    assert replicates["one"].min() < mean < replicates["one"].max()
+    assert np.isfinite(replicates["one"]).all()
+
+
+def test_a_dataset_that_no_resample_draws_does_no_harm():
+    samples = [matches(*[d / 40] * 3) for d in range(40)]
+    (value,) = dataset_replicates({"one": samples}, replicates=1)["one"]
+    assert 0 <= value <= 1
+
+
+def test_intervals_of_a_mean_over_datasets_hold_the_truth_about_as_often_as_they_say():
+    generator, held, trials = np.random.default_rng(0), 0, 150
+    for seed in range(trials):
+        means = np.clip(generator.normal(0.5, 0.15, size=25), 0.01, 0.99)
+        samples = [matches(*(generator.random(20) < mean).astype(float)) for mean in means]
+        replicates = dataset_replicates({"one": samples}, replicates=300, seed=seed)["one"]
+        interval = interval_of(replicates)
+        held += interval.low <= 0.5 <= interval.high
+    assert held / trials >= 0.90

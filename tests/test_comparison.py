@@ -1,0 +1,712 @@
+"""`compare`: every cell, what follows from them, and what is used again when it goes on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import logits_of, make_ids, make_model, make_tokenizer, toy_embed, with_embeddings
+from phatgoose import comparison as module
+from phatgoose.bases import Base, load_base
+from phatgoose.bootstrap import Interval
+from phatgoose.comparison import compare
+from phatgoose.config import Formatting, Routing
+from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
+from phatgoose.evaluation import evaluate
+from phatgoose.methods import METHODS
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, detach
+from phatgoose.routers import lookup
+from phatgoose.storage import load, save
+from phatgoose.suites import Entry, Suite, open_suite
+from phatgoose.tables import Comparison
+from phatgoose.tasks import Example, Task
+
+pytestmark = pytest.mark.usefixtures("toy_embedder")
+
+ROUTERS = [name for name in METHODS if name not in ("base", "best-individual", "oracle")]
+EXPERTS = ("e0", "e1", "e2")
+REFERENCES = ("an expert", "a pool", "a routed model", "a base")
+SUITES = {"mixed": ("choose", "pick", "say"), "plain": ("choose", "count")}
+TASKS = ("choose", "pick", "say", "count")
+TOKENS = 4  # of generated answers where a task says nothing
+TOML = """
+name = "mixed"
+
+[[tasks]]
+file = "plain/choose.jsonl"
+
+[[tasks]]
+file = "pick.jsonl"
+metrics = ["accuracy"]
+
+[[tasks]]
+file = "say.jsonl"
+metrics = ["rouge-l", "bleu"]
+max_new_tokens = 8
+"""
+WORDS = ("good", "bad", "so so", "none")
+CHOOSE = [{"input": f"Film {i} is", "target": WORDS[i % 4], "choices": WORDS} for i in range(9)]
+PICK = [
+    {"input": f"{i} + {i % 3}: odd?", "target": "no", "choices": ["yes", "no"]} for i in range(7)
+]
+SAY = [f"Tell me of {word}:" for word in (*WORDS, "more")]
+COUNT = [f"{i} + 1 =" for i in range(3)]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({**row, "split": "test"}) + "\n" for row in rows))
+    return path
+
+
+def answers_of(inputs: Sequence[str], tokens: int, base: Base, pool: Pool) -> list[dict[str, Any]]:
+    """Rows whose targets are what one model after the other answers: all score more than 0."""
+    rows = []
+    turns = ({"k": 1}, {"router": "merged"}, {"router": "single", "expert": "e1"}, {"k": 2}, {})
+    for text, options in zip(inputs, turns, strict=False):
+        model = compose(pool, base, **options)
+        task = Task("t", test=(Example(text, "x"),))
+        answer = evaluate(model, task, max_new_tokens=tokens).scores[0].predictions[0].answer
+        rows.append({"input": text, "target": answer, "references": [answer, "something else"]})
+        detach(base.model)
+    return rows
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a comparison is made of."""
+
+    base: Path
+    pool: Pool
+    suites: tuple[Path | str, ...]
+    references: dict[str, Path | str]
+
+    def run(self, out: Path, methods: Any = "all", **options: Any) -> Comparison:
+        """The comparison of `methods`, with all else as it stands here unless `options` say so."""
+        given = {"base": load_base(self.base, dtype="float32"), "max_new_tokens": TOKENS, **options}
+        suites = given.pop("suites", self.suites)
+        return compare(given.pop("pool", self.pool), suites, methods, out=out, **given)
+
+
+@pytest.fixture(scope="module")
+def setting(base_folders, pool_of, tmp_path_factory) -> Setting:
+    """Three experts; two suites, a TOML file and a folder, that share a dataset; references."""
+    folder, pool = tmp_path_factory.mktemp("setting"), pool_of("llama", (4, 4, 4))
+    base = load_base(base_folders["llama"], dtype="float32")
+    write_rows(folder / "plain" / "choose.jsonl", CHOOSE)
+    write_rows(folder / "plain" / "count.jsonl", answers_of(COUNT, TOKENS, base, pool))
+    write_rows(folder / "pick.jsonl", PICK)
+    write_rows(folder / "say.jsonl", answers_of(SAY, 8, base, pool))
+    (folder / "suite.toml").write_text(TOML)
+    save(compose(pool.select(["e0", "e2"]), base, router="arrow", k=1), folder / "routed")
+    make_model("llama", seed=1).save_pretrained(folder / "other")
+    make_tokenizer(final_eos=False).save_pretrained(folder / "other")
+    experts = pool.experts[0].directory.parent
+    places = (experts / "e1", str(experts), folder / "routed", folder / "other")
+    return Setting(
+        base_folders["llama"],
+        with_embeddings(pool),
+        (folder / "suite.toml", str(folder / "plain")),
+        dict(zip(REFERENCES, places, strict=True)),
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished comparison and where it is."""
+
+    folder: Path
+    comparison: Comparison
+
+
+@pytest.fixture(scope="module")
+def done(setting, tmp_path_factory) -> Done:
+    """All methods and references on everything."""
+    folder = tmp_path_factory.mktemp("done")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "embed_texts", toy_embed)
+        return Done(folder, setting.run(folder, references=setting.references))
+
+
+@pytest.fixture
+def out(done, tmp_path) -> Path:
+    """A copy of the finished comparison's folder, to go on with."""
+    return shutil.copytree(done.folder, tmp_path / "out")
+
+
+@pytest.fixture
+def tasks(setting) -> dict[str, Task]:
+    loaded = [task for suite in setting.suites for task in open_suite(suite).load()]
+    return {task.name: task for task in loaded}
+
+
+@pytest.fixture
+def computed(monkeypatch) -> list[tuple[str, str]]:
+    """(router, expert or base; dataset) of every cell that is computed from here on."""
+    cells = []
+
+    def watched(model, task, **options):
+        parts = getattr(model, "phatgoose", None)
+        router = "base" if parts is None else parts.routing.router
+        cells.append((parts.experts[0] if router == "single" else router, task.name))
+        return evaluate(model, task, **options)
+
+    monkeypatch.setattr(module, "evaluate", watched)
+    return cells
+
+
+def cells_of(*rows: str, tasks: Sequence[str] = TASKS) -> list[tuple[str, str]]:
+    return [(row, task) for row in rows for task in tasks]
+
+
+def by_hand(row: str, setting: Setting, base: Base) -> Any:
+    """The model of a row, composed without `compare`."""
+    if row in ROUTERS:
+        return compose(setting.pool, base, router=row, k=2)
+    if row in EXPERTS:
+        return compose(setting.pool, base, router="single", expert=row)
+    place = setting.references.get(row)
+    return {
+        "base": lambda: base,
+        "an expert": lambda: compose(place, base, router="single"),
+        "a pool": lambda: compose(place, base),
+        "a routed model": lambda: load(place, base),
+        "a base": lambda: load_base(place, dtype="float32"),
+    }[row]()
+
+
+def stored_in(folder: Path) -> list[dict[str, Any]]:
+    """The cells in results.jsonl."""
+    return [json.loads(line) for line in (folder / "results.jsonl").read_bytes().splitlines()]
+
+
+# Cells
+
+
+@pytest.mark.parametrize("row", ["base", *ROUTERS, *REFERENCES, *EXPERTS])
+def test_a_cell_is_what_evaluate_says_of_the_model_composed_by_hand(
+    done, setting, tasks, llama, row
+):
+    model = by_hand(row, setting, llama)
+    results = (done.comparison.experts if row in EXPERTS else done.comparison.results)[row]
+    stored = stored_in(done.folder)
+    assert list(results) == list(TASKS)
+    for name, result in results.items():
+        (score,) = evaluate(model, tasks[name], max_new_tokens=TOKENS).scores
+        for part in ("task", "metric", "score", "n", "low", "high", "ties"):
+            assert getattr(result, part) == getattr(score, part), (name, part)
+        assert result.sample.by_metric == score.by_metric
+        answers = [prediction.answer for prediction in score.predictions]
+        records = [line["result"] for line in stored if line["key"]["task"] == name]
+        assert answers in [record["answers"] for record in records]
+
+
+def test_the_models_of_the_test_differ(done):
+    means = [row["all datasets"].mean for row in done.comparison.summaries.values()]
+    assert len(set(means)) >= len(means) - 3
+    assert all(any(row[task].score for row in done.comparison.results.values()) for task in TASKS)
+    results = done.comparison.results["phatgoose"]
+    assert results["say"].metric == "ROUGE-L + BLEU"
+    assert results["count"].metric == "exact match"
+    assert results["choose"].metric == results["pick"].metric == "rank classification accuracy"
+
+
+def test_no_cell_is_computed_twice(done):
+    keys = [json.dumps(line["key"], sort_keys=True) for line in stored_in(done.folder)]
+    rows = 1 + len(ROUTERS) + len(EXPERTS) + 2  # of the references, two are rows already
+    assert len(keys) == len(set(keys)) == rows * len(TASKS)
+
+
+def test_a_sequence_to_sequence_base_is_compared_alike(
+    setting, tasks, base_folders, pool_of, tmp_path
+):
+    pool, base = pool_of("t5", (4, 4)), load_base(base_folders["t5"], dtype="float32")
+    plain = setting.suites[1]
+    methods = ["base", "merged", "phatgoose", "oracle"]
+    comparison = setting.run(tmp_path, methods, pool=pool, base=base, suites=plain, limit=4)
+    for row, options in (
+        ("base", None),
+        ("merged", {"router": "merged"}),
+        ("phatgoose", {"k": 2}),
+        ("e1", {"router": "single", "expert": "e1"}),
+    ):
+        model = compose(pool, base, **options) if options else base
+        for name in ("choose", "count"):
+            (score,) = evaluate(model, tasks[name], limit=4, max_new_tokens=TOKENS).scores
+            rows = {**comparison.results, **comparison.experts}
+            assert rows[row][name].score == score.score
+            assert (rows[row][name].low, rows[row][name].high) == (score.low, score.high)
+        if options:
+            detach(base.model)
+
+
+def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
+    routing, formatting = Routing(k=1, eps=0.5), Formatting(max_input_tokens=3)
+    options = {"routing": routing, "formatting": formatting, "max_new_tokens": 2, "token_budget": 9}
+    methods = ["uniform-top-k", "phatgoose"]
+    comparison = setting.run(tmp_path, methods, suites=setting.suites[1], **options)
+    for row in methods:
+        model = compose(setting.pool, llama, router=row, k=1, eps=0.5)
+        for name in ("choose", "count"):
+            (score,) = evaluate(
+                model, tasks[name], formatting=formatting, max_new_tokens=2, token_budget=9
+            ).scores
+            marks = [list(prediction.marks[0]) for prediction in score.predictions]
+            assert comparison.results[row][name].sample.statistics[0].tolist() == marks
+        detach(llama.model)
+
+
+# What follows from them
+
+
+def test_the_rows_stand_in_the_order_of_the_paper_then_references_then_those_that_know(done):
+    comparison = done.comparison
+    derived = ["best-individual", "oracle"]
+    assert list(comparison.results) == ["base", *ROUTERS, *REFERENCES, *derived]
+    assert list(comparison.experts) == list(EXPERTS)
+    assert comparison.labels == {**METHODS, **{label: label for label in REFERENCES}}
+    assert comparison.columns == {**SUITES, "all datasets": TASKS}
+    assert comparison.notes == ()
+
+
+def test_oracle_is_the_best_expert_of_each_dataset_and_best_individual_that_of_all(done):
+    experts, results = done.comparison.experts, done.comparison.results
+    scores = {name: [row[task].score for task in TASKS] for name, row in experts.items()}
+    best = max(EXPERTS, key=lambda name: np.mean(scores[name]))
+    assert {task: row.score for task, row in results["oracle"].items()} == {
+        task: max(row[i] for row in scores.values()) for i, task in enumerate(TASKS)
+    }
+    assert dict(results["best-individual"]) == dict(experts[best])
+    choices = done.comparison.choices
+    assert choices["best-individual"] == dict.fromkeys(TASKS, best)
+    for task, chosen in choices["oracle"].items():
+        assert results["oracle"][task] == experts[chosen][task]
+    assert len(set(choices["oracle"].values())) > 1
+
+
+def test_a_suites_mean_is_that_of_its_datasets_unweighted(done):
+    for row, summaries in done.comparison.summaries.items():
+        results = done.comparison.results[row]
+        for column, names in {**SUITES, "all datasets": TASKS}.items():
+            wanted = np.mean([results[name].score for name in names])
+            assert summaries[column].mean == pytest.approx(wanted, abs=1e-12)
+            assert summaries[column].interval.low <= wanted <= summaries[column].interval.high
+            if row != "phatgoose":
+                own = done.comparison.summaries["phatgoose"][column].mean
+                assert summaries[column].difference == summaries[column].mean - own
+
+
+def test_rows_of_the_same_answers_differ_by_exactly_nothing(done):
+    for same in done.comparison.summaries["a pool"].values():
+        assert (same.difference, same.difference_interval) == (0, Interval(0, 0))
+    for other in done.comparison.summaries["base"].values():
+        assert other.difference_interval.low < other.difference_interval.high
+
+
+@pytest.mark.parametrize("router", ["oracle", "best-individual"])
+def test_the_written_scores_make_the_model_of_the_row(done, setting, tasks, llama, router):
+    model = compose(setting.pool, llama, router=router, scores=done.folder / "comparison.json")
+    scores = evaluate(model, tasks.values(), max_new_tokens=TOKENS).scores
+    wanted = done.comparison.results[router]
+    assert {score.task: score.score for score in scores} == {
+        task: result.score for task, result in wanted.items()
+    }
+
+
+def test_the_tables_are_written_with_all_that_was_set(done, setting):
+    names = ["comparison.csv", "comparison.json", "comparison.md", "results.jsonl"]
+    assert sorted(path.name for path in done.folder.iterdir()) == names
+    assert (done.folder / "comparison.md").read_text() == done.comparison.to_markdown()
+    settings = json.loads((done.folder / "comparison.json").read_text())["settings"]
+    assert settings["base"]["id"] == str(setting.base)
+    assert settings["base"]["fingerprint"] == load_base(setting.base).fingerprint
+    wanted = {"dtype": "float32", "experts": ["e0", "e1", "e2"], "limit": None, "seed": 0, "k": 2}
+    assert wanted.items() <= settings.items()
+    assert settings["code"] == module.code_version()
+
+
+# The base
+
+
+def test_the_base_is_the_same_bit_by_bit_afterwards(setting, llama, tmp_path):
+    ids = make_ids(3)
+    before = logits_of(llama.model, ids)
+    setting.run(tmp_path, "all", base=llama, references=setting.references, limit=1)
+    assert not hasattr(llama.model, "phatgoose")
+    assert torch.equal(logits_of(llama.model, ids), before)
+
+
+@pytest.mark.parametrize("row", ["base", "retrieval", "merged", "phatgoose", "arrow", "e1"])
+def test_the_base_is_the_same_after_an_error_within(setting, llama, tmp_path, monkeypatch, row):
+    ids = make_ids(3)
+    before = logits_of(llama.model, ids)
+
+    def broken(*_, **__):
+        raise EvaluationError("broken")
+
+    monkeypatch.setattr(module, "evaluate", broken)
+    methods = ["oracle"] if row in EXPERTS else [row]
+    with pytest.raises(EvaluationError, match="broken"):
+        setting.run(tmp_path, methods, base=llama)
+    assert not hasattr(llama.model, "phatgoose")
+    assert torch.equal(logits_of(llama.model, ids), before)
+
+
+def test_a_base_that_is_routed_already_is_refused(setting, llama, tmp_path):
+    compose(setting.pool, llama)
+    with pytest.raises(RoutingError, match="routed already"):
+        setting.run(tmp_path / "out", ["base"], base=llama)
+    assert hasattr(llama.model, "phatgoose")
+    assert not (tmp_path / "out").exists()
+
+
+# Going on
+
+
+SMALL = ("base", "phatgoose", "oracle")  # 5 rows on 4 datasets
+
+
+@pytest.fixture
+def no_time(monkeypatch) -> None:
+    """Nothing takes any time, so that all files of two runs are the same."""
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(setting, tmp_path_factory) -> dict[str, bytes]:
+    """The files of a small comparison that nothing came between."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
+        setting.run(folder, SMALL, limit=2)
+    return files(folder)
+
+
+@pytest.mark.usefixtures("no_time")
+@pytest.mark.parametrize("finished", [0, 1, 6, 19])
+def test_an_interrupted_comparison_goes_on_where_it_stopped(
+    setting, uninterrupted, tmp_path, monkeypatch, computed, finished
+):
+    watched = module.evaluate
+
+    def interrupted(*arguments, **options):
+        if len(computed) == finished:
+            raise KeyboardInterrupt
+        return watched(*arguments, **options)
+
+    monkeypatch.setattr(module, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        setting.run(tmp_path, SMALL, limit=2)
+    monkeypatch.setattr(module, "evaluate", watched)
+    assert len(computed) == finished
+    assert not list(tmp_path.glob("comparison.*"))
+    setting.run(tmp_path, SMALL, limit=2)
+    assert computed == cells_of(*SMALL[:2], *EXPERTS)  # each once, in all
+    assert files(tmp_path) == uninterrupted
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+import torch
+from phatgoose import comparison, results
+from phatgoose.bases import load_base
+
+torch.set_num_threads(1)
+comparison.time = SimpleNamespace(monotonic=lambda: 0.0)
+base, experts, out, *suites = sys.argv[1:]
+add, path = results.ResultStore.add, Path(out) / "results.jsonl"
+
+def add_or_die(store, key, result):
+    add(store, key, result)
+    if len(store) == 7:
+        os.truncate(path, path.stat().st_size - 40)  # the last line was not written to its end
+        os.kill(os.getpid(), signal.SIGKILL)
+
+results.ResultStore.add = add_or_die
+loaded = load_base(base, dtype="float32")
+options = {"out": out, "base": loaded, "limit": 2, "max_new_tokens": 4}
+comparison.compare(experts, suites, ["base", "phatgoose", "oracle"], **options)
+"""
+
+
+@pytest.mark.usefixtures("no_time")
+def test_a_killed_comparison_goes_on_where_it_stopped(setting, uninterrupted, tmp_path, computed):
+    places = (setting.base, setting.references["a pool"], tmp_path, *setting.suites)
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, *map(str, places)], capture_output=True, timeout=120
+    )
+    assert killed.returncode == -9, killed.stderr.decode()
+    assert (tmp_path / "results.jsonl").read_bytes().count(b"\n") == 6
+    print(
+        "KEY",
+        (tmp_path / "results.jsonl").read_text().split("\n")[0][:900],
+        "\nUNI",
+        uninterrupted["results.jsonl"].decode().split("\n")[0][:900],
+    )
+    with pytest.warns(UserWarning, match="the last result was cut off"):
+        setting.run(tmp_path, SMALL, limit=2)
+    assert computed == cells_of(*SMALL[:2], *EXPERTS)[6:]
+    assert files(tmp_path) == uninterrupted
+
+
+def test_a_broken_line_in_the_middle_is_told_and_nothing_is_lost(setting, out):
+    store = out / "results.jsonl"
+    first, *rest = store.read_text().split("\n")
+    store.write_text("\n".join([first, "{broken", *rest]))
+    before = files(out)
+    with pytest.raises(EvaluationError, match=r"out/results\.jsonl is no file of results"):
+        setting.run(out, ["base"])
+    assert files(out) == before
+
+
+def test_a_finished_comparison_is_only_read(setting, done, out, computed):
+    before = files(out)
+    comparison = setting.run(out, references=setting.references)
+    assert computed == []
+    assert files(out) == before
+    assert comparison.summaries == done.comparison.summaries
+
+
+def test_a_part_of_a_finished_comparison_needs_nothing(setting, out, computed):
+    comparison = setting.run(out, ["merged", "oracle"], suites=setting.suites[1])
+    assert (computed, list(comparison.results)) == ([], ["merged", "oracle"])
+
+
+def test_more_methods_and_references_are_added(setting, tmp_path, computed):
+    plain, pair = setting.suites[1], ("choose", "count")
+    options = {"suites": plain, "limit": 2}
+    setting.run(tmp_path, ["base"], **options)
+    setting.run(tmp_path, ["base", "merged"], **options)
+    references = {"expert": setting.references["an expert"]}
+    setting.run(tmp_path, ["base", "merged"], references=references, **options)
+    setting.run(tmp_path, ["merged", "best-individual"], **options)
+    assert computed == cells_of("base", "merged", "e1", "e0", "e2", tasks=pair)
+
+
+def test_more_suites_are_added(setting, out, tmp_path, computed):
+    new = write_rows(tmp_path / "third" / "new.jsonl", CHOOSE[:2]).parent
+    write_rows(new / "choose.jsonl", CHOOSE)
+    comparison = setting.run(out, ["base", "phatgoose"], suites=[*setting.suites, new])
+    assert computed == cells_of("base", "phatgoose", tasks=["new"])
+    assert comparison.columns["third"] == ("choose", "new")
+    assert comparison.columns["all datasets"] == (*TASKS, "new")
+
+
+def test_one_more_expert_leaves_single_experts_and_the_base(setting, out, computed, pool_of):
+    (*_, another) = pool_of("llama").experts
+    pool = Pool((*setting.pool.experts, another))
+    setting.run(out, ["base", "merged", "phatgoose", "oracle"], pool=pool)
+    assert computed == cells_of("merged", "phatgoose", "e3")
+
+
+def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
+    setting.run(out, routing=Routing(k=1))
+    assert computed == cells_of(
+        "random", "average-activation", "arrow", "uniform-top-k", "phatgoose"
+    )
+
+
+def test_other_gates_leave_what_does_not_depend_on_them(setting, out, computed):
+    first, *rest = setting.pool.experts
+    gates = {site: -gate for site, gate in first.gates.items()}
+    setting.run(out, pool=Pool((replace(first, gates=gates), *rest)))
+    assert computed == cells_of("uniform-top-k", "phatgoose")
+
+
+def test_other_examples_leave_nothing(setting, out, computed):
+    setting.run(out, ["base"], limit=3)  # all that count has
+    assert computed == cells_of("base", tasks=["choose", "pick", "say"])
+    setting.run(out, ["base"], limit=3, seed=1)
+    assert computed[3:] == cells_of("base", tasks=["choose", "pick", "say"])
+    setting.run(out, ["base"], limit=9)  # more than any has
+    assert len(computed) == 6
+
+
+def test_other_answers_lengths_leave_choices_and_tasks_of_their_own(setting, out, computed):
+    setting.run(out, ["base"], max_new_tokens=TOKENS + 1)
+    assert computed == cells_of("base", tasks=["count"])
+
+
+def test_another_formatting_leaves_nothing(setting, out, computed):
+    setting.run(out, ["base"], formatting=Formatting(max_input_tokens=7))
+    assert computed == cells_of("base")
+
+
+def test_changed_examples_of_the_same_name_are_scored_anew(setting, out, tmp_path, computed):
+    rows = [CHOOSE[1], *CHOOSE[1:]]
+    setting.run(out, ["base"], suites=write_rows(tmp_path / "plain/choose.jsonl", rows).parent)
+    assert computed == cells_of("base", tasks=["choose"])
+
+
+def test_another_precision_or_base_leaves_nothing(setting, out, computed):
+    setting.run(out, ["base"], base=load_base(setting.base, dtype="bfloat16"))
+    assert computed == cells_of("base")
+    setting.run(out, ["base"], base=load_base(setting.references["a base"], dtype="float32"))
+    assert computed == 2 * cells_of("base")
+
+
+def test_edited_code_leaves_nothing(setting, out, computed, monkeypatch):
+    monkeypatch.setattr(module, "code_version", lambda: "0.1.0+edited")
+    comparison = setting.run(out, ["base"])
+    assert computed == cells_of("base")
+    assert comparison.settings["code"] == "0.1.0+edited"
+
+
+# What is drawn and what is left out
+
+
+def test_all_methods_score_the_same_examples(setting, tasks, tmp_path, monkeypatch):
+    seen = {}
+
+    def watched(model, task, **options):
+        seen.setdefault(task.name, []).append(task.test)
+        return evaluate(model, task, **options)
+
+    monkeypatch.setattr(module, "evaluate", watched)
+    methods = ["base", "retrieval", "phatgoose", "oracle"]
+    comparison = setting.run(tmp_path, methods, limit=2, seed=3)
+    for name, drawn in seen.items():
+        assert drawn == [tasks[name].evaluation_examples(2, 3)] * 6
+        assert comparison.results["oracle"][name].n == 2
+    other = setting.run(tmp_path, ["base"], limit=2, seed=4)
+    assert other.settings["seed"] == 4
+    assert any(drawn[0] != drawn[-1] for drawn in seen.values())
+
+
+def without(pool: Pool, **parts: Any) -> Pool:
+    first, *rest = pool.experts
+    return Pool((replace(first, **parts), *rest))
+
+
+@pytest.mark.parametrize(
+    ("part", "left_out"),
+    [
+        ({"embeddings": None}, ["retrieval"]),
+        ({"means": {}}, ["average-activation"]),
+        ({"gates": {}}, ["uniform-top-k", "phatgoose"]),
+    ],
+    ids=lambda value: next(iter(value)),
+)
+def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, left_out):
+    pool = without(setting.pool, **part)
+    with pytest.warns(UserWarning, match="was left out: e0 can't be routed by it") as caught:
+        comparison = setting.run(tmp_path, pool=pool, suites=setting.suites[1], limit=1)
+    assert list(comparison.results) == [name for name in METHODS if name not in left_out]
+    assert len(comparison.notes) == len(left_out) == len(caught)
+    for note, warning in zip(comparison.notes, caught, strict=True):
+        assert str(warning.message) == note
+        assert f"Note: {note}" in (tmp_path / "comparison.md").read_text().splitlines()
+    for name in left_out:
+        assert any(
+            note.startswith(f"{METHODS[name]} was left out: e0 can't") for note in comparison.notes
+        )
+
+
+@pytest.mark.parametrize(
+    ("part", "method", "complaint"),
+    [
+        ({"embeddings": None}, "retrieval", "'e0' has no embeddings"),
+        ({"means": {}}, "average-activation", "'e0' has no means"),
+        ({"gates": {}}, "phatgoose", "'e0' has no gates"),
+    ],
+)
+def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, method, complaint):
+    with pytest.raises(PoolError, match=complaint):
+        setting.run(tmp_path, [method], pool=without(setting.pool, **part))
+
+
+def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_path):
+    entry = Entry("pick", lambda sources: tasks["pick"])
+    for suite in (Suite("own", (entry,)), [Suite("own", (entry,))]):
+        assert setting.run(tmp_path, "base", suites=suite).columns == {"own": ("pick",)}
+    for suite in (setting.suites[1], Path(setting.suites[1])):
+        comparison = setting.run(tmp_path, ["base"], suites=suite, limit=1)
+        assert comparison.columns == {"plain": ("choose", "count")}
+
+
+# What is refused, before anything is computed
+
+
+def refused(error: type[Exception], complaint: str, run: Callable[[Path], Any], out: Path) -> None:
+    with pytest.raises(error, match=complaint):
+        run(out / "new")
+    assert not (out / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint", "arguments"),
+    [
+        (ConfigError, "Method 'best' is unknown; known are all, base, ", {"methods": ["best"]}),
+        (ConfigError, "No method was given", {"methods": []}),
+        (ConfigError, "can't be called 'arrow'", {"references": {"arrow": "an expert"}}),
+        (ConfigError, "both called 'e1'", {"references": {"e1": "an expert"}}),
+        (TaskError, "No suite was given", {"suites": []}),
+        (TaskError, "neither a known name", {"suites": ["nowhere"]}),
+        (TaskError, "limit is 0", {"limit": 0}),
+    ],
+)
+def test_what_cannot_be_compared_is_told(setting, tmp_path, error, complaint, arguments):
+    places = arguments.get("references", {})
+    references = {label: setting.references[place] for label, place in places.items()}
+    options = {"methods": ["oracle"], **arguments, "references": references}
+    refused(error, complaint, lambda out: setting.run(out, **options), tmp_path)
+
+
+def test_two_datasets_of_one_name_or_two_suites_of_one_name_are_refused(setting, tmp_path):
+    write_rows(tmp_path / "other" / "choose.jsonl", CHOOSE[:5])
+    write_rows(tmp_path / "other" / "plain" / "pick.jsonl", PICK)
+    for new, complaint in (
+        (tmp_path / "other", "different datasets called 'choose'"),
+        (tmp_path / "other" / "plain", "Two suites are called 'plain'"),
+    ):
+        suites = [*setting.suites, new]
+        refused(
+            TaskError,
+            complaint,
+            lambda out, suites=suites: setting.run(out, ["base"], suites=suites),
+            tmp_path,
+        )
+
+
+def test_one_dataset_under_two_metrics_is_two(setting, tmp_path):
+    (tmp_path / "s.toml").write_text(
+        f'[[tasks]]\nfile = "{setting.suites[1]}/choose.jsonl"\nmetrics = ["rouge-l"]\n'
+    )
+    suites = [*setting.suites, tmp_path / "s.toml"]
+    refused(
+        TaskError,
+        "different datasets called 'choose'",
+        lambda out: setting.run(out, ["base"], suites=suites),
+        tmp_path,
+    )
+
+
+def test_an_expert_that_is_called_like_a_method_is_refused(setting, tmp_path):
+    first = setting.pool.experts[0]
+    pool = without(setting.pool, info=replace(first.info, name="random"))
+    refused(
+        ConfigError,
+        "both called 'random'",
+        lambda out: setting.run(out, ["random", "oracle"], pool=pool),
+        tmp_path,
+    )
+    comparison = setting.run(tmp_path, ["random"], pool=pool, limit=1)  # nothing to mix up
+    assert list(comparison.results) == ["random"]

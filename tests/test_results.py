@@ -1,0 +1,219 @@
+"""The store of finished results, and the version of the code that made them."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import phatgoose
+from phatgoose import results
+from phatgoose.errors import EvaluationError
+from phatgoose.results import ResultStore, code_version
+
+KEY = {"task": "a", "method": {"k": 2, "pool": ["x", "y"]}}
+
+
+@pytest.fixture
+def path(tmp_path) -> Path:
+    return tmp_path / "new" / "results.jsonl"
+
+
+def filled(path: Path, count: int) -> ResultStore:
+    store = ResultStore(path)
+    for number in range(count):
+        store.add({"n": number}, {"score": number / 7})
+    return store
+
+
+def test_what_was_added_is_found_now_and_later(path):
+    store = ResultStore(path)
+    assert (len(store), store.get(KEY), path.exists()) == (0, None, False)
+    store.add(KEY, {"score": 0.1, "answers": ["ü", 'a "quoted"\nline']})
+    for each in (store, ResultStore(path)):
+        assert len(each) == 1
+        assert each.get(KEY) == {"score": 0.1, "answers": ["ü", 'a "quoted"\nline']}
+
+
+def test_a_key_is_its_content_whatever_the_order_and_kind_of_its_parts(path):
+    ResultStore(path).add(KEY, {"score": 1})
+    turned = {"method": {"pool": ("x", "y"), "k": 2}, "task": "a"}
+    assert ResultStore(path).get(turned) == {"score": 1}
+    for other in ({**KEY, "task": "b"}, {**KEY, "method": {"k": 1, "pool": ["x", "y"]}}, {}):
+        assert ResultStore(path).get(other) is None
+
+
+def test_numbers_come_back_bit_by_bit(path):
+    numbers = [1 / 3, 0.1 + 0.2, 5e-324, 1e22, 0.0]
+    ResultStore(path).add(KEY, {"marks": numbers})
+    assert ResultStore(path).get(KEY)["marks"] == numbers
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x1e", "\r", "\x0b"])
+def test_marks_that_some_take_for_the_end_of_a_line_stay_within_theirs(path, mark):
+    ResultStore(path).add(KEY, {"answers": [f"before{mark}after"]})
+    assert ResultStore(path).get(KEY) == {"answers": [f"before{mark}after"]}
+
+
+def test_the_later_of_two_results_counts(path):
+    store = ResultStore(path)
+    store.add(KEY, {"score": 0})
+    store.add(KEY, {"score": 1})
+    assert store.get(KEY) == ResultStore(path).get(KEY) == {"score": 1}
+
+
+def test_each_result_is_a_line_on_the_disk_when_add_returns(path):
+    store = ResultStore(path)
+    for number in range(3):
+        store.add({"n": number}, {"score": number})
+        lines = path.read_text().splitlines()
+        assert json.loads(lines[-1]) == {"key": {"n": number}, "result": {"score": number}}
+        assert len(lines) == number + 1
+
+
+@pytest.mark.parametrize("cut", [1, 2, 30])
+def test_a_last_line_that_was_cut_off_goes_with_a_warning(path, cut):
+    filled(path, 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-cut])
+    with pytest.warns(UserWarning, match=r"results\.jsonl: the last result was cut off; dropped"):
+        store = ResultStore(path)
+    assert [store.get({"n": n}) is None for n in range(3)] == [False, False, True]
+    store.add({"n": 2}, {"score": 2 / 7})
+    assert path.read_bytes() == whole
+    assert len(ResultStore(path)) == 3  # and nothing is left to warn of
+
+
+def test_a_file_that_holds_half_a_line_is_empty(path):
+    path.parent.mkdir()
+    path.write_text('{"key": {"n"')
+    with pytest.warns(UserWarning, match="cut off"):
+        assert len(ResultStore(path)) == 0
+    assert path.read_text() == ""
+
+
+def test_a_line_cut_off_within_a_letter_goes_too(path):
+    filled(path, 1)
+    ResultStore(path).add({"n": "ü"}, {})
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex("ü".encode()) + 1])
+    with pytest.warns(UserWarning, match="cut off"):
+        assert len(ResultStore(path)) == 1
+
+
+@pytest.mark.parametrize(
+    "line", ["{not json", "", "[]", "7", '{"key": {}}', '{"result": {}}', '{"key": {"n": 0}, "re']
+)
+def test_a_broken_line_among_others_names_the_file(path, line):
+    filled(path, 2)
+    first, second = path.read_text().splitlines()
+    path.write_text(f"{first}\n{line}\n{second}\n")
+    with pytest.raises(EvaluationError, match=rf"{re.escape(str(path))} is no file of results"):
+        ResultStore(path)
+    assert path.read_text() == f"{first}\n{line}\n{second}\n"  # left as it was
+
+
+def test_a_place_that_cannot_be_read_or_written_is_told(path):
+    path.mkdir(parents=True)
+    with pytest.raises(EvaluationError, match=r"results\.jsonl can't be read"):
+        ResultStore(path)
+    (path / "file").write_text("")
+    store = ResultStore(path / "file" / "results.jsonl")
+    with pytest.raises(EvaluationError, match=r"results\.jsonl can't be written: File exists"):
+        store.add(KEY, {})
+    assert store.get(KEY) is None
+
+
+def test_a_file_of_another_encoding_is_told(path):
+    path.parent.mkdir()
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(EvaluationError, match="can't be read"):
+        ResultStore(path)
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """A copy of the package's source."""
+    folder = tmp_path_factory.mktemp("copy") / "phatgoose"
+    ignored = shutil.ignore_patterns("__pycache__")
+    return shutil.copytree(Path(phatgoose.__file__).parent, folder, ignore=ignored)
+
+
+@pytest.fixture
+def version_with(package, monkeypatch) -> Callable[[str, str, str], str]:
+    """`version_with(file, old, new)`: the code's version with that edit, undone afterwards."""
+    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
+
+    def version(file: str, old: str, new: str) -> str:
+        text = (package / file).read_text(encoding="utf-8")
+        assert old in text
+        try:
+            (package / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+            return code_version.__wrapped__()
+        finally:
+            (package / file).write_text(text, encoding="utf-8")
+
+    return version
+
+
+def test_the_version_names_the_release_and_is_the_same_every_time():
+    assert code_version() == code_version() == code_version.__wrapped__()
+    assert re.fullmatch(rf"{re.escape(phatgoose.__version__)}\+[0-9a-f]{{12}}", code_version())
+
+
+def test_the_same_code_elsewhere_is_the_same_version(version_with):
+    assert version_with("results.py", "", "") == code_version()
+
+
+def test_comments_docstrings_and_layout_do_not_count(version_with, package):
+    text = (package / "evaluation.py").read_text(encoding="utf-8")
+    edited = text
+    for old, new in (
+        ("TOKEN_BUDGET = 4096\n", "# A comment.\n\nTOKEN_BUDGET = (\n    4096  # and one\n)\n"),
+        ('"""Zero-shot evaluation', '"""Zero-shot scores'),  # a module's docstring
+        ('"""What the model answered', '"""The words that the model answered'),  # a class's
+        ('"""The unweighted mean', '"""The plain mean'),  # a method's
+        ('    """Wilson\'s interval of a share of right answers, else a bootstrap."""\n', ""),
+    ):
+        assert old in edited
+        edited = edited.replace(old, new, 1)
+    assert version_with("evaluation.py", text, edited) == version_with("evaluation.py", "", "")
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("evaluation.py", "TOKEN_BUDGET = 4096", "TOKEN_BUDGET = 4097"),
+        ("routed.py", "k: int = 2", "k: int = 3"),
+        ("bootstrap.py", "REPLICATES = 2000", "REPLICATES = 1000"),
+        ("kernels/mixed.py", "import torch\n", "import torch as pytorch\n"),
+        ("routers/scored.py", "def standardise(", "def standardize("),
+    ],
+)
+def test_a_change_of_what_the_code_does_counts(version_with, file, old, new):
+    assert version_with(file, old, new) != version_with(file, "", "")
+
+
+@pytest.mark.parametrize("file", ["comparison.py", "training.py", "suites/local.py", "apps/demo.py"])
+def test_code_that_no_score_depends_on_does_not_count(version_with, file):
+    assert version_with(file, "import", "import this\nimport") == version_with(file, "", "")
+
+
+DECISIVE = (
+    *("evaluation", "opening", "routed", "storage", "pool", "expert", "adapters", "bases", "sites"),
+    *("layers", "kernels", "kernels.concat", "kernels.gather", "kernels.mixed"),
+    *("kernels.reference", "routers", "routers.arrow", "routers.decision", "routers.lookup"),
+    *("routers.scored", "routers.unscored", "embeddings", "scores", "config", "encoding"),
+    *("likelihood", "prediction", "metrics", "bootstrap", "tasks"),
+)
+OTHER = ("apps", "suites", "training", "fitting", "gates", "statistics", "tables", "comparison")
+
+
+def test_what_decides_a_score_is_found_by_its_imports():
+    found = results._imported_by(results.SCORING)
+    assert found >= set(DECISIVE)
+    assert not {module for module in found if module.split(".")[0] in OTHER}

@@ -1,0 +1,328 @@
+"""What may be named to train on, and that each task is loaded when its training starts."""
+
+from __future__ import annotations
+
+import gc
+import json
+import re
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from phatgoose import training as training_module
+from phatgoose.errors import TaskError
+from phatgoose.expert import Expert
+from phatgoose.suites import t0
+from phatgoose.suites.entries import Sources
+from phatgoose.suites.sources import mixture, open_tasks
+from test_cli import FLAGS, Outcome, open_row, phat, review, snapshot, write_rows
+
+__all__ = ["phat"]  # the fixture
+
+datasets = pytest.importorskip("datasets")
+
+SHORT = [*FLAGS, "--steps", 1, "--gate-steps", 1, "--sites", "q_proj", "--no-means"]
+TEMPLATE = """templates:
+  1: !Template
+    name: {name}
+    jinja: {jinja}
+    answer_choices: {choices}
+    metadata: !TemplateMetadata {{original_task: true}}
+"""
+
+
+def save_copy(data: Path, repository: str, config: str = "", **splits: list[dict]) -> None:
+    """A copy of a Hub dataset below `data`, as `save_to_disk` writes it."""
+    parts = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
+    datasets.DatasetDict(parts).save_to_disk(data / repository / config)
+
+
+def save_template(templates: Path, path: str, jinja: str, choices: str | None = None) -> None:
+    folder = templates / path
+    folder.mkdir(parents=True)
+    text = TEMPLATE.format(name="only", jinja=json.dumps(jinja), choices=json.dumps(choices))
+    (folder / "templates.yaml").write_text(text, encoding="utf-8")
+
+
+def write_hub(folder: Path) -> Sources:
+    """Made-up rows of six of the suites' datasets, in the Hub's layout, and templates for them."""
+    data, templates = folder / "data", folder / "templates"
+    films = [{"text": f"film {i}", "label": i % 2} for i in range(8)]
+    talks = [{"dialogue": f"A: hello {i}", "summary": f"greeting {i}"} for i in range(8)]
+    asked = [{"question": f"who is {i}", "answers": [f"N{i}", f"M{i}"]} for i in range(6)]
+    pairs = [{"premise": f"p {i}", "hypothesis": f"h {i}", "label": i % 2} for i in range(6)]
+    ironic = [{"inputs": f"Q{i}", "targets": f"A{i}", "_template_type": "zs_opt"} for i in range(9)]
+    films_repository = "cornell-movie-review-data/rotten_tomatoes"
+    save_copy(data, films_repository, train=films, validation=films[:4])
+    save_copy(data, "knkarthick/samsum", train=talks, validation=talks[:3])
+    save_copy(data, "stanfordnlp/web_questions", train=asked, test=asked[:2])
+    save_copy(data, "aps/super_glue", "rte", validation=pairs)
+    prompted = ("r-three/Phatgoose_flanv2_offline", "FLANV2/NIV2/Irony Detection")
+    save_copy(data, *prompted, train=ironic)
+    pick = "{{answer_choices[label]}}"
+    save_template(templates, "rotten_tomatoes", "{{text}}, good? ||| " + pick, "no ||| yes")
+    save_template(templates, "samsum", "Sum up: {{dialogue}} ||| {{summary}}")
+    save_template(templates, "web_questions", "Tell me {{question}} ||| {{answers.0}}")
+    entails = "{{premise}}. So {{hypothesis}}? ||| " + pick
+    save_template(templates, "super_glue/rte", entails, "yes ||| no")
+    return Sources(data, templates)
+
+
+@pytest.fixture(scope="session")
+def _frozen() -> Iterator[None]:
+    """Accelerate collects garbage after each training: a second for what the libraries hold."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory, _frozen) -> Sources:
+    datasets.disable_progress_bars()
+    places = write_hub(tmp_path_factory.mktemp("hub"))
+    datasets.enable_progress_bars()
+    return places
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The current folder: task files alone, in a folder and in a suite file."""
+    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(12)])
+    write_rows(tmp_path / "broken.jsonl", [open_row(0), {"input": "x"}])
+    write_rows(tmp_path / "single.jsonl", [open_row(0)])
+    write_rows(tmp_path / "graded.jsonl", [open_row(i) | {"split": "validation"} for i in (1, 2)])
+    (tmp_path / "mine").mkdir()
+    write_rows(tmp_path / "mine" / "reviews.jsonl", [review(i) for i in range(8)])
+    write_rows(tmp_path / "mine" / "samsum.jsonl", [review(i) for i in range(8)])
+    (tmp_path / "some.toml").write_text('tasks = [{ file = "counting.jsonl", name = "numbers" }]')
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(outcome: Outcome, complaint: str) -> None:
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
+    assert complaint in outcome.err
+
+
+# --- opening ---
+
+
+def test_suites_files_and_hub_datasets_are_opened_in_order_and_nothing_is_loaded(here):
+    sources = ["t0hi/trec", "counting.jsonl", "mine", "some.toml", "hub:a/b:c@main", "flan/wic"]
+    tasks = open_tasks(sources)
+    assert [(task.name, task.named, task.place) for task in tasks] == [
+        ("trec", "t0hi/trec", "hub"),
+        ("counting", "counting.jsonl", "file"),
+        ("reviews", "mine/reviews", "file"),
+        ("samsum", "mine/samsum", "file"),
+        ("numbers", "some.toml/numbers", "file"),
+        ("a--b--c", "hub:a/b:c@main", "hub"),
+        ("wic", "flan/wic", "hub"),
+    ]
+    assert tasks[0].entry.source == "CogComp/trec, prompts of P3"
+    assert tasks[2].entry.source == str(Path("mine/reviews.jsonl"))
+    (here / "counting.jsonl").write_text("broken")
+    assert open_tasks(["counting.jsonl"])  # it isn't looked into
+
+
+@pytest.mark.parametrize(("suite", "count"), [("t0hi", 36), ("flan", 166)])
+def test_a_suites_name_means_all_its_datasets(suite, count):
+    tasks = open_tasks([suite])
+    assert len(tasks) == count
+    assert tasks[0].named == f"{suite}/ag_news"
+    assert all(task.entry.source and task.entry.micro_batch_size for task in tasks)
+
+
+def test_a_known_name_comes_before_a_folder_of_that_name(here):
+    (here / "mine").rename(here / "flan")
+    assert len(open_tasks(["flan"])) == 166
+    assert [task.name for task in open_tasks(["./flan/"])] == ["reviews", "samsum"]
+    assert [task.name for task in open_tasks(["flan/reviews.jsonl"])] == ["reviews"]
+
+
+def test_datasets_come_from_the_places_given_anew_each_time(hub):
+    (task,) = open_tasks(["t0hi/samsum"], hub)
+    assert task.place == "copy"
+    loaded = task.load()
+    assert (loaded.name, len(loaded.train), loaded.source) == ("samsum", 8, task.entry.source)
+    assert task.load() is not loaded
+
+
+def test_templates_are_for_files_and_the_hub(here):
+    write_rows(here / "raw.jsonl", [{"text": f"t{i}"} for i in range(3)])
+    (task,) = open_tasks(["raw.jsonl"], template="{{text}}? ||| no", choices="yes ||| no")
+    assert task.load().train[1].choices == ("yes", "no")
+    with pytest.raises(TaskError, match="template is for task files and hub:DATASET; mine has"):
+        open_tasks(["mine"], template="{{text}}? ||| no")
+
+
+BAD_SOURCES = [
+    ("t1hi", "'t1hi' is nothing to train on; wanted a task file"),
+    ("t1hi/ag_news", "'t1hi/ag_news' is nothing to train on"),
+    ("t0hi/ag_new", "Suite t0hi has no dataset 'ag_new'; it has ag_news"),
+    ("t0hi/", "Suite t0hi has no dataset ''"),
+    ("some.toml/reviews", "Suite some has no dataset 'reviews'; it has numbers"),
+    ("nowhere.toml", "nowhere.toml can't be read"),
+    ("nowhere.jsonl", "Task file nowhere.jsonl does not exist"),
+    ("t0ho", "Suite t0ho is there to evaluate on, not to train on"),
+    ("bbh/snarks", "Suite bbh is there to evaluate on"),
+    ("notes.txt", "'notes.txt' is nothing to train on"),
+    ("", "'' is nothing to train on"),
+]
+
+
+@pytest.mark.parametrize(("source", "complaint"), BAD_SOURCES)
+def test_what_cannot_be_trained_on_is_refused(here, source, complaint):
+    with pytest.raises(TaskError, match=re.escape(complaint)):
+        open_tasks([source])
+
+
+def test_a_mixture_is_one_task_that_knows_its_size_as_far_as_its_parts_do(here, hub):
+    parts = open_tasks(["t0hi/trec", "t0hi/quarel"])
+    assert mixture(parts, "all").entry.train_examples == 5452 + 1941 * 5
+    capped = mixture(parts, "all", most=6000)
+    assert (capped.entry.train_examples, capped.place) == (5452 + 6000, "hub")
+    parts = open_tasks(["t0hi/samsum", "counting.jsonl"], hub)
+    mixed = mixture(parts, "all", most=7)
+    assert (mixed.name, mixed.place, mixed.entry.train_examples) == ("all", "copy", None)
+    assert len(mixed.load().train) == 7 + 7
+
+
+# --- training ---
+
+
+@pytest.fixture
+def tiny(base_folders, hub, here) -> list[object]:
+    """The arguments of a short training run with the made-up copies."""
+    places = ["--data", hub.data, "--templates", hub.templates]
+    return ["--base", base_folders["llama"], "--out", "new", *places, *SHORT]
+
+
+@pytest.fixture
+def events(monkeypatch) -> list[str]:
+    """What is read and trained, in order; a task that outlives its training is told too."""
+    seen: list[str] = []
+    trained: list[weakref.ref] = []
+    real_rows, real_train = t0.read_rows, training_module.train_expert
+
+    def read_rows(sources, dataset, config, split):
+        seen.append(f"read {dataset.split('/')[-1]} {split}")
+        return real_rows(sources, dataset, config, split)
+
+    def train_expert(base, task, **options):
+        gc.collect()
+        seen.extend("still there" for reference in trained if reference() is not None)
+        trained.append(weakref.ref(task))
+        seen.append(f"train {task.name}")
+        return real_train(base, task, **options)
+
+    monkeypatch.setattr(t0, "read_rows", read_rows)
+    monkeypatch.setattr(training_module, "train_expert", train_expert)
+    return seen
+
+
+ONE = ["read rotten_tomatoes train", "read rotten_tomatoes validation", "train rotten_tomatoes"]
+TWO = ["read samsum train", "read samsum validation", "train samsum"]
+
+
+def micro_batch_of(expert: Path) -> object:
+    return Expert.load(expert).info.hyperparameters["micro_batch_size"]
+
+
+def test_each_task_is_loaded_when_its_training_starts_and_freed_after_it(tiny, phat, events):
+    outcome = phat("train", "t0hi/rotten_tomatoes", "t0hi/samsum", *tiny)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert events == [*ONE, *TWO]
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("[1/2] rotten_tomatoes: validation loss")
+    assert lines[1].endswith("-> new/samsum")
+    record = Expert.load(Path("new/samsum")).info.task
+    assert record["source"] == "knkarthick/samsum, prompts of P3"
+    assert micro_batch_of(Path("new/rotten_tomatoes")) == 32  # the released code's
+    assert micro_batch_of(Path("new/samsum")) == 4
+
+
+def test_a_run_over_several_tasks_is_resumed_where_it_stopped(tiny, phat, events, monkeypatch):
+    watched, sources = training_module.train_expert, ["t0hi/rotten_tomatoes", "t0hi/samsum"]
+
+    def interrupted(base, task, **options):
+        if task.name == "samsum":
+            raise KeyboardInterrupt
+        return watched(base, task, **options)
+
+    monkeypatch.setattr(training_module, "train_expert", interrupted)
+    assert phat("train", *sources, *tiny).code == 130
+    before = snapshot(Path("new/rotten_tomatoes"))
+    monkeypatch.setattr(training_module, "train_expert", watched)
+    refused(phat("train", *sources, *tiny), "new/rotten_tomatoes exists already")
+    events.clear()
+    outcome = phat("train", *sources, *tiny, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert events == TWO  # what is finished isn't even read
+    assert outcome.out.startswith("[1/2] rotten_tomatoes: validation loss")
+    assert snapshot(Path("new/rotten_tomatoes")) == before
+    events.clear()
+    assert phat("train", *sources, *tiny, "--resume").code == 0
+    assert events == []
+
+
+def test_the_suites_micro_batch_gives_way_to_one_that_is_named(tiny, here, phat):
+    assert phat("train", "t0hi/samsum", *tiny, "--micro-batch-size", 3).code == 0
+    assert micro_batch_of(here / "new" / "samsum") == 3
+    (here / "r.toml").write_text("[training]\nmicro_batch_size = 8\n")
+    options = ["--recipe", "r.toml", *tiny]
+    assert phat("train", "t0hi/rotten_tomatoes", *options).code == 0
+    assert micro_batch_of(here / "new" / "rotten_tomatoes") == 8  # also where it is the default
+
+
+def test_a_recipe_can_say_where_data_and_templates_are(base_folders, hub, here, phat):
+    (here / "recipes").mkdir()
+    (here / "links").symlink_to(hub.data.parent)
+    (here / "recipes" / "r.toml").write_text(
+        'tasks = ["t0hi/samsum", "../mine/reviews.jsonl"]\n'
+        'data = "../links/data"\ntemplates = "../links/templates"\n'
+    )
+    options = ["--base", base_folders["llama"], "--out", "new", *SHORT]
+    outcome = phat("train", "--recipe", "recipes/r.toml", *options)
+    assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in (here / "new").iterdir()) == ["reviews", "samsum"]
+    flags = ["--data", "none", "--out", "other"]
+    refused(phat("train", "--recipe", "recipes/r.toml", *options, *flags), "isn't there")
+
+
+CLASHES = [
+    (["t0hi/samsum", "mine"], "Two tasks are named 'samsum' (t0hi/samsum and mine/samsum)"),
+    (["t0hi", "flan"], "Two tasks are named 'ag_news' (t0hi/ag_news and flan/ag_news)"),
+    (["t0hi/trec", "t0hi/trec"], "Two tasks are named 'trec'"),
+]
+TOO_LATE_ELSEWHERE = [  # a mistake in one's own file isn't found out after hours of training
+    (["t0hi/samsum", "broken.jsonl"], "broken.jsonl, line 2: target is missing"),
+    (["t0hi/samsum", "single.jsonl"], "at least two"),
+    (["t0hi/samsum", "graded.jsonl"], "'graded' has 0 training examples"),
+    (["t0hi/samsum", "t0hi/sam"], "no dataset 'sam'"),
+    (["t0hi/samsum", "bbl"], "to evaluate on"),
+]
+
+
+@pytest.mark.parametrize(("sources", "complaint"), [*CLASHES, *TOO_LATE_ELSEWHERE])
+def test_what_is_wrong_is_told_before_any_training(tiny, phat, events, sources, complaint):
+    refused(phat("train", *sources, *tiny), complaint)
+    assert events == []
+    assert not Path("new").exists()
+
+
+def test_a_place_that_is_taken_is_told_before_any_training(tiny, phat, events):
+    Path("new/samsum").mkdir(parents=True)
+    refused(phat("train", "t0hi/rotten_tomatoes", "t0hi/samsum", *tiny), "new/samsum exists")
+    assert events == []
+
+
+def test_multitask_takes_suites_too(tiny, phat):
+    outcome = phat("train", "t0hi/samsum", "mine/reviews.jsonl", *tiny, "--multitask", "all")
+    assert outcome.code == 0, outcome.err
+    source = Expert.load(Path("new/all")).info.task["source"]
+    assert "samsum, prompts of P3 (8)" in source
+    assert "reviews.jsonl (7)" in source

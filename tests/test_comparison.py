@@ -187,6 +187,12 @@ def by_hand(row: str, setting: Setting, base: Base) -> Any:
     }[row]()
 
 
+def with_first(pool: Pool, **parts: Any) -> Pool:
+    """The pool with other `parts` in its first expert."""
+    first, *rest = pool.experts
+    return Pool((replace(first, **parts), *rest))
+
+
 def stored_in(folder: Path) -> list[dict[str, Any]]:
     """The cells in results.jsonl."""
     return [json.loads(line) for line in (folder / "results.jsonl").read_bytes().splitlines()]
@@ -343,7 +349,8 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
 def test_the_base_is_the_same_bit_by_bit_afterwards(setting, llama, tmp_path):
     ids = make_ids(3)
     before = logits_of(llama.model, ids)
-    setting.run(tmp_path, "all", base=llama, references=setting.references, limit=1)
+    options = {"references": setting.references, "suites": setting.suites[1], "limit": 1}
+    setting.run(tmp_path, "all", base=llama, **options)
     assert not hasattr(llama.model, "phatgoose")
     assert torch.equal(logits_of(llama.model, ids), before)
 
@@ -423,48 +430,44 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
 
 KILLED = """
 import os, signal, sys
-from pathlib import Path
 from types import SimpleNamespace
 import torch
 from phatgoose import comparison, results
 from phatgoose.bases import load_base
 
 torch.set_num_threads(1)
+base, experts, suite, out, code = sys.argv[1:]
 comparison.time = SimpleNamespace(monotonic=lambda: 0.0)
-base, experts, out, *suites = sys.argv[1:]
-add, path = results.ResultStore.add, Path(out) / "results.jsonl"
+comparison.code_version = lambda: code
+add = results.ResultStore.add
 
 def add_or_die(store, key, result):
     add(store, key, result)
-    if len(store) == 7:
-        os.truncate(path, path.stat().st_size - 40)  # the last line was not written to its end
+    if len(store) == 4:
+        os.truncate(store.path, store.path.stat().st_size - 40)  # it was not written to its end
         os.kill(os.getpid(), signal.SIGKILL)
 
 results.ResultStore.add = add_or_die
 loaded = load_base(base, dtype="float32")
 options = {"out": out, "base": loaded, "limit": 2, "max_new_tokens": 4}
-comparison.compare(experts, suites, ["base", "phatgoose", "oracle"], **options)
+comparison.compare(experts, suite, ["base", "phatgoose", "oracle"], **options)
 """
 
 
 @pytest.mark.usefixtures("no_time")
-def test_a_killed_comparison_goes_on_where_it_stopped(setting, uninterrupted, tmp_path, computed):
-    places = (setting.base, setting.references["a pool"], tmp_path, *setting.suites)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, places)], capture_output=True, timeout=120
-    )
+def test_a_killed_comparison_goes_on_where_it_stopped(setting, tmp_path, computed):
+    plain, whole, out = setting.suites[1], tmp_path / "whole", tmp_path / "out"
+    setting.run(whole, SMALL, suites=plain, limit=2)
+    places = (setting.base, setting.references["a pool"], plain, out, module.code_version())
+    command = [sys.executable, "-c", KILLED, *map(str, places)]
+    killed = subprocess.run(command, capture_output=True, timeout=120)
     assert killed.returncode == -9, killed.stderr.decode()
-    assert (tmp_path / "results.jsonl").read_bytes().count(b"\n") == 6
-    print(
-        "KEY",
-        (tmp_path / "results.jsonl").read_text().split("\n")[0][:900],
-        "\nUNI",
-        uninterrupted["results.jsonl"].decode().split("\n")[0][:900],
-    )
+    assert (out / "results.jsonl").read_bytes().count(b"\n") == 3
+    computed.clear()
     with pytest.warns(UserWarning, match="the last result was cut off"):
-        setting.run(tmp_path, SMALL, limit=2)
-    assert computed == cells_of(*SMALL[:2], *EXPERTS)[6:]
-    assert files(tmp_path) == uninterrupted
+        setting.run(out, SMALL, suites=plain, limit=2)
+    assert computed == cells_of(*SMALL[:2], *EXPERTS, tasks=("choose", "count"))[3:]
+    assert files(out) == files(whole)
 
 
 def test_a_broken_line_in_the_middle_is_told_and_nothing_is_lost(setting, out):
@@ -513,22 +516,28 @@ def test_more_suites_are_added(setting, out, tmp_path, computed):
 def test_one_more_expert_leaves_single_experts_and_the_base(setting, out, computed, pool_of):
     (*_, another) = pool_of("llama").experts
     pool = Pool((*setting.pool.experts, another))
-    setting.run(out, ["base", "merged", "phatgoose", "oracle"], pool=pool)
-    assert computed == cells_of("merged", "phatgoose", "e3")
+    methods = ["base", "merged", "phatgoose", "oracle"]
+    setting.run(out, methods, pool=pool, suites=setting.suites[1])
+    assert computed == cells_of("merged", "phatgoose", "e3", tasks=SUITES["plain"])
 
 
 def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
-    setting.run(out, routing=Routing(k=1))
-    assert computed == cells_of(
-        "random", "average-activation", "arrow", "uniform-top-k", "phatgoose"
-    )
+    setting.run(out, routing=Routing(k=1), suites=setting.suites[1])
+    rows = ("random", "average-activation", "arrow", "uniform-top-k", "phatgoose")
+    assert computed == cells_of(*rows, tasks=SUITES["plain"])
 
 
 def test_other_gates_leave_what_does_not_depend_on_them(setting, out, computed):
-    first, *rest = setting.pool.experts
-    gates = {site: -gate for site, gate in first.gates.items()}
-    setting.run(out, pool=Pool((replace(first, gates=gates), *rest)))
-    assert computed == cells_of("uniform-top-k", "phatgoose")
+    gates = {site: -gate for site, gate in setting.pool.experts[0].gates.items()}
+    setting.run(out, pool=with_first(setting.pool, gates=gates), suites=setting.suites[1])
+    assert computed == cells_of("uniform-top-k", "phatgoose", tasks=SUITES["plain"])
+
+
+def test_another_scale_of_an_adapter_leaves_the_other_experts(setting, out, computed):
+    lora = setting.pool.experts[0].lora.items()  # lora_alpha stands beside the weights' file
+    pool = with_first(setting.pool, lora={site: replace(each, scale=9.0) for site, each in lora})
+    setting.run(out, ["base", "merged", "oracle"], pool=pool, suites=setting.suites[1])
+    assert computed == cells_of("merged", "e0", tasks=SUITES["plain"])
 
 
 def test_other_examples_leave_nothing(setting, out, computed):
@@ -591,11 +600,6 @@ def test_all_methods_score_the_same_examples(setting, tasks, tmp_path, monkeypat
     assert any(drawn[0] != drawn[-1] for drawn in seen.values())
 
 
-def without(pool: Pool, **parts: Any) -> Pool:
-    first, *rest = pool.experts
-    return Pool((replace(first, **parts), *rest))
-
-
 @pytest.mark.parametrize(
     ("part", "left_out"),
     [
@@ -606,7 +610,7 @@ def without(pool: Pool, **parts: Any) -> Pool:
     ids=lambda value: next(iter(value)),
 )
 def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, left_out):
-    pool = without(setting.pool, **part)
+    pool = with_first(setting.pool, **part)
     with pytest.warns(UserWarning, match="was left out: e0 can't be routed by it") as caught:
         comparison = setting.run(tmp_path, pool=pool, suites=setting.suites[1], limit=1)
     assert list(comparison.results) == [name for name in METHODS if name not in left_out]
@@ -630,7 +634,7 @@ def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, left_out):
 )
 def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, method, complaint):
     with pytest.raises(PoolError, match=complaint):
-        setting.run(tmp_path, [method], pool=without(setting.pool, **part))
+        setting.run(tmp_path, [method], pool=with_first(setting.pool, **part))
 
 
 def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_path):
@@ -701,7 +705,7 @@ def test_one_dataset_under_two_metrics_is_two(setting, tmp_path):
 
 def test_an_expert_that_is_called_like_a_method_is_refused(setting, tmp_path):
     first = setting.pool.experts[0]
-    pool = without(setting.pool, info=replace(first.info, name="random"))
+    pool = with_first(setting.pool, info=replace(first.info, name="random"))
     refused(
         ConfigError,
         "both called 'random'",

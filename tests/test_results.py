@@ -198,7 +198,9 @@ def test_a_change_of_what_the_code_does_counts(version_with, file, old, new):
     assert version_with(file, old, new) != version_with(file, "", "")
 
 
-@pytest.mark.parametrize("file", ["comparison.py", "training.py", "suites/local.py", "apps/demo.py"])
+@pytest.mark.parametrize(
+    "file", ["comparison.py", "training.py", "suites/local.py", "apps/demo.py"]
+)
 def test_code_that_no_score_depends_on_does_not_count(version_with, file):
     assert version_with(file, "import", "import this\nimport") == version_with(file, "", "")
 

@@ -1,0 +1,273 @@
+"""The command line of compare: tables on the screen and on the disk, and one line for errors."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+
+import phatgoose
+from conftest import make_model, make_tokenizer, write_expert
+from phatgoose.bases import load_base
+from phatgoose.comparison import compare
+from phatgoose.config import Formatting, Routing
+from phatgoose.pool import Pool
+from phatgoose.routed import compose
+from phatgoose.storage import save
+from test_cli import open_row, phat, review, write_rows
+
+__all__ = ["phat"]  # the fixture
+
+SUITES = ["--suites", "a.toml,b"]
+BOTH = [*SUITES, "--methods", "base,phatgoose", "--dtype", "float32", "--max-new-tokens", "2"]
+LIMIT = ["--limit", "3"]
+METHODS = ["base", "random", "average-activation", "arrow", "merged", "uniform-top-k", "phatgoose"]
+
+
+@pytest.fixture(scope="module")
+def workshop(base_folders, tmp_path_factory) -> Path:
+    """A base, three experts without embeddings and two suites that share the dataset reviews."""
+    folder = tmp_path_factory.mktemp("workshop")
+    shutil.copytree(base_folders["llama"], folder / "tiny-base")
+    base = load_base(folder / "tiny-base", dtype="float32")
+    for z in range(3):
+        write_expert(base, folder, f"e{z}", seed=z)
+    (folder / "b").mkdir()
+    reviews = [review(i, choices=["good", "bad", "so so"]) for i in range(8)]
+    write_rows(folder / "b" / "reviews.jsonl", reviews)
+    write_rows(folder / "b" / "counting.jsonl", [open_row(i) for i in range(4)])
+    (folder / "a.toml").write_text('name = "a[bold]"\n[[tasks]]\nfile = "b/reviews.jsonl"\n')
+    save(compose(Pool.open(folder / "experts"), base, k=1), folder / "routed")
+    make_model("llama", seed=1).save_pretrained(folder / "other-base")
+    make_tokenizer(final_eos=False).save_pretrained(folder / "other-base")
+    return folder
+
+
+@pytest.fixture
+def here(workshop, tmp_path, monkeypatch) -> Path:
+    """A copy of the workshop, as the current folder."""
+    folder = shutil.copytree(workshop, tmp_path / "here")
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "120")
+    return folder
+
+
+def scores_in(folder: Path) -> dict[str, dict[str, float]]:
+    rows = json.loads((folder / "comparison.json").read_text())["rows"]
+    return {
+        name: {task: cell["score"] for task, cell in row["datasets"].items()}
+        for name, row in rows.items()
+    }
+
+
+def test_compare_prints_a_table_and_writes_three_more(here, phat):
+    outcome = phat("compare", "experts", *BOTH, *LIMIT, "--out", "x")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "Base model" in outcome.out
+    assert "PHATGOOSE" in outcome.out
+    assert "all datasets (2)" in outcome.out
+    assert "tables -> x/comparison.md, .csv, .json; cells -> x/results.jsonl" in outcome.out
+    names = ["comparison.csv", "comparison.json", "comparison.md", "results.jsonl"]
+    assert sorted(path.name for path in Path("x").iterdir()) == names
+    assert len(Path("x/results.jsonl").read_bytes().splitlines()) == 4
+    with Path("x/comparison.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2 * 3
+    assert {row["n"] for row in rows} == {"3"}
+
+
+def test_the_table_shows_the_means_and_intervals_of_the_files(here, phat):
+    outcome = phat("compare", "experts", *BOTH, "--out", "x")
+    summary = json.loads(Path("x/comparison.json").read_text())["rows"]["phatgoose"]["summary"]
+    (line,) = (line for line in outcome.out.splitlines() if "PHATGOOSE" in line)
+    for column in ("a[bold]", "b", "all datasets"):
+        mean, (low, high) = summary[column]["mean"], summary[column]["interval"].values()
+        assert f"{100 * mean:.1f} [{100 * low:.0f}, {100 * high:.0f}]" in line
+
+
+def test_the_command_is_the_function(here, phat):
+    settings = ["--seed", "5", "--k", "1", "--eps", "0.1"]
+    phat("compare", "experts", *BOTH, *LIMIT, *settings, "--out", "x")
+    compare(
+        "experts",
+        ["a.toml", "b"],
+        ["base", "phatgoose"],
+        out="y",
+        base=load_base("tiny-base", dtype="float32"),
+        limit=3,
+        seed=5,
+        routing=Routing(k=1, eps=0.1),
+        formatting=Formatting(),
+        max_new_tokens=2,
+    )
+    assert scores_in(Path("x")) == scores_in(Path("y"))
+    one, other = (
+        [json.loads(line)["key"] for line in Path(out, "results.jsonl").read_bytes().splitlines()]
+        for out in "xy"
+    )
+    assert one == other
+
+
+def test_every_method_is_run_and_what_cannot_be_is_told_once(here, phat):
+    arguments = [*SUITES, "--dtype", "float32", "--max-new-tokens", "2", *LIMIT, "--out", "x"]
+    outcome = phat("compare", "experts", *arguments)
+    assert outcome.code == 0
+    assert re.fullmatch(r"warning: Retrieval was left out: e0, e1, e2 can't [^\n]+\n", outcome.err)
+    assert list(scores_in(Path("x"))) == [*METHODS, "best-individual", "oracle"]
+    assert re.search(r"Oracle \*", outcome.out)
+    assert "* not zero-shot" in outcome.out
+    again = phat("compare", "experts", *arguments, "--methods", "all")
+    assert (again.code, again.out) == (0, outcome.out)
+
+
+def test_methods_and_suites_are_repeated_or_listed(here, phat):
+    arguments = ["--suite", "a.toml", "--suite", "b", "--method", "base", "--method", "phatgoose"]
+    rest = ["--dtype", "float32", "--max-new-tokens", "2", *LIMIT]
+    assert phat("compare", "experts", *arguments, *rest, "--out", "x").code == 0
+    assert phat("compare", "experts", *BOTH, *LIMIT, "--out", "y").code == 0
+    assert scores_in(Path("x")) == scores_in(Path("y"))
+
+
+def test_a_pool_is_a_folder_several_or_a_manifest(here, phat):
+    Pool.open("experts").write_manifest(here / "pool.json")
+    for number, pool in enumerate((["pool.json"], ["experts/e0", "experts/e1", "experts/e2"])):
+        assert phat("compare", *pool, *BOTH, *LIMIT, "--out", f"x{number}").code == 0
+    assert scores_in(Path("x0")) == scores_in(Path("x1"))
+
+
+def test_references_are_more_rows(here, phat):
+    places = {"one": "experts/e1", "of k 1": "routed", "joint": "experts", "other": "other-base"}
+    references = [word for item in places.items() for word in ("--reference", "=".join(item))]
+    outcome = phat("compare", "experts", *BOTH, *LIMIT, *references, "--out", "x")
+    assert (outcome.code, outcome.err) == (0, "")
+    scores = scores_in(Path("x"))
+    assert list(scores) == ["base", "phatgoose", *places]
+    assert scores["joint"] == scores["phatgoose"]
+    assert all(label in outcome.out for label in places)
+
+
+def test_a_reference_may_hold_more_equals_signs(here, phat):
+    shutil.copytree("experts/e1", "a=b")
+    options = ["--methods", "merged", "--reference", "mine=a=b", "--out", "x"]
+    assert phat("compare", "experts", *BOTH[:2], *BOTH[4:], *LIMIT, *options).code == 0
+    assert list(scores_in(Path("x"))) == ["merged", "mine"]
+
+
+def test_a_recipe_is_followed_and_flags_win(here, phat):
+    Path("r.toml").write_text("[routing]\nk = 1\n[formatting]\nmax_input_tokens = 4\n")
+
+    def settings(*options: str) -> tuple[int, int]:
+        arguments = ["--recipe", "r.toml", *BOTH, *LIMIT, "--out", "x", *options]
+        assert phat("compare", "experts", *arguments).code == 0
+        read = json.loads(Path("x/comparison.json").read_text())["settings"]
+        return read["k"], read["formatting"]["max_input_tokens"]
+
+    assert settings() == (1, 4)
+    assert settings("--k", "3", "--max-input-tokens", "9") == (3, 9)
+
+
+def test_a_finished_comparison_computes_nothing_again(here, phat, monkeypatch):
+    first = phat("compare", "experts", *BOTH, "--out", "x")
+    before = {path: path.read_bytes() for path in Path("x").iterdir()}
+    monkeypatch.setattr("phatgoose.comparison.evaluate", None)
+    assert phat("compare", "experts", *BOTH, "--out", "x") == first
+    assert {path: path.read_bytes() for path in Path("x").iterdir()} == before
+
+
+def test_results_cut_off_are_told_in_a_line(here, phat):
+    phat("compare", "experts", *BOTH, *LIMIT, "--out", "x")
+    store = Path("x/results.jsonl")
+    store.write_bytes(store.read_bytes()[:-9])
+    outcome = phat("compare", "experts", *BOTH, *LIMIT, "--out", "x")
+    assert outcome.code == 0
+    assert outcome.err == "warning: x/results.jsonl: the last result was cut off; dropped.\n"
+
+
+def test_help_shows_its_flags_and_none_that_mean_nothing_here(phat):
+    outcome = phat("compare", "--help")
+    assert outcome.code == 0
+    shown = set(re.findall(r"--[a-z-]+", re.sub(r"\x1b\[[0-9;]*m", "", outcome.out)))
+    wanted = "suites methods reference out limit seed max-new-tokens data templates base recipe"
+    assert {f"--{flag}" for flag in [*wanted.split(), "k", "arrow", "router-seed", "chat"]} <= shown
+    assert not {"--router", "--expert", "--scores", "--steps"} & shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--methods", "base,best"], "Method 'best' is unknown; known are all, base, random"),
+        (["--methods", ","], "No method was given"),
+        (["--methods", "base", "--methods", "retrieval"], "Expert 'e0' has no embeddings"),
+        (["--suites", "nowhere"], "Suite 'nowhere' is neither a known name"),
+        (["--suites", "missing.toml"], "missing.toml can't be read"),
+        (
+            ["--reference", "experts/e1"],
+            "is 'experts/e1', but must have the form LABEL=MODEL",
+        ),
+        (["--reference", "=experts/e1"], "must have the form LABEL=MODEL"),
+        (["--reference", "mine="], "must have the form LABEL=MODEL"),
+        (["--reference", "mine=./nowhere"], "'./nowhere' can't be loaded"),
+        (["--reference", "merged=experts/e1"], "can't be called 'merged'"),
+        (["--reference", "e1=experts/e1", "--methods", "oracle"], "both called 'e1'"),
+        (["--limit", "0"], "limit"),
+        (["--k", "0"], "k is 0"),
+        (["--kernel", "fast", "--methods", "phatgoose"], "kernel is 'fast'"),
+        (["--base", "other-base", "--methods", "phatgoose"], "The experts were trained on"),
+        (["--dtype", "int3"], "'int3'"),
+        (["--recipe", "missing.toml"], "can't be read"),
+        (["--router", "arrow"], "--router"),
+        (["--out", "a.toml/x", "--methods", "base"], "can't be written"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
+)
+def test_errors_are_one_line(here, phat, arguments, complaint):
+    options = {"--suites": "b", "--methods": "base", "--limit": "1", "--out": "x"}
+    options = {flag: value for flag, value in options.items() if flag not in arguments}
+    given = [word for option in options.items() for word in option]
+    outcome = phat("compare", "experts", *arguments, *given)
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
+    assert complaint in outcome.err
+    assert not Path("x/comparison.md").exists()
+
+
+def test_a_pool_without_experts_and_no_suite_are_errors(here, phat):
+    assert "No expert was found" in phat("compare", "b", *BOTH).err
+    outcome = phat("compare", "experts")
+    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
+    assert "suite" in outcome.err
+
+
+def test_its_scores_serve_oracle_and_best_individual(here, phat):
+    methods = ["--methods", "oracle,best-individual"]
+    options = ["--dtype", "float32", "--max-new-tokens", "2"]
+    assert phat("compare", "experts", *SUITES, *methods, *options, "--out", "x").code == 0
+    tasks = ["--task", "b/reviews.jsonl", "--task", "b/counting.jsonl"]
+    for router in ("oracle", "best-individual"):
+        routing = ["--router", router, "--scores", "x/comparison.json"]
+        outcome = phat("evaluate", "experts", *tasks, *routing, *options, "--json", "s.json")
+        assert outcome.code == 0, outcome.err
+        scores = {t["task"]: t["score"] for t in json.loads(Path("s.json").read_text())["tasks"]}
+        assert scores == scores_in(Path("x"))[router]
+    chosen = json.loads(Path("x/comparison.json").read_text())["choices"]["best-individual"]
+    (best,) = set(chosen.values())
+    composed = phat("compose", "experts", *routing, "--out", "best")
+    assert composed.code == 0, composed.err
+    record = json.loads(Path("best/routed.json").read_text())["experts"]
+    assert [expert["name"] for expert in record] == [best]
+
+
+def test_a_comparison_without_single_experts_serves_no_oracle(here, phat):
+    assert phat("compare", "experts", *BOTH, *LIMIT, "--out", "x").code == 0
+    routing = ["--router", "oracle", "--scores", "x/comparison.json"]
+    outcome = phat("evaluate", "experts", "--task", "b/reviews.jsonl", *routing)
+    assert outcome.code == 2
+    assert re.fullmatch(r"error: [^\n]+\n", outcome.err)
+
+
+def test_compare_is_at_the_root_of_the_package():
+    assert phatgoose.compare is compare

@@ -1,0 +1,166 @@
+"""The recipes that come with the project: valid, the paper's where they say so, and they run."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from phatgoose import statistics as statistics_module
+from phatgoose.config import RECIPE_TABLES, from_mapping, read_recipe
+from phatgoose.expert import Expert
+from phatgoose.suites import SUITES, Suite, open_suite
+from phatgoose.suites.sources import open_tasks
+from test_cli import phat
+from test_statistics import embed
+from test_training_sources import _frozen, hub
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["_frozen", "hub", "phat"]  # fixtures
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+T5_XL = "google/t5-xl-lm-adapt"
+SHARED_DATA = RECIPES.parent.parent / "shared" / "data" / "train"
+THE_PAPERS = {"t5xl-t0.toml": ("t0hi", 36), "t5xl-flan.toml": ("flan", 166)}
+SHRUNKEN = {  # what stands for each suite: datasets that there are made-up rows of
+    "t0hi": ("rotten_tomatoes", "samsum"),
+    "flan": ("samsum", "web_questions", "niv2_irony_detection"),
+}
+DTYPE = ["--dtype", "float32"]
+FEW = [*DTYPE, "--steps", 2, "--gate-steps", 2, "--batch-size", 4, "--rank", 2, "--eval-every", 1]
+SHORT = ["--max-input-tokens", 48, "--max-target-tokens", 16, "--statistics-examples", 4]
+
+pytestmark = pytest.mark.usefixtures("_frozen")
+each_of_the_papers = pytest.mark.parametrize("name", sorted(THE_PAPERS))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.name)
+def test_every_recipe_is_valid_and_says_how_it_is_run(path):
+    recipe = read_recipe(path)
+    for table, values in recipe.tables.items():
+        from_mapping(RECIPE_TABLES[table], values, table)
+    if recipe.tasks:
+        assert f"phatgoose train --recipe recipes/{path.name}" in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("suites/*.toml")), ids=lambda path: path.name)
+def test_suite_files_are_no_recipes_but_toml(path):
+    assert tomllib.loads(path.read_text(encoding="utf-8"))["tasks"]
+
+
+@each_of_the_papers
+def test_the_papers_recipes_write_out_the_defaults_which_are_the_papers(name):
+    recipe = read_recipe(RECIPES / name)
+    suite, count = THE_PAPERS[name]
+    assert (recipe.base, recipe.tasks) == (T5_XL, (suite,))
+    assert len(open_tasks(recipe.tasks)) == count
+    for table, config in RECIPE_TABLES.items():
+        for key, value in recipe.tables.get(table, {}).items():
+            if key != "embeddings":  # on request by default, since it needs an extra
+                assert getattr(config(), key) == value, f"[{table}] {key}"
+    written = {key for table in recipe.tables.values() for key in table}
+    wanted = {"rank", "alpha", "init_std", "steps", "batch_size", "learning_rate", "warmup_ratio"}
+    wanted |= {"eval_every", "gate_steps", "statistics_examples", "means", "embeddings"}
+    assert wanted | {"max_input_tokens", "max_target_tokens"} <= written
+    assert "micro_batch_size" not in written  # each dataset has its own
+
+
+def test_the_papers_recipes_differ_in_their_tasks_only():
+    t0, flan = (read_recipe(RECIPES / name) for name in ("t5xl-t0.toml", "t5xl-flan.toml"))
+    assert (t0.base, t0.tables) == (flan.base, flan.tables)
+
+
+def test_eight_experts_are_the_four_and_four_more():
+    four, eight = (read_recipe(RECIPES / f"smollm2-{n}-experts.toml") for n in ("four", "eight"))
+    assert eight.tasks[:4] == four.tasks
+    added = ["trec", "qasc", "glue_qqp", "common_gen"]
+    assert [Path(task).stem for task in eight.tasks[4:]] == added
+    gates = {**four.tables["gates"], "embeddings": True, "statistics_examples": 1000}
+    assert eight.tables == {**four.tables, "gates": gates}
+
+
+# --- plans ---
+
+
+@each_of_the_papers
+def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
+    _, count = THE_PAPERS[name]
+    flags = ["--out", tmp_path / "experts", "--dtype", "bfloat16", "--plan"]
+    outcome = phat("train", "--recipe", RECIPES / name, *flags)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"{count} experts to train on {T5_XL}" in outcome.out
+    assert "432 sites, 35,389,440 LoRA parameters (kept in bfloat16), 1,032,192 gate" in outcome.out
+    for task in open_tasks(read_recipe(RECIPES / name).tasks):
+        assert f" {task.name} " in outcome.out
+    last = next(line for line in outcome.out.splitlines() if line.startswith("│ total"))
+    assert f"{count} tasks" in last
+    assert f"{count * 1100:,}" in last
+    assert outcome.out.count("1,000 + 100") == count
+    assert re.search(r"[\d.]+ days", last)
+    assert not (tmp_path / "experts").exists()
+
+
+@pytest.mark.real
+@pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
+def test_eight_experts_on_real_data_are_planned(phat, tmp_path):
+    recipe = RECIPES / "smollm2-eight-experts.toml"
+    outcome = phat("train", "--recipe", recipe, "--out", tmp_path / "experts", "--plan")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "8 experts to train on smollm2" in outcome.out
+    assert "210 sites, 4,884,480 LoRA parameters" in outcome.out
+    assert outcome.out.count("150 + 60") == 8
+    assert "For 8 of 8 tasks" in outcome.out
+
+
+# --- runs ---
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch, suite: str, names: tuple[str, ...]) -> None:
+    """Let the suite have these of its datasets only."""
+    full = open_suite(suite)
+    small = Suite(suite, tuple(full.entry(name) for name in names))
+    monkeypatch.setitem(SUITES, suite, lambda: small)
+
+
+@each_of_the_papers
+def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
+    name, phat, tmp_path, monkeypatch, base_folders, hub
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(statistics_module, "embed_examples", embed)
+    suite, _ = THE_PAPERS[name]
+    names = SHRUNKEN[suite]
+    shrink(monkeypatch, suite, names)
+    shrink(monkeypatch, "t0ho", ("rte",))
+    content = (RECIPES / name).read_text(encoding="utf-8").replace(T5_XL, str(base_folders["t5"]))
+    places = f'data = "{hub.data}"\ntemplates = "{hub.templates}"\n'
+    Path(name).write_text(places + content, encoding="utf-8")
+
+    planned = phat("train", "--recipe", name, "--plan", *FEW, *SHORT)
+    assert planned.out.count("2 + 2") == len(names)
+    assert "the tokens of a sequence are measured" in planned.out
+    trained = phat("train", "--recipe", name, *FEW, *SHORT)
+    assert (trained.code, trained.err) == (0, "")
+    for expert in (Expert.load(Path("experts") / task) for task in names):
+        entry = open_suite(suite).entry(expert.name)
+        assert expert.info.hyperparameters["micro_batch_size"] == entry.micro_batch_size
+        assert expert.info.task["source"] == entry.source
+        assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
+        assert any(gate.any() for gate in expert.gates.values())
+        assert len(expert.embeddings) == 4
+    composed = phat("compose", "experts", "--recipe", name, "--out", "routed", *DTYPE)
+    assert composed.out.startswith(f"{len(names)} experts at")
+    assert composed.out.endswith("router phatgoose, k = 2 -> routed\n")
+
+    methods = ["--methods", "base,merged,average-activation,phatgoose", *DTYPE]
+    flags = ["--suite", "t0ho", "--recipe", name, "--out", "compared", *methods]
+    compared = phat("compare", "experts", *flags)
+    assert (compared.code, compared.err) == (0, "")
+    assert "t0ho (1)" in compared.out
+    assert "rte" in (tmp_path / "compared" / "comparison.md").read_text()

@@ -10,7 +10,7 @@ suites=recipes/suites/t0ho-five.toml,recipes/suites/bbh-three.toml,recipes/suite
 
 phatgoose train --recipe $recipe --out "$out/experts" --resume
 # One expert on the mixture of all eight tasks, and the eight again with gates trained jointly.
-phatgoose train --recipe $recipe --multitask multitask --steps 200 --eval-every 100 \
+phatgoose train --recipe $recipe --multitask multitask --steps 160 --eval-every 80 \
     --no-means --no-embeddings --out "$out/multitask" --resume
 phatgoose train --recipe $recipe --joint --no-means --no-embeddings --out "$out/joint" --resume
 phatgoose compare "$out/experts" --suites $suites --limit 100 --seed 0 \

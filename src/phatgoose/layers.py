@@ -13,6 +13,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from .kernels import Kernel, choose_kernel
+from .kernels.native import add_routed, runs_natively
 from .pool import SiteStack
 from .recording import Watcher
 from .sites import Site, TokenMasks, WrappedLinear
@@ -60,30 +61,53 @@ class RoutedLinear(RoutedLayer):
         router: nn.Module,
         kernel: str,
         product: Kernel | None = None,
+        *,
+        one_call: bool = False,
     ) -> None:
-        """`product` takes the place of the kernels where another function than theirs is wanted."""
+        """`product` takes the place of the kernels where another function than theirs is wanted.
+
+        `one_call` says that the router is nothing but the top k of an affinity, which the native
+        kernel can find and add up in one call.
+        """
         super().__init__(base, site, stack.experts)
         self.register_buffer("A", stack.A, persistent=False)
         self.register_buffer("B", stack.B, persistent=False)
         self.router = router
         self.kernel = kernel
         self.product = product
+        self.one_call = one_call and product is None and kernel in ("auto", "native")
 
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]."""
         y: Tensor = self.base(u)
+        real = self.masks.real_tokens(u, self.site.stream)
+        if self._takes_one_call(y, u):
+            router = self.router
+            add_routed(y, u, real, router.vectors, self.A, self.B, router.k, router.eps)
+            return y
         tokens = u.reshape(-1, u.shape[-1])
         decision = self.router(tokens)
-        real = self.masks.real_tokens(u, self.site.stream)
         weights = decision.weights
         if real is not None:
             weights = weights * real.reshape(-1, 1)
-        self.tell(self.experts[decision.experts], weights, real, u.shape[:-1])
+        if self.watcher is not None:
+            self.tell(self.experts[decision.experts], weights, real, u.shape[:-1])
+        tokens = tokens.to(self.A.dtype)
         kernel = self.product or choose_kernel(
-            self.kernel, len(tokens), decision.experts.shape[1], len(self.experts)
+            self.kernel, tokens, decision.experts, self.A, self.B
         )
-        delta = kernel(tokens.to(self.A.dtype), decision.experts, weights, self.A, self.B)
-        return y + delta.view(*u.shape[:-1], self.out_features).to(y.dtype)
+        delta = kernel(tokens, decision.experts, weights, self.A, self.B)
+        return y + delta.view(y.shape).to(y.dtype)
+
+    def _takes_one_call(self, y: Tensor, u: Tensor) -> bool:
+        """True where choosing and adding can be left to the native kernel as one."""
+        return (
+            self.one_call
+            and self.watcher is None
+            and u.is_contiguous()
+            and y.is_contiguous()
+            and runs_natively(y, u, self.A)
+        )
 
 
 class FoldedLinear(RoutedLayer):

@@ -16,15 +16,17 @@ from .adapters import check_fit
 from .bases import Base, BaseReference, fingerprint, load_base
 from .config import Routing
 from .errors import RoutingError, WrongBaseError
-from .kernels import choose_kernel
+from .kernels import check_kernel
 from .kernels.mixed import mixed_factors
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .pool import Pool, SiteStack
 from .recording import Recording
 from .routers import (
     MERGED,
+    ArrowRouter,
     Lookup,
     RandomRouter,
+    ScoredRouter,
     check_routing,
     make_lookup,
     make_router,
@@ -90,7 +92,7 @@ def compose(
     pool = pool.select(keep, leave_out)
     routing = Routing(router, k, kernel, eps, expert, arrow, router_seed)
     check_routing(routing, pool)
-    choose_kernel(kernel, 1, 1, 1)
+    check_kernel(kernel)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = narrow_pool(pool, routing, scores)
     vectors = {name: router_vectors(pool, name, routing) for name in pool.sites}
@@ -138,9 +140,15 @@ def routed_layer(
         return FoldedLinear(original, site, folded, stack.experts, pool_size)
     router = make_router(site.name, stack.experts, pool_size, routing, vectors, lookup)
     mixes = routing.router == "arrow" and routing.arrow == "mttl"
-    router.to(original.weight.device)
+    router.to(original.weight.device, stack.A.dtype)
     return RoutedLinear(
-        original, site, stack, router, routing.kernel, mixed_factors if mixes else None
+        original,
+        site,
+        stack,
+        router,
+        routing.kernel,
+        mixed_factors if mixes else None,
+        one_call=type(router) in (ScoredRouter, ArrowRouter),
     )
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -180,12 +181,21 @@ class TokenMasks:
 
         def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = signature.bind_partial(*args, **kwargs).arguments
-            self._masks[stream] = _present_columns(given)
+            self._masks[stream] = _unless_all_real(_present_columns(given))
             if stream == "decoder":
                 encoder_mask = given.get("encoder_attention_mask")
-                self._masks["encoder"] = None if encoder_mask is None else encoder_mask.bool()
+                self._masks["encoder"] = _unless_all_real(
+                    None if encoder_mask is None else encoder_mask.bool()
+                )
 
         self._handles.append(stack.register_forward_pre_hook(remember, with_kwargs=True))
+
+
+def _unless_all_real(mask: Tensor | None) -> Tensor | None:
+    """`mask`, or None when it hides nothing; only a CPU is asked, others would have to be waited for."""
+    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
+        return mask
+    return None if mask.all() else mask
 
 
 def _present_columns(arguments: dict[str, Any]) -> Tensor | None:

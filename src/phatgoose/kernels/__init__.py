@@ -9,7 +9,14 @@ Every kernel is a function `(u, experts, weights, A, B) -> delta` of
     A        [E, r, n]  LoRA factors
     B        [E, r, d]  LoRA factors, transposed, so that both unfold without a copy; scaled
     delta    [T, d]     in the dtype of u
-and gives the same numbers and gradients as `reference`, up to rounding. None waits for the device.
+and gives the same numbers and gradients as `reference`, up to rounding (`native` has no gradients).
+None waits for the device.
+
+    reference  a loop that reads like the paper                      the oracle of all others
+    concat     all experts side by side, unchosen ones times zero    few experts
+    gather     each token's own factors, fetched                     few tokens: decoding
+    grouped    tokens sorted by expert, one product per expert       many of both
+    native     the same in C++                                       CPUs, without gradients
 """
 
 from __future__ import annotations
@@ -21,23 +28,54 @@ from torch import Tensor
 from ..errors import ConfigError
 from .concat import concat
 from .gather import gather
+from .grouped import grouped
+from .native import native, runs_natively
 from .reference import reference
 
-__all__ = ["KERNELS", "Kernel", "choose_kernel", "concat", "gather", "reference"]
+__all__ = [
+    "KERNELS",
+    "Kernel",
+    "check_kernel",
+    "choose_kernel",
+    "concat",
+    "gather",
+    "grouped",
+    "native",
+    "reference",
+]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
-KERNELS: dict[str, Kernel] = {"reference": reference, "concat": concat, "gather": gather}
+KERNELS: dict[str, Kernel] = {
+    "reference": reference,
+    "concat": concat,
+    "gather": gather,
+    "grouped": grouped,
+    "native": native,
+}
+AUTO = "auto"
 
 
-def choose_kernel(name: str, tokens: int, chosen: int, experts: int) -> Kernel:
-    """The kernel called `name`, or for "auto" the one that moves the least memory.
+def check_kernel(name: str) -> None:
+    """Raise ConfigError unless `name` is "auto" or in KERNELS."""
+    if name != AUTO and name not in KERNELS:
+        raise ConfigError(f"kernel is {name!r}, but must be {AUTO}, {', '.join(KERNELS)}.")
 
-    `gather` reads `tokens * chosen` pairs of factors, `concat` all `experts` of them once.
-    Raises ConfigError for an unknown name.
+
+def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -> Kernel:
+    """The kernel called `name`, or for "auto" the fastest for these arguments.
+
+    The rule behind "auto" is measured (docs/performance.md): `native` wherever it can be used and
+    few of the experts are chosen; else `gather` while each token's own factors are less to read
+    than everybody's, `grouped` for many tokens that choose few of many experts, and `concat`
+    between. Raises ConfigError for an unknown name.
     """
-    if name == "auto":
-        return gather if tokens * chosen < experts else concat
-    if name not in KERNELS:
-        raise ConfigError(f"kernel is {name!r}, but must be auto, {', '.join(KERNELS)}.")
-    return KERNELS[name]
+    check_kernel(name)
+    if name != AUTO:
+        return KERNELS[name]
+    (tokens, k), E = experts.shape, len(A)
+    if 2 * k <= E + 2 and runs_natively(u, A, B):
+        return native
+    if 2 * tokens * k < E:
+        return gather
+    return grouped if E > 20 * k and tokens * k > 4 * E else concat

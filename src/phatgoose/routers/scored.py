@@ -10,7 +10,9 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from ..kernels.native import runs_natively, top_experts
 from .decision import RoutingDecision
 
 __all__ = ["ArrowRouter", "ScoredRouter", "UniformTopKRouter", "VectorRouter", "standardise"]
@@ -36,9 +38,15 @@ def standardise(vectors: Tensor) -> Tensor:
 
 
 class VectorRouter(nn.Module):
-    """The frame of all scored routers: the top k of some affinity, softmax over those k."""
+    """The frame of all scored routers: the top k of some affinity, softmax over those k.
+
+    `vectors` are kept in the type of the model, like its weights; products and sums are float32.
+    On CPUs `phatgoose.kernels.native` computes the same in one go. `eps` is what is added to the
+    variance of u where activations are standardised, None where they are not.
+    """
 
     vectors: Tensor
+    eps: float | None = None
 
     def __init__(self, vectors: Tensor, k: int) -> None:
         """`vectors` [E, n], ready to score with; `k` is lowered to E."""
@@ -52,6 +60,8 @@ class VectorRouter(nn.Module):
 
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for u [T, n]."""
+        if runs_natively(u, self.vectors):
+            return RoutingDecision(*top_experts(u, self.vectors, self.k, self.eps))
         chosen = self.affinities(u).topk(self.k, dim=-1)
         return RoutingDecision(chosen.indices, chosen.values.softmax(dim=-1))
 
@@ -59,9 +69,12 @@ class VectorRouter(nn.Module):
 class ScoredRouter(VectorRouter):
     """The top k of the affinities v̄ᵀū, softmax of α/√n over those k (METHOD section 4).
 
-    Because v̄ sums to zero, v̄ᵀū = v̄ᵀu / sqrt(var(u) + eps): u needs no centring. The softmax over
-    the chosen k alone equals the released code's softmax over all, cut to k and renormalised.
+    The softmax over the chosen k alone equals the released code's softmax over all, cut to k and
+    renormalised. Because v̄ sums to zero, v̄ᵀū = v̄ᵀu / sqrt(var(u) + eps): the native kernel needs
+    no centring.
     """
+
+    eps: float
 
     def __init__(self, vectors: Tensor, k: int, eps: float) -> None:
         """`vectors` [E, n] are standardised already; `k` is lowered to E."""
@@ -70,9 +83,8 @@ class ScoredRouter(VectorRouter):
 
     def affinities(self, u: Tensor) -> Tensor:
         """α/√n for every token and expert, float32 [T, E]."""
-        u = u.float()
-        deviation = (u.var(dim=-1, unbiased=False, keepdim=True) + self.eps).sqrt()
-        return u @ self.vectors.T / (deviation * math.sqrt(u.shape[-1]))
+        standardised = functional.layer_norm(u.float(), u.shape[-1:], eps=self.eps)
+        return standardised @ self.vectors.float().T / math.sqrt(u.shape[-1])
 
 
 class UniformTopKRouter(ScoredRouter):
@@ -80,8 +92,8 @@ class UniformTopKRouter(ScoredRouter):
 
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for u [T, n]."""
-        chosen = self.affinities(u).topk(self.k, dim=-1)
-        return RoutingDecision(chosen.indices, torch.full_like(chosen.values, 1 / self.k))
+        decision = super().forward(u)
+        return RoutingDecision(decision.experts, torch.full_like(decision.weights, 1 / self.k))
 
 
 class ArrowRouter(VectorRouter):
@@ -94,4 +106,4 @@ class ArrowRouter(VectorRouter):
 
     def affinities(self, u: Tensor) -> Tensor:
         """|vᵀu| for every token and expert, float32 [T, E]."""
-        return (u.float() @ self.vectors.T).abs()
+        return (u.float() @ self.vectors.float().T).abs()

@@ -1,0 +1,378 @@
+// Routing and the routed LoRA product for CPUs. Built by native.py on the user's machine.
+//
+// Letters as in kernels/__init__.py: T tokens, n inputs, d outputs, E experts, k chosen per token,
+// r rank. All tensors are contiguous; products are of the tensors' type, sums are float32.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+typedef float f32x16 __attribute__((vector_size(64)));
+typedef uint16_t u16x16 __attribute__((vector_size(32)));
+typedef uint32_t u32x16 __attribute__((vector_size(64)));
+typedef int64_t index_t;
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+
+inline float to_float(bf16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+inline void store(float* place, float x) { *place = x; }
+
+inline void store(bf16* place, float x) {  // rounds to the nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    place->bits = is_nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+inline f32x16 load16(const float* p) {
+    f32x16 v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+inline f32x16 load16(const bf16* p) {
+    u16x16 bits;
+    memcpy(&bits, p, sizeof bits);
+    u32x16 wide = __builtin_convertvector(bits, u32x16) << 16;
+    f32x16 v;
+    memcpy(&v, &wide, sizeof v);
+    return v;
+}
+
+inline void store16(float* p, f32x16 v) { memcpy(p, &v, sizeof v); }
+
+inline float sum(f32x16 v) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float total = 0;
+    for (int i = 0; i < 16; i++) total += v[i];
+    return total;
+#endif
+}
+
+// out[m][i] = u_m . row_i for M tokens and R rows of n numbers each.
+template <class T, int M, int R>
+inline void dot_block(const T* const* u, const T* rows, index_t n, float* const* out) {
+    f32x16 total[M][R];
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < R; i++) total[m][i] = f32x16{};
+    index_t at = 0;
+#ifdef __AVX512BF16__
+    if constexpr (sizeof(T) == sizeof(bf16)) {
+        for (; at + 32 <= n; at += 32) {
+            __m512bh a[M];
+            for (int m = 0; m < M; m++) a[m] = (__m512bh)_mm512_loadu_si512(u[m] + at);
+            for (int i = 0; i < R; i++) {
+                __m512bh b = (__m512bh)_mm512_loadu_si512(rows + i * n + at);
+                for (int m = 0; m < M; m++)
+                    total[m][i] = (f32x16)_mm512_dpbf16_ps((__m512)total[m][i], a[m], b);
+            }
+        }
+    }
+#endif
+    for (; at + 16 <= n; at += 16) {
+        f32x16 a[M];
+        for (int m = 0; m < M; m++) a[m] = load16(u[m] + at);
+        for (int i = 0; i < R; i++) {
+            f32x16 b = load16(rows + i * n + at);
+            for (int m = 0; m < M; m++) total[m][i] += a[m] * b;
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int i = 0; i < R; i++) {
+            float value = sum(total[m][i]);
+            for (index_t j = at; j < n; j++) value += to_float(u[m][j]) * to_float(rows[i * n + j]);
+            out[m][i] = value;
+        }
+}
+
+template <class T, int M>
+void dots(const T* const* u, const T* rows, index_t count, index_t n, float* const* out) {
+    float* place[M];
+    index_t i = 0;
+    for (; i + 4 <= count; i += 4) {
+        for (int m = 0; m < M; m++) place[m] = out[m] + i;
+        dot_block<T, M, 4>(u, rows + i * n, n, place);
+    }
+    for (; i < count; i++) {
+        for (int m = 0; m < M; m++) place[m] = out[m] + i;
+        dot_block<T, M, 1>(u, rows + i * n, n, place);
+    }
+}
+
+// 1 / sqrt(var(u) + eps), the population variance, in two passes.
+template <class T>
+float inverse_deviation(const T* u, index_t n, float eps) {
+    f32x16 total{};
+    index_t at = 0;
+    for (; at + 16 <= n; at += 16) total += load16(u + at);
+    float mean = sum(total);
+    for (index_t j = at; j < n; j++) mean += to_float(u[j]);
+    mean /= n;
+    f32x16 squares{};
+    for (at = 0; at + 16 <= n; at += 16) {
+        f32x16 centred = load16(u + at) - mean;
+        squares += centred * centred;
+    }
+    float variance = sum(squares);
+    for (index_t j = at; j < n; j++) variance += (to_float(u[j]) - mean) * (to_float(u[j]) - mean);
+    return 1 / std::sqrt(variance / n + eps);
+}
+
+// The k highest of `affinity` [E], best first, and the softmax of those k times `scale`.
+void choose(const float* affinity, index_t E, index_t k, float scale, index_t* experts,
+            float* weights) {
+    for (index_t j = 0; j < k; j++) experts[j] = j, weights[j] = -INFINITY;
+    for (index_t e = 0; e < E; e++) {
+        float x = affinity[e];
+        if (!(x > weights[k - 1])) continue;
+        index_t j = k - 1;
+        for (; j > 0 && x > weights[j - 1]; j--) {
+            experts[j] = experts[j - 1];
+            weights[j] = weights[j - 1];
+        }
+        experts[j] = e, weights[j] = x;
+    }
+    float highest = weights[0], total = 0;
+    for (index_t j = 0; j < k; j++) total += weights[j] = std::exp((weights[j] - highest) * scale);
+    for (index_t j = 0; j < k; j++) weights[j] /= total;
+}
+
+// How experts are chosen: a site's vectors [E, n], and what affinity is taken to be.
+template <class T>
+struct Router {
+    const T* vectors;
+    index_t n, E, k;
+    float eps;
+    bool standardised;
+
+    // From the dot products with one token's u: its experts and their weights.
+    void decide(const T* u, float* affinity, index_t* experts, float* weights) const {
+        float scale = 1;
+        if (standardised) scale = inverse_deviation(u, n, eps) / std::sqrt(float(n));
+        else for (index_t e = 0; e < E; e++) affinity[e] = std::fabs(affinity[e]);
+        choose(affinity, E, k, scale, experts, weights);
+    }
+
+    // One token, its experts shared out among the threads: decoding.
+    void route_one(const T* u, index_t* experts, float* weights) const {
+        std::vector<float> affinity(E);
+        const index_t block = 16;
+#pragma omp parallel for schedule(static) if (E * n > 60000)
+        for (index_t e = 0; e < E; e += block) {
+            float* out = affinity.data() + e;
+            dots<T, 1>(&u, vectors + e * n, std::min(block, E - e), n, &out);
+        }
+        decide(u, affinity.data(), experts, weights);
+    }
+
+    void route(const T* u, index_t tokens, index_t* experts, float* weights) const {
+        if (tokens == 1) return route_one(u, experts, weights);
+#pragma omp parallel if (tokens * E * n > 60000)
+        {
+            std::vector<float> affinities(4 * E);
+#pragma omp for schedule(static)
+            for (index_t first = 0; first < tokens; first += 4) {
+                int count = int(std::min<index_t>(4, tokens - first));
+                const T* row[4];
+                float* out[4];
+                for (int m = 0; m < count; m++) {
+                    row[m] = u + (first + m) * n;
+                    out[m] = affinities.data() + m * E;
+                }
+                if (count == 4) dots<T, 4>(row, vectors, E, n, out);
+                else for (int m = 0; m < count; m++) dots<T, 1>(row + m, vectors, E, n, out + m);
+                for (int m = 0; m < count; m++)
+                    decide(row[m], out[m], experts + (first + m) * k, weights + (first + m) * k);
+            }
+        }
+    }
+};
+
+// The (token, expert) pairs of some tokens, those of one expert together; weight 0 is left out.
+struct Pairs {
+    std::vector<index_t> start, place;  // place: index into experts and weights, [pairs]
+
+    Pairs(const index_t* experts, const float* weights, index_t from, index_t to, index_t E)
+        : start(E + 1, 0) {
+        for (index_t p = from; p < to; p++)
+            if (weights[p] != 0) start[experts[p] + 1]++;
+        for (index_t e = 0; e < E; e++) start[e + 1] += start[e];
+        place.resize(start[E]);
+        std::vector<index_t> next(start.begin(), start.end() - 1);
+        for (index_t p = from; p < to; p++)
+            if (weights[p] != 0) place[next[experts[p]]++] = p;
+    }
+};
+
+// total[m] += sum over i < r of c[m][i] B_i, for M tokens and `columns` of B's rows of d numbers.
+template <class T, int M>
+void expand(float* const* total, const float* const* c, const T* B, index_t r, index_t d,
+            index_t columns) {
+    index_t j = 0;
+    for (; j + 32 <= columns; j += 32) {
+        f32x16 left[M], right[M];
+        for (int m = 0; m < M; m++) {
+            left[m] = load16(total[m] + j);
+            right[m] = load16(total[m] + j + 16);
+        }
+        for (index_t i = 0; i < r; i++) {
+            f32x16 b = load16(B + i * d + j), b_next = load16(B + i * d + j + 16);
+            for (int m = 0; m < M; m++) {
+                left[m] += c[m][i] * b;
+                right[m] += c[m][i] * b_next;
+            }
+        }
+        for (int m = 0; m < M; m++) {
+            store16(total[m] + j, left[m]);
+            store16(total[m] + j + 16, right[m]);
+        }
+    }
+    for (; j < columns; j++)
+        for (int m = 0; m < M; m++)
+            for (index_t i = 0; i < r; i++) total[m][j] += c[m][i] * to_float(B[i * d + j]);
+}
+
+// `work(first, count)` for the pairs of each expert, four at a time where there are four.
+template <class Work>
+void by_expert(const Pairs& pairs, index_t E, Work work) {
+    for (index_t e = 0; e < E; e++)
+        for (index_t q = pairs.start[e]; q < pairs.start[e + 1];) {
+            int count = pairs.start[e + 1] - q >= 4 ? 4 : 1;
+            work(e, q, count);
+            q += count;
+        }
+}
+
+// Adds the weighted updates of the tokens `from` to `to` to their rows of y.
+template <class T>
+void update_some(T* y, const T* u, const index_t* experts, const float* weights, const T* A,
+                 const T* B, index_t from, index_t to, index_t k, index_t E, index_t r, index_t n,
+                 index_t d) {
+    const index_t tile = 128;  // columns of B at a time, so that the running sums stay in the cache
+    Pairs pairs(experts, weights, from * k, to * k, E);
+    std::vector<float> inner(pairs.place.size() * r), sums((to - from) * tile);
+    by_expert(pairs, E, [&](index_t e, index_t q, int count) {
+        const T* row[4];
+        float* out[4];
+        for (int m = 0; m < count; m++) {
+            row[m] = u + pairs.place[q + m] / k * n;
+            out[m] = inner.data() + (q + m) * r;
+        }
+        if (count == 4) dots<T, 4>(row, A + e * r * n, r, n, out);
+        else dots<T, 1>(row, A + e * r * n, r, n, out);
+        for (int m = 0; m < count; m++)
+            for (index_t i = 0; i < r; i++) out[m][i] *= weights[pairs.place[q + m]];
+    });
+    for (index_t first = 0; first < d; first += tile) {
+        index_t columns = std::min(tile, d - first);
+        std::fill(sums.begin(), sums.end(), 0.0f);
+        by_expert(pairs, E, [&](index_t e, index_t q, int count) {
+            float* total[4];
+            const float* c[4];
+            for (int m = 0; m < count; m++) {
+                total[m] = sums.data() + (pairs.place[q + m] / k - from) * tile;
+                c[m] = inner.data() + (q + m) * r;
+            }
+            const T* rows = B + e * r * d + first;
+            if (count == 4) expand<T, 4>(total, c, rows, r, d, columns);
+            else expand<T, 1>(total, c, rows, r, d, columns);
+        });
+        for (index_t t = from; t < to; t++) {
+            T* row = y + t * d + first;
+            for (index_t j = 0; j < columns; j++)
+                store(row + j, to_float(row[j]) + sums[(t - from) * tile + j]);
+        }
+    }
+}
+
+// One token, its experts shared out among the threads: decoding. Factors are read in order, once.
+template <class T>
+void update_one(T* y, const T* u, const index_t* experts, const float* weights, const T* A,
+                const T* B, index_t k, index_t r, index_t n, index_t d) {
+    std::vector<float> sums(k * d, 0.0f);
+#pragma omp parallel for schedule(static) if (k * r * (n + d) > 30000)
+    for (index_t j = 0; j < k; j++) {
+        if (weights[j] == 0) continue;
+        std::vector<float> inner(r);
+        float *c = inner.data(), *total = sums.data() + j * d;
+        dots<T, 1>(&u, A + experts[j] * r * n, r, n, &c);
+        for (index_t i = 0; i < r; i++) {
+            const T* row = B + (experts[j] * r + i) * d;
+            float scale = c[i] * weights[j];
+            index_t at = 0;
+            for (; at + 16 <= d; at += 16)
+                store16(total + at, load16(total + at) + scale * load16(row + at));
+            for (; at < d; at++) total[at] += scale * to_float(row[at]);
+        }
+    }
+    for (index_t at = 0; at < d; at++) {
+        float total = to_float(y[at]);
+        for (index_t j = 0; j < k; j++) total += sums[j * d + at];
+        store(y + at, total);
+    }
+}
+
+template <class T>
+void update(T* y, const T* u, const index_t* experts, const float* weights, const T* A,
+            const T* B, index_t tokens, index_t k, index_t E, index_t r, index_t n, index_t d,
+            index_t threads) {
+    if (tokens == 1) return update_one(y, u, experts, weights, A, B, k, r, n, d);
+    const index_t most = 1024;  // tokens at a time
+    index_t size = std::max<index_t>(8, std::min(most, (tokens + threads - 1) / threads));
+#pragma omp parallel for schedule(dynamic) if (tokens > size)
+    for (index_t from = 0; from < tokens; from += size)
+        update_some(y, u, experts, weights, A, B, from, std::min(tokens, from + size), k, E, r,
+                    n, d);
+}
+
+}  // namespace
+
+#define ENTRIES(T, suffix)                                                                         \
+    /* The experts [T, k] and weights [T, k] of each token. */                                     \
+    extern "C" void route_##suffix(const T* u, const T* vectors, index_t tokens, index_t n,        \
+                                   index_t E, index_t k, float eps, int standardised,              \
+                                   index_t* experts, float* weights) {                             \
+        Router<T>{vectors, n, E, k, eps, standardised != 0}.route(u, tokens, experts, weights);    \
+    }                                                                                              \
+    /* y += the weighted updates. */                                                               \
+    extern "C" void update_##suffix(T* y, const T* u, const index_t* experts,                      \
+                                    const float* weights, const T* A, const T* B, index_t tokens,  \
+                                    index_t k, index_t E, index_t r, index_t n, index_t d,         \
+                                    index_t threads) {                                             \
+        update(y, u, experts, weights, A, B, tokens, k, E, r, n, d, threads);                      \
+    }                                                                                              \
+    /* Both in one; tokens that are not `real` (null: all are) are left alone. */                  \
+    extern "C" void routed_update_##suffix(                                                        \
+        T* y, const T* u, const bool* real, const T* vectors, const T* A, const T* B,              \
+        index_t tokens, index_t n, index_t E, index_t k, float eps, int standardised, index_t r,   \
+        index_t d, index_t threads) {                                                              \
+        std::vector<index_t> experts(tokens * k);                                                  \
+        std::vector<float> weights(tokens * k);                                                    \
+        Router<T>{vectors, n, E, k, eps, standardised != 0}.route(u, tokens, experts.data(),       \
+                                                                  weights.data());                 \
+        for (index_t t = 0; real && t < tokens; t++)                                               \
+            if (!real[t]) std::fill_n(weights.begin() + t * k, k, 0.0f);                           \
+        update(y, u, experts.data(), weights.data(), A, B, tokens, k, E, r, n, d, threads);        \
+    }
+
+ENTRIES(float, float32)
+ENTRIES(bf16, bfloat16)

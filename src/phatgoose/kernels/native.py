@@ -1,0 +1,156 @@
+"""The routed product and the top-k of scored routers in C++, for CPUs: `native.cpp` beside this.
+
+It is built once per machine, in about two seconds, by the C++ compiler that is found there (`$CXX`,
+else c++), and kept in the user's cache. Where there is no compiler nothing is lost but speed: the
+other kernels serve. `PHATGOOSE_NATIVE=0` in the environment turns it off.
+
+The library is called through ctypes on contiguous CPU tensors. It runs on torch's own OpenMP
+threads: the runtime that torch has loaded already serves it too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_routed", "native", "runs_natively", "top_experts"]
+
+logger = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_suffix(".cpp")
+FLAGS = (
+    *("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only"),
+    *("-fopenmp", "-shared", "-fPIC"),
+)
+TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+POINTER, INDEX = ctypes.c_void_p, ctypes.c_int64
+ROUTING = (*[INDEX] * 4, ctypes.c_float, ctypes.c_int)  # tokens, n, E, k, eps, standardised
+SIGNATURES = {
+    "route": (*[POINTER] * 2, *ROUTING, *[POINTER] * 2),
+    "update": (*[POINTER] * 6, *[INDEX] * 7),
+    "routed_update": (*[POINTER] * 6, *ROUTING, *[INDEX] * 3),
+}
+
+
+def runs_natively(*tensors: Tensor) -> bool:
+    """True when the library is there and can take `tensors`: of one type, on the CPU, no gradients.
+
+    False while torch.compile traces, which sees through the other kernels but not through this.
+    """
+    first = tensors[0]
+    return (
+        first.dtype in TYPES
+        and all(t.dtype == first.dtype and t.device.type == "cpu" for t in tensors)
+        and not torch.compiler.is_compiling()
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and _library() is not None
+    )
+
+
+def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The routed product of `phatgoose.kernels`, expert by expert, [T, d].
+
+    Tokens that chose the same expert are multiplied together; weights of zero (padding) cost
+    nothing; sums are float32. Not differentiable: `phatgoose.kernels` takes another where that is
+    wanted. Call it where `runs_natively(u, A, B)`.
+    """
+    tokens, (E, r, n) = u.shape[0], A.shape
+    u, experts, A, B = u.contiguous(), experts.contiguous(), A.contiguous(), B.contiguous()
+    weights = weights.float().contiguous()
+    delta = torch.zeros(tokens, B.shape[2], dtype=u.dtype)
+    _function("update", u.dtype)(
+        *(t.data_ptr() for t in (delta, u, experts, weights, A, B)),
+        *(tokens, experts.shape[1], E, r, n, B.shape[2], torch.get_num_threads()),
+    )
+    return delta
+
+
+def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[Tensor, Tensor]:
+    """The k experts of the highest affinity for each token of u [T, n], and their weights.
+
+    `vectors` [E, n] are those of the experts, in the type of `u`. With `eps` the affinity is
+    v̄ᵀu / (sqrt(var(u) + eps) √n) as in `ScoredRouter`, with None |vᵀu| as in `ArrowRouter`. Returns
+    experts [T, k] int64, best first, of equals the first, and weights [T, k] float32, their softmax.
+    """
+    u, vectors = u.contiguous(), vectors.contiguous()
+    tokens, (E, n) = u.shape[0], vectors.shape
+    experts = torch.empty(tokens, k, dtype=torch.int64)
+    weights = torch.empty(tokens, k)
+    _function("route", u.dtype)(
+        *(u.data_ptr(), vectors.data_ptr(), tokens, n, E, k),
+        *(eps or 0.0, eps is not None, experts.data_ptr(), weights.data_ptr()),
+    )
+    return experts, weights
+
+
+def add_routed(
+    y: Tensor,
+    u: Tensor,
+    real: Tensor | None,
+    vectors: Tensor,
+    A: Tensor,
+    B: Tensor,
+    k: int,
+    eps: float | None,
+) -> None:
+    """Add to y [.., d] in place what `top_experts` and `native` come to for u [.., n], in one call.
+
+    `real` [..] is False for tokens to leave alone (padding); None means that all are real. All are
+    contiguous and of one type. Decoding spends its time on calls: this is one where there were six.
+    """
+    E, r, n = A.shape
+    _function("routed_update", u.dtype)(
+        *(y.data_ptr(), u.data_ptr(), None if real is None else real.data_ptr()),
+        *(vectors.data_ptr(), A.data_ptr(), B.data_ptr()),
+        *(u.numel() // n, n, E, k, eps or 0.0, eps is not None, r, B.shape[2]),
+        torch.get_num_threads(),
+    )
+
+
+@cache
+def _function(name: str, dtype: torch.dtype) -> ctypes._CFuncPtr:  # type: ignore[name-defined]
+    function = getattr(_library(), f"{name}_{TYPES[dtype]}")
+    function.argtypes, function.restype = SIGNATURES[name], None
+    return function
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The compiled library, None where it is turned off or can't be built."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if os.environ.get("PHATGOOSE_NATIVE") == "0" or compiler is None:
+        return None
+    try:
+        return ctypes.CDLL(str(_build(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("The native kernel can't be built, others serve: %s", error)
+        return None
+
+
+def _build(compiler: str) -> Path:
+    """The library built from SOURCE by `compiler` for this machine, from the cache if it can be."""
+    macros = _run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
+    content = SOURCE.read_bytes() + macros + " ".join(FLAGS).encode()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phatgoose"
+    built = home / f"native-{hashlib.sha256(content).hexdigest()[:16]}.so"
+    if not built.is_file():
+        home.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home) as work:
+            unfinished = Path(work) / built.name
+            _run(compiler, *FLAGS, "-o", str(unfinished), str(SOURCE))
+            os.replace(unfinished, built)
+    return built
+
+
+def _run(*command: str) -> bytes:
+    return subprocess.run(command, check=True, capture_output=True, timeout=120).stdout

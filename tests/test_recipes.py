@@ -82,7 +82,8 @@ def test_eight_experts_are_the_four_and_four_more():
     added = ["trec", "qasc", "glue_qqp", "common_gen"]
     assert [Path(task).stem for task in eight.tasks[4:]] == added
     gates = {**four.tables["gates"], "embeddings": True, "statistics_examples": 1000}
-    assert eight.tables == {**four.tables, "gates": gates}
+    training = {**four.tables["training"], "steps": 100}
+    assert eight.tables == {**four.tables, "training": training, "gates": gates}
 
 
 # --- plans ---
@@ -114,7 +115,7 @@ def test_eight_experts_on_real_data_are_planned(phat, tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     assert "8 experts to train on smollm2" in outcome.out
     assert "210 sites, 4,884,480 LoRA parameters" in outcome.out
-    assert outcome.out.count("150 + 60") == 8
+    assert outcome.out.count("100 + 60") == 8
     assert "For 8 of 8 tasks" in outcome.out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -113,22 +115,44 @@ def kind(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def loaded_bases(base_folders: dict[str, Path]) -> dict[str, Base]:
+    """Each kind of base, loaded once: to be copied, which is far quicker than loading again."""
+    return {kind: load_base(folder, dtype="float32") for kind, folder in base_folders.items()}
+
+
 @pytest.fixture
-def base(kind: str, base_folders: dict[str, Path]) -> Base:
+def base(kind: str, loaded_bases: dict[str, Base]) -> Base:
     """A fresh base of the current kind, float32."""
-    return load_base(base_folders[kind], dtype="float32")
+    return copy.deepcopy(loaded_bases[kind])
 
 
 @pytest.fixture
-def llama(base_folders: dict[str, Path]) -> Base:
+def llama(loaded_bases: dict[str, Base]) -> Base:
     """A fresh tiny Llama, float32, for tests that need one base only."""
-    return load_base(base_folders["llama"], dtype="float32")
+    return copy.deepcopy(loaded_bases["llama"])
 
 
 def make_adapter(
     base: Base, folder: Path, *, rank: int = 4, seed: int = 0, **options: object
 ) -> Path:
     """A PEFT LoRA adapter of random factors at every site of `base`, written to `folder`."""
+    key = repr((base.reference, rank, seed, sorted(options.items())))
+    if key not in ADAPTERS:
+        _write_by_peft(base, folder, rank, seed, options)
+        ADAPTERS[key] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in ADAPTERS[key].items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+ADAPTERS: dict[str, dict[str, bytes]] = {}  # peft's files by what was asked for: it takes its time
+
+
+def _write_by_peft(
+    base: Base, folder: Path, rank: int, seed: int, options: dict[str, object]
+) -> None:
     sites = find_sites(base.model)
     conv = isinstance(base.model.get_submodule(next(iter(sites))), Conv1D)
     settings = {
@@ -149,7 +173,6 @@ def make_adapter(
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     model.save_pretrained(folder, save_embedding_layers=False)
-    return folder
 
 
 def write_expert(
@@ -294,3 +317,10 @@ def peft_model(base: Base, folder: Path, dtype: str = "float32") -> PreTrainedMo
 def _one_thread() -> None:
     """Tiny tensors gain nothing from threads; a second OpenMP pool makes them 100 times slower."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imported_for_good() -> None:
+    """Modules are no garbage: a Trainer looks through all of them each time, 0.2 s for torch's."""
+    gc.collect()
+    gc.freeze()

@@ -83,10 +83,27 @@ def test_compare_prints_a_table_and_writes_three_more(here, phat):
 def test_the_table_shows_the_means_and_intervals_of_the_files(here, phat):
     outcome = phat("compare", "experts", *BOTH, "--out", "x")
     summary = json.loads(Path("x/comparison.json").read_text())["rows"]["phatgoose"]["summary"]
-    (line,) = (line for line in outcome.out.splitlines() if "PHATGOOSE" in line)
+    (line,) = (line for line in outcome.out.splitlines() if line.startswith("│ PHATGOOSE"))
     for column in ("a[bold]", "b", "all datasets"):
         mean, (low, high) = summary[column]["mean"], summary[column]["interval"].values()
         assert f"{100 * mean:.1f} [{100 * low:.0f}, {100 * high:.0f}]" in line
+        assert f"{column} (" in outcome.out
+
+
+def test_a_second_table_shows_the_differences_in_pairs(here, phat):
+    outcome = phat("compare", "experts", *BOTH, "--out", "x")
+    summary = json.loads(Path("x/comparison.json").read_text())["rows"]["base"]["summary"]
+    _, differences = outcome.out.split("difference to PHATGOOSE in points")
+    (line,) = (line for line in differences.splitlines() if line.startswith("│ Base model"))
+    for column in ("a[bold]", "b", "all datasets"):
+        assert column in differences
+        gap = summary[column]["difference"]
+        low, high = summary[column]["difference_interval"].values()
+        assert f"{100 * gap:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in line
+    alone = [*SUITES, "--dtype", "float32", "--max-new-tokens", "2", *LIMIT, "--out", "x"]
+    for method in ("base", "phatgoose"):
+        outcome = phat("compare", "experts", *alone, "--methods", method)
+        assert (outcome.code, "difference" in outcome.out) == (0, False)
 
 
 def test_the_command_is_the_function(here, phat):
@@ -116,12 +133,16 @@ def test_every_method_is_run_and_what_cannot_be_is_told_once(here, phat):
     arguments = [*SUITES, "--dtype", "float32", "--max-new-tokens", "2", *LIMIT, "--out", "x"]
     outcome = phat("compare", "experts", *arguments)
     assert outcome.code == 0
-    assert re.fullmatch(r"warning: Retrieval was left out: e0, e1, e2 can't [^\n]+\n", outcome.err)
+    assert outcome.err == (
+        "warning: Retrieval was left out: e0, e1, e2 can't be routed by it without embeddings (run "
+        "'phatgoose measure' first).\n"
+    )
     assert list(scores_in(Path("x"))) == [*METHODS, "best-individual", "oracle"]
     assert re.search(r"Oracle \*", outcome.out)
     assert "* not zero-shot" in outcome.out
-    again = phat("compare", "experts", *arguments, "--methods", "all")
-    assert (again.code, again.out) == (0, outcome.out)
+    for methods in ("all", "all,base"):
+        again = phat("compare", "experts", *arguments, "--methods", methods)
+        assert (again.code, again.out) == (0, outcome.out)
 
 
 def test_methods_and_suites_are_repeated_or_listed(here, phat):
@@ -216,7 +237,7 @@ def test_help_shows_its_flags_and_none_that_mean_nothing_here(phat):
         (["--limit", "0"], "limit"),
         (["--k", "0"], "k is 0"),
         (["--kernel", "fast", "--methods", "phatgoose"], "kernel is 'fast'"),
-        (["--base", "other-base", "--methods", "phatgoose"], "The experts were trained on"),
+        (["--base", "other-base", "--methods", "merged"], "Merged Experts can't be compared on"),
         (["--dtype", "int3"], "'int3'"),
         (["--recipe", "missing.toml"], "can't be read"),
         (["--router", "arrow"], "--router"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,14 @@ from phatgoose.bases import Base, load_base
 from phatgoose.bootstrap import Interval
 from phatgoose.comparison import compare
 from phatgoose.config import Formatting, Routing
-from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
+from phatgoose.errors import (
+    ConfigError,
+    EvaluationError,
+    PoolError,
+    RoutingError,
+    TaskError,
+    WrongBaseError,
+)
 from phatgoose.evaluation import evaluate
 from phatgoose.methods import METHODS
 from phatgoose.pool import Pool
@@ -633,8 +641,10 @@ def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, left_out):
     ],
 )
 def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, method, complaint):
-    with pytest.raises(PoolError, match=complaint):
-        setting.run(tmp_path, [method], pool=with_first(setting.pool, **part))
+    pool = with_first(setting.pool, **part)
+    refused(
+        PoolError, complaint, lambda out: setting.run(out, ["base", method], pool=pool), tmp_path
+    )
 
 
 def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_path):
@@ -644,6 +654,19 @@ def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_
     for suite in (setting.suites[1], Path(setting.suites[1])):
         comparison = setting.run(tmp_path, ["base"], suites=suite, limit=1)
         assert comparison.columns == {"plain": ("choose", "count")}
+
+
+def test_each_finished_cell_is_told(setting, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "phatgoose.comparison")
+    options = {"suites": setting.suites[1], "limit": 2}
+    setting.run(tmp_path, ["base"], **options)
+    caplog.clear()
+    comparison = setting.run(tmp_path, ["base", "merged"], **options)
+    merged = comparison.results["merged"]
+    assert caplog.messages == [
+        f"[3/4] merged on choose: {merged['choose'].score:.3f}",
+        f"[4/4] merged on count: {merged['count'].score:.3f}",
+    ]
 
 
 # What is refused, before anything is computed
@@ -686,6 +709,20 @@ def test_two_datasets_of_one_name_or_two_suites_of_one_name_are_refused(setting,
             TaskError,
             complaint,
             lambda out, suites=suites: setting.run(out, ["base"], suites=suites),
+            tmp_path,
+        )
+
+
+def test_experts_of_another_base_are_refused(setting, pool_of, tmp_path):
+    foreign = pool_of("t5", (4, 4)).experts[0].directory
+    for label, options in (
+        ("joint", {"references": {"joint": foreign}}),
+        ("Merged Experts", {"base": load_base(setting.references["a base"], dtype="float32")}),
+    ):
+        refused(
+            WrongBaseError,
+            f"{label} can't be compared on",
+            lambda out, options=options: setting.run(out, ["base", "merged"], **options),
             tmp_path,
         )
 

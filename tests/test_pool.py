@@ -228,15 +228,16 @@ def test_a_stack_comes_in_the_dtype_asked_for(write):
 
 
 @pytest.mark.parametrize(
-    ("router", "lacking"), [("phatgoose", "gates"), ("average-activation", "means")]
+    ("router", "lacking", "command"),
+    [("phatgoose", "gates", "gate"), ("average-activation", "means", "measure")],
 )
 def test_experts_without_vectors_are_refused_with_the_remedy(
-    write, llama, tmp_path, router, lacking
+    write, llama, tmp_path, router, lacking, command
 ):
     write("bare", gates={}, base=llama.reference)
     with pytest.raises(PoolError) as caught:
         compose(Pool.open(tmp_path / "pool"), llama, router=router, k=1)
-    for part in ("'bare'", f"no {lacking}", "phatgoose gate", "leave it out"):
+    for part in ("'bare'", f"no {lacking}", f"phatgoose {command}", "leave it out"):
         assert part in str(caught.value)
 
 

@@ -26,6 +26,15 @@ EXPERTS = {
     "e0": {"a": (1, 0, 0, 0), "b": (1, 1, 1, 1, 1, 0), "c": (0.0, 0.0)},
     "e1": {"a": (1, 1, 1, 0), "b": (0, 0, 1, 1, 1, 0), "c": (0.25, 0.5)},
 }
+SETTINGS = {
+    "base": {"id": "tiny"},
+    "dtype": "float32",
+    "experts": ["e0", "e1"],
+    "limit": 6,
+    "seed": 3,
+    "k": 2,
+    "code": "0.1.0+abc",
+}
 MATCHES = (4, 3, 2, 1, 4, 3, 2, 1, 4, 4)  # the counts of an answer that is its reference
 MISSES = (0, 0, 0, 0, 4, 3, 2, 1, 4, 4)
 
@@ -71,7 +80,7 @@ def comparison() -> Comparison:
         experts,
         choices,
         ("Retrieval was left out.",),
-        {"k": 2, "limit": None},
+        SETTINGS,
     )
 
 
@@ -198,6 +207,17 @@ def test_markdown_tells_notes_choices_and_what_the_star_means(comparison):
     assert not any(line.startswith("* ") for line in lines)  # that would be a list
 
 
+def test_markdown_tells_how_all_was_scored(comparison):
+    lines = comparison.to_markdown().splitlines()
+    assert "Scored by accuracy (a, b); ROUGE-L + BLEU (c)." in lines
+    drawn = "at most 6 examples a dataset, drawn by seed 3"
+    said = "Base tiny in float32; experts: 2; k = 2; {}; phatgoose 0.1.0+abc."
+    assert said.format(drawn) in lines
+    everything = replace(comparison, settings={**SETTINGS, "limit": None}).to_markdown()
+    assert said.format("all examples") in everything.splitlines()
+    assert "phatgoose 0.1.0" not in replace(comparison, settings={}).to_markdown()
+
+
 def test_markdown_tells_what_each_model_took_once(comparison):
     *_, costs = tables(comparison.to_markdown())
     assert costs[0] == ["model", "cells", "seconds"]
@@ -235,7 +255,7 @@ def test_csv_quotes_names_with_commas(comparison):
 
 def test_json_holds_everything(comparison):
     content = json.loads(json.dumps(comparison.to_dict()))
-    assert content["settings"] == {"k": 2, "limit": None}
+    assert content["settings"] == SETTINGS
     assert content["notes"] == ["Retrieval was left out."]
     assert content["confidence"] == 0.95
     assert content["suites"] == {"one": ["a", "b"], "two": ["b", "c"]}

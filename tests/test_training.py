@@ -387,11 +387,12 @@ KILLS = {
 }
 
 KILLED = """
-import os, sys
+import gc, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_training import KILLS, load_base, kill_self, on_call, train
 base = load_base(sys.argv[2], dtype="float32")
+gc.freeze()
 for number, (function, call) in enumerate(KILLS.values()):
     child = os.fork()
     if child == 0:

@@ -56,9 +56,11 @@ def test_the_wheel_is_named_after_package_and_version(wheel):
     assert wheel.name == f"phatgoose-{phatgoose.__version__}-py3-none-any.whl"
 
 
-def test_the_wheel_holds_every_module_and_nothing_else(wheel):
+def test_the_wheel_holds_every_module_and_list_and_nothing_else(wheel):
     source = ROOT / "src"
-    wanted = {str(p.relative_to(source)) for p in (source / "phatgoose").rglob("*.py")}
+    files = (path for end in ("py", "toml") for path in (source / "phatgoose").rglob(f"*.{end}"))
+    wanted = {str(path.relative_to(source)) for path in files}
+    assert {f"phatgoose/suites/{name}.toml" for name in ("t0", "flan", "bigbench")} <= wanted
     names = zipfile.ZipFile(wheel).namelist()
     info = f"phatgoose-{phatgoose.__version__}.dist-info/"
     assert {name for name in names if not name.startswith(info)} == wanted | {"phatgoose/py.typed"}
@@ -69,6 +71,11 @@ def test_the_installed_package_is_imported_from_where_it_was_put(installed, tmp_
     code = "import phatgoose as p; print(p.__file__, p.__version__, p.Pool, p.load_task)"
     output = run(installed, tmp_path, "-c", code)
     assert output.startswith(f"{installed}/phatgoose/__init__.py {phatgoose.__version__} ")
+
+
+def test_the_installed_suites_have_their_lists(installed, tmp_path):
+    code = "from phatgoose.suites import SUITES; print(*(len(s().names) for s in SUITES.values()))"
+    assert run(installed, tmp_path, "-c", code) == "36 11 166 22 17 23 24\n"
 
 
 def test_the_installed_command_shows_its_help(installed, tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +22,19 @@ from tqdm.auto import tqdm
 from .bases import Base, load_base
 from .bootstrap import Sample
 from .config import Formatting, Routing
-from .errors import ConfigError, RoutingError, TaskError
+from .errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
 from .evaluation import MAX_NEW_TOKENS, TOKEN_BUDGET, TaskScore, evaluate, metrics_of
-from .methods import DERIVED, METHODS, Row, reference_row, rows_of, single_rows
+from .methods import (
+    DERIVED,
+    METHODS,
+    REMEDIES,
+    SHARED,
+    Row,
+    lacking,
+    reference_row,
+    rows_of,
+    single_rows,
+)
 from .opening import OpenedModel
 from .pool import Pool
 from .results import ResultStore, code_version
@@ -36,6 +47,9 @@ from .tasks import Task
 __all__ = ["compare"]
 
 RESULTS = "results.jsonl"
+EVERY = "all"  # stands for every method that the pool has what it takes for
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -74,16 +88,17 @@ def compare(
 ) -> Comparison:
     """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
 
-    `methods` are names in `phatgoose.methods.METHODS`, or "all", which leaves out with a note those
-    that the pool lacks something for. Oracle and best-individual run every single expert once.
-    `references` adds further models by label: an expert (such as a multitask one), another pool
-    (such as one of jointly trained experts), a routed model, a base by Hub id or path. `suites` are
-    names in `phatgoose.suites.SUITES`, folders of task files, suite files or `Suite`s, whose files
-    are found by `sources`. `limit` draws so many examples of each dataset, the same ones for all
-    methods. `routing` gives k and the other settings of the routers.
+    `methods` are names in `phatgoose.methods.METHODS`; "all" stands for those that the pool has
+    what it takes for, with a note on the others. Oracle and best-individual run every single expert
+    once. `references` adds further models by label: an expert (such as a multitask one), another
+    pool (such as one of jointly trained experts), a routed model, a base by Hub id or path.
+    `suites` are names in `phatgoose.suites.SUITES`, folders of task files, suite files or `Suite`s,
+    whose files are found by `sources`. `limit` draws so many examples of each dataset, the same
+    ones for all methods. `routing` gives k and the other settings of the routers.
 
     Finished cells are kept in `out`/results.jsonl and reused; the tables are written to
-    `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, and what opening
+    `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, PoolError for one
+    that the pool lacks something for, WrongBaseError for experts of another base, and what opening
     pools, suites and models and scoring them raise.
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
@@ -126,34 +141,41 @@ def compare(
 
 
 def _wanted_methods(pool: Pool, methods: Iterable[str] | str) -> tuple[list[str], list[str]]:
-    """(names of the methods to run, notes on what was left out)."""
-    if methods != "all":
-        wanted = [methods] if isinstance(methods, str) else list(methods)
+    """(names of the methods to run, notes on what was left out).
+
+    Raises ConfigError for an unknown name, PoolError for a named one that can't be run.
+    """
+    wanted = [methods] if isinstance(methods, str) else list(methods)
+    for name in wanted:
+        if name not in (EVERY, *METHODS):
+            raise ConfigError(
+                f"Method {name!r} is unknown; known are {EVERY}, {', '.join(METHODS)}."
+            )
+    without = {name: experts for name, experts in lacking(pool).items() if experts}
+    if EVERY not in wanted:
         for name in wanted:
-            if name not in METHODS:
-                raise ConfigError(
-                    f"Method {name!r} is unknown; known are all, {', '.join(METHODS)}."
+            if name in without:
+                raise PoolError(
+                    f"Expert {without[name][0]!r} has no {SHARED[name]}, which method {name} "
+                    f"needs; run 'phatgoose {REMEDIES[SHARED[name]]}' on it or leave it out."
                 )
         return wanted, []
-    lacking = {
-        "retrieval": [e.name for e in pool.experts if e.embeddings is None],
-        "average-activation": [e.name for e in pool.experts if not e.means],
-        "phatgoose": [e.name for e in pool.experts if not e.gates],
-        "uniform-top-k": [e.name for e in pool.experts if not e.gates],
-    }
     notes = [
-        f"{METHODS[name]} was left out: {', '.join(names)} can't be routed by it (run 'phatgoose "
-        f"measure' or 'phatgoose gate' first)."
-        for name, names in lacking.items()
-        if names
+        f"{METHODS[name]} was left out: {', '.join(experts)} can't be routed by it without "
+        f"{SHARED[name]} (run 'phatgoose {REMEDIES[SHARED[name]]}' first)."
+        for name, experts in without.items()
     ]
     for note in notes:
         warnings.warn(note, stacklevel=3)
-    return [name for name in METHODS if not lacking.get(name)], notes
+    return [name for name in METHODS if name not in without], notes
 
 
 def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
-    """Refuse a routed base, an empty comparison and an expert that is called like another row."""
+    """Refuse what can't be compared before hours go into the rest of it.
+
+    That is a routed base, an empty comparison, an expert that is called like another row, and
+    experts of another base.
+    """
     if hasattr(base.model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if not rows and not singles:
@@ -162,6 +184,12 @@ def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
     for name in (row.name for row in singles):
         if name in taken:
             raise ConfigError(f"An expert and another row are both called {name!r}; rename one.")
+    for row in (*rows, *singles):
+        if row.pool is not None and row.pool.base.fingerprint not in (None, base.fingerprint):
+            raise WrongBaseError(
+                f"{row.label} can't be compared on {base.id!r}: its experts were trained on "
+                f"{row.pool.base.id!r}, which has other weights."
+            )
 
 
 def _load(
@@ -213,17 +241,23 @@ def _run(
 ) -> dict[str, dict[str, Result]]:
     """Every row's result on every dataset, computed where the store has none."""
     results: dict[str, dict[str, Result]] = {}
-    with tqdm(total=len(rows) * len(datasets), desc="compare", unit="cell", disable=None) as bar:
+    finished, total = 0, len(rows) * len(datasets)
+    with tqdm(total=total, desc="compare", unit="cell", disable=None) as bar:
         for row in rows:
             keys = {dataset.task.name: _key(row, dataset, base) for dataset in datasets}
             missing = [d for d in datasets if store.get(keys[d.task.name]) is None]
+            finished += len(datasets) - len(missing)
             bar.update(len(datasets) - len(missing))
             if missing:
                 with row.model(base) as opened:
                     for dataset in missing:
-                        bar.set_description(f"{row.name} on {dataset.task.name}")
-                        store.add(keys[dataset.task.name], _score(opened, dataset, protocol))
+                        cell = f"{row.name} on {dataset.task.name}"
+                        bar.set_description(cell)
+                        result = _score(opened, dataset, protocol)
+                        store.add(keys[dataset.task.name], result)
+                        finished += 1
                         bar.update(1)
+                        logger.info("[%d/%d] %s: %.3f", finished, total, cell, result["score"])
             results[row.name] = {
                 dataset.task.name: _result(store.get(keys[dataset.task.name]) or {})
                 for dataset in datasets

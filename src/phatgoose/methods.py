@@ -25,7 +25,8 @@ from .routed import compose, detach
 from .sites import ROUTED
 from .storage import ROUTED_INFO
 
-__all__ = ["DERIVED", "METHODS", "Row", "reference_row", "rows_of", "single_rows"]
+__all__ = ["DERIVED", "METHODS", "REMEDIES", "SHARED", "Row"]
+__all__ += ["lacking", "reference_row", "rows_of", "single_rows"]
 
 # In the order of the tables. Oracle and Best Individual follow from the single experts' results.
 METHODS: dict[str, str] = {
@@ -56,6 +57,7 @@ SHARED = {
     "average-activation": "means",
     "retrieval": "embeddings",
 }
+REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,20 @@ def _composed(pool: Pool, base: Base, routing: Routing) -> OpenedModel:
     )
     tokenizer: PreTrainedTokenizerBase = base.tokenizer
     return OpenedModel(model, tokenizer)
+
+
+def lacking(pool: Pool) -> dict[str, list[str]]:
+    """For each method that needs more than adapters, the experts that lack what it needs."""
+
+    def lacks(expert: Expert, shared: str) -> bool:
+        part = getattr(expert, shared)
+        return part is None or len(part) == 0
+
+    return {
+        name: [expert.name for expert in pool.experts if lacks(expert, SHARED[name])]
+        for name in METHODS
+        if name in SHARED
+    }
 
 
 def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:

@@ -58,6 +58,19 @@ class Summary:
     difference: float | None = None
     difference_interval: Interval | None = None
 
+    @property
+    def in_per_cent(self) -> str:
+        """The mean and its interval, as tables show them."""
+        return f"{100 * self.mean:.1f} {_range(self.interval)}"
+
+    @property
+    def difference_in_points(self) -> str:
+        """The difference and its interval, as tables show them; empty where there is none."""
+        if self.difference is None or self.difference_interval is None:
+            return ""
+        low, high = self.difference_interval.low, self.difference_interval.high
+        return f"{100 * self.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -155,8 +168,7 @@ class Comparison:
         counts = [f"{column} ({len(tasks)})" for column, tasks in self.columns.items()]
         yield from _header(["method", *counts])
         for name, summaries in self.summaries.items():
-            cells = [f"{100 * s.mean:.1f} {_range(s.interval)}" for s in summaries.values()]
-            yield _line([self._named(name), *cells])
+            yield _line([self._named(name), *(s.in_per_cent for s in summaries.values())])
         yield ""
         yield (
             "Intervals resample the datasets and, within each, its examples; all methods share the "
@@ -168,6 +180,8 @@ class Comparison:
                 "choice out."
             )
         yield from (f"Note: {note}" for note in self.notes)
+        if self.settings:
+            yield _how(self.settings)
 
     def _differences(self) -> Iterator[str]:
         if ANCHOR not in self.results:
@@ -177,7 +191,8 @@ class Comparison:
         yield from _header(["method", *self.columns])
         for name, summaries in self.summaries.items():
             if name != ANCHOR:
-                yield _line([self._named(name), *map(_difference, summaries.values())])
+                cells = (summary.difference_in_points for summary in summaries.values())
+                yield _line([self._named(name), *cells])
 
     def _datasets(self) -> Iterator[str]:
         yield "## Per dataset, in per cent"
@@ -193,6 +208,8 @@ class Comparison:
                 for task in tasks
             ]
             yield _line([self._named(name), *cells])
+        yield ""
+        yield _metrics({task: first[task].metric for task in tasks})
         for name, chosen in self.choices.items():
             said = ", ".join(f"{expert} for {task}" for task, expert in chosen.items())
             everywhere = set(chosen.values())
@@ -267,8 +284,21 @@ def _range(interval: Interval) -> str:
     return f"[{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 
-def _difference(summary: Summary) -> str:
-    if summary.difference is None or summary.difference_interval is None:
-        return ""
-    low, high = summary.difference_interval.low, summary.difference_interval.high
-    return f"{100 * summary.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+def _metrics(by_task: Mapping[str, str]) -> str:
+    """Which metric scored which datasets, in a sentence."""
+    tasks: dict[str, list[str]] = {metric: [] for metric in by_task.values()}
+    for task, metric in by_task.items():
+        tasks[metric].append(task)
+    listed = (f"{metric} ({', '.join(names)})" for metric, names in tasks.items())
+    return f"Scored by {'; '.join(listed)}."
+
+
+def _how(settings: Mapping[str, Any]) -> str:
+    """How all was scored, in a sentence."""
+    drawn = "all examples"
+    if settings["limit"] is not None:
+        drawn = f"at most {settings['limit']} examples a dataset, drawn by seed {settings['seed']}"
+    return (
+        f"Base {settings['base']['id']} in {settings['dtype']}; experts: "
+        f"{len(settings['experts'])}; k = {settings['k']}; {drawn}; phatgoose {settings['code']}."
+    )

@@ -7,7 +7,7 @@ from rich.text import Text
 
 from ..tables import ANCHOR, Comparison, Result
 
-__all__ = ["datasets_table", "means_table"]
+__all__ = ["datasets_table", "differences_table", "means_table"]
 
 
 def means_table(comparison: Comparison) -> Table:
@@ -15,12 +15,25 @@ def means_table(comparison: Comparison) -> Table:
     table = Table(title="mean score in %, [95 % interval]; * not zero-shot")
     table.add_column("method", no_wrap=True)
     for column, tasks in comparison.columns.items():
-        table.add_column(f"{column} ({len(tasks)})", justify="right")
+        table.add_column(Text(f"{column} ({len(tasks)})"), justify="right")
     for row, summaries in comparison.summaries.items():
-        cells = [
-            f"{100 * s.mean:.1f} [{100 * s.interval.low:.0f}, {100 * s.interval.high:.0f}]"
-            for s in summaries.values()
-        ]
+        _add(table, comparison, row, [summary.in_per_cent for summary in summaries.values()])
+    return table
+
+
+def differences_table(comparison: Comparison) -> Table | None:
+    """The same rows and columns less PHATGOOSE, in points; None where there is nothing to show."""
+    others = [row for row in comparison.results if row != ANCHOR]
+    if ANCHOR not in comparison.results or not others:
+        return None
+    label = comparison.labels[ANCHOR]
+    table = Table(title=f"difference to {label} in points, [95 % interval in pairs]")
+    table.add_column("method", no_wrap=True)
+    for column in comparison.columns:
+        table.add_column(Text(column), justify="right")
+    for row in others:
+        summaries = comparison.summaries[row].values()
+        cells = [summary.difference_in_points for summary in summaries]
         _add(table, comparison, row, cells)
     return table
 
@@ -31,7 +44,7 @@ def datasets_table(comparison: Comparison) -> Table:
     table = Table(title="zero-shot score in %, ± half the 95 % interval; * not zero-shot")
     table.add_column("model", no_wrap=True)
     for task in tasks:
-        table.add_column(task.replace("_", " "), justify="right")
+        table.add_column(Text(task.replace("_", " ")), justify="right")
     table.add_column("mean", justify="right")
     for row, results in {**comparison.experts, **comparison.results}.items():
         scores = [results[task].score for task in tasks]

@@ -80,16 +80,15 @@ def compare(
     from ...comparison import compare as run
     from ...pool import Pool
     from ...suites import Sources
-    from ..comparison_tables import means_table
+    from ..comparison_tables import differences_table, means_table
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool)
     name = base or recipe.base or opened.base.id
     revision = None if base or recipe.base else opened.base.revision
-    names = _split(methods)
     comparison = run(
         opened,
         _split(suites),
-        "all" if names == ["all"] else names,
+        _split(methods),
         out=out,
         base=load_base(name, dtype=dtype, revision=revision),
         references=references,
@@ -100,7 +99,9 @@ def compare(
         max_new_tokens=max_new_tokens,
         sources=Sources(data or recipe.data, templates or recipe.templates),
     )
-    Console().print(means_table(comparison))
+    for table in (means_table(comparison), differences_table(comparison)):
+        if table is not None:
+            Console().print(table)
     typer.echo(f"tables -> {out / 'comparison.md'}, .csv, .json; cells -> {out / 'results.jsonl'}")
 
 

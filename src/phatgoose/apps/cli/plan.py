@@ -78,10 +78,11 @@ def show_plan(plan: Plan, *, finished: int, path: Path | None) -> None:
     for task in plan.tasks:
         table.add_row(*map(Text, _cells(task)))
     table.add_section()
+    bound = max(map(_bound, plan.tasks), default="")
     sums = (
         f"{plan.sequences:,}",
-        _amount(plan.tokens),
-        _duration(plan.seconds),
+        bound + _amount(plan.tokens),
+        bound + _duration(plan.seconds),
         _size(plan.disk_bytes),
     )
     table.add_row("total", f"{count} tasks", "", f"{plan.steps:,}", *sums)
@@ -109,7 +110,7 @@ def _record(plan: Plan) -> dict[str, object]:
 def _cells(task: PlannedTask) -> tuple[str, ...]:
     examples = "?" if task.examples is None else f"{task.examples:,}"
     listed = task.examples is not None and not task.counted
-    bound = "≤ " if task.lengths == "limits" else ""
+    bound = _bound(task)
     return (
         task.name,
         task.source + PLACES[task.place],
@@ -120,6 +121,11 @@ def _cells(task: PlannedTask) -> tuple[str, ...]:
         bound + _duration(task.seconds),
         _size(task.disk_bytes),
     )
+
+
+def _bound(task: PlannedTask) -> str:
+    """What stands before numbers that are upper bounds."""
+    return "≤ " if task.lengths == "limits" else ""
 
 
 def _duration(seconds: float) -> str:

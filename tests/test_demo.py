@@ -1,0 +1,68 @@
+"""The demo on a tiny base with few steps, and the rows of its tasks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from phatgoose.apps import demo
+from phatgoose.apps.demo_tasks import held_out_rows, training_rows
+from phatgoose.methods import METHODS
+from phatgoose.routed import composition_of
+from phatgoose.storage import load
+from test_cli import phat
+
+__all__ = ["phat"]  # the fixture
+
+EXPERTS = ("sentiment", "entailment", "arithmetic", "ordering", "category")
+UNSEEN = ("hotel_feedback", "true_or_false", "word_problems", "which_first", "odd_one_out")
+
+
+@pytest.fixture
+def small(monkeypatch) -> None:
+    """A demo of a few steps and examples, without a sentence embedder."""
+    few = {"steps": 1, "eval_every": 1, "batch_size": 2, "eval_examples": 2}
+    monkeypatch.setattr(demo, "TRAINING", replace(demo.TRAINING, **few))
+    gates = replace(demo.GATES, gate_steps=1, statistics_examples=2)
+    monkeypatch.setattr(demo, "GATES", gates)
+    monkeypatch.setattr(demo, "LORA", replace(demo.LORA, rank=2))
+    monkeypatch.setattr(demo, "EVALUATED", 3)
+    monkeypatch.setattr(demo, "THREADS", 1)
+    monkeypatch.setattr(demo, "can_embed", lambda: False)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_demo_leaves_experts_tables_a_figure_and_a_model_and_can_be_repeated(
+    base_folders, phat, tmp_path, monkeypatch
+):
+    out = tmp_path / "demo"
+    shown = phat("demo", "--base", base_folders["llama"], "--out", out)
+    assert shown.code == 0
+    for part in (*EXPERTS, "Base model", "PHATGOOSE", "Oracle *", "Done in"):
+        assert part in shown.out
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert set(METHODS) - set(comparison["rows"]) == {"retrieval"}
+    assert comparison["suites"] == {"unseen": list(UNSEEN)}
+    assert {row["n"] for row in comparison["rows"]["phatgoose"]["datasets"].values()} == {3}
+    assert sorted(comparison["experts"]) == sorted(EXPERTS)
+    assert (out / "routing.png").read_bytes().startswith(b"\x89PNG")
+    assert composition_of(load(out / "routed")).experts == EXPERTS
+    monkeypatch.setattr("phatgoose.comparison.evaluate", None)  # all is there already
+    again = phat("demo", "--base", base_folders["llama"], "--out", out)
+    assert again.code == 0
+
+
+def test_its_rows_are_distinct_answerable_and_the_same_each_time():
+    trained, unseen = training_rows(), held_out_rows()
+    assert (tuple(trained), tuple(unseen)) == (EXPERTS, UNSEEN)
+    assert (trained, unseen) == (training_rows(), held_out_rows())
+    assert trained != training_rows(seed=7)
+    for tasks, count in ((trained, 400), (unseen, 100)):
+        for rows in tasks.values():
+            assert len({row["input"] for row in rows}) == len(rows) == count
+            assert all(row["target"] in row["choices"] for row in rows)
+            assert len({row["target"] for row in rows}) > 1
+    seen = {row["input"] for rows in trained.values() for row in rows}
+    assert not seen & {row["input"] for rows in unseen.values() for row in rows}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import gc
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before torch is
 
 import pytest
 import torch

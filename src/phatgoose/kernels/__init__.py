@@ -9,28 +9,31 @@ Every kernel is a function `(u, experts, weights, A, B) -> delta` of
     A        [E, r, n]  LoRA factors
     B        [E, r, d]  LoRA factors, transposed, so that both unfold without a copy; scaled
     delta    [T, d]     in the dtype of u
-and gives the same numbers and gradients as `reference`, up to rounding (`native` has no gradients).
-None waits for the device.
+and gives the same numbers and gradients as `reference`, up to rounding (`native` and `triton` have
+no gradients). None waits for the device, but for `grouped` where its docstring says so.
 
     reference  a loop that reads like the paper                      the oracle of all others
     concat     all experts side by side, unchosen ones times zero    few experts
     gather     each token's own factors, fetched                     few tokens: decoding
     grouped    tokens sorted by expert, one product per expert       many of both
     native     the same in C++                                       CPUs, without gradients
+    triton     gather and grouped as Triton programs                 GPUs, without gradients
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from ..errors import ConfigError
 from .concat import concat
 from .gather import gather
-from .grouped import grouped
+from .grouped import grouped, is_one_call
 from .native import native, runs_natively
 from .reference import reference
+from .triton_gpu import runs_on_triton, triton_gpu
 
 __all__ = [
     "KERNELS",
@@ -42,6 +45,7 @@ __all__ = [
     "grouped",
     "native",
     "reference",
+    "triton_gpu",
 ]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -52,6 +56,7 @@ KERNELS: dict[str, Kernel] = {
     "gather": gather,
     "grouped": grouped,
     "native": native,
+    "triton": triton_gpu,
 }
 AUTO = "auto"
 
@@ -65,17 +70,25 @@ def check_kernel(name: str) -> None:
 def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -> Kernel:
     """The kernel called `name`, or for "auto" the fastest for these arguments.
 
-    The rule behind "auto" is measured (docs/performance.md): `native` wherever it can be used and
-    few of the experts are chosen; else `gather` while each token's own factors are less to read
-    than everybody's, `grouped` for many tokens that choose few of many experts, and `concat`
-    between. Raises ConfigError for an unknown name.
+    The rule behind "auto" is measured on CPUs (docs/performance.md): `native` wherever it can be
+    used and few of the experts are chosen; else `gather` while each token's own factors are less to
+    read than everybody's, `grouped` for many tokens that choose few of many experts, and `concat`
+    between. GPUs get `triton` in the place of `native`; `grouped` stays out where reading counts
+    back would wait for a GPU or break torch.compile's graph. Raises ConfigError for an unknown
+    name.
     """
     check_kernel(name)
     if name != AUTO:
         return KERNELS[name]
     (tokens, k), E = experts.shape, len(A)
-    if 2 * k <= E + 2 and runs_natively(u, A, B):
-        return native
+    if 2 * k <= E + 2:
+        if runs_natively(u, A, B):
+            return native
+        if runs_on_triton(u, A, B):
+            return triton_gpu
     if 2 * tokens * k < E:
         return gather
-    return grouped if E > 20 * k and tokens * k > 4 * E else concat
+    may_read_counts = u.device.type == "cpu" and not torch.compiler.is_compiling()
+    if 20 * k < E and tokens * k > 4 * E and (may_read_counts or is_one_call(A, B)):
+        return grouped
+    return concat

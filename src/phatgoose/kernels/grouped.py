@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["grouped"]
+__all__ = ["grouped", "is_one_call"]
 
 
 def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -27,15 +27,16 @@ def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -
     return outer[order.argsort()].view(tokens, k, B.shape[2]).sum(dim=1)
 
 
+def is_one_call(*factors: Tensor) -> bool:
+    """True where torch has the products for factors [E, n, m]: bfloat16, n and m multiples of 8."""
+    return hasattr(functional, "grouped_mm") and all(
+        f.dtype is torch.bfloat16 and not any(size % 8 for size in f.shape[1:]) for f in factors
+    )
+
+
 def _products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
-    """The first counts[0] of `rows` [.., n] times factors[0] [n, m], the next ones times the next."""
-    if _suits_grouped_mm(factors):
+    """The first counts[0] of `rows` [.., n] times factors[0] [n, m], the next times the next."""
+    if is_one_call(factors):
         return functional.grouped_mm(rows, factors, offs=counts.cumsum(0).to(torch.int32))
     parts = rows.split(counts.tolist())
     return torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)])
-
-
-def _suits_grouped_mm(factors: Tensor) -> bool:
-    """True where torch has the product for factors [E, n, m]: bfloat16, n and m multiples of 8."""
-    fits = factors.dtype is torch.bfloat16 and not any(size % 8 for size in factors.shape[1:])
-    return fits and hasattr(functional, "grouped_mm")

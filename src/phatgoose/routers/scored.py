@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..kernels.native import runs_natively, top_experts
+from ..kernels.triton_gpu import runs_on_triton
+from ..kernels.triton_gpu import top_experts as top_experts_on_gpu
 from .decision import RoutingDecision
 
 __all__ = ["ArrowRouter", "ScoredRouter", "UniformTopKRouter", "VectorRouter", "standardise"]
@@ -41,8 +43,8 @@ class VectorRouter(nn.Module):
     """The frame of all scored routers: the top k of some affinity, softmax over those k.
 
     `vectors` are kept in the type of the model, like its weights; products and sums are float32.
-    On CPUs `phatgoose.kernels.native` computes the same in one go. `eps` is what is added to the
-    variance of u where activations are standardised, None where they are not.
+    `phatgoose.kernels.native` computes the same in one go on CPUs, `triton_gpu` on GPUs. `eps` is
+    what is added to the variance of u where activations are standardised, None where they are not.
     """
 
     vectors: Tensor
@@ -62,6 +64,8 @@ class VectorRouter(nn.Module):
         """The decision for u [T, n]."""
         if runs_natively(u, self.vectors):
             return RoutingDecision(*top_experts(u, self.vectors, self.k, self.eps))
+        if runs_on_triton(u, self.vectors):
+            return RoutingDecision(*top_experts_on_gpu(u, self.vectors, self.k, self.eps))
         chosen = self.affinities(u).topk(self.k, dim=-1)
         return RoutingDecision(chosen.indices, chosen.values.softmax(dim=-1))
 

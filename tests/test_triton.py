@@ -1,0 +1,252 @@
+"""The Triton kernel: on a CPU through Triton's interpreter, which conftest.py asks for.
+
+On a machine with a GPU, `TRITON_INTERPRET=0 pytest tests/test_triton.py` runs all of it there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from importlib.util import find_spec
+
+import pytest
+import torch
+from conftest import assert_same_logits, logits_of, make_ids, make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_kernels import Problem, make_problem
+from torch import Tensor
+
+from phatgoose.errors import ConfigError
+from phatgoose.kernels import KERNELS, choose_kernel, concat, reference, triton_gpu
+from phatgoose.kernels.triton_gpu import in_blocks, one_by_one, runs_on_triton, top_experts
+from phatgoose.routed import compose
+from phatgoose.routers import ArrowRouter, ScoredRouter
+
+module = importlib.import_module("phatgoose.kernels.triton_gpu")  # the name is the kernel's too
+DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
+BODIES = [one_by_one, in_blocks]
+ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}  # in units of the dtype's eps
+each_body = pytest.mark.parametrize("body", BODIES)
+each_dtype = pytest.mark.parametrize("dtype", list(ROUNDINGS))
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def solve(body, problem: Problem) -> Tensor:
+    """The value of `body`, on the CPU again."""
+    parts = (problem.u, problem.experts, problem.weights, problem.A, problem.B)
+    with torch.no_grad():
+        return body(*(part.to(DEVICE) for part in parts)).cpu()
+
+
+def assert_equals_reference(problem: Problem, body) -> None:
+    """Within a few roundings of the reference in float64, relative to the sums of absolutes."""
+    exact = problem.mapped(Tensor.double).value_by("reference")
+    scale = problem.mapped(lambda x: x.double().abs()).value_by("reference")
+    got = solve(body, problem)
+    assert got.dtype == problem.u.dtype
+    assert got.shape == exact.shape
+    eps = torch.finfo(got.dtype).eps * ROUNDINGS[got.dtype]
+    assert ((got.double() - exact).abs() <= eps * scale).all()
+
+
+problems = st.integers(1, 5).flatmap(
+    lambda E: st.builds(
+        make_problem,
+        T=st.integers(1, 6),
+        E=st.just(E),
+        k=st.integers(1, min(E, 3)),
+        r=st.integers(1, 9) | st.integers(17, 20),
+        n=st.integers(1, 70),
+        d=st.integers(1, 150),
+        dtype=st.sampled_from(list(ROUNDINGS)),
+        strided=st.booleans(),
+        seed=st.integers(0, 999),
+    )
+)
+
+
+@needs_triton
+@each_body
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(problem=problems)
+def test_both_bodies_equal_the_reference(body, problem):
+    assert_equals_reference(problem, body)
+
+
+@needs_triton
+@each_dtype
+def test_many_tokens_fill_several_blocks_of_an_expert(dtype):
+    assert_equals_reference(make_problem(T=90, E=3, r=5, n=300, d=130, dtype=dtype), in_blocks)
+
+
+@needs_triton
+@each_body
+def test_experts_far_apart_and_tall_factors_are_found(body):
+    assert_equals_reference(make_problem(T=3, E=70, k=3, r=66, n=20, d=33), body)
+
+
+@needs_triton
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_token_and_one_token(tokens):
+    assert_equals_reference(make_problem(T=tokens), triton_gpu)
+
+
+@needs_triton
+@each_body
+def test_all_experts_can_be_chosen_at_once(body):
+    assert_equals_reference(make_problem(E=5, k=5), body)
+
+
+@needs_triton
+@each_body
+def test_experts_nobody_chose_are_not_read(body):
+    problem = make_problem(E=4, k=2)
+    problem.experts = torch.tensor([[0, 3]]).expand(5, -1)
+    problem.A[1:3], problem.B[1:3] = float("nan"), float("nan")
+    assert solve(body, problem).isfinite().all()
+
+
+@needs_triton
+@each_body
+def test_padding_is_left_alone_whatever_it_holds(body):
+    problem = make_problem(T=6)
+    problem.weights[::2] = 0
+    wanted = solve(reference, problem)
+    problem.u[::2] = float("nan")
+    got = solve(body, problem)
+    assert not got[::2].any()
+    torch.testing.assert_close(got[1::2], wanted[1::2])
+
+
+@needs_triton
+@each_body
+def test_weights_of_zero_leave_nothing(body):
+    problem = make_problem()
+    problem.weights = torch.zeros_like(problem.weights)
+    assert not solve(body, problem).any()
+
+
+@needs_triton
+@pytest.mark.parametrize(("tokens", "wanted"), [(3, "one_by_one"), (300, "in_blocks")])
+def test_few_tokens_go_one_by_one_and_many_in_blocks(tokens, wanted, monkeypatch):
+    for body in BODIES:
+        monkeypatch.setattr(module, body.__name__, lambda *_, name=body.__name__: name)
+    problem = make_problem(T=tokens, E=20).mapped(lambda x: x.to(DEVICE))
+    got = triton_gpu(problem.u, problem.experts, problem.weights, problem.A, problem.B)
+    assert got == wanted
+
+
+@needs_triton
+@pytest.mark.parametrize("router", [ScoredRouter, ArrowRouter])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(
+    T=st.integers(0, 20),
+    E=st.integers(1, 70),
+    n=st.integers(2, 300),
+    k=st.integers(1, 8),
+    dtype=st.sampled_from(list(ROUNDINGS)),
+    offset=st.sampled_from([0, 1, 100]),
+    seed=st.integers(0, 999),
+)
+def test_the_top_experts_are_those_of_the_formula(router, T, E, n, k, dtype, offset, seed):
+    generator = torch.Generator().manual_seed(seed)
+    u = (3 * torch.randn(T, n, generator=generator) + offset).to(dtype)
+    vectors = torch.randn(E, n, generator=generator)
+    vectors = (vectors - vectors.mean(dim=-1, keepdim=True)).to(dtype)
+    plain = router(vectors, k, 1e-5) if router is ScoredRouter else router(vectors, k)
+    experts, weights = top_experts(u.to(DEVICE), vectors.to(DEVICE), plain.k, plain.eps)
+    wanted = plain.affinities(u).topk(plain.k, dim=-1).values
+    got = plain.affinities(u).gather(1, experts.cpu())
+    slack = 1e-4 * max(1.0, float(plain.affinities(u).abs().max()) if T else 0.0)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=slack)
+    torch.testing.assert_close(weights.cpu(), got.softmax(dim=-1), rtol=0, atol=slack)
+    assert all(len(set(row)) == plain.k for row in experts.tolist())
+
+
+@needs_triton
+def test_eight_of_a_thousand_experts_are_found():
+    u, vectors = torch.randn(5, 40), torch.randn(1030, 40)
+    router = ArrowRouter(vectors, 8)
+    experts, weights = top_experts(u.to(DEVICE), vectors.to(DEVICE), 8, None)
+    wanted = router.affinities(u).topk(8, dim=-1)
+    assert torch.equal(experts.cpu(), wanted.indices)
+    torch.testing.assert_close(weights.cpu(), wanted.values.softmax(dim=-1))
+
+
+@needs_triton
+def test_of_equal_scores_the_first_expert_wins():
+    experts, weights = top_experts(*torch.ones(2, 3, 5, device=DEVICE), 2, None)
+    assert experts.tolist() == [[0, 1]] * 3
+    assert weights.tolist() == [[0.5, 0.5]] * 3
+
+
+@needs_triton
+def test_what_is_not_a_number_chooses_among_the_experts_all_the_same():
+    u = torch.full((2, 5), float("nan"), device=DEVICE)
+    experts, _ = top_experts(u, torch.randn(3, 5, device=DEVICE), 3, 1e-5)
+    assert experts.sort().values.tolist() == [[0, 1, 2]] * 2
+
+
+@needs_triton
+def test_a_routed_model_gives_the_same_logits_through_triton(llama_pool, monkeypatch):
+    ids, mask = make_ids(rows=2, tokens=3), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    plain = logits_of(compose(llama_pool, make_model("llama"), kernel="reference"), ids)
+    model = compose(llama_pool, make_model("llama"), kernel="triton").to(DEVICE)
+    for place in ("phatgoose.routers.scored.runs_natively", "phatgoose.layers.runs_natively"):
+        monkeypatch.setattr(place, lambda *_: False)
+    monkeypatch.setattr("phatgoose.routers.scored.runs_on_triton", lambda *_: True)
+    assert_same_logits(logits_of(model, ids.to(DEVICE)).cpu(), plain)
+    assert mask.any()
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have choose_kernel take this machine for one with a GPU."""
+    monkeypatch.setattr("phatgoose.kernels.runs_natively", lambda *_: False)
+    monkeypatch.setattr("phatgoose.kernels.runs_on_triton", lambda *_: True)
+
+
+@pytest.mark.parametrize("tokens", [1, 512])
+def test_auto_takes_triton_where_it_can_be_used(tokens, monkeypatch):
+    p = make_problem(T=tokens, E=8)
+    assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is not triton_gpu
+    on_a_gpu(monkeypatch)
+    assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is triton_gpu
+
+
+def test_auto_leaves_sums_over_all_experts_to_concat(monkeypatch):
+    p = make_problem(T=64, E=8, k=8)
+    on_a_gpu(monkeypatch)
+    assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is concat
+
+
+def test_triton_is_never_chosen_by_itself_on_a_cpu():
+    p = make_problem()
+    assert not runs_on_triton(p.u, p.A, p.B)
+
+
+def test_gradients_are_refused_not_lost():
+    p = make_problem()
+    p.u.requires_grad_()
+    with pytest.raises(ConfigError, match="no_grad"):
+        KERNELS["triton"](p.u, p.experts, p.weights, p.A, p.B)
+
+
+@pytest.mark.parametrize("broken", ["_programs", "_runs", "_is_interpreted"])
+def test_without_a_triton_that_works_other_kernels_serve(broken, monkeypatch):
+    monkeypatch.setattr(module, broken, lambda *_: None)
+    monkeypatch.setattr(module, "_serves", module._serves.__wrapped__)
+    p = make_problem()
+    with pytest.raises(ConfigError, match="kernel auto"):
+        triton_gpu(p.u, p.experts, p.weights, p.A, p.B)
+
+
+@needs_triton
+def test_a_triton_that_fails_is_no_error(monkeypatch, caplog):
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(module, "_programs", fail)
+    caplog.set_level("INFO")
+    assert not module._runs(torch.device("cpu"))
+    assert "C compiler" in caplog.text

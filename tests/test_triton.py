@@ -11,17 +11,17 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from conftest import assert_same_logits, logits_of, make_ids, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_kernels import Problem, make_problem
 from torch import Tensor
 
+from conftest import assert_same_logits, logits_of, make_ids, make_model
 from phatgoose.errors import ConfigError
 from phatgoose.kernels import KERNELS, choose_kernel, concat, reference, triton_gpu
 from phatgoose.kernels.triton_gpu import in_blocks, one_by_one, runs_on_triton, top_experts
 from phatgoose.routed import compose
 from phatgoose.routers import ArrowRouter, ScoredRouter
+from test_kernels import Problem, make_problem
 
 module = importlib.import_module("phatgoose.kernels.triton_gpu")  # the name is the kernel's too
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"

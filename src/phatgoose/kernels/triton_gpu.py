@@ -149,7 +149,7 @@ def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tenso
     pairs = experts.numel()
     most = (pairs + min(E, pairs) * (size - 1)) // size
     zeros = torch.zeros(E + most * (1 + size), dtype=torch.int32, device=experts.device)
-    counts, owners, rows = zeros.split([E, most, most * size])
+    counts, owners, rows = torch.split(zeros, [E, most, most * size])
     firsts = torch.empty_like(counts)
     places = torch.empty(pairs, dtype=torch.int32, device=experts.device)
     grid = (-(-pairs // PAIRS),)

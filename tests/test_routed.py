@@ -52,7 +52,7 @@ def test_the_whole_model_is_the_naively_routed_one(base, pool, k):
     assert_same_logits(logits_of(compose(pool, base, k=k), ids), wanted)
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", [name for name in KERNELS if name != "triton"])
 def test_every_kernel_makes_the_same_model(base, pool, kernel):
     ids = make_ids()
     with naively_routed(base.model, pool.experts, k=2):

@@ -1,0 +1,108 @@
+"""torch.compile sees through routed layers: one graph, and the numbers of the eager model.
+
+The backends here need no compiler; on CPUs torch's kernels take the native one's place in a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import assert_same_logits, logits_of, make_ids, make_model
+from phatgoose.layers import FoldedLinear, RoutedLinear, folded_weight
+from phatgoose.pool import SiteStack
+from phatgoose.routed import compose
+from phatgoose.routers import ArrowRouter, ScoredRouter, UniformRouter, UniformTopKRouter
+from phatgoose.sites import Site
+
+SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
+EXPERTS = 50
+ROUTERS: dict[str, Callable[[Tensor], nn.Module]] = {
+    "phatgoose": lambda vectors: ScoredRouter(vectors, 2, 1e-5),
+    "uniform-top-k": lambda vectors: UniformTopKRouter(vectors, 2, 1e-5),
+    "arrow": lambda vectors: ArrowRouter(vectors, 2),
+    "merged": lambda vectors: UniformRouter(len(vectors), len(vectors)),
+}
+each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+each_mask = pytest.mark.parametrize("padded", [False, True])
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs() -> Iterator[None]:
+    """No test sees the graphs of another."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def make_stack(dtype: torch.dtype) -> SiteStack:
+    generator = torch.Generator().manual_seed(0)
+    A = torch.randn(EXPERTS, 8, SITE.in_features, generator=generator).to(dtype)
+    B = torch.randn(EXPERTS, 8, SITE.out_features, generator=generator).to(dtype)
+    return SiteStack(torch.arange(EXPERTS), A, B)
+
+
+def make_layer(router: str, dtype: torch.dtype = torch.float32) -> RoutedLinear:
+    stack = make_stack(dtype)
+    vectors = torch.randn(EXPERTS, SITE.in_features, generator=torch.Generator().manual_seed(1))
+    chosen = ROUTERS[router](vectors).to(dtype)
+    base = nn.Linear(SITE.in_features, SITE.out_features, dtype=dtype)
+    return RoutedLinear(base, SITE, stack, chosen, "auto")
+
+
+def assert_one_graph(layer: nn.Module, u: Tensor, backend: str) -> None:
+    """`layer` compiles to one graph (fullgraph raises where it doesn't) with its own numbers."""
+    with torch.no_grad():
+        wanted = layer(u)
+        got = torch.compile(layer, fullgraph=True, backend=backend, dynamic=False)(u)
+    slack = 4 * torch.finfo(u.dtype).eps * float(wanted.abs().max())
+    torch.testing.assert_close(got, wanted, rtol=0, atol=slack)
+
+
+@each_backend
+@each_mask
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_routed_linear_is_one_graph(router, padded, backend):
+    layer, u = make_layer(router), torch.randn(2, 5, SITE.in_features)
+    if padded:
+        layer.masks._masks["decoder"] = torch.arange(10).view(2, 5) % 3 > 0
+    assert_one_graph(layer, u, backend)
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 30, 300])
+def test_whatever_kernel_the_sizes_call_for_is_one_graph(tokens, dtype, backend):
+    layer = make_layer("phatgoose", dtype)
+    assert_one_graph(layer, torch.randn(tokens, SITE.in_features).to(dtype), backend)
+
+
+@each_backend
+@each_mask
+def test_a_folded_linear_is_one_graph(padded, backend):
+    stack, base = make_stack(torch.float32), nn.Linear(SITE.in_features, SITE.out_features)
+    folded = folded_weight(base, stack, EXPERTS)
+    layer = FoldedLinear(base, SITE, folded, stack.experts, EXPERTS)
+    if padded:
+        layer.masks._masks["decoder"] = torch.arange(10).view(2, 5) % 3 > 0
+    assert_one_graph(layer, torch.randn(2, 5, SITE.in_features), backend)
+
+
+@each_mask
+@pytest.mark.parametrize("router", ["phatgoose", "arrow", "merged"])
+def test_a_whole_routed_llama_is_one_graph(router, padded, llama_pool):
+    model = compose(llama_pool, make_model("llama"), router=router)
+    ids = make_ids(rows=2)
+    inputs = {"use_cache": False}
+    if padded:
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        inputs["attention_mask"] = mask
+    wanted = logits_of(model, ids, **inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad():
+        got = compiled(input_ids=ids, **inputs).logits
+    assert_same_logits(got, wanted)

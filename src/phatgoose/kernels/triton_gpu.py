@@ -57,7 +57,7 @@ def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
             f"torch.no_grad(), but got {u.dtype} on {u.device}; use kernel auto."
         )
     if u.numel() == 0 or experts.numel() == 0:
-        return torch.zeros(len(u), B.shape[2], dtype=u.dtype, device=u.device)
+        return u.new_zeros(len(u), B.shape[2])
     many = experts.numel() > max(LEAST_PAIRS, 2 * len(A))
     return (in_blocks if many else one_by_one)(u, experts, weights, A, B)
 
@@ -69,9 +69,9 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
     """
     u, vectors = _contiguous(u, vectors)
     tokens, (E, n) = len(u), vectors.shape
-    scores = torch.empty(tokens, E, device=u.device)
-    experts = torch.empty(tokens, k, dtype=torch.int64, device=u.device)
-    weights = torch.empty(tokens, k, device=u.device)
+    scores = u.new_empty(tokens, E, dtype=torch.float32)
+    experts = u.new_empty(tokens, k, dtype=torch.int64)
+    weights = u.new_empty(tokens, k, dtype=torch.float32)
     if tokens == 0:
         return experts, weights
     block_t, block_e = (16, 16) if tokens <= 16 else (32, _block(E, 16, 64))
@@ -98,8 +98,8 @@ def one_by_one(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
     """The product of `triton_gpu` with each pair's own factors: for few tokens."""
     u, experts, weights, A, B = _contiguous(u, experts, weights.float(), A, B)
     (tokens, k), (_, r, n), d = experts.shape, A.shape, B.shape[2]
-    inner = torch.empty(tokens * k, r, device=u.device)
-    delta = torch.empty(tokens, d, dtype=u.dtype, device=u.device)
+    inner = u.new_empty(tokens * k, r, dtype=torch.float32)
+    delta = u.new_empty(tokens, d)
     with _programs_for(u) as programs:
         programs.shrink_pair[(tokens * k, -(-r // FEW_RANKS))](
             *(u, experts, weights, A, inner, k, r, n), BLOCK_R=FEW_RANKS, BLOCK_N=512
@@ -117,9 +117,9 @@ def in_blocks(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor)
     pairs = tokens * k
     size = _block(pairs // E, 16, 64)  # pairs multiplied together
     owners, rows = _arrange(experts, weights, E, size)
-    inner = torch.empty(pairs, r, device=u.device)
-    parts = torch.empty(pairs, d, dtype=u.dtype, device=u.device)
-    delta = torch.empty(tokens, d, dtype=u.dtype, device=u.device)
+    inner = u.new_empty(pairs, r, dtype=torch.float32)
+    parts = u.new_empty(pairs, d)
+    delta = u.new_empty(tokens, d)
     ranks, wide = _block(r, 16, 64), _is_interpreted()
     with _programs_for(u) as programs:
         programs.shrink_block[(len(owners), -(-r // ranks))](

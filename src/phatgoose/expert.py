@@ -27,10 +27,12 @@ from .adapters import (
     read_adapter_config,
     read_lora,
     read_tensors,
+    shortened,
 )
 from .bases import Base, BaseReference
 from .card import model_card
 from .errors import ExpertError
+from .files import read_json_object, regular_file
 from .work import new_directory
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "LAYOUT",
     "Expert",
     "ExpertInfo",
+    "base_named_in",
     "check_expert",
     "check_name",
     "sha256_of",
@@ -195,6 +198,17 @@ def check_expert(directory: str | Path) -> list[str]:
         return [str(error)]
 
 
+def base_named_in(directory: Path) -> str | None:
+    """The base that the expert or the plain LoRA adapter in `directory` names, if any.
+
+    Raises ExpertError when it is neither.
+    """
+    if (directory / LAYOUT.info).is_file():
+        return _read_info(directory / LAYOUT.info).base.id
+    named = read_adapter_config(directory).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
+
+
 def check_name(name: str) -> None:
     """Raise ExpertError unless `name` can be an expert's (docs/format.md)."""
     if not NAME.fullmatch(name):
@@ -206,7 +220,7 @@ def check_name(name: str) -> None:
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises ExpertError when it can't be read."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return hashlib.sha256(regular_file(path).read_bytes()).hexdigest()
     except OSError as error:
         raise ExpertError(f"{path} can't be read: {error.strerror}.") from error
 
@@ -242,21 +256,23 @@ def _read(directory: Path) -> Expert:
 
 
 def _read_info(path: Path) -> ExpertInfo:
-    if not path.is_file():
-        raise ExpertError(f"{path.parent} is no expert directory: {path.name} is missing.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         if content.get("format_version") != FORMAT_VERSION:
             raise ExpertError(
                 f"{path}: format version {content.get('format_version')!r} is unknown; this "
                 f"phatgoose reads version {FORMAT_VERSION}."
             )
         info = ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except FileNotFoundError as error:
+        raise ExpertError(
+            f"{path.parent} is no expert directory: {path.name} is missing."
+        ) from error
+    except (TypeError, KeyError) as error:
         raise ExpertError(f"{path} is not a valid description of an expert: {error}.") from error
     for key, (value, kind) in _typed_fields(info).items():
         if not isinstance(value, kind):
-            raise ExpertError(f"{path}: {key} is {value!r}, which is of the wrong type.")
+            raise ExpertError(f"{path}: {key} is {shortened(value)}, which is of the wrong type.")
     return info
 
 

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
-from . import comparison, experts, routed
+from . import comparison, experts, routed, sharing
 
 __all__ = ["app", "main"]
 
@@ -32,6 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 experts.register(app)
+sharing.register(app)
 routed.register(app)
 comparison.register(app)
 

@@ -23,7 +23,8 @@ ScoresOption = Annotated[
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A routed model's folder, a pool (folder or manifest), or a base model alone."
+        help="A routed model's folder, a pool (folder, hub:OWNER/NAME or manifest), or a base "
+        "model alone."
     ),
 ]
 KeepOption = Annotated[
@@ -46,7 +47,9 @@ def register(app: typer.Typer) -> None:
 
 
 def pool(
-    places: Annotated[list[Path], typer.Argument(help="Folders of experts, or a manifest.")],
+    places: Annotated[
+        list[Path], typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest.")
+    ],
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--out", help="Write a manifest (.json) here."),
@@ -78,7 +81,9 @@ def pool(
 @with_settings(Routing)
 def compose(
     *,
-    pool: Annotated[list[Path], typer.Argument(help="Folders of experts, or a manifest.")],
+    pool: Annotated[
+        list[Path], typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the routed model.")],
     base: BaseOption = None,
     dtype: DtypeOption = "auto",

@@ -123,14 +123,7 @@ def pull(reference: HubReference | str, out: str | Path) -> Expert:
     reference = HubReference.parse(reference) if isinstance(reference, str) else reference
     fetched = fetch(reference)
     if not (fetched / LAYOUT.info).is_file():
-        inner = sorted(path.parent.name for path in fetched.glob(f"*/{LAYOUT.info}"))
-        example = replace(reference, folder=f"{reference.folder}/{inner[0]}") if inner else None
-        raise ExpertError(
-            f"{reference} holds several experts ({', '.join(inner)}); name one, such as {example}."
-            if inner
-            else f"{reference} is no expert: it has no {LAYOUT.info}. Import adapters with "
-            f"'phatgoose import'."
-        )
+        raise ExpertError(_no_single_expert(reference, fetched))
     Expert.load(fetched)
     with new_directory(target, ExpertError) as work:
         for file in FILES:
@@ -172,6 +165,18 @@ def push(
     return replace(reference, revision=commit.oid)
 
 
+def _no_single_expert(reference: HubReference, fetched: Path) -> str:
+    """What to say when the folder itself is no expert, but may hold some."""
+    inner = sorted(path.parent.name for path in fetched.glob(f"*/{LAYOUT.info}"))
+    if not inner:
+        return (
+            f"{reference} is no expert: it has no {LAYOUT.info}. Import adapters with 'phatgoose "
+            f"import'."
+        )
+    example = replace(reference, folder=f"{reference.folder}/{inner[0]}".lstrip("/"))
+    return f"{reference} holds several experts ({', '.join(inner)}); name one, such as {example}."
+
+
 @contextmanager
 def _reported(what: str) -> Iterator[None]:
     """Whatever huggingface_hub raises, as one ExpertError that begins with `what`.
@@ -184,7 +189,8 @@ def _reported(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
+        chain = [error] if error.__cause__ is None else [error, error.__cause__]
+        text = " ".join(" ".join(str(each) or type(each).__name__ for each in chain).split())
         raise ExpertError(f"{what}: {text[:MOST_OF_A_REASON]}") from error
     finally:
         if shown:

@@ -97,7 +97,9 @@ def push(
 
 
 def pull(
-    reference: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub, with /FOLDER and @REVISION if wanted.")],
+    reference: Annotated[
+        str, typer.Argument(help="OWNER/NAME on the Hub, with /FOLDER and @REVISION if wanted.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
 ) -> None:
     """Fetch an expert and check it."""

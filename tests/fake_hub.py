@@ -62,7 +62,7 @@ class FakeHub:
 def serving_hub() -> Iterator[FakeHub]:
     """A fake hub that answers at its `url` while the context is open."""
     hub = FakeHub()
-    server = ThreadingHTTPServer(
+    server = _Server(
         ("127.0.0.1", 0),
         lambda *given: _Handler(hub, *given),  # type: ignore[arg-type]
     )
@@ -75,6 +75,11 @@ def serving_hub() -> Iterator[FakeHub]:
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_: object) -> None:
+        """Say nothing of clients that were killed in the middle of a request."""
 
 
 class _Handler(BaseHTTPRequestHandler):

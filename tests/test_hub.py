@@ -14,7 +14,7 @@ from conftest import logits_of, make_adapter, make_ids, with_embeddings
 from fake_hub import FakeHub, serving_hub
 from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError
-from phatgoose.expert import LAYOUT
+from phatgoose.expert import LAYOUT, Expert
 from phatgoose.hub import HubReference, fetch, local_folder, pull, push, reference_of
 from phatgoose.importing import import_adapter
 from phatgoose.opening import is_pool

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ExpertError
-from .files import read_json_object, regular_file
+from .files import one_line, read_json_object, regular_file, shortened
+from .patterns import check_patterns
 from .refusals import refuse_kind, refuse_options, tensor_refusal
 from .sites import Site
 
@@ -31,7 +31,6 @@ __all__ = [
     "read_lora",
     "read_tensors",
     "read_weights",
-    "shortened",
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -41,6 +40,7 @@ PEFT_PREFIX = "base_model.model."
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PATTERNS = ("rank_pattern", "alpha_pattern")
 LARGEST_ALPHA = 1e9
+LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,14 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         value = config.get(key) or {}
         if not isinstance(value, dict) or not all(map(_is_number, value.values())):
             wrong.append(key)
+        else:
+            check_patterns(value, f"{directory / ADAPTER_CONFIG}: {key}")
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        if key == "layers_pattern" or isinstance(value, str):  # others are names when listed
+            listed = value if isinstance(value, list) else [value]
+            texts = [text for text in listed if isinstance(text, str)]
+            check_patterns(texts, f"{directory / ADAPTER_CONFIG}: {key}")
     for key in wrong:
         raise ExpertError(
             f"{directory / ADAPTER_CONFIG}: {key} is {shortened(config[key])}, which PEFT can't "
@@ -98,9 +106,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise ExpertError(f"{path} does not exist.") from error
     except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise ExpertError(f"{path} is damaged or truncated: {error}.") from error
+        raise ExpertError(f"{path} is damaged or truncated: {one_line(error)}.") from error
     for name, tensor in tensors.items():
-        if tensor.dtype.is_floating_point and not torch.isfinite(tensor.float()).all():
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ExpertError(f"{path} holds a tensor of an impossible name, {shortened(name)}.")
+        if tensor.dtype in FLOATS and not torch.isfinite(tensor).all():
             raise ExpertError(f"{path}: tensor {name} holds a value that is not finite.")
     return tensors
 
@@ -125,7 +135,7 @@ def read_lora(directory: Path) -> dict[str, LoraFactors]:
     """
     config = read_adapter_config(directory)
     tensors = read_weights(directory)
-    scale_of = _scale_rule(config, directory)
+    scale_of = _scale_rule(config)
     factors = {}
     for site in sorted({_site_of(key, directory) for key in tensors}):
         A, B = (tensors.get(f"{PEFT_PREFIX}{site}.lora_{side}.weight") for side in "AB")
@@ -139,12 +149,6 @@ def read_lora(directory: Path) -> dict[str, LoraFactors]:
     if not factors:
         raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no LoRA factors.")
     return factors
-
-
-def shortened(value: object, most: int = 80) -> str:
-    """`value` as Python writes it, cut to `most` characters and one line, for error messages."""
-    text = " ".join(repr(value).split())
-    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def check_fit(name: str, lora: Mapping[str, LoraFactors], sites: Mapping[str, Site]) -> None:
@@ -179,19 +183,20 @@ def _site_of(key: str, directory: Path) -> str:
     raise tensor_refusal(key, directory, ADAPTER_WEIGHTS)
 
 
-def _scale_rule(config: dict[str, Any], directory: Path) -> Callable[[str, int], float]:
-    """How PEFT scales the update at a site of a given rank: alpha / r, or alpha / sqrt(r)."""
-    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+def _scale_rule(config: dict[str, Any]) -> Callable[[str, int], float]:
+    """How PEFT scales the update at a site of a given rank: alpha / r, or alpha / sqrt(r).
+
+    Of several patterns the first that matches counts (peft.utils.other.get_pattern_key).
+    """
+    alphas = [
+        (re.compile(rf"(.*\.)?({pattern})$"), float(alpha))
+        for pattern, alpha in (config.get("alpha_pattern") or {}).items()
+    ]
     root = bool(config.get("use_rslora"))
     default = float(config.get("lora_alpha", 8))
 
     def scale(site: str, rank: int) -> float:
-        try:
-            alpha = alphas.get(get_pattern_key(list(alphas), site), default) if alphas else default
-        except re.error as error:
-            raise ExpertError(
-                f"{directory / ADAPTER_CONFIG}: alpha_pattern holds no regular expression: {error}."
-            ) from error
-        return float(alpha) / (math.sqrt(rank) if root else rank)
+        alpha = next((alpha for pattern, alpha in alphas if pattern.match(site)), default)
+        return alpha / (math.sqrt(rank) if root else rank)
 
     return scale

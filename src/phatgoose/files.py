@@ -8,13 +8,14 @@ repository, which is how huggingface_hub keeps files). JSON is read strictly.
 from __future__ import annotations
 
 import json
+import math
 import stat
 from pathlib import Path
 from typing import Any
 
 from .errors import ExpertError, PhatgooseError
 
-__all__ = ["MOST_JSON_BYTES", "read_json_object", "regular_file"]
+__all__ = ["MOST_JSON_BYTES", "one_line", "read_json_object", "regular_file", "shortened"]
 
 MOST_JSON_BYTES = 16 * 2**20
 
@@ -56,16 +57,31 @@ def read_json_object(path: Path, error: type[PhatgooseError] = ExpertError) -> d
             path.read_text(encoding="utf-8"),
             object_pairs_hook=_unlike_keys,
             parse_constant=_no_constant,
+            parse_float=_finite,
         )
     except OSError as problem:
         raise error(f"{path} can't be read: {problem.strerror}.") from problem
     except RecursionError as problem:
         raise error(f"{path} is not valid JSON: it is nested too deeply.") from problem
     except ValueError as problem:
-        raise error(f"{path} is not valid JSON: {problem}.") from problem
+        raise error(f"{path} is not valid JSON: {one_line(problem)}.") from problem
     if not isinstance(content, dict):
         raise error(f"{path} is not valid JSON for this: wanted an object, {{...}}.")
     return content
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """`value` as Python writes it, cut to `most` characters and one line, for error messages."""
+    return one_line(repr(value), most)
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """`text`, an error of another library say, as one printable line of at most `most` characters.
+
+    What others raise may hold names out of the files that they failed to read.
+    """
+    line = "".join(c if c.isprintable() else " " for c in str(text))
+    return line if len(line) <= most else f"{line[:most]}…"
 
 
 def _blobs_of(folder: Path) -> tuple[Path, ...]:
@@ -83,6 +99,13 @@ def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} stands twice in one object")
     return found
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is too large")
+    return number
 
 
 def _no_constant(name: str) -> Any:

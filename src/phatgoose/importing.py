@@ -31,12 +31,12 @@ from .adapters import (
     read_config,
     read_lora,
     read_weights,
-    shortened,
 )
 from .bases import BaseReference, load_base
 from .conversion import Conversion, convert
 from .errors import ExpertError
 from .expert import Expert, check_name
+from .files import shortened
 from .hub import HubReference, fetch, reference_of
 from .refusals import CONVERTIBLE, tensor_refusal
 from .skeletons import Skeleton, resolve

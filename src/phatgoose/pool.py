@@ -199,6 +199,11 @@ def _expert_directories(place: Path) -> Iterator[Path]:
         return
     for folder in sorted(place.iterdir()):
         if not folder.name.startswith(".") and (folder / LAYOUT.info).is_file():
+            if not folder.resolve().is_relative_to(place.resolve()):
+                raise PoolError(
+                    f"{folder} is a symbolic link that leads out of {place}; name the folder that "
+                    f"it leads to beside {place} instead."
+                )
             yield folder
 
 

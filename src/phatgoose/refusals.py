@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig
 
 from .errors import ExpertError
+from .files import one_line, shortened
 
 __all__ = ["CONVERTIBLE", "UNSUPPORTED", "refuse_kind", "refuse_options", "tensor_refusal"]
 
@@ -82,6 +83,7 @@ EMBEDDINGS = ("embed_tokens", "shared", "wte", "wpe", "lm_head", "embed_out", "w
 def refuse_kind(config: Mapping[str, Any], directory: Path) -> None:
     """Raise ExpertError, with the reason, unless the adapter is a LoRA."""
     kind = config.get("peft_type")
+    kind = kind if kind is None else one_line(kind, 40)
     if kind == "LORA":
         return
     if kind is None and ADAPTERHUB_KEYS & config.keys():
@@ -94,7 +96,7 @@ def refuse_kind(config: Mapping[str, Any], directory: Path) -> None:
             f"{directory} holds a PEFT adapter of type {kind}; wanted LORA. PEFT can approximate "
             f"it by a LoRA: 'phatgoose import --allow-loss' with the share that may be lost."
         )
-    reason = KINDS.get(str(kind), "its updates can't be routed") if kind else None
+    reason = KINDS.get(kind, "its updates can't be routed") if kind else None
     raise ExpertError(
         f"{directory} holds a PEFT adapter of type {kind}; wanted LORA"
         + (f" ({reason})." if reason else ".")
@@ -110,19 +112,20 @@ def refuse_options(config: Mapping[str, Any], directory: Path) -> None:
     for key in sorted(config.keys() - known):
         if config[key]:
             raise ExpertError(
-                f"{directory} uses {key!r}, which the installed PEFT doesn't know; what it does "
-                f"to the adapter can't be told."
+                f"{directory} uses {shortened(key)}, which the installed PEFT doesn't know; what "
+                f"it does to the adapter can't be told."
             )
     init = str(config.get("init_lora_weights", True)).lower()
+    named = one_line(config.get("init_lora_weights"), 40)
     if init.startswith(BASE_CHANGING_INITS):
         raise ExpertError(
-            f"{directory} was initialised by {config['init_lora_weights']}, which changes the "
-            f"base; convert it with PEFT's path_initial_model_for_weight_conversion first."
+            f"{directory} was initialised by {named}, which changes the base; convert it with "
+            f"PEFT's path_initial_model_for_weight_conversion first."
         )
     if init not in PLAIN_INITS and config["init_lora_weights"] is not None:
         raise ExpertError(
-            f"{directory} was initialised by {config['init_lora_weights']!r}, which is unknown "
-            f"and may have changed the base."
+            f"{directory} was initialised by {named!r}, which is unknown and may have changed the "
+            f"base."
         )
 
 
@@ -133,6 +136,6 @@ def tensor_refusal(name: str, directory: Path, file: str) -> ExpertError:
     if reason is None and owner in EMBEDDINGS:
         reason = "it holds a whole embedding or output layer, resized or trained"
     return ExpertError(
-        f"{directory}: {file} holds {name!r}, which is no LoRA factor"
+        f"{directory}: {file} holds {shortened(name, 200)}, which is no LoRA factor"
         + (f": {reason}." if reason else ".")
     )

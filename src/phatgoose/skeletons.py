@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .bases import load_skeleton
 from .errors import ExpertError
+from .files import one_line
 from .sites import find_sites
 
 __all__ = ["Skeleton", "Target", "resolve", "told_by_peft"]
@@ -144,5 +145,5 @@ def told_by_peft(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except PEFT_ERRORS as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ExpertError(f"{what}: {reason.rstrip('.')}.") from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExpertError(f"{what}: {one_line(lines[0]).rstrip('.')}.") from error

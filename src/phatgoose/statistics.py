@@ -26,7 +26,7 @@ from .config import Formatting, GateTraining, from_mapping
 from .embeddings import DEFAULT_EMBEDDER, embed_examples
 from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ConfigError, ExpertError, WrongBaseError
-from .expert import LAYOUT, Expert
+from .expert import LAYOUT, MOST_EMBEDDINGS, Expert
 from .sites import Site, find_sites, watch_inputs
 from .tasks import Task
 
@@ -40,7 +40,6 @@ __all__ = [
 ]
 
 TOKEN_BUDGET = 4096
-MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 
 
 def measure(

@@ -148,12 +148,14 @@ def train(
     from ...bases import load_base
     from ...expert import Expert
     from ...training import train_expert
+    from ...work import discard_work
 
     _read_own_files(unfinished, training.seed)
     model = load_base(name, dtype=dtype)
     for number, task in enumerate(opened, 1):
         place = out / task.name
         if task not in unfinished:
+            discard_work(place)
             expert = Expert.load(place)
         else:
             expert = train_expert(
@@ -240,8 +242,8 @@ def gate(
     formatting: Formatting,
 ) -> None:
     """Train gates for an existing adapter."""
-    if out.exists():
-        raise ExpertError(f"{out} exists already; choose another --out.")
+    if out.exists() and not resume:
+        raise ExpertError(f"{out} exists already; choose another --out, or --resume.")
     from ...bases import load_base
     from ...expert import base_named_in
     from ...gates import train_gates

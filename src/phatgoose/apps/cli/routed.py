@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ...config import Formatting, Recipe, Routing
 from ...errors import RoutingError
+from .consoles import plain
 from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
 from .flags import with_settings
 
@@ -59,7 +60,7 @@ def pool(
     from ...pool import Pool
 
     opened = Pool.open(places[0] if len(places) == 1 else places)
-    table = Table(title=f"{len(opened)} experts for {opened.base.id}")
+    table = Table(title=plain(f"{len(opened)} experts for {opened.base.id}"))
     for column in ("expert", "sites", "ranks", "gates", "means", "embeddings", "folder"):
         table.add_column(column, overflow="fold")
     for expert in opened.experts:
@@ -70,7 +71,7 @@ def pool(
             "-".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))),
             *("yes" if part else "no" for part in (expert.gates, expert.means)),
             "no" if expert.embeddings is None else str(len(expert.embeddings)),
-            str(expert.directory),
+            plain(str(expert.directory)),
         )
     Console().print(table)
     if out:

@@ -6,8 +6,8 @@ command has it), must finish with the very result of an undisturbed run.
 
     python benchmarks/reliability.py --moments 50 --out docs/reliability-counts.json
 
-Every command runs in a process forked from this one, so that moments fall into its work rather than
-into the loading of libraries. The Hub is tests/fake_hub.py.
+Every command runs in a process forked from this one, which has loaded what the commands load, so
+that moments fall into their work. The Hub is tests/fake_hub.py.
 """
 
 from __future__ import annotations
@@ -37,6 +37,8 @@ from huggingface_hub import constants
 
 from conftest import make_model, make_tokenizer
 from fake_hub import serving_hub
+from phatgoose import comparison, gates, importing, training  # noqa: F401  loaded before forking
+from phatgoose.apps import comparison_tables  # noqa: F401
 from phatgoose.apps.cli import main as phatgoose
 from phatgoose.expert import LAYOUT, check_expert
 from phatgoose.hub import pull

@@ -49,7 +49,18 @@ LAYERS = (
     ("storage", "evaluation"),
     ("opening",),
     ("methods",),
-    ("comparison",),
+    (
+        "analysis.agreement",
+        "analysis.measures",
+        "analysis.importance",
+        "analysis.places",
+        "comparison",
+    ),
+    ("analysis.reading", "analysis.tally"),
+    ("analysis.findings", "analysis.traces"),
+    ("analysis.results",),
+    ("analysis.analysing",),
+    ("analysis",),
     ("apps", "apps.demo_tasks.drawing"),
     (
         "apps.demo_tasks.arithmetic",
@@ -79,6 +90,7 @@ MOST_LINES_OF_A_FUNCTION = 60
 ROOT_NAMES = {
     "Expert",
     "Pool",
+    "analyse",
     "compare",
     "compose",
     "detach",

@@ -5,7 +5,7 @@ W u + sum over z in E_t of w_z B_z A_z u                                     (ME
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,20 @@ class RoutedLayer(WrappedLinear):
         self.watcher: Watcher | None = None
 
     def tell(
-        self, experts: Tensor, weights: Tensor, real: Tensor | None, grid: Sequence[int]
+        self,
+        experts: Tensor,
+        weights: Tensor,
+        real: Tensor | None,
+        grid: Sequence[int],
+        distribution: Callable[[], Tensor],
     ) -> None:
-        """Report a decision over the pool's `experts` to whoever watches."""
+        """Report a decision over the pool's `experts` to whoever watches.
+
+        `distribution`, called only by those who want it, gives the probabilities of all experts of
+        the site before top-k, [T, E].
+        """
         if self.watcher is not None:
-            self.watcher(self.site, experts, weights, real, grid)
+            self.watcher(self.site, experts, weights, real, grid, distribution)
 
 
 class RoutedLinear(RoutedLayer):
@@ -78,7 +87,13 @@ class RoutedLinear(RoutedLayer):
         weights = decision.weights
         if real is not None:
             weights = weights * real.reshape(-1, 1)
-        self.tell(self.experts[decision.experts], weights, real, u.shape[:-1])
+        self.tell(
+            self.experts[decision.experts],
+            weights,
+            real,
+            u.shape[:-1],
+            lambda: self.router.distribution(tokens),  # type: ignore[operator]
+        )
         kernel = self.product or choose_kernel(
             self.kernel, len(tokens), decision.experts.shape[1], len(self.experts)
         )
@@ -108,10 +123,9 @@ class FoldedLinear(RoutedLayer):
         if self.watcher is not None:
             real = self.masks.real_tokens(u, self.site.stream)
             experts = self.experts.expand(u[..., 0].numel(), -1)
-            weights = torch.full(experts.shape, self.weight_of_each, device=u.device)
-            if real is not None:
-                weights = weights * real.reshape(-1, 1)
-            self.tell(experts, weights, real, u.shape[:-1])
+            equal = torch.full(experts.shape, self.weight_of_each, device=u.device)
+            weights = equal if real is None else equal * real.reshape(-1, 1)
+            self.tell(experts, weights, real, u.shape[:-1], lambda: equal)
         return functional.linear(u, self.folded, self.bias)
 
 

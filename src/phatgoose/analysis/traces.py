@@ -25,6 +25,8 @@ from .tally import PARTS
 
 __all__ = ["Trace", "TraceStream", "trace"]
 
+Array = NDArray[np.float64]
+
 MOST_KEPT = 8  # experts kept per token and site; the others' weight is kept as a sum
 FULL = 255  # the whole weight of a token, in a byte
 
@@ -47,22 +49,36 @@ class TraceStream:
     weights: NDArray[np.uint8]
     is_cut: bool = False
 
-    def shares(self, pool_size: int, layer: str | None = None, kind: str | None = None) -> Any:
+    def shares(self, pool_size: int, layer: str | None = None, kind: str | None = None) -> Array:
         """Mean weight of each expert over the sites of a layer and a kind, [T, E]; None means all.
 
-        Raises RoutingError when there is no such site.
+        A kind may be given by its last words ("q_proj"). Raises RoutingError when there is no such
+        site, which `has` tells.
         """
-        sites = [
-            index
-            for index, place in enumerate(self.places)
-            if layer in (None, place.layer_name) and kind in (None, place.kind)
-        ]
+        sites = self._sites(layer, kind)
         if not sites:
-            raise RoutingError(f"No site of the {self.name} is of layer {layer} and kind {kind}.")
+            layers = dict.fromkeys(place.layer_name for place in self.places)
+            kinds = dict.fromkeys(place.kind for place in self.places)
+            raise RoutingError(
+                f"No site has layer {layer or '(any)'} and kind {kind or '(any)'}; layers are "
+                f"{', '.join(layers)}, kinds {', '.join(kinds)}."
+            )
         dense = np.zeros((len(self.tokens), pool_size))
         rows = np.arange(len(self.tokens))[:, None, None]
         np.add.at(dense, (rows, self.experts[:, sites]), self.weights[:, sites] / FULL)
         return dense / len(sites)
+
+    def has(self, layer: str | None = None, kind: str | None = None) -> bool:
+        """True if there is a site of that layer and kind."""
+        return bool(self._sites(layer, kind))
+
+    def _sites(self, layer: str | None, kind: str | None) -> list[int]:
+        return [
+            index
+            for index, place in enumerate(self.places)
+            if layer in (None, place.layer_name)
+            and (kind is None or f".{place.kind}".endswith(f".{kind}"))
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""

@@ -108,7 +108,7 @@ def make_analysis(
         names,
         DATASETS,
         found,
-        {d: names[i] for i, d in enumerate(DATASETS)},
+        {d: names[i % experts] for i, d in enumerate(DATASETS)},
         {tuple(routers[:2]): Agreement(0.4, 0.5, 1000)} if len(routers) > 1 else {},
         effects,
     )

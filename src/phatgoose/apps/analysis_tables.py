@@ -14,9 +14,9 @@ __all__ = ["routers_table"]
 
 
 def routers_table(analysis: Analysis) -> Table:
-    """A row per router and dataset: score, experts in use, the two first, KL to Oracle."""
+    """A row per router and dataset: score, effective number of experts, who they are, KL."""
     table = Table(title=f"Routing of {len(analysis.experts)} experts")
-    for column in ("router", "dataset", "tokens", "score", "effective experts", "most used"):
+    for column in ("router", "dataset", "score", "effective", "most used"):
         table.add_column(column, overflow="fold")
     if analysis.oracle:
         table.add_column("Oracle's", overflow="fold")
@@ -30,7 +30,6 @@ def routers_table(analysis: Analysis) -> Table:
             cells = [
                 METHODS.get(name, name),
                 dataset,
-                f"{profile.passed():,}",
                 f"{100 * score.score:.1f} %" if score else "",
                 f"{effective_experts(weight):.1f}",
                 ", ".join(f"{analysis.experts[z]} {100 * weight[z]:.0f} %" for z in best),

@@ -39,7 +39,8 @@ class Explanation:
             text = Text()
             top = shares.argmax(axis=1)
             for token, part, expert in zip(stream.tokens, stream.parts, top, strict=True):
-                text.append(token, style=expert_style(int(expert)) + (" bold" if part else ""))
+                style = expert_style(int(expert)) + (" bold" if part else "")
+                text.append(_printable(token), style=style)
             text.append("\n\n")
             mean = shares.mean(axis=0)
             for expert in np.argsort(-mean, kind="stable"):
@@ -96,6 +97,11 @@ class Explanation:
         streams = [s for s in self.trace.streams if s.has(self.layer, self.kind)]
         for stream in streams or self.trace.streams[:1]:  # which then says what there is
             yield stream, stream.shares(len(self.trace.experts), self.layer, self.kind)
+
+
+def _printable(token: str) -> str:
+    """The token without characters that would steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in token)
 
 
 def _best(row: Any, most: int) -> list[int]:

@@ -1,7 +1,7 @@
 """Figures of an analysis: who served which tokens, and what came of it.
 
-Colours are safe for colour-blind readers: cividis for amounts, Okabe and Ito's for routers, which
-differ in their markers too. Every function returns a figure; `write_png` and `svg_of` draw it.
+Colours are safe for colour-blind readers: cividis for amounts, Okabe and Ito's (and a wine red) for
+routers, which differ in their markers too. Every function returns a figure; `write_png` and `svg_of` draw it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
     "write_png",
 ]
 
-OKABE_ITO = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#999999")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#010203"  # black in a PNG; in a page it becomes the colour of the text
 STYLE = {
@@ -104,7 +104,8 @@ def heat_maps(
     widths = [grid.shape[1] for grid in next(iter(grids.values())).values()]
     widths += [1.5] if oracle else []
     height = 0.8 + len(shown.labels) * (0.2 if len(shown.labels) <= 12 else 0.135)
-    figure = Figure(figsize=(1.9 + 0.16 * sum(widths), height * len(grids)), layout="constrained")
+    width = 1.3 + 0.07 * max(map(len, shown.labels)) + max(2.5, 0.16 * sum(widths))
+    figure = Figure(figsize=(width, 0.3 + height * len(grids)), layout="constrained")
     panels = figure.subplots(
         len(grids), len(widths), squeeze=False, sharey=True, width_ratios=widths
     )
@@ -141,7 +142,7 @@ def usage_bars(
     panels = figure.subplots(1, len(shares), squeeze=False, sharex=True, sharey=True)[0]
     for index, (panel, (name, values)) in enumerate(zip(panels, shares.items(), strict=True)):
         bars = shown.of(values[:, None])[:, 0]
-        panel.barh(range(count), bars, color=OKABE_ITO[index % len(OKABE_ITO)], height=0.75)
+        panel.barh(range(count), bars, color=COLOURS[index % len(COLOURS)], height=0.75)
         panel.axvline(1 / len(experts), color=INK, linewidth=0.8, linestyle="--")
         panel.set_title(name, fontsize=10)
         panel.xaxis.set_major_formatter(PercentFormatter(1))
@@ -219,7 +220,7 @@ def divergence_scatter(
     panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
     for index, (panel, (router, places)) in enumerate(zip(panels, points.items(), strict=True)):
         x, y = [p.divergence for p in places], [100 * p.score for p in places]
-        colour = OKABE_ITO[index % len(OKABE_ITO)]
+        colour = COLOURS[index % len(COLOURS)]
         panel.scatter(x, y, color=colour, marker=MARKERS[index % len(MARKERS)], s=36)
         for place, across, up in zip(places, x, y, strict=True):
             right = across > (min(x) + max(x)) / 2
@@ -244,7 +245,7 @@ def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
     figure = Figure(figsize=(6.2, 3.6), layout="constrained")
     panel = figure.subplots()
     for index, curve in enumerate(curves):
-        colour, marker = OKABE_ITO[index % len(OKABE_ITO)], MARKERS[index % len(MARKERS)]
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         sizes = list(curve.scores)
         means = [100 * float(np.mean(curve.scores[size])) for size in sizes]
         label = f"{curve.label} ({len(curve.datasets)} datasets)"

@@ -184,7 +184,7 @@ def _agreement_table(analysis: Analysis) -> Iterator[Table]:
 def _layers(analysis: Analysis) -> Section:
     groups = []
     for index, dataset in enumerate(analysis.datasets):
-        figures = []
+        figures: list[PageFigure] = []
         for name, router in analysis.routers.items():
             figure = heat_maps({dataset: router.profiles[dataset]}, oracle=analysis.oracle)
             caption = f"{label_of(name)} on {dataset}: mean weight of each expert at each layer."

@@ -1,7 +1,8 @@
 """Figures of an analysis: who served which tokens, and what came of it.
 
-Colours are safe for colour-blind readers: cividis for amounts, Okabe and Ito's (and a wine red) for
-routers, which differ in their markers too. Every function returns a figure; `write_png` and `svg_of` draw it.
+Colours are safe for colour-blind readers: cividis for amounts, Okabe and Ito's and a wine red for
+routers, which differ in their markers too. Every function returns a figure, which `write_png` and
+`svg_of` draw.
 """
 
 from __future__ import annotations

@@ -78,4 +78,4 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
         return native
     if 2 * tokens * k < E:
         return gather
-    return grouped if E > 20 * k and tokens * k > 4 * E else concat
+    return grouped if 20 * k < E and tokens * k > 4 * E else concat

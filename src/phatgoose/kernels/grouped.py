@@ -31,7 +31,7 @@ def _products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
     """The first counts[0] of `rows` [.., n] times factors[0] [n, m], the next ones times the next."""
     if _suits_grouped_mm(factors):
         return functional.grouped_mm(rows, factors, offs=counts.cumsum(0).to(torch.int32))
-    parts = rows.split(counts.tolist())
+    parts = torch.split(rows, counts.tolist())
     return torch.cat([part @ factor for part, factor in zip(parts, factors, strict=True)])
 
 

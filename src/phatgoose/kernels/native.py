@@ -80,7 +80,7 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
 
     `vectors` [E, n] are those of the experts, in the type of `u`. With `eps` the affinity is
     v̄ᵀu / (sqrt(var(u) + eps) √n) as in `ScoredRouter`, with None |vᵀu| as in `ArrowRouter`. Returns
-    experts [T, k] int64, best first, of equals the first, and weights [T, k] float32, their softmax.
+    experts [T, k] int64, best first, of equals the first, and weights [T, k] float32: the softmax.
     """
     u, vectors = u.contiguous(), vectors.contiguous()
     tokens, (E, n) = u.shape[0], vectors.shape

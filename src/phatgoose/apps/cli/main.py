@@ -15,14 +15,15 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
-from . import comparison, experts, routed, sharing
+from . import analysis, comparison, experts, routed, sharing
 from .consoles import plain
 
 __all__ = ["app", "main"]
 
 HELP = """Many independently trained PEFT experts, routed per token and module into one model.
 
-Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate, compare.
+Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate, compare,
+analyse.
 """
 
 INTERRUPTED = 130
@@ -37,6 +38,7 @@ experts.register(app)
 sharing.register(app)
 routed.register(app)
 comparison.register(app)
+analysis.register(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -28,7 +28,7 @@ def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -
 
 
 def _products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
-    """The first counts[0] of `rows` [.., n] times factors[0] [n, m], the next ones times the next."""
+    """The first counts[0] of `rows` [.., n] times factors[0] [n, m], the next times the next."""
     if _suits_grouped_mm(factors):
         return functional.grouped_mm(rows, factors, offs=counts.cumsum(0).to(torch.int32))
     parts = torch.split(rows, counts.tolist())

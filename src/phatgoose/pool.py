@@ -137,7 +137,8 @@ class Pool:
         B = torch.zeros(len(present), rank, factors[0].B.shape[0], dtype=dtype, device=device)
         for row, lora in enumerate(factors):
             A[row, : lora.A.shape[0]] = lora.A
-            B[row, : lora.B.shape[1]] = (lora.scale * lora.B.float()).T
+            scaled = lora.B if lora.scale == 1 else lora.scale * lora.B.float()
+            B[row, : lora.B.shape[1]] = scaled.T
         return SiteStack(torch.tensor(present, device=device), A, B)
 
     def vectors(self, kind: str, site: str) -> Tensor:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -146,8 +145,8 @@ class _Subject:
     routers: tuple[str, ...]
     routing: Routing
     tokenizer: PreTrainedTokenizerBase
-    opened: Callable[[str], Any]
-    without: Callable[[str, str], Any] | None = None
+    opened: Callable[[str], AbstractContextManager[PreTrainedModel]]
+    without: Callable[[str, str], AbstractContextManager[PreTrainedModel]] | None = None
 
 
 def _subject(

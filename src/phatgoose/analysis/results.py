@@ -25,6 +25,7 @@ from .measures import (
     effective_experts,
     entropy,
     kl_divergence,
+    load,
     overlap,
 )
 from .tally import PARTS, RoutingProfile
@@ -181,7 +182,13 @@ def _numbers(profile: RoutingProfile) -> dict[str, Any]:
         },
     }
     if whole.any():
+        groups = {"layer": profile.by_layer(), "kind": profile.by_kind()}
         numbers |= {
+            "load": load(whole).tolist(),
+            "effective_experts_by": {
+                group: {name: effective_experts(row) for name, row in rows.items() if row.any()}
+                for group, rows in groups.items()
+            },
             "entropy": entropy(whole),
             "effective_experts": effective_experts(whole),
             "concentration": concentration(whole),

@@ -7,6 +7,7 @@ routers, which differ in their markers too. Every function returns a figure, whi
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import re
@@ -63,11 +64,11 @@ Drawing = TypeVar("Drawing", bound=Callable[..., Figure])
 
 
 def _styled(draw: Drawing) -> Drawing:
+    @functools.wraps(draw)
     def run(*arguments: Any, **options: Any) -> Figure:
         with matplotlib.rc_context(STYLE):
             return draw(*arguments, **options)
 
-    run.__doc__, run.__name__ = draw.__doc__, draw.__name__
     return run  # type: ignore[return-value]
 
 

@@ -10,9 +10,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ...analysis import ORACLE, Analysis
-from ...analysis.measures import concentration, effective_experts
+from ...analysis import ORACLE, Analysis, RouterAnalysis
+from ...analysis.measures import concentration, effective_experts, load
 from ...analysis.pool_sizes import PoolSizeCurve
+from ...analysis.tally import PARTS, Measure
 from ...bootstrap import Interval
 from ...methods import METHODS
 from ..figures import (
@@ -26,6 +27,9 @@ from ..figures import (
 )
 
 __all__ = ["PageFigure", "Section", "label_of", "sections_of"]
+
+
+Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -111,40 +115,7 @@ def _scores(analysis: Analysis) -> Section | None:
 
 
 def _usage(analysis: Analysis) -> Section:
-    rows, shares = [], {}
-    for name, router in analysis.routers.items():
-        profiles = list(router.profiles.values())
-        weight, first, probability = (
-            np.mean([profile.whole(measure) for profile in profiles], axis=0)
-            for measure in ("weight", "first", "probability")
-        )
-        shares[label_of(name)] = weight
-        top = int(first.argmax())
-        decided = 1 - np.mean([p.token_entropy() for p in profiles]) / math.log(
-            _at_least_two(first)
-        )
-        rows.append(
-            [
-                label_of(name),
-                f"{effective_experts(weight):.1f}",
-                f"{effective_experts(probability):.1f}",
-                f"{concentration(weight):.3f}",
-                f"{analysis.experts[top]} {100 * first[top]:.0f} %",
-                f"{100 * decided:.1f} %",
-            ]
-        )
-    table = Table(
-        f"Over all {len(analysis.datasets)} datasets; {len(analysis.experts)} experts",
-        [
-            "router",
-            "effective experts (weights)",
-            "effective experts (before top-k)",
-            "concentration",
-            "most often first",
-            "decidedness of a token",
-        ],
-        rows,
-    )
+    shares = {label_of(name): _mean(router, "weight") for name, router in analysis.routers.items()}
     figure = PageFigure.of(
         usage_bars(shares, analysis.experts),
         "usage",
@@ -157,9 +128,71 @@ def _usage(analysis: Analysis) -> Section:
             "Decidedness is 1 less the mean entropy of a single token's distribution over ln E: 0 "
             "where a router finds all experts alike, 1 where it knows just one."
         ],
-        [table, *_agreement_table(analysis)],
+        [_usage_table(analysis), _groups_table(analysis), *_agreement_table(analysis)],
         [figure],
     )
+
+
+def _usage_table(analysis: Analysis) -> Table:
+    rows = []
+    highest = math.log(max(2, len(analysis.experts)))  # one expert alone has no entropy anyway
+    for name, router in analysis.routers.items():
+        first = _mean(router, "first")
+        top = int(first.argmax())
+        entropies = [profile.token_entropy() for profile in router.profiles.values()]
+        rows.append(
+            [
+                label_of(name),
+                f"{effective_experts(_mean(router, 'weight')):.1f}",
+                f"{effective_experts(_mean(router, 'probability')):.1f}",
+                f"{concentration(_mean(router, 'weight')):.3f}",
+                f"{analysis.experts[top]} {100 * first[top]:.0f} % (load {load(first)[top]:.1f})",
+                f"{100 * (1 - float(np.mean(entropies)) / highest):.1f} %",
+            ]
+        )
+    return Table(
+        f"Over all {len(analysis.datasets)} datasets; {len(analysis.experts)} experts",
+        [
+            "router",
+            "effective experts (weights)",
+            "effective experts (before top-k)",
+            "concentration",
+            "most often first",
+            "decidedness of a token",
+        ],
+        rows,
+    )
+
+
+def _groups_table(analysis: Analysis) -> Table:
+    """Who serves prompts, answers, and each kind of site, by router."""
+    rows: dict[str, list[str]] = {}
+    for router in analysis.routers.values():
+        profiles = list(router.profiles.values())
+        groups = {f"{part}s": [profile.whole(part=part) for profile in profiles] for part in PARTS}
+        for kind in profiles[0].by_kind():
+            groups[kind] = [profile.by_kind()[kind] for profile in profiles]
+        for name, weights in groups.items():
+            rows.setdefault(name, [name]).append(_summary(np.mean(weights, axis=0), analysis))
+    return Table(
+        "Effective experts and the most used one, for the tokens of prompts and answers and for "
+        "each kind of site",
+        ["", *map(label_of, analysis.routers)],
+        list(rows.values()),
+    )
+
+
+def _summary(weight: Array, analysis: Analysis) -> str:
+    if not weight.any():
+        return ""
+    top = int(weight.argmax())
+    share = weight[top] / weight.sum()
+    return f"{effective_experts(weight):.1f}, {analysis.experts[top]} {100 * share:.0f} %"
+
+
+def _mean(router: RouterAnalysis, measure: Measure) -> Array:
+    """Unweighted mean over datasets, [E]."""
+    return np.asarray(np.mean([p.whole(measure) for p in router.profiles.values()], axis=0))
 
 
 def _agreement_table(analysis: Analysis) -> Iterator[Table]:
@@ -168,6 +201,7 @@ def _agreement_table(analysis: Analysis) -> Iterator[Table]:
             f"{label_of(a)} and {label_of(b)}",
             f"{100 * found.first:.1f} %",
             f"{found.overlap:.3f}",
+            _mean_divergence(analysis, a, b),
             f"{found.decisions:,}",
         ]
         for (a, b), found in analysis.agreements.items()
@@ -176,9 +210,21 @@ def _agreement_table(analysis: Analysis) -> Iterator[Table]:
         chance = f"by chance {100 / len(analysis.experts):.1f} %"
         yield Table(
             "Agreement of routers, token by token and site by site",
-            ["routers", f"same first choice ({chance})", "overlap of weights", "decisions"],
+            [
+                "routers",
+                f"same first choice ({chance})",
+                "overlap of weights",
+                "KL to the other / back, mean over datasets",
+                "decisions",
+            ],
             rows,
         )
+
+
+def _mean_divergence(analysis: Analysis, router: str, other: str) -> str:
+    found = [analysis.divergence(router, other, dataset) for dataset in analysis.datasets]
+    to, back = (np.mean(values) for values in zip(*((d.to, d.back) for d in found), strict=True))
+    return f"{to:.3f} / {back:.3f}"
 
 
 def _layers(analysis: Analysis) -> Section:
@@ -240,7 +286,7 @@ def _datasets(analysis: Analysis) -> Section:
     return Section("datasets", "Datasets beside each other", tables=tables, figures=figures)
 
 
-def _overlap_table(analysis: Analysis, label: str, overlaps: NDArray[np.float64]) -> Table:
+def _overlap_table(analysis: Analysis, label: str, overlaps: Array) -> Table:
     rows = [
         [dataset, *(f"{value:.2f}" for value in row)]
         for dataset, row in zip(analysis.datasets, overlaps, strict=True)
@@ -275,11 +321,6 @@ def _sizes(curves: Sequence[PoolSizeCurve]) -> Section | None:
     caption = "Mean score against the number of experts; faint points are single pools."
     figure = PageFigure.of(pool_size_figure(curves), "sizes", caption)
     return Section("sizes", "Pools of different size", figures=[figure])
-
-
-def _at_least_two(values: NDArray[np.float64]) -> int:
-    """The number of experts; 2 for one alone, whose entropy is 0 whatever it is divided by."""
-    return max(2, len(values))
 
 
 def _percent(interval: Interval) -> str:

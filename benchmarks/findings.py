@@ -56,7 +56,7 @@ Measure = Callable[[Bench], Iterator[Finding]]
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the issue's table: its name on the command line, its title, and how it is measured."""
+    """A row of the issue's table: its name on the command line, its title, how it is measured."""
 
     name: str
     title: str

@@ -1,16 +1,19 @@
-"""How things are measured: side by side in one process, in turns; memory in a process of its own."""
+"""How things are measured: side by side in one process, in turns; memory in one of its own."""
 
 from __future__ import annotations
 
 import gc
 import math
 import multiprocessing
+import os
 import statistics
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,7 @@ __all__ = [
 
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 SAMPLING = 0.002  # seconds between two looks at the memory in use
-PRELOADED = ["torch", "transformers", "peft", "phatgoose.storage"]
+HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
@@ -106,11 +109,22 @@ def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -
     `prepare` is a function of a module; what it holds already is not counted. Raises
     BrokenProcessPool when the process was killed, as it is when memory runs out.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     threads = torch.get_num_threads()
-    with ProcessPoolExecutor(1, context, torch.set_num_threads, (threads,)) as process:
+    with ProcessPoolExecutor(1, _forkserver(), torch.set_num_threads, (threads,)) as process:
         return process.submit(_measure, prepare, arguments).result()
+
+
+@cache
+def _forkserver() -> ForkServerContext:
+    """Processes that begin as a copy of one that has imported what this one has, and run nothing.
+
+    Python 3.11's doesn't hand its path of modules on.
+    """
+    paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__"])
+    return context
 
 
 def _measure(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> Memory:

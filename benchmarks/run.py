@@ -58,6 +58,8 @@ def main() -> int:
         caption += f"{where['cpu']}, commit {where['commit']}"
         draw_growth(found["growth"][0].details, caption, options.out / f"{stem}-growth.png")
     print(table(found, where))
+    if options.smoke:
+        print("\nTiny sizes: these numbers mean nothing.")
     if failed:
         print(f"Failed: {', '.join(failed)}.", file=sys.stderr)
     return 1 if failed else 0

@@ -1,4 +1,4 @@
-"""LoRA training beside PEFT with transformers' Trainer, and gate training beside expert training."""
+"""LoRA training beside PEFT with transformers' Trainer; gate training beside expert training."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = ["measure_gate_training", "measure_lora_training"]
 # A word is a token here. Inputs and targets are about as long as in T0's and FLAN's training tasks.
 INPUTS, TARGETS = (49, 0.85, 8, 400), (2, 1.0, 1, 60)  # median, spread of the log, least, most
 EXPERT_STEPS, GATE_STEPS = 1000, 100  # the paper's
-RECIPE_ROWS, RECIPE_EVERY, RECIPE_VALIDATION = 16, 50, 100  # recipes/laptop.toml
+RECIPE_ROWS, RECIPE_EVERY, RECIPE_VALIDATION = 16, 50, 100  # those of recipes/laptop.toml
 
 
 @row("training", "LoRA training")
@@ -68,9 +68,9 @@ def measure_lora_training(bench: Bench) -> Iterator[Finding]:
     for name in bases:
         padded, real, targets = _padded_tokens(pairs, sizes.training_batch)
         work = Work.of(bench.base.model, sizes.rank)
-        by_default = " and from_pretrained's default" if len(bases) == 1 else ""
+        by_default = ", from_pretrained's default" if len(bases) == 1 else ""
         yield Finding.of(
-            f"{sizes.base}, base in {name}{by_default}: tokens a second, phatgoose / PEFT + Trainer",
+            f"{sizes.base} in {name}{by_default}: tokens a second, phatgoose / PEFT + Trainer",
             ratio(timings[name], timings["phatgoose"]),
             target=at_least(4),
             floor=padded * work.lora_step(1) / (real * work.lora_step(targets / real)),

@@ -44,7 +44,7 @@ class Sizes:
     decoded: int = 16
     decoded_by_reference: int = 2
     arrow_layers: tuple[int, ...] = (6, 1)  # of the base, for each of `pools`
-    ranked: int = 48
+    ranked: int = 24
     ranked_batch: int = 8
     training_batch: int = 8
     training_steps: int = 3
@@ -72,7 +72,7 @@ SMOKE = Sizes(
     training_batch=2,
     training_steps=2,
     gate_steps=2,
-    growth=(4, 8, 16),
+    growth=(4, 16),
     growth_width=32,
     calls=2,
 )
@@ -84,7 +84,7 @@ class Bench:
 
     sizes: Sizes
     pools: Path
-    _routed: dict[object, PreTrainedModel] = field(default_factory=dict)
+    _routed: dict[object, PreTrainedModel] = field(default_factory=dict, compare=False, repr=False)
 
     @cached_property
     def base(self) -> Base:

@@ -26,7 +26,9 @@ def measure_prefill(bench: Bench) -> Iterator[Finding]:
     """Logits of the last position for a batch of prompts without padding."""
     sizes = bench.sizes
     few, many = sizes.pools
-    lora = PeftModel.from_pretrained(twin(bench.base).model, bench.experts(1)[0])
+    lora = PeftModel.from_pretrained(
+        twin(bench.base).model, bench.experts(1)[0], autocast_adapter_dtype=False
+    )
     batch = bench.prompts(*sizes.prefill)
     timings = side_by_side(
         {

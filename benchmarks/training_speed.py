@@ -63,7 +63,7 @@ def measure_lora_training(bench: Bench) -> Iterator[Finding]:
     contenders: dict[str, Callable[[], float]] = {
         name: partial(_peft_seconds, model, pairs, bench) for name, model in bases.items()
     }
-    contenders["phatgoose"] = lambda: _fits(bench.base, task, sizes)[0].report.seconds
+    contenders["phatgoose"] = lambda: _fits(bench.base, task, sizes)[0].stepping
     timings = _in_turns(contenders, sizes.rounds)
     for name in bases:
         padded, real, targets = _padded_tokens(pairs, sizes.training_batch)
@@ -112,30 +112,38 @@ def measure_gate_training(bench: Bench) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class TimedFit:
-    """One run of the training loop: what it reports, and how long it took in all."""
+    """One run of the training loop: its steps, the seconds spent in them, and those in all."""
 
-    report: FitReport
+    steps: int
+    stepping: float
     seconds: float
 
     @property
     def a_step(self) -> float:
         """Seconds of one optimiser step."""
-        return self.report.seconds / self.report.steps
+        return self.stepping / self.steps
 
     @property
     def between(self) -> float:
         """Seconds outside the steps: validation, checkpoints, setting up."""
-        return self.seconds - self.report.seconds
+        return self.seconds - self.stepping
 
 
 def _fits(base: Base, task: Task, sizes: Sizes, gate_steps: int = 1) -> tuple[TimedFit, TimedFit]:
-    """The two training loops of `train_expert`, LoRA and gates, each watched from outside."""
+    """The two training loops of `train_expert`, LoRA and gates, each watched from outside.
+
+    The LoRA's sees every row once, and so do the gates' where they have as many steps. Seconds are
+    told by the tokens per second reported, since those reported are rounded.
+    """
     runs: list[TimedFit] = []
 
     def watched(*arguments: Any, **options: Any) -> FitReport:
         begun = time.perf_counter()
         report = fit(*arguments, **options)
-        runs.append(TimedFit(report, time.perf_counter() - begun))
+        seconds = time.perf_counter() - begun
+        visited = rows * report.steps
+        tokens = sum(pair.length for pair in options["train"][:visited])
+        runs.append(TimedFit(report.steps, tokens / report.tokens_per_second, seconds))
         return report
 
     rows = sizes.training_batch

@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 import phatgoose as pg
 from phatgoose.bases import Base, load_base
+from phatgoose.expert import LAYOUT
 from synthetic import random_pool
 
 __all__ = ["FULL", "SMOKE", "Bench", "Sizes", "twin", "words"]
@@ -107,8 +108,10 @@ class Bench:
         They stay for the next run; `variant` names those of another base than the bench's.
         """
         folder = self.pools / (self.sizes.base + variant)
-        random_pool(base or self.base, folder, count, self.sizes.rank)
-        return [folder / f"e{z:04}" for z in range(count)]
+        places = [folder / f"e{z:04}" for z in range(count)]
+        if not all((place / LAYOUT.info).is_file() for place in places):
+            random_pool(base or self.base, folder, count, self.sizes.rank)
+        return places
 
     def routed(self, count: int, **options: str) -> PreTrainedModel:
         """A twin of the base that is routed among `count` experts, by PHATGOOSE unless told.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import math
 import multiprocessing
@@ -130,6 +131,9 @@ def _forkserver() -> ForkServerContext:
 def _measure(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> Memory:
     action = prepare(*arguments)
     gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # freed memory would hide what is taken
+    if trim is not None:
+        trim(0)
     RESET.write_text("5")  # the highest so far is forgotten
     before, own_before = _status("VmRSS"), _status("RssAnon")
     highest, done = [own_before], threading.Event()

@@ -59,6 +59,7 @@ def measure_lora_training(bench: Bench) -> Iterator[Finding]:
     tokens = sum(pair.length for pair in pairs)
     with quiet_loading():
         plain = AutoModelForCausalLM.from_pretrained(bench.base.model.name_or_path)
+    # One line where both are of one type.
     bases = {"bfloat16": bench.base.model, str(plain.dtype).removeprefix("torch."): plain}
     contenders: dict[str, Callable[[], float]] = {
         name: partial(_peft_seconds, model, pairs, bench) for name, model in bases.items()

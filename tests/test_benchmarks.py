@@ -37,53 +37,43 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, dict], Path]:
-    """Table, written rows and folder of one run of everything."""
-    folder = tmp_path_factory.mktemp("benchmarks")
-    done = run("--smoke", "--rounds", "1", "--pools", str(folder / "pools"), "--out", str(folder))
+def test_every_row_is_measured_told_and_written_down(tmp_path):
+    # One test, not five on a shared run: each of xdist's workers would do that run anew.
+    done = run(
+        "--smoke", "--rounds", "1", "--pools", str(tmp_path / "pools"), "--out", str(tmp_path)
+    )
     assert done.returncode == 0, done.stderr
-    (written,) = folder.glob("*-smoke.json")
-    return done.stdout, json.loads(written.read_text(encoding="utf-8")), folder
-
-
-def test_every_row_of_the_table_is_measured(smoke):
-    _, rows, _ = smoke
+    (written,) = tmp_path.glob("*-smoke.json")
+    rows = json.loads(written.read_text(encoding="utf-8"))
     assert {name: len(row["findings"]) for name, row in rows.items()} == ROWS
     for name, row in rows.items():
-        for finding in row["findings"]:
-            assert math.isfinite(finding["measured"]), finding
-            assert name == "growth" or finding["measured"] > 0, finding
-
-
-def test_every_row_says_where_it_was_measured_and_has_a_floor_where_there_is_one(smoke):
-    _, rows, _ = smoke
-    for row in rows.values():
-        assert {"commit", "cpu", "cores", "threads", "date", "torch", "peft"} <= row.keys()
-        assert row["threads"] == 1
-        for finding in row["findings"]:
-            floorless = any(word in finding["case"] for word in FLOORLESS)
-            assert floorless or finding["floor"] is not None, finding
-
-
-def test_the_table_shows_all_of_it_and_that_tiny_sizes_mean_nothing(smoke):
-    printed, rows, _ = smoke
-    lines = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + sum(ROWS.values())
-    for row in rows.values():
-        assert all(any(f["case"] in line for line in lines) for f in row["findings"])
-    assert "mean nothing" in printed
-
-
-def test_growth_is_drawn(smoke):
-    *_, folder = smoke
-    (figure,) = folder.glob("*-growth.png")
+        check_row(name, row)
+    check_table(done.stdout, rows)
+    check_that_prompts_are_computed_once(rows["ranking"])
+    (figure,) = tmp_path.glob("*-growth.png")
     assert figure.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_prompt_of_choices_is_computed_once(smoke):
-    _, rows, _ = smoke
-    details = rows["ranking"]["findings"][0]["details"]
+def check_row(name: str, row: dict) -> None:
+    assert {"commit", "cpu", "cores", "date", "torch", "peft"} <= row.keys()
+    assert row["threads"] == 1
+    for finding in row["findings"]:
+        assert math.isfinite(finding["measured"]), finding
+        assert name == "growth" or finding["measured"] > 0, finding
+        floorless = any(word in finding["case"] for word in FLOORLESS)
+        assert floorless or finding["floor"] is not None, finding
+
+
+def check_table(printed: str, rows: dict[str, dict]) -> None:
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + sum(ROWS.values())
+    cases = [finding["case"] for row in rows.values() for finding in row["findings"]]
+    assert all(any(case in line for line in lines) for case in cases)
+    assert "mean nothing" in printed
+
+
+def check_that_prompts_are_computed_once(ranking: dict) -> None:
+    details = ranking["findings"][0]["details"]
     assert details["computed"] < details["hflm"]
 
 

@@ -225,8 +225,8 @@ def test_a_base_that_is_not_named_or_not_there_is_told(adapter, base_folders, tm
     ("options", "complaint"),
     [
         ({"target_modules": ["nothing"]}, "nothing"),
-        ({"target_modules": "(("}, "PEFT can't apply its config"),
-        ({"rank_pattern": {"((": 2}}, "PEFT can't apply its config"),
+        ({"target_modules": "(("}, "target_modules holds no regular expression"),
+        ({"rank_pattern": {"((": 2}}, "rank_pattern holds no regular expression"),
         ({"r": 0}, "PEFT can't apply its config"),
         ({"r": "4"}, "PEFT can't apply its config"),
         ({"r": 8}, "wants A of shape (8, 32)"),

@@ -61,7 +61,7 @@ def open_work(
     except Timeout as problem:
         raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
     except WRITING_ERRORS as problem:
-        raise ExpertError(f"{out} can't be made: {_reason(problem)}.") from problem
+        raise ExpertError(f"{out} can't be written: {_reason(problem)}.") from problem
 
 
 def discard_work(out: Path) -> None:

@@ -1,114 +1,268 @@
-"""LoRA training speed, tokens per second: phatgoose beside PEFT, on the same data in one run.
-
-    python benchmarks/training_speed.py [--rounds 3] [--target-words 2]
-
-Three ways, interleaved, medians over rounds: `train_expert`; a plain PEFT loop with everything in
-bfloat16 (`autocast_adapter_dtype=False`); the same loop with PEFT's defaults (adapters upcast).
-SmolLM2-135M, rank 16 on all linears, batches of 8 rows of about 128 tokens.
-"""
+"""LoRA training beside PEFT with transformers' Trainer; gate training beside expert training."""
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
-import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import phatgoose as pg
-from phatgoose.bases import Base, load_base
+from bench import Bench, Sizes, twin, words
+from findings import Finding, at_least, at_most, row
+from floors import Work
+from measuring import Timing, ratio
+from phatgoose import gates, training
+from phatgoose.bases import Base, quiet_loading
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.encoding import IGNORED, Encoder, pad_left
+from phatgoose.encoding import IGNORED, Encoder, TokenPair
+from phatgoose.fitting import FitReport, fit
 from phatgoose.tasks import Task
 
-ROWS, STEPS, WORDS = 8, 6, 120
-LORA = Lora(rank=16, alpha=16.0)
-VOCABULARY = "the a green old ship tree rain went over under far home and then sang slowly".split()
+__all__ = ["measure_gate_training", "measure_lora_training"]
+
+# A word is a token here. Inputs and targets are about as long as in T0's and FLAN's training tasks.
+INPUTS, TARGETS = (49, 0.85, 8, 400), (2, 1.0, 1, 60)  # median, spread of the log, least, most
+EXPERT_STEPS, GATE_STEPS = 1000, 100  # the paper's
+RECIPE_ROWS, RECIPE_EVERY, RECIPE_VALIDATION = 16, 50, 100  # those of recipes/laptop.toml
 
 
-def make_task(target_words: int) -> Task:
-    """Random word rows, all of about the same length."""
+@row("training", "LoRA training")
+def measure_lora_training(bench: Bench) -> Iterator[Finding]:
+    """Tokens a second of `train_expert` beside PEFT and Trainer with their defaults.
+
+    The same rows for all, padding not counted; the clock runs from the begin to the end of each
+    optimiser step. "Defaults" are LoraConfig(r=16, target_modules="all-linear"), get_peft_model's
+    float32 adapters, and TrainingArguments but for the batch and the number of steps.
+    """
+    sizes = bench.sizes
+    task = _task(sizes.training_batch * sizes.training_steps)
+    pairs = _pairs(bench.base, task)
+    tokens = sum(pair.length for pair in pairs)
+    with quiet_loading():
+        plain = AutoModelForCausalLM.from_pretrained(bench.base.model.name_or_path)
+    # One line where both are of one type.
+    bases = {"bfloat16": bench.base.model, str(plain.dtype).removeprefix("torch."): plain}
+    contenders: dict[str, Callable[[], float]] = {
+        name: partial(_peft_seconds, model, pairs, bench) for name, model in bases.items()
+    }
+    contenders["phatgoose"] = lambda: _fits(bench.base, task, sizes)[0].stepping
+    timings = _in_turns(contenders, sizes.rounds)
+    for name in bases:
+        padded, real, targets = _padded_tokens(pairs, sizes.training_batch)
+        work = Work.of(bench.base.model, sizes.rank)
+        by_default = ", from_pretrained's default" if len(bases) == 1 else ""
+        yield Finding.of(
+            f"{sizes.base} in {name}{by_default}: tokens a second, phatgoose / PEFT + Trainer",
+            ratio(timings[name], timings["phatgoose"]),
+            target=at_least(4),
+            floor=padded * work.lora_step(1) / (real * work.lora_step(targets / real)),
+            note=f"{tokens / timings['phatgoose'].median:.0f} and "
+            f"{tokens / timings[name].median:.0f} tokens/s; the floor is the ratio of "
+            f"multiply-adds: we need no padding and logits for targets only",
+            details={"seconds": {key: timing.median for key, timing in timings.items()}},
+        )
+
+
+@row("gates", "gate training / expert training")
+def measure_gate_training(bench: Bench) -> Iterator[Finding]:
+    """100 steps of gates to 1000 steps of a LoRA with its validations, as recipes/laptop.toml has.
+
+    A few steps of each are measured, and one validation; the rest is multiplication.
+    """
+    sizes = bench.sizes
+    task = _task(sizes.training_batch * sizes.gate_steps, validation=sizes.training_batch * 4)
+    seconds: dict[str, list[float]] = {"expert": [], "gates": []}
+    for turn in range(1 + max(2, sizes.rounds - 2)):
+        expert, gate = _fits(bench.base, task, sizes, sizes.gate_steps)
+        scale = RECIPE_ROWS / sizes.training_batch
+        validations = EXPERT_STEPS / RECIPE_EVERY * RECIPE_VALIDATION / (sizes.training_batch * 4)
+        if turn:
+            seconds["expert"].append(
+                scale * expert.a_step * EXPERT_STEPS + validations * expert.between
+            )
+            seconds["gates"].append(scale * gate.a_step * GATE_STEPS + gate.between)
+    expert_timing, gate_timing = (Timing(tuple(entries)) for entries in seconds.values())
+    yield Finding.of(
+        f"{sizes.base}, batch {RECIPE_ROWS}, {EXPERT_STEPS} + {GATE_STEPS} steps",
+        ratio(gate_timing, expert_timing),
+        target=at_most(0.10),
+        floor=_gate_floor(bench, task),
+        note="validations of the expert included; means and embeddings are not",
+        details={"seconds": {"expert": expert_timing.median, "gates": gate_timing.median}},
+    )
+
+
+@dataclass(frozen=True)
+class TimedFit:
+    """One run of the training loop: its steps, the seconds spent in them, and those in all."""
+
+    steps: int
+    stepping: float
+    seconds: float
+
+    @property
+    def a_step(self) -> float:
+        """Seconds of one optimiser step."""
+        return self.stepping / self.steps
+
+    @property
+    def between(self) -> float:
+        """Seconds outside the steps: validation, checkpoints, setting up."""
+        return self.seconds - self.stepping
+
+
+def _fits(base: Base, task: Task, sizes: Sizes, gate_steps: int = 1) -> tuple[TimedFit, TimedFit]:
+    """The two training loops of `train_expert`, LoRA and gates, each watched from outside.
+
+    The LoRA's sees every row once, and so do the gates' where they have as many steps. Seconds are
+    told by the tokens per second reported, since those reported are rounded.
+    """
+    runs: list[TimedFit] = []
+
+    def watched(*arguments: Any, **options: Any) -> FitReport:
+        begun = time.perf_counter()
+        report = fit(*arguments, **options)
+        seconds = time.perf_counter() - begun
+        visited = rows * report.steps
+        tokens = sum(pair.length for pair in options["train"][:visited])
+        runs.append(TimedFit(report.steps, tokens / report.tokens_per_second, seconds))
+        return report
+
+    rows = sizes.training_batch
+    steps = len(task.train) // rows
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        patch.object(training, "fit", watched),
+        patch.object(gates, "fit", watched),
+    ):
+        pg.train_expert(
+            twin(base),
+            task,
+            out=Path(folder) / "expert",
+            lora=Lora(rank=sizes.rank, alpha=sizes.rank),
+            training=Training(
+                steps=steps, batch_size=rows, micro_batch_size=rows, learning_rate=1e-3
+            ),
+            gate_training=GateTraining(gate_steps=gate_steps, means=False),
+        )
+    lora, gate = runs
+    return lora, gate
+
+
+def _peft_seconds(model: torch.nn.Module, pairs: Sequence[TokenPair], bench: Bench) -> float:
+    """The seconds of an epoch over `pairs` with Trainer on a PEFT model."""
+    rank, batch = bench.sizes.rank, bench.sizes.training_batch
+    base = twin(Base(model, bench.base.tokenizer, "", None, ""))
+    config = LoraConfig(task_type="CAUSAL_LM", r=rank, target_modules="all-linear")
+    rows = [
+        {
+            "input_ids": pair.prompt + pair.target,
+            "labels": [IGNORED] * len(pair.prompt) + pair.target,
+        }
+        for pair in pairs
+    ]
+    clock = _StepClock()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = Trainer(
+            model=get_peft_model(base.model, config),
+            args=TrainingArguments(
+                folder,
+                per_device_train_batch_size=batch,
+                max_steps=len(pairs) // batch,
+                use_cpu=True,
+                report_to="none",
+            ),
+            train_dataset=rows,
+            data_collator=DataCollatorForSeq2Seq(base.tokenizer),
+            callbacks=[clock],
+        )
+        for callback in (PrinterCallback, ProgressCallback):
+            trainer.remove_callback(callback)
+        trainer.train()
+    return clock.seconds
+
+
+class _StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Counts the seconds of optimiser steps, as `phatgoose.fitting` does."""
+
+    def __init__(self) -> None:
+        self.seconds = self._begun = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """Start the clock."""
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Stop it."""
+        self.seconds += time.perf_counter() - self._begun
+
+
+def _in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
+    """Like `side_by_side`, for contenders that keep their own time and say it."""
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(1 + rounds):
+        for name, contender in contenders.items():
+            spent = contender()
+            if turn:
+                seconds[name].append(spent)
+    return {name: Timing(tuple(entries)) for name, entries in seconds.items()}
+
+
+def _task(examples: int, validation: int = 1) -> Task:
+    """Random rows of very different lengths."""
     generator = random.Random(0)
 
-    def words(count: int) -> str:
-        return " ".join(generator.choices(VOCABULARY, k=count))
+    def text(median: int, spread: float, least: int, most: int) -> str:
+        drawn = round(median * generator.lognormvariate(0, spread))
+        return words(generator, min(max(drawn, least), most))
 
     rows = [
-        {"input": words(WORDS - target_words), "target": words(target_words)}
-        for _ in range(ROWS * 4)
+        {"input": text(*INPUTS), "target": text(*TARGETS), "split": split}
+        for split in ["train"] * examples + ["validation"] * validation
     ]
-    return pg.load_task([*rows, {**rows[0], "split": "validation"}], name="speed")
+    return pg.load_task(rows, name="speed")
 
 
-def phatgoose_speed(base: Base, task: Task) -> float:
-    """What `train_expert` reports."""
-    training = Training(steps=STEPS, batch_size=ROWS, micro_batch_size=ROWS, learning_rate=1e-3)
-    gates = GateTraining(gate_steps=1, means=False)
-    with tempfile.TemporaryDirectory() as folder:
-        expert = pg.train_expert(
-            base, task, out=Path(folder) / "e", lora=LORA, training=training, gate_training=gates
-        )
-    return float(expert.info.metrics["expert_tokens_per_second"])
-
-
-def peft_speed(base: Base, task: Task, *, upcast: bool) -> float:
-    """A plain training loop over a PEFT model."""
+def _pairs(base: Base, task: Task) -> list[TokenPair]:
     encoder = Encoder.of(base)
-    pairs = [encoder.pair(row.input, row.target) for row in task.train]
-    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=16, target_modules="all-linear")
-    model = get_peft_model(base.model, config, autocast_adapter_dtype=upcast)
-    model.train()
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-3)
-    seconds, tokens = 0.0, 0
-    for step in range(STEPS):
-        batch = [pairs[(step * ROWS + i) % len(pairs)] for i in range(ROWS)]
-        rows = [pair.prompt + pair.target for pair in batch]
-        labels = [[IGNORED] * len(pair.prompt) + pair.target for pair in batch]
-        begun = time.perf_counter()
-        loss = model(
-            input_ids=pad_left(rows, base.tokenizer.pad_token_id),
-            attention_mask=pad_left([[1] * len(row) for row in rows], 0),
-            labels=pad_left(labels, IGNORED),
-        ).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        if step:  # the first step warms up
-            seconds += time.perf_counter() - begun
-            tokens += sum(map(len, rows))
-    model.unload()
-    return tokens / seconds
+    return [encoder.pair(row.input, row.target) for row in task.train]
 
 
-def main() -> None:
-    """Measure and print one JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--target-words", type=int, default=2)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    base, task = load_base("smollm2"), make_task(options.target_words)
-    speeds: dict[str, list[float]] = {"phatgoose": [], "peft bf16": [], "peft default": []}
-    for _ in range(options.rounds):
-        speeds["phatgoose"].append(phatgoose_speed(base, task))
-        speeds["peft bf16"].append(peft_speed(base, task, upcast=False))
-        speeds["peft default"].append(peft_speed(base, task, upcast=True))
-    medians = {name: round(statistics.median(values), 1) for name, values in speeds.items()}
-    ratios = {
-        f"phatgoose / {name}": round(medians["phatgoose"] / medians[name], 2)
-        for name in ("peft bf16", "peft default")
-    }
-    setting = {"threads": torch.get_num_threads(), "target_words": options.target_words}
-    print(json.dumps({**setting, "tokens_per_second": medians, **ratios, "all": speeds}))
+def _padded_tokens(pairs: Sequence[TokenPair], batch: int) -> tuple[int, int, int]:
+    """Tokens of all rows in batches as they come, padding included; without it; target tokens."""
+    lengths = [pair.length for pair in pairs]
+    batches = [lengths[i : i + batch] for i in range(0, len(lengths), batch)]
+    padded = sum(len(each) * max(each) for each in batches)
+    return padded, sum(lengths), sum(len(pair.target) for pair in pairs)
 
 
-if __name__ == "__main__":
-    main()
+def _gate_floor(bench: Bench, task: Task) -> float:
+    """The share of multiply-adds, for rows as long as those of `task` on average."""
+    pairs = _pairs(bench.base, task)
+    tokens = sum(pair.length for pair in pairs)
+    targets = sum(len(pair.target) for pair in pairs)
+    share, work = targets / tokens, Work.of(bench.base.model, bench.sizes.rank)
+    validations = EXPERT_STEPS / RECIPE_EVERY * RECIPE_VALIDATION
+    expert = EXPERT_STEPS * RECIPE_ROWS * work.lora_step(share)
+    expert += validations * (work.base(share) + work.lora)
+    return GATE_STEPS * RECIPE_ROWS * work.gate_step(share) / expert

@@ -20,13 +20,13 @@ from conftest import make_adapter
 from phatgoose.adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    UNSUPPORTED,
     read_adapter_config,
     read_lora,
     read_tensors,
 )
 from phatgoose.bases import load_base
 from phatgoose.errors import ExpertError
+from phatgoose.refusals import UNSUPPORTED
 
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -54,12 +54,24 @@ REFUSED = [
     ("layer_replication", [[0, 1]], "changes the base's layers"),
     ("target_parameters", ["x"], "no linear layers"),
     ("lora_bias", True, "B factors carry biases"),
-    ("bias", "all", "bias='all'"),
-    ("bias", "lora_only", "bias='lora_only'"),
+    ("megatron_config", {"a": 1}, "import a module"),
+    ("some_new_option", 3, "which the installed PEFT doesn't know"),
+    ("lora_alpha", "8", "lora_alpha is '8'"),
+    ("rank_pattern", [1], "rank_pattern is [1]"),
+    ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern is"),
+    ("alpha_pattern", {"(": 2}, "no regular expression"),
+    ("init_lora_weights", "sorcery", "'sorcery', which is unknown"),
+    ("init_lora_weights", "corda", "initialised by corda"),
+    ("init_lora_weights", "loftq", "initialised by loftq"),
+    ("init_lora_weights", "lora_ga", "initialised by lora_ga"),
     ("init_lora_weights", "pissa", "initialised by pissa"),
     ("init_lora_weights", "pissa_niter_4", "initialised by pissa_niter_4"),
     ("init_lora_weights", "OLoRA", "initialised by OLoRA"),
-    ("peft_type", "IA3", "type IA3; wanted LORA"),
+    ("peft_type", "IA3", "type IA3; wanted LORA ((IA)³ rescales"),
+    ("peft_type", "PREFIX_TUNING", "learned tokens or keys"),
+    ("peft_type", "BOFT", "multiplies the base weight"),
+    ("peft_type", "LOHA", "--allow-loss"),
+    ("peft_type", "SOMETHING", "its updates can't be routed"),
     ("peft_type", None, "type None; wanted LORA"),
 ]
 
@@ -178,11 +190,34 @@ def test_missing_weights_are_refused(adapter):
     assert "does not exist" in complaint_about(adapter)
 
 
-@pytest.mark.parametrize("extra", ["lm_head.weight", "model.embed_tokens.lora_embedding_A"])
-def test_a_tensor_that_is_left_over_is_refused_by_name(adapter, extra):
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        ("lm_head.weight", "resized or trained"),
+        ("model.embed_tokens.weight", "resized or trained"),
+        ("model.embed_tokens.lora_embedding_A", "an embedding is no site"),
+        ("model.layers.0.self_attn.q_proj.base_layer.bias", "trains a bias of the base"),
+        ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
+        ("model.layers.0.mlp.strange", "no LoRA factor."),
+    ],
+)
+def test_a_tensor_that_is_left_over_is_refused_by_name(adapter, extra, reason):
     name = f"base_model.model.{extra}"
     change_tensors(adapter, lambda tensors: tensors.update({name: torch.zeros(2, 2)}))
-    assert repr(name) in complaint_about(adapter)
+    message = complaint_about(adapter)
+    assert repr(name) in message
+    assert reason in message
+
+
+def test_an_adapterhub_folder_is_told_apart(adapter):
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps({"model_class": "X", "config": {"r": 8}}))
+    assert "AdapterHub" in complaint_about(adapter)
+
+
+def test_biases_of_a_base_without_any_are_no_obstacle(llama, tmp_path):
+    plain = read_lora(make_adapter(llama, tmp_path / "plain"))
+    biased = read_lora(make_adapter(llama, tmp_path / "biased", bias="all"))
+    assert all(torch.equal(biased[site].B, lora.B) for site, lora in plain.items())
 
 
 def test_a_tensor_with_a_foreign_prefix_is_refused(adapter):

@@ -274,7 +274,7 @@ BAD_INPUTS = {
     "unknown format version": (["check", "damaged/foreign"], "version 99 is unknown"),
     "expert without gates": (
         ["compose", "experts", "bare", "--out", "new", *BASE],
-        "Expert 'bare' has no gates; run 'phatgoose gate' on it",
+        "Expert 'bare' has no gates: run 'phatgoose gate' with the data",
     ),
     "two experts of one name": (["pool", "twins"], "Two experts are named 'reviews'"),
     "two experts of one name to compose": (

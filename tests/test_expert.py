@@ -123,6 +123,12 @@ def test_an_expert_comes_back_bit_for_bit(adapter, tmp_path):
     assert check_expert(saved.directory) == []
 
 
+def test_a_loss_that_is_no_number_does_not_make_an_expert_unreadable(adapter, tmp_path):
+    metrics = {"loss": float("nan"), "losses": [1.0, float("inf")]}
+    saved = make(adapter, metrics=metrics).save(tmp_path / "reviews")
+    assert saved.info.metrics == {"loss": None, "losses": [1.0, None]}
+
+
 def test_pefts_files_are_copied_byte_for_byte(adapter, original):
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (original.directory / file).read_bytes() == (adapter / file).read_bytes()

@@ -231,14 +231,18 @@ def test_a_stack_comes_in_the_dtype_asked_for(write):
     ("router", "lacking", "command"),
     [("phatgoose", "gates", "gate"), ("average-activation", "means", "measure")],
 )
-def test_experts_without_vectors_are_refused_with_the_remedy(
+def test_experts_without_vectors_are_all_named_with_the_remedies(
     write, llama, tmp_path, router, lacking, command
 ):
     write("bare", gates={}, base=llama.reference)
+    places = [tmp_path / "pool"]
     with pytest.raises(PoolError) as caught:
-        compose(Pool.open(tmp_path / "pool"), llama, router=router, k=1)
-    for part in ("'bare'", f"no {lacking}", f"phatgoose {command}", "leave it out"):
+        compose(Pool.open(places), llama, router=router, k=1)
+    for part in ("Expert 'bare' has", f"no {lacking}", f"'phatgoose {command}'", "leave it out"):
         assert part in str(caught.value)
+    write("bald", gates={}, base=llama.reference)
+    with pytest.raises(PoolError, match=r"Experts 'bald', 'bare' have .* leave them out.*arrow"):
+        compose(Pool.open(places), llama, router=router, k=1)
 
 
 def test_the_merged_router_needs_no_vectors(write, llama, tmp_path):

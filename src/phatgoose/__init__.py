@@ -16,6 +16,7 @@ The names, in the order of the story:
     save, load     a routed model to and from a folder          phatgoose.storage
     evaluate       zero-shot scores                             phatgoose.evaluation
     compare        many methods on whole suites                 phatgoose.comparison
+    analyse        where the tokens go, and why                 phatgoose.analysis
 
 Importing this package loads neither torch nor transformers; using a name does.
 """
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .analysis import analyse
     from .comparison import compare
     from .evaluation import evaluate
     from .expert import Expert
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Expert",
     "Pool",
+    "analyse",
     "compare",
     "compose",
     "detach",
@@ -55,6 +58,7 @@ __all__ = [
 _HOMES = {
     "Expert": "expert",
     "Pool": "pool",
+    "analyse": "analysis",
     "compare": "comparison",
     "compose": "routed",
     "detach": "routed",

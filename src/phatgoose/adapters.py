@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ExpertError
+from .files import one_line, read_json_object, regular_file, shortened
+from .patterns import check_patterns
+from .refusals import refuse_kind, refuse_options, tensor_refusal
 from .sites import Site
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "PEFT_PREFIX",
     "LoraFactors",
     "check_fit",
     "read_adapter_config",
+    "read_config",
     "read_lora",
     "read_tensors",
+    "read_weights",
 ]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
-# What a LoRA config may hold that makes it more than W u + s B A u, and why it can't be routed.
-UNSUPPORTED: dict[str, str] = {
-    "use_dora": "DoRA rescales the base weight, which a routed sum of updates can't express",
-    "modules_to_save": "it replaces whole modules of the base",
-    "trainable_token_indices": "it changes token embeddings",
-    "layer_replication": "it changes the base's layers",
-    "target_parameters": "it adapts parameters that are no linear layers",
-    "alora_invocation_tokens": "aLoRA acts on a part of the sequence only",
-    "lora_bias": "its B factors carry biases",
-    "arrow_config": "it is itself a router",
-    "use_qalora": "QALoRA pools its inputs",
-    "kasa_config": "KaSA adds a term of its own",
-    "use_bdlora": "its factors are block-diagonal",
-}
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PATTERNS = ("rank_pattern", "alpha_pattern")
+LARGEST_ALPHA = 1e9
+LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -58,33 +52,45 @@ class LoraFactors:
     scale: float
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """The configuration of a PEFT adapter of any kind.
+
+    Raises ExpertError when it is missing or broken.
+    """
+    path = directory / ADAPTER_CONFIG
+    try:
+        return read_json_object(path)
+    except FileNotFoundError as error:
+        raise ExpertError(
+            f"{directory} is no PEFT adapter: {ADAPTER_CONFIG} can't be read ({error.strerror})."
+        ) from error
+
+
 def read_adapter_config(directory: Path) -> dict[str, Any]:
     """The adapter's configuration, known to be plain LoRA.
 
     Raises ExpertError, with the reason, when it is missing, broken or something else than LoRA.
     """
-    path = directory / ADAPTER_CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    config = read_config(directory)
+    refuse_kind(config, directory)
+    refuse_options(config, directory)
+    wrong = [] if _is_number(config.get("lora_alpha", 8)) else ["lora_alpha"]
+    for key in PATTERNS:
+        value = config.get(key) or {}
+        if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+            wrong.append(key)
+        else:
+            check_patterns(value, f"{directory / ADAPTER_CONFIG}: {key}")
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        if key == "layers_pattern" or isinstance(value, str):  # others are names when listed
+            listed = value if isinstance(value, list) else [value]
+            texts = [text for text in listed if isinstance(text, str)]
+            check_patterns(texts, f"{directory / ADAPTER_CONFIG}: {key}")
+    for key in wrong:
         raise ExpertError(
-            f"{directory} is no PEFT adapter: {ADAPTER_CONFIG} can't be read ({error.strerror})."
-        ) from error
-    except ValueError as error:
-        raise ExpertError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise ExpertError(f"{directory} holds a PEFT adapter of type {kind}; wanted LORA.")
-    for key, reason in UNSUPPORTED.items():
-        if config.get(key):
-            raise ExpertError(f"{directory} uses {key}, which is not supported: {reason}.")
-    if config.get("bias", "none") != "none":
-        raise ExpertError(f"{directory} trains the base's biases (bias={config['bias']!r}).")
-    init = config.get("init_lora_weights", True)
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
-        raise ExpertError(
-            f"{directory} was initialised by {init}, which changes the base; convert it with "
-            f"PEFT's path_initial_model_for_weight_conversion first."
+            f"{directory / ADAPTER_CONFIG}: {key} is {shortened(config[key])}, which PEFT can't "
+            f"have written."
         )
     return config
 
@@ -92,18 +98,33 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Every tensor of a safetensors file, all finite.
 
-    Raises ExpertError when the file is missing, truncated, or holds a NaN or an infinity.
+    Raises ExpertError when the file is missing, no regular file of its folder, truncated, or holds
+    a NaN or an infinity.
     """
     try:
-        tensors = load_file(path)
+        tensors = load_file(regular_file(path))
     except FileNotFoundError as error:
         raise ExpertError(f"{path} does not exist.") from error
-    except (SafetensorError, OSError) as error:
-        raise ExpertError(f"{path} is damaged or truncated: {error}.") from error
+    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
+        raise ExpertError(f"{path} is damaged or truncated: {one_line(error)}.") from error
+    for name in tensors:
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ExpertError(f"{path} holds a tensor of an impossible name, {shortened(name)}.")
     for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if tensor.dtype in FLOATS and not _is_finite(tensor):
             raise ExpertError(f"{path}: tensor {name} holds a value that is not finite.")
     return tensors
+
+
+def read_weights(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of the adapter in `directory`. Raises ExpertError; pickled ones are refused."""
+    pickled = directory / "adapter_model.bin"
+    if not (directory / ADAPTER_WEIGHTS).is_file() and pickled.is_file():
+        raise ExpertError(
+            f"{directory} holds pickled weights (adapter_model.bin), which are never read: they "
+            f"could run code. Save the adapter again as safetensors."
+        )
+    return read_tensors(directory / ADAPTER_WEIGHTS)
 
 
 def read_lora(directory: Path) -> dict[str, LoraFactors]:
@@ -114,21 +135,16 @@ def read_lora(directory: Path) -> dict[str, LoraFactors]:
     lacks its partner, or a tensor is left over.
     """
     config = read_adapter_config(directory)
-    if not (directory / ADAPTER_WEIGHTS).is_file() and (directory / "adapter_model.bin").is_file():
-        raise ExpertError(
-            f"{directory} holds pickled weights (adapter_model.bin), which are never read: they "
-            f"could run code. Save the adapter again as safetensors."
-        )
-    tensors = read_tensors(directory / ADAPTER_WEIGHTS)
+    tensors = read_weights(directory)
     scale_of = _scale_rule(config)
     factors = {}
     for site in sorted({_site_of(key, directory) for key in tensors}):
         A, B = (tensors.get(f"{PEFT_PREFIX}{site}.lora_{side}.weight") for side in "AB")
-        if A is None or B is None or A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:
+        if A is None or B is None or not _are_factors(A, B):
             got = [None if side is None else tuple(side.shape) for side in (A, B)]
             raise ExpertError(
-                f"{directory}, site {site}: wanted A of shape (r, n) and B of (d, r), "
-                f"got {got[0]} and {got[1]}."
+                f"{directory}, site {site}: wanted A of shape (r, n) and B of (d, r), in floating "
+                f"point, got {got[0]} and {got[1]}."
             )
         factors[site] = LoraFactors(A, B, scale_of(site, A.shape[0]))
     if not factors:
@@ -150,21 +166,43 @@ def check_fit(name: str, lora: Mapping[str, LoraFactors], sites: Mapping[str, Si
             )
 
 
+def _is_finite(tensor: Tensor) -> bool:
+    """True when every value is finite. A finite sum, which is far less work, shows that too."""
+    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= LARGEST_ALPHA  # type: ignore[arg-type]
+
+
+def _are_factors(A: Tensor, B: Tensor) -> bool:
+    """True when B A can be computed: matrices of one rank, of floating point numbers."""
+    matrices = A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1] > 0
+    return matrices and A.dtype in FLOATS and B.dtype in FLOATS
+
+
 def _site_of(key: str, directory: Path) -> str:
     for ending in (".lora_A.weight", ".lora_B.weight"):
         if key.startswith(PEFT_PREFIX) and key.endswith(ending):
             return key[len(PEFT_PREFIX) : -len(ending)]
-    raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds {key!r}, which is no LoRA factor.")
+    raise tensor_refusal(key, directory, ADAPTER_WEIGHTS)
 
 
 def _scale_rule(config: dict[str, Any]) -> Callable[[str, int], float]:
-    """How PEFT scales the update at a site of a given rank: alpha / r, or alpha / sqrt(r)."""
-    alphas: dict[str, float] = config.get("alpha_pattern") or {}
+    """How PEFT scales the update at a site of a given rank: alpha / r, or alpha / sqrt(r).
+
+    Of several patterns the first that matches counts (peft.utils.other.get_pattern_key).
+    """
+    alphas = [
+        (re.compile(rf"(.*\.)?({pattern})$"), float(alpha))
+        for pattern, alpha in (config.get("alpha_pattern") or {}).items()
+    ]
     root = bool(config.get("use_rslora"))
     default = float(config.get("lora_alpha", 8))
 
     def scale(site: str, rank: int) -> float:
-        alpha = alphas.get(get_pattern_key(list(alphas), site), default) if alphas else default
-        return float(alpha) / (math.sqrt(rank) if root else rank)
+        alpha = next((alpha for pattern, alpha in alphas if pattern.match(site)), default)
+        return alpha / (math.sqrt(rank) if root else rank)
 
     return scale

@@ -123,16 +123,19 @@ def load_base(
     return Base(model, tokenizer, str(name), revision, fingerprint(model))
 
 
-def load_skeleton(name: str | PreTrainedConfig) -> PreTrainedModel:
+def load_skeleton(
+    name: str | PreTrainedConfig, *, revision: str | None = None, offline: bool = True
+) -> PreTrainedModel:
     """The base model `name`, or the one of a config, without weights (on torch's meta device).
 
-    Nothing is downloaded. Raises BaseModelError when its config isn't on this machine.
+    Nothing is downloaded, or with `offline` False only its config. Raises BaseModelError when the
+    config can't be found.
     """
     with quiet_loading(), _reported(name if isinstance(name, str) else type(name).__name__):
         config: Any = name
         if isinstance(name, str):
             folder = str(_smollm2_folder()) if name == SMOLLM2 else name
-            config = AutoConfig.from_pretrained(folder, local_files_only=True)
+            config = AutoConfig.from_pretrained(folder, revision=revision, local_files_only=offline)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             return loader.from_config(config)

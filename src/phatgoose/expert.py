@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -31,19 +32,24 @@ from .adapters import (
 from .bases import Base, BaseReference
 from .card import model_card
 from .errors import ExpertError
+from .files import one_line, read_json_object, regular_file, shortened
 from .work import new_directory
 
 __all__ = [
     "FORMAT_VERSION",
     "LAYOUT",
+    "MOST_EMBEDDINGS",
     "Expert",
     "ExpertInfo",
+    "base_named_in",
     "check_expert",
     "check_name",
     "sha256_of",
 ]
 
 FORMAT_VERSION = 1
+HASHED_AT_ONCE = 2**20
+MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -165,7 +171,7 @@ class Expert:
             raise ExpertError(
                 f"{target} exists already; choose another place or allow overwriting."
             )
-        with new_directory(target, ExpertError) as work:
+        with new_directory(target, ExpertError, overwrite=overwrite) as work:
             self._write(work)
         return Expert.load(target)
 
@@ -182,9 +188,13 @@ class Expert:
             rows = self.embeddings.float().contiguous()
             save_file({"embeddings": rows}, work / LAYOUT.embeddings)
             info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
-        (work / LAYOUT.card).write_text(model_card(asdict(info), self.lora), encoding="utf-8")
-        content = json.dumps(asdict(info), indent=2, ensure_ascii=False)
-        (work / LAYOUT.info).write_text(content + "\n", encoding="utf-8")
+        content = json.dumps(_plain_json(asdict(info)), indent=2, ensure_ascii=False) + "\n"
+        # Names of files may hold bytes that are no UTF-8; they are written as JSON escapes them.
+        for file, text in (
+            (LAYOUT.card, model_card(asdict(info), self.lora)),
+            (LAYOUT.info, content),
+        ):
+            (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_expert(directory: str | Path) -> list[str]:
@@ -193,6 +203,17 @@ def check_expert(directory: str | Path) -> list[str]:
         return list(_problems(_read(Path(directory))))
     except ExpertError as error:
         return [str(error)]
+
+
+def base_named_in(directory: Path) -> str | None:
+    """The base that the expert or the plain LoRA adapter in `directory` names, if any.
+
+    Raises ExpertError when it is neither.
+    """
+    if (directory / LAYOUT.info).is_file():
+        return _read_info(directory / LAYOUT.info).base.id
+    named = read_adapter_config(directory).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
 
 
 def check_name(name: str) -> None:
@@ -205,10 +226,23 @@ def check_name(name: str) -> None:
 
 def sha256_of(path: Path) -> str:
     """The SHA-256 of a file, in hexadecimal. Raises ExpertError when it can't be read."""
+    digest = hashlib.sha256()
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with regular_file(path).open("rb") as file:
+            while part := file.read(HASHED_AT_ONCE):
+                digest.update(part)
+        return digest.hexdigest()
     except OSError as error:
         raise ExpertError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def _plain_json(value: Any) -> Any:
+    """`value` with None for what JSON has no number for: a loss that is no number, say."""
+    if isinstance(value, Mapping):
+        return {key: _plain_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -242,21 +276,25 @@ def _read(directory: Path) -> Expert:
 
 
 def _read_info(path: Path) -> ExpertInfo:
-    if not path.is_file():
-        raise ExpertError(f"{path.parent} is no expert directory: {path.name} is missing.")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path)
         if content.get("format_version") != FORMAT_VERSION:
             raise ExpertError(
-                f"{path}: format version {content.get('format_version')!r} is unknown; this "
-                f"phatgoose reads version {FORMAT_VERSION}."
+                f"{path}: format version {shortened(content.get('format_version'))} is unknown; "
+                f"this phatgoose reads version {FORMAT_VERSION}."
             )
         info = ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ExpertError(f"{path} is not a valid description of an expert: {error}.") from error
+    except FileNotFoundError as error:
+        raise ExpertError(
+            f"{path.parent} is no expert directory: {path.name} is missing."
+        ) from error
+    except (TypeError, KeyError) as error:
+        raise ExpertError(
+            f"{path} is not a valid description of an expert: {one_line(error)}."
+        ) from error
     for key, (value, kind) in _typed_fields(info).items():
-        if not isinstance(value, kind):
-            raise ExpertError(f"{path}: {key} is {value!r}, which is of the wrong type.")
+        if not isinstance(value, kind) or (isinstance(value, str) and not value.isprintable()):
+            raise ExpertError(f"{path}: {key} is {shortened(value)}, which it can't be.")
     return info
 
 
@@ -299,6 +337,19 @@ def _problems(expert: Expert) -> Iterator[str]:
                 f"is {got[:12]}…, wanted {wanted[:12]}…."
             )
     yield from _vector_problems(expert)
+    rows = expert.embeddings
+    if rows is not None and not _are_unit_rows(rows):
+        yield (
+            f"Expert {info.name!r}: embeddings of shape {tuple(rows.shape)} and type {rows.dtype}; "
+            f"wanted float32, at most {MOST_EMBEDDINGS} rows, each of length 1."
+        )
+
+
+def _are_unit_rows(rows: Tensor) -> bool:
+    """True for what docs/format.md wants of embeddings."""
+    if rows.dtype != torch.float32 or not 0 < len(rows) <= MOST_EMBEDDINGS:
+        return False
+    return bool(((rows.norm(dim=-1) - 1).abs() < 1e-3).all())
 
 
 def _vector_problems(expert: Expert) -> Iterator[str]:

@@ -32,6 +32,7 @@ from transformers import (
 from .collating import Collator, target_logits
 from .config import Training
 from .encoding import IGNORED, TokenPair, contiguous_head
+from .errors import ExpertError
 
 __all__ = ["FitReport", "fit"]
 
@@ -261,8 +262,12 @@ class _PartTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         save_file(_trainable(self.model), folder / TRAINABLE)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
-        super()._save_checkpoint(model, trial)
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:  # torch has no OSError for a full disk
+            reason = str(error).splitlines()[0]
+            raise ExpertError(f"Checkpoint {folder} can't be written: {reason}") from error
         (folder / COMPLETE).write_text(json.dumps({"step": self.state.global_step}))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:

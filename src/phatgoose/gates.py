@@ -29,12 +29,12 @@ from .collating import Collator
 from .config import Formatting, GateTraining, Training
 from .encoding import Encoder
 from .errors import ConfigError, ExpertError
-from .expert import Expert, check_name, sha256_of
+from .expert import LAYOUT, Expert, check_name, sha256_of
 from .fitting import FitReport, fit
 from .sites import WrappedLinear, find_sites, replace_module
-from .statistics import statistics_of
+from .statistics import check_base, statistics_of
 from .tasks import Task
-from .work import open_work
+from .work import discard_work, open_work
 
 __all__ = ["GatedLinear", "Record", "add_gates", "gated", "openness", "train_gates"]
 
@@ -108,10 +108,12 @@ def train_gates(
 
     Everything but the gates is frozen; steps, learning rate and statistics follow `gate_training`,
     the rest `training` (METHOD section 3.2). Mean activations and embeddings are measured as asked
-    for. The finished expert is written to `out`, named `name` or after it. An interrupted run is
-    continued with `resume` and thrown away with `restart`. Raises ExpertError when the adapter
-    can't be used or doesn't fit the base, or `out` exists; ConfigError when resumed work had other
-    settings or joint training is asked for; TaskError when the task can't be used.
+    for. The finished expert is written to `out`, named `name` or after it. `adapter` may be an
+    expert without gates (an imported one): what it records is kept. An interrupted run is continued
+    with `resume` (a finished one is simply loaded) and thrown away with `restart`. Raises
+    ExpertError when the adapter can't be used or doesn't fit the base, or `out` exists;
+    WrongBaseError when it records another base; ConfigError when resumed work had other settings or
+    joint training is asked for; TaskError when the task can't be used.
     """
     out, adapter = Path(out), Path(adapter)
     training, gate_training = training or Training(), gate_training or GateTraining()
@@ -121,11 +123,19 @@ def train_gates(
             "joint is on, but an adapter that exists can't be trained together with its gates; "
             "turn it off here, or train a new expert."
         )
+    if out.exists() and resume:
+        discard_work(out)
+        return Expert.load(out)
     if out.exists():
-        raise ExpertError(f"{out} exists already; choose another place.")
+        raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     check_name(name or out.name)
     read_adapter_config(adapter)
     base = load_base(base) if isinstance(base, str) else base
+    record = None
+    if (adapter / LAYOUT.info).is_file():
+        earlier = Expert.load(adapter)
+        check_base(earlier, base)
+        record = Record(earlier.info.hyperparameters, earlier.info.metrics)
     identity = {
         "base": base.fingerprint,
         "adapter": sha256_of(adapter / ADAPTER_WEIGHTS),
@@ -135,19 +145,20 @@ def train_gates(
     # What can't be trained is refused here, before anything is written.
     task, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
     check_fit(adapter.name, read_lora(adapter), find_sites(base.model))
-    work = open_work(out, identity, resume=resume, restart=restart)
-    expert = add_gates(
-        base,
-        adapter,
-        task,
-        encoder,
-        out=out,
-        work=work,
-        training=training,
-        gate_training=gate_training,
-        name=name,
-    )
-    shutil.rmtree(work)
+    with open_work(out, identity, resume=resume, restart=restart) as work:
+        expert = add_gates(
+            base,
+            adapter,
+            task,
+            encoder,
+            out=out,
+            work=work,
+            training=training,
+            gate_training=gate_training,
+            name=name,
+            record=record,
+        )
+        shutil.rmtree(work)
     return expert
 
 

@@ -5,7 +5,8 @@ W u + sum over z in E_t of w_z B_z A_z u                                     (ME
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +38,20 @@ class RoutedLayer(WrappedLinear):
         self.watcher: Watcher | None = None
 
     def tell(
-        self, experts: Tensor, weights: Tensor, real: Tensor | None, grid: Sequence[int]
+        self,
+        experts: Tensor,
+        weights: Tensor,
+        real: Tensor | None,
+        grid: Sequence[int],
+        distribution: Callable[[], Tensor],
     ) -> None:
-        """Report a decision over the pool's `experts` to whoever watches."""
+        """Report a decision over the pool's `experts` to whoever watches.
+
+        `distribution`, called only by those who want it, gives the probabilities of all experts of
+        the site before top-k, [T, E].
+        """
         if self.watcher is not None:
-            self.watcher(self.site, experts, weights, real, grid)
+            self.watcher(self.site, experts, weights, real, grid, distribution)
 
 
 class RoutedLinear(RoutedLayer):
@@ -82,7 +92,7 @@ class RoutedLinear(RoutedLayer):
         y: Tensor = self.base(u)
         real = self.masks.real_tokens(u, self.site.stream)
         if self._takes_one_call(y, u):
-            router = self.router
+            router: Any = self.router
             add_routed(y, u, real, router.vectors, self.A, self.B, router.k, router.eps)
             return y
         tokens = u.reshape(-1, u.shape[-1])
@@ -91,12 +101,16 @@ class RoutedLinear(RoutedLayer):
         if real is not None:
             weights = weights * real.reshape(-1, 1)
         if self.watcher is not None:
-            self.tell(self.experts[decision.experts], weights, real, u.shape[:-1])
-        tokens = tokens.to(self.A.dtype)
-        kernel = self.product or choose_kernel(
-            self.kernel, tokens, decision.experts, self.A, self.B
-        )
-        delta = kernel(tokens, decision.experts, weights, self.A, self.B)
+            self.tell(
+                self.experts[decision.experts],
+                weights,
+                real,
+                u.shape[:-1],
+                lambda: self.router.distribution(tokens),  # type: ignore[operator]
+            )
+        arguments = (tokens.to(self.A.dtype), decision.experts)
+        kernel = self.product or choose_kernel(self.kernel, *arguments, self.A, self.B)
+        delta = kernel(*arguments, weights, self.A, self.B)
         return y + delta.view(y.shape).to(y.dtype)
 
     def _takes_one_call(self, y: Tensor, u: Tensor) -> bool:
@@ -132,10 +146,9 @@ class FoldedLinear(RoutedLayer):
         if self.watcher is not None:
             real = self.masks.real_tokens(u, self.site.stream)
             experts = self.experts.expand(u[..., 0].numel(), -1)
-            weights = torch.full(experts.shape, self.weight_of_each, device=u.device)
-            if real is not None:
-                weights = weights * real.reshape(-1, 1)
-            self.tell(experts, weights, real, u.shape[:-1])
+            equal = torch.full(experts.shape, self.weight_of_each, device=u.device)
+            weights = equal if real is None else equal * real.reshape(-1, 1)
+            self.tell(experts, weights, real, u.shape[:-1], lambda: equal)
         return functional.linear(u, self.folded, self.bias)
 
 

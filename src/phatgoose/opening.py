@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bases import Base, load_base
 from .config import Routing
+from .hub import HubReference
 from .pool import Pool
 from .routed import compose
 from .scores import Scores
@@ -32,7 +33,9 @@ def is_routed(place: str | Path) -> bool:
 
 
 def is_pool(place: str | Path) -> bool:
-    """True for a manifest, an expert's directory or a folder of such."""
+    """True for a manifest, an expert's directory, a folder of such, or a reference to the Hub."""
+    if HubReference.is_one(place):
+        return True
     path = Path(place)
     is_model = (path / "config.json").is_file() or is_routed(path)
     return path.suffix == ".json" or (path.is_dir() and not is_model)

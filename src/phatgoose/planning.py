@@ -24,8 +24,8 @@ from .bases import choose_dtype, load_tokenizer
 from .config import Formatting, GateTraining, Lora, Training
 from .encoding import Encoder
 from .errors import BaseModelError, ConfigError, TaskError
+from .expert import MOST_EMBEDDINGS
 from .shapes import Shapes
-from .statistics import MOST_EMBEDDINGS
 from .suites.sources import TrainingTask
 from .tasks import Task
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor
 from .bases import BaseReference
 from .errors import ExpertError, PoolError
 from .expert import LAYOUT, Expert, sha256_of
+from .files import read_json_object
+from .hub import HubReference, local_folder, reference_of
 from .work import write_text
 
 __all__ = ["MANIFEST_VERSION", "Pool", "SiteStack"]
@@ -46,16 +48,17 @@ class Pool:
     def open(cls, source: str | Path | Sequence[str | Path]) -> Pool:
         """The pool in `source`.
 
-        `source` is a folder of expert directories, one expert directory, a list of such folders or
-        directories, or a manifest written by `write_manifest` (experts are then checked against
-        their recorded hashes). Every expert is read and fully checked once. Raises PoolError when
-        there is no expert, two share a name, or bases differ; ExpertError for a bad expert.
+        `source` is a folder of expert directories, one expert directory, what the Hub has of either
+        ("hub:owner/name@revision"), a list of such places, or a manifest written by
+        `write_manifest` (experts are then checked against their recorded hashes). Every expert is
+        read and fully checked once. Raises PoolError when there is no expert, two share a name, or
+        bases differ; ExpertError for a bad expert.
         """
         if isinstance(source, str | Path) and Path(source).suffix == ".json":
             return cls._of(_read_manifest(Path(source)))
         places = [source] if isinstance(source, str | Path) else source
         directories = [
-            directory for place in places for directory in _expert_directories(Path(place))
+            directory for place in places for directory in _expert_directories(local_folder(place))
         ]
         if not directories:
             raise PoolError(
@@ -134,7 +137,8 @@ class Pool:
         B = torch.zeros(len(present), rank, factors[0].B.shape[0], dtype=dtype, device=device)
         for row, lora in enumerate(factors):
             A[row, : lora.A.shape[0]] = lora.A
-            B[row, : lora.B.shape[1]] = (lora.scale * lora.B.float()).T
+            scaled = lora.B if lora.scale == 1 else lora.scale * lora.B.float()
+            B[row, : lora.B.shape[1]] = scaled.T
         return SiteStack(torch.tensor(present, device=device), A, B)
 
     def vectors(self, kind: str, site: str) -> Tensor:
@@ -148,22 +152,22 @@ class Pool:
                 continue
             vector = getattr(expert, kind).get(site)
             if vector is None:
-                command = {"gates": "gate", "means": "measure"}[kind]
-                raise PoolError(
-                    f"Expert {expert.name!r} has no {kind}; run 'phatgoose {command}' on it or "
-                    f"leave it out."
-                )
+                raise PoolError(_missing(self.experts, kind))
             rows.append(vector)
         return torch.stack(rows)
 
     def records(self) -> list[dict[str, Any]]:
-        """One record per expert: name, place and the hashes of its weights and vectors."""
+        """One record per expert: name, place and the hashes of its files.
+
+        The place of an expert from the Hub is its reference there, pinned to a commit.
+        """
         return [
             {
                 "name": expert.name,
-                "path": str(expert.directory.resolve()),
+                "path": str(reference_of(expert.directory) or expert.directory.resolve()),
                 "adapter_sha256": expert.info.adapter_sha256,
                 "vectors_sha256": expert.info.vectors_sha256,
+                "embeddings_sha256": expert.info.embeddings_sha256,
             }
             for expert in self.experts
         ]
@@ -174,13 +178,14 @@ class Pool:
         Raises PoolError when it can't be written.
         """
         path = Path(path)
-        records = [
-            {**record, "path": os.path.relpath(record["path"], path.resolve().parent)}
-            for record in self.records()
-        ]
+        records = self.records()
+        for record, expert in zip(records, self.experts, strict=True):
+            record["config_sha256"] = sha256_of(expert.directory / LAYOUT.adapter_config)
+            if not HubReference.is_one(record["path"]):
+                record["path"] = os.path.relpath(record["path"], path.resolve().parent)
         content = {
             "manifest_version": MANIFEST_VERSION,
-            "base": {"id": self.base.id, "fingerprint": self.base.fingerprint},
+            "base": asdict(self.base),
             "experts": records,
         }
         write_text(path, json.dumps(content, indent=2) + "\n", PoolError)
@@ -195,17 +200,22 @@ def _expert_directories(place: Path) -> Iterator[Path]:
         return
     for folder in sorted(place.iterdir()):
         if not folder.name.startswith(".") and (folder / LAYOUT.info).is_file():
+            if not folder.resolve().is_relative_to(place.resolve()):
+                raise PoolError(
+                    f"{folder} is a symbolic link that leads out of {place}; name the folder that "
+                    f"it leads to beside {place} instead."
+                )
             yield folder
 
 
 def _read_manifest(path: Path) -> Iterator[Expert]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path, PoolError)
         version, records = content["manifest_version"], content["experts"]
-        places = [(path.parent / record["path"], record) for record in records]
-    except OSError as error:
+        places = [(record["path"], record) for record in records]
+    except FileNotFoundError as error:
         raise PoolError(f"Manifest {path} can't be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (PoolError, KeyError, TypeError) as error:
         raise PoolError(f"{path} is no pool manifest: {error}.") from error
     if version != MANIFEST_VERSION:
         raise PoolError(
@@ -213,20 +223,36 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
         )
     if not places:
         raise PoolError(f"Manifest {path} lists no expert.")
-    for place, record in places:
+    for named, record in places:
+        place = local_folder(named if HubReference.is_one(named) else path.parent / named)
         _check_hash(place, record)
         yield Expert.load(place)
 
 
 def _check_hash(place: Path, record: Mapping[str, Any]) -> None:
     for file, key in (
+        (LAYOUT.adapter_config, "config_sha256"),
         (LAYOUT.adapter_weights, "adapter_sha256"),
         (LAYOUT.vectors, "vectors_sha256"),
+        (LAYOUT.embeddings, "embeddings_sha256"),
     ):
         if record.get(key) and sha256_of(place / file) != record[key]:
             raise ExpertError(
                 f"Expert {record.get('name')!r} at {place}: {file} is not the one in the manifest."
             )
+
+
+def _missing(experts: Sequence[Expert], kind: str) -> str:
+    """What to say of the experts that lack gates (`kind` "gates") or means."""
+    without = [expert.name for expert in experts if not getattr(expert, kind)]
+    command = {"gates": "gate", "means": "measure"}[kind]
+    many = len(without) > 1
+    return (
+        f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "
+        f"{'have' if many else 'has'} no {kind}: run 'phatgoose {command}' with the data "
+        f"{'they were' if many else 'it was'} trained on, leave {'them' if many else 'it'} out, or "
+        f"use a router that needs none, such as arrow."
+    )
 
 
 def _same_base(one: BaseReference, other: BaseReference) -> bool:

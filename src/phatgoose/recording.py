@@ -1,4 +1,7 @@
-"""What a routed model decided, token by token: filled by `record`, read by the analyses."""
+"""What a routed model decided, token by token: filled by `record` for a text at a time.
+
+Datasets are tallied instead (`phatgoose.analysis`), in memory that does not grow with them.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,11 @@ from .sites import Site, Stream
 
 __all__ = ["Recording", "Watcher"]
 
-# (site, experts [T, k], weights [T, k], mask of real tokens or None, shape of the token grid)
-Watcher = Callable[[Site, Tensor, Tensor, "Tensor | None", Sequence[int]], None]
+# (site, experts [T, k], weights [T, k], mask of real tokens or None, shape of the token grid, what
+# gives the probabilities [T, E] of the site's experts before top-k)
+Watcher = Callable[
+    [Site, Tensor, Tensor, "Tensor | None", Sequence[int], Callable[[], Tensor]], None
+]
 
 
 @dataclass
@@ -30,7 +36,13 @@ class Recording:
     streams: dict[str, Stream] = field(default_factory=dict)
 
     def add(
-        self, site: Site, experts: Tensor, weights: Tensor, real: Tensor | None, grid: Sequence[int]
+        self,
+        site: Site,
+        experts: Tensor,
+        weights: Tensor,
+        real: Tensor | None,
+        grid: Sequence[int],
+        _: Callable[[], Tensor],
     ) -> None:
         """Take in one pass through one site."""
         dense = torch.zeros(len(experts), len(self.experts))

@@ -30,11 +30,12 @@ class ResultStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._keys: dict[str, Mapping[str, Any]] = {}
         self._results: dict[str, Mapping[str, Any]] = {}
         for line in self._complete_lines():
             try:
                 record = json.loads(line)
-                self._results[_digest(record["key"])] = record["result"]
+                self._keep(record["key"], record["result"])
             except (ValueError, KeyError, TypeError) as error:
                 raise EvaluationError(
                     f"{self.path} is no file of results: {line[:40]!r} is no result. Move it away."
@@ -55,7 +56,15 @@ class ResultStore:
                 os.fsync(file.fileno())
         except OSError as error:
             raise EvaluationError(f"{self.path} can't be written: {error.strerror}.") from error
-        self._results[_digest(key)] = result
+        self._keep(key, result)
+
+    def items(self) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+        """(key, result) of all results, in the order in which they were first added."""
+        return ((key, self._results[digest]) for digest, key in self._keys.items())
+
+    def _keep(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
+        digest = _digest(key)
+        self._keys[digest], self._results[digest] = key, result
 
     def __len__(self) -> int:
         return len(self._results)

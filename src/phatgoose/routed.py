@@ -20,7 +20,7 @@ from .kernels import check_kernel
 from .kernels.mixed import mixed_factors
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .pool import Pool, SiteStack
-from .recording import Recording
+from .recording import Recording, Watcher
 from .routers import (
     MERGED,
     ArrowRouter,
@@ -38,7 +38,7 @@ from .scores import Scores, read_scores
 from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
 from .tasks import Example
 
-__all__ = ["Composition", "compose", "composition_of", "detach", "record", "serving"]
+__all__ = ["Composition", "compose", "composition_of", "detach", "record", "serving", "watch"]
 
 
 @dataclass
@@ -193,14 +193,24 @@ def record(model: PreTrainedModel) -> Iterator[Recording]:
 
     Raises RoutingError when `model` is not routed.
     """
-    parts = composition_of(model)
-    recording = Recording(parts.experts)
-    for layer in parts.layers.values():
-        layer.watcher = recording.add
-    try:
+    recording = Recording(composition_of(model).experts)
+    with watch(model, recording.add):
         yield recording
+
+
+@contextmanager
+def watch(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
+    """Tell `watcher` every routing decision of `model` while the context is open.
+
+    Raises RoutingError when `model` is not routed.
+    """
+    layers = composition_of(model).layers.values()
+    for layer in layers:
+        layer.watcher = watcher
+    try:
+        yield
     finally:
-        for layer in parts.layers.values():
+        for layer in layers:
             layer.watcher = None
 
 

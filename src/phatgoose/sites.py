@@ -192,7 +192,7 @@ class TokenMasks:
 
 
 def _unless_all_real(mask: Tensor | None) -> Tensor | None:
-    """`mask`, or None when it hides nothing; only a CPU is asked, others would have to be waited for."""
+    """`mask`, or None when it hides nothing. Only a CPU is asked; others would be waited for."""
     if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
         return mask
     return None if mask.all() else mask

@@ -26,14 +26,20 @@ from .config import Formatting, GateTraining, from_mapping
 from .embeddings import DEFAULT_EMBEDDER, embed_examples
 from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ConfigError, ExpertError, WrongBaseError
-from .expert import LAYOUT, Expert
+from .expert import LAYOUT, MOST_EMBEDDINGS, Expert
 from .sites import Site, find_sites, watch_inputs
 from .tasks import Task
 
-__all__ = ["Statistics", "at_full_strength", "mean_activations", "measure", "statistics_of"]
+__all__ = [
+    "Statistics",
+    "at_full_strength",
+    "check_base",
+    "mean_activations",
+    "measure",
+    "statistics_of",
+]
 
 TOKEN_BUDGET = 4096
-MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 
 
 def measure(
@@ -69,7 +75,7 @@ def measure(
     )
     _refuse_foreign_files(expert.directory)
     base = load_base(base) if isinstance(base, str) else base
-    _check_base(expert, base)
+    check_base(expert, base)
     recorded = expert.info.hyperparameters
     if seed is None:
         seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
@@ -212,7 +218,8 @@ def _refuse_foreign_files(directory: Path) -> None:
         )
 
 
-def _check_base(expert: Expert, base: Base) -> None:
+def check_base(expert: Expert, base: Base) -> None:
+    """Raise WrongBaseError unless `base` is the expert's; warn when the expert can't tell."""
     wanted = expert.info.base.fingerprint
     if wanted is None:
         warnings.warn(

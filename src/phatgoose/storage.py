@@ -48,7 +48,7 @@ def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = Fal
     target = Path(directory)
     if target.exists() and not overwrite:
         raise RoutingError(f"{target} exists already; choose another place or allow overwriting.")
-    with new_directory(target, RoutingError) as work:
+    with new_directory(target, RoutingError, overwrite=overwrite) as work:
         save_file(_tensors(parts), work / ROUTED_WEIGHTS)
         info = {
             "format_version": FORMAT_VERSION,

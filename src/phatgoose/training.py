@@ -37,7 +37,7 @@ from .fitting import FitReport, fit
 from .gates import Record, add_gates, openness
 from .sites import find_sites
 from .tasks import Task
-from .work import open_work
+from .work import discard_work, open_work
 
 __all__ = ["train_expert"]
 
@@ -95,6 +95,7 @@ def train_expert(
     lora, training = lora or Lora(), training or Training()
     gate_training, formatting = gate_training or GateTraining(), formatting or Formatting()
     if out.exists() and resume:
+        discard_work(out)
         return Expert.load(out)
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
@@ -108,27 +109,27 @@ def train_expert(
     # What can't be trained is refused here, before anything is written.
     task, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
     find_sites(base.model, lora.sites)
-    work = open_work(out, identity, resume=resume, restart=restart)
-    joint = gate_training.joint
-    adapter = _train_lora(base, task, encoder, work, lora, training, joint=joint)
-    record = Record(
-        hyperparameters=asdict(lora),
-        metrics=json.loads((work / REPORT).read_text(encoding="utf-8")),
-        gates=load_file(work / JOINT_GATES) if joint else None,
-    )
-    expert = add_gates(
-        base,
-        adapter,
-        task,
-        encoder,
-        out=out,
-        work=work,
-        training=training,
-        gate_training=gate_training,
-        name=name,
-        record=record,
-    )
-    shutil.rmtree(work)
+    with open_work(out, identity, resume=resume, restart=restart) as work:
+        joint = gate_training.joint
+        adapter = _train_lora(base, task, encoder, work, lora, training, joint=joint)
+        record = Record(
+            hyperparameters=asdict(lora),
+            metrics=json.loads((work / REPORT).read_text(encoding="utf-8")),
+            gates=load_file(work / JOINT_GATES) if joint else None,
+        )
+        expert = add_gates(
+            base,
+            adapter,
+            task,
+            encoder,
+            out=out,
+            work=work,
+            training=training,
+            gate_training=gate_training,
+            name=name,
+            record=record,
+        )
+        shutil.rmtree(work)
     return expert
 
 

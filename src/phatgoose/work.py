@@ -15,46 +15,82 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+
 from .errors import ConfigError, ExpertError, PhatgooseError
 
-__all__ = ["new_directory", "open_work", "write_text"]
+__all__ = ["discard_work", "new_directory", "open_work", "write_text"]
 
-IDENTITY = "run.json"
-
-
-def open_work(out: Path, identity: Mapping[str, Any], *, resume: bool, restart: bool) -> Path:
-    """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
-
-    `identity` tells the run apart: base, data and settings. Raises ExpertError when there is
-    unfinished work and neither `resume` nor `restart` is asked for, or the folder can't be written;
-    ConfigError when the work to resume has another identity.
-    """
-    work = out.parent / f".{out.name}.work"
-    file, content = work / IDENTITY, json.dumps(identity, indent=2)
-    if restart:
-        shutil.rmtree(work, ignore_errors=True)
-    if file.is_file():
-        if not resume:
-            raise ExpertError(
-                f"Unfinished work was found in {work}; use resume to continue it or restart to "
-                f"throw it away."
-            )
-        if file.read_text(encoding="utf-8") != content:
-            raise ConfigError(
-                f"The unfinished work in {work} had other settings, data or another base; repeat "
-                f"them, or use restart to throw it away."
-            )
-        return work
-    write_text(file, content, ExpertError)
-    return work
+IDENTITY, LOCK = "run.json", "lock"
+WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
 
 
 @contextmanager
-def new_directory(target: Path, error: type[PhatgooseError]) -> Iterator[Path]:
+def open_work(
+    out: Path, identity: Mapping[str, Any], *, resume: bool, restart: bool
+) -> Iterator[Path]:
+    """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
+
+    `identity` tells the run apart: base, data and settings. While the context is open no other
+    process can have the folder; a process that is killed gives it up. Raises ExpertError when there
+    is unfinished work and neither `resume` nor `restart` is asked for, another process is at it, or
+    the folder can't be written; ConfigError when the work to resume has another identity.
+    """
+    work = _work_of(out)
+    file, content = work / IDENTITY, json.dumps(identity, indent=2)
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work / LOCK)
+        with lock.acquire(timeout=0):
+            if restart:
+                _empty(work)
+            if not file.is_file():
+                write_text(file, content, ExpertError)
+            elif not resume:
+                raise ExpertError(
+                    f"Unfinished work was found in {work}; use resume to continue it or restart to "
+                    f"throw it away."
+                )
+            elif file.read_text(encoding="utf-8") != content:
+                raise ConfigError(
+                    f"The unfinished work in {work} had other settings, data or another base; "
+                    f"repeat them, or use restart to throw it away."
+                )
+            yield work
+    except Timeout as problem:
+        raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
+    except WRITING_ERRORS as problem:
+        raise ExpertError(f"{out} can't be written: {_reason(problem)}.") from problem
+
+
+def discard_work(out: Path) -> None:
+    """Remove what a run that was killed between finishing `out` and tidying up left beside it."""
+    shutil.rmtree(_work_of(out), ignore_errors=True)
+
+
+def _work_of(out: Path) -> Path:
+    return out.parent / f".{out.name}.work"
+
+
+def _empty(work: Path) -> None:
+    """Remove everything in `work` but its lock."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+@contextmanager
+def new_directory(
+    target: Path, error: type[PhatgooseError], *, overwrite: bool = False
+) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
 
-    A `target` that exists is replaced, and kept if that fails. Raises `error` when something can't
-    be written.
+    With `overwrite` a `target` that exists is replaced, and kept if that fails. Raises `error` when
+    it exists without `overwrite`, even if another process has just made it, and when something
+    can't be written.
     """
     work = old = None
     try:
@@ -63,7 +99,7 @@ def new_directory(target: Path, error: type[PhatgooseError]) -> Iterator[Path]:
         yield work
         _open_to_readers(work)
         try:
-            if target.exists():
+            if overwrite and target.exists():
                 old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
                 os.rename(target, old / target.name)
             os.rename(work, target)
@@ -71,8 +107,10 @@ def new_directory(target: Path, error: type[PhatgooseError]) -> Iterator[Path]:
             if old is not None and (old / target.name).exists():
                 os.rename(old / target.name, target)
             raise
-    except OSError as problem:
-        raise error(f"{target} can't be written: {problem.strerror or problem}.") from problem
+    except WRITING_ERRORS as problem:
+        if not overwrite and target.exists():
+            raise error(f"{target} exists already; choose another place.") from problem
+        raise error(f"{target} can't be written: {_reason(problem)}.") from problem
     finally:
         for folder in (work, old):
             if folder is not None:
@@ -87,7 +125,11 @@ def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
         unfinished.write_text(content, encoding="utf-8")
         os.replace(unfinished, path)
     except OSError as problem:
-        raise error(f"{path} can't be written: {problem.strerror or problem}.") from problem
+        raise error(f"{path} can't be written: {_reason(problem)}.") from problem
+
+
+def _reason(problem: Exception) -> str:
+    return str(getattr(problem, "strerror", None) or problem)
 
 
 def _open_to_readers(folder: Path) -> None:

@@ -12,23 +12,23 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import PreTrainedModel
 
+from ..analysis import analyse
 from ..bases import Base, load_base
 from ..comparison import compare
 from ..config import GateTraining, Lora, Training
 from ..embeddings import can_embed
 from ..pool import Pool
-from ..recording import Recording
-from ..routed import compose, record
+from ..routed import compose
 from ..storage import save
 from ..suites import Entry, Suite
 from ..tasks import Task, load_task
 from ..training import train_expert
+from .analysis_tables import routers_table
 from .comparison_tables import datasets_table
 from .demo_tasks import held_out_rows, training_rows
-from .figures import usage_heat_map
 from .generation import Sampling, answer, coloured
+from .report import write_report
 
 __all__ = ["run_demo"]
 
@@ -40,6 +40,7 @@ TRAINING = Training(
 )
 GATES = GateTraining(gate_steps=16, gate_learning_rate=5e-3, statistics_examples=32)
 EVALUATED = 60  # examples of each unseen task
+READ = 16  # examples of each whose tokens are followed
 PROMPT = "Nina saw seven ducks and two herons. Is a heron a bird, a fruit or a tool? Answer:"
 
 
@@ -63,10 +64,11 @@ def run_demo(base_name: str, out: Path) -> None:
     routed = answer(model, base.tokenizer, PROMPT, sampling=Sampling(12), record=True)
     console.print(coloured(routed, base.tokenizer))
     console.print("[bold]5. Where the tokens of each unseen task went[/]")
-    usage = {task.name: _usage(model, base, task) for task in unseen}
-    usage_heat_map(usage, pool.names, out / "routing.png")
+    analysis = analyse(model, unseen, tokenizer=base.tokenizer, limit=READ, score=False)
+    console.print(routers_table(analysis))
+    report = write_report(analysis, out / "analysis")
     save(model, out / "routed", overwrite=True)
-    console.print(f"Heat map -> {out / 'routing.png'}   tables -> {out / 'comparison.md'}")
+    console.print(f"Report -> {report}   tables -> {out / 'comparison.md'}")
     console.print(f"Routed model -> {out / 'routed'} (try: phatgoose generate {out / 'routed'} …)")
     console.print(f"Done in {time.monotonic() - begun:.0f} s.")
 
@@ -102,14 +104,3 @@ def _suite(tasks: list[Task]) -> Suite:
         return Entry(task.name, lambda _: task)
 
     return Suite("unseen", tuple(map(entry, tasks)))
-
-
-def _usage(model: PreTrainedModel, base: Base, task: Task) -> dict[str, torch.Tensor]:
-    """Mean routing weights over the prompts of a task, by site."""
-    recording: Recording
-    with record(model) as recording, torch.inference_mode():
-        for example in task.test[:16]:
-            ids = base.tokenizer(example.input, return_tensors="pt").input_ids
-            extra = {"decoder_input_ids": ids[:, :1]} if base.is_encoder_decoder else {}
-            model(input_ids=ids.to(model.device), use_cache=False, **extra)
-    return recording.usage()

@@ -15,7 +15,7 @@ from ..errors import TaskError
 from ..recording import Recording
 from ..routed import record as record_routing
 
-__all__ = ["Answer", "Sampling", "answer", "coloured"]
+__all__ = ["Answer", "Sampling", "answer", "coloured", "expert_style"]
 
 # Paul Tol's "bright" colours: colour-blind readers can tell them apart, and so can terminals of 16
 # colours, where each of them falls on another one.
@@ -93,16 +93,16 @@ def coloured(result: Answer, tokenizer: PreTrainedTokenizerBase) -> Text:
     for position, token in enumerate(result.tokens):
         if token in tokenizer.all_special_ids:
             continue
-        style = _style(top[position]) if position < len(top) else ""
+        style = expert_style(top[position]) if position < len(top) else ""
         weight = " bold" if position >= result.prompt_length else ""
         text.append(tokenizer.decode([token]), style=style + weight)
     text.append("\n\n")
     for index in sorted(set(top)):
-        text.append(f" {names[index]} ", style=f"reverse {_style(index)}")
+        text.append(f" {names[index]} ", style=f"reverse {expert_style(index)}")
         text.append(" ")
     return text
 
 
-def _style(expert: int) -> str:
+def expert_style(expert: int) -> str:
     """A colour per expert; after seven the colours come again, underlined."""
     return COLOURS[expert % len(COLOURS)] + (" underline" if expert >= len(COLOURS) else "")

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only"),
-    *("-fopenmp", "-shared", "-fPIC"),
+    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp", "-shared", "-fPIC"),  # no -ffast-math: linking it turns subnormals off for all
 )
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 POINTER, INDEX = ctypes.c_void_p, ctypes.c_int64
@@ -80,7 +80,7 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
 
     `vectors` [E, n] are those of the experts, in the type of `u`. With `eps` the affinity is
     v̄ᵀu / (sqrt(var(u) + eps) √n) as in `ScoredRouter`, with None |vᵀu| as in `ArrowRouter`. Returns
-    experts [T, k] int64, best first, of equals the first, and weights [T, k] float32, their softmax.
+    experts [T, k] int64, best first, of equals the first, and weights [T, k] float32: the softmax.
     """
     u, vectors = u.contiguous(), vectors.contiguous()
     tokens, (E, n) = u.shape[0], vectors.shape

@@ -164,6 +164,7 @@ class LookedUpRouter(nn.Module):
         position[experts.cpu()] = torch.arange(len(experts))
         self.register_buffer("position", position, persistent=False)
         self.lookup = lookup
+        self.experts = len(experts)
 
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for u [T, n]: T / rows tokens in turn for each row; k is 1.
@@ -179,3 +180,9 @@ class LookedUpRouter(nn.Module):
             raise RoutingError(f"{len(u)} tokens can't be shared out to {len(rows)} inputs.")
         experts = self.position[rows.to(u.device)].repeat_interleave(len(u) // len(rows))
         return RoutingDecision(experts.clamp(min=0)[:, None], (experts >= 0).float()[:, None])
+
+    def distribution(self, u: Tensor) -> Tensor:
+        """1 for the row's expert, else 0, [T, E]; all 0 where it does not act at this site."""
+        decision = self(u)
+        zeros = torch.zeros(len(u), self.experts, device=u.device)
+        return zeros.scatter(1, decision.experts, decision.weights)

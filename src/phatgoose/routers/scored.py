@@ -69,6 +69,10 @@ class VectorRouter(nn.Module):
         chosen = self.affinities(u).topk(self.k, dim=-1)
         return RoutingDecision(chosen.indices, chosen.values.softmax(dim=-1))
 
+    def distribution(self, u: Tensor) -> Tensor:
+        """The softmax of the affinities over all experts, before top-k, [T, E]."""
+        return self.affinities(u).softmax(dim=-1)
+
 
 class ScoredRouter(VectorRouter):
     """The top k of the affinities v̄ᵀū, softmax of α/√n over those k (METHOD section 4).

@@ -28,6 +28,10 @@ class UniformRouter(nn.Module):
         experts = torch.arange(self.experts, device=u.device).expand(len(u), -1)
         return RoutingDecision(experts, torch.full(experts.shape, self.weight, device=u.device))
 
+    def distribution(self, u: Tensor) -> Tensor:
+        """The weights themselves, [T, E]."""
+        return torch.full((len(u), self.experts), self.weight, device=u.device)
+
 
 class RandomRouter(nn.Module):
     """k different experts drawn for each token, with equal weights: the floor of a comparison.
@@ -50,3 +54,7 @@ class RandomRouter(nn.Module):
         lots = torch.rand(len(u), self.experts, generator=self._generator)
         experts = lots.topk(self.k, dim=-1).indices.to(u.device)
         return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
+
+    def distribution(self, u: Tensor) -> Tensor:
+        """The chance of each expert to be drawn, 1/E, [T, E]; nothing is drawn."""
+        return torch.full((len(u), self.experts), 1 / self.experts, device=u.device)

@@ -33,7 +33,9 @@ def register(app: typer.Typer) -> None:
 @with_settings(Routing, Formatting, without=("router", "expert"))
 def compare(
     *,
-    pool: Annotated[list[Path], typer.Argument(help="Folders of experts, or a manifest.")],
+    pool: Annotated[
+        list[Path], typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest.")
+    ],
     suites: Annotated[
         list[str],
         typer.Option(

@@ -65,7 +65,7 @@ OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the
 def register(app: typer.Typer) -> None:
     """Add the contributors' commands to `app`."""
     app.command("train", help="Train experts: LoRA, gates and statistics for each task.")(train)
-    app.command("gate", help="Train gates for a PEFT LoRA adapter that exists already.")(gate)
+    app.command("gate", help="Train gates for an adapter or an imported expert.")(gate)
     app.command("measure", help="Measure statistics for an expert that exists already.")(measure)
     app.command("check", help="Verify expert directories and name what is wrong.")(check)
 
@@ -148,12 +148,14 @@ def train(
     from ...bases import load_base
     from ...expert import Expert
     from ...training import train_expert
+    from ...work import discard_work
 
     _read_own_files(unfinished, training.seed)
     model = load_base(name, dtype=dtype)
     for number, task in enumerate(opened, 1):
         place = out / task.name
         if task not in unfinished:
+            discard_work(place)
             expert = Expert.load(place)
         else:
             expert = train_expert(
@@ -219,7 +221,9 @@ def _summary(expert: Expert) -> str:
 @with_settings(Training, GateTraining, Formatting)
 def gate(
     *,
-    adapter: Annotated[Path, typer.Argument(help="Folder of the PEFT LoRA adapter.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder of the PEFT LoRA adapter, or an imported expert.")
+    ],
     task: Annotated[str, typer.Option("--task", help="The data it was trained on.")],
     out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
     base: BaseOption = None,
@@ -238,15 +242,15 @@ def gate(
     formatting: Formatting,
 ) -> None:
     """Train gates for an existing adapter."""
-    if out.exists():
-        raise ExpertError(f"{out} exists already; choose another --out.")
-    from ...adapters import read_adapter_config
+    if out.exists() and not resume:
+        raise ExpertError(f"{out} exists already; choose another --out, or --resume.")
     from ...bases import load_base
+    from ...expert import base_named_in
     from ...gates import train_gates
     from ...tasks import load_task
 
     loaded = load_task(task, template=template, choices=choices)
-    named = read_adapter_config(adapter).get("base_model_name_or_path")
+    named = base_named_in(adapter)
     expert = train_gates(
         load_base(base or recipe.base or named or "smollm2", dtype=dtype),
         adapter,

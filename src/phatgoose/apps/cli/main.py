@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -14,13 +15,15 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
-from . import comparison, experts, routed
+from . import analysis, comparison, experts, routed, sharing
+from .consoles import plain
 
 __all__ = ["app", "main"]
 
 HELP = """Many independently trained PEFT experts, routed per token and module into one model.
 
-Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate, compare.
+Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate, compare,
+analyse.
 """
 
 INTERRUPTED = 130
@@ -32,8 +35,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 experts.register(app)
+sharing.register(app)
 routed.register(app)
 comparison.register(app)
+analysis.register(app)
 
 
 def _show_version(wanted: bool) -> None:
@@ -73,15 +78,20 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _complain(message: str) -> int:
-    line = " ".join(message.split())
     Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"[bold red]error:[/] {_plain(line)}"
+        f"[bold red]error:[/] {plain(message)}"
     )
     return 2
 
 
 def _quieten() -> None:
-    """Warnings as one line each, our own log lines as they are, no advice of other libraries."""
+    """Warnings as one line each, our own log lines as they are, no advice of other libraries.
+
+    Names of files that are no UTF-8 are printed as escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -92,12 +102,6 @@ def _quieten() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    line = " ".join(str(message).split())
     Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"[yellow]warning:[/] {_plain(line)}"
+        f"[yellow]warning:[/] {plain(str(message))}"
     )
-
-
-def _plain(text: str) -> str:
-    """Text that rich prints as it stands."""
-    return text.replace("[", r"\[")

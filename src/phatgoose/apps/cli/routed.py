@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ...config import Formatting, Recipe, Routing
 from ...errors import RoutingError
+from .consoles import plain
 from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
 from .flags import with_settings
 
@@ -23,7 +24,8 @@ ScoresOption = Annotated[
 ModelArgument = Annotated[
     str,
     typer.Argument(
-        help="A routed model's folder, a pool (folder or manifest), or a base model alone."
+        help="A routed model's folder, a pool (folder, hub:OWNER/NAME or manifest), or a base "
+        "model alone."
     ),
 ]
 KeepOption = Annotated[
@@ -46,7 +48,9 @@ def register(app: typer.Typer) -> None:
 
 
 def pool(
-    places: Annotated[list[Path], typer.Argument(help="Folders of experts, or a manifest.")],
+    places: Annotated[
+        list[Path], typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest.")
+    ],
     out: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option("--out", help="Write a manifest (.json) here."),
@@ -56,7 +60,7 @@ def pool(
     from ...pool import Pool
 
     opened = Pool.open(places[0] if len(places) == 1 else places)
-    table = Table(title=f"{len(opened)} experts for {opened.base.id}")
+    table = Table(title=plain(f"{len(opened)} experts for {opened.base.id}"))
     for column in ("expert", "sites", "ranks", "gates", "means", "embeddings", "folder"):
         table.add_column(column, overflow="fold")
     for expert in opened.experts:
@@ -67,7 +71,7 @@ def pool(
             "-".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))),
             *("yes" if part else "no" for part in (expert.gates, expert.means)),
             "no" if expert.embeddings is None else str(len(expert.embeddings)),
-            str(expert.directory),
+            plain(str(expert.directory)),
         )
     Console().print(table)
     if out:
@@ -78,7 +82,9 @@ def pool(
 @with_settings(Routing)
 def compose(
     *,
-    pool: Annotated[list[Path], typer.Argument(help="Folders of experts, or a manifest.")],
+    pool: Annotated[
+        list[Path], typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="Folder of the routed model.")],
     base: BaseOption = None,
     dtype: DtypeOption = "auto",

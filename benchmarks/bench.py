@@ -1,0 +1,175 @@
+"""What the rows share: sizes, the base model, pools of random experts, and models made of them."""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import phatgoose as pg
+from phatgoose.bases import Base, load_base
+from phatgoose.expert import LAYOUT
+from synthetic import random_pool
+
+__all__ = ["FULL", "SMOKE", "Bench", "Sizes", "twin", "words"]
+
+DTYPE = torch.bfloat16
+VOCABULARY = (
+    "the", "a", "green", "old", "ship", "tree", "rain", "went", "over", "under", "far", "home",
+    "and", "then", "sang", "slowly",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; `pools` are numbers of experts, E."""
+
+    rounds: int = 7
+    base: str = "smollm2"
+    rank: int = 16
+    k: int = 2
+    pools: tuple[int, ...] = (36, 166)
+    prefill: tuple[int, int] = (8, 128)
+    linears: tuple[tuple[int, int], ...] = ((2048, 2048), (2048, 5120))
+    linear_tokens: int = 1024
+    decoded_after: int = 64
+    decoded: int = 16
+    decoded_by_reference: int = 2
+    arrow_layers: tuple[int, ...] = (6, 1)  # of the base, for each of `pools`
+    ranked: int = 24
+    ranked_batch: int = 8
+    training_batch: int = 8
+    training_steps: int = 3
+    gate_steps: int = 8
+    growth: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
+    growth_width: int = 2048
+    calls: int = 10  # of one linear layer, in a row
+
+
+FULL = Sizes()
+SMOKE = Sizes(
+    rounds=2,
+    base="tiny",
+    rank=8,
+    pools=(3, 6),
+    prefill=(2, 8),
+    linears=((32, 32), (32, 64)),
+    linear_tokens=32,
+    decoded_after=4,
+    decoded=2,
+    decoded_by_reference=1,
+    arrow_layers=(2, 1),
+    ranked=4,
+    ranked_batch=2,
+    training_batch=2,
+    training_steps=2,
+    gate_steps=2,
+    growth=(4, 16),
+    growth_width=32,
+    calls=2,
+)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how much is measured; what is loaded once serves all rows."""
+
+    sizes: Sizes
+    pools: Path
+    _routed: dict[object, PreTrainedModel] = field(default_factory=dict, compare=False, repr=False)
+
+    @cached_property
+    def base(self) -> Base:
+        """The base model in bfloat16, never changed: routed models are made of twins of it."""
+        return load_base(self.base_name, dtype="bfloat16", device="cpu")
+
+    @property
+    def base_name(self) -> str:
+        """What `load_base` finds it by; the tiny one is made on first use."""
+        folder = self.pools / "tiny-base"
+        if self.sizes.base != "tiny":
+            return self.sizes.base
+        if not folder.is_dir():
+            _write_tiny_base(folder)
+        return str(folder)
+
+    def experts(self, count: int, base: Base | None = None, variant: str = "") -> list[Path]:
+        """The folders of `count` random experts for `base` (None: the bench's own).
+
+        They stay for the next run; `variant` names those of another base than the bench's.
+        """
+        folder = self.pools / (self.sizes.base + variant)
+        places = [folder / f"e{z:04}" for z in range(count)]
+        if not all((place / LAYOUT.info).is_file() for place in places):
+            random_pool(base or self.base, folder, count, self.sizes.rank)
+        return places
+
+    def routed(self, count: int, **options: str) -> PreTrainedModel:
+        """A twin of the base that is routed among `count` experts, by PHATGOOSE unless told.
+
+        It is kept for the rows to come.
+        """
+        key = (count, *sorted(options.items()))
+        if key not in self._routed:
+            pool = pg.Pool.open(self.experts(count))
+            self._routed[key] = pg.compose(pool, twin(self.base), k=self.sizes.k, **options)
+        return self._routed[key]
+
+    def prompts(self, rows: int, columns: int) -> dict[str, Tensor]:
+        """A batch of random tokens, all of them real."""
+        generator = torch.Generator().manual_seed(0)
+        most = self.base.model.config.vocab_size
+        tokens = torch.randint(3, most, (rows, columns), generator=generator)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def twin(base: Base, layers: int | None = None) -> Base:
+    """The base once more, to be changed: other modules, the same weights.
+
+    `layers` keeps the first so many blocks only.
+    """
+    model = base.model
+    tensors: Sequence[Tensor] = list(chain(model.parameters(), model.buffers()))
+    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    if layers is None:
+        return replace(base, model=copied)
+    copied.model.layers = nn.ModuleList(list(copied.model.layers)[:layers])
+    copied.config.num_hidden_layers = layers
+    short = f"sha256:{base.fingerprint.removeprefix('sha256:')[:56]}{layers:08}"
+    return replace(base, model=copied, id=f"{base.id} ({layers} blocks)", fingerprint=short)
+
+
+def words(generator: random.Random, count: int) -> str:
+    """A text of `count` random words."""
+    return " ".join(generator.choices(VOCABULARY, k=count))
+
+
+def _write_tiny_base(folder: Path) -> None:
+    """A random Llama of two small blocks that knows the words of VOCABULARY."""
+    special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    config = LlamaConfig(
+        vocab_size=len(VOCABULARY) + 3,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        **special,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(DTYPE).save_pretrained(folder)
+    known = {word: 3 + i for i, word in enumerate(VOCABULARY)}
+    inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, **known}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+    tokenizer.save_pretrained(folder)

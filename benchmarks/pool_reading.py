@@ -1,0 +1,113 @@
+"""From folders of experts to a routed model: time beside that of reading the bytes, and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import phatgoose as pg
+from bench import Bench, Sizes, twin
+from findings import Finding, at_most, row
+from measuring import peak_memory, ratio, side_by_side
+from phatgoose.expert import LAYOUT
+from phatgoose.routed import composition_of
+
+__all__ = ["measure_reading"]
+
+PACKED = "packed"
+
+
+@row("reading", "reading and stacking a pool")
+def measure_reading(bench: Bench) -> Iterator[Finding]:
+    """`Pool.open` and `compose`, and `load` of what `save` wrote, the base being loaded.
+
+    The files were read before: this is about the work, not about the disk.
+    """
+    sizes = bench.sizes
+    count = sizes.pools[-1]
+    folders, packed = bench.experts(count), bench.pools / f"{sizes.base}-{PACKED}"
+    base = twin(bench.base)
+
+    def compose() -> None:
+        pg.detach(pg.compose(pg.Pool.open(folders), base, k=sizes.k))
+
+    def load() -> None:
+        pg.detach(pg.load(packed, base))
+
+    pg.save(model := pg.compose(pg.Pool.open(folders), base, k=sizes.k), packed, overwrite=True)
+    stacked = _stacked_bytes(model)
+    pg.detach(model)
+    files = [
+        folder / name for folder in folders for name in (LAYOUT.adapter_weights, LAYOUT.vectors)
+    ]
+    contenders = {"bytes": lambda: read_bytes(files), "compose": compose, "load": load}
+    timings = side_by_side(contenders, sizes.rounds)
+    seconds = {name: timing.median for name, timing in timings.items()}
+    what = f"{sizes.base}, E = {count}, r = {sizes.rank}"
+    size = sum(file.stat().st_size for file in files) / 1e9
+    yield Finding.of(
+        f"{what}: open and compose / read the bytes",
+        ratio(timings["compose"], timings["bytes"]),
+        target=at_most(2),
+        floor=1.0,
+        note=f"{size:.2f} GB in {seconds['bytes']:.2f} s",
+        details={"seconds": seconds},
+    )
+    memory = peak_memory(_composing, sizes, bench.pools)
+    yield Finding(
+        f"{what}: peak memory / stacked size",
+        memory.peak / stacked,
+        target=at_most(1.15),
+        floor=1.0,
+        note=f"resident, mapped files included; without those {memory.own / stacked:.2f}",
+        details={"bytes": {"peak": memory.peak, "own": memory.own, "stacked": stacked}},
+    )
+    packed_timing = timings["load"]
+    yield Finding(
+        f"{what}: load of the packed form",
+        packed_timing.median,
+        target=at_most(2),
+        spread=(min(packed_timing.seconds), max(packed_timing.seconds)),
+        unit=" s",
+    )
+    memory = peak_memory(_loading, sizes, bench.pools)
+    yield Finding(
+        f"{what}: peak memory of that load / stacked size",
+        memory.peak / stacked,
+        note=f"resident, mapped files included; without those {memory.own / stacked:.2f}",
+        details={"bytes": {"peak": memory.peak, "own": memory.own, "stacked": stacked}},
+    )
+
+
+def read_bytes(files: Sequence[Path]) -> Tensor:
+    """The content of all files, one after the other, in fresh memory."""
+    content = torch.empty(sum(file.stat().st_size for file in files), dtype=torch.uint8)
+    place = memoryview(content.numpy())
+    for path in files:
+        with path.open("rb", buffering=0) as file:
+            while read := file.readinto(place):
+                place = place[read:]
+    return content
+
+
+def _stacked_bytes(model: PreTrainedModel) -> int:
+    """What the experts and their vectors take in a routed model."""
+    layers = composition_of(model).layers.values()
+    buffers = [buffer for layer in layers for buffer in layer.buffers()]
+    return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+
+def _composing(sizes: Sizes, pools: Path) -> Callable[[], PreTrainedModel]:
+    bench = Bench(sizes, pools)
+    base, folders = bench.base, bench.experts(sizes.pools[-1])
+    return lambda: pg.compose(pg.Pool.open(folders), base, k=sizes.k)
+
+
+def _loading(sizes: Sizes, pools: Path) -> Callable[[], PreTrainedModel]:
+    bench = Bench(sizes, pools)
+    base = bench.base
+    return lambda: pg.load(pools / f"{sizes.base}-{PACKED}", base)

@@ -1,0 +1,301 @@
+"""kill -9 at random moments of train, gate, import, push, pull, compose and compare.
+
+For each command and moment a process runs the command on a tiny base and is killed. Then what it
+was making must be complete or absent, and the same command, given again (with --resume where the
+command has it), must finish with the very result of an undisturbed run.
+
+    python benchmarks/reliability.py --moments 50 --out docs/reliability-counts.json
+
+Every command runs in a process forked from this one, which has loaded what the commands load, so
+that moments fall into their work. The Hub is tests/fake_hub.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+os.environ["TQDM_DISABLE"] = "1"
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+import torch
+from huggingface_hub import constants
+
+from conftest import make_model, make_tokenizer
+from fake_hub import serving_hub
+from phatgoose import comparison, gates, importing, training  # noqa: F401  loaded before forking
+from phatgoose.apps import comparison_tables  # noqa: F401
+from phatgoose.apps.cli import main as phatgoose
+from phatgoose.expert import LAYOUT, check_expert
+from phatgoose.hub import pull
+from phatgoose.storage import load
+
+FEW = "--batch-size 4 --steps 6 --gate-steps 6 --eval-every 2 --statistics-examples 4 --rank 2"
+GATES = "--batch-size 4 --gate-steps 30 --statistics-examples 4"
+
+
+@dataclass
+class Counts:
+    """What was found of one command after each kill, and after the command was given again."""
+
+    moments: int = 0
+    finished_before: int = 0
+    absent: int = 0
+    complete: int = 0
+    broken: int = 0
+    rerun_failed: int = 0
+    other_result: int = 0
+    seconds_undisturbed: float = 0.0
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A command, given again as `again`, and how its result in a folder is looked at.
+
+    `look` answers None when there is no result, otherwise what must not differ between runs; it
+    raises when the result is broken.
+    """
+
+    command: Callable[[Path], list[str]]
+    again: Callable[[Path], list[str]]
+    look: Callable[[Path], Any]
+
+
+def contents(folder: Path) -> dict[str, str] | None:
+    """The hashes of a folder's files, None when there is no such folder."""
+    if not folder.is_dir():
+        return None
+    return {path.name: sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())}
+
+
+def weights_of(expert: Path) -> Any:
+    """The hashes of an expert's tensors; its metrics hold speeds, which differ between runs."""
+    if not expert.exists():
+        return None
+    problems = check_expert(expert)
+    if problems:
+        raise ValueError(problems[0])
+    found = contents(expert) or {}
+    return {file: found.get(file) for file in (LAYOUT.adapter_weights, LAYOUT.vectors)}
+
+
+def routed_of(folder: Path) -> Any:
+    """The hashes of a routed model that loads."""
+    if not folder.exists():
+        return None
+    load(folder)
+    return contents(folder)
+
+
+def comparison_of(folder: Path) -> Any:
+    """The scores of a comparison; None when its tables are not written yet."""
+    results = folder / "results.jsonl"
+    if results.exists():
+        whole = results.read_bytes().rpartition(b"\n")[0]
+        for line in whole.splitlines():
+            json.loads(line)
+    table = folder / "comparison.json"
+    return json.loads(table.read_text()) if table.exists() else None
+
+
+def pushed_of(folder: Path) -> Any:
+    """What the hub has under the folder's name, pulled; None when it has no expert there."""
+    target = folder / "look"
+    shutil.rmtree(target, ignore_errors=True)
+    try:
+        pull(f"me/{folder.name}", target)
+    except Exception as error:
+        if "no expert" in str(error) or "404" in str(error):
+            return None
+        raise
+    found = contents(target)
+    shutil.rmtree(target)
+    return found
+
+
+def trials(world: Path) -> dict[str, Trial]:
+    """The commands that are killed, over the tiny world in `world`."""
+    base, task, suite = world / "base", world / "task.jsonl", world / "suite"
+    adapter, experts = world / "experts" / "first", world / "experts"
+    data = f"--base {base} --dtype float32"
+
+    def of(text: str, result: str = "") -> Callable[[Path], list[str]]:
+        return lambda folder: text.replace("OUT", str(folder / result)).split()
+
+    train = f"train {task} {data} {FEW} --out OUT"
+    gate = f"gate {adapter} --task {task} {data} {GATES} --out OUT"
+    imports = f"import {adapter} --base {base} --out OUT"
+    compose = f"compose {experts} {data} --out OUT"
+    compare = f"compare {experts} --suites {suite} --limit 6 {data} --out OUT"
+
+    def push(folder: Path) -> list[str]:
+        return ["push", str(adapter), f"me/{folder.name}"]
+
+    return {
+        "train": Trial(of(train), of(f"{train} --resume"), lambda f: weights_of(f / "task")),
+        "gate": Trial(
+            of(gate, "mine"), of(f"{gate} --resume", "mine"), lambda f: weights_of(f / "mine")
+        ),
+        "import": Trial(of(imports, "mine"), of(imports, "mine"), lambda f: weights_of(f / "mine")),
+        "push": Trial(push, push, pushed_of),
+        "pull": Trial(
+            of("pull me/there --out OUT", "mine"),
+            of("pull me/there --out OUT", "mine"),
+            lambda f: weights_of(f / "mine"),
+        ),
+        "compose": Trial(
+            of(compose, "routed"), of(compose, "routed"), lambda f: routed_of(f / "routed")
+        ),
+        "compare": Trial(of(compare), of(compare), comparison_of),
+    }
+
+
+def start(arguments: list[str], log: Path) -> int:
+    """The id of a process that runs the command, its output in `log`."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(stream, 1)
+        os.dup2(stream, 2)
+        warnings.simplefilter("ignore")
+        phatgoose(arguments)
+    except SystemExit as end:
+        sys.stdout.flush()
+        os._exit(int(end.code or 0))
+    except BaseException:
+        traceback.print_exc()
+    sys.stderr.flush()
+    os._exit(1)
+
+
+def finish(child: int) -> int:
+    """The exit status of a process, negative for the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def comparable(name: str, found: Any) -> Any:
+    """What of a result must be the same in every run: a comparison's times are not."""
+    if name != "compare" or found is None:
+        return found
+    return json.loads(
+        json.dumps(found), object_hook=lambda d: {k: v for k, v in d.items() if "second" not in k}
+    )
+
+
+def try_moment(
+    name: str, trial: Trial, folder: Path, moment: float, wanted: Any, n: Counts
+) -> None:
+    """Kill the command `moment` seconds after its start, look, give it again, look again."""
+    folder.mkdir()
+    log = folder.parent / f"{folder.name}.log"
+    child = start(trial.command(folder), log)
+    time.sleep(moment)
+    os.kill(child, signal.SIGKILL)
+    n.moments += 1
+    n.finished_before += finish(child) != -signal.SIGKILL
+    try:
+        found = trial.look(folder)
+        n.absent += found is None
+        n.complete += found is not None
+        if found is not None and comparable(name, found) != wanted:
+            n.other_result += 1
+    except Exception as error:
+        n.broken += 1
+        n.remarks.append(f"after {moment:.2f} s: {error}")
+        return
+    if found is not None and name in ("import", "pull", "compose"):
+        return  # it is there, and the command refuses to write over it
+    code = finish(start(trial.again(folder), log))
+    again = comparable(name, trial.look(folder)) if code == 0 else None
+    if code != 0 or again is None:
+        n.rerun_failed += 1
+        n.remarks.append(f"after {moment:.2f} s, again: {log.read_text()[-300:]}")
+    elif again != wanted:
+        n.other_result += 1
+        n.remarks.append(f"after {moment:.2f} s, again: another result")
+    shutil.rmtree(folder)
+
+
+def make_world(world: Path) -> None:
+    """A tiny base, a task, a suite and two experts in `world`, one of them on the hub too."""
+    make_model("llama").save_pretrained(world / "base")
+    make_tokenizer(final_eos=False).save_pretrained(world / "base")
+    rows = [
+        {"input": f"Film {i} is", "target": ("good", "bad")[i % 2], "choices": ["good", "bad"]}
+        for i in range(12)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (world / "suite").mkdir()
+    for path in ("task.jsonl", "first.jsonl", "second.jsonl", "suite/unseen.jsonl"):
+        (world / path).write_text(text)
+    tasks = [str(world / name) for name in ("first.jsonl", "second.jsonl")]
+    rest = f"--base {world / 'base'} --dtype float32 {FEW} --out {world / 'experts'}".split()
+    for command in (["train", *tasks, *rest], ["push", str(world / "experts/first"), "me/there"]):
+        log = world / "make.log"
+        if finish(start(command, log)) != 0:
+            raise SystemExit(log.read_text())
+
+
+def main() -> None:
+    """Kill, look, and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--moments", type=int, default=50, help="kills of each command")
+    parser.add_argument("--only", help="commands, with commas; default: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="write the counts here, as JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    draw = random.Random(options.seed)
+    counts: dict[str, Counts] = {}
+    with tempfile.TemporaryDirectory() as place, serving_hub() as hub:
+        world = Path(place)
+        constants.ENDPOINT = hub.url
+        constants.HUGGINGFACE_CO_URL_TEMPLATE = (
+            f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
+        constants.HF_HUB_CACHE = str(world / "cache")
+        make_world(world)
+        for name, trial in trials(world).items():
+            if options.only and name not in options.only.split(","):
+                continue
+            n = counts[name] = Counts()
+            whole = world / f"{name}-whole"
+            whole.mkdir()
+            begun = time.perf_counter()
+            if finish(start(trial.command(whole), world / "whole.log")) != 0:
+                raise SystemExit((world / "whole.log").read_text())
+            n.seconds_undisturbed = round(time.perf_counter() - begun, 2)
+            wanted = comparable(name, trial.look(whole))
+            for i in range(options.moments):
+                moment = draw.uniform(0, n.seconds_undisturbed)
+                try_moment(name, trial, world / f"{name}-{i}", moment, wanted, n)
+            print(name, json.dumps(asdict(n)), flush=True)
+    if options.out:
+        options.out.write_text(
+            json.dumps({k: asdict(v) for k, v in counts.items()}, indent=2) + "\n"
+        )
+    failed = sum(n.broken + n.rerun_failed + n.other_result for n in counts.values())
+    raise SystemExit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,115 @@
+"""The report: machine and commit, the table, and the JSON file that keeps all of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from findings import ROWS, Finding
+
+__all__ = ["circumstances", "table", "write_json"]
+
+LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
+HEAD = ("what", "target", "measured", "floor", "")
+
+
+def circumstances() -> dict[str, Any]:
+    """The machine, the commit and the libraries that numbers belong to."""
+    here = Path(__file__).parent
+    commit = _output("git", "-C", str(here), "rev-parse", "--short=9", "HEAD")
+    changed = _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": (commit or "unknown") + ("+changes" if changed else ""),
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": [round(load, 2) for load in os.getloadavg()],
+        "python": platform.python_version(),
+        **{name: version(name) for name in LIBRARIES},
+    }
+
+
+def table(found: Mapping[str, Sequence[Finding]], where: Mapping[str, Any]) -> str:
+    """The findings as a Markdown table, with a line about where they come from under it."""
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
+    lines += [f"| {' | '.join(cells)} |" for cells in _cells(found)]
+    lines += [
+        "",
+        f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads, bfloat16; commit "
+        f"{where['commit']}, {where['date'][:10]}; torch {where['torch']}, transformers "
+        f"{where['transformers']}, PEFT {where['peft']}, lm-eval {where['lm_eval']}. In brackets "
+        f"the lowest and highest of a round.",
+    ]
+    return "\n".join(lines)
+
+
+def write_json(
+    path: Path, found: Mapping[str, Sequence[Finding]], where: Mapping[str, Any]
+) -> None:
+    """Write the findings of each row with their circumstances.
+
+    Rows that an earlier run left in the file and that are not among `found` stay there.
+    """
+    rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for name, findings in found.items():
+        rows[name] = {**where, "findings": [_plain(finding) for finding in findings]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def _cells(found: Mapping[str, Sequence[Finding]]) -> Iterator[tuple[str, ...]]:
+    for name, findings in found.items():
+        for finding in findings:
+            low, high = finding.spread or (None, None)
+            spread = f" ({_number(low)}–{_number(high)})" if low is not None else ""
+            floor = "–" if finding.floor is None else _number(finding.floor) + finding.unit
+            remarks = [_verdict(finding), finding.note]
+            yield (
+                f"{ROWS[name].title}: {finding.case}",
+                f"{finding.target}{finding.unit}" if finding.target else "–",
+                f"{_number(finding.measured)}{finding.unit}{spread}",
+                floor,
+                "; ".join(remark for remark in remarks if remark),
+            )
+
+
+def _verdict(finding: Finding) -> str:
+    if finding.target is None:
+        return ""
+    return "met" if finding.target.met_by(finding.measured) else "**not met**"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def _plain(finding: Finding) -> dict[str, Any]:
+    met = finding.target.met_by(finding.measured) if finding.target else None
+    target = str(finding.target) if finding.target else None
+    return {**asdict(finding), "target": target, "met": met}
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip()

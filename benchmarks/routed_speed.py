@@ -1,0 +1,191 @@
+"""A routed model beside its base: prefill, one linear layer, decoding; and beside a loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from bench import DTYPE, Bench, twin
+from findings import Finding, at_least, at_most, row
+from floors import Work
+from measuring import Timing, ratio, side_by_side
+from phatgoose.layers import RoutedLinear
+from phatgoose.pool import SiteStack
+from phatgoose.routers import ScoredRouter, standardise
+from phatgoose.sites import Site
+
+__all__ = ["decoder", "prefill", "random_layer"]
+
+
+@row("prefill", "prefill, routed / base")
+def measure_prefill(bench: Bench) -> Iterator[Finding]:
+    """Logits of the last position for a batch of prompts without padding."""
+    sizes = bench.sizes
+    few, many = sizes.pools
+    lora = PeftModel.from_pretrained(
+        twin(bench.base).model, bench.experts(1)[0], autocast_adapter_dtype=False
+    )
+    batch = bench.prompts(*sizes.prefill)
+    timings = side_by_side(
+        {
+            "base": prefill(bench.base.model, batch),
+            "peft": prefill(lora, batch),
+            "few": prefill(bench.routed(few), batch),
+            "many": prefill(bench.routed(many), batch),
+        },
+        sizes.rounds,
+    )
+    work = Work.of(bench.base.model, sizes.rank)
+    base = work.base(1 / sizes.prefill[1])
+    what = f"{sizes.base}, {sizes.prefill[0]} × {sizes.prefill[1]} tokens"
+    note = f"base {timings['base'].median * 1e3:.0f} ms"
+    for name, count, target in (("few", few, 1.7), ("many", many, 2.2)):
+        yield Finding.of(
+            f"{what}, E = {count}",
+            ratio(timings[name], timings["base"]),
+            target=at_most(target),
+            floor=1 + work.routed(count, sizes.k) / base,
+            note=note,
+            details=_medians(timings),
+        )
+    yield Finding.of(
+        f"{what}, one PEFT LoRA, not merged",
+        ratio(timings["peft"], timings["base"]),
+        floor=1 + work.lora / base,
+        note="for comparison; issue 4 saw 1.15",
+    )
+
+
+@row("linear", "one linear layer, routed / base")
+def measure_linear(bench: Bench) -> Iterator[Finding]:
+    """One layer at T5-XL's sizes."""
+    sizes = bench.sizes
+    few, many = sizes.pools
+    for n, d in sizes.linears:
+        u = torch.randn(sizes.linear_tokens, n, dtype=DTYPE)
+        layers = {count: random_layer(n, d, count, sizes.rank, sizes.k) for count in sizes.pools}
+        contenders = {"base": _applied(layers[few].base, u)}
+        contenders |= {str(count): _applied(layer, u) for count, layer in layers.items()}
+        timings = side_by_side(contenders, sizes.rounds, calls=sizes.calls)
+        work = Work.at([layers[few].site], sizes.rank)
+        for count, target in ((few, 1.35), (many, 1.6)):
+            yield Finding.of(
+                f"{n}→{d}, {sizes.linear_tokens} tokens, E = {count}",
+                ratio(timings[str(count)], timings["base"]),
+                target=at_most(target),
+                floor=1 + work.routed(count, sizes.k) / work.base(),
+                note=f"base {timings['base'].median * 1e3:.1f} ms",
+                details=_medians(timings),
+            )
+
+
+@row("decoding", "decoding, routed / base")
+def measure_decoding(bench: Bench) -> Iterator[Finding]:
+    """Time per token with a KV cache, one prompt."""
+    sizes = bench.sizes
+    few, many = sizes.pools
+    models = {"base": bench.base.model, str(few): bench.routed(few), str(many): bench.routed(many)}
+    prompt = bench.prompts(1, sizes.decoded_after)
+    timings = side_by_side(
+        {name: decoder(model, prompt, sizes.decoded) for name, model in models.items()},
+        sizes.rounds,
+    )
+    work = Work.of(bench.base.model, sizes.rank)
+    for count, target in ((few, 1.6), (many, 1.8)):
+        yield Finding.of(
+            f"{sizes.base}, batch 1, {sizes.decoded} tokens, E = {count}",
+            ratio(timings[str(count)], timings["base"]),
+            target=at_most(target),
+            floor=1 + work.routed(count, sizes.k) / work.base(1),
+            note=f"base {timings['base'].median / sizes.decoded * 1e3:.1f} ms a token",
+            details=_medians(timings),
+        )
+
+
+@row("reference", "a loop over experts / routed, decoding")
+def measure_reference(bench: Bench) -> Iterator[Finding]:
+    """The kernel `reference`, which computes every expert as the released code does."""
+    sizes = bench.sizes
+    many, tokens = sizes.pools[-1], sizes.decoded_by_reference
+    prompt = bench.prompts(1, 2)  # the loop reads the prompt too, outside the clock
+    timings = side_by_side(
+        {
+            "loop": decoder(bench.routed(many, kernel="reference"), prompt, tokens),
+            "routed": decoder(bench.routed(many), prompt, tokens),
+        },
+        sizes.rounds,
+    )
+    work = Work.of(bench.base.model, sizes.rank)
+    base = work.base(1)
+    yield Finding.of(
+        f"{sizes.base}, batch 1, {tokens} tokens, E = {many}",
+        ratio(timings["loop"], timings["routed"]),
+        target=at_least(30),
+        floor=(base + work.dense(many)) / (base + work.routed(many, sizes.k)),
+        note="the floor is the ratio of multiply-adds",
+        details=_medians(timings),
+    )
+
+
+def prefill(model: PreTrainedModel | PeftModel, batch: dict[str, Tensor]) -> Callable[[], object]:
+    """An action: the logits of the last position."""
+
+    @torch.inference_mode()
+    def action() -> Tensor:
+        logits: Tensor = model(**batch, use_cache=False, logits_to_keep=1).logits
+        return logits
+
+    return action
+
+
+def decoder(model: PreTrainedModel, prompt: dict[str, Tensor], tokens: int) -> Callable[[], object]:
+    """An action: the next `tokens` tokens, greedily, the prompt's keys and values being there.
+
+    They are computed once, outside the action, and cut back to the prompt after it.
+    """
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        first = model(**prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    start = first.logits[:, -1:].argmax(-1)
+
+    @torch.inference_mode()
+    def action() -> None:
+        token = start
+        for _ in range(tokens):
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+        cache.crop(-tokens)
+
+    return action
+
+
+def random_layer(n: int, d: int, experts: int, rank: int, k: int) -> RoutedLinear:
+    """A linear layer [n] to [d] without bias, routed among random experts by random gates."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(DTYPE)
+
+    base = nn.Linear(n, d, bias=False, dtype=DTYPE)
+    stack = SiteStack(torch.arange(experts), normal(experts, rank, n), normal(experts, rank, d))
+    router = ScoredRouter(standardise(torch.randn(experts, n, generator=generator)), k, 1e-5)
+    router.to(DTYPE)
+    layer = RoutedLinear(base, Site("layer", n, d, "decoder"), stack, router, "auto", one_call=True)
+    return layer.requires_grad_(False)
+
+
+def _applied(layer: nn.Module, u: Tensor) -> Callable[[], object]:
+    @torch.inference_mode()
+    def action() -> Tensor:
+        y: Tensor = layer(u)
+        return y
+
+    return action
+
+
+def _medians(timings: dict[str, Timing]) -> dict[str, object]:
+    return {"seconds": {name: timing.median for name, timing in timings.items()}}

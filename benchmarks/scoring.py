@@ -1,0 +1,116 @@
+"""Rank classification: tokens computed, and time beside lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel
+
+import phatgoose as pg
+from bench import Bench, words
+from findings import Finding, at_least, at_most, row
+from measuring import ratio, side_by_side
+from phatgoose.encoding import Encoder
+from phatgoose.tasks import Example, Task
+
+__all__ = ["measure_ranking"]
+
+# A word is a token here. Inputs and choices are about as long as in T0's held-out and BIG-bench's
+# tasks: the inputs' median and spread, the deciles of the longest choice.
+MEDIAN_WORDS, LOG_SPREAD, SHORTEST, LONGEST = 69, 0.75, 8, 400
+CHOICES, CHOICE_WORDS = 4, (1, 1, 1, 1, 2, 3, 3, 6, 8, 11)
+
+
+@row("ranking", "rank classification")
+def measure_ranking(bench: Bench) -> Iterator[Finding]:
+    """`evaluate` and lm-eval's `HFLM` on the base model, the same examples with four choices.
+
+    A batch of `evaluate` holds at most as many tokens as the longest rows of HFLM's batch.
+    """
+    sizes, base = bench.sizes, bench.base
+    task = _task(sizes.ranked)
+    encoder = Encoder.of(base)
+    examples = task.evaluation_examples(None)
+    prompts = [len(encoder.prompt(example.input)) for example in examples]
+    choices = [
+        [len(encoder.target(example.input, choice)) for choice in example.choices]
+        for example in examples
+    ]
+    longest = max(prompt + max(each) for prompt, each in zip(prompts, choices, strict=True))
+    harness = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=sizes.ranked_batch)
+    requests = _requests(examples)
+
+    def ours() -> None:
+        pg.evaluate(base, task, token_budget=sizes.ranked_batch * longest)
+
+    def theirs() -> None:
+        harness.loglikelihood(requests, disable_tqdm=True)
+
+    with counted(base.model) as passed:
+        ours()
+        computed = sum(passed)
+    with counted(base.model) as passed:
+        theirs()
+        computed_by_harness = sum(passed)
+    one_pass = sum(prompts) + sum(map(sum, choices))
+    what = f"{sizes.base}, {len(examples)} examples, {CHOICES} choices"
+    yield Finding(
+        f"{what}: tokens computed / one pass over prompt and choices",
+        computed / one_pass,
+        target=at_most(1.1),
+        floor=(one_pass - len(examples) * CHOICES) / one_pass,
+        note="padding is computed too; the floor leaves out each choice's last token",
+        details={"computed": computed, "one_pass": one_pass, "hflm": computed_by_harness},
+    )
+    timings = side_by_side({"harness": theirs, "evaluate": ours}, sizes.rounds)
+    yield Finding.of(
+        f"{what}: HFLM / evaluate, batches of {sizes.ranked_batch}",
+        ratio(timings["harness"], timings["evaluate"]),
+        target=at_least(2),
+        floor=computed_by_harness / (one_pass - len(examples) * CHOICES),
+        note="the floor is the ratio of tokens, ours without padding; choices of one token HFLM "
+        "computes in one pass too",
+        details={"seconds": {name: timing.median for name, timing in timings.items()}},
+    )
+
+
+@contextmanager
+def counted(model: PreTrainedModel) -> Iterator[list[int]]:
+    """The number of tokens that enter the embedding of `model` in each pass, as it goes."""
+    passed: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(
+        lambda _, inputs, __: passed.append(inputs[0].numel())
+    )
+    try:
+        yield passed
+    finally:
+        handle.remove()
+
+
+def _task(examples: int) -> Task:
+    """Random examples with different choices."""
+    generator = random.Random(0)
+    rows = []
+    for _ in range(examples):
+        drawn = MEDIAN_WORDS * generator.lognormvariate(0, LOG_SPREAD)
+        text = words(generator, min(max(round(drawn), SHORTEST), LONGEST))
+        length, choices = generator.choice(CHOICE_WORDS), list[str]()
+        while len(choices) < CHOICES:
+            choice = words(generator, length)
+            choices += [choice] if choice not in choices else []
+        rows.append({"input": text, "target": choices[0], "choices": choices, "split": "test"})
+    return pg.load_task(rows, name="ranking")
+
+
+def _requests(examples: list[Example]) -> list[Instance]:
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return [
+        Instance("loglikelihood", {}, (example.input, f" {choice}"), index)
+        for example in examples
+        for index, choice in enumerate(example.choices)
+    ]

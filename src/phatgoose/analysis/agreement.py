@@ -1,0 +1,95 @@
+"""How often routers choose alike, token by token: their decisions are kept in files, not memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..sites import Site, Stream
+
+__all__ = ["Agreement", "DecisionFiles", "agreement"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What two routers have in common over `decisions` (tokens x sites where both act).
+
+    `first` is the share with the same expert of greatest weight, `overlap` the mean of sum over z
+    of min(w_z, w'_z), 1 where the weights are equal.
+    """
+
+    first: float
+    overlap: float
+    decisions: int
+
+
+class DecisionFiles:
+    """An observer (`reading.Observer`) that writes each pass to a file of its own in `folder`."""
+
+    def __init__(self, folder: Path, pool_index: Tensor) -> None:
+        """`pool_index[z]` is the index, among all routers' experts, of the model's expert z."""
+        self.folder, self.passes = folder, 0
+        self._pool_index = pool_index
+        self._tensors: dict[str, Tensor] = {}
+        folder.mkdir(parents=True)
+
+    def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
+        """All tokens are kept alike."""
+        self._tensors = {}
+
+    def add(
+        self,
+        site: Site,
+        experts: Tensor,
+        weights: Tensor,
+        real: Tensor | None,
+        grid: Sequence[int],
+        distribution: Callable[[], Tensor],
+    ) -> None:
+        """Keep the decisions about real tokens."""
+        keep = torch.ones(len(experts)).bool() if real is None else real.cpu().flatten().bool()
+        chosen = self._pool_index[experts.cpu()[keep]]
+        self._tensors[f"experts.{site.name}"] = chosen.to(torch.int16).contiguous()
+        self._tensors[f"weights.{site.name}"] = weights.cpu()[keep].half().contiguous()
+
+    def end_pass(self) -> None:
+        """Write the pass."""
+        save_file(self._tensors, self.folder / f"{self.passes:06}.safetensors")
+        self.passes += 1
+
+
+def agreement(first: Path, second: Path, pool_size: int) -> Agreement | None:
+    """The agreement of two routers that read the same batches, None if they share no site.
+
+    `first` and `second` are folders of `DecisionFiles`.
+    """
+    same, common, decisions = 0.0, 0.0, 0
+    for one, other in _pairs(first, second, pool_size):
+        best, second_best = one.argmax(dim=1), other.argmax(dim=1)
+        same += float((best == second_best).sum())
+        common += float(torch.minimum(one, other).sum())
+        decisions += len(one)
+    return Agreement(same / decisions, common / decisions, decisions) if decisions else None
+
+
+def _pairs(first: Path, second: Path, pool_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both routers' weights over the pool [T, E], for each pass and site where both act."""
+    for file in sorted(first.iterdir()):
+        one, other = load_file(file), load_file(second / file.name)
+        for key in one.keys() & other.keys():
+            if key.startswith("experts."):
+                site = key.removeprefix("experts.")
+                dense = [_dense(tensors, site, pool_size) for tensors in (one, other)]
+                # Routers that serve no expert to a token here have no choice to agree about.
+                decided = dense[0].any(dim=1) & dense[1].any(dim=1)
+                yield dense[0][decided], dense[1][decided]
+
+
+def _dense(tensors: Mapping[str, Tensor], site: str, pool_size: int) -> Tensor:
+    experts, weights = tensors[f"experts.{site}"], tensors[f"weights.{site}"]
+    return torch.zeros(len(experts), pool_size).scatter_add(1, experts.long(), weights.float())

@@ -1,0 +1,83 @@
+"""Scores against the size of the pool, from the finished cells of comparisons (METHOD section 6).
+
+Comparisons of smaller and larger pools with one `--out` leave cells of all of them in one file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..bootstrap import Sample
+from ..errors import EvaluationError
+from ..methods import METHODS
+from ..results import ResultStore
+
+__all__ = ["PoolSizeCurve", "pool_size_curves"]
+
+
+@dataclass(frozen=True)
+class PoolSizeCurve:
+    """A router's mean score over `datasets` in pools of growing size.
+
+    `scores` maps a size to the mean scores of the pools of that size.
+    """
+
+    label: str
+    datasets: tuple[str, ...]
+    scores: Mapping[int, tuple[float, ...]]
+
+
+def pool_size_curves(path: str | Path) -> list[PoolSizeCurve]:
+    """A curve for each router that the results at `path` have with at least two sizes of pool.
+
+    Each takes the datasets on which all its pools were scored, with the same examples. Where a cell
+    was computed by several versions of the code, the last one counts. Raises EvaluationError when
+    the file is missing or damaged, or holds no two sizes.
+    """
+    if not Path(path).is_file():
+        raise EvaluationError(f"Results {path} don't exist; wanted a results.jsonl of compare.")
+    lines: dict[str, dict[tuple[str, ...], dict[tuple[str, str], float]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
+    for key, result in ResultStore(path).items():
+        method = dict(key["method"])
+        members = tuple(sorted(method.pop("pool", ())))
+        if members and method.get("router") not in (None, "single"):
+            same = json.dumps([key["base"], key["dtype"], method], sort_keys=True)
+            lines[same][members][key["task"], key["examples"]] = _score(result)
+    curves = [_curve(json.loads(same)[2], pools) for same, pools in lines.items()]
+    found = [curve for curve in curves if curve is not None]
+    if not found:
+        raise EvaluationError(
+            f"{path} has no router with pools of two sizes on the same datasets; run 'phatgoose "
+            f"compare' with fewer experts into the same --out."
+        )
+    order = list(METHODS.values())
+    return sorted(found, key=lambda curve: order.index(curve.label.split(",")[0]))
+
+
+def _curve(
+    method: Mapping[str, Any], pools: Mapping[tuple[str, ...], Mapping[tuple[str, str], float]]
+) -> PoolSizeCurve | None:
+    common = set.intersection(*(set(cells) for cells in pools.values()))
+    scores: dict[int, list[float]] = defaultdict(list)
+    for members, cells in pools.items() if common else ():
+        scores[len(members)].append(sum(cells[cell] for cell in common) / len(common))
+    if len(scores) < 2:
+        return None
+    label = METHODS[method["router"]]
+    k = method.get("k")
+    return PoolSizeCurve(
+        label if k in (None, 2) else f"{label}, k = {k}",
+        tuple(sorted({task for task, _ in common})),
+        {size: tuple(scores[size]) for size in sorted(scores)},
+    )
+
+
+def _score(result: Mapping[str, Any]) -> float:
+    return Sample.of(result["metrics"], result["marks"]).score

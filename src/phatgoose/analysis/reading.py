@@ -1,0 +1,124 @@
+"""Reading a dataset with a routed model: prompt and right answer of every example, once each.
+
+All routers read the same tokens that way, so that their decisions can be compared token by token.
+(The released code's distributions take the answer that the model chose.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..encoding import Encoder, TokenPair, batches_of_tokens, pad_right
+from ..routed import serving, watch
+from ..sites import Site, Stream
+from ..tasks import Example
+
+__all__ = ["Observer", "pass_through", "read_examples"]
+
+
+class Observer(Protocol):
+    """Someone who is told which tokens pass and what becomes of them."""
+
+    def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
+        """Before each pass: 0 for a prompt's token, 1 for an answer's, [rows, tokens] by stream."""
+
+    def add(
+        self,
+        site: Site,
+        experts: Tensor,
+        weights: Tensor,
+        real: Tensor | None,
+        grid: Sequence[int],
+        distribution: Callable[[], Tensor],
+    ) -> None:
+        """At each site: a `recording.Watcher`."""
+
+    def end_pass(self) -> None:
+        """After each pass."""
+
+
+def read_examples(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    task: str,
+    examples: Sequence[Example],
+    observers: Sequence[Observer],
+    budget: int,
+) -> None:
+    """Pass every example's prompt and target through the routed `model`; tell `observers`.
+
+    A batch holds at most `budget` tokens, padding included. What follows from the target's last
+    token (the end of the sequence) is never read, as in scoring. Raises RoutingError when the model
+    is not routed, or has router oracle and no score of `task`.
+    """
+    pairs = [encoder.pair(example.input, example.target) for example in examples]
+    with serving(model, task, examples) as before_pass:
+        bar = tqdm(total=len(pairs), desc=f"routing of {task}", disable=None, leave=False)
+        for batch in batches_of_tokens([pair.length for pair in pairs], budget):
+            before_pass(batch)
+            pass_through(model, encoder, [pairs[index] for index in batch], observers)
+            bar.update(len(batch))
+        bar.close()
+
+
+def pass_through(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    pairs: Sequence[TokenPair],
+    observers: Sequence[Observer],
+) -> None:
+    """One pass of `pairs` through the routed `model`, in rows padded on the right."""
+    make = _seq2seq if encoder.is_encoder_decoder else _causal
+    inputs, parts = make(model, pairs, encoder.tokenizer.pad_token_id)
+    for observer in observers:
+        observer.begin_pass(parts)
+
+    def tell(*decision: Any) -> None:
+        for observer in observers:
+            observer.add(*decision)
+
+    with watch(model, tell), torch.inference_mode():
+        # A causal model's logits are not wanted; a whole vocabulary of them is most of the work.
+        reader = model if encoder.is_encoder_decoder else model.base_model
+        reader(**{name: rows.to(model.device) for name, rows in inputs.items()}, use_cache=False)
+    for observer in observers:
+        observer.end_pass()
+
+
+def _causal(
+    _: PreTrainedModel, pairs: Sequence[TokenPair], pad: int
+) -> tuple[dict[str, Tensor], dict[Stream, Tensor]]:
+    """(inputs, parts by stream) of prompt and target in one row."""
+    rows = [pair.prompt + pair.target[:-1] for pair in pairs]
+    parts = [[0] * len(pair.prompt) + [1] * (len(pair.target) - 1) for pair in pairs]
+    inputs = {
+        "input_ids": pad_right(rows, pad),
+        "attention_mask": pad_right([[1] * len(row) for row in rows], 0),
+    }
+    return inputs, {"decoder": pad_right(parts, 0)}
+
+
+def _seq2seq(
+    model: PreTrainedModel, pairs: Sequence[TokenPair], pad: int
+) -> tuple[dict[str, Tensor], dict[Stream, Tensor]]:
+    """(inputs, parts by stream): the prompt in the encoder, the target in the decoder."""
+    prompts = [pair.prompt for pair in pairs]
+    start = model.config.decoder_start_token_id
+    targets = [[start, *pair.target[:-1]] for pair in pairs]
+    inputs = {
+        "input_ids": pad_right(prompts, pad),
+        "attention_mask": pad_right([[1] * len(row) for row in prompts], 0),
+        "decoder_input_ids": pad_right(targets, pad),
+        "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
+    }
+    parts: dict[Stream, Tensor] = {
+        "encoder": torch.zeros_like(inputs["input_ids"]),
+        "decoder": torch.ones_like(inputs["decoder_input_ids"]),
+    }
+    return inputs, parts

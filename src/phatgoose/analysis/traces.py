@@ -1,0 +1,234 @@
+"""One text, token by token: which experts served it at every site, small enough for a web page.
+
+docs/analysis.md has the JSON form ("Traces"), which the token explorer of the report reads.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..encoding import Encoder, TokenPair
+from ..errors import RoutingError
+from ..routed import composition_of
+from ..sites import Site, Stream
+from .places import Place, place_of
+from .reading import pass_through
+from .tally import PARTS
+
+__all__ = ["Trace", "TraceStream", "trace"]
+
+Array = NDArray[np.float64]
+
+MOST_KEPT = 8  # experts kept per token and site; the others' weight is kept as a sum
+FULL = 255  # the whole weight of a token, in a byte
+
+
+@dataclass(frozen=True)
+class TraceStream:
+    """The tokens that pass one stack of a model, or all tokens of a model with one.
+
+    `tokens` are pieces of text, `parts` tells which belong to the prompt (0) and the answer (1).
+    `experts` [T, S, k] are indices of the experts of greatest weight at each of the `places`, best
+    first, and `weights` [T, S, k] their weights in 255ths. What the weights lack of 255 belongs to
+    experts that were cut off (`is_cut`), or to none.
+    """
+
+    name: str
+    tokens: tuple[str, ...]
+    parts: tuple[int, ...]
+    places: tuple[Place, ...]
+    experts: NDArray[np.uint16]
+    weights: NDArray[np.uint8]
+    is_cut: bool = False
+
+    def shares(self, pool_size: int, layer: str | None = None, kind: str | None = None) -> Array:
+        """Mean weight of each expert over the sites of a layer and a kind, [T, E]; None means all.
+
+        A kind may be given by its last words ("q_proj"). Raises RoutingError when there is no such
+        site, which `has` tells.
+        """
+        sites = self._sites(layer, kind)
+        if not sites:
+            layers = dict.fromkeys(place.layer_name for place in self.places)
+            kinds = dict.fromkeys(place.kind for place in self.places)
+            raise RoutingError(
+                f"No site has layer {layer or '(any)'} and kind {kind or '(any)'}; layers are "
+                f"{', '.join(layers)}, kinds {', '.join(kinds)}."
+            )
+        dense = np.zeros((len(self.tokens), pool_size))
+        rows = np.arange(len(self.tokens))[:, None, None]
+        np.add.at(dense, (rows, self.experts[:, sites]), self.weights[:, sites] / FULL)
+        return dense / len(sites)
+
+    def has(self, layer: str | None = None, kind: str | None = None) -> bool:
+        """True if there is a site of that layer and kind."""
+        return bool(self._sites(layer, kind))
+
+    def _sites(self, layer: str | None, kind: str | None) -> list[int]:
+        return [
+            index
+            for index, place in enumerate(self.places)
+            if layer in (None, place.layer_name)
+            and (kind is None or f".{place.kind}".endswith(f".{kind}"))
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        layers = list(dict.fromkeys(place.layer_name for place in self.places))
+        kinds = list(dict.fromkeys(place.kind for place in self.places))
+        return {
+            "name": self.name,
+            "layers": layers,
+            "kinds": kinds,
+            "sites": [[layers.index(p.layer_name), kinds.index(p.kind)] for p in self.places],
+            "kept": int(self.experts.shape[2]),
+            "is_cut": self.is_cut,
+            "tokens": list(self.tokens),
+            "parts": list(self.parts),
+            "experts": _base64(self.experts.astype("<u2")),
+            "weights": _base64(self.weights),
+        }
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One text's way through a routed model."""
+
+    experts: tuple[str, ...]
+    router: str
+    streams: tuple[TraceStream, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: what the token explorer reads."""
+        return {
+            "format": "phatgoose-trace-1",
+            "router": self.router,
+            "experts": list(self.experts),
+            "parts": list(PARTS),
+            "streams": [stream.to_dict() for stream in self.streams],
+        }
+
+
+def trace(
+    model: PreTrainedModel, encoder: Encoder, prompt: str, answer: str, router: str | None = None
+) -> Trace:
+    """The way of `prompt` and the `answer` after it through the routed `model`, read in one pass.
+
+    `router` is what the trace calls it; None means its name. Raises RoutingError when the model is
+    not routed.
+    """
+    parts = composition_of(model)
+    pair = encoder.pair(prompt, answer)
+    keeper = _TraceKeeper()
+    pass_through(model, encoder, [pair], [keeper])
+    streams = _streams(model, encoder, pair)
+    return Trace(
+        parts.experts,
+        router or parts.routing.router,
+        tuple(stream for stream in (keeper.stream(*each) for each in streams) if stream),
+    )
+
+
+def _streams(
+    model: PreTrainedModel, encoder: Encoder, pair: TokenPair
+) -> list[tuple[Stream, tuple[str, ...], tuple[int, ...]]]:
+    """(name, tokens as text, parts) of each stream."""
+    prompt, answer = pair.prompt, pair.target[:-1]
+    if encoder.is_encoder_decoder:
+        answer = [model.config.decoder_start_token_id, *answer]
+        return [
+            ("encoder", _pieces(encoder.tokenizer, prompt), (0,) * len(prompt)),
+            ("decoder", _pieces(encoder.tokenizer, answer), (1,) * len(answer)),
+        ]
+    marks = (0,) * len(prompt) + (1,) * len(answer)
+    return [("decoder", _pieces(encoder.tokenizer, prompt + answer), marks)]
+
+
+def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
+    """Each token's part of the text that all of them make, spaces included.
+
+    A character whose bytes are spread over several tokens is shown at the last of them; the others
+    show U+FFFD.
+    """
+    pieces, before = [], ""
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
+        unfinished = text.endswith("\ufffd")
+        whole = text.rstrip("\ufffd") if unfinished else text
+        grew = whole.startswith(before)
+        alone = str(tokenizer.decode([ids[end - 1]], clean_up_tokenization_spaces=False))
+        pieces.append((whole[len(before) :] if grew else alone) or ("\ufffd" if unfinished else ""))
+        before = whole
+    return tuple(pieces)
+
+
+class _TraceKeeper:
+    """An observer of one pass of one row."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[tuple[str, Tensor, Tensor, bool]]] = {}
+
+    def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
+        """Parts are known from the tokens."""
+
+    def end_pass(self) -> None:
+        """Nothing is left to do."""
+
+    def add(
+        self,
+        site: Site,
+        experts: Tensor,
+        weights: Tensor,
+        real: Tensor | None,
+        grid: Sequence[int],
+        distribution: Callable[[], Tensor],
+    ) -> None:
+        """Keep the experts of greatest weight."""
+        kept = weights.detach().float().cpu().topk(min(MOST_KEPT, weights.shape[1]), dim=1)
+        best = experts.cpu().gather(1, kept.indices)
+        is_cut = weights.shape[1] > MOST_KEPT
+        self._seen.setdefault(site.stream, []).append((site.name, best, kept.values, is_cut))
+
+    def stream(
+        self, name: Stream, tokens: tuple[str, ...], parts: tuple[int, ...]
+    ) -> TraceStream | None:
+        """What was kept of one stream, None if no site of it was passed."""
+        seen = self._seen.get(name)
+        if not seen:
+            return None
+        kept = max(best.shape[1] for _, best, _, _ in seen)
+        shape = (len(tokens), len(seen), kept)
+        experts, shares = np.zeros(shape, np.uint16), np.zeros(shape)
+        for index, (_, best, weights, _) in enumerate(seen):
+            experts[:, index, : best.shape[1]] = best.numpy()
+            shares[:, index, : best.shape[1]] = weights.numpy()
+        return TraceStream(
+            name,
+            tokens,
+            parts,
+            tuple(place_of(site) for site, _, _, _ in seen),
+            experts,
+            _in_bytes(shares),
+            any(is_cut for _, _, _, is_cut in seen),
+        )
+
+
+def _in_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
+    """Shares [.., k] in 255ths whose sum is the rounded sum of the shares.
+
+    Running sums are rounded, so that no share is off by more than one.
+    """
+    sums = np.rint(np.cumsum(shares, axis=-1).clip(0, 1) * FULL).astype(int)
+    return np.asarray(np.diff(sums, axis=-1, prepend=0), np.uint8)
+
+
+def _base64(array: NDArray[Any]) -> str:
+    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")

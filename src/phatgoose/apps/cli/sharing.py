@@ -1,0 +1,109 @@
+"""Commands of sharing: import, push, pull."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from .experts import BaseOption
+
+if TYPE_CHECKING:
+    from ...expert import Expert
+
+__all__ = ["register"]
+
+NameOption = Annotated[
+    Optional[str],  # noqa: UP045  typer reads annotations at run time, on Python 3.10 too
+    typer.Option("--name", help="The expert's name; default: the name of --out."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of sharing to `app`."""
+    app.command("import", help="Make an expert, without gates yet, of any PEFT LoRA adapter.")(
+        import_command
+    )
+    app.command("push", help="Publish an expert on the Hub, as one commit.")(push)
+    app.command("pull", help="Fetch an expert from the Hub.")(pull)
+
+
+def import_command(
+    source: Annotated[
+        str, typer.Argument(help="Folder of the PEFT adapter, or its Hub id (OWNER/NAME@REVISION).")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
+    base: BaseOption = None,
+    name: NameOption = None,
+    allow_loss: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--allow-loss",
+            help="Approximate adapters that are no LoRA (LoHa, LoKr, …) by one that may lose this "
+            "share of each update, such as 0.01.",
+        ),
+    ] = None,
+    fingerprint: Annotated[
+        bool,
+        typer.Option(
+            "--fingerprint",
+            help="Load the base's weights and record their fingerprint: you vouch that the adapter "
+            "was trained on them.",
+        ),
+    ] = False,
+) -> None:
+    """Import an adapter, or say by name what about it can't be routed."""
+    from ...importing import import_adapter
+
+    expert = import_adapter(
+        source, out, base=base, name=name, allow_loss=allow_loss, fingerprint=fingerprint
+    )
+    typer.echo(f"{_imported(expert)} -> {out}")
+    typer.echo(f"gates: 'phatgoose gate {out} --task ITS-DATA --out …', or --router arrow without")
+
+
+def _imported(expert: Expert) -> str:
+    """What an import came to, on one line."""
+    ranks = sorted({lora.A.shape[0] for lora in expert.lora.values()})
+    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
+    text = f"{expert.name}: {len(expert.lora)} sites, rank {span}"
+    record = expert.info.hyperparameters
+    if "converted_from" not in record:
+        return text
+    return (
+        f"{text}; approximates {record['converted_from']}, keeping {record['kept_of_update']:.4%} "
+        f"of its update, {record['kept_at_worst_site']:.4%} at the worst site"
+    )
+
+
+def push(
+    expert: Annotated[Path, typer.Argument(help="The expert directory.")],
+    reference: Annotated[
+        str, typer.Argument(help="OWNER/NAME on the Hub; /FOLDER inside it and @BRANCH if wanted.")
+    ],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private if it is new.")
+    ] = False,
+    message: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--message", help="The commit's message."),
+    ] = None,
+) -> None:
+    """Publish an expert; the token is huggingface_hub's (HF_TOKEN or 'hf auth login')."""
+    from ...hub import push as publish
+
+    typer.echo(f"{expert} -> {publish(expert, reference, private=private, message=message)}")
+
+
+def pull(
+    reference: Annotated[
+        str, typer.Argument(help="OWNER/NAME on the Hub, with /FOLDER and @REVISION if wanted.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
+) -> None:
+    """Fetch an expert and check it."""
+    from ...hub import pull as fetch
+
+    expert = fetch(reference, out)
+    typer.echo(f"{expert.name}: {len(expert.lora)} sites -> {out}")

@@ -1,0 +1,37 @@
+"""The files that pages are made of, as text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+__all__ = ["EXPLORER_CSS", "EXPLORER_JS", "asset", "inline_json", "render"]
+
+FOLDER = Path(__file__).parent
+EXPLORER_JS, EXPLORER_CSS = "explorer.js", "explorer.css"  # any page may use them; see explorer.js
+
+
+def asset(name: str) -> str:
+    """The content of one of the files beside this one."""
+    return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def inline_json(content: Any) -> str:
+    """`content` as JSON that may stand inside a `<script>` element, whatever texts are in it."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def render(template: str, **values: Any) -> str:
+    """The template of that name, filled; texts are escaped for HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(values)

@@ -1,0 +1,89 @@
+"""Adapters that are no LoRA but update linear layers, approximated by one (PEFT's convert_to_lora).
+
+LoHa, LoKr and the like add a matrix to the base weight. Its truncated singular value decomposition
+is a LoRA; what is cut off is lost, and stated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from .adapters import PEFT_PREFIX, LoraFactors, read_config, read_weights
+from .bases import load_base
+from .errors import ConfigError, ExpertError
+from .sites import find_sites
+from .skeletons import told_by_peft
+
+__all__ = ["Conversion", "convert"]
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An approximation: `factors` by site, and the share of the squared norm that they keep.
+
+    `kept` is that of all updates together, `least` that at the worst site.
+    """
+
+    factors: Mapping[str, LoraFactors]
+    kept: float
+    least: float
+
+
+def convert(folder: Path, base: str, allow_loss: float) -> Conversion:
+    """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
+
+    Energy is the squared Frobenius norm. Ranks are as small as that allows, each site's own. The
+    base's weights are loaded. Raises ConfigError unless 0 <= allow_loss < 1, ExpertError when a
+    tensor is missing or left over or PEFT can't convert the adapter.
+    """
+    if not 0 <= allow_loss < 1:
+        raise ConfigError(f"allow_loss is {allow_loss!r}, but must be from 0 to below 1.")
+    config, tensors = read_config(folder), read_weights(folder)
+    kind = config["peft_type"]
+    if config.get("modules_to_save") or config.get("bias", "none") != "none":
+        raise ExpertError(f"{folder} replaces modules or biases of the base beside its {kind}.")
+    model = load_base(base, dtype="float32").model
+    sites = find_sites(model)
+    with told_by_peft(f"{folder} can't be converted from {kind} to LoRA"):
+        adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
+        loaded = set_peft_model_state_dict(adapted, tensors)
+        missing = [name for name in loaded.missing_keys if adapted.base_model.prefix in name]
+        for name in [*missing, *loaded.unexpected_keys]:
+            raise ValueError(f"tensor {name} is {'missing' if name in missing else 'left over'}")
+        updates = _energies(adapted)
+        _, converted = convert_to_lora(adapted, rank=1.0 - allow_loss)
+    factors, energies = {}, {}
+    for site in updates:
+        if site not in sites:
+            raise ExpertError(
+                f"{folder} adapts {site}, which is no linear layer inside the blocks of {base!r}."
+            )
+        A, B = (converted[f"{PEFT_PREFIX}{site}.lora_{side}.weight"] for side in "AB")
+        factors[site] = LoraFactors(A, B, 1.0)
+        energies[site] = float((B.double() @ A.double()).square().sum())
+    shares = [energies[site] / updates[site] for site in updates if updates[site] > 0]
+    total = sum(updates.values())
+    return Conversion(
+        factors,
+        kept=min(sum(energies.values()) / total, 1.0) if total else 1.0,
+        least=min([*shares, 1.0]),
+    )
+
+
+def _energies(adapted: torch.nn.Module) -> dict[str, float]:
+    """The squared norm of each layer's update, by site."""
+    energies = {}
+    with torch.no_grad():
+        for name, layer in adapted.named_modules():
+            if isinstance(layer, BaseTunerLayer) and hasattr(layer, "get_delta_weight"):
+                update = layer.get_delta_weight(ADAPTER)
+                energies[name.removeprefix(PEFT_PREFIX)] = float(update.double().square().sum())
+    return energies

@@ -1,0 +1,149 @@
+"""What a LoRA config comes to on a base: PEFT's own answer, from a model without weights.
+
+PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
+exclude_modules, rank_pattern, alpha_pattern and rsLoRA; nothing of that is imitated here. The model
+is built on torch's meta device, once per distinct config.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .bases import load_skeleton
+from .errors import ExpertError
+from .files import one_line
+from .sites import find_sites
+
+__all__ = ["Skeleton", "Target", "resolve", "told_by_peft"]
+
+ADAPTER = "default"
+# What a config of strange values makes PEFT raise.
+PEFT_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    OSError,
+    re.error,
+)
+# The options that decide where a plain LoRA acts and how much; no other is handed to PEFT.
+OPTIONS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "fan_in_fan_out",
+    "task_type",
+)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that a config adapts: rank and scale there, and the layer's shape."""
+
+    rank: int
+    scale: float
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A base under a LoRA config, without weights: `targets` by site, in the model's order."""
+
+    model: PeftModel
+    targets: Mapping[str, Target]
+
+    def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` under the names that this transformers gives the layers, as PEFT loads them.
+
+        Raises ExpertError when PEFT can't convert them.
+        """
+        with told_by_peft("Its tensors can't be converted to this transformers"):
+            return dict(
+                convert_peft_adapter_state_dict_for_transformers(
+                    model=self.model,
+                    peft_config=self.model.peft_config[ADAPTER],
+                    adapter_state_dict=dict(tensors),
+                    adapter_name=ADAPTER,
+                )
+            )
+
+
+def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -> Skeleton:
+    """The base model named `base` under a plain LoRA `config` (as `read_adapter_config` gives it).
+
+    Only the base's own config is read or downloaded. Raises BaseModelError when it can't be found,
+    ExpertError when the config fits nothing there, or adapts what is no site.
+    """
+    options = {key: config[key] for key in OPTIONS if config.get(key) is not None}
+    return _resolve(base, revision, json.dumps(options, sort_keys=True))
+
+
+@lru_cache(maxsize=8)
+def _resolve(base: str, revision: str | None, options: str) -> Skeleton:
+    model = load_skeleton(base, revision=revision, offline=False)
+    sites = find_sites(model)
+    with told_by_peft(f"PEFT can't apply its config to {base!r}"):
+        lora = LoraConfig(**json.loads(options), init_lora_weights=False)
+        adapted = get_peft_model(model, lora)
+    if adapted.peft_config[ADAPTER].target_parameters:
+        raise ExpertError(
+            f"The adapter acts on layers of {base!r} that transformers 5 has fused into parameters "
+            f"({', '.join(sorted(adapted.peft_config[ADAPTER].target_parameters))}), which are no "
+            f"linear layers."
+        )
+    targets = {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        original = layer.get_base_layer()
+        if name not in sites or not isinstance(original, nn.Linear | Conv1D):
+            raise ExpertError(
+                f"The adapter acts on {name} ({type(original).__name__}), but sites are linear "
+                f"layers inside the blocks of {base!r}; embeddings and output layers are none."
+            )
+        targets[name] = Target(
+            rank=layer.r[ADAPTER],
+            scale=float(layer.scaling[ADAPTER]),
+            in_features=sites[name].in_features,
+            out_features=sites[name].out_features,
+        )
+    return Skeleton(adapted, targets)
+
+
+@contextmanager
+def told_by_peft(what: str) -> Iterator[None]:
+    """Whatever PEFT raises, as one ExpertError that begins with `what`; its warnings are kept in.
+
+    What PEFT warns of (fan_in_fan_out, tied layers) is settled by comparing tensors.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except PEFT_ERRORS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExpertError(f"{what}: {one_line(lines[0]).rstrip('.')}.") from error

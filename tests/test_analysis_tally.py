@@ -1,0 +1,234 @@
+"""Routing summed up as it passes, against recordings that keep every token."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from conftest import compose_by, make_ids
+from oracle import token_weights
+from phatgoose.analysis import RoutingTally, place_of, read_examples
+from phatgoose.analysis.reading import pass_through
+from phatgoose.analysis.tally import MEASURES
+from phatgoose.encoding import Encoder, TokenPair
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of, record, watch
+from phatgoose.routers import ROUTERS
+from phatgoose.tasks import Example
+
+
+def encoder_of(base):
+    return Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
+
+
+def new_tally(model):
+    parts = composition_of(model)
+    return RoutingTally(parts.experts, {s: layer.experts for s, layer in parts.layers.items()})
+
+
+def example(number):
+    return Example(f"Film {number} {'very ' * number}is", ("good", "bad indeed")[number % 2])
+
+
+EXAMPLES = [example(number) for number in range(5)]
+
+
+def tallied(model, base, examples=EXAMPLES, budget=4096):
+    tally = new_tally(model)
+    read_examples(model, encoder_of(base), "second", examples, [tally], budget)
+    return tally.profile
+
+
+def by_hand(model, base, pair):
+    """(weights, probabilities, parts) by site, of one example alone, without padding."""
+    prompt, answer = pair.prompt, pair.target[:-1]
+    distributions = {}
+
+    def see(site, experts, weights, real, grid, distribution):
+        dense = torch.zeros(len(weights), 4)
+        dense[:, composition_of(model).layers[site.name].experts] = distribution()
+        distributions[site.name] = dense
+
+    inputs = {"input_ids": torch.tensor([prompt + answer])}
+    parts = {"decoder": [0] * len(prompt) + [1] * len(answer)}
+    if base.is_encoder_decoder:
+        inputs = {"input_ids": torch.tensor([prompt])}
+        inputs["decoder_input_ids"] = torch.tensor([[0, *answer]])
+        parts = {"encoder": [0] * len(prompt), "decoder": [1] * (len(answer) + 1)}
+    with torch.no_grad():
+        with record(model) as recording:
+            model(**inputs)
+        with watch(model, see):
+            model(**inputs)
+    return {
+        site: (
+            recording.weights[site][0][0],
+            distributions[site],
+            torch.tensor(parts[recording.streams[site]]),
+        )
+        for site in recording.weights
+    }
+
+
+@pytest.mark.parametrize("budget", [1, 80, 4096])
+def test_a_tally_has_the_sums_of_all_tokens_however_they_are_batched(base, pool, budget):
+    model = compose(pool, base)
+    profile = tallied(model, base, budget=budget)
+    pairs = [encoder_of(base).pair(each.input, each.target) for each in EXAMPLES]
+    seen = [by_hand(model, base, pair) for pair in pairs]
+    assert profile.tokens.keys() == composition_of(model).layers.keys()
+    for site in profile.tokens:
+        weights, probabilities, parts = (torch.cat([s[site][i] for s in seen]) for i in range(3))
+        for part in (0, 1):
+            of_part = parts == part
+            assert profile.tokens[site][part] == of_part.sum()
+            for measure, rows in (("weight", weights), ("probability", probabilities)):
+                wanted = rows[of_part].sum(dim=0).numpy()
+                np.testing.assert_allclose(
+                    profile.sums[measure][site][part], wanted, atol=2e-3, rtol=1e-3
+                )
+            entropies = torch.special.entr(probabilities[of_part]).sum()
+            assert profile.entropies[site][part] == pytest.approx(entropies.item(), abs=5e-3)
+
+
+def test_chosen_and_first_are_counted(llama, llama_pool):
+    model = compose(llama_pool, llama, k=2)
+    profile = tallied(model, llama)
+    for site, tokens in profile.tokens.items():
+        chosen, first = (profile.sums[name][site].sum(axis=1) for name in ("chosen", "first"))
+        assert chosen.tolist() == pytest.approx((2 * tokens).tolist())
+        assert first.tolist() == pytest.approx(tokens.tolist())
+        assert (profile.sums["first"][site] <= profile.sums["chosen"][site] + 1e-9).all()
+
+
+def test_a_profile_does_not_grow_with_the_data(llama, llama_pool):
+    model = compose(llama_pool, llama)
+    few, many = tallied(model, llama), tallied(model, llama, EXAMPLES * 3)
+    for measure in MEASURES:
+        for site, rows in many.sums[measure].items():
+            assert rows.shape == few.sums[measure][site].shape == (2, 4)
+            np.testing.assert_allclose(rows, 3 * few.sums[measure][site], rtol=1e-3, atol=1e-3)
+    assert many.passed() == 3 * few.passed()
+
+
+def test_the_distribution_before_top_k_is_the_softmax_over_all(base, pool):
+    model = compose(pool, base, k=1)
+    inputs, got = {}, {}
+    for site, layer in composition_of(model).layers.items():
+        layer.register_forward_pre_hook(lambda _, args, site=site: inputs.update({site: args[0]}))
+
+    def see(site, experts, weights, real, grid, distribution):
+        got[site.name] = distribution()
+
+    ids = make_ids()
+    extra = {"decoder_input_ids": ids} if base.is_encoder_decoder else {}
+    with torch.no_grad(), watch(model, see):
+        model(input_ids=ids, **extra)
+    for site, distribution in got.items():
+        for row, u in zip(distribution, inputs[site].flatten(0, -2), strict=True):
+            wanted = token_weights(u, pool.experts, site, k=4)
+            assert row.tolist() == pytest.approx([wanted[z] for z in range(4)], abs=1e-5)
+
+
+@pytest.mark.usefixtures("toy_embedder")
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_has_a_distribution(llama, llama_pool, router):
+    model = compose_by(router, llama_pool, llama)
+    profile = tallied(model, llama)
+    for site, mean in profile.by_site("probability").items():
+        assert mean.sum() == pytest.approx(1, abs=1e-4), site
+    if router in ("oracle", "single", "best-individual", "retrieval", "merged"):
+        weight, probability = profile.whole("weight"), profile.whole("probability")
+        np.testing.assert_allclose(weight, probability, atol=1e-6)
+    if router in ("random", "merged"):
+        np.testing.assert_allclose(profile.whole("probability"), 0.25, atol=1e-6)
+    if router in ("oracle", "single", "best-individual"):
+        assert profile.token_entropy() == pytest.approx(0, abs=1e-6)
+
+
+def test_asking_for_distributions_changes_no_draw(llama, llama_pool):
+    model = compose(llama_pool, llama, router="random")
+    first, again = tallied(model, llama), tallied(model, llama)
+    np.testing.assert_array_equal(first.whole(), again.whole())
+
+
+def test_experts_absent_from_a_site_have_no_share_there(llama, make_expert):
+    everywhere = make_expert(llama, "everywhere")
+    attention = make_expert(llama, "attention", seed=1, target_modules=["q_proj"])
+    profile = tallied(compose(Pool((attention, everywhere)), llama), llama)
+    assert profile.by_site("probability")["model.layers.0.mlp.up_proj"].tolist() == [0, 1]
+    assert profile.by_site("probability")["model.layers.0.self_attn.q_proj"].all()
+
+
+def test_layers_kinds_and_the_whole_are_unweighted_means_over_sites(base, pool):
+    profile = tallied(compose(pool, base), base)
+    sites = profile.by_site("probability")
+    for name, mean in profile.by_layer("probability").items():
+        rows = [row for site, row in sites.items() if place_of(site).layer_name == name]
+        np.testing.assert_allclose(mean, np.mean(rows, axis=0))
+    for kind, mean in profile.by_kind("probability").items():
+        rows = [row for site, row in sites.items() if place_of(site).kind == kind]
+        np.testing.assert_allclose(mean, np.mean(rows, axis=0))
+    np.testing.assert_allclose(profile.whole("probability"), np.mean(list(sites.values()), axis=0))
+
+
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
+def test_prompts_are_the_encoders_and_answers_the_decoders(base, pool):
+    profile = tallied(compose(pool, base), base)
+    layers = {"encoder 0", "encoder 1", "decoder 0", "decoder 1"}
+    assert profile.by_layer().keys() == layers
+    of_prompts = profile.by_site(part="prompt")
+    assert {place_of(site).stack for site in of_prompts} == {"encoder", "decoder"}
+    crossing = [site for site in of_prompts if place_of(site).stack == "decoder"]
+    assert crossing
+    assert all("EncDecAttention" in site for site in crossing)
+    assert all(place_of(site).stack == "decoder" for site in profile.by_site(part="answer"))
+
+
+def test_an_answer_of_one_token_is_never_read_to_its_end(llama, llama_pool):
+    profile = tallied(compose(llama_pool, llama), llama, [Example("abc", "")])
+    assert (profile.passed("prompt"), profile.passed("answer")) == (3, 1)  # the space before it
+
+
+def test_profiles_add_up_and_spread_over_larger_pools(llama, llama_pool):
+    model = compose(llama_pool, llama)
+    one, other = tallied(model, llama, EXAMPLES[:2]), tallied(model, llama, EXAMPLES[2:])
+    both = tallied(model, llama)
+    np.testing.assert_allclose((one + other).whole(), both.whole(), atol=1e-5)
+    wide = both.over(["new", *reversed(both.experts)])
+    assert wide.whole()[0] == 0
+    np.testing.assert_array_equal(wide.whole()[1:][::-1], both.whole())
+    assert wide.token_entropy() == both.token_entropy()
+
+
+def test_reading_stops_watching(llama, llama_pool):
+    model = compose(llama_pool, llama)
+    tallied(model, llama)
+    assert all(layer.watcher is None for layer in composition_of(model).layers.values())
+
+
+def test_reading_changes_no_decision(llama, llama_pool):
+    model = compose(llama_pool, llama)
+    pair = TokenPair([5, 6, 7], [8, 9, 1])
+    with record(model) as recording, torch.no_grad():
+        model(input_ids=torch.tensor([[5, 6, 7, 8, 9]]))
+    tally = new_tally(model)
+    pass_through(model, encoder_of(llama), [pair], [tally])
+    for site, mean in recording.usage().items():
+        np.testing.assert_allclose(tally.profile.by_site()[site], mean, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("site", "stack", "layer", "kind"),
+    [
+        ("model.layers.7.self_attn.q_proj", "", 7, "self_attn.q_proj"),
+        ("transformer.h.11.mlp.c_fc", "", 11, "mlp.c_fc"),
+        ("encoder.block.3.layer.0.SelfAttention.q", "encoder", 3, "SelfAttention.q"),
+        ("decoder.block.2.layer.1.EncDecAttention.k", "decoder", 2, "EncDecAttention.k"),
+        ("odd.name", "", -1, "odd.name"),
+    ],
+)
+def test_places_are_read_off_names(site, stack, layer, kind):
+    place = place_of(site)
+    assert (place.stack, place.layer, place.kind) == (stack, layer, kind)

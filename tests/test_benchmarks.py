@@ -1,0 +1,94 @@
+"""The benchmarks in their smoke sizes: every row is measured, told and written down."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
+
+RUN = Path(__file__).parent.parent / "benchmarks" / "run.py"
+ROWS = {
+    "prefill": 3,
+    "linear": 4,
+    "decoding": 2,
+    "reference": 1,
+    "arrow": 4,
+    "ranking": 2,
+    "reading": 4,
+    "training": 1,
+    "gates": 1,
+    "growth": 3,
+}
+FLOORLESS = ("memory", "packed")
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    quiet = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(RUN), "--threads", "1", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **quiet}, check=False
+    )
+
+
+def test_every_row_is_measured_told_and_written_down(tmp_path):
+    # One test, not five on a shared run: each of xdist's workers would do that run anew.
+    done = run(
+        "--smoke", "--rounds", "1", "--pools", str(tmp_path / "pools"), "--out", str(tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    (written,) = tmp_path.glob("*-smoke.json")
+    rows = json.loads(written.read_text(encoding="utf-8"))
+    assert {name: len(row["findings"]) for name, row in rows.items()} == ROWS
+    for name, row in rows.items():
+        check_row(name, row)
+    check_table(done.stdout, rows)
+    check_that_prompts_are_computed_once(rows["ranking"])
+    (figure,) = tmp_path.glob("*-growth.png")
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def check_row(name: str, row: dict) -> None:
+    assert {"commit", "cpu", "cores", "date", "torch", "peft"} <= row.keys()
+    assert row["threads"] == 1
+    for finding in row["findings"]:
+        assert math.isfinite(finding["measured"]), finding
+        assert name == "growth" or finding["measured"] > 0, finding
+        floorless = any(word in finding["case"] for word in FLOORLESS)
+        assert floorless or finding["floor"] is not None, finding
+
+
+def check_table(printed: str, rows: dict[str, dict]) -> None:
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + sum(ROWS.values())
+    cases = [finding["case"] for row in rows.values() for finding in row["findings"]]
+    assert all(any(case in line for line in lines) for case in cases)
+    assert "mean nothing" in printed
+
+
+def check_that_prompts_are_computed_once(ranking: dict) -> None:
+    details = ranking["findings"][0]["details"]
+    assert details["computed"] < details["hflm"]
+
+
+def test_the_arithmetic_floors_are_those_of_the_issue(monkeypatch):
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    from floors import Work
+    from phatgoose.bases import load_skeleton
+    from phatgoose.shapes import KNOWN_BASES
+
+    work = Work.of(load_skeleton(KNOWN_BASES["smollm2"]), rank=16)
+    floors = [1 + work.routed(experts, k=2) / work.base() for experts in (36, 166)]
+    assert floors == pytest.approx([1.14, 1.32], abs=0.01)
+
+
+def test_an_unknown_row_is_refused_by_name():
+    done = run("--rows", "prefill,nothing")
+    assert done.returncode == 2
+    assert "no row 'nothing'; there are prefill" in done.stderr

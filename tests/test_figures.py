@@ -1,0 +1,157 @@
+"""Figures: what is drawn, where, and what is left out of large pools."""
+
+from __future__ import annotations
+
+import re
+from itertools import combinations
+
+import numpy as np
+import pytest
+from matplotlib.colors import to_rgb
+
+from phatgoose.analysis.measures import correlation
+from phatgoose.analysis.pool_sizes import PoolSizeCurve
+from phatgoose.apps.figures import (
+    COLOURS,
+    Point,
+    dataset_matrix,
+    divergence_scatter,
+    heat_maps,
+    pool_size_figure,
+    svg_of,
+    usage_bars,
+    write_png,
+)
+from phatgoose.apps.report import EXPLORER_CSS, asset
+from routing_samples import make_profile, names_of
+
+
+def image_of(axes):
+    (image,) = axes.get_images()
+    return np.asarray(image.get_array())
+
+
+def labels_of(axes, which="y"):
+    return [label.get_text() for label in getattr(axes, f"get_{which}ticklabels")()]
+
+
+def test_a_heat_map_has_experts_down_and_layers_across():
+    profile = make_profile(5, layers=7)
+    figure = heat_maps({"reviews": profile})
+    panel = figure.axes[0]
+    assert labels_of(panel) == list(names_of(5))
+    for layer in range(7):
+        wanted = profile.by_layer()[str(layer)]
+        np.testing.assert_allclose(image_of(panel)[:, layer], wanted)
+
+
+def test_encoder_decoder_and_oracle_stand_beside_each_other():
+    profile = make_profile(4, ("encoder", "decoder"), layers=3)
+    figure = heat_maps({"a": profile, "b": profile}, oracle={"a": "paws", "b": "qasc"})
+    panels = [axes for axes in figure.axes if axes.get_images()][:6]
+    assert [axes.get_xlabel() for axes in panels[:3]] == ["encoder layer", "decoder layer", ""]
+    np.testing.assert_allclose(image_of(panels[1])[:, 2], profile.by_layer()["decoder 2"])
+    assert image_of(panels[2])[:, 0].tolist() == [0, 0, 1, 0]
+    assert image_of(panels[5])[:, 0].tolist() == [0, 0, 0, 1]
+    assert labels_of(panels[2], "x") == ["Oracle"]
+
+
+def test_large_pools_show_the_most_used_experts_and_say_so():
+    profile = make_profile(166, layers=4)
+    chosen = names_of(166)[17]
+    figure = heat_maps({"a": profile}, oracle={"a": chosen})
+    labels = labels_of(figure.axes[0])
+    assert len(labels) == 40
+    assert labels == sorted(labels)  # in the pool's order
+    assert chosen in labels
+    left = profile.whole()[[z for z, name in enumerate(names_of(166)) if name not in labels]].sum()
+    assert f"126 experts with {left:.0%}" in figure.axes[0].get_ylabel()
+    everyone = heat_maps({"a": profile}, most=166)
+    assert labels_of(everyone.axes[0]) == list(names_of(166))
+
+
+def test_layers_without_a_site_are_left_blank():
+    profile = make_profile(3, layers=4)
+    sites = [site for site in profile.tokens if ".2." not in site]
+    fewer = type(profile)(
+        profile.experts,
+        {site: profile.tokens[site] for site in sites},
+        {m: {site: rows[site] for site in sites} for m, rows in profile.sums.items()},
+        {site: profile.entropies[site] for site in sites},
+    )
+    image = image_of(heat_maps({"a": fewer}).axes[0])
+    assert np.ma.getmaskarray(np.ma.masked_invalid(image))[:, 2].all()
+    assert not np.isnan(np.ma.filled(image[:, [0, 1, 3]], np.nan)).any()
+
+
+def test_bars_are_ordered_by_the_first_router():
+    shares = {"one": np.array([0.2, 0.5, 0.3]), "other": np.array([0.6, 0.1, 0.3])}
+    figure = usage_bars(shares, ["a", "b", "c"])
+    assert labels_of(figure.axes[0]) == ["b", "c", "a"]
+    assert [bar.get_width() for bar in figure.axes[1].patches] == [0.1, 0.3, 0.6]
+
+
+def test_the_matrix_rings_oracles_expert_and_tells_numbers():
+    shares = {"x": np.array([0.25, 0.75]), "y": np.array([0.5, 0.5])}
+    panel = dataset_matrix(shares, ["a", "b"], oracle={"x": "b"}).axes[0]
+    assert {text.get_text() for text in panel.texts} == {"25", "75", "50"}
+    rings = {(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines}
+    assert rings == {(1, 0)}
+
+
+def test_the_scatter_names_datasets_and_tells_the_correlation():
+    points = [Point("a", 1.0, 0.5), Point("b", 2.0, 0.4), Point("c", 3.0, 0.45), Point("d", 4, 0.2)]
+    found = correlation([p.divergence for p in points], [p.score for p in points])
+    panel = divergence_scatter({"Arrow": points}, {"Arrow": found}).axes[0]
+    assert {text.get_text() for text in panel.texts} == {"a", "b", "c", "d"}
+    assert f"r = {found.pearson:.2f} [" in panel.get_title()
+    few = divergence_scatter({"Arrow": points[:2]}, {"Arrow": correlation([1, 2], [1, 2])})
+    assert "no correlation" in few.axes[0].get_title()
+
+
+def test_pool_size_curves_go_through_the_means():
+    curve = PoolSizeCurve("Arrow", ("x",), {2: (0.3, 0.5), 8: (0.6,)})
+    panel = pool_size_figure([curve]).axes[0]
+    assert panel.lines[0].get_xdata().tolist() == [2, 8]
+    np.testing.assert_allclose(panel.lines[0].get_ydata(), [40, 60])
+
+
+def test_a_png_is_written_on_white(tmp_path):
+    write_png(usage_bars({"one": np.array([0.2, 0.8])}, ["a", "b"]), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_svg_takes_the_pages_colour_and_keeps_its_ids_apart():
+    figure = usage_bars({"one": np.array([0.2, 0.8])}, ["a", "b"])
+    first, second = (svg_of(figure, name, 'who & "what" <it>') for name in ("f1", "f2"))
+    assert 'aria-label="who &amp; &quot;what&quot; &lt;it>"' in first
+    assert "currentColor" in first
+    assert "#010203" not in first
+    assert not set(re.findall(r'id="([^"]+)"', first)) & set(re.findall(r'id="([^"]+)"', second))
+    used = set(re.findall(r'(?:url\(#|href="#)([^")]+)', first))
+    assert used <= set(re.findall(r'id="([^"]+)"', first))
+    assert svg_of(figure, "f1", 'who & "what" <it>') == first
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1, on linear RGB.
+DEFICIENCIES = {
+    "protan": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deutan": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+}
+
+
+EXPLORER = dict(re.findall(r"--tx-(c\d): (#\w+);", asset(EXPLORER_CSS)))  # of the dark scheme
+PALETTES = {
+    "figures": COLOURS,
+    "explorer, dark": tuple(EXPLORER.values()),
+    "explorer, light": (*list(EXPLORER.values())[:-1], "#882255"),
+}
+
+
+@pytest.mark.parametrize("palette", PALETTES)
+@pytest.mark.parametrize("deficiency", DEFICIENCIES)
+def test_colours_differ_for_colour_blind_readers(deficiency, palette):
+    matrix, colours = np.array(DEFICIENCIES[deficiency]), PALETTES[palette]
+    assert len(set(colours)) == 7
+    seen = [np.clip(matrix @ np.array(to_rgb(c)) ** 2.2, 0, 1) ** (1 / 2.2) for c in colours]
+    assert min(np.linalg.norm(a - b) for a, b in combinations(seen, 2)) > 0.12

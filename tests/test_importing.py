@@ -1,0 +1,307 @@
+"""Importing adapters: the matrix of options and bases against PEFT's own logits; names; the Hub."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from conftest import (
+    assert_same_logits,
+    logits_of,
+    make_adapter,
+    make_ids,
+    make_model,
+    make_tokenizer,
+    peft_model,
+)
+from import_cases import CASES, KINDS, Case, NotInPeftError, write_case
+from phatgoose import skeletons
+from phatgoose.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.bases import BaseReference, load_base
+from phatgoose.config import GateTraining, Training
+from phatgoose.errors import BaseModelError, ConfigError, ExpertError, WrongBaseError
+from phatgoose.expert import check_expert
+from phatgoose.gates import train_gates
+from phatgoose.importing import import_adapter
+from phatgoose.pool import Pool
+from phatgoose.routed import compose
+from phatgoose.tasks import Example, Task
+
+DOCUMENT = Path(__file__).parent.parent / "docs" / "imports.md"
+MARKS = ("<!-- matrix -->\n", "<!-- end of matrix -->\n")
+TOLERANCE = 1e-5  # of the largest logit
+LOSSY_TOLERANCE = 2e-2  # --allow-loss 0 leaves out what float32 sums of squares don't notice
+
+
+def outcome_of(case: Case, kind: str, base_folder: Path, folder: Path) -> tuple[str, str]:
+    """The matrix's cell and reason: what import says, held against PEFT where it succeeds."""
+    try:
+        adapter = write_case(case, kind, base_folder, folder / "adapter")
+    except NotInPeftError:
+        return "–", ""
+    try:
+        expert = import_adapter(adapter, folder / "expert", allow_loss=case.allow_loss)
+    except ExpertError as error:
+        reason = str(error).replace(str(adapter), "it").replace(str(base_folder), "the base")
+        return "no", reason
+    assert check_expert(expert.directory) == []
+    ids = make_ids(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        wanted = logits_of(PeftModel.from_pretrained(make_model(kind), adapter), ids)
+        warnings.filterwarnings("ignore", message=".*taking .* on trust")
+        routed = compose(Pool((expert,)), make_model(kind), router="single", k=1)
+    lossy = case.allow_loss is not None
+    difference = (logits_of(routed, ids) - wanted).abs().max() / wanted.abs().max()
+    assert difference <= (LOSSY_TOLERANCE if lossy else TOLERANCE), f"{case.name} on {kind}"
+    for file in () if lossy else (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        assert (adapter / file).read_bytes() == (expert.directory / file).read_bytes()
+    return ("as LoRA" if lossy else "yes"), ""
+
+
+def row_of(case: Case, base_folders: dict[str, Path], folder: Path) -> str:
+    """The row of the matrix, with the first base's reason where several bases have one."""
+    cells = {kind: outcome_of(case, kind, base_folders[kind], folder / kind) for kind in KINDS}
+    reason = next((reason for _, reason in cells.values() if reason), "")
+    return "| " + " | ".join([case.name, *(cells[kind][0] for kind in KINDS), reason]) + " |"
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_option_is_imported_exactly_or_refused_as_the_document_says(
+    case, base_folders, tmp_path
+):
+    row = row_of(case, base_folders, tmp_path)
+    assert row in DOCUMENT.read_text(encoding="utf-8").splitlines(), (
+        f"docs/imports.md is stale; write it anew with: python {Path(__file__).name}. Wanted: {row}"
+    )
+
+
+def test_the_document_has_no_other_rows():
+    inside = DOCUMENT.read_text(encoding="utf-8").split(MARKS[0])[1].split(MARKS[1])[0]
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in inside.splitlines()[2:]]
+    assert rows == [case.name for case in CASES]
+
+
+def rewrite_document() -> None:
+    """Write the matrix in docs/imports.md anew."""
+    torch.set_num_threads(1)
+    before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(MARKS[0])
+    rows = ["| option | " + " | ".join(KINDS) + " | why not |", "|---" * (len(KINDS) + 2) + "|"]
+    with tempfile.TemporaryDirectory() as folder:
+        bases = {kind: Path(folder) / "bases" / kind for kind in KINDS}
+        for kind, place in bases.items():
+            make_model(kind).save_pretrained(place)
+            make_tokenizer(final_eos=kind == "t5").save_pretrained(place)
+        rows += [row_of(case, bases, Path(folder) / str(i)) for i, case in enumerate(CASES)]
+    after = rest.partition(MARKS[1])[2]
+    table = "\n".join(rows) + "\n"
+    DOCUMENT.write_text(before + MARKS[0] + table + MARKS[1] + after, encoding="utf-8")
+
+
+def make_tiny(kind: str, folder: Path) -> Path:
+    """A tiny base of an architecture whose layers transformers 5 has renamed or fused."""
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        num_local_experts=2,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer(final_eos=False).save_pretrained(folder)
+    return folder
+
+
+OLD_NAMES = {
+    "model.layers": "transformer.h",
+    "self_attn": "attn.attention",
+    "mlp.gate_proj": "mlp.c_fc_0",
+}
+
+
+def test_names_that_transformers_5_has_changed_are_changed_as_peft_does_it(tmp_path):
+    base = load_base(make_tiny("exaone", tmp_path / "base"), dtype="float32")
+    adapter = make_adapter(
+        base, tmp_path / "adapter", target_modules=["q_proj", "k_proj"], use_rslora=True
+    )
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    for new, old in OLD_NAMES.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    assert "base_model.model.transformer.h.0.attn.attention.q_proj.lora_A.weight" in tensors
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)
+    expert = import_adapter(adapter, tmp_path / "expert")
+    assert set(expert.lora) == {
+        f"model.layers.{i}.self_attn.{side}_proj" for i in (0, 1) for side in "qk"
+    }
+    wanted = logits_of(peft_model(base, adapter), make_ids())
+    again = logits_of(peft_model(base, expert.directory), make_ids())
+    assert not torch.allclose(wanted, logits_of(base.model, make_ids()))
+    torch.testing.assert_close(again, wanted)
+    with pytest.warns(UserWarning, match="on trust"):
+        routed = compose(Pool((expert,)), base, router="single", k=1)
+    assert_same_logits(logits_of(routed, make_ids()), wanted)
+
+
+def test_a_target_that_transformers_5_has_fused_is_refused_by_name(tmp_path):
+    base = load_base(make_tiny("mixtral", tmp_path / "base"), dtype="float32")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    assert set(import_adapter(adapter, tmp_path / "plain").lora) == {
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    }
+    set_config(adapter, target_modules=["q_proj", "w1", "w2", "w3"])
+    with pytest.raises(ExpertError, match=r"fused into parameters \(.*down_proj, gate_up_proj"):
+        import_adapter(adapter, tmp_path / "fused")
+
+
+def set_config(adapter: Path, **values: object) -> None:
+    path = adapter / ADAPTER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture
+def adapter(llama, tmp_path) -> Path:
+    """A plain adapter of rank 4 that names the tiny Llama as its base."""
+    return make_adapter(llama, tmp_path / "adapter")
+
+
+def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(adapter, llama, tmp_path):
+    expert = import_adapter(adapter, tmp_path / "experts" / "mine")
+    assert (expert.name, expert.gates, expert.means) == ("mine", {}, {})
+    assert expert.info.base == BaseReference(llama.id)
+    assert expert.info.hyperparameters == {"imported_from": str(adapter)}
+    assert import_adapter(adapter, tmp_path / "b", name="other").name == "other"
+
+
+def test_a_fingerprint_is_recorded_when_it_is_asked_for(adapter, llama, tmp_path):
+    expert = import_adapter(adapter, tmp_path / "mine", fingerprint=True)
+    assert expert.info.base.fingerprint == llama.fingerprint
+    compose(Pool((expert,)), llama, router="arrow", k=1)
+
+
+def test_peft_is_asked_once_for_all_adapters_of_one_config(adapter, tmp_path, monkeypatch):
+    skeletons._resolve.cache_clear()
+    calls = []
+    build = skeletons.get_peft_model
+    monkeypatch.setattr(
+        skeletons, "get_peft_model", lambda *given: calls.append(given) or build(*given)
+    )
+    for name in ("a", "b", "c"):
+        import_adapter(adapter, tmp_path / name)
+    set_config(adapter, use_rslora=True)
+    import_adapter(adapter, tmp_path / "d")
+    assert len(calls) == 2
+
+
+def test_a_base_of_other_shapes_is_refused_by_layer(adapter, tmp_path):
+    other = make_model("qwen2")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(ExpertError, match=r"k_proj: its config wants A .* and B of \(16, 4\)"):
+        import_adapter(adapter, tmp_path / "mine", base=str(tmp_path / "other"))
+
+
+def test_a_base_that_is_not_named_or_not_there_is_told(adapter, base_folders, tmp_path):
+    with pytest.raises(BaseModelError, match="nowhere"):
+        import_adapter(adapter, tmp_path / "mine", base="nowhere")
+    set_config(adapter, base_model_name_or_path=None)
+    with pytest.raises(ExpertError, match="--base"):
+        import_adapter(adapter, tmp_path / "mine")
+    assert import_adapter(adapter, tmp_path / "mine", base=str(base_folders["llama"])).lora
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"target_modules": ["nothing"]}, "nothing"),
+        ({"target_modules": "(("}, "target_modules holds no regular expression"),
+        ({"rank_pattern": {"((": 2}}, "rank_pattern holds no regular expression"),
+        ({"r": 0}, "PEFT can't apply its config"),
+        ({"r": "4"}, "PEFT can't apply its config"),
+        ({"r": 8}, "wants A of shape (8, 32)"),
+        ({"layers_to_transform": ["x"], "target_modules": ["q_proj"]}, "PEFT can't apply"),
+        ({"task_type": 7}, "PEFT can't apply its config"),
+    ],
+)
+def test_a_config_that_fits_nothing_is_refused_in_one_line(adapter, tmp_path, options, complaint):
+    set_config(adapter, **options)
+    with pytest.raises(ExpertError) as caught:
+        import_adapter(adapter, tmp_path / "mine")
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("loss", [0.1, 0.3])
+def test_an_approximation_loses_no_more_than_allowed_and_says_how_much(
+    base_folders, tmp_path, loss
+):
+    case = next(case for case in CASES if case.name.startswith("LoHa with"))
+    adapter = write_case(case, "llama", base_folders["llama"], tmp_path / "adapter")
+    exact = import_adapter(adapter, tmp_path / "exact", allow_loss=0.0).lora
+    expert = import_adapter(adapter, tmp_path / "lossy", allow_loss=loss)
+    lost = {}
+    for site, lora in expert.lora.items():
+        whole = (exact[site].B @ exact[site].A).double()
+        rest = whole - lora.scale * (lora.B @ lora.A).double()
+        lost[site] = float(rest.square().sum() / whole.square().sum())
+    record = expert.info.hyperparameters
+    assert 0 < max(lost.values()) <= loss
+    assert record["kept_at_worst_site"] == pytest.approx(1 - max(lost.values()), abs=1e-5)
+    assert max(lost.values()) >= 1 - record["kept_of_update"] > 0
+    assert record["converted_from"] == "LOHA"
+    ranks = {site: lora.A.shape[0] for site, lora in expert.lora.items()}
+    assert any(rank < exact[site].A.shape[0] for site, rank in ranks.items())
+
+
+def test_an_allowed_loss_changes_nothing_about_a_lora(adapter, tmp_path):
+    expert = import_adapter(adapter, tmp_path / "mine", allow_loss=0.5)
+    assert (expert.directory / ADAPTER_WEIGHTS).read_bytes() == (
+        adapter / ADAPTER_WEIGHTS
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("loss", [1.0, -0.1, 2])
+def test_a_loss_that_can_not_be_is_refused(base_folders, tmp_path, loss):
+    case = next(case for case in CASES if case.name.startswith("LoHa with"))
+    adapter = write_case(case, "llama", base_folders["llama"], tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="from 0 to below 1"):
+        import_adapter(adapter, tmp_path / "mine", allow_loss=loss)
+
+
+def test_a_config_can_not_make_peft_import_a_module(adapter, tmp_path, monkeypatch):
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.syspath_prepend(tmp_path)
+    set_config(adapter, megatron_config={"a": 1}, megatron_core="evil")
+    with pytest.raises(ExpertError, match="megatron_config"):
+        import_adapter(adapter, tmp_path / "mine")
+    set_config(adapter, megatron_config=None)
+    import_adapter(adapter, tmp_path / "mine")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_gates_trained_for_an_import_keep_what_it_records(adapter, llama, tmp_path):
+    imported = import_adapter(adapter, tmp_path / "imported", fingerprint=True)
+    task = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(4)))
+    few = {"training": Training(batch_size=4), "gate_training": GateTraining(gate_steps=1)}
+    expert = train_gates(llama, imported.directory, task, out=tmp_path / "mine", **few)
+    assert expert.info.hyperparameters["imported_from"] == str(adapter)
+    assert set(expert.gates) == set(imported.lora)
+    other = load_base(make_tiny("llama", tmp_path / "other"), dtype="float32")
+    with pytest.raises(WrongBaseError):
+        train_gates(other, imported.directory, task, out=tmp_path / "no", **few)
+
+
+if __name__ == "__main__":
+    rewrite_document()

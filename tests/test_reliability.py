@@ -1,0 +1,30 @@
+"""kill -9 at a few moments; benchmarks/reliability.py does it at many (docs/reliability.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import phatgoose
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "reliability.py"
+COMMANDS = ("train", "push")
+
+
+def test_killed_commands_leave_complete_or_absent_results_and_finish_when_given_again(tmp_path):
+    counts = tmp_path / "counts.json"
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--moments", "1", "--only", ",".join(COMMANDS), "--out", counts],
+        env={**os.environ, "PYTHONPATH": str(Path(phatgoose.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, found in json.loads(counts.read_text()).items():
+        assert name in COMMANDS
+        assert found["moments"] == found["absent"] + found["complete"] == 1
+        assert found["broken"] == found["rerun_failed"] == found["other_result"] == 0

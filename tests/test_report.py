@@ -1,0 +1,307 @@
+"""The report page: what is in it, and how its token explorer behaves in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+
+from browser import browser, page_at
+from phatgoose.analysis.pool_sizes import PoolSizeCurve
+from phatgoose.apps.report import (
+    EXPLORER_CSS,
+    EXPLORER_JS,
+    asset,
+    inline_json,
+    report_page,
+    write_report,
+)
+from phatgoose.errors import EvaluationError
+from routing_samples import DATASETS, make_analysis, make_trace
+
+MANY = {"experts": 166, "tokens": 500, "layers": 24, "stacks": ("encoder", "decoder")}
+QUICK = 250  # milliseconds from a key to the new colours, on a busy machine
+
+
+def report_of(folder, experts=8, **options):
+    analysis = make_analysis(experts, **options)
+    return write_report(analysis, folder, [PoolSizeCurve("Arrow", ("a",), {2: (0.3,), 4: (0.4,)})])
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """The report of eight experts in a model of one stack."""
+    return report_of(tmp_path_factory.mktemp("few"), layers=6)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """A page of 166 experts and texts of 500 tokens in an encoder-decoder model."""
+    analysis = make_analysis(166, tokens=10, layers=2, stacks=MANY["stacks"])
+    router = replace(analysis.routers["phatgoose"], traces={DATASETS[0]: [make_trace(**MANY)]})
+    analysis = replace(
+        analysis, datasets=DATASETS[:1], routers={"phatgoose": router}, agreements={}
+    )
+    page = tmp_path_factory.mktemp("many") / "report.html"
+    page.write_text(report_page(analysis), encoding="utf-8")
+    return page
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """One browser for all tests."""
+    with browser() as opened:
+        yield opened
+
+
+# --- without a browser ----------------------------------------------------------------------------
+
+
+def test_the_page_stands_alone(few):
+    page = few.read_text(encoding="utf-8")
+    assert re.findall(r"""(?:src|href)=["']?(?!#|data:)[^"'#>]+""", page) == []
+    assert "url(http" not in page
+    assert "@import" not in page
+    assert "default-src 'none'" in page
+
+
+def test_the_page_tells_scores_findings_and_figures(few):
+    page = few.read_text(encoding="utf-8")
+    for text in ("62.0 [52, 72]", "PHATGOOSE", "Arrow", "never wins &lt;anything&gt;", "r = "):
+        assert text in page
+    for dataset in DATASETS:
+        assert dataset in page
+    labels = re.findall(r'<svg role="img" aria-label="([^"]+)"', page)
+    assert len(labels) == 1 + 4 * 2 + 1 + 2 + 1  # usage, layers, divergence, datasets, sizes
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_numbers_and_figures_lie_beside_the_page(few):
+    assert json.loads((few.parent / "analysis.json").read_text())["datasets"] == list(DATASETS)
+    names = {path.name for path in (few.parent / "figures").iterdir()}
+    assert {"layers-phatgoose.png", "datasets-arrow.png", "pool-sizes.png"} <= names
+
+
+def test_texts_cannot_break_out_of_the_page():
+    hostile = "</script><img src=x onerror=alert(1)>\u2028<!--"
+    packed = inline_json({"tokens": [hostile]})
+    assert "<" not in packed
+    assert json.loads(packed) == {"tokens": [hostile]}
+
+
+def test_an_analysis_without_scores_or_oracle_has_a_page_too(tmp_path):
+    analysis = make_analysis(3, layers=2)
+    bare = {
+        name: replace(router, scores={}, findings=(), traces={})
+        for name, router in analysis.routers.items()
+    }
+    found = replace(analysis, routers=bare, oracle={}, effects=(), agreements={})
+    page = write_report(found, tmp_path / "new" / "folder").read_text(encoding="utf-8")
+    assert "How far from Oracle" not in page
+    assert "Token by token" not in page
+    assert "Experts by layer" in page
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(EvaluationError, match="can't be written"):
+        write_report(make_analysis(2, layers=1), tmp_path / "file" / "report")
+
+
+# --- in a browser ---------------------------------------------------------------------------------
+
+
+def looks(page):
+    return page.locator(".tx-token").evaluate_all("spans => spans.map(span => span.className)")
+
+
+def weights(page):
+    items = page.locator(".tx-details li")
+    return items.evaluate_all("items => items.map(item => Number(item.dataset.weight))")
+
+
+def set_layer(page, value):
+    page.locator(".tx-layer input").fill(str(value))
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", ["few", "many"])
+def test_the_page_loads_without_complaint(chromium, request, size, scheme):
+    path = request.getfixturevalue(size)
+    with page_at(chromium, path, color_scheme=scheme) as page:
+        assert page.locator(".tx-token").count() == (40 if size == "few" else 500)
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        light = sum(map(int, re.findall(r"\d+", colour)[:3])) > 380
+        assert light == (scheme == "light")
+
+
+@pytest.mark.parametrize("size", ["few", "many"])
+def test_another_layer_or_kind_has_other_colours(chromium, request, size):
+    with page_at(chromium, request.getfixturevalue(size)) as page:
+        seen = [looks(page)]
+        set_layer(page, 1)
+        seen.append(looks(page))
+        page.locator(".tx-controls select").last.select_option("mlp.up_proj")
+        seen.append(looks(page))
+        set_layer(page, 0)
+        seen.append(looks(page))
+        assert len({tuple(each) for each in seen}) == 4
+        page.locator(".tx-controls select").last.select_option("all")
+        assert looks(page) == seen[0]
+
+
+@pytest.mark.parametrize("size", ["few", "many"])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_pointing_at_a_token_shows_weights_that_sum_to_one(chromium, request, size, layer):
+    with page_at(chromium, request.getfixturevalue(size)) as page:
+        set_layer(page, layer)
+        for index in (0, 7, 30):
+            page.locator(".tx-token").nth(index).hover()
+            assert f"token {index + 1} of" in page.locator(".tx-details").inner_text()
+            assert sum(weights(page)) == pytest.approx(1)
+            assert weights(page)[0] > 0
+        names = page.locator(".tx-name").all_inner_texts()
+        assert ("others" in names) == (size == "many" and layer == 0)
+
+
+def test_the_weights_are_those_of_the_trace(chromium, few):
+    trace = make_analysis(8, layers=6).routers["phatgoose"].traces[DATASETS[0]][0]
+    with page_at(chromium, few) as page:
+        for layer, name in ((0, None), (3, "2")):
+            set_layer(page, layer)
+            page.locator(".tx-token").nth(5).hover()
+            shown = page.locator(".tx-name").all_inner_texts()
+            row = trace.streams[0].shares(8, name)[5]
+            got = dict(zip(shown, weights(page), strict=True))
+            wanted = {trace.experts[z]: row[z] for z in range(8) if row[z] > 0}
+            assert got == pytest.approx(wanted, abs=1e-3)
+
+
+def test_the_keyboard_reaches_every_token(chromium, few):
+    with page_at(chromium, few) as page:
+        page.locator(".tx-text").focus()
+
+        def chosen():
+            return page.locator('.tx-token[aria-selected="true"]')
+
+        def number():
+            return int(re.search(r"token (\d+) of", page.locator(".tx-details").inner_text())[1])
+
+        assert number() == 1
+        for key, wanted in (("ArrowRight", 2), ("ArrowLeft", 1), ("ArrowLeft", 1), ("End", 40)):
+            page.keyboard.press(key)
+            assert number() == wanted
+        page.keyboard.press("Home")
+        page.keyboard.press("ArrowDown")
+        assert number() == 12  # the first of the second line
+        page.keyboard.press("ArrowUp")
+        assert number() == 1
+        assert chosen().count() == 1
+        active = page.locator(".tx-text").get_attribute("aria-activedescendant")
+        assert chosen().get_attribute("id") == active
+        said = chosen().get_attribute("aria-label")
+        assert sum(float(x) for x in re.findall(r"\d\.\d\d", said)) == pytest.approx(1, abs=0.05)
+
+
+def test_roles_and_names_for_screen_readers(chromium, few):
+    with page_at(chromium, few) as page:
+        assert page.get_by_role("listbox", name="Tokens").count() == 1
+        assert page.get_by_role("option").count() >= 40
+        assert page.get_by_role("slider", name="Layer").count() == 1
+        assert page.get_by_role("combobox", name="Kind of site").count() == 1
+        set_layer(page, 3)
+        assert page.get_by_role("slider").get_attribute("aria-valuetext") == "2"
+        assert page.get_by_role("img").count() > 4
+
+
+def test_an_expert_of_the_legend_is_seen_alone(chromium, few):
+    with page_at(chromium, few) as page:
+        button = page.locator(".tx-legend button").first
+        count = int(re.search(r"(\d+) token", button.inner_text())[1])
+        button.click()
+        assert button.get_attribute("aria-pressed") == "true"
+        assert sum("tx-dim" not in look for look in looks(page)) == count
+        button.click()
+        assert not any("tx-dim" in look for look in looks(page))
+
+
+def test_another_text_and_stack_can_be_chosen(chromium, many, few):
+    with page_at(chromium, few) as page:
+        before = looks(page)
+        page.locator("#trace").select_option(index=2)
+        assert looks(page) != before
+    with page_at(chromium, many) as page:
+        before = looks(page)
+        page.locator(".tx-controls select").first.select_option("decoder's")
+        assert looks(page) != before
+        page.locator(".tx-token").nth(3).hover()
+        assert sum(weights(page)) == pytest.approx(1)
+
+
+def test_five_hundred_tokens_of_166_experts_do_not_lag(chromium, many):
+    with page_at(chromium, many) as page:
+        spent = page.evaluate(
+            """() => {
+                const slider = document.querySelector(".tx-layer input");
+                const spent = [];
+                for (const value of [1, 0, 5, 0, 12]) {
+                    slider.value = value;
+                    const begun = performance.now();
+                    slider.dispatchEvent(new Event("input"));
+                    document.body.offsetHeight; // lay the page out too
+                    spent.push(performance.now() - begun);
+                }
+                return spent.sort((a, b) => a - b);
+            }"""
+        )
+        assert spent[len(spent) // 2] < QUICK
+        assert page.locator(".tx-legend button").count() <= 24
+
+
+def test_a_phone_shows_all_without_scrolling_sideways(chromium, few):
+    size = {"width": 360, "height": 740}
+    with page_at(chromium, few, viewport=size, has_touch=True) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.locator(".tx-token").nth(4).tap()
+        assert sum(weights(page)) == pytest.approx(1)
+
+
+def test_the_explorer_takes_a_stream_of_tokens_in_any_page(chromium, tmp_path):
+    """What a server's page does: the two files, a trace to begin with, and more as it comes."""
+    whole = make_trace(8, tokens=30, layers=3).to_dict()
+    head, tail = (make_slice(part) for part in (slice(0, 10), slice(10, 30)))
+    page_file = tmp_path / "page.html"
+    page_file.write_text(
+        f"<!doctype html><meta charset=utf-8><style>{asset(EXPLORER_CSS)}</style><div id=a></div>"
+        f"<div id=b></div><script>{asset(EXPLORER_JS)}"
+        f"const whole = new TokenExplorer(document.getElementById('a'), {inline_json(whole)});"
+        f"const grown = new TokenExplorer(document.getElementById('b'), {inline_json(head)});"
+        f"grown.append({inline_json(tail)});</script>",
+        encoding="utf-8",
+    )
+    with page_at(chromium, page_file) as page:
+        assert page.locator("#b .tx-token").count() == 30
+        tops = page.evaluate("[whole.tops, grown.tops]")
+        assert tops[0] == tops[1]
+        texts = [page.locator(f"{part} .tx-text").inner_text() for part in ("#a", "#b")]
+        assert texts[0] == texts[1]
+
+
+def make_slice(part):
+    """Some tokens of the trace above: the first ones as a trace, later ones as what is appended."""
+    trace = make_trace(8, tokens=30, layers=3)
+    (stream,) = trace.streams
+    cut = replace(
+        stream,
+        tokens=stream.tokens[part],
+        parts=stream.parts[part],
+        experts=stream.experts[part],
+        weights=stream.weights[part],
+    )
+    if part.start == 0:
+        return replace(trace, streams=(cut,)).to_dict()
+    more = cut.to_dict()
+    return {"stream": 0} | {key: more[key] for key in ("tokens", "parts", "experts", "weights")}

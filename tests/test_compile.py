@@ -15,7 +15,13 @@ from conftest import assert_same_logits, logits_of, make_ids, make_model
 from phatgoose.layers import FoldedLinear, RoutedLinear, folded_weight
 from phatgoose.pool import SiteStack
 from phatgoose.routed import compose
-from phatgoose.routers import ArrowRouter, ScoredRouter, UniformRouter, UniformTopKRouter
+from phatgoose.routers import (
+    ArrowRouter,
+    ScoredRouter,
+    UniformRouter,
+    UniformTopKRouter,
+    standardise,
+)
 from phatgoose.sites import Site
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
@@ -31,8 +37,10 @@ each_mask = pytest.mark.parametrize("padded", [False, True])
 
 
 @pytest.fixture(autouse=True)
-def _forget_graphs() -> Iterator[None]:
-    """No test sees the graphs of another."""
+def _forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No test sees the graphs of another; the eager layers use the kernels that graphs do."""
+    for user in ("kernels", "layers", "routers.scored"):
+        monkeypatch.setattr(f"phatgoose.{user}.runs_natively", lambda *_: False)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -48,7 +56,7 @@ def make_stack(dtype: torch.dtype) -> SiteStack:
 def make_layer(router: str, dtype: torch.dtype = torch.float32) -> RoutedLinear:
     stack = make_stack(dtype)
     vectors = torch.randn(EXPERTS, SITE.in_features, generator=torch.Generator().manual_seed(1))
-    chosen = ROUTERS[router](vectors).to(dtype)
+    chosen = ROUTERS[router](standardise(vectors)).to(dtype)
     base = nn.Linear(SITE.in_features, SITE.out_features, dtype=dtype)
     return RoutedLinear(base, SITE, stack, chosen, "auto")
 

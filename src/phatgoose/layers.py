@@ -162,6 +162,7 @@ def is_cheaper_folded(base: nn.Module, stack: SiteStack) -> bool:
     return plain and stack.A.numel() + stack.B.numel() > weight.numel()
 
 
+@torch.no_grad()
 def folded_weight(base: nn.Module, stack: SiteStack, pool_size: int) -> Tensor:
     """W plus the mean of all B A, [d, n], in the dtype of W; summed in float32.
 

@@ -81,7 +81,7 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
     if name != AUTO:
         return KERNELS[name]
     (tokens, k), E = experts.shape, len(A)
-    if 2 * k <= E + 2:
+    if 2 * k <= E:
         if runs_natively(u, A, B):
             return native
         if runs_on_triton(u, A, B):

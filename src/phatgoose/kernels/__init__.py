@@ -74,7 +74,7 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
     if name != AUTO:
         return KERNELS[name]
     (tokens, k), E = experts.shape, len(A)
-    if 2 * k <= E + 2 and runs_natively(u, A, B):
+    if 2 * k <= E and runs_natively(u, A, B):
         return native
     if 2 * tokens * k < E:
         return gather

@@ -29,8 +29,8 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
 FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-ffast-math", "-fno-finite-math-only"),
-    *("-fopenmp", "-shared", "-fPIC"),
+    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fopenmp", "-shared", "-fPIC"),  # no -ffast-math: linking it turns subnormals off for all
 )
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 POINTER, INDEX = ctypes.c_void_p, ctypes.c_int64

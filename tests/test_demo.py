@@ -47,7 +47,7 @@ def test_the_demo_leaves_experts_tables_a_figure_and_a_model_and_can_be_repeated
     assert comparison["suites"] == {"unseen": list(UNSEEN)}
     assert {row["n"] for row in comparison["rows"]["phatgoose"]["datasets"].values()} == {3}
     assert sorted(comparison["experts"]) == sorted(EXPERTS)
-    assert (out / "routing.png").read_bytes().startswith(b"\x89PNG")
+    assert "<html" in (out / "analysis" / "report.html").read_text(encoding="utf-8")
     assert composition_of(load(out / "routed")).experts == EXPERTS
     monkeypatch.setattr("phatgoose.comparison.evaluate", None)  # all is there already
     again = phat("demo", "--base", base_folders["llama"], "--out", out)

@@ -1,6 +1,7 @@
 import importlib
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -264,6 +265,13 @@ def test_the_library_is_built_once_into_the_users_cache(monkeypatch, tmp_path):
     made = built.stat().st_mtime_ns
     assert load_library() is not None
     assert built.stat().st_mtime_ns == made
+
+
+@needs_native
+def test_the_library_leaves_the_processor_as_it_was():
+    """Linked with -ffast-math it would turn subnormal numbers off for the whole process."""
+    assert torch.tensor(1e-40) * 1.0 == torch.tensor(1e-40)
+    assert float(np.float32(1e-40) * np.float32(1.0)) > 0
 
 
 def test_the_native_kernel_can_be_turned_off(monkeypatch):

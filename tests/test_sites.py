@@ -114,7 +114,14 @@ def test_with_a_cache_the_mask_is_cut_to_the_present_tokens(llama):
     with watch_inputs(llama.model, sites, lambda _, u, real: seen.append(real)):
         llama.model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3)
     assert torch.equal(seen[0], mask.bool())
-    assert [real.tolist() for real in seen[1:]] == [[[True], [True]]] * 2
+    assert seen[1:] == [None, None]  # all that is passed then is real
+
+
+def test_a_mask_that_hides_nothing_is_none(llama):
+    sites, seen = find_sites(llama.model, "layers.0.self_attn.q_proj"), []
+    with watch_inputs(llama.model, sites, lambda _, u, real: seen.append(real)), torch.no_grad():
+        llama.model(make_ids(rows=2), attention_mask=torch.ones_like(make_ids(rows=2)))
+    assert seen == [None]
 
 
 def test_masks_can_be_given_by_position(llama):

@@ -274,6 +274,18 @@ def test_the_library_leaves_the_processor_as_it_was():
     assert float(np.float32(1e-40) * np.float32(1.0)) > 0
 
 
+def test_the_native_kernel_says_what_it_needs(monkeypatch):
+    problem = make_problem(E=8)
+    with pytest.raises(ConfigError, match=r"Kernel native needs .* torch.float16 on cpu; use kern"):
+        problem.mapped(Tensor.half).value_by("native")
+    problem.u = problem.u.requires_grad_()
+    with pytest.raises(ConfigError, match="no_grad"):
+        KERNELS["native"](problem.u, problem.experts, problem.weights, problem.A, problem.B)
+    monkeypatch.setattr(native_module, "_library", lambda: None)
+    with pytest.raises(ConfigError, match=r"C\+\+ compiler"):
+        problem.value_by("native")
+
+
 def test_the_native_kernel_can_be_turned_off(monkeypatch):
     monkeypatch.setenv("PHATGOOSE_NATIVE", "0")
     assert load_library() is None

@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
+
 __all__ = ["add_routed", "native", "runs_natively", "top_experts"]
 
 logger = logging.getLogger(__name__)
@@ -61,9 +63,14 @@ def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
     """The routed product of `phatgoose.kernels`, expert by expert, [T, d].
 
     Tokens that chose the same expert are multiplied together; weights of zero (padding) cost
-    nothing; sums are float32. Not differentiable: `phatgoose.kernels` takes another where that is
-    wanted. Call it where `runs_natively(u, A, B)`.
+    nothing; sums are float32. Not differentiable: "auto" takes another kernel where that is wanted.
+    Raises ConfigError unless `runs_natively(u, A, B)`.
     """
+    if not runs_natively(u, A, B):
+        raise ConfigError(
+            f"Kernel native needs a C++ compiler, float32 or bfloat16 on a CPU and "
+            f"torch.no_grad(), but got {u.dtype} on {u.device}; use kernel auto."
+        )
     tokens, (E, r, n) = u.shape[0], A.shape
     u, experts, A, B = u.contiguous(), experts.contiguous(), A.contiguous(), B.contiguous()
     weights = weights.float().contiguous()

@@ -26,6 +26,7 @@ __all__ = [
     "PEFT_PREFIX",
     "LoraFactors",
     "check_fit",
+    "is_finite",
     "read_adapter_config",
     "read_config",
     "read_lora",
@@ -111,7 +112,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if not name.isprintable() or len(name) > LONGEST_NAME:
             raise ExpertError(f"{path} holds a tensor of an impossible name, {shortened(name)}.")
     for name, tensor in tensors.items():
-        if tensor.dtype in FLOATS and not _is_finite(tensor):
+        if tensor.dtype in FLOATS and not is_finite(tensor):
             raise ExpertError(f"{path}: tensor {name} holds a value that is not finite.")
     return tensors
 
@@ -166,7 +167,7 @@ def check_fit(name: str, lora: Mapping[str, LoraFactors], sites: Mapping[str, Si
             )
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     """True when every value is finite. A finite sum, which is far less work, shows that too."""
     return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 

@@ -27,7 +27,6 @@ from .evaluation import MAX_NEW_TOKENS, TOKEN_BUDGET, TaskScore, evaluate, metri
 from .methods import (
     DERIVED,
     METHODS,
-    REMEDIES,
     SHARED,
     Row,
     lacking,
@@ -36,7 +35,7 @@ from .methods import (
     single_rows,
 )
 from .opening import OpenedModel
-from .pool import Pool
+from .pool import REMEDIES, Pool
 from .results import ResultStore, code_version
 from .scores import Scores, best_expert, best_expert_by_task
 from .sites import ROUTED

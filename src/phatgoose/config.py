@@ -153,7 +153,7 @@ class Routing:
         "best-individual or random.",
     ] = "phatgoose"
     k: Annotated[int, "Experts per token at each site."] = 2
-    kernel: Annotated[str, "auto, reference, concat, gather, grouped or native."] = "auto"
+    kernel: Annotated[str, "auto, reference, concat, gather, grouped, native or triton."] = "auto"
     eps: Annotated[float, "Added to var(u) under the root when u is standardised."] = 1e-5
     expert: Annotated[str | None, "The expert of router single."] = None
     arrow: Annotated[str, "Form of router arrow: svd (the paper's), peft or mttl."] = "svd"

@@ -25,6 +25,7 @@ from .adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     LoraFactors,
+    is_finite,
     read_adapter_config,
     read_lora,
     read_tensors,
@@ -367,5 +368,5 @@ def _vector_problems(expert: Expert) -> Iterator[str]:
                     f"Expert {expert.name!r}, site {site}: the {kind} has shape "
                     f"{tuple(vector.shape)} and type {vector.dtype}, wanted {wanted} and float32."
                 )
-            elif not torch.isfinite(vector).all():
+            elif not is_finite(vector):
                 yield f"Expert {expert.name!r}, site {site}: the {kind} is not finite."

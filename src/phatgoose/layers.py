@@ -5,7 +5,6 @@ W u + sum over z in E_t of w_z B_z A_z u                                     (ME
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -36,22 +35,6 @@ class RoutedLayer(WrappedLinear):
         self.register_buffer("experts", experts, persistent=False)
         self.masks = TokenMasks()
         self.watcher: Watcher | None = None
-
-    def tell(
-        self,
-        experts: Tensor,
-        weights: Tensor,
-        real: Tensor | None,
-        grid: Sequence[int],
-        distribution: Callable[[], Tensor],
-    ) -> None:
-        """Report a decision over the pool's `experts` to whoever watches.
-
-        `distribution`, called only by those who want it, gives the probabilities of all experts of
-        the site before top-k, [T, E].
-        """
-        if self.watcher is not None:
-            self.watcher(self.site, experts, weights, real, grid, distribution)
 
 
 class RoutedLinear(RoutedLayer):
@@ -101,7 +84,8 @@ class RoutedLinear(RoutedLayer):
         if real is not None:
             weights = weights * real.reshape(-1, 1)
         if self.watcher is not None:
-            self.tell(
+            self.watcher(
+                self.site,
                 self.experts[decision.experts],
                 weights,
                 real,
@@ -120,7 +104,7 @@ class RoutedLinear(RoutedLayer):
             and self.watcher is None
             and u.is_contiguous()
             and y.is_contiguous()
-            and runs_natively(y, u, self.A)
+            and runs_natively(y, u, self.router.vectors, self.A, self.B)  # type: ignore[arg-type]
         )
 
 
@@ -148,7 +132,7 @@ class FoldedLinear(RoutedLayer):
             experts = self.experts.expand(u[..., 0].numel(), -1)
             equal = torch.full(experts.shape, self.weight_of_each, device=u.device)
             weights = equal if real is None else equal * real.reshape(-1, 1)
-            self.tell(experts, weights, real, u.shape[:-1], lambda: equal)
+            self.watcher(self.site, experts, weights, real, u.shape[:-1], lambda: equal)
         return functional.linear(u, self.folded, self.bias)
 
 

@@ -25,7 +25,7 @@ from .routed import compose, detach
 from .sites import ROUTED
 from .storage import ROUTED_INFO
 
-__all__ = ["DERIVED", "METHODS", "REMEDIES", "SHARED", "Row"]
+__all__ = ["DERIVED", "METHODS", "SHARED", "Row"]
 __all__ += ["lacking", "reference_row", "rows_of", "single_rows"]
 
 # In the order of the tables. Oracle and Best Individual follow from the single experts' results.
@@ -57,7 +57,6 @@ SHARED = {
     "average-activation": "means",
     "retrieval": "embeddings",
 }
-REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from .files import read_json_object
 from .hub import HubReference, local_folder, reference_of
 from .work import write_text
 
-__all__ = ["MANIFEST_VERSION", "Pool", "SiteStack"]
+__all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool", "SiteStack"]
 
 MANIFEST_VERSION = 1
+REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
 
 
 @dataclass(frozen=True)
@@ -245,11 +246,10 @@ def _check_hash(place: Path, record: Mapping[str, Any]) -> None:
 def _missing(experts: Sequence[Expert], kind: str) -> str:
     """What to say of the experts that lack gates (`kind` "gates") or means."""
     without = [expert.name for expert in experts if not getattr(expert, kind)]
-    command = {"gates": "gate", "means": "measure"}[kind]
     many = len(without) > 1
     return (
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "
-        f"{'have' if many else 'has'} no {kind}: run 'phatgoose {command}' with the data "
+        f"{'have' if many else 'has'} no {kind}: run 'phatgoose {REMEDIES[kind]}' with the data "
         f"{'they were' if many else 'it was'} trained on, leave {'them' if many else 'it'} out, or "
         f"use a router that needs none, such as arrow."
     )

@@ -58,6 +58,7 @@ LAYERS = (
         "routers.unscored",
         "training",
     ),
+    ("routers.stand_in",),
     ("routers",),
     ("routed",),
     ("storage", "evaluation"),

@@ -73,6 +73,7 @@ def compose(
     scores: Scores | str | Path | None = None,
     arrow: str = "svd",
     router_seed: int = 0,
+    stand_in: bool = False,
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
 
@@ -82,7 +83,9 @@ def compose(
     is "auto" or a name in `phatgoose.kernels.KERNELS`. For router single, `expert` names it; for
     oracle and best-individual, `scores` are those of the single experts (expert -> task -> score,
     or the comparison.json of a comparison); for arrow, `arrow` is its form
-    (`phatgoose.routers.arrow`); for random, `router_seed` its seed. Undo with `detach`.
+    (`phatgoose.routers.arrow`); for random, `router_seed` its seed. With `stand_in`,
+    experts without gates join routers phatgoose and uniform-top-k, with a warning that names them
+    (`phatgoose.routers.stand_in`). Undo with `detach`.
 
     Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
@@ -90,7 +93,7 @@ def compose(
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     pool = pool.select(keep, leave_out)
-    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed)
+    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed, stand_in)
     check_routing(routing, pool)
     check_kernel(kernel)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores

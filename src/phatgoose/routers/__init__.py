@@ -35,6 +35,7 @@ from .arrow import ARROW_VARIANTS, arrow_vector
 from .decision import RoutingDecision
 from .lookup import LookedUpRouter, Lookup, Retriever, TaskTable
 from .scored import ArrowRouter, ScoredRouter, UniformTopKRouter, VectorRouter, standardise
+from .stand_in import gates_or_stand_ins
 from .unscored import RandomRouter, UniformRouter
 
 __all__ = [
@@ -70,9 +71,9 @@ USE_K = (*SCORED, RANDOM)
 
 
 def check_routing(routing: Routing, pool: Pool) -> None:
-    """Refuse a routing that names something unknown, and warn when `k` exceeds the pool.
+    """Refuse a routing that names something unknown; warn of what is lowered or guessed.
 
-    Raises ConfigError.
+    That is `k` when it exceeds the pool, and gates that others stand in for. Raises ConfigError.
     """
     for name, value, known in (
         ("router", routing.router, ROUTERS),
@@ -85,6 +86,14 @@ def check_routing(routing: Routing, pool: Pool) -> None:
     if routing.k > len(pool) and routing.router in USE_K and routing.arrow != "mttl":
         warnings.warn(
             f"k is {routing.k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=3
+        )
+    guessed = [expert.name for expert in pool.experts if not expert.gates]
+    if routing.stand_in and guessed and STANDARDISED.get(routing.router) == "gates":
+        warnings.warn(
+            f"Without gates, and routed by their Arrow vectors in the gates' place: "
+            f"{', '.join(guessed)}. That is a guess; train gates with 'phatgoose gate' where there "
+            f"are data.",
+            stacklevel=3,
         )
 
 
@@ -119,8 +128,11 @@ def router_vectors(pool: Pool, site: str, routing: Routing) -> Tensor | None:
 
     Raises PoolError when an expert lacks what they are made of.
     """
-    if routing.router in STANDARDISED:
-        return standardise(pool.vectors(STANDARDISED[routing.router], site).float())
+    kind = STANDARDISED.get(routing.router)
+    if kind == "gates" and routing.stand_in:
+        return gates_or_stand_ins(pool, site)
+    if kind is not None:
+        return standardise(pool.vectors(kind, site).float())
     if routing.router == "arrow":
         factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
         return torch.stack([arrow_vector(lora, routing.arrow) for lora in factors])

@@ -14,9 +14,10 @@ import torch
 from peft import PeftConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .adapters import PEFT_PREFIX, LoraFactors, read_config, read_weights
+from .adapters import PEFT_PREFIX, read_config, read_weights
 from .bases import load_base
 from .errors import ConfigError, ExpertError
+from .modules import LoraFactors
 from .sites import find_sites
 from .skeletons import told_by_peft
 

@@ -56,6 +56,7 @@ SHARED = {
     "uniform-top-k": "gates",
     "average-activation": "means",
     "retrieval": "embeddings",
+    "arrow": "lora",
 }
 
 
@@ -111,17 +112,19 @@ def _composed(pool: Pool, base: Base, routing: Routing) -> OpenedModel:
 def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, list[str]]:
     """For each method that needs more than adapters, the experts that lack what it needs.
 
-    With `stand_in` nobody needs gates.
+    With `stand_in` LoRAs need no gates.
     """
 
     def lacks(expert: Expert, shared: str) -> bool:
         part = getattr(expert, shared)
+        if stand_in and shared == "gates":  # LoRAs have something to make stand-ins of
+            part = part or expert.lora
         return part is None or len(part) == 0
 
     return {
         name: [expert.name for expert in pool.experts if lacks(expert, SHARED[name])]
         for name in METHODS
-        if name in SHARED and not (stand_in and SHARED[name] == "gates")
+        if name in SHARED
     }
 
 
@@ -180,8 +183,8 @@ def _pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
 
 def _expert_digest(expert: Expert, shared: str | None) -> str:
     """A hash of what a router uses of an expert: its adapter and one kind of what it shares."""
-    scales = sorted((site, lora.scale) for site, lora in expert.lora.items())
-    digest = hashlib.sha256(f"{expert.info.adapter_sha256} {scales}".encode())
+    settings = sorted((site, module.settings) for site, module in expert.modules.items())
+    digest = hashlib.sha256(f"{expert.info.adapter_sha256} {settings}".encode())
     tensors: dict[str, Tensor] = {}
     if shared == "embeddings" and expert.embeddings is not None:
         tensors = {str(expert.info.embedder): expert.embeddings}

@@ -18,26 +18,15 @@ from .errors import ExpertError, PoolError
 from .expert import LAYOUT, Expert, sha256_of
 from .files import read_json_object
 from .hub import HubReference, local_folder, reference_of
+from .kinds import adapter_files
+from .stacks import SiteStack, stack_modules
 from .work import write_text
 
-__all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool", "SiteStack"]
+__all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
 
 MANIFEST_VERSION = 1
 STAND_IN = ", or allow stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
-
-
-@dataclass(frozen=True)
-class SiteStack:
-    """All experts' weights at one site, one tensor each.
-
-    Only the experts that act at the site are in it; `experts` holds their indices in the pool, [E].
-    Ranks that differ are filled up with zeros, which changes no number.
-    """
-
-    experts: Tensor  # [E] int64
-    A: Tensor  # [E, r, n]
-    B: Tensor  # [E, r, d], transposed, scale folded in
 
 
 @dataclass(frozen=True)
@@ -107,7 +96,7 @@ class Pool:
     @cached_property
     def sites(self) -> tuple[str, ...]:
         """Every site at which at least one expert acts."""
-        return tuple(dict.fromkeys(site for expert in self.experts for site in expert.lora))
+        return tuple(dict.fromkeys(site for expert in self.experts for site in expert.modules))
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -131,17 +120,10 @@ class Pool:
         return Pool(tuple(chosen))
 
     def stack(self, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
-        """The weights of the experts that act at `site`, in `dtype` on `device`."""
-        present = [z for z, expert in enumerate(self.experts) if site in expert.lora]
-        factors = [self.experts[z].lora[site] for z in present]
-        rank = max(lora.A.shape[0] for lora in factors)
-        A = torch.zeros(len(present), rank, factors[0].A.shape[1], dtype=dtype, device=device)
-        B = torch.zeros(len(present), rank, factors[0].B.shape[0], dtype=dtype, device=device)
-        for row, lora in enumerate(factors):
-            A[row, : lora.A.shape[0]] = lora.A
-            scaled = lora.B if lora.scale == 1 else lora.scale * lora.B.float()
-            B[row, : lora.B.shape[1]] = scaled.T
-        return SiteStack(torch.tensor(present, device=device), A, B)
+        """The modules of the experts that act at `site`, in `dtype` on `device`."""
+        present = [z for z, expert in enumerate(self.experts) if site in expert.modules]
+        modules = [self.experts[z].modules[site] for z in present]
+        return stack_modules(present, modules, dtype, device)
 
     def vectors(self, kind: str, site: str) -> Tensor:
         """The experts' gates (`kind` "gates") or mean activations ("means") at `site`, [E, n].
@@ -150,7 +132,7 @@ class Pool:
         """
         rows = []
         for expert in self.experts:
-            if site not in expert.lora:
+            if site not in expert.modules:
                 continue
             vector = getattr(expert, kind).get(site)
             if vector is None:
@@ -182,7 +164,9 @@ class Pool:
         path = Path(path)
         records = self.records()
         for record, expert in zip(records, self.experts, strict=True):
-            record["config_sha256"] = sha256_of(expert.directory / LAYOUT.adapter_config)
+            record["config_sha256"] = sha256_of(
+                expert.directory / adapter_files(expert.directory).config
+            )
             if not HubReference.is_one(record["path"]):
                 record["path"] = os.path.relpath(record["path"], path.resolve().parent)
         content = {
@@ -232,9 +216,10 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
 
 
 def _check_hash(place: Path, record: Mapping[str, Any]) -> None:
+    files = adapter_files(place)
     for file, key in (
-        (LAYOUT.adapter_config, "config_sha256"),
-        (LAYOUT.adapter_weights, "adapter_sha256"),
+        (files.config, "config_sha256"),
+        (files.weights, "adapter_sha256"),
         (LAYOUT.vectors, "vectors_sha256"),
         (LAYOUT.embeddings, "embeddings_sha256"),
     ):

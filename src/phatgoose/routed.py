@@ -9,17 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import check_fit
 from .bases import Base, BaseReference, fingerprint, load_base
 from .config import Routing
 from .errors import RoutingError, WrongBaseError
 from .kernels import check_kernel
 from .kernels.mixed import mixed_factors
+from .kinds import check_fit
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
-from .pool import Pool, SiteStack
+from .mixed import MixedLinear
+from .pool import Pool
 from .recording import Recording, Watcher
 from .routers import (
     MERGED,
@@ -36,6 +38,7 @@ from .routers import (
 )
 from .scores import Scores, read_scores
 from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
+from .stacks import SiteStack
 from .tasks import Example
 
 __all__ = ["Composition", "compose", "composition_of", "detach", "record", "serving", "watch"]
@@ -104,14 +107,15 @@ def compose(
     lookup = make_lookup(pool, routing, scores, found.tokenizer)
     sites = find_sites(found.model)
     for each in pool.experts:
-        check_fit(each.name, each.lora, sites)
+        vectors_of = {"gate": each.gates, "mean": each.means}
+        check_fit(each.name, each.modules, sites, vectors_of)
     layers = {}
     for name in pool.sites:
         original = found.model.get_submodule(name)
-        dtype = original.weight.dtype if original.weight.is_floating_point() else found.model.dtype
+        dtype = dtype_at(original, found.model)
         stack = pool.stack(name, dtype, original.weight.device)
         layers[name] = routed_layer(
-            original, sites[name], stack, routing, vectors[name], lookup, len(pool)
+            original, sites[name], stack, dtype, routing, vectors[name], lookup, len(pool)
         )
     warn_of_untrained(pool, router, vectors)
     parts = Composition(
@@ -126,10 +130,17 @@ def compose(
     return install(found.model, parts)
 
 
+def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
+    """The type that experts have at `layer` of `model`: its own, or the model's if quantised."""
+    weight: Tensor = layer.weight
+    return weight.dtype if weight.is_floating_point() else model.dtype
+
+
 def routed_layer(
     original: Any,
     site: Site,
     stack: SiteStack,
+    dtype: torch.dtype,
     routing: Routing,
     vectors: Tensor | None,
     lookup: Lookup | None,
@@ -137,22 +148,21 @@ def routed_layer(
     *,
     may_fold: bool = True,
 ) -> RoutedLayer:
-    """The layer that takes the place of `original` at `site`, ready to be installed."""
-    if may_fold and routing.router == MERGED and is_cheaper_folded(original, stack):
-        folded = folded_weight(original, stack, pool_size)
+    """The layer that takes the place of `original` at `site`, ready to be installed.
+
+    `dtype` is that of what the router holds.
+    """
+    plain = stack.plain_lora
+    if plain and may_fold and routing.router == MERGED and is_cheaper_folded(original, plain):
+        folded = folded_weight(original, plain, pool_size)
         return FoldedLinear(original, site, folded, stack.experts, pool_size)
     router = make_router(site.name, stack.experts, pool_size, routing, vectors, lookup)
-    mixes = routing.router == "arrow" and routing.arrow == "mttl"
-    router.to(original.weight.device, stack.A.dtype)
-    return RoutedLinear(
-        original,
-        site,
-        stack,
-        router,
-        routing.kernel,
-        mixed_factors if mixes else None,
-        one_call=type(router) in (ScoredRouter, ArrowRouter),
-    )
+    router.to(original.weight.device, dtype)
+    product = mixed_factors if routing.router == "arrow" and routing.arrow == "mttl" else None
+    if plain is None:
+        return MixedLinear(original, site, stack, router, routing.kernel, product)
+    one_call = type(router) in (ScoredRouter, ArrowRouter)
+    return RoutedLinear(original, site, stack, router, routing.kernel, product, one_call=one_call)
 
 
 def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:

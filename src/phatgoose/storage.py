@@ -17,17 +17,19 @@ from .config import Routing
 from .errors import ConfigError, ExpertError, RoutingError
 from .expert import sha256_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
-from .pool import SiteStack
+from .mixed import MixedLinear
 from .routed import (
     Composition,
     check_fingerprint,
     composition_of,
+    dtype_at,
     install,
     resolve_base,
     routed_layer,
 )
 from .routers import Lookup, Retriever, TaskTable, VectorRouter
 from .sites import Site, find_sites
+from .stacks import TENSORS, SiteStack
 from .work import new_directory
 
 __all__ = ["ROUTED_INFO", "ROUTED_WEIGHTS", "load", "save"]
@@ -106,8 +108,9 @@ def _tensors(parts: Composition) -> dict[str, Tensor]:
         tensors[f"experts.{name}"] = layer.experts
         if isinstance(layer, FoldedLinear):
             tensors[f"folded.{name}"] = layer.folded
-        if isinstance(layer, RoutedLinear):
-            tensors |= {f"A.{name}": layer.A, f"B.{name}": layer.B}
+        if isinstance(layer, RoutedLinear | MixedLinear):
+            held = layer.stack.tensors()
+            tensors |= {f"{key}.{name}": tensor for key, tensor in held.items()}
             if isinstance(layer.router, VectorRouter):
                 tensors[f"vectors.{name}"] = layer.router.vectors
     if isinstance(parts.lookup, Retriever):
@@ -147,15 +150,16 @@ def _layer(
     original: Any = model.get_submodule(name)
     weight = original.weight
     experts = tensors[f"experts.{name}"].to(weight.device)
-    dtype = weight.dtype if weight.is_floating_point() else model.dtype
+    dtype = dtype_at(original, model)
     if f"folded.{name}" in tensors:
         folded = tensors[f"folded.{name}"].to(weight.device, dtype)
         return FoldedLinear(original, site, folded, experts, len(info["experts"]))
-    A, B = (tensors[f"{side}.{name}"].to(weight.device, dtype) for side in "AB")
+    held = {key: tensors[f"{key}.{name}"] for key in TENSORS if f"{key}.{name}" in tensors}
+    stack = SiteStack.of(held, experts).to(weight.device, dtype)
     vectors = tensors.get(f"vectors.{name}")
-    stack = SiteStack(experts, A, B)
+    size = len(info["experts"])
     return routed_layer(
-        original, site, stack, routing, vectors, lookup, len(info["experts"]), may_fold=False
+        original, site, stack, dtype, routing, vectors, lookup, size, may_fold=False
     )
 
 

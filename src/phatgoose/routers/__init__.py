@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,8 @@ USE_K = (*SCORED, RANDOM)
 def check_routing(routing: Routing, pool: Pool) -> None:
     """Refuse a routing that names something unknown; warn of what is lowered or guessed.
 
-    That is `k` when it exceeds the pool, and gates that others stand in for. Raises ConfigError.
+    That is `k` when it exceeds the pool, and gates that others stand in for. Raises ConfigError,
+    and PoolError naming the experts whose factors are needed and that have none.
     """
     for name, value, known in (
         ("router", routing.router, ROUTERS),
@@ -87,12 +88,15 @@ def check_routing(routing: Routing, pool: Pool) -> None:
         warnings.warn(
             f"k is {routing.k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=3
         )
-    guessed = [expert.name for expert in pool.experts if not expert.gates]
+    if routing.router == "arrow":
+        _refuse_without_factors(pool.experts, "Router arrow goes by")
+    guessed = [expert for expert in pool.experts if not expert.gates]
     if routing.stand_in and guessed and STANDARDISED.get(routing.router) == "gates":
+        _refuse_without_factors(guessed, "Stand-ins for gates are made of")
         warnings.warn(
             f"Without gates, and routed by their Arrow vectors in the gates' place: "
-            f"{', '.join(guessed)}. That is a guess; train gates with 'phatgoose gate' where there "
-            f"are data.",
+            f"{', '.join(expert.name for expert in guessed)}. That is a guess; train gates with "
+            f"'phatgoose gate' where there are data.",
             stacklevel=3,
         )
 
@@ -137,6 +141,16 @@ def router_vectors(pool: Pool, site: str, routing: Routing) -> Tensor | None:
         factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
         return torch.stack([arrow_vector(lora, routing.arrow) for lora in factors])
     return None
+
+
+def _refuse_without_factors(experts: Sequence[Expert], what: str) -> None:
+    """Raise PoolError naming those of `experts` that are no LoRAs, if any; `what` needs factors."""
+    named = [f"{expert.name!r} ({expert.kind})" for expert in experts if not expert.lora]
+    if named:
+        raise PoolError(
+            f"{what} the factors of LoRAs, and there are none in {', '.join(named)}: leave these "
+            f"out, or use another router."
+        )
 
 
 def make_lookup(
@@ -209,7 +223,7 @@ def warn_of_untrained(pool: Pool, router: str, vectors: Mapping[str, Tensor | No
     for site, rows in vectors.items():
         if rows is None:
             continue
-        present = [expert.name for expert in pool.experts if site in expert.lora]
+        present = [expert.name for expert in pool.experts if site in expert.modules]
         for name, row in zip(present, rows, strict=True):
             flat[name] += int(not row.any())
     for name, sites in flat.items():

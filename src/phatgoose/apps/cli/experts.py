@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 from rich.console import Console
 
-from ...config import Formatting, GateTraining, Lora, Recipe, Training
+from ...config import (
+    IA3,
+    KIND_NAMES,
+    PEFT_KINDS,
+    Bottleneck,
+    Formatting,
+    GateTraining,
+    Lora,
+    Peft,
+    Recipe,
+    Training,
+    settings_of,
+)
 from ...errors import ConfigError, ExpertError
 from .flags import with_settings
 from .plan import (
@@ -64,13 +76,13 @@ OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the
 
 def register(app: typer.Typer) -> None:
     """Add the contributors' commands to `app`."""
-    app.command("train", help="Train experts: LoRA, gates and statistics for each task.")(train)
+    app.command("train", help="Train experts: adapter, gates and statistics for each task.")(train)
     app.command("gate", help="Train gates for an adapter or an imported expert.")(gate)
     app.command("measure", help="Measure statistics for an expert that exists already.")(measure)
     app.command("check", help="Verify expert directories and name what is wrong.")(check)
 
 
-@with_settings(Lora, Training, GateTraining, Formatting)
+@with_settings(Lora, IA3, Bottleneck, Training, GateTraining, Formatting)
 def train(
     *,
     tasks: Annotated[
@@ -82,6 +94,10 @@ def train(
         ),
     ] = None,
     out: OutOption = Path("experts"),
+    peft: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--peft", help="Kind of expert: lora (default), ia3 or bottleneck."),
+    ] = None,
     multitask: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--multitask", help="Train one expert of this name on all tasks at once."),
@@ -107,7 +123,10 @@ def train(
     json: JsonOption = None,
     recipe: Recipe,
     given: frozenset[str],
+    flagged: frozenset[str],
     lora: Lora,
+    ia3: IA3,
+    bottleneck: Bottleneck,
     training: Training,
     gates: GateTraining,
     formatting: Formatting,
@@ -118,6 +137,8 @@ def train(
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
     if mixture_most is not None and multitask is None:
         raise ConfigError("--mixture-most is for --multitask NAME, which was not given.")
+    shapes: dict[str, Peft] = {"lora": lora, "ia3": ia3, "bottleneck": bottleneck}
+    shape = _shape_of(peft or recipe.peft or "lora", shapes, flagged)
     speeds = {"tflops": tflops, "tokens_per_second": tokens_per_second}
     if not plan:
         refuse_without_plan({**speeds, "json": json})
@@ -136,7 +157,7 @@ def train(
         planned = plan_training(
             name,
             unfinished,
-            lora=lora,
+            peft=shape,
             training=training,
             gate_training=gates,
             formatting=formatting,
@@ -163,7 +184,7 @@ def train(
                 task.load(),
                 out=place,
                 name=task.name,
-                lora=lora,
+                peft=shape,
                 training=_training_of(task, training, given),
                 gate_training=gates,
                 formatting=formatting,
@@ -171,6 +192,22 @@ def train(
                 restart=restart,
             )
         typer.echo(f"[{number}/{len(opened)}] {_summary(expert)} -> {place}")
+
+
+def _shape_of(kind: str, shapes: dict[str, Peft], flagged: frozenset[str]) -> Peft:
+    """The shape of an expert of this kind. Raises ConfigError for flags that are another kind's."""
+    if kind not in shapes:
+        raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(shapes)}.")
+    owners = {
+        setting.name: [k for k, config in PEFT_KINDS.items() if hasattr(config, setting.name)]
+        for config in PEFT_KINDS.values()
+        for setting in settings_of(config)
+    }
+    for name in sorted(flagged & owners.keys()):
+        if kind not in owners[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is for --peft {owners[name][0]}; the experts are {kind}.")
+    return shapes[kind]
 
 
 def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
@@ -222,7 +259,10 @@ def _summary(expert: Expert) -> str:
 def gate(
     *,
     adapter: Annotated[
-        Path, typer.Argument(help="Folder of the PEFT LoRA adapter, or an imported expert.")
+        Path,
+        typer.Argument(
+            help="Folder of the adapter (LoRA, (IA)³, bottleneck), or an imported expert."
+        ),
     ],
     task: Annotated[str, typer.Option("--task", help="The data it was trained on.")],
     out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
@@ -334,4 +374,4 @@ def _contents(expert: Expert) -> str:
         "embeddings": expert.embeddings is not None,
     }
     answers = ", ".join(f"{part}: {'yes' if there else 'no'}" for part, there in has.items())
-    return f"{expert.name}, {len(expert.lora)} sites, {answers}"
+    return f"{expert.name}, {KIND_NAMES[expert.kind]}, {len(expert.modules)} sites, {answers}"

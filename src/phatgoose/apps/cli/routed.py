@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...config import Formatting, Recipe, Routing
+from ...config import KIND_NAMES, Formatting, Recipe, Routing
 from ...errors import RoutingError
 from .consoles import plain
 from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
@@ -61,14 +61,15 @@ def pool(
 
     opened = Pool.open(places[0] if len(places) == 1 else places)
     table = Table(title=plain(f"{len(opened)} experts for {opened.base.id}"))
-    for column in ("expert", "sites", "ranks", "gates", "means", "embeddings", "folder"):
+    for column in ("expert", "kind", "sites", "sizes", "gates", "means", "embeddings", "folder"):
         table.add_column(column, overflow="fold")
     for expert in opened.experts:
-        ranks = sorted({lora.A.shape[0] for lora in expert.lora.values()})
+        sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
         table.add_row(
             expert.name,
-            str(len(expert.lora)),
-            "-".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))),
+            KIND_NAMES[expert.kind],
+            str(len(expert.modules)),
+            "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
             *("yes" if part else "no" for part in (expert.gates, expert.means)),
             "no" if expert.embeddings is None else str(len(expert.embeddings)),
             plain(str(expert.directory)),

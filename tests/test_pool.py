@@ -200,7 +200,7 @@ def test_a_stack_of_mixed_ranks_is_filled_up_with_zeros(write, tmp_path):
     write("six", "six")
     pool = Pool.open(tmp_path / "pool")
     stack = pool.stack(DOWN, torch.float32, torch.device("cpu")).lora
-    assert stack.experts.tolist() == [0, 1]
+    assert pool.stack(DOWN, torch.float32, torch.device("cpu")).experts.tolist() == [0, 1]
     assert stack.A.shape == (2, 6, 48)
     assert stack.B.shape == (2, 6, 32)
     assert not stack.A[0, 4:].any()

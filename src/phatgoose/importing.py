@@ -3,8 +3,8 @@
 PEFT itself says, on a model without weights, where the adapter acts, at which rank and scale
 (`skeletons`). Its tensors must then be exactly the factors wanted there. An adapter that reads the
 same without PEFT's help is copied byte for byte; one whose tensors had to be renamed or converted
-is written anew, with every site, rank and scale spelled out. So is one that trained biases of the base
-at its sites: what it added to them becomes biases of its own.
+is written anew, with every site, rank and scale spelled out. So is one that trained biases of the
+base: what it added to them becomes biases of its own.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def import_adapter(
             record |= _loss_record(str(config["peft_type"]), conversion)
             adapter = write_adapter(Path(work), conversion.factors, config)
         else:
-            factors, untouched = resolved_factors(folder, base, revision)
-            adapter = folder if untouched else write_adapter(Path(work), factors, config)
+            modules, untouched = resolved_modules(folder, base, revision)
+            adapter = folder if untouched else write_adapter(Path(work), modules, config)
         found = BaseReference(base, revision)
         if fingerprint:
             found = load_base(base, revision=revision).reference
@@ -102,7 +102,9 @@ def import_adapter(
         return expert.save(target)
 
 
-def resolved_modules(folder: Path, base: str) -> tuple[Mapping[str, SiteModule], bool]:
+def resolved_modules(
+    folder: Path, base: str, revision: str | None = None
+) -> tuple[Mapping[str, SiteModule], bool]:
     """The modules by site of the LoRA or (IA)³ adapter in `folder` on the base named `base`.
 
     With them True when the adapter can stay as it is: `read_modules` says the same without the
@@ -111,13 +113,13 @@ def resolved_modules(folder: Path, base: str) -> tuple[Mapping[str, SiteModule],
     """
     config, tensors = read_adapter_config(folder), read_weights(folder)
     try:
-        skeleton = resolve(base, config)
+        skeleton = resolve(base, config, revision)
         left = skeleton.rename(tensors)
         modules = {
             site: _module(site, target, left, folder) for site, target in skeleton.targets.items()
         }
         if config.get("bias", "none") != "none":
-            modules = _with_biases(modules, left, base)
+            modules = _with_biases(modules, left, base, revision)
         for name in sorted(left):
             raise tensor_refusal(name, folder, ADAPTER_WEIGHTS)
     except ExpertError as error:
@@ -262,7 +264,10 @@ def _module(site: str, target: Target, left: dict[str, Tensor], folder: Path) ->
 
 
 def _with_biases(
-    modules: Mapping[str, SiteModule], left: dict[str, Tensor], base: str
+    modules: Mapping[str, SiteModule],
+    left: dict[str, Tensor],
+    base: str,
+    revision: str | None,
 ) -> dict[str, SiteModule]:
     """`modules` with what the adapter added to the base's biases at its sites as biases of theirs.
 
@@ -272,7 +277,7 @@ def _with_biases(
     trained = {name: left[name] for name in left if name.endswith(".bias")}
     if not trained:
         return dict(modules)
-    original = load_base(base, dtype="float32").model.state_dict()
+    original = load_base(base, revision=revision, dtype="float32").model.state_dict()
     found = dict(modules)
     for name, bias in trained.items():
         plain = name.removeprefix(PEFT_PREFIX).replace(BASE_LAYER, ".")

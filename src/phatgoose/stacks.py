@@ -52,7 +52,7 @@ class BottleneckStack:
 
 # Each part's fields, and the names of their tensors beside those of other parts.
 PARTS = {
-    "lora": {"A": "A", "B": "B", "bias": "bias", "rows": "lora_rows"},
+    "lora": {"A": "A", "B": "B", "bias": "B_bias", "rows": "lora_rows"},
     "input_scaling": {"deltas": "input_deltas", "rows": "input_rows"},
     "output_scaling": {"deltas": "output_deltas", "rows": "output_rows"},
     "bottleneck": {
@@ -64,7 +64,7 @@ PARTS = {
         "rows": "bottleneck_rows",
     },
 }
-COMPUTED = ("A", "B", "bias", "down", "down_bias", "up", "up_bias")  # in the model's type
+COMPUTED = ("A", "B", "B_bias", "down", "down_bias", "up", "up_bias")  # in the model's type
 TENSORS = tuple(name for names in PARTS.values() for name in names.values())
 STACKS: dict[str, Any] = {
     "lora": LoraStack,

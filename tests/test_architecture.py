@@ -31,6 +31,7 @@ LAYERS = (
         "kernels.reference",
         "kernels.triton_programs",
         "metrics",
+        "rows",
         "scores",
     ),
     (
@@ -61,7 +62,7 @@ LAYERS = (
     ),
     ("routers",),
     ("routed",),
-    ("storage", "evaluation"),
+    ("growing", "storage", "evaluation"),
     ("opening",),
     ("methods",),
     (

@@ -69,6 +69,12 @@ class RoutedLinear(RoutedLayer):
         self.kernel = kernel
         self.product = product
         self.one_call = one_call and product is None and kernel in ("auto", "native")
+        self.room: dict[str, Tensor] = {}  # what A and B begin, where they have grown
+
+    @property
+    def stack(self) -> SiteStack:
+        """The experts' factors as they are now."""
+        return SiteStack(self.experts, self.A, self.B)
 
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]."""

@@ -40,6 +40,15 @@ class SiteStack:
     A: Tensor  # [E, r, n]
     B: Tensor  # [E, r, d], transposed, scale folded in
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors but `experts`, by name; each has a row for each expert."""
+        return {"A": self.A, "B": self.B}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], experts: Tensor) -> SiteStack:
+        """The stack of tensors by these names."""
+        return cls(experts, **tensors)
+
 
 @dataclass(frozen=True)
 class Pool:

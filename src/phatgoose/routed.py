@@ -131,8 +131,7 @@ def _routed_layers(
     layers, flat, read = {}, {}, 0
     for name in pool.sites:
         original: Any = model.get_submodule(name)
-        dtype = original.weight.dtype if original.weight.is_floating_point() else model.dtype
-        stack = pool.stack(name, dtype, original.weight.device)
+        stack = stack_at(model, name, pool)
         vectors = router_vectors(pool, name, routing)
         if vectors is not None:
             flat[name] = ~vectors.any(dim=-1)
@@ -146,6 +145,13 @@ def _routed_layers(
     pool.release()
     warn_of_untrained(pool, routing.router, flat)
     return layers
+
+
+def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
+    """The weights of the experts of `pool` at a `site` of `model`, in the type and place of it."""
+    weight: Tensor = model.get_submodule(site).weight
+    dtype = weight.dtype if weight.is_floating_point() else model.dtype
+    return pool.stack(site, dtype, weight.device)
 
 
 def routed_layer(

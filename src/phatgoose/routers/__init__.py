@@ -53,6 +53,7 @@ __all__ = [
     "UniformTopKRouter",
     "VectorRouter",
     "check_routing",
+    "check_vectors",
     "make_lookup",
     "make_router",
     "narrow_pool",
@@ -84,12 +85,17 @@ def check_routing(routing: Routing, pool: Pool) -> None:
             raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
     if routing.expert is not None and routing.router != "single":
         raise ConfigError(f"expert is for router single; the router is {routing.router}.")
-    if routing.router in STANDARDISED:
-        pool.check_vectors(STANDARDISED[routing.router])
+    check_vectors(routing, pool)
     if routing.k > len(pool) and routing.router in USE_K and routing.arrow != "mttl":
         warnings.warn(
             f"k is {routing.k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=3
         )
+
+
+def check_vectors(routing: Routing, pool: Pool) -> None:
+    """Raise PoolError unless the experts of `pool` have the vectors that `routing` scores with."""
+    if routing.router in STANDARDISED:
+        pool.check_vectors(STANDARDISED[routing.router])
 
 
 def narrow_pool(pool: Pool, routing: Routing, scores: Scores | None) -> Pool:

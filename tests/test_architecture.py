@@ -49,7 +49,7 @@ LAYERS = (
     ("conversion", "encoding", "suites.hub", "suites.local", "suites.promptsource", "tables"),
     ("collating", "suites.bigbench", "suites.t0"),
     ("expert", "fitting", "likelihood", "recording", "suites.flan"),
-    ("hub",),
+    ("hub", "packed"),
     ("pool", "prediction", "statistics", "suites"),
     ("gates", "importing", "layers", "routers.decision", "suites.sources"),
     (
@@ -63,7 +63,7 @@ LAYERS = (
     ("routers",),
     ("routed",),
     ("growing", "storage", "evaluation"),
-    ("opening",),
+    ("opening", "packing"),
     ("methods",),
     (
         "analysis.agreement",

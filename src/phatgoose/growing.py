@@ -39,7 +39,7 @@ from .routers import (
     Retriever,
     VectorRouter,
     check_vectors,
-    make_lookup,
+    embeddings_of,
     router_vectors,
 )
 from .rows import appended, joined, kept, used_rank
@@ -228,11 +228,9 @@ def _larger_lookup(parts: Composition, pool: Pool) -> Lookup | None:
     known = parts.lookup
     if not isinstance(known, Retriever):
         return known
-    new = make_lookup(pool, parts.routing, None, known.tokenizer)
-    if not isinstance(new, Retriever) or new.embedder != known.embedder:
-        raise PoolError(f"The new experts' embeddings don't come from {known.embedder!r}.")
+    new = embeddings_of(pool, known.embedder)
     owners = joined([known.owners, new.owners + len(parts.experts)])
-    embeddings = joined([known.embeddings, new.embeddings])
+    embeddings = joined([known.embeddings, new.rows])
     return Retriever(embeddings, owners, known.embedder, known.tokenizer)
 
 

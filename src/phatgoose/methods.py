@@ -21,10 +21,10 @@ from .errors import ConfigError
 from .expert import Expert
 from .files import sha256_of
 from .opening import OpenedModel, is_pool, is_routed, open_model
+from .packed import ROUTED_INFO
 from .pool import Pool
 from .routed import compose, detach
 from .sites import ROUTED
-from .storage import ROUTED_INFO
 
 __all__ = ["DERIVED", "METHODS", "SHARED", "Row"]
 __all__ += ["lacking", "reference_row", "rows_of", "single_rows"]

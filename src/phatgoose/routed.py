@@ -38,7 +38,18 @@ from .scores import Scores, read_scores
 from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
 from .tasks import Example
 
-__all__ = ["Composition", "compose", "composition_of", "detach", "record", "serving", "watch"]
+__all__ = [
+    "Composition",
+    "Preparation",
+    "compose",
+    "composition_of",
+    "detach",
+    "prepare",
+    "record",
+    "routed_layers",
+    "serving",
+    "watch",
+]
 
 READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
@@ -90,11 +101,47 @@ def compose(
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
     unknown router or kernel, RoutingError when the base is routed already.
     """
+    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed)
+    prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
+    pool, found = prepared.pool, prepared.base
+    layers = {layer.site.name: layer for layer in routed_layers(prepared)}
+    parts = Composition(
+        base=found.reference,
+        tokenizer=found.tokenizer,
+        experts=pool.names,
+        records=pool.records(),
+        routing=routing,
+        layers=layers,
+        lookup=prepared.lookup,
+    )
+    return install(found.model, parts)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What routed layers are made of: a pool that fits its base, and what its router needs."""
+
+    pool: Pool
+    base: ResolvedBase
+    routing: Routing
+    sites: Mapping[str, Site]
+    lookup: Lookup | None
+
+
+def prepare(
+    pool: Pool | str | Path,
+    base: Base | PreTrainedModel | str | None,
+    routing: Routing,
+    *,
+    scores: Scores | str | Path | None = None,
+    keep: Iterable[str] | None = None,
+    leave_out: Iterable[str] | None = None,
+) -> Preparation:
+    """`pool` and `base`, opened and held against each other: the first half of `compose`."""
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     pool = pool.select(keep, leave_out)
-    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed)
     check_routing(routing, pool)
-    check_kernel(kernel)
+    check_kernel(routing.kernel)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = narrow_pool(pool, routing, scores)
     found = resolve_base(base, pool.base)
@@ -103,48 +150,30 @@ def compose(
     sites = find_sites(found.model)
     for each in pool.experts:
         check_fit(each.name, each.lora, sites)
-    layers = _routed_layers(found.model, sites, pool, routing, lookup)
-    parts = Composition(
-        base=found.reference,
-        tokenizer=found.tokenizer,
-        experts=pool.names,
-        records=pool.records(),
-        routing=routing,
-        layers=layers,
-        lookup=lookup,
-    )
-    return install(found.model, parts)
+    return Preparation(pool, found, routing, sites, lookup)
 
 
-def _routed_layers(
-    model: PreTrainedModel,
-    sites: Mapping[str, Site],
-    pool: Pool,
-    routing: Routing,
-    lookup: Lookup | None,
-) -> dict[str, RoutedLayer]:
-    """The layers that take the places of those of `model` at the sites of `pool`, by site.
+def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
+    """The layers that take the places of the base's, site by site.
 
     What is read of the experts' files is given back on the way, so that stacks are what memory
     goes to.
     """
-    layers, flat, read = {}, {}, 0
+    pool, model, routing = prepared.pool, prepared.base.model, prepared.routing
+    flat, read = {}, 0
     for name in pool.sites:
-        original: Any = model.get_submodule(name)
         stack = stack_at(model, name, pool)
         vectors = router_vectors(pool, name, routing)
         if vectors is not None:
             flat[name] = ~vectors.any(dim=-1)
-        layers[name] = routed_layer(
-            original, sites[name], stack, routing, vectors, lookup, len(pool)
-        )
-        read += stack.A.nbytes + stack.B.nbytes
+        original, site = model.get_submodule(name), prepared.sites[name]
+        yield routed_layer(original, site, stack, routing, vectors, prepared.lookup, len(pool))
+        read += sum(tensor.nbytes for tensor in stack.tensors().values())
         if read > READ_AT_ONCE:
             pool.release()
             read = 0
     pool.release()
     warn_of_untrained(pool, routing.router, flat)
-    return layers
 
 
 def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:

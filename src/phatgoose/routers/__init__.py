@@ -22,6 +22,7 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,7 @@ __all__ = [
     "ARROW_VARIANTS",
     "ROUTERS",
     "ArrowRouter",
+    "Embeddings",
     "LookedUpRouter",
     "Lookup",
     "RandomRouter",
@@ -54,6 +56,7 @@ __all__ = [
     "VectorRouter",
     "check_routing",
     "check_vectors",
+    "embeddings_of",
     "make_lookup",
     "make_router",
     "narrow_pool",
@@ -152,6 +155,25 @@ def make_lookup(
         return None
     if tokenizer is None:
         raise ConfigError("Router retrieval reads prompts; hand the base over with its tokenizer.")
+    found = embeddings_of(pool)
+    return Retriever(found.rows, found.owners, found.embedder, tokenizer)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Unit vectors of training inputs, `rows` [M, dims], by `embedder`, and their experts [M]."""
+
+    rows: Tensor
+    owners: Tensor
+    embedder: str
+
+
+def embeddings_of(pool: Pool, embedder: str | None = None) -> Embeddings:
+    """Those of all experts of `pool`; `owners` are indices in it.
+
+    Raises PoolError when an expert has none or they come from several embedders, or from another
+    than `embedder`.
+    """
     rows = [_embeddings(expert) for expert in pool.experts]
     kinds = {
         (str(expert.info.embedder), row.shape[1])
@@ -161,9 +183,12 @@ def make_lookup(
         raise PoolError(
             f"The experts' embeddings come from several embedders and can't be compared: {kinds}."
         )
+    found = kinds.pop()[0]
+    if embedder not in (None, found):
+        raise PoolError(f"The experts' embeddings come from {found}, those there from {embedder}.")
     owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
     unit = torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
-    return Retriever(unit, owners, kinds.pop()[0], tokenizer)
+    return Embeddings(unit, owners, found)
 
 
 def _embeddings(expert: Expert) -> Tensor:

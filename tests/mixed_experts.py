@@ -23,6 +23,7 @@ from phatgoose.config import IA3, Bottleneck
 from phatgoose.expert import Expert
 from phatgoose.modules import BottleneckLayers, LoraFactors, ScalingVector
 from phatgoose.placement import placed_sites, scales_input
+from phatgoose.pool import Pool
 from phatgoose.sites import find_sites
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
@@ -105,6 +106,22 @@ def make_kind(kind: str, base: Base, folder: Path, *, seed: int = 0, **options: 
     )
     expert = Expert.from_peft(adapter, gates, name=name, means=means, base=base)
     return expert.save(folder / "experts" / name)
+
+
+def mixed_pool_for(base: Base, folder: Path) -> Pool:
+    """Eight experts of all kinds, sizes, placements and activations."""
+    return Pool(
+        (
+            make_kind("lora", base, folder, seed=0, rank=2),
+            make_kind("biased", base, folder, seed=1),
+            make_kind("ia3", base, folder, seed=2),
+            make_kind("bottleneck", base, folder, seed=3),
+            make_kind("bottleneck", base, folder, seed=4, size=3, activation="gelu"),
+            make_kind("bottleneck", base, folder, seed=5, placement="pfeiffer", scale=0.7),
+            make_kind("ia3", base, folder, seed=6),
+            make_kind("lora", base, folder, seed=7, rank=6),
+        )
+    )
 
 
 def linear(layer: nn.Module, u: Tensor) -> Tensor:

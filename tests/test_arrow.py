@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,7 +145,7 @@ def test_the_sign_of_a_vector_does_not_count():
 def test_an_expert_without_an_update_scores_zero_and_warns(llama, make_expert):
     pool = Pool((make_expert(llama, "e0"), make_expert(llama, "e1", seed=1)))
     lora = {s: LoraFactors(f.A, 0 * f.B, f.scale) for s, f in pool.experts[1].lora.items()}
-    empty = Expert(**{**vars(pool.experts[1]), "modules": lora})
+    empty = replace(pool.experts[1], modules=lora)
     with pytest.warns(UserWarning, match=r"'e1' .* 'arrow' at 14 of 14 sites") as warned:
         model = compose(Pool((pool.experts[0], empty)), llama, router="arrow")
     assert len(warned) == 1

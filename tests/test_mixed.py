@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from conftest import (
     of_task,
     peft_model,
 )
-from mixed_experts import make_kind, mixed_output, naively_mixed
+from mixed_experts import mixed_output, mixed_pool_for, naively_mixed
 from oracle import token_weights
 from phatgoose.alone import ModifiedLinear, put_in
 from phatgoose.bases import load_base
@@ -52,25 +53,12 @@ each_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module")
 def mixed_pool_of(base_folders, tmp_path_factory) -> Callable[[str], Pool]:
-    """`mixed_pool_of(kind)`: eight experts of all kinds, sizes and activations, made once."""
-    made: dict[str, Pool] = {}
+    """`mixed_pool_of(kind)`: `mixed_pool_for` the tiny base of that kind, made once."""
 
+    @cache
     def make(kind: str) -> Pool:
-        if kind not in made:
-            base = load_base(base_folders[kind], dtype="float32")
-            folder = tmp_path_factory.mktemp(kind)
-            experts = (
-                make_kind("lora", base, folder, seed=0, rank=2),
-                make_kind("biased", base, folder, seed=1),
-                make_kind("ia3", base, folder, seed=2),
-                make_kind("bottleneck", base, folder, seed=3),
-                make_kind("bottleneck", base, folder, seed=4, size=3, activation="gelu"),
-                make_kind("bottleneck", base, folder, seed=5, placement="pfeiffer", scale=0.7),
-                make_kind("ia3", base, folder, seed=6),
-                make_kind("lora", base, folder, seed=7, rank=6),
-            )
-            made[kind] = Pool(experts)
-        return made[kind]
+        base = load_base(base_folders[kind], dtype="float32")
+        return mixed_pool_for(base, tmp_path_factory.mktemp(kind))
 
     return make
 

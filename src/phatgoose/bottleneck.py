@@ -61,14 +61,16 @@ def read_bottleneck_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def read_bottleneck(directory: Path) -> dict[str, BottleneckLayers]:
+def read_bottleneck(
+    directory: Path, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, BottleneckLayers]:
     """The bottleneck layers of the adapter in `directory` by site name.
 
-    Raises ExpertError when a file is missing or damaged, a tensor lacks or is left over, or shapes
-    don't fit each other.
+    `tensors` are its weights where they have been read already. Raises ExpertError when a file is
+    missing or damaged, a tensor lacks or is left over, or shapes don't fit each other.
     """
     config = read_bottleneck_config(directory)
-    tensors = read_tensors(directory / BOTTLENECK_WEIGHTS)
+    tensors = read_tensors(directory / BOTTLENECK_WEIGHTS) if tensors is None else tensors
     layers = {}
     for site in sorted({_site_of(key, directory) for key in tensors}):
         parts = [tensors.get(f"{site}.{part}") for part in PARTS]

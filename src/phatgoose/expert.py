@@ -6,13 +6,14 @@ directory is written elsewhere first and renamed into place, so one that exists 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -21,13 +22,14 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, is_finite, read_tensors
+from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
 from .bases import Base, BaseReference
 from .bottleneck import BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS
 from .card import model_card
 from .errors import ExpertError
-from .files import one_line, read_json_object, regular_file, shortened
-from .kinds import adapter_files, named_base, read_modules
+from .files import one_line, read_json_object, sha256_of, shortened
+from .kinds import adapter_files, named_base, read_adapter_weights, read_modules
+from .mapped import Group, TensorFile, is_finite
 from .modules import LoraFactors, SiteModule
 from .work import new_directory
 
@@ -44,7 +46,6 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-HASHED_AT_ONCE = 2**20
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -89,6 +90,10 @@ class Expert:
     `directory` holds the adapter files; all `modules` are of one kind. `gates` and `means`
     map a site to a float32 vector of its input size n and are empty when there are none;
     `embeddings` is None or [examples, dims], of rows of length 1 made by `info.embedder`.
+
+    The tensors of an expert that was loaded are views of its files, mapped into memory: their bytes
+    are read when used, and take memory of this process until `release`. They must not be written
+    to; `dataclasses.replace` makes an expert with other ones.
     """
 
     info: ExpertInfo
@@ -97,6 +102,7 @@ class Expert:
     gates: Mapping[str, Tensor]
     means: Mapping[str, Tensor]
     embeddings: Tensor | None = None
+    files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -108,11 +114,16 @@ class Expert:
         """lora, ia3 or bottleneck."""
         return next(iter(self.modules.values())).kind
 
-    @property
-    def lora(self) -> dict[str, LoraFactors]:
+    @cached_property
+    def lora(self) -> Mapping[str, LoraFactors]:
         """The LoRA factors by site; empty for an expert of another kind."""
         held = self.modules.items()
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
+
+    def release(self) -> None:
+        """Give back the memory that bytes read from its files take, until they are used again."""
+        for file in self.files.values():
+            file.release()
 
     @classmethod
     def from_peft(
@@ -153,7 +164,7 @@ class Expert:
         expert = cls(
             info, directory, read_modules(directory), _plain(gates), _plain(means or {}), embeddings
         )
-        for problem in _vector_problems(expert):
+        for problem in chain(_vector_problems(expert), _not_finite(expert)):
             raise ExpertError(problem)
         return expert
 
@@ -167,6 +178,7 @@ class Expert:
         expert = _read(directory)
         for problem in _problems(expert):
             raise ExpertError(problem)
+        expert.release()
         return expert
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Expert:
@@ -233,18 +245,6 @@ def check_name(name: str) -> None:
         )
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises ExpertError when it can't be read."""
-    digest = hashlib.sha256()
-    try:
-        with regular_file(path).open("rb") as file:
-            while part := file.read(HASHED_AT_ONCE):
-                digest.update(part)
-        return digest.hexdigest()
-    except OSError as error:
-        raise ExpertError(f"{path} can't be read: {error.strerror}.") from error
-
-
 def _plain_json(value: Any) -> Any:
     """`value` with None for what JSON has no number for: a loss that is no number, say."""
     if isinstance(value, Mapping):
@@ -262,27 +262,27 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read(directory: Path) -> Expert:
     """The files of an expert directory, parsed but not yet compared with each other."""
     info = _read_info(directory / LAYOUT.info)
-    vectors: dict[str, Tensor] = {}
+    files = {}
     if info.vectors_sha256 is not None:
-        vectors = read_tensors(directory / LAYOUT.vectors)
-    groups: dict[str, dict[str, Tensor]] = {"gate": {}, "mean": {}}
-    for key, vector in vectors.items():
-        kind, _, site = key.partition(".")
-        if kind not in groups:
+        files[LAYOUT.vectors] = read_tensors(directory / LAYOUT.vectors)
+    vectors: Mapping[str, Tensor] = files.get(LAYOUT.vectors, {})
+    for key in vectors:
+        if not key.startswith(("gate.", "mean.")):
             raise ExpertError(
                 f"{directory / LAYOUT.vectors} holds {key!r}; wanted gate.* and mean.*."
             )
-        groups[kind][site] = vector
     embeddings = None
     if info.embeddings_sha256 is not None:
-        held = read_tensors(directory / LAYOUT.embeddings)
+        held = files[LAYOUT.embeddings] = read_tensors(directory / LAYOUT.embeddings)
         if set(held) != {"embeddings"} or held["embeddings"].dim() != 2:
             raise ExpertError(
                 f"{directory / LAYOUT.embeddings} must hold one matrix, 'embeddings'."
             )
         embeddings = held["embeddings"]
-    modules = read_modules(directory)
-    return Expert(info, directory, modules, groups["gate"], groups["mean"], embeddings)
+    weights = files[adapter_files(directory).weights] = read_adapter_weights(directory)
+    modules = read_modules(directory, weights)
+    gates, means = Group(vectors, "gate"), Group(vectors, "mean")
+    return Expert(info, directory, modules, gates, means, embeddings, files)
 
 
 def _read_info(path: Path) -> ExpertInfo:
@@ -340,7 +340,7 @@ def _problems(expert: Expert) -> Iterator[str]:
             if (directory / file).exists():
                 yield f"Expert {info.name!r}: {file} is there, but {LAYOUT.info} does not know it."
             continue
-        got = sha256_of(directory / file)
+        got = expert.files[file].sha256()
         if got != wanted:
             yield (
                 f"Expert {info.name!r}: {file} was changed after the expert was made: its SHA-256 "
@@ -378,5 +378,11 @@ def _vector_problems(expert: Expert) -> Iterator[str]:
                     f"Expert {expert.name!r}, site {site}: the {kind} has shape "
                     f"{tuple(vector.shape)} and type {vector.dtype}, wanted {wanted} and float32."
                 )
-            elif not is_finite(vector):
+
+
+def _not_finite(expert: Expert) -> Iterator[str]:
+    """Vectors that hold a NaN or an infinity; files are looked at when they are read."""
+    for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
+        for site, vector in vectors.items():
+            if not is_finite(vector):
                 yield f"Expert {expert.name!r}, site {site}: the {kind} is not finite."

@@ -19,6 +19,8 @@ from .adapters import (
     read_adapter_config,
     read_ia3,
     read_lora,
+    read_tensors,
+    read_weights,
 )
 from .bottleneck import (
     BOTTLENECK_CONFIG,
@@ -27,10 +29,12 @@ from .bottleneck import (
     read_bottleneck_config,
 )
 from .errors import ExpertError
+from .mapped import TensorFile
 from .modules import SiteModule
 from .sites import Site
 
-__all__ = ["AdapterFiles", "adapter_files", "check_fit", "named_base", "read_modules"]
+__all__ = ["AdapterFiles", "adapter_files", "check_fit", "named_base"]
+__all__ += ["read_adapter_weights", "read_modules"]
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,25 @@ def adapter_files(directory: Path) -> AdapterFiles:
     return held[0] if held else PEFT_FILES
 
 
-def read_modules(directory: Path) -> dict[str, SiteModule]:
+def read_adapter_weights(directory: Path) -> TensorFile:
+    """Every tensor of the adapter in `directory`, of whichever kind. Raises ExpertError."""
+    if adapter_files(directory) is BOTTLENECK_FILES:
+        return read_tensors(directory / BOTTLENECK_WEIGHTS)
+    return read_weights(directory)
+
+
+def read_modules(
+    directory: Path, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, SiteModule]:
     """What the adapter in `directory`, of whichever kind, does at each site.
 
-    Raises ExpertError when its files are missing or damaged or it is of no kind that can be routed.
+    `tensors` are its weights where they have been read already. Raises ExpertError when its files
+    are missing or damaged or it is of no kind that can be routed.
     """
     if adapter_files(directory) is BOTTLENECK_FILES:
-        return dict(read_bottleneck(directory))
-    is_lora = read_adapter_config(directory)["peft_type"] == "LORA"
-    return dict(read_lora(directory) if is_lora else read_ia3(directory))
+        return dict(read_bottleneck(directory, tensors))
+    read = read_lora if read_adapter_config(directory)["peft_type"] == "LORA" else read_ia3
+    return dict(read(directory, tensors))
 
 
 def named_base(directory: Path) -> str | None:

@@ -53,6 +53,11 @@ class ChoosingLayer(RoutedLayer):
 
     router: nn.Module
 
+    @property
+    def stack(self) -> SiteStack:
+        """The experts' modules as they are now."""
+        raise NotImplementedError
+
     def choose(self, u: Tensor, real: Tensor | None) -> RoutingDecision:
         """The experts of each token of u [.., n] and their weights, 0 for padding; watchers know.
 
@@ -112,6 +117,7 @@ class RoutedLinear(ChoosingLayer):
         self.kernel = kernel
         self.product = product
         self.one_call = one_call and product is None and kernel in ("auto", "native")
+        self.room: dict[str, Tensor] = {}  # what A and B begin, where they have grown
 
     @property
     def stack(self) -> SiteStack:

@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .bases import Base, load_base
 from .config import Routing
 from .errors import ConfigError
-from .expert import Expert, sha256_of
+from .expert import Expert
+from .files import sha256_of
 from .opening import OpenedModel, is_pool, is_routed, open_model
+from .packed import ROUTED_INFO
 from .pool import Pool
 from .routed import compose, detach
 from .sites import ROUTED
-from .storage import ROUTED_INFO
 
 __all__ = ["DERIVED", "METHODS", "SHARED", "Row"]
 __all__ += ["lacking", "reference_row", "rows_of", "single_rows"]

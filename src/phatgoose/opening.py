@@ -11,10 +11,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .bases import Base, load_base
 from .config import Routing
 from .hub import HubReference
+from .packed import ROUTED_INFO
 from .pool import Pool
 from .routed import compose
 from .scores import Scores
-from .storage import ROUTED_INFO, load
+from .storage import load
 
 __all__ = ["OpenedModel", "compose_pool", "is_pool", "is_routed", "open_model"]
 

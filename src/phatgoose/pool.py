@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from .bases import BaseReference
 from .errors import ExpertError, PoolError
-from .expert import LAYOUT, Expert, sha256_of
-from .files import read_json_object
+from .expert import LAYOUT, Expert
+from .files import read_json_object, sha256_of
 from .hub import HubReference, local_folder, reference_of
 from .kinds import adapter_files
 from .stacks import SiteStack, stack_modules
@@ -56,7 +57,7 @@ class Pool:
                 f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
                 f"expert directories, each with a {LAYOUT.info}."
             )
-        return cls._of(Expert.load(directory) for directory in directories)
+        return cls._of(_loaded(directories))
 
     @classmethod
     def _of(cls, experts: Iterable[Expert]) -> Pool:
@@ -125,20 +126,23 @@ class Pool:
         modules = [self.experts[z].modules[site] for z in present]
         return stack_modules(present, modules, dtype, device)
 
+    def release(self) -> None:
+        """Give the memory back that the bytes read from the experts' files take (`Expert`)."""
+        for expert in self.experts:
+            expert.release()
+
     def vectors(self, kind: str, site: str) -> Tensor:
         """The experts' gates (`kind` "gates") or mean activations ("means") at `site`, [E, n].
 
-        Rows belong to the experts of `stack(site, …)`. Raises PoolError naming those without.
+        Rows belong to the experts of `stack(site, …)`, all of which must have them.
         """
-        rows = []
-        for expert in self.experts:
-            if site not in expert.modules:
-                continue
-            vector = getattr(expert, kind).get(site)
-            if vector is None:
-                raise PoolError(_missing(self.experts, kind))
-            rows.append(vector)
-        return torch.stack(rows)
+        return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
+
+    def check_vectors(self, kind: str) -> None:
+        """Raise PoolError, naming them, when experts have no gates (`kind` "gates") or "means"."""
+        without = [expert.name for expert in self.experts if not getattr(expert, kind)]
+        if without:
+            raise PoolError(_missing(without, kind))
 
     def records(self) -> list[dict[str, Any]]:
         """One record per expert: name, place and the hashes of its files.
@@ -209,29 +213,40 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
         )
     if not places:
         raise PoolError(f"Manifest {path} lists no expert.")
-    for named, record in places:
-        place = local_folder(named if HubReference.is_one(named) else path.parent / named)
-        _check_hash(place, record)
-        yield Expert.load(place)
+    directories = [
+        local_folder(named if HubReference.is_one(named) else path.parent / named)
+        for named, _ in places
+    ]
+    for expert, (_, record) in zip(_loaded(directories), places, strict=True):
+        _check_hashes(expert, record)
+        yield expert
 
 
-def _check_hash(place: Path, record: Mapping[str, Any]) -> None:
-    files = adapter_files(place)
-    for file, key in (
-        (files.config, "config_sha256"),
-        (files.weights, "adapter_sha256"),
-        (LAYOUT.vectors, "vectors_sha256"),
-        (LAYOUT.embeddings, "embeddings_sha256"),
+def _loaded(directories: Sequence[Path]) -> Iterator[Expert]:
+    """The experts in `directories`, in order; several are read at a time, as torch has threads."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as readers:
+        yield from readers.map(Expert.load, directories)
+
+
+def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
+    """Raise ExpertError unless `expert`, whose files are as it says, is the one of the record."""
+    files = adapter_files(expert.directory)
+    config_sha256 = sha256_of(expert.directory / files.config)
+    for file, key, found in (
+        (files.config, "config_sha256", config_sha256),
+        (files.weights, "adapter_sha256", expert.info.adapter_sha256),
+        (LAYOUT.vectors, "vectors_sha256", expert.info.vectors_sha256),
+        (LAYOUT.embeddings, "embeddings_sha256", expert.info.embeddings_sha256),
     ):
-        if record.get(key) and sha256_of(place / file) != record[key]:
+        if record.get(key) and found != record[key]:
             raise ExpertError(
-                f"Expert {record.get('name')!r} at {place}: {file} is not the one in the manifest."
+                f"Expert {record.get('name')!r} at {expert.directory}: {file} is not the one in "
+                f"the manifest."
             )
 
 
-def _missing(experts: Sequence[Expert], kind: str) -> str:
+def _missing(without: Sequence[str], kind: str) -> str:
     """What to say of the experts that lack gates (`kind` "gates") or means."""
-    without = [expert.name for expert in experts if not getattr(expert, kind)]
     many = len(without) > 1
     return (
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,20 @@ from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
 from .stacks import SiteStack
 from .tasks import Example
 
-__all__ = ["Composition", "compose", "composition_of", "detach", "record", "serving", "watch"]
+__all__ = [
+    "Composition",
+    "Preparation",
+    "compose",
+    "composition_of",
+    "detach",
+    "prepare",
+    "record",
+    "routed_layers",
+    "serving",
+    "watch",
+]
+
+READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
 
 @dataclass
@@ -94,30 +107,10 @@ def compose(
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
     unknown router or kernel, RoutingError when the base is routed already.
     """
-    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
-    pool = pool.select(keep, leave_out)
     routing = Routing(router, k, kernel, eps, expert, arrow, router_seed, stand_in)
-    check_routing(routing, pool)
-    check_kernel(kernel)
-    scores = read_scores(scores) if isinstance(scores, str | Path) else scores
-    pool = narrow_pool(pool, routing, scores)
-    vectors = {name: router_vectors(pool, name, routing) for name in pool.sites}
-    found = resolve_base(base, pool.base)
-    check_fingerprint(pool.base, found.reference)
-    lookup = make_lookup(pool, routing, scores, found.tokenizer)
-    sites = find_sites(found.model)
-    for each in pool.experts:
-        vectors_of = {"gate": each.gates, "mean": each.means}
-        check_fit(each.name, each.modules, sites, vectors_of)
-    layers = {}
-    for name in pool.sites:
-        original = found.model.get_submodule(name)
-        dtype = dtype_at(original, found.model)
-        stack = pool.stack(name, dtype, original.weight.device)
-        layers[name] = routed_layer(
-            original, sites[name], stack, dtype, routing, vectors[name], lookup, len(pool)
-        )
-    warn_of_untrained(pool, router, vectors)
+    prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
+    pool, found = prepared.pool, prepared.base
+    layers = {layer.site.name: layer for layer in routed_layers(prepared)}
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
@@ -125,9 +118,74 @@ def compose(
         records=pool.records(),
         routing=routing,
         layers=layers,
-        lookup=lookup,
+        lookup=prepared.lookup,
     )
     return install(found.model, parts)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """What routed layers are made of: a pool that fits its base, and what its router needs."""
+
+    pool: Pool
+    base: ResolvedBase
+    routing: Routing
+    sites: Mapping[str, Site]
+    lookup: Lookup | None
+
+
+def prepare(
+    pool: Pool | str | Path,
+    base: Base | PreTrainedModel | str | None,
+    routing: Routing,
+    *,
+    scores: Scores | str | Path | None = None,
+    keep: Iterable[str] | None = None,
+    leave_out: Iterable[str] | None = None,
+) -> Preparation:
+    """`pool` and `base`, opened and held against each other: the first half of `compose`."""
+    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+    pool = pool.select(keep, leave_out)
+    check_routing(routing, pool)
+    check_kernel(routing.kernel)
+    scores = read_scores(scores) if isinstance(scores, str | Path) else scores
+    pool = narrow_pool(pool, routing, scores)
+    found = resolve_base(base, pool.base)
+    check_fingerprint(pool.base, found.reference)
+    lookup = make_lookup(pool, routing, scores, found.tokenizer)
+    sites = find_sites(found.model)
+    for each in pool.experts:
+        check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
+    return Preparation(pool, found, routing, sites, lookup)
+
+
+def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
+    """The layers that take the places of the base's, site by site.
+
+    What is read of the experts' files is given back on the way, so that stacks are what memory
+    goes to.
+    """
+    pool, model, routing = prepared.pool, prepared.base.model, prepared.routing
+    flat, read = {}, 0
+    for name in pool.sites:
+        stack = stack_at(model, name, pool)
+        vectors = router_vectors(pool, name, routing)
+        if vectors is not None:
+            flat[name] = ~vectors.any(dim=-1)
+        original, site = model.get_submodule(name), prepared.sites[name]
+        yield routed_layer(original, site, stack, routing, vectors, prepared.lookup, len(pool))
+        read += sum(tensor.nbytes for tensor in stack.tensors().values())
+        if read > READ_AT_ONCE:
+            pool.release()
+            read = 0
+    pool.release()
+    warn_of_untrained(pool, routing.router, flat)
+
+
+def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
+    """The modules of the experts of `pool` at a `site` of `model`, in the type and place of it."""
+    layer = model.get_submodule(site)
+    return pool.stack(site, dtype_at(layer, model), layer.weight.device)
 
 
 def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
@@ -140,7 +198,6 @@ def routed_layer(
     original: Any,
     site: Site,
     stack: SiteStack,
-    dtype: torch.dtype,
     routing: Routing,
     vectors: Tensor | None,
     lookup: Lookup | None,
@@ -148,16 +205,13 @@ def routed_layer(
     *,
     may_fold: bool = True,
 ) -> RoutedLayer:
-    """The layer that takes the place of `original` at `site`, ready to be installed.
-
-    `dtype` is that of what the router holds.
-    """
+    """The layer that takes the place of `original` at `site`, ready to be installed."""
     plain = stack.plain_lora
     if plain and may_fold and routing.router == MERGED and is_cheaper_folded(original, plain):
         folded = folded_weight(original, plain, pool_size)
         return FoldedLinear(original, site, folded, stack.experts, pool_size)
     router = make_router(site.name, stack.experts, pool_size, routing, vectors, lookup)
-    router.to(original.weight.device, dtype)
+    router.to(original.weight.device, stack.dtype)
     product = mixed_factors if routing.router == "arrow" and routing.arrow == "mttl" else None
     if plain is None:
         return MixedLinear(original, site, stack, router, routing.kernel, product)

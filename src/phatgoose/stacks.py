@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .config import ACTIVATIONS
 from .modules import BottleneckLayers, LoraFactors, ScalingVector, SiteModule
+from .rows import filled_up
 
-__all__ = ["TENSORS", "BottleneckStack", "LoraStack", "ScalingStack", "SiteStack", "stack_modules"]
+__all__ = ["TENSORS", "BottleneckStack", "LoraStack", "ScalingStack", "SiteStack"]
+__all__ += ["joined_stacks", "kept_stack", "stack_modules"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ PARTS = {
     },
 }
 COMPUTED = ("A", "B", "B_bias", "down", "down_bias", "up", "up_bias")  # in the model's type
+SIZED = ("A", "B", "down", "up", "down_bias")  # by rank or size of the bottleneck, second
 TENSORS = tuple(name for names in PARTS.values() for name in names.values())
 STACKS: dict[str, Any] = {
     "lora": LoraStack,
@@ -113,6 +117,12 @@ class SiteStack:
         }
         return SiteStack.of(moved, self.experts.to(device))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's type, which most of the tensors have; float32 with scalings only."""
+        computed = (tensor for name, tensor in self.tensors().items() if name in COMPUTED)
+        return next(computed, torch.empty(0)).dtype
+
     def rows(self) -> dict[str, Tensor]:
         """The rows of each part that is there."""
         every = torch.arange(len(self.experts), device=self.experts.device)
@@ -151,23 +161,102 @@ def stack_modules(
     )
 
 
+def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
+    """The stack of all experts of several stacks of one site, in order."""
+    experts = torch.cat([stack.experts for stack in stacks])
+    tensors: dict[str, Tensor] = {}
+    for part, names in PARTS.items():
+        held, rows, first = [], [], 0
+        for stack in stacks:
+            if getattr(stack, part) is not None:
+                held.append(getattr(stack, part))
+                rows.append(stack.rows()[part] + first)
+            first += len(stack.experts)
+        if not held:
+            continue
+        for field, name in names.items():
+            tensors |= _joined_field(held, field, name)
+        if sum(map(len, rows)) < len(experts) or part != "lora":
+            tensors[names["rows"]] = torch.cat(rows)
+    return SiteStack.of(tensors, experts)
+
+
+def _joined_field(parts: Sequence[Any], field: str, name: str) -> dict[str, Tensor]:
+    """One field of several parts of a kind, filled up where it is sized; {} if none has it."""
+    held = [getattr(part, field) for part in parts]
+    known = [tensor for tensor in held if tensor is not None]
+    if field == "rows" or not known:
+        return {}
+    width = max(tensor.shape[1] for tensor in known) if known[0].dim() > 1 else 0
+    filled = [
+        known[0].new_zeros(len(part.A), width) if tensor is None else _widened(tensor, width)
+        for part, tensor in zip(parts, held, strict=True)
+    ]
+    return {name: torch.cat(filled)}
+
+
+def _widened(tensor: Tensor, width: int) -> Tensor:
+    """A tensor [E, r, ..] with zeros up to `width` in its second dimension; others as they are."""
+    missing = width - tensor.shape[1] if tensor.dim() > 1 else 0
+    return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, missing)) if missing else tensor
+
+
+def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
+    """The stack of the experts in these `rows` (in order), no wider than they need."""
+    place = torch.full((len(stack.experts),), -1, device=rows.device)
+    place[rows] = torch.arange(len(rows), device=rows.device)
+    tensors: dict[str, Tensor] = {}
+    for part, own in stack.rows().items():
+        places = place[own]
+        stay = (places >= 0).nonzero().flatten()
+        if not len(stay):
+            continue
+        names = PARTS[part]
+        held = {
+            name: stack.tensors()[name][stay] for name in names.values() if name in stack.tensors()
+        }
+        held[names["rows"]] = places[stay]
+        tensors |= _narrowed(held)
+    if "lora_rows" in tensors and len(tensors["lora_rows"]) == len(rows):
+        del tensors["lora_rows"]
+    if "B_bias" in tensors and not tensors["B_bias"].any():
+        del tensors["B_bias"]
+    return SiteStack.of(tensors, stack.experts[rows])
+
+
+def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a part without the ranks that only experts that left had."""
+    sized = {name: tensor for name, tensor in tensors.items() if name in SIZED}
+    if not sized:
+        return tensors
+    width = next(iter(sized.values())).shape[1]
+    while width > 1 and not any(tensor[:, width - 1].any() for tensor in sized.values()):
+        width -= 1
+    return tensors | {name: tensor[:, :width].contiguous() for name, tensor in sized.items()}
+
+
 def _stack_loras(
     loras: Mapping[int, LoraFactors], dtype: torch.dtype, device: torch.device, *, alone: bool
 ) -> LoraStack:
     """The stack of LoRAs by their rows in the whole stack, of which they are all if `alone`."""
     modules = list(loras.values())
     rank = max(lora.A.shape[0] for lora in modules)
-    n, d = modules[0].A.shape[1], modules[0].B.shape[0]
-    A = torch.zeros(len(modules), rank, n, dtype=dtype, device=device)
-    B = torch.zeros(len(modules), rank, d, dtype=dtype, device=device)
-    has_biases = any(lora.bias is not None for lora in modules)
-    bias = torch.zeros(len(modules), d, dtype=dtype, device=device) if has_biases else None
-    for i, lora in enumerate(modules):
-        A[i, : lora.A.shape[0]] = lora.A
-        B[i, : lora.B.shape[1]] = _scaled(lora.B, lora.scale).T
-        if bias is not None and lora.bias is not None:
-            bias[i] = _scaled(lora.bias, lora.scale)
-    return LoraStack(A, B, bias, None if alone else _rows(loras, device))
+    A = torch.cat([filled_up(lora.A[None], rank) for lora in modules])
+    B = torch.cat([filled_up(lora.B.T[None], rank) for lora in modules])
+    bias = None
+    if any(lora.bias is not None for lora in modules):
+        zeros = torch.zeros(B.shape[2])
+        bias = torch.stack([zeros if lora.bias is None else lora.bias for lora in modules])
+    scales = torch.tensor([lora.scale for lora in modules])
+    if bool((scales != 1).any()):
+        B = B.float() * scales[:, None, None]
+        bias = None if bias is None else bias.float() * scales[:, None]
+    return LoraStack(
+        A.to(device, dtype),
+        B.to(device, dtype),
+        None if bias is None else bias.to(device, dtype),
+        None if alone else _rows(loras, device),
+    )
 
 
 def _stack_scalings(scalings: Mapping[int, ScalingVector], device: torch.device) -> ScalingStack:

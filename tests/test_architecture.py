@@ -51,7 +51,7 @@ LAYERS = (
     ("expert", "fitting", "likelihood", "recording", "suites.flan"),
     ("hub", "packed"),
     ("pool", "prediction", "statistics", "suites"),
-    ("gates", "importing", "layers", "routers.decision", "suites.sources"),
+    ("duplicates", "gates", "importing", "layers", "routers.decision", "suites.sources"),
     (
         "planning",
         "routers.arrow",
@@ -102,7 +102,7 @@ LAYERS = (
         "apps.cli.plan",
         "apps.cli.consoles",
     ),
-    ("apps.report.page", "apps.cli.experts"),
+    ("apps.report.page", "apps.cli.experts", "apps.cli.packing"),
     ("apps.report",),
     ("apps.demo",),
     ("apps.cli.comparison", "apps.cli.routed", "apps.cli.sharing"),

@@ -172,7 +172,6 @@ def compact(directory: str | Path, *, stored: str | None = None) -> Packed:
     with _changing(Path(directory)) as folder:
         packed = read_packed(folder)
         held = packed.tensors
-        sites = [name.partition(".")[2] for name in held if name.startswith("experts.")]
         kinds = {t.dtype for n, t in packed.segments[0].tensors.items() if n.startswith("A.")}
         kind = wanted or next(iter(kinds), None)
         small = [name for name in held if name.startswith(("experts.", "lookup."))]
@@ -185,7 +184,7 @@ def compact(directory: str | Path, *, stored: str | None = None) -> Packed:
                     for segment in packed.segments:
                         segment.tensors.release()
 
-        segment = _write_segment(folder, tensors(), _header(sites), len(packed.left))
+        segment = _write_segment(folder, tensors(), _header(packed.sites), len(packed.left))
         _describe(folder, packed, segments=[segment], experts=packed.records, removed=[])
         found = read_packed(folder)
         known = {entry["file"] for entry in _segments(found)}

@@ -25,6 +25,7 @@ from .work import write_text
 __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool", "SiteStack"]
 
 MANIFEST_VERSION = 1
+STAND_IN = ", or allow stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
 
 
@@ -285,7 +286,8 @@ def _missing(without: Sequence[str], kind: str) -> str:
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "
         f"{'have' if many else 'has'} no {kind}: run 'phatgoose {REMEDIES[kind]}' with the data "
         f"{'they were' if many else 'it was'} trained on, leave {'them' if many else 'it'} out, or "
-        f"use a router that needs none, such as arrow."
+        f"use a router that needs none, such as arrow"
+        f"{STAND_IN if kind == 'gates' else ''}."
     )
 
 

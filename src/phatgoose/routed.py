@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import check_fit
-from .bases import Base, BaseReference, fingerprint, load_base
+from .bases import Base, BaseReference, fingerprint, load_base, quantisation
 from .config import Routing
 from .errors import RoutingError, WrongBaseError
 from .kernels import check_kernel
@@ -86,6 +86,7 @@ def compose(
     scores: Scores | str | Path | None = None,
     arrow: str = "svd",
     router_seed: int = 0,
+    stand_in: bool = False,
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
 
@@ -95,13 +96,15 @@ def compose(
     is "auto" or a name in `phatgoose.kernels.KERNELS`. For router single, `expert` names it; for
     oracle and best-individual, `scores` are those of the single experts (expert -> task -> score,
     or the comparison.json of a comparison); for arrow, `arrow` is its form
-    (`phatgoose.routers.arrow`); for random, `router_seed` its seed. Undo with `detach`.
+    (`phatgoose.routers.arrow`); for random, `router_seed` its seed. With `stand_in`,
+    experts without gates join routers phatgoose and uniform-top-k, with a warning that names them
+    (`phatgoose.routers.stand_in`). Undo with `detach`.
 
     Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
     unknown router or kernel, RoutingError when the base is routed already.
     """
-    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed)
+    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed, stand_in)
     prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
     pool, found = prepared.pool, prepared.base
     layers = {layer.site.name: layer for layer in routed_layers(prepared)}
@@ -314,6 +317,7 @@ def resolve_base(
 ) -> ResolvedBase:
     """The base given as a name, a `Base` or a model, loaded if need be; None means `wanted`.
 
+    A quantised base can't be recognised by its weights; it is taken for `wanted`, with a warning.
     Raises RoutingError when the model is routed already.
     """
     if base is None:
@@ -324,8 +328,19 @@ def resolve_base(
     if hasattr(model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if isinstance(base, Base):
-        return ResolvedBase(model, base.tokenizer, base.reference)
-    return ResolvedBase(model, None, BaseReference(wanted.id, wanted.revision, fingerprint(model)))
+        tokenizer, reference = base.tokenizer, base.reference
+    else:
+        found = BaseReference(wanted.id, wanted.revision, fingerprint(model))
+        tokenizer, reference = None, found
+    kinds = quantisation(model)
+    if kinds and wanted.fingerprint and reference.fingerprint != wanted.fingerprint:
+        warnings.warn(
+            f"The base model {reference.id!r} is quantised ({kinds}), so its weights can't be held "
+            f"against the experts' fingerprint; taking it on trust.",
+            stacklevel=3,
+        )
+        reference = replace(reference, fingerprint=wanted.fingerprint)
+    return ResolvedBase(model, tokenizer, reference)
 
 
 def check_fingerprint(wanted: BaseReference, found: BaseReference) -> None:

@@ -37,6 +37,7 @@ from .arrow import ARROW_VARIANTS, arrow_vector
 from .decision import RoutingDecision
 from .lookup import LookedUpRouter, Lookup, Retriever, TaskTable
 from .scored import ArrowRouter, ScoredRouter, UniformTopKRouter, VectorRouter, standardise
+from .stand_in import gates_or_stand_ins
 from .unscored import RandomRouter, UniformRouter
 
 __all__ = [
@@ -75,10 +76,10 @@ USE_K = (*SCORED, RANDOM)
 
 
 def check_routing(routing: Routing, pool: Pool) -> None:
-    """Refuse a routing that can't be, and warn when `k` exceeds the pool.
+    """Refuse a routing that can't be; warn of what is lowered or guessed.
 
-    Raises ConfigError when it names something unknown, PoolError when experts lack the vectors that
-    it scores with.
+    That is `k` when it exceeds the pool, and gates that others stand in for. Raises ConfigError
+    when it names something unknown, PoolError when experts lack the vectors that it scores with.
     """
     for name, value, known in (
         ("router", routing.router, ROUTERS),
@@ -93,12 +94,21 @@ def check_routing(routing: Routing, pool: Pool) -> None:
         warnings.warn(
             f"k is {routing.k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=3
         )
+    guessed = [expert.name for expert in pool.experts if not expert.gates]
+    if routing.stand_in and guessed and STANDARDISED.get(routing.router) == "gates":
+        warnings.warn(
+            f"Without gates, and routed by their Arrow vectors in the gates' place: "
+            f"{', '.join(guessed)}. That is a guess; train gates with 'phatgoose gate' where there "
+            f"are data.",
+            stacklevel=3,
+        )
 
 
 def check_vectors(routing: Routing, pool: Pool) -> None:
     """Raise PoolError unless the experts of `pool` have the vectors that `routing` scores with."""
-    if routing.router in STANDARDISED:
-        pool.check_vectors(STANDARDISED[routing.router])
+    kind = STANDARDISED.get(routing.router)
+    if kind is not None and not (kind == "gates" and routing.stand_in):
+        pool.check_vectors(kind)
 
 
 def narrow_pool(pool: Pool, routing: Routing, scores: Scores | None) -> Pool:
@@ -129,8 +139,11 @@ def _wanted(scores: Scores | None, routing: Routing) -> Scores:
 
 def router_vectors(pool: Pool, site: str, routing: Routing) -> Tensor | None:
     """The vectors [E, n] that the router scores with at `site`, None if it has none."""
-    if routing.router in STANDARDISED:
-        return standardise(pool.vectors(STANDARDISED[routing.router], site).float())
+    kind = STANDARDISED.get(routing.router)
+    if kind == "gates" and routing.stand_in:
+        return gates_or_stand_ins(pool, site)
+    if kind is not None:
+        return standardise(pool.vectors(kind, site).float())
     if routing.router == "arrow":
         factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
         return torch.stack([arrow_vector(lora, routing.arrow) for lora in factors])

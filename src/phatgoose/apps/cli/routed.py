@@ -14,7 +14,7 @@ from ...errors import RoutingError
 from .consoles import plain
 from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
 from .flags import with_settings
-from .packing import StoredOption
+from .segments import StoredOption
 
 if TYPE_CHECKING:
     from ...duplicates import Duplicate
@@ -124,8 +124,8 @@ def compose(
         raise RoutingError(f"{out} exists already; choose another --out.")
     from ...bases import load_base
     from ...opening import base_of
-    from ...packing import pack
     from ...pool import Pool
+    from ...segments import pack
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool).select(keep, leave_out)
     name = base or recipe.base

@@ -39,8 +39,8 @@ def add(
     ],
 ) -> None:
     """Add experts: one more file, of these experts only."""
-    from ...packing import add_to_packed
     from ...pool import Pool
+    from ...segments import add_to_packed
 
     pool = Pool.open(places[0] if len(places) == 1 else places)
     _tell(add_to_packed(model, pool), model)
@@ -51,14 +51,14 @@ def remove(
     names: Annotated[list[str], typer.Argument(help="The experts' names.")],
 ) -> None:
     """Remove experts: from the description; compact takes them out of the files."""
-    from ...packing import remove_from_packed
+    from ...segments import remove_from_packed
 
     _tell(remove_from_packed(model, names), model)
 
 
 def compact(model: ModelArgument, stored: StoredOption = None) -> None:
     """Write the experts that are left into one file, in another type if told."""
-    from ...packing import compact as rewrite
+    from ...segments import compact as rewrite
 
     _tell(rewrite(model, stored=stored), model)
 

@@ -53,6 +53,7 @@ LAYERS = (
     (
         "bottleneck",
         "encoding",
+        "packing",
         "skeletons",
         "suites.hub",
         "suites.local",
@@ -63,7 +64,7 @@ LAYERS = (
     ("alone", "expert", "fitting", "likelihood", "recording", "suites.flan"),
     ("hub", "packed"),
     ("pool", "prediction", "statistics", "suites"),
-    ("gates", "importing", "routers.decision", "suites.sources"),
+    ("duplicates", "gates", "importing", "routers.decision", "suites.sources"),
     (
         "fresh",
         "layers",
@@ -78,7 +79,7 @@ LAYERS = (
     ("routers",),
     ("routed",),
     ("growing", "storage", "evaluation"),
-    ("opening", "packing"),
+    ("opening", "segments"),
     ("methods",),
     (
         "analysis.agreement",
@@ -117,7 +118,7 @@ LAYERS = (
         "apps.cli.plan",
         "apps.cli.consoles",
     ),
-    ("apps.report.page", "apps.cli.experts"),
+    ("apps.report.page", "apps.cli.experts", "apps.cli.segments"),
     ("apps.report",),
     ("apps.demo",),
     ("apps.cli.comparison", "apps.cli.routed", "apps.cli.sharing"),

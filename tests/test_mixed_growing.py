@@ -14,8 +14,8 @@ from phatgoose.expert import Expert
 from phatgoose.growing import add_experts, remove_experts
 from phatgoose.kinds import check_fit
 from phatgoose.modules import ScalingVector
-from phatgoose.packing import add_to_packed, compact, pack, remove_from_packed
 from phatgoose.pool import Pool
+from phatgoose.segments import add_to_packed, compact, pack, remove_from_packed
 from phatgoose.sites import find_sites
 from phatgoose.storage import load
 

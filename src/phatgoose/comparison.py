@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .bases import Base, load_base
+from .bases import Base, load_base, number_format
 from .bootstrap import Sample
 from .config import Formatting, Routing
 from .errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
@@ -284,7 +284,7 @@ def _run(
 def _key(row: Row, dataset: _Dataset, base: Base) -> dict[str, Any]:
     return {
         "base": base.fingerprint,
-        "dtype": str(base.model.dtype),
+        "dtype": number_format(base.model),
         "method": dict(row.identity),
         "task": dataset.task.name,
         "examples": dataset.digest,

@@ -117,8 +117,9 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
 def check_growth(routing: Routing, names: Iterable[str], pool: Pool) -> None:
     """Raise unless `pool` can join experts of these `names`, routed so.
 
-    Raises RoutingError for a router that is made for the experts it has (one expert alone, or the
-    best by scores), PoolError when a name is taken or experts of `pool` lack the vectors needed.
+    Raises RoutingError for a router that is made for the experts it has (one expert alone, the best
+    by scores, with stand-ins for gates), PoolError when a name is taken or experts of `pool` lack
+    the vectors needed.
     """
     _check_router(routing)
     taken = sorted(set(names) & set(pool.names))
@@ -149,6 +150,10 @@ def _check_router(routing: Routing) -> None:
     if routing.router in (*ALONE, "oracle"):
         raise RoutingError(
             f"Router {routing.router} is made for the experts that it has; compose the pool anew."
+        )
+    if routing.stand_in:
+        raise RoutingError(
+            "Stand-ins for gates depend on the gates of the whole pool; compose it anew."
         )
 
 

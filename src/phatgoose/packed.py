@@ -179,6 +179,12 @@ class Packed:
         return tuple(record["name"] for record in self.records)
 
     @property
+    def sites(self) -> tuple[str, ...]:
+        """Where at least one of them acts."""
+        begin = "experts."
+        return tuple(n.removeprefix(begin) for n in self.tensors if n.startswith(begin))
+
+    @property
     def tensors(self) -> PackedTensors:
         """All tensors of the experts that are left."""
         return PackedTensors(self.segments, self.left)

@@ -1,314 +1,171 @@
-"""Packed models made of pools larger than memory, and changed without being written anew.
+"""Batches with next to no padding: several texts share a row, and none sees another.
 
-Adding writes one more file, of the new experts only; removing writes none. Either counts from the
-moment in which the description is replaced: a process that is killed before that has done nothing
-(the file that it may leave behind is nobody's, and goes when the folder is compacted).
+A text is a stem and branches that each go on from its end: a prompt and its answer choices. In a
+row all stand one after the other; an attention mask lets a branch see its stem and itself alone,
+and positions begin anew with each text and go back to the stem's end with each branch. So what a
+model says of every token is what it would say of stem and branch alone.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
+import heapq
+import inspect
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
-from filelock import FileLock, Timeout
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .bases import Base, BaseReference
-from .config import Routing
-from .errors import ConfigError, ExpertError, RoutingError
-from .growing import check_growth, check_removal
-from .mapped import TensorFile, write_tensors
-from .packed import (
-    EMBEDDINGS,
-    FACTORS,
-    OWNERS,
-    ROUTED_INFO,
-    ROUTED_WEIGHTS,
-    Packed,
-    quantised,
-    read_packed,
-)
-from .pool import Pool
-from .routed import check_fingerprint, prepare, routed_layers
-from .routers import embeddings_of, router_vectors
-from .scores import Scores
-from .storage import layer_tensors, lookup_info, lookup_tensors
-from .work import new_directory, write_text
+__all__ = ["Packed", "Text", "can_pack", "head_at", "pack", "packed_batches"]
 
-__all__ = ["STORED", "add_to_packed", "compact", "pack", "remove_from_packed"]
-
-STORED: dict[str, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "int8": torch.int8,
-}
-HEADER_OF_A_TENSOR = 200  # bytes beside its name, at most
-TENSORS_OF_A_SITE = 20
-# The side of a site's layer whose size each tensor's last dimension tells.
-SIDES = {
-    **{"A": "inputs", "vectors": "inputs", "input_deltas": "inputs"},
-    **{"B": "outputs", "output_deltas": "outputs", "down": "outputs"},
-}
-UNFINISHED, LOCK = ".segment", ".lock"
+IMPLEMENTATIONS = ("sdpa", "eager")  # of attention: those that add a mask to the scores
+FULL = "full_attention"
+# A token that stands in a row of so many costs twice as much as alone, estimated: a row's attention
+# is computed whole, also where the mask hides it. Only the way that rows are filled goes by it.
+DEAR_ROW = 2000
 
 
-def pack(
-    pool: Pool | str | Path,
-    directory: str | Path,
-    base: Base | PreTrainedModel | str | None = None,
-    *,
-    routing: Routing | None = None,
-    scores: Scores | str | Path | None = None,
-    keep: Iterable[str] | None = None,
-    leave_out: Iterable[str] | None = None,
-    stored: str | None = None,
-    overwrite: bool = False,
-) -> Packed:
-    """What `save(compose(pool, …), directory)` writes, without the pool ever being in memory.
+@dataclass(frozen=True)
+class Text:
+    """A stem of at least one token, and what goes on from its end, each branch by itself."""
 
-    Sites are stacked and written one by one, and read when used (`load` maps the file), so the pool
-    may be larger than memory. `stored` is the type of the experts' factors in the file, one of
-    STORED: None is that of the base, which loses nothing. Returns it as `read_packed` does.
+    stem: Sequence[int]
+    branches: Sequence[Sequence[int]] = ()
 
-    Raises what `compose` and `save` do, and ConfigError for an unknown type.
+    @property
+    def length(self) -> int:
+        """Tokens of stem and branches."""
+        return len(self.stem) + sum(map(len, self.branches))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Texts as a batch of rows.
+
+    `owners` [rows, columns] says of which text each token is, -1 for padding; `starts` [texts]
+    where each begins when rows are put one after the other. A text's tokens stand together: its
+    stem, then its branches in order.
     """
-    target = Path(directory)
-    if target.exists() and not overwrite:
-        raise RoutingError(f"{target} exists already; choose another place or allow overwriting.")
-    kind = _stored(stored)
-    prepared = prepare(
-        pool, base, routing or Routing(), scores=scores, keep=keep, leave_out=leave_out
+
+    inputs: dict[str, Tensor]
+    owners: Tensor
+    starts: Tensor
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """True for a causal model that takes positions and any attention mask in all its layers.
+
+    Transformers hands a mask of four dimensions on as it is where attention goes through its own
+    interface. Layers with a window or a state of their own would see beyond their text.
+    """
+    config = model.config.get_text_config()
+    return bool(
+        not model.config.is_encoder_decoder
+        and model._supports_attention_backend
+        and not model._is_stateful
+        and config._attn_implementation in IMPLEMENTATIONS
+        and set(getattr(config, "layer_types", None) or [FULL]) == {FULL}
+        and getattr(config, "sliding_window", None) is None
+        and "position_ids" in inspect.signature(model.forward).parameters
     )
-    pool = prepared.pool
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        yield from _indices(pool)
-        yield from lookup_tensors(prepared.lookup).items()
-        for layer in routed_layers(prepared):
-            yield from _as_stored(layer_tensors(layer), kind)
-
-    with new_directory(target, RoutingError, overwrite=overwrite) as work:
-        write_tensors(work / ROUTED_WEIGHTS, tensors(), _header(pool.sites))
-        info = {
-            "format_version": 1,
-            "base": asdict(prepared.base.reference),
-            "routing": asdict(prepared.routing),
-            "experts": pool.records(),
-            "weights_sha256": TensorFile(work / ROUTED_WEIGHTS).sha256(),
-            "lookup": lookup_info(prepared.lookup),
-        }
-        (work / ROUTED_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    return read_packed(target)
 
 
-def add_to_packed(directory: str | Path, pool: Pool | str | Path) -> Packed:
-    """The packed model in `directory` with the experts of `pool` too, after its own.
+def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[int]]]:
+    """Batches of rows of indices that visit every text once: at most `budget` tokens, padded.
 
-    They are stored as the others are. Raises what `growing.add_experts` does; ExpertError when one
-    doesn't fit the stacks that are there, RoutingError when the folder is damaged, can't be
-    written, or another process is changing it.
+    A text longer than the budget comes alone. Longest first, so that memory runs out early or
+    never.
     """
-    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
-    with _changing(Path(directory)) as folder:
-        packed = read_packed(folder)
-        routing, first = Routing(**packed.info["routing"]), packed.segments[0].tensors
-        check_growth(routing, packed.names, pool)
-        _check_unfolded(packed)
-        check_fingerprint(pool.base, BaseReference(**packed.info["base"]))
-        _check_sizes(packed, pool)
-        kind = _kind_of(first)
-        vectors_kind = next((t.dtype for n, t in first.items() if n.startswith("vectors.")), None)
-        computed = kind if kind not in (None, torch.int8) else torch.float32
-
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            yield from _indices(pool)
-            yield from _embeddings(packed, pool)
-            for site in pool.sites:
-                held = pool.stack(site, computed, torch.device("cpu")).tensors()
-                held = {f"{name}.{site}": tensor for name, tensor in held.items()}
-                vectors = router_vectors(pool, site, routing)
-                if vectors is not None:
-                    held[f"vectors.{site}"] = vectors.to(vectors_kind)
-                yield from _as_stored(held, kind)
-                pool.release()
-
-        segment = _write_segment(folder, tensors(), _header(pool.sites), len(pool))
-        _describe(
-            folder,
-            packed,
-            segments=[*_segments(packed), segment],
-            experts=[*packed.info["experts"], *pool.records()],
-        )
-        return read_packed(folder)
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    begin = 0
+    while begin < len(order):
+        end, total = begin + 1, lengths[order[begin]]
+        while end < len(order) and total + lengths[order[end]] <= budget:
+            total += lengths[order[end]]
+            end += 1
+        while (rows := _rows(order[begin:end], lengths, budget)) is None:
+            end -= 1
+        yield rows
+        begin = end
 
 
-def remove_from_packed(directory: str | Path, names: Iterable[str]) -> Packed:
-    """The packed model in `directory` without the experts of these `names`.
+def _rows(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]] | None:
+    """The indices in `order`, longest first, shared out to rows so that a pass costs least.
 
-    Their rows stay in its files, unused, until `compact`. Raises what `growing.remove_experts`
-    does, and RoutingError as `add_to_packed`.
+    None where no number of rows keeps padding within the budget; one text alone always fits.
     """
-    with _changing(Path(directory)) as folder:
-        packed = read_packed(folder)
-        left = check_removal(Routing(**packed.info["routing"]), packed.names, names)
-        _check_unfolded(packed)
-        stay = {packed.left[z] for z in left}
-        gone = [z for z in range(len(packed.info["experts"])) if z not in stay]
-        _describe(folder, packed, segments=_segments(packed), removed=gone)
-        return read_packed(folder)
+    most = -(-sum(lengths[i] for i in order) // lengths[order[0]])
+    costs: list[tuple[float, list[list[int]]]] = []
+    for count in range(1, most + 1):
+        rows = _shared_out(order, lengths, count)
+        columns = max(sum(lengths[i] for i in row) for row in rows)
+        tokens = len(rows) * columns
+        if tokens <= budget or len(order) == 1:
+            costs.append((tokens * (1 + columns / DEAR_ROW), rows))
+    return min(costs, default=(0.0, None))[1]
 
 
-def compact(directory: str | Path, *, stored: str | None = None) -> Packed:
-    """The packed model in `directory` in one file again, of the experts that are left only.
+def _shared_out(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`count` rows of indices, each put into the row that is shortest by then."""
+    rows = [(0, row, list[int]()) for row in range(count)]
+    for index in order:
+        filled, row, indices = rows[0]
+        heapq.heapreplace(rows, (filled + lengths[index], row, [*indices, index]))
+    return [indices for _, _, indices in rows if indices]
 
-    `stored` is the type of the experts' factors from now on (see `pack`), None the one they have.
-    Stacks are joined and written site by site. Raises RoutingError as `add_to_packed`, ConfigError
-    for an unknown type.
+
+def pack(rows: Sequence[Sequence[Text]], pad_token_id: int, dtype: torch.dtype) -> Packed:
+    """The texts of each row as one batch; `dtype` is that of the model.
+
+    `inputs` are what its forward pass takes. Texts are numbered row by row. Padding sees the first
+    token of its row and not itself, by which it is known (`sites.TokenMasks`).
     """
-    wanted = _stored(stored)
-    with _changing(Path(directory)) as folder:
-        packed = read_packed(folder)
-        held = packed.tensors
-        sites = [name.partition(".")[2] for name in held if name.startswith("experts.")]
-        kind = wanted or _kind_of(packed.segments[0].tensors)
-        small = [name for name in held if name.startswith(("experts.", "lookup."))]
+    columns = max(sum(text.length for text in row) for row in rows)
+    shape = (len(rows), columns)
+    tokens, positions = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
+    owners, branches = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+    starts: list[int] = []
+    for row, texts in enumerate(rows):
+        at = 0
+        for text in texts:
+            starts.append(row * columns + at)
+            for branch, part in enumerate([text.stem, *text.branches]):
+                place, begin = slice(at, at + len(part)), len(text.stem) if branch else 0
+                tokens[row, place] = torch.tensor(part, dtype=torch.long)
+                positions[row, place] = torch.arange(begin, begin + len(part))
+                owners[row, place], branches[row, place] = len(starts) - 1, branch
+                at += len(part)
+    mask = torch.zeros(len(rows), 1, columns, columns, dtype=dtype)
+    mask.masked_fill_(~_visible(owners, branches).unsqueeze(1), torch.finfo(dtype).min)
+    inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+    return Packed(inputs, owners, torch.tensor(starts))
 
-        def tensors() -> Iterator[tuple[str, Tensor]]:
-            yield from ((name, held[name]) for name in small)
-            for name in held:
-                if name not in small:
-                    yield from _as_stored({name: held[name]}, kind)
-                    for segment in packed.segments:
-                        segment.tensors.release()
 
-        segment = _write_segment(folder, tensors(), _header(sites), len(packed.left))
-        _describe(folder, packed, segments=[segment], experts=packed.records, removed=[])
-        found = read_packed(folder)
-        known = {entry["file"] for entry in _segments(found)}
-        for path in folder.iterdir():
-            if path.suffix == ".safetensors" and path.name not in known:
-                path.unlink()
-        return found
+def _visible(owners: Tensor, branches: Tensor) -> Tensor:
+    """Whether each token (row of the result) sees each (column), [rows, columns, columns]."""
+    columns = owners.shape[1]
+    earlier = torch.ones(columns, columns, dtype=torch.bool).tril()
+    same_text = owners.unsqueeze(2) == owners.unsqueeze(1)
+    same_branch = branches.unsqueeze(2) == branches.unsqueeze(1)
+    in_stem = (branches == 0).unsqueeze(1)
+    padding = owners.eq(-1).unsqueeze(2)
+    first = torch.arange(columns) == 0
+    return torch.where(padding, first, earlier & same_text & (same_branch | in_stem))
 
 
 @contextmanager
-def _changing(folder: Path) -> Iterator[Path]:
-    """`folder`, which no other process changes meanwhile; what can't be written is told."""
-    if not (folder / ROUTED_INFO).is_file():
-        raise RoutingError(f"{folder} holds no routed model: {ROUTED_INFO} can't be read.")
-    try:
-        with FileLock(folder / LOCK).acquire(timeout=0):
-            yield folder
-    except Timeout as error:
-        raise RoutingError(f"Another process is changing {folder}.") from error
-    except OSError as error:
-        raise RoutingError(f"{folder} can't be written: {error.strerror or error}.") from error
+def head_at(model: nn.Module, places: Tensor) -> Iterator[None]:
+    """While the context is open, logits are computed at `places` only, [1, places, vocabulary].
 
-
-def _write_segment(
-    folder: Path, tensors: Iterator[tuple[str, Tensor]], header: int, experts: int
-) -> dict[str, Any]:
-    """The description's entry of a segment, which is in its place then and nobody's yet."""
-    unfinished = folder / f"{UNFINISHED}-{os.getpid()}.safetensors"
+    `places` count the tokens of a batch, row by row.
+    """
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(
+        lambda _, args: (args[0].flatten(0, 1)[places].unsqueeze(0), *args[1:])
+    )
     try:
-        write_tensors(unfinished, tensors, header)
-        sha256 = TensorFile(unfinished).sha256()
-        file = f"routed-{sha256[:12]}.safetensors"
-        os.replace(unfinished, folder / file)
+        yield
     finally:
-        unfinished.unlink(missing_ok=True)
-    return {"file": file, "sha256": sha256, "experts": experts}
-
-
-def _describe(folder: Path, packed: Packed, **changes: Any) -> None:
-    info = {key: value for key, value in packed.info.items() if key != "weights_sha256"}
-    content = {**info, "format_version": 2, **changes}
-    write_text(folder / ROUTED_INFO, json.dumps(content, indent=2) + "\n", RoutingError)
-
-
-def _segments(packed: Packed) -> list[dict[str, Any]]:
-    if "segments" in packed.info:
-        return list(packed.info["segments"])
-    count, sha256 = len(packed.info["experts"]), packed.info["weights_sha256"]
-    return [{"file": ROUTED_WEIGHTS, "sha256": sha256, "experts": count}]
-
-
-def _indices(pool: Pool) -> Iterator[tuple[str, Tensor]]:
-    for site in pool.sites:
-        acting = [z for z, expert in enumerate(pool.experts) if site in expert.modules]
-        yield f"experts.{site}", torch.tensor(acting)
-
-
-def _as_stored(
-    tensors: Mapping[str, Tensor], kind: torch.dtype | None
-) -> Iterator[tuple[str, Tensor]]:
-    """`tensors` with factors in the type `kind`; None leaves them as they are."""
-    for name, tensor in tensors.items():
-        part, _, site = name.partition(".")
-        if part not in FACTORS or kind is None:
-            yield name, tensor
-        elif kind == torch.int8:
-            yield from quantised(part, site, tensor)
-        else:
-            yield name, tensor.to(kind)
-
-
-def _embeddings(packed: Packed, pool: Pool) -> Iterator[tuple[str, Tensor]]:
-    """The embeddings of the experts of `pool`, where the router looks inputs up by them."""
-    embedder = packed.info.get("lookup", {}).get("embedder")
-    if embedder is None:
-        return
-    found = embeddings_of(pool, embedder)
-    yield EMBEDDINGS, found.rows
-    yield OWNERS, found.owners
-
-
-def _check_unfolded(packed: Packed) -> None:
-    if any(name.startswith("folded.") for name in packed.segments[0].tensors):
-        raise RoutingError(
-            "The merged experts are folded into the base's weights and can't be told apart any "
-            "more; compose the pool anew."
-        )
-
-
-def _check_sizes(packed: Packed, pool: Pool) -> None:
-    """Raise ExpertError unless the experts of `pool` map what those that are there map."""
-    sizes: dict[str, dict[str, int]] = {"inputs": {}, "outputs": {}}
-    for segment in packed.segments:
-        for name, tensor in segment.tensors.items():
-            part, _, site = name.partition(".")
-            if part in SIDES:
-                sizes[SIDES[part]][site] = tensor.shape[-1]
-    for expert in pool.experts:
-        for site, module in expert.modules.items():
-            known = tuple(sizes[side].get(site) for side in sizes)
-            got = (module.in_features or known[0], module.out_features or known[1])
-            if any(k not in (None, g) for g, k in zip(got, known, strict=True)):
-                raise ExpertError(
-                    f"Expert {expert.name!r}, site {site}: maps {got[0]} to {got[1]} features, the "
-                    f"experts that are there {known[0]} to {known[1]}."
-                )
-
-
-def _kind_of(tensors: Mapping[str, Tensor]) -> torch.dtype | None:
-    """The type that the factors of a segment are stored in, None where it has none."""
-    held = (tensors[name].dtype for name in tensors if name.partition(".")[0] in FACTORS)
-    return next(held, None)
-
-
-def _stored(name: str | None) -> torch.dtype | None:
-    if name is not None and name not in STORED:
-        raise ConfigError(f"Experts can be stored in {', '.join(STORED)}, not in {name!r}.")
-    return None if name is None else STORED[name]
-
-
-def _header(sites: Iterable[str]) -> int:
-    return sum(TENSORS_OF_A_SITE * (len(site) + HEADER_OF_A_TENSOR) for site in sites) + 4096
+        handle.remove()

@@ -112,10 +112,12 @@ class Pool:
         if isinstance(keep, str) or isinstance(leave_out, str):
             raise PoolError("keep and leave_out must be lists of names.")
         kept, left = list(keep) if keep is not None else list(self.names), list(leave_out or ())
+        names = set(self.names)
         for name in [*kept, *left]:
-            if name not in self.names:
+            if name not in names:
                 raise PoolError(f"The pool has no expert {name!r}; it has {', '.join(self.names)}.")
-        chosen = [e for e in self.experts if e.name in kept and e.name not in left]
+        staying = set(kept) - set(left)
+        chosen = [expert for expert in self.experts if expert.name in staying]
         if not chosen:
             raise PoolError("No expert is left in the pool after keep and leave_out.")
         return Pool(tuple(chosen))

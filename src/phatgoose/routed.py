@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .bases import Base, BaseReference, fingerprint, load_base
+from .bases import Base, BaseReference, fingerprint, load_base, quantisation
 from .config import Routing
 from .errors import RoutingError, WrongBaseError
 from .kernels import check_kernel
@@ -321,6 +321,7 @@ def resolve_base(
 ) -> ResolvedBase:
     """The base given as a name, a `Base` or a model, loaded if need be; None means `wanted`.
 
+    A quantised base can't be recognised by its weights; it is taken for `wanted`, with a warning.
     Raises RoutingError when the model is routed already.
     """
     if base is None:
@@ -331,8 +332,19 @@ def resolve_base(
     if hasattr(model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if isinstance(base, Base):
-        return ResolvedBase(model, base.tokenizer, base.reference)
-    return ResolvedBase(model, None, BaseReference(wanted.id, wanted.revision, fingerprint(model)))
+        tokenizer, reference = base.tokenizer, base.reference
+    else:
+        found = BaseReference(wanted.id, wanted.revision, fingerprint(model))
+        tokenizer, reference = None, found
+    kinds = quantisation(model)
+    if kinds and wanted.fingerprint and reference.fingerprint != wanted.fingerprint:
+        warnings.warn(
+            f"The base model {reference.id!r} is quantised ({kinds}), so its weights can't be held "
+            f"against the experts' fingerprint; taking it on trust.",
+            stacklevel=3,
+        )
+        reference = replace(reference, fingerprint=wanted.fingerprint)
+    return ResolvedBase(model, tokenizer, reference)
 
 
 def check_fingerprint(wanted: BaseReference, found: BaseReference) -> None:

@@ -85,7 +85,7 @@ def load(
     sites = find_sites(found.model)
     tensors, layers = packed.tensors, {}
     lookup = _lookup(packed.info, tensors, found.tokenizer)
-    for name in [key.removeprefix("experts.") for key in tensors if key.startswith("experts.")]:
+    for name in packed.sites:
         if name not in sites:
             raise WrongBaseError(f"Experts in {directory} act on {name}, which the base lacks.")
         layers[name] = _layer(

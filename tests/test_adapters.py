@@ -197,7 +197,7 @@ def test_missing_weights_are_refused(adapter):
         ("model.embed_tokens.lora_embedding_A", "an embedding is no site"),
         ("model.layers.0.self_attn.q_proj.base_layer.bias", "trains a bias of the base"),
         ("model.layers.0.self_attn.q_proj.lora_magnitude_vector", "DoRA"),
-        ("model.layers.0.mlp.strange", "no LoRA factor."),
+        ("model.layers.0.mlp.strange", "no part of a plain adapter."),
     ],
 )
 def test_a_tensor_that_is_left_over_is_refused_by_name(adapter, extra, reason):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from mixed_experts import make_bottleneck
 from phatgoose.bottleneck import (
     BOTTLENECK_CONFIG,
     BOTTLENECK_WEIGHTS,
@@ -21,6 +22,7 @@ from phatgoose.bottleneck import (
 from phatgoose.card import model_card
 from phatgoose.errors import ExpertError
 from phatgoose.expert import LAYOUT, Expert, base_named_in, check_expert
+from phatgoose.importing import import_adapter
 from phatgoose.kinds import read_modules
 from phatgoose.modules import BottleneckLayers
 
@@ -188,3 +190,14 @@ def test_an_ia3_tensor_of_another_shape_is_refused(tmp_path, shape):
     del tensors[f"base_model.model.{QUERY}.ia3_l"]
     save_file(tensors, folder / LAYOUT.adapter_weights)
     assert "'base_model.model.x.lora_A.weight'" in complaint_about(folder)
+
+
+def test_a_bare_bottleneck_adapter_is_imported(llama, base_folders, tmp_path):
+    bare, base = make_bottleneck(llama, tmp_path / "bare"), str(base_folders["llama"])
+    expert = import_adapter(bare, tmp_path / "mine", base=base)
+    assert (expert.kind, expert.info.base.id) == ("bottleneck", base)
+    weights = (expert.directory / BOTTLENECK_WEIGHTS).read_bytes()
+    assert weights == (bare / BOTTLENECK_WEIGHTS).read_bytes()
+    with pytest.raises(ExpertError, match="which the base model lacks"):
+        import_adapter(bare, tmp_path / "other", base=str(base_folders["gpt2"]))
+    assert not (tmp_path / "other").exists()

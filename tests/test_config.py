@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from phatgoose.config import (
+    IA3,
     RECIPE_TABLES,
     SUITE_NAMES,
+    Bottleneck,
     Formatting,
     GateTraining,
     Lora,
@@ -22,13 +24,19 @@ from phatgoose.config import (
 from phatgoose.errors import ConfigError
 from phatgoose.suites import SUITES
 
-CONFIGS = (Lora, Training, GateTraining, Formatting, Routing)
+CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing)
 
 PAPER = [  # METHOD sections 3, 4 and 6; paper section 4.1 and the released code
     (Lora, "rank", 16),
     (Lora, "alpha", 1.0),
     (Lora, "init_std", 0.01),
     (Lora, "sites", None),
+    (IA3, "sites", None),
+    (IA3, "feedforward", None),
+    (Bottleneck, "placement", "houlsby"),
+    (Bottleneck, "size", 64),
+    (Bottleneck, "activation", "relu"),
+    (Bottleneck, "scale", 1.0),
     (Training, "steps", 1000),
     (Training, "batch_size", 1024),
     (Training, "learning_rate", 5e-3),
@@ -52,6 +60,11 @@ OUT_OF_RANGE = [
     (Lora, "rank", 0),
     (Lora, "alpha", 0.0),
     (Lora, "init_std", -0.1),
+    (Bottleneck, "placement", "parallel"),
+    (Bottleneck, "activation", "tanh"),
+    (Bottleneck, "size", 0),
+    (Bottleneck, "scale", 0.0),
+    (Bottleneck, "init_std", -0.1),
     (Training, "steps", 0),
     (Training, "batch_size", -1),
     (Training, "micro_batch_size", 0),
@@ -214,6 +227,10 @@ def test_folders_in_a_recipe_are_relative_to_it(tmp_path):
         ("tasks = [1]", "tasks must be a list"),
         ("data = 3", "data is 3"),
         ("templates = []", "templates is"),
+        ("peft = 'dora'", "peft is 'dora', but must be one of lora, ia3, bottleneck"),
+        ("peft = []", "peft is"),
+        ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites, feedforward"),
+        ("[bottleneck]\nactivation = 'tanh'", "activation is 'tanh'"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_the_reason(tmp_path, text, complaint):

@@ -23,8 +23,10 @@ from conftest import (
 from mixed_experts import mixed_output, mixed_pool_for, naively_mixed
 from oracle import token_weights
 from phatgoose.alone import ModifiedLinear, put_in
+from phatgoose.analysis.findings import vector_similarity
 from phatgoose.bases import load_base
 from phatgoose.config import ACTIVATIONS
+from phatgoose.duplicates import cosines, near_duplicates
 from phatgoose.errors import ExpertError, PoolError
 from phatgoose.expert import Expert
 from phatgoose.kernels.bottlenecks import (
@@ -39,7 +41,7 @@ from phatgoose.methods import lacking
 from phatgoose.mixed import MixedLinear
 from phatgoose.modules import BottleneckLayers, LoraFactors, ScalingVector
 from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach, record
+from phatgoose.routed import compose, composition_of, detach, record, serving
 from phatgoose.routers import ROUTERS, UniformRouter
 from phatgoose.sites import Site
 from phatgoose.stacks import stack_modules
@@ -195,6 +197,34 @@ def test_every_router_but_arrow_routes_a_mixed_pool(llama, llama_mixed, router, 
 
 def renamed(expert: Expert, name: str) -> Expert:
     return replace(expert, info=replace(expert.info, name=name))
+
+
+def test_random_routing_starts_anew_for_each_task(llama, llama_mixed):
+    pool = llama_mixed.select(["ia32", "bottleneck3", "biased1"])
+    model, ids, got = compose(pool, llama, router="random", k=1), make_ids(), []
+    for _ in range(2):
+        with serving(model, "task", []):
+            got.append(logits_of(model, ids))
+    assert torch.equal(*got)
+    assert not torch.equal(logits_of(model, ids), got[0])
+
+
+def test_routers_of_mixed_sites_are_compared(llama, llama_mixed):
+    similarity = vector_similarity(compose(llama_mixed, llama))
+    assert similarity.shape == (8, 8)
+    assert all(similarity[z, z] == pytest.approx(1) for z in range(8))
+    assert abs(similarity[2, 6]) < 0.5
+
+
+def test_near_duplicates_are_found_among_all_kinds(llama_mixed):
+    twins = [renamed(llama_mixed.select([name]).experts[0], "twin") for name in ("ia32", "biased1")]
+    for twin in twins:
+        twin = replace(twin, info=replace(twin.info, adapter_sha256="another"))
+        (found,) = near_duplicates(Pool((*llama_mixed.experts, twin)))
+        assert (found.other, found.identical) == ("twin", False)
+    same = cosines(llama_mixed)
+    assert same[2, 3] == same[0, 2] == 0  # of different kinds
+    assert 0 < abs(float(same[3, 4])) < 0.9
 
 
 def test_a_loaded_mixed_model_has_the_same_tensors(llama, llama_mixed, tmp_path):

@@ -34,20 +34,22 @@ from .adapters import (
     read_config,
     read_weights,
 )
-from .bases import BaseReference, load_base
+from .bases import BaseReference, load_base, load_skeleton
 from .conversion import Conversion, convert
 from .errors import ExpertError
 from .expert import Expert, check_name
 from .files import shortened
 from .hub import HubReference, fetch, reference_of
-from .kinds import read_modules
+from .kinds import check_fit, is_bottleneck, named_base, read_modules
 from .modules import LoraFactors, ScalingVector, SiteModule
 from .refusals import CONVERTIBLE, tensor_refusal
+from .sites import find_sites
 from .skeletons import Target, resolve
 
 __all__ = ["import_adapter", "resolved_modules"]
 
 PICKLED = "adapter_model.bin"
+CALLED = dict(zip((*LORA_ENDINGS, IA3_ENDING), ("A", "B", "a bias of B", "a vector"), strict=True))
 BASE_LAYER = ".base_layer."  # how PEFT calls the base's own layer inside its own
 
 
@@ -60,7 +62,7 @@ def import_adapter(
     allow_loss: float | None = None,
     fingerprint: bool = False,
 ) -> Expert:
-    """The PEFT adapter at `source` as an expert without gates, written to `out`.
+    """The PEFT or bottleneck adapter at `source` as an expert without gates, written to `out`.
 
     `source` is a folder, or a Hub id with `@revision` where needed (`hub:owner/name/folder@…`).
     `base` names the base model to hold it against and to record; None takes the one that the
@@ -78,10 +80,10 @@ def import_adapter(
         raise ExpertError(f"{target} exists already; choose another place.")
     check_name(name or target.name)
     folder, reference = _find(source)
-    config = read_config(folder)
+    config = _config_of(folder)
     lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
     if not lossy:
-        read_adapter_config(folder)  # what can't be routed on any base is refused first
+        named_base(folder)  # what can't be routed on any base is refused first
     revision = None if base else _revision_of(config)
     base = base or _base_of(config, from_hub=reference is not None)
     record: dict[str, Any] = {"imported_from": str(reference or folder.resolve())}
@@ -105,12 +107,17 @@ def import_adapter(
 def resolved_modules(
     folder: Path, base: str, revision: str | None = None
 ) -> tuple[Mapping[str, SiteModule], bool]:
-    """The modules by site of the LoRA or (IA)³ adapter in `folder` on the base named `base`.
+    """The modules by site of the adapter in `folder` on the base named `base`.
 
     With them True when the adapter can stay as it is: `read_modules` says the same without the
     base. The base's weights are read only where the adapter trained biases of it. Raises
     ExpertError when a tensor is missing, left over or of another shape than PEFT wants.
     """
+    if is_bottleneck(folder):
+        found = read_modules(folder)
+        sites = find_sites(load_skeleton(base, revision=revision, offline=False))
+        check_fit(folder.resolve().name, found, sites)
+        return found, True
     config, tensors = read_adapter_config(folder), read_weights(folder)
     try:
         skeleton = resolve(base, config, revision)
@@ -195,6 +202,13 @@ def _ia3_tensors(scalings: Mapping[str, ScalingVector]) -> dict[str, Tensor]:
     }
 
 
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration; of a bottleneck adapter what PEFT's would say of the base."""
+    if is_bottleneck(folder):
+        return {"base_model_name_or_path": named_base(folder)}
+    return read_config(folder)
+
+
 def _find(source: str | Path) -> tuple[Path, HubReference | None]:
     """The adapter's folder, and the pinned reference where it came from the Hub."""
     if isinstance(source, Path) or Path(source).is_dir():
@@ -254,9 +268,10 @@ def _module(site: str, target: Target, left: dict[str, Tensor], folder: Path) ->
     got = [None if part is None else tuple(part.shape) for part in parts]
     present = [part for part in parts if part is not None]
     if got != list(target.shapes.values()):
-        wanted = ", ".join(f"{key.lstrip('.')} {shape}" for key, shape in target.shapes.items())
+        first, *more = (f"{CALLED[key]} of {{}}{shape}" for key, shape in target.shapes.items())
+        wanted = " and ".join([first.format("shape "), *(each.format("") for each in more)])
         raise ExpertError(
-            f"{folder}, site {site}: its config wants {wanted}, got {', '.join(map(str, got))}."
+            f"{folder}, site {site}: its config wants {wanted}, got {' and '.join(map(str, got))}."
         )
     if target.scale is None:
         return ScalingVector(present[0].flatten(), on_input=present[0].shape[0] == 1)

@@ -34,7 +34,7 @@ from .modules import SiteModule
 from .sites import Site
 
 __all__ = ["AdapterFiles", "adapter_files", "check_fit", "named_base"]
-__all__ += ["read_adapter_weights", "read_modules"]
+__all__ += ["is_bottleneck", "read_adapter_weights", "read_modules"]
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,14 @@ def adapter_files(directory: Path) -> AdapterFiles:
     return held[0] if held else PEFT_FILES
 
 
+def is_bottleneck(directory: Path) -> bool:
+    """True when the adapter in `directory` is a bottleneck adapter. Raises as `adapter_files`."""
+    return adapter_files(directory) is BOTTLENECK_FILES
+
+
 def read_adapter_weights(directory: Path) -> TensorFile:
     """Every tensor of the adapter in `directory`, of whichever kind. Raises ExpertError."""
-    if adapter_files(directory) is BOTTLENECK_FILES:
+    if is_bottleneck(directory):
         return read_tensors(directory / BOTTLENECK_WEIGHTS)
     return read_weights(directory)
 
@@ -82,7 +87,7 @@ def read_modules(
     `tensors` are its weights where they have been read already. Raises ExpertError when its files
     are missing or damaged or it is of no kind that can be routed.
     """
-    if adapter_files(directory) is BOTTLENECK_FILES:
+    if is_bottleneck(directory):
         return dict(read_bottleneck(directory, tensors))
     read = read_lora if read_adapter_config(directory)["peft_type"] == "LORA" else read_ia3
     return dict(read(directory, tensors))
@@ -93,7 +98,7 @@ def named_base(directory: Path) -> str | None:
 
     Raises ExpertError when there is no adapter that could be routed.
     """
-    if adapter_files(directory) is BOTTLENECK_FILES:
+    if is_bottleneck(directory):
         named: Any = read_bottleneck_config(directory)["base"]
     else:
         named = read_adapter_config(directory).get("base_model_name_or_path")

@@ -84,7 +84,7 @@ TENSORS: dict[str, str] = {
     "modules_to_save": "it replaces a whole module of the base",
     "token_adapter": "it changes token embeddings",
     "prompt_embeddings": PROMPTS,
-    ".bias": "it trains a bias of the base, and routed layers add B A u only",
+    ".bias": "it trains a bias of the base where it has no LoRA, and nothing is routed there",
 }
 EMBEDDINGS = ("embed_tokens", "shared", "wte", "wpe", "lm_head", "embed_out", "word_embeddings")
 
@@ -147,6 +147,6 @@ def tensor_refusal(name: str, directory: Path, file: str) -> ExpertError:
     if reason is None and owner in EMBEDDINGS:
         reason = "it holds a whole embedding or output layer, resized or trained"
     return ExpertError(
-        f"{directory}: {file} holds {shortened(name, 200)}, which is no LoRA factor"
+        f"{directory}: {file} holds {shortened(name, 200)}, which is no part of a plain adapter"
         + (f": {reason}." if reason else ".")
     )

@@ -19,7 +19,14 @@ from .errors import RoutingError, WrongBaseError
 from .kernels import check_kernel
 from .kernels.mixed import mixed_factors
 from .kinds import check_fit
-from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
+from .layers import (
+    ChoosingLayer,
+    FoldedLinear,
+    RoutedLayer,
+    RoutedLinear,
+    folded_weight,
+    is_cheaper_folded,
+)
 from .mixed import MixedLinear
 from .pool import Pool
 from .recording import Recording, Watcher
@@ -294,7 +301,7 @@ def serving(
     parts = getattr(model, ROUTED, None)
     lookup = parts.lookup if parts is not None else None
     for layer in parts.layers.values() if parts is not None else ():
-        if isinstance(layer, RoutedLinear) and isinstance(layer.router, RandomRouter):
+        if isinstance(layer, ChoosingLayer) and isinstance(layer.router, RandomRouter):
             layer.router.restart()
     if lookup is None:
         yield lambda _: None

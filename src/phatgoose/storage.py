@@ -16,8 +16,7 @@ from .bases import Base, BaseReference, load_base
 from .config import Routing
 from .errors import ConfigError, RoutingError, WrongBaseError
 from .files import sha256_of
-from .layers import FoldedLinear, RoutedLayer, RoutedLinear
-from .mixed import MixedLinear
+from .layers import ChoosingLayer, FoldedLinear, RoutedLayer
 from .packed import EMBEDDINGS, OWNERS, ROUTED_INFO, ROUTED_WEIGHTS, read_packed
 from .routed import (
     Composition,
@@ -116,7 +115,7 @@ def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
     name, tensors = layer.site.name, {}
     if isinstance(layer, FoldedLinear):
         tensors[f"folded.{name}"] = layer.folded
-    if isinstance(layer, RoutedLinear | MixedLinear):
+    if isinstance(layer, ChoosingLayer):
         tensors |= {f"{kind}.{name}": tensor for kind, tensor in layer.stack.tensors().items()}
         if isinstance(layer.router, VectorRouter):
             tensors[f"vectors.{name}"] = layer.router.vectors

@@ -23,16 +23,16 @@ NameOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of sharing to `app`."""
-    app.command("import", help="Make an expert, without gates yet, of any PEFT LoRA or (IA)³.")(
-        import_command
-    )
+    app.command(
+        "import", help="Make an expert, without gates yet, of a LoRA, (IA)³ or bottleneck adapter."
+    )(import_command)
     app.command("push", help="Publish an expert on the Hub, as one commit.")(push)
     app.command("pull", help="Fetch an expert from the Hub.")(pull)
 
 
 def import_command(
     source: Annotated[
-        str, typer.Argument(help="Folder of the PEFT adapter, or its Hub id (OWNER/NAME@REVISION).")
+        str, typer.Argument(help="Folder of the adapter, or its Hub id (OWNER/NAME@REVISION).")
     ],
     out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
     base: BaseOption = None,

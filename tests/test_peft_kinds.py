@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from conftest import assert_same_logits, logits_of, make_ids, peft_model
 from phatgoose import gates as gates_module
-from phatgoose import training as training_module
 from phatgoose.bases import load_base
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
 from phatgoose.errors import ConfigError
@@ -29,7 +28,15 @@ from phatgoose.statistics import at_full_strength
 from phatgoose.suites.sources import open_tasks
 from test_cli import BASE, TRAIN, open_row, phat, review, write_rows
 from test_joint import gated_loss
-from test_training import GATES, TASK, TRAINING, target_nll, without_dropout
+from test_training import (
+    GATES,
+    PASS,
+    TASK,
+    TRAINING,
+    interrupted,
+    target_nll,
+    without_dropout,
+)
 from test_training import train as train_default
 
 __all__ = ["phat"]  # the fixture
@@ -160,18 +167,10 @@ def test_gates_can_be_trained_with_the_expert(llama, shape, tmp_path):
 
 @each_shape
 def test_a_training_that_stopped_goes_on_to_the_same_expert(llama, shape, tmp_path, monkeypatch):
-    whole = train(llama, tmp_path / "whole", SHAPES[shape])
-    fit = training_module.fit
-
-    def stops_afterwards(*arguments, **options):
-        fit(*arguments, **{**options, "steps": 2})
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(training_module, "fit", stops_afterwards)
-    with pytest.raises(KeyboardInterrupt):
-        train(llama, tmp_path / "cut", SHAPES[shape])
-    monkeypatch.undo()
-    resumed = train(llama, tmp_path / "cut", SHAPES[shape], resume=True)
+    whole = train_default(llama, tmp_path / "whole", peft=SHAPES[shape])
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8, peft=SHAPES[shape])
+    assert (tmp_path / ".cut.work" / "expert" / "checkpoint-2" / "complete").is_file()
+    resumed = train_default(llama, tmp_path / "cut", peft=SHAPES[shape], resume=True)
     for site, module in whole.modules.items():
         for name, value in vars(module).items():
             other = getattr(resumed.modules[site], name)

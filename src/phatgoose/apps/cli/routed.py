@@ -74,7 +74,7 @@ def pool(
     opened = Pool.open(places[0] if len(places) == 1 else places)
     table = Table(title=plain(f"{len(opened)} experts for {opened.base.id}"))
     for column in ("expert", "kind", "sites", "sizes", "gates", "means", "embeddings", "folder"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "kind")
     for expert in opened.experts:
         sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
         table.add_row(

@@ -6,14 +6,19 @@ from collections.abc import Sequence
 
 from fastapi import FastAPI
 
-from .settings import ServedModel, ServerSettings
+from ...config import Serving
+from .settings import ServedModel
 
 __all__ = ["create_app"]
 
 
-def create_app(models: Sequence[ServedModel], settings: ServerSettings | None = None) -> FastAPI:
+def create_app(
+    models: Sequence[ServedModel],
+    serving: Serving | None = None,
+    api_keys: Sequence[str] = (),
+) -> FastAPI:
     """The application that serves `models`, which are opened now; its engine runs while it does.
 
-    Raises what opening a model does.
+    Without `api_keys` everybody is let in. Raises what opening a model does.
     """
     raise NotImplementedError

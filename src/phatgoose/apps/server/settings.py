@@ -1,16 +1,16 @@
-"""What a server serves and within which limits, as plain values that travel between processes."""
+"""What a server serves, as plain values that travel between processes."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ...config import Routing
 from ...errors import ConfigError
 
-__all__ = ["API_KEYS", "ServedModel", "ServerSettings", "keys_of", "served_models"]
+__all__ = ["API_KEYS", "ServedModel", "keys_of", "served_models"]
 
 API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 
@@ -19,13 +19,13 @@ API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 class ServedModel:
     """A model to serve under `name`: a routed one's folder, a pool (composed by `routing`), a base.
 
-    `keep`, `leave_out` and `scores` are those of `compose`; `base` None means the one the pool or
-    the routed model names. What a saved routed model was made with stays as it is.
+    `keep`, `leave_out` and `scores` are those of `compose`; `base` None means the one that the pool
+    or the routed model names. `routing` None is the default one; a saved routed model has its own.
     """
 
     name: str
     place: str
-    routing: Routing = field(default_factory=Routing)
+    routing: Routing | None = None
     keep: tuple[str, ...] | None = None
     leave_out: tuple[str, ...] = ()
     base: str | None = None
@@ -33,44 +33,13 @@ class ServedModel:
     scores: str | None = None
 
 
-@dataclass(frozen=True)
-class ServerSettings:
-    """Limits of a server; every one of them is a whole number above 0.
-
-    `max_body` bytes of a request; `max_tokens` generated for one answer at most; `max_queue`
-    answers waiting before requests are turned away; `max_batch_tokens` held by all answers that are
-    computed together, prompts and padding included; `max_choices` answers of one request;
-    `max_variants` routings kept in memory beside those served by name; `timeout` seconds for a
-    request, its wait included; `shutdown_timeout` seconds for running requests when the server
-    stops. Without `api_keys` everybody is let in.
-    """
-
-    api_keys: tuple[str, ...] = ()
-    max_body: int = 1 << 20
-    max_tokens: int = 1024
-    max_queue: int = 256
-    max_batch_tokens: int = 16384
-    max_choices: int = 16
-    max_variants: int = 8
-    timeout: int = 300
-    shutdown_timeout: int = 30
-
-    def __post_init__(self) -> None:
-        for each in fields(self):
-            value = getattr(self, each.name)
-            if each.name != "api_keys" and (type(value) is not int or value < 1):
-                raise ConfigError(f"{each.name} is {value!r}, but must be at least 1.")
-        if not all(self.api_keys):
-            raise ConfigError("An API key is empty.")
-
-
-def served_models(places: Sequence[str], **options: object) -> list[ServedModel]:
-    """The models in `places`, each "PLACE" or "NAME=PLACE"; `options` are theirs.
+def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
+    """The models in `places`, each "PLACE" or "NAME=PLACE"; `options` are those of all of them.
 
     Without a name, a folder's or file's own is taken, or what follows "hub:". Raises ConfigError
-    when two have one name or there is none.
+    when there is none or two have one name.
     """
-    models = [ServedModel(*_named(place), **options) for place in places]  # type: ignore[arg-type]
+    models = [ServedModel(*_named(place), **options) for place in places]
     names = [model.name for model in models]
     if not names:
         raise ConfigError("There is no model to serve.")
@@ -80,15 +49,15 @@ def served_models(places: Sequence[str], **options: object) -> list[ServedModel]
     return models
 
 
-def keys_of(environment: str | None) -> tuple[str, ...]:
+def keys_of(listed: str | None) -> tuple[str, ...]:
     """The API keys in a list separated by commas; none in None."""
-    return tuple(key.strip() for key in (environment or "").split(",") if key.strip())
+    return tuple(key.strip() for key in (listed or "").split(",") if key.strip())
 
 
 def _named(place: str) -> tuple[str, str]:
     """(name, place) of "NAME=PLACE" or "PLACE"; a path that exists is never taken for a pair."""
     name, separator, rest = place.partition("=")
-    if separator and name and rest and not os.path.exists(place):
+    if separator and name and rest and not Path(place).exists():
         return name, rest
     if place.startswith("hub:"):
         return place.removeprefix("hub:"), place

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qsl
 
-from ...config import Routing
+from ...config import Routing, from_mapping, settings_of
 from ...errors import ConfigError
 
 __all__ = ["API_KEYS", "ServedModel", "keys_of", "served_models"]
@@ -34,12 +35,14 @@ class ServedModel:
 
 
 def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
-    """The models in `places`, each "PLACE" or "NAME=PLACE"; `options` are those of all of them.
+    """The models in `places`: "PLACE", "NAME=PLACE", or either with a pool's routing after it.
 
-    Without a name, a folder's or file's own is taken, or what follows "hub:". Raises ConfigError
-    when there is none or two have one name.
+    A routing is written like the query of an address: "arrow=experts?router=arrow&k=3"; what it
+    doesn't say is that of `options`, which are those of all models. Without a name, a folder's or
+    file's own is taken, or what follows "hub:". Raises ConfigError when there is no model, two have
+    one name, or a routing can't be read.
     """
-    models = [ServedModel(*_named(place), **options) for place in places]
+    models = [_served(place, options) for place in places]
     names = [model.name for model in models]
     if not names:
         raise ConfigError("There is no model to serve.")
@@ -54,12 +57,41 @@ def keys_of(listed: str | None) -> tuple[str, ...]:
     return tuple(key.strip() for key in (listed or "").split(",") if key.strip())
 
 
-def _named(place: str) -> tuple[str, str]:
-    """(name, place) of "NAME=PLACE" or "PLACE"; a path that exists is never taken for a pair."""
-    name, separator, rest = place.partition("=")
-    if separator and name and rest and not Path(place).exists():
-        return name, rest
+def _served(written: str, options: Mapping[str, Any]) -> ServedModel:
+    if Path(written).exists():  # whatever signs are in its name
+        return ServedModel(_name_of(written), written, **options)
+    before, _, query = written.partition("?")
+    name, separator, place = before.partition("=")
+    if not (separator and name and place):
+        name, place = _name_of(before), before
+    return ServedModel(name, place, **{**options, "routing": _routing(query, options, written)})
+
+
+def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | None:
+    """The routing of `options`, changed as `query` says."""
+    common: Routing | None = options.get("routing")
+    if not query:
+        return common
+    try:
+        pairs = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
+    except ValueError as error:
+        raise ConfigError(f"{written}: {query!r} is no routing; write router=NAME&k=2.") from error
+    kinds = {setting.name: type(setting.default) for setting in settings_of(Routing)}
+    values = {name: _number(value, kinds.get(name)) for name, value in pairs.items()}
+    given = asdict(common) if common is not None else {}
+    return from_mapping(Routing, {**given, **values}, written)
+
+
+def _number(value: str, kind: type | None) -> object:
+    """`value` as the number that it should be, or as it is."""
+    try:
+        return kind(value) if kind in (int, float) else value
+    except ValueError:
+        return value
+
+
+def _name_of(place: str) -> str:
     if place.startswith("hub:"):
-        return place.removeprefix("hub:"), place
+        return place.removeprefix("hub:")
     path = Path(place)
-    return (path.stem if path.suffix == ".json" else path.resolve().name) or place, place
+    return (path.stem if path.suffix == ".json" else path.resolve().name) or place

@@ -189,7 +189,9 @@ def test_a_prompt_that_several_answers_share_is_read_once(runner_of, monkeypatch
     seen = []
     decode = runner.decode
     monkeypatch.setattr(
-        runner, "decode", lambda ids, *a, **k: (seen.append(tuple(ids.shape)), decode(ids, *a, **k))[1]
+        runner,
+        "decode",
+        lambda ids, *a, **k: (seen.append(tuple(ids.shape)), decode(ids, *a, **k))[1],
     )
     batch = Batch(runner)
     rows = [row_of(prompt_of(0, 6), choice=i) for i in range(3)] + [row_of(prompt_of(1, 8))]
@@ -225,9 +227,7 @@ def test_sampling_follows_temperature_and_top_p():
         return drawn.bincount(minlength=4) / 600
 
     torch.testing.assert_close(shares(temperature=1.0), logits.softmax(0), atol=0.08, rtol=0)
-    torch.testing.assert_close(
-        shares(temperature=2.0), (logits / 2).softmax(0), atol=0.08, rtol=0
-    )
+    torch.testing.assert_close(shares(temperature=2.0), (logits / 2).softmax(0), atol=0.08, rtol=0)
     assert shares(temperature=1.0, top_p=0.7)[2:].sum() == 0
     assert shares(temperature=1.0, top_p=0.0)[0] == 1
     assert shares(temperature=1e-30)[0] == 1
@@ -454,7 +454,7 @@ def test_more_rows_than_fit_wait_for_their_turn(runner_of):
 
 def test_what_can_never_fit_and_what_comes_too_much_is_refused(runner_of):
     engine = engine_of(max_queue=3, max_batch_tokens=30)
-    with pytest.raises(Refusal, match="20 tokens|32 tokens") as refused:
+    with pytest.raises(Refusal, match="32 tokens") as refused:
         engine.submit(runner_of(), [row_of(prompt_of(0, 20))])
     assert refused.value.status_code == 400
     with pytest.raises(Refusal, match="at most 3") as refused:

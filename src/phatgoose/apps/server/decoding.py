@@ -66,7 +66,7 @@ class Sampler:
         """A token by the `logits` [V], float32."""
         if self._generator is None:
             return int(logits.argmax())
-        scores = self._warpers(None, logits[None])  # type: ignore[arg-type]
+        scores = self._warpers(None, logits[None])
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM
 
 import serving
 from conftest import VOCABULARY, compose_by, make_ids, make_tokenizer
@@ -99,7 +100,7 @@ def alone(runner, prompt, decoding=GREEDY):
 
 
 def by_generate(runner, prompt, tokens):
-    key = (id(runner), tuple(prompt))
+    key = (runner, tuple(prompt))
     if len(GENERATED.get(key, ())) < tokens:
         GENERATED[key] = runner.model.generate(
             torch.tensor([prompt]),
@@ -152,6 +153,23 @@ def test_rows_may_join_and_leave_between_any_two_steps(runner_of, kind):
     finish(batch)
     for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
         assert row.generated == by_generate(runner, prompt_of(i), n)
+
+
+def test_sliding_windows_slide_in_batches_too():
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
+    ids = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
+    config = MistralConfig(vocab_size=VOCABULARY, **small, **heads, **ids)
+    runner = Runner(MistralForCausalLM(config).eval(), TOKENIZER)
+    runner.ends = frozenset()
+    batch, rows = Batch(runner), [row_of(prompt_of(seed, 20 - 7 * seed)) for seed in range(3)]
+    batch.join(rows[:1])
+    batch.step()
+    batch.join(rows[1:])
+    finish(batch)
+    for seed, row in enumerate(rows):
+        assert row.generated == by_generate(runner, prompt_of(seed, 20 - 7 * seed), 12)
 
 
 def test_an_encoder_decoder_batch_takes_no_joiners(runner_of):

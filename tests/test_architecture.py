@@ -37,6 +37,7 @@ LAYERS = (
         "bases",
         "bootstrap",
         "kernels.triton_gpu",
+        "mapped",
         "patterns",
         "refusals",
         "results",

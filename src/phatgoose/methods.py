@@ -18,7 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .bases import Base, load_base
 from .config import Routing
 from .errors import ConfigError
-from .expert import Expert, sha256_of
+from .expert import Expert
+from .files import sha256_of
 from .opening import OpenedModel, is_pool, is_routed, open_model
 from .pool import Pool
 from .routed import compose, detach

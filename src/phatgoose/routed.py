@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +39,8 @@ from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
 from .tasks import Example
 
 __all__ = ["Composition", "compose", "composition_of", "detach", "record", "serving", "watch"]
+
+READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
 
 @dataclass
@@ -98,22 +100,13 @@ def compose(
     check_kernel(kernel)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = narrow_pool(pool, routing, scores)
-    vectors = {name: router_vectors(pool, name, routing) for name in pool.sites}
     found = resolve_base(base, pool.base)
     check_fingerprint(pool.base, found.reference)
     lookup = make_lookup(pool, routing, scores, found.tokenizer)
     sites = find_sites(found.model)
     for each in pool.experts:
         check_fit(each.name, each.lora, sites)
-    layers = {}
-    for name in pool.sites:
-        original = found.model.get_submodule(name)
-        dtype = original.weight.dtype if original.weight.is_floating_point() else found.model.dtype
-        stack = pool.stack(name, dtype, original.weight.device)
-        layers[name] = routed_layer(
-            original, sites[name], stack, routing, vectors[name], lookup, len(pool)
-        )
-    warn_of_untrained(pool, router, vectors)
+    layers = _routed_layers(found.model, sites, pool, routing, lookup)
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
@@ -124,6 +117,38 @@ def compose(
         lookup=lookup,
     )
     return install(found.model, parts)
+
+
+def _routed_layers(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    pool: Pool,
+    routing: Routing,
+    lookup: Lookup | None,
+) -> dict[str, RoutedLayer]:
+    """The layers that take the places of those of `model` at the sites of `pool`, by site.
+
+    What is read of the experts' files is given back on the way, so that stacks are what memory
+    goes to.
+    """
+    layers, flat, read = {}, {}, 0
+    for name in pool.sites:
+        original: Any = model.get_submodule(name)
+        dtype = original.weight.dtype if original.weight.is_floating_point() else model.dtype
+        stack = pool.stack(name, dtype, original.weight.device)
+        vectors = router_vectors(pool, name, routing)
+        if vectors is not None:
+            flat[name] = ~vectors.any(dim=-1)
+        layers[name] = routed_layer(
+            original, sites[name], stack, routing, vectors, lookup, len(pool)
+        )
+        read += stack.A.nbytes + stack.B.nbytes
+        if read > READ_AT_ONCE:
+            pool.release()
+            read = 0
+    pool.release()
+    warn_of_untrained(pool, routing.router, flat)
+    return layers
 
 
 def routed_layer(

@@ -28,7 +28,6 @@ from .variants import Models, Rerouting, Served, Use
 __all__ = ["Service"]
 
 
-
 class Service:
     """Models, the engine that computes them, and the limits for both."""
 

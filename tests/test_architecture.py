@@ -22,6 +22,7 @@ LAYERS = (
     ("errors",),
     (
         "config",
+        "engines",
         "files",
         "kernels.concat",
         "kernels.gather",
@@ -63,6 +64,8 @@ LAYERS = (
     ("storage", "evaluation"),
     ("opening",),
     ("methods",),
+    ("elsewhere",),
+    ("cells",),
     (
         "analysis.agreement",
         "analysis.measures",

@@ -26,7 +26,7 @@ from .sites import ROUTED
 from .storage import ROUTED_INFO
 
 __all__ = ["DERIVED", "METHODS", "SHARED", "Row"]
-__all__ += ["lacking", "reference_row", "rows_of", "single_rows"]
+__all__ += ["lacking", "pool_row", "reference_row", "rows_of", "single_rows"]
 
 # In the order of the tables. Oracle and Best Individual follow from the single experts' results.
 METHODS: dict[str, str] = {
@@ -133,7 +133,7 @@ def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
 def single_rows(pool: Pool) -> list[Row]:
     """A row for each expert of the pool, alone."""
     return [
-        _pool_row(name, name, pool.select([name]), Routing(router="single", k=1))
+        pool_row(name, name, pool.select([name]), Routing(router="single", k=1))
         for name in pool.names
     ]
 
@@ -154,16 +154,17 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     pool = Pool.open(place)
     alone = Routing(router="single", k=1)
     chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose", expert=None)
-    return _pool_row(label, label, pool, chosen)
+    return pool_row(label, label, pool, chosen)
 
 
 def _row(name: str, pool: Pool, routing: Routing) -> Row:
     if name == "base":
         return Row(name, METHODS[name], {"model": "base"})
-    return _pool_row(name, METHODS[name], pool, routing)
+    return pool_row(name, METHODS[name], pool, routing)
 
 
-def _pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
+def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
+    """The row of `pool` routed by `routing`."""
     router = routing.router
     settings = {key: getattr(routing, key) for key in (*SETTINGS.get(router, ()), "kernel")}
     identity = {

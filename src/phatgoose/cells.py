@@ -1,4 +1,4 @@
-"""Cells of a comparison: one model on one dataset, scored wherever an engine has a worker for it."""
+"""Cells of a comparison: one model on one dataset, scored where an engine has a worker."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 
 from .bases import Base
 from .config import Formatting
-from .elsewhere import BasePlace, RowPlace
+from .elsewhere import BasePlace
 from .errors import EvaluationError
 from .evaluation import TaskScore, evaluate, metrics_of
 from .expert import Expert
-from .methods import Row
+from .methods import Row, RowPlace
 from .opening import OpenedModel
 from .results import code_version
 from .tasks import Task
@@ -130,7 +130,7 @@ class CellWorkshop:
 
     def elsewhere(self) -> CellWorkshopElsewhere:
         """The same by the places of base and experts."""
-        rows = {name: RowPlace.of(row) for name, row in self.rows.items()}
+        rows = {name: row.elsewhere() for name, row in self.rows.items()}
         return CellWorkshopElsewhere(
             BasePlace.of(self.base), rows, self.datasets, self.protocol, code_version()
         )

@@ -212,9 +212,7 @@ def _run(
     finished = len(cells) - len(missing)
     workshop = CellWorkshop(base, {row.name: row for row in rows}, datasets, protocol)
     with (
-        tqdm(
-            total=len(cells), initial=finished, desc="compare", unit="cell", disable=None
-        ) as bar,
+        tqdm(total=len(cells), initial=finished, desc="compare", unit="cell", disable=None) as bar,
         closing(engine.run(workshop, missing, bar)) as results,
     ):
         for cell, result in results:

@@ -6,14 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .bases import Base, BaseReference, load_base
-from .config import Routing
-from .errors import PoolError, WrongBaseError
-from .expert import Expert
-from .hub import HubReference, local_folder
-from .methods import Row, pool_row
-from .pool import Pool
+from .errors import WrongBaseError
+from .hub import HubReference
 
-__all__ = ["BasePlace", "RowPlace", "absolute"]
+__all__ = ["BasePlace", "absolute"]
 
 
 def absolute(place: str | Path) -> str:
@@ -45,39 +41,3 @@ class BasePlace:
                 f"differ from those that the work was begun with."
             )
         return replace(base, id=self.reference.id)
-
-
-@dataclass(frozen=True)
-class RowPlace:
-    """A comparison's row by the places of its experts; `experts` None: it has no pool."""
-
-    row: Row
-    experts: tuple[str, ...] | None
-
-    @classmethod
-    def of(cls, row: Row) -> RowPlace:
-        """The places of a row that is open here."""
-        place = None if row.place is None else absolute(row.place)
-        records = None if row.pool is None else row.pool.records()
-        experts = None if records is None else tuple(record["path"] for record in records)
-        return cls(replace(row, pool=None, place=place), experts)
-
-    def open(self, loaded: dict[str, Expert]) -> Row:
-        """The row; experts are taken from `loaded`, by place, and those missing are added to it.
-
-        Raises PoolError when the experts there are not those that the row was made of.
-        """
-        if self.experts is None:
-            return self.row
-        for place in self.experts:
-            if place not in loaded:
-                loaded[place] = Expert.load(local_folder(place))
-        pool = Pool(tuple(loaded[place] for place in self.experts))
-        row = pool_row(self.row.name, self.row.label, pool, self.row.routing or Routing())
-        if row.identity != self.row.identity:
-            raise PoolError(
-                f"{self.row.label}: the experts that this worker finds at {self.experts[0]} and "
-                f"beside it are not those that the comparison was begun with."
-            )
-        return row
-

@@ -1,4 +1,4 @@
-"""Engines: where jobs are done. In this process, one after the other, or wherever another takes them.
+"""Engines: where jobs are done, in this process one after the other or in others at once.
 
 A comparison's cells and a pool's experts are jobs. A `Workshop` says how they are done and holds
 what many of them need, such as a base; an `Engine` decides where and when, and nothing else.
@@ -51,7 +51,7 @@ class Workshop(Protocol[AnyJob, AnyResult]):
 
 
 class Engine(Protocol):
-    """Does jobs. `remote` engines do them in other processes, whose own progress isn't seen here."""
+    """Does jobs. A `remote` one does them in other processes, whose own bars aren't seen here."""
 
     remote: bool
 
@@ -73,7 +73,7 @@ class LocalEngine:
     def run(
         self, workshop: Workshop[AnyJob, AnyResult], jobs: Sequence[AnyJob], bar: Any
     ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
-        """(job, result) of each of `jobs`, in order; the workshop is opened for the first of them."""
+        """(job, result) of each of `jobs`, in order; without any the workshop stays shut."""
         if not jobs:
             return
         with workshop.open(lambda units: None) as work:

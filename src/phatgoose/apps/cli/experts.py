@@ -11,6 +11,14 @@ from rich.console import Console
 
 from ...config import Formatting, GateTraining, Lora, Recipe, Training
 from ...errors import ConfigError, ExpertError
+from .engines import (
+    AddressOption,
+    CpusOption,
+    EngineOption,
+    GpusOption,
+    WorkersOption,
+    open_engine,
+)
 from .flags import with_settings
 from .plan import (
     JsonOption,
@@ -23,6 +31,7 @@ from .plan import (
 
 if TYPE_CHECKING:
     from ...expert import Expert
+    from ...expert_folder import ExpertFolder, TrainedExpert
     from ...suites.sources import TrainingTask
 
 __all__ = [
@@ -59,7 +68,9 @@ TemplatesOption = Annotated[
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue unfinished work.")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Throw unfinished work away.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the experts.")]
+OutOption = Annotated[
+    str, typer.Option("--out", help="Folder that receives the experts, or an fsspec URL of one.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -81,7 +92,7 @@ def train(
             "recipe's."
         ),
     ] = None,
-    out: OutOption = Path("experts"),
+    out: OutOption = "experts",
     multitask: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--multitask", help="Train one expert of this name on all tasks at once."),
@@ -101,6 +112,11 @@ def train(
     templates: TemplatesOption = None,
     resume: ResumeOption = False,
     restart: RestartOption = False,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = None,
     plan: PlanOption = False,
     tflops: TflopsOption = None,
     tokens_per_second: TokensPerSecondOption = None,
@@ -112,7 +128,7 @@ def train(
     gates: GateTraining,
     formatting: Formatting,
 ) -> None:
-    """Train one expert per task, one after another, with the base loaded once."""
+    """Train one expert per task; in this process one after another, with the base loaded once."""
     sources = tasks or list(recipe.tasks)
     if not sources:
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
@@ -121,14 +137,16 @@ def train(
     speeds = {"tflops": tflops, "tokens_per_second": tokens_per_second}
     if not plan:
         refuse_without_plan({**speeds, "json": json})
+    from ...expert_folder import expert_folder
     from ...suites.sources import Sources, mixture, open_tasks
 
     places = Sources(data or recipe.data, templates or recipe.templates)
     opened = open_tasks(sources, places, template=template, choices=choices)
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
-    _refuse_taken_names(opened, out, resume=resume)
-    unfinished = [task for task in opened if not (out / task.name).exists()]
+    folder = expert_folder(out)
+    _refuse_taken_names(opened, folder, resume=resume)
+    unfinished = [task for task in opened if not folder.has(task.name)]
     name = base or recipe.base or "smollm2"
     if plan:
         from ...planning import plan_training
@@ -145,32 +163,21 @@ def train(
         )
         show_plan(planned, finished=len(opened) - len(unfinished), path=json)
         return
-    from ...bases import load_base
-    from ...expert import Expert
-    from ...training import train_expert
-    from ...work import discard_work
+    from ... import processes
+    from ...pool_training import ExpertJob, train_experts
 
     _read_own_files(unfinished, training.seed)
-    model = load_base(name, dtype=dtype)
-    for number, task in enumerate(opened, 1):
-        place = out / task.name
-        if task not in unfinished:
-            discard_work(place)
-            expert = Expert.load(place)
-        else:
-            expert = train_expert(
-                model,
-                task.load(),
-                out=place,
-                name=task.name,
-                lora=lora,
-                training=_training_of(task, training, given),
-                gate_training=gates,
-                formatting=formatting,
-                resume=resume,
-                restart=restart,
-            )
-        typer.echo(f"[{number}/{len(opened)}] {_summary(expert)} -> {place}")
+    jobs = [
+        ExpertJob(task, _training_of(task, training, given), gates, resume, restart)
+        for task in opened
+    ]
+    with open_engine(engine, address, workers, gpus_per_worker, cpus_per_worker) as chosen:
+        trained = train_experts(
+            name, jobs, out=out, dtype=dtype, lora=lora, formatting=formatting, engine=chosen
+        )
+        for number, expert in enumerate(trained, 1):
+            if processes.is_first():
+                typer.echo(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
 
 
 def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
@@ -188,8 +195,8 @@ def _training_of(task: TrainingTask, training: Training, given: frozenset[str]) 
     return replace(training, micro_batch_size=most)
 
 
-def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
-    """Raise unless each task can have its expert in a folder of its own below `out`."""
+def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
+    """Raise unless each task can have its expert under its own name in `folder`."""
     from ...expert import check_name
 
     named: dict[str, str] = {}
@@ -201,14 +208,15 @@ def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -
                 f"of one pool need own names."
             )
         named[task.name] = task.named
-        place = out / task.name
-        if place.exists() and not resume:
-            raise ExpertError(f"{place} exists already; choose another --out, or --resume.")
+        if folder.has(task.name) and not resume:
+            raise ExpertError(
+                f"{folder.place(task.name)} exists already; choose another --out, or --resume."
+            )
 
 
-def _summary(expert: Expert) -> str:
+def _summary(expert: TrainedExpert) -> str:
     """What training came to, on one line."""
-    metrics = expert.info.metrics
+    metrics = expert.metrics
     speed = metrics.get("gate_tokens_per_second")
     gates = "trained jointly" if speed is None else f"{speed:.0f} tokens/s"
     return (

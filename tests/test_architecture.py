@@ -34,6 +34,7 @@ LAYERS = (
         "kernels.triton_programs",
         "metrics",
         "scores",
+        "speeds",
     ),
     (
         "bases",
@@ -60,7 +61,7 @@ LAYERS = (
         "routers.unscored",
         "training",
     ),
-    ("pool_training", "routers"),
+    ("pool_training", "routers", "schedules", "trial"),
     ("routed",),
     ("storage", "evaluation"),
     ("opening",),

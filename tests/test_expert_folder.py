@@ -1,4 +1,4 @@
-"""Where experts go: directories and fsspec's folders, which keep unfinished work for any machine."""
+"""Where experts go: directories, and fsspec's folders, which keep unfinished work too."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def train(base: Base, job: ExpertJob, out: str) -> list[Any]:
     return list(train_experts(base, [job], out=out, lora=LORA))
 
 
-class Interrupted(Exception):
+class MachineLostError(Exception):
     """The machine goes away."""
 
 
@@ -68,7 +68,7 @@ def interrupt_at(monkeypatch, copies: int) -> None:
         keep(self, work, above)
         kept.append(work)
         if len(kept) == copies:
-            raise Interrupted
+            raise MachineLostError
 
     monkeypatch.setattr(RemoteFolder, "_keep", keep_or_die)
 
@@ -80,7 +80,7 @@ def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
     (alone,) = train(llama, job, str(tmp_path / "here"))
     with monkeypatch.context() as patch:
         interrupt_at(patch, copies)
-        with pytest.raises(Interrupted):
+        with pytest.raises(MachineLostError):
             train(llama, job, url)
     assert names_in(url) == {".numbers.work"}
     with pytest.raises(ExpertError, match="Unfinished work"):

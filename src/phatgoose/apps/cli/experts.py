@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -22,6 +23,7 @@ from .engines import (
 from .flags import with_settings
 from .plan import (
     JsonOption,
+    MeasureOption,
     PlanOption,
     TflopsOption,
     TokensPerSecondOption,
@@ -32,6 +34,7 @@ from .plan import (
 if TYPE_CHECKING:
     from ...expert import Expert
     from ...expert_folder import ExpertFolder, TrainedExpert
+    from ...speeds import Speed
     from ...suites.sources import TrainingTask
 
 __all__ = [
@@ -120,6 +123,7 @@ def train(
     plan: PlanOption = False,
     tflops: TflopsOption = None,
     tokens_per_second: TokensPerSecondOption = None,
+    measure: MeasureOption = False,
     json: JsonOption = None,
     recipe: Recipe,
     given: frozenset[str],
@@ -136,7 +140,7 @@ def train(
         raise ConfigError("--mixture-most is for --multitask NAME, which was not given.")
     speeds = {"tflops": tflops, "tokens_per_second": tokens_per_second}
     if not plan:
-        refuse_without_plan({**speeds, "json": json})
+        refuse_without_plan({**speeds, "measure": measure, "json": json})
     from ...expert_folder import expert_folder
     from ...suites.sources import Sources, mixture, open_tasks
 
@@ -148,20 +152,23 @@ def train(
     _refuse_taken_names(opened, folder, resume=resume)
     unfinished = [task for task in opened if not folder.has(task.name)]
     name = base or recipe.base or "smollm2"
+    settings: dict[str, Any] = {"lora": lora, "formatting": formatting, "dtype": dtype}
     if plan:
         from ...planning import plan_training
+        from ...schedules import schedule
 
+        settings |= {"training": training, "gate_training": gates}
+        speed = _measured(name, unfinished, speeds, settings) if measure else None
         planned = plan_training(
             name,
             unfinished,
-            lora=lora,
-            training=training,
-            gate_training=gates,
-            formatting=formatting,
-            dtype=dtype,
-            **speeds,
+            **settings,
+            tflops=tflops,
+            tokens_per_second=tokens_per_second,
+            speed=speed,
         )
-        show_plan(planned, finished=len(opened) - len(unfinished), path=json)
+        spread = schedule(planned, workers or 1, gpus_per_worker or 0.0)
+        show_plan(planned, spread, finished=len(opened) - len(unfinished), path=json)
         return
     from ... import processes
     from ...pool_training import ExpertJob, train_experts
@@ -172,12 +179,26 @@ def train(
         for task in opened
     ]
     with open_engine(engine, address, workers, gpus_per_worker, cpus_per_worker) as chosen:
-        trained = train_experts(
-            name, jobs, out=out, dtype=dtype, lora=lora, formatting=formatting, engine=chosen
-        )
+        trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
         for number, expert in enumerate(trained, 1):
             if processes.is_first():
                 typer.echo(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
+
+
+def _measured(
+    base: str,
+    tasks: list[TrainingTask],
+    speeds: Mapping[str, float | None],
+    settings: Mapping[str, Any],
+) -> Speed:
+    """The speed of training here, measured. Raises ConfigError when one was given as well."""
+    from ...trial import measure_speed
+
+    for name, value in speeds.items():
+        if value is not None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} tells a speed, and --measure finds one: choose.")
+    return measure_speed(base, tasks, **settings)
 
 
 def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:

@@ -203,7 +203,7 @@ class _Crew:
         names = ", ".join(hand.job.name for hand in self._hands if hand.job is not None)
         self._bar.set_description(names[:40] or "waiting for workers")
         if now - self._seen > WAITING:
-            logger.warning("No worker has started for %.0f s; the cluster has no room.", WAITING)
+            logger.warning("No worker was ready for the last %.0f s; still waiting.", WAITING)
             self._seen = now
 
     def _show(self, hand: _Hand) -> None:

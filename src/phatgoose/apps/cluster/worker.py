@@ -17,14 +17,16 @@ PROGRESS = "progress"  # asked for while a job runs, hence in a thread of its ow
 class Worker:
     """What runs in the worker's process."""
 
-    def __init__(self, workshop: Workshop[Any, Any], folder: str) -> None:
+    def __init__(self, workshop: list[Any], folder: str) -> None:
         self._workshop, self._units = workshop, 0
         with suppress(OSError):  # a machine that lacks the folder gets by with absolute paths
             os.chdir(folder)
 
     def open(self) -> str:
         """Open the workshop; answers the id of the machine, as Ray calls it."""
-        self._context = self._workshop.open(self._tell)
+        # Unpacked here and not by Ray, which would take what goes wrong for a worker that was lost.
+        workshop: Workshop[Any, Any] = ray.get(self._workshop[0])
+        self._context = workshop.open(self._tell)
         self._work = self._context.__enter__()
         return str(ray.get_runtime_context().get_node_id())
 
@@ -52,4 +54,4 @@ def start_worker(workshop: Any, *, gpus: float, cpus: float) -> Any:
         max_restarts=0,
         concurrency_groups={PROGRESS: 1},
     )(Worker)
-    return actor.remote(workshop, os.getcwd())
+    return actor.remote([workshop], os.getcwd())

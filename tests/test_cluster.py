@@ -138,7 +138,7 @@ def test_what_a_job_raises_is_raised_here_and_a_job_that_only_kills_is_given_up(
     with pytest.raises(ConfigError, match=r"^this nap can't be taken$"):
         list(RayEngine(1, gpus_per_worker=0).run(Naps(), [Nap("bad", wrong=True)], Bar()))
     always = Nap("deadly", deadly=True, tries=5)
-    with pytest.raises(EngineError, match=r"3 workers were lost in a row at deadly"):
+    with pytest.raises(EngineError, match=r"3 workers were lost at deadly"):
         list(RayEngine(1, gpus_per_worker=0).run(Naps(), [always], Bar()))
 
 

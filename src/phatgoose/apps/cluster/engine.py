@@ -25,7 +25,8 @@ __all__ = ["RayEngine"]
 logger = logging.getLogger(__name__)
 
 MOMENT = 0.5  # seconds between two looks at how far jobs are
-MOST_LOSSES = 3  # of workers in a row, on machines that stayed, with nothing done in between
+MOST_LOSSES = 3  # of workers at one job, on machines that stayed, without its getting any further
+STARTING = "a worker that was starting"
 WAITING = 30.0  # seconds without any worker after which it is worth a line
 
 
@@ -108,6 +109,7 @@ class _Crew:
         self._left, self._count = jobs, len(jobs)
         self._hands: list[_Hand] = []
         self._losses: Counter[str] = Counter()
+        self._furthest: Counter[str] = Counter()  # units of a job that were done when it was lost
         self._needs = engine.needs()
         self._seen = time.monotonic()
 
@@ -165,9 +167,9 @@ class _Crew:
         hand.asked = None
         if hand.machine is None:
             hand.machine, self._seen = answer, time.monotonic()
+            self._losses[STARTING] = 0
             return
         job, hand.job = hand.job, None
-        self._losses.clear()
         self._bar.update(job.size - hand.shown)
         yield job, answer
 
@@ -176,15 +178,17 @@ class _Crew:
         ray.kill(hand.actor)
         self._hands.remove(hand)
         self._bar.update(-hand.shown)
-        what = hand.job.name if hand.job is not None else "a worker that was starting"
+        what = STARTING if hand.job is None else hand.job.name
         if hand.job is not None:
             self._left.insert(0, hand.job.again())
-        if hand.machine is None or hand.machine in {m["NodeID"] for m in _machines()}:
+        if hand.shown > self._furthest[what]:
+            self._furthest[what], self._losses[what] = hand.shown, 0
+        elif hand.machine is None or hand.machine in {m["NodeID"] for m in _machines()}:
             self._losses[what] += 1
         reason = str(error).strip().splitlines()[0]
         if self._losses[what] >= MOST_LOSSES:
             raise EngineError(
-                f"{MOST_LOSSES} workers were lost in a row at {what} (out of memory?): {reason}"
+                f"{MOST_LOSSES} workers were lost at {what} (out of memory?): {reason}"
             )
         logger.warning("A worker was lost at %s; another goes on with it. (%s)", what, reason)
 
@@ -213,7 +217,6 @@ class _Crew:
             return
         hand.progress = None
         if units > hand.shown:
-            self._losses.clear()
             self._bar.update(units - hand.shown)
             hand.shown = units
 

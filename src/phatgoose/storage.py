@@ -30,7 +30,7 @@ from .routers import Lookup, Retriever, TaskTable, VectorRouter
 from .sites import Site, find_sites
 from .work import new_directory
 
-__all__ = ["ROUTED_INFO", "ROUTED_WEIGHTS", "load", "save"]
+__all__ = ["ROUTED_INFO", "ROUTED_WEIGHTS", "base_of", "load", "save"]
 
 FORMAT_VERSION = 1
 ROUTED_INFO = "routed.json"
@@ -75,8 +75,9 @@ def load(
     directory = Path(directory)
     info = _read_info(directory / ROUTED_INFO)
     tensors = _read_weights(directory / ROUTED_WEIGHTS, info["weights_sha256"])
+    wanted = base_of(directory)
     try:
-        wanted, routing = BaseReference(**info["base"]), Routing(**info["routing"])
+        routing = Routing(**info["routing"])
     except TypeError as error:
         raise RoutingError(f"{directory / ROUTED_INFO} has unknown settings: {error}.") from error
     if base is None:
@@ -98,6 +99,18 @@ def load(
         lookup=lookup,
     )
     return install(found.model, parts)
+
+
+def base_of(directory: str | Path) -> BaseReference:
+    """The base that the routed model in `directory` was made of.
+
+    Raises RoutingError when the folder is missing or damaged.
+    """
+    path = Path(directory) / ROUTED_INFO
+    try:
+        return BaseReference(**_read_info(path)["base"])
+    except TypeError as error:
+        raise RoutingError(f"{path} has unknown settings: {error}.") from error
 
 
 def _tensors(parts: Composition) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Optional
 
@@ -20,6 +20,7 @@ __all__ = [
     "GpusOption",
     "WorkersOption",
     "open_engine",
+    "refuse_without_ray",
 ]
 
 # typer reads annotations at run time, on Python 3.10 too: hence Optional instead of "| None".
@@ -70,23 +71,30 @@ def open_engine(
     Raises ConfigError for an unknown one and for flags that it has no use for, EngineError when it
     can't be reached.
     """
+    refuse_without_ray(
+        engine,
+        {
+            "address": address,
+            "workers": workers,
+            "gpus-per-worker": gpus_per_worker,
+            "cpus-per-worker": cpus_per_worker,
+        },
+    )
     if engine == "ray":
         from ..cluster import RayEngine, connected
 
         with connected(address):
             yield RayEngine(workers, gpus_per_worker, cpus_per_worker)
         return
-    if engine != "local":
-        raise ConfigError(f"--engine is {engine!r}, but must be local or ray.")
     from ...engines import LocalEngine
 
-    flags = {
-        "address": address,
-        "workers": workers,
-        "gpus-per-worker": gpus_per_worker,
-        "cpus-per-worker": cpus_per_worker,
-    }
-    for flag, value in flags.items():
-        if value is not None:
-            raise ConfigError(f"--{flag} is for --engine ray, which was not given.")
     yield LocalEngine()
+
+
+def refuse_without_ray(engine: str, flags: Mapping[str, object]) -> None:
+    """Raise ConfigError for an unknown engine, and for one of these flags where it isn't Ray."""
+    if engine not in ("local", "ray"):
+        raise ConfigError(f"--engine is {engine!r}, but must be local or ray.")
+    for flag, value in flags.items():
+        if engine == "local" and value is not None:
+            raise ConfigError(f"--{flag} is for --engine ray, which was not given.")

@@ -22,7 +22,9 @@ LAYERS = (
     ("errors",),
     (
         "config",
+        "engines",
         "files",
+        "processes",
         "kernels.concat",
         "kernels.gather",
         "kernels.grouped",
@@ -32,6 +34,7 @@ LAYERS = (
         "kernels.triton_programs",
         "metrics",
         "scores",
+        "speeds",
     ),
     (
         "bases",
@@ -56,8 +59,8 @@ LAYERS = (
     ),
     ("collating", "suites.bigbench", "suites.t0"),
     ("expert", "fitting", "likelihood", "recording", "suites.flan"),
-    ("hub",),
-    ("pool", "prediction", "statistics", "suites"),
+    ("expert_folder", "hub"),
+    ("elsewhere", "pool", "prediction", "statistics", "suites"),
     ("gates", "importing", "layers", "routers.decision", "suites.sources"),
     (
         "planning",
@@ -68,11 +71,12 @@ LAYERS = (
         "training",
     ),
     ("routers.stand_in",),
-    ("routers",),
+    ("pool_training", "routers", "schedules", "trial"),
     ("routed",),
     ("storage", "evaluation"),
     ("opening",),
     ("methods",),
+    ("cells",),
     (
         "analysis.agreement",
         "analysis.measures",
@@ -86,7 +90,9 @@ LAYERS = (
     ("analysis.results",),
     ("analysis.analysing",),
     ("analysis",),
-    ("apps", "apps.demo_tasks.drawing"),
+    ("apps", "apps.cluster.connection", "apps.demo_tasks.drawing"),
+    ("apps.cluster.worker",),
+    ("apps.cluster.engine",),
     (
         "apps.demo_tasks.arithmetic",
         "apps.demo_tasks.category",
@@ -96,6 +102,7 @@ LAYERS = (
     ),
     (
         "apps.comparison_tables",
+        "apps.cluster",
         "apps.demo_tasks",
         "apps.analysis_tables",
         "apps.figures",
@@ -121,12 +128,14 @@ LAYERS = (
     ("apps.server.service",),
     ("apps.server.app",),
     ("apps.server",),
+    ("apps.cluster.replicas",),
     (
         "apps.explanation",
         "apps.report.contents",
         "apps.cli.flags",
         "apps.cli.plan",
         "apps.cli.consoles",
+        "apps.cli.engines",
     ),
     ("apps.report.page", "apps.cli.experts"),
     ("apps.report",),
@@ -246,7 +255,7 @@ def test_the_root_imports_ours_for_type_checkers_only():
 
 
 def test_the_search_for_imports_sees_those_inside_functions():
-    assert "training" in {imported for imported, _ in imports_of("apps.cli.experts")}
+    assert "pool_training" in {imported for imported, _ in imports_of("apps.cli.experts")}
     assert "phatgoose" in {imported for imported, _ in imports_of("apps.cli.main")}
 
 
@@ -311,7 +320,7 @@ def test_every_module_exports_what_it_defines(module):
             defined.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             defined.add(node.id)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.Import | ast.ImportFrom):
             defined |= {alias.asname or alias.name for alias in node.names}
     assert exported <= defined
     if module not in {"__main__", "apps"}:

@@ -90,6 +90,7 @@ def test_the_arithmetic_floors_are_those_of_the_issue(monkeypatch):
     assert floors == pytest.approx([1.14, 1.32], abs=0.01)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
 def test_the_arrow_model_made_quickly_is_pefts_own(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(RUN.parent))
     from against_arrow import arrow_of_peft

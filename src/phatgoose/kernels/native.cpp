@@ -208,33 +208,30 @@ struct Router {
     }
 };
 
-// Up to four (token, expert) pairs of one expert, `first` their index in Pairs::place.
-struct Four {
-    index_t expert, first;
-    int count;
-};
+// Four, two or one (token, expert) pairs of an expert, `first` their index in Pairs::place.
+struct Some { index_t expert, first; int count; };
 
 // The (token, expert) pairs of some tokens, those of one expert together; weight 0 is left out.
 struct Pairs {
     std::vector<index_t> place;  // index into experts and weights, [pairs]
-    std::vector<Four> fours;     // four at a time where there are four, else one
+    std::vector<Some> some;      // as many at a time as there are
     index_t used = 0;            // experts that have any
-
     Pairs(const index_t* experts, const float* weights, index_t from, index_t to, index_t E) {
         std::vector<index_t> start(E + 1, 0);
         for (index_t p = from; p < to; p++)
             if (weights[p] != 0) start[experts[p] + 1]++;
         for (index_t e = 0; e < E; e++) start[e + 1] += start[e];
         place.resize(start[E]);
-        fours.reserve(start[E]);
+        some.reserve(start[E]);
         std::vector<index_t> next(start.begin(), start.end() - 1);
         for (index_t p = from; p < to; p++)
             if (weights[p] != 0) place[next[experts[p]]++] = p;
         for (index_t e = 0; e < E; e++) {
             used += start[e + 1] > start[e];
             for (index_t q = start[e]; q < start[e + 1];) {
-                int count = start[e + 1] - q >= 4 ? 4 : 1;
-                fours.push_back({e, q, count});
+                index_t left = start[e + 1] - q;
+                int count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                some.push_back({e, q, count});
                 q += count;
             }
         }
@@ -269,13 +266,12 @@ void expand(float* const* total, const float* const* c, const T* B, index_t r, i
             for (index_t i = 0; i < r; i++) total[m][j] += c[m][i] * to_float(B[i * d + j]);
 }
 
-// Columns of B at a time: few, so that the running sums stay in the cache, and as many turns for
-// each thread. Where experts have few tokens each, all there are: then reading B is what takes
-// time, which wants long rows.
+// Columns of B at a time: few, so that the running sums stay in the cache; but long rows where
+// experts have few tokens, since then B comes from memory.
 index_t tile_of(const Pairs& pairs, index_t d, index_t threads) {
-    bool sparse = index_t(pairs.place.size()) < 4 * pairs.used;
+    bool sparse = index_t(pairs.place.size()) < 16 * pairs.used;
     index_t least = sparse ? 1 : (d + 127) / 128;
-    index_t turns = (least + threads - 1) / threads * threads;
+    index_t turns = (least + threads - 1) / threads * threads;  // as many for each thread
     return ((d + turns - 1) / turns + 31) / 32 * 32;
 }
 
@@ -287,29 +283,30 @@ void update_some(T* y, const T* u, const index_t* experts, const float* weights,
                  index_t d, index_t threads) {
     Pairs pairs(experts, weights, from * k, to * k, E);
     std::vector<float> inner(pairs.place.size() * r);
-    const index_t tile = tile_of(pairs, d, threads), fours = pairs.fours.size();
+    const index_t tile = tile_of(pairs, d, threads), turns = pairs.some.size();
 #pragma omp parallel if (index_t(inner.size()) * (n + d) > 60000)
     {
 #pragma omp for schedule(static)
-        for (index_t f = 0; f < fours; f++) {
-            const auto [e, q, count] = pairs.fours[f];
+        for (index_t f = 0; f < turns; f++) {
+            const auto [e, q, count] = pairs.some[f];
             const T* row[4];
             float* out[4];
             for (int m = 0; m < count; m++) {
                 row[m] = u + pairs.place[q + m] / k * n;
                 out[m] = inner.data() + (q + m) * r;
             }
-            if (count == 4) dots<T, 4>(row, A + e * r * n, r, n, out);
-            else dots<T, 1>(row, A + e * r * n, r, n, out);
-            for (int m = 0; m < count; m++)
-                for (index_t i = 0; i < r; i++) out[m][i] *= weights[pairs.place[q + m]];
+            const T* rows = A + e * r * n;
+            if (count == 4) dots<T, 4>(row, rows, r, n, out);
+            else if (count == 2) dots<T, 2>(row, rows, r, n, out);
+            else dots<T, 1>(row, rows, r, n, out);
+            for (index_t i = 0; i < count * r; i++) out[0][i] *= weights[pairs.place[q + i / r]];
         }
         std::unique_ptr<float[]> sums(new float[(to - from) * tile]);
 #pragma omp for schedule(static)
         for (index_t first = 0; first < d; first += tile) {
             index_t columns = std::min(tile, d - first);
             std::fill_n(sums.get(), (to - from) * tile, 0.0f);
-            for (const auto& [e, q, count] : pairs.fours) {
+            for (const auto& [e, q, count] : pairs.some) {
                 float* total[4];
                 const float* c[4];
                 for (int m = 0; m < count; m++) {
@@ -318,6 +315,7 @@ void update_some(T* y, const T* u, const index_t* experts, const float* weights,
                 }
                 const T* rows = B + e * r * d + first;
                 if (count == 4) expand<T, 4>(total, c, rows, r, d, columns);
+                else if (count == 2) expand<T, 2>(total, c, rows, r, d, columns);
                 else expand<T, 1>(total, c, rows, r, d, columns);
             }
             for (index_t t = from; t < to; t++) {

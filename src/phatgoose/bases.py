@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ __all__ = [
     "load_base",
     "load_skeleton",
     "load_tokenizer",
+    "number_format",
+    "quantisation",
     "quiet_loading",
+    "twin",
 ]
 
 SMOLLM2 = "smollm2"
@@ -123,6 +127,16 @@ def load_base(
     return Base(model, tokenizer, str(name), revision, fingerprint(model))
 
 
+def twin(base: Base) -> Base:
+    """The same weights in modules of their own: to be routed without changing `base`'s model.
+
+    Only the modules are copied. Parameters and buffers are the same tensors, in memory once.
+    """
+    tensors = (*base.model.parameters(), *base.model.buffers())
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    return replace(base, model=copy.deepcopy(base.model, shared))
+
+
 def load_skeleton(
     name: str | PreTrainedConfig, *, revision: str | None = None, offline: bool = True
 ) -> PreTrainedModel:
@@ -176,7 +190,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A hash ("sha256:…") over architecture fields and sampled weights of `model`.
 
     Independent of the model's name, of parameter names (they change between transformers releases)
-    and of float32 or bfloat16 loading (samples are rounded to bfloat16 first).
+    and of float32 or bfloat16 loading (samples are rounded to bfloat16 first). Of a quantised
+    weight only shape and type count, so a quantised model has another fingerprint than the model
+    it was made of.
     """
     fields = {key: getattr(model.config, key, None) for key in FINGERPRINT_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
@@ -185,8 +201,30 @@ def fingerprint(model: PreTrainedModel) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def quantisation(model: PreTrainedModel) -> str | None:
+    """How weights of `model` are quantised, such as "Int8Tensor" (torchao's) or "Params4bit"
+    (bitsandbytes'): the names of their types; None when all are plain floating point numbers.
+    """
+    kinds = {_kind(parameter) for parameter in model.parameters()} - {None}
+    return ", ".join(sorted(map(str, kinds))) or None
+
+
+def number_format(model: PreTrainedModel) -> str:
+    """The numbers that `model` computes with, such as "torch.bfloat16", and how it is quantised."""
+    kinds = quantisation(model)
+    return f"{model.dtype}, {kinds}" if kinds else str(model.dtype)
+
+
+def _kind(parameter: nn.Parameter) -> str | None:
+    """The type of a quantised weight, None for plain floating point numbers."""
+    plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+    return None if plain and parameter.is_floating_point() else type(parameter).__name__
+
+
 def _sample(parameter: nn.Parameter) -> bytes:
     """The shape of `parameter` and evenly spaced elements of it, hashed."""
+    if kind := _kind(parameter):
+        return hashlib.sha256(f"{tuple(parameter.shape)} {kind}".encode()).digest()
     flat = parameter.detach().reshape(-1)
     count = min(FINGERPRINT_SAMPLES, flat.numel())
     index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)

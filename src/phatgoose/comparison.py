@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from .bases import Base, load_base
+from .bases import Base, load_base, number_format
 from .bootstrap import Sample
 from .config import Formatting, Routing
 from .errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
@@ -102,7 +102,7 @@ def compare(
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     routing = routing or Routing()
-    wanted, notes = _wanted_methods(pool, methods)
+    wanted, notes = _wanted_methods(pool, methods, routing)
     protocol = _Protocol(formatting or Formatting(), max_new_tokens, token_budget)
     columns, datasets = _load(suites, sources, limit, seed, protocol)
     if base is None or isinstance(base, str):
@@ -139,7 +139,9 @@ def compare(
     return comparison
 
 
-def _wanted_methods(pool: Pool, methods: Iterable[str] | str) -> tuple[list[str], list[str]]:
+def _wanted_methods(
+    pool: Pool, methods: Iterable[str] | str, routing: Routing
+) -> tuple[list[str], list[str]]:
     """(names of the methods to run, notes on what was left out).
 
     Raises ConfigError for an unknown name, PoolError for a named one that can't be run.
@@ -150,7 +152,8 @@ def _wanted_methods(pool: Pool, methods: Iterable[str] | str) -> tuple[list[str]
             raise ConfigError(
                 f"Method {name!r} is unknown; known are {EVERY}, {', '.join(METHODS)}."
             )
-    without = {name: experts for name, experts in lacking(pool).items() if experts}
+    found = lacking(pool, stand_in=routing.stand_in)
+    without = {name: experts for name, experts in found.items() if experts}
     if EVERY not in wanted:
         for name in wanted:
             if name in without:
@@ -267,7 +270,7 @@ def _run(
 def _key(row: Row, dataset: _Dataset, base: Base) -> dict[str, Any]:
     return {
         "base": base.fingerprint,
-        "dtype": str(base.model.dtype),
+        "dtype": number_format(base.model),
         "method": dict(row.identity),
         "task": dataset.task.name,
         "examples": dataset.digest,

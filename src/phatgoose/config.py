@@ -30,6 +30,7 @@ __all__ = [
     "GateTraining",
     "Lora",
     "Routing",
+    "Serving",
     "Setting",
     "Training",
     "from_mapping",
@@ -158,10 +159,40 @@ class Routing:
     expert: Annotated[str | None, "The expert of router single."] = None
     arrow: Annotated[str, "Form of router arrow: svd (the paper's), peft or mttl."] = "svd"
     router_seed: Annotated[int, "Seed of router random."] = 0
+    stand_in: Annotated[
+        bool,
+        "Let experts without gates join routers phatgoose and uniform-top-k: their Arrow vector "
+        "stands in for the gate, which is a guess.",
+    ] = False
 
     def __post_init__(self) -> None:
         _require(self.k >= 1, "k", self.k, "at least 1")
         _require(self.eps > 0, "eps", self.eps, "above 0")
+
+
+@dataclass(frozen=True)
+class Serving:
+    """The limits of `phatgoose serve` (docs/serving.md)."""
+
+    max_tokens: Annotated[int, "Tokens to generate for one answer at most."] = 1024
+    max_choices: Annotated[int, "Answers to one request at most (its prompts times its n)."] = 64
+    max_queue: Annotated[int, "Answers that may wait; further requests are turned away."] = 256
+    max_batch_tokens: Annotated[
+        int, "Tokens of all answers computed together, prompts, answers and padding included."
+    ] = 16384
+    max_routings: Annotated[
+        int, "Routings kept in memory that requests asked for, beside the models served by name."
+    ] = 8
+    max_body: Annotated[int, "Bytes of a request at most."] = 1 << 20
+    timeout: Annotated[int, "Seconds a request may take, its wait included."] = 300
+    shutdown_timeout: Annotated[
+        int, "Seconds that running requests are given when the server is told to stop."
+    ] = 30
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            _require(value >= 1, setting.name, value, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -223,6 +254,7 @@ RECIPE_TABLES = {
     "gates": GateTraining,
     "formatting": Formatting,
     "routing": Routing,
+    "serving": Serving,
 }
 FOLDERS = ("data", "templates")
 

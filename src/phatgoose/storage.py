@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from .adapters import read_tensors
 from .bases import Base, BaseReference, load_base
 from .config import Routing
 from .errors import ConfigError, ExpertError, RoutingError
-from .expert import sha256_of
+from .files import sha256_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
+from .mapped import TensorFile
 from .pool import SiteStack
 from .routed import (
     Composition,
@@ -30,7 +32,7 @@ from .routers import Lookup, Retriever, TaskTable, VectorRouter
 from .sites import Site, find_sites
 from .work import new_directory
 
-__all__ = ["ROUTED_INFO", "ROUTED_WEIGHTS", "load", "save"]
+__all__ = ["ROUTED_INFO", "ROUTED_WEIGHTS", "base_of", "load", "save"]
 
 FORMAT_VERSION = 1
 ROUTED_INFO = "routed.json"
@@ -75,8 +77,9 @@ def load(
     directory = Path(directory)
     info = _read_info(directory / ROUTED_INFO)
     tensors = _read_weights(directory / ROUTED_WEIGHTS, info["weights_sha256"])
+    wanted = base_of(directory)
     try:
-        wanted, routing = BaseReference(**info["base"]), Routing(**info["routing"])
+        routing = Routing(**info["routing"])
     except TypeError as error:
         raise RoutingError(f"{directory / ROUTED_INFO} has unknown settings: {error}.") from error
     if base is None:
@@ -98,6 +101,18 @@ def load(
         lookup=lookup,
     )
     return install(found.model, parts)
+
+
+def base_of(directory: str | Path) -> BaseReference:
+    """The base that the routed model in `directory` was made of.
+
+    Raises RoutingError when the folder is missing or damaged.
+    """
+    path = Path(directory) / ROUTED_INFO
+    try:
+        return BaseReference(**_read_info(path)["base"])
+    except TypeError as error:
+        raise RoutingError(f"{path} has unknown settings: {error}.") from error
 
 
 def _tensors(parts: Composition) -> dict[str, Tensor]:
@@ -123,7 +138,7 @@ def _lookup_info(lookup: Lookup | None) -> dict[str, Any]:
 
 
 def _lookup(
-    info: dict[str, Any], tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
+    info: dict[str, Any], tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
 ) -> Lookup | None:
     held = info.get("lookup", {})
     if "experts_by_task" in held:
@@ -138,7 +153,7 @@ def _lookup(
 def _layer(
     model: PreTrainedModel,
     site: Site,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     routing: Routing,
     lookup: Lookup | None,
     info: dict[str, Any],
@@ -159,11 +174,12 @@ def _layer(
     )
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, sha256: str) -> TensorFile:
     try:
-        if sha256_of(path) != sha256:
+        tensors = read_tensors(path)
+        if tensors.sha256() != sha256:
             raise RoutingError(f"{path} was changed after it was written.")
-        return read_tensors(path)
+        return tensors
     except ExpertError as error:
         raise RoutingError(str(error)) from error
 

@@ -16,6 +16,7 @@ from phatgoose.config import (
     GateTraining,
     Lora,
     Routing,
+    Serving,
     Training,
     from_mapping,
     read_recipe,
@@ -24,7 +25,7 @@ from phatgoose.config import (
 from phatgoose.errors import ConfigError
 from phatgoose.suites import SUITES
 
-CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing)
+CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 
 PAPER = [  # METHOD sections 3, 4 and 6; paper section 4.1 and the released code
     (Lora, "rank", 16),

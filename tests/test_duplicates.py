@@ -27,7 +27,7 @@ def twin(expert: Expert, name: str, change) -> Expert:
     """The expert under another name and hash, with `change` done to the factors of each site."""
     info = replace(expert.info, name=name, adapter_sha256=name)
     lora = {site: change(factors) for site, factors in expert.lora.items()}
-    return replace(expert, info=info, lora=lora)
+    return replace(expert, info=info, modules=lora)
 
 
 def update(expert: Expert, pool: Pool, widths: dict[str, tuple[int, int]]) -> torch.Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from . import processes
 from .alone import ModifiedLinear, put_in
 from .bases import Base, load_base
 from .collating import Collator
@@ -24,7 +25,7 @@ from .encoding import Encoder
 from .errors import ConfigError, ExpertError
 from .expert import LAYOUT, Expert, check_name
 from .files import sha256_of
-from .fitting import FitReport, fit
+from .fitting import FitReport, Watcher, fit
 from .kinds import adapter_files, check_fit, read_modules
 from .modules import SiteModule
 from .sites import find_sites
@@ -109,6 +110,7 @@ def train_gates(
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     check_name(name or out.name)
+    processes.join()
     modules = read_modules(adapter)
     base = load_base(base) if isinstance(base, str) else base
     record = None
@@ -126,7 +128,7 @@ def train_gates(
     task, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
     check_fit(adapter.name, modules, find_sites(base.model))
     with open_work(out, identity, resume=resume, restart=restart) as work:
-        expert = add_gates(
+        return add_gates(
             base,
             adapter,
             task,
@@ -138,8 +140,6 @@ def train_gates(
             name=name,
             record=record,
         )
-        shutil.rmtree(work)
-    return expert
 
 
 @dataclass(frozen=True)
@@ -166,21 +166,26 @@ def add_gates(
     gate_training: GateTraining,
     name: str | None = None,
     record: Record | None = None,
+    watcher: Watcher | None = None,
 ) -> Expert:
     """The stage shared by `train_gates` and `train_expert`: gates, statistics, the directory.
 
-    `task` has its validation split. Checkpoints go to `work`; those found there are continued from.
-    Gates that `record` brings along are taken as they are.
+    `task` has its validation split. Checkpoints go to `work`; those found there are continued from;
+    it is removed at the end. Gates that `record` brings along are taken as they are. Of several
+    processes the first measures and writes.
     """
     record = record or Record()
     modules = read_modules(adapter)
     metrics, gates = dict(record.metrics), record.gates
     if gates is None:
         with gated(base.model, modules) as layers:
-            report = _fit_gates(base, layers, task, encoder, training, gate_training, work)
+            report = _fit_gates(base, layers, task, encoder, training, gate_training, work, watcher)
             gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
         known = {key: value for key, value in asdict(report).items() if value is not None}
         metrics |= {f"gate_{key}": value for key, value in known.items()}
+    if not processes.is_first():
+        processes.wait_for_all()
+        return Expert.load(out)
     measured = statistics_of(base, modules, task, encoder, gate_training, training.seed)
     expert = Expert.from_peft(
         adapter,
@@ -199,7 +204,10 @@ def add_gates(
         },
         metrics=metrics,
     )
-    return expert.save(out)
+    saved = expert.save(out)
+    shutil.rmtree(work)
+    processes.wait_for_all()
+    return saved
 
 
 def _fit_gates(
@@ -210,6 +218,7 @@ def _fit_gates(
     training: Training,
     gate_training: GateTraining,
     work: Path,
+    watcher: Watcher | None,
 ) -> FitReport:
     base.model.requires_grad_(False)
     for layer in layers.values():
@@ -218,13 +227,14 @@ def _fit_gates(
         base.model,
         train=[encoder.pair(example.input, example.target) for example in task.train],
         validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
-        collator=Collator(base.model, base.tokenizer.pad_token_id),
+        collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True),
         training=training,
         steps=gate_training.gate_steps,
         learning_rate=gate_training.gate_learning_rate or training.learning_rate,
         work=work / "gates",
         checkpoint_every=min(GATE_CHECKPOINT_EVERY, gate_training.gate_steps),
         label=f"{task.name}: gates",
+        watcher=watcher,
     )
 
 

@@ -36,6 +36,7 @@ __all__ = [
     "PackedTensors",
     "Segment",
     "quantised",
+    "read_info",
     "read_packed",
 ]
 
@@ -196,7 +197,7 @@ def read_packed(directory: Path) -> Packed:
     Raises RoutingError when it is missing or damaged.
     """
     path = directory / ROUTED_INFO
-    info = _read_info(path)
+    info = read_info(path)
     listed = info.get("segments") or [
         {
             "file": ROUTED_WEIGHTS,
@@ -233,7 +234,8 @@ def _read_weights(path: Path, sha256: str) -> TensorFile:
     return tensors
 
 
-def _read_info(path: Path) -> dict[str, Any]:
+def read_info(path: Path) -> dict[str, Any]:
+    """A packed model's description. Raises RoutingError when it is missing or damaged."""
     try:
         info = read_json_object(path, RoutingError)
     except FileNotFoundError as error:

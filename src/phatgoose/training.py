@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from . import processes
 from .bases import Base, load_base
 from .collating import Collator
 from .config import PEFT_KINDS, Formatting, GateTraining, Lora, Peft, Training
 from .encoding import Encoder
 from .errors import ExpertError
 from .expert import Expert, check_name
-from .fitting import FitReport, fit
+from .fitting import FitReport, Watcher, fit
 from .fresh import FreshExpert, fresh_expert
 from .gates import Record, add_gates
 from .placement import parameters_at
@@ -45,6 +46,7 @@ def train_expert(
     name: str | None = None,
     resume: bool = False,
     restart: bool = False,
+    watcher: Watcher | None = None,
 ) -> Expert:
     """A finished expert for `task`, written to `out`, with gates and statistics (METHOD section 3).
 
@@ -54,6 +56,8 @@ def train_expert(
     `base` is a loaded base or its name; loading it once serves many tasks. Checkpoints are kept in
     `.<out's name>.work` beside `out`. An interrupted run is continued with `resume` (a finished one
     is simply loaded) and thrown away with `restart`; with neither, existing work is an error.
+    `watcher` is told of steps and of what is kept. Where `accelerate launch` started several
+    processes, all of them call this, share each batch, and the first one writes.
     Raises ExpertError when `out` exists or the name can't be an expert's, ConfigError when resumed
     work had other settings, TaskError when the task can't be used.
     """
@@ -66,6 +70,7 @@ def train_expert(
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     check_name(name or out.name)
+    processes.join()
     base = load_base(base) if isinstance(base, str) else base
     identity = {
         "base": base.fingerprint,
@@ -77,13 +82,15 @@ def train_expert(
     parameters_at(base.model, peft)
     with open_work(out, identity, resume=resume, restart=restart) as work:
         joint = gate_training.joint
-        adapter = _train_adapter(base, task, encoder, work, peft, training, joint=joint)
+        adapter = _train_adapter(
+            base, task, encoder, work, peft, training, watcher or Watcher(), joint=joint
+        )
         record = Record(
             hyperparameters={"peft": _kind_of(peft), **asdict(peft)},
             metrics=json.loads((work / REPORT).read_text(encoding="utf-8")),
             gates=load_file(work / JOINT_GATES) if joint else None,
         )
-        expert = add_gates(
+        return add_gates(
             base,
             adapter,
             task,
@@ -94,9 +101,8 @@ def train_expert(
             gate_training=gate_training,
             name=name,
             record=record,
+            watcher=watcher,
         )
-        shutil.rmtree(work)
-    return expert
 
 
 def _train_adapter(
@@ -106,6 +112,7 @@ def _train_adapter(
     work: Path,
     peft: Peft,
     training: Training,
+    watcher: Watcher,
     *,
     joint: bool,
 ) -> Path:
@@ -115,8 +122,9 @@ def _train_adapter(
     """
     finished = work / "adapter"
     if finished.is_dir():
+        watcher.advanced(training.steps)
         return finished
-    collator = Collator(base.model, base.tokenizer.pad_token_id)
+    collator = Collator(base.model, base.tokenizer.pad_token_id, packs=True)
     pairs = [
         [encoder.pair(example.input, example.target) for example in split]
         for split in (task.train, task.validation[: training.eval_examples])
@@ -134,11 +142,16 @@ def _train_adapter(
             work=work / "expert",
             checkpoint_every=min(training.eval_every, training.steps),
             label=f"{task.name}: expert",
+            watcher=watcher,
         )
-        if joint:
-            save_file(fresh.take_gates(), work / JOINT_GATES)
-        _save_adapter(fresh, work, report)
-    shutil.rmtree(work / "expert")
+        gates = fresh.take_gates() if joint else None
+        if processes.is_first():
+            if gates is not None:
+                save_file(gates, work / JOINT_GATES)
+            _save_adapter(fresh, work, report)
+            shutil.rmtree(work / "expert")
+            watcher.kept()
+        processes.wait_for_all()
     return finished
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
@@ -12,7 +13,6 @@ from rich.console import Console
 from ...config import (
     IA3,
     KIND_NAMES,
-    PEFT_KINDS,
     Bottleneck,
     Formatting,
     GateTraining,
@@ -20,12 +20,20 @@ from ...config import (
     Peft,
     Recipe,
     Training,
-    settings_of,
 )
 from ...errors import ConfigError, ExpertError
-from .flags import with_settings
+from .engines import (
+    AddressOption,
+    CpusOption,
+    EngineOption,
+    GpusOption,
+    WorkersOption,
+    open_engine,
+)
+from .flags import shape_of, with_settings
 from .plan import (
     JsonOption,
+    MeasureOption,
     PlanOption,
     TflopsOption,
     TokensPerSecondOption,
@@ -35,6 +43,8 @@ from .plan import (
 
 if TYPE_CHECKING:
     from ...expert import Expert
+    from ...expert_folder import ExpertFolder, TrainedExpert
+    from ...speeds import Speed
     from ...suites.sources import TrainingTask
 
 __all__ = [
@@ -71,7 +81,9 @@ TemplatesOption = Annotated[
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue unfinished work.")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Throw unfinished work away.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the experts.")]
+OutOption = Annotated[
+    str, typer.Option("--out", help="Folder that receives the experts, or an fsspec URL of one.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -93,7 +105,7 @@ def train(
             "recipe's."
         ),
     ] = None,
-    out: OutOption = Path("experts"),
+    out: OutOption = "experts",
     peft: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--peft", help="Kind of expert: lora (default), ia3 or bottleneck."),
@@ -117,9 +129,15 @@ def train(
     templates: TemplatesOption = None,
     resume: ResumeOption = False,
     restart: RestartOption = False,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = None,
     plan: PlanOption = False,
     tflops: TflopsOption = None,
     tokens_per_second: TokensPerSecondOption = None,
+    measure: MeasureOption = False,
     json: JsonOption = None,
     recipe: Recipe,
     given: frozenset[str],
@@ -131,83 +149,75 @@ def train(
     gates: GateTraining,
     formatting: Formatting,
 ) -> None:
-    """Train one expert per task, one after another, with the base loaded once."""
+    """Train one expert per task; in this process one after another, with the base loaded once."""
     sources = tasks or list(recipe.tasks)
     if not sources:
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
     if mixture_most is not None and multitask is None:
         raise ConfigError("--mixture-most is for --multitask NAME, which was not given.")
     shapes: dict[str, Peft] = {"lora": lora, "ia3": ia3, "bottleneck": bottleneck}
-    shape = _shape_of(peft or recipe.peft or "lora", shapes, flagged)
+    shape = shape_of(peft or recipe.peft or "lora", shapes, flagged)
     speeds = {"tflops": tflops, "tokens_per_second": tokens_per_second}
     if not plan:
-        refuse_without_plan({**speeds, "json": json})
+        refuse_without_plan({**speeds, "measure": measure, "json": json})
+    from ...expert_folder import expert_folder
     from ...suites.sources import Sources, mixture, open_tasks
 
     places = Sources(data or recipe.data, templates or recipe.templates)
     opened = open_tasks(sources, places, template=template, choices=choices)
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
-    _refuse_taken_names(opened, out, resume=resume)
-    unfinished = [task for task in opened if not (out / task.name).exists()]
+    folder = expert_folder(out)
+    _refuse_taken_names(opened, folder, resume=resume)
+    unfinished = [task for task in opened if not folder.has(task.name)]
     name = base or recipe.base or "smollm2"
+    settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": dtype}
     if plan:
         from ...planning import plan_training
+        from ...schedules import schedule
 
+        settings |= {"training": training, "gate_training": gates}
+        speed = _measured(name, unfinished, speeds, settings) if measure else None
         planned = plan_training(
             name,
             unfinished,
-            peft=shape,
-            training=training,
-            gate_training=gates,
-            formatting=formatting,
-            dtype=dtype,
-            **speeds,
+            **settings,
+            tflops=tflops,
+            tokens_per_second=tokens_per_second,
+            speed=speed,
         )
-        show_plan(planned, finished=len(opened) - len(unfinished), path=json)
+        spread = schedule(planned, workers or 1, gpus_per_worker or 0.0)
+        show_plan(planned, spread, finished=len(opened) - len(unfinished), path=json)
         return
-    from ...bases import load_base
-    from ...expert import Expert
-    from ...training import train_expert
-    from ...work import discard_work
+    from ... import processes
+    from ...pool_training import ExpertJob, train_experts
 
     _read_own_files(unfinished, training.seed)
-    model = load_base(name, dtype=dtype)
-    for number, task in enumerate(opened, 1):
-        place = out / task.name
-        if task not in unfinished:
-            discard_work(place)
-            expert = Expert.load(place)
-        else:
-            expert = train_expert(
-                model,
-                task.load(),
-                out=place,
-                name=task.name,
-                peft=shape,
-                training=_training_of(task, training, given),
-                gate_training=gates,
-                formatting=formatting,
-                resume=resume,
-                restart=restart,
-            )
-        typer.echo(f"[{number}/{len(opened)}] {_summary(expert)} -> {place}")
+    jobs = [
+        ExpertJob(task, _training_of(task, training, given), gates, resume, restart)
+        for task in opened
+    ]
+    with open_engine(engine, address, workers, gpus_per_worker, cpus_per_worker) as chosen:
+        trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
+        for number, expert in enumerate(trained, 1):
+            if processes.is_first():
+                typer.echo(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
 
 
-def _shape_of(kind: str, shapes: dict[str, Peft], flagged: frozenset[str]) -> Peft:
-    """The shape of an expert of this kind. Raises ConfigError for flags that are another kind's."""
-    if kind not in shapes:
-        raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(shapes)}.")
-    owners = {
-        setting.name: [k for k, config in PEFT_KINDS.items() if hasattr(config, setting.name)]
-        for config in PEFT_KINDS.values()
-        for setting in settings_of(config)
-    }
-    for name in sorted(flagged & owners.keys()):
-        if kind not in owners[name]:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is for --peft {owners[name][0]}; the experts are {kind}.")
-    return shapes[kind]
+def _measured(
+    base: str,
+    tasks: list[TrainingTask],
+    speeds: Mapping[str, float | None],
+    settings: Mapping[str, Any],
+) -> Speed:
+    """The speed of training here, measured. Raises ConfigError when one was given as well."""
+    from ...trial import measure_speed
+
+    for name, value in speeds.items():
+        if value is not None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} tells a speed, and --measure finds one: choose.")
+    return measure_speed(base, tasks, **settings)
 
 
 def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
@@ -225,8 +235,8 @@ def _training_of(task: TrainingTask, training: Training, given: frozenset[str]) 
     return replace(training, micro_batch_size=most)
 
 
-def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
-    """Raise unless each task can have its expert in a folder of its own below `out`."""
+def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
+    """Raise unless each task can have its expert under its own name in `folder`."""
     from ...expert import check_name
 
     named: dict[str, str] = {}
@@ -238,14 +248,15 @@ def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -
                 f"of one pool need own names."
             )
         named[task.name] = task.named
-        place = out / task.name
-        if place.exists() and not resume:
-            raise ExpertError(f"{place} exists already; choose another --out, or --resume.")
+        if folder.has(task.name) and not resume:
+            raise ExpertError(
+                f"{folder.place(task.name)} exists already; choose another --out, or --resume."
+            )
 
 
-def _summary(expert: Expert) -> str:
+def _summary(expert: TrainedExpert) -> str:
     """What training came to, on one line."""
-    metrics = expert.info.metrics
+    metrics = expert.metrics
     speed = metrics.get("gate_tokens_per_second")
     gates = "trained jointly" if speed is None else f"{speed:.0f} tokens/s"
     return (

@@ -15,9 +15,19 @@ from typing import Annotated, Any, Optional, get_args
 
 import typer
 
-from ...config import RECIPE_TABLES, Recipe, Setting, from_mapping, read_recipe, settings_of
+from ...config import (
+    PEFT_KINDS,
+    RECIPE_TABLES,
+    Peft,
+    Recipe,
+    Setting,
+    from_mapping,
+    read_recipe,
+    settings_of,
+)
+from ...errors import ConfigError
 
-__all__ = ["RecipeOption", "with_settings"]
+__all__ = ["RecipeOption", "shape_of", "with_settings"]
 
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
 
@@ -81,6 +91,22 @@ def with_settings(
         return run
 
     return decorate
+
+
+def shape_of(kind: str, shapes: dict[str, Peft], flagged: frozenset[str]) -> Peft:
+    """The shape of an expert of this kind. Raises ConfigError for flags that are another kind's."""
+    if kind not in shapes:
+        raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(shapes)}.")
+    owners = {
+        setting.name: [k for k, config in PEFT_KINDS.items() if hasattr(config, setting.name)]
+        for config in PEFT_KINDS.values()
+        for setting in settings_of(config)
+    }
+    for name in sorted(flagged & owners.keys()):
+        if kind not in owners[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is for --peft {owners[name][0]}; the experts are {kind}.")
+    return shapes[kind]
 
 
 def _flag(setting: Setting, panel: str) -> inspect.Parameter:

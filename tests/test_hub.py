@@ -352,6 +352,6 @@ def test_the_commands_push_pull_and_import(hub, experts, llama, tmp_path, capsys
     assert "e0" in phatgoose("pool", "hub:me/reviews", "--out", tmp_path / "pool.json")
     hub.add("you/lora", contents(make_adapter(llama, tmp_path / "adapter")))
     told = phatgoose("import", "you/lora", "--base", llama.id, "--out", tmp_path / "theirs")
-    assert "theirs: 14 sites, rank 4" in told
+    assert "theirs: 14 sites, LoRA of rank 4" in told
     assert "phatgoose gate" in told
     assert Expert.load(tmp_path / "theirs").gates == {}

@@ -90,6 +90,20 @@ def test_rank_classification_is_the_naive_one(base, budget):
     assert score.metric == "rank classification accuracy"
 
 
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch, budget):
+    wanted = evaluate(llama, CHOICE_TASK).scores[0].predictions
+    monkeypatch.setattr("phatgoose.likelihood.can_pack", lambda _: False)
+    got = evaluate(llama, CHOICE_TASK, token_budget=budget).scores[0].predictions
+    for one, other in zip(got, wanted, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+
+
+def test_a_prompt_without_tokens_is_refused(llama):
+    with pytest.raises(EvaluationError, match="no tokens"):
+        list(choice_log_likelihoods(llama.model, [([], [[7], [9]])], 0, 100))
+
+
 def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):
     with naively_routed(base.model, pool.experts, k=2):
         wanted = [naive_scores(base.model, base, example) for example in CHOICE_TASK.test]

@@ -185,6 +185,16 @@ def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(adapter
     assert import_adapter(adapter, tmp_path / "b", name="other").name == "other"
 
 
+def test_the_revision_of_the_base_is_recorded_where_the_adapter_names_one(adapter, llama, tmp_path):
+    set_config(adapter, revision="v2")
+    assert import_adapter(adapter, tmp_path / "named").info.base == BaseReference(llama.id, "v2")
+    other = import_adapter(adapter, tmp_path / "other", base=llama.id)
+    assert other.info.base == BaseReference(llama.id)  # of the base that the user named instead
+    set_config(adapter, revision=2)
+    with pytest.raises(ExpertError, match="revision 2 of its base"):
+        import_adapter(adapter, tmp_path / "numbered")
+
+
 def test_a_fingerprint_is_recorded_when_it_is_asked_for(adapter, llama, tmp_path):
     expert = import_adapter(adapter, tmp_path / "mine", fingerprint=True)
     assert expert.info.base.fingerprint == llama.fingerprint

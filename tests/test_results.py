@@ -210,7 +210,7 @@ DECISIVE = (
     *("layers", "kernels", "kernels.concat", "kernels.gather", "kernels.mixed"),
     *("kernels.reference", "routers", "routers.arrow", "routers.decision", "routers.lookup"),
     *("routers.scored", "routers.unscored", "embeddings", "scores", "config", "encoding"),
-    *("likelihood", "prediction", "metrics", "bootstrap", "tasks"),
+    *("likelihood", "packing", "prediction", "metrics", "bootstrap", "tasks"),
 )
 OTHER = ("apps", "suites", "training", "fitting", "gates", "statistics", "tables", "comparison")
 

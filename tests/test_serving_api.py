@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -54,6 +55,10 @@ def error_of(client, status=400, **body):
     return ask(client, status, **body)["error"]
 
 
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
 def events(client, path="/v1/completions", **body):
     with client.stream("POST", path, json={**body, "stream": True}) as reply:
         assert reply.headers["content-type"].startswith("text/event-stream")
@@ -79,7 +84,9 @@ def test_a_greedy_completion_is_what_generate_gives(client, pool, tokenizer):
 
 def test_prompts_may_be_tokens_and_many(client, tokenizer):
     ids = [tokenizer(text)["input_ids"] for text in (PROMPT, "who?")]
-    one, other = (ask(client, **{**GREEDY, "prompt": text})["choices"][0] for text in (PROMPT, "who?"))
+    one, other = (
+        ask(client, **{**GREEDY, "prompt": text})["choices"][0] for text in (PROMPT, "who?")
+    )
     for prompts in ([PROMPT, "who?"], ids):
         choices = ask(client, **{**GREEDY, "prompt": prompts})["choices"]
         assert [choice["text"] for choice in choices] == [one["text"], other["text"]]
@@ -109,8 +116,8 @@ def test_a_stream_makes_the_whole_answer(client):
         assert "".join(part["text"] for part in parts) == wanted["text"]
         assert [part["finish_reason"] for part in parts[:-1]] == [None] * (len(parts) - 1)
         assert parts[-1]["finish_reason"] == wanted["finish_reason"]
-        assert sum((part["logprobs"]["tokens"] for part in parts), []) == wanted["logprobs"]["tokens"]
-        offsets = sum((part["logprobs"]["text_offset"] for part in parts), [])
+        assert joined(part["logprobs"]["tokens"] for part in parts) == wanted["logprobs"]["tokens"]
+        offsets = joined(part["logprobs"]["text_offset"] for part in parts)
         assert offsets == wanted["logprobs"]["text_offset"]
     assert len({chunk["id"] for chunk in chunks}) == 1
 
@@ -231,7 +238,9 @@ def test_a_request_may_have_its_own_routing(client, pool, tokenizer, wish):
 
 
 def test_models_by_name_are_told_apart(client):
-    goose, mean = (ask(client, **{**GREEDY, "model": m})["choices"][0]["text"] for m in ("goose", "mean"))
+    goose, mean = (
+        ask(client, **{**GREEDY, "model": m})["choices"][0]["text"] for m in ("goose", "mean")
+    )
     assert goose != mean
     assert ask(client, **GREEDY, router="merged")["choices"][0]["text"] == mean
     listed = client.get("/v1/models").json()["data"]
@@ -268,17 +277,20 @@ def test_a_stream_tells_its_routing_piece_by_piece(client):
     whole = ask(client, **wish)["choices"][0]["routing"]
     parts = [c["choices"][0]["routing"] for c in events(client, **wish)]
     parts = [part for part in parts if part]
-    assert sum((part["tokens"] for part in parts), []) == whole["tokens"]
+    assert joined(part["tokens"] for part in parts) == whole["tokens"]
     assert parts[0]["trace"]["streams"][0]["sites"] == whole["trace"]["streams"][0]["sites"]
     assert [part["trace"] for part in parts[1:]] == [None] * (len(parts) - 1)
     tokens = parts[0]["trace"]["streams"][0]["tokens"]
-    tokens += sum((more["tokens"] for part in parts[1:] for more in part["more"]), [])
+    tokens += joined(more["tokens"] for part in parts[1:] for more in part["more"])
     assert tokens == whole["trace"]["streams"][0]["tokens"]
 
 
 def test_routings_that_cannot_be_had_are_refused(client):
     assert "no expert 'e9'" in error_of(client, **GREEDY, keep=["e9"])["message"]
-    assert "No expert is left" in error_of(client, **GREEDY, leave_out=["e0", "e1", "e2", "e3"])["message"]
+    assert (
+        "No expert is left"
+        in error_of(client, **GREEDY, leave_out=["e0", "e1", "e2", "e3"])["message"]
+    )
     assert error_of(client, **GREEDY, router="oracle")["param"] == "router"
     assert "embeddings" in error_of(client, **GREEDY, router="retrieval")["message"]
     assert "comparison" in error_of(client, **GREEDY, router="best-individual")["message"]
@@ -308,7 +320,9 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
 
 def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer):
     save(compose(pool, load_base(pool.base.id, dtype="float32"), k=1), tmp_path / "routed")
-    app = create_app(served_models([str(tmp_path / "routed"), f"base={pool.base.id}"], dtype="float32"))
+    app = create_app(
+        served_models([str(tmp_path / "routed"), f"base={pool.base.id}"], dtype="float32")
+    )
     wanted = serving.generated(pool, tokenizer(PROMPT)["input_ids"], 6, k=1)
     with serving.client_of(app) as client:
         saved = {**GREEDY, "model": "routed"}
@@ -394,7 +408,9 @@ def test_keys_let_in_and_keep_out(pool):
     with serving.client_of(app) as client:
         for path in ("/v1/models", "/metrics"):
             assert client.get(path).status_code == 401
-        refused = client.post("/v1/completions", json=GREEDY, headers={"Authorization": "Bearer no"})
+        refused = client.post(
+            "/v1/completions", json=GREEDY, headers={"Authorization": "Bearer no"}
+        )
         assert refused.status_code == 401
         assert refused.headers["WWW-Authenticate"] == "Bearer"
         for key in ("one", "two"):

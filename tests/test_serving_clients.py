@@ -1,4 +1,4 @@
-"""The server as its real clients see it: openai, lm_eval, schemathesis, and a process of its own."""
+"""The server as its clients see it: openai, lm_eval, schemathesis, and a process of its own."""
 
 from __future__ import annotations
 
@@ -112,8 +112,10 @@ def test_openai_raises_its_own_errors(client, address):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("output_type", ["multiple_choice", "generate_until"])
-@pytest.mark.parametrize("concurrent", [1, 4])
+@pytest.mark.parametrize(
+    ("output_type", "concurrent"),
+    [("multiple_choice", 4), ("generate_until", 1), ("multiple_choice", 1)],
+)
 def test_lm_eval_s_local_completions_score_as_in_this_process(
     address, pool, tmp_path, monkeypatch, output_type, concurrent
 ):
@@ -139,9 +141,7 @@ def test_lm_eval_s_local_completions_score_as_in_this_process(
         return [[answer[0] for answer in sample["resps"]] for sample in found]
 
     base = load_base(pool.base.id, dtype="float32")
-    own = HFLM(
-        pretrained=compose(pool, base), tokenizer=base.tokenizer, softmax_dtype="float32"
-    )
+    own = HFLM(pretrained=compose(pool, base), tokenizer=base.tokenizer, softmax_dtype="float32")
     arguments = {
         "base_url": f"{address}/v1/completions",
         "model": "goose",
@@ -185,7 +185,11 @@ def write_task(folder: Path, output_type: str) -> Path:
     rows = [
         {"input": "is it?", "target": "yes", "choices": ["yes", "no"]},
         {"input": "which of the three", "target": "b", "choices": ["a", "b", "c"]},
-        {"input": "a far longer input that needs padding", "target": "no", "choices": ["no", "ney"]},
+        {
+            "input": "a far longer input that needs padding",
+            "target": "no",
+            "choices": ["no", "ney"],
+        },
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = CHOICES if output_type == "multiple_choice" else OPEN
@@ -228,7 +232,7 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(address, mo
             few=st.booleans(),
         )
         @settings(
-            max_examples=25 if operation.body else 5,
+            max_examples=15 if operation.body else 3,
             deadline=None,
             database=None,
             derandomize=True,
@@ -245,7 +249,7 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(address, mo
             case.call_and_validate(headers={"Authorization": "Bearer secret"}, checks=right)
 
         fuzz()
-    assert count >= 50
+    assert count >= 30
 
 
 # --- a process ------------------------------------------------------------------------------------

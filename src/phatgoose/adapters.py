@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .errors import ExpertError
-from .files import one_line, read_json_object, regular_file, shortened
+from .files import read_json_object, shortened
+from .mapped import FLOATS, TensorFile
 from .patterns import check_patterns
 from .refusals import refuse_kind, refuse_options, tensor_refusal
 from .sites import Site
@@ -26,7 +24,6 @@ __all__ = [
     "PEFT_PREFIX",
     "LoraFactors",
     "check_fit",
-    "is_finite",
     "read_adapter_config",
     "read_config",
     "read_lora",
@@ -38,10 +35,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PATTERNS = ("rank_pattern", "alpha_pattern")
 LARGEST_ALPHA = 1e9
-LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -96,28 +91,18 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of a safetensors file, all finite.
+def read_tensors(path: Path) -> TensorFile:
+    """Every tensor of a safetensors file, all finite, as views of the mapped file.
 
     Raises ExpertError when the file is missing, no regular file of its folder, truncated, or holds
     a NaN or an infinity.
     """
-    try:
-        tensors = load_file(regular_file(path))
-    except FileNotFoundError as error:
-        raise ExpertError(f"{path} does not exist.") from error
-    except (SafetensorError, OSError, KeyError, ValueError, RuntimeError) as error:
-        raise ExpertError(f"{path} is damaged or truncated: {one_line(error)}.") from error
-    for name in tensors:
-        if not name.isprintable() or len(name) > LONGEST_NAME:
-            raise ExpertError(f"{path} holds a tensor of an impossible name, {shortened(name)}.")
-    for name, tensor in tensors.items():
-        if tensor.dtype in FLOATS and not is_finite(tensor):
-            raise ExpertError(f"{path}: tensor {name} holds a value that is not finite.")
+    tensors = TensorFile(path)
+    tensors.check_finite()
     return tensors
 
 
-def read_weights(directory: Path) -> dict[str, Tensor]:
+def read_weights(directory: Path) -> TensorFile:
     """Every tensor of the adapter in `directory`. Raises ExpertError; pickled ones are refused."""
     pickled = directory / "adapter_model.bin"
     if not (directory / ADAPTER_WEIGHTS).is_file() and pickled.is_file():
@@ -128,15 +113,18 @@ def read_weights(directory: Path) -> dict[str, Tensor]:
     return read_tensors(directory / ADAPTER_WEIGHTS)
 
 
-def read_lora(directory: Path) -> dict[str, LoraFactors]:
+def read_lora(
+    directory: Path, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, LoraFactors]:
     """The LoRA factors of a PEFT adapter by site name.
 
-    Rank and scale are each site's own (rank_pattern, alpha_pattern and rsLoRA are followed).
+    `tensors` are its weights where they have been read already. Rank and scale are each site's own
+    (rank_pattern, alpha_pattern and rsLoRA are followed).
     Raises ExpertError when a file is missing or damaged, the adapter is not plain LoRA, a factor
     lacks its partner, or a tensor is left over.
     """
     config = read_adapter_config(directory)
-    tensors = read_weights(directory)
+    tensors = read_weights(directory) if tensors is None else tensors
     scale_of = _scale_rule(config)
     factors = {}
     for site in sorted({_site_of(key, directory) for key in tensors}):
@@ -165,11 +153,6 @@ def check_fit(name: str, lora: Mapping[str, LoraFactors], sites: Mapping[str, Si
                 f"Expert {name!r}, site {site}: maps {got[0]} to {got[1]} features, the base model "
                 f"{wanted[0]} to {wanted[1]}; it was trained on another base."
             )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """True when every value is finite. A finite sum, which is far less work, shows that too."""
-    return math.isfinite(tensor.sum()) or bool(torch.isfinite(tensor).all())
 
 
 def _is_number(value: object) -> bool:

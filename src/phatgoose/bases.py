@@ -40,6 +40,8 @@ __all__ = [
     "load_base",
     "load_skeleton",
     "load_tokenizer",
+    "number_format",
+    "quantisation",
     "quiet_loading",
     "twin",
 ]
@@ -188,7 +190,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     """A hash ("sha256:…") over architecture fields and sampled weights of `model`.
 
     Independent of the model's name, of parameter names (they change between transformers releases)
-    and of float32 or bfloat16 loading (samples are rounded to bfloat16 first).
+    and of float32 or bfloat16 loading (samples are rounded to bfloat16 first). Of a quantised
+    weight only shape and type count, so a quantised model has another fingerprint than the model
+    it was made of.
     """
     fields = {key: getattr(model.config, key, None) for key in FINGERPRINT_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
@@ -197,8 +201,30 @@ def fingerprint(model: PreTrainedModel) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def quantisation(model: PreTrainedModel) -> str | None:
+    """How weights of `model` are quantised, such as "Int8Tensor" (torchao's) or "Params4bit"
+    (bitsandbytes'): the names of their types; None when all are plain floating point numbers.
+    """
+    kinds = {_kind(parameter) for parameter in model.parameters()} - {None}
+    return ", ".join(sorted(map(str, kinds))) or None
+
+
+def number_format(model: PreTrainedModel) -> str:
+    """The numbers that `model` computes with, such as "torch.bfloat16", and how it is quantised."""
+    kinds = quantisation(model)
+    return f"{model.dtype}, {kinds}" if kinds else str(model.dtype)
+
+
+def _kind(parameter: nn.Parameter) -> str | None:
+    """The type of a quantised weight, None for plain floating point numbers."""
+    plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+    return None if plain and parameter.is_floating_point() else type(parameter).__name__
+
+
 def _sample(parameter: nn.Parameter) -> bytes:
     """The shape of `parameter` and evenly spaced elements of it, hashed."""
+    if kind := _kind(parameter):
+        return hashlib.sha256(f"{tuple(parameter.shape)} {kind}".encode()).digest()
     flat = parameter.detach().reshape(-1)
     count = min(FINGERPRINT_SAMPLES, flat.numel())
     index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)

@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from .bases import Base
+from .bases import Base, number_format
 from .config import Formatting
 from .elsewhere import BasePlace
 from .errors import EvaluationError
@@ -89,7 +89,7 @@ def cell_of(row: Row, dataset: Dataset, base: Base) -> Cell:
     """The cell of `row` on `dataset`, with the key that its result is kept under."""
     key = {
         "base": base.fingerprint,
-        "dtype": str(base.model.dtype),
+        "dtype": number_format(base.model),
         "method": dict(row.identity),
         "task": dataset.task.name,
         "examples": dataset.digest,

@@ -85,7 +85,7 @@ def compare(
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     routing = routing or Routing()
-    wanted, notes = _wanted_methods(pool, methods)
+    wanted, notes = _wanted_methods(pool, methods, routing)
     protocol = Protocol(formatting or Formatting(), max_new_tokens, token_budget)
     columns, datasets = _load(suites, sources, limit, seed, protocol)
     if base is None or isinstance(base, str):
@@ -122,7 +122,9 @@ def compare(
     return comparison
 
 
-def _wanted_methods(pool: Pool, methods: Iterable[str] | str) -> tuple[list[str], list[str]]:
+def _wanted_methods(
+    pool: Pool, methods: Iterable[str] | str, routing: Routing
+) -> tuple[list[str], list[str]]:
     """(names of the methods to run, notes on what was left out).
 
     Raises ConfigError for an unknown name, PoolError for a named one that can't be run.
@@ -133,7 +135,8 @@ def _wanted_methods(pool: Pool, methods: Iterable[str] | str) -> tuple[list[str]
             raise ConfigError(
                 f"Method {name!r} is unknown; known are {EVERY}, {', '.join(METHODS)}."
             )
-    without = {name: experts for name, experts in lacking(pool).items() if experts}
+    found = lacking(pool, stand_in=routing.stand_in)
+    without = {name: experts for name, experts in found.items() if experts}
     if EVERY not in wanted:
         for name in wanted:
             if name in without:

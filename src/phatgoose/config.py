@@ -159,6 +159,11 @@ class Routing:
     expert: Annotated[str | None, "The expert of router single."] = None
     arrow: Annotated[str, "Form of router arrow: svd (the paper's), peft or mttl."] = "svd"
     router_seed: Annotated[int, "Seed of router random."] = 0
+    stand_in: Annotated[
+        bool,
+        "Let experts without gates join routers phatgoose and uniform-top-k: their Arrow vector "
+        "stands in for the gate, which is a guess.",
+    ] = False
 
     def __post_init__(self) -> None:
         _require(self.k >= 1, "k", self.k, "at least 1")

@@ -37,7 +37,9 @@ class Conversion:
     least: float
 
 
-def convert(folder: Path, base: str, allow_loss: float) -> Conversion:
+def convert(
+    folder: Path, base: str, allow_loss: float, *, revision: str | None = None
+) -> Conversion:
     """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
 
     Energy is the squared Frobenius norm. Ranks are as small as that allows, each site's own. The
@@ -50,7 +52,7 @@ def convert(folder: Path, base: str, allow_loss: float) -> Conversion:
     kind = config["peft_type"]
     if config.get("modules_to_save") or config.get("bias", "none") != "none":
         raise ExpertError(f"{folder} replaces modules or biases of the base beside its {kind}.")
-    model = load_base(base, dtype="float32").model
+    model = load_base(base, dtype="float32", revision=revision).model
     sites = find_sites(model)
     with told_by_peft(f"{folder} can't be converted from {kind} to LoRA"):
         adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))

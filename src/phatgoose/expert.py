@@ -6,13 +6,13 @@ directory is written elsewhere first and renamed into place, so one that exists 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -25,15 +25,16 @@ from .adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     LoraFactors,
-    is_finite,
     read_adapter_config,
     read_lora,
     read_tensors,
+    read_weights,
 )
 from .bases import Base, BaseReference
 from .card import model_card
 from .errors import ExpertError
-from .files import one_line, read_json_object, regular_file, shortened
+from .files import one_line, read_json_object, sha256_of, shortened
+from .mapped import Group, TensorFile, is_finite
 from .work import new_directory
 
 __all__ = [
@@ -49,7 +50,6 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-HASHED_AT_ONCE = 2**20
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
@@ -92,6 +92,10 @@ class Expert:
     `directory` holds the adapter files. `gates` and `means` map a site to a float32 vector of its
     input size n and are empty when there are none; `embeddings` is None or [examples, dims], of
     rows of length 1 made by `info.embedder`.
+
+    The tensors of an expert that was loaded are views of its files, mapped into memory: their bytes
+    are read when used, and take memory of this process until `release`. They must not be written
+    to; `dataclasses.replace` makes an expert with other ones.
     """
 
     info: ExpertInfo
@@ -100,11 +104,17 @@ class Expert:
     gates: Mapping[str, Tensor]
     means: Mapping[str, Tensor]
     embeddings: Tensor | None = None
+    files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def name(self) -> str:
         """The expert's name, unique within a pool."""
         return self.info.name
+
+    def release(self) -> None:
+        """Give back the memory that bytes read from its files take, until they are used again."""
+        for file in self.files.values():
+            file.release()
 
     @classmethod
     def from_peft(
@@ -145,7 +155,7 @@ class Expert:
         expert = cls(
             info, directory, read_lora(directory), _plain(gates), _plain(means or {}), embeddings
         )
-        for problem in _vector_problems(expert):
+        for problem in chain(_vector_problems(expert), _not_finite(expert)):
             raise ExpertError(problem)
         return expert
 
@@ -159,6 +169,7 @@ class Expert:
         expert = _read(directory)
         for problem in _problems(expert):
             raise ExpertError(problem)
+        expert.release()
         return expert
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Expert:
@@ -225,18 +236,6 @@ def check_name(name: str) -> None:
         )
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal. Raises ExpertError when it can't be read."""
-    digest = hashlib.sha256()
-    try:
-        with regular_file(path).open("rb") as file:
-            while part := file.read(HASHED_AT_ONCE):
-                digest.update(part)
-        return digest.hexdigest()
-    except OSError as error:
-        raise ExpertError(f"{path} can't be read: {error.strerror}.") from error
-
-
 def _plain_json(value: Any) -> Any:
     """`value` with None for what JSON has no number for: a loss that is no number, say."""
     if isinstance(value, Mapping):
@@ -254,26 +253,27 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _read(directory: Path) -> Expert:
     """The files of an expert directory, parsed but not yet compared with each other."""
     info = _read_info(directory / LAYOUT.info)
-    vectors: dict[str, Tensor] = {}
+    files = {}
     if info.vectors_sha256 is not None:
-        vectors = read_tensors(directory / LAYOUT.vectors)
-    groups: dict[str, dict[str, Tensor]] = {"gate": {}, "mean": {}}
-    for key, vector in vectors.items():
-        kind, _, site = key.partition(".")
-        if kind not in groups:
+        files[LAYOUT.vectors] = read_tensors(directory / LAYOUT.vectors)
+    vectors: Mapping[str, Tensor] = files.get(LAYOUT.vectors, {})
+    for key in vectors:
+        if not key.startswith(("gate.", "mean.")):
             raise ExpertError(
                 f"{directory / LAYOUT.vectors} holds {key!r}; wanted gate.* and mean.*."
             )
-        groups[kind][site] = vector
     embeddings = None
     if info.embeddings_sha256 is not None:
-        held = read_tensors(directory / LAYOUT.embeddings)
+        held = files[LAYOUT.embeddings] = read_tensors(directory / LAYOUT.embeddings)
         if set(held) != {"embeddings"} or held["embeddings"].dim() != 2:
             raise ExpertError(
                 f"{directory / LAYOUT.embeddings} must hold one matrix, 'embeddings'."
             )
         embeddings = held["embeddings"]
-    return Expert(info, directory, read_lora(directory), groups["gate"], groups["mean"], embeddings)
+    weights = files[LAYOUT.adapter_weights] = read_weights(directory)
+    lora = read_lora(directory, weights)
+    gates, means = Group(vectors, "gate"), Group(vectors, "mean")
+    return Expert(info, directory, lora, gates, means, embeddings, files)
 
 
 def _read_info(path: Path) -> ExpertInfo:
@@ -331,7 +331,7 @@ def _problems(expert: Expert) -> Iterator[str]:
             if (directory / file).exists():
                 yield f"Expert {info.name!r}: {file} is there, but {LAYOUT.info} does not know it."
             continue
-        got = sha256_of(directory / file)
+        got = expert.files[file].sha256()
         if got != wanted:
             yield (
                 f"Expert {info.name!r}: {file} was changed after the expert was made: its SHA-256 "
@@ -368,5 +368,11 @@ def _vector_problems(expert: Expert) -> Iterator[str]:
                     f"Expert {expert.name!r}, site {site}: the {kind} has shape "
                     f"{tuple(vector.shape)} and type {vector.dtype}, wanted {wanted} and float32."
                 )
-            elif not is_finite(vector):
+
+
+def _not_finite(expert: Expert) -> Iterator[str]:
+    """Vectors that hold a NaN or an infinity; files are looked at when they are read."""
+    for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
+        for site, vector in vectors.items():
+            if not is_finite(vector):
                 yield f"Expert {expert.name!r}, site {site}: the {kind} is not finite."

@@ -7,17 +7,28 @@ repository, which is how huggingface_hub keeps files). JSON is read strictly.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from .errors import ExpertError, PhatgooseError
 
-__all__ = ["MOST_JSON_BYTES", "one_line", "read_json_object", "regular_file", "shortened"]
+__all__ = [
+    "MOST_JSON_BYTES",
+    "one_line",
+    "read_json_object",
+    "regular_file",
+    "sha256_of",
+    "shortened",
+    "unlike_keys",
+]
 
 MOST_JSON_BYTES = 16 * 2**20
+HASHED_AT_ONCE = 2**20
 
 
 def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
@@ -55,7 +66,7 @@ def read_json_object(path: Path, error: type[PhatgooseError] = ExpertError) -> d
             )
         content = json.loads(
             path.read_text(encoding="utf-8"),
-            object_pairs_hook=_unlike_keys,
+            object_pairs_hook=unlike_keys,
             parse_constant=_no_constant,
             parse_float=_finite,
         )
@@ -68,6 +79,28 @@ def read_json_object(path: Path, error: type[PhatgooseError] = ExpertError) -> d
     if not isinstance(content, dict):
         raise error(f"{path} is not valid JSON for this: wanted an object, {{...}}.")
     return content
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises ExpertError when it can't be read."""
+    digest = hashlib.sha256()
+    try:
+        with regular_file(path).open("rb") as file:
+            while part := file.read(HASHED_AT_ONCE):
+                digest.update(part)
+        return digest.hexdigest()
+    except OSError as error:
+        raise ExpertError(f"{path} can't be read: {error.strerror}.") from error
+
+
+def unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`, for json's object_pairs_hook. Raises ValueError for a key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        times = Counter(key for key, _ in pairs)
+        twice = next(key for key in times if times[key] > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
 
 
 def shortened(value: object, most: int = 80) -> str:
@@ -90,15 +123,6 @@ def _blobs_of(folder: Path) -> tuple[Path, ...]:
         if above.parent.name == "snapshots" and above.parent.parent.name.startswith("models--"):
             return (above.parent.parent / "blobs",)
     return ()
-
-
-def _unlike_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice in one object")
-    return found
 
 
 def _finite(text: str) -> float:

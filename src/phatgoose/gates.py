@@ -30,7 +30,8 @@ from .collating import Collator
 from .config import Formatting, GateTraining, Training
 from .encoding import Encoder
 from .errors import ConfigError, ExpertError
-from .expert import LAYOUT, Expert, check_name, sha256_of
+from .expert import LAYOUT, Expert, check_name
+from .files import sha256_of
 from .fitting import FitReport, Watcher, fit
 from .sites import WrappedLinear, find_sites, replace_module
 from .statistics import check_base, statistics_of

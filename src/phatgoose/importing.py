@@ -59,10 +59,11 @@ def import_adapter(
 
     `source` is a folder, or a Hub id with `@revision` where needed (`hub:owner/name/folder@…`).
     `base` names the base model to hold it against and to record; None takes the one that the
-    adapter names. Only the base's config is read, unless `fingerprint` asks to record that of its
-    weights: whoever asks vouches that the adapter was trained on them. `allow_loss` lets kinds that
-    are no LoRA be approximated by one that keeps all but that share of each update's squared norm;
-    what was lost is recorded among the hyper-parameters.
+    adapter names, at the revision that it names. Only the base's config is read, unless
+    `fingerprint` asks to record that of its weights: whoever asks vouches that the adapter was
+    trained on them. `allow_loss` lets kinds that are no LoRA be approximated by one that keeps all
+    but that share of each update's squared norm; what was lost is recorded among the
+    hyper-parameters.
 
     Raises ExpertError naming what can't be routed and why, or when `out` exists; BaseModelError
     when the base can't be found.
@@ -76,24 +77,29 @@ def import_adapter(
     lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
     if not lossy:
         read_adapter_config(folder)  # what can't be routed on any base is refused first
+    revision = None if base else _revision_of(config)
     base = base or _base_of(config, from_hub=reference is not None)
     record: dict[str, Any] = {"imported_from": str(reference or folder.resolve())}
     with tempfile.TemporaryDirectory() as work:
         if lossy and allow_loss is not None:
-            conversion = convert(folder, base, allow_loss)
+            conversion = convert(folder, base, allow_loss, revision=revision)
             record |= _loss_record(str(config["peft_type"]), conversion)
             adapter = write_adapter(Path(work), conversion.factors, config)
         else:
-            factors, untouched = resolved_factors(folder, base)
+            factors, untouched = resolved_factors(folder, base, revision)
             adapter = folder if untouched else write_adapter(Path(work), factors, config)
-        found = load_base(base).reference if fingerprint else BaseReference(base)
+        found = BaseReference(base, revision)
+        if fingerprint:
+            found = load_base(base, revision=revision).reference
         expert = Expert.from_peft(
             adapter, {}, base=found, name=name or target.name, hyperparameters=record
         )
         return expert.save(target)
 
 
-def resolved_factors(folder: Path, base: str) -> tuple[dict[str, LoraFactors], bool]:
+def resolved_factors(
+    folder: Path, base: str, revision: str | None = None
+) -> tuple[dict[str, LoraFactors], bool]:
     """The factors by site of the LoRA adapter in `folder` on the base named `base`.
 
     With them True when the adapter can stay as it is: `read_lora` says the same without the base.
@@ -101,7 +107,7 @@ def resolved_factors(folder: Path, base: str) -> tuple[dict[str, LoraFactors], b
     """
     config, tensors = read_adapter_config(folder), read_weights(folder)
     try:
-        skeleton = resolve(base, config)
+        skeleton = resolve(base, config, revision)
         factors = _factors(tensors, skeleton, folder)
     except ExpertError as error:
         told = str(error).startswith(str(folder))
@@ -187,6 +193,14 @@ def _base_of(config: Mapping[str, Any], *, from_hub: bool) -> str:
             f"name the base with --base."
         )
     return named
+
+
+def _revision_of(config: Mapping[str, Any]) -> str | None:
+    """The base's revision that the adapter was trained on, None where it names none."""
+    named = config.get("revision")
+    if named is not None and not (isinstance(named, str) and named.isprintable()):
+        raise ExpertError(f"The adapter names revision {shortened(named)} of its base.")
+    return named or None
 
 
 def _factors(

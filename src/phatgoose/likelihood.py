@@ -1,7 +1,8 @@
 """Log-likelihoods of answer choices: each prompt is computed once, whatever the number of choices.
 
-A causal model keeps the prompt's keys and values; a sequence-to-sequence model keeps the encoder's
-output. Both are then expanded over the choices.
+A causal model reads a prompt and all its choices in one row, each choice blind to the others
+(`packing`). One that can't be told what to see keeps the prompt's keys and values, a
+sequence-to-sequence model the encoder's output, and these are then expanded over the choices.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from .encoding import (
     pad_right,
     position_ids,
 )
+from .errors import EvaluationError
+from .packing import Text, can_pack, head_at, pack, packed_batches
 
 __all__ = ["ChoicePrompt", "choice_log_likelihoods"]
 
 Tokens = Sequence[int]
-Announce = Callable[[Sequence[int]], None]  # told which prompt each row of the next pass is of
+Announce = Callable[[Sequence[int]], None]  # told which prompts the next pass is about
+PLACES = 512  # of logits that are float32 at a time
 ChoicePrompt = tuple[Tokens, Sequence[Tokens]]  # a prompt and its choices, tokenised
 
 
@@ -35,24 +39,89 @@ def choice_log_likelihoods(
     rows: Sequence[ChoicePrompt],
     pad_token_id: int,
     budget: int,
-    before_pass: Callable[[Sequence[int]], None] = lambda _: None,
+    before_pass: Announce = lambda _: None,
 ) -> Iterator[tuple[int, list[float]]]:
     """(index of the row, mean log-likelihood per target token of each choice), in any order.
 
     The end-of-sequence token counts as a target token (METHOD section 6, Scoring). A batch holds at
     most `budget` tokens of prompts and choices together, padding included. `before_pass` is called
-    before each pass through the model with the index in `rows` that each row of the batch is from.
+    before each pass through the model with indices in `rows`, as many tokens for each: one for
+    each row of the batch, or where rows are packed one for each token. Raises EvaluationError for a
+    causal model's prompt without tokens.
     """
+    if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
+        raise EvaluationError("An input has no tokens, so no choice can follow it.")
+    score = _packed if can_pack(model) else _padded
+    with torch.inference_mode():
+        yield from score(model, rows, pad_token_id, budget, before_pass)
+
+
+def _packed(
+    model: PreTrainedModel,
+    rows: Sequence[ChoicePrompt],
+    pad: int,
+    budget: int,
+    before_pass: Announce,
+) -> Iterator[tuple[int, list[float]]]:
+    """All in one pass a batch; the last token of a choice is predicted, not read."""
+    texts = [Text(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
+    for batch in packed_batches([text.length for text in texts], budget):
+        packed = pack([[texts[i] for i in row] for row in batch], pad, model.dtype)
+        order = [i for row in batch for i in row]
+        before_pass([order[owner] for owner in packed.owners.flatten().tolist()])
+        runs = [  # of each text the stem's last token and the branches: what predicts a target
+            torch.arange(start + len(texts[i].stem) - 1, start + texts[i].length)
+            for i, start in zip(order, packed.starts.tolist(), strict=True)
+        ]
+        inputs = {name: tensor.to(model.device) for name, tensor in packed.inputs.items()}
+        with head_at(model, torch.cat(runs).to(model.device)):
+            logits = model(**inputs, use_cache=False).logits.squeeze(0)
+        yield from _means(logits, [rows[i][1] for i in order], order)
+
+
+def _means(
+    logits: Tensor, choices: Sequence[Sequence[Tokens]], indices: Sequence[int]
+) -> Iterator[tuple[int, list[float]]]:
+    """(index, means) from the logits [places, vocabulary] of texts, one text after the other.
+
+    The first of a text predicts the first token of all its choices, those after it the rest of the
+    first choice, and so on.
+    """
+    places, labels, lengths, begin = list[int](), list[int](), list[int](), 0
+    for each in choices:
+        at = begin + 1
+        for choice in each:
+            places += [begin, *range(at, at + len(choice) - 1)]
+            labels += choice
+            lengths.append(len(choice))
+            at += len(choice) - 1
+        begin = at
+    totals = torch.cat([some.float().logsumexp(dim=-1) for some in torch.split(logits, PLACES)])
+    where = torch.tensor(places, device=logits.device)
+    chosen = logits[where, torch.tensor(labels, device=logits.device)].float() - totals[where]
+    means = [run.mean().item() for run in torch.split(chosen.cpu(), lengths)]
+    for index, each in zip(indices, choices, strict=True):
+        yield index, [means.pop(0) for _ in each]
+
+
+def _padded(
+    model: PreTrainedModel,
+    rows: Sequence[ChoicePrompt],
+    pad: int,
+    budget: int,
+    before_pass: Announce,
+) -> Iterator[tuple[int, list[float]]]:
+    """Prompts in one pass, choices in another, both in padded rows."""
     score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
     lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
-    with torch.inference_mode(), contiguous_head(model):
+    with contiguous_head(model):
         for batch in batches_of_tokens(lengths, budget):
             chosen = [rows[i] for i in batch]
 
             def announce(places: Sequence[int], batch: Sequence[int] = batch) -> None:
                 before_pass([batch[place] for place in places])
 
-            means = score(model, chosen, pad_token_id, announce).tolist()
+            means = score(model, chosen, pad, announce).tolist()
             for index, (_, choices) in zip(batch, chosen, strict=True):
                 yield index, [means.pop(0) for _ in choices]
 

@@ -19,7 +19,8 @@ from .bases import Base, load_base
 from .config import Routing
 from .elsewhere import absolute
 from .errors import ConfigError, PoolError
-from .expert import Expert, sha256_of
+from .expert import Expert
+from .files import sha256_of
 from .hub import local_folder
 from .opening import OpenedModel, is_pool, is_routed, open_model
 from .pool import Pool
@@ -47,9 +48,9 @@ DERIVED = ("best-individual", "oracle")  # they know the answers: not zero-shot
 
 # What the result of each router depends on: settings, and what experts share beside their adapter.
 SETTINGS = {
-    "phatgoose": ("k", "eps"),
+    "phatgoose": ("k", "eps", "stand_in"),
     "average-activation": ("k", "eps"),
-    "uniform-top-k": ("k", "eps"),
+    "uniform-top-k": ("k", "eps", "stand_in"),
     "arrow": ("k", "arrow"),
     "random": ("k", "router_seed"),
 }
@@ -140,13 +141,17 @@ def _composed(pool: Pool, base: Base, routing: Routing) -> OpenedModel:
         expert=routing.expert,
         arrow=routing.arrow,
         router_seed=routing.router_seed,
+        stand_in=routing.stand_in,
     )
     tokenizer: PreTrainedTokenizerBase = base.tokenizer
     return OpenedModel(model, tokenizer)
 
 
-def lacking(pool: Pool) -> dict[str, list[str]]:
-    """For each method that needs more than adapters, the experts that lack what it needs."""
+def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, list[str]]:
+    """For each method that needs more than adapters, the experts that lack what it needs.
+
+    With `stand_in` nobody needs gates.
+    """
 
     def lacks(expert: Expert, shared: str) -> bool:
         part = getattr(expert, shared)
@@ -155,7 +160,7 @@ def lacking(pool: Pool) -> dict[str, list[str]]:
     return {
         name: [expert.name for expert in pool.experts if lacks(expert, SHARED[name])]
         for name in METHODS
-        if name in SHARED
+        if name in SHARED and not (stand_in and SHARED[name] == "gates")
     }
 
 

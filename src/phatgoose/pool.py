@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .bases import BaseReference
 from .errors import ExpertError, PoolError
-from .expert import LAYOUT, Expert, sha256_of
-from .files import read_json_object
+from .expert import LAYOUT, Expert
+from .files import read_json_object, sha256_of
 from .hub import HubReference, local_folder, reference_of
 from .work import write_text
 
 __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool", "SiteStack"]
 
 MANIFEST_VERSION = 1
+STAND_IN = ", or allow stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
 
 
@@ -66,7 +69,7 @@ class Pool:
                 f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
                 f"expert directories, each with a {LAYOUT.info}."
             )
-        return cls._of(Expert.load(directory) for directory in directories)
+        return cls._of(_loaded(directories))
 
     @classmethod
     def _of(cls, experts: Iterable[Expert]) -> Pool:
@@ -134,28 +137,32 @@ class Pool:
         present = [z for z, expert in enumerate(self.experts) if site in expert.lora]
         factors = [self.experts[z].lora[site] for z in present]
         rank = max(lora.A.shape[0] for lora in factors)
-        A = torch.zeros(len(present), rank, factors[0].A.shape[1], dtype=dtype, device=device)
-        B = torch.zeros(len(present), rank, factors[0].B.shape[0], dtype=dtype, device=device)
-        for row, lora in enumerate(factors):
-            A[row, : lora.A.shape[0]] = lora.A
-            scaled = lora.B if lora.scale == 1 else lora.scale * lora.B.float()
-            B[row, : lora.B.shape[1]] = scaled.T
-        return SiteStack(torch.tensor(present, device=device), A, B)
+        A = torch.stack([_filled_up(lora.A, rank) for lora in factors])
+        B = torch.stack([_filled_up(lora.B.T, rank) for lora in factors])
+        scales = torch.tensor([lora.scale for lora in factors])
+        if bool((scales != 1).any()):
+            B = B.float() * scales[:, None, None]
+        return SiteStack(
+            torch.tensor(present, device=device), A.to(device, dtype), B.to(device, dtype)
+        )
+
+    def release(self) -> None:
+        """Give the memory back that the bytes read from the experts' files take (`Expert`)."""
+        for expert in self.experts:
+            expert.release()
 
     def vectors(self, kind: str, site: str) -> Tensor:
         """The experts' gates (`kind` "gates") or mean activations ("means") at `site`, [E, n].
 
-        Rows belong to the experts of `stack(site, …)`. Raises PoolError naming those without.
+        Rows belong to the experts of `stack(site, …)`, all of which must have them.
         """
-        rows = []
-        for expert in self.experts:
-            if site not in expert.lora:
-                continue
-            vector = getattr(expert, kind).get(site)
-            if vector is None:
-                raise PoolError(_missing(self.experts, kind))
-            rows.append(vector)
-        return torch.stack(rows)
+        return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.lora])
+
+    def check_vectors(self, kind: str) -> None:
+        """Raise PoolError, naming them, when experts have no gates (`kind` "gates") or "means"."""
+        without = [expert.name for expert in self.experts if not getattr(expert, kind)]
+        if without:
+            raise PoolError(_missing(without, kind))
 
     def records(self) -> list[dict[str, Any]]:
         """One record per expert: name, place and the hashes of its files.
@@ -192,6 +199,12 @@ class Pool:
         write_text(path, json.dumps(content, indent=2) + "\n", PoolError)
 
 
+def _filled_up(factor: Tensor, rank: int) -> Tensor:
+    """A factor [r, ..] with rows of zeros up to `rank`."""
+    missing = rank - factor.shape[0]
+    return functional.pad(factor, (0, 0, 0, missing)) if missing else factor
+
+
 def _expert_directories(place: Path) -> Iterator[Path]:
     """`place` if it is an expert, else the experts directly in it, by name."""
     if not place.is_dir():
@@ -224,34 +237,46 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
         )
     if not places:
         raise PoolError(f"Manifest {path} lists no expert.")
-    for named, record in places:
-        place = local_folder(named if HubReference.is_one(named) else path.parent / named)
-        _check_hash(place, record)
-        yield Expert.load(place)
+    directories = [
+        local_folder(named if HubReference.is_one(named) else path.parent / named)
+        for named, _ in places
+    ]
+    for expert, (_, record) in zip(_loaded(directories), places, strict=True):
+        _check_hashes(expert, record)
+        yield expert
 
 
-def _check_hash(place: Path, record: Mapping[str, Any]) -> None:
-    for file, key in (
-        (LAYOUT.adapter_config, "config_sha256"),
-        (LAYOUT.adapter_weights, "adapter_sha256"),
-        (LAYOUT.vectors, "vectors_sha256"),
-        (LAYOUT.embeddings, "embeddings_sha256"),
+def _loaded(directories: Sequence[Path]) -> Iterator[Expert]:
+    """The experts in `directories`, in order; several are read at a time, as torch has threads."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as readers:
+        yield from readers.map(Expert.load, directories)
+
+
+def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
+    """Raise ExpertError unless `expert`, whose files are as it says, is the one of the record."""
+    config_sha256 = sha256_of(expert.directory / LAYOUT.adapter_config)
+    for file, key, found in (
+        (LAYOUT.adapter_config, "config_sha256", config_sha256),
+        (LAYOUT.adapter_weights, "adapter_sha256", expert.info.adapter_sha256),
+        (LAYOUT.vectors, "vectors_sha256", expert.info.vectors_sha256),
+        (LAYOUT.embeddings, "embeddings_sha256", expert.info.embeddings_sha256),
     ):
-        if record.get(key) and sha256_of(place / file) != record[key]:
+        if record.get(key) and found != record[key]:
             raise ExpertError(
-                f"Expert {record.get('name')!r} at {place}: {file} is not the one in the manifest."
+                f"Expert {record.get('name')!r} at {expert.directory}: {file} is not the one in "
+                f"the manifest."
             )
 
 
-def _missing(experts: Sequence[Expert], kind: str) -> str:
+def _missing(without: Sequence[str], kind: str) -> str:
     """What to say of the experts that lack gates (`kind` "gates") or means."""
-    without = [expert.name for expert in experts if not getattr(expert, kind)]
     many = len(without) > 1
     return (
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "
         f"{'have' if many else 'has'} no {kind}: run 'phatgoose {REMEDIES[kind]}' with the data "
         f"{'they were' if many else 'it was'} trained on, leave {'them' if many else 'it'} out, or "
-        f"use a router that needs none, such as arrow."
+        f"use a router that needs none, such as arrow"
+        f"{STAND_IN if kind == 'gates' else ''}."
     )
 
 

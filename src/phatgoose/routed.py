@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import check_fit
-from .bases import Base, BaseReference, fingerprint, load_base
+from .bases import Base, BaseReference, fingerprint, load_base, quantisation
 from .config import Routing
 from .errors import RoutingError, WrongBaseError
 from .kernels import check_kernel
@@ -39,6 +39,8 @@ from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
 from .tasks import Example
 
 __all__ = ["Composition", "compose", "composition_of", "detach", "record", "serving", "watch"]
+
+READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
 
 @dataclass
@@ -73,6 +75,7 @@ def compose(
     scores: Scores | str | Path | None = None,
     arrow: str = "svd",
     router_seed: int = 0,
+    stand_in: bool = False,
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
 
@@ -82,7 +85,9 @@ def compose(
     is "auto" or a name in `phatgoose.kernels.KERNELS`. For router single, `expert` names it; for
     oracle and best-individual, `scores` are those of the single experts (expert -> task -> score,
     or the comparison.json of a comparison); for arrow, `arrow` is its form
-    (`phatgoose.routers.arrow`); for random, `router_seed` its seed. Undo with `detach`.
+    (`phatgoose.routers.arrow`); for random, `router_seed` its seed. With `stand_in`,
+    experts without gates join routers phatgoose and uniform-top-k, with a warning that names them
+    (`phatgoose.routers.stand_in`). Undo with `detach`.
 
     Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
@@ -90,27 +95,18 @@ def compose(
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     pool = pool.select(keep, leave_out)
-    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed)
+    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed, stand_in)
     check_routing(routing, pool)
     check_kernel(kernel)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = narrow_pool(pool, routing, scores)
-    vectors = {name: router_vectors(pool, name, routing) for name in pool.sites}
     found = resolve_base(base, pool.base)
     check_fingerprint(pool.base, found.reference)
     lookup = make_lookup(pool, routing, scores, found.tokenizer)
     sites = find_sites(found.model)
     for each in pool.experts:
         check_fit(each.name, each.lora, sites)
-    layers = {}
-    for name in pool.sites:
-        original = found.model.get_submodule(name)
-        dtype = original.weight.dtype if original.weight.is_floating_point() else found.model.dtype
-        stack = pool.stack(name, dtype, original.weight.device)
-        layers[name] = routed_layer(
-            original, sites[name], stack, routing, vectors[name], lookup, len(pool)
-        )
-    warn_of_untrained(pool, router, vectors)
+    layers = _routed_layers(found.model, sites, pool, routing, lookup)
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
@@ -121,6 +117,38 @@ def compose(
         lookup=lookup,
     )
     return install(found.model, parts)
+
+
+def _routed_layers(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    pool: Pool,
+    routing: Routing,
+    lookup: Lookup | None,
+) -> dict[str, RoutedLayer]:
+    """The layers that take the places of those of `model` at the sites of `pool`, by site.
+
+    What is read of the experts' files is given back on the way, so that stacks are what memory
+    goes to.
+    """
+    layers, flat, read = {}, {}, 0
+    for name in pool.sites:
+        original: Any = model.get_submodule(name)
+        dtype = original.weight.dtype if original.weight.is_floating_point() else model.dtype
+        stack = pool.stack(name, dtype, original.weight.device)
+        vectors = router_vectors(pool, name, routing)
+        if vectors is not None:
+            flat[name] = ~vectors.any(dim=-1)
+        layers[name] = routed_layer(
+            original, sites[name], stack, routing, vectors, lookup, len(pool)
+        )
+        read += stack.A.nbytes + stack.B.nbytes
+        if read > READ_AT_ONCE:
+            pool.release()
+            read = 0
+    pool.release()
+    warn_of_untrained(pool, routing.router, flat)
+    return layers
 
 
 def routed_layer(
@@ -254,6 +282,7 @@ def resolve_base(
 ) -> ResolvedBase:
     """The base given as a name, a `Base` or a model, loaded if need be; None means `wanted`.
 
+    A quantised base can't be recognised by its weights; it is taken for `wanted`, with a warning.
     Raises RoutingError when the model is routed already.
     """
     if base is None:
@@ -264,8 +293,19 @@ def resolve_base(
     if hasattr(model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if isinstance(base, Base):
-        return ResolvedBase(model, base.tokenizer, base.reference)
-    return ResolvedBase(model, None, BaseReference(wanted.id, wanted.revision, fingerprint(model)))
+        tokenizer, reference = base.tokenizer, base.reference
+    else:
+        found = BaseReference(wanted.id, wanted.revision, fingerprint(model))
+        tokenizer, reference = None, found
+    kinds = quantisation(model)
+    if kinds and wanted.fingerprint and reference.fingerprint != wanted.fingerprint:
+        warnings.warn(
+            f"The base model {reference.id!r} is quantised ({kinds}), so its weights can't be held "
+            f"against the experts' fingerprint; taking it on trust.",
+            stacklevel=3,
+        )
+        reference = replace(reference, fingerprint=wanted.fingerprint)
+    return ResolvedBase(model, tokenizer, reference)
 
 
 def check_fingerprint(wanted: BaseReference, found: BaseReference) -> None:

@@ -150,6 +150,7 @@ class TokenMasks:
 
     Attached to a model, it reads the attention masks of every forward call, generation with a
     cache included (the mask then covers past tokens too; its last columns are the present ones).
+    In a mask [rows, 1, queries, keys] a token is real that sees itself (`packing`).
     """
 
     def __init__(self) -> None:
@@ -203,9 +204,12 @@ def _present_columns(arguments: dict[str, Any]) -> Tensor | None:
     mask, tokens = arguments.get("attention_mask"), arguments.get("input_ids")
     if tokens is None:
         tokens = arguments.get("inputs_embeds")
-    if tokens is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+    if tokens is None or not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
         return None
-    return mask[:, -tokens.shape[1] :].bool()
+    if mask.dim() == 2:
+        return mask[:, -tokens.shape[1] :].bool()
+    itself = mask[:, 0].diagonal(mask.shape[-1] - mask.shape[-2], dim1=1, dim2=2)
+    return itself if itself.dtype == torch.bool else itself == 0
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ from .adapters import read_tensors
 from .bases import Base, BaseReference, load_base
 from .config import Routing
 from .errors import ConfigError, ExpertError, RoutingError
-from .expert import sha256_of
+from .files import sha256_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
+from .mapped import TensorFile
 from .pool import SiteStack
 from .routed import (
     Composition,
@@ -136,7 +138,7 @@ def _lookup_info(lookup: Lookup | None) -> dict[str, Any]:
 
 
 def _lookup(
-    info: dict[str, Any], tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
+    info: dict[str, Any], tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
 ) -> Lookup | None:
     held = info.get("lookup", {})
     if "experts_by_task" in held:
@@ -151,7 +153,7 @@ def _lookup(
 def _layer(
     model: PreTrainedModel,
     site: Site,
-    tensors: dict[str, Tensor],
+    tensors: Mapping[str, Tensor],
     routing: Routing,
     lookup: Lookup | None,
     info: dict[str, Any],
@@ -172,11 +174,12 @@ def _layer(
     )
 
 
-def _read_weights(path: Path, sha256: str) -> dict[str, Tensor]:
+def _read_weights(path: Path, sha256: str) -> TensorFile:
     try:
-        if sha256_of(path) != sha256:
+        tensors = read_tensors(path)
+        if tensors.sha256() != sha256:
             raise RoutingError(f"{path} was changed after it was written.")
-        return read_tensors(path)
+        return tensors
     except ExpertError as error:
         raise RoutingError(str(error)) from error
 

@@ -80,9 +80,7 @@ class TraceStream:
             and (kind is None or f".{place.kind}".endswith(f".{kind}"))
         ]
 
-    def some(
-        self, chosen: slice, tokens: Sequence[str], parts: Sequence[int]
-    ) -> TraceStream:
+    def some(self, chosen: slice, tokens: Sequence[str], parts: Sequence[int]) -> TraceStream:
         """The `chosen` ones of the tokens, whose texts and parts are given."""
         return replace(
             self,

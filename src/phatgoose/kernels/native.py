@@ -112,10 +112,12 @@ def add_routed(
 ) -> None:
     """Add to y [.., d] in place what `top_experts` and `native` come to for u [.., n], in one call.
 
-    `real` [..] is False for tokens to leave alone (padding); None means that all are real. All are
-    contiguous and of one type. Decoding spends its time on calls: this is one where there were six.
+    `real` [..] is False for tokens to leave alone (padding); None means that all are real. All the
+    others are contiguous and of one type. Decoding spends its time on calls: this is one where
+    there were six.
     """
     E, r, n = A.shape
+    real = None if real is None else real.contiguous()
     _function("routed_update", u.dtype)(
         *(y.data_ptr(), u.data_ptr(), None if real is None else real.data_ptr()),
         *(vectors.data_ptr(), A.data_ptr(), B.data_ptr()),

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Mapping
 
 import torch
@@ -35,6 +36,7 @@ from .arrow import ARROW_VARIANTS, arrow_vector
 from .decision import RoutingDecision
 from .lookup import LookedUpRouter, Lookup, Retriever, TaskTable
 from .scored import ArrowRouter, ScoredRouter, UniformTopKRouter, VectorRouter, standardise
+from .stand_in import gates_or_stand_ins
 from .unscored import RandomRouter, UniformRouter
 
 __all__ = [
@@ -70,9 +72,10 @@ USE_K = (*SCORED, RANDOM)
 
 
 def check_routing(routing: Routing, pool: Pool) -> None:
-    """Refuse a routing that names something unknown, and warn when `k` exceeds the pool.
+    """Refuse a routing that can't be; warn of what is lowered or guessed.
 
-    Raises ConfigError.
+    That is `k` when it exceeds the pool, and gates that others stand in for. Raises ConfigError
+    when it names something unknown, PoolError when experts lack the vectors that it scores with.
     """
     for name, value, known in (
         ("router", routing.router, ROUTERS),
@@ -82,9 +85,20 @@ def check_routing(routing: Routing, pool: Pool) -> None:
             raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
     if routing.expert is not None and routing.router != "single":
         raise ConfigError(f"expert is for router single; the router is {routing.router}.")
+    kind = STANDARDISED.get(routing.router)
+    if kind is not None and not (kind == "gates" and routing.stand_in):
+        pool.check_vectors(kind)
     if routing.k > len(pool) and routing.router in USE_K and routing.arrow != "mttl":
         warnings.warn(
             f"k is {routing.k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=3
+        )
+    guessed = [expert.name for expert in pool.experts if not expert.gates]
+    if routing.stand_in and guessed and kind == "gates":
+        warnings.warn(
+            f"Without gates, and routed by their Arrow vectors in the gates' place: "
+            f"{', '.join(guessed)}. That is a guess; train gates with 'phatgoose gate' where there "
+            f"are data.",
+            stacklevel=3,
         )
 
 
@@ -115,12 +129,12 @@ def _wanted(scores: Scores | None, routing: Routing) -> Scores:
 
 
 def router_vectors(pool: Pool, site: str, routing: Routing) -> Tensor | None:
-    """The vectors [E, n] that the router scores with at `site`, None if it has none.
-
-    Raises PoolError when an expert lacks what they are made of.
-    """
-    if routing.router in STANDARDISED:
-        return standardise(pool.vectors(STANDARDISED[routing.router], site).float())
+    """The vectors [E, n] that the router scores with at `site`, None if it has none."""
+    kind = STANDARDISED.get(routing.router)
+    if kind == "gates" and routing.stand_in:
+        return gates_or_stand_ins(pool, site)
+    if kind is not None:
+        return standardise(pool.vectors(kind, site).float())
     if routing.router == "arrow":
         factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
         return torch.stack([arrow_vector(lora, routing.arrow) for lora in factors])
@@ -191,19 +205,17 @@ def make_router(
     return UniformRouter(len(experts), pool_size)
 
 
-def warn_of_untrained(pool: Pool, router: str, vectors: Mapping[str, Tensor | None]) -> None:
-    """Warn once of each expert with `vectors` (by site, standardised) that have no direction."""
-    flat = dict.fromkeys(pool.names, 0)
-    for site, rows in vectors.items():
-        if rows is None:
-            continue
-        present = [expert.name for expert in pool.experts if site in expert.lora]
-        for name, row in zip(present, rows, strict=True):
-            flat[name] += int(not row.any())
-    for name, sites in flat.items():
-        if sites:
+def warn_of_untrained(pool: Pool, router: str, flat: Mapping[str, Tensor]) -> None:
+    """Warn once of each expert whose vectors have no direction: where `flat`, by site [E], is."""
+    found = Counter[str]()
+    for site, rows in flat.items():
+        if rows.any():
+            present = [expert.name for expert in pool.experts if site in expert.lora]
+            found.update(present[row] for row in rows.nonzero().flatten().tolist())
+    for name in pool.names:
+        if found[name]:
             warnings.warn(
-                f"Expert {name!r} has a constant vector for router {router!r} at {sites} of "
-                f"{len(vectors)} sites (never trained?); it scores 0 there.",
+                f"Expert {name!r} has a constant vector for router {router!r} at {found[name]} of "
+                f"{len(flat)} sites (never trained?); it scores 0 there.",
                 stacklevel=3,
             )

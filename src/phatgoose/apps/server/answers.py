@@ -61,9 +61,7 @@ class Answers:
             "created": int(time.time()),
             "model": request.model,
         }
-        self._choices = [
-            ChoiceState(prompt) for prompt in prompts for _ in range(request.n or 1)
-        ]
+        self._choices = [ChoiceState(prompt) for prompt in prompts for _ in range(request.n or 1)]
         self.generated = [0] * len(self._choices)
 
     @property

@@ -13,7 +13,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...analysis import TraceKeeper
-from .caches import drop_columns, join, select
+from .caches import drop_columns, join
 from .prefill import read_prompts, rows_of
 from .rows import ANSWER, Row
 from .runner import Runner
@@ -94,7 +94,7 @@ class Batch:
             self._cache, self._encoded = self.runner.new_cache(), None
             return
         places = torch.tensor(kept, device=self.runner.device)
-        select(self._cache, places)
+        self._cache.batch_select_indices(places)
         self._mask, self._encoded = self._mask[places], rows_of(self._encoded, places)
         unused = int(self._mask.any(dim=0).long().argmax())
         if unused and self._encoded is None:

@@ -6,28 +6,21 @@ columns is done here, layer by layer.
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
 import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
-from transformers.cache_utils import DynamicLayer
 
-__all__ = ["Cache", "can_be_joined", "drop_columns", "join", "new_cache", "select"]
+__all__ = ["Cache", "drop_columns", "join", "new_cache"]
 
-Cache = DynamicCache | EncoderDecoderCache
+Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has no types for mypy
 
 
 def new_cache(*, is_encoder_decoder: bool) -> Cache:
     """An empty cache."""
-    if is_encoder_decoder:
-        return EncoderDecoderCache(DynamicCache(), DynamicCache())
-    return DynamicCache()
-
-
-def can_be_joined(cache: Cache) -> bool:
-    """True if all that `cache` holds of a row are keys and values, one each per token."""
-    return isinstance(cache, DynamicCache) and all(
-        type(layer) is DynamicLayer for layer in cache.layers
-    )
+    own: Cache = DynamicCache()
+    return EncoderDecoderCache(own, DynamicCache()) if is_encoder_decoder else own
 
 
 def join(one: Cache, other: Cache) -> None:
@@ -41,11 +34,6 @@ def join(one: Cache, other: Cache) -> None:
 def _padded(states: Tensor, columns: int) -> Tensor:
     """`states` [rows, heads, tokens, n] with zeros before them: [rows, heads, columns, n]."""
     return torch.nn.functional.pad(states, (0, 0, columns - states.shape[-2], 0))
-
-
-def select(cache: Cache, rows: Tensor) -> None:
-    """Keep the `rows` (indices, in that order, repeated at will) alone."""
-    cache.batch_select_indices(rows)
 
 
 def drop_columns(cache: Cache, columns: int) -> None:

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -115,18 +116,23 @@ class Engine:
         return len(self._queue)
 
     def _run(self) -> None:
-        with torch.inference_mode():
-            while self._wait():
-                self._admit()
-                for batch in self._batches:
-                    if batch.rows:
-                        self._guarded(batch, batch.step)
-                self._batches = [batch for batch in self._batches if batch.rows]
-                self._tell_metrics()
-        rows = [row for batch in self._batches for row in batch.rows]
-        _fail([*rows, *(each.row for each in self._queue)], STOPPED)
-        self._batches.clear()
-        self._queue.clear()
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    self._admit()
+                    for batch in self._batches:
+                        if batch.rows:
+                            self._guarded(batch, batch.step)
+                    self._batches = [batch for batch in self._batches if batch.rows]
+                    self._tell_metrics()
+        finally:
+            with self._changed:
+                self._stopping = True
+                rows = [row for batch in self._batches for row in batch.rows]
+                rows += [each.row for each in self._queue]
+                self._batches.clear()
+                self._queue.clear()
+            _fail(rows, STOPPED)
 
     def _wait(self) -> bool:
         """Wait for something to do; False when the engine is to stop."""
@@ -145,7 +151,7 @@ class Engine:
             rows = [each.row for each in group]
             read += _padded(rows)
             batch = self._batch_for(group[0].runner)
-            self._guarded(batch, lambda batch=batch, rows=rows: batch.join(rows), rows)
+            self._guarded(batch, partial(batch.join, rows), rows)
 
     def _next_group(self, most_read: int) -> list[Waiting]:
         """Rows of one model from the head of the queue, as many as may be let in together."""

@@ -65,7 +65,7 @@ class Job:
             seconds = self._deadline - asyncio.get_running_loop().time()
             try:
                 event = await asyncio.wait_for(self._told.get(), max(0, seconds))
-            except asyncio.TimeoutError:  # noqa: UP041  another class before Python 3.11
+            except asyncio.TimeoutError:
                 raise Refusal(
                     504, f"The answer took longer than {self._seconds:g} seconds.", code="timeout"
                 ) from None

@@ -27,7 +27,7 @@ def key_check(keys: Sequence[str]) -> Callable[..., None]:
     digests = [hashlib.sha256(key.encode()).digest() for key in keys]
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
 
-    def check(credentials: HTTPAuthorizationCredentials | None = Depends(scheme)) -> None:
+    def check(credentials: HTTPAuthorizationCredentials | None = Depends(scheme)) -> None:  # noqa: B008
         given = hashlib.sha256((credentials.credentials if credentials else "").encode()).digest()
         if not sum([hmac.compare_digest(given, digest) for digest in digests]):
             raise Refusal(

@@ -114,6 +114,7 @@ class Page {
   constructor() {
     this.api = new Api();
     this.models = [];
+    this.answers = 0; // finished since the page was opened
     const slots = new Map();
     this.panes = ["a", "b"].map((side) => new Pane(at(`pane-${side}`), slots));
     this.panes.forEach((pane, i) => {
@@ -204,7 +205,9 @@ class Page {
     this.busy(true);
     const panes = this.panes.filter((pane) => !pane.root.hidden);
     await Promise.all(panes.map((pane) => this.fill(pane, path, body, mine.signal)));
-    if (this.running === mine) this.busy(false);
+    if (this.running !== mine) return;
+    this.busy(false);
+    at("panes").dataset.answers = ++this.answers;
   }
 
   async fill(pane, path, body, signal) {

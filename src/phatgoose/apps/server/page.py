@@ -10,8 +10,7 @@ import base64
 import hashlib
 from pathlib import Path
 
-from ..report import EXPLORER_CSS, EXPLORER_JS, asset
-from ..report.assets import render
+from ..report.assets import EXPLORER_CSS, EXPLORER_JS, asset, render
 
 __all__ = ["HEADERS", "PAGE"]
 

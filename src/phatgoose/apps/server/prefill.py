@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ...analysis import TraceKeeper
 from ...encoding import pad_left
-from .caches import Cache, select
+from .caches import Cache
 from .decoding import Alternative, alternatives
 from .rows import ANSWER, PROMPT, Row
 from .runner import Runner
@@ -48,7 +48,7 @@ def read_prompts(runner: Runner, rows: Sequence[Row]) -> ReadPrompts:
     read = _read_and_encode if runner.is_encoder_decoder else _read
     found = read(runner, ids, mask, owners)
     places = torch.tensor([prompts.index(row.prompt) for row in rows], device=runner.device)
-    select(found.cache, places)
+    found.cache.batch_select_indices(places)
     return ReadPrompts(
         found.cache, mask[places], found.logits[places], rows_of(found.encoded, places)
     )

@@ -15,7 +15,7 @@ from .protocol import ChatRequest, CompletionRequest
 from .refusals import bad_request
 from .runner import Runner
 
-__all__ = ["Prompt", "check_length", "chat_prompt", "completion_prompts", "decoding_of"]
+__all__ = ["Prompt", "chat_prompt", "completion_prompts", "decoding_of"]
 
 TOO_LONG = "context_length_exceeded"
 DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
@@ -34,7 +34,7 @@ def completion_prompts(request: CompletionRequest, runner: Runner, most: int) ->
     given = request.prompt
     texts: Sequence[str | Sequence[int]]
     if isinstance(given, str) or (given and isinstance(given[0], int)):
-        texts = [cast("str | list[int]", given)]
+        texts = [given]
     else:
         texts = cast("list[str] | list[list[int]]", given)
     if len(texts) * (request.n or 1) > most:
@@ -123,6 +123,7 @@ def decoding_of(
         logprobs=logprobs,
         echo=isinstance(request, CompletionRequest) and bool(request.echo),
         routing=bool(request.routing),
+        ignores_end=bool(request.ignore_eos),
     )
 
 

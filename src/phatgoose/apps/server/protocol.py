@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...routers import ROUTERS
-
 __all__ = ["ChatRequest", "CompletionRequest", "Message", "RoutingWish", "StreamOptions"]
 
 MOST_LOGPROBS = 20
@@ -20,7 +18,18 @@ Text = Annotated[str, Field(min_length=1)]
 Names = Annotated[list[Text], Field(max_length=10_000)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
-Router = Literal[tuple(router for router in ROUTERS if router != "oracle")]  # type: ignore[valid-type]
+# All but oracle, which goes by the name of a task: a request has none.
+Router = Literal[
+    "phatgoose",
+    "average-activation",
+    "arrow",
+    "uniform-top-k",
+    "retrieval",
+    "merged",
+    "single",
+    "best-individual",
+    "random",
+]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -39,11 +48,14 @@ class StreamOptions(Strict):
 class RoutingWish(Strict):
     """Which part of the routing is told."""
 
-    layer: str | None = Field(None, description="Of the sites of this layer; null: of all.")
+    layer: str | None = Field(default=None, description="Of the sites of this layer; null: of all.")
     kind: str | None = Field(
-        None, description="Of the sites of this kind, by its last words (q_proj); null: of all."
+        default=None,
+        description="Of the sites of this kind, by its last words (q_proj); null: of all.",
     )
-    trace: bool = Field(False, description="Tell every site, in the form of docs/analysis.md.")
+    trace: bool = Field(
+        default=False, description="Tell every site, in the form of docs/analysis.md."
+    )
 
 
 class Sampled(Strict):
@@ -66,7 +78,10 @@ class Sampled(Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
         None, description="Not supported."
     )
-    router: Router | None = Field(None, description="Another router than the model is served with.")
+    ignore_eos: bool | None = Field(
+        False, description="Go on after the token that ends an answer: for measuring."
+    )
+    router: Router | None = Field(None, description="Another router than it is served with.")
     k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token at each site.")
     keep: Names | None = Field(None, description="Names of experts to use alone.")
     leave_out: Names | None = Field(None, description="Names of experts to do without.")
@@ -78,9 +93,12 @@ class Sampled(Strict):
 class CompletionRequest(Sampled):
     """A request to /v1/completions."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1)] | Tokens | Annotated[
-        list[Tokens], Field(min_length=1)
-    ] = Field(description="A text, its tokens, or a list of either.")
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1)]
+    ) = Field(description="A text, its tokens, or a list of either.")
     logprobs: int | None = Field(
         None, ge=0, le=MOST_LOGPROBS, description="So many alternatives to each token."
     )

@@ -100,7 +100,8 @@ class Row:
 
         `answers_alone` says that the answer doesn't continue the prompt's text (encoder-decoder).
         """
-        self._tokenizer, self._ends = tokenizer, ends
+        self._tokenizer = tokenizer
+        self._ends = () if self.decoding.ignores_end else ends
         self._sampler = Sampler(self.decoding, device)
         self._detokeniser = Detokeniser(tokenizer, () if answers_alone else self.prompt)
         self._text, self._told = "", 0  # all text so far, and how much of it was delivered

@@ -48,7 +48,8 @@ class Runner:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.model.device
+        device: torch.device = self.model.device
+        return device
 
     def new_cache(self) -> Cache:
         """An empty cache for the model."""
@@ -126,6 +127,6 @@ class Runner:
 
 def _ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """The tokens at which `generate` stops: the model's, else the tokenizer's."""
-    named = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    named = model.generation_config.eos_token_id
     named = tokenizer.eos_token_id if named is None else named
     return frozenset(named if isinstance(named, list | tuple) else [] if named is None else [named])

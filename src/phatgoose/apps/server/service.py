@@ -20,14 +20,12 @@ from .jobs import EventStream, Job, whole_answer
 from .metrics import Metrics
 from .prompts import chat_prompt, completion_prompts, decoding_of
 from .protocol import ChatRequest, CompletionRequest, RoutingWish
-from .refusals import Refusal, bad_request
+from .refusals import Refusal, bad_request, busy
 from .replies import ModelCard, Sites
 from .runner import Runner
 from .variants import Models, Rerouting, Served, Use
 
 __all__ = ["Service"]
-
-COMPOSERS = 2  # requests that may wait at once for a routing to be composed, besides the queue
 
 
 class Service:
@@ -38,7 +36,7 @@ class Service:
         self.metrics = Metrics()
         self.engine = Engine(limits.max_queue, limits.max_batch_tokens, self.metrics)
         self.begun = int(time.time())
-        self._composers = anyio.CapacityLimiter(COMPOSERS)
+        self._composers = anyio.CapacityLimiter(1)  # composing takes all cores anyway
 
     def cards(self) -> list[ModelCard]:
         """What is told of every model."""
@@ -72,9 +70,7 @@ class Service:
             )
         return served
 
-    async def answer(
-        self, asked: CompletionRequest | ChatRequest, request: Request
-    ) -> Response:
+    async def answer(self, asked: CompletionRequest | ChatRequest, request: Request) -> Response:
         """The answer to a request, whole or as a stream. Raises Refusal when there is none."""
         served = self.find(asked.model)
         _check_routing(asked, served)
@@ -104,9 +100,12 @@ class Service:
             None if asked.keep is None else tuple(asked.keep),
             None if asked.leave_out is None else tuple(asked.leave_out),
         )
-        if wish == Rerouting():
-            return self.models.acquire(served, wish)
         try:
+            ready = await run_in_threadpool(self.models.ready, served, wish)
+            if ready is not None:
+                return ready
+            if self._composers.statistics().tasks_waiting >= self.limits.max_routings:
+                raise busy("Too many routings are to be composed; try again in a while.", 5)
             return await anyio.to_thread.run_sync(
                 self.models.acquire, served, wish, limiter=self._composers
             )
@@ -148,7 +147,7 @@ def _sites_of(served: Served) -> Sites | None:
 
 
 def _check_routing(asked: CompletionRequest | ChatRequest, served: Served) -> None:
-    """Raise Refusal for a routing that can't be told: of a base alone, or of sites there are not."""
+    """Raise Refusal for a routing that can't be told: of a base alone, or of unknown sites."""
     if not asked.routing:
         return
     sites = _sites_of(served)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ...bases import Base, BaseReference, choose_dtype, load_base, twin
 from ...config import Routing
-from ...errors import ConfigError, PhatgooseError, RoutingError
+from ...errors import BaseModelError, ConfigError, PhatgooseError, RoutingError
 from ...layers import RoutedLinear
 from ...opening import compose_pool, is_pool, is_routed
 from ...pool import Pool
@@ -85,6 +85,11 @@ class Served:
             self.base = bases.get(named or BaseReference(place), settings.dtype)
             self.routing, self.parts = Routing(), None
             model = twin(self.base).model
+        if getattr(model, "_is_stateful", False):
+            raise BaseModelError(
+                f"{self.base.id!r} remembers more of a text than keys and values; such a model "
+                f"can't answer several requests at once and isn't served."
+            )
         self.runner = Runner(model, self.base.tokenizer)
 
     def _check(self) -> None:
@@ -176,10 +181,10 @@ class Models:
         """The model called `name`, None if there is none."""
         return self._served.get(name)
 
-    def acquire(self, served: Served, wish: Rerouting) -> Use:
-        """The model as `wish` has it, composed if need be, kept at least until its `release`.
+    def ready(self, served: Served, wish: Rerouting) -> Use | None:
+        """The model as `wish` has it if it is there, kept at least until its `release`; else None.
 
-        Raises PhatgooseError for what can't be composed, Refusal when too many routings are in use.
+        Raises PhatgooseError for what can't be had.
         """
         if wish == Rerouting():
             return Use(served.runner)
@@ -187,10 +192,18 @@ class Models:
         names = served.parts.experts if served.parts is not None else ()
         if (routing, pool.names) == (served.routing, names):
             return Use(served.runner)
-        key = (served.settings.name, routing, pool.names)
+        return self._take((served.settings.name, routing, pool.names))
+
+    def acquire(self, served: Served, wish: Rerouting) -> Use:
+        """The model as `wish` has it, composed if need be, kept at least until its `release`.
+
+        Raises PhatgooseError for what can't be had, Refusal when too many routings are in use.
+        """
         with self._composing:
-            if (ready := self._take(key)) is not None:
+            if (ready := self.ready(served, wish)) is not None:
                 return ready
+            routing, pool = served.rerouted(wish)
+            key = (served.settings.name, routing, pool.names)
             self._make_room()
             model = served.compose(pool, routing)
             self._share_factors(model)

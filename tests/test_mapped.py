@@ -1,0 +1,147 @@
+"""Mapped safetensors files: the library's own numbers, read strictly, given back on request."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from phatgoose.errors import ExpertError
+from phatgoose.mapped import AT_ONCE, FEW, TYPES, Group, TensorFile
+
+STATUS = Path("/proc/self/status")
+
+shapes = st.lists(st.integers(0, 5), max_size=3)
+tensors = st.dictionaries(
+    st.text("abc.", min_size=1, max_size=4),
+    st.tuples(st.sampled_from(sorted(TYPES)), shapes, st.integers(0, 2**30)),
+    max_size=6,
+)
+
+
+def random_tensor(kind: str, shape: list[int], seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-100, 100, shape, generator=generator).to(TYPES[kind])
+
+
+def write_raw(path: Path, table: object, data: bytes, pad: int = 0) -> Path:
+    """A file of just this header and data, `pad` spaces between them."""
+    text = (table if isinstance(table, str) else json.dumps(table)).encode() + b" " * pad
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    return path
+
+
+def resident() -> int:
+    """Bytes of mapped files that are in this process's memory."""
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("RssFile"))
+    return 1024 * int(line.split()[1])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(tensors)
+def test_every_tensor_is_the_librarys(tmp_path_factory, wanted):
+    path = tmp_path_factory.mktemp("files") / "a.safetensors"
+    save_file({name: random_tensor(*how) for name, how in wanted.items()}, path)
+    found, theirs = TensorFile(path), load_file(path)
+    found.check_finite()
+    assert set(found) == set(theirs)
+    assert len(found) == len(theirs)
+    assert all(torch.equal(found[name], theirs[name]) for name in theirs)
+    assert all(found[name].dtype == theirs[name].dtype for name in theirs)
+    assert found.sha256() == sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("pad", range(4))
+def test_a_header_of_any_length_will_do(tmp_path, pad):
+    numbers = torch.arange(6, dtype=torch.float32)
+    table = {"a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
+    path = write_raw(tmp_path / "a.safetensors", table, numbers.numpy().tobytes(), pad)
+    found = TensorFile(path)
+    found.check_finite()
+    assert torch.equal(found["a"], numbers.view(2, 3))
+
+
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 8]}}, "damaged"),
+        ({"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}, "damaged"),
+        ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}, "damaged"),
+        ({"a": {"dtype": "F8_E5M2", "shape": [8], "data_offsets": [0, 8]}}, "'F8_E5M2'"),
+        ({"\n": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]}}, "impossible name"),
+        (
+            '{"a": {"dtype": "U8", "shape": [8], "data_offsets": [0, 8]},'
+            ' "a": {"dtype": "I8", "shape": [8], "data_offsets": [0, 8]}}',
+            "twice",
+        ),
+        ("{", "damaged"),
+        ("[]", "damaged"),
+    ],
+)
+def test_a_header_that_lies_is_refused_in_one_line(tmp_path, table, complaint):
+    with pytest.raises(ExpertError, match=complaint) as caught:
+        TensorFile(write_raw(tmp_path / "a.safetensors", table, bytes(8)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_tensor_that_is_not_finite_is_named(tmp_path, value, place, dtype):
+    held = {name: torch.ones(FEW + 3, dtype=dtype) for name in ("a", "b", "c")}
+    held["b"][0 if place == "first" else -1] = value
+    held["whole"] = torch.arange(3)
+    save_file(held, tmp_path / "a.safetensors")
+    with pytest.raises(ExpertError, match="tensor b holds"):
+        TensorFile(tmp_path / "a.safetensors").check_finite()
+
+
+def test_large_numbers_are_finite_though_their_sum_is_not(tmp_path):
+    held = {"a": torch.full((100,), 60000.0).half(), "b": torch.full((100,), 3e38)}
+    save_file(held, tmp_path / "a.safetensors")
+    TensorFile(tmp_path / "a.safetensors").check_finite()
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="memory is told by Linux's /proc")
+def test_what_was_read_is_given_back_and_can_be_read_again(tmp_path):
+    numbers = torch.arange(2 * AT_ONCE // 4, dtype=torch.float32)
+    save_file({"a": numbers}, tmp_path / "a.safetensors")
+    found, before = TensorFile(tmp_path / "a.safetensors"), resident()
+    assert torch.equal(found["a"], numbers)
+    assert resident() - before > 0.9 * numbers.nbytes
+    found.release()
+    assert resident() - before < 0.1 * numbers.nbytes
+    found.check_finite()
+    found.sha256()
+    assert resident() - before < 0.6 * numbers.nbytes  # checks keep to pieces
+    assert torch.equal(found["a"], numbers)
+
+
+def test_a_file_that_is_replaced_stays_what_it_was(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(3)}, path)
+    found = TensorFile(path)
+    save_file({"a": torch.zeros(3)}, tmp_path / "other")
+    os.replace(tmp_path / "other", path)
+    found.release()
+    assert torch.equal(found["a"], torch.ones(3))
+
+
+def test_a_group_is_what_begins_with_its_name(tmp_path):
+    save_file(
+        {"a.x": torch.ones(1), "a.y.z": torch.zeros(1), "ab.x": torch.ones(2)}, tmp_path / "a"
+    )
+    group = Group(TensorFile(tmp_path / "a"), "a")
+    assert sorted(group) == ["x", "y.z"]
+    assert len(group) == 2
+    assert torch.equal(group["y.z"], torch.zeros(1))
+    assert group.get("b") is None
+    assert not Group({}, "a")

@@ -1,0 +1,114 @@
+"""Packed rows: every text is read as if it stood alone."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM
+
+from conftest import make_model
+from phatgoose.packing import Text, can_pack, head_at, pack, packed_batches
+from phatgoose.sites import TokenMasks
+
+TEXTS = (
+    Text([5, 6, 7], [[8, 9], [10], []]),
+    Text([11]),
+    Text([12, 13], [[14, 15, 16]]),
+    Text([17, 18, 19, 20, 21]),
+)
+
+
+def as_rows(lengths, batches):
+    return [
+        (len(rows), max(sum(lengths[i] for i in row) for row in rows), rows) for rows in batches
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 300))
+def test_every_text_is_in_one_batch_and_none_exceeds_the_budget(lengths, budget):
+    batches = list(packed_batches(lengths, budget))
+    visited = [index for rows in batches for row in rows for index in row]
+    assert sorted(visited) == list(range(len(lengths)))
+    for count, columns, rows in as_rows(lengths, batches):
+        assert all(rows)
+        assert count * columns <= budget or len(rows) == len(rows[0]) == 1
+
+
+def test_hardly_anything_is_padding():
+    generator = random.Random(0)
+    lengths = [min(max(round(69 * generator.lognormvariate(0, 0.75)), 8), 400) for _ in range(200)]
+    batches = as_rows(lengths, packed_batches(lengths, 4096))
+    assert sum(count * columns for count, columns, _ in batches) < 1.05 * sum(lengths)
+
+
+def test_rows_stay_short_where_that_costs_no_padding():
+    (rows,) = packed_batches([10] * 6, 60)
+    assert sorted(rows) == [[index] for index in range(6)]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_logits_are_those_of_each_text_alone(kind, implementation):
+    model = make_model(kind)
+    model.set_attn_implementation(implementation)
+    packed = pack([[TEXTS[0], TEXTS[1]], [TEXTS[2], TEXTS[3]]], 0, torch.float32)
+    with torch.no_grad():
+        logits = model(**packed.inputs, use_cache=False).logits.flatten(0, 1)
+        for text, start in zip(TEXTS, packed.starts.tolist(), strict=True):
+            stem = len(text.stem)
+            at = start + stem
+            for branch in text.branches or [[]]:
+                alone = model(torch.tensor([[*text.stem, *branch]])).logits[0]
+                together = torch.cat([logits[start : start + stem], logits[at : at + len(branch)]])
+                torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+                at += len(branch)
+
+
+def test_padding_is_known_by_not_seeing_itself():
+    model = make_model("llama")
+    masks = TokenMasks().attach(model)
+    packed = pack([[TEXTS[0]], [TEXTS[1], TEXTS[1]]], 0, torch.float32)
+    with torch.no_grad():
+        logits = model(**packed.inputs).logits
+    real = masks.real_tokens(torch.empty(2, 6, 32), "decoder")
+    assert torch.equal(real, packed.owners >= 0)
+    assert packed.owners.tolist() == [[0] * 6, [1, 2, -1, -1, -1, -1]]
+    assert logits.isfinite().all()
+
+
+def test_the_head_sees_the_asked_for_places_only():
+    model, ids = make_model("llama"), torch.tensor([[4, 5, 6], [7, 8, 9]])
+    whole = model(ids).logits
+    with head_at(model, torch.tensor([5, 0, 0])):
+        some = model(ids).logits
+    torch.testing.assert_close(some[0], whole.flatten(0, 1)[[5, 0, 0]], atol=1e-5, rtol=1e-5)
+    assert model(ids).logits.shape == whole.shape
+
+
+def test_models_are_packed_only_where_every_layer_obeys_the_mask():
+    assert all(can_pack(make_model(kind)) for kind in ("llama", "gpt2", "qwen2"))
+    assert not can_pack(make_model("t5"))
+    assert not can_pack(make_sliding(window=4))
+    assert can_pack(make_sliding(window=None))
+    other = make_model("llama")
+    other.config._attn_implementation = "flex_attention"
+    assert not can_pack(other)
+
+
+def make_sliding(window: int | None) -> MistralForCausalLM:
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=window,
+        )
+    )

@@ -1,0 +1,101 @@
+"""Pools over quantised bases: torchao's and bitsandbytes' linears, as their libraries make them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from conftest import assert_same_logits, logits_of, make_ids
+from oracle import naively_routed
+from phatgoose.bases import Base, fingerprint, load_base, number_format, quantisation
+from phatgoose.errors import WrongBaseError
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, detach
+from phatgoose.sites import find_sites, replace_module
+from phatgoose.storage import load, save
+
+
+def torchao_int8(model: PreTrainedModel) -> None:
+    """Int8 weights, in place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own code
+        torchao = pytest.importorskip("torchao.quantization")
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+
+
+def bitsandbytes(model: PreTrainedModel, bits: int) -> None:
+    """Weights of 8 or 4 bits in every block, in place; they are packed when moved to a device."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    for name in find_sites(model):
+        plain = model.get_submodule(name)
+        shape = (plain.in_features, plain.out_features, plain.bias is not None)
+        if bits == 8:
+            packed = bnb.nn.Linear8bitLt(*shape, has_fp16_weights=False, threshold=6.0)
+        else:
+            packed = bnb.nn.Linear4bit(*shape, compute_dtype=torch.float32)
+        packed.load_state_dict(plain.state_dict())
+        replace_module(model, name, packed.to(model.device).requires_grad_(False))
+
+
+@pytest.fixture(
+    params=[torchao_int8, partial(bitsandbytes, bits=8), partial(bitsandbytes, bits=4)],
+    ids=["torchao-int8", "bitsandbytes-8", "bitsandbytes-4"],
+)
+def quantised(request, base_folders) -> Callable[[], Base]:
+    """A maker of the tiny Llama, quantised after it was loaded."""
+
+    def make() -> Base:
+        base = load_base(base_folders["llama"], dtype="float32")
+        request.param(base.model)
+        return base
+
+    return make
+
+
+def test_a_pool_routes_over_quantised_linears(quantised, llama_pool, tmp_path):
+    base, ids = quantised(), make_ids(rows=2)
+    alone = logits_of(base.model, ids)
+    with naively_routed(base.model, llama_pool.experts, k=2):
+        wanted = logits_of(base.model, ids)
+    model = compose(llama_pool, base)
+    assert_same_logits(logits_of(model, ids), wanted)
+    assert not torch.allclose(wanted, alone, atol=1e-2)
+    save(model, tmp_path / "routed")
+    assert torch.equal(logits_of(detach(model), ids), alone)
+    again = load(tmp_path / "routed", quantised())
+    assert_same_logits(logits_of(again, ids), wanted)
+
+
+def test_merged_experts_stay_factors_over_a_weight_they_can_not_be_folded_into(quantised, pool_of):
+    pool, base, ids = pool_of("llama", (4,) * 9), quantised(), make_ids()
+    alone = logits_of(base.model, ids)
+    model = compose(pool, base, router="merged")
+    assert not torch.allclose(logits_of(model, ids), alone, atol=1e-3)
+    assert torch.equal(logits_of(detach(model), ids), alone)
+
+
+def test_a_model_that_came_quantised_is_taken_on_trust_with_a_warning(quantised, llama_pool):
+    with pytest.warns(UserWarning, match=r"is quantised \(\w+\), so its weights can't be held"):
+        model = compose(llama_pool, quantised().model)
+    assert model.phatgoose.base == llama_pool.base
+
+
+def test_a_quantised_model_is_told_from_the_plain_one(quantised, llama):
+    model = quantised().model
+    assert quantisation(llama.model) is None
+    assert quantisation(model)
+    assert number_format(model) == f"torch.float32, {quantisation(model)}"
+    assert fingerprint(model) == fingerprint(quantised().model) != llama.fingerprint
+
+
+def test_a_plain_base_of_other_weights_is_refused_as_ever(base_folders, llama_pool):
+    base = load_base(base_folders["llama"], dtype="float32").model
+    nn.init.ones_(base.get_input_embeddings().weight)
+    with pytest.raises(WrongBaseError, match="trained on"):
+        compose(Pool(llama_pool.experts), base)

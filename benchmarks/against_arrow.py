@@ -1,9 +1,8 @@
 """Beside PEFT's own token routing, Arrow, on the same experts: time and memory.
 
-PEFT computes every expert's output for every token, and takes minutes to load many experts into a
-whole model; so both are measured on the first blocks of the base (`Sizes.arrow_layers`). All blocks
-have the same sizes, and what lies outside them weighs more the fewer there are: the ratios of the
-whole model are not smaller.
+PEFT computes every expert's output for every token. Loading many experts into a whole model takes
+it many minutes, since each looks at all those before it; so its model is made with one expert by
+`create_arrow_model`, and the others are put where it would have put them.
 """
 
 from __future__ import annotations
@@ -14,7 +13,9 @@ from pathlib import Path
 import torch
 from peft import ArrowConfig, create_arrow_model
 from peft.peft_model import PeftModel
-from torch import Tensor
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import phatgoose as pg
@@ -22,76 +23,122 @@ from bench import Bench, Sizes, twin
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import peak_memory, ratio, side_by_side
+from phatgoose.encoding import contiguous_head
+from phatgoose.expert import LAYOUT
 from routed_speed import prefill
 
-__all__ = ["measure_arrow"]
+__all__ = ["arrow_of_peft", "measure_arrow"]
 
 TIMES, SHARE = {"few": 10, "many": 25}, 0.1
+MOST_ROUNDS = 2  # a pass of PEFT's takes up to a minute
 
 
 @row("arrow", "PEFT's Arrow / routed")
 def measure_arrow(bench: Bench) -> Iterator[Finding]:
     """The time of a prefill, and the memory it takes on top of the loaded model's."""
     sizes = bench.sizes
-    for target, count, layers in zip(TIMES.values(), sizes.pools, sizes.arrow_layers, strict=True):
-        base = twin(bench.base, layers)
-        work, head = Work.of(base.model, sizes.rank), 1 / sizes.prefill[1]
-        theirs, ours = (load(bench, count, layers) for load in (_theirs, _ours))
-        batch = bench.prompts(*sizes.prefill)
-        timings = side_by_side(
-            {"peft": prefill(theirs, batch), "routed": prefill(ours, batch)}, sizes.rounds
-        )
-        where = f"first {layers} of {bench.base.model.config.num_hidden_layers} blocks"
+    work, head = Work.of(bench.base.model, sizes.rank), 1 / sizes.prefill[1]
+    for name, count in zip(TIMES, sizes.pools, strict=True):
+        contenders = {
+            "peft": _warm_prefill(_theirs(bench, count), bench),
+            "routed": _warm_prefill(_ours(bench, count), bench),
+        }
+        timings = side_by_side(contenders, min(sizes.rounds, MOST_ROUNDS), warm=0)
         what = f"{sizes.base}, {sizes.prefill[0]} × {sizes.prefill[1]} tokens, E = {count}"
         yield Finding.of(
             f"{what}: time",
             ratio(timings["peft"], timings["routed"]),
-            target=at_least(target),
+            target=at_least(TIMES[name]),
             floor=(work.base(head) + work.arrow_of_peft(count))
             / (work.base(head) + work.routed(count, sizes.k)),
-            note=f"{where}; both route by Arrow; the floor is the ratio of multiply-adds",
+            note="both route by Arrow; the floor is the ratio of multiply-adds",
             details={"seconds": {name: timing.median for name, timing in timings.items()}},
         )
-        del theirs, ours
+        contenders.clear()
         peft, routed = (
-            peak_memory(_first_prefill, load, sizes, bench.pools, count, layers)
+            peak_memory(_first_prefill, load, sizes, bench.pools, count)
             for load in (_theirs, _ours)
         )
         yield Finding(
             f"{what}: peak extra memory, routed / PEFT's",
             routed.peak / peft.peak,
             target=at_most(SHARE) if count == sizes.pools[-1] else None,
-            note=f"{where}; {routed.peak / 1e6:.0f} and {peft.peak / 1e6:.0f} MB over the loaded "
-            f"model's, the base's own activations among them",
+            note=f"{routed.peak / 1e6:.0f} and {peft.peak / 1e6:.0f} MB over the loaded model's, "
+            f"the base's own activations among them",
             details={"bytes": {"routed": routed.peak, "peft": peft.peak}},
         )
 
 
-def _theirs(bench: Bench, count: int, layers: int) -> PeftModel:
+def _theirs(bench: Bench, count: int) -> PeftModel:
     """PEFT's Arrow model."""
-    base = twin(bench.base, layers)
-    paths = [str(path) for path in bench.experts(count, base, f"-{layers}-blocks")]
-    config = ArrowConfig(top_k=bench.sizes.k, rng_seed=0)
-    model = create_arrow_model(base.model, paths, config, autocast_adapter_dtype=False)
-    return model.eval()
+    return arrow_of_peft(twin(bench.base).model, bench.experts(count), bench.sizes.k)
 
 
-def _ours(bench: Bench, count: int, layers: int) -> PreTrainedModel:
+def arrow_of_peft(model: PreTrainedModel, experts: list[Path], k: int) -> PeftModel:
+    """What `create_arrow_model` makes of `experts` that have the same sites, rank and scale.
+
+    Their factors keep the type that they are stored in.
+    """
+    first = [str(experts[0])]
+    config = ArrowConfig(top_k=k, rng_seed=0)
+    routed = create_arrow_model(model, first, config, autocast_adapter_dtype=False)
+    layers = [
+        (name, layer) for name, layer in routed.named_modules() if isinstance(layer, LoraLayer)
+    ]
+    (known,) = config.task_adapter_names
+    for z in range(1, len(experts)):
+        _add(layers, known, f"task_{z}", load_file(experts[z] / LAYOUT.adapter_weights))
+    for _, layer in layers:
+        for router in layer.lora_arrow.values():
+            router.task_adapter_names = [f"task_{z}" for z in range(len(experts))]
+    return routed.eval()
+
+
+def _add(
+    layers: list[tuple[str, LoraLayer]], known: str, name: str, tensors: dict[str, Tensor]
+) -> None:
+    """Enter one more expert into each layer, beside the one called `known` and alike."""
+    for site, layer in layers:
+        for factor, modules in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+            weight = tensors[f"{site}.{factor}.weight"]
+            linear = nn.Linear(*reversed(weight.shape), bias=False, device="meta")
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+            modules[name] = linear
+        layer.lora_dropout[name] = nn.Identity()
+        for settings in (
+            *(layer.r, layer.lora_alpha, layer.scaling),
+            *(layer.use_rslora, layer.use_dora, layer.lora_bias),
+        ):
+            settings[name] = settings[known]
+
+
+def _ours(bench: Bench, count: int) -> PreTrainedModel:
     """The same experts routed by phatgoose's Arrow."""
-    base = twin(bench.base, layers)
-    pool = pg.Pool.open(bench.experts(count, base, f"-{layers}-blocks"))
-    return pg.compose(pool, base, router="arrow", k=bench.sizes.k)
+    pool = pg.Pool.open(bench.experts(count))
+    return pg.compose(pool, twin(bench.base), router="arrow", k=bench.sizes.k)
 
 
-Load = Callable[[Bench, int, int], PeftModel | PreTrainedModel]
+def _warm_prefill(model: PreTrainedModel | PeftModel, bench: Bench) -> Callable[[], object]:
+    """An action: the row `prefill`'s, after a tiny one here, which sets up what is lazy.
 
-
-def _first_prefill(
-    load: Load, sizes: Sizes, pools: Path, count: int, layers: int
-) -> Callable[[], Tensor]:
-    """An action in a process of its own: a prefill after a tiny one, which sets up what is lazy."""
-    bench = Bench(sizes, pools)
-    model = load(bench, count, layers)
+    But the output layer's matrix is not copied once per row, as torch does to both: that takes half
+    a gigabyte, behind which routing's memory would vanish.
+    """
     with torch.inference_mode():
         model(**bench.prompts(1, 2))
-    return prefill(model, bench.prompts(*sizes.prefill))
+    action = prefill(model, bench.prompts(*bench.sizes.prefill))
+
+    def with_contiguous_rows() -> object:
+        with contiguous_head(model):
+            return action()
+
+    return with_contiguous_rows
+
+
+Load = Callable[[Bench, int], PeftModel | PreTrainedModel]
+
+
+def _first_prefill(load: Load, sizes: Sizes, pools: Path, count: int) -> Callable[[], object]:
+    """An action in a process of its own."""
+    bench = Bench(sizes, pools)
+    return _warm_prefill(load(bench, count), bench)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import phatgoose as pg
@@ -44,12 +44,11 @@ class Sizes:
     decoded_after: int = 64
     decoded: int = 16
     decoded_by_reference: int = 2
-    arrow_layers: tuple[int, ...] = (6, 1)  # of the base, for each of `pools`
     ranked: int = 24
     ranked_batch: int = 8
     training_batch: int = 8
     training_steps: int = 3
-    gate_steps: int = 8
+    gate_steps: int = 3
     growth: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     growth_width: int = 2048
     calls: int = 10  # of one linear layer, in a row
@@ -67,7 +66,6 @@ SMOKE = Sizes(
     decoded_after=4,
     decoded=2,
     decoded_by_reference=1,
-    arrow_layers=(2, 1),
     ranked=4,
     ranked_batch=2,
     training_batch=2,
@@ -102,15 +100,12 @@ class Bench:
             _write_tiny_base(folder)
         return str(folder)
 
-    def experts(self, count: int, base: Base | None = None, variant: str = "") -> list[Path]:
-        """The folders of `count` random experts for `base` (None: the bench's own).
-
-        They stay for the next run; `variant` names those of another base than the bench's.
-        """
-        folder = self.pools / (self.sizes.base + variant)
+    def experts(self, count: int) -> list[Path]:
+        """The folders of `count` random experts for the base, which stay for the next run."""
+        folder = self.pools / self.sizes.base
         places = [folder / f"e{z:04}" for z in range(count)]
         if not all((place / LAYOUT.info).is_file() for place in places):
-            random_pool(base or self.base, folder, count, self.sizes.rank)
+            random_pool(self.base, folder, count, self.sizes.rank)
         return places
 
     def routed(self, count: int, **options: str) -> PreTrainedModel:
@@ -132,20 +127,11 @@ class Bench:
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
 
-def twin(base: Base, layers: int | None = None) -> Base:
-    """The base once more, to be changed: other modules, the same weights.
-
-    `layers` keeps the first so many blocks only.
-    """
+def twin(base: Base) -> Base:
+    """The base once more, to be changed: other modules, the same weights."""
     model = base.model
     tensors: Sequence[Tensor] = list(chain(model.parameters(), model.buffers()))
-    copied = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
-    if layers is None:
-        return replace(base, model=copied)
-    copied.model.layers = nn.ModuleList(list(copied.model.layers)[:layers])
-    copied.config.num_hidden_layers = layers
-    short = f"sha256:{base.fingerprint.removeprefix('sha256:')[:56]}{layers:08}"
-    return replace(base, model=copied, id=f"{base.id} ({layers} blocks)", fingerprint=short)
+    return replace(base, model=copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}))
 
 
 def words(generator: random.Random, count: int) -> str:

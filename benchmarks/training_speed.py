@@ -91,7 +91,7 @@ def measure_gate_training(bench: Bench) -> Iterator[Finding]:
     sizes = bench.sizes
     task = _task(sizes.training_batch * sizes.gate_steps, validation=sizes.training_batch * 4)
     seconds: dict[str, list[float]] = {"expert": [], "gates": []}
-    for turn in range(1 + max(2, sizes.rounds - 2)):
+    for turn in range(1 + min(3, sizes.rounds)):
         expert, gate = _fits(bench.base, task, sizes, sizes.gate_steps)
         scale = RECIPE_ROWS / sizes.training_batch
         validations = EXPERT_STEPS / RECIPE_EVERY * RECIPE_VALIDATION / (sizes.training_batch * 4)

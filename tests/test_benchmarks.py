@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peft import ArrowConfig, create_arrow_model
 
 pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 
@@ -86,6 +88,29 @@ def test_the_arithmetic_floors_are_those_of_the_issue(monkeypatch):
     work = Work.of(load_skeleton(KNOWN_BASES["smollm2"]), rank=16)
     floors = [1 + work.routed(experts, k=2) / work.base() for experts in (36, 166)]
     assert floors == pytest.approx([1.14, 1.32], abs=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")
+def test_the_arrow_model_made_quickly_is_pefts_own(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    from against_arrow import arrow_of_peft
+    from bench import SMOKE, Bench, twin
+
+    bench = Bench(SMOKE, tmp_path)
+    paths = bench.experts(3)
+    quick = arrow_of_peft(twin(bench.base).model, paths, k=2)
+    own = create_arrow_model(
+        twin(bench.base).model,
+        [str(path) for path in paths],
+        ArrowConfig(top_k=2, rng_seed=0),
+        autocast_adapter_dtype=False,
+    ).eval()
+    batch = bench.prompts(2, 8)
+    with torch.inference_mode():
+        got, wanted, base = (model(**batch).logits for model in (quick, own, bench.base.model))
+    assert torch.equal(got, wanted)
+    assert not torch.equal(wanted, base)
+    assert quick.state_dict().keys() == own.state_dict().keys()
 
 
 def test_an_unknown_row_is_refused_by_name():

@@ -154,6 +154,19 @@ def test_the_native_kernel_ignores_experts_nobody_chose():
     assert problem.value_by("native").isfinite().all()
 
 
+@needs_native
+@pytest.mark.parametrize("experts", [3, 500])  # many tokens for each, and one or none
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_share_out_columns_without_a_gap(experts, threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert_equals_reference(make_problem(T=60, E=experts, n=40, d=330), "native")
+        assert_equals_reference(make_problem(T=1030, E=3, k=1, n=8, d=40), "native")
+    finally:
+        torch.set_num_threads(before)
+
+
 def chosen_by_auto(problem: Problem) -> str:
     kernel = choose_kernel("auto", problem.u, problem.experts, problem.A, problem.B)
     return next(name for name, body in KERNELS.items() if body is kernel)

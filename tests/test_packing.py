@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
 from conftest import make_model
-from phatgoose.packing import Text, can_pack, head_at, pack, packed_batches
+from phatgoose.packing import Text, can_pack, head_at, pack, packed_batches, quick_backward
 from phatgoose.sites import TokenMasks
 
 TEXTS = (
@@ -98,6 +98,14 @@ def test_models_are_packed_only_where_every_layer_obeys_the_mask():
     other = make_model("llama")
     other.config._attn_implementation = "flex_attention"
     assert not can_pack(other)
+
+
+@pytest.mark.parametrize(("columns", "inside"), [(256, "eager"), (257, "sdpa")])
+def test_attention_is_plain_in_short_rows_and_as_before_afterwards(columns, inside):
+    model = make_model("llama")
+    with quick_backward(model, columns):
+        assert model.config._attn_implementation == inside
+    assert model.config._attn_implementation == "sdpa"
 
 
 def make_sliding(window: int | None) -> MistralForCausalLM:

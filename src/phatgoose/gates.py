@@ -248,7 +248,7 @@ def _fit_gates(
         base.model,
         train=[encoder.pair(example.input, example.target) for example in task.train],
         validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
-        collator=Collator(base.model, base.tokenizer.pad_token_id),
+        collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True),
         training=training,
         steps=gate_training.gate_steps,
         learning_rate=gate_training.gate_learning_rate or training.learning_rate,

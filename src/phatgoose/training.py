@@ -158,7 +158,7 @@ def _train_lora(
     if finished.is_dir():
         watcher.advanced(training.steps)
         return finished
-    collator = Collator(base.model, base.tokenizer.pad_token_id)
+    collator = Collator(base.model, base.tokenizer.pad_token_id, packs=True)
     pairs = [
         [encoder.pair(example.input, example.target) for example in split]
         for split in (task.train, task.validation[: training.eval_examples])

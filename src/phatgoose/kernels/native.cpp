@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -207,19 +208,33 @@ struct Router {
     }
 };
 
+// Four, two or one (token, expert) pairs of an expert, `first` their index in Pairs::place.
+struct Some { index_t expert, first; int count; };
+
 // The (token, expert) pairs of some tokens, those of one expert together; weight 0 is left out.
 struct Pairs {
-    std::vector<index_t> start, place;  // place: index into experts and weights, [pairs]
-
-    Pairs(const index_t* experts, const float* weights, index_t from, index_t to, index_t E)
-        : start(E + 1, 0) {
+    std::vector<index_t> place;  // index into experts and weights, [pairs]
+    std::vector<Some> some;      // as many at a time as there are
+    index_t used = 0;            // experts that have any
+    Pairs(const index_t* experts, const float* weights, index_t from, index_t to, index_t E) {
+        std::vector<index_t> start(E + 1, 0);
         for (index_t p = from; p < to; p++)
             if (weights[p] != 0) start[experts[p] + 1]++;
         for (index_t e = 0; e < E; e++) start[e + 1] += start[e];
         place.resize(start[E]);
+        some.reserve(start[E]);
         std::vector<index_t> next(start.begin(), start.end() - 1);
         for (index_t p = from; p < to; p++)
             if (weights[p] != 0) place[next[experts[p]]++] = p;
+        for (index_t e = 0; e < E; e++) {
+            used += start[e + 1] > start[e];
+            for (index_t q = start[e]; q < start[e + 1];) {
+                index_t left = start[e + 1] - q;
+                int count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                some.push_back({e, q, count});
+                q += count;
+            }
+        }
     }
 };
 
@@ -251,55 +266,63 @@ void expand(float* const* total, const float* const* c, const T* B, index_t r, i
             for (index_t i = 0; i < r; i++) total[m][j] += c[m][i] * to_float(B[i * d + j]);
 }
 
-// `work(first, count)` for the pairs of each expert, four at a time where there are four.
-template <class Work>
-void by_expert(const Pairs& pairs, index_t E, Work work) {
-    for (index_t e = 0; e < E; e++)
-        for (index_t q = pairs.start[e]; q < pairs.start[e + 1];) {
-            int count = pairs.start[e + 1] - q >= 4 ? 4 : 1;
-            work(e, q, count);
-            q += count;
-        }
+// Columns of B at a time: few, so that the running sums stay in the cache; but long rows where
+// experts have few tokens, since then B comes from memory.
+index_t tile_of(const Pairs& pairs, index_t d, index_t threads) {
+    bool sparse = index_t(pairs.place.size()) < 16 * pairs.used;
+    index_t least = sparse ? 1 : (d + 127) / 128;
+    index_t turns = (least + threads - 1) / threads * threads;  // as many for each thread
+    return ((d + turns - 1) / turns + 31) / 32 * 32;
 }
 
-// Adds the weighted updates of the tokens `from` to `to` to their rows of y.
+// Adds the weighted updates of the tokens `from` to `to` to their rows of y. Threads share out A by
+// experts and B by columns, so that each of them is read from memory once.
 template <class T>
 void update_some(T* y, const T* u, const index_t* experts, const float* weights, const T* A,
                  const T* B, index_t from, index_t to, index_t k, index_t E, index_t r, index_t n,
-                 index_t d) {
-    const index_t tile = 128;  // columns of B at a time, so that the running sums stay in the cache
+                 index_t d, index_t threads) {
     Pairs pairs(experts, weights, from * k, to * k, E);
-    std::vector<float> inner(pairs.place.size() * r), sums((to - from) * tile);
-    by_expert(pairs, E, [&](index_t e, index_t q, int count) {
-        const T* row[4];
-        float* out[4];
-        for (int m = 0; m < count; m++) {
-            row[m] = u + pairs.place[q + m] / k * n;
-            out[m] = inner.data() + (q + m) * r;
-        }
-        if (count == 4) dots<T, 4>(row, A + e * r * n, r, n, out);
-        else dots<T, 1>(row, A + e * r * n, r, n, out);
-        for (int m = 0; m < count; m++)
-            for (index_t i = 0; i < r; i++) out[m][i] *= weights[pairs.place[q + m]];
-    });
-    for (index_t first = 0; first < d; first += tile) {
-        index_t columns = std::min(tile, d - first);
-        std::fill(sums.begin(), sums.end(), 0.0f);
-        by_expert(pairs, E, [&](index_t e, index_t q, int count) {
-            float* total[4];
-            const float* c[4];
+    std::vector<float> inner(pairs.place.size() * r);
+    const index_t tile = tile_of(pairs, d, threads), turns = pairs.some.size();
+#pragma omp parallel if (index_t(inner.size()) * (n + d) > 60000)
+    {
+#pragma omp for schedule(static)
+        for (index_t f = 0; f < turns; f++) {
+            const auto [e, q, count] = pairs.some[f];
+            const T* row[4];
+            float* out[4];
             for (int m = 0; m < count; m++) {
-                total[m] = sums.data() + (pairs.place[q + m] / k - from) * tile;
-                c[m] = inner.data() + (q + m) * r;
+                row[m] = u + pairs.place[q + m] / k * n;
+                out[m] = inner.data() + (q + m) * r;
             }
-            const T* rows = B + e * r * d + first;
-            if (count == 4) expand<T, 4>(total, c, rows, r, d, columns);
-            else expand<T, 1>(total, c, rows, r, d, columns);
-        });
-        for (index_t t = from; t < to; t++) {
-            T* row = y + t * d + first;
-            for (index_t j = 0; j < columns; j++)
-                store(row + j, to_float(row[j]) + sums[(t - from) * tile + j]);
+            const T* rows = A + e * r * n;
+            if (count == 4) dots<T, 4>(row, rows, r, n, out);
+            else if (count == 2) dots<T, 2>(row, rows, r, n, out);
+            else dots<T, 1>(row, rows, r, n, out);
+            for (index_t i = 0; i < count * r; i++) out[0][i] *= weights[pairs.place[q + i / r]];
+        }
+        std::unique_ptr<float[]> sums(new float[(to - from) * tile]);
+#pragma omp for schedule(static)
+        for (index_t first = 0; first < d; first += tile) {
+            index_t columns = std::min(tile, d - first);
+            std::fill_n(sums.get(), (to - from) * tile, 0.0f);
+            for (const auto& [e, q, count] : pairs.some) {
+                float* total[4];
+                const float* c[4];
+                for (int m = 0; m < count; m++) {
+                    total[m] = sums.get() + (pairs.place[q + m] / k - from) * tile;
+                    c[m] = inner.data() + (q + m) * r;
+                }
+                const T* rows = B + e * r * d + first;
+                if (count == 4) expand<T, 4>(total, c, rows, r, d, columns);
+                else if (count == 2) expand<T, 2>(total, c, rows, r, d, columns);
+                else expand<T, 1>(total, c, rows, r, d, columns);
+            }
+            for (index_t t = from; t < to; t++) {
+                T* row = y + t * d + first;
+                for (index_t j = 0; j < columns; j++)
+                    store(row + j, to_float(row[j]) + sums[(t - from) * tile + j]);
+            }
         }
     }
 }
@@ -336,12 +359,10 @@ void update(T* y, const T* u, const index_t* experts, const float* weights, cons
             const T* B, index_t tokens, index_t k, index_t E, index_t r, index_t n, index_t d,
             index_t threads) {
     if (tokens == 1) return update_one(y, u, experts, weights, A, B, k, r, n, d);
-    const index_t most = 1024;  // tokens at a time
-    index_t size = std::max<index_t>(8, std::min(most, (tokens + threads - 1) / threads));
-#pragma omp parallel for schedule(dynamic) if (tokens > size)
+    const index_t size = 1024;  // tokens at a time
     for (index_t from = 0; from < tokens; from += size)
         update_some(y, u, experts, weights, A, B, from, std::min(tokens, from + size), k, E, r,
-                    n, d);
+                    n, d, threads);
 }
 
 }  // namespace

@@ -31,6 +31,7 @@ LAYERS = (
         "kernels.reference",
         "kernels.triton_programs",
         "metrics",
+        "reading",
         "rows",
         "scores",
     ),

@@ -116,7 +116,8 @@ def check_growth(routing: Routing, names: Iterable[str], pool: Pool) -> None:
     """Raise unless `pool` can join experts of these `names`, routed so.
 
     Raises RoutingError for a router that is made for the experts it has (one expert alone, the best
-    by scores, with stand-ins for gates), PoolError when a name is taken or experts of `pool` lack the vectors needed.
+    by scores, with stand-ins for gates), PoolError when a name is taken or experts of `pool` lack
+    the vectors needed.
     """
     _check_router(routing)
     taken = sorted(set(names) & set(pool.names))

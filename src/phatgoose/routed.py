@@ -20,6 +20,7 @@ from .kernels import check_kernel
 from .kernels.mixed import mixed_factors
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .pool import Pool, SiteStack
+from .reading import ahead
 from .recording import Recording, Watcher
 from .routers import (
     MERGED,
@@ -164,9 +165,9 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
     """
     pool, model, routing = prepared.pool, prepared.base.model, prepared.routing
     flat, read = {}, 0
-    for name in pool.sites:
-        stack = stack_at(model, name, pool)
-        vectors = router_vectors(pool, name, routing)
+    stacks = ahead(lambda name: stack_at(model, name, pool), pool.sites)
+    rows = ahead(lambda name: router_vectors(pool, name, routing), pool.sites)
+    for name, stack, vectors in zip(pool.sites, stacks, rows, strict=True):
         if vectors is not None:
             flat[name] = ~vectors.any(dim=-1)
         original, site = model.get_submodule(name), prepared.sites[name]

@@ -4,13 +4,16 @@ VENV   ?= .venv
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test bench lint types install install-dev clean
+.PHONY: demo test test-heavy bench lint types install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
 
 test: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-heavy: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy
 
 bench: install-dev
 	$(BIN)/python benchmarks/run.py

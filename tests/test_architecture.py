@@ -22,7 +22,9 @@ LAYERS = (
     ("errors",),
     (
         "config",
+        "engines",
         "files",
+        "processes",
         "kernels.concat",
         "kernels.gather",
         "kernels.grouped",
@@ -34,6 +36,7 @@ LAYERS = (
         "reading",
         "rows",
         "scores",
+        "speeds",
     ),
     (
         "bases",
@@ -58,8 +61,8 @@ LAYERS = (
     ),
     ("collating", "suites.bigbench", "suites.t0"),
     ("expert", "fitting", "likelihood", "recording", "suites.flan"),
-    ("hub", "packed"),
-    ("pool", "prediction", "statistics", "suites"),
+    ("expert_folder", "hub", "packed"),
+    ("elsewhere", "pool", "prediction", "statistics", "suites"),
     ("duplicates", "gates", "importing", "layers", "routers.decision", "suites.sources"),
     (
         "planning",
@@ -70,11 +73,12 @@ LAYERS = (
         "training",
     ),
     ("routers.stand_in",),
-    ("routers",),
+    ("pool_training", "routers", "schedules", "trial"),
     ("routed",),
     ("growing", "storage", "evaluation"),
     ("opening", "segments"),
     ("methods",),
+    ("cells",),
     (
         "analysis.agreement",
         "analysis.measures",
@@ -88,7 +92,9 @@ LAYERS = (
     ("analysis.results",),
     ("analysis.analysing",),
     ("analysis",),
-    ("apps", "apps.demo_tasks.drawing"),
+    ("apps", "apps.cluster.connection", "apps.demo_tasks.drawing"),
+    ("apps.cluster.worker",),
+    ("apps.cluster.engine",),
     (
         "apps.demo_tasks.arithmetic",
         "apps.demo_tasks.category",
@@ -98,25 +104,46 @@ LAYERS = (
     ),
     (
         "apps.comparison_tables",
+        "apps.cluster",
         "apps.demo_tasks",
         "apps.analysis_tables",
         "apps.figures",
         "apps.generation",
         "apps.harness",
         "apps.report.assets",
+        "apps.server.caches",
+        "apps.server.decoding",
+        "apps.server.metrics",
+        "apps.server.protocol",
+        "apps.server.refusals",
+        "apps.server.replies",
+        "apps.server.running",
+        "apps.server.settings",
+        "apps.server.texts",
     ),
+    ("apps.server.limits", "apps.server.page", "apps.server.rows", "apps.server.schema"),
+    ("apps.server.runner",),
+    ("apps.server.prefill", "apps.server.prompts", "apps.server.variants"),
+    ("apps.server.answers", "apps.server.batches"),
+    ("apps.server.engine",),
+    ("apps.server.jobs",),
+    ("apps.server.service",),
+    ("apps.server.app",),
+    ("apps.server",),
+    ("apps.cluster.replicas",),
     (
         "apps.explanation",
         "apps.report.contents",
         "apps.cli.flags",
         "apps.cli.plan",
         "apps.cli.consoles",
+        "apps.cli.engines",
     ),
     ("apps.report.page", "apps.cli.experts", "apps.cli.segments"),
     ("apps.report",),
     ("apps.demo",),
     ("apps.cli.comparison", "apps.cli.routed", "apps.cli.sharing"),
-    ("apps.cli.analysis",),
+    ("apps.cli.analysis", "apps.cli.serving"),
     ("apps.cli.main",),
     ("apps.cli",),
     ("__main__",),
@@ -230,7 +257,7 @@ def test_the_root_imports_ours_for_type_checkers_only():
 
 
 def test_the_search_for_imports_sees_those_inside_functions():
-    assert "training" in {imported for imported, _ in imports_of("apps.cli.experts")}
+    assert "pool_training" in {imported for imported, _ in imports_of("apps.cli.experts")}
     assert "phatgoose" in {imported for imported, _ in imports_of("apps.cli.main")}
 
 
@@ -295,7 +322,7 @@ def test_every_module_exports_what_it_defines(module):
             defined.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             defined.add(node.id)
-        elif isinstance(node, ast.ImportFrom):
+        elif isinstance(node, ast.Import | ast.ImportFrom):
             defined |= {alias.asname or alias.name for alias in node.names}
     assert exported <= defined
     if module not in {"__main__", "apps"}:

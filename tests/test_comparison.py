@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from conftest import logits_of, make_ids, make_model, make_tokenizer, toy_embed, with_embeddings
-from phatgoose import comparison as module
+from phatgoose import cells as module
 from phatgoose.bases import Base, load_base
 from phatgoose.bootstrap import Interval
 from phatgoose.comparison import compare
@@ -440,13 +440,13 @@ KILLED = """
 import os, signal, sys
 from types import SimpleNamespace
 import torch
-from phatgoose import comparison, results
+from phatgoose import cells, comparison, results
 from phatgoose.bases import load_base
 
 torch.set_num_threads(1)
 base, experts, suite, out, code = sys.argv[1:]
-comparison.time = SimpleNamespace(monotonic=lambda: 0.0)
-comparison.code_version = lambda: code
+cells.time = SimpleNamespace(monotonic=lambda: 0.0)
+cells.code_version = lambda: code
 add = results.ResultStore.add
 
 def add_or_die(store, key, result):
@@ -581,7 +581,8 @@ def test_another_precision_or_base_leaves_nothing(setting, out, computed):
 
 
 def test_edited_code_leaves_nothing(setting, out, computed, monkeypatch):
-    monkeypatch.setattr(module, "code_version", lambda: "0.1.0+edited")
+    for place in ("phatgoose.cells.code_version", "phatgoose.comparison.code_version"):
+        monkeypatch.setattr(place, lambda: "0.1.0+edited")
     comparison = setting.run(out, ["base"])
     assert computed == cells_of("base")
     assert comparison.settings["code"] == "0.1.0+edited"

@@ -14,6 +14,7 @@ from phatgoose.config import (
     GateTraining,
     Lora,
     Routing,
+    Serving,
     Training,
     from_mapping,
     read_recipe,
@@ -22,7 +23,7 @@ from phatgoose.config import (
 from phatgoose.errors import ConfigError
 from phatgoose.suites import SUITES
 
-CONFIGS = (Lora, Training, GateTraining, Formatting, Routing)
+CONFIGS = (Lora, Training, GateTraining, Formatting, Routing, Serving)
 
 PAPER = [  # METHOD sections 3, 4 and 6; paper section 4.1 and the released code
     (Lora, "rank", 16),

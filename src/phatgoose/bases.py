@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import importlib.util
 import json
@@ -10,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ __all__ = [
     "number_format",
     "quantisation",
     "quiet_loading",
+    "twin",
 ]
 
 SMOLLM2 = "smollm2"
@@ -123,6 +125,16 @@ def load_base(
     model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)
     return Base(model, tokenizer, str(name), revision, fingerprint(model))
+
+
+def twin(base: Base) -> Base:
+    """The same weights in modules of their own: to be routed without changing `base`'s model.
+
+    Only the modules are copied. Parameters and buffers are the same tensors, in memory once.
+    """
+    tensors = (*base.model.parameters(), *base.model.buffers())
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    return replace(base, model=copy.deepcopy(base.model, shared))
 
 
 def load_skeleton(

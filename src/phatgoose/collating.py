@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from .encoding import IGNORED, TokenPair, pad_left, pad_right, position_ids
@@ -76,6 +77,8 @@ def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def _accepted_by(model: nn.Module) -> Any:
     inner: Any = model
-    if isinstance(model, PeftModel):
-        inner = model.get_base_model()
+    if isinstance(inner, DistributedDataParallel):
+        inner = inner.module
+    if isinstance(inner, PeftModel):
+        inner = inner.get_base_model()
     return inspect.signature(inner.forward).parameters

@@ -7,23 +7,24 @@ anything twice.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import closing
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from .bases import Base, load_base, number_format
+from .bases import Base, load_base
 from .bootstrap import Sample
+from .cells import Cell, CellWorkshop, Dataset, Protocol, cell_of
 from .config import Formatting, Routing
+from .engines import Engine, LocalEngine
 from .errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
-from .evaluation import MAX_NEW_TOKENS, TOKEN_BUDGET, TaskScore, evaluate, metrics_of
+from .evaluation import MAX_NEW_TOKENS, TOKEN_BUDGET
 from .methods import (
     DERIVED,
     METHODS,
@@ -34,14 +35,12 @@ from .methods import (
     rows_of,
     single_rows,
 )
-from .opening import OpenedModel
 from .pool import REMEDIES, Pool
 from .results import ResultStore, code_version
 from .scores import Scores, best_expert, best_expert_by_task
 from .sites import ROUTED
 from .suites import Sources, Suite, open_suite
 from .tables import Comparison, Result, write_tables
-from .tasks import Task
 
 __all__ = ["compare"]
 
@@ -49,24 +48,6 @@ RESULTS = "results.jsonl"
 EVERY = "all"  # stands for every method that the pool has what it takes for
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Protocol:
-    """How every cell is scored."""
-
-    formatting: Formatting
-    max_new_tokens: int
-    token_budget: int
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    """A task cut down to the examples that are scored, and the digest of all that matters of it."""
-
-    task: Task
-    metrics: tuple[str, ...]
-    digest: str
 
 
 def compare(
@@ -84,6 +65,7 @@ def compare(
     max_new_tokens: int = MAX_NEW_TOKENS,
     token_budget: int = TOKEN_BUDGET,
     sources: Sources | None = None,
+    engine: Engine | None = None,
 ) -> Comparison:
     """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
 
@@ -93,7 +75,8 @@ def compare(
     pool (such as one of jointly trained experts), a routed model, a base by Hub id or path.
     `suites` are names in `phatgoose.suites.SUITES`, folders of task files, suite files or `Suite`s,
     whose files are found by `sources`. `limit` draws so many examples of each dataset, the same
-    ones for all methods. `routing` gives k and the other settings of the routers.
+    ones for all methods. `routing` gives k and the other settings of the routers. `engine` scores
+    the cells, None in this process; whichever it is, the results are the same.
 
     Finished cells are kept in `out`/results.jsonl and reused; the tables are written to
     `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, PoolError for one
@@ -103,7 +86,7 @@ def compare(
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     routing = routing or Routing()
     wanted, notes = _wanted_methods(pool, methods, routing)
-    protocol = _Protocol(formatting or Formatting(), max_new_tokens, token_budget)
+    protocol = Protocol(formatting or Formatting(), max_new_tokens, token_budget)
     columns, datasets = _load(suites, sources, limit, seed, protocol)
     if base is None or isinstance(base, str):
         name, revision = (base, None) if base else (pool.base.id, pool.base.revision)
@@ -113,7 +96,7 @@ def compare(
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
     _check(base, rows, singles)
     store = ResultStore(Path(out) / RESULTS)
-    results = _run([*rows, *singles], list(datasets.values()), base, store, protocol)
+    results = _run([*rows, *singles], datasets, base, store, protocol, engine or LocalEngine())
     experts: Scores = {
         row.name: {task: results[row.name][task].score for task in datasets} for row in singles
     }
@@ -199,17 +182,17 @@ def _load(
     sources: Sources | None,
     limit: int | None,
     seed: int,
-    protocol: _Protocol,
-) -> tuple[dict[str, tuple[str, ...]], dict[str, _Dataset]]:
+    protocol: Protocol,
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Dataset]]:
     """(datasets' names by suite, datasets by name); raises TaskError for names that clash."""
     columns: dict[str, tuple[str, ...]] = {}
-    datasets: dict[str, _Dataset] = {}
+    datasets: dict[str, Dataset] = {}
     for suite in [suites] if isinstance(suites, str | Path | Suite) else suites:
         opened = suite if isinstance(suite, Suite) else open_suite(suite)
         if opened.name in columns:
             raise TaskError(f"Two suites are called {opened.name!r}; rename one.")
         for task in opened.load(sources):
-            dataset = _dataset(task, limit, seed, protocol)
+            dataset = Dataset.of(task, limit, seed, protocol)
             if datasets.setdefault(task.name, dataset).digest != dataset.digest:
                 raise TaskError(f"Two suites have different datasets called {task.name!r}.")
         columns[opened.name] = opened.names
@@ -218,89 +201,36 @@ def _load(
     return columns, datasets
 
 
-def _dataset(task: Task, limit: int | None, seed: int, protocol: _Protocol) -> _Dataset:
-    examples = task.evaluation_examples(limit, seed)
-    metrics = metrics_of(task, examples)
-    longest = task.max_new_tokens or protocol.max_new_tokens
-    content = [
-        [asdict(example) for example in examples],
-        metrics,
-        None if metrics == ("accuracy",) else longest,
-        asdict(protocol.formatting),
-        protocol.token_budget,
-    ]
-    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    chosen = replace(task, train=(), validation=(), test=examples, max_new_tokens=longest)
-    return _Dataset(chosen, metrics, digest)
-
-
 def _run(
     rows: Sequence[Row],
-    datasets: Sequence[_Dataset],
+    datasets: Mapping[str, Dataset],
     base: Base,
     store: ResultStore,
-    protocol: _Protocol,
+    protocol: Protocol,
+    engine: Engine,
 ) -> dict[str, dict[str, Result]]:
-    """Every row's result on every dataset, computed where the store has none."""
-    results: dict[str, dict[str, Result]] = {}
-    finished, total = 0, len(rows) * len(datasets)
-    with tqdm(total=total, desc="compare", unit="cell", disable=None) as bar:
-        for row in rows:
-            keys = {dataset.task.name: _key(row, dataset, base) for dataset in datasets}
-            missing = [d for d in datasets if store.get(keys[d.task.name]) is None]
-            finished += len(datasets) - len(missing)
-            bar.update(len(datasets) - len(missing))
-            if missing:
-                with row.model(base) as opened:
-                    for dataset in missing:
-                        cell = f"{row.name} on {dataset.task.name}"
-                        bar.set_description(cell)
-                        result = _score(opened, dataset, protocol)
-                        store.add(keys[dataset.task.name], result)
-                        finished += 1
-                        bar.update(1)
-                        logger.info("[%d/%d] %s: %.3f", finished, total, cell, result["score"])
-            results[row.name] = {
-                dataset.task.name: _result(store.get(keys[dataset.task.name]) or {})
-                for dataset in datasets
-            }
-    return results
+    """Every row's result on every dataset, computed by `engine` where the store has none."""
+    cells = [cell_of(row, dataset, base) for row in rows for dataset in datasets.values()]
+    missing = _distinct(cell for cell in cells if store.get(cell.key) is None)
+    finished = len(cells) - len(missing)
+    workshop = CellWorkshop(base, {row.name: row for row in rows}, datasets, protocol)
+    with (
+        tqdm(total=len(cells), initial=finished, desc="compare", unit="cell", disable=None) as bar,
+        closing(engine.run(workshop, missing, bar)) as results,
+    ):
+        for cell, result in results:
+            store.add(cell.key, result)
+            finished += 1
+            logger.info("[%d/%d] %s: %.3f", finished, len(cells), cell.name, result["score"])
+    found: dict[str, dict[str, Result]] = {row.name: {} for row in rows}
+    for cell in cells:
+        found[cell.row][cell.dataset] = _result(store.get(cell.key) or {})
+    return found
 
 
-def _key(row: Row, dataset: _Dataset, base: Base) -> dict[str, Any]:
-    return {
-        "base": base.fingerprint,
-        "dtype": number_format(base.model),
-        "method": dict(row.identity),
-        "task": dataset.task.name,
-        "examples": dataset.digest,
-        "code": code_version(),
-    }
-
-
-def _score(opened: OpenedModel, dataset: _Dataset, protocol: _Protocol) -> dict[str, Any]:
-    """One cell, as it is stored."""
-    begun = time.monotonic()
-    (score,) = evaluate(
-        opened.model,
-        dataset.task,
-        tokenizer=opened.tokenizer,
-        formatting=protocol.formatting,
-        token_budget=protocol.token_budget,
-    ).scores
-    return {
-        **_without_predictions(score),
-        "metrics": list(dataset.metrics),
-        "seconds": round(time.monotonic() - begun, 2),
-        "answers": [prediction.answer for prediction in score.predictions],
-        "marks": [prediction.marks for prediction in score.predictions],
-    }
-
-
-def _without_predictions(score: TaskScore) -> dict[str, Any]:
-    record = asdict(score)
-    del record["predictions"]
-    return record
+def _distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells without those whose result another one will be: two rows may be one model."""
+    return list({json.dumps(cell.key, sort_keys=True): cell for cell in cells}.values())
 
 
 def _result(stored: Mapping[str, Any]) -> Result:

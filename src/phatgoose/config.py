@@ -30,6 +30,7 @@ __all__ = [
     "GateTraining",
     "Lora",
     "Routing",
+    "Serving",
     "Setting",
     "Training",
     "from_mapping",
@@ -170,6 +171,31 @@ class Routing:
 
 
 @dataclass(frozen=True)
+class Serving:
+    """The limits of `phatgoose serve` (docs/serving.md)."""
+
+    max_tokens: Annotated[int, "Tokens to generate for one answer at most."] = 1024
+    max_choices: Annotated[int, "Answers to one request at most (its prompts times its n)."] = 64
+    max_queue: Annotated[int, "Answers that may wait; further requests are turned away."] = 256
+    max_batch_tokens: Annotated[
+        int, "Tokens of all answers computed together, prompts, answers and padding included."
+    ] = 16384
+    max_routings: Annotated[
+        int, "Routings kept in memory that requests asked for, beside the models served by name."
+    ] = 8
+    max_body: Annotated[int, "Bytes of a request at most."] = 1 << 20
+    timeout: Annotated[int, "Seconds a request may take, its wait included."] = 300
+    shutdown_timeout: Annotated[
+        int, "Seconds that running requests are given when the server is told to stop."
+    ] = 30
+
+    def __post_init__(self) -> None:
+        for setting in dataclasses.fields(self):
+            value = getattr(self, setting.name)
+            _require(value >= 1, setting.name, value, "at least 1")
+
+
+@dataclass(frozen=True)
 class Setting:
     """One field of a config class, as the command line and the recipes see it."""
 
@@ -228,6 +254,7 @@ RECIPE_TABLES = {
     "gates": GateTraining,
     "formatting": Formatting,
     "routing": Routing,
+    "serving": Serving,
 }
 FOLDERS = ("data", "templates")
 

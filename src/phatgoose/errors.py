@@ -9,6 +9,7 @@ PhatgooseError
   + PoolError         a collection of experts that doesn't fit together
   + RoutingError      a routed model asked for something it can't do
   + EvaluationError   a score that can't be computed
+  + EngineError       workers that can't be had, or that are lost for good
 
 Each message is one sentence or two in the user's terms: what was got, what was wanted, what to do.
 The command line prints it on one line and exits with status 2.
@@ -19,6 +20,7 @@ from __future__ import annotations
 __all__ = [
     "BaseModelError",
     "ConfigError",
+    "EngineError",
     "EvaluationError",
     "ExpertError",
     "PhatgooseError",
@@ -63,3 +65,7 @@ class RoutingError(PhatgooseError):
 
 class EvaluationError(PhatgooseError):
     """A score that can't be computed."""
+
+
+class EngineError(PhatgooseError):
+    """Workers that can't be had, or that are lost for good."""

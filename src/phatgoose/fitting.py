@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from tqdm.auto import tqdm
 from transformers import (
     PrinterCallback,
@@ -29,12 +29,13 @@ from transformers import (
     TrainingArguments,
 )
 
+from . import processes
 from .collating import Collator, target_logits
 from .config import Training
 from .encoding import IGNORED, TokenPair, contiguous_head
-from .errors import ExpertError
+from .errors import ConfigError, ExpertError
 
-__all__ = ["FitReport", "fit"]
+__all__ = ["FitReport", "Watcher", "fit"]
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,16 @@ class FitReport:
     tokens_per_second: float
 
 
+class Watcher:
+    """Is told how a training gets on; this one makes nothing of it."""
+
+    def advanced(self, steps: int) -> None:
+        """So many more optimiser steps are done, or were found to be."""
+
+    def kept(self) -> None:
+        """A checkpoint or another part of the unfinished work has become complete on the disk."""
+
+
 def fit(
     model: nn.Module,
     *,
@@ -70,15 +81,20 @@ def fit(
     work: Path,
     checkpoint_every: int,
     label: str,
+    watcher: Watcher | None = None,
 ) -> FitReport:
     """Train the trainable parameters of `model` in place; with validation, end on the best ones.
 
     Checkpoints go to `work` every `checkpoint_every` steps; if `work` holds some, the newest
     complete one is continued from, to the same result. With an empty `validation` nothing is
-    selected and the last state stays.
+    selected and the last state stays. Several processes (`phatgoose.processes`) take turns at the
+    micro-batches of each batch, and the first one writes. `watcher` is told of steps and
+    checkpoints.
     """
+    watcher = watcher or Watcher()
     order = _OrderedSampler(train, training.batch_size, steps, training.seed)
-    bar = _ProgressBar(label, [pair.length for pair in train], order.indices, training.batch_size)
+    lengths = [pair.length for pair in train]
+    bar = _ProgressBar(label, lengths, order.indices, training.batch_size, watcher)
     arguments = _arguments(
         training, steps, learning_rate, work, checkpoint_every, select=bool(validation)
     )
@@ -90,6 +106,7 @@ def fit(
         data_collator=collator,
         callbacks=[bar, _ValidateLastStep()] if validation else [bar],
         order=order,
+        watcher=watcher,
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same numbers
     with warnings.catch_warnings(), contiguous_head(model):
@@ -111,12 +128,12 @@ def _arguments(
 ) -> TrainingArguments:
     """The Trainer's own settings; `select` validates at every checkpoint and ends on the best."""
     micro = _micro_batch(training)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=2 * micro,
-        gradient_accumulation_steps=training.batch_size // micro,
+        gradient_accumulation_steps=training.batch_size // (micro * processes.count()),
         learning_rate=learning_rate,
         warmup_steps=round(training.warmup_ratio * steps),
         lr_scheduler_type="constant_with_warmup",
@@ -137,6 +154,8 @@ def _arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # a process has one GPU; more would cut batches anew
+    return arguments
 
 
 def _report(trainer: Trainer, train_loss: float, bar: _ProgressBar, steps: int) -> FitReport:
@@ -157,9 +176,15 @@ def _last_logged(trainer: Trainer, key: str, default: float) -> float:
 
 
 def _micro_batch(training: Training) -> int:
-    """The largest micro-batch up to the wanted one that divides the batch evenly."""
-    most = min(training.micro_batch_size, training.batch_size)
-    return next(size for size in range(most, 0, -1) if training.batch_size % size == 0)
+    """The largest micro-batch up to the wanted one that divides a process's share evenly."""
+    share, rest = divmod(training.batch_size, processes.count())
+    if rest:
+        raise ConfigError(
+            f"batch_size is {training.batch_size}, but must be a multiple of the "
+            f"{processes.count()} processes, which share each batch."
+        )
+    most = min(training.micro_batch_size, share)
+    return next(size for size in range(most, 0, -1) if share % size == 0)
 
 
 def _newest_checkpoint(work: Path) -> str | None:
@@ -168,7 +193,7 @@ def _newest_checkpoint(work: Path) -> str | None:
     for folder in work.glob("checkpoint-*"):
         if (folder / COMPLETE).is_file():
             complete[int(folder.name.split("-")[1])] = folder
-        else:
+        elif processes.is_first():
             shutil.rmtree(folder)
     return str(complete[max(complete)]) if complete else None
 
@@ -215,9 +240,9 @@ class _PartTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
 
-    def __init__(self, *, order: _OrderedSampler, **arguments: Any) -> None:
+    def __init__(self, *, order: _OrderedSampler, watcher: Watcher, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._order = order
+        self._order, self._watcher = order, watcher
         self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
         self._loss_shifts_labels = False  # the collator's labels stand where they are predicted
 
@@ -231,13 +256,16 @@ class _PartTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The summed negative log-likelihood over the number of target tokens in the batch."""
+        """The summed negative log-likelihood over the number of target tokens in the batch.
+
+        That is of all processes; gradients are averaged over these, hence times their number.
+        """
         logits, labels = target_logits(model, inputs), inputs["labels"]
         total = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
         )
         count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = total / count
+        loss = total * processes.count() / count
         return (loss, {"logits": logits}) if return_outputs else loss
 
     def evaluate(
@@ -247,14 +275,24 @@ class _PartTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         self.model.eval()
         total = tokens = 0.0
         with torch.no_grad():
-            for batch in self.get_eval_dataloader(eval_dataset):
+            for batch in self._share_of(eval_dataset or self.eval_dataset):
                 inputs = self._prepare_inputs(batch)
-                total += float(self.compute_loss(self.model, inputs, num_items_in_batch=1))
+                loss = self.compute_loss(self.model, inputs, num_items_in_batch=processes.count())
+                total += float(loss)
                 tokens += float(inputs["labels"].ne(IGNORED).sum())
+        if processes.count() > 1:
+            sums = torch.tensor([total, tokens], dtype=torch.float64, device=self.args.device)
+            total, tokens = self.accelerator.reduce(sums, "sum").tolist()
         metrics = {f"{metric_key_prefix}_loss": total / tokens}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _share_of(self, pairs: Dataset[TokenPair]) -> DataLoader[TokenPair]:
+        """Batches of this process's share of `pairs`, none of them twice."""
+        share = Subset(pairs, range(processes.rank(), len(pairs), processes.count()))  # type: ignore[arg-type]
+        size = self.args.per_device_eval_batch_size
+        return DataLoader(share, batch_size=size, collate_fn=self.data_collator)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -268,7 +306,10 @@ class _PartTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         except RuntimeError as error:  # torch has no OSError for a full disk
             reason = str(error).splitlines()[0]
             raise ExpertError(f"Checkpoint {folder} can't be written: {reason}") from error
-        (folder / COMPLETE).write_text(json.dumps({"step": self.state.global_step}))
+        processes.wait_for_all()  # each has written its random state
+        if processes.is_first():
+            (folder / COMPLETE).write_text(json.dumps({"step": self.state.global_step}))
+            self._watcher.kept()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self._restore(Path(resume_from_checkpoint))
@@ -304,20 +345,27 @@ class _ValidateLastStep(TrainerCallback):  # type: ignore[misc]  # transformers 
 class _ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
     """One line on the terminal (steps, loss, tokens per second); a log line per validation."""
 
-    def __init__(self, label: str, lengths: list[int], order: list[int], batch: int) -> None:
+    def __init__(
+        self, label: str, lengths: list[int], order: list[int], batch: int, watcher: Watcher
+    ) -> None:
         self.label, self.tokens, self.seconds = label, 0, 0.0
+        self._watcher = watcher
         self._lengths, self._order, self._batch = lengths, order, batch
         self._bar: Any = None
         self._begun = 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar where a resumed run stands."""
+        """Open the bar where a resumed run stands, which may be in another place than it was."""
+        if state.best_model_checkpoint is not None:
+            best = Path(state.best_model_checkpoint).name
+            state.best_model_checkpoint = str(Path(args.output_dir) / best)
+        self._watcher.advanced(state.global_step)
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
             desc=self.label,
             unit="step",
-            disable=None,
+            disable=None if processes.is_first() else True,
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -330,13 +378,14 @@ class _ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is un
         start = (state.global_step - 1) * self._batch
         self.tokens += sum(self._lengths[i] for i in self._order[start : start + self._batch])
         self._bar.update(1)
+        self._watcher.advanced(1)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Show loss and speed beside the bar; log validations."""
         if logs and "loss" in logs:
             rate = self.tokens / self.seconds if self.seconds else 0.0
             self._bar.set_postfix_str(f"loss {logs['loss']:.3f}, {rate:.0f} tokens/s")
-        if logs and "eval_loss" in logs:
+        if logs and "eval_loss" in logs and processes.is_first():
             logger.info(
                 "%s: step %d of %d, validation loss %.4f",
                 self.label,

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
+from . import processes
 from .adapters import (
     ADAPTER_WEIGHTS,
     LoraFactors,
@@ -31,7 +32,7 @@ from .encoding import Encoder
 from .errors import ConfigError, ExpertError
 from .expert import LAYOUT, Expert, check_name
 from .files import sha256_of
-from .fitting import FitReport, fit
+from .fitting import FitReport, Watcher, fit
 from .sites import WrappedLinear, find_sites, replace_module
 from .statistics import check_base, statistics_of
 from .tasks import Task
@@ -130,6 +131,7 @@ def train_gates(
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     check_name(name or out.name)
+    processes.join()
     read_adapter_config(adapter)
     base = load_base(base) if isinstance(base, str) else base
     record = None
@@ -147,7 +149,7 @@ def train_gates(
     task, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
     check_fit(adapter.name, read_lora(adapter), find_sites(base.model))
     with open_work(out, identity, resume=resume, restart=restart) as work:
-        expert = add_gates(
+        return add_gates(
             base,
             adapter,
             task,
@@ -159,8 +161,6 @@ def train_gates(
             name=name,
             record=record,
         )
-        shutil.rmtree(work)
-    return expert
 
 
 @dataclass(frozen=True)
@@ -187,21 +187,26 @@ def add_gates(
     gate_training: GateTraining,
     name: str | None = None,
     record: Record | None = None,
+    watcher: Watcher | None = None,
 ) -> Expert:
     """The stage shared by `train_gates` and `train_expert`: gates, statistics, the directory.
 
-    `task` has its validation split. Checkpoints go to `work`; those found there are continued from.
-    Gates that `record` brings along are taken as they are.
+    `task` has its validation split. Checkpoints go to `work`; those found there are continued from;
+    it is removed at the end. Gates that `record` brings along are taken as they are. Of several
+    processes the first measures and writes.
     """
     record = record or Record()
     lora = read_lora(adapter)
     metrics, gates = dict(record.metrics), record.gates
     if gates is None:
         with gated(base.model, lora) as layers:
-            report = _fit_gates(base, layers, task, encoder, training, gate_training, work)
+            report = _fit_gates(base, layers, task, encoder, training, gate_training, work, watcher)
             gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
         known = {key: value for key, value in asdict(report).items() if value is not None}
         metrics |= {f"gate_{key}": value for key, value in known.items()}
+    if not processes.is_first():
+        processes.wait_for_all()
+        return Expert.load(out)
     measured = statistics_of(base, lora, task, encoder, gate_training, training.seed)
     expert = Expert.from_peft(
         adapter,
@@ -220,7 +225,10 @@ def add_gates(
         },
         metrics=metrics,
     )
-    return expert.save(out)
+    saved = expert.save(out)
+    shutil.rmtree(work)
+    processes.wait_for_all()
+    return saved
 
 
 def _fit_gates(
@@ -231,6 +239,7 @@ def _fit_gates(
     training: Training,
     gate_training: GateTraining,
     work: Path,
+    watcher: Watcher | None,
 ) -> FitReport:
     base.model.requires_grad_(False)
     for layer in layers.values():
@@ -246,6 +255,7 @@ def _fit_gates(
         work=work / "gates",
         checkpoint_every=min(GATE_CHECKPOINT_EVERY, gate_training.gate_steps),
         label=f"{task.name}: gates",
+        watcher=watcher,
     )
 
 

@@ -17,17 +17,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bases import Base, load_base
 from .config import Routing
-from .errors import ConfigError
+from .elsewhere import absolute
+from .errors import ConfigError, PoolError
 from .expert import Expert
 from .files import sha256_of
+from .hub import local_folder
 from .opening import OpenedModel, is_pool, is_routed, open_model
 from .packed import ROUTED_INFO
 from .pool import Pool
 from .routed import compose, detach
 from .sites import ROUTED
 
-__all__ = ["DERIVED", "METHODS", "SHARED", "Row"]
-__all__ += ["lacking", "reference_row", "rows_of", "single_rows"]
+__all__ = ["DERIVED", "METHODS", "SHARED", "Row", "RowPlace"]
+__all__ += ["lacking", "pool_row", "reference_row", "rows_of", "single_rows"]
 
 # In the order of the tables. Oracle and Best Individual follow from the single experts' results.
 METHODS: dict[str, str] = {
@@ -75,6 +77,15 @@ class Row:
     routing: Routing | None = None
     place: str | None = None
 
+    def elsewhere(self) -> RowPlace:
+        """The same by the places of its experts."""
+        place = None if self.place is None else absolute(self.place)
+        experts = None if self.pool is None else self.pool.records()
+        return RowPlace(
+            replace(self, pool=None, place=place),
+            None if experts is None else tuple(record["path"] for record in experts),
+        )
+
     @contextmanager
     def model(self, base: Base) -> Iterator[OpenedModel]:
         """The row's model while the context is open; `base` is as it was afterwards."""
@@ -90,6 +101,33 @@ class Row:
         finally:
             if hasattr(opened.model, ROUTED):
                 detach(opened.model)
+
+
+@dataclass(frozen=True)
+class RowPlace:
+    """A comparison's row by the places of its experts; `experts` None: it has no pool."""
+
+    row: Row
+    experts: tuple[str, ...] | None
+
+    def open(self, loaded: dict[str, Expert]) -> Row:
+        """The row; experts are taken from `loaded`, by place, and those missing are added to it.
+
+        Raises PoolError when the experts there are not those that the row was made of.
+        """
+        if self.experts is None:
+            return self.row
+        for place in self.experts:
+            if place not in loaded:
+                loaded[place] = Expert.load(local_folder(place))
+        pool = Pool(tuple(loaded[place] for place in self.experts))
+        row = pool_row(self.row.name, self.row.label, pool, self.row.routing or Routing())
+        if row.identity != self.row.identity:
+            raise PoolError(
+                f"{self.row.label}: the experts that this worker finds at {self.experts[0]} and "
+                f"beside it are not those that the comparison was begun with."
+            )
+        return row
 
 
 def _composed(pool: Pool, base: Base, routing: Routing) -> OpenedModel:
@@ -138,7 +176,7 @@ def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
 def single_rows(pool: Pool) -> list[Row]:
     """A row for each expert of the pool, alone."""
     return [
-        _pool_row(name, name, pool.select([name]), Routing(router="single", k=1))
+        pool_row(name, name, pool.select([name]), Routing(router="single", k=1))
         for name in pool.names
     ]
 
@@ -159,16 +197,17 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     pool = Pool.open(place)
     alone = Routing(router="single", k=1)
     chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose", expert=None)
-    return _pool_row(label, label, pool, chosen)
+    return pool_row(label, label, pool, chosen)
 
 
 def _row(name: str, pool: Pool, routing: Routing) -> Row:
     if name == "base":
         return Row(name, METHODS[name], {"model": "base"})
-    return _pool_row(name, METHODS[name], pool, routing)
+    return pool_row(name, METHODS[name], pool, routing)
 
 
-def _pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
+def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
+    """The row of `pool` routed by `routing`."""
     router = routing.router
     settings = {key: getattr(routing, key) for key in (*SETTINGS.get(router, ()), "kernel")}
     identity = {

@@ -35,6 +35,7 @@ __all__ = [
     "PackedTensors",
     "Segment",
     "quantised",
+    "read_info",
     "read_packed",
 ]
 
@@ -162,7 +163,7 @@ def read_packed(directory: Path) -> Packed:
     Raises RoutingError when it is missing or damaged.
     """
     path = directory / ROUTED_INFO
-    info = _read_info(path)
+    info = read_info(path)
     listed = info.get("segments") or [
         {
             "file": ROUTED_WEIGHTS,
@@ -199,7 +200,8 @@ def _read_weights(path: Path, sha256: str) -> TensorFile:
     return tensors
 
 
-def _read_info(path: Path) -> dict[str, Any]:
+def read_info(path: Path) -> dict[str, Any]:
+    """The description in the file `path`. Raises RoutingError when it is missing or damaged."""
     try:
         info = read_json_object(path, RoutingError)
     except FileNotFoundError as error:

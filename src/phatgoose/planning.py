@@ -26,6 +26,7 @@ from .encoding import Encoder
 from .errors import BaseModelError, ConfigError, TaskError
 from .expert import MOST_EMBEDDINGS
 from .shapes import Shapes
+from .speeds import Speed
 from .suites.sources import TrainingTask
 from .tasks import Task
 
@@ -39,6 +40,9 @@ EMBEDDING_DIMS = 384  # of the default embedder, all-MiniLM-L6-v2
 FLOAT32 = 4
 CHECKPOINTS = 3  # the best and the last one, while the next is written
 CHECKPOINT_COPIES = 3  # a parameter and its two moments in AdamW
+TRAINABLE_COPIES = 4  # the same and its gradient
+LOGIT_BYTES = 10  # of a logit: bfloat16, float32, its gradient
+RUNTIME_BYTES = 600_000_000  # of torch, transformers and what they load
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,8 @@ class Plan:
     """What training a pool will take, task by task.
 
     `sites`, `lora_parameters` and `gate_parameters` are those of one expert. `working_bytes` is the
-    room for the checkpoints of the expert in training. `notes` say what was assumed.
+    room for the checkpoints of the expert in training, `memory_bytes` what its process takes, and
+    `start_seconds` when it begins. `notes` say what was assumed.
     """
 
     base: str
@@ -84,6 +89,8 @@ class Plan:
     gate_parameters: int
     tasks: tuple[PlannedTask, ...]
     working_bytes: int
+    memory_bytes: int
+    start_seconds: float
     notes: tuple[str, ...]
 
     @property
@@ -123,12 +130,14 @@ def plan_training(
     dtype: str = "auto",
     tflops: float | None = None,
     tokens_per_second: float | None = None,
+    speed: Speed | None = None,
 ) -> Plan:
     """What training an expert of `base` on each task will take.
 
     Data that are on this machine are read, one dataset at a time; datasets of the Hub are not. The
     base's weights are never needed. `tflops` is the speed that is kept up, in 10^12 operations a
-    second (None: TFLOPS); `tokens_per_second`, as training reports it, is used instead where known.
+    second (None: TFLOPS); `tokens_per_second`, as training reports it, is used instead where known,
+    and so is a measured `speed`.
 
     Raises ConfigError for a speed that isn't one, BaseModelError when the base's config isn't on
     this machine (the two bases of the recipes are known without), TaskError for a task file of the
@@ -136,9 +145,9 @@ def plan_training(
     """
     lora, training = lora or Lora(), training or Training()
     gate_training, formatting = gate_training or GateTraining(), formatting or Formatting()
-    for name, speed in (("tflops", tflops), ("tokens_per_second", tokens_per_second)):
-        if speed is not None and not (0 < speed < math.inf):
-            raise ConfigError(f"{name} is {speed!r}, but must be above 0 and finite.")
+    for name, given in (("tflops", tflops), ("tokens_per_second", tokens_per_second)):
+        if given is not None and not (0 < given < math.inf):
+            raise ConfigError(f"{name} is {given!r}, but must be above 0 and finite.")
     shapes = Shapes.of(base, lora)
     planner = _Planner(
         shapes,
@@ -148,7 +157,7 @@ def plan_training(
         _encoder(base, shapes, formatting),
         choose_dtype(dtype).itemsize,
         TFLOPS if tflops is None else tflops,
-        tokens_per_second,
+        speed or (None if tokens_per_second is None else Speed.of(tokens_per_second)),
     )
     unread: list[str] = []
     planned = tuple(
@@ -163,6 +172,8 @@ def plan_training(
         gate_parameters=shapes.gates,
         tasks=planned,
         working_bytes=planner.working_bytes,
+        memory_bytes=planner.memory_bytes(planned),
+        start_seconds=planner.speed.start_seconds if planner.speed else 0.0,
         notes=tuple(_notes(base, planner, planned, unread)),
     )
 
@@ -187,7 +198,7 @@ class _Planner:
     encoder: Encoder | None
     itemsize: int
     tflops: float
-    tokens_per_second: float | None
+    speed: Speed | None
 
     @property
     def working_bytes(self) -> int:
@@ -195,6 +206,23 @@ class _Planner:
         joint = self.shapes.gates if self.gate_training.joint else 0
         held = CHECKPOINTS * CHECKPOINT_COPIES * FLOAT32 * (self.shapes.lora + joint)
         return held + self.itemsize * self.shapes.lora
+
+    def memory_bytes(self, tasks: Sequence[PlannedTask]) -> int:
+        """What a process takes: measured, or else counted for the task of the longest sequences.
+
+        Counted are the base, trained parameters with gradients and moments, and what the way back
+        needs of one micro-batch: every site's input and output, and the logits.
+        """
+        if self.speed is not None and self.speed.memory_bytes is not None:
+            return self.speed.memory_bytes
+        shapes, rows = self.shapes, min(self.training.micro_batch_size, self.training.batch_size)
+        trained = shapes.lora + (shapes.gates if self.gate_training.joint else 0)
+        length = max((task.prompt_tokens + task.target_tokens for task in tasks), default=0.0)
+        target = max((task.target_tokens for task in tasks), default=0.0)
+        activations = rows * length * shapes.features * self.itemsize
+        logits = rows * target * shapes.vocabulary * LOGIT_BYTES
+        held = self.itemsize * shapes.base + TRAINABLE_COPIES * FLOAT32 * trained
+        return RUNTIME_BYTES + held + round(activations + logits)
 
     def plan(self, task: TrainingTask, data: Task | None) -> PlannedTask:
         """The costs of one task; `data` is None where it can't be read here."""
@@ -206,12 +234,15 @@ class _Planner:
         trained = training.batch_size * (training.steps + gate_steps)
         measured = self._validated(data) + (self._sampled(examples) if gates.means else 0)
         operations = lengths.prompt * shapes.prompt + lengths.target * shapes.target
-        if self.tokens_per_second is None:
+        if self.speed is None:
             work = (TRAINED * trained + MEASURED * measured) * operations
             seconds = work / (self.tflops * 1e12)
         else:
-            like_trained = trained + measured * MEASURED / TRAINED
-            seconds = like_trained * length / self.tokens_per_second
+            speed, batch = self.speed, training.batch_size
+            expert, gate = batch * training.steps, batch * gate_steps
+            seconds = length * (
+                expert / speed.expert + gate / speed.gates + measured / speed.forward
+            )
         return PlannedTask(
             name=task.name,
             source=task.entry.source or task.named,
@@ -323,14 +354,19 @@ def _notes(
         f"For {count} of {len(tasks)} tasks, the tokens of a sequence are {meanings[basis]}."
         for basis, count in counts.items()
     ]
-    if planner.tokens_per_second is None:
+    if planner.speed is None:
         notes.append(
             f"Time is {TRAINED} operations for each linear parameter and trained token, {MEASURED} "
             f"for validation and statistics, at {planner.tflops:g} TFLOP/s kept up; "
             f"{TFLOPS:g} is assumed of an A100- or H100-class GPU in bfloat16, not measured."
         )
     else:
-        notes.append(f"Time is at {planner.tokens_per_second:g} trained tokens a second, as given.")
+        notes.append(planner.speed.told())
+    if planner.speed is None or planner.speed.memory_bytes is None:
+        notes.append(
+            "Memory is counted, not measured: base, trained parameters with gradients and moments, "
+            "and the activations of one micro-batch."
+        )
     if planner.shapes.from_table:
         notes.append(f"The config of {base} isn't on this machine; its published shapes are used.")
     if planner.gate_training.embeddings:

@@ -44,8 +44,9 @@ class Shapes:
 
     `lora` and `gates` are those of one expert at `sites` sites. `prompt` and `target` are those of
     the base's linear layers that a prompt's and a target's token passes: logits are computed for
-    targets only, and an encoder-decoder model reads prompts in its encoder. `from_table` says that
-    the base was found in KNOWN_BASES.
+    targets only, and an encoder-decoder model reads prompts in its encoder. `base` is all of the
+    base's parameters, `features` what goes into and comes out of the sites for one token, and
+    `vocabulary` its logits. `from_table` says that the base was found in KNOWN_BASES.
     """
 
     sites: int
@@ -53,6 +54,9 @@ class Shapes:
     gates: int
     prompt: int
     target: int
+    base: int
+    features: int
+    vocabulary: int
     is_encoder_decoder: bool
     from_table: bool
 
@@ -84,6 +88,9 @@ class Shapes:
             gates=sum(site.in_features for site in chosen),
             prompt=passed["encoder" if is_encoder_decoder else "decoder"],
             target=passed["decoder"] + (0 if head is None else head.weight.numel()),
+            base=sum(parameter.numel() for parameter in model.parameters()),
+            features=sum(site.in_features + site.out_features for site in chosen),
+            vocabulary=0 if head is None else head.weight.shape[0],
             is_encoder_decoder=is_encoder_decoder,
             from_table=from_table,
         )

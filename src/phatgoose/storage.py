@@ -17,7 +17,7 @@ from .config import Routing
 from .errors import ConfigError, RoutingError, WrongBaseError
 from .files import sha256_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
-from .packed import EMBEDDINGS, OWNERS, ROUTED_INFO, ROUTED_WEIGHTS, read_packed
+from .packed import EMBEDDINGS, OWNERS, ROUTED_INFO, ROUTED_WEIGHTS, read_info, read_packed
 from .pool import SiteStack
 from .routed import (
     Composition,
@@ -31,7 +31,7 @@ from .routers import Lookup, Retriever, TaskTable, VectorRouter
 from .sites import Site, find_sites
 from .work import new_directory
 
-__all__ = ["layer_tensors", "load", "lookup_info", "lookup_tensors", "save"]
+__all__ = ["base_of", "layer_tensors", "load", "lookup_info", "lookup_tensors", "save"]
 
 FORMAT_VERSION = 1
 
@@ -72,8 +72,9 @@ def load(
     """
     directory = Path(directory)
     packed = read_packed(directory)
+    wanted = base_of(directory)
     try:
-        wanted, routing = BaseReference(**packed.info["base"]), Routing(**packed.info["routing"])
+        routing = Routing(**packed.info["routing"])
     except TypeError as error:
         raise RoutingError(f"{directory / ROUTED_INFO} has unknown settings: {error}.") from error
     if base is None:
@@ -99,6 +100,18 @@ def load(
         lookup=lookup,
     )
     return install(found.model, parts)
+
+
+def base_of(directory: str | Path) -> BaseReference:
+    """The base that the routed model in `directory` was made of.
+
+    Raises RoutingError when the folder is missing or damaged.
+    """
+    path = Path(directory) / ROUTED_INFO
+    try:
+        return BaseReference(**read_info(path)["base"])
+    except TypeError as error:
+        raise RoutingError(f"{path} has unknown settings: {error}.") from error
 
 
 def _tensors(parts: Composition) -> dict[str, Tensor]:

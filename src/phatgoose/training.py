@@ -27,13 +27,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from . import processes
 from .bases import Base, load_base
 from .collating import Collator
 from .config import Formatting, GateTraining, Lora, Training
 from .encoding import Encoder
 from .errors import ExpertError
 from .expert import Expert, check_name
-from .fitting import FitReport, fit
+from .fitting import FitReport, Watcher, fit
 from .gates import Record, add_gates, openness
 from .sites import find_sites
 from .tasks import Task
@@ -80,6 +81,7 @@ def train_expert(
     name: str | None = None,
     resume: bool = False,
     restart: bool = False,
+    watcher: Watcher | None = None,
 ) -> Expert:
     """A finished expert for `task`, written to `out`: LoRA, gates, statistics (METHOD section 3).
 
@@ -88,6 +90,8 @@ def train_expert(
     `base` is a loaded base or its name; loading it once serves many tasks. Checkpoints are kept in
     `.<out's name>.work` beside `out`. An interrupted run is continued with `resume` (a finished one
     is simply loaded) and thrown away with `restart`; with neither, existing work is an error.
+    `watcher` is told of steps and of what is kept. Where `accelerate launch` started several
+    processes, all of them call this, share each batch, and the first one writes.
     Raises ExpertError when `out` exists or the name can't be an expert's, ConfigError when resumed
     work had other settings, TaskError when the task can't be used.
     """
@@ -100,6 +104,7 @@ def train_expert(
     if out.exists():
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     check_name(name or out.name)
+    processes.join()
     base = load_base(base) if isinstance(base, str) else base
     identity = {
         "base": base.fingerprint,
@@ -111,13 +116,15 @@ def train_expert(
     find_sites(base.model, lora.sites)
     with open_work(out, identity, resume=resume, restart=restart) as work:
         joint = gate_training.joint
-        adapter = _train_lora(base, task, encoder, work, lora, training, joint=joint)
+        adapter = _train_lora(
+            base, task, encoder, work, lora, training, watcher or Watcher(), joint=joint
+        )
         record = Record(
             hyperparameters=asdict(lora),
             metrics=json.loads((work / REPORT).read_text(encoding="utf-8")),
             gates=load_file(work / JOINT_GATES) if joint else None,
         )
-        expert = add_gates(
+        return add_gates(
             base,
             adapter,
             task,
@@ -128,9 +135,8 @@ def train_expert(
             gate_training=gate_training,
             name=name,
             record=record,
+            watcher=watcher,
         )
-        shutil.rmtree(work)
-    return expert
 
 
 def _train_lora(
@@ -140,6 +146,7 @@ def _train_lora(
     work: Path,
     lora: Lora,
     training: Training,
+    watcher: Watcher,
     *,
     joint: bool,
 ) -> Path:
@@ -149,6 +156,7 @@ def _train_lora(
     """
     finished = work / "adapter"
     if finished.is_dir():
+        watcher.advanced(training.steps)
         return finished
     collator = Collator(base.model, base.tokenizer.pad_token_id)
     pairs = [
@@ -168,11 +176,16 @@ def _train_lora(
             work=work / "lora",
             checkpoint_every=min(training.eval_every, training.steps),
             label=f"{task.name}: expert",
+            watcher=watcher,
         )
-        if joint:
-            save_file(_take_gates(base), work / JOINT_GATES)
-        _save_adapter(model, base, work, report)
-    shutil.rmtree(work / "lora")
+        gates = _take_gates(base) if joint else None
+        if processes.is_first():
+            if gates is not None:
+                save_file(gates, work / JOINT_GATES)
+            _save_adapter(model, base, work, report)
+            shutil.rmtree(work / "lora")
+            watcher.kept()
+        processes.wait_for_all()
     return finished
 
 

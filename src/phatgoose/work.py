@@ -11,16 +11,17 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from . import processes
 from .errors import ConfigError, ExpertError, PhatgooseError
 
-__all__ = ["discard_work", "new_directory", "open_work", "write_text"]
+__all__ = ["discard_work", "new_directory", "open_work", "wait_for_work", "work_of", "write_text"]
 
 IDENTITY, LOCK = "run.json", "lock"
 WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
@@ -35,9 +36,14 @@ def open_work(
     `identity` tells the run apart: base, data and settings. While the context is open no other
     process can have the folder; a process that is killed gives it up. Raises ExpertError when there
     is unfinished work and neither `resume` nor `restart` is asked for, another process is at it, or
-    the folder can't be written; ConfigError when the work to resume has another identity.
+    the folder can't be written; ConfigError when the work to resume has another identity. Of
+    several processes of one training (`phatgoose.processes`) the first has it for all of them.
     """
-    work = _work_of(out)
+    work = work_of(out)
+    if not processes.is_first():
+        processes.wait_for_all()
+        yield work
+        return
     file, content = work / IDENTITY, json.dumps(identity, indent=2)
     try:
         work.mkdir(parents=True, exist_ok=True)
@@ -57,6 +63,7 @@ def open_work(
                     f"The unfinished work in {work} had other settings, data or another base; "
                     f"repeat them, or use restart to throw it away."
                 )
+            processes.wait_for_all()
             yield work
     except Timeout as problem:
         raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
@@ -66,10 +73,22 @@ def open_work(
 
 def discard_work(out: Path) -> None:
     """Remove what a run that was killed between finishing `out` and tidying up left beside it."""
-    shutil.rmtree(_work_of(out), ignore_errors=True)
+    shutil.rmtree(work_of(out), ignore_errors=True)
 
 
-def _work_of(out: Path) -> Path:
+def wait_for_work(out: Path, seconds: float) -> None:
+    """Come back when no process is at work on `out`, or after so many `seconds`.
+
+    A process on another machine that has lost its connection takes a moment to notice.
+    """
+    lock = work_of(out) / LOCK
+    if seconds > 0 and lock.exists():
+        with suppress(Timeout), FileLock(lock).acquire(timeout=seconds):
+            pass
+
+
+def work_of(out: Path) -> Path:
+    """The folder of the unfinished work on `out`."""
     return out.parent / f".{out.name}.work"
 
 

@@ -23,7 +23,7 @@ from .places import Place, place_of
 from .reading import read_examples
 from .results import ORACLE, Analysis, RouterAnalysis
 from .tally import RoutingProfile, RoutingTally
-from .traces import Trace, TraceStream, trace
+from .traces import Trace, TraceKeeper, TraceStream, join_streams, trace
 
 __all__ = [
     "ORACLE",
@@ -35,9 +35,11 @@ __all__ = [
     "RoutingProfile",
     "RoutingTally",
     "Trace",
+    "TraceKeeper",
     "TraceStream",
     "analyse",
     "findings_of",
+    "join_streams",
     "leave_one_out",
     "place_of",
     "read_examples",

@@ -6,8 +6,8 @@ docs/analysis.md has the JSON form ("Traces"), which the token explorer of the r
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from .places import Place, place_of
 from .reading import pass_through
 from .tally import PARTS
 
-__all__ = ["Trace", "TraceStream", "trace"]
+__all__ = ["Trace", "TraceKeeper", "TraceStream", "join_streams", "trace"]
 
 Array = NDArray[np.float64]
 
@@ -80,6 +80,31 @@ class TraceStream:
             and (kind is None or f".{place.kind}".endswith(f".{kind}"))
         ]
 
+    def some(self, chosen: slice, tokens: Sequence[str], parts: Sequence[int]) -> TraceStream:
+        """The `chosen` ones of the tokens, whose texts and parts are given."""
+        return replace(
+            self,
+            tokens=tuple(tokens),
+            parts=tuple(parts),
+            experts=self.experts[chosen],
+            weights=self.weights[chosen],
+        )
+
+    def without_experts(self, token: str, part: int) -> TraceStream:
+        """A token of this stream that nobody served."""
+        shape = (1, *self.experts.shape[1:])
+        nobody = {"experts": np.zeros(shape, np.uint16), "weights": np.zeros(shape, np.uint8)}
+        return replace(self, tokens=(token,), parts=(part,), **nobody)  # type: ignore[arg-type]
+
+    def tokens_dict(self) -> dict[str, Any]:
+        """The tokens alone, as plain data: what the token explorer appends."""
+        return {
+            "tokens": list(self.tokens),
+            "parts": list(self.parts),
+            "experts": _base64(self.experts.astype("<u2")),
+            "weights": _base64(self.weights),
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
         layers = list(dict.fromkeys(place.layer_name for place in self.places))
@@ -91,10 +116,7 @@ class TraceStream:
             "sites": [[layers.index(p.layer_name), kinds.index(p.kind)] for p in self.places],
             "kept": int(self.experts.shape[2]),
             "is_cut": self.is_cut,
-            "tokens": list(self.tokens),
-            "parts": list(self.parts),
-            "experts": _base64(self.experts.astype("<u2")),
-            "weights": _base64(self.weights),
+            **self.tokens_dict(),
         }
 
 
@@ -117,6 +139,23 @@ class Trace:
         }
 
 
+def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
+    """The streams in `parts`, those of one name joined to one, their tokens in order."""
+    by_name: dict[str, list[TraceStream]] = {}
+    for part in parts:
+        by_name.setdefault(part.name, []).append(part)
+    return [
+        replace(
+            same[0],
+            tokens=tuple(token for part in same for token in part.tokens),
+            parts=tuple(number for part in same for number in part.parts),
+            experts=np.concatenate([part.experts for part in same]),
+            weights=np.concatenate([part.weights for part in same]),
+        )
+        for same in by_name.values()
+    ]
+
+
 def trace(
     model: PreTrainedModel, encoder: Encoder, prompt: str, answer: str, router: str | None = None
 ) -> Trace:
@@ -127,14 +166,15 @@ def trace(
     """
     parts = composition_of(model)
     pair = encoder.pair(prompt, answer)
-    keeper = _TraceKeeper()
+    keeper = TraceKeeper()
     pass_through(model, encoder, [pair], [keeper])
-    streams = _streams(model, encoder, pair)
-    return Trace(
-        parts.experts,
-        router or parts.routing.router,
-        tuple(stream for stream in (keeper.stream(*each) for each in streams) if stream),
+    passed = keeper.streams()
+    streams = (
+        passed[name].some(slice(None), tokens, marks)
+        for name, tokens, marks in _streams(model, encoder, pair)
+        if name in passed
     )
+    return Trace(parts.experts, router or parts.routing.router, tuple(streams))
 
 
 def _streams(
@@ -170,8 +210,8 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str
     return tuple(pieces)
 
 
-class _TraceKeeper:
-    """An observer of one pass of one row."""
+class TraceKeeper:
+    """An observer of one pass, of one row or many: the experts of greatest weight at each site."""
 
     def __init__(self) -> None:
         self._seen: dict[str, list[tuple[str, Tensor, Tensor, bool]]] = {}
@@ -197,23 +237,25 @@ class _TraceKeeper:
         is_cut = weights.shape[1] > MOST_KEPT
         self._seen.setdefault(site.stream, []).append((site.name, best, kept.values, is_cut))
 
-    def stream(
-        self, name: Stream, tokens: tuple[str, ...], parts: tuple[int, ...]
-    ) -> TraceStream | None:
-        """What was kept of one stream, None if no site of it was passed."""
-        seen = self._seen.get(name)
-        if not seen:
-            return None
+    def streams(self) -> dict[str, TraceStream]:
+        """What was kept of each stream that was passed: every token of every row, in turn.
+
+        Tokens have no text yet, nor parts; `TraceStream.some` gives them theirs.
+        """
+        return {name: self._stream(name) for name in self._seen}
+
+    def _stream(self, name: str) -> TraceStream:
+        seen = self._seen[name]
         kept = max(best.shape[1] for _, best, _, _ in seen)
-        shape = (len(tokens), len(seen), kept)
+        shape = (len(seen[0][1]), len(seen), kept)
         experts, shares = np.zeros(shape, np.uint16), np.zeros(shape)
         for index, (_, best, weights, _) in enumerate(seen):
             experts[:, index, : best.shape[1]] = best.numpy()
             shares[:, index, : best.shape[1]] = weights.numpy()
         return TraceStream(
             name,
-            tokens,
-            parts,
+            (),
+            (),
             tuple(place_of(site) for site, _, _, _ in seen),
             experts,
             _in_bytes(shares),

@@ -6,7 +6,7 @@ The paper's pools have 36 and 166 datasets, so that nothing is loaded before its
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -45,6 +45,19 @@ class TrainingTask:
     def load(self) -> Task:
         """The task, loaded anew at each call. Raises TaskError when it can't be."""
         return self.entry.read(self.places)
+
+    def elsewhere(self) -> TrainingTask:
+        """The same task for another machine: a file of the user's own is read here and comes along.
+
+        Copies and datasets of the Hub are for that machine to read.
+        """
+        if self.place == "file":
+            task = self.load()
+            return replace(self, entry=replace(self.entry, read=lambda _: task))
+        folders = [
+            folder and folder.absolute() for folder in (self.places.data, self.places.templates)
+        ]
+        return replace(self, places=Sources(*folders))
 
 
 def open_tasks(

@@ -10,6 +10,14 @@ from rich.console import Console
 
 from ...config import Formatting, Recipe, Routing
 from ...errors import ConfigError
+from .engines import (
+    AddressOption,
+    CpusOption,
+    EngineOption,
+    GpusOption,
+    WorkersOption,
+    open_engine,
+)
 from .experts import BaseOption, DataOption, DtypeOption, TemplatesOption
 from .flags import with_settings
 
@@ -72,6 +80,11 @@ def compare(
     templates: TemplatesOption = None,
     base: BaseOption = None,
     dtype: DtypeOption = "auto",
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = None,
     recipe: Recipe,
     routing: Routing,
     formatting: Formatting,
@@ -87,20 +100,22 @@ def compare(
     opened = Pool.open(pool[0] if len(pool) == 1 else pool)
     name = base or recipe.base or opened.base.id
     revision = None if base or recipe.base else opened.base.revision
-    comparison = run(
-        opened,
-        _split(suites),
-        _split(methods),
-        out=out,
-        base=load_base(name, dtype=dtype, revision=revision),
-        references=references,
-        limit=limit,
-        seed=seed,
-        routing=routing,
-        formatting=formatting,
-        max_new_tokens=max_new_tokens,
-        sources=Sources(data or recipe.data, templates or recipe.templates),
-    )
+    with open_engine(engine, address, workers, gpus_per_worker, cpus_per_worker) as chosen:
+        comparison = run(
+            opened,
+            _split(suites),
+            _split(methods),
+            out=out,
+            base=load_base(name, dtype=dtype, revision=revision),
+            references=references,
+            limit=limit,
+            seed=seed,
+            routing=routing,
+            formatting=formatting,
+            max_new_tokens=max_new_tokens,
+            sources=Sources(data or recipe.data, templates or recipe.templates),
+            engine=chosen,
+        )
     for table in (means_table(comparison), differences_table(comparison)):
         if table is not None:
             Console().print(table)

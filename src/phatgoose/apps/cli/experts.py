@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 
 from ...config import Formatting, GateTraining, Lora, Recipe, Training
 from ...errors import ConfigError, ExpertError
+from .engines import (
+    AddressOption,
+    CpusOption,
+    EngineOption,
+    GpusOption,
+    WorkersOption,
+    open_engine,
+)
 from .flags import with_settings
 from .plan import (
     JsonOption,
+    MeasureOption,
     PlanOption,
     TflopsOption,
     TokensPerSecondOption,
@@ -23,6 +33,8 @@ from .plan import (
 
 if TYPE_CHECKING:
     from ...expert import Expert
+    from ...expert_folder import ExpertFolder, TrainedExpert
+    from ...speeds import Speed
     from ...suites.sources import TrainingTask
 
 __all__ = [
@@ -59,7 +71,9 @@ TemplatesOption = Annotated[
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue unfinished work.")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Throw unfinished work away.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder that receives the experts.")]
+OutOption = Annotated[
+    str, typer.Option("--out", help="Folder that receives the experts, or an fsspec URL of one.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -81,7 +95,7 @@ def train(
             "recipe's."
         ),
     ] = None,
-    out: OutOption = Path("experts"),
+    out: OutOption = "experts",
     multitask: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--multitask", help="Train one expert of this name on all tasks at once."),
@@ -101,9 +115,15 @@ def train(
     templates: TemplatesOption = None,
     resume: ResumeOption = False,
     restart: RestartOption = False,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = None,
+    gpus_per_worker: GpusOption = None,
+    cpus_per_worker: CpusOption = None,
     plan: PlanOption = False,
     tflops: TflopsOption = None,
     tokens_per_second: TokensPerSecondOption = None,
+    measure: MeasureOption = False,
     json: JsonOption = None,
     recipe: Recipe,
     given: frozenset[str],
@@ -112,7 +132,7 @@ def train(
     gates: GateTraining,
     formatting: Formatting,
 ) -> None:
-    """Train one expert per task, one after another, with the base loaded once."""
+    """Train one expert per task; in this process one after another, with the base loaded once."""
     sources = tasks or list(recipe.tasks)
     if not sources:
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
@@ -120,57 +140,65 @@ def train(
         raise ConfigError("--mixture-most is for --multitask NAME, which was not given.")
     speeds = {"tflops": tflops, "tokens_per_second": tokens_per_second}
     if not plan:
-        refuse_without_plan({**speeds, "json": json})
+        refuse_without_plan({**speeds, "measure": measure, "json": json})
+    from ...expert_folder import expert_folder
     from ...suites.sources import Sources, mixture, open_tasks
 
     places = Sources(data or recipe.data, templates or recipe.templates)
     opened = open_tasks(sources, places, template=template, choices=choices)
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
-    _refuse_taken_names(opened, out, resume=resume)
-    unfinished = [task for task in opened if not (out / task.name).exists()]
+    folder = expert_folder(out)
+    _refuse_taken_names(opened, folder, resume=resume)
+    unfinished = [task for task in opened if not folder.has(task.name)]
     name = base or recipe.base or "smollm2"
+    settings: dict[str, Any] = {"lora": lora, "formatting": formatting, "dtype": dtype}
     if plan:
         from ...planning import plan_training
+        from ...schedules import schedule
 
+        settings |= {"training": training, "gate_training": gates}
+        speed = _measured(name, unfinished, speeds, settings) if measure else None
         planned = plan_training(
             name,
             unfinished,
-            lora=lora,
-            training=training,
-            gate_training=gates,
-            formatting=formatting,
-            dtype=dtype,
-            **speeds,
+            **settings,
+            tflops=tflops,
+            tokens_per_second=tokens_per_second,
+            speed=speed,
         )
-        show_plan(planned, finished=len(opened) - len(unfinished), path=json)
+        spread = schedule(planned, workers or 1, gpus_per_worker or 0.0)
+        show_plan(planned, spread, finished=len(opened) - len(unfinished), path=json)
         return
-    from ...bases import load_base
-    from ...expert import Expert
-    from ...training import train_expert
-    from ...work import discard_work
+    from ... import processes
+    from ...pool_training import ExpertJob, train_experts
 
     _read_own_files(unfinished, training.seed)
-    model = load_base(name, dtype=dtype)
-    for number, task in enumerate(opened, 1):
-        place = out / task.name
-        if task not in unfinished:
-            discard_work(place)
-            expert = Expert.load(place)
-        else:
-            expert = train_expert(
-                model,
-                task.load(),
-                out=place,
-                name=task.name,
-                lora=lora,
-                training=_training_of(task, training, given),
-                gate_training=gates,
-                formatting=formatting,
-                resume=resume,
-                restart=restart,
-            )
-        typer.echo(f"[{number}/{len(opened)}] {_summary(expert)} -> {place}")
+    jobs = [
+        ExpertJob(task, _training_of(task, training, given), gates, resume, restart)
+        for task in opened
+    ]
+    with open_engine(engine, address, workers, gpus_per_worker, cpus_per_worker) as chosen:
+        trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
+        for number, expert in enumerate(trained, 1):
+            if processes.is_first():
+                typer.echo(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
+
+
+def _measured(
+    base: str,
+    tasks: list[TrainingTask],
+    speeds: Mapping[str, float | None],
+    settings: Mapping[str, Any],
+) -> Speed:
+    """The speed of training here, measured. Raises ConfigError when one was given as well."""
+    from ...trial import measure_speed
+
+    for name, value in speeds.items():
+        if value is not None:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} tells a speed, and --measure finds one: choose.")
+    return measure_speed(base, tasks, **settings)
 
 
 def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
@@ -188,8 +216,8 @@ def _training_of(task: TrainingTask, training: Training, given: frozenset[str]) 
     return replace(training, micro_batch_size=most)
 
 
-def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -> None:
-    """Raise unless each task can have its expert in a folder of its own below `out`."""
+def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
+    """Raise unless each task can have its expert under its own name in `folder`."""
     from ...expert import check_name
 
     named: dict[str, str] = {}
@@ -201,14 +229,15 @@ def _refuse_taken_names(tasks: list[TrainingTask], out: Path, *, resume: bool) -
                 f"of one pool need own names."
             )
         named[task.name] = task.named
-        place = out / task.name
-        if place.exists() and not resume:
-            raise ExpertError(f"{place} exists already; choose another --out, or --resume.")
+        if folder.has(task.name) and not resume:
+            raise ExpertError(
+                f"{folder.place(task.name)} exists already; choose another --out, or --resume."
+            )
 
 
-def _summary(expert: Expert) -> str:
+def _summary(expert: TrainedExpert) -> str:
     """What training came to, on one line."""
-    metrics = expert.info.metrics
+    metrics = expert.metrics
     speed = metrics.get("gate_tokens_per_second")
     gates = "trained jointly" if speed is None else f"{speed:.0f} tokens/s"
     return (

@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
-from . import analysis, comparison, experts, routed, segments, sharing
+from . import analysis, comparison, experts, routed, segments, serving, sharing
 from .consoles import plain
 
 __all__ = ["app", "main"]
@@ -23,7 +23,7 @@ __all__ = ["app", "main"]
 HELP = """Many independently trained PEFT experts, routed per token and module into one model.
 
 Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate, compare,
-analyse.
+analyse, serve.
 """
 
 INTERRUPTED = 130
@@ -40,6 +40,7 @@ routed.register(app)
 segments.register(app)
 comparison.register(app)
 analysis.register(app)
+serving.register(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -17,9 +17,11 @@ from ...errors import ConfigError
 
 if TYPE_CHECKING:
     from ...planning import Plan, PlannedTask
+    from ...schedules import Schedule
 
 __all__ = [
     "JsonOption",
+    "MeasureOption",
     "PlanOption",
     "TflopsOption",
     "TokensPerSecondOption",
@@ -30,7 +32,18 @@ __all__ = [
 # typer reads annotations at run time, on Python 3.10 too: hence Optional instead of "| None".
 PlanOption = Annotated[
     bool,
-    typer.Option("--plan", help="Train nothing and download nothing: tell steps, time and disk."),
+    typer.Option(
+        "--plan",
+        help="Train nothing and download nothing: tell steps, time, memory and disk; "
+        "--workers and --gpus-per-worker describe a cluster.",
+    ),
+]
+MeasureOption = Annotated[
+    bool,
+    typer.Option(
+        "--measure",
+        help="With --plan: train a few batches here for the speed and the memory of a worker.",
+    ),
 ]
 TflopsOption = Annotated[
     Optional[float],  # noqa: UP045
@@ -53,19 +66,23 @@ JsonOption = Annotated[
 ]
 
 WIDE = 180  # columns where nobody's terminal says otherwise
+TOTALS = ("steps", "sequences", "tokens", "seconds", "disk_bytes")
 PLACES = {"file": "", "copy": " (copy)", "hub": " (Hub)"}
 
 
 def refuse_without_plan(options: Mapping[str, object]) -> None:
     """Raise ConfigError for a flag of --plan that was given without it."""
     for name, value in options.items():
-        if value is not None:
+        if value not in (None, False):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is for --plan, which was not given.")
 
 
-def show_plan(plan: Plan, *, finished: int, path: Path | None) -> None:
-    """Print `plan`, which leaves out `finished` experts; write it to `path` as JSON, if any."""
+def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None) -> None:
+    """Print `plan`, which leaves out `finished` experts, and how it is `spread` over workers.
+
+    Both are written to `path` as JSON, if any.
+    """
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(console.width, WIDE))
@@ -92,19 +109,32 @@ def show_plan(plan: Plan, *, finished: int, path: Path | None) -> None:
         f"{plan.dtype}), {plan.gate_parameters:,} gate parameters. Checkpoints while it trains: up "
         f"to {_size(plan.working_bytes)}."
     )
+    at_once = _spread(spread, bound)
     kept = [f"{finished} experts are finished and not counted."] if finished else []
-    for line in (expert, *kept, *plan.notes):
+    for line in (expert, at_once, *kept, *plan.notes):
         console.print(Text(line))
     if path is not None:
         from ...work import write_text
 
-        write_text(path, json.dumps(_record(plan), indent=2) + "\n", ConfigError)
+        write_text(path, json.dumps(_record(plan, spread), indent=2) + "\n", ConfigError)
         console.print(Text(f"plan -> {path}"))
 
 
-def _record(plan: Plan) -> dict[str, object]:
-    totals = ("steps", "sequences", "tokens", "seconds", "disk_bytes")
-    return {**asdict(plan), "totals": {name: getattr(plan, name) for name in totals}}
+def _record(plan: Plan, spread: Schedule) -> dict[str, object]:
+    totals = {name: getattr(plan, name) for name in TOTALS}
+    return {**asdict(plan), "totals": totals, "schedule": asdict(spread)}
+
+
+def _spread(spread: Schedule, bound: str) -> str:
+    """How long the workers take and what their machines must have, in words."""
+    workers = "1 worker" if spread.workers == 1 else f"{spread.workers} workers"
+    gpus = f" ({spread.gpus:g} GPUs)" if spread.gpus else ""
+    return (
+        f"On {workers}{gpus}: {bound}{_duration(spread.seconds)}, training {spread.share:.0%} of "
+        f"their time. Each takes {_size(spread.memory_bytes)} of memory; together up to "
+        f"{_size(spread.working_bytes)} of disk for checkpoints beside {_size(spread.disk_bytes)} "
+        f"for experts."
+    )
 
 
 def _cells(task: PlannedTask) -> tuple[str, ...]:

@@ -14,9 +14,9 @@ FOLDER = Path(__file__).parent
 EXPLORER_JS, EXPLORER_CSS = "explorer.js", "explorer.css"  # any page may use them; see explorer.js
 
 
-def asset(name: str) -> str:
-    """The content of one of the files beside this one."""
-    return (FOLDER / name).read_text(encoding="utf-8")
+def asset(name: str, folder: Path = FOLDER) -> str:
+    """The content of a file in `folder`, by default beside this one."""
+    return (folder / name).read_text(encoding="utf-8")
 
 
 def inline_json(content: Any) -> str:
@@ -25,10 +25,10 @@ def inline_json(content: Any) -> str:
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 
-def render(template: str, **values: Any) -> str:
-    """The template of that name, filled; texts are escaped for HTML."""
+def render(template: str, folder: Path = FOLDER, **values: Any) -> str:
+    """The template of that name in `folder`, filled; texts are escaped for HTML."""
     environment = Environment(
-        loader=FileSystemLoader(FOLDER),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -3,6 +3,9 @@
 //   const explorer = new TokenExplorer(element, trace);   // trace: docs/analysis.md, "Traces"
 //   explorer.append({stream: 0, tokens, parts, experts, weights});   // more tokens, as they come
 //
+// Explorers that are given one Map as third argument show an expert in the same colour. An explorer
+// tells its element of another layer or kind with the event "view"; view() reads and sets both.
+//
 // Nothing but the DOM is needed. Only tokens whose look changes are touched, and all events are
 // handled by their container, so that texts of many hundreds of tokens stay quick.
 "use strict";
@@ -14,7 +17,7 @@ class TokenExplorer {
   static LEGEND = 24; // experts in the legend at once
   static count = 0;
 
-  constructor(root, trace) {
+  constructor(root, trace, slots = new Map()) {
     this.root = root;
     this.experts = trace.experts;
     this.partNames = trace.parts;
@@ -26,7 +29,7 @@ class TokenExplorer {
       weights: TokenExplorer.bytes(stream.weights),
     }));
     this.id = `tx${TokenExplorer.count++}`;
-    this.slots = new Map(); // expert -> its place in the order of colours, for good
+    this.slots = slots; // name of an expert -> its place in the order of colours, for good
     this.streams.forEach((stream) => this.giveColours(stream, 0));
     this.build();
     this.showStream(0);
@@ -54,13 +57,13 @@ class TokenExplorer {
     const begin = from * stream.sites.length * stream.kept;
     for (let i = begin; i < stream.experts.length; i++) sums[stream.experts[i]] += stream.weights[i];
     [...sums.keys()]
-      .filter((z) => sums[z] > 0 && !this.slots.has(z))
+      .filter((z) => sums[z] > 0 && !this.slots.has(this.experts[z]))
       .sort((a, b) => sums[b] - sums[a])
-      .forEach((z) => this.slots.set(z, this.slots.size));
+      .forEach((z) => this.slots.set(this.experts[z], this.slots.size));
   }
 
   look(expert) { // the classes of a token or a swatch
-    const slot = this.slots.get(expert);
+    const slot = this.slots.get(this.experts[expert]);
     const {COLOURS, PATTERNS} = TokenExplorer;
     if (expert < 0) return "tx-none";
     if (slot >= COLOURS * PATTERNS) return "tx-rest";
@@ -94,8 +97,8 @@ class TokenExplorer {
     this.root.classList.add("tx");
     this.root.replaceChildren(this.controls, make("div", {class: "tx-body"}, this.text, this.details), this.legend);
     this.streamChoice.addEventListener("change", () => this.showStream(Number(this.streamChoice.value)));
-    this.layerChoice.addEventListener("input", () => this.showView());
-    this.kindChoice.addEventListener("change", () => this.showView());
+    this.layerChoice.addEventListener("input", () => this.chooseView());
+    this.kindChoice.addEventListener("change", () => this.chooseView());
     this.text.addEventListener("pointerover", (event) => this.point(event));
     this.text.addEventListener("click", (event) => this.point(event));
     this.text.addEventListener("keydown", (event) => this.press(event));
@@ -152,6 +155,20 @@ class TokenExplorer {
       this.addTokens(from);
       this.showView();
     }
+  }
+
+  chooseView() {
+    this.showView();
+    this.root.dispatchEvent(new CustomEvent("view", {detail: this.view()}));
+  }
+
+  view(wanted) { // {layer, kind}, as in the controls; what is wanted is taken over, if it is there
+    if (wanted) {
+      this.layerChoice.value = wanted.layer;
+      this.kindChoice.value = wanted.kind;
+      this.showView();
+    }
+    return {layer: this.layerChoice.value, kind: this.kindChoice.value};
   }
 
   // The weights of all experts for every token, summed over the sites in view, in 255ths.

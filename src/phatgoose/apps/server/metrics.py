@@ -1,0 +1,71 @@
+"""What Prometheus reads at /metrics."""
+
+from __future__ import annotations
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+
+__all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """The numbers of one application, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
+        self._requests = Counter(
+            "phatgoose_requests", "Requests answered.", ["path", "status"], registry=registry
+        )
+        self._seconds = Histogram(
+            "phatgoose_request_seconds",
+            "Seconds from a request to the end of its answer.",
+            ["path"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._prompt = Counter(
+            "phatgoose_prompt_tokens", "Tokens of prompts.", ["model"], registry=registry
+        )
+        self._generated = Counter(
+            "phatgoose_generated_tokens", "Tokens generated.", ["model"], registry=registry
+        )
+        self._waiting = Gauge("phatgoose_waiting", "Answers in the queue.", registry=registry)
+        self._running = Gauge("phatgoose_running", "Answers being computed.", registry=registry)
+        self._rows = Histogram(
+            "phatgoose_batch_rows",
+            "Answers that were in a batch when it joined prompts or made a step.",
+            buckets=ROWS,
+            registry=registry,
+        )
+
+    def answered(self, path: str, status: int, seconds: float) -> None:
+        """Count a request."""
+        self._requests.labels(path, str(status)).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def used(self, model: str, prompt: int, generated: int) -> None:
+        """Count the tokens of an answer."""
+        self._prompt.labels(model).inc(prompt)
+        self._generated.labels(model).inc(generated)
+
+    def load(self, waiting: int, running: int) -> None:
+        """Tell how many answers wait and are computed now."""
+        self._waiting.set(waiting)
+        self._running.set(running)
+
+    def computed(self, rows: int) -> None:
+        """Count a step of a batch."""
+        self._rows.observe(rows)
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)

@@ -1,0 +1,241 @@
+// The server's page: asks the API for answers with their routing and shows them as they come.
+"use strict";
+
+// What a request may name; "" stands for the routing that the model is served with.
+const ROUTERS = [
+  "", "phatgoose", "average-activation", "arrow", "uniform-top-k", "retrieval", "merged", "single", "random",
+];
+const at = (id) => document.getElementById(id);
+
+class Api {
+  key = "";
+
+  async ask(path, body, signal) {
+    const headers = body ? {"Content-Type": "application/json"} : {};
+    if (this.key) headers.Authorization = `Bearer ${this.key}`;
+    const options = {method: body ? "POST" : "GET", headers, signal, body: body && JSON.stringify(body)};
+    const response = await fetch(path, options);
+    if (response.ok) return response;
+    const said = await response.json().catch(() => null);
+    const error = new Error(said?.error?.message ?? `The server answered ${response.status}.`);
+    error.status = response.status;
+    throw error;
+  }
+
+  // The chunks of a streamed answer.
+  async *stream(path, body, signal) {
+    const response = await this.ask(path, {...body, stream: true}, signal);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const {done, value} = await reader.read();
+      if (done) return;
+      text += value;
+      const events = text.split("\n\n");
+      text = events.pop();
+      for (const event of events) {
+        const data = event.replace(/^data: /, "");
+        if (data === "[DONE]") return;
+        const chunk = JSON.parse(data);
+        if (chunk.error) throw new Error(chunk.error.message);
+        yield chunk;
+      }
+    }
+  }
+}
+
+// One answer: its routing's settings above, its tokens below.
+class Pane {
+  constructor(root, slots) {
+    this.root = root;
+    this.slots = slots;
+    this.find = (name) => root.querySelector(`.${name}`);
+    ROUTERS.forEach((name) => this.find("router").append(new Option(name || "as served", name)));
+    this.explorer = null;
+  }
+
+  routing() { // the fields of a request
+    const names = this.find("experts").value.split(",").map((name) => name.trim()).filter(Boolean);
+    return {
+      ...(this.find("router").value && {router: this.find("router").value}),
+      ...(this.find("k").value && {k: Number(this.find("k").value)}),
+      ...(names.length && {keep: names}),
+    };
+  }
+
+  begin() {
+    this.explorer = null;
+    this.text = "";
+    this.count = 0;
+    this.begun = performance.now();
+    this.find("explorer").replaceChildren();
+    this.find("plain").textContent = "";
+    this.find("plain").hidden = true;
+    this.say("waiting …");
+  }
+
+  say(text) {
+    this.find("status").textContent = text;
+  }
+
+  take(choice) {
+    const text = choice.text ?? choice.delta.content ?? "";
+    this.text += text;
+    if (choice.routing) this.route(choice.routing);
+    else if (!this.explorer) this.plain();
+    const seconds = (performance.now() - this.begun) / 1000;
+    this.say(`${this.count || "…"} tokens, ${seconds.toFixed(1)} s${this.routed ? `, ${this.routed}` : ""}`);
+  }
+
+  plain() {
+    this.find("plain").hidden = this.text === "";
+    this.find("plain").textContent = this.text;
+  }
+
+  route(routing) {
+    this.routed = `router ${routing.router}`;
+    this.count += routing.tokens.filter((token) => token.part === "answer").length;
+    if (routing.trace) {
+      this.find("plain").hidden = true;
+      const before = this.wanted;
+      this.explorer = new TokenExplorer(this.find("explorer"), routing.trace, this.slots);
+      if (before) this.explorer.view(before);
+    }
+    for (const more of routing.more ?? []) this.explorer.append(more);
+  }
+
+  view(wanted) { // as the other pane has it
+    this.wanted = wanted;
+    this.explorer?.view(wanted);
+  }
+}
+
+class Page {
+  constructor() {
+    this.api = new Api();
+    this.models = [];
+    this.answers = 0; // finished since the page was opened
+    const slots = new Map();
+    this.panes = ["a", "b"].map((side) => new Pane(at(`pane-${side}`), slots));
+    this.panes.forEach((pane, i) => {
+      pane.find("explorer").addEventListener("view", (event) => {
+        this.panes.forEach((each, j) => (i === j ? (each.wanted = event.detail) : each.view(event.detail)));
+      });
+    });
+    at("ask").addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.answer();
+    });
+    at("prompt").addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) at("ask").requestSubmit();
+    });
+    at("stop").addEventListener("click", () => this.running?.abort());
+    at("compare").addEventListener("change", () => this.arrange());
+    at("model").addEventListener("change", () => this.choose());
+    at("unlock").addEventListener("click", () => this.unlock());
+    this.open();
+  }
+
+  async open() {
+    try {
+      this.models = (await (await this.api.ask("v1/models")).json()).data;
+    } catch (error) {
+      at("key").hidden = error.status !== 401;
+      if (error.status !== 401 || this.api.key) this.complain(error.message);
+      return;
+    }
+    at("key").hidden = true;
+    this.complain("");
+    at("model").replaceChildren(...this.models.map((model) => new Option(model.id, model.id)));
+    this.choose();
+  }
+
+  unlock() {
+    this.api.key = at("secret").value;
+    this.open();
+  }
+
+  get model() {
+    return this.models.find((model) => model.id === at("model").value);
+  }
+
+  choose() {
+    const {chat, experts, sites} = this.model;
+    at("as").value = chat ? "chat" : "text";
+    at("as").options[0].disabled = !chat;
+    at("names").replaceChildren(...experts.map((name) => new Option(name, name)));
+    for (const pane of this.panes) {
+      for (const field of ["router", "k", "experts"]) pane.find(field).disabled = !sites;
+    }
+  }
+
+  arrange() {
+    const two = at("compare").checked;
+    at("pane-b").hidden = !two;
+    at("panes").classList.toggle("two", two);
+  }
+
+  complain(message) {
+    at("problem").hidden = !message;
+    at("problem").textContent = message;
+  }
+
+  request() {
+    const chat = at("as").value === "chat";
+    const prompt = at("prompt").value;
+    return {
+      path: chat ? "v1/chat/completions" : "v1/completions",
+      body: {
+        model: at("model").value,
+        ...(chat ? {messages: [{role: "user", content: prompt}]} : {prompt}),
+        max_tokens: Number(at("length").value),
+        temperature: Number(at("temperature").value),
+        seed: Number(at("seed").value),
+        ...(this.model.sites && {routing: {trace: true}}),
+      },
+    };
+  }
+
+  async answer() {
+    if (!this.model) return;
+    this.running?.abort();
+    const mine = (this.running = new AbortController());
+    const {path, body} = this.request();
+    this.complain("");
+    this.busy(true);
+    const panes = this.panes.filter((pane) => !pane.root.hidden);
+    await Promise.all(panes.map((pane) => this.fill(pane, path, body, mine.signal)));
+    if (this.running !== mine) return;
+    this.busy(false);
+    at("panes").dataset.answers = ++this.answers;
+  }
+
+  async fill(pane, path, body, signal) {
+    pane.begin();
+    let end = "stopped";
+    try {
+      for await (const chunk of this.api.stream(path, {...body, ...pane.routing()}, signal)) {
+        if (signal.aborted) return;
+        for (const choice of chunk.choices) {
+          pane.take(choice);
+          if (choice.finish_reason) end = choice.finish_reason === "stop" ? "ended by itself" : "as long as asked for";
+        }
+      }
+    } catch (error) {
+      if (signal.aborted) {
+        pane.say(`${pane.find("status").textContent}, stopped`);
+        return;
+      }
+      end = "failed";
+      this.complain(error.message);
+    }
+    pane.say(`${pane.find("status").textContent}, ${end}`);
+  }
+
+  busy(is) {
+    at("stop").disabled = !is;
+    at("panes").setAttribute("aria-busy", String(is));
+  }
+}
+
+window.page = new Page();

@@ -1,0 +1,149 @@
+"""From requests to prompts: the tokens that a model is given, checked against what it can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ...config import Serving
+from .decoding import Decoding, seed_of
+from .protocol import ChatRequest, CompletionRequest
+from .refusals import bad_request
+from .runner import Runner
+
+__all__ = ["Prompt", "chat_prompt", "completion_prompts", "decoding_of"]
+
+TOO_LONG = "context_length_exceeded"
+DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens to begin with, and the text that stands for them where a prompt is echoed."""
+
+    tokens: tuple[int, ...]
+    text: str
+
+
+def completion_prompts(request: CompletionRequest, runner: Runner, most: int) -> list[Prompt]:
+    """The prompts of a request. Raises Refusal for tokens that the model doesn't know."""
+    given = request.prompt
+    texts: Sequence[str | Sequence[int]]
+    if isinstance(given, str) or (given and isinstance(given[0], int)):
+        texts = [given]
+    else:
+        texts = cast("list[str] | list[list[int]]", given)
+    if len(texts) * (request.n or 1) > most:
+        raise bad_request(
+            f"{len(texts)} prompts and n = {request.n or 1} are {len(texts) * (request.n or 1)} "
+            f"answers; one request may have {most}.",
+            "n",
+        )
+    return [_prompt(text, runner) for text in texts]
+
+
+def _prompt(given: str | Sequence[int], runner: Runner) -> Prompt:
+    tokenizer = runner.tokenizer
+    if isinstance(given, str):
+        tokens: list[int] = tokenizer(given)["input_ids"]
+        return Prompt(tuple(tokens or [_first(tokenizer)]), given)
+    unknown = [token for token in given if token >= runner.vocabulary]
+    if unknown:
+        raise bad_request(
+            f"Token {unknown[0]} is unknown; the model has {runner.vocabulary}.", "prompt"
+        )
+    return Prompt(tuple(given), tokenizer.decode(list(given), skip_special_tokens=True))
+
+
+def _first(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that an empty prompt begins with."""
+    bos = tokenizer.bos_token_id
+    return int(tokenizer.eos_token_id if bos is None else bos)
+
+
+def chat_prompt(request: ChatRequest, runner: Runner, most: int) -> Prompt:
+    """The conversation as the base's chat template writes it.
+
+    Raises Refusal when there is none, or it refuses the conversation.
+    """
+    tokenizer = runner.tokenizer
+    if not tokenizer.chat_template:
+        raise bad_request(
+            "The base model has no chat template; use /v1/completions.", "model", "no_chat_template"
+        )
+    if (request.n or 1) > most:
+        raise bad_request(f"n is {request.n}; one request may have {most} answers.", "n")
+    messages = [
+        {"role": message.role, "content": message.text}
+        | ({"name": message.name} if message.name else {})
+        for message in request.messages
+    ]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise bad_request(
+            f"The base's chat template refuses the messages: {error}", "messages"
+        ) from error
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return Prompt(tuple(tokens), str(text))
+
+
+def decoding_of(
+    request: CompletionRequest | ChatRequest,
+    prompt: Prompt,
+    runner: Runner,
+    limits: Serving,
+    number: int,
+) -> Decoding:
+    """How the `number`-th answer of `request` is generated, after `prompt`.
+
+    Raises Refusal for what the model or the server can't do.
+    """
+    if isinstance(request, ChatRequest):
+        asked = request.max_completion_tokens or request.max_tokens
+        logprobs = (request.top_logprobs or 0) if request.logprobs else None
+        if request.top_logprobs and not request.logprobs:
+            raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
+    else:
+        asked = DEFAULT_LENGTH if request.max_tokens is None else request.max_tokens
+        logprobs = request.logprobs
+        if request.echo and runner.is_encoder_decoder:
+            raise bad_request("An encoder-decoder model doesn't echo its prompt.", "echo")
+    stop = request.stop or []
+    return Decoding(
+        max_tokens=_length(asked, prompt, runner, limits),
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=seed_of(request.seed, number),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
+        logprobs=logprobs,
+        echo=isinstance(request, CompletionRequest) and bool(request.echo),
+        routing=bool(request.routing),
+    )
+
+
+def _length(asked: int | None, prompt: Prompt, runner: Runner, limits: Serving) -> int:
+    """The tokens to generate: those asked for, or as many as there is room for."""
+    if asked is not None and asked > limits.max_tokens:
+        raise bad_request(
+            f"max_tokens is {asked}; this server generates {limits.max_tokens} at most.",
+            "max_tokens",
+        )
+    context = None if runner.is_encoder_decoder else runner.context
+    given = len(prompt.tokens)
+    room = limits.max_batch_tokens - given
+    room = room if context is None else min(room, context - given)
+    wanted = 1 if asked is None else asked
+    if room < wanted:
+        most = min(limits.max_batch_tokens, context or limits.max_batch_tokens)
+        raise bad_request(
+            f"The prompt has {given} tokens and the answer {wanted}; the model can hold {most} "
+            f"together.",
+            "max_tokens" if asked else "messages",
+            TOO_LONG,
+        )
+    return min(room, limits.max_tokens) if asked is None else asked

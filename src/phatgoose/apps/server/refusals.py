@@ -1,0 +1,51 @@
+"""Requests turned away, in the form that OpenAI's clients know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import HTTPException
+
+__all__ = ["Refusal", "bad_request", "busy", "error_body"]
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+INVALID, SERVER = "invalid_request_error", "server_error"
+
+
+class Refusal(HTTPException):
+    """A request that is not answered, and why; `param` is the field that is to blame."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.code, self.param = code, param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The answer's JSON."""
+        return error_body(self.status_code, self.detail, self.code, self.param)
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> Refusal:
+    """A request that can't be answered as it is."""
+    return Refusal(400, message, param=param, code=code)
+
+
+def busy(message: str, seconds: int = 1) -> Refusal:
+    """A request that comes at a bad time; it may be repeated after so many seconds."""
+    return Refusal(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
+
+
+def error_body(
+    status: int, message: str, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's JSON of an error."""
+    kind = KINDS.get(status, SERVER if status >= 500 else INVALID)
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,0 +1,97 @@
+"""What a server serves, as plain values that travel between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from ...config import Routing, from_mapping, settings_of
+from ...errors import ConfigError
+
+__all__ = ["API_KEYS", "ServedModel", "keys_of", "served_models"]
+
+API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model to serve under `name`: a routed one's folder, a pool (composed by `routing`), a base.
+
+    `keep`, `leave_out` and `scores` are those of `compose`; `base` None means the one that the pool
+    or the routed model names. `routing` None is the default one; a saved routed model has its own.
+    """
+
+    name: str
+    place: str
+    routing: Routing | None = None
+    keep: tuple[str, ...] | None = None
+    leave_out: tuple[str, ...] = ()
+    base: str | None = None
+    dtype: str = "auto"
+    scores: str | None = None
+
+
+def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
+    """The models in `places`: "PLACE", "NAME=PLACE", or either with a pool's routing after it.
+
+    A routing is written like the query of an address: "arrow=experts?router=arrow&k=3"; what it
+    doesn't say is that of `options`, which are those of all models. Without a name, a folder's or
+    file's own is taken, or what follows "hub:". Raises ConfigError when there is no model, two have
+    one name, or a routing can't be read.
+    """
+    models = [_served(place, options) for place in places]
+    names = [model.name for model in models]
+    if not names:
+        raise ConfigError("There is no model to serve.")
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"Two models are called {name!r}; say NAME=PLACE for one of them.")
+    return models
+
+
+def keys_of(listed: str | None) -> tuple[str, ...]:
+    """The API keys in a list separated by commas; none in None."""
+    return tuple(key.strip() for key in (listed or "").split(",") if key.strip())
+
+
+def _served(written: str, options: Mapping[str, Any]) -> ServedModel:
+    if Path(written).exists():  # whatever signs are in its name
+        return ServedModel(_name_of(written), written, **options)
+    before, _, query = written.partition("?")
+    name, separator, place = before.partition("=")
+    if not (separator and name and place):
+        name, place = _name_of(before), before
+    return ServedModel(name, place, **{**options, "routing": _routing(query, options, written)})
+
+
+def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | None:
+    """The routing of `options`, changed as `query` says."""
+    common: Routing | None = options.get("routing")
+    if not query:
+        return common
+    try:
+        pairs = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
+    except ValueError as error:
+        raise ConfigError(f"{written}: {query!r} is no routing; write router=NAME&k=2.") from error
+    kinds = {setting.name: type(setting.default) for setting in settings_of(Routing)}
+    values = {name: _number(value, kinds.get(name)) for name, value in pairs.items()}
+    given = asdict(common) if common is not None else {}
+    return from_mapping(Routing, {**given, **values}, written)
+
+
+def _number(value: str, kind: type | None) -> object:
+    """`value` as the number that it should be, or as it is."""
+    try:
+        return kind(value) if kind in (int, float) else value
+    except ValueError:
+        return value
+
+
+def _name_of(place: str) -> str:
+    if place.startswith("hub:"):
+        return place.removeprefix("hub:")
+    path = Path(place)
+    return (path.stem if path.suffix == ".json" else path.resolve().name) or place

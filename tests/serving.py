@@ -1,0 +1,84 @@
+"""Tiny models behind the server's application, for tests."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
+pytest.importorskip("uvicorn", reason="needs phatgoose[serve]")
+pytest.importorskip("prometheus_client", reason="needs phatgoose[serve]")
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.testclient import TestClient
+
+from phatgoose.apps.server import ServedModel, create_app
+from phatgoose.bases import load_base
+from phatgoose.config import Routing, Serving
+from phatgoose.pool import Pool
+from phatgoose.routed import compose
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
+    "{{ raise_exception('The system speaks first.') }}{% endif %}"
+    "[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def app_of(pool: Pool, limits: Serving | None = None, **options: Any) -> FastAPI:
+    """An application that serves `pool`, float32, as "goose" and under router merged as "mean"."""
+    place = str(pool.experts[0].directory.parent)
+    models = [
+        ServedModel("goose", place, dtype="float32"),
+        ServedModel("mean", place, Routing("merged"), dtype="float32"),
+    ]
+    return create_app(models, limits, **options)
+
+
+@contextmanager
+def client_of(app: FastAPI, **options: Any) -> Iterator[TestClient]:
+    """A client of the running application."""
+    with TestClient(app, **options) as client:
+        yield client
+
+
+@contextmanager
+def running(app: FastAPI) -> Iterator[str]:
+    """The address of the application under uvicorn, in a thread of this process."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        thread.join(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def generated(pool: Pool, prompt: list[int], tokens: int, **options: Any) -> list[int]:
+    """What `generate` answers to `prompt` in this process, greedily."""
+    model = compose(pool, load_base(pool.base.id, dtype="float32"), **options)
+    found = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+        max_new_tokens=tokens,
+        do_sample=False,
+    )[0].tolist()
+    return found[0 if model.config.is_encoder_decoder else len(prompt) :]
+
+
+def folder_of(pool: Pool) -> Path:
+    """Where the experts of `pool` lie side by side."""
+    return pool.experts[0].directory.parent

@@ -1,0 +1,248 @@
+"""Jobs on a real Ray cluster of two raylets on this machine; machines and workers die in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from tqdm import tqdm
+
+from phatgoose.comparison import compare
+from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.errors import ConfigError, EngineError
+from phatgoose.expert import LAYOUT
+from phatgoose.fitting import COMPLETE
+from phatgoose.pool import Pool
+from phatgoose.pool_training import ExpertJob, train_experts
+from phatgoose.suites.sources import open_tasks
+
+ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
+
+from ray.cluster_utils import Cluster  # noqa: E402  there is none without ray
+
+from phatgoose.apps.cluster import RayEngine, connected  # noqa: E402
+
+pytestmark = [
+    pytest.mark.heavy,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+]
+
+SMALL = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+NOTICED_SOON = {  # that a machine is gone
+    "health_check_initial_delay_ms": 0,
+    "health_check_period_ms": 500,
+    "health_check_failure_threshold": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two machines: one with two cores, one with a core and a GPU that exists on paper only."""
+    made = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, **SMALL, "_system_config": NOTICED_SOON},
+    )
+    made.second = made.add_node(num_cpus=1, num_gpus=1, **SMALL)
+    ray.init(address=made.address, logging_level=logging.ERROR, log_to_driver=False)
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers can't import tests
+    yield made
+    ray.shutdown()
+    made.shutdown()
+
+
+@dataclass(frozen=True)
+class Nap:
+    """A job that sleeps, and at its first try may kill its worker or fail."""
+
+    name: str
+    group: str = "naps"
+    size: int = 2
+    deadly: bool = False
+    wrong: bool = False
+    tries: int = 1
+
+    def again(self) -> Nap:
+        return replace(self, tries=self.tries + 1, deadly=self.deadly and self.tries > 3)
+
+
+class Naps:
+    """What naps are taken with."""
+
+    @contextmanager
+    def open(self, tell: Any) -> Iterator[Any]:
+        def nap(job: Nap) -> tuple[int, int]:
+            tell(1)
+            if job.deadly:
+                time.sleep(1.5)
+                os.kill(os.getpid(), signal.SIGKILL)
+            if job.wrong:
+                raise ConfigError("this nap can't be taken")
+            time.sleep(0.1)
+            return os.getpid(), job.tries
+
+        yield nap
+
+    def elsewhere(self) -> Naps:
+        return self
+
+
+class Bar:
+    """A bar that says where it stands."""
+
+    n = 0
+
+    def update(self, units: int) -> None:
+        self.n += units
+
+    def set_description(self, text: str) -> None:
+        self.text = text
+
+
+def test_fractions_of_gpus_decide_how_many_workers_fit(cluster):
+    assert RayEngine().needs() == {"CPU": 1.0, "GPU": 1.0}
+    assert RayEngine().room() == 1
+    assert RayEngine(gpus_per_worker=0).room() == 3
+    assert RayEngine(gpus_per_worker=0.5, cpus_per_worker=0.5).room() == 2
+    assert RayEngine(gpus_per_worker=0.25, cpus_per_worker=0).room() == 4
+    assert RayEngine(workers=5, gpus_per_worker=0).room() == 5
+    with pytest.raises(EngineError, match=r"No machine of the cluster has 1 CPU and 3 GPU"):
+        RayEngine(gpus_per_worker=3).room()
+
+
+def test_a_lost_worker_is_replaced_and_its_job_done_again(cluster, caplog):
+    jobs = [Nap("first", "one"), Nap("deadly", "two", deadly=True)]
+    jobs += [Nap(f"nap {i}", ("one", "two")[i % 2]) for i in range(6)]
+    bar = Bar()
+    done = dict(RayEngine(2, gpus_per_worker=0).run(Naps(), jobs, bar))
+    assert sorted(job.name for job in done) == sorted(job.name for job in jobs)
+    assert {job.name: tries for job, (_, tries) in done.items() if tries > 1} == {"deadly": 2}
+    assert bar.n == sum(job.size for job in jobs)
+    assert "A worker was lost at deadly; another goes on with it." in caplog.text
+
+
+def test_what_a_job_raises_is_raised_here_and_a_job_that_only_kills_is_given_up(cluster):
+    with pytest.raises(ConfigError, match=r"^this nap can't be taken$"):
+        list(RayEngine(1, gpus_per_worker=0).run(Naps(), [Nap("bad", wrong=True)], Bar()))
+    always = Nap("deadly", deadly=True, tries=5)
+    with pytest.raises(EngineError, match=r"3 workers were lost at deadly"):
+        list(RayEngine(1, gpus_per_worker=0).run(Naps(), [always], Bar()))
+
+
+def write_tasks(folder: Path) -> list[str]:
+    for name in ("apples", "pears", "plums"):
+        rows = [
+            {"input": f"{name} {i}:", "target": ("yes", "no")[i % 2], "choices": ["yes", "no"]}
+            for i in range(16)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl").write_text(text)
+    return [str(folder / f"{name}.jsonl") for name in ("apples", "pears", "plums")]
+
+
+def tensors_of(expert: Path) -> dict[str, Any]:
+    return load_file(expert / LAYOUT.adapter_weights) | load_file(expert / LAYOUT.vectors)
+
+
+def begun(out: Path) -> int:
+    """Experts with a checkpoint, finished ones not counted."""
+    return len({path.parts[-4] for path in out.glob(f".*.work/*/checkpoint-*/{COMPLETE}")})
+
+
+def scores_of(comparison: Any) -> Any:
+    return {
+        row: {task: (r.low, r.high, r.sample.score) for task, r in results.items()}
+        for row, results in comparison.results.items()
+    }
+
+
+def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
+    cluster, base_folders, llama, tmp_path, caplog
+):
+    training = Training(steps=60, batch_size=4, micro_batch_size=4, eval_every=5, eval_examples=4)
+    gates = GateTraining(gate_steps=30, statistics_examples=4)
+    jobs = [ExpertJob(t, training, gates) for t in open_tasks(write_tasks(tmp_path))]
+    settings = {"dtype": "float32", "lora": Lora(rank=2)}
+    far, here = tmp_path / "far", tmp_path / "here"
+    engine = RayEngine(3, gpus_per_worker=0)
+    running = train_experts(
+        str(base_folders["llama"]), jobs, out=str(far), engine=engine, **settings
+    )
+
+    # The machine with the GPU holds one of three workers. It goes when all three are in the middle.
+    def pull_the_plug() -> None:
+        while begun(far) < 3:
+            time.sleep(0.02)
+        cluster.remove_node(cluster.second, allow_graceful=False)
+
+    plug = threading.Thread(target=pull_the_plug)
+    plug.start()
+    trained = list(running)
+    plug.join()
+    assert sorted(expert.name for expert in trained) == ["apples", "pears", "plums"]
+    assert caplog.text.count("A worker was lost at") == 1
+    assert sorted(p.name for p in far.iterdir()) == ["apples", "pears", "plums"]
+
+    list(train_experts(llama, jobs, out=str(here), **settings))
+    for name in ("apples", "pears", "plums"):
+        wanted, got = tensors_of(here / name), tensors_of(far / name)
+        assert wanted.keys() == got.keys()
+        assert all(got[key].equal(tensor) for key, tensor in wanted.items())
+
+    # The one who gives the jobs goes after three cells; who comes next computes only the others.
+    tests = tmp_path / "tests"
+    tests.mkdir()
+    write_tasks(tests)
+    pool, methods = Pool.open(far), ["base", "phatgoose", "oracle"]
+    options = {"base": llama, "limit": 6}
+    wanted = compare(pool, tests, methods, out=tmp_path / "alone", **options)
+    first = CutShort(RayEngine(2, gpus_per_worker=0), 3)
+    with pytest.raises(KeyboardInterrupt):
+        compare(pool, tests, methods, out=tmp_path / "both", engine=first, **options)
+    kept = (tmp_path / "both" / "results.jsonl").read_text().splitlines()
+    assert len(kept) == 3
+    second = CutShort(RayEngine(2, gpus_per_worker=0), 99)
+    got = compare(pool, tests, methods, out=tmp_path / "both", engine=second, **options)
+    assert second.given == 15 - 3
+    assert (tmp_path / "both" / "results.jsonl").read_text().splitlines()[:3] == kept
+    assert scores_of(got) == scores_of(wanted)
+    assert got.choices == wanted.choices
+
+
+@dataclass
+class CutShort:
+    """An engine whose process is interrupted after so many results."""
+
+    engine: RayEngine
+    after: int
+    given: int = 0
+    remote: bool = True
+
+    def run(self, workshop: Any, jobs: Any, bar: Any) -> Iterator[Any]:
+        self.given = len(jobs)
+        results = self.engine.run(workshop, jobs, bar)
+        for number, result in enumerate(results):
+            if number == self.after:
+                results.close()
+                raise KeyboardInterrupt
+            yield result
+
+
+def test_a_connection_that_exists_is_used_and_a_wrong_address_is_told(cluster):
+    with connected("nowhere:1"):
+        assert ray.is_initialized()
+    assert ray.is_initialized()
+    assert tqdm

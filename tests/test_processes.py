@@ -1,0 +1,89 @@
+"""Several processes that train one expert together: the expert is that of one process."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from phatgoose import processes
+from phatgoose.bases import Base, load_base
+from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.errors import ConfigError
+from phatgoose.expert import LAYOUT, check_expert
+from phatgoose.fitting import _micro_batch
+from phatgoose.tasks import Example, Task
+from phatgoose.training import train_expert
+
+ANSWERS = ("yes", "no, never", "perhaps")
+ROWS = [Example(f"Number {i}{'!' * (i % 5)}:", ANSWERS[i % 3]) for i in range(23)]
+TASK = Task("numbers", train=tuple(ROWS[:16]), validation=tuple(ROWS[16:]))  # 7: not to be halved
+TRAINING = Training(steps=5, batch_size=8, micro_batch_size=2, eval_every=2, learning_rate=2e-2)
+
+
+def train(base: Base | str, out: Path, *, joint: bool) -> None:
+    gates = GateTraining(gate_steps=3, statistics_examples=4, joint=joint)
+    train_expert(
+        base, TASK, out=out, lora=Lora(rank=2), training=TRAINING, gate_training=gates, resume=True
+    )
+
+
+def train_as(rank: int, port: int, base: Path, out: Path, joint: bool) -> None:
+    """What one of two processes does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    warnings.simplefilter("default")
+    torch.set_num_threads(1)
+    train(load_base(base, dtype="float32"), out, joint=joint)
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_processes_train_the_expert_of_one(base_folders, llama, tmp_path, joint):
+    train(llama, tmp_path / "alone" / "numbers", joint=joint)
+    port, context = free_port(), multiprocessing.get_context("fork")
+    places = (port, base_folders["llama"], tmp_path / "together" / "numbers", joint)
+    both = [context.Process(target=train_as, args=(rank, *places)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    assert [process.exitcode for process in both] == [0, 0]
+    alone, together = (tmp_path / place / "numbers" for place in ("alone", "together"))
+    assert check_expert(together) == []
+    assert sorted(path.name for path in together.parent.iterdir()) == ["numbers"]
+    for file in (LAYOUT.adapter_weights, LAYOUT.vectors):
+        wanted, got = load_file(alone / file), load_file(together / file)
+        assert wanted.keys() == got.keys()
+        for name, tensor in wanted.items():
+            largest = float(tensor.abs().max())
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-3 * largest)
+
+
+def test_a_process_takes_an_equal_share_of_a_batch_or_says_why_not(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert (processes.count(), processes.rank(), processes.is_first()) == (3, 1, False)
+    assert _micro_batch(Training(batch_size=12, micro_batch_size=8)) == 4
+    assert _micro_batch(Training(batch_size=30, micro_batch_size=8)) == 5
+    with pytest.raises(ConfigError, match="batch_size is 16, but must be a multiple of the 3"):
+        _micro_batch(Training(batch_size=16))
+
+
+def test_one_process_is_the_first_of_one_and_waits_for_nobody():
+    assert (processes.count(), processes.rank(), processes.is_first()) == (1, 0, True)
+    processes.join()
+    processes.wait_for_all()

@@ -38,7 +38,11 @@ def write_tasks(folder: Path, experts: int, rows: int) -> list[TrainingTask]:
         lines = []
         for row in range(rows):
             words = f"Here is a note of {topic} that somebody wrote on day {row}. " * (2 + row % 9)
-            record = {"input": f"{words}Is it about {topic}?", "target": ("yes", "no")[row % 2]}
+            record = {
+                "input": f"{words}Is it about {topic}?",
+                "target": ("yes", "no")[row % 2],
+                "choices": ("yes", "no"),
+            }
             lines.append(json.dumps(record) + "\n")
         file = folder / f"notes-{number}.jsonl"
         file.write_text("".join(lines), encoding="utf-8")

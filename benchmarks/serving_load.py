@@ -66,7 +66,11 @@ async def ask(
     begun = time.perf_counter()
     try:
         reply = await client.completions.create(
-            model=model, prompt=prompt_of(number), max_tokens=tokens, temperature=0
+            model=model,
+            prompt=prompt_of(number),
+            max_tokens=tokens,
+            temperature=0,
+            extra_body={"ignore_eos": True},  # experts of short answers would hardly decode
         )
     except openai.OpenAIError as error:
         seconds = time.perf_counter() - begun

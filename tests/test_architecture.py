@@ -35,6 +35,7 @@ LAYERS = (
         "kernels.triton_programs",
         "metrics",
         "modules",
+        "reading",
         "rows",
         "scores",
         "speeds",

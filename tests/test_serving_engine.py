@@ -316,8 +316,10 @@ def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of):
     runner.ends = frozenset([whole[3]])
     try:
         row = alone(runner, prompt_of(1), replace(GREEDY, logprobs=0))
+        ignoring = alone(runner, prompt_of(1), replace(GREEDY, ignores_end=True))
     finally:
         runner.ends = frozenset()
+    assert ignoring.generated == whole
     assert row.generated == whole[: whole.index(whole[3]) + 1]
     assert row.finish == "stop"
     assert len(row.deliver.tokens) == len(row.generated)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose import training as training_module
+from phatgoose import pool_training as training_module
 from phatgoose.errors import TaskError
 from phatgoose.expert import Expert
 from phatgoose.suites import t0

@@ -17,7 +17,7 @@ from .routed import compose
 from .scores import Scores
 from .storage import load
 
-__all__ = ["OpenedModel", "base_of", "compose_pool", "is_pool", "is_routed", "open_model"]
+__all__ = ["OpenedModel", "compose_pool", "is_pool", "is_routed", "loaded_base", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,10 @@ def compose_pool(
     scores: Scores | str | Path | None = None,
 ) -> PreTrainedModel:
     """`pool` composed by `routing` with `base`, or with the base that it names, in `dtype`."""
-    base = base or base_of(pool, dtype)
+    base = base or loaded_base(pool, dtype)
     return compose(pool, base, scores=scores, **asdict(routing or Routing()))
 
 
-def base_of(pool: Pool, dtype: str = "auto") -> Base:
+def loaded_base(pool: Pool, dtype: str = "auto") -> Base:
     """The base that `pool` names, loaded in `dtype`."""
     return load_base(pool.base.id, dtype=dtype, revision=pool.base.revision)

@@ -235,7 +235,7 @@ def _read_weights(path: Path, sha256: str) -> TensorFile:
 
 
 def read_info(path: Path) -> dict[str, Any]:
-    """A packed model's description. Raises RoutingError when it is missing or damaged."""
+    """The description in the file `path`. Raises RoutingError when it is missing or damaged."""
     try:
         info = read_json_object(path, RoutingError)
     except FileNotFoundError as error:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from .expert import LAYOUT, Expert
 from .files import read_json_object, sha256_of
 from .hub import HubReference, local_folder, reference_of
 from .kinds import adapter_files
+from .reading import ahead
 from .stacks import SiteStack, stack_modules
 from .work import write_text
 
@@ -225,9 +225,8 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
 
 
 def _loaded(directories: Sequence[Path]) -> Iterator[Expert]:
-    """The experts in `directories`, in order; several are read at a time, as torch has threads."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as readers:
-        yield from readers.map(Expert.load, directories)
+    """The experts in `directories`, in order; several are read at a time."""
+    return ahead(Expert.load, directories)
 
 
 def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from .layers import (
 )
 from .mixed import MixedLinear
 from .pool import Pool
+from .reading import ahead
 from .recording import Recording, Watcher
 from .routers import (
     MERGED,
@@ -174,9 +175,9 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
     """
     pool, model, routing = prepared.pool, prepared.base.model, prepared.routing
     flat, read = {}, 0
-    for name in pool.sites:
-        stack = stack_at(model, name, pool)
-        vectors = router_vectors(pool, name, routing)
+    stacks = ahead(lambda name: stack_at(model, name, pool), pool.sites)
+    rows = ahead(lambda name: router_vectors(pool, name, routing), pool.sites)
+    for name, stack, vectors in zip(pool.sites, stacks, rows, strict=True):
         if vectors is not None:
             flat[name] = ~vectors.any(dim=-1)
         original, site = model.get_submodule(name), prepared.sites[name]

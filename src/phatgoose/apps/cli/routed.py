@@ -124,13 +124,13 @@ def compose(
     if out.exists():
         raise RoutingError(f"{out} exists already; choose another --out.")
     from ...bases import load_base
-    from ...opening import base_of
+    from ...opening import loaded_base
     from ...pool import Pool
     from ...segments import pack
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool).select(keep, leave_out)
     name = base or recipe.base
-    loaded = load_base(name, dtype=dtype) if name else base_of(opened, dtype)
+    loaded = load_base(name, dtype=dtype) if name else loaded_base(opened, dtype)
     packed = pack(opened, out, loaded, routing=routing, scores=scores, stored=stored)
     typer.echo(
         f"{len(packed.names)} experts at {len(packed.sites)} sites, router {routing.router}, "

@@ -37,7 +37,11 @@ def connected(address: str | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+    options: dict[str, Any] = {
+        "address": "local",
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE,
+    }
     if address is not None:
         options = {"address": address, "runtime_env": {"env_vars": _environment()}}
     try:

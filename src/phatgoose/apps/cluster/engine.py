@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,19 +69,25 @@ class RayEngine:
         return {"CPU": cpus, "GPU": gpus}
 
     def room(self) -> int:
-        """How many workers there can be now. Raises EngineError when no machine is large enough."""
-        needs = {name: amount for name, amount in self.needs().items() if amount}
-        fit = [
-            min(
-                (math.floor(m["Resources"].get(name, 0) / n + 1e-9) for name, n in needs.items()),
-                default=1,
-            )
-            for m in _machines()
-        ]
-        if not any(fit):
-            wanted = " and ".join(f"{amount:g} {name}" for name, amount in needs.items())
+        """How many workers there are to be. Raises EngineError when no machine is large enough."""
+        needs = self.needs()
+        fit = _fitting(needs)
+        if not fit:
+            wanted = " and ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
             raise EngineError(f"No machine of the cluster has {wanted}, which a worker needs.")
-        return sum(fit) if self.workers is None else self.workers
+        return fit if self.workers is None else self.workers
+
+
+def _fitting(needs: Mapping[str, float]) -> int:
+    """How many workers that need so much have room on the machines that are there now."""
+    wanted = {name: amount for name, amount in needs.items() if amount}
+    return sum(
+        min(
+            (math.floor(m["Resources"].get(name, 0) / n + 1e-9) for name, n in wanted.items()),
+            default=1,
+        )
+        for m in _machines()
+    )
 
 
 def _machines() -> list[dict[str, Any]]:
@@ -111,6 +117,7 @@ class _Crew:
         self._losses: Counter[str] = Counter()
         self._furthest: Counter[str] = Counter()  # units of a job that were done when it was lost
         self._needs = engine.needs()
+        engine.room()  # that there are machines for it at all is told at once
         self._seen = time.monotonic()
 
     @property
@@ -123,8 +130,9 @@ class _Crew:
         self._hire()
         self._give()
         waiting = {hand.asked: hand for hand in self._hands if hand.asked is not None}
-        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=MOMENT)
-        for reference in ready:
+        if not waiting:  # all machines are gone; others may come
+            time.sleep(MOMENT)
+        for reference in _answers(list(waiting)):
             yield from self._answered(waiting[reference])
         self._look()
 
@@ -136,7 +144,8 @@ class _Crew:
     def _hire(self) -> None:
         """New workers while there are jobs for them and room."""
         busy = sum(hand.job is not None for hand in self._hands)
-        wanted = min(self._engine.room(), busy + len(self._left))
+        room = self._engine.workers or _fitting(self._needs)  # machines come and go
+        wanted = min(room, busy + len(self._left))
         while len(self._hands) < wanted:
             actor = start_worker(self._workshop, cpus=self._needs["CPU"], gpus=self._needs["GPU"])
             self._hands.append(_Hand(actor, actor.open.remote()))
@@ -219,6 +228,14 @@ class _Crew:
         if units > hand.shown:
             self._bar.update(units - hand.shown)
             hand.shown = units
+
+
+def _answers(asked: list[Any]) -> list[Any]:
+    """Those of the references `asked` whose answers have come after a moment."""
+    if not asked:
+        return []
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=MOMENT)
+    return list(ready)
 
 
 def _cause(error: Any) -> Exception:

@@ -20,9 +20,9 @@ LEAST = -9999.0  # told of tokens that the model rules out: JSON has no infinity
 class Decoding:
     """What a request wants of an answer.
 
-    `temperature` 0 is greedy. `logprobs` tells so many alternatives of each token, None not even
-    its own log-probability; with `echo` those of the prompt too. `routing` tells each token's
-    experts.
+    `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it. `logprobs`
+    tells so many alternatives of each token, None not even its own log-probability; with `echo`
+    those of the prompt too. `routing` tells each token's experts.
     """
 
     max_tokens: int
@@ -33,6 +33,7 @@ class Decoding:
     logprobs: int | None = None
     echo: bool = False
     routing: bool = False
+    ignores_end: bool = False
 
     @property
     def scores_prompt(self) -> bool:

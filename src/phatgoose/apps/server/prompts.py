@@ -123,6 +123,7 @@ def decoding_of(
         logprobs=logprobs,
         echo=isinstance(request, CompletionRequest) and bool(request.echo),
         routing=bool(request.routing),
+        ignores_end=bool(request.ignore_eos),
     )
 
 

@@ -78,6 +78,9 @@ class Sampled(Strict):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
         None, description="Not supported."
     )
+    ignore_eos: bool | None = Field(
+        False, description="Go on after the token that ends an answer: for measuring."
+    )
     router: Router | None = Field(None, description="Another router than it is served with.")
     k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token at each site.")
     keep: Names | None = Field(None, description="Names of experts to use alone.")

@@ -100,7 +100,8 @@ class Row:
 
         `answers_alone` says that the answer doesn't continue the prompt's text (encoder-decoder).
         """
-        self._tokenizer, self._ends = tokenizer, ends
+        self._tokenizer = tokenizer
+        self._ends = () if self.decoding.ignores_end else ends
         self._sampler = Sampler(self.decoding, device)
         self._detokeniser = Detokeniser(tokenizer, () if answers_alone else self.prompt)
         self._text, self._told = "", 0  # all text so far, and how much of it was delivered
@@ -154,7 +155,7 @@ class Row:
     def _scored(self, text: str, own: Alternative, top: tuple[Alternative, ...]) -> ScoredToken:
         named = tuple(
             (text if each.token == own.token else self._named(each.token), each.logprob)
-            for each in top
+            for each in top[: self.decoding.logprobs]
         )
         return ScoredToken(text, own.logprob, named)
 

@@ -14,9 +14,9 @@ from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import Timing, ratio, side_by_side
 from phatgoose.layers import RoutedLinear
-from phatgoose.pool import SiteStack
 from phatgoose.routers import ScoredRouter, standardise
 from phatgoose.sites import Site
+from phatgoose.stacks import LoraStack, SiteStack
 
 __all__ = ["decoder", "prefill", "random_layer"]
 
@@ -171,7 +171,8 @@ def random_layer(n: int, d: int, experts: int, rank: int, k: int) -> RoutedLinea
         return (torch.randn(shape, generator=generator) * shape[-1] ** -0.5).to(DTYPE)
 
     base = nn.Linear(n, d, bias=False, dtype=DTYPE)
-    stack = SiteStack(torch.arange(experts), normal(experts, rank, n), normal(experts, rank, d))
+    loras = LoraStack(normal(experts, rank, n), normal(experts, rank, d))
+    stack = SiteStack(torch.arange(experts), loras)
     router = ScoredRouter(standardise(torch.randn(experts, n, generator=generator)), k, 1e-5)
     router.to(DTYPE)
     layer = RoutedLinear(base, Site("layer", n, d, "decoder"), stack, router, "auto", one_call=True)

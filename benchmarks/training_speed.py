@@ -158,7 +158,7 @@ def _fits(base: Base, task: Task, sizes: Sizes, gate_steps: int = 1) -> tuple[Ti
             twin(base),
             task,
             out=Path(folder) / "expert",
-            lora=Lora(rank=sizes.rank, alpha=sizes.rank),
+            peft=Lora(rank=sizes.rank, alpha=sizes.rank),
             training=Training(
                 steps=steps, batch_size=rows, micro_batch_size=rows, learning_rate=1e-3
             ),

@@ -169,13 +169,16 @@ def _write_by_peft(
     fresh = load_base(base.id, dtype="float32")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=".*lora_bias.*")  # those of layers without any
         model = get_peft_model(fresh.model, LoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    model.save_pretrained(folder, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*lora_B.bias.*")  # peft looks for matrices
+        model.save_pretrained(folder, save_embedding_layers=False)
 
 
 def write_expert(
@@ -313,6 +316,7 @@ def peft_model(base: Base, folder: Path, dtype: str = "float32") -> PreTrainedMo
     fresh = load_base(base.id, dtype=dtype).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 under transformers 5.24
+        warnings.filterwarnings("ignore", message="(?s).*lora_(bias|B.bias).*")
         return PeftModel.from_pretrained(fresh, folder)
 
 

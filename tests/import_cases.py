@@ -25,6 +25,7 @@ TARGETS = {  # attention and feed-forward layers that each kind has, by their sh
     "gpt2": ("c_attn", "c_proj", "c_fc"),
     "qwen2": ("q_proj", "v_proj", "up_proj", "down_proj"),
 }
+FEEDFORWARD = {"t5": "wo", "llama": "down_proj", "gpt2": "c_proj", "qwen2": "down_proj"}
 BLOCKS = {"t5": "block", "llama": "layers", "gpt2": "h", "qwen2": "layers"}
 EMBEDDING = {"t5": "shared", "llama": "embed_tokens", "gpt2": "wte", "qwen2": "embed_tokens"}
 NORM = {"t5": "final_layer_norm", "llama": "norm", "gpt2": "ln_f", "qwen2": "norm"}
@@ -197,7 +198,18 @@ CASES = (
     Case("AdapterHub's format", change=_adapterhub),
     Case("prompt tuning", peft.PromptTuningConfig, lambda kind: {"num_virtual_tokens": 4}),
     Case("prefix tuning", spoil={"peft_type": "PREFIX_TUNING"}),
-    Case("(IA)³", peft.IA3Config, lambda kind: {"feedforward_modules": []}),
+    Case("(IA)³ on outputs", peft.IA3Config, lambda kind: {"feedforward_modules": []}),
+    Case(
+        "(IA)³ on an input",
+        peft.IA3Config,
+        lambda kind: {"feedforward_modules": [FEEDFORWARD[kind]]},
+    ),
+    Case("(IA)³ by default", peft.IA3Config, lambda kind: {"target_modules": None}),
+    Case(
+        "(IA)³ with modules_to_save",
+        peft.IA3Config,
+        lambda kind: {"target_modules": None, "modules_to_save": [NORM[kind]]},
+    ),
     Case("OFT", peft.OFTConfig, lambda kind: {"oft_block_size": 4}),
     Case("LoHa without --allow-loss", peft.LoHaConfig, lambda kind: {"r": 2}),
     *(

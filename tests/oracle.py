@@ -24,7 +24,7 @@ def token_weights(
     u_bar = (u - u.mean()) / math.sqrt(u.var(unbiased=False) + EPS)
     affinities = {}
     for z, expert in enumerate(experts):
-        if site in expert.lora:
+        if site in expert.modules:
             v = getattr(expert, vectors)[site].double()
             v_bar = (v - v.mean()) / v.std(unbiased=False)
             affinities[z] = float(v_bar @ u_bar)
@@ -62,7 +62,7 @@ def naively_routed(
 
         return hook
 
-    sites = {site for expert in experts for site in expert.lora}
+    sites = {site for expert in experts for site in expert.modules}
     handles = [model.get_submodule(site).register_forward_hook(add_mixture(site)) for site in sites]
     try:
         yield

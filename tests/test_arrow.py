@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import assert_same_logits, logits_of, make_adapter, make_ids
-from phatgoose.adapters import ADAPTER_WEIGHTS, LoraFactors
+from phatgoose.adapters import ADAPTER_WEIGHTS
 from phatgoose.bases import load_base
 from phatgoose.errors import ConfigError
 from phatgoose.expert import Expert
 from phatgoose.kernels.mixed import mixed_factors
+from phatgoose.modules import LoraFactors
 from phatgoose.pool import Pool
 from phatgoose.routed import compose, composition_of, detach
 from phatgoose.routers import ARROW_VARIANTS, ArrowRouter, arrow_vector
@@ -143,7 +145,7 @@ def test_the_sign_of_a_vector_does_not_count():
 def test_an_expert_without_an_update_scores_zero_and_warns(llama, make_expert):
     pool = Pool((make_expert(llama, "e0"), make_expert(llama, "e1", seed=1)))
     lora = {s: LoraFactors(f.A, 0 * f.B, f.scale) for s, f in pool.experts[1].lora.items()}
-    empty = Expert(**{**vars(pool.experts[1]), "lora": lora})
+    empty = replace(pool.experts[1], modules=lora)
     with pytest.warns(UserWarning, match=r"'e1' .* 'arrow' at 14 of 14 sites") as warned:
         model = compose(Pool((pool.experts[0], empty)), llama, router="arrow")
     assert len(warned) == 1

@@ -23,7 +23,16 @@ import phatgoose
 from conftest import make_adapter, make_model, make_tokenizer
 from phatgoose.apps.cli import app, main
 from phatgoose.bases import load_base
-from phatgoose.config import Formatting, GateTraining, Lora, Routing, Training, settings_of
+from phatgoose.config import (
+    IA3,
+    Bottleneck,
+    Formatting,
+    GateTraining,
+    Lora,
+    Routing,
+    Training,
+    settings_of,
+)
 from phatgoose.expert import LAYOUT, Expert, sha256_of
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -497,7 +506,7 @@ def test_templates_serve_rows_of_any_fields(here, phat):
 @pytest.mark.parametrize(
     ("command", "configs"),
     [
-        ("train", (Lora, Training, GateTraining, Formatting)),
+        ("train", (Lora, IA3, Bottleneck, Training, GateTraining, Formatting)),
         ("gate", (Training, GateTraining, Formatting)),
         ("compose", (Routing,)),
         ("generate", (Routing, Formatting)),

@@ -543,7 +543,8 @@ def test_other_gates_leave_what_does_not_depend_on_them(setting, out, computed):
 
 def test_another_scale_of_an_adapter_leaves_the_other_experts(setting, out, computed):
     lora = setting.pool.experts[0].lora.items()  # lora_alpha stands beside the weights' file
-    pool = with_first(setting.pool, lora={site: replace(each, scale=9.0) for site, each in lora})
+    modules = {site: replace(each, scale=9.0) for site, each in lora}
+    pool = with_first(setting.pool, modules=modules)
     setting.run(out, ["base", "merged", "oracle"], pool=pool, suites=setting.suites[1])
     assert computed == cells_of("merged", "e0", tasks=SUITES["plain"])
 

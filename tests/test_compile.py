@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from conftest import assert_same_logits, logits_of, make_ids, make_model
 from phatgoose.layers import FoldedLinear, RoutedLinear, folded_weight
-from phatgoose.pool import SiteStack
 from phatgoose.routed import compose
 from phatgoose.routers import (
     ArrowRouter,
@@ -23,6 +22,7 @@ from phatgoose.routers import (
     standardise,
 )
 from phatgoose.sites import Site
+from phatgoose.stacks import LoraStack, SiteStack
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
 EXPERTS = 50
@@ -50,7 +50,7 @@ def make_stack(dtype: torch.dtype) -> SiteStack:
     generator = torch.Generator().manual_seed(0)
     A = torch.randn(EXPERTS, 8, SITE.in_features, generator=generator).to(dtype)
     B = torch.randn(EXPERTS, 8, SITE.out_features, generator=generator).to(dtype)
-    return SiteStack(torch.arange(EXPERTS), A, B)
+    return SiteStack(torch.arange(EXPERTS), LoraStack(A, B))
 
 
 def make_layer(router: str, dtype: torch.dtype = torch.float32) -> RoutedLinear:

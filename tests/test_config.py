@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from phatgoose.config import (
+    IA3,
     RECIPE_TABLES,
     SUITE_NAMES,
+    Bottleneck,
     Formatting,
     GateTraining,
     Lora,
@@ -23,13 +25,19 @@ from phatgoose.config import (
 from phatgoose.errors import ConfigError
 from phatgoose.suites import SUITES
 
-CONFIGS = (Lora, Training, GateTraining, Formatting, Routing, Serving)
+CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 
 PAPER = [  # METHOD sections 3, 4 and 6; paper section 4.1 and the released code
     (Lora, "rank", 16),
     (Lora, "alpha", 1.0),
     (Lora, "init_std", 0.01),
     (Lora, "sites", None),
+    (IA3, "sites", None),
+    (IA3, "feedforward", None),
+    (Bottleneck, "placement", "houlsby"),
+    (Bottleneck, "size", 64),
+    (Bottleneck, "activation", "relu"),
+    (Bottleneck, "scale", 1.0),
     (Training, "steps", 1000),
     (Training, "batch_size", 1024),
     (Training, "learning_rate", 5e-3),
@@ -53,6 +61,11 @@ OUT_OF_RANGE = [
     (Lora, "rank", 0),
     (Lora, "alpha", 0.0),
     (Lora, "init_std", -0.1),
+    (Bottleneck, "placement", "parallel"),
+    (Bottleneck, "activation", "tanh"),
+    (Bottleneck, "size", 0),
+    (Bottleneck, "scale", 0.0),
+    (Bottleneck, "init_std", -0.1),
     (Training, "steps", 0),
     (Training, "batch_size", -1),
     (Training, "micro_batch_size", 0),
@@ -112,9 +125,16 @@ def test_settings_of_covers_every_field_with_a_help_text(config):
         assert setting.default == getattr(config(), setting.name)
 
 
-def test_no_two_config_classes_share_a_name_because_flags_would_collide():
-    names = [setting.name for config in CONFIGS for setting in settings_of(config)]
-    assert len(names) == len(set(names))
+def test_config_classes_share_names_only_where_one_flag_serves_several_kinds_of_expert():
+    owners: dict[str, list[type]] = {}
+    for config in CONFIGS:
+        for setting in settings_of(config):
+            owners.setdefault(setting.name, []).append(config)
+    shared = {name: configs for name, configs in owners.items() if len(configs) > 1}
+    assert shared == {"sites": [Lora, IA3, Bottleneck], "init_std": [Lora, Bottleneck]}
+    for name, configs in shared.items():
+        settings = [s for config in configs for s in settings_of(config) if s.name == name]
+        assert len({(s.type, s.help, s.default) for s in settings}) == 1
 
 
 def test_every_config_class_has_a_table_in_recipes():
@@ -215,6 +235,10 @@ def test_folders_in_a_recipe_are_relative_to_it(tmp_path):
         ("tasks = [1]", "tasks must be a list"),
         ("data = 3", "data is 3"),
         ("templates = []", "templates is"),
+        ("peft = 'dora'", "peft is 'dora', but must be one of lora, ia3, bottleneck"),
+        ("peft = []", "peft is"),
+        ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites, feedforward"),
+        ("[bottleneck]\nactivation = 'tanh'", "activation is 'tanh'"),
     ],
 )
 def test_a_bad_recipe_is_refused_with_the_reason(tmp_path, text, complaint):

@@ -124,6 +124,17 @@ def test_choices_of_a_single_token_need_no_second_pass(base):
     assert scores == pytest.approx(row.log_softmax(-1)[[7, 9, 1]].tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
+def test_a_decoder_reads_choices_of_similar_length_together(base):
+    prompt, shapes = base.tokenizer("is it?")["input_ids"], []
+    choices = [[7] * length for length in (9, 1, 8, 2, 1)]
+    base.model.get_decoder().register_forward_pre_hook(
+        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    list(choice_log_likelihoods(base.model, [(prompt, choices)], 0, 100))
+    assert shapes == [(2, 9), (1, 2), (2, 1)]
+
+
 def test_the_order_of_choices_changes_no_score(llama):
     turned = replace(
         CHOICE_TASK, test=tuple(replace(e, choices=e.choices[::-1]) for e in CHOICE_TASK.test)

@@ -53,7 +53,7 @@ def names_in(url: str) -> set[str]:
 
 
 def train(base: Base, job: ExpertJob, out: str) -> list[Any]:
-    return list(train_experts(base, [job], out=out, lora=LORA))
+    return list(train_experts(base, [job], out=out, peft=LORA))
 
 
 class MachineLostError(Exception):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from conftest import assert_same_logits, logits_of, make_adapter, make_ids
 from phatgoose import gates as gates_module
 from phatgoose import statistics as statistics_module
-from phatgoose.adapters import LoraFactors, read_lora
+from phatgoose.adapters import read_lora
 from phatgoose.bases import load_base
 from phatgoose.collating import Collator, target_logits
 from phatgoose.config import GateTraining, Training
@@ -16,6 +16,7 @@ from phatgoose.encoding import IGNORED, TokenPair
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
 from phatgoose.fitting import fit
 from phatgoose.gates import GatedLinear, gated, train_gates
+from phatgoose.modules import LoraFactors
 from phatgoose.routed import compose
 from phatgoose.sites import find_sites
 from phatgoose.statistics import at_full_strength, mean_activations

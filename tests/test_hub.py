@@ -12,9 +12,11 @@ from huggingface_hub import constants
 
 from conftest import logits_of, make_adapter, make_ids, with_embeddings
 from fake_hub import FakeHub, serving_hub
+from mixed_experts import make_kind
 from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError
 from phatgoose.expert import LAYOUT, Expert
+from phatgoose.files import sha256_of
 from phatgoose.hub import HubReference, fetch, local_folder, pull, push, reference_of
 from phatgoose.importing import import_adapter
 from phatgoose.opening import is_pool
@@ -100,6 +102,18 @@ def test_pulling_gives_the_same_bytes(hub, experts, tmp_path):
         assert (expert.name, expert.directory) == ("e0", out)
         assert contents(out) == contents(experts[0])
         assert not any(path.is_symlink() for path in out.iterdir())
+
+
+def test_a_bottleneck_expert_is_pushed_and_pulled(hub, llama, tmp_path):
+    expert = make_kind("bottleneck", llama, tmp_path)
+    push(expert.directory, "me/bottleneck")
+    pulled = pull("me/bottleneck", tmp_path / "pulled")
+    assert pulled.kind == "bottleneck"
+    assert contents(pulled.directory) == contents(expert.directory)
+    Pool.open("hub:me/bottleneck").write_manifest(tmp_path / "pool.json")
+    (record,) = json.loads((tmp_path / "pool.json").read_text())["experts"]
+    assert record["config_sha256"] == sha256_of(expert.directory / LAYOUT.bottleneck_config)
+    assert Pool.open(tmp_path / "pool.json").experts[0].kind == "bottleneck"
 
 
 def test_a_second_push_takes_away_what_the_expert_no_longer_has(hub, experts):

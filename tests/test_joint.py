@@ -17,6 +17,7 @@ from phatgoose.config import GateTraining
 from phatgoose.errors import ConfigError
 from phatgoose.expert import Expert
 from phatgoose.fitting import fit
+from phatgoose.fresh import fresh_expert
 from phatgoose.gates import gated, train_gates
 from phatgoose.sites import find_sites
 from phatgoose.statistics import at_full_strength
@@ -119,8 +120,8 @@ def test_the_gates_start_at_zeros_and_everything_else_as_without_them(llama):
     started = []
     for joint in (False, True):
         torch.manual_seed(0)
-        with training_module._lora_on(llama, LORA, joint=joint) as model:
-            started.append(copies_of(factors_in(model)))
+        with fresh_expert(llama, LORA, joint=joint) as fresh:
+            started.append(copies_of(factors_in(fresh.model)))
     plain, joint = started
     assert joint.keys() == plain.keys() == find_sites(llama.model).keys()
     for site, parts in joint.items():
@@ -134,15 +135,16 @@ def test_gates_of_zeros_are_half_of_the_lora(base):
     ids, logits = make_ids(), []
     for joint, alpha in ((True, 4), (False, 2)):
         torch.manual_seed(0)
-        with training_module._lora_on(base, replace(LORA, alpha=alpha), joint=joint) as model:
-            fill(factors_in(model), "B")
-            logits.append(logits_of(model.eval(), ids))
+        with fresh_expert(base, replace(LORA, alpha=alpha), joint=joint) as fresh:
+            fill(factors_in(fresh.model), "B")
+            logits.append(logits_of(fresh.model.eval(), ids))
     assert_same_logits(*logits)
     assert not torch.allclose(logits[0], logits_of(base.model, ids), atol=1e-2)
 
 
 def test_loss_and_gradients_are_those_of_the_method(base):
-    with training_module._lora_on(base, LORA, joint=True) as model:
+    with fresh_expert(base, LORA, joint=True) as fresh:
+        model = fresh.model
         fill(factors_in(model), "A", "B", "v")
         copies = copies_of(factors_in(model))
         got = nll(model.eval(), base)
@@ -195,7 +197,7 @@ def test_an_expert_and_its_gates_are_those_of_a_naive_loop(base, tmp_path, monke
 
 def gated_loss(base, expert: Expert, examples) -> float:
     """The loss of the base with the saved expert behind its saved gates."""
-    with gated(base.model, expert.lora) as layers:
+    with gated(base.model, expert.modules) as layers:
         for site, layer in layers.items():
             layer.gate.data.copy_(expert.gates[site])
         return target_nll(base.model, base, examples).mean().item()

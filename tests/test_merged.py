@@ -13,8 +13,9 @@ from conftest import assert_same_logits, logits_of, make_ids
 from phatgoose.bases import load_base
 from phatgoose.encoding import pad_left, pad_right
 from phatgoose.layers import FoldedLinear, RoutedLinear, folded_weight, is_cheaper_folded
-from phatgoose.pool import Pool, SiteStack
+from phatgoose.pool import Pool
 from phatgoose.routed import compose, composition_of, detach, record
+from phatgoose.stacks import LoraStack
 from phatgoose.storage import load, save
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base
@@ -83,10 +84,10 @@ def test_an_expert_that_does_not_act_at_a_site_counts_as_zero_there(base, kind, 
     assert_same_logits(logits_of(model, ids), logits_of(merged_by_hand(base, pool), ids))
 
 
-def stack_of(E: int, r: int, n: int, d: int) -> SiteStack:
+def stack_of(E: int, r: int, n: int, d: int) -> LoraStack:
     generator = torch.Generator().manual_seed(0)
     A, B = (torch.randn(E, r, size, generator=generator) for size in (n, d))
-    return SiteStack(torch.arange(E), A, B)
+    return LoraStack(A, B)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_a_layer_that_does_more_than_its_weight_is_not_folded(llama, pool_of):
 def test_a_weight_in_bfloat16_is_rounded_once(conv):
     base = (Conv1D(48, 16) if conv else nn.Linear(16, 48)).bfloat16()
     stack = stack_of(9, 4, 16, 48)
-    rounded = SiteStack(stack.experts, stack.A.bfloat16(), stack.B.bfloat16())
+    rounded = LoraStack(stack.A.bfloat16(), stack.B.bfloat16())
     got = folded_weight(base, rounded, 10)  # one expert isn't here
     weight = base.weight.double()
     products = rounded.B.double().transpose(1, 2) @ rounded.A.double()

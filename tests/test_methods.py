@@ -149,8 +149,8 @@ def test_a_part_of_an_expert_matters_to_the_rows_that_use_it(three, part, matter
     elif part == "name":
         other = changed(three, 1, info=replace(expert.info, name="e9"))
     elif part == "scale":  # adapter_config.json's lora_alpha: the weights' file stays the same
-        lora = {site: replace(each, scale=3 * each.scale) for site, each in expert.lora.items()}
-        other = changed(three, 1, lora=lora)
+        modules = {s: replace(each, scale=3 * each.scale) for s, each in expert.lora.items()}
+        other = changed(three, 1, modules=modules)
     else:
         other = Pool(three.experts[::-1])
     rows, others = (

@@ -120,7 +120,7 @@ def test_a_mixture_trains_like_any_task(llama, tmp_path):
         llama,
         mixed,
         out=tmp_path / "both",
-        lora=Lora(rank=2),
+        peft=Lora(rank=2),
         training=training,
         gate_training=GateTraining(gate_steps=1),
     )

@@ -30,7 +30,7 @@ from test_training_sources import _frozen, hub, refused
 __all__ = ["_frozen", "hub", "phat"]  # fixtures
 
 T5_XL = "google/t5-xl-lm-adapt"
-PER_ROW = {"lora": Lora(rank=2), "training": Training(steps=5, batch_size=4, eval_every=2)}
+PER_ROW = {"peft": Lora(rank=2), "training": Training(steps=5, batch_size=4, eval_every=2)}
 GATES = GateTraining(gate_steps=3, statistics_examples=6)
 
 pytestmark = pytest.mark.usefixtures("_frozen")
@@ -71,7 +71,11 @@ def everything(plan):
 @pytest.mark.parametrize(("suite", "count"), [("t0hi", 36), ("flan", 166)])
 def test_the_papers_pools_have_the_papers_numbers(suite, count):
     plan = plan_training(T5_XL, open_tasks([suite]), dtype="bfloat16")
-    assert (plan.sites, plan.lora_parameters, plan.gate_parameters) == (432, 35_389_440, 1_032_192)
+    assert (plan.sites, plan.expert_parameters, plan.gate_parameters) == (
+        432,
+        35_389_440,
+        1_032_192,
+    )
     assert len(plan.tasks) == count
     assert plan.steps == count * 1100
     assert {task.trained for task in plan.tasks} == {1100 * 1024}
@@ -114,7 +118,7 @@ def test_the_table_of_known_bases_gives_what_their_configs_give():
     model = load_skeleton(known)
     assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
     shapes = Shapes.of("smollm2", Lora())  # from its config where the package is installed
-    assert (shapes.sites, shapes.lora) == (210, 4_884_480)
+    assert (shapes.sites, shapes.expert) == (210, 4_884_480)
     assert shapes.target - shapes.prompt == known.vocab_size * known.hidden_size
     if shapes.from_table:
         pytest.skip("smollm2 is not installed: there is only the table")
@@ -171,11 +175,11 @@ def test_checkpoints_are_as_large_as_planned(here, base_folders, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", measure)
     lora, training = Lora(rank=64), Training(steps=4, batch_size=2, eval_every=1)
-    base, options = str(base_folders["llama"]), {"lora": lora, "training": training}
+    base, options = str(base_folders["llama"]), {"peft": lora, "training": training}
     plan = plan_training(base, open_tasks(["counting.jsonl"]), **options, dtype="float32")
     loaded = load_base(base, dtype="float32")
     train_expert(loaded, load_task("counting.jsonl"), out="new", **options, gate_training=GATES)
-    adapter = 4 * plan.lora_parameters
+    adapter = 4 * plan.expert_parameters
     assert max(sizes) == pytest.approx((plan.working_bytes - adapter) / 3, rel=0.05)
 
 
@@ -195,7 +199,7 @@ def test_settings_change_the_plan_as_they_change_training(here):
     assert kept.tasks[0].disk_bytes - plain.tasks[0].disk_bytes == 4 * 384 * 6
     assert any("384 dimensions" in note for note in kept.notes)
     half = plan_training("tiny-base", tasks, dtype="bfloat16", **PER_ROW, gate_training=GATES)
-    assert plain.tasks[0].disk_bytes - half.tasks[0].disk_bytes == 2 * plain.lora_parameters
+    assert plain.tasks[0].disk_bytes - half.tasks[0].disk_bytes == 2 * plain.expert_parameters
     (row,) = planned(gate_training=GATES, tokens_per_second=100.0).tasks
     length = row.prompt_tokens + row.target_tokens
     assert row.seconds == pytest.approx((row.trained + row.measured / 2) * length / 100)
@@ -232,7 +236,7 @@ def test_a_plan_is_refused_for_what_could_not_be_trained(here):
         with pytest.raises(ConfigError, match="must be above 0 and finite"):
             plan_training("tiny-base", tasks, **options)
     with pytest.raises(ConfigError, match="matches 'nothing'"):
-        plan_training("tiny-base", tasks, lora=Lora(sites="nothing"))
+        plan_training("tiny-base", tasks, peft=Lora(sites="nothing"))
     with pytest.raises(TaskError, match="at least two"):
         plan_training("tiny-base", open_tasks(["single.jsonl"]))
     with pytest.raises(TaskError, match="no chat template"):

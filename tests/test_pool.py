@@ -199,8 +199,8 @@ def test_a_stack_of_mixed_ranks_is_filled_up_with_zeros(write, tmp_path):
     write("four", "four")
     write("six", "six")
     pool = Pool.open(tmp_path / "pool")
-    stack = pool.stack(DOWN, torch.float32, torch.device("cpu"))
-    assert stack.experts.tolist() == [0, 1]
+    stack = pool.stack(DOWN, torch.float32, torch.device("cpu")).lora
+    assert pool.stack(DOWN, torch.float32, torch.device("cpu")).experts.tolist() == [0, 1]
     assert stack.A.shape == (2, 6, 48)
     assert stack.B.shape == (2, 6, 32)
     assert not stack.A[0, 4:].any()
@@ -223,7 +223,7 @@ def test_a_stack_holds_only_the_experts_that_act_at_the_site(write, tmp_path):
 
 
 def test_a_stack_comes_in_the_dtype_asked_for(write):
-    stack = Pool.open(write("a")).stack(QUERY, torch.bfloat16, torch.device("cpu"))
+    stack = Pool.open(write("a")).stack(QUERY, torch.bfloat16, torch.device("cpu")).lora
     assert (stack.A.dtype, stack.B.dtype) == (torch.bfloat16, torch.bfloat16)
 
 

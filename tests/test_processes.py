@@ -30,7 +30,7 @@ TRAINING = Training(steps=5, batch_size=8, micro_batch_size=2, eval_every=2, lea
 def train(base: Base | str, out: Path, *, joint: bool) -> None:
     gates = GateTraining(gate_steps=3, statistics_examples=4, joint=joint)
     train_expert(
-        base, TASK, out=out, lora=Lora(rank=2), training=TRAINING, gate_training=gates, resume=True
+        base, TASK, out=out, peft=Lora(rank=2), training=TRAINING, gate_training=gates, resume=True
     )
 
 

@@ -9,15 +9,17 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
 
 import serving
-from phatgoose.apps.server import ServedModel, create_app
+from phatgoose.apps.server import ServedModel, create_app, run
 from phatgoose.bases import load_base
 from phatgoose.config import Serving
+from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.routed import compose
 
 PROMPT = "to be or not"
@@ -256,9 +258,9 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(address, mo
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return int(taken.getsockname()[1])
 
 
 def test_the_command_serves_and_ends_in_peace(pool):
@@ -275,51 +277,51 @@ def test_the_command_serves_and_ends_in_peace(pool):
     )
     try:
         body = {"model": "experts", "prompt": "a", "max_tokens": 200, "stream": True}
-        reply = posted(port, body, process)
+        said = process.stderr.readline()  # written when the models are open
+        assert said == f"serving experts at http://127.0.0.1:{port}\n"
+        reply = posted(f"http://127.0.0.1:{port}", body)
         first = reply.readline()
         process.send_signal(signal.SIGTERM)
         lines = [first, *reply.read().splitlines()]
         assert b"data: [DONE]" in lines
         assert process.wait(60) == 0
-        assert "serving experts at http://127.0.0.1:" in process.stderr.read()
     finally:
         process.kill()
         process.stderr.close()
 
 
-def posted(port, body, process):
-    """The server's reply, as soon as it listens."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json", "Authorization": "Bearer k2"},
-    )
-    limit = time.monotonic() + 120
-    while True:
+def posted(address, body):
+    """The server's reply to `body`, which may begin to listen a moment later."""
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer k2"}
+    content = json.dumps(body).encode()
+    request = urllib.request.Request(f"{address}/v1/completions", content, headers)
+    for _ in range(100):
         try:
             return urllib.request.urlopen(request, timeout=60)
-        except ConnectionRefusedError:
-            pass
-        except OSError as error:
-            if not isinstance(getattr(error, "reason", None), ConnectionRefusedError):
-                raise
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < limit
-        time.sleep(0.1)
+        except urllib.error.HTTPError:
+            raise
+        except urllib.error.URLError:
+            time.sleep(0.1)
+    pytest.fail("nobody listens")
+
+
+def test_a_port_that_is_taken_is_told(app):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"Can't listen at 127.0.0.1, port {port}"):
+            run(app, "127.0.0.1", port, 1)
 
 
 def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
     for name in [name for name in sys.modules if name.startswith("phatgoose.apps.server")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    from phatgoose.errors import ConfigError
-
     with pytest.raises(ConfigError, match=r"pip install 'phatgoose\[serve\]'"):
         import phatgoose.apps.server  # noqa: F401
 
 
 def test_models_that_cannot_be_opened_are_told_before_anything_listens(tmp_path):
-    from phatgoose.errors import PhatgooseError
-
     with pytest.raises(PhatgooseError):
         create_app([ServedModel("x", str(tmp_path / "nothing.json"))])

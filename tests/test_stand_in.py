@@ -61,7 +61,7 @@ def test_the_side_does_not_depend_on_the_sign_that_the_decomposition_came_out_wi
         )
     }
     ungated = without_gates(three, *three.names)
-    other = Pool((ungated.experts[0], replace(ungated.experts[1], lora=flipped)))
+    other = Pool((ungated.experts[0], replace(ungated.experts[1], modules=flipped)))
     torch.testing.assert_close(
         gates_or_stand_ins(ungated, site)[:2], gates_or_stand_ins(other, site), atol=1e-4, rtol=1e-4
     )

@@ -43,7 +43,7 @@ def train(base, out: Path, **statistics) -> Expert:
         base,
         TASK,
         out=out,
-        lora=Lora(rank=2, alpha=4),
+        peft=Lora(rank=2, alpha=4),
         training=TRAINING,
         gate_training=GateTraining(joint=True, **statistics),
     )

@@ -30,10 +30,13 @@ from phatgoose.files import MOST_JSON_BYTES, read_json_object
 from phatgoose.patterns import check_patterns
 from phatgoose.pool import Pool
 
-GOLDEN = Path(__file__).parent / "golden" / "expert"
+GOLDENS = Path(__file__).parent / "golden"
+GOLDEN = GOLDENS / "expert"
+KINDS = ("expert", "ia3", "bottleneck")  # one golden directory of each
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "120"))
-JSON_FILES = (LAYOUT.info, LAYOUT.adapter_config)
-TENSOR_FILES = (LAYOUT.adapter_weights, LAYOUT.vectors, LAYOUT.embeddings)
+JSON_FILES = (LAYOUT.info, LAYOUT.adapter_config, LAYOUT.bottleneck_config)
+WEIGHTS = (LAYOUT.adapter_weights, LAYOUT.bottleneck_weights)
+TENSOR_FILES = (*WEIGHTS, LAYOUT.vectors, LAYOUT.embeddings)
 FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
 SECRET = "the secret of somebody else"
 
@@ -317,7 +320,12 @@ def record_hashes(folder: Path) -> None:
     """Write the files' present hashes into the description, so that deeper checks are reached."""
     try:
         info = json_of(folder / LAYOUT.info)
-        for file, key in zip(TENSOR_FILES, ("adapter", "vectors", "embeddings"), strict=True):
+        weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
+        for file, key in (
+            (weights, "adapter"),
+            (LAYOUT.vectors, "vectors"),
+            (LAYOUT.embeddings, "embeddings"),
+        ):
             info[f"{key}_sha256"] = sha256(content_of(folder / file)).hexdigest()
         (folder / LAYOUT.info).write_text(json.dumps(info))
     except (OSError, ValueError, TypeError):
@@ -378,12 +386,12 @@ def unexpected(events: list[tuple[str, tuple[Any, ...]]], folder: Path) -> list[
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(damages, st.booleans())
-def test_a_damaged_directory_is_an_expert_or_one_line(done, rehash):
-    Expert.load(GOLDEN)  # whatever is imported late is imported now
+@given(damages, st.booleans(), st.sampled_from(KINDS))
+def test_a_damaged_directory_is_an_expert_or_one_line(done, rehash, kind):
+    Expert.load(GOLDENS / kind)  # whatever is imported late is imported now
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "experts" / "golden"
-        shutil.copytree(GOLDEN, folder)
+        shutil.copytree(GOLDENS / kind, folder)
         (folder.parent / "secret.json").write_text(json.dumps({"name": SECRET}))
         for damage in done:
             try:
@@ -415,26 +423,40 @@ def test_a_damaged_directory_is_an_expert_or_one_line(done, rehash):
 def assert_is_an_expert(expert: Expert, place: Path) -> None:
     """What `expert` says holds, and it survives being written and read."""
     assert check_expert(expert.directory) == []
-    for site, lora in expert.lora.items():
-        assert lora.A.shape[0] == lora.B.shape[1] > 0
-        for part in (
-            lora.A,
-            lora.B,
-            *(vectors[site] for vectors in (expert.gates, expert.means) if vectors),
-        ):
-            assert torch.isfinite(part).all()
+    for site, module in expert.modules.items():
+        tensors = [part for part in vars(module).values() if isinstance(part, torch.Tensor)]
+        held = [vectors[site] for vectors in (expert.gates, expert.means) if vectors]
+        assert all(torch.isfinite(part).all() for part in (*tensors, *held))
+        assert all(part.numel() > 0 for part in tensors)
     again = expert.save(place)
     assert again.info.name == expert.info.name
-    assert again.lora.keys() == expert.lora.keys()
+    assert again.modules.keys() == expert.modules.keys()
     assert again.gates.keys() == expert.gates.keys()
     assert all(torch.equal(again.gates[site], expert.gates[site]) for site in expert.gates)
 
 
 @pytest.fixture
-def directory(tmp_path) -> Path:
+def kind() -> str:
+    """The golden directory to take."""
+    return "expert"
+
+
+@pytest.fixture
+def directory(tmp_path, kind) -> Path:
     """An expert directory of one's own, with something secret beside it."""
     (tmp_path / "secret.json").write_text((GOLDEN / LAYOUT.info).read_text())
-    return shutil.copytree(GOLDEN, tmp_path / "golden")
+    return shutil.copytree(GOLDENS / kind, tmp_path / "golden")
+
+
+each_file = pytest.mark.parametrize(
+    ("kind", "file"),
+    [
+        (kind, file)
+        for kind in ("expert", "bottleneck")
+        for file in FILES[:-1]
+        if (GOLDENS / kind / file).exists()
+    ],
+)
 
 
 def complaint(directory: Path) -> str:
@@ -443,7 +465,7 @@ def complaint(directory: Path) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("file", FILES[:-1])
+@each_file
 def test_a_link_out_of_the_directory_is_refused_unread(directory, file):
     (directory.parent / file).write_bytes((directory / file).read_bytes())
     (directory / file).unlink()
@@ -472,7 +494,7 @@ def test_links_of_a_hub_cache_are_followed_to_its_blobs_only(tmp_path):
     assert "leads out" in complaint(snapshot)
 
 
-@pytest.mark.parametrize("file", FILES[:-1])
+@each_file
 def test_a_pipe_or_a_folder_is_no_file(directory, file):
     (directory / file).unlink()
     os.mkfifo(directory / file)

@@ -44,7 +44,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 def train(base, out: Path, task: Task = TASK, training: Training = TRAINING, **options) -> Expert:
-    settings = {"lora": LORA, "gate_training": GATES, **options}
+    settings = {"peft": LORA, "gate_training": GATES, **options}
     return train_expert(base, task, out=out, training=training, **settings)
 
 
@@ -230,7 +230,7 @@ def test_training_depends_on_its_seed_alone(llama, tmp_path, whole):
 
 
 def test_experts_can_act_on_chosen_sites(llama, tmp_path):
-    expert = train(llama, tmp_path / "echo", lora=replace(LORA, sites="self_attn"))
+    expert = train(llama, tmp_path / "echo", peft=replace(LORA, sites="self_attn"))
     assert expert.gates.keys() == find_sites(llama.model, "self_attn").keys()
 
 
@@ -244,7 +244,7 @@ def test_lora_starts_as_the_method_says(llama, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training_module, "fit", start)
     with pytest.raises(LookupError):
-        train(llama, tmp_path / "echo", lora=replace(LORA, rank=16))
+        train(llama, tmp_path / "echo", peft=replace(LORA, rank=16))
     A, B = (torch.cat([p.flatten() for n, p in started.items() if f"lora_{s}" in n]) for s in "AB")
     assert A.std().item() == pytest.approx(0.01, rel=0.05)
     assert not B.any()
@@ -300,7 +300,7 @@ PASS = "phatgoose.fitting.target_logits"
 def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path, monkeypatch):
     whole = train(base, tmp_path / "whole")
     interrupted(monkeypatch, base, tmp_path / "cut", PASS, call=8)
-    assert (tmp_path / ".cut.work" / "lora" / "checkpoint-2" / "complete").is_file()
+    assert (tmp_path / ".cut.work" / "expert" / "checkpoint-2" / "complete").is_file()
     assert_same_expert(train(base, tmp_path / "cut", resume=True), whole)
     assert not (tmp_path / ".cut.work").exists()
 
@@ -317,7 +317,7 @@ def test_a_checkpoint_cut_short_is_dropped(llama, tmp_path, monkeypatch):
     training = replace(TRAINING, eval_every=1)
     whole = train(llama, tmp_path / "whole", training=training)
     interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=10, training=training)
-    newest = tmp_path / ".cut.work" / "lora" / "checkpoint-3"
+    newest = tmp_path / ".cut.work" / "expert" / "checkpoint-3"
     (newest / "complete").unlink()
     (newest / "trainable.safetensors").write_bytes(b"torn")
     resumed = train(llama, tmp_path / "cut", training=training, resume=True)
@@ -330,14 +330,14 @@ def test_unfinished_work_is_an_error_unless_resumed_or_restarted(
     interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
     with pytest.raises(ExpertError, match="use resume to continue it or restart"):
         train(llama, tmp_path / "cut")
-    assert (tmp_path / ".cut.work" / "lora" / "checkpoint-2").is_dir()
+    assert (tmp_path / ".cut.work" / "expert" / "checkpoint-2").is_dir()
     assert_same_expert(train(llama, tmp_path / "cut", restart=True), whole)
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        {"lora": replace(LORA, rank=3)},
+        {"peft": replace(LORA, rank=3)},
         {"training": replace(TRAINING, learning_rate=0.5)},
         {"gate_training": replace(GATES, gate_steps=3)},
         {"task": replace(TASK, train=words("quite", "other", "data"))},
@@ -358,7 +358,7 @@ def test_work_on_another_base_is_not_resumed(llama, base_folders, tmp_path, monk
 
 def test_restarting_with_other_settings_uses_them(llama, tmp_path, monkeypatch):
     interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
-    expert = train(llama, tmp_path / "cut", lora=replace(LORA, rank=3), restart=True)
+    expert = train(llama, tmp_path / "cut", peft=replace(LORA, rank=3), restart=True)
     assert {lora.A.shape[0] for lora in expert.lora.values()} == {3}
 
 

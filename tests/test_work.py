@@ -104,7 +104,7 @@ def test_an_expert_is_kept_when_there_is_no_space_for_its_successor(disk, llama_
 
 
 def train(base: Base, out: Path, **options: bool) -> Expert:
-    return train_expert(base, TASK, out=out, lora=Lora(rank=2), **FEW, **options)
+    return train_expert(base, TASK, out=out, peft=Lora(rank=2), **FEW, **options)
 
 
 def test_training_on_a_full_disk_is_told_and_goes_on_when_there_is_space(disk, llama, tmp_path):

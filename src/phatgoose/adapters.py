@@ -1,11 +1,10 @@
-"""PEFT LoRA adapters as plain factors per site, read from safetensors without building a model."""
+"""PEFT adapters as plain tensors per site, read from safetensors without building a model."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +13,20 @@ from torch import Tensor
 from .errors import ExpertError
 from .files import read_json_object, shortened
 from .mapped import FLOATS, TensorFile
+from .modules import LoraFactors, ScalingVector
 from .patterns import check_patterns
 from .refusals import refuse_kind, refuse_options, tensor_refusal
-from .sites import Site
 
 __all__ = [
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
+    "IA3_ENDING",
+    "LORA_ENDINGS",
     "PEFT_PREFIX",
-    "LoraFactors",
-    "check_fit",
+    "are_floats",
     "read_adapter_config",
     "read_config",
+    "read_ia3",
     "read_lora",
     "read_tensors",
     "read_weights",
@@ -34,18 +35,11 @@ __all__ = [
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
+IA3_ENDING = ".ia3_l"
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 LARGEST_ALPHA = 1e9
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """One site's LoRA: the update is `scale * B @ A @ u`."""
-
-    A: Tensor  # [r, n]
-    B: Tensor  # [d, r]
-    scale: float
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -63,9 +57,9 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """The adapter's configuration, known to be plain LoRA.
+    """The adapter's configuration, known to be plain LoRA or (IA)³.
 
-    Raises ExpertError, with the reason, when it is missing, broken or something else than LoRA.
+    Raises ExpertError, with the reason, when it is missing, broken or something else.
     """
     config = read_config(directory)
     refuse_kind(config, directory)
@@ -77,7 +71,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
             wrong.append(key)
         else:
             check_patterns(value, f"{directory / ADAPTER_CONFIG}: {key}")
-    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+    for key in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"):
         value = config.get(key)
         if key == "layers_pattern" or isinstance(value, str):  # others are names when listed
             listed = value if isinstance(value, list) else [value]
@@ -125,34 +119,56 @@ def read_lora(
     """
     config = read_adapter_config(directory)
     tensors = read_weights(directory) if tensors is None else tensors
-    scale_of = _scale_rule(config)
+    scale_of, has_biases = _scale_rule(config), bool(config.get("lora_bias"))
     factors = {}
     for site in sorted({_site_of(key, directory) for key in tensors}):
-        A, B = (tensors.get(f"{PEFT_PREFIX}{site}.lora_{side}.weight") for side in "AB")
+        A, B, bias = (tensors.get(f"{PEFT_PREFIX}{site}{ending}") for ending in LORA_ENDINGS)
         if A is None or B is None or not _are_factors(A, B):
             got = [None if side is None else tuple(side.shape) for side in (A, B)]
             raise ExpertError(
                 f"{directory}, site {site}: wanted A of shape (r, n) and B of (d, r), in floating "
                 f"point, got {got[0]} and {got[1]}."
             )
-        factors[site] = LoraFactors(A, B, scale_of(site, A.shape[0]))
+        if (bias is None) == has_biases or (bias is not None and not _is_bias(bias, B)):
+            raise ExpertError(
+                f"{directory}, site {site}: its config says lora_bias {has_biases}, but the bias "
+                f"of B is {None if bias is None else tuple(bias.shape)}."
+            )
+        factors[site] = LoraFactors(A, B, scale_of(site, A.shape[0]), bias)
     if not factors:
         raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no LoRA factors.")
     return factors
 
 
-def check_fit(name: str, lora: Mapping[str, LoraFactors], sites: Mapping[str, Site]) -> None:
-    """Raise ExpertError unless each of the factors of expert `name` fits a site of the base."""
-    for site, factors in lora.items():
-        if site not in sites:
-            raise ExpertError(f"Expert {name!r} acts on {site}, which the base model lacks.")
-        got = (factors.A.shape[1], factors.B.shape[0])
-        wanted = (sites[site].in_features, sites[site].out_features)
-        if got != wanted:
+def read_ia3(
+    directory: Path, tensors: Mapping[str, Tensor] | None = None
+) -> dict[str, ScalingVector]:
+    """The (IA)³ vectors of a PEFT adapter by site name; `tensors` are its weights, if read already.
+
+    PEFT stores those of outputs as [d, 1] and those of inputs as [1, n], which tells them apart.
+    Raises ExpertError when a file is missing or damaged or a tensor is none of both.
+    """
+    read_adapter_config(directory)
+    tensors = read_weights(directory) if tensors is None else tensors
+    vectors = {}
+    for key, tensor in sorted(tensors.items()):
+        if not (key.startswith(PEFT_PREFIX) and key.endswith(IA3_ENDING)):
+            raise tensor_refusal(key, directory, ADAPTER_WEIGHTS)
+        site = key[len(PEFT_PREFIX) : -len(IA3_ENDING)]
+        if tensor.dim() != 2 or sorted(tensor.shape)[0] != 1 or not are_floats(tensor):
             raise ExpertError(
-                f"Expert {name!r}, site {site}: maps {got[0]} to {got[1]} features, the base model "
-                f"{wanted[0]} to {wanted[1]}; it was trained on another base."
+                f"{directory}, site {site}: wanted a vector of shape (d, 1) or (1, n), in floating "
+                f"point, got {tuple(tensor.shape)} of {tensor.dtype}."
             )
+        vectors[site] = ScalingVector(tensor.flatten(), on_input=tensor.shape[0] == 1)
+    if not vectors:
+        raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no (IA)³ vectors.")
+    return vectors
+
+
+def are_floats(*tensors: Tensor) -> bool:
+    """True when all are of a floating-point type that experts may be stored in."""
+    return all(tensor.dtype in FLOATS for tensor in tensors)
 
 
 def _is_number(value: object) -> bool:
@@ -163,11 +179,15 @@ def _is_number(value: object) -> bool:
 def _are_factors(A: Tensor, B: Tensor) -> bool:
     """True when B A can be computed: matrices of one rank, of floating point numbers."""
     matrices = A.dim() == 2 and B.dim() == 2 and A.shape[0] == B.shape[1] > 0
-    return matrices and A.dtype in FLOATS and B.dtype in FLOATS
+    return matrices and are_floats(A, B)
+
+
+def _is_bias(bias: Tensor, B: Tensor) -> bool:
+    return bias.shape == B.shape[:1] and are_floats(bias)
 
 
 def _site_of(key: str, directory: Path) -> str:
-    for ending in (".lora_A.weight", ".lora_B.weight"):
+    for ending in LORA_ENDINGS:
         if key.startswith(PEFT_PREFIX) and key.endswith(ending):
             return key[len(PEFT_PREFIX) : -len(ending)]
     raise tensor_refusal(key, directory, ADAPTER_WEIGHTS)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["model_card"]
@@ -10,15 +10,15 @@ __all__ = ["model_card"]
 CARD = """\
 ---
 base_model: {base_id}
-library_name: peft
+library_name: {library}
 tags:
 - phatgoose
-- lora
+- {tag}
 ---
 
 # {name}
 
-A LoRA expert for `{base_id}` with PHATGOOSE gates (Muqeeth et al. 2024): one vector per module that
+{kind} expert for `{base_id}` with PHATGOOSE gates (Muqeeth et al. 2024): one vector per module that
 lets a pool of such experts choose, for every token and at every module, who acts.
 
 - Base model: `{base_id}`{revision}
@@ -26,14 +26,7 @@ lets a pool of such experts choose, for every token and at every module, who act
 - Adapted modules: {sites}
 {task}{hyperparameters}{metrics}
 ## Use
-
-As an ordinary adapter:
-
-```python
-from peft import PeftModel
-model = PeftModel.from_pretrained(base_model, "path/to/{name}")
-```
-
+{alone}
 Routed together with others:
 
 ```python
@@ -43,15 +36,35 @@ model = pg.compose(pg.Pool.open(["path/to/{name}", "path/to/another"]))
 """
 
 
-def model_card(info: Mapping[str, Any], sites: Sized) -> str:
-    """The card as Markdown with the front matter that the Hub reads."""
+ALONE = """
+As an ordinary adapter:
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "path/to/{name}")
+```
+"""
+
+KINDS = {"lora": "A LoRA", "ia3": "An (IA)³", "bottleneck": "A bottleneck-adapter"}
+
+
+def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
+    """The card as Markdown with the front matter that the Hub reads.
+
+    `kind` is the expert's, at so many `sites`; PEFT has no bottleneck adapters.
+    """
+    in_peft = kind != "bottleneck"
     base = info["base"]
     return CARD.format(
         name=info["name"],
         base_id=base["id"],
         revision=f" at revision `{base['revision']}`" if base["revision"] else "",
         fingerprint=base["fingerprint"] or "not recorded",
-        sites=len(sites),
+        sites=sites,
+        kind=KINDS[kind],
+        tag=kind if in_peft else "adapter",
+        library="peft" if in_peft else "phatgoose",
+        alone=ALONE.format(name=info["name"]) if in_peft else "",
         task=_section("Task", info["task"]),
         hyperparameters=_section("Hyper-parameters", info["hyperparameters"]),
         metrics=_section("Metrics", info["metrics"]),

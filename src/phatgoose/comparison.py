@@ -45,6 +45,7 @@ from .tables import Comparison, Result, write_tables
 __all__ = ["compare"]
 
 RESULTS = "results.jsonl"
+NEEDED = {"lora": "LoRA factors"}  # for people, where SHARED's own word isn't
 EVERY = "all"  # stands for every method that the pool has what it takes for
 
 logger = logging.getLogger(__name__)
@@ -140,19 +141,32 @@ def _wanted_methods(
     if EVERY not in wanted:
         for name in wanted:
             if name in without:
-                raise PoolError(
-                    f"Expert {without[name][0]!r} has no {SHARED[name]}, which method {name} "
-                    f"needs; run 'phatgoose {REMEDIES[SHARED[name]]}' on it or leave it out."
-                )
+                raise PoolError(_refusal(name, without[name][0]))
         return wanted, []
-    notes = [
-        f"{METHODS[name]} was left out: {', '.join(experts)} can't be routed by it without "
-        f"{SHARED[name]} (run 'phatgoose {REMEDIES[SHARED[name]]}' first)."
-        for name, experts in without.items()
-    ]
+    notes = [_note(name, experts) for name, experts in without.items()]
     for note in notes:
         warnings.warn(note, stacklevel=3)
     return [name for name in METHODS if name not in without], notes
+
+
+def _refusal(method: str, expert: str) -> str:
+    """Why `method`, asked for by name, can't be run with `expert`."""
+    needed = SHARED[method]
+    remedy = f"run 'phatgoose {REMEDIES[needed]}' on it or " if needed in REMEDIES else ""
+    return (
+        f"Expert {expert!r} has no {NEEDED.get(needed, needed)}, which method {method} needs; "
+        f"{remedy}leave it out."
+    )
+
+
+def _note(method: str, experts: Sequence[str]) -> str:
+    """Why `method`, one of all, was left out."""
+    needed = SHARED[method]
+    remedy = f" (run 'phatgoose {REMEDIES[needed]}' first)" if needed in REMEDIES else ""
+    return (
+        f"{METHODS[method]} was left out: {', '.join(experts)} can't be routed by it without "
+        f"{NEEDED.get(needed, needed)}{remedy}."
+    )
 
 
 def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -24,11 +24,18 @@ else:
     import tomli as tomllib
 
 __all__ = [
+    "ACTIVATIONS",
+    "IA3",
+    "KIND_NAMES",
+    "PEFT_KINDS",
+    "PLACEMENTS",
     "SUITE_NAMES",
     "TASK_FILES",
+    "Bottleneck",
     "Formatting",
     "GateTraining",
     "Lora",
+    "Peft",
     "Routing",
     "Serving",
     "Setting",
@@ -43,6 +50,16 @@ Config = TypeVar("Config")
 TASK_FILES = (".csv", ".jsonl")
 # What `phatgoose.suites.SUITES` knows by name; in a recipe these words are no file names.
 SUITE_NAMES = ("t0hi", "t0ho", "flan", "bbh", "bbl", "bbh-23", "bbl-24")
+ACTIVATIONS = ("relu", "gelu", "silu")
+PLACEMENTS = ("houlsby", "pfeiffer")
+
+# Help texts of settings that several kinds of expert have, and that are one flag therefore.
+SITES = (
+    "Regular expression that a site's module path must match (search); default: every linear layer "
+    "of every block (lora), keys, values and the feed-forward network's last layer as PEFT chooses "
+    "them for the base's kind (ia3), the layers that the placement names (bottleneck)."
+)
+INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and U start at zero."
 
 
 @dataclass(frozen=True)
@@ -51,17 +68,53 @@ class Lora:
 
     rank: Annotated[int, "Rank r of each LoRA module."] = 16
     alpha: Annotated[float, "LoRA alpha; the update is scaled by alpha / rank."] = 1.0
-    init_std: Annotated[float, "Standard deviation of the initial A (B starts at zero)."] = 0.01
-    sites: Annotated[
-        str | None,
-        "Regular expression that a site's module path must match (search); default: every linear "
-        "layer of every block.",
-    ] = None
+    init_std: Annotated[float, INIT_STD] = 0.01
+    sites: Annotated[str | None, SITES] = None
 
     def __post_init__(self) -> None:
         _require(self.rank >= 1, "rank", self.rank, "at least 1")
         _require(self.alpha > 0, "alpha", self.alpha, "above 0")
         _require(self.init_std > 0, "init_std", self.init_std, "above 0")
+
+
+@dataclass(frozen=True)
+class IA3:
+    """The shape of an (IA)³ expert (Liu et al. 2022): l ⊙ (W u + b), or W (l ⊙ u) + b."""
+
+    sites: Annotated[str | None, SITES] = None
+    feedforward: Annotated[
+        str | None,
+        "Which of them have their input scaled, not their output (regular expression, search); "
+        "default: PEFT's choice (the last layer of the feed-forward network).",
+    ] = None
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """The shape of a bottleneck adapter: y + scale (U f(D y + b_D) + b_U) on a layer's output y."""
+
+    placement: Annotated[
+        str,
+        "houlsby (after attention and feed-forward network of each block) or pfeiffer (after "
+        "the latter only).",
+    ] = "houlsby"
+    size: Annotated[int, "Size of the bottleneck."] = 64
+    activation: Annotated[str, "Activation f in the bottleneck: relu, gelu or silu."] = "relu"
+    scale: Annotated[float, "The adapter's output is scaled by this."] = 1.0
+    init_std: Annotated[float, INIT_STD] = 0.01
+    sites: Annotated[str | None, SITES] = None
+
+    def __post_init__(self) -> None:
+        _require_one_of(PLACEMENTS, "placement", self.placement)
+        _require_one_of(ACTIVATIONS, "activation", self.activation)
+        _require(self.size >= 1, "size", self.size, "at least 1")
+        _require(self.scale > 0, "scale", self.scale, "above 0")
+        _require(self.init_std > 0, "init_std", self.init_std, "above 0")
+
+
+Peft = Lora | IA3 | Bottleneck
+PEFT_KINDS: dict[str, type[Peft]] = {"lora": Lora, "ia3": IA3, "bottleneck": Bottleneck}
+KIND_NAMES = {"lora": "LoRA", "ia3": "(IA)³", "bottleneck": "bottleneck"}  # for people
 
 
 @dataclass(frozen=True)
@@ -238,18 +291,20 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
 class Recipe:
     """A TOML recipe: one table per config class, and the tasks to run it on.
 
-    `data` and `templates` are the folders of `phatgoose.suites.Sources`.
+    `peft` is the kind of expert to train, a name in PEFT_KINDS. `data` and
+    `templates` are the folders of `phatgoose.suites.Sources`.
     """
 
     base: str | None = None
     tasks: tuple[str, ...] = ()
+    peft: str | None = None
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     data: Path | None = None
     templates: Path | None = None
 
 
 RECIPE_TABLES = {
-    "lora": Lora,
+    **PEFT_KINDS,
     "training": Training,
     "gates": GateTraining,
     "formatting": Formatting,
@@ -272,24 +327,24 @@ def read_recipe(path: str | Path) -> Recipe:
         raise ConfigError(f"Recipe {path} can't be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"Recipe {path} is not valid TOML: {error}.") from error
-    known = {"base", "tasks", *FOLDERS, *RECIPE_TABLES}
+    known = {"base", "tasks", "peft", *FOLDERS, *RECIPE_TABLES}
     for key in content:
         if key not in known:
             raise ConfigError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}.")
-    tables = {}
-    for key, config in RECIPE_TABLES.items():
-        if key in content:
-            if not isinstance(content[key], dict):
-                raise ConfigError(f"{path}: {key} must be a table, such as [{key}].")
-            from_mapping(config, content[key], f"{path}, [{key}]")
-            tables[key] = content[key]
+    tables = {key: content[key] for key in RECIPE_TABLES if key in content}
+    for key, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {key} must be a table, such as [{key}].")
+        from_mapping(RECIPE_TABLES[key], table, f"{path}, [{key}]")
     base, tasks = content.get("base"), content.get("tasks", [])
     if not isinstance(base, str | None):
         raise ConfigError(f"{path}: base is {base!r}, but must be a Hub id or a path.")
     if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
         raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
+    peft = content.get("peft")
+    _require_one_of([None, *PEFT_KINDS], f"{path}: peft", peft)
     tasks = tuple(_relative_to(path.parent, task) for task in tasks)
-    return Recipe(base, tasks, tables, *(_folder(path, content, key) for key in FOLDERS))
+    return Recipe(base, tasks, peft, tables, *(_folder(path, content, key) for key in FOLDERS))
 
 
 def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
@@ -309,6 +364,12 @@ def _relative_to(folder: Path, task: str) -> str:
 def _require(holds: bool, name: str, got: object, wanted: str) -> None:
     if not holds or got == math.inf:
         raise ConfigError(f"{name} is {got!r}, but must be {wanted} and finite.")
+
+
+def _require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
+    if got not in known:
+        names = ", ".join(name for name in known if name is not None)
+        raise ConfigError(f"{name} is {got!r}, but must be one of {names}.")
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:

@@ -14,9 +14,10 @@ import torch
 from peft import PeftConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .adapters import PEFT_PREFIX, LoraFactors, read_config, read_weights
+from .adapters import PEFT_PREFIX, read_config, read_weights
 from .bases import load_base
 from .errors import ConfigError, ExpertError
+from .modules import LoraFactors
 from .sites import find_sites
 from .skeletons import told_by_peft
 
@@ -56,7 +57,7 @@ def convert(
     sites = find_sites(model)
     with told_by_peft(f"{folder} can't be converted from {kind} to LoRA"):
         adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
-        loaded = set_peft_model_state_dict(adapted, tensors)
+        loaded = set_peft_model_state_dict(adapted, dict(tensors))
         missing = [name for name in loaded.missing_keys if adapted.base_model.prefix in name]
         for name in [*missing, *loaded.unexpected_keys]:
             raise ValueError(f"tensor {name} is {'missing' if name in missing else 'left over'}")

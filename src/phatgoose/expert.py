@@ -1,4 +1,4 @@
-"""The expert directory: a PEFT adapter, untouched, with gates and statistics in files beside it.
+"""The expert directory: an adapter, untouched, with gates and statistics in files beside it.
 
 The format is specified in docs/format.md. Everything is safetensors or JSON; nothing is pickled. A
 directory is written elsewhere first and renamed into place, so one that exists is complete.
@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from types import NoneType
@@ -21,20 +22,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .adapters import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    LoraFactors,
-    read_adapter_config,
-    read_lora,
-    read_tensors,
-    read_weights,
-)
+from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
 from .bases import Base, BaseReference
+from .bottleneck import BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS
 from .card import model_card
 from .errors import ExpertError
 from .files import one_line, read_json_object, sha256_of, shortened
+from .kinds import adapter_files, named_base, read_adapter_weights, read_modules
 from .mapped import Group, TensorFile, is_finite
+from .modules import LoraFactors, SiteModule
 from .work import new_directory
 
 __all__ = [
@@ -56,10 +52,12 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 @dataclass(frozen=True)
 class _Layout:
-    """File names inside an expert directory."""
+    """File names inside an expert directory; the adapter is PEFT's or a bottleneck adapter."""
 
     adapter_config: str = ADAPTER_CONFIG
     adapter_weights: str = ADAPTER_WEIGHTS
+    bottleneck_config: str = BOTTLENECK_CONFIG
+    bottleneck_weights: str = BOTTLENECK_WEIGHTS
     vectors: str = "phatgoose.safetensors"
     info: str = "phatgoose.json"
     embeddings: str = "embeddings.safetensors"
@@ -87,11 +85,11 @@ class ExpertInfo:
 
 @dataclass(frozen=True)
 class Expert:
-    """One expert: its adapter's factors, gates and statistics, by site name.
+    """One expert: what its adapter does, its gates and its statistics, by site name.
 
-    `directory` holds the adapter files. `gates` and `means` map a site to a float32 vector of its
-    input size n and are empty when there are none; `embeddings` is None or [examples, dims], of
-    rows of length 1 made by `info.embedder`.
+    `directory` holds the adapter files; all `modules` are of one kind. `gates` and `means`
+    map a site to a float32 vector of its input size n and are empty when there are none;
+    `embeddings` is None or [examples, dims], of rows of length 1 made by `info.embedder`.
 
     The tensors of an expert that was loaded are views of its files, mapped into memory: their bytes
     are read when used, and take memory of this process until `release`. They must not be written
@@ -100,7 +98,7 @@ class Expert:
 
     info: ExpertInfo
     directory: Path
-    lora: Mapping[str, LoraFactors]
+    modules: Mapping[str, SiteModule]
     gates: Mapping[str, Tensor]
     means: Mapping[str, Tensor]
     embeddings: Tensor | None = None
@@ -110,6 +108,17 @@ class Expert:
     def name(self) -> str:
         """The expert's name, unique within a pool."""
         return self.info.name
+
+    @property
+    def kind(self) -> str:
+        """lora, ia3 or bottleneck."""
+        return next(iter(self.modules.values())).kind
+
+    @cached_property
+    def lora(self) -> Mapping[str, LoraFactors]:
+        """The LoRA factors by site; empty for an expert of another kind."""
+        held = self.modules.items()
+        return {site: module for site, module in held if isinstance(module, LoraFactors)}
 
     def release(self) -> None:
         """Give back the memory that bytes read from its files take, until they are used again."""
@@ -131,29 +140,29 @@ class Expert:
         hyperparameters: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> Expert:
-        """An expert made of an existing PEFT LoRA adapter and the gates trained for it.
+        """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
         `base` defaults to what the adapter's own config names, without a fingerprint; `name` to the
         adapter's folder name. Raises ExpertError when the adapter can't be used or a vector doesn't
         fit its site.
         """
         directory = Path(adapter_dir)
-        config = read_adapter_config(directory)
+        named = named_base(directory)
         name = name or directory.resolve().name
         check_name(name)
         if isinstance(base, Base):
             base = base.reference
         info = ExpertInfo(
             name=name,
-            base=base or BaseReference(str(config.get("base_model_name_or_path"))),
-            adapter_sha256=sha256_of(directory / LAYOUT.adapter_weights),
+            base=base or BaseReference(str(named)),
+            adapter_sha256=sha256_of(directory / adapter_files(directory).weights),
             task=task or {},
             hyperparameters=hyperparameters or {},
             metrics=metrics or {},
             embedder=embedder,
         )
         expert = cls(
-            info, directory, read_lora(directory), _plain(gates), _plain(means or {}), embeddings
+            info, directory, read_modules(directory), _plain(gates), _plain(means or {}), embeddings
         )
         for problem in chain(_vector_problems(expert), _not_finite(expert)):
             raise ExpertError(problem)
@@ -188,7 +197,8 @@ class Expert:
         return Expert.load(target)
 
     def _write(self, work: Path) -> None:
-        for file in (LAYOUT.adapter_config, LAYOUT.adapter_weights):
+        files = adapter_files(self.directory)
+        for file in (files.config, files.weights):
             shutil.copyfile(self.directory / file, work / file)
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
@@ -203,7 +213,7 @@ class Expert:
         content = json.dumps(_plain_json(asdict(info)), indent=2, ensure_ascii=False) + "\n"
         # Names of files may hold bytes that are no UTF-8; they are written as JSON escapes them.
         for file, text in (
-            (LAYOUT.card, model_card(asdict(info), self.lora)),
+            (LAYOUT.card, model_card(asdict(info), self.kind, len(self.modules))),
             (LAYOUT.info, content),
         ):
             (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -218,14 +228,13 @@ def check_expert(directory: str | Path) -> list[str]:
 
 
 def base_named_in(directory: Path) -> str | None:
-    """The base that the expert or the plain LoRA adapter in `directory` names, if any.
+    """The base that the expert or the plain adapter in `directory` names, if any.
 
     Raises ExpertError when it is neither.
     """
     if (directory / LAYOUT.info).is_file():
         return _read_info(directory / LAYOUT.info).base.id
-    named = read_adapter_config(directory).get("base_model_name_or_path")
-    return named if isinstance(named, str) and named else None
+    return named_base(directory)
 
 
 def check_name(name: str) -> None:
@@ -270,10 +279,10 @@ def _read(directory: Path) -> Expert:
                 f"{directory / LAYOUT.embeddings} must hold one matrix, 'embeddings'."
             )
         embeddings = held["embeddings"]
-    weights = files[LAYOUT.adapter_weights] = read_weights(directory)
-    lora = read_lora(directory, weights)
+    weights = files[adapter_files(directory).weights] = read_adapter_weights(directory)
+    modules = read_modules(directory, weights)
     gates, means = Group(vectors, "gate"), Group(vectors, "mean")
-    return Expert(info, directory, lora, gates, means, embeddings, files)
+    return Expert(info, directory, modules, gates, means, embeddings, files)
 
 
 def _read_info(path: Path) -> ExpertInfo:
@@ -322,7 +331,7 @@ def _problems(expert: Expert) -> Iterator[str]:
     if not NAME.fullmatch(info.name):
         yield f"{directory}: {info.name!r} is not a valid name."
     hashes = {
-        LAYOUT.adapter_weights: info.adapter_sha256,
+        adapter_files(directory).weights: info.adapter_sha256,
         LAYOUT.vectors: info.vectors_sha256,
         LAYOUT.embeddings: info.embeddings_sha256,
     }
@@ -358,11 +367,12 @@ def _vector_problems(expert: Expert) -> Iterator[str]:
     for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
         if not vectors:
             continue
-        for site in sorted(vectors.keys() ^ expert.lora.keys()):
+        for site in sorted(vectors.keys() ^ expert.modules.keys()):
             missing = "adapter" if site in vectors else kind
             yield f"Expert {expert.name!r}, site {site}: the {missing} is missing there."
-        for site in sorted(vectors.keys() & expert.lora.keys()):
-            vector, wanted = vectors[site], (expert.lora[site].A.shape[1],)
+        for site in sorted(vectors.keys() & expert.modules.keys()):
+            vector, n = vectors[site], expert.modules[site].in_features
+            wanted = (vector.numel() if n is None else n,)  # where it is None, the base tells
             if tuple(vector.shape) != wanted or vector.dtype != torch.float32:
                 yield (
                     f"Expert {expert.name!r}, site {site}: the {kind} has shape "

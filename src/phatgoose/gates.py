@@ -1,30 +1,23 @@
 """Gates: one vector per module, trained for 100 steps after the expert (METHOD section 3.2).
 
-Glossary: u input activation of a site [.., n], W its frozen base weight, A and B the expert's LoRA
-factors, v the gate [n].
+Glossary: u input activation of a site [.., n], v the gate [n]. Whatever kind of module the expert
+has at a site, its gate looks at u, so that all gates of a site can be compared.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from . import processes
-from .adapters import (
-    ADAPTER_WEIGHTS,
-    LoraFactors,
-    check_fit,
-    read_adapter_config,
-    read_lora,
-)
+from .alone import ModifiedLinear, put_in
 from .bases import Base, load_base
 from .collating import Collator
 from .config import Formatting, GateTraining, Training
@@ -33,7 +26,9 @@ from .errors import ConfigError, ExpertError
 from .expert import LAYOUT, Expert, check_name
 from .files import sha256_of
 from .fitting import FitReport, Watcher, fit
-from .sites import WrappedLinear, find_sites, replace_module
+from .kinds import adapter_files, check_fit, read_modules
+from .modules import SiteModule
+from .sites import find_sites
 from .statistics import check_base, statistics_of
 from .tasks import Task
 from .work import discard_work, open_work
@@ -49,48 +44,31 @@ def openness(u: Tensor, v: Tensor) -> Tensor:
     return torch.sigmoid(score.float()).to(u.dtype).unsqueeze(-1)
 
 
-class GatedLinear(WrappedLinear):
-    """A linear layer with one LoRA expert whose update passes a gate.
+class GatedLinear(ModifiedLinear):
+    """A linear layer with one expert's module, all of which passes a gate.
 
-    `W u + scale * B A u * sigmoid(v . u)` with v starting at zeros and no bias (METHOD section 3.2;
-    paper section 3.1, equation 2).
+    For a LoRA `W u + scale * B A u * sigmoid(v . u)` with v starting at zeros and no bias (METHOD
+    section 3.2; paper section 3.1, equation 2); for other kinds as `phatgoose.modules` has it, with
+    the sigmoid as the strength.
     """
 
-    A: Tensor
-    B: Tensor
+    def __init__(self, base: nn.Module, module: SiteModule) -> None:
+        super().__init__(base, module)
+        self.gate = nn.Parameter(torch.zeros(self.in_features, device=self.weight.device))
 
-    def __init__(self, base: nn.Module, lora: LoraFactors) -> None:
-        super().__init__(base, lora.A.shape[1], lora.B.shape[0])
-        weight = self.weight
-        self.register_buffer("A", lora.A.to(weight), persistent=False)
-        self.register_buffer("B", (lora.scale * lora.B.float()).to(weight), persistent=False)
-        self.gate = nn.Parameter(torch.zeros(lora.A.shape[1], device=weight.device))
-
-    def forward(self, u: Tensor) -> Tensor:
-        """[.., n] to [.., d]."""
-        y: Tensor = self.base(u)
-        update = functional.linear(functional.linear(u, self.A), self.B)
-        return y + openness(u, self.gate) * update
+    def strength(self, u: Tensor) -> Tensor:
+        """How far the gate is open for u [.., n], [.., 1]."""
+        return openness(u, self.gate)
 
 
-@contextmanager
 def gated(
-    model: PreTrainedModel, lora: Mapping[str, LoraFactors]
-) -> Iterator[dict[str, GatedLinear]]:
+    model: PreTrainedModel, modules: Mapping[str, SiteModule]
+) -> AbstractContextManager[dict[str, GatedLinear]]:
     """The expert's sites as gated layers inside `model`, by name, while the context is open.
 
     Raises ExpertError when a site or its shape doesn't fit the model.
     """
-    check_fit("adapter", lora, find_sites(model))
-    originals = {name: model.get_submodule(name) for name in lora}
-    layers = {name: GatedLinear(originals[name], lora[name]) for name in lora}
-    try:
-        for name, layer in layers.items():
-            replace_module(model, name, layer)
-        yield layers
-    finally:
-        for name, original in originals.items():
-            replace_module(model, name, original)
+    return put_in(model, modules, GatedLinear)
 
 
 def train_gates(
@@ -106,12 +84,13 @@ def train_gates(
     resume: bool = False,
     restart: bool = False,
 ) -> Expert:
-    """The expert that consists of an existing PEFT LoRA adapter and gates trained for it on `task`.
+    """The expert that consists of an existing adapter and gates trained for it on `task`.
 
     Everything but the gates is frozen; steps, learning rate and statistics follow `gate_training`,
     the rest `training` (METHOD section 3.2). Mean activations and embeddings are measured as asked
-    for. The finished expert is written to `out`, named `name` or after it. `adapter` may be an
-    expert without gates (an imported one): what it records is kept. An interrupted run is continued
+    for. The finished expert is written to `out`, named `name` or after it. `adapter` is a PEFT LoRA
+    or (IA)³ or a bottleneck adapter, or an expert without gates (an imported one): what that
+    records is kept. An interrupted run is continued
     with `resume` (a finished one is simply loaded) and thrown away with `restart`. Raises
     ExpertError when the adapter can't be used or doesn't fit the base, or `out` exists;
     WrongBaseError when it records another base; ConfigError when resumed work had other settings or
@@ -132,7 +111,7 @@ def train_gates(
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     check_name(name or out.name)
     processes.join()
-    read_adapter_config(adapter)
+    modules = read_modules(adapter)
     base = load_base(base) if isinstance(base, str) else base
     record = None
     if (adapter / LAYOUT.info).is_file():
@@ -141,13 +120,13 @@ def train_gates(
         record = Record(earlier.info.hyperparameters, earlier.info.metrics)
     identity = {
         "base": base.fingerprint,
-        "adapter": sha256_of(adapter / ADAPTER_WEIGHTS),
+        "adapter": sha256_of(adapter / adapter_files(adapter).weights),
         "task": task.digest,
         "settings": [asdict(training), asdict(gate_training), asdict(formatting)],
     }
     # What can't be trained is refused here, before anything is written.
     task, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
-    check_fit(adapter.name, read_lora(adapter), find_sites(base.model))
+    check_fit(adapter.name, modules, find_sites(base.model))
     with open_work(out, identity, resume=resume, restart=restart) as work:
         return add_gates(
             base,
@@ -196,10 +175,10 @@ def add_gates(
     processes the first measures and writes.
     """
     record = record or Record()
-    lora = read_lora(adapter)
+    modules = read_modules(adapter)
     metrics, gates = dict(record.metrics), record.gates
     if gates is None:
-        with gated(base.model, lora) as layers:
+        with gated(base.model, modules) as layers:
             report = _fit_gates(base, layers, task, encoder, training, gate_training, work, watcher)
             gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
         known = {key: value for key, value in asdict(report).items() if value is not None}
@@ -207,7 +186,7 @@ def add_gates(
     if not processes.is_first():
         processes.wait_for_all()
         return Expert.load(out)
-    measured = statistics_of(base, lora, task, encoder, gate_training, training.seed)
+    measured = statistics_of(base, modules, task, encoder, gate_training, training.seed)
     expert = Expert.from_peft(
         adapter,
         gates,

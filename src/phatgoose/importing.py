@@ -1,9 +1,10 @@
-"""Adapters of others made experts: any PEFT LoRA, from a folder or the Hub, or refused by name.
+"""Adapters of others made experts: PEFT's LoRA or (IA)³, from a folder or the Hub, or refused.
 
 PEFT itself says, on a model without weights, where the adapter acts, at which rank and scale
 (`skeletons`). Its tensors must then be exactly the factors wanted there. An adapter that reads the
 same without PEFT's help is copied byte for byte; one whose tensors had to be renamed or converted
-is written anew, with every site, rank and scale spelled out.
+is written anew, with every site, rank and scale spelled out. So is one that trained biases of the
+base: what it added to them becomes biases of its own.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +27,30 @@ from torch import Tensor
 from .adapters import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
+    IA3_ENDING,
+    LORA_ENDINGS,
     PEFT_PREFIX,
-    LoraFactors,
     read_adapter_config,
     read_config,
-    read_lora,
     read_weights,
 )
-from .bases import BaseReference, load_base
+from .bases import BaseReference, load_base, load_skeleton
 from .conversion import Conversion, convert
 from .errors import ExpertError
 from .expert import Expert, check_name
 from .files import shortened
 from .hub import HubReference, fetch, reference_of
+from .kinds import check_fit, is_bottleneck, named_base, read_modules
+from .modules import LoraFactors, ScalingVector, SiteModule
 from .refusals import CONVERTIBLE, tensor_refusal
-from .skeletons import Skeleton, resolve
+from .sites import find_sites
+from .skeletons import Target, resolve
 
-__all__ = ["import_adapter", "resolved_factors"]
+__all__ = ["import_adapter", "resolved_modules"]
 
 PICKLED = "adapter_model.bin"
+CALLED = dict(zip((*LORA_ENDINGS, IA3_ENDING), ("A", "B", "a bias of B", "a vector"), strict=True))
+BASE_LAYER = ".base_layer."  # how PEFT calls the base's own layer inside its own
 
 
 def import_adapter(
@@ -55,7 +62,7 @@ def import_adapter(
     allow_loss: float | None = None,
     fingerprint: bool = False,
 ) -> Expert:
-    """The PEFT adapter at `source` as an expert without gates, written to `out`.
+    """The PEFT or bottleneck adapter at `source` as an expert without gates, written to `out`.
 
     `source` is a folder, or a Hub id with `@revision` where needed (`hub:owner/name/folder@…`).
     `base` names the base model to hold it against and to record; None takes the one that the
@@ -73,10 +80,10 @@ def import_adapter(
         raise ExpertError(f"{target} exists already; choose another place.")
     check_name(name or target.name)
     folder, reference = _find(source)
-    config = read_config(folder)
+    config = _config_of(folder)
     lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
     if not lossy:
-        read_adapter_config(folder)  # what can't be routed on any base is refused first
+        named_base(folder)  # what can't be routed on any base is refused first
     revision = None if base else _revision_of(config)
     base = base or _base_of(config, from_hub=reference is not None)
     record: dict[str, Any] = {"imported_from": str(reference or folder.resolve())}
@@ -86,8 +93,8 @@ def import_adapter(
             record |= _loss_record(str(config["peft_type"]), conversion)
             adapter = write_adapter(Path(work), conversion.factors, config)
         else:
-            factors, untouched = resolved_factors(folder, base, revision)
-            adapter = folder if untouched else write_adapter(Path(work), factors, config)
+            modules, untouched = resolved_modules(folder, base, revision)
+            adapter = folder if untouched else write_adapter(Path(work), modules, config)
         found = BaseReference(base, revision)
         if fingerprint:
             found = load_base(base, revision=revision).reference
@@ -97,57 +104,109 @@ def import_adapter(
         return expert.save(target)
 
 
-def resolved_factors(
+def resolved_modules(
     folder: Path, base: str, revision: str | None = None
-) -> tuple[dict[str, LoraFactors], bool]:
-    """The factors by site of the LoRA adapter in `folder` on the base named `base`.
+) -> tuple[Mapping[str, SiteModule], bool]:
+    """The modules by site of the adapter in `folder` on the base named `base`.
 
-    With them True when the adapter can stay as it is: `read_lora` says the same without the base.
-    Raises ExpertError when a tensor is missing, left over or of another shape than PEFT wants.
+    With them True when the adapter can stay as it is: `read_modules` says the same without the
+    base. The base's weights are read only where the adapter trained biases of it. Raises
+    ExpertError when a tensor is missing, left over or of another shape than PEFT wants.
     """
+    if is_bottleneck(folder):
+        found = read_modules(folder)
+        sites = find_sites(load_skeleton(base, revision=revision, offline=False))
+        check_fit(folder.resolve().name, found, sites)
+        return found, True
     config, tensors = read_adapter_config(folder), read_weights(folder)
     try:
         skeleton = resolve(base, config, revision)
-        factors = _factors(tensors, skeleton, folder)
+        left = skeleton.rename(tensors)
+        modules = {
+            site: _module(site, target, left, folder) for site, target in skeleton.targets.items()
+        }
+        if config.get("bias", "none") != "none":
+            modules = _with_biases(modules, left, base, revision)
+        for name in sorted(left):
+            raise tensor_refusal(name, folder, ADAPTER_WEIGHTS)
     except ExpertError as error:
         told = str(error).startswith(str(folder))
         raise error if told else ExpertError(f"{folder} can't be imported. {error}") from error
     try:
-        return factors, _same(read_lora(folder), factors)
+        return modules, _same(read_modules(folder), modules)
     except ExpertError:  # its tensors have older names; PEFT's answer above stands
-        return factors, False
+        return modules, False
 
 
 def write_adapter(
-    folder: Path, factors: Mapping[str, LoraFactors], config: Mapping[str, Any]
+    folder: Path, modules: Mapping[str, SiteModule], config: Mapping[str, Any]
 ) -> Path:
-    """`folder`, with `factors` as a PEFT LoRA whose config spells every site out.
+    """`folder`, with `modules` as a PEFT LoRA or (IA)³ whose config spells every site out.
 
     What `config` says of task and base is kept.
     """
-    ranks = {site: lora.A.shape[0] for site, lora in factors.items()}
-    alphas = {site: lora.scale * ranks[site] for site, lora in factors.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out")
+    loras = {site: m for site, m in modules.items() if isinstance(m, LoraFactors)}
+    scalings = {site: m for site, m in modules.items() if isinstance(m, ScalingVector)}
     content = {
-        "peft_type": "LORA",
         **{key: config[key] for key in kept if config.get(key) is not None},
-        "bias": "none",
+        **(_lora_config(loras) if loras else _ia3_config(scalings)),
         "inference_mode": True,
+        "target_modules": sorted(modules),
+    }
+    tensors = _lora_tensors(loras) if loras else _ia3_tensors(scalings)
+    save_file({PEFT_PREFIX + name: t for name, t in tensors.items()}, folder / ADAPTER_WEIGHTS)
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _lora_config(loras: Mapping[str, LoraFactors]) -> dict[str, Any]:
+    """What a config says of these LoRAs' ranks, scales and biases."""
+    ranks = {site: lora.A.shape[0] for site, lora in loras.items()}
+    alphas = {site: lora.scale * ranks[site] for site, lora in loras.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "bias": "none",
+        "lora_bias": any(lora.bias is not None for lora in loras.values()),
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {site: own for site, own in ranks.items() if own != rank},
         "alpha_pattern": {site: own for site, own in alphas.items() if own != alpha},
-        "target_modules": sorted(factors),
     }
-    tensors = {
-        f"{PEFT_PREFIX}{site}.lora_{side}.weight": getattr(lora, side).contiguous()
-        for site, lora in factors.items()
-        for side in "AB"
+
+
+def _lora_tensors(loras: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
+    """Their tensors; with biases everywhere, as PEFT wants it, where there are any."""
+    tensors = {}
+    has_biases = any(lora.bias is not None for lora in loras.values())
+    for site, lora in loras.items():
+        bias = lora.B.new_zeros(lora.B.shape[0]) if lora.bias is None else lora.bias
+        parts = (lora.A, lora.B, bias) if has_biases else (lora.A, lora.B)
+        for ending, part in zip(LORA_ENDINGS, parts, strict=False):
+            tensors[site + ending] = part.contiguous()
+    return tensors
+
+
+def _ia3_config(scalings: Mapping[str, ScalingVector]) -> dict[str, Any]:
+    inputs = sorted(site for site, scaling in scalings.items() if scaling.on_input)
+    return {"peft_type": "IA3", "feedforward_modules": inputs}
+
+
+def _ia3_tensors(scalings: Mapping[str, ScalingVector]) -> dict[str, Tensor]:
+    return {
+        site + IA3_ENDING: scaling.vector.view(
+            (1, -1) if scaling.on_input else (-1, 1)
+        ).contiguous()
+        for site, scaling in scalings.items()
     }
-    save_file(tensors, folder / ADAPTER_WEIGHTS)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return folder
+
+
+def _config_of(folder: Path) -> dict[str, Any]:
+    """The adapter's configuration; of a bottleneck adapter what PEFT's would say of the base."""
+    if is_bottleneck(folder):
+        return {"base_model_name_or_path": named_base(folder)}
+    return read_config(folder)
 
 
 def _find(source: str | Path) -> tuple[Path, HubReference | None]:
@@ -203,34 +262,69 @@ def _revision_of(config: Mapping[str, Any]) -> str | None:
     return named or None
 
 
-def _factors(
-    tensors: Mapping[str, Tensor], skeleton: Skeleton, folder: Path
-) -> dict[str, LoraFactors]:
-    """`tensors` as the factors of every target of `skeleton`, none missing and none left over."""
-    left = skeleton.rename(tensors)
-    factors = {}
-    for site, target in skeleton.targets.items():
-        A, B = (left.pop(f"{PEFT_PREFIX}{site}.lora_{side}.weight", None) for side in "AB")
-        wanted = ((target.rank, target.in_features), (target.out_features, target.rank))
-        got = tuple(None if side is None else tuple(side.shape) for side in (A, B))
-        if A is None or B is None or got != wanted:
-            raise ExpertError(
-                f"{folder}, site {site}: its config wants A of shape {wanted[0]} and B of "
-                f"{wanted[1]}, got {got[0]} and {got[1]}."
-            )
-        factors[site] = LoraFactors(A, B, target.scale)
-    for name in sorted(left):
-        raise tensor_refusal(name, folder, ADAPTER_WEIGHTS)
-    return factors
+def _module(site: str, target: Target, left: dict[str, Tensor], folder: Path) -> SiteModule:
+    """What the adapter does at `site`; its tensors are taken out of `left`."""
+    parts = [left.pop(f"{PEFT_PREFIX}{site}{ending}", None) for ending in target.shapes]
+    got = [None if part is None else tuple(part.shape) for part in parts]
+    present = [part for part in parts if part is not None]
+    if got != list(target.shapes.values()):
+        first, *more = (f"{CALLED[key]} of {{}}{shape}" for key, shape in target.shapes.items())
+        wanted = " and ".join([first.format("shape "), *(each.format("") for each in more)])
+        raise ExpertError(
+            f"{folder}, site {site}: its config wants {wanted}, got {' and '.join(map(str, got))}."
+        )
+    if target.scale is None:
+        return ScalingVector(present[0].flatten(), on_input=present[0].shape[0] == 1)
+    return LoraFactors(present[0], present[1], target.scale, present[2] if present[2:] else None)
 
 
-def _same(one: Mapping[str, LoraFactors], other: Mapping[str, LoraFactors]) -> bool:
+def _with_biases(
+    modules: Mapping[str, SiteModule],
+    left: dict[str, Tensor],
+    base: str,
+    revision: str | None,
+) -> dict[str, SiteModule]:
+    """`modules` with what the adapter added to the base's biases at its sites as biases of theirs.
+
+    The biases are taken out of `left`, but for those that were trained elsewhere: nothing is routed
+    there.
+    """
+    trained = {name: left[name] for name in left if name.endswith(".bias")}
+    if not trained:
+        return dict(modules)
+    original = load_base(base, revision=revision, dtype="float32").model.state_dict()
+    found = dict(modules)
+    for name, bias in trained.items():
+        plain = name.removeprefix(PEFT_PREFIX).replace(BASE_LAYER, ".")
+        site, lora = plain.removesuffix(".bias"), None
+        if plain not in original or original[plain].shape != bias.shape:
+            continue
+        added, lora = bias.float() - original[plain], modules.get(site)
+        if isinstance(lora, LoraFactors) and lora.scale and BASE_LAYER in name:
+            own = 0 if lora.bias is None else lora.bias
+            found[site] = replace(lora, bias=own + added / lora.scale)
+        elif added.any():
+            continue
+        del left[name]
+    return found
+
+
+def _same(one: Mapping[str, SiteModule], other: Mapping[str, SiteModule]) -> bool:
     return one.keys() == other.keys() and all(
-        math.isclose(lora.scale, other[site].scale)
-        and torch.equal(lora.A, other[site].A)
-        and torch.equal(lora.B, other[site].B)
-        for site, lora in one.items()
+        _equal(module, other[site]) for site, module in one.items()
     )
+
+
+def _equal(one: SiteModule, other: SiteModule) -> bool:
+    """True for modules of the same numbers; scales may differ in rounding."""
+    if isinstance(one, LoraFactors) and isinstance(other, LoraFactors):
+        pairs = ((one.A, other.A), (one.B, other.B), (one.bias, other.bias))
+        return math.isclose(one.scale, other.scale) and all(
+            x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs
+        )
+    if isinstance(one, ScalingVector) and isinstance(other, ScalingVector):
+        return one.on_input == other.on_input and torch.equal(one.vector, other.vector)
+    return False
 
 
 def _loss_record(kind: str, conversion: Conversion) -> dict[str, Any]:

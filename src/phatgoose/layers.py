@@ -1,6 +1,8 @@
 """The layers of a routed model: linear ones that add their experts' updates.
 
 W u + sum over z in E_t of w_z B_z A_z u                                     (METHOD section 4)
+
+Sites at which other modules than LoRAs act have layers of their own (`mixed`).
 """
 
 from __future__ import annotations
@@ -12,13 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
+from .errors import RoutingError
 from .kernels import Kernel, choose_kernel
 from .kernels.native import add_routed, runs_natively
-from .pool import SiteStack
 from .recording import Watcher
+from .routers.decision import RoutingDecision
 from .sites import Site, TokenMasks, WrappedLinear
+from .stacks import LoraStack, SiteStack
 
-__all__ = ["FoldedLinear", "RoutedLayer", "RoutedLinear", "folded_weight", "is_cheaper_folded"]
+__all__ = [
+    "ChoosingLayer",
+    "FoldedLinear",
+    "RoutedLayer",
+    "RoutedLinear",
+    "folded_weight",
+    "is_cheaper_folded",
+]
 
 
 class RoutedLayer(WrappedLinear):
@@ -37,8 +48,40 @@ class RoutedLayer(WrappedLinear):
         self.watcher: Watcher | None = None
 
 
-class RoutedLinear(RoutedLayer):
-    """A linear layer (of any make) with a pool of experts and a router.
+class ChoosingLayer(RoutedLayer):
+    """A routed layer with a router that chooses among its experts for every token."""
+
+    router: nn.Module
+
+    @property
+    def stack(self) -> SiteStack:
+        """The experts' modules as they are now."""
+        raise NotImplementedError
+
+    def choose(self, u: Tensor, real: Tensor | None) -> RoutingDecision:
+        """The experts of each token of u [.., n] and their weights, 0 for padding; watchers know.
+
+        `real` [..] is the mask of real tokens, None when all are.
+        """
+        tokens = u.reshape(-1, u.shape[-1])
+        decision: RoutingDecision = self.router(tokens)
+        weights = decision.weights
+        if real is not None:
+            weights = weights * real.reshape(-1, 1)
+        if self.watcher is not None:
+            self.watcher(
+                self.site,
+                self.experts[decision.experts],
+                weights,
+                real,
+                u.shape[:-1],
+                lambda: self.router.distribution(tokens),  # type: ignore[operator]
+            )
+        return RoutingDecision(decision.experts, weights)
+
+
+class RoutedLinear(ChoosingLayer):
+    """A linear layer (of any make) with a pool of LoRA experts and a router.
 
     Experts and router are buffers that stay out of the model's state dict.
     """
@@ -57,18 +100,29 @@ class RoutedLinear(RoutedLayer):
         *,
         one_call: bool = False,
     ) -> None:
-        """`product` takes the place of the kernels where another function than theirs is wanted.
+        """`stack` holds LoRAs only, without biases: RoutingError for another.
+
+        `product` takes the place of the kernels where another function than theirs is wanted.
 
         `one_call` says that the router is nothing but the top k of an affinity, which the native
         kernel can find and add up in one call.
         """
         super().__init__(base, site, stack.experts)
-        self.register_buffer("A", stack.A, persistent=False)
-        self.register_buffer("B", stack.B, persistent=False)
+        loras = stack.plain_lora
+        if loras is None:
+            raise RoutingError(f"Not all experts at {site.name} are plain LoRAs.")
+        self.register_buffer("A", loras.A, persistent=False)
+        self.register_buffer("B", loras.B, persistent=False)
         self.router = router
         self.kernel = kernel
         self.product = product
         self.one_call = one_call and product is None and kernel in ("auto", "native")
+        self.room: dict[str, Tensor] = {}  # what A and B begin, where they have grown
+
+    @property
+    def stack(self) -> SiteStack:
+        """The experts' factors as they are now."""
+        return SiteStack(self.experts, LoraStack(self.A, self.B))
 
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]."""
@@ -78,23 +132,11 @@ class RoutedLinear(RoutedLayer):
             router: Any = self.router
             add_routed(y, u, real, router.vectors, self.A, self.B, router.k, router.eps)
             return y
+        decision = self.choose(u, real)
         tokens = u.reshape(-1, u.shape[-1])
-        decision = self.router(tokens)
-        weights = decision.weights
-        if real is not None:
-            weights = weights * real.reshape(-1, 1)
-        if self.watcher is not None:
-            self.watcher(
-                self.site,
-                self.experts[decision.experts],
-                weights,
-                real,
-                u.shape[:-1],
-                lambda: self.router.distribution(tokens),  # type: ignore[operator]
-            )
         arguments = (tokens.to(self.A.dtype), decision.experts)
         kernel = self.product or choose_kernel(self.kernel, *arguments, self.A, self.B)
-        delta = kernel(*arguments, weights, self.A, self.B)
+        delta = kernel(*arguments, decision.weights, self.A, self.B)
         return y + delta.view(y.shape).to(y.dtype)
 
     def _takes_one_call(self, y: Tensor, u: Tensor) -> bool:
@@ -136,7 +178,7 @@ class FoldedLinear(RoutedLayer):
         return functional.linear(u, self.folded, self.bias)
 
 
-def is_cheaper_folded(base: nn.Module, stack: SiteStack) -> bool:
+def is_cheaper_folded(base: nn.Module, stack: LoraStack) -> bool:
     """True where E r (n + d) factors outnumber the n d weights, and those are all there is to it.
 
     Subclasses of a linear layer (quantised ones, for instance) may do more than multiply.
@@ -147,7 +189,7 @@ def is_cheaper_folded(base: nn.Module, stack: SiteStack) -> bool:
 
 
 @torch.no_grad()
-def folded_weight(base: nn.Module, stack: SiteStack, pool_size: int) -> Tensor:
+def folded_weight(base: nn.Module, stack: LoraStack, pool_size: int) -> Tensor:
     """W plus the mean of all B A, [d, n], in the dtype of W; summed in float32.
 
     Those of the pool's experts that are not in `stack` count as zero.

@@ -169,16 +169,34 @@ def _score_seq2seq(
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=real).last_hidden_state
     owner = _owners(rows, device)
     start = model.config.decoder_start_token_id
-    inputs = [[start, *choice[:-1]] for _, choices in rows for choice in choices]
-    announce(owner.tolist())
-    logits = model(
-        encoder_outputs=BaseModelOutput(last_hidden_state=encoded.index_select(0, owner)),
-        attention_mask=real.index_select(0, owner),
-        decoder_input_ids=pad_right(inputs, pad).to(device),
-        decoder_attention_mask=pad_right([[1] * len(row) for row in inputs], 0).to(device),
-        use_cache=False,
-    ).logits
-    return _mean_log_likelihood(logits, _targets(rows, IGNORED).to(device))
+    choices = [choice for _, each in rows for choice in each]
+    means = torch.empty(len(choices), device=device)
+    for group in _of_similar_length([len(choice) for choice in choices]):
+        chosen, from_row = [choices[i] for i in group], owner[group]
+        inputs = [[start, *choice[:-1]] for choice in chosen]
+        announce(from_row.tolist())
+        logits = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.index_select(0, from_row)),
+            attention_mask=real.index_select(0, from_row),
+            decoder_input_ids=pad_right(inputs, pad).to(device),
+            decoder_attention_mask=pad_right([[1] * len(row) for row in inputs], 0).to(device),
+            use_cache=False,
+        ).logits
+        means[group] = _mean_log_likelihood(logits, pad_right(chosen, IGNORED).to(device))
+    return means
+
+
+def _of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Groups of indices, each index once; the shortest of a group has two thirds of the longest."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    group = order[:1]
+    for index in order[1:]:
+        if 3 * lengths[index] < 2 * lengths[group[0]]:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
 
 
 def _owners(rows: Sequence[ChoicePrompt], device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from .errors import ExpertError
 from .files import one_line, regular_file, shortened, unlike_keys
 
-__all__ = ["FLOATS", "Group", "TensorFile", "is_finite"]
+__all__ = ["FLOATS", "Group", "TensorFile", "is_finite", "write_tensors"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TYPES = {
@@ -34,9 +34,11 @@ TYPES = {
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
     "U8": torch.uint8,
 }
+NAMES = {dtype: name for name, dtype in TYPES.items()}
 DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
 LENGTH = struct.Struct("<Q")  # of the header, before it
 LONGEST_NAME = 500
+ALIGNMENT = 64  # of the data in files written here
 MOST_REMEMBERED = 2**20  # bytes of a header that is parsed once for all files that have it
 AT_ONCE = 2**24  # bytes that are looked at before their pages are given back
 FEW = 2**15 - 64  # numbers that torch sums in one thread: others may be at work beside it
@@ -83,6 +85,9 @@ class TensorFile(Mapping[str, Tensor]):
             raise ExpertError(f"{path} does not exist.") from error
         except DAMAGE as error:
             raise ExpertError(f"{path} is damaged or truncated: {one_line(error)}.") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
 
     def __getitem__(self, name: str) -> Tensor:
         dtype, shape, strides, begin, _ = self.entries[name]
@@ -154,6 +159,9 @@ class Group(Mapping[str, Tensor]):
         begin = f"{prefix}."
         self._names = {n.removeprefix(begin): n for n in file if n.startswith(begin)}
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __getitem__(self, name: str) -> Tensor:
         return self._file[self._names[name]]
 
@@ -162,6 +170,36 @@ class Group(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], header: int) -> None:
+    """Write a safetensors file of named `tensors`, one after the other as they come.
+
+    `header` bytes are kept free for its header, which is known at the end only. Raises ValueError
+    when that was too little, OSError when it can't be written.
+    """
+    table: dict[str, Any] = {}
+    begin = -(-(LENGTH.size + header) // ALIGNMENT) * ALIGNMENT
+    with path.open("wb") as file:
+        file.seek(begin)
+        for name, tensor in tensors:
+            first = file.tell() - begin
+            file.write(_bytes_of(tensor))
+            table[name] = {
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [first, file.tell() - begin],
+            }
+        text = json.dumps(table, separators=(",", ":")).encode()
+        if len(text) > begin - LENGTH.size:
+            raise ValueError(f"a header of {len(text)} bytes in {begin - LENGTH.size}")
+        file.seek(0)
+        file.write(LENGTH.pack(begin - LENGTH.size) + text.ljust(begin - LENGTH.size))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return memoryview(plain.numpy())  # type: ignore[arg-type]
 
 
 def is_finite(tensor: Tensor) -> bool:

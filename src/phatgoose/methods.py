@@ -23,10 +23,10 @@ from .expert import Expert
 from .files import sha256_of
 from .hub import local_folder
 from .opening import OpenedModel, is_pool, is_routed, open_model
+from .packed import ROUTED_INFO
 from .pool import Pool
 from .routed import compose, detach
 from .sites import ROUTED
-from .storage import ROUTED_INFO
 
 __all__ = ["DERIVED", "METHODS", "SHARED", "Row", "RowPlace"]
 __all__ += ["lacking", "pool_row", "reference_row", "rows_of", "single_rows"]
@@ -59,6 +59,7 @@ SHARED = {
     "uniform-top-k": "gates",
     "average-activation": "means",
     "retrieval": "embeddings",
+    "arrow": "lora",
 }
 
 
@@ -150,17 +151,19 @@ def _composed(pool: Pool, base: Base, routing: Routing) -> OpenedModel:
 def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, list[str]]:
     """For each method that needs more than adapters, the experts that lack what it needs.
 
-    With `stand_in` nobody needs gates.
+    With `stand_in` LoRAs need no gates.
     """
 
     def lacks(expert: Expert, shared: str) -> bool:
         part = getattr(expert, shared)
+        if stand_in and shared == "gates":  # LoRAs have something to make stand-ins of
+            part = part or expert.lora
         return part is None or len(part) == 0
 
     return {
         name: [expert.name for expert in pool.experts if lacks(expert, SHARED[name])]
         for name in METHODS
-        if name in SHARED and not (stand_in and SHARED[name] == "gates")
+        if name in SHARED
     }
 
 
@@ -220,8 +223,8 @@ def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
 
 def _expert_digest(expert: Expert, shared: str | None) -> str:
     """A hash of what a router uses of an expert: its adapter and one kind of what it shares."""
-    scales = sorted((site, lora.scale) for site, lora in expert.lora.items())
-    digest = hashlib.sha256(f"{expert.info.adapter_sha256} {scales}".encode())
+    settings = sorted((site, module.settings) for site, module in expert.modules.items())
+    digest = hashlib.sha256(f"{expert.info.adapter_sha256} {settings}".encode())
     tensors: dict[str, Tensor] = {}
     if shared == "embeddings" and expert.embeddings is not None:
         tensors = {str(expert.info.embedder): expert.embeddings}

@@ -11,12 +11,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .bases import Base, load_base
 from .config import Routing
 from .hub import HubReference
+from .packed import ROUTED_INFO
 from .pool import Pool
 from .routed import compose
 from .scores import Scores
-from .storage import ROUTED_INFO, load
+from .storage import load
 
-__all__ = ["OpenedModel", "compose_pool", "is_pool", "is_routed", "open_model"]
+__all__ = ["OpenedModel", "compose_pool", "is_pool", "is_routed", "loaded_base", "open_model"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ def compose_pool(
     scores: Scores | str | Path | None = None,
 ) -> PreTrainedModel:
     """`pool` composed by `routing` with `base`, or with the base that it names, in `dtype`."""
-    if base is None:
-        base = load_base(pool.base.id, dtype=dtype, revision=pool.base.revision)
+    base = base or loaded_base(pool, dtype)
     return compose(pool, base, scores=scores, **asdict(routing or Routing()))
+
+
+def loaded_base(pool: Pool, dtype: str = "auto") -> Base:
+    """The base that `pool` names, loaded in `dtype`."""
+    return load_base(pool.base.id, dtype=dtype, revision=pool.base.revision)

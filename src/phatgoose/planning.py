@@ -4,8 +4,8 @@ Time is a count of floating-point operations over a speed. LoRA training with a 
 of them for each parameter of a linear layer and each token that passes it: 2 (multiply, add) for
 the forward pass, and 2 for the way back through the activations. The other 2 of full training,
 for the gradients of the weights, fall away. Validation and statistics cost the forward 2. Left out
-are A, B and gates (2 % of T5-XL's), attention scores (they grow with the square of the length),
-padding, the optimiser, reading data, and sentence embeddings.
+are the adapter and gates (2 % of T5-XL's), attention scores (they grow with the square of the
+length), padding, the optimiser, reading data, and sentence embeddings.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import torch
 from tqdm.auto import tqdm
 
 from .bases import choose_dtype, load_tokenizer
-from .config import Formatting, GateTraining, Lora, Training
+from .config import IA3, PEFT_KINDS, Formatting, GateTraining, Lora, Peft, Training
 from .encoding import Encoder
 from .errors import BaseModelError, ConfigError, TaskError
 from .expert import MOST_EMBEDDINGS
@@ -75,17 +76,18 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class Plan:
-    """What training a pool will take, task by task.
+    """What training a pool of experts of the kind `peft` will take, task by task.
 
-    `sites`, `lora_parameters` and `gate_parameters` are those of one expert. `working_bytes` is the
-    room for the checkpoints of the expert in training, `memory_bytes` what its process takes, and
-    `start_seconds` when it begins. `notes` say what was assumed.
+    `sites`, `expert_parameters` and `gate_parameters` are those of one expert. `working_bytes` is
+    the room for the checkpoints of the expert in training, `memory_bytes` what its process takes,
+    and `start_seconds` when it begins. `notes` say what was assumed.
     """
 
     base: str
+    peft: str
     dtype: str
     sites: int
-    lora_parameters: int
+    expert_parameters: int
     gate_parameters: int
     tasks: tuple[PlannedTask, ...]
     working_bytes: int
@@ -123,7 +125,7 @@ def plan_training(
     base: str,
     tasks: Sequence[TrainingTask],
     *,
-    lora: Lora | None = None,
+    peft: Peft | None = None,
     training: Training | None = None,
     gate_training: GateTraining | None = None,
     formatting: Formatting | None = None,
@@ -143,19 +145,21 @@ def plan_training(
     this machine (the two bases of the recipes are known without), TaskError for a task file of the
     user's own that can't be used.
     """
-    lora, training = lora or Lora(), training or Training()
+    peft, training = peft or Lora(), training or Training()
     gate_training, formatting = gate_training or GateTraining(), formatting or Formatting()
     for name, given in (("tflops", tflops), ("tokens_per_second", tokens_per_second)):
         if given is not None and not (0 < given < math.inf):
             raise ConfigError(f"{name} is {given!r}, but must be above 0 and finite.")
-    shapes = Shapes.of(base, lora)
+    shapes = Shapes.of(base, peft)
+    kind = next(kind for kind, config in PEFT_KINDS.items() if isinstance(peft, config))
+    kept = torch.float32 if isinstance(peft, IA3) else choose_dtype(dtype)
     planner = _Planner(
         shapes,
         training,
         gate_training,
         formatting,
         _encoder(base, shapes, formatting),
-        choose_dtype(dtype).itemsize,
+        kept.itemsize,
         TFLOPS if tflops is None else tflops,
         speed or (None if tokens_per_second is None else Speed.of(tokens_per_second)),
     )
@@ -166,9 +170,10 @@ def plan_training(
     )
     return Plan(
         base=base,
-        dtype=str(choose_dtype(dtype)).removeprefix("torch."),
+        peft=kind,
+        dtype=str(kept).removeprefix("torch."),
         sites=shapes.sites,
-        lora_parameters=shapes.lora,
+        expert_parameters=shapes.expert,
         gate_parameters=shapes.gates,
         tasks=planned,
         working_bytes=planner.working_bytes,
@@ -202,10 +207,10 @@ class _Planner:
 
     @property
     def working_bytes(self) -> int:
-        """Checkpoints of the LoRA (of its gates too when joint), and the adapter made of them."""
+        """Checkpoints of the adapter (its gates' too when joint), and the adapter made of them."""
         joint = self.shapes.gates if self.gate_training.joint else 0
-        held = CHECKPOINTS * CHECKPOINT_COPIES * FLOAT32 * (self.shapes.lora + joint)
-        return held + self.itemsize * self.shapes.lora
+        held = CHECKPOINTS * CHECKPOINT_COPIES * FLOAT32 * (self.shapes.expert + joint)
+        return held + self.itemsize * self.shapes.expert
 
     def memory_bytes(self, tasks: Sequence[PlannedTask]) -> int:
         """What a process takes: measured, or else counted for the task of the longest sequences.
@@ -216,7 +221,7 @@ class _Planner:
         if self.speed is not None and self.speed.memory_bytes is not None:
             return self.speed.memory_bytes
         shapes, rows = self.shapes, min(self.training.micro_batch_size, self.training.batch_size)
-        trained = shapes.lora + (shapes.gates if self.gate_training.joint else 0)
+        trained = shapes.expert + (shapes.gates if self.gate_training.joint else 0)
         length = max((task.prompt_tokens + task.target_tokens for task in tasks), default=0.0)
         target = max((task.target_tokens for task in tasks), default=0.0)
         activations = rows * length * shapes.features * self.itemsize
@@ -274,7 +279,7 @@ class _Planner:
     def _disk(self, examples: int | None) -> int:
         """Adapter, gates, means and embeddings; the descriptions beside them are small."""
         vectors = 1 + self.gate_training.means
-        size = self.itemsize * self.shapes.lora + FLOAT32 * self.shapes.gates * vectors
+        size = self.itemsize * self.shapes.expert + FLOAT32 * self.shapes.gates * vectors
         if self.gate_training.embeddings:
             size += FLOAT32 * EMBEDDING_DIMS * min(MOST_EMBEDDINGS, self._sampled(examples))
         return size

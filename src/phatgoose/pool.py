@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,33 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .bases import BaseReference
 from .errors import ExpertError, PoolError
 from .expert import LAYOUT, Expert
 from .files import read_json_object, sha256_of
 from .hub import HubReference, local_folder, reference_of
+from .kinds import adapter_files
+from .reading import ahead
+from .stacks import SiteStack, stack_modules
 from .work import write_text
 
-__all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool", "SiteStack"]
+__all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
 
 MANIFEST_VERSION = 1
 STAND_IN = ", or allow stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
-
-
-@dataclass(frozen=True)
-class SiteStack:
-    """All experts' weights at one site, one tensor each.
-
-    Only the experts that act at the site are in it; `experts` holds their indices in the pool, [E].
-    Ranks that differ are filled up with zeros, which changes no number.
-    """
-
-    experts: Tensor  # [E] int64
-    A: Tensor  # [E, r, n]
-    B: Tensor  # [E, r, d], transposed, scale folded in
 
 
 @dataclass(frozen=True)
@@ -109,7 +97,7 @@ class Pool:
     @cached_property
     def sites(self) -> tuple[str, ...]:
         """Every site at which at least one expert acts."""
-        return tuple(dict.fromkeys(site for expert in self.experts for site in expert.lora))
+        return tuple(dict.fromkeys(site for expert in self.experts for site in expert.modules))
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -124,27 +112,21 @@ class Pool:
         if isinstance(keep, str) or isinstance(leave_out, str):
             raise PoolError("keep and leave_out must be lists of names.")
         kept, left = list(keep) if keep is not None else list(self.names), list(leave_out or ())
+        names = set(self.names)
         for name in [*kept, *left]:
-            if name not in self.names:
+            if name not in names:
                 raise PoolError(f"The pool has no expert {name!r}; it has {', '.join(self.names)}.")
-        chosen = [e for e in self.experts if e.name in kept and e.name not in left]
+        staying = set(kept) - set(left)
+        chosen = [expert for expert in self.experts if expert.name in staying]
         if not chosen:
             raise PoolError("No expert is left in the pool after keep and leave_out.")
         return Pool(tuple(chosen))
 
     def stack(self, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
-        """The weights of the experts that act at `site`, in `dtype` on `device`."""
-        present = [z for z, expert in enumerate(self.experts) if site in expert.lora]
-        factors = [self.experts[z].lora[site] for z in present]
-        rank = max(lora.A.shape[0] for lora in factors)
-        A = torch.stack([_filled_up(lora.A, rank) for lora in factors])
-        B = torch.stack([_filled_up(lora.B.T, rank) for lora in factors])
-        scales = torch.tensor([lora.scale for lora in factors])
-        if bool((scales != 1).any()):
-            B = B.float() * scales[:, None, None]
-        return SiteStack(
-            torch.tensor(present, device=device), A.to(device, dtype), B.to(device, dtype)
-        )
+        """The modules of the experts that act at `site`, in `dtype` on `device`."""
+        present = [z for z, expert in enumerate(self.experts) if site in expert.modules]
+        modules = [self.experts[z].modules[site] for z in present]
+        return stack_modules(present, modules, dtype, device)
 
     def release(self) -> None:
         """Give the memory back that the bytes read from the experts' files take (`Expert`)."""
@@ -156,7 +138,7 @@ class Pool:
 
         Rows belong to the experts of `stack(site, …)`, all of which must have them.
         """
-        return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.lora])
+        return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
 
     def check_vectors(self, kind: str) -> None:
         """Raise PoolError, naming them, when experts have no gates (`kind` "gates") or "means"."""
@@ -188,7 +170,9 @@ class Pool:
         path = Path(path)
         records = self.records()
         for record, expert in zip(records, self.experts, strict=True):
-            record["config_sha256"] = sha256_of(expert.directory / LAYOUT.adapter_config)
+            record["config_sha256"] = sha256_of(
+                expert.directory / adapter_files(expert.directory).config
+            )
             if not HubReference.is_one(record["path"]):
                 record["path"] = os.path.relpath(record["path"], path.resolve().parent)
         content = {
@@ -197,12 +181,6 @@ class Pool:
             "experts": records,
         }
         write_text(path, json.dumps(content, indent=2) + "\n", PoolError)
-
-
-def _filled_up(factor: Tensor, rank: int) -> Tensor:
-    """A factor [r, ..] with rows of zeros up to `rank`."""
-    missing = rank - factor.shape[0]
-    return functional.pad(factor, (0, 0, 0, missing)) if missing else factor
 
 
 def _expert_directories(place: Path) -> Iterator[Path]:
@@ -247,17 +225,17 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
 
 
 def _loaded(directories: Sequence[Path]) -> Iterator[Expert]:
-    """The experts in `directories`, in order; several are read at a time, as torch has threads."""
-    with ThreadPoolExecutor(torch.get_num_threads()) as readers:
-        yield from readers.map(Expert.load, directories)
+    """The experts in `directories`, in order; several are read at a time."""
+    return ahead(Expert.load, directories)
 
 
 def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
     """Raise ExpertError unless `expert`, whose files are as it says, is the one of the record."""
-    config_sha256 = sha256_of(expert.directory / LAYOUT.adapter_config)
+    files = adapter_files(expert.directory)
+    config_sha256 = sha256_of(expert.directory / files.config)
     for file, key, found in (
-        (LAYOUT.adapter_config, "config_sha256", config_sha256),
-        (LAYOUT.adapter_weights, "adapter_sha256", expert.info.adapter_sha256),
+        (files.config, "config_sha256", config_sha256),
+        (files.weights, "adapter_sha256", expert.info.adapter_sha256),
         (LAYOUT.vectors, "vectors_sha256", expert.info.vectors_sha256),
         (LAYOUT.embeddings, "embeddings_sha256", expert.info.embeddings_sha256),
     ):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from tqdm.auto import tqdm
 
 from .bases import Base, BaseReference, load_base
-from .config import Formatting, GateTraining, Lora, Training
+from .config import Formatting, GateTraining, Lora, Peft, Training
 from .elsewhere import BasePlace, absolute
 from .engines import Engine, LocalEngine
 from .expert_folder import ExpertFolder, TrainedExpert, expert_folder
@@ -61,7 +61,7 @@ def train_experts(
     *,
     out: str,
     dtype: str = "auto",
-    lora: Lora | None = None,
+    peft: Peft | None = None,
     formatting: Formatting | None = None,
     engine: Engine | None = None,
 ) -> Iterator[TrainedExpert]:
@@ -81,7 +81,7 @@ def train_experts(
     missing = [job for job in jobs if job not in there]
     patience = PATIENCE if engine.remote else 0.0
     workshop = _ExpertWorkshop(
-        base, dtype, folder, lora or Lora(), formatting or Formatting(), patience
+        base, dtype, folder, peft or Lora(), formatting or Formatting(), patience
     )
     steps = sum(job.size for job in missing)
     own_bar = None if engine.remote else True  # in this process each training shows its own
@@ -100,7 +100,7 @@ class _ExpertWorkshop:
     base: Base | BasePlace | str
     dtype: str
     folder: ExpertFolder
-    lora: Lora
+    peft: Peft
     formatting: Formatting
     patience: float
 
@@ -122,7 +122,7 @@ class _ExpertWorkshop:
                     job.task.load(),
                     out=place.out,
                     name=job.name,
-                    lora=self.lora,
+                    peft=self.peft,
                     training=job.training,
                     gate_training=job.gate_training,
                     formatting=self.formatting,

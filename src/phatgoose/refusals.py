@@ -7,14 +7,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig, PeftConfig
 
 from .errors import ExpertError
 from .files import one_line, shortened
 
-__all__ = ["CONVERTIBLE", "UNSUPPORTED", "refuse_kind", "refuse_options", "tensor_refusal"]
+__all__ = [
+    "CONFIGS",
+    "CONVERTIBLE",
+    "UNSUPPORTED",
+    "refuse_kind",
+    "refuse_options",
+    "tensor_refusal",
+]
 
-# Options of a LoRA config that make it more than W u + s B A u.
+# Kinds of adapter that are routed as they are.
+CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "IA3": IA3Config}
+
+# Options of a config that make an adapter more than W u + s B A u, or more than (IA)³ vectors.
 UNSUPPORTED: dict[str, str] = {
     "use_dora": "DoRA rescales the base weight, which a routed sum of updates can't express",
     "modules_to_save": "it replaces whole modules of the base",
@@ -22,7 +32,6 @@ UNSUPPORTED: dict[str, str] = {
     "layer_replication": "it changes the base's layers",
     "target_parameters": "it adapts parameters that are no linear layers",
     "alora_invocation_tokens": "aLoRA acts on a part of the sequence only",
-    "lora_bias": "its B factors carry biases",
     "arrow_config": "it is itself a router",
     "use_qalora": "QALoRA pools its inputs",
     "kasa_config": "KaSA adds a term of its own",
@@ -60,12 +69,12 @@ KINDS: dict[str, str] = {
     "BOFT": ROTATIONS,
     "HRA": ROTATIONS,
     "ROAD": ROTATIONS,
-    "IA3": "(IA)³ rescales activations, which is not routed yet",
     "LN_TUNING": "it trains the base's layer norms",
     "TRAINABLE_TOKENS": "it changes token embeddings",
     "XLORA": "it is itself a router",
     "POLY": "it is itself a router",
 }
+WANTED = " or ".join(CONFIGS)
 # Keys that the adapters library (AdapterHub) writes into a file of the same name.
 ADAPTERHUB_KEYS = {"model_class", "config_id", "hidden_size", "model_type", "config"}
 
@@ -75,40 +84,42 @@ TENSORS: dict[str, str] = {
     "modules_to_save": "it replaces a whole module of the base",
     "token_adapter": "it changes token embeddings",
     "prompt_embeddings": PROMPTS,
-    ".bias": "it trains a bias of the base, and routed layers add B A u only",
+    ".bias": "it trains a bias of the base where it has no LoRA, and nothing is routed there",
 }
 EMBEDDINGS = ("embed_tokens", "shared", "wte", "wpe", "lm_head", "embed_out", "word_embeddings")
 
 
 def refuse_kind(config: Mapping[str, Any], directory: Path) -> None:
-    """Raise ExpertError, with the reason, unless the adapter is a LoRA."""
+    """Raise ExpertError, with the reason, unless the adapter is a LoRA or (IA)³."""
     kind = config.get("peft_type")
     kind = kind if kind is None else one_line(kind, 40)
-    if kind == "LORA":
+    if kind in CONFIGS:
         return
     if kind is None and ADAPTERHUB_KEYS & config.keys():
         raise ExpertError(
             f"{directory} holds an adapter of the adapters library (AdapterHub), not of PEFT; "
-            f"wanted a PEFT adapter of type LORA."
+            f"wanted a PEFT adapter of type {WANTED}."
         )
     if kind in CONVERTIBLE:
         raise ExpertError(
-            f"{directory} holds a PEFT adapter of type {kind}; wanted LORA. PEFT can approximate "
-            f"it by a LoRA: 'phatgoose import --allow-loss' with the share that may be lost."
+            f"{directory} holds a PEFT adapter of type {kind}; wanted {WANTED}. PEFT can "
+            f"approximate it by a LoRA: 'phatgoose import --allow-loss' with the share that may be "
+            f"lost."
         )
     reason = KINDS.get(kind, "its updates can't be routed") if kind else None
     raise ExpertError(
-        f"{directory} holds a PEFT adapter of type {kind}; wanted LORA"
+        f"{directory} holds a PEFT adapter of type {kind}; wanted {WANTED}"
         + (f" ({reason})." if reason else ".")
     )
 
 
 def refuse_options(config: Mapping[str, Any], directory: Path) -> None:
-    """Raise ExpertError, with the reason, when a LoRA has options that make it no plain one."""
+    """Raise ExpertError, with the reason, when a LoRA or (IA)³ has options that make it more."""
     for key, reason in UNSUPPORTED.items():
         if config.get(key):
             raise ExpertError(f"{directory} uses {key}, which is not supported: {reason}.")
-    known = {field.name for field in dataclasses.fields(LoraConfig)} | {"peft_version"}
+    known = {field.name for field in dataclasses.fields(CONFIGS[config["peft_type"]])}
+    known |= {"peft_version"}
     for key in sorted(config.keys() - known):
         if config[key]:
             raise ExpertError(
@@ -130,12 +141,12 @@ def refuse_options(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def tensor_refusal(name: str, directory: Path, file: str) -> ExpertError:
-    """The error for a tensor that is no LoRA factor, with the reason where it is known."""
+    """The error for a tensor that no plain adapter has, with the reason where it is known."""
     reason = next((reason for part, reason in TENSORS.items() if part in name), None)
     owner = name.rpartition(".")[0].rpartition(".")[2]
     if reason is None and owner in EMBEDDINGS:
         reason = "it holds a whole embedding or output layer, resized or trained"
     return ExpertError(
-        f"{directory}: {file} holds {shortened(name, 200)}, which is no LoRA factor"
+        f"{directory}: {file} holds {shortened(name, 200)}, which is no part of a plain adapter"
         + (f": {reason}." if reason else ".")
     )

@@ -9,17 +9,27 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import check_fit
 from .bases import Base, BaseReference, fingerprint, load_base, quantisation
 from .config import Routing
 from .errors import RoutingError, WrongBaseError
 from .kernels import check_kernel
 from .kernels.mixed import mixed_factors
-from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
-from .pool import Pool, SiteStack
+from .kinds import check_fit
+from .layers import (
+    ChoosingLayer,
+    FoldedLinear,
+    RoutedLayer,
+    RoutedLinear,
+    folded_weight,
+    is_cheaper_folded,
+)
+from .mixed import MixedLinear
+from .pool import Pool
+from .reading import ahead
 from .recording import Recording, Watcher
 from .routers import (
     MERGED,
@@ -36,9 +46,21 @@ from .routers import (
 )
 from .scores import Scores, read_scores
 from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
+from .stacks import SiteStack
 from .tasks import Example
 
-__all__ = ["Composition", "compose", "composition_of", "detach", "record", "serving", "watch"]
+__all__ = [
+    "Composition",
+    "Preparation",
+    "compose",
+    "composition_of",
+    "detach",
+    "prepare",
+    "record",
+    "routed_layers",
+    "serving",
+    "watch",
+]
 
 READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
@@ -93,20 +115,10 @@ def compose(
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
     unknown router or kernel, RoutingError when the base is routed already.
     """
-    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
-    pool = pool.select(keep, leave_out)
     routing = Routing(router, k, kernel, eps, expert, arrow, router_seed, stand_in)
-    check_routing(routing, pool)
-    check_kernel(kernel)
-    scores = read_scores(scores) if isinstance(scores, str | Path) else scores
-    pool = narrow_pool(pool, routing, scores)
-    found = resolve_base(base, pool.base)
-    check_fingerprint(pool.base, found.reference)
-    lookup = make_lookup(pool, routing, scores, found.tokenizer)
-    sites = find_sites(found.model)
-    for each in pool.experts:
-        check_fit(each.name, each.lora, sites)
-    layers = _routed_layers(found.model, sites, pool, routing, lookup)
+    prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
+    pool, found = prepared.pool, prepared.base
+    layers = {layer.site.name: layer for layer in routed_layers(prepared)}
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
@@ -114,41 +126,80 @@ def compose(
         records=pool.records(),
         routing=routing,
         layers=layers,
-        lookup=lookup,
+        lookup=prepared.lookup,
     )
     return install(found.model, parts)
 
 
-def _routed_layers(
-    model: PreTrainedModel,
-    sites: Mapping[str, Site],
-    pool: Pool,
+@dataclass(frozen=True)
+class Preparation:
+    """What routed layers are made of: a pool that fits its base, and what its router needs."""
+
+    pool: Pool
+    base: ResolvedBase
+    routing: Routing
+    sites: Mapping[str, Site]
+    lookup: Lookup | None
+
+
+def prepare(
+    pool: Pool | str | Path,
+    base: Base | PreTrainedModel | str | None,
     routing: Routing,
-    lookup: Lookup | None,
-) -> dict[str, RoutedLayer]:
-    """The layers that take the places of those of `model` at the sites of `pool`, by site.
+    *,
+    scores: Scores | str | Path | None = None,
+    keep: Iterable[str] | None = None,
+    leave_out: Iterable[str] | None = None,
+) -> Preparation:
+    """`pool` and `base`, opened and held against each other: the first half of `compose`."""
+    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+    pool = pool.select(keep, leave_out)
+    check_routing(routing, pool)
+    check_kernel(routing.kernel)
+    scores = read_scores(scores) if isinstance(scores, str | Path) else scores
+    pool = narrow_pool(pool, routing, scores)
+    found = resolve_base(base, pool.base)
+    check_fingerprint(pool.base, found.reference)
+    lookup = make_lookup(pool, routing, scores, found.tokenizer)
+    sites = find_sites(found.model)
+    for each in pool.experts:
+        check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
+    return Preparation(pool, found, routing, sites, lookup)
+
+
+def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
+    """The layers that take the places of the base's, site by site.
 
     What is read of the experts' files is given back on the way, so that stacks are what memory
     goes to.
     """
-    layers, flat, read = {}, {}, 0
-    for name in pool.sites:
-        original: Any = model.get_submodule(name)
-        dtype = original.weight.dtype if original.weight.is_floating_point() else model.dtype
-        stack = pool.stack(name, dtype, original.weight.device)
-        vectors = router_vectors(pool, name, routing)
+    pool, model, routing = prepared.pool, prepared.base.model, prepared.routing
+    flat, read = {}, 0
+    stacks = ahead(lambda name: stack_at(model, name, pool), pool.sites)
+    rows = ahead(lambda name: router_vectors(pool, name, routing), pool.sites)
+    for name, stack, vectors in zip(pool.sites, stacks, rows, strict=True):
         if vectors is not None:
             flat[name] = ~vectors.any(dim=-1)
-        layers[name] = routed_layer(
-            original, sites[name], stack, routing, vectors, lookup, len(pool)
-        )
-        read += stack.A.nbytes + stack.B.nbytes
+        original, site = model.get_submodule(name), prepared.sites[name]
+        yield routed_layer(original, site, stack, routing, vectors, prepared.lookup, len(pool))
+        read += sum(tensor.nbytes for tensor in stack.tensors().values())
         if read > READ_AT_ONCE:
             pool.release()
             read = 0
     pool.release()
     warn_of_untrained(pool, routing.router, flat)
-    return layers
+
+
+def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
+    """The modules of the experts of `pool` at a `site` of `model`, in the type and place of it."""
+    layer = model.get_submodule(site)
+    return pool.stack(site, dtype_at(layer, model), layer.weight.device)
+
+
+def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
+    """The type that experts have at `layer` of `model`: its own, or the model's if quantised."""
+    weight: Tensor = layer.weight
+    return weight.dtype if weight.is_floating_point() else model.dtype
 
 
 def routed_layer(
@@ -163,21 +214,17 @@ def routed_layer(
     may_fold: bool = True,
 ) -> RoutedLayer:
     """The layer that takes the place of `original` at `site`, ready to be installed."""
-    if may_fold and routing.router == MERGED and is_cheaper_folded(original, stack):
-        folded = folded_weight(original, stack, pool_size)
+    plain = stack.plain_lora
+    if plain and may_fold and routing.router == MERGED and is_cheaper_folded(original, plain):
+        folded = folded_weight(original, plain, pool_size)
         return FoldedLinear(original, site, folded, stack.experts, pool_size)
     router = make_router(site.name, stack.experts, pool_size, routing, vectors, lookup)
-    mixes = routing.router == "arrow" and routing.arrow == "mttl"
-    router.to(original.weight.device, stack.A.dtype)
-    return RoutedLinear(
-        original,
-        site,
-        stack,
-        router,
-        routing.kernel,
-        mixed_factors if mixes else None,
-        one_call=type(router) in (ScoredRouter, ArrowRouter),
-    )
+    router.to(original.weight.device, stack.dtype)
+    product = mixed_factors if routing.router == "arrow" and routing.arrow == "mttl" else None
+    if plain is None:
+        return MixedLinear(original, site, stack, router, routing.kernel, product)
+    one_call = type(router) in (ScoredRouter, ArrowRouter)
+    return RoutedLinear(original, site, stack, router, routing.kernel, product, one_call=one_call)
 
 
 def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
@@ -255,7 +302,7 @@ def serving(
     parts = getattr(model, ROUTED, None)
     lookup = parts.lookup if parts is not None else None
     for layer in parts.layers.values() if parts is not None else ():
-        if isinstance(layer, RoutedLinear) and isinstance(layer.router, RandomRouter):
+        if isinstance(layer, ChoosingLayer) and isinstance(layer.router, RandomRouter):
             layer.router.restart()
     if lookup is None:
         yield lambda _: None

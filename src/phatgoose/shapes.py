@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from transformers import LlamaConfig, PreTrainedConfig, T5Config
 
 from .bases import load_skeleton
-from .config import Lora
+from .config import Peft
 from .errors import BaseModelError
+from .placement import parameters_at, placed_sites
 from .sites import find_sites
 
 __all__ = ["KNOWN_BASES", "Shapes"]
@@ -42,15 +43,15 @@ KNOWN_BASES: dict[str, PreTrainedConfig] = {
 class Shapes:
     """Numbers of parameters, and of the sites that they belong to.
 
-    `lora` and `gates` are those of one expert at `sites` sites. `prompt` and `target` are those of
-    the base's linear layers that a prompt's and a target's token passes: logits are computed for
+    `expert` and `gates` are those of one expert at `sites` sites. `prompt` and `target` are those
+    of the base's linear layers that a prompt's and a target's token passes: logits are computed for
     targets only, and an encoder-decoder model reads prompts in its encoder. `base` is all of the
     base's parameters, `features` what goes into and comes out of the sites for one token, and
     `vocabulary` its logits. `from_table` says that the base was found in KNOWN_BASES.
     """
 
     sites: int
-    lora: int
+    expert: int
     gates: int
     prompt: int
     target: int
@@ -61,8 +62,8 @@ class Shapes:
     from_table: bool
 
     @classmethod
-    def of(cls, base: str, lora: Lora) -> Shapes:
-        """The shapes of an expert for the base model `base`, by its config or KNOWN_BASES.
+    def of(cls, base: str, peft: Peft) -> Shapes:
+        """The shapes of an expert `peft` of the base model `base`, by its config or KNOWN_BASES.
 
         Nothing is downloaded and no weight is read. Raises BaseModelError when neither knows it,
         ConfigError when no site matches.
@@ -75,7 +76,7 @@ class Shapes:
                     f"{error} Nothing is downloaded here: have the base's config.json at hand."
                 ) from error
             model, from_table = load_skeleton(KNOWN_BASES[base]), True
-        chosen, every = find_sites(model, lora.sites).values(), find_sites(model).values()
+        chosen, every = placed_sites(model, peft).values(), find_sites(model).values()
         passed = {
             stream: sum(s.in_features * s.out_features for s in every if s.stream == stream)
             for stream in ("encoder", "decoder")
@@ -84,7 +85,7 @@ class Shapes:
         is_encoder_decoder = bool(model.config.is_encoder_decoder)
         return cls(
             sites=len(chosen),
-            lora=sum(lora.rank * (site.in_features + site.out_features) for site in chosen),
+            expert=parameters_at(model, peft),
             gates=sum(site.in_features for site in chosen),
             prompt=passed["encoder" if is_encoder_decoder else "decoder"],
             target=passed["decoder"] + (0 if head is None else head.weight.numel()),

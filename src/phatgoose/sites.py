@@ -28,6 +28,7 @@ __all__ = [
     "TokenMasks",
     "WrappedLinear",
     "find_sites",
+    "linear_shape",
     "replace_module",
     "watch_inputs",
 ]
@@ -72,7 +73,7 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
     ]
     sites = {}
     for name, module in model.named_modules():
-        shape = _linear_shape(module)
+        shape = _shape_if_linear(module)
         if shape and name.startswith(tuple(blocks)) and wanted.search(name):
             sites[name] = Site(name, *shape, _stream_of(name, model))
     if not sites:
@@ -84,8 +85,15 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
     return sites
 
 
-def _linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """(inputs, outputs) of a linear layer of any make, None for other modules."""
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer of any make. Raises ConfigError for other modules."""
+    shape = _shape_if_linear(module)
+    if shape is None:
+        raise ConfigError(f"{type(module).__name__} is no linear layer.")
+    return shape
+
+
+def _shape_if_linear(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     if isinstance(module, nn.Linear) or (  # quantised linears of other libraries look the same

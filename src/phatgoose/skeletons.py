@@ -1,4 +1,4 @@
-"""What a LoRA config comes to on a base: PEFT's own answer, from a model without weights.
+"""What a LoRA or (IA)³ config comes to on a base: PEFT's own answer, from a model without weights.
 
 PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
 exclude_modules, rank_pattern, alpha_pattern and rsLoRA; nothing of that is imitated here. The model
@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
@@ -24,10 +25,12 @@ from peft.utils.transformers_weight_conversion import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapters import IA3_ENDING, LORA_ENDINGS
 from .bases import load_skeleton
 from .errors import ExpertError
 from .files import one_line
-from .sites import find_sites
+from .refusals import CONFIGS
+from .sites import Site, find_sites
 
 __all__ = ["Skeleton", "Target", "resolve", "told_by_peft"]
 
@@ -43,35 +46,33 @@ PEFT_ERRORS = (
     OSError,
     re.error,
 )
-# The options that decide where a plain LoRA acts and how much; no other is handed to PEFT.
-OPTIONS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-    "use_rslora",
-    "fan_in_fan_out",
-    "task_type",
-)
+# The options that decide where an adapter acts and how much; no other is handed to PEFT.
+SHARED = ("target_modules", "exclude_modules", "fan_in_fan_out", "task_type")
+OPTIONS = {
+    "LORA": (
+        *SHARED,
+        *("r", "lora_alpha", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern"),
+        *("layers_to_transform", "layers_pattern"),
+    ),
+    "IA3": (*SHARED, "feedforward_modules"),
+}
+UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
 
 
 @dataclass(frozen=True)
 class Target:
-    """A linear layer that a config adapts: rank and scale there, and the layer's shape."""
+    """A linear layer that a config adapts: the shapes of its tensors, by the end of their names.
 
-    rank: int
-    scale: float
-    in_features: int
-    out_features: int
+    `scale` is a LoRA's, None for others.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    scale: float | None
 
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A base under a LoRA config, without weights: `targets` by site, in the model's order."""
+    """A base under a config, without weights: `targets` by site, in the model's order."""
 
     model: PeftModel
     targets: Mapping[str, Target]
@@ -93,31 +94,31 @@ class Skeleton:
 
 
 def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -> Skeleton:
-    """The base model named `base` under a plain LoRA `config` (as `read_adapter_config` gives it).
+    """The base model named `base` under a plain `config` (as `read_adapter_config` gives it).
 
     Only the base's own config is read or downloaded. Raises BaseModelError when it can't be found,
     ExpertError when the config fits nothing there, or adapts what is no site.
     """
-    options = {key: config[key] for key in OPTIONS if config.get(key) is not None}
-    return _resolve(base, revision, json.dumps(options, sort_keys=True))
+    kind = config["peft_type"]
+    options = {key: config[key] for key in OPTIONS[kind] if config.get(key) is not None}
+    return _resolve(base, revision, kind, json.dumps(options, sort_keys=True))
 
 
 @lru_cache(maxsize=8)
-def _resolve(base: str, revision: str | None, options: str) -> Skeleton:
+def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skeleton:
     model = load_skeleton(base, revision=revision, offline=False)
     sites = find_sites(model)
     with told_by_peft(f"PEFT can't apply its config to {base!r}"):
-        lora = LoraConfig(**json.loads(options), init_lora_weights=False)
-        adapted = get_peft_model(model, lora)
-    if adapted.peft_config[ADAPTER].target_parameters:
+        adapted = get_peft_model(model, CONFIGS[kind](**json.loads(options), **UNINITIALISED[kind]))
+    fused = getattr(adapted.peft_config[ADAPTER], "target_parameters", None)
+    if fused:
         raise ExpertError(
             f"The adapter acts on layers of {base!r} that transformers 5 has fused into parameters "
-            f"({', '.join(sorted(adapted.peft_config[ADAPTER].target_parameters))}), which are no "
-            f"linear layers."
+            f"({', '.join(sorted(fused))}), which are no linear layers."
         )
     targets = {}
     for name, layer in adapted.get_base_model().named_modules():
-        if not isinstance(layer, LoraLayer):
+        if not isinstance(layer, LoraLayer | IA3Layer):
             continue
         original = layer.get_base_layer()
         if name not in sites or not isinstance(original, nn.Linear | Conv1D):
@@ -125,13 +126,19 @@ def _resolve(base: str, revision: str | None, options: str) -> Skeleton:
                 f"The adapter acts on {name} ({type(original).__name__}), but sites are linear "
                 f"layers inside the blocks of {base!r}; embeddings and output layers are none."
             )
-        targets[name] = Target(
-            rank=layer.r[ADAPTER],
-            scale=float(layer.scaling[ADAPTER]),
-            in_features=sites[name].in_features,
-            out_features=sites[name].out_features,
-        )
+        targets[name] = _target(layer, sites[name])
     return Skeleton(adapted, targets)
+
+
+def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
+    """What PEFT's `layer` wants at `site`."""
+    n, d = site.in_features, site.out_features
+    if isinstance(layer, IA3Layer):
+        return Target({IA3_ENDING: (1, n) if layer.is_feedforward else (d, 1)}, None)
+    rank, scale = layer.r[ADAPTER], float(layer.scaling[ADAPTER])
+    shapes: tuple[tuple[int, ...], ...] = ((rank, n), (d, rank), (d,))
+    bias = 1 if layer.lora_bias[ADAPTER] else 0
+    return Target(dict(zip(LORA_ENDINGS[: 2 + bias], shapes, strict=False)), scale)
 
 
 @contextmanager

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .adapters import LoraFactors, check_fit
+from .alone import ModifiedLinear, put_in
 from .bases import Base, load_base
 from .collating import Collator
 from .config import Formatting, GateTraining, from_mapping
@@ -27,6 +26,7 @@ from .embeddings import DEFAULT_EMBEDDER, embed_examples
 from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ConfigError, ExpertError, WrongBaseError
 from .expert import LAYOUT, MOST_EMBEDDINGS, Expert
+from .modules import SiteModule
 from .sites import Site, find_sites, watch_inputs
 from .tasks import Task
 
@@ -80,7 +80,7 @@ def measure(
     if seed is None:
         seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
     encoder = Encoder.of(base, formatting or _recorded_formatting(expert))
-    found = statistics_of(base, expert.lora, task.with_validation(seed), encoder, settings, seed)
+    found = statistics_of(base, expert.modules, task.with_validation(seed), encoder, settings, seed)
     measured = replace(
         expert,
         means=expert.means if found.means is None else found.means,
@@ -110,13 +110,13 @@ class Statistics:
 
 def statistics_of(
     base: Base,
-    lora: Mapping[str, LoraFactors],
+    modules: Mapping[str, SiteModule],
     task: Task,
     encoder: Encoder,
     settings: GateTraining,
     seed: int,
 ) -> Statistics:
-    """The statistics that `settings` asks for, of the expert `lora` on a sample of `task.train`.
+    """The statistics that `settings` asks for, of the expert `modules` on a sample of `task.train`.
 
     Means are measured with the expert at full strength, as it acts when it is routed to. Raises
     ExpertError when the expert doesn't fit the base, ConfigError when embedding isn't possible.
@@ -129,36 +129,21 @@ def statistics_of(
     if settings.means:
         examples = [task.train[i] for i in _sample(range(len(task.train)), count, seed)]
         pairs = [encoder.pair(example.input, example.target) for example in examples]
-        sites = {name: site for name, site in find_sites(base.model).items() if name in lora}
+        sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
         collator = Collator(base.model, base.tokenizer.pad_token_id)
-        with at_full_strength(base.model, lora):
+        with at_full_strength(base.model, modules):
             means = mean_activations(base.model, sites, pairs, collator, task.name)
     return Statistics(means, embeddings)
 
 
-@contextmanager
-def at_full_strength(model: PreTrainedModel, lora: Mapping[str, LoraFactors]) -> Iterator[None]:
-    """Add the expert's ungated update, `scale * B A u`, at its sites while the context is open.
+def at_full_strength(
+    model: PreTrainedModel, modules: Mapping[str, SiteModule]
+) -> AbstractContextManager[dict[str, ModifiedLinear]]:
+    """The expert at its sites in `model`, ungated, while the context is open.
 
     Raises ExpertError when a site or its shape doesn't fit the model.
     """
-    check_fit("adapter", lora, find_sites(model))
-    handles = [_add_update(model.get_submodule(site), factors) for site, factors in lora.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _add_update(layer: nn.Module, lora: LoraFactors) -> torch.utils.hooks.RemovableHandle:
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    A, B = lora.A.to(weight), (lora.scale * lora.B.float()).to(weight)
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        return y + functional.linear(functional.linear(args[0], A), B)
-
-    return layer.register_forward_hook(hook)
+    return put_in(model, modules, ModifiedLinear)
 
 
 def mean_activations(

@@ -12,32 +12,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import read_tensors
 from .bases import Base, BaseReference, load_base
 from .config import Routing
-from .errors import ConfigError, ExpertError, RoutingError
+from .errors import ConfigError, RoutingError, WrongBaseError
 from .files import sha256_of
-from .layers import FoldedLinear, RoutedLayer, RoutedLinear
-from .mapped import TensorFile
-from .pool import SiteStack
+from .layers import ChoosingLayer, FoldedLinear, RoutedLayer
+from .packed import EMBEDDINGS, OWNERS, ROUTED_INFO, ROUTED_WEIGHTS, read_info, read_packed
 from .routed import (
     Composition,
     check_fingerprint,
     composition_of,
+    dtype_at,
     install,
     resolve_base,
     routed_layer,
 )
 from .routers import Lookup, Retriever, TaskTable, VectorRouter
 from .sites import Site, find_sites
+from .stacks import TENSORS, SiteStack
 from .work import new_directory
 
-__all__ = ["ROUTED_INFO", "ROUTED_WEIGHTS", "base_of", "load", "save"]
+__all__ = ["base_of", "layer_tensors", "load", "lookup_info", "lookup_tensors", "save"]
 
 FORMAT_VERSION = 1
-ROUTED_INFO = "routed.json"
-ROUTED_WEIGHTS = "routed.safetensors"
-EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"
 
 
 def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -58,7 +55,7 @@ def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = Fal
             "routing": asdict(parts.routing),
             "experts": parts.records,
             "weights_sha256": sha256_of(work / ROUTED_WEIGHTS),
-            "lookup": _lookup_info(parts.lookup),
+            "lookup": lookup_info(parts.lookup),
         }
         (work / ROUTED_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
@@ -75,11 +72,10 @@ def load(
     is missing or damaged, WrongBaseError when the base is another one.
     """
     directory = Path(directory)
-    info = _read_info(directory / ROUTED_INFO)
-    tensors = _read_weights(directory / ROUTED_WEIGHTS, info["weights_sha256"])
+    packed = read_packed(directory)
     wanted = base_of(directory)
     try:
-        routing = Routing(**info["routing"])
+        routing = Routing(**packed.info["routing"])
     except TypeError as error:
         raise RoutingError(f"{directory / ROUTED_INFO} has unknown settings: {error}.") from error
     if base is None:
@@ -87,15 +83,19 @@ def load(
     found = resolve_base(base, wanted)
     check_fingerprint(wanted, found.reference)
     sites = find_sites(found.model)
-    layers = {}
-    lookup = _lookup(info, tensors, found.tokenizer)
-    for name in [key.removeprefix("experts.") for key in tensors if key.startswith("experts.")]:
-        layers[name] = _layer(found.model, sites[name], tensors, routing, lookup, info)
+    tensors, layers = packed.tensors, {}
+    lookup = _lookup(packed.info, tensors, found.tokenizer)
+    for name in packed.sites:
+        if name not in sites:
+            raise WrongBaseError(f"Experts in {directory} act on {name}, which the base lacks.")
+        layers[name] = _layer(
+            found.model, sites[name], tensors, routing, lookup, len(packed.records)
+        )
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
-        experts=tuple(record["name"] for record in info["experts"]),
-        records=info["experts"],
+        experts=packed.names,
+        records=packed.records,
         routing=routing,
         layers=layers,
         lookup=lookup,
@@ -110,27 +110,39 @@ def base_of(directory: str | Path) -> BaseReference:
     """
     path = Path(directory) / ROUTED_INFO
     try:
-        return BaseReference(**_read_info(path)["base"])
+        return BaseReference(**read_info(path)["base"])
     except TypeError as error:
         raise RoutingError(f"{path} has unknown settings: {error}.") from error
 
 
 def _tensors(parts: Composition) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name, layer in parts.layers.items():
-        tensors[f"experts.{name}"] = layer.experts
-        if isinstance(layer, FoldedLinear):
-            tensors[f"folded.{name}"] = layer.folded
-        if isinstance(layer, RoutedLinear):
-            tensors |= {f"A.{name}": layer.A, f"B.{name}": layer.B}
-            if isinstance(layer.router, VectorRouter):
-                tensors[f"vectors.{name}"] = layer.router.vectors
-    if isinstance(parts.lookup, Retriever):
-        tensors |= {EMBEDDINGS: parts.lookup.embeddings, OWNERS: parts.lookup.owners}
+    tensors = {f"experts.{name}": layer.experts for name, layer in parts.layers.items()}
+    tensors |= lookup_tensors(parts.lookup)
+    for layer in parts.layers.values():
+        tensors |= layer_tensors(layer)
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
 
 
-def _lookup_info(lookup: Lookup | None) -> dict[str, Any]:
+def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
+    """What is kept of a layer beside the indices of its experts, by name."""
+    name, tensors = layer.site.name, {}
+    if isinstance(layer, FoldedLinear):
+        tensors[f"folded.{name}"] = layer.folded
+    if isinstance(layer, ChoosingLayer):
+        tensors |= {f"{kind}.{name}": tensor for kind, tensor in layer.stack.tensors().items()}
+        if isinstance(layer.router, VectorRouter):
+            tensors[f"vectors.{name}"] = layer.router.vectors
+    return tensors
+
+
+def lookup_tensors(lookup: Lookup | None) -> dict[str, Tensor]:
+    """The tensors that a looked-up router keeps, by name."""
+    if not isinstance(lookup, Retriever):
+        return {}
+    return {EMBEDDINGS: lookup.embeddings, OWNERS: lookup.owners}
+
+
+def lookup_info(lookup: Lookup | None) -> dict[str, Any]:
     """What a looked-up router keeps beside its tensors."""
     if isinstance(lookup, Retriever):
         return {"embedder": lookup.embedder}
@@ -156,51 +168,17 @@ def _layer(
     tensors: Mapping[str, Tensor],
     routing: Routing,
     lookup: Lookup | None,
-    info: dict[str, Any],
+    pool_size: int,
 ) -> RoutedLayer:
     name = site.name
     original: Any = model.get_submodule(name)
     weight = original.weight
     experts = tensors[f"experts.{name}"].to(weight.device)
-    dtype = weight.dtype if weight.is_floating_point() else model.dtype
+    dtype = dtype_at(original, model)
     if f"folded.{name}" in tensors:
         folded = tensors[f"folded.{name}"].to(weight.device, dtype)
-        return FoldedLinear(original, site, folded, experts, len(info["experts"]))
-    A, B = (tensors[f"{side}.{name}"].to(weight.device, dtype) for side in "AB")
+        return FoldedLinear(original, site, folded, experts, pool_size)
+    held = {key: tensors[f"{key}.{name}"] for key in TENSORS if f"{key}.{name}" in tensors}
+    stack = SiteStack.of(held, experts).to(weight.device, dtype)
     vectors = tensors.get(f"vectors.{name}")
-    stack = SiteStack(experts, A, B)
-    return routed_layer(
-        original, site, stack, routing, vectors, lookup, len(info["experts"]), may_fold=False
-    )
-
-
-def _read_weights(path: Path, sha256: str) -> TensorFile:
-    try:
-        tensors = read_tensors(path)
-        if tensors.sha256() != sha256:
-            raise RoutingError(f"{path} was changed after it was written.")
-        return tensors
-    except ExpertError as error:
-        raise RoutingError(str(error)) from error
-
-
-def _read_info(path: Path) -> dict[str, Any]:
-    try:
-        info: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        version = info["format_version"]
-        missing = {"base", "routing", "experts", "weights_sha256"} - info.keys()
-    except OSError as error:
-        raise RoutingError(
-            f"{path.parent} holds no routed model: {path.name} can't be read."
-        ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise RoutingError(
-            f"{path} is not a valid description of a routed model: {error}."
-        ) from error
-    if missing:
-        raise RoutingError(f"{path} lacks {', '.join(sorted(missing))}.")
-    if version != FORMAT_VERSION:
-        raise RoutingError(
-            f"{path}: format version {version!r} is unknown, wanted {FORMAT_VERSION}."
-        )
-    return info
+    return routed_layer(original, site, stack, routing, vectors, lookup, pool_size, may_fold=False)

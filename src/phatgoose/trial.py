@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .bases import load_base
-from .config import Formatting, GateTraining, Lora, Training
+from .config import Formatting, GateTraining, Peft, Training
 from .encoding import Encoder
 from .errors import TaskError
 from .fitting import Watcher
@@ -32,7 +32,7 @@ def measure_speed(
     base: str,
     tasks: Sequence[TrainingTask],
     *,
-    lora: Lora | None = None,
+    peft: Peft | None = None,
     training: Training | None = None,
     gate_training: GateTraining | None = None,
     formatting: Formatting | None = None,
@@ -60,7 +60,7 @@ def measure_speed(
             loaded,
             task,
             out=Path(folder) / "trial",
-            lora=lora,
+            peft=peft,
             training=replace(training, steps=STEPS, batch_size=batch, eval_every=STEPS),
             gate_training=replace(gates, gate_steps=STEPS, means=False, embeddings=False),
             formatting=formatting,

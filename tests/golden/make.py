@@ -1,6 +1,7 @@
-"""Writes tests/golden/expert, the expert directory that every later version must still read.
+"""Writes the expert directories of tests/golden, which every later version must still read.
 
-Run it only when the format version is raised, and keep the old directory beside the new one:
+There is one of each kind: expert (a LoRA), ia3 and bottleneck. Run it only when the format version
+is raised, and keep the old directories beside the new ones:
     python tests/golden/make.py
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -50,10 +52,49 @@ def write_adapter(folder: Path) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
 
 
+def write_ia3(folder: Path) -> None:
+    """A PEFT (IA)³ adapter, which scales queries and the input of the feed-forward's last layer."""
+    query, down = SITES
+    config = {
+        "peft_type": "IA3",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "example/base",
+        "target_modules": ["q_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+        "inference_mode": True,
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {
+        f"base_model.model.{query}.ia3_l": ramp(SITES[query][1], 1, start=0.5),
+        f"base_model.model.{down}.ia3_l": ramp(1, SITES[down][0], start=-0.5),
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def write_bottleneck(folder: Path) -> None:
+    """A bottleneck adapter of size 2."""
+    config = {"bottleneck_version": 1, "base": "example/base", "activation": "gelu", "scale": 0.5}
+    (folder / "bottleneck_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {}
+    for place, (site, (_, d)) in enumerate(SITES.items()):
+        tensors[f"{site}.down.weight"] = ramp(RANK, d, start=place - 1.0)
+        tensors[f"{site}.down.bias"] = ramp(RANK, start=place - 2.0)
+        tensors[f"{site}.up.weight"] = ramp(d, RANK, start=place + 0.5)
+        tensors[f"{site}.up.bias"] = ramp(d, start=place + 1.5)
+    save_file(tensors, folder / "bottleneck.safetensors")
+
+
 def main() -> None:
-    """Write the directory anew."""
+    """Write the directories anew."""
+    make("expert", write_adapter)
+    make("ia3", write_ia3)
+    make("bottleneck", write_bottleneck)
+
+
+def make(name: str, write: Callable[[Path], None]) -> None:
+    """Write the directory `name` of the adapter that `write` writes."""
     with tempfile.TemporaryDirectory() as folder:
-        write_adapter(Path(folder))
+        write(Path(folder))
         expert = Expert.from_peft(
             folder,
             {
@@ -69,7 +110,7 @@ def main() -> None:
             hyperparameters={"rank": RANK, "learning_rate": 0.005},
             metrics={"expert_validation_loss": 0.125},
         )
-        expert.save(HERE / "expert", overwrite=True)
+        expert.save(HERE / name, overwrite=True)
 
 
 if __name__ == "__main__":

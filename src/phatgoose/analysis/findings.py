@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ..layers import RoutedLinear
+from ..layers import ChoosingLayer
 from ..routed import composition_of
 from ..routers import ArrowRouter, VectorRouter
 from .measures import effective_experts
@@ -147,7 +147,7 @@ def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     size = len(parts.experts)
     total, met = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, size)
     for layer in parts.layers.values():
-        if not (isinstance(layer, RoutedLinear) and isinstance(layer.router, VectorRouter)):
+        if not (isinstance(layer, ChoosingLayer) and isinstance(layer.router, VectorRouter)):
             return None
         unit = torch.nn.functional.normalize(layer.router.vectors.float().cpu(), dim=1)
         cosines = unit @ unit.T

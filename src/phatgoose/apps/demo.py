@@ -81,7 +81,7 @@ def _train_pool(base: Base, folder: Path, console: Console) -> Pool:
             base,
             load_task(rows, name=name),
             out=folder / name,
-            lora=LORA,
+            peft=LORA,
             training=TRAINING,
             gate_training=gates,
             resume=True,

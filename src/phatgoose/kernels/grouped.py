@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["grouped", "is_one_call"]
+__all__ = ["expert_products", "grouped", "is_one_call"]
 
 
 def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
@@ -21,9 +21,9 @@ def grouped(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -
     order = chosen.argsort(stable=True)
     counts = torch.zeros(len(A), dtype=torch.int64, device=u.device)
     counts = counts.scatter_add(0, chosen, torch.ones_like(chosen))
-    inner = _products(u[order // k], A.transpose(1, 2), counts)  # [T k, r]
+    inner = expert_products(u[order // k], A.transpose(1, 2), counts)  # [T k, r]
     inner = inner * weights.reshape(-1, 1)[order].to(u.dtype)
-    outer = _products(inner, B, counts)  # [T k, d]
+    outer = expert_products(inner, B, counts)  # [T k, d]
     return outer[order.argsort()].view(tokens, k, B.shape[2]).sum(dim=1)
 
 
@@ -34,7 +34,7 @@ def is_one_call(*factors: Tensor) -> bool:
     )
 
 
-def _products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
+def expert_products(rows: Tensor, factors: Tensor, counts: Tensor) -> Tensor:
     """The first counts[0] of `rows` [.., n] times factors[0] [n, m], the next times the next."""
     if is_one_call(factors):
         return functional.grouped_mm(rows, factors, offs=counts.cumsum(0).to(torch.int32))

@@ -21,7 +21,8 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,7 @@ __all__ = [
     "ARROW_VARIANTS",
     "ROUTERS",
     "ArrowRouter",
+    "Embeddings",
     "LookedUpRouter",
     "Lookup",
     "RandomRouter",
@@ -54,6 +56,8 @@ __all__ = [
     "UniformTopKRouter",
     "VectorRouter",
     "check_routing",
+    "check_vectors",
+    "embeddings_of",
     "make_lookup",
     "make_router",
     "narrow_pool",
@@ -75,7 +79,8 @@ def check_routing(routing: Routing, pool: Pool) -> None:
     """Refuse a routing that can't be; warn of what is lowered or guessed.
 
     That is `k` when it exceeds the pool, and gates that others stand in for. Raises ConfigError
-    when it names something unknown, PoolError when experts lack the vectors that it scores with.
+    when it names something unknown, PoolError naming the experts that lack the vectors or factors
+    that it needs.
     """
     for name, value, known in (
         ("router", routing.router, ROUTERS),
@@ -85,21 +90,35 @@ def check_routing(routing: Routing, pool: Pool) -> None:
             raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
     if routing.expert is not None and routing.router != "single":
         raise ConfigError(f"expert is for router single; the router is {routing.router}.")
-    kind = STANDARDISED.get(routing.router)
-    if kind is not None and not (kind == "gates" and routing.stand_in):
-        pool.check_vectors(kind)
+    check_vectors(routing, pool)
     if routing.k > len(pool) and routing.router in USE_K and routing.arrow != "mttl":
         warnings.warn(
             f"k is {routing.k}, but the pool has {len(pool)} experts; k is lowered.", stacklevel=3
         )
-    guessed = [expert.name for expert in pool.experts if not expert.gates]
-    if routing.stand_in and guessed and kind == "gates":
+    guessed = [expert for expert in pool.experts if not expert.gates]
+    if routing.stand_in and guessed and STANDARDISED.get(routing.router) == "gates":
         warnings.warn(
             f"Without gates, and routed by their Arrow vectors in the gates' place: "
-            f"{', '.join(guessed)}. That is a guess; train gates with 'phatgoose gate' where there "
-            f"are data.",
+            f"{', '.join(expert.name for expert in guessed)}. That is a guess; train gates with "
+            f"'phatgoose gate' where there are data.",
             stacklevel=3,
         )
+
+
+def check_vectors(routing: Routing, pool: Pool) -> None:
+    """Raise PoolError unless the experts of `pool` have the vectors that `routing` scores with.
+
+    Or what these are made of: the factors of LoRAs for arrow, and for gates that others stand in
+    for.
+    """
+    kind = STANDARDISED.get(routing.router)
+    if routing.router == "arrow":
+        _refuse_without_factors(pool.experts, "Router arrow goes by")
+    elif kind == "gates" and routing.stand_in:
+        ungated = [expert for expert in pool.experts if not expert.gates]
+        _refuse_without_factors(ungated, "Stand-ins for gates are made of")
+    elif kind is not None:
+        pool.check_vectors(kind)
 
 
 def narrow_pool(pool: Pool, routing: Routing, scores: Scores | None) -> Pool:
@@ -141,6 +160,16 @@ def router_vectors(pool: Pool, site: str, routing: Routing) -> Tensor | None:
     return None
 
 
+def _refuse_without_factors(experts: Sequence[Expert], what: str) -> None:
+    """Raise PoolError naming those of `experts` that are no LoRAs, if any; `what` needs factors."""
+    named = [f"{expert.name!r} ({expert.kind})" for expert in experts if not expert.lora]
+    if named:
+        raise PoolError(
+            f"{what} the factors of LoRAs, and there are none in {', '.join(named)}: leave these "
+            f"out, or use another router."
+        )
+
+
 def make_lookup(
     pool: Pool,
     routing: Routing,
@@ -159,6 +188,25 @@ def make_lookup(
         return None
     if tokenizer is None:
         raise ConfigError("Router retrieval reads prompts; hand the base over with its tokenizer.")
+    found = embeddings_of(pool)
+    return Retriever(found.rows, found.owners, found.embedder, tokenizer)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Unit vectors of training inputs, `rows` [M, dims], by `embedder`, and their experts [M]."""
+
+    rows: Tensor
+    owners: Tensor
+    embedder: str
+
+
+def embeddings_of(pool: Pool, embedder: str | None = None) -> Embeddings:
+    """Those of all experts of `pool`; `owners` are indices in it.
+
+    Raises PoolError when an expert has none or they come from several embedders, or from another
+    than `embedder`.
+    """
     rows = [_embeddings(expert) for expert in pool.experts]
     kinds = {
         (str(expert.info.embedder), row.shape[1])
@@ -168,9 +216,12 @@ def make_lookup(
         raise PoolError(
             f"The experts' embeddings come from several embedders and can't be compared: {kinds}."
         )
+    found = kinds.pop()[0]
+    if embedder not in (None, found):
+        raise PoolError(f"The experts' embeddings come from {found}, those there from {embedder}.")
     owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
     unit = torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
-    return Retriever(unit, owners, kinds.pop()[0], tokenizer)
+    return Embeddings(unit, owners, found)
 
 
 def _embeddings(expert: Expert) -> Tensor:
@@ -210,7 +261,7 @@ def warn_of_untrained(pool: Pool, router: str, flat: Mapping[str, Tensor]) -> No
     found = Counter[str]()
     for site, rows in flat.items():
         if rows.any():
-            present = [expert.name for expert in pool.experts if site in expert.lora]
+            present = [expert.name for expert in pool.experts if site in expert.modules]
             found.update(present[row] for row in rows.nonzero().flatten().tolist())
     for name in pool.names:
         if found[name]:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..adapters import LoraFactors
 from ..errors import ConfigError
+from ..modules import LoraFactors
 
 __all__ = ["ARROW_VARIANTS", "arrow_vector"]
 

@@ -33,10 +33,11 @@ def standardise(vectors: Tensor) -> Tensor:
     scores 0 everywhere.
     """
     exact = vectors.double()
-    deviation = exact.std(dim=-1, unbiased=False, keepdim=True)
-    noise = ROUNDING * exact.abs().amax(dim=-1, keepdim=True).clamp(min=SMALLEST)
-    centred = exact - exact.mean(dim=-1, keepdim=True)
-    return (centred / deviation.clamp(min=noise)).where(deviation > noise, 0.0).float()
+    variance, mean = torch.var_mean(exact, dim=-1, correction=0, keepdim=True)
+    deviation = variance.sqrt()
+    noise = ROUNDING * vectors.abs().amax(dim=-1, keepdim=True).double().clamp(min=SMALLEST)
+    centred = exact.sub_(mean).div_(deviation.clamp(min=noise))
+    return centred.masked_fill_(deviation <= noise, 0.0).float()
 
 
 class VectorRouter(nn.Module):

@@ -22,7 +22,7 @@ __all__ = ["gates_or_stand_ins"]
 
 def gates_or_stand_ins(pool: Pool, site: str) -> Tensor:
     """The vectors [E, n] of the experts that act at `site`: gates, standardised, or stand-ins."""
-    present = [expert for expert in pool.experts if site in expert.lora]
+    present = [expert for expert in pool.experts if site in expert.modules]
     gates = [standardise(e.gates[site][None])[0] for e in present if site in e.gates]
     middle = torch.stack(gates).mean(dim=0) if gates else None
     trained = iter(gates)

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from ...config import Formatting, GateTraining, Lora, Recipe, Training
+from ...config import (
+    IA3,
+    KIND_NAMES,
+    Bottleneck,
+    Formatting,
+    GateTraining,
+    Lora,
+    Peft,
+    Recipe,
+    Training,
+)
 from ...errors import ConfigError, ExpertError
 from .engines import (
     AddressOption,
@@ -20,7 +30,7 @@ from .engines import (
     WorkersOption,
     open_engine,
 )
-from .flags import with_settings
+from .flags import shape_of, with_settings
 from .plan import (
     JsonOption,
     MeasureOption,
@@ -78,13 +88,13 @@ OutOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the contributors' commands to `app`."""
-    app.command("train", help="Train experts: LoRA, gates and statistics for each task.")(train)
+    app.command("train", help="Train experts: adapter, gates and statistics for each task.")(train)
     app.command("gate", help="Train gates for an adapter or an imported expert.")(gate)
     app.command("measure", help="Measure statistics for an expert that exists already.")(measure)
     app.command("check", help="Verify expert directories and name what is wrong.")(check)
 
 
-@with_settings(Lora, Training, GateTraining, Formatting)
+@with_settings(Lora, IA3, Bottleneck, Training, GateTraining, Formatting)
 def train(
     *,
     tasks: Annotated[
@@ -96,6 +106,10 @@ def train(
         ),
     ] = None,
     out: OutOption = "experts",
+    peft: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option("--peft", help="Kind of expert: lora (default), ia3 or bottleneck."),
+    ] = None,
     multitask: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option("--multitask", help="Train one expert of this name on all tasks at once."),
@@ -127,7 +141,10 @@ def train(
     json: JsonOption = None,
     recipe: Recipe,
     given: frozenset[str],
+    flagged: frozenset[str],
     lora: Lora,
+    ia3: IA3,
+    bottleneck: Bottleneck,
     training: Training,
     gates: GateTraining,
     formatting: Formatting,
@@ -138,6 +155,8 @@ def train(
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
     if mixture_most is not None and multitask is None:
         raise ConfigError("--mixture-most is for --multitask NAME, which was not given.")
+    shapes: dict[str, Peft] = {"lora": lora, "ia3": ia3, "bottleneck": bottleneck}
+    shape = shape_of(peft or recipe.peft or "lora", shapes, flagged)
     speeds = {"tflops": tflops, "tokens_per_second": tokens_per_second}
     if not plan:
         refuse_without_plan({**speeds, "measure": measure, "json": json})
@@ -152,7 +171,7 @@ def train(
     _refuse_taken_names(opened, folder, resume=resume)
     unfinished = [task for task in opened if not folder.has(task.name)]
     name = base or recipe.base or "smollm2"
-    settings: dict[str, Any] = {"lora": lora, "formatting": formatting, "dtype": dtype}
+    settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": dtype}
     if plan:
         from ...planning import plan_training
         from ...schedules import schedule
@@ -251,7 +270,10 @@ def _summary(expert: TrainedExpert) -> str:
 def gate(
     *,
     adapter: Annotated[
-        Path, typer.Argument(help="Folder of the PEFT LoRA adapter, or an imported expert.")
+        Path,
+        typer.Argument(
+            help="Folder of the adapter (LoRA, (IA)³, bottleneck), or an imported expert."
+        ),
     ],
     task: Annotated[str, typer.Option("--task", help="The data it was trained on.")],
     out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
@@ -363,4 +385,4 @@ def _contents(expert: Expert) -> str:
         "embeddings": expert.embeddings is not None,
     }
     answers = ", ".join(f"{part}: {'yes' if there else 'no'}" for part, there in has.items())
-    return f"{expert.name}, {len(expert.lora)} sites, {answers}"
+    return f"{expert.name}, {KIND_NAMES[expert.kind]}, {len(expert.modules)} sites, {answers}"

@@ -15,9 +15,19 @@ from typing import Annotated, Any, Optional, get_args
 
 import typer
 
-from ...config import RECIPE_TABLES, Recipe, Setting, from_mapping, read_recipe, settings_of
+from ...config import (
+    PEFT_KINDS,
+    RECIPE_TABLES,
+    Peft,
+    Recipe,
+    Setting,
+    from_mapping,
+    read_recipe,
+    settings_of,
+)
+from ...errors import ConfigError
 
-__all__ = ["RecipeOption", "with_settings"]
+__all__ = ["RecipeOption", "shape_of", "with_settings"]
 
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
 
@@ -34,7 +44,9 @@ def with_settings(
 
     The decorated function must take `recipe` (a `Recipe`) and one keyword parameter per config,
     named as in `RECIPE_TABLES`. If it takes `given` too, it gets the names of the settings that
-    the recipe or the command line gave. Fields named in `without` get no flag.
+    the recipe or the command line gave; `flagged` are those of the command line alone. A field
+    that several configs share is one flag, which goes to all of them. Fields named in `without`
+    get no flag.
     """
     shown = {
         config: [setting for setting in settings_of(config) if setting.name not in without]
@@ -42,7 +54,7 @@ def with_settings(
     }
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        owners = {setting.name: config for config in configs for setting in shown[config]}
+        fields = {config: {setting.name for setting in shown[config]} for config in configs}
         tables = {TABLE_OF[config] for config in configs}
         signature = inspect.signature(command, eval_str=True)
 
@@ -50,28 +62,28 @@ def with_settings(
         def run(**arguments: Any) -> None:
             path = arguments.pop("recipe", None)
             recipe = read_recipe(path) if path else Recipe()
-            flags = {name: arguments.pop(name) for name in owners}
+            values_of = {name: arguments.pop(name) for name in set().union(*fields.values())}
+            flags = {name: value for name, value in values_of.items() if value is not None}
             given: set[str] = set()
             for config in configs:
                 table = TABLE_OF[config]
-                values = dict(recipe.tables.get(table, {}))
-                for name, owner in owners.items():
-                    if owner is config and flags[name] is not None:
-                        values[name] = flags[name]
+                own = {name: value for name, value in flags.items() if name in fields[config]}
+                values = {**recipe.tables.get(table, {}), **own}
                 arguments[table] = from_mapping(config, values, "command line")
                 given |= values.keys()
             if "given" in signature.parameters:
                 arguments["given"] = frozenset(given)
+            if "flagged" in signature.parameters:
+                arguments["flagged"] = frozenset(flags)
             command(recipe=recipe, **arguments)
 
-        ours = {*tables, "recipe", "given"}
+        ours = {*tables, "recipe", "given", "flagged"}
         own = [p for p in signature.parameters.values() if p.name not in ours]
         recipe_parameter = inspect.Parameter(
             "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RecipeOption
         )
-        flags = [
-            _flag(setting, TABLE_OF[config]) for config in configs for setting in shown[config]
-        ]
+        listed = [(setting, TABLE_OF[config]) for config in configs for setting in shown[config]]
+        flags = list({setting.name: _flag(setting, table) for setting, table in listed}.values())
         run.__signature__ = signature.replace(  # type: ignore[attr-defined]
             parameters=[*own, recipe_parameter, *flags]
         )
@@ -79,6 +91,22 @@ def with_settings(
         return run
 
     return decorate
+
+
+def shape_of(kind: str, shapes: dict[str, Peft], flagged: frozenset[str]) -> Peft:
+    """The shape of an expert of this kind. Raises ConfigError for flags that are another kind's."""
+    if kind not in shapes:
+        raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(shapes)}.")
+    owners = {
+        setting.name: [k for k, config in PEFT_KINDS.items() if hasattr(config, setting.name)]
+        for config in PEFT_KINDS.values()
+        for setting in settings_of(config)
+    }
+    for name in sorted(flagged & owners.keys()):
+        if kind not in owners[name]:
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(f"{flag} is for --peft {owners[name][0]}; the experts are {kind}.")
+    return shapes[kind]
 
 
 def _flag(setting: Setting, panel: str) -> inspect.Parameter:

@@ -15,7 +15,7 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
-from . import analysis, comparison, experts, routed, serving, sharing
+from . import analysis, comparison, experts, routed, segments, serving, sharing
 from .consoles import plain
 
 __all__ = ["app", "main"]
@@ -37,6 +37,7 @@ app = typer.Typer(
 experts.register(app)
 sharing.register(app)
 routed.register(app)
+segments.register(app)
 comparison.register(app)
 analysis.register(app)
 serving.register(app)

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ...config import KIND_NAMES
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
@@ -105,9 +106,9 @@ def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None)
     table.add_row("total", f"{count} tasks", "", f"{plan.steps:,}", *sums)
     console.print(table)
     expert = (
-        f"An expert: {plan.sites} sites, {plan.lora_parameters:,} LoRA parameters (kept in "
-        f"{plan.dtype}), {plan.gate_parameters:,} gate parameters. Checkpoints while it trains: up "
-        f"to {_size(plan.working_bytes)}."
+        f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {KIND_NAMES[plan.peft]} "
+        f"parameters (kept in {plan.dtype}), {plan.gate_parameters:,} gate parameters. Checkpoints "
+        f"while it trains: up to {_size(plan.working_bytes)}."
     )
     at_once = _spread(spread, bound)
     kept = [f"{finished} experts are finished and not counted."] if finished else []

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...config import Formatting, Recipe, Routing
+from ...config import KIND_NAMES, Formatting, Recipe, Routing
 from ...errors import RoutingError
 from .consoles import plain
 from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
 from .flags import with_settings
+from .segments import StoredOption
+
+if TYPE_CHECKING:
+    from ...duplicates import Duplicate
 
 __all__ = ["register"]
 
@@ -55,28 +59,49 @@ def pool(
         Optional[Path],  # noqa: UP045
         typer.Option("--out", help="Write a manifest (.json) here."),
     ] = None,
+    duplicates: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(
+            "--duplicates",
+            help="List pairs of experts whose updates have at least this cosine, such as 0.99.",
+        ),
+    ] = None,
 ) -> None:
-    """List the experts of a pool."""
+    """List the experts of a pool, and those that are nearly the same."""
+    from ...duplicates import near_duplicates
     from ...pool import Pool
 
     opened = Pool.open(places[0] if len(places) == 1 else places)
     table = Table(title=plain(f"{len(opened)} experts for {opened.base.id}"))
-    for column in ("expert", "sites", "ranks", "gates", "means", "embeddings", "folder"):
-        table.add_column(column, overflow="fold")
+    for column in ("expert", "kind", "sites", "sizes", "gates", "means", "embeddings", "folder"):
+        table.add_column(column, overflow="fold", no_wrap=column == "kind")
     for expert in opened.experts:
-        ranks = sorted({lora.A.shape[0] for lora in expert.lora.values()})
+        sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
         table.add_row(
             expert.name,
-            str(len(expert.lora)),
-            "-".join(str(rank) for rank in dict.fromkeys((ranks[0], ranks[-1]))),
+            KIND_NAMES[expert.kind],
+            str(len(expert.modules)),
+            "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
             *("yes" if part else "no" for part in (expert.gates, expert.means)),
             "no" if expert.embeddings is None else str(len(expert.embeddings)),
             plain(str(expert.directory)),
         )
     Console().print(table)
+    if duplicates is not None:
+        _show(near_duplicates(opened, duplicates), duplicates)
     if out:
         opened.write_manifest(out)
         typer.echo(f"manifest -> {out}")
+
+
+def _show(pairs: list[Duplicate], threshold: float) -> None:
+    table = Table(title=f"{len(pairs)} pairs with a cosine of {threshold:g} or more")
+    for column in ("expert", "expert", "cosine", "files"):
+        table.add_column(column, overflow="fold")
+    for pair in pairs:
+        files = "identical" if pair.identical else "differ"
+        table.add_row(pair.one, pair.other, f"{pair.cosine:.4f}", files)
+    Console().print(table)
 
 
 @with_settings(Routing)
@@ -91,25 +116,24 @@ def compose(
     keep: KeepOption = None,
     leave_out: LeaveOutOption = None,
     scores: ScoresOption = None,
+    stored: StoredOption = None,
     recipe: Recipe,
     routing: Routing,
 ) -> None:
-    """Make a routed model and save it."""
+    """Make a routed model and save it, site by site: the pool may be larger than memory."""
     if out.exists():
         raise RoutingError(f"{out} exists already; choose another --out.")
     from ...bases import load_base
-    from ...opening import compose_pool
+    from ...opening import loaded_base
     from ...pool import Pool
-    from ...storage import save
+    from ...segments import pack
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool).select(keep, leave_out)
     name = base or recipe.base
-    loaded = load_base(name, dtype=dtype) if name else None
-    model = compose_pool(opened, loaded, dtype=dtype, routing=routing, scores=scores)
-    save(model, out)
-    parts: Any = model.phatgoose
+    loaded = load_base(name, dtype=dtype) if name else loaded_base(opened, dtype)
+    packed = pack(opened, out, loaded, routing=routing, scores=scores, stored=stored)
     typer.echo(
-        f"{len(parts.experts)} experts at {len(parts.layers)} sites, router {routing.router}, "
+        f"{len(packed.names)} experts at {len(packed.sites)} sites, router {routing.router}, "
         f"k = {routing.k} -> {out}"
     )
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ...config import KIND_NAMES
 from .experts import BaseOption
 
 if TYPE_CHECKING:
@@ -22,16 +23,16 @@ NameOption = Annotated[
 
 def register(app: typer.Typer) -> None:
     """Add the commands of sharing to `app`."""
-    app.command("import", help="Make an expert, without gates yet, of any PEFT LoRA adapter.")(
-        import_command
-    )
+    app.command(
+        "import", help="Make an expert, without gates yet, of a LoRA, (IA)³ or bottleneck adapter."
+    )(import_command)
     app.command("push", help="Publish an expert on the Hub, as one commit.")(push)
     app.command("pull", help="Fetch an expert from the Hub.")(pull)
 
 
 def import_command(
     source: Annotated[
-        str, typer.Argument(help="Folder of the PEFT adapter, or its Hub id (OWNER/NAME@REVISION).")
+        str, typer.Argument(help="Folder of the adapter, or its Hub id (OWNER/NAME@REVISION).")
     ],
     out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
     base: BaseOption = None,
@@ -60,14 +61,16 @@ def import_command(
         source, out, base=base, name=name, allow_loss=allow_loss, fingerprint=fingerprint
     )
     typer.echo(f"{_imported(expert)} -> {out}")
-    typer.echo(f"gates: 'phatgoose gate {out} --task ITS-DATA --out …', or --router arrow without")
+    without = ", or --router arrow without" if expert.lora else ""
+    typer.echo(f"gates: 'phatgoose gate {out} --task ITS-DATA --out …'{without}")
 
 
 def _imported(expert: Expert) -> str:
     """What an import came to, on one line."""
-    ranks = sorted({lora.A.shape[0] for lora in expert.lora.values()})
-    span = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    text = f"{expert.name}: {len(expert.lora)} sites, rank {span}"
+    text = f"{expert.name}: {len(expert.modules)} sites, {KIND_NAMES[expert.kind]}"
+    sizes = sorted({module.size for module in expert.modules.values() if module.size is not None})
+    if sizes:
+        text += f" of rank {sizes[0]}" + (f" to {sizes[-1]}" if len(sizes) > 1 else "")
     record = expert.info.hyperparameters
     if "converted_from" not in record:
         return text
@@ -106,4 +109,4 @@ def pull(
     from ...hub import pull as fetch
 
     expert = fetch(reference, out)
-    typer.echo(f"{expert.name}: {len(expert.lora)} sites -> {out}")
+    typer.echo(f"{expert.name}: {len(expert.modules)} sites -> {out}")

@@ -155,7 +155,7 @@ class Row:
     def _scored(self, text: str, own: Alternative, top: tuple[Alternative, ...]) -> ScoredToken:
         named = tuple(
             (text if each.token == own.token else self._named(each.token), each.logprob)
-            for each in top
+            for each in top[: self.decoding.logprobs]
         )
         return ScoredToken(text, own.logprob, named)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ...bases import Base, BaseReference, choose_dtype, load_base, twin
 from ...config import Routing
 from ...errors import BaseModelError, ConfigError, PhatgooseError, RoutingError
-from ...layers import RoutedLinear
+from ...layers import ChoosingLayer
 from ...opening import compose_pool, is_pool, is_routed
 from ...pool import Pool
 from ...routed import Composition, composition_of
@@ -244,6 +244,8 @@ class Models:
                 continue
             for name, layer in parts.layers.items():
                 twin_layer = other.layers[name]
-                both = isinstance(layer, RoutedLinear) and isinstance(twin_layer, RoutedLinear)
-                if both and layer.A.dtype == twin_layer.A.dtype:
-                    layer.A, layer.B = twin_layer.A, twin_layer.B
+                if not isinstance(layer, ChoosingLayer) or type(layer) is not type(twin_layer):
+                    continue
+                if layer.stack.dtype == twin_layer.stack.dtype:
+                    for tensor in layer.stack.tensors():
+                        setattr(layer, tensor, getattr(twin_layer, tensor))

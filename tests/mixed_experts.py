@@ -1,0 +1,182 @@
+"""Random experts of every kind for the tiny bases, and their mixture written out naively."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import IA3Config, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from conftest import make_adapter
+from oracle import token_weights
+from phatgoose.adapters import ADAPTER_WEIGHTS
+from phatgoose.bases import Base, load_base
+from phatgoose.bottleneck import write_bottleneck
+from phatgoose.config import IA3, Bottleneck
+from phatgoose.expert import Expert
+from phatgoose.modules import BottleneckLayers, LoraFactors, ScalingVector
+from phatgoose.placement import placed_sites, scales_input
+from phatgoose.pool import Pool
+from phatgoose.sites import find_sites
+
+ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
+
+
+def make_ia3(base: Base, folder: Path, *, seed: int = 0, **options: object) -> Path:
+    """A PEFT (IA)³ adapter of random vectors around 1, as PEFT saves it."""
+    fresh = load_base(base.id, dtype="float32").model
+    shape = IA3()
+    sites = placed_sites(fresh, shape)
+    settings = {
+        "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
+        "target_modules": list(sites),
+        "feedforward_modules": sorted(scales_input(fresh, shape, sites)),
+        "fan_in_fan_out": isinstance(fresh.get_submodule(next(iter(sites))), Conv1D),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = get_peft_model(fresh, IA3Config(**settings | options))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5)
+    if "target_modules" not in options:
+        model.peft_config["default"].target_modules = set(sites)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return folder
+
+
+def make_bottleneck(
+    base: Base, folder: Path, *, seed: int = 0, size: int = 5, scale: float = 1.5, **options: str
+) -> Path:
+    """A bottleneck adapter of random weights and biases."""
+    shape = Bottleneck(size=size, scale=scale, **options)
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(sizes, generator=generator) * 0.3
+
+    layers = {}
+    for name, site in placed_sites(base.model, shape).items():
+        d = site.out_features
+        parts = (normal(size, d), normal(size), normal(d, size), normal(d))
+        layers[name] = BottleneckLayers(*parts, shape.activation, shape.scale)
+    folder.mkdir(parents=True)
+    return write_bottleneck(folder, layers, base.id)
+
+
+def make_biased_lora(base: Base, folder: Path, *, seed: int = 0) -> Path:
+    """A PEFT LoRA whose B factors have random biases (lora_bias)."""
+    make_adapter(base, folder, seed=seed, lora_bias=True)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in tensors.items():
+        if name.endswith(".bias"):
+            tensors[name] = torch.randn(tensor.shape, generator=generator) * 0.3
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
+    return folder
+
+
+MAKERS = {
+    "lora": make_adapter,
+    "biased": make_biased_lora,
+    "ia3": make_ia3,
+    "bottleneck": make_bottleneck,
+}
+
+
+def make_kind(kind: str, base: Base, folder: Path, *, seed: int = 0, **options: object) -> Expert:
+    """A random expert of one of MAKERS with gates and means, below `folder`."""
+    name = f"{kind}{seed}"
+    adapter = MAKERS[kind](base, folder / "adapters" / name, seed=seed, **options)
+    bare = Expert.from_peft(adapter, {}, name=name, base=base)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    sites = find_sites(base.model)
+    gates, means = (
+        {s: torch.randn(sites[s].in_features, generator=generator) for s in bare.modules}
+        for _ in range(2)
+    )
+    expert = Expert.from_peft(adapter, gates, name=name, means=means, base=base)
+    return expert.save(folder / "experts" / name)
+
+
+def mixed_pool_for(base: Base, folder: Path) -> Pool:
+    """Eight experts of all kinds, sizes, placements and activations."""
+    return Pool(
+        (
+            make_kind("lora", base, folder, seed=0, rank=2),
+            make_kind("biased", base, folder, seed=1),
+            make_kind("ia3", base, folder, seed=2),
+            make_kind("bottleneck", base, folder, seed=3),
+            make_kind("bottleneck", base, folder, seed=4, size=3, activation="gelu"),
+            make_kind("bottleneck", base, folder, seed=5, placement="pfeiffer", scale=0.7),
+            make_kind("ia3", base, folder, seed=6),
+            make_kind("lora", base, folder, seed=7, rank=6),
+        )
+    )
+
+
+def linear(layer: nn.Module, u: Tensor) -> Tensor:
+    """What the plain linear layer makes of one token u [n], float64."""
+    weight = layer.weight.double()
+    weight = weight if isinstance(layer, Conv1D) else weight.T
+    return u @ weight + (0 if layer.bias is None else layer.bias.double())
+
+
+def mixed_output(
+    layer: nn.Module, u: Tensor, experts: Sequence[Expert], weights: dict[int, float], site: str
+) -> Tensor:
+    """One token's output [d] under weighted experts of any kinds, one after the other, float64."""
+    u = u.double()
+    chosen = [(w, experts[z].modules[site]) for z, w in weights.items()]
+    scaled = u.clone()
+    for w, module in chosen:
+        if isinstance(module, ScalingVector) and module.on_input:
+            scaled += w * (module.vector.double() - 1) * u
+    first = linear(layer, scaled)
+    y = first.clone()
+    for w, module in chosen:
+        if isinstance(module, ScalingVector) and not module.on_input:
+            y += w * (module.vector.double() - 1) * first
+        elif isinstance(module, LoraFactors):
+            bias = 0 if module.bias is None else module.bias.double()
+            y += w * module.scale * (module.B.double() @ (module.A.double() @ u) + bias)
+        elif isinstance(module, BottleneckLayers):
+            inner = module.down.double() @ first + module.down_bias.double()
+            inner = ACTIVATE[module.activation](inner)
+            y += w * module.scale * (module.up.double() @ inner + module.up_bias.double())
+    return y
+
+
+@contextmanager
+def naively_mixed(
+    model: PreTrainedModel, experts: Sequence[Expert], k: int, vectors: str = "gates"
+) -> Iterator[None]:
+    """The plain `model` routed token by token and expert by expert while the context is open."""
+
+    def mix(site: str):
+        def hook(layer, args, output):
+            tokens = args[0].reshape(-1, args[0].shape[-1])
+            rows = []
+            for u in tokens:
+                weights = token_weights(u, experts, site, k, vectors)
+                rows.append(mixed_output(layer, u, experts, weights, site))
+            return torch.stack(rows).view(output.shape).to(output.dtype)
+
+        return hook
+
+    sites = {site for expert in experts for site in expert.modules}
+    handles = [model.get_submodule(site).register_forward_hook(mix(site)) for site in sites]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,73 @@
+"""The commands on packed models: compose --stored, add, remove, compact, pool --duplicates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from growth_cases import write_small_experts
+from phatgoose.expert import LAYOUT
+from phatgoose.packed import read_packed
+from test_cli import Outcome, run
+
+
+@pytest.fixture
+def phat(capsys) -> Callable[..., Outcome]:
+    return lambda *arguments: run(capsys, *arguments)
+
+
+@pytest.fixture
+def folder(loaded_bases, tmp_path, monkeypatch) -> Path:
+    """Experts x0000 to x0003 and a copy of the first, under another name."""
+    write_small_experts(loaded_bases["llama"], tmp_path / "experts", 4, rank=2)
+    copy = shutil.copytree(tmp_path / "experts" / "x0000", tmp_path / "experts" / "copy")
+    info = json.loads((copy / LAYOUT.info).read_text()) | {"name": "copy"}
+    (copy / LAYOUT.info).write_text(json.dumps(info))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_routed_models_folder_is_changed_by_commands(phat, folder):
+    done = phat("compose", "experts/x0000", "experts/x0001", "--out", "routed", "--stored", "int8")
+    assert (done.code, done.err) == (0, "")
+    assert "2 experts at 14 sites, router phatgoose, k = 2 -> routed" in done.out
+    done = phat("add", "routed", "experts/x0002", "experts/x0003")
+    assert (done.code, done.out) == (0, "4 experts at 14 sites in 2 files -> routed\n")
+    done = phat("remove", "routed", "x0001")
+    assert (done.code, done.out) == (0, "3 experts at 14 sites in 2 files -> routed\n")
+    done = phat("compact", "routed", "--stored", "bfloat16")
+    assert (done.code, done.out) == (0, "3 experts at 14 sites in 1 file -> routed\n")
+    assert read_packed(folder / "routed").names == ("x0000", "x0002", "x0003")
+    assert phat("generate", "routed", "Hello", "--max-new-tokens", "2").code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["add", "nowhere", "experts/x0001"], "nowhere holds no routed model"),
+        (["add", "routed", "experts/x0000"], "'x0000' is there already"),
+        (["remove", "routed", "x9"], "no expert 'x9'; there are x0000, x0001"),
+        (["compact", "routed", "--stored", "int4"], "not in 'int4'"),
+        (["compose", "experts", "--out", "new", "--stored", "int4"], "not in 'int4'"),
+        (["pool", "experts", "--duplicates", "2"], "above 0 and at most 1"),
+    ],
+)
+def test_what_is_wrong_is_one_line(phat, folder, arguments, complaint):
+    phat("compose", "experts/x0000", "experts/x0001", "--out", "routed")
+    done = phat(*arguments)
+    assert done.code == 2
+    assert complaint in done.err
+    assert done.err.count("\n") == 1
+    assert not (folder / "new").exists()
+
+
+def test_a_pool_tells_its_near_duplicates(phat, folder):
+    done = phat("pool", "experts", "--duplicates", "0.9")
+    assert done.code == 0
+    assert "1 pairs with a cosine of 0.9 or more" in done.out
+    line = next(line for line in done.out.splitlines() if "identical" in line)
+    assert line.replace("│", " ").split() == ["copy", "x0000", "1.0000", "identical"]

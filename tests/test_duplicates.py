@@ -1,0 +1,97 @@
+"""Near-duplicates: the cosine of updates that are never formed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+from growth_cases import uneven_pool
+from phatgoose import duplicates
+from phatgoose.adapters import LoraFactors
+from phatgoose.duplicates import cosines, near_duplicates
+from phatgoose.errors import ConfigError
+from phatgoose.expert import Expert
+from phatgoose.pool import Pool
+
+
+@pytest.fixture(scope="module")
+def uneven(loaded_bases, tmp_path_factory) -> Pool:
+    """`uneven_pool` for the tiny Llama."""
+    return uneven_pool(loaded_bases["llama"], tmp_path_factory.mktemp("uneven"))
+
+
+def twin(expert: Expert, name: str, change) -> Expert:
+    """The expert under another name and hash, with `change` done to the factors of each site."""
+    info = replace(expert.info, name=name, adapter_sha256=name)
+    lora = {site: change(factors) for site, factors in expert.lora.items()}
+    return replace(expert, info=info, modules=lora)
+
+
+def update(expert: Expert, pool: Pool, widths: dict[str, tuple[int, int]]) -> torch.Tensor:
+    """The whole update as one vector, written out."""
+    parts = []
+    for site in pool.sites:
+        if site in expert.lora:
+            lora = expert.lora[site]
+            parts.append((lora.scale * lora.B.double() @ lora.A.double()).flatten())
+        else:
+            parts.append(torch.zeros(widths[site], dtype=torch.float64).flatten())
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("block", [1, 3, 2048])
+def test_cosines_are_those_of_the_updates_written_out(uneven, monkeypatch, block):
+    monkeypatch.setattr(duplicates, "BLOCK", block)
+    widths = {
+        site: (lora.B.shape[0], lora.A.shape[1])
+        for expert in uneven.experts
+        for site, lora in expert.lora.items()
+    }
+    whole = torch.stack([update(expert, uneven, widths) for expert in uneven.experts])
+    unit = torch.nn.functional.normalize(whole, dim=-1)
+    torch.testing.assert_close(cosines(uneven), unit @ unit.T, rtol=0, atol=1e-6)
+
+
+def test_the_same_update_in_other_factors_is_found_and_others_are_not(uneven):
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+
+    def turned(lora: LoraFactors) -> LoraFactors:
+        return replace(lora, A=turn @ lora.A, B=2 * lora.B @ turn.T, scale=lora.scale / 2)
+
+    def nudged(lora: LoraFactors) -> LoraFactors:
+        return replace(lora, B=lora.B + 0.1 * lora.B.abs().mean() * torch.ones_like(lora.B))
+
+    source = uneven.experts[2]
+    copied = replace(source, info=replace(source.info, name="copied"))
+    more = [twin(source, "turned", turned), twin(source, "nudged", nudged), copied]
+    found = near_duplicates(Pool((*uneven.experts, *more)), 0.95)
+    pairs = [(pair.one, pair.other, pair.identical) for pair in found]
+    assert pairs[0] == ("e2", "copied", True)
+    assert set(pairs[1:3]) == {("e2", "turned", False), ("turned", "copied", False)}
+    assert {pair.one for pair in found} | {pair.other for pair in found} == {
+        "e2",
+        "turned",
+        "nudged",
+        "copied",
+    }
+    assert found[0].cosine == 1
+    assert all(abs(pair.cosine - 1) < 1e-6 for pair in found[:3])
+    assert all(0.95 <= pair.cosine < 0.9999 for pair in found[3:])
+    assert near_duplicates(uneven) == []
+
+
+def test_an_update_of_zero_is_like_no_other(uneven):
+    zero = twin(uneven.experts[0], "zero", lambda lora: replace(lora, B=torch.zeros_like(lora.B)))
+    also = twin(zero, "also", copy.copy)
+    found = cosines(Pool((uneven.experts[0], zero, also)))
+    assert torch.equal(found[1], torch.zeros(3, dtype=torch.float64))
+    assert near_duplicates(Pool((zero, also))) == []
+
+
+@pytest.mark.parametrize("threshold", [0, -1, 1.5, float("nan")])
+def test_a_threshold_that_is_none_is_refused(uneven, threshold):
+    with pytest.raises(ConfigError, match="above 0 and at most 1"):
+        near_duplicates(uneven, threshold)

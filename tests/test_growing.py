@@ -1,0 +1,149 @@
+"""Pools that grow and shrink: the same model, bit for bit, as one composed from the start."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from conftest import (
+    compose_by,
+    logits_of,
+    make_ids,
+    make_model,
+    with_embeddings,
+)
+from growth_cases import NAMES, ROUTERS, assert_same_models, composed, uneven_pool
+from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
+from phatgoose.growing import add_experts, remove_experts
+from phatgoose.layers import RoutedLinear
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of, detach
+from phatgoose.rows import GROWTH
+from phatgoose.storage import load, save
+
+
+@pytest.fixture(scope="module")
+def uneven(loaded_bases, tmp_path_factory) -> Pool:
+    """`uneven_pool` for the tiny Llama."""
+    return uneven_pool(loaded_bases["llama"], tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_grown_model_is_the_composed_one(llama, uneven, toy_embedder, router):
+    pool = with_embeddings(uneven)
+    model = composed(router, uneven.select(["e0"]), llama)
+    assert add_experts(model, pool.select(["e1"])) is model
+    add_experts(model, pool.select(["e2", "e3"]))
+    assert_same_models(model, composed(router, uneven, llama))
+
+
+@pytest.mark.parametrize("left", [["e0"], ["e1", "e3"], ["e0", "e1"], ["e3"], ["e0", "e2", "e3"]])
+@pytest.mark.parametrize("router", ["phatgoose", "retrieval", "merged"])
+@pytest.mark.filterwarnings("ignore:k is 2")
+def test_a_smaller_model_is_the_composed_one(llama, uneven, toy_embedder, router, left):
+    model = composed(router, uneven, llama)
+    remove_experts(model, [name for name in NAMES if name not in left])
+    pool = Pool(tuple(e for e in with_embeddings(uneven).experts if e.name in left))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = compose(pool, copy.deepcopy(llama), router=router, k=2)
+    assert_same_models(model, wanted)
+
+
+def test_leaving_and_coming_again_is_a_change_of_order(llama, uneven):
+    model = composed("phatgoose", uneven, llama)
+    remove_experts(model, ["e1"])
+    add_experts(model, uneven.select(["e1"]))
+    order = Pool(tuple(uneven.experts[z] for z in (0, 2, 3, 1)))
+    assert_same_models(model, compose(order, copy.deepcopy(llama)))
+
+
+def test_the_base_comes_back_bit_for_bit(llama, uneven):
+    ids = make_ids()
+    wanted = logits_of(llama.model, ids)
+    model = compose(uneven.select(["e0", "e1"]), llama)
+    add_experts(model, uneven.select(["e2"]))
+    remove_experts(model, ["e0"])
+    assert torch.equal(logits_of(detach(model), ids), wanted)
+    assert not any(isinstance(module, RoutedLinear) for module in model.modules())
+
+
+def test_growth_is_copied_now_and_then_only(llama, make_expert):
+    experts = [make_expert(llama, f"x{z}", seed=z) for z in range(8)]
+    model = composed("phatgoose", Pool(tuple(experts[:4])), llama)
+    places = []
+    for expert in experts[4:]:
+        add_experts(model, Pool((expert,)))
+        layer = next(iter(composition_of(model).layers.values()))
+        places.append(layer.A.data_ptr())
+        assert len(layer.room["A"]) <= GROWTH * 8
+    assert places[0] == places[1] == places[2]  # room for 7 was made when the fifth came
+    assert places[3] != places[2]
+    assert_same_models(model, composed("phatgoose", Pool(tuple(experts)), llama))
+
+
+def test_a_grown_model_is_saved_and_loaded(llama, uneven, tmp_path):
+    model = composed("phatgoose", uneven.select(["e0", "e1"]), llama)
+    add_experts(model, uneven.select(["e2", "e3"]))
+    save(model, tmp_path / "routed")
+    loaded = load(tmp_path / "routed", copy.deepcopy(llama))
+    assert_same_models(loaded, composed("phatgoose", uneven, llama))
+    remove_experts(loaded, ["e3"])
+    assert composition_of(loaded).experts == ("e0", "e1", "e2")
+
+
+def test_what_can_not_join_leaves_the_model_as_it_was(llama, uneven, pool_of):
+    model = compose(uneven.select(["e0", "e2"]), llama)
+    parts, wanted = composition_of(model), logits_of(model, make_ids())
+    with pytest.raises(PoolError, match="'e2' is there already"):
+        add_experts(model, uneven.select(["e2"]))
+    with pytest.raises(WrongBaseError, match="fingerprint"):
+        add_experts(model, Pool(pool_of("t5").experts[1:2]))
+    bare = uneven.select(["e1"]).experts[0]
+    bare = type(bare)(bare.info, bare.directory, bare.lora, {}, {})
+    with pytest.raises(PoolError, match="Expert 'e1' has no gates"):
+        add_experts(model, Pool((bare,)))
+    lost = {f"lost.{site}": factors for site, factors in bare.lora.items()}
+    gates = {f"lost.{site}": gate for site, gate in uneven.experts[1].gates.items()}
+    with pytest.raises(ExpertError, match="which the base model lacks"):
+        add_experts(model, Pool((type(bare)(bare.info, bare.directory, lost, gates, {}),)))
+    assert composition_of(model) is parts
+    assert torch.equal(logits_of(model, make_ids()), wanted)
+
+
+def test_what_can_not_leave_is_told(llama, uneven):
+    model = compose(uneven, llama)
+    with pytest.raises(PoolError, match="no expert 'e9'; there are e0, e1, e2, e3"):
+        remove_experts(model, ["e9"])
+    with pytest.raises(PoolError, match="No expert would be left"):
+        remove_experts(model, NAMES)
+    with pytest.raises(PoolError, match="list of names"):
+        remove_experts(model, "e0")
+    with pytest.warns(UserWarning, match="k is 2, but 1 experts are left"):
+        remove_experts(model, NAMES[1:])
+    assert composition_of(model).experts == ("e0",)
+
+
+@pytest.mark.parametrize("router", ["single", "oracle", "best-individual"])
+def test_routers_made_for_their_experts_are_told_apart(llama, llama_pool, router):
+    model = compose_by(router, llama_pool, llama)
+    for change in (lambda: add_experts(model, llama_pool), lambda: remove_experts(model, ["e0"])):
+        with pytest.raises(RoutingError, match=f"Router {router} is made for"):
+            change()
+
+
+def test_stand_ins_are_made_for_their_pool(llama, llama_pool):
+    model = compose(llama_pool, llama, stand_in=True)
+    with pytest.raises(RoutingError, match="Stand-ins"):
+        remove_experts(model, ["e0"])
+
+
+def test_folded_experts_can_not_be_told_apart(llama, pool_of):
+    model = compose(pool_of("llama", (24, 9, 20)), llama, router="merged")
+    with pytest.raises(RoutingError, match="folded"):
+        remove_experts(model, ["e0"])
+    with pytest.raises(RoutingError, match="not routed"):
+        remove_experts(make_model("llama"), ["e0"])

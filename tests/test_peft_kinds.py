@@ -1,0 +1,380 @@
+"""Training (IA)³ and bottleneck experts: what is trained, where, and what is kept of it."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from conftest import assert_same_logits, logits_of, make_ids, peft_model
+from phatgoose import gates as gates_module
+from phatgoose.bases import load_base
+from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
+from phatgoose.errors import ConfigError
+from phatgoose.expert import Expert, check_expert
+from phatgoose.fresh import fresh_expert
+from phatgoose.gates import GatedLinear, gated, train_gates
+from phatgoose.importing import import_adapter
+from phatgoose.modules import BottleneckLayers, LoraFactors, ScalingVector
+from phatgoose.placement import parameters_at, placed_sites, scales_input
+from phatgoose.planning import plan_training
+from phatgoose.sites import find_sites
+from phatgoose.statistics import at_full_strength
+from phatgoose.suites.sources import open_tasks
+from test_cli import BASE, TRAIN, open_row, phat, review, write_rows
+from test_joint import gated_loss
+from test_training import (
+    GATES,
+    PASS,
+    TASK,
+    TRAINING,
+    interrupted,
+    target_nll,
+    without_dropout,
+)
+from test_training import train as train_default
+
+__all__ = ["phat"]  # the fixture
+
+SHAPES: dict[str, Peft] = {
+    "ia3": IA3(),
+    "houlsby": Bottleneck(size=5, activation="gelu", scale=2.0),
+    "pfeiffer": Bottleneck(placement="pfeiffer", size=3),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES)
+ON_TWO_KINDS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+ENDS = {  # the ends of the sites' names at which each kind acts
+    "llama": {
+        "ia3": {"k_proj", "v_proj", "down_proj"},
+        "houlsby": {"o_proj", "down_proj"},
+        "pfeiffer": {"down_proj"},
+    },
+    "qwen2": {
+        "ia3": {"q_proj", "v_proj", "down_proj"},
+        "houlsby": {"o_proj", "down_proj"},
+        "pfeiffer": {"down_proj"},
+    },
+    "gpt2": {
+        "ia3": {"attn.c_attn", "mlp.c_proj"},
+        "houlsby": {"attn.c_proj", "mlp.c_proj"},
+        "pfeiffer": {"mlp.c_proj"},
+    },
+    "t5": {
+        "ia3": {"SelfAttention.k", "SelfAttention.v", "EncDecAttention.k", "EncDecAttention.v"}
+        | {"DenseReluDense.wo"},
+        "houlsby": {"SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo"},
+        "pfeiffer": {"DenseReluDense.wo"},
+    },
+}
+
+
+def train(base, out: Path, shape: Peft, **options) -> Expert:
+    training = replace(TRAINING, learning_rate=0.1)
+    return train_default(base, out, **{"peft": shape, "training": training, **options})
+
+
+@each_shape
+def test_experts_act_where_the_papers_put_them(base, kind, shape):
+    sites = placed_sites(base.model, SHAPES[shape])
+    ends = ENDS[kind][shape]
+    every = {site for site in find_sites(base.model) if site.endswith(tuple(ends))}
+    assert set(sites) == {site for site in every if any(site.endswith(f".{end}") for end in ends)}
+    if shape == "ia3":
+        last = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "t5": "wo"}[kind]
+        inputs = scales_input(base.model, IA3(), sites)
+        assert inputs == {site for site in sites if site.endswith(f".{last}")}
+
+
+def test_sites_can_be_chosen_and_unknown_models_must_have_them_chosen(llama):
+    queries = IA3(sites="q_proj", feedforward="layers.1")
+    sites = placed_sites(llama.model, queries)
+    assert set(sites) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
+    assert scales_input(llama.model, queries, sites) == {"model.layers.1.self_attn.q_proj"}
+    gates = Bottleneck(sites="gate_proj", size=2)
+    assert {site.rpartition(".")[2] for site in placed_sites(llama.model, gates)} == {"gate_proj"}
+    with pytest.raises(ConfigError, match="feedforward is"):
+        scales_input(llama.model, IA3(feedforward="("), sites)
+    llama.model.config.model_type = "new"
+    with pytest.raises(ConfigError, match="of type new isn't known to PEFT"):
+        placed_sites(llama.model, IA3())
+    llama.model.model.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
+    with pytest.raises(ConfigError, match="isn't known; name the layers with sites"):
+        placed_sites(llama.model, Bottleneck())
+
+
+@each_shape
+@pytest.mark.parametrize("joint", [False, True])
+def test_only_the_experts_parameters_are_trained_and_they_start_at_nothing(base, shape, joint):
+    ids = make_ids()
+    wanted, modules = logits_of(base.model, ids), dict(base.model.named_modules())
+    with fresh_expert(base, SHAPES[shape], joint=joint) as fresh:
+        trained = [p for p in fresh.model.parameters() if p.requires_grad]
+        assert all(parameter.dtype == torch.float32 for parameter in trained)
+        sites = placed_sites_of(base, shape)
+        gates = sum(site.in_features for site in sites.values()) if joint else 0
+        assert sum(p.numel() for p in trained) == count_of(base, shape) + gates
+        assert_same_logits(logits_of(fresh.model.eval(), ids), wanted)
+    assert dict(base.model.named_modules()) == modules
+    assert torch.equal(logits_of(base.model, ids), wanted)
+
+
+def placed_sites_of(base, shape: str):
+    return placed_sites(load_base(base.id, dtype="float32").model, SHAPES[shape])
+
+
+def count_of(base, shape: str) -> int:
+    return parameters_at(load_base(base.id, dtype="float32").model, SHAPES[shape])
+
+
+@ON_TWO_KINDS
+@each_shape
+def test_an_expert_is_trained_saved_and_is_what_was_validated(base, shape, tmp_path):
+    expert = train(base, tmp_path / "echo", SHAPES[shape])
+    assert check_expert(expert.directory) == []
+    assert expert.kind == ("ia3" if shape == "ia3" else "bottleneck")
+    assert expert.info.hyperparameters["peft"] == expert.kind
+    assert expert.gates.keys() == expert.means.keys() == expert.modules.keys()
+    assert expert.modules.keys() == placed_sites(base.model, SHAPES[shape]).keys()
+    assert all(gate.any() for gate in expert.gates.values())
+    with at_full_strength(base.model, expert.modules):
+        got = logits_of(base.model, make_ids())
+        loss = target_nll(base.model, base, TASK.validation).mean().item()
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
+    assert not torch.allclose(got, logits_of(base.model, make_ids()), atol=1e-3)
+    if shape == "ia3":
+        assert_same_logits(got, logits_of(peft_model(base, expert.directory), make_ids()))
+        again = import_adapter(expert.directory, tmp_path / "imported", base=base.id)
+        assert again.modules.keys() == expert.modules.keys()
+
+
+@each_shape
+def test_gates_can_be_trained_with_the_expert(llama, shape, tmp_path):
+    joint = GateTraining(joint=True)
+    expert = train(llama, tmp_path / "echo", SHAPES[shape], gate_training=joint)
+    loss = gated_loss(llama, expert, TASK.validation)
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
+    assert all(gate.any() for gate in expert.gates.values())
+    if shape == "ia3":
+        names = load_file(expert.directory / "adapter_model.safetensors")
+        assert {name.rpartition(".")[2] for name in names} == {"ia3_l"}
+        peft_model(llama, expert.directory)
+
+
+@each_shape
+def test_a_training_that_stopped_goes_on_to_the_same_expert(llama, shape, tmp_path, monkeypatch):
+    whole = train_default(llama, tmp_path / "whole", peft=SHAPES[shape])
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8, peft=SHAPES[shape])
+    assert (tmp_path / ".cut.work" / "expert" / "checkpoint-2" / "complete").is_file()
+    resumed = train_default(llama, tmp_path / "cut", peft=SHAPES[shape], resume=True)
+    for site, module in whole.modules.items():
+        for name, value in vars(module).items():
+            other = getattr(resumed.modules[site], name)
+            assert torch.equal(value, other) if isinstance(value, Tensor) else value == other
+        assert torch.equal(whole.gates[site], resumed.gates[site])
+
+
+@pytest.mark.parametrize("shape", ["ia3", "houlsby"])
+def test_precision_under_a_base_in_bfloat16(base_folders, shape, tmp_path):
+    base = load_base(base_folders["llama"], dtype="bfloat16")
+    without_dropout(base.model)
+    expert = train(base, tmp_path / "echo", SHAPES[shape])
+    with at_full_strength(base.model, expert.modules):
+        loss = target_nll(base.model, base, TASK.validation).mean().item()
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=0.03)
+    (dtype,) = {
+        value.dtype
+        for module in expert.modules.values()
+        for value in vars(module).values()
+        if isinstance(value, Tensor)
+    }
+    assert dtype == (torch.float32 if shape == "ia3" else torch.bfloat16)
+
+
+# --- gates ---
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+MODULES = {
+    "lora": LoraFactors(normal(3, 8), normal(5, 3, seed=1), 1.5),
+    "biased": LoraFactors(normal(3, 8), normal(5, 3, seed=1), 1.5, normal(5, seed=2)),
+    "output": ScalingVector(normal(5, seed=3), on_input=False),
+    "input": ScalingVector(normal(8, seed=4), on_input=True),
+    "bottleneck": BottleneckLayers(
+        normal(2, 5), normal(2, seed=5), normal(5, 2, seed=6), normal(5, seed=7), "silu", 0.5
+    ),
+}
+
+
+def by_hand(base: nn.Linear, module, u: Tensor, sigma: Tensor) -> Tensor:
+    """The whole change of one token's output times sigma, float64."""
+    W, b = base.weight.double(), base.bias.double()
+    y = W @ u + b
+    if isinstance(module, LoraFactors):
+        bias = 0 if module.bias is None else module.bias.double()
+        return y + sigma * module.scale * (module.B.double() @ (module.A.double() @ u) + bias)
+    if isinstance(module, ScalingVector):
+        scaled = 1 + sigma * (module.vector.double() - 1)
+        return W @ (scaled * u) + b if module.on_input else scaled * y
+    inner = nn.functional.silu(module.down.double() @ y + module.down_bias.double())
+    return y + sigma * module.scale * (module.up.double() @ inner + module.up_bias.double())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_gate_scales_the_whole_change_and_alone_has_a_gradient(name):
+    torch.manual_seed(0)
+    base = nn.Linear(8, 5).requires_grad_(False)
+    layer = GatedLinear(base, MODULES[name])
+    assert [key for key, p in layer.named_parameters() if p.requires_grad] == ["gate"]
+    layer.gate.data.copy_(0.3 * normal(8, seed=8))
+    u, cotangent = normal(4, 8, seed=9), normal(4, 5, seed=10).double()
+    v = layer.gate.detach().double().requires_grad_()
+    wanted = torch.stack(
+        [by_hand(base, MODULES[name], t.double(), torch.sigmoid(v @ t.double())) for t in u]
+    )
+    torch.testing.assert_close(layer(u), wanted.float(), rtol=1e-5, atol=1e-5)
+    (slope,) = torch.autograd.grad((wanted * cotangent).sum(), [v])
+    (got,) = torch.autograd.grad((layer(u).double() * cotangent).sum(), [layer.gate])
+    torch.testing.assert_close(got.double(), slope, rtol=1e-4, atol=1e-4)
+    for strength in (-1e4, 1e4):
+        layer.gate.data.copy_(strength * u[0])
+        wanted = by_hand(base, MODULES[name], u[0].double(), torch.tensor(float(strength > 0)))
+        torch.testing.assert_close(layer(u[:1])[0], wanted.float(), rtol=1e-5, atol=1e-5)
+
+
+@each_shape
+def test_gate_training_hands_gates_alone_to_the_optimiser(llama, shape, tmp_path, monkeypatch):
+    bare = train(llama, tmp_path / "echo", SHAPES[shape])
+    files = {path.name: path.read_bytes() for path in bare.directory.iterdir()}
+    trained, fit = [], gates_module.fit
+
+    def spy(model, **arguments):
+        trained.extend(name for name, p in model.named_parameters() if p.requires_grad)
+        return fit(model, **arguments)
+
+    monkeypatch.setattr(gates_module, "fit", spy)
+    before = {key: value.clone() for key, value in llama.model.state_dict().items()}
+    gated_expert = train_gates(
+        llama, bare.directory, TASK, out=tmp_path / "again", training=TRAINING, gate_training=GATES
+    )
+    assert sorted(trained) == sorted(f"{site}.gate" for site in bare.modules)
+    after = llama.model.state_dict()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert gated_expert.info.adapter_sha256 == bare.info.adapter_sha256
+    assert {path.name: path.read_bytes() for path in bare.directory.iterdir()} == files
+
+
+def test_a_gate_of_any_kind_looks_at_the_unscaled_input(llama, tmp_path):
+    """At one site all experts' gates and means must be of the same input."""
+    expert = train(llama, tmp_path / "echo", SHAPES["ia3"])
+    site = next(s for s, module in expert.modules.items() if module.on_input)
+    seen = []
+    original = llama.model.get_submodule(site)
+    handle = original.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with gated(llama.model, {site: expert.modules[site]}) as layers:
+        layers[site].gate.data.fill_(0.1)
+        layers[site].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        logits_of(llama.model, make_ids())
+    handle.remove()
+    outer, inner = seen
+    strength = torch.sigmoid(outer @ torch.full((48,), 0.1)).unsqueeze(-1)
+    wanted = outer * (1 + strength * (expert.modules[site].vector - 1))
+    torch.testing.assert_close(inner, wanted, rtol=1e-5, atol=1e-5)
+
+
+# --- the command line ---
+
+
+@pytest.fixture
+def here(base_folders, tmp_path, monkeypatch) -> Path:
+    """The current folder: two tasks and a tiny base."""
+    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
+    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(30)])
+    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def without_rank() -> list[object]:
+    """TRAIN without --rank and its value."""
+    flags = list(TRAIN)
+    at = flags.index("--rank")
+    return flags[:at] + flags[at + 2 :]
+
+
+def test_a_mixed_pool_from_the_command_line(here, phat):
+    flags = without_rank()
+    assert phat("train", "reviews.jsonl", *TRAIN).code == 0
+    (here / "r.toml").write_text('peft = "ia3"\n[bottleneck]\nsize = 3\n')
+    recipe = ["--recipe", "r.toml"]
+    assert phat("train", "counting.jsonl", *recipe, *flags).code == 0
+    bottleneck = ["--peft", "bottleneck", "--placement", "pfeiffer", "--activation", "silu"]
+    (here / "reviews.jsonl").rename(here / "again.jsonl")
+    trained = phat("train", "again.jsonl", *recipe, *bottleneck, *flags)
+    assert (trained.code, trained.err) == (0, "")
+    expert = Expert.load(here / "new" / "again")
+    assert {(m.size, m.activation) for m in expert.modules.values()} == {(3, "silu")}
+    checked = phat("check", "new/again", "new/counting", "new/reviews")
+    assert "again, bottleneck, 2 sites, gates: yes, means: yes" in checked.out
+    assert "counting, (IA)³, 6 sites" in checked.out
+    assert "reviews, LoRA, 14 sites" in checked.out
+    listed = phat("pool", "new", "--out", "pool.json")
+    assert all(kind in listed.out for kind in ("bottleneck", "(IA)³", "LoRA"))
+    composed = phat("compose", "pool.json", "--out", "routed", *BASE)
+    assert (composed.code, composed.err) == (0, "")
+    asked = phat("generate", "routed", "Good?", "--show-experts", "--max-new-tokens", "2", *BASE)
+    assert asked.code == 0, asked.err
+    scored = phat("evaluate", "routed", "--task", "again.jsonl", *BASE)
+    assert (scored.code, scored.err) == (0, "")
+    arrow = phat("compose", "new", "--router", "arrow", "--out", "arrow", *BASE)
+    assert arrow.code == 2
+    assert "none in 'again' (bottleneck), 'counting' (ia3)" in arrow.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--peft", "dora"], "--peft is 'dora', but must be one of lora, ia3, bottleneck"),
+        (["--peft", "ia3", "--rank", "4"], "--rank is for --peft lora; the experts are ia3"),
+        (["--size", "4"], "--size is for --peft bottleneck; the experts are lora"),
+        (["--peft", "ia3", "--init-std", "1"], "--init-std is for --peft lora"),
+        (["--peft", "ia3", "--sites", "nothing"], "matches 'nothing'"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(here, phat, flags, complaint):
+    outcome = phat("train", "reviews.jsonl", *BASE, "--out", "new", *flags)
+    assert outcome.code == 2
+    assert complaint in outcome.err
+    assert not (here / "new").exists()
+
+
+@each_shape
+def test_a_plan_counts_the_parameters_of_each_kind(here, base_folders, shape):
+    base, tasks = str(base_folders["llama"]), open_tasks(["reviews.jsonl"])
+    plan = plan_training(base, tasks, peft=SHAPES[shape], dtype="bfloat16")
+    model = load_base(base, dtype="float32").model
+    sites = placed_sites(model, SHAPES[shape])
+    counts = {
+        "ia3": 2 * (32 + 32 + 48),
+        "houlsby": 4 * (2 * 5 * 32 + 5 + 32),
+        "pfeiffer": 2 * (2 * 3 * 32 + 3 + 32),
+    }
+    assert (plan.sites, plan.expert_parameters) == (len(sites), counts[shape])
+    assert plan.gate_parameters == sum(site.in_features for site in sites.values())
+    assert plan.dtype == ("float32" if shape == "ia3" else "bfloat16")
+    itemsize = 4 if shape == "ia3" else 2
+    vectors = 2 * 4 * plan.gate_parameters
+    assert plan.tasks[0].disk_bytes == itemsize * plan.expert_parameters + vectors
+
+
+def test_a_lora_is_what_train_makes_when_nothing_is_said(here, phat):
+    assert phat("train", "reviews.jsonl", *TRAIN).code == 0
+    assert Expert.load(here / "new" / "reviews").kind == "lora"
+    assert Lora().rank == 16

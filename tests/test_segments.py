@@ -1,0 +1,333 @@
+"""Packed models: written without being in memory, grown and shrunk, stored small."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import gc
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from filelock import FileLock
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from conftest import SCORES, logits_of, make_ids, with_embeddings
+from growth_cases import (
+    NAMES,
+    ROUTERS,
+    assert_same_models,
+    composed,
+    uneven_pool,
+    write_small_experts,
+)
+from phatgoose import segments as storing
+from phatgoose.bases import load_base
+from phatgoose.config import Routing
+from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
+from phatgoose.expert import LAYOUT
+from phatgoose.growing import remove_experts
+from phatgoose.packed import dequantised, quantised, read_packed
+from phatgoose.pool import Pool
+from phatgoose.routed import compose
+from phatgoose.segments import add_to_packed, compact, pack, remove_from_packed
+from phatgoose.storage import load, save
+
+STATUS = Path("/proc/self/status")
+
+
+@pytest.fixture(scope="module")
+def uneven(loaded_bases, tmp_path_factory) -> Pool:
+    """`uneven_pool` for the tiny Llama."""
+    return uneven_pool(loaded_bases["llama"], tmp_path_factory.mktemp("uneven"))
+
+
+@pytest.fixture
+def packed(llama, uneven, tmp_path) -> Path:
+    """A folder of e0 and e1, packed."""
+    pack(uneven.select(["e0", "e1"]), tmp_path / "packed", copy.deepcopy(llama))
+    return tmp_path / "packed"
+
+
+def files_of(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def renamed(pool: Pool, name: str) -> Pool:
+    """A pool of one, under another name."""
+    (expert,) = pool.experts
+    return Pool((replace(expert, info=replace(expert.info, name=name)),))
+
+
+@pytest.mark.parametrize("router", [*ROUTERS, "oracle", "single", "best-individual"])
+def test_packing_writes_what_composing_and_saving_does(
+    llama, llama_pool, toy_embedder, tmp_path, router
+):
+    pool = with_embeddings(llama_pool)
+    routing = Routing(router=router, expert="e2" if router == "single" else None)
+    model = compose(pool, copy.deepcopy(llama), scores=SCORES, **asdict(routing))
+    save(model, tmp_path / "saved")
+    pack(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing, scores=SCORES)
+    folders = (tmp_path / "saved", tmp_path / "packed")
+    one, other = (json.loads((folder / "routed.json").read_text()) for folder in folders)
+    assert one | {"weights_sha256": ""} == other | {"weights_sha256": ""}
+    one, other = (load_file(folder / "routed.safetensors") for folder in folders)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(one[name].dtype == other[name].dtype for name in one)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_a_packed_model_grows_by_files_of_the_new_experts(
+    llama, uneven, toy_embedder, tmp_path, router
+):
+    pool = with_embeddings(uneven) if router == "retrieval" else uneven
+    folder, routing = tmp_path / "packed", Routing(router=router)
+    pack(pool.select(["e0", "e1"]), folder, copy.deepcopy(llama), routing=routing)
+    before = (folder / "routed.safetensors").stat()
+    add_to_packed(folder, pool.select(["e2"]))
+    assert add_to_packed(folder, pool.select(["e3"])).names == NAMES
+    assert (folder / "routed.safetensors").stat() == before
+    assert len(files_of(folder)) == 4
+    wanted = composed(router, uneven, llama)
+    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+    compact(folder)
+    assert len(files_of(folder)) == 2
+    wanted = composed(router, uneven, llama)  # anew: a random one counts what it has drawn
+    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+
+
+@pytest.mark.parametrize("left", [["e0", "e1"], ["e1", "e3"], ["e0", "e2", "e3"]])
+@pytest.mark.parametrize("router", ["phatgoose", "retrieval"])
+def test_a_packed_model_shrinks_by_its_description(
+    llama, uneven, toy_embedder, tmp_path, router, left
+):
+    pool = with_embeddings(uneven) if router == "retrieval" else uneven
+    folder, routing = tmp_path / "packed", Routing(router=router)
+    pack(pool.select(["e0", "e1", "e2"]), folder, copy.deepcopy(llama), routing=routing)
+    add_to_packed(folder, pool.select(["e3"]))
+    files = {name: (folder / name).stat() for name in files_of(folder) if "json" not in name}
+    for name in NAMES:
+        if name not in left:
+            remove_from_packed(folder, [name])
+    assert all((folder / name).stat() == was for name, was in files.items())
+    wanted = compose(pool.select(left), copy.deepcopy(llama), **asdict(routing))
+    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+    assert compact(folder).names == tuple(left)
+    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+    remaining = [e for e in pool.experts if e.name not in left]
+    add_to_packed(folder, Pool(tuple(remaining)))
+    order = Pool((*pool.select(left).experts, *remaining))
+    wanted = compose(order, copy.deepcopy(llama), **asdict(routing))
+    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+
+
+def test_what_is_in_one_file_is_mapped_and_not_copied(llama, packed):
+    first = read_packed(packed).tensors
+    name = next(name for name in first if name.startswith("A."))
+    assert first[name].untyped_storage().nbytes() == (packed / "routed.safetensors").stat().st_size
+    assert {first[name].untyped_storage().data_ptr() for name in first if name[1] == "."} == {
+        first[name].untyped_storage().data_ptr()
+    }
+
+
+def test_folded_experts_are_packed_and_stay_what_they_are(llama, pool_of, tmp_path):
+    pool, routing = pool_of("llama", (24, 9, 20)), Routing(router="merged")
+    pack(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing)
+    wanted = compose(pool, copy.deepcopy(llama), router="merged")
+    model = load(tmp_path / "packed", copy.deepcopy(llama))
+    assert torch.equal(logits_of(model, make_ids()), logits_of(wanted, make_ids()))
+    with pytest.raises(RoutingError, match="folded"):
+        remove_from_packed(tmp_path / "packed", ["e0"])
+    with pytest.raises(RoutingError, match="folded"):
+        add_to_packed(tmp_path / "packed", renamed(pool_of("llama").select(["e0"]), "new"))
+
+
+def test_what_can_not_join_or_leave_changes_nothing(llama, uneven, pool_of, packed):
+    before = {name: (packed / name).read_bytes() for name in files_of(packed)}
+    with pytest.raises(PoolError, match="'e1' is there already"):
+        add_to_packed(packed, uneven.select(["e1"]))
+    with pytest.raises(WrongBaseError):
+        add_to_packed(packed, renamed(Pool(pool_of("t5").experts[:1]), "new"))
+    with pytest.raises(PoolError, match="no expert 'e2'"):
+        remove_from_packed(packed, ["e2"])
+    with pytest.raises(PoolError, match="No expert would be left"):
+        remove_from_packed(packed, ["e0", "e1"])
+    expert = uneven.experts[2]
+    wide = {
+        site: replace(factors, A=torch.cat([factors.A, factors.A], dim=1))
+        for site, factors in expert.lora.items()
+    }
+    with pytest.raises(ExpertError, match=r"'e2', site .* maps 96 to 32 features, .* 48 to 32"):
+        add_to_packed(packed, Pool((replace(expert, modules=wide),)))
+    with pytest.raises(ConfigError, match="float32, bfloat16, float16, int8, not in 'int4'"):
+        compact(packed, stored="int4")
+    with FileLock(packed / ".lock"), pytest.raises(RoutingError, match="Another process"):
+        add_to_packed(packed, uneven.select(["e2"]))
+    with pytest.raises(RoutingError, match="holds no routed model"):
+        compact(packed.parent / "nowhere")
+    assert {name: (packed / name).read_bytes() for name in files_of(packed)} == before
+
+
+@pytest.mark.parametrize("step", ["write_tensors", "write_text"])
+def test_an_interrupted_addition_is_none(llama, uneven, packed, monkeypatch, step):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(storing, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        add_to_packed(packed, uneven.select(["e2", "e3"]))
+    monkeypatch.undo()
+    assert read_packed(packed).names == ("e0", "e1")
+    add_to_packed(packed, uneven.select(["e2", "e3"]))
+    assert_same_models(load(packed, copy.deepcopy(llama)), composed("phatgoose", uneven, llama))
+    compact(packed)
+    assert len(files_of(packed)) == 2  # what was left behind is gone too
+
+
+def edit(folder: Path, **changes: object) -> None:
+    info = json.loads((folder / "routed.json").read_text())
+    (folder / "routed.json").write_text(json.dumps(info | changes))
+
+
+def test_a_damaged_description_is_told(uneven, packed):
+    add_to_packed(packed, uneven.select(["e2"]))
+    segments = json.loads((packed / "routed.json").read_text())["segments"]
+    for changes in (
+        {"segments": segments[:1]},
+        {"segments": [segments[0], segments[1] | {"file": "../other.safetensors"}]},
+        {"segments": [segments[0], segments[1] | {"experts": -1}]},
+        {"segments": [segments[0], segments[1] | {"experts": 2}]},
+        {"segments": [segments[0], {"file": segments[1]["file"]}]},
+        {"segments": 3},
+        {"removed": [7]},
+        {"removed": [0, 1, 2]},
+        {"removed": 1},
+    ):
+        text = (packed / "routed.json").read_text()
+        edit(packed, **changes)
+        with pytest.raises(RoutingError, match=r"routed\.json is not a valid description"):
+            read_packed(packed)
+        (packed / "routed.json").write_text(text)
+    other = next(path for path in packed.iterdir() if path.name.startswith("routed-"))
+    content = bytearray(other.read_bytes())
+    content[-1] ^= 1
+    other.write_bytes(content)
+    with pytest.raises(RoutingError, match="was changed after it was written"):
+        read_packed(packed)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**32), st.floats(1e-6, 1e6))
+def test_int8_is_off_by_half_a_step_at_most(seed, size):
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(3, 2, 7, generator=generator) * size
+    factor[1, 1] = 0
+    held = dict(quantised("A", "x", factor))
+    assert held["A.x"].dtype == torch.int8
+    error = (dequantised(held, "A.x") - factor).abs()
+    largest = factor.abs().amax(dim=-1, keepdim=True)
+    assert (error <= largest / 254 * (1 + 1e-5)).all()
+    assert not dequantised(held, "A.x")[1, 1].any()
+
+
+@pytest.mark.parametrize("stored", ["int8", "bfloat16", "float16", "float32"])
+def test_experts_are_stored_in_the_type_asked_for(llama, uneven, tmp_path, stored):
+    folder = tmp_path / "packed"
+    pack(uneven.select(["e0", "e1"]), folder, copy.deepcopy(llama), stored=stored)
+    add_to_packed(folder, uneven.select(["e2", "e3"]))
+    kinds = {
+        tensor.dtype
+        for segment in read_packed(folder).segments
+        for name, tensor in segment.tensors.items()
+        if name.startswith(("A.", "B."))
+    }
+    assert kinds == {storing.STORED[stored]}
+    got = logits_of(load(folder, copy.deepcopy(llama)), make_ids(rows=2))
+    wanted = logits_of(composed("phatgoose", uneven, llama), make_ids(rows=2))
+    error = float((got - wanted).abs().max() / wanted.abs().max())
+    assert error <= {"int8": 0.02, "bfloat16": 0.02, "float16": 0.002, "float32": 0}[stored]
+    assert (error > 0) == (stored != "float32")
+    compact(folder, stored="float32")
+    again = logits_of(load(folder, copy.deepcopy(llama)), make_ids(rows=2))
+    assert torch.equal(again, got)
+
+
+def test_bfloat16_loses_nothing_under_a_base_in_bfloat16(llama, uneven, tmp_path):
+    base = load_base(llama.id, dtype="bfloat16")
+    wanted = logits_of(compose(uneven, copy.deepcopy(base)), make_ids())
+    pack(uneven, tmp_path / "packed", copy.deepcopy(base), stored="bfloat16")
+    loaded = load(tmp_path / "packed", copy.deepcopy(base))
+    assert torch.equal(logits_of(loaded, make_ids()), wanted)
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="memory is told by Linux's /proc")
+def test_a_pool_that_is_packed_and_loaded_is_never_in_memory(llama, tmp_path):
+    pool = Pool.open(write_small_experts(llama, tmp_path / "experts", 120, rank=64))
+    size = sum(e.directory.joinpath(LAYOUT.adapter_weights).stat().st_size for e in pool.experts)
+    base, ids = copy.deepcopy(llama), make_ids(tokens=3)
+    with own_memory() as taken:
+        pack(pool, tmp_path / "packed", base)
+    assert taken.peak < 0.4 * size
+    with own_memory() as taken:
+        model = load(tmp_path / "packed", base)
+        got = logits_of(model, ids)
+    assert taken.peak < 0.4 * size
+    with own_memory() as taken:
+        wanted = compose(pool, copy.deepcopy(llama))
+    assert taken.peak > 0.9 * size  # it does take memory to have them there
+    assert torch.equal(got, logits_of(wanted, ids))
+
+
+@dataclass
+class Memory:
+    """The most memory of its own, in bytes, that this process took."""
+
+    peak: int = 0
+
+
+@contextmanager
+def own_memory() -> Iterator[Memory]:
+    """What is taken while the context is open, mapped files aside: seen every millisecond."""
+
+    def own() -> int:
+        lines = STATUS.read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("RssAnon")).split()[1])
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            memory.peak = max(memory.peak, own() - before)
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    memory, done, before = Memory(), threading.Event(), own()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield memory
+    finally:
+        done.set()
+        watcher.join()
+        memory.peak = max(memory.peak, own() - before)
+
+
+def test_a_thousand_experts_are_opened_composed_packed_and_found_again(llama, tmp_path):
+    pool = Pool.open(write_small_experts(llama, tmp_path / "experts", 1000, rank=1))
+    assert len(pool) == 1000
+    model = compose(pool, copy.deepcopy(llama))
+    wanted = logits_of(model, make_ids())
+    pack(pool.select(leave_out=["x0999"]), tmp_path / "packed", copy.deepcopy(llama))
+    add_to_packed(tmp_path / "packed", pool.select(["x0999"]))
+    loaded = load(tmp_path / "packed", copy.deepcopy(llama))
+    assert torch.equal(logits_of(loaded, make_ids()), wanted)
+    gone = [f"x{z:04}" for z in range(1000) if z % 3]
+    remove_experts(loaded, gone)
+    remove_from_packed(tmp_path / "packed", gone)
+    assert_same_models(load(tmp_path / "packed", copy.deepcopy(llama)), loaded)

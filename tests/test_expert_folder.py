@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from phatgoose.bases import Base
 from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.elsewhere import absolute
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.expert import LAYOUT, check_expert
 from phatgoose.expert_folder import SNAPSHOT, RemoteFolder, expert_folder
@@ -151,3 +152,12 @@ def test_what_goes_elsewhere_knows_no_working_directory(base_folders, tmp_path, 
     assert there.folder.path == tmp_path / "out"
     monkeypatch.chdir("/")
     assert there.base.load().id == "base"
+
+
+def test_names_stay_names_whatever_folders_are_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("smollm2", "mine"):
+        (tmp_path / name).mkdir()
+    assert absolute("mine") == str(tmp_path / "mine")
+    names = ("smollm2", "hub:me/mine", "me/theirs")
+    assert tuple(map(absolute, names)) == names

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .bases import Base, BaseReference, load_base
+from .bases import SMOLLM2, Base, BaseReference, load_base
 from .errors import WrongBaseError
 from .hub import HubReference
 
@@ -14,8 +14,8 @@ __all__ = ["BasePlace", "absolute"]
 
 def absolute(place: str | Path) -> str:
     """`place` as it is found from any working directory: ids and references stay as they are."""
-    is_path = not HubReference.is_one(place) and Path(place).exists()
-    return str(Path(place).resolve()) if is_path else str(place)
+    is_name = HubReference.is_one(place) or str(place) == SMOLLM2
+    return str(place) if is_name or not Path(place).exists() else str(Path(place).resolve())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 from ...errors import ConfigError, EngineError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster
+# A worker is as urgent as the command that it works for; Ray would put it behind everything else.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # What a worker told to leave GPUs alone would otherwise be warned of.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 

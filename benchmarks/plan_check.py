@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=200)
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
-    settings = {"lora": Lora(rank=16, alpha=16)}
+    settings = {"peft": Lora(rank=16, alpha=16)}
     training = Training(
         steps=options.steps,
         batch_size=options.batch_size,

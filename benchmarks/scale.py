@@ -111,10 +111,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 def timed(engine: Engine, label: str, sizes: Sizes, tasks: list[TrainingTask], out: Path) -> Times:
     """The times of one engine."""
-    times, lora = Times(label), Lora(rank=16, alpha=16)
+    times, shape = Times(label), Lora(rank=16, alpha=16)
     jobs = [ExpertJob(task, sizes.training, sizes.gates) for task in tasks]
     begun = time.perf_counter()
-    list(train_experts(sizes.base, jobs, out=str(out / "experts"), lora=lora, engine=engine))
+    list(train_experts(sizes.base, jobs, out=str(out / "experts"), peft=shape, engine=engine))
     times.training_seconds = time.perf_counter() - begun
     times.experts = digests(out / "experts")
     suite = out.parent / "suite"

@@ -123,7 +123,7 @@ def test_measure_adds_statistics_to_an_expert(here, phat, monkeypatch):
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 3]
     outcome = phat("measure", "new/reviews", *options)
     assert (outcome.code, outcome.err) == (0, "")
-    wanted = "reviews, 14 sites, gates: yes, means: yes, embeddings: yes"
+    wanted = "reviews, LoRA, 14 sites, gates: yes, means: yes, embeddings: yes"
     assert outcome.out == f"{wanted} -> new/reviews\n"
     assert f"new/reviews: {wanted}\n" in phat("check", "new/reviews").out
     after = Expert.load(trained)

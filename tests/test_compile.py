@@ -92,7 +92,7 @@ def test_whatever_kernel_the_sizes_call_for_is_one_graph(tokens, dtype, backend)
 @each_mask
 def test_a_folded_linear_is_one_graph(padded, backend):
     stack, base = make_stack(torch.float32), nn.Linear(SITE.in_features, SITE.out_features)
-    folded = folded_weight(base, stack, EXPERTS)
+    folded = folded_weight(base, stack.lora, EXPERTS)
     layer = FoldedLinear(base, SITE, folded, stack.experts, EXPERTS)
     if padded:
         layer.masks._masks["decoder"] = torch.arange(10).view(2, 5) % 3 > 0

@@ -20,7 +20,7 @@ from test_cli import open_row, phat, write_rows
 __all__ = ["phat"]  # a fixture
 
 SETTINGS = {
-    "lora": Lora(rank=2),
+    "peft": Lora(rank=2),
     "training": Training(steps=20, batch_size=4, micro_batch_size=2, eval_every=10),
     "gate_training": GateTraining(gate_steps=5, statistics_examples=6),
 }
@@ -76,13 +76,13 @@ def test_memory_grows_with_what_is_trained_at_once(tasks, base_folders):
         settings = {**SETTINGS, "training": training}
         return plan_training(base, tasks, **settings, dtype="float32").memory_bytes
 
-    shapes = Shapes.of(base, SETTINGS["lora"])
+    shapes = Shapes.of(base, SETTINGS["peft"])
     small, large = memory(micro_batch_size=2), memory(micro_batch_size=4)
     task = plan_training(base, tasks, **SETTINGS, dtype="float32").tasks[0]
     length = task.prompt_tokens + task.target_tokens
     grown = 2 * (length * shapes.features * 4 + task.target_tokens * shapes.vocabulary * 10)
     assert large - small == pytest.approx(grown, abs=1)
-    assert small > 4 * shapes.base + 16 * shapes.lora
+    assert small > 4 * shapes.base + 16 * shapes.expert
 
 
 def test_a_measured_speed_is_used_stage_by_stage(tasks, base_folders):

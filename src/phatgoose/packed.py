@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapters import read_tensors
 from .errors import ExpertError, RoutingError
 from .files import read_json_object, shortened
 from .mapped import TensorFile
+from .reading import ahead
 from .rows import joined, kept, used_rank
 from .stacks import TENSORS, SiteStack, joined_stacks, kept_stack
 
@@ -226,10 +226,11 @@ def read_packed(directory: Path) -> Packed:
 
 def _read_weights(path: Path, sha256: str) -> TensorFile:
     try:
-        tensors = read_tensors(path)
+        tensors = TensorFile(path)
+        _, found = ahead(lambda look: look(), (tensors.check_finite, tensors.sha256))
     except ExpertError as error:
         raise RoutingError(str(error)) from error
-    if tensors.sha256() != sha256:
+    if found != sha256:
         raise RoutingError(f"{path} was changed after it was written.")
     return tensors
 

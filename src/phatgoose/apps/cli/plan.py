@@ -74,7 +74,7 @@ PLACES = {"file": "", "copy": " (copy)", "hub": " (Hub)"}
 def refuse_without_plan(options: Mapping[str, object]) -> None:
     """Raise ConfigError for a flag of --plan that was given without it."""
     for name, value in options.items():
-        if value not in (None, False):
+        if value is not None and value is not False:  # 0 was given, too
             flag = "--" + name.replace("_", "-")
             raise ConfigError(f"{flag} is for --plan, which was not given.")
 

@@ -175,7 +175,7 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     training = Training(steps=60, batch_size=4, micro_batch_size=4, eval_every=5, eval_examples=4)
     gates = GateTraining(gate_steps=30, statistics_examples=4)
     jobs = [ExpertJob(t, training, gates) for t in open_tasks(write_tasks(tmp_path))]
-    settings = {"dtype": "float32", "lora": Lora(rank=2)}
+    settings = {"dtype": "float32", "peft": Lora(rank=2)}
     far, here = tmp_path / "far", tmp_path / "here"
     engine = RayEngine(3, gpus_per_worker=0)
     running = train_experts(

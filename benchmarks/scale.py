@@ -248,11 +248,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default="smollm2")
     parser.add_argument("--experts", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=40, help="of an expert; half as many of gates")
+    parser.add_argument("--limit", type=int, default=40, help="examples of each of three tasks")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
-    sizes = Sizes(options.base, options.experts, 40, 20, 8, 200, 40)
+    steps = options.steps
+    sizes = Sizes(options.base, options.experts, steps, steps // 2, 8, 200, options.limit)
     if options.smoke:
         sizes = Sizes(options.base, options.experts, 8, 4, 4, 40, 4)
     with tempfile.TemporaryDirectory() as folder:

@@ -59,9 +59,15 @@ def size_of(folder: Path) -> int:
 
 
 def train(
-    base: str, jobs: list[ExpertJob], out: str, settings: dict[str, Any]
+    base: str,
+    files: list[str],
+    training: Training,
+    gates: GateTraining,
+    out: str,
+    settings: dict[str, Any],
 ) -> tuple[float, int, list[float]]:
     """Seconds of training all experts, most bytes of memory taken, tokens a second of each."""
+    jobs = [ExpertJob(task, training, gates) for task in open_tasks(files)]
     begun = time.perf_counter()
     trained = list(train_experts(base, jobs, out=out, **settings))
     seconds = time.perf_counter() - begun
@@ -96,8 +102,8 @@ def main() -> None:
         plan = plan_training(options.base, tasks, **planned_with, speed=speed)
         counted = plan_training(options.base, tasks, **planned_with, tokens_per_second=1.0)
         spread = schedule(plan, workers=1)
-        jobs = [ExpertJob(task, training, gates) for task in tasks]
-        job = (options.base, jobs, f"{folder}/experts", settings)
+        files = [task.named for task in tasks]
+        job = (options.base, files, training, gates, f"{folder}/experts", settings)
         # a process of its own, so that the trial's memory doesn't count
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
             seconds, memory, speeds = process.submit(train, *job).result()

@@ -2,6 +2,7 @@
 
     python benchmarks/scale.py --out docs/scale.json       # on a quiet machine
     python benchmarks/scale.py --smoke                      # tiny sizes, where times mean nothing
+    python benchmarks/scale.py --smoke --kills-only         # the kill test alone
 
 The same experts are trained and the same cells scored by each engine; results must be equal to
 the bit. For the kill test a command trains on two workers and is killed at random moments, in
@@ -109,14 +110,22 @@ def digests(folder: Path) -> dict[str, str]:
     }
 
 
-def timed(engine: Engine, label: str, sizes: Sizes, tasks: list[TrainingTask], out: Path) -> Times:
-    """The times of one engine."""
+def trained(
+    engine: Engine, label: str, sizes: Sizes, tasks: list[TrainingTask], out: Path
+) -> Times:
+    """The times of one engine, as far as training goes."""
     times, shape = Times(label), Lora(rank=16, alpha=16)
     jobs = [ExpertJob(task, sizes.training, sizes.gates) for task in tasks]
     begun = time.perf_counter()
     list(train_experts(sizes.base, jobs, out=str(out / "experts"), peft=shape, engine=engine))
     times.training_seconds = time.perf_counter() - begun
     times.experts = digests(out / "experts")
+    return times
+
+
+def timed(engine: Engine, label: str, sizes: Sizes, tasks: list[TrainingTask], out: Path) -> Times:
+    """The times of one engine."""
+    times = trained(engine, label, sizes, tasks, out)
     suite = out.parent / "suite"
     begun = time.perf_counter()
     comparison = compare(
@@ -229,16 +238,26 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def record_of(
-    sizes: Sizes, runs: list[Times], threaded: Times, kills: Kills | None
-) -> dict[str, Any]:
-    """What is written down; `runs` must be equal, `threaded` sums in another order."""
-    alone = runs[0]
+def all_engines(sizes: Sizes, tasks: list[TrainingTask], place: Path) -> list[Times]:
+    """The times of each engine; the last one has several threads, so its sums another order."""
+    runs = [timed(LocalEngine(), "local, 1 thread", sizes, tasks, place / "local")]
+    for workers in (1, 2):
+        with connected():
+            label = f"ray, {workers} workers of 1 thread"
+            runs.append(timed(RayEngine(workers), label, sizes, tasks, place / f"ray{workers}"))
+    torch.set_num_threads(cores := os.cpu_count() or 1)
+    label = f"local, {cores} threads"
+    return [*runs, timed(LocalEngine(), label, sizes, tasks, place / "threaded")]
+
+
+def record_of(sizes: Sizes, runs: list[Times], kills: Kills | None) -> dict[str, Any]:
+    """What is written down; all but a last one of several threads must be equal."""
+    alone, alike = runs[0], runs[: max(1, len(runs) - 1)]
     return {
         "where": circumstances(),
         "sizes": asdict(sizes),
-        "runs": [asdict(run) for run in (*runs, threaded)],
-        "equal": all(r.experts == alone.experts and r.scores == alone.scores for r in runs),
+        "runs": [asdict(run) for run in runs],
+        "equal": all(r.experts == alone.experts and r.scores == alone.scores for r in alike),
         "kills": None if kills is None else asdict(kills),
     }
 
@@ -251,6 +270,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of an expert; half as many of gates")
     parser.add_argument("--limit", type=int, default=40, help="examples of each of three tasks")
     parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kills-only", action="store_true", help="leave the times out")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path, help="write the numbers here as JSON")
     options = parser.parse_args()
@@ -264,21 +284,15 @@ def main() -> None:
         (place / "suite").mkdir()
         write_tasks(place / "suite", 3, sizes.rows)
         torch.set_num_threads(1)
-        runs = [timed(LocalEngine(), "local, 1 thread", sizes, tasks, place / "local")]
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(cores)
-        label = f"local, {cores} threads"
-        threaded = timed(LocalEngine(), label, sizes, tasks, place / "threaded")
-        for workers in (1, 2):
-            with connected():
-                engine = RayEngine(workers)
-                label = f"ray, {workers} workers of 1 thread"
-                runs.append(timed(engine, label, sizes, tasks, place / f"ray{workers}"))
+        if options.kills_only:
+            runs = [trained(LocalEngine(), "local, 1 thread", sizes, tasks, place / "local")]
+        else:
+            runs = all_engines(sizes, tasks, place)
         kills = None
         if options.kills:
             kills = kill_test(sizes, tasks, place / "killed", options.kills, runs[0].experts)
-        record = record_of(sizes, runs, threaded, kills)
-    for run in (*runs, threaded):
+        record = record_of(sizes, runs, kills)
+    for run in runs:
         print(
             f"{run.engine}: training {run.training_seconds:.1f} s, comparison "
             f"{run.comparison_seconds:.1f} s"

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from ...errors import EngineError, PhatgooseError
 from .connection import ray
 from .worker import PROGRESS, start_worker
 
-__all__ = ["RayEngine"]
+__all__ = ["RayEngine", "job_for"]
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,19 @@ class RayEngine:
             wanted = " and ".join(f"{amount:g} {name}" for name, amount in needs.items() if amount)
             raise EngineError(f"No machine of the cluster has {wanted}, which a worker needs.")
         return fit if self.workers is None else self.workers
+
+
+def job_for(group: str | None, taken: Iterable[str | None], left: Sequence[Any]) -> Any:
+    """The job of `left`, which has some, for a worker at `group` while others are at `taken`.
+
+    The first of its own group, else of the group with the most jobs that aren't another's next.
+    """
+    sizes = Counter(job.group for job in left)
+    for other in taken:
+        if other in sizes:
+            sizes[other] -= 1  # its worker will take the next one
+    chosen = group if group in sizes else max(sizes, key=lambda name: sizes[name])
+    return next(job for job in left if job.group == chosen)
 
 
 def _fitting(needs: Mapping[str, float]) -> int:
@@ -155,13 +168,10 @@ class _Crew:
         for hand in self._hands:
             if hand.asked is not None or not self._left:
                 continue
-            sizes = Counter(job.group for job in self._left)
-            for taken in (other.group for other in self._hands if other.job is not None):
-                sizes[taken] -= 1 if taken in sizes else 0  # its worker will take the next ones
-            group = hand.group if hand.group in sizes else max(sizes, key=lambda g: sizes[g])
-            hand.job = next(job for job in self._left if job.group == group)
+            taken = [other.group for other in self._hands if other.job is not None]
+            hand.job = job_for(hand.group, taken, self._left)
             self._left.remove(hand.job)
-            hand.group, hand.shown, hand.progress = group, 0, None
+            hand.group, hand.shown, hand.progress = hand.job.group, 0, None
             hand.asked = hand.actor.do.remote(hand.job)
 
     def _answered(self, hand: _Hand) -> Generator[tuple[Any, Any], None, None]:

@@ -1,0 +1,41 @@
+"""Which job a worker of the Ray engine gets next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("ray")
+from phatgoose.apps.cluster.engine import job_for
+
+
+@dataclass(frozen=True)
+class Job:
+    group: str | None
+    name: str
+
+
+GROUPS = st.sampled_from(["a", "b", "c", None])
+
+
+@given(GROUPS, st.lists(GROUPS, max_size=4), st.lists(GROUPS, min_size=1, max_size=8))
+def test_there_is_always_a_job_and_the_workers_own_group_comes_first(group, taken, groups):
+    left = [Job(name, str(i)) for i, name in enumerate(groups)]
+    job = job_for(group, taken, left)
+    assert job in left
+    if group in groups:
+        assert job == left[groups.index(group)]
+
+
+def test_another_worker_at_a_group_that_has_run_out_changes_nothing():
+    left = [Job("b", "1")]
+    assert job_for("a", ["a"], left) == left[0]
+
+
+def test_a_group_that_another_worker_is_at_counts_one_job_less():
+    left = [Job("a", "1"), Job("a", "2"), Job("b", "3"), Job("b", "4")]
+    assert job_for(None, ["a"], left).group == "b"
+    assert job_for(None, ["b"], left).group == "a"

@@ -79,7 +79,7 @@ LAYERS = (
         "routers.unscored",
     ),
     ("mixed", "training"),
-    ("routers.stand_in",),
+    ("routers.affinities", "routers.stand_in"),
     ("pool_training", "routers", "schedules", "trial"),
     ("routed",),
     ("growing", "storage", "evaluation"),

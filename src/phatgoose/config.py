@@ -203,8 +203,8 @@ class Routing:
 
     router: Annotated[
         str,
-        "phatgoose, average-activation, arrow, uniform-top-k, retrieval, oracle, merged, single, "
-        "best-individual or random.",
+        "phatgoose, average-activation, arrow, uniform-top-k, retrieval, oracle, merged, random, "
+        "single or best-individual.",
     ] = "phatgoose"
     k: Annotated[int, "Experts per token at each site."] = 2
     kernel: Annotated[str, "auto, reference, concat, gather, grouped, native or triton."] = "auto"
@@ -213,14 +213,17 @@ class Routing:
     arrow: Annotated[str, "Form of router arrow: svd (the paper's), peft or mttl."] = "svd"
     router_seed: Annotated[int, "Seed of router random."] = 0
     stand_in: Annotated[
-        bool,
-        "Let experts without gates join routers phatgoose and uniform-top-k: their Arrow vector "
-        "stands in for the gate, which is a guess.",
+        bool, "Let experts without gates join: their Arrow vector stands in, which is a guess."
     ] = False
+    affinity: Annotated[
+        str, "How gates or means meet activations: standardised (paper), raw, trimmed or centred."
+    ] = "standardised"
+    router_temperature: Annotated[float, "Divides affinities before the softmax over the k."] = 1.0
 
     def __post_init__(self) -> None:
         _require(self.k >= 1, "k", self.k, "at least 1")
-        _require(self.eps > 0, "eps", self.eps, "above 0")
+        for name in ("eps", "router_temperature"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from .routed import (
 )
 from .routers import (
     ALONE,
+    NEED_MEANS,
     USE_K,
     Lookup,
     Retriever,
@@ -154,6 +155,10 @@ def _check_router(routing: Routing) -> None:
     if routing.stand_in:
         raise RoutingError(
             "Stand-ins for gates depend on the gates of the whole pool; compose it anew."
+        )
+    if routing.affinity in NEED_MEANS:
+        raise RoutingError(
+            f"Affinity {routing.affinity} depends on the means of the whole pool; compose it anew."
         )
 
 

@@ -26,6 +26,7 @@ from .opening import OpenedModel, is_pool, is_routed, open_model
 from .packed import ROUTED_INFO
 from .pool import Pool
 from .routed import compose, detach
+from .routers import NEED_MEANS
 from .sites import ROUTED
 
 __all__ = ["DERIVED", "METHODS", "SHARED", "Row", "RowPlace"]
@@ -48,10 +49,10 @@ DERIVED = ("best-individual", "oracle")  # they know the answers: not zero-shot
 
 # What the result of each router depends on: settings, and what experts share beside their adapter.
 SETTINGS = {
-    "phatgoose": ("k", "eps", "stand_in"),
-    "average-activation": ("k", "eps"),
+    "phatgoose": ("k", "eps", "stand_in", "affinity", "router_temperature"),
+    "average-activation": ("k", "eps", "affinity", "router_temperature"),
     "uniform-top-k": ("k", "eps", "stand_in"),
-    "arrow": ("k", "arrow"),
+    "arrow": ("k", "arrow", "router_temperature"),
     "random": ("k", "router_seed"),
 }
 SHARED = {
@@ -143,6 +144,8 @@ def _composed(pool: Pool, base: Base, routing: Routing) -> OpenedModel:
         arrow=routing.arrow,
         router_seed=routing.router_seed,
         stand_in=routing.stand_in,
+        affinity=routing.affinity,
+        router_temperature=routing.router_temperature,
     )
     tokenizer: PreTrainedTokenizerBase = base.tokenizer
     return OpenedModel(model, tokenizer)
@@ -213,23 +216,27 @@ def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
     """The row of `pool` routed by `routing`."""
     router = routing.router
     settings = {key: getattr(routing, key) for key in (*SETTINGS.get(router, ()), "kernel")}
+    shared = [SHARED.get(router)]
+    if settings.get("affinity") in NEED_MEANS:
+        shared.append("means")
     identity = {
         "router": router,
         **settings,
-        "pool": [_expert_digest(expert, SHARED.get(router)) for expert in pool.experts],
+        "pool": [_expert_digest(expert, shared) for expert in pool.experts],
     }
     return Row(name, label, identity, pool, routing)
 
 
-def _expert_digest(expert: Expert, shared: str | None) -> str:
-    """A hash of what a router uses of an expert: its adapter and one kind of what it shares."""
+def _expert_digest(expert: Expert, shared: Sequence[str | None]) -> str:
+    """A hash of what a router uses of an expert: its adapter and some of what it shares."""
     settings = sorted((site, module.settings) for site, module in expert.modules.items())
     digest = hashlib.sha256(f"{expert.info.adapter_sha256} {settings}".encode())
-    tensors: dict[str, Tensor] = {}
-    if shared == "embeddings" and expert.embeddings is not None:
-        tensors = {str(expert.info.embedder): expert.embeddings}
-    elif shared in ("gates", "means"):
-        tensors = dict(getattr(expert, shared))
-    for name in sorted(tensors):
-        digest.update(name.encode() + tensors[name].float().numpy().tobytes())
+    for part in shared:
+        tensors: dict[str, Tensor] = {}
+        if part == "embeddings" and expert.embeddings is not None:
+            tensors = {str(expert.info.embedder): expert.embeddings}
+        elif part in ("gates", "means"):
+            tensors = dict(getattr(expert, part))
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].float().numpy().tobytes())
     return digest.hexdigest()[:16]

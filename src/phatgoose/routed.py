@@ -98,6 +98,8 @@ def compose(
     arrow: str = "svd",
     router_seed: int = 0,
     stand_in: bool = False,
+    affinity: str = "standardised",
+    router_temperature: float = 1.0,
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
 
@@ -109,13 +111,17 @@ def compose(
     or the comparison.json of a comparison); for arrow, `arrow` is its form
     (`phatgoose.routers.arrow`); for random, `router_seed` its seed. With `stand_in`,
     experts without gates join routers phatgoose and uniform-top-k, with a warning that names them
-    (`phatgoose.routers.stand_in`). Undo with `detach`.
+    (`phatgoose.routers.stand_in`). `affinity` is how routers phatgoose and average-activation hold
+    vectors against activations (`phatgoose.routers.affinities`); `router_temperature` divides the
+    affinities of scored routers before their softmax. Undo with `detach`.
 
     Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
     unknown router or kernel, RoutingError when the base is routed already.
     """
-    routing = Routing(router, k, kernel, eps, expert, arrow, router_seed, stand_in)
+    routing = Routing(
+        router, k, kernel, eps, expert, arrow, router_seed, stand_in, affinity, router_temperature
+    )
     prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
     pool, found = prepared.pool, prepared.base
     layers = {layer.site.name: layer for layer in routed_layers(prepared)}

@@ -33,6 +33,16 @@ from ..errors import ConfigError, PoolError
 from ..expert import Expert
 from ..pool import Pool
 from ..scores import Scores, best_expert, best_expert_by_task
+from .affinities import (
+    AFFINITIES,
+    NEED_MEANS,
+    PAPER,
+    CentredRouter,
+    RawRouter,
+    TrimmedRouter,
+    affinity_router,
+    affinity_vectors,
+)
 from .arrow import ARROW_VARIANTS, arrow_vector
 from .decision import RoutingDecision
 from .lookup import LookedUpRouter, Lookup, Retriever, TaskTable
@@ -41,17 +51,22 @@ from .stand_in import gates_or_stand_ins
 from .unscored import RandomRouter, UniformRouter
 
 __all__ = [
+    "AFFINITIES",
     "ARROW_VARIANTS",
+    "NEED_MEANS",
     "ROUTERS",
     "ArrowRouter",
+    "CentredRouter",
     "Embeddings",
     "LookedUpRouter",
     "Lookup",
     "RandomRouter",
+    "RawRouter",
     "Retriever",
     "RoutingDecision",
     "ScoredRouter",
     "TaskTable",
+    "TrimmedRouter",
     "UniformRouter",
     "UniformTopKRouter",
     "VectorRouter",
@@ -85,11 +100,15 @@ def check_routing(routing: Routing, pool: Pool) -> None:
     for name, value, known in (
         ("router", routing.router, ROUTERS),
         ("arrow", routing.arrow, ARROW_VARIANTS),
+        ("affinity", routing.affinity, AFFINITIES),
     ):
         if value not in known:
             raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
     if routing.expert is not None and routing.router != "single":
         raise ConfigError(f"expert is for router single; the router is {routing.router}.")
+    if routing.affinity != PAPER and (routing.router == "uniform-top-k" or routing.stand_in):
+        what = "stand-ins for gates" if routing.stand_in else "router uniform-top-k"
+        raise ConfigError(f"affinity is {routing.affinity!r}, but {what} can only be {PAPER}.")
     check_vectors(routing, pool)
     if routing.k > len(pool) and routing.router in USE_K and routing.arrow != "mttl":
         warnings.warn(
@@ -119,6 +138,8 @@ def check_vectors(routing: Routing, pool: Pool) -> None:
         _refuse_without_factors(ungated, "Stand-ins for gates are made of")
     elif kind is not None:
         pool.check_vectors(kind)
+        if routing.affinity in NEED_MEANS:
+            pool.check_vectors("means")
 
 
 def narrow_pool(pool: Pool, routing: Routing, scores: Scores | None) -> Pool:
@@ -148,16 +169,22 @@ def _wanted(scores: Scores | None, routing: Routing) -> Scores:
 
 
 def router_vectors(pool: Pool, site: str, routing: Routing) -> Tensor | None:
-    """The vectors [E, n] that the router scores with at `site`, None if it has none."""
+    """The vectors [E, n] that the router scores with at `site`, None if it has none.
+
+    They are divided by the temperature, which divides their products with anything. Affinity
+    centred has a column more (`phatgoose.routers.affinities`).
+    """
     kind = STANDARDISED.get(routing.router)
     if kind == "gates" and routing.stand_in:
-        return gates_or_stand_ins(pool, site)
-    if kind is not None:
-        return standardise(pool.vectors(kind, site).float())
-    if routing.router == "arrow":
+        vectors = gates_or_stand_ins(pool, site)
+    elif kind is not None:
+        vectors = affinity_vectors(pool, site, kind, routing.affinity)
+    elif routing.router == "arrow":
         factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
-        return torch.stack([arrow_vector(lora, routing.arrow) for lora in factors])
-    return None
+        vectors = torch.stack([arrow_vector(lora, routing.arrow) for lora in factors])
+    else:
+        return None
+    return vectors if routing.router_temperature == 1 else vectors / routing.router_temperature
 
 
 def _refuse_without_factors(experts: Sequence[Expert], what: str) -> None:
@@ -247,8 +274,9 @@ def make_router(
     if vectors is not None:
         if routing.router == "arrow":
             return ArrowRouter(vectors, len(vectors) if routing.arrow == "mttl" else routing.k)
-        scored = UniformTopKRouter if routing.router == "uniform-top-k" else ScoredRouter
-        return scored(vectors, routing.k, routing.eps)
+        if routing.router == "uniform-top-k":
+            return UniformTopKRouter(vectors, routing.k, routing.eps)
+        return affinity_router(vectors, routing.affinity, routing.k, routing.eps)
     if routing.router == RANDOM:
         return RandomRouter(
             len(experts), routing.k, routing.router_seed + zlib.crc32(site.encode())

@@ -7,6 +7,7 @@ affinity, w weights, k experts per token. A bar (ū, v̄) means standardised ove
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -44,11 +45,12 @@ class VectorRouter(nn.Module):
     """The frame of all scored routers: the top k of some affinity, softmax over those k.
 
     `vectors` are kept in the type of the model, like its weights; products and sums are float32.
-    `phatgoose.kernels.native` computes the same in one go on CPUs, `triton_gpu` on GPUs. `eps` is
-    what is added to the variance of u where activations are standardised, None where they are not.
+    Where `fused`, `phatgoose.kernels.native` computes the same in one go on CPUs, `triton_gpu` on
+    GPUs: v̄ᵀū over √n with `eps`, which is added to the variance of u, |vᵀu| with None.
     """
 
     vectors: Tensor
+    fused: ClassVar[bool] = False
     eps: float | None = None
 
     def __init__(self, vectors: Tensor, k: int) -> None:
@@ -63,9 +65,9 @@ class VectorRouter(nn.Module):
 
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for u [T, n]."""
-        if runs_natively(u, self.vectors):
+        if self.fused and runs_natively(u, self.vectors):
             return RoutingDecision(*top_experts(u, self.vectors, self.k, self.eps))
-        if runs_on_triton(u, self.vectors):
+        if self.fused and runs_on_triton(u, self.vectors):
             return RoutingDecision(*top_experts_on_gpu(u, self.vectors, self.k, self.eps))
         chosen = self.affinities(u).topk(self.k, dim=-1)
         return RoutingDecision(chosen.indices, chosen.values.softmax(dim=-1))
@@ -83,6 +85,7 @@ class ScoredRouter(VectorRouter):
     no centring.
     """
 
+    fused = True
     eps: float
 
     def __init__(self, vectors: Tensor, k: int, eps: float) -> None:
@@ -112,6 +115,8 @@ class ArrowRouter(VectorRouter):
     only the line matters, not the sign. Neither side is standardised and nothing is scaled, as in
     Ostapenko et al. 2024; the released code of PHATGOOSE divides by a temperature of 10 and √n.
     """
+
+    fused = True
 
     def affinities(self, u: Tensor) -> Tensor:
         """|vᵀu| for every token and expert, float32 [T, E]."""

@@ -1,18 +1,42 @@
 #!/usr/bin/env bash
 # The study of docs/study.md: train the pools, compare all methods, draw the figures. About ten hours
 # of two cores; stop it whenever you like and start it again, what is finished is kept.
-#   examples/study.sh STEP     STEP: data, rate, pool-a, pool-b, references, compare-a, compare-b
+#   examples/study.sh STEP
+#     data, rate                        what is needed before
+#     pool-a, pool-b, references        training
+#     cross, t0ho, bigbench             every method over pool A; singles too: SINGLES=1
+#     changes, confirm, k, pool-sizes   changes to PHATGOOSE, on the development half of CROSS
+#     gate-steps                        gates of 25, 100 and 400 steps, in a pool of eight
+#     held-in                           pool A on its own tasks
+#     cross-b, bigbench-b               pool B beside pool A
+#     analysis, report                  where tokens go; cells, tables and figures of docs/study
 # Everything lands in runs/study. Needs ../shared/data beside the project and the extra 'retrieval'.
 # ENGINE='--engine ray --workers 2' examples/study.sh STEP trains and scores by two processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-step=${1:?name a step: data, rate, pool-a, pool-b, references, compare-a or compare-b}
+step=${1:?name a step, see the head of this file}
 out=runs/study
 phatgoose=${PHATGOOSE:-phatgoose}
 read -ra engine <<< "${ENGINE:-}"
 data=$out/data/train
 a=recipes/study-pool-a.toml
+derived=,best-individual,oracle
+zero_shot=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose
+methods=$zero_shot${SINGLES:+$derived}
+development=recipes/suites/study-cross-a-development.toml
 suite() { local list; list=$(printf ",recipes/suites/study-%s.toml" "$@"); echo "${list:1}"; }
+compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
+  local to=$1 limit=$2 suites=$3 rows=$4
+  shift 4
+  $phatgoose compare "$@" --suites "$suites" --limit "$limit" --seed 0 --methods "$rows" \
+    --out "$out/$to" "${engine[@]}"
+}
+references() {
+  local name
+  for name in multitask joint; do
+    if [ -d "$out/$name" ]; then echo "--reference $name=$out/$name"; fi
+  done
+}
 
 case $step in
 data)  # copies without the records (a dozen or two) that are broken across lines
@@ -33,21 +57,58 @@ pool-b) $phatgoose train --recipe recipes/study-pool-b.toml --out "$out/pool-b" 
 references)
   $phatgoose train --recipe $a --multitask multitask --steps 256 --eval-every 64 --no-means \
     --no-embeddings --out "$out/multitask" --resume "${engine[@]}"
-  $phatgoose train --recipe $a --joint --no-means --no-embeddings --out "$out/joint" --resume "${engine[@]}" ;;
-compare-a)
-  references=()
-  for name in multitask joint; do
-    if [ -d "$out/$name" ]; then references+=(--reference "$name=$out/$name"); fi
+  $phatgoose train --recipe $a --joint --no-means --no-embeddings --out "$out/joint" --resume \
+    "${engine[@]}" ;;
+cross) compare cross 100 "$(suite cross-a)" $methods "$out/pool-a" $(references) ;;
+t0ho) compare t0ho 100 "$(suite t0ho)" $methods "$out/pool-a" $(references) ;;
+bigbench) compare bigbench 50 "$(suite bbh bbl)" $methods "$out/pool-a" $(references) ;;
+changes)
+  for affinity in standardised raw trimmed centred; do
+    compare changes 100 $development phatgoose "$out/pool-a" --affinity $affinity
   done
-  $phatgoose compare "$out/pool-a" --suites "$(suite cross-a t0ho)" --limit 100 --seed 0 \
-    "${references[@]}" --out "$out/comparison-a" "${engine[@]}"
-  $phatgoose compare "$out/pool-a" --suites "$(suite bbh bbl)" --limit 50 --seed 0 \
-    "${references[@]}" --out "$out/comparison-a-bigbench" "${engine[@]}" ;;
-compare-b)
-  methods=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose
-  $phatgoose compare "$out/pool-a" "$out/pool-b" --suites "$(suite cross-a cross-b)" --limit 100 \
-    --methods $methods --seed 0 --out "$out/comparison-b" "${engine[@]}"
-  $phatgoose compare "$out/pool-a" "$out/pool-b" --suites "$(suite bbh bbl)" --limit 50 \
-    --methods $methods --seed 0 --out "$out/comparison-b-bigbench" "${engine[@]}" ;;
+  for temperature in 0.25 0.5 2; do
+    compare changes 100 $development phatgoose "$out/pool-a" --router-temperature $temperature
+  done ;;
+confirm)  # CHANGE='--affinity centred' and the like, on the half that nothing was chosen on
+  compare confirm 100 recipes/suites/study-cross-a-confirmation.toml phatgoose "$out/pool-a"
+  compare confirm 100 recipes/suites/study-cross-a-confirmation.toml phatgoose "$out/pool-a" \
+    ${CHANGE:?the settings to confirm} ;;
+k)
+  for k in 1 2 4 8; do
+    compare changes 100 $development phatgoose "$out/pool-a" --k $k
+  done ;;
+pool-sizes)
+  rows=phatgoose,retrieval,arrow
+  compare pool-sizes 100 $development $rows "$out/pool-a"
+  for size in 4 8 16; do
+    for seed in 1 2 3; do
+      experts=$(ls "$out/pool-a" | shuf --random-source=<(yes $seed) -n $size | sort)
+      compare pool-sizes 100 $development $rows $(printf "$out/pool-a/%s " $experts)
+    done
+  done ;;
+gate-steps)  # in a pool of eight, for time
+  eight=(rotten_tomatoes imdb commonsense_qa dream hotpot_qa_closed_book samsum ag_news common_gen)
+  for steps in ${STEPS:-25 100 400}; do
+    for name in "${eight[@]}"; do
+      $phatgoose gate "$out/pool-a/$name" --task "$data/$name.jsonl" --recipe $a \
+        --gate-steps $steps --batch-size 2 --no-embeddings --out "$out/gates-$steps/$name" --resume
+    done
+    compare gate-steps 100 $development phatgoose "$out/gates-$steps"
+  done ;;
+held-in) compare held-in 50 "$(suite held-in)" base,merged,phatgoose,retrieval,oracle "$out/pool-a" ;;
+cross-b) compare cross-b 100 "$(suite cross-a cross-b)" $zero_shot "$out/pool-a" "$out/pool-b" ;;
+bigbench-b) compare bigbench-b 50 "$(suite bbh bbl)" $zero_shot "$out/pool-a" "$out/pool-b" ;;
+analysis)  # the report quotes texts of ../shared/data: don't publish it
+  $phatgoose analyse "$out/pool-a" --suite recipes/suites/study-cross-a.toml --limit 30 --no-score \
+    --against oracle,average-activation,arrow --scores "$out/cross/comparison.json" \
+    --out "$out/analysis" ;;
+report)
+  mkdir -p docs/study
+  for name in cross t0ho bigbench changes confirm pool-sizes gate-steps held-in cross-b bigbench-b; do
+    if [ ! -f "$out/$name/results.jsonl" ]; then continue; fi
+    python examples/study_report.py cells "$out/$name/results.jsonl" docs/study/$name.jsonl
+    python examples/study_report.py variants docs/study/$name.jsonl docs/study/$name.md
+    python examples/study_report.py figure docs/study/$name.jsonl docs/study/$name.png
+  done ;;
 *) echo "no such step: $step" >&2; exit 2 ;;
 esac

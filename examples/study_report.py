@@ -1,0 +1,185 @@
+"""What docs/study holds of the study's comparisons: cells without answers, tables, figures.
+
+    python examples/study_report.py cells RESULTS OUT         cells of compare, without any answer
+    python examples/study_report.py variants CELLS OUT.md     every model against plain PHATGOOSE
+    python examples/study_report.py above-chance CELLS TASKS  datasets where something is above it
+    python examples/study_report.py figure CELLS OUT.png      every dataset, every model, as dots
+
+RESULTS is a results.jsonl of `phatgoose compare`, CELLS one of those or what `cells` wrote, TASKS
+the tasks.json of the data. Answers stay where they are: they may quote data that is not ours.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phatgoose.bootstrap import Sample, dataset_replicates, interval_of
+from phatgoose.config import Routing
+from phatgoose.methods import METHODS
+from phatgoose.results import ResultStore
+
+Model = str
+Scores = dict[Model, dict[str, "Cell"]]  # by model and dataset
+KEPT = ("metric", "metrics", "score", "n", "low", "high", "seconds")
+REFERENCE = METHODS["phatgoose"]
+ZERO_SHOT = [label for name, label in METHODS.items() if name not in ("best-individual", "oracle")]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model on one dataset."""
+
+    sample: Sample
+    low: float
+    high: float
+
+
+def write_cells(results: Path, out: Path) -> None:
+    """The cells of `results` with everything but the answers, one a line."""
+    lines = []
+    for key, result in ResultStore(results).items():
+        kept = {name: result[name] for name in KEPT}
+        marks = [
+            [[round(x, 4) for x in metric] for metric in example] for example in result["marks"]
+        ]
+        lines.append(json.dumps({"key": key, "result": {**kept, "marks": marks}}))
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(lines)} cells -> {out}")
+
+
+def read_cells(path: Path) -> Scores:
+    """The cells of the newest code at `path`; single experts go by the start of their hash."""
+    scores: Scores = defaultdict(dict)
+    largest = max(len(key["method"].get("pool", ())) for key, _ in ResultStore(path).items())
+    for key, result in ResultStore(path).items():
+        cell = Cell(Sample.of(result["metrics"], result["marks"]), result["low"], result["high"])
+        scores[_label(key["method"], largest)][key["task"]] = cell
+    return scores
+
+
+def _label(method: Mapping[str, Any], largest: int) -> Model:
+    """What to call a row: its method, and whatever is not as usual."""
+    router = method.get("router")
+    if router is None:
+        return METHODS["base"] if method.get("model") == "base" else f"other {method}"
+    if router == "single":
+        return f"expert {method['pool'][0][:6]}"
+    usual = Routing()
+    changed = [
+        f"{name.replace('_', ' ')} {method[name]}"
+        for name in ("k", "affinity", "router_temperature", "arrow", "eps")
+        if name in method and method[name] != getattr(usual, name)
+    ]
+    if len(method["pool"]) < largest:
+        changed.append(f"{len(method['pool'])} experts ({'-'.join(method['pool'])[:4]})")
+    return ", ".join([METHODS[router], *changed])
+
+
+def write_variants(cells: Path, out: Path) -> None:
+    """Every model's mean, its difference to plain PHATGOOSE in pairs, and its datasets.
+
+    Only datasets that all models were scored on count.
+    """
+    scores = read_cells(cells)
+    tasks = _common(scores)
+    samples = {model: [row[task].sample for task in tasks] for model, row in scores.items()}
+    replicates = dataset_replicates(samples)
+    means = {m: sum(s.score for s in row) / len(row) for m, row in samples.items()}
+    lines = [
+        f"| model | mean of {len(tasks)} | difference | {' | '.join(tasks)} |",
+        f"|---|---|---|{'---|' * len(tasks)}",
+    ]
+    for model in scores:
+        own, less = interval_of(replicates[model]), replicates[model] - replicates[REFERENCE]
+        paired = interval_of(less)
+        difference = (
+            ""
+            if model == REFERENCE
+            else f"{100 * (means[model] - means[REFERENCE]):+.1f} "
+            f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
+        )
+        row = " | ".join(f"{100 * sample.score:.0f}" for sample in samples[model])
+        lines.append(
+            f"| {model} | {100 * means[model]:.1f} [{100 * own.low:.0f}, {100 * own.high:.0f}] "
+            f"| {difference} | {row} |"
+        )
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(out.read_text(encoding="utf-8"))
+
+
+def tell_above_chance(cells: Path, tasks: Path) -> None:
+    """The datasets where a zero-shot method's interval lies above chance, and the means there."""
+    scores = {model: row for model, row in read_cells(cells).items() if model in ZERO_SHOT}
+    records = {record["name"]: record for record in json.loads(tasks.read_text(encoding="utf-8"))}
+    chance = {task: records[task].get("chance_accuracy") or 0.0 for task in _common(scores)}
+    above = [t for t in chance if any(row[t].low > chance[t] for row in scores.values())]
+    print(f"above chance: {len(above)} of {len(chance)}: {', '.join(above)}")
+    for model, row in scores.items():
+        every, some = ([row[task].sample.score for task in part] for part in (chance, above))
+        print(f"{model}: all {100 * _mean(every):.1f}, above chance {100 * _mean(some):.1f}")
+
+
+def draw(cells: Path, out: Path) -> None:
+    """A dot for every model and dataset, datasets below each other."""
+    import matplotlib.pyplot as plt
+
+    scores = {m: row for m, row in read_cells(cells).items() if not m.startswith("expert ")}
+    tasks = _common(scores)
+    figure, panel = plt.subplots(figsize=(8, 0.42 * len(tasks) + 1.6), layout="constrained")
+    markers = "osD^vPX<>*"
+    for place, (model, row) in enumerate(scores.items()):
+        values = [100 * row[task].sample.score for task in tasks]
+        strong = model == REFERENCE
+        panel.plot(
+            values,
+            range(len(tasks)),
+            markers[place % len(markers)],
+            label=model,
+            markersize=9 if strong else 6,
+            color="black" if strong else f"C{place % 10}",
+            alpha=1 if strong else 0.75,
+            zorder=3 if strong else 2,
+        )
+    panel.set_yticks(range(len(tasks)), tasks)
+    panel.invert_yaxis()
+    panel.set_xlabel("score, per cent")
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False)
+    figure.savefig(out, dpi=130)
+    print(f"-> {out}")
+
+
+def _common(scores: Scores) -> list[str]:
+    """The datasets that every model was scored on, in the order of the first."""
+    first = next(iter(scores.values()))
+    return [task for task in first if all(task in row for row in scores.values())]
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
+
+
+def main(words: list[str]) -> int:
+    """Run the command in `words`; 2 when there is none such."""
+    commands = {
+        "cells": write_cells,
+        "variants": write_variants,
+        "above-chance": tell_above_chance,
+        "figure": draw,
+    }
+    if len(words) != 3 or words[0] not in commands:
+        print(__doc__, file=sys.stderr)
+        return 2
+    commands[words[0]](Path(words[1]), Path(words[2]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

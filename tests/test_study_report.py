@@ -1,0 +1,85 @@
+"""examples/study_report.py: what of a comparison may be committed, and its tables."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from phatgoose.results import ResultStore
+
+PROGRAM = Path(__file__).parent.parent / "examples" / "study_report.py"
+
+
+@pytest.fixture
+def report():
+    return runpy.run_path(str(PROGRAM))
+
+
+def add(store: ResultStore, method: dict, task: str, right: list[int]) -> None:
+    key = {"base": "b", "dtype": "d", "method": method, "task": task, "examples": "e", "code": "c"}
+    score = sum(right) / len(right)
+    store.add(
+        key,
+        {
+            "metric": "rank classification accuracy",
+            "metrics": ["accuracy"],
+            "score": score,
+            "n": len(right),
+            "low": max(0.0, score - 0.1),
+            "high": min(1.0, score + 0.1),
+            "seconds": 1.0,
+            "answers": ["a text that is not ours"] * len(right),
+            "marks": [[[float(r)]] for r in right],
+        },
+    )
+
+
+@pytest.fixture
+def results(tmp_path):
+    """Two datasets, PHATGOOSE plain and centred, base, in a pool of two."""
+    store = ResultStore(tmp_path / "results.jsonl")
+    pool = ["aaaaaaaa", "bbbbbbbb"]
+    plain = {"router": "phatgoose", "k": 2, "affinity": "standardised", "pool": pool}
+    for task, base, first, second in (
+        ("t1", [0, 0, 1, 0], [1, 0, 1, 0], [1, 1, 1, 0]),
+        ("t2", [1, 0, 1, 0], [1, 0, 1, 0], [1, 1, 1, 1]),
+    ):
+        add(store, {"model": "base"}, task, base)
+        add(store, plain, task, first)
+        add(store, {**plain, "affinity": "centred"}, task, second)
+        add(store, {**plain, "pool": pool[:1]}, task, first)
+    return tmp_path / "results.jsonl"
+
+
+def test_cells_hold_no_answers_but_whatever_tables_need(report, results, tmp_path, capsys):
+    report["main"](["cells", str(results), str(tmp_path / "cells.jsonl")])
+    written = (tmp_path / "cells.jsonl").read_text()
+    assert "not ours" not in written
+    assert len(written.splitlines()) == 8
+    for source in (results, tmp_path / "cells.jsonl"):
+        report["main"](["variants", str(source), str(tmp_path / f"{source.stem}.md")])
+    table = (tmp_path / "cells.md").read_text()
+    assert table == (tmp_path / "results.md").read_text()
+    rows = {line.split(" | ")[0]: line for line in table.splitlines()}
+    assert "| 50 | 50 |" in rows["| PHATGOOSE"]
+    assert "+37.5 [" in rows["| PHATGOOSE, affinity centred"]
+    assert "-12.5 [" in rows["| Base model"]
+    assert "| PHATGOOSE, 1 experts (aaaa)" in rows
+
+
+def test_only_datasets_above_chance_count_there(report, results, tmp_path, capsys):
+    tasks = [{"name": "t1", "chance_accuracy": 0.5}, {"name": "t2", "chance_accuracy": None}]
+    (tmp_path / "tasks.json").write_text(json.dumps(tasks))
+    report["main"](["above-chance", str(results), str(tmp_path / "tasks.json")])
+    told = capsys.readouterr().out
+    assert "above chance: 1 of 2: t2" in told
+    assert "PHATGOOSE: all 50.0, above chance 50.0" in told
+
+
+def test_the_figure_is_drawn_and_unknown_commands_are_told(report, results, tmp_path, capsys):
+    assert report["main"](["figure", str(results), str(tmp_path / "f.png")]) == 0
+    assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert report["main"](["nothing", "a", "b"]) == 2

@@ -80,6 +80,7 @@ LAYERS = (
     ),
     ("mixed", "training"),
     ("routers.affinities", "routers.stand_in"),
+    ("routers.voting",),
     ("pool_training", "routers", "schedules", "trial"),
     ("routed",),
     ("growing", "storage", "evaluation"),

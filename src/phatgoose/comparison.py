@@ -151,22 +151,26 @@ def _wanted_methods(
 
 def _refusal(method: str, expert: str) -> str:
     """Why `method`, asked for by name, can't be run with `expert`."""
-    needed = SHARED[method]
-    remedy = f"run 'phatgoose {REMEDIES[needed]}' on it or " if needed in REMEDIES else ""
-    return (
-        f"Expert {expert!r} has no {NEEDED.get(needed, needed)}, which method {method} needs; "
-        f"{remedy}leave it out."
-    )
+    needed, command = _needed(method)
+    remedy = f"run 'phatgoose {command}' on it or " if command else ""
+    return f"Expert {expert!r} has no {needed}, which method {method} needs; {remedy}leave it out."
 
 
 def _note(method: str, experts: Sequence[str]) -> str:
     """Why `method`, one of all, was left out."""
-    needed = SHARED[method]
-    remedy = f" (run 'phatgoose {REMEDIES[needed]}' first)" if needed in REMEDIES else ""
+    needed, command = _needed(method)
+    remedy = f" (run 'phatgoose {command}' first)" if command else ""
     return (
         f"{METHODS[method]} was left out: {', '.join(experts)} can't be routed by it without "
-        f"{NEEDED.get(needed, needed)}{remedy}."
+        f"{needed}{remedy}."
     )
+
+
+def _needed(method: str) -> tuple[str, str | None]:
+    """(what `method` needs beside adapters, the command that makes it if there is one)."""
+    parts = SHARED[method]
+    commands = [REMEDIES[part] for part in parts if part in REMEDIES]
+    return " and ".join(NEEDED.get(part, part) for part in parts), (*commands, None)[0]
 
 
 def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:

@@ -203,8 +203,8 @@ class Routing:
 
     router: Annotated[
         str,
-        "phatgoose, average-activation, arrow, uniform-top-k, retrieval, oracle, merged, random, "
-        "single or best-individual.",
+        "phatgoose, phatgoose-input, average-activation, arrow, uniform-top-k, retrieval, merged, "
+        "random, single, oracle or best-individual.",
     ] = "phatgoose"
     k: Annotated[int, "Experts per token at each site."] = 2
     kernel: Annotated[str, "auto, reference, concat, gather, grouped, native or triton."] = "auto"

@@ -36,6 +36,7 @@ from .routers import (
     ALONE,
     NEED_MEANS,
     USE_K,
+    VOTED,
     Lookup,
     Retriever,
     VectorRouter,
@@ -148,7 +149,7 @@ def check_removal(routing: Routing, names: tuple[str, ...], leaving: Iterable[st
 
 
 def _check_router(routing: Routing) -> None:
-    if routing.router in (*ALONE, "oracle"):
+    if routing.router in (*ALONE, "oracle", VOTED):
         raise RoutingError(
             f"Router {routing.router} is made for the experts that it has; compose the pool anew."
         )

@@ -42,6 +42,7 @@ METHODS: dict[str, str] = {
     "merged": "Merged Experts",
     "uniform-top-k": "Uniform top-k",
     "phatgoose": "PHATGOOSE",
+    "phatgoose-input": "PHATGOOSE per input",
     "best-individual": "Best Individual",
     "oracle": "Oracle",
 }
@@ -50,17 +51,19 @@ DERIVED = ("best-individual", "oracle")  # they know the answers: not zero-shot
 # What the result of each router depends on: settings, and what experts share beside their adapter.
 SETTINGS = {
     "phatgoose": ("k", "eps", "stand_in", "affinity", "router_temperature"),
+    "phatgoose-input": ("eps",),
     "average-activation": ("k", "eps", "affinity", "router_temperature"),
     "uniform-top-k": ("k", "eps", "stand_in"),
     "arrow": ("k", "arrow", "router_temperature"),
     "random": ("k", "router_seed"),
 }
 SHARED = {
-    "phatgoose": "gates",
-    "uniform-top-k": "gates",
-    "average-activation": "means",
-    "retrieval": "embeddings",
-    "arrow": "lora",
+    "phatgoose": ("gates",),
+    "phatgoose-input": ("gates", "means"),
+    "uniform-top-k": ("gates",),
+    "average-activation": ("means",),
+    "retrieval": ("embeddings",),
+    "arrow": ("lora",),
 }
 
 
@@ -154,14 +157,17 @@ def _composed(pool: Pool, base: Base, routing: Routing) -> OpenedModel:
 def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, list[str]]:
     """For each method that needs more than adapters, the experts that lack what it needs.
 
-    With `stand_in` LoRAs need no gates.
+    With `stand_in` LoRAs need no gates, where these are all that is needed.
     """
 
-    def lacks(expert: Expert, shared: str) -> bool:
-        part = getattr(expert, shared)
-        if stand_in and shared == "gates":  # LoRAs have something to make stand-ins of
-            part = part or expert.lora
-        return part is None or len(part) == 0
+    def lacks(expert: Expert, shared: Sequence[str]) -> bool:
+        for name in shared:
+            part = getattr(expert, name)
+            if stand_in and shared == ("gates",):  # LoRAs have something to make stand-ins of
+                part = part or expert.lora
+            if part is None or len(part) == 0:
+                return True
+        return False
 
     return {
         name: [expert.name for expert in pool.experts if lacks(expert, SHARED[name])]
@@ -216,7 +222,7 @@ def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
     """The row of `pool` routed by `routing`."""
     router = routing.router
     settings = {key: getattr(routing, key) for key in (*SETTINGS.get(router, ()), "kernel")}
-    shared = [SHARED.get(router)]
+    shared = [*SHARED.get(router, ())]
     if settings.get("affinity") in NEED_MEANS:
         shared.append("means")
     identity = {
@@ -227,7 +233,7 @@ def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
     return Row(name, label, identity, pool, routing)
 
 
-def _expert_digest(expert: Expert, shared: Sequence[str | None]) -> str:
+def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
     """A hash of what a router uses of an expert: its adapter and some of what it shares."""
     settings = sorted((site, module.settings) for site, module in expert.modules.items())
     digest = hashlib.sha256(f"{expert.info.adapter_sha256} {settings}".encode())

@@ -45,6 +45,7 @@ ROUTED_WEIGHTS = "routed.safetensors"
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
 VERSIONS = (1, 2)  # 2 has segments
 EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"
+VOTES = "lookup.votes."  # before a site's name
 FACTORS = ("A", "B")
 SCALES = tuple(f"{kind}_scale" for kind in FACTORS)
 LARGEST = 127

@@ -238,9 +238,9 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
     for name, layer in parts.layers.items():
         layer.masks = parts.masks
         replace_module(model, name, layer)
-    parts.masks.attach(model)
-    if parts.lookup is not None:
+    if parts.lookup is not None:  # before the masks: it may have passes of its own, with their own
         parts.lookup.attach(model)
+    parts.masks.attach(model)
     setattr(model, ROUTED, parts)
     return model
 

@@ -17,7 +17,7 @@ from .config import Routing
 from .errors import ConfigError, RoutingError, WrongBaseError
 from .files import sha256_of
 from .layers import ChoosingLayer, FoldedLinear, RoutedLayer
-from .packed import EMBEDDINGS, OWNERS, ROUTED_INFO, ROUTED_WEIGHTS, read_info, read_packed
+from .packed import EMBEDDINGS, OWNERS, ROUTED_INFO, ROUTED_WEIGHTS, VOTES, read_info, read_packed
 from .routed import (
     Composition,
     check_fingerprint,
@@ -27,7 +27,7 @@ from .routed import (
     resolve_base,
     routed_layer,
 )
-from .routers import Lookup, Retriever, TaskTable, VectorRouter
+from .routers import VOTED, GateVote, Lookup, Retriever, TaskTable, VectorRouter
 from .sites import Site, find_sites
 from .stacks import TENSORS, SiteStack
 from .work import new_directory
@@ -137,6 +137,8 @@ def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
 
 def lookup_tensors(lookup: Lookup | None) -> dict[str, Tensor]:
     """The tensors that a looked-up router keeps, by name."""
+    if isinstance(lookup, GateVote):
+        return {f"{VOTES}{site}": rows for site, (rows, _) in lookup.votes.items()}
     if not isinstance(lookup, Retriever):
         return {}
     return {EMBEDDINGS: lookup.embeddings, OWNERS: lookup.owners}
@@ -155,10 +157,15 @@ def _lookup(
     held = info.get("lookup", {})
     if "experts_by_task" in held:
         return TaskTable(held["experts_by_task"])
-    if "embedder" not in held:
+    router = info["routing"]["router"]
+    if router != VOTED and "embedder" not in held:
         return None
     if tokenizer is None:
-        raise ConfigError("Router retrieval reads prompts; hand the base over with its tokenizer.")
+        raise ConfigError(f"Router {router} reads prompts; hand the base over with its tokenizer.")
+    if router == VOTED:
+        sites = [name.removeprefix(VOTES) for name in tensors if name.startswith(VOTES)]
+        votes = {site: (tensors[f"{VOTES}{site}"], tensors[f"experts.{site}"]) for site in sites}
+        return GateVote(votes, len(info["experts"]), info["routing"]["eps"], tokenizer)
     return Retriever(tensors[EMBEDDINGS], tensors[OWNERS], held["embedder"], tokenizer)
 
 

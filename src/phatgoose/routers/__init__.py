@@ -5,6 +5,7 @@ phatgoose           scored: gate against activation, both standardised   gates  
 average-activation  scored: mean activation in the gate's place          means            k
 arrow               scored: first right singular vector of B A           -                k
 uniform-top-k       phatgoose's experts with equal weights               gates            k
+phatgoose-input     looked up: the expert whose gates an input fits best gates, means     1
 retrieval           looked up: the expert of the nearest training input  embeddings       1
 oracle              looked up: the best expert of the task               scores           1
 merged              constant: the mean of all B A                        -                all
@@ -45,21 +46,25 @@ from .affinities import (
 )
 from .arrow import ARROW_VARIANTS, arrow_vector
 from .decision import RoutingDecision
-from .lookup import LookedUpRouter, Lookup, Retriever, TaskTable
+from .lookup import LookedUpRouter, Lookup, PromptReader, Retriever, TaskTable
 from .scored import ArrowRouter, ScoredRouter, UniformTopKRouter, VectorRouter, standardise
 from .stand_in import gates_or_stand_ins
 from .unscored import RandomRouter, UniformRouter
+from .voting import GateVote
 
 __all__ = [
     "AFFINITIES",
     "ARROW_VARIANTS",
     "NEED_MEANS",
     "ROUTERS",
+    "VOTED",
     "ArrowRouter",
     "CentredRouter",
     "Embeddings",
+    "GateVote",
     "LookedUpRouter",
     "Lookup",
+    "PromptReader",
     "RandomRouter",
     "RawRouter",
     "Retriever",
@@ -83,7 +88,8 @@ __all__ = [
 
 STANDARDISED = {"phatgoose": "gates", "average-activation": "means", "uniform-top-k": "gates"}
 SCORED = (*STANDARDISED, "arrow")
-LOOKED_UP = ("retrieval", "oracle")
+VOTED = "phatgoose-input"
+LOOKED_UP = (VOTED, "retrieval", "oracle")
 ALONE = ("single", "best-individual")
 MERGED, RANDOM = "merged", "random"
 ROUTERS = (*SCORED, *LOOKED_UP, MERGED, *ALONE, RANDOM)
@@ -136,6 +142,9 @@ def check_vectors(routing: Routing, pool: Pool) -> None:
     elif kind == "gates" and routing.stand_in:
         ungated = [expert for expert in pool.experts if not expert.gates]
         _refuse_without_factors(ungated, "Stand-ins for gates are made of")
+    elif routing.router == VOTED:
+        pool.check_vectors("gates")
+        pool.check_vectors("means")
     elif kind is not None:
         pool.check_vectors(kind)
         if routing.affinity in NEED_MEANS:
@@ -211,10 +220,14 @@ def make_lookup(
     if routing.router == "oracle":
         best = best_expert_by_task(_wanted(scores, routing), pool.names)
         return TaskTable({task: pool.names.index(expert) for task, expert in best.items()})
-    if routing.router != "retrieval":
+    if routing.router not in LOOKED_UP:
         return None
     if tokenizer is None:
-        raise ConfigError("Router retrieval reads prompts; hand the base over with its tokenizer.")
+        raise ConfigError(
+            f"Router {routing.router} reads prompts; hand the base over with its tokenizer."
+        )
+    if routing.router == VOTED:
+        return GateVote(GateVote.votes_of(pool), len(pool), routing.eps, tokenizer)
     found = embeddings_of(pool)
     return Retriever(found.rows, found.owners, found.embedder, tokenizer)
 

@@ -19,7 +19,9 @@ from ..errors import RoutingError
 from ..tasks import Example
 from .decision import RoutingDecision
 
-__all__ = ["LookedUpRouter", "Lookup", "Retriever", "TaskTable"]
+__all__ = ["NOBODY", "LookedUpRouter", "Lookup", "PromptReader", "Retriever", "TaskTable"]
+
+NOBODY = -1  # stands in rows for no expert: the base's own output
 
 
 class Lookup:
@@ -75,36 +77,21 @@ class TaskTable(Lookup):
         return self.rows.expand(len(examples))
 
 
-class Retriever(Lookup):
-    """The expert of the nearest stored training input, by cosine (METHOD section 5, Retrieval)."""
+class PromptReader(Lookup):
+    """A lookup that goes by prompts and, where nobody announces them, reads those that pass."""
 
-    def __init__(
-        self,
-        embeddings: Tensor,
-        owners: Tensor,
-        embedder: str,
-        tokenizer: PreTrainedTokenizerBase,
-    ) -> None:
-        """`embeddings` [M, dims] are unit vectors made by `embedder`, `owners` [M] their experts.
+    name = "this router"
 
-        `tokenizer` turns the prompts that pass through the model back into text.
-        """
-        self.embeddings, self.owners = embeddings, owners
-        self.embedder, self.tokenizer = embedder, tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """`tokenizer` turns the prompts that pass through the model back into text."""
+        self.tokenizer = tokenizer
         self._announced = False
         self._prompt, self._length = torch.empty(0, 0), 0  # read last, and its length by now
         self._handles: list[Any] = []
 
-    def nearest(self, texts: Sequence[str]) -> Tensor:
-        """The expert that owns the nearest embedding of each text, int64 [texts]."""
-        queries = embed_texts(texts, self.embedder)
-        return self.owners[(queries @ self.embeddings.T).argmax(dim=-1)]
-
-    def find(self, examples: Sequence[Example]) -> Tensor:
-        """The expert of each example; its answer choices are a part of the query."""
-        return self.nearest(
-            [retrieval_text(example.input, example.choices) for example in examples]
-        )
+    def of_prompts(self, texts: Sequence[str]) -> Tensor:
+        """The expert of each prompt, int64 [texts]."""
+        raise NotImplementedError
 
     def serve(self, experts: Tensor | None) -> None:
         """Use `experts` for the rows to come; None goes back to reading prompts."""
@@ -119,9 +106,9 @@ class Retriever(Lookup):
             if self._announced or _continues(kwargs):
                 return
             if ids is None:
-                raise RoutingError("Router retrieval reads the input's tokens; pass input_ids.")
+                raise RoutingError(f"Router {self.name} reads the input's tokens; pass input_ids.")
             if not self._grew(ids):
-                self.rows = self.nearest(self._texts(ids, kwargs.get("attention_mask")))
+                self.rows = self.of_prompts(self._texts(ids, kwargs.get("attention_mask")))
                 self._prompt = ids.cpu()
             self._length = ids.shape[1]
 
@@ -142,8 +129,43 @@ class Retriever(Lookup):
     def _texts(self, ids: Tensor, mask: Tensor | None) -> list[str]:
         real = torch.ones_like(ids).bool() if mask is None or mask.dim() != 2 else mask.bool()
         tokens = [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
-        prompts = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return [retrieval_text(prompt, ()) for prompt in prompts]
+        prompts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return prompts
+
+
+class Retriever(PromptReader):
+    """The expert of the nearest stored training input, by cosine (METHOD section 5, Retrieval)."""
+
+    name = "retrieval"
+
+    def __init__(
+        self,
+        embeddings: Tensor,
+        owners: Tensor,
+        embedder: str,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> None:
+        """`embeddings` [M, dims] are unit vectors made by `embedder`, `owners` [M] their experts.
+
+        `tokenizer` is as `PromptReader` takes it.
+        """
+        super().__init__(tokenizer)
+        self.embeddings, self.owners, self.embedder = embeddings, owners, embedder
+
+    def nearest(self, texts: Sequence[str]) -> Tensor:
+        """The expert that owns the nearest embedding of each text, int64 [texts]."""
+        queries = embed_texts(texts, self.embedder)
+        return self.owners[(queries @ self.embeddings.T).argmax(dim=-1)]
+
+    def of_prompts(self, texts: Sequence[str]) -> Tensor:
+        """The expert of each prompt, whose answer choices nobody knows, int64 [texts]."""
+        return self.nearest([retrieval_text(text, ()) for text in texts])
+
+    def find(self, examples: Sequence[Example]) -> Tensor:
+        """The expert of each example; its answer choices are a part of the query."""
+        return self.nearest(
+            [retrieval_text(example.input, example.choices) for example in examples]
+        )
 
 
 def _continues(arguments: Mapping[str, Any]) -> bool:
@@ -160,7 +182,7 @@ class LookedUpRouter(nn.Module):
     def __init__(self, experts: Tensor, pool_size: int, lookup: Lookup) -> None:
         """`experts` [E] are the pool's indices of the experts that act at the site."""
         super().__init__()
-        position = torch.full((pool_size,), -1)
+        position = torch.full((pool_size + 1,), -1)  # the last one is NOBODY's
         position[experts.cpu()] = torch.arange(len(experts))
         self.register_buffer("position", position, persistent=False)
         self.lookup = lookup
@@ -170,8 +192,8 @@ class LookedUpRouter(nn.Module):
         """The decision for u [T, n]: T / rows tokens in turn for each row; k is 1.
 
         A row's beams and tokens stand together, so this holds for generation too. The weight is 0
-        where the row's expert does not act at this site. Raises RoutingError when no expert is
-        known, or T is no multiple of the rows.
+        where the row's expert does not act at this site, and for NOBODY. Raises RoutingError when
+        no expert is known, or T is no multiple of the rows.
         """
         rows = self.lookup.rows
         if rows is None:

@@ -21,6 +21,7 @@ Tokens = Annotated[list[Token], Field(min_length=1)]
 # All but oracle, which goes by the name of a task: a request has none.
 Router = Literal[
     "phatgoose",
+    "phatgoose-input",
     "average-activation",
     "arrow",
     "uniform-top-k",

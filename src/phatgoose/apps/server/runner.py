@@ -13,10 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...analysis import TraceKeeper
-from ...embeddings import retrieval_text
 from ...encoding import contiguous_head, position_ids
 from ...routed import watch
-from ...routers import Retriever
+from ...routers import PromptReader
 from ...sites import ROUTED
 from .caches import Cache, new_cache
 from .rows import Row
@@ -103,13 +102,13 @@ class Runner:
 
         It reads the prompt without special tokens, as it does in `generate`.
         """
-        if not isinstance(self._lookup, Retriever):
+        if not isinstance(self._lookup, PromptReader):
             return
         new = [row for row in rows if row.expert is None]
         if new:
             prompts = [list(row.prompt) for row in new]
             texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-            found = self._lookup.nearest([retrieval_text(text, ()) for text in texts])
+            found = self._lookup.of_prompts(texts)
             for row, expert in zip(new, found.tolist(), strict=True):
                 row.expert = expert
         self._lookup.serve(torch.tensor([row.expert for row in rows]))

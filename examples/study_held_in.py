@@ -1,0 +1,51 @@
+"""Do the study's experts help at all? Each on its own task, beside the base and the routed pool.
+
+    python examples/study_held_in.py POOL SUITE OUT.jsonl LIMIT
+
+A line for every task: its score alone (`base`), with its own expert (`own`) and routed over the
+whole pool (`phatgoose`), with n and 95 % intervals. Lines that are there are not computed again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+from phatgoose.bases import load_base
+from phatgoose.evaluation import evaluate
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, detach
+from phatgoose.suites import Sources, open_suite
+
+
+def main(pool_at: str, suite_at: str, out: str, limit: str) -> None:
+    """Score every task of the suite three ways."""
+    pool, base = Pool.open(pool_at), load_base("smollm2")
+    tasks = [entry.read(Sources(None, None)) for entry in open_suite(suite_at).entries]
+    path = Path(out)
+    done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    finished = {json.loads(line)["task"] for line in done}
+    for task in tqdm([task for task in tasks if task.name not in finished], unit="task"):
+        record: dict[str, object] = {"task": task.name}
+        for label, router, expert in (
+            ("base", None, None),
+            ("own", "single", task.name),
+            ("phatgoose", "phatgoose", None),
+        ):
+            if router is None:
+                (score,) = evaluate(base, task, limit=int(limit)).scores
+            else:
+                model = compose(pool, base, router=router, expert=expert)
+                (score,) = evaluate(model, task, limit=int(limit)).scores
+                detach(model)
+            record |= {"metric": score.metric, "n": score.n}
+            record[label] = [round(x, 4) for x in (score.score, score.low, score.high)]
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

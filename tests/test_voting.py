@@ -1,0 +1,143 @@
+"""Router phatgoose-input: one expert for a whole input, against its formula by brute force."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from conftest import assert_same_logits, logits_of
+from phatgoose.config import Routing
+from phatgoose.errors import PoolError, RoutingError
+from phatgoose.evaluation import evaluate
+from phatgoose.growing import remove_experts
+from phatgoose.methods import lacking, rows_of
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of, detach, record
+from phatgoose.routers import standardise
+from phatgoose.storage import load, save
+from phatgoose.tasks import Example, Task
+
+PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
+CHOOSING = Task(
+    "choosing",
+    test=tuple(Example(prompt, "yes", ("yes", "no, never", "plums")) for prompt in PROMPTS),
+)
+
+both_streams = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+
+
+def vote(base, pool: Pool, text: str) -> list[float]:
+    """The mean affinity of each expert, site by site and token by token."""
+    seen: dict[str, torch.Tensor] = {}
+
+    def keep(site: str):
+        return lambda _, args: seen.__setitem__(site, args[0][0].double())
+
+    model = base.model
+    handles = [model.get_submodule(s).register_forward_pre_hook(keep(s)) for s in pool.sites]
+    stack = model.get_encoder() if base.is_encoder_decoder else model.base_model
+    with torch.no_grad():
+        stack(input_ids=torch.tensor([base.tokenizer(text)["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    means = []
+    for expert in pool.experts:
+        sites = []
+        for site, u in seen.items():
+            if site not in expert.modules:
+                continue
+            (gate,) = standardise(expert.gates[site][None].float()).double()
+            usual = torch.stack([e.means[site] for e in pool.experts if site in e.modules])
+            away = u - usual.double().mean(0)
+            scale = (u.var(-1, correction=0) + 1e-5).sqrt() * u.shape[-1] ** 0.5
+            sites.append(float((away @ gate / scale).mean()))
+        means.append(sum(sites) / len(sites))
+    return means
+
+
+@both_streams
+def test_the_vote_is_the_mean_over_tokens_and_sites(base, pool):
+    expected = [vote(base, pool, text) for text in PROMPTS]
+    model = compose(pool, base, router="phatgoose-input")
+    found = composition_of(model).lookup.means(PROMPTS)
+    detach(model)
+    torch.testing.assert_close(
+        found.double(), torch.tensor(expected).double(), atol=1e-3, rtol=1e-3
+    )
+    assert len(set(found.argmax(-1).tolist())) > 1  # or nothing is tested below
+
+
+@both_streams
+def test_each_input_gets_what_its_expert_alone_would_give(base, pool):
+    model = compose(pool, base, router="phatgoose-input")
+    owners = composition_of(model).lookup.of_prompts(PROMPTS).tolist()
+    (routed,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer).scores
+    detach(model)
+    for place, owner in enumerate(owners):
+        model = compose(pool, base, router="single", expert=pool.names[owner])
+        (alone,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer).scores
+        detach(model)
+        torch.testing.assert_close(
+            torch.tensor(routed.predictions[place].scores),
+            torch.tensor(alone.predictions[place].scores),
+            atol=1e-4,
+            rtol=1e-4,
+        )
+
+
+@both_streams
+def test_prompts_that_nobody_announced_are_read_as_they_pass(base, pool):
+    for text in PROMPTS[:3]:
+        ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+        model = compose(pool, base, router="phatgoose-input")
+        (owner,) = composition_of(model).lookup.of_prompts([text]).tolist()
+        with record(model) as recording:
+            routed = logits_of(model, ids)
+        assert recording.experts == pool.names
+        detach(model)
+        model = compose(pool, base, router="single", expert=pool.names[owner])
+        alone = logits_of(model, ids)
+        detach(model)
+        assert_same_logits(routed, alone)
+
+
+def test_padding_of_the_batch_is_masked_again_after_the_vote(llama, llama_pool):
+    model = compose(llama_pool, llama, router="phatgoose-input")
+    ids = torch.tensor([llama.tokenizer(PROMPTS[0])["input_ids"]])
+    pads = torch.zeros(1, 3, dtype=torch.long)
+    padded = torch.cat([pads, ids], dim=1)
+    mask = torch.cat([pads, torch.ones_like(ids)], dim=1)
+    seen = []
+    layer = next(iter(composition_of(model).layers.values()))
+    layer.watcher = lambda site, experts, weights, real, shape, all_: seen.append(real)
+    logits_of(model, padded, attention_mask=mask)
+    detach(model)
+    (real,) = seen  # the vote's own passes are not watched
+    assert torch.equal(real, mask.bool())
+
+
+def test_it_is_saved_and_loaded_and_does_not_grow(llama, llama_pool, tmp_path):
+    model = compose(llama_pool, llama, router="phatgoose-input")
+    expected = composition_of(model).lookup.means(PROMPTS)
+    save(model, tmp_path / "routed")
+    detach(model)
+    again = load(tmp_path / "routed", llama)
+    assert torch.equal(composition_of(again).lookup.means(PROMPTS), expected)
+    with pytest.raises(RoutingError, match="made for the experts that it has"):
+        remove_experts(again, llama_pool.names[:1])
+    detach(again)
+
+
+def test_it_needs_gates_and_means_and_is_told_from_others(llama, llama_pool):
+    first = llama_pool.experts[0]
+    for part in ("gates", "means"):
+        bare = Pool((replace(first, **{part: {}}), *llama_pool.experts[1:]))
+        assert lacking(bare)["phatgoose-input"] == [first.name]
+        with pytest.raises(PoolError, match=repr(first.name)):
+            compose(bare, llama, router="phatgoose-input")
+    (row,) = rows_of(llama_pool, ["phatgoose-input"], Routing())
+    moved = replace(first, means={s: m + 1 for s, m in first.means.items()})
+    (other,) = rows_of(Pool((moved, *llama_pool.experts[1:])), ["phatgoose-input"], Routing())
+    assert row.identity != other.identity

@@ -5,7 +5,7 @@
 #     data, rate                        what is needed before
 #     pool-a, pool-b, references        training
 #     cross, t0ho, bigbench             every method over pool A; singles too: SINGLES=1
-#     changes, confirm, k, pool-sizes   changes to PHATGOOSE, on the development half of CROSS
+#     changes, confirm, pool-sizes      changes to PHATGOOSE, on the development half of CROSS
 #     gate-steps                        gates of 25, 100 and 400 steps, in a pool of eight
 #     held-in                           pool A on its own tasks
 #     cross-b, bigbench-b               pool B beside pool A
@@ -23,6 +23,7 @@ a=recipes/study-pool-a.toml
 derived=,best-individual,oracle
 zero_shot=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose
 methods=$zero_shot${SINGLES:+$derived}
+confirmation=recipes/suites/study-cross-a-confirmation.toml
 development=recipes/suites/study-cross-a-development.toml
 suite() { local list; list=$(printf ",recipes/suites/study-%s.toml" "$@"); echo "${list:1}"; }
 compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
@@ -63,20 +64,18 @@ cross) compare cross 100 "$(suite cross-a)" $methods "$out/pool-a" $(references)
 t0ho) compare t0ho 100 "$(suite t0ho)" $methods "$out/pool-a" $(references) ;;
 bigbench) compare bigbench 50 "$(suite bbh bbl)" $methods "$out/pool-a" $(references) ;;
 changes)
-  for affinity in standardised raw trimmed centred; do
+  compare changes 100 $development phatgoose,phatgoose-input,retrieval "$out/pool-a"
+  for affinity in raw trimmed centred; do
     compare changes 100 $development phatgoose "$out/pool-a" --affinity $affinity
   done
   for temperature in 0.25 0.5 2; do
     compare changes 100 $development phatgoose "$out/pool-a" --router-temperature $temperature
-  done ;;
-confirm)  # CHANGE='--affinity centred' and the like, on the half that nothing was chosen on
-  compare confirm 100 recipes/suites/study-cross-a-confirmation.toml phatgoose "$out/pool-a"
-  compare confirm 100 recipes/suites/study-cross-a-confirmation.toml phatgoose "$out/pool-a" \
-    ${CHANGE:?the settings to confirm} ;;
-k)
-  for k in 1 2 4 8; do
+  done
+  for k in 1 4 8; do
     compare changes 100 $development phatgoose "$out/pool-a" --k $k
   done ;;
+confirm)  # what won, on the half that nothing was chosen on
+  compare confirm 100 $confirmation phatgoose,phatgoose-input,retrieval "$out/pool-a" ;;
 pool-sizes)
   rows=phatgoose,retrieval,arrow
   compare pool-sizes 100 $development $rows "$out/pool-a"
@@ -95,7 +94,9 @@ gate-steps)  # in a pool of eight, for time
     done
     compare gate-steps 100 $development phatgoose "$out/gates-$steps"
   done ;;
-held-in) compare held-in 50 "$(suite held-in)" base,merged,phatgoose,retrieval,oracle "$out/pool-a" ;;
+held-in)
+  python examples/study_held_in.py "$out/pool-a" recipes/suites/study-held-in.toml \
+    "$out/held-in.jsonl" 50 ;;
 cross-b) compare cross-b 100 "$(suite cross-a cross-b)" $zero_shot "$out/pool-a" "$out/pool-b" ;;
 bigbench-b) compare bigbench-b 50 "$(suite bbh bbl)" $zero_shot "$out/pool-a" "$out/pool-b" ;;
 analysis)  # the report quotes texts of ../shared/data: don't publish it
@@ -104,7 +105,7 @@ analysis)  # the report quotes texts of ../shared/data: don't publish it
     --out "$out/analysis" ;;
 report)
   mkdir -p docs/study
-  for name in cross t0ho bigbench changes confirm pool-sizes gate-steps held-in cross-b bigbench-b; do
+  for name in cross t0ho bigbench changes confirm pool-sizes gate-steps cross-b bigbench-b; do
     if [ ! -f "$out/$name/results.jsonl" ]; then continue; fi
     python examples/study_report.py cells "$out/$name/results.jsonl" docs/study/$name.jsonl
     python examples/study_report.py variants docs/study/$name.jsonl docs/study/$name.md

@@ -25,7 +25,8 @@ __all__ = ["phat"]  # the fixture
 SUITES = ["--suites", "a.toml,b"]
 BOTH = [*SUITES, "--methods", "base,phatgoose", "--dtype", "float32", "--max-new-tokens", "2"]
 LIMIT = ["--limit", "3"]
-METHODS = ["base", "random", "average-activation", "arrow", "merged", "uniform-top-k", "phatgoose"]
+METHODS = ["base", "random", "average-activation", "arrow", "merged", "uniform-top-k"]
+METHODS += ["phatgoose", "phatgoose-input"]
 
 
 @pytest.fixture(scope="module")

@@ -538,7 +538,9 @@ def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
 def test_other_gates_leave_what_does_not_depend_on_them(setting, out, computed):
     gates = {site: -gate for site, gate in setting.pool.experts[0].gates.items()}
     setting.run(out, pool=with_first(setting.pool, gates=gates), suites=setting.suites[1])
-    assert computed == cells_of("uniform-top-k", "phatgoose", tasks=SUITES["plain"])
+    assert computed == cells_of(
+        "uniform-top-k", "phatgoose", "phatgoose-input", tasks=SUITES["plain"]
+    )
 
 
 def test_another_scale_of_an_adapter_leaves_the_other_experts(setting, out, computed):
@@ -614,8 +616,8 @@ def test_all_methods_score_the_same_examples(setting, tasks, tmp_path, monkeypat
     ("part", "left_out"),
     [
         ({"embeddings": None}, ["retrieval"]),
-        ({"means": {}}, ["average-activation"]),
-        ({"gates": {}}, ["uniform-top-k", "phatgoose"]),
+        ({"means": {}}, ["average-activation", "phatgoose-input"]),
+        ({"gates": {}}, ["uniform-top-k", "phatgoose", "phatgoose-input"]),
     ],
     ids=lambda value: next(iter(value)),
 )
@@ -640,6 +642,7 @@ def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, left_out):
         ({"embeddings": None}, "retrieval", "'e0' has no embeddings"),
         ({"means": {}}, "average-activation", "'e0' has no means"),
         ({"gates": {}}, "phatgoose", "'e0' has no gates"),
+        ({"means": {}}, "phatgoose-input", "'e0' has no gates and means"),
     ],
 )
 def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, method, complaint):

@@ -45,7 +45,7 @@ def changed(pool: Pool, index: int, **parts: object) -> Pool:
 def test_there_is_a_method_for_every_router_and_the_base():
     assert set(METHODS) == {"base", *ROUTERS} - {"single"}
     assert list(METHODS)[-2:] == list(DERIVED)
-    assert list(METHODS)[-3] == "phatgoose"
+    assert list(METHODS)[-4:-2] == ["phatgoose", "phatgoose-input"]
 
 
 def test_rows_stand_in_the_order_of_the_table_without_those_derived(three):
@@ -100,14 +100,16 @@ def test_the_base_is_the_same_bit_by_bit_afterwards_also_after_an_error(three, l
 def test_every_row_has_an_identity_of_its_own(three):
     rows = [*rows_of(three, list(METHODS), ROUTING), *single_rows(three)]
     identities = {json.dumps(row.identity, sort_keys=True) for row in rows}
-    assert len(identities) == len(rows) == 11
+    assert len(identities) == len(rows) == 12
 
 
 @pytest.mark.parametrize(
     ("settings", "matter_to"),
     [
         ({"k": 1}, {"random", "average-activation", "arrow", "uniform-top-k", "phatgoose"}),
-        ({"eps": 1e-3}, {"average-activation", "uniform-top-k", "phatgoose"}),
+        ({"eps": 1e-3}, {"average-activation", "uniform-top-k", "phatgoose", "phatgoose-input"}),
+        ({"affinity": "raw"}, {"average-activation", "phatgoose"}),
+        ({"router_temperature": 2.0}, {"average-activation", "arrow", "phatgoose"}),
         ({"arrow": "mttl"}, {"arrow"}),
         ({"router_seed": 1}, {"random"}),
         ({"kernel": "reference"}, set(COMPOSED)),
@@ -127,8 +129,8 @@ def test_a_setting_matters_to_the_rows_that_use_it(three, settings, matter_to):
 @pytest.mark.parametrize(
     ("part", "matter_to"),
     [
-        ("gates", {"phatgoose", "uniform-top-k"}),
-        ("means", {"average-activation"}),
+        ("gates", {"phatgoose", "phatgoose-input", "uniform-top-k"}),
+        ("means", {"average-activation", "phatgoose-input"}),
         ("embeddings", {"retrieval"}),
         ("embedder", {"retrieval"}),
         ("scale", {*COMPOSED, "e1"}),

@@ -21,7 +21,7 @@ read -ra engine <<< "${ENGINE:-}"
 data=$out/data/train
 a=recipes/study-pool-a.toml
 derived=,best-individual,oracle
-zero_shot=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose
+zero_shot=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose,phatgoose-input
 methods=$zero_shot${SINGLES:+$derived}
 confirmation=recipes/suites/study-cross-a-confirmation.toml
 development=recipes/suites/study-cross-a-development.toml

@@ -21,14 +21,15 @@ from typing import Any
 
 from phatgoose.bootstrap import Sample, dataset_replicates, interval_of
 from phatgoose.config import Routing
-from phatgoose.methods import METHODS
+from phatgoose.methods import DERIVED, METHODS
 from phatgoose.results import ResultStore
+from phatgoose.tables import Summary
 
 Model = str
 Scores = dict[Model, dict[str, "Cell"]]  # by model and dataset
 KEPT = ("metric", "metrics", "score", "n", "low", "high", "seconds")
 REFERENCE = METHODS["phatgoose"]
-ZERO_SHOT = [label for name, label in METHODS.items() if name not in ("best-individual", "oracle")]
+ZERO_SHOT = [label for name, label in METHODS.items() if name not in DERIVED]
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,11 @@ def write_variants(cells: Path, out: Path) -> None:
     ]
     for model in scores:
         own, less = interval_of(replicates[model]), replicates[model] - replicates[REFERENCE]
-        paired = interval_of(less)
-        difference = (
-            ""
-            if model == REFERENCE
-            else f"{100 * (means[model] - means[REFERENCE]):+.1f} "
-            f"[{100 * paired.low:+.1f}, {100 * paired.high:+.1f}]"
-        )
+        paired = (means[model] - means[REFERENCE], interval_of(less))
+        summary = Summary(means[model], own, *(() if model == REFERENCE else paired))
         row = " | ".join(f"{100 * sample.score:.0f}" for sample in samples[model])
         lines.append(
-            f"| {model} | {100 * means[model]:.1f} [{100 * own.low:.0f}, {100 * own.high:.0f}] "
-            f"| {difference} | {row} |"
+            f"| {model} | {summary.in_per_cent} | {summary.difference_in_points} | {row} |"
         )
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(out.read_text(encoding="utf-8"))

@@ -44,16 +44,13 @@ class RawRouter(VectorRouter):
         return u.float() @ self.vectors.float().T
 
 
-class TrimmedRouter(VectorRouter):
+class TrimmedRouter(ScoredRouter):
     """The top k of v̄ᵀū over the features that are left, softmax of α/√m over those k.
 
     m is their number. `vectors` [E, n] are 0 in the features left out, standardised in the others.
     """
 
-    def __init__(self, vectors: Tensor, k: int, eps: float) -> None:
-        """`eps` is added to the variance of u; `k` is lowered to E."""
-        super().__init__(vectors, k)
-        self.variance_eps = eps
+    fused = False
 
     def affinities(self, u: Tensor) -> Tensor:
         """α/√m for every token and expert, float32 [T, E]."""
@@ -62,24 +59,21 @@ class TrimmedRouter(VectorRouter):
         count = left.sum().clamp(min=1)
         mean = (u.float() @ left / count)[:, None]
         variance = ((u.float() - mean).square() @ left / count)[:, None]
-        return u.float() @ vectors.T / ((variance + self.variance_eps) * count).sqrt()
+        return u.float() @ vectors.T / ((variance + self.eps) * count).sqrt()
 
 
-class CentredRouter(VectorRouter):
+class CentredRouter(ScoredRouter):
     """The top k of v̄ᵀ(u - M) / sqrt(var(u) + eps), softmax of the same over √n over those k.
 
     `vectors` [E, n + 1] are standardised, with -v̄ᵀM in the last column.
     """
 
-    def __init__(self, vectors: Tensor, k: int, eps: float) -> None:
-        """`eps` is added to the variance of u; `k` is lowered to E."""
-        super().__init__(vectors, k)
-        self.variance_eps = eps
+    fused = False
 
     def affinities(self, u: Tensor) -> Tensor:
         """What the softmax is taken of, for every token and expert, float32 [T, E]."""
         exact, vectors = u.float(), self.vectors.float()
-        scale = (exact.var(dim=-1, correction=0, keepdim=True) + self.variance_eps).sqrt()
+        scale = (exact.var(dim=-1, correction=0, keepdim=True) + self.eps).sqrt()
         products = exact @ vectors[:, :-1].T + vectors[:, -1]
         return products / scale / math.sqrt(u.shape[-1])
 

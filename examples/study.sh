@@ -77,7 +77,7 @@ changes)
 confirm)  # what won, on the half that nothing was chosen on
   compare confirm 100 $confirmation phatgoose,phatgoose-input,retrieval "$out/pool-a" ;;
 pool-sizes)
-  rows=phatgoose,retrieval,arrow
+  rows=phatgoose,retrieval
   compare pool-sizes 100 $development $rows "$out/pool-a"
   for size in 4 8 16; do
     for seed in 1 2 3; do
@@ -92,7 +92,9 @@ gate-steps)  # in a pool of eight, for time
       $phatgoose gate "$out/pool-a/$name" --task "$data/$name.jsonl" --recipe $a \
         --gate-steps $steps --batch-size 2 --no-embeddings --out "$out/gates-$steps/$name" --resume
     done
-    compare gate-steps 100 $development phatgoose "$out/gates-$steps"
+    compare gate-steps-$steps 100 $development phatgoose,phatgoose-input "$out/gates-$steps"
+    python examples/study_offsets.py "$out/gates-$steps" recipes/suites/study-cross-a.toml \
+      "$out/gates-$steps.png" "$out/gates-$steps.json"
   done ;;
 held-in)
   python examples/study_held_in.py "$out/pool-a" recipes/suites/study-held-in.toml \
@@ -100,16 +102,22 @@ held-in)
 cross-b) compare cross-b 100 "$(suite cross-a cross-b)" $zero_shot "$out/pool-a" "$out/pool-b" ;;
 bigbench-b) compare bigbench-b 50 "$(suite bbh bbl)" $zero_shot "$out/pool-a" "$out/pool-b" ;;
 analysis)  # the report quotes texts of ../shared/data: don't publish it
-  $phatgoose analyse "$out/pool-a" --suite recipes/suites/study-cross-a.toml --limit 30 --no-score \
-    --against oracle,average-activation,arrow --scores "$out/cross/comparison.json" \
+  $phatgoose analyse "$out/pool-a" --suite recipes/suites/study-cross-a.toml --limit 100 \
+    --against phatgoose-input,average-activation --scores "$out/cross/comparison.json" \
     --out "$out/analysis" ;;
 report)
   mkdir -p docs/study
+  told() { python examples/study_report.py "$1" "docs/study/$2.jsonl" "docs/study/$2.$3"; }
   for name in cross t0ho bigbench changes confirm pool-sizes gate-steps cross-b bigbench-b; do
-    if [ ! -f "$out/$name/results.jsonl" ]; then continue; fi
-    python examples/study_report.py cells "$out/$name/results.jsonl" docs/study/$name.jsonl
-    python examples/study_report.py variants docs/study/$name.jsonl docs/study/$name.md
-    python examples/study_report.py figure docs/study/$name.jsonl docs/study/$name.png
+    found=()
+    if [ -f "$out/$name/results.jsonl" ]; then found=("$out/$name/results.jsonl"); fi
+    for results in "$out/$name"-[0-9]*/results.jsonl; do
+      if [ -f "$results" ]; then found+=("${results//[!0-9]/} gate steps=$results"); fi
+    done
+    if [ ${#found[@]} = 0 ]; then continue; fi
+    python examples/study_report.py cells "docs/study/$name.jsonl" "${found[@]}"
+    told variants $name md
+    if [ $name = pool-sizes ]; then told sizes $name png; else told figure $name png; fi
   done ;;
 *) echo "no such step: $step" >&2; exit 2 ;;
 esac

@@ -4,17 +4,21 @@
 
 A line for every task: its score alone (`base`), with its own expert (`own`) and routed over the
 whole pool (`phatgoose`), with n and 95 % intervals. Lines that are there are not computed again.
+At the end the means are told, and their differences with intervals over tasks drawn anew.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from phatgoose.bases import load_base
+from phatgoose.bootstrap import interval_of
 from phatgoose.evaluation import evaluate
 from phatgoose.pool import Pool
 from phatgoose.routed import compose, detach
@@ -45,6 +49,23 @@ def main(pool_at: str, suite_at: str, out: str, limit: str) -> None:
             record[label] = [round(x, 4) for x in (score.score, score.low, score.high)]
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+    tell([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+
+
+def tell(records: list[dict[str, list[float]]]) -> None:
+    """Print means over tasks in per cent and their differences in pairs."""
+    scores = {
+        label: 100 * np.array([r[label][0] for r in records])
+        for label in ("base", "own", "phatgoose")
+    }
+    drawn = np.random.default_rng(0).integers(len(records), size=(10_000, len(records)))
+    for label, row in scores.items():
+        print(f"{label}: {row.mean():.1f} over {len(row)} tasks")
+    for first, second in combinations(scores, 2):
+        less = scores[second] - scores[first]
+        interval = interval_of(less[drawn].mean(axis=1))
+        told = f"{less.mean():+.1f} [{interval.low:+.1f}, {interval.high:+.1f}]"
+        print(f"{second} - {first}: {told}, higher on {sum(less > 0)}, lower on {sum(less < 0)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What docs/study holds of the study's comparisons: cells without answers, tables, figures.
 
-    python examples/study_report.py cells RESULTS OUT         cells of compare, without any answer
+    python examples/study_report.py cells OUT RESULTS…        cells of compare, without any answer
     python examples/study_report.py variants CELLS OUT.md     every model against plain PHATGOOSE
     python examples/study_report.py above-chance CELLS TASKS  datasets where something is above it
     python examples/study_report.py figure CELLS OUT.png      every dataset, every model, as dots
+    python examples/study_report.py sizes CELLS OUT.png       scores against the size of the pool
 
-RESULTS is a results.jsonl of `phatgoose compare`, CELLS one of those or what `cells` wrote, TASKS
-the tasks.json of the data. Answers stay where they are: they may quote data that is not ours.
+RESULTS is a results.jsonl of `phatgoose compare`, or LABEL=FILE, where LABEL is added to what its
+models are called; CELLS is one of those or what `cells` wrote, TASKS the tasks.json of the data.
+Answers stay where they are: they may quote data that is not ours.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phatgoose.analysis.pool_sizes import pool_size_curves
+from phatgoose.apps.figures import pool_size_figure, write_png
 from phatgoose.bootstrap import Sample, dataset_replicates, interval_of
 from phatgoose.config import Routing
 from phatgoose.methods import DERIVED, METHODS
@@ -41,15 +45,17 @@ class Cell:
     high: float
 
 
-def write_cells(results: Path, out: Path) -> None:
-    """The cells of `results` with everything but the answers, one a line."""
+def write_cells(out: Path, *sources: Path) -> None:
+    """The cells of all `sources` with everything but the answers, one a line."""
     lines = []
-    for key, result in ResultStore(results).items():
-        kept = {name: result[name] for name in KEPT}
-        marks = [
-            [[round(x, 4) for x in metric] for metric in example] for example in result["marks"]
-        ]
-        lines.append(json.dumps({"key": key, "result": {**kept, "marks": marks}}))
+    for source in sources:
+        label, _, results = str(source).rpartition("=")
+        for key, result in ResultStore(results).items():
+            kept = {name: result[name] for name in KEPT} | ({"of": label} if label else {})
+            marks = [
+                [[round(x, 4) for x in metric] for metric in example] for example in result["marks"]
+            ]
+            lines.append(json.dumps({"key": key, "result": {**kept, "marks": marks}}))
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(f"{len(lines)} cells -> {out}")
 
@@ -60,7 +66,8 @@ def read_cells(path: Path) -> Scores:
     largest = max(len(key["method"].get("pool", ())) for key, _ in ResultStore(path).items())
     for key, result in ResultStore(path).items():
         cell = Cell(Sample.of(result["metrics"], result["marks"]), result["low"], result["high"])
-        scores[_label(key["method"], largest)][key["task"]] = cell
+        model = _label(key["method"], largest)
+        scores[f"{model}, {result['of']}" if "of" in result else model][key["task"]] = cell
     return scores
 
 
@@ -85,10 +92,11 @@ def _label(method: Mapping[str, Any], largest: int) -> Model:
 def write_variants(cells: Path, out: Path) -> None:
     """Every model's mean, its difference to plain PHATGOOSE in pairs, and its datasets.
 
-    Only datasets that all models were scored on count.
+    Where there is none, the first model stands in its place. Only datasets that all models were
+    scored on count.
     """
     scores = read_cells(cells)
-    tasks = _common(scores)
+    tasks, reference = _common(scores), REFERENCE if REFERENCE in scores else next(iter(scores))
     samples = {model: [row[task].sample for task in tasks] for model, row in scores.items()}
     replicates = dataset_replicates(samples)
     means = {m: sum(s.score for s in row) / len(row) for m, row in samples.items()}
@@ -97,9 +105,9 @@ def write_variants(cells: Path, out: Path) -> None:
         f"|---|---|---|{'---|' * len(tasks)}",
     ]
     for model in scores:
-        own, less = interval_of(replicates[model]), replicates[model] - replicates[REFERENCE]
-        paired = (means[model] - means[REFERENCE], interval_of(less))
-        summary = Summary(means[model], own, *(() if model == REFERENCE else paired))
+        own, less = interval_of(replicates[model]), replicates[model] - replicates[reference]
+        paired = (means[model] - means[reference], interval_of(less))
+        summary = Summary(means[model], own, *(() if model == reference else paired))
         row = " | ".join(f"{100 * sample.score:.0f}" for sample in samples[model])
         lines.append(
             f"| {model} | {summary.in_per_cent} | {summary.difference_in_points} | {row} |"
@@ -151,6 +159,12 @@ def draw(cells: Path, out: Path) -> None:
     print(f"-> {out}")
 
 
+def draw_sizes(cells: Path, out: Path) -> None:
+    """Mean scores against the number of experts, a line per router, a point per pool."""
+    write_png(pool_size_figure(pool_size_curves(cells)), out)
+    print(f"-> {out}")
+
+
 def _common(scores: Scores) -> list[str]:
     """The datasets that every model was scored on, in the order of the first."""
     first = next(iter(scores.values()))
@@ -168,11 +182,12 @@ def main(words: list[str]) -> int:
         "variants": write_variants,
         "above-chance": tell_above_chance,
         "figure": draw,
+        "sizes": draw_sizes,
     }
-    if len(words) != 3 or words[0] not in commands:
+    if len(words) < 3 or words[0] not in commands or (len(words) > 3 and words[0] != "cells"):
         print(__doc__, file=sys.stderr)
         return 2
-    commands[words[0]](Path(words[1]), Path(words[2]))
+    commands[words[0]](*map(Path, words[1:]))
     return 0
 
 

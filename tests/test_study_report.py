@@ -55,7 +55,7 @@ def results(tmp_path):
 
 
 def test_cells_hold_no_answers_but_whatever_tables_need(report, results, tmp_path, capsys):
-    report["main"](["cells", str(results), str(tmp_path / "cells.jsonl")])
+    report["main"](["cells", str(tmp_path / "cells.jsonl"), str(results)])
     written = (tmp_path / "cells.jsonl").read_text()
     assert "not ours" not in written
     assert len(written.splitlines()) == 8
@@ -83,3 +83,21 @@ def test_the_figure_is_drawn_and_unknown_commands_are_told(report, results, tmp_
     assert report["main"](["figure", str(results), str(tmp_path / "f.png")]) == 0
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     assert report["main"](["nothing", "a", "b"]) == 2
+
+
+def test_cells_of_several_files_are_told_apart_by_their_labels(report, results, tmp_path, capsys):
+    other = ResultStore(tmp_path / "other" / "results.jsonl")
+    method = {"router": "phatgoose", "k": 2, "affinity": "standardised", "pool": ["c", "d"]}
+    for task in ("t1", "t2"):
+        add(other, method, task, [1, 1, 1, 1])
+    cells = tmp_path / "cells.jsonl"
+    report["main"](["cells", str(cells), str(results), f"400 gate steps={other.path}"])
+    report["main"](["variants", str(cells), str(tmp_path / "cells.md")])
+    told = (tmp_path / "cells.md").read_text()
+    row = next(r for r in told.splitlines() if r.startswith("| PHATGOOSE, 400 gate steps | 100.0"))
+    assert "+50.0 [" in row
+
+
+def test_pools_of_several_sizes_are_drawn(report, results, tmp_path, capsys):
+    assert report["main"](["sizes", str(results), str(tmp_path / "sizes.png")]) == 0
+    assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")

@@ -32,6 +32,11 @@ compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
   $phatgoose compare "$@" --suites "$suites" --limit "$limit" --seed 0 --methods "$rows" \
     --out "$out/$to" "${engine[@]}"
 }
+draw() {  # SEED SIZE POOL: the names of so many experts
+  python -c 'import os, random, sys
+seed, size, pool = sys.argv[1:]
+print(*sorted(random.Random(int(seed)).sample(sorted(os.listdir(pool)), int(size))))' "$@"
+}
 references() {
   local name
   for name in multitask joint; do
@@ -81,7 +86,7 @@ pool-sizes)
   compare pool-sizes 100 $development $rows "$out/pool-a"
   for size in 4 8 16; do
     for seed in 1 2 3; do
-      experts=$(ls "$out/pool-a" | shuf --random-source=<(yes $seed) -n $size | sort)
+      experts=$(draw $seed $size "$out/pool-a")
       compare pool-sizes 100 $development $rows $(printf "$out/pool-a/%s " $experts)
     done
   done ;;

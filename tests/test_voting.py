@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import assert_same_logits, logits_of
-from phatgoose.config import Routing
+from phatgoose.config import Formatting, Routing
 from phatgoose.errors import PoolError, RoutingError
 from phatgoose.evaluation import evaluate
 from phatgoose.growing import remove_experts
@@ -67,6 +67,29 @@ def test_the_vote_is_the_mean_over_tokens_and_sites(base, pool):
         found.double(), torch.tensor(expected).double(), atol=1e-3, rtol=1e-3
     )
     assert len(set(found.argmax(-1).tolist())) > 1  # or nothing is tested below
+
+
+@both_streams
+def test_inputs_are_read_as_the_evaluation_reads_them(base, pool):
+    cut = Formatting(max_input_tokens=3)
+    model = compose(pool, base, router="phatgoose-input")
+    lookup = composition_of(model).lookup
+    tokens = [base.tokenizer(p, truncation=True, max_length=3)["input_ids"] for p in PROMPTS]
+    expected = lookup.of_tokens(tokens)
+    assert not torch.allclose(lookup.means(PROMPTS, cut), lookup.means(PROMPTS))
+    assert torch.equal(lookup.find(CHOOSING.test, cut), expected)
+    (score,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer, formatting=cut).scores
+    detach(model)
+    for place, owner in enumerate(expected.tolist()):
+        model = compose(pool, base, router="single", expert=pool.names[owner])
+        (alone,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer, formatting=cut).scores
+        detach(model)
+        torch.testing.assert_close(
+            torch.tensor(score.predictions[place].scores),
+            torch.tensor(alone.predictions[place].scores),
+            atol=1e-4,
+            rtol=1e-4,
+        )
 
 
 @both_streams

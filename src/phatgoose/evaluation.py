@@ -129,7 +129,7 @@ def evaluate(
     for task in [tasks] if isinstance(tasks, Task) else tasks:
         examples = task.evaluation_examples(limit, seed)
         metrics = metrics_of(task, examples)
-        with serving(model, task.name, examples) as before_pass:
+        with serving(model, task.name, examples, formatting) as before_pass:
             shared = (model, examples, encoder, token_budget, task.name, before_pass)
             if metrics == (CHOSEN,):
                 answers = ranked_answers(*shared)

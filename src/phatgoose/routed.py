@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bases import Base, BaseReference, fingerprint, load_base, quantisation
-from .config import Routing
+from .config import Formatting, Routing
 from .errors import RoutingError, WrongBaseError
 from .kernels import check_kernel
 from .kernels.mixed import mixed_factors
@@ -297,13 +297,17 @@ def watch(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
 
 @contextmanager
 def serving(
-    model: PreTrainedModel, task: str, examples: Sequence[Example]
+    model: PreTrainedModel,
+    task: str,
+    examples: Sequence[Example],
+    formatting: Formatting | None = None,
 ) -> Iterator[Callable[[Sequence[int]], None]]:
     """A function to call before each pass through `model` with the rows' indices in `examples`.
 
-    It is what routers need that go by whole inputs (retrieval) or tasks (oracle, by the name
-    `task`), and makes random ones start anew. Does nothing to other models, routed or not. Raises
-    RoutingError when router oracle has no score of `task`.
+    It is what routers need that go by whole inputs (retrieval; phatgoose-input, which reads them as
+    `formatting` has it) or tasks (oracle, by the name `task`), and makes random ones start anew.
+    Does nothing to other models, routed or not. Raises RoutingError when router oracle has no score
+    of `task`.
     """
     parts = getattr(model, ROUTED, None)
     lookup = parts.lookup if parts is not None else None
@@ -314,7 +318,7 @@ def serving(
         yield lambda _: None
         return
     lookup.begin_task(task)
-    experts = lookup.find(examples)
+    experts = lookup.find(examples, formatting)
     try:
         yield lambda rows: lookup.serve(experts[list(rows)])
     finally:

@@ -252,7 +252,7 @@ def _traces(
 ) -> list[Trace]:
     chosen = task.evaluation_examples(protocol.limit, protocol.seed)[: protocol.examples]
     traces = []
-    with serving(model, task.name, chosen) as before_pass:
+    with serving(model, task.name, chosen, protocol.formatting) as before_pass:
         for index, example in enumerate(chosen):
             before_pass([index])
             traces.append(trace(model, encoder, example.input, example.target))

@@ -58,7 +58,7 @@ def read_examples(
     is not routed, or has router oracle and no score of `task`.
     """
     pairs = [encoder.pair(example.input, example.target) for example in examples]
-    with serving(model, task, examples) as before_pass:
+    with serving(model, task, examples, encoder.formatting) as before_pass:
         bar = tqdm(total=len(pairs), desc=f"routing of {task}", disable=None, leave=False)
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)

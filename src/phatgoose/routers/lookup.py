@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config import Formatting
 from ..embeddings import embed_texts, retrieval_text
 from ..errors import RoutingError
 from ..tasks import Example
@@ -37,8 +38,12 @@ class Lookup:
     def begin_task(self, name: str) -> None:
         """The examples to come belong to the task called `name`."""
 
-    def find(self, examples: Sequence[Example]) -> Tensor:
-        """The expert of each of `examples`, indices in the pool, int64 [examples]."""
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
+        """The expert of each of `examples`, indices in the pool, int64 [examples].
+
+        `formatting` is how the model is given them (None: the default), for lookups that read
+        tokens.
+        """
         raise NotImplementedError
 
     def serve(self, experts: Tensor | None) -> None:
@@ -70,7 +75,7 @@ class TaskTable(Lookup):
             )
         self.rows = torch.tensor([self.experts[name]])
 
-    def find(self, examples: Sequence[Example]) -> Tensor:
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
         """The expert of the present task, for each of `examples`."""
         if self.rows is None:
             raise RoutingError(self.unknown)
@@ -93,6 +98,10 @@ class PromptReader(Lookup):
         """The expert of each prompt, int64 [texts]."""
         raise NotImplementedError
 
+    def of_tokens(self, prompts: Sequence[list[int]]) -> Tensor:
+        """The same of prompts given by their tokens; special ones are no part of the text."""
+        return self.of_prompts(self.tokenizer.batch_decode(prompts, skip_special_tokens=True))
+
     def serve(self, experts: Tensor | None) -> None:
         """Use `experts` for the rows to come; None goes back to reading prompts."""
         self.rows, self._announced = experts, experts is not None
@@ -108,7 +117,7 @@ class PromptReader(Lookup):
             if ids is None:
                 raise RoutingError(f"Router {self.name} reads the input's tokens; pass input_ids.")
             if not self._grew(ids):
-                self.rows = self.of_prompts(self._texts(ids, kwargs.get("attention_mask")))
+                self.rows = self.of_tokens(_real_tokens(ids, kwargs.get("attention_mask")))
                 self._prompt = ids.cpu()
             self._length = ids.shape[1]
 
@@ -125,12 +134,6 @@ class PromptReader(Lookup):
         prompt = self._prompt
         grew = self.rows is not None and ids.shape == (len(prompt), self._length + 1)
         return grew and torch.equal(ids[:, : prompt.shape[1]].cpu(), prompt)
-
-    def _texts(self, ids: Tensor, mask: Tensor | None) -> list[str]:
-        real = torch.ones_like(ids).bool() if mask is None or mask.dim() != 2 else mask.bool()
-        tokens = [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
-        prompts: list[str] = self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        return prompts
 
 
 class Retriever(PromptReader):
@@ -161,11 +164,17 @@ class Retriever(PromptReader):
         """The expert of each prompt, whose answer choices nobody knows, int64 [texts]."""
         return self.nearest([retrieval_text(text, ()) for text in texts])
 
-    def find(self, examples: Sequence[Example]) -> Tensor:
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
         """The expert of each example; its answer choices are a part of the query."""
         return self.nearest(
             [retrieval_text(example.input, example.choices) for example in examples]
         )
+
+
+def _real_tokens(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
+    """The tokens of each row of `ids` without its padding."""
+    real = torch.ones_like(ids).bool() if mask is None or mask.dim() != 2 else mask.bool()
+    return [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
 
 
 def _continues(arguments: Mapping[str, Any]) -> bool:

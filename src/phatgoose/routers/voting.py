@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..encoding import Encoder
+from ..config import Formatting
+from ..encoding import Encoder, batches_of_tokens, pad_right
 from ..errors import RoutingError
 from ..pool import Pool
 from ..tasks import Example
@@ -24,6 +25,7 @@ from .lookup import NOBODY, PromptReader
 
 __all__ = ["GateVote", "Votes"]
 
+BATCH_TOKENS = 1024  # of a pass that reads prompts, padding included: little padding, few passes
 Votes = Mapping[str, tuple[Tensor, Tensor]]  # by site: vectors [E, n + 1], experts [E] (indices)
 
 
@@ -62,57 +64,93 @@ class GateVote(PromptReader):
         self._model = model
         super().attach(model)
 
-    def find(self, examples: Sequence[Example]) -> Tensor:
-        """The expert of each example; its answer choices play no part."""
-        return self.of_prompts([example.input for example in examples])
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
+        """The expert of each example, read as `formatting` has it; answer choices play no part."""
+        return self.means([example.input for example in examples], formatting).argmax(dim=-1)
 
     def of_prompts(self, texts: Sequence[str]) -> Tensor:
         """The expert of each prompt, int64 [texts]. Raises RoutingError when not attached."""
         return self.means(texts).argmax(dim=-1)
 
-    @torch.no_grad()
-    def means(self, texts: Sequence[str]) -> Tensor:
+    def of_tokens(self, prompts: Sequence[list[int]]) -> Tensor:
+        """The same of prompts given by their tokens, special ones included."""
+        return self._means_of(prompts).argmax(dim=-1)
+
+    def means(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
         """The mean affinity of each prompt and expert, float32 [texts, pool_size]."""
-        model = self._model
-        if model is None:
+        seq2seq = bool(self._attached.config.is_encoder_decoder)
+        encoder = Encoder(self.tokenizer, is_encoder_decoder=seq2seq, formatting=formatting)
+        return self._means_of([encoder.prompt(text) for text in texts])
+
+    @property
+    def _attached(self) -> PreTrainedModel:
+        if self._model is None:
             raise RoutingError(f"Router {self.name} reads prompts with a model; compose one.")
-        seq2seq = bool(model.config.is_encoder_decoder)
-        stack = model.get_encoder() if seq2seq else model.base_model
-        encoder = Encoder(self.tokenizer, is_encoder_decoder=seq2seq)
-        found = []
-        for text in texts:
-            ids = torch.tensor([encoder.prompt(text)], device=model.device)
-            with self._polled(model) as (sums, counts):
-                stack(input_ids=ids, attention_mask=torch.ones_like(ids))
-            found.append(sums / counts.clamp(min=1))
-        return torch.stack(found) if found else torch.empty(0, self.pool_size)
+        return self._model
+
+    @torch.no_grad()
+    def _means_of(self, prompts: Sequence[list[int]]) -> Tensor:
+        """The mean affinity of each prompt, given by its tokens, and expert."""
+        model = self._attached
+        stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        found = torch.empty(len(prompts), self.pool_size)
+        with self._polled(model) as poll:
+            for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
+                ids = pad_right([prompts[row] for row in rows], 0)
+                mask = pad_right([[1] * len(prompts[row]) for row in rows], 0)
+                poll.begin(mask.to(model.device))
+                stack(input_ids=ids.to(model.device), attention_mask=poll.mask)
+                found[rows] = poll.means()
+        return found
 
     @contextmanager
-    def _polled(self, model: PreTrainedModel) -> Iterator[tuple[Tensor, Tensor]]:
-        """(sums over sites, their number) by expert, [pool_size] each, of the pass inside."""
-        sums, counts = torch.zeros(self.pool_size), torch.zeros(self.pool_size)
-
-        def poll(site: str, u: Tensor) -> None:
-            router, (_, experts) = self._routers[site].to(u.device), self.votes[site]
-            mean = router.affinities(u.reshape(-1, u.shape[-1])).mean(dim=0).cpu()
-            sums[experts.cpu()] += mean
-            counts[experts.cpu()] += 1
+    def _polled(self, model: PreTrainedModel) -> Iterator[_Poll]:
+        """A poll that hears every pass inside; nobody serves them, and no watcher sees them."""
+        poll = _Poll(self._routers, self.votes, self.pool_size)
 
         def listen(site: str, layer: nn.Module) -> Any:
-            return layer.register_forward_pre_hook(lambda _, args: poll(site, args[0]))
+            return layer.register_forward_pre_hook(lambda _, args: poll.add(site, args[0]))
 
         rows, announced = self.rows, self._announced
         self.serve(torch.tensor([NOBODY]))
         layers: Mapping[str, Any] = {site: model.get_submodule(site) for site in self.votes}
         watchers = {site: layer.watcher for site, layer in layers.items()}
         for layer in layers.values():
-            layer.watcher = None  # nobody's pass is nobody's routing
+            layer.watcher = None
         handles = [listen(site, layer) for site, layer in layers.items()]
         try:
-            yield sums, counts
+            yield poll
         finally:
             for handle in handles:
                 handle.remove()
             for site, watcher in watchers.items():
                 layers[site].watcher = watcher
             self.rows, self._announced = rows, announced
+
+
+class _Poll:
+    """The affinities of a batch of texts, averaged over tokens and sites."""
+
+    mask: Tensor
+
+    def __init__(self, routers: Mapping[str, CentredRouter], votes: Votes, pool_size: int) -> None:
+        self._routers, self._votes, self._pool_size = routers, votes, pool_size
+
+    def begin(self, mask: Tensor) -> None:
+        """A batch comes whose tokens are where `mask` [texts, columns] is 1."""
+        self.mask = mask
+        self._shares = (mask / mask.sum(dim=1, keepdim=True)).float()
+        self._sums = torch.zeros(len(mask), self._pool_size)
+        self._sites = torch.zeros(self._pool_size)
+
+    def add(self, site: str, u: Tensor) -> None:
+        """At each site: the activations [texts, columns, n]."""
+        experts = self._votes[site][1].cpu()
+        tokens = self._routers[site].to(u.device).affinities(u.reshape(-1, u.shape[-1]))
+        rows = tokens.view(*self._shares.shape, -1)
+        self._sums[:, experts] += torch.einsum("tc,tce->te", self._shares, rows).cpu()
+        self._sites[experts] += 1
+
+    def means(self) -> Tensor:
+        """The mean of each text and expert [texts, pool_size], 0 for experts that act nowhere."""
+        return self._sums / self._sites.clamp(min=1)

@@ -98,17 +98,12 @@ class Runner:
         return found
 
     def serve_lookup(self, rows: Sequence[Row]) -> None:
-        """Tell a router that looks whole inputs up which expert each of `rows` has.
-
-        It reads the prompt without special tokens, as it does in `generate`.
-        """
+        """Tell a router that looks whole inputs up which expert each of `rows` has."""
         if not isinstance(self._lookup, PromptReader):
             return
         new = [row for row in rows if row.expert is None]
         if new:
-            prompts = [list(row.prompt) for row in new]
-            texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-            found = self._lookup.of_prompts(texts)
+            found = self._lookup.of_tokens([list(row.prompt) for row in new])
             for row, expert in zip(new, found.tolist(), strict=True):
                 row.expert = expert
         self._lookup.serve(torch.tensor([row.expert for row in rows]))

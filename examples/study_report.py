@@ -30,6 +30,7 @@ from phatgoose.results import ResultStore
 from phatgoose.tables import Summary
 
 Model = str
+Pool = tuple[str, ...]
 Scores = dict[Model, dict[str, "Cell"]]  # by model and dataset
 KEPT = ("metric", "metrics", "score", "n", "low", "high", "seconds")
 REFERENCE = METHODS["phatgoose"]
@@ -61,31 +62,48 @@ def write_cells(out: Path, *sources: Path) -> None:
 
 
 def read_cells(path: Path) -> Scores:
-    """The cells of the newest code at `path`; single experts go by the start of their hash."""
+    """The cells of the newest code at `path`; single experts go by the start of their hash.
+
+    Pools smaller than the largest are numbered, those of each router and size in their order.
+    """
     scores: Scores = defaultdict(dict)
-    largest = max(len(key["method"].get("pool", ())) for key, _ in ResultStore(path).items())
+    pools: dict[tuple[str, int], list[Pool]] = defaultdict(list)
+    for key, _ in ResultStore(path).items():
+        router, pool = _routed(key["method"])
+        if pool not in pools[router, len(pool)]:
+            pools[router, len(pool)].append(pool)
+    largest = max(size for _, size in pools)
     for key, result in ResultStore(path).items():
         cell = Cell(Sample.of(result["metrics"], result["marks"]), result["low"], result["high"])
-        model = _label(key["method"], largest)
-        scores[f"{model}, {result['of']}" if "of" in result else model][key["task"]] = cell
+        router, pool = _routed(key["method"])
+        parts = [_label(key["method"])]
+        if router not in ("", "single") and len(pool) < largest:
+            draw = pools[router, len(pool)].index(pool) + 1
+            parts.append(f"{len(pool)} experts (draw {draw})")
+        if "of" in result:
+            parts.append(result["of"])
+        scores[", ".join(parts)][key["task"]] = cell
     return scores
 
 
-def _label(method: Mapping[str, Any], largest: int) -> Model:
+def _routed(method: Mapping[str, Any]) -> tuple[str, Pool]:
+    """(the router's name, the experts' hashes), both empty where nothing is routed."""
+    return method.get("router") or "", tuple(method.get("pool", ()))
+
+
+def _label(method: Mapping[str, Any]) -> Model:
     """What to call a row: its method, and whatever is not as usual."""
-    router = method.get("router")
-    if router is None:
+    router, pool = _routed(method)
+    if not router:
         return METHODS["base"] if method.get("model") == "base" else f"other {method}"
     if router == "single":
-        return f"expert {method['pool'][0][:6]}"
+        return f"expert {pool[0][:6]}"
     usual = Routing()
     changed = [
         f"{name.replace('_', ' ')} {method[name]}"
         for name in ("k", "affinity", "router_temperature", "arrow", "eps")
         if name in method and method[name] != getattr(usual, name)
     ]
-    if len(method["pool"]) < largest:
-        changed.append(f"{len(method['pool'])} experts ({'-'.join(method['pool'])[:4]})")
     return ", ".join([METHODS[router], *changed])
 
 

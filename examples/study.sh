@@ -116,8 +116,9 @@ report)
   for name in cross t0ho bigbench changes confirm pool-sizes gate-steps cross-b bigbench-b; do
     found=()
     if [ -f "$out/$name/results.jsonl" ]; then found=("$out/$name/results.jsonl"); fi
-    for results in "$out/$name"-[0-9]*/results.jsonl; do
-      if [ -f "$results" ]; then found+=("${results//[!0-9]/} gate steps=$results"); fi
+    for steps in 25 100 400; do  # cells of pools that differ by their gates alone
+      results=$out/$name-$steps/results.jsonl
+      if [ -f "$results" ]; then found+=("$steps gate steps=$results"); fi
     done
     if [ ${#found[@]} = 0 ]; then continue; fi
     python examples/study_report.py cells "docs/study/$name.jsonl" "${found[@]}"

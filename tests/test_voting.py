@@ -57,6 +57,20 @@ def vote(base, pool: Pool, text: str) -> list[float]:
     return means
 
 
+def assert_as_alone(base, pool: Pool, owners, routed, formatting=None) -> None:
+    """The scores of `routed` on CHOOSING are those of each example's owner alone."""
+    for place, owner in enumerate(owners):
+        model = compose(pool, base, router="single", expert=pool.names[owner])
+        (alone,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer, formatting=formatting).scores
+        detach(model)
+        torch.testing.assert_close(
+            torch.tensor(routed.predictions[place].scores),
+            torch.tensor(alone.predictions[place].scores),
+            atol=1e-4,
+            rtol=1e-4,
+        )
+
+
 @both_streams
 def test_the_vote_is_the_mean_over_tokens_and_sites(base, pool):
     expected = [vote(base, pool, text) for text in PROMPTS]
@@ -80,16 +94,7 @@ def test_inputs_are_read_as_the_evaluation_reads_them(base, pool):
     assert torch.equal(lookup.find(CHOOSING.test, cut), expected)
     (score,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer, formatting=cut).scores
     detach(model)
-    for place, owner in enumerate(expected.tolist()):
-        model = compose(pool, base, router="single", expert=pool.names[owner])
-        (alone,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer, formatting=cut).scores
-        detach(model)
-        torch.testing.assert_close(
-            torch.tensor(score.predictions[place].scores),
-            torch.tensor(alone.predictions[place].scores),
-            atol=1e-4,
-            rtol=1e-4,
-        )
+    assert_as_alone(base, pool, expected.tolist(), score, cut)
 
 
 @both_streams
@@ -98,16 +103,7 @@ def test_each_input_gets_what_its_expert_alone_would_give(base, pool):
     owners = composition_of(model).lookup.of_prompts(PROMPTS).tolist()
     (routed,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer).scores
     detach(model)
-    for place, owner in enumerate(owners):
-        model = compose(pool, base, router="single", expert=pool.names[owner])
-        (alone,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer).scores
-        detach(model)
-        torch.testing.assert_close(
-            torch.tensor(routed.predictions[place].scores),
-            torch.tensor(alone.predictions[place].scores),
-            atol=1e-4,
-            rtol=1e-4,
-        )
+    assert_as_alone(base, pool, owners, routed)
 
 
 @both_streams

@@ -97,9 +97,9 @@ class GateVote(PromptReader):
         with self._polled(model) as poll:
             for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
                 ids = pad_right([prompts[row] for row in rows], 0)
-                mask = pad_right([[1] * len(prompts[row]) for row in rows], 0)
-                poll.begin(mask.to(model.device))
-                stack(input_ids=ids.to(model.device), attention_mask=poll.mask)
+                mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(model.device)
+                poll.begin(mask)
+                stack(input_ids=ids.to(model.device), attention_mask=mask)
                 found[rows] = poll.means()
         return found
 
@@ -131,14 +131,11 @@ class GateVote(PromptReader):
 class _Poll:
     """The affinities of a batch of texts, averaged over tokens and sites."""
 
-    mask: Tensor
-
     def __init__(self, routers: Mapping[str, CentredRouter], votes: Votes, pool_size: int) -> None:
         self._routers, self._votes, self._pool_size = routers, votes, pool_size
 
     def begin(self, mask: Tensor) -> None:
         """A batch comes whose tokens are where `mask` [texts, columns] is 1."""
-        self.mask = mask
         self._shares = (mask / mask.sum(dim=1, keepdim=True)).float()
         self._sums = torch.zeros(len(mask), self._pool_size)
         self._sites = torch.zeros(self._pool_size)

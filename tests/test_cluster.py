@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 from tqdm import tqdm
@@ -162,6 +163,12 @@ def begun(out: Path) -> int:
     return len({path.parts[-4] for path in out.glob(f".*.work/*/checkpoint-*/{COMPLETE}")})
 
 
+def processes_of(machine: Any) -> list[psutil.Process]:
+    """What runs on one machine of the cluster, its raylet aside."""
+    (raylet,) = machine.all_processes["raylet"]
+    return psutil.Process(raylet.process.pid).children(recursive=True)
+
+
 def scores_of(comparison: Any) -> Any:
     return {
         row: {task: (r.low, r.high, r.sample.score) for task, r in results.items()}
@@ -182,11 +189,17 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
         str(base_folders["llama"]), jobs, out=str(far), engine=engine, **settings
     )
 
-    # The machine with the GPU holds one of three workers. It goes when all three are in the middle.
+    # The machine with the GPU holds one of three workers. It goes when all three are in the middle,
+    # and everything on it at once: a worker may not finish its job before it misses its machine.
     def pull_the_plug() -> None:
         while begun(far) < 3:
             time.sleep(0.02)
+        workers = processes_of(cluster.second)
+        for worker in workers:
+            worker.send_signal(signal.SIGSTOP)
         cluster.remove_node(cluster.second, allow_graceful=False)
+        for worker in workers:
+            worker.send_signal(signal.SIGKILL)
 
     plug = threading.Thread(target=pull_the_plug)
     plug.start()

@@ -109,10 +109,11 @@ def test_the_scatter_names_datasets_and_tells_the_correlation():
     assert "no correlation" in few.axes[0].get_title()
 
 
-def test_pool_size_curves_go_through_the_means():
+def test_pool_size_curves_go_through_the_means_and_their_ticks_are_the_sizes():
     curve = PoolSizeCurve("Arrow", ("x",), {2: (0.3, 0.5), 8: (0.6,)})
     panel = pool_size_figure([curve]).axes[0]
     assert panel.lines[0].get_xdata().tolist() == [2, 8]
+    assert panel.get_xticks().tolist() == [2, 8]
     np.testing.assert_allclose(panel.lines[0].get_ydata(), [40, 60])
 
 

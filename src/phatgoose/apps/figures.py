@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from ..analysis import Place, RoutingProfile
@@ -255,7 +255,8 @@ def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
         for size in sizes:
             pools = [100 * score for score in curve.scores[size]]
             panel.plot([size] * len(pools), pools, marker, color=colour, alpha=0.35, markersize=4)
-    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    every_size = sorted({size for curve in curves for size in curve.scores})
+    panel.xaxis.set_major_locator(FixedLocator(every_size, nbins=10))
     panel.set_xlabel("experts in the pool")
     panel.set_ylabel("mean score in %")
     figure.legend(loc="outside right upper", fontsize=8)

@@ -109,7 +109,11 @@ bigbench-b) compare bigbench-b 50 "$(suite bbh bbl)" $zero_shot "$out/pool-a" "$
 analysis)  # the report quotes texts of ../shared/data: don't publish it
   $phatgoose analyse "$out/pool-a" --suite recipes/suites/study-cross-a.toml --limit 100 \
     --against phatgoose-input,average-activation --scores "$out/cross/comparison.json" \
-    --out "$out/analysis" ;;
+    --out "$out/analysis"
+  # Figure 3 of the paper for the two datasets where PHATGOOSE comes nearest to Oracle
+  $phatgoose analyse "$out/pool-a" --task $data/sst5.jsonl --task $data/sentiment140.jsonl \
+    --limit 100 --no-score --examples 0 --scores "$out/cross/comparison.json" \
+    --out "$out/heat-maps" ;;
 report)
   mkdir -p docs/study
   told() { python examples/study_report.py "$1" "docs/study/$2.jsonl" "docs/study/$2.$3"; }

@@ -23,6 +23,7 @@ from phatgoose.encoding import Encoder
 from phatgoose.errors import ConfigError, EvaluationError, RoutingError, TaskError
 from phatgoose.expert import Expert
 from phatgoose.pool import Pool
+from phatgoose.recording import SitePass
 from phatgoose.routed import compose, record
 from phatgoose.sites import Site
 from phatgoose.storage import save
@@ -115,7 +116,8 @@ def test_routers_without_a_choice_in_common_have_no_agreement(tmp_path):
     for name, weights in (("one", torch.tensor([[0.0]])), ("other", torch.tensor([[1.0]]))):
         files = DecisionFiles(tmp_path / name, torch.tensor([1]))
         files.begin_pass({})
-        files.add(site, torch.tensor([[0]]), weights, None, (1, 1), None)
+        experts = torch.tensor([[0]])
+        files.add(SitePass(site, experts, weights, None, (1, 1), lambda w=weights: w))
         files.end_pass()
     assert agreement(tmp_path / "one", tmp_path / "other", 2) is None
     same = agreement(tmp_path / "other", tmp_path / "other", 2)

@@ -45,10 +45,11 @@ def by_hand(model, base, pair):
     prompt, answer = pair.prompt, pair.target[:-1]
     distributions = {}
 
-    def see(site, experts, weights, real, grid, distribution):
-        dense = torch.zeros(len(weights), 4)
-        dense[:, composition_of(model).layers[site.name].experts] = distribution()
-        distributions[site.name] = dense
+    def see(passed):
+        dense = torch.zeros(len(passed.weights), 4)
+        site = passed.site.name
+        dense[:, composition_of(model).layers[site].experts] = passed.distribution()
+        distributions[site] = dense
 
     inputs = {"input_ids": torch.tensor([prompt + answer])}
     parts = {"decoder": [0] * len(prompt) + [1] * len(answer)}
@@ -118,8 +119,8 @@ def test_the_distribution_before_top_k_is_the_softmax_over_all(base, pool):
     for site, layer in composition_of(model).layers.items():
         layer.register_forward_pre_hook(lambda _, args, site=site: inputs.update({site: args[0]}))
 
-    def see(site, experts, weights, real, grid, distribution):
-        got[site.name] = distribution()
+    def see(passed):
+        got[passed.site.name] = passed.distribution()
 
     ids = make_ids()
     extra = {"decoder_input_ids": ids} if base.is_encoder_decoder else {}

@@ -130,7 +130,7 @@ def test_padding_of_the_batch_is_masked_again_after_the_vote(llama, llama_pool):
     mask = torch.cat([pads, torch.ones_like(ids)], dim=1)
     seen = []
     layer = next(iter(composition_of(model).layers.values()))
-    layer.watcher = lambda site, experts, weights, real, shape, all_: seen.append(real)
+    layer.watcher = lambda passed: seen.append(passed.real)
     logits_of(model, padded, attention_mask=mask)
     detach(model)
     (real,) = seen  # the vote's own passes are not watched

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .errors import RoutingError
 from .kernels import Kernel, choose_kernel
 from .kernels.native import add_routed, runs_natively
-from .recording import Watcher
+from .recording import SitePass, Watcher
 from .routers.decision import RoutingDecision
 from .sites import Site, TokenMasks, WrappedLinear
 from .stacks import LoraStack, SiteStack
@@ -70,12 +70,14 @@ class ChoosingLayer(RoutedLayer):
             weights = weights * real.reshape(-1, 1)
         if self.watcher is not None:
             self.watcher(
-                self.site,
-                self.experts[decision.experts],
-                weights,
-                real,
-                u.shape[:-1],
-                lambda: self.router.distribution(tokens),  # type: ignore[operator]
+                SitePass(
+                    self.site,
+                    self.experts[decision.experts],
+                    weights,
+                    real,
+                    u.shape[:-1],
+                    lambda: self.router.distribution(tokens),  # type: ignore[operator]
+                )
             )
         return RoutingDecision(decision.experts, weights)
 
@@ -174,7 +176,8 @@ class FoldedLinear(RoutedLayer):
             experts = self.experts.expand(u[..., 0].numel(), -1)
             equal = torch.full(experts.shape, self.weight_of_each, device=u.device)
             weights = equal if real is None else equal * real.reshape(-1, 1)
-            self.watcher(self.site, experts, weights, real, u.shape[:-1], lambda: equal)
+            grid = u.shape[:-1]
+            self.watcher(SitePass(self.site, experts, weights, real, grid, lambda: equal))
         return functional.linear(u, self.folded, self.bias)
 
 

@@ -13,13 +13,39 @@ from torch import Tensor
 
 from .sites import Site, Stream
 
-__all__ = ["Recording", "Watcher"]
+__all__ = ["Recording", "SitePass", "Watcher"]
 
-# (site, experts [T, k], weights [T, k], mask of real tokens or None, shape of the token grid, what
-# gives the probabilities [T, E] of the site's experts before top-k)
-Watcher = Callable[
-    [Site, Tensor, Tensor, "Tensor | None", Sequence[int], Callable[[], Tensor]], None
-]
+
+@dataclass(frozen=True)
+class SitePass:
+    """T tokens that passed one routed site, and what was decided about them.
+
+    `experts` [T, k] are indices into the pool, `weights` [T, k] theirs, 0 for padding. `grid` is
+    the shape that the tokens came in, mostly (rows, tokens), and `real` the mask of real tokens in
+    that shape, None when all are. `distribution()` gives the probabilities before top-k of the
+    experts that act at the site, [T, E].
+    """
+
+    site: Site
+    experts: Tensor
+    weights: Tensor
+    real: Tensor | None
+    grid: Sequence[int]
+    distribution: Callable[[], Tensor]
+
+    def dense_weights(self, pool_size: int) -> Tensor:
+        """The weight of every expert of the pool, float32 [T, pool_size], 0 if not chosen."""
+        none = torch.zeros(len(self.experts), pool_size)
+        return none.scatter_add_(1, self.experts.cpu(), self.weights.detach().float().cpu())
+
+    def is_real(self) -> Tensor:
+        """The mask of real tokens, bool, in the shape of `grid`."""
+        if self.real is None:
+            return torch.ones(tuple(self.grid), dtype=torch.bool)
+        return self.real.cpu().bool()
+
+
+Watcher = Callable[[SitePass], None]
 
 
 @dataclass
@@ -35,22 +61,12 @@ class Recording:
     real: dict[str, list[Tensor]] = field(default_factory=dict)
     streams: dict[str, Stream] = field(default_factory=dict)
 
-    def add(
-        self,
-        site: Site,
-        experts: Tensor,
-        weights: Tensor,
-        real: Tensor | None,
-        grid: Sequence[int],
-        _: Callable[[], Tensor],
-    ) -> None:
+    def add(self, passed: SitePass) -> None:
         """Take in one pass through one site."""
-        dense = torch.zeros(len(experts), len(self.experts))
-        dense.scatter_add_(1, experts.cpu(), weights.detach().float().cpu())
-        mask = torch.ones(tuple(grid), dtype=torch.bool) if real is None else real.cpu()
+        site, dense = passed.site, passed.dense_weights(len(self.experts))
         self.streams[site.name] = site.stream
-        self.weights.setdefault(site.name, []).append(dense.view(*grid, -1))
-        self.real.setdefault(site.name, []).append(mask)
+        self.weights.setdefault(site.name, []).append(dense.view(*passed.grid, -1))
+        self.real.setdefault(site.name, []).append(passed.is_real())
 
     def usage(self) -> dict[str, Tensor]:
         """Mean weight of each expert over all real tokens, [E] by site (METHOD section 7)."""

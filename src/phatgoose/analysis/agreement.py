@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..sites import Site, Stream
+from ..recording import SitePass
+from ..sites import Stream
 
 __all__ = ["Agreement", "DecisionFiles", "agreement"]
 
@@ -42,20 +43,12 @@ class DecisionFiles:
         """All tokens are kept alike."""
         self._tensors = {}
 
-    def add(
-        self,
-        site: Site,
-        experts: Tensor,
-        weights: Tensor,
-        real: Tensor | None,
-        grid: Sequence[int],
-        distribution: Callable[[], Tensor],
-    ) -> None:
+    def add(self, passed: SitePass) -> None:
         """Keep the decisions about real tokens."""
-        keep = torch.ones(len(experts)).bool() if real is None else real.cpu().flatten().bool()
-        chosen = self._pool_index[experts.cpu()[keep]]
-        self._tensors[f"experts.{site.name}"] = chosen.to(torch.int16).contiguous()
-        self._tensors[f"weights.{site.name}"] = weights.cpu()[keep].half().contiguous()
+        keep, site = passed.is_real().flatten(), passed.site.name
+        chosen = self._pool_index[passed.experts.cpu()[keep]]
+        self._tensors[f"experts.{site}"] = chosen.to(torch.int16).contiguous()
+        self._tensors[f"weights.{site}"] = passed.weights.cpu()[keep].half().contiguous()
 
     def end_pass(self) -> None:
         """Write the pass."""

@@ -6,8 +6,8 @@ All routers read the same tokens that way, so that their decisions can be compar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..encoding import Encoder, TokenPair, batches_of_tokens, pad_right
+from ..recording import SitePass
 from ..routed import serving, watch
-from ..sites import Site, Stream
+from ..sites import Stream
 from ..tasks import Example
 
 __all__ = ["Observer", "pass_through", "read_examples"]
@@ -28,15 +29,7 @@ class Observer(Protocol):
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
         """Before each pass: 0 for a prompt's token, 1 for an answer's, [rows, tokens] by stream."""
 
-    def add(
-        self,
-        site: Site,
-        experts: Tensor,
-        weights: Tensor,
-        real: Tensor | None,
-        grid: Sequence[int],
-        distribution: Callable[[], Tensor],
-    ) -> None:
+    def add(self, passed: SitePass) -> None:
         """At each site: a `recording.Watcher`."""
 
     def end_pass(self) -> None:
@@ -79,9 +72,9 @@ def pass_through(
     for observer in observers:
         observer.begin_pass(parts)
 
-    def tell(*decision: Any) -> None:
+    def tell(passed: SitePass) -> None:
         for observer in observers:
-            observer.add(*decision)
+            observer.add(passed)
 
     with watch(model, tell), torch.inference_mode():
         # A causal model's logits are not wanted; a whole vocabulary of them is most of the work.

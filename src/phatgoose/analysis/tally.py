@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..sites import Site, Stream
+from ..recording import SitePass
+from ..sites import Stream
 from .places import Place, place_of
 
 __all__ = ["MEASURES", "PARTS", "Measure", "Part", "RoutingProfile", "RoutingTally"]
@@ -147,21 +148,12 @@ class RoutingTally:
     def end_pass(self) -> None:
         """Nothing is left to do after a pass."""
 
-    def add(
-        self,
-        site: Site,
-        experts: Tensor,
-        weights: Tensor,
-        real: Tensor | None,
-        grid: Sequence[int],
-        distribution: Callable[[], Tensor],
-    ) -> None:
+    def add(self, passed: SitePass) -> None:
         """Take in one pass through one site."""
-        groups = self._groups(site.stream, real, grid)  # [2, T]
-        dense = torch.zeros(groups.shape[1], len(self.experts))
-        used = dense.scatter_add(1, experts.cpu(), weights.detach().float().cpu())
-        probabilities = dense.index_copy(
-            1, self._present[site.name], distribution().detach().float().cpu()
+        site, groups = passed.site.name, self._groups(passed)  # [2, T]
+        used = passed.dense_weights(len(self.experts))
+        probabilities = torch.zeros_like(used).index_copy_(
+            1, self._present[site], passed.distribution().detach().float().cpu()
         )
         best = used.amax(dim=1, keepdim=True)
         first = ((used == best) & (used > 0)).float()
@@ -173,17 +165,16 @@ class RoutingTally:
             "first": first / first.sum(dim=1, keepdim=True).clamp(min=1),
         }
         for measure, row in rows.items():
-            _accumulate(self._sums[measure], site.name, groups @ row.double())
-        _accumulate(self._tokens, site.name, groups.sum(dim=1))
-        _accumulate(self._entropies, site.name, (groups @ entropies.double())[:, 0])
+            _accumulate(self._sums[measure], site, groups @ row.double())
+        _accumulate(self._tokens, site, groups.sum(dim=1))
+        _accumulate(self._entropies, site, (groups @ entropies.double())[:, 0])
 
-    def _groups(self, stream: Stream, real: Tensor | None, grid: Sequence[int]) -> Tensor:
+    def _groups(self, passed: SitePass) -> Tensor:
         """Which of T tokens are real ones of the prompt and of the answer, [2, T]."""
-        part = self._parts.get(stream)
-        if part is None or tuple(part.shape) != tuple(grid):
-            part = torch.zeros(tuple(grid), dtype=torch.long)
-        counted = torch.ones(tuple(grid)) if real is None else real.cpu()
-        groups = torch.stack([(part.cpu() == index) & counted.bool() for index in (0, 1)])
+        part, counted = self._parts.get(passed.site.stream), passed.is_real()
+        if part is None or part.shape != counted.shape:
+            part = torch.zeros(counted.shape, dtype=torch.long)
+        groups = torch.stack([(part.cpu() == index) & counted for index in (0, 1)])
         return groups.flatten(1).double()
 
     @property

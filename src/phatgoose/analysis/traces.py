@@ -6,7 +6,7 @@ docs/analysis.md has the JSON form ("Traces"), which the token explorer of the r
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..encoding import Encoder, TokenPair
 from ..errors import RoutingError
+from ..recording import SitePass
 from ..routed import composition_of
-from ..sites import Site, Stream
+from ..sites import Stream
 from .places import Place, place_of
 from .reading import pass_through
 from .tally import PARTS
@@ -222,18 +223,11 @@ class TraceKeeper:
     def end_pass(self) -> None:
         """Nothing is left to do."""
 
-    def add(
-        self,
-        site: Site,
-        experts: Tensor,
-        weights: Tensor,
-        real: Tensor | None,
-        grid: Sequence[int],
-        distribution: Callable[[], Tensor],
-    ) -> None:
+    def add(self, passed: SitePass) -> None:
         """Keep the experts of greatest weight."""
-        kept = weights.detach().float().cpu().topk(min(MOST_KEPT, weights.shape[1]), dim=1)
-        best = experts.cpu().gather(1, kept.indices)
+        site, weights = passed.site, passed.weights.detach().float().cpu()
+        kept = weights.topk(min(MOST_KEPT, weights.shape[1]), dim=1)
+        best = passed.experts.cpu().gather(1, kept.indices)
         is_cut = weights.shape[1] > MOST_KEPT
         self._seen.setdefault(site.stream, []).append((site.name, best, kept.values, is_cut))
 

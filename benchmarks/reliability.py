@@ -1,8 +1,9 @@
-"""kill -9 at random moments of train, gate, import, push, pull, compose and compare.
+"""kill -9 at random moments of the commands that write something.
 
 For each command and moment a process runs the command on a tiny base and is killed. Then what it
 was making must be complete or absent, and the same command, given again (with --resume where the
-command has it), must finish with the very result of an undisturbed run.
+command has it), must finish with the very result of an undisturbed run. Commands that change a
+routed model in its place (add, remove, compact) must leave it as it was, or changed.
 
     python benchmarks/reliability.py --moments 50 --out docs/reliability-counts.json
 
@@ -42,9 +43,11 @@ from phatgoose.apps import comparison_tables  # noqa: F401
 from phatgoose.apps.cli import main as phatgoose
 from phatgoose.expert import LAYOUT, check_expert
 from phatgoose.hub import pull
+from phatgoose.packed import Packed, read_packed
 from phatgoose.storage import load
 
 FEW = "--batch-size 4 --steps 6 --gate-steps 6 --eval-every 2 --statistics-examples 4 --rank 2"
+REFUSE_WHAT_IS_DONE = ("import", "pull", "compose", "add", "remove")
 GATES = "--batch-size 4 --gate-steps 30 --statistics-examples 4"
 
 
@@ -68,12 +71,19 @@ class Trial:
     """A command, given again as `again`, and how its result in a folder is looked at.
 
     `look` answers None when there is no result, otherwise what must not differ between runs; it
-    raises when the result is broken.
+    raises when the result is broken. `before`, a routed model, is what the command changes.
     """
 
     command: Callable[[Path], list[str]]
     again: Callable[[Path], list[str]]
     look: Callable[[Path], Any]
+    before: Path | None = None
+
+    def begin(self, folder: Path) -> None:
+        """Make the folder, with what the command needs there."""
+        folder.mkdir()
+        if self.before is not None:
+            shutil.copytree(self.before, folder / "routed")
 
 
 def contents(folder: Path) -> dict[str, str] | None:
@@ -100,6 +110,16 @@ def routed_of(folder: Path) -> Any:
         return None
     load(folder)
     return contents(folder)
+
+
+def changed_of(folder: Path, is_as_before: Callable[[Packed], bool]) -> Any:
+    """The experts and the hashes of all tensors of a routed model that loads, if it changed."""
+    load(folder / "routed")
+    packed = read_packed(folder / "routed")
+    if is_as_before(packed):
+        return None
+    found = {name: tensor.flatten().view(torch.uint8) for name, tensor in packed.tensors.items()}
+    return packed.names, {n: sha256(found[n].numpy().tobytes()).hexdigest() for n in sorted(found)}
 
 
 def comparison_of(folder: Path) -> Any:
@@ -143,6 +163,10 @@ def trials(world: Path) -> dict[str, Trial]:
     compose = f"compose {experts} {data} --out OUT"
     compare = f"compare {experts} --suites {suite} --limit 6 {data} --out OUT"
 
+    def change(words: str, before: str, is_as_before: Callable[[Packed], bool]) -> Trial:
+        command = of(words, "routed")
+        return Trial(command, command, lambda f: changed_of(f, is_as_before), world / before)
+
     def push(folder: Path) -> list[str]:
         return ["push", str(adapter), f"me/{folder.name}"]
 
@@ -162,6 +186,9 @@ def trials(world: Path) -> dict[str, Trial]:
             of(compose, "routed"), of(compose, "routed"), lambda f: routed_of(f / "routed")
         ),
         "compare": Trial(of(compare), of(compare), comparison_of),
+        "add": change(f"add OUT {world / 'third'}", "two", lambda p: "third" not in p.names),
+        "remove": change("remove OUT first", "three", lambda p: "first" in p.names),
+        "compact": change("compact OUT", "holed", lambda p: bool(p.info["removed"])),
     }
 
 
@@ -203,7 +230,7 @@ def try_moment(
     name: str, trial: Trial, folder: Path, moment: float, wanted: Any, n: Counts
 ) -> None:
     """Kill the command `moment` seconds after its start, look, give it again, look again."""
-    folder.mkdir()
+    trial.begin(folder)
     log = folder.parent / f"{folder.name}.log"
     child = start(trial.command(folder), log)
     time.sleep(moment)
@@ -220,7 +247,7 @@ def try_moment(
         n.broken += 1
         n.remarks.append(f"after {moment:.2f} s: {error}")
         return
-    if found is not None and name in ("import", "pull", "compose"):
+    if found is not None and name in REFUSE_WHAT_IS_DONE:
         return  # it is there, and the command refuses to write over it
     code = finish(start(trial.again(folder), log))
     again = comparable(name, trial.look(folder)) if code == 0 else None
@@ -234,7 +261,10 @@ def try_moment(
 
 
 def make_world(world: Path) -> None:
-    """A tiny base, a task, a suite and two experts in `world`, one of them on the hub too."""
+    """A tiny base, a task, a suite, three experts, one of them on the hub too, and routed models.
+
+    Those are of `two` experts, of all `three`, and `holed`: of three, the first removed.
+    """
     make_model("llama").save_pretrained(world / "base")
     make_tokenizer(final_eos=False).save_pretrained(world / "base")
     rows = [
@@ -243,13 +273,22 @@ def make_world(world: Path) -> None:
     ]
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (world / "suite").mkdir()
-    for path in ("task.jsonl", "first.jsonl", "second.jsonl", "suite/unseen.jsonl"):
+    for path in ("task.jsonl", "first.jsonl", "second.jsonl", "third.jsonl", "suite/unseen.jsonl"):
         (world / path).write_text(text)
-    tasks = [str(world / name) for name in ("first.jsonl", "second.jsonl")]
-    rest = f"--base {world / 'base'} --dtype float32 {FEW} --out {world / 'experts'}".split()
-    for command in (["train", *tasks, *rest], ["push", str(world / "experts/first"), "me/there"]):
+    data = f"--base {world / 'base'} --dtype float32"
+    commands = f"""
+        train {world}/first.jsonl {world}/second.jsonl {data} {FEW} --out {world}/experts
+        train {world}/third.jsonl {data} {FEW} --out {world}/third
+        push {world}/experts/first me/there
+        compose {world}/experts {data} --out {world}/two
+        compose {world}/experts {data} --out {world}/three
+        add {world}/three {world}/third
+        compose {world}/experts {data} --out {world}/holed
+        add {world}/holed {world}/third
+        remove {world}/holed first"""
+    for command in commands.strip().splitlines():
         log = world / "make.log"
-        if finish(start(command, log)) != 0:
+        if finish(start(command.split(), log)) != 0:
             raise SystemExit(log.read_text())
 
 
@@ -279,7 +318,7 @@ def main() -> None:
                 continue
             n = counts[name] = Counts()
             whole = world / f"{name}-whole"
-            whole.mkdir()
+            trial.begin(whole)
             begun = time.perf_counter()
             if finish(start(trial.command(whole), world / "whole.log")) != 0:
                 raise SystemExit((world / "whole.log").read_text())

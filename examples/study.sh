@@ -126,7 +126,10 @@ report)
     done
     if [ ${#found[@]} = 0 ]; then continue; fi
     python examples/study_report.py cells "docs/study/$name.jsonl" "${found[@]}"
-    told variants $name md
+    case $name in
+      cross | t0ho | bigbench | cross-b | bigbench-b) cp "$out/$name/comparison.md" docs/study/$name.md ;;
+      *) told variants $name md ;;
+    esac
     if [ $name = pool-sizes ]; then told sizes $name png; else told figure $name png; fi
   done ;;
 *) echo "no such step: $step" >&2; exit 2 ;;

@@ -126,15 +126,17 @@ def compose(
     from ...bases import load_base
     from ...opening import loaded_base
     from ...pool import Pool
+    from ...routers import USE_K
     from ...segments import pack
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool).select(keep, leave_out)
     name = base or recipe.base
     loaded = load_base(name, dtype=dtype) if name else loaded_base(opened, dtype)
     packed = pack(opened, out, loaded, routing=routing, scores=scores, stored=stored)
+    k = f", k = {routing.k}" if routing.router in USE_K else ""
     typer.echo(
-        f"{len(packed.names)} experts at {len(packed.sites)} sites, router {routing.router}, "
-        f"k = {routing.k} -> {out}"
+        f"{len(packed.names)} experts at {len(packed.sites)} sites, router {routing.router}{k} "
+        f"-> {out}"
     )
 
 

@@ -131,6 +131,13 @@ report)
       *) told variants $name md ;;
     esac
     if [ $name = pool-sizes ]; then told sizes $name png; else told figure $name png; fi
-  done ;;
+  done
+  if [ -d "$out/analysis" ]; then
+    python examples/study_report.py analysis "$out/analysis/analysis.json" docs/study/analysis.json
+    for router in phatgoose phatgoose-input; do
+      cp "$out/analysis/figures/datasets-$router.png" docs/study/routing-$router.png
+    done
+    cp "$out/heat-maps/figures/layers-phatgoose.png" docs/study/heat-maps.png
+  fi ;;
 *) echo "no such step: $step" >&2; exit 2 ;;
 esac

@@ -5,6 +5,7 @@
     python examples/study_report.py above-chance CELLS TASKS  datasets where something is above it
     python examples/study_report.py figure CELLS OUT.png      every dataset, every model, as dots
     python examples/study_report.py sizes CELLS OUT.png       scores against the size of the pool
+    python examples/study_report.py analysis JSON OUT.json    what `analyse` found over whole models
 
 RESULTS is a results.jsonl of `phatgoose compare`, or LABEL=FILE, where LABEL is added to what its
 models are called; CELLS is one of those or what `cells` wrote, TASKS the tasks.json of the data.
@@ -33,6 +34,7 @@ Model = str
 Pool = tuple[str, ...]
 Scores = dict[Model, dict[str, "Cell"]]  # by model and dataset
 KEPT = ("metric", "metrics", "score", "n", "low", "high", "seconds")
+OF_WHOLE_MODELS = ("settings", "oracle", "divergences", "correlations", "agreements")
 REFERENCE = METHODS["phatgoose"]
 ZERO_SHOT = [label for name, label in METHODS.items() if name not in DERIVED]
 
@@ -183,6 +185,14 @@ def draw_sizes(cells: Path, out: Path) -> None:
     print(f"-> {out}")
 
 
+def write_analysis(analysis: Path, out: Path) -> None:
+    """The numbers of an analysis.json that are of whole models: a hundredth of the file."""
+    found = json.loads(analysis.read_text(encoding="utf-8"))
+    kept = {name: found[name] for name in OF_WHOLE_MODELS}
+    out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    print(f"-> {out}")
+
+
 def _common(scores: Scores) -> list[str]:
     """The datasets that every model was scored on, in the order of the first."""
     first = next(iter(scores.values()))
@@ -201,6 +211,7 @@ def main(words: list[str]) -> int:
         "above-chance": tell_above_chance,
         "figure": draw,
         "sizes": draw_sizes,
+        "analysis": write_analysis,
     }
     if len(words) < 3 or words[0] not in commands or (len(words) > 3 and words[0] != "cells"):
         print(__doc__, file=sys.stderr)

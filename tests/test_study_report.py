@@ -103,3 +103,12 @@ def test_cells_of_several_files_are_told_apart_by_their_labels(report, results, 
 def test_pools_of_several_sizes_are_drawn(report, results, tmp_path, capsys):
     assert report["main"](["sizes", str(results), str(tmp_path / "sizes.png")]) == 0
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_of_an_analysis_the_numbers_of_whole_models_are_kept(report, tmp_path):
+    found = {name: {} for name in ("settings", "oracle", "divergences", "correlations")}
+    found |= {"agreements": [{"first": 0.5}], "routers": {"phatgoose": {"datasets": "long"}}}
+    (tmp_path / "analysis.json").write_text(json.dumps(found))
+    report["main"](["analysis", str(tmp_path / "analysis.json"), str(tmp_path / "kept.json")])
+    del found["routers"]
+    assert json.loads((tmp_path / "kept.json").read_text()) == found

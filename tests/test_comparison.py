@@ -340,7 +340,7 @@ def test_the_written_scores_make_the_model_of_the_row(done, setting, tasks, llam
 
 
 def test_the_tables_are_written_with_all_that_was_set(done, setting):
-    names = ["comparison.csv", "comparison.json", "comparison.md", "results.jsonl"]
+    names = [".lock", "comparison.csv", "comparison.json", "comparison.md", "results.jsonl"]
     assert sorted(path.name for path in done.folder.iterdir()) == names
     assert (done.folder / "comparison.md").read_text() == done.comparison.to_markdown()
     settings = json.loads((done.folder / "comparison.json").read_text())["settings"]

@@ -88,12 +88,38 @@ def test_a_last_line_that_was_cut_off_goes_with_a_warning(path, cut):
     assert len(ResultStore(path)) == 3  # and nothing is left to warn of
 
 
-def test_a_file_that_holds_half_a_line_is_empty(path):
+def test_a_file_that_holds_half_a_line_is_empty_and_stays_until_something_is_added(path):
     path.parent.mkdir()
-    path.write_text('{"key": {"n"')
+    path.write_text('{"key": {"n"')  # it may be another process that is writing it now
     with pytest.warns(UserWarning, match="cut off"):
-        assert len(ResultStore(path)) == 0
-    assert path.read_text() == ""
+        store = ResultStore(path)
+    assert len(store) == 0
+    assert path.read_text() == '{"key": {"n"'
+    store.add({"n": 0}, {})
+    assert path.read_text() == '{"key": {"n": 0}, "result": {}}\n'
+
+
+def test_of_two_who_want_to_add_results_the_second_is_told(path):
+    with ResultStore.alone(path) as first:
+        first.add({"n": 0}, {})
+        with (
+            pytest.raises(EvaluationError, match=r"Another process is adding results to .*; wait"),
+            ResultStore.alone(path),
+        ):
+            pass
+        assert len(ResultStore(path)) == 1  # reading is for everyone
+    with ResultStore.alone(path) as second:
+        second.add({"n": 1}, {})
+    assert len(ResultStore(path)) == 2
+
+
+def test_a_place_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(EvaluationError, match="can't be written"),
+        ResultStore.alone(tmp_path / "file" / "results.jsonl"),
+    ):
+        pass
 
 
 def test_a_line_cut_off_within_a_letter_goes_too(path):

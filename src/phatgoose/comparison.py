@@ -81,8 +81,9 @@ def compare(
 
     Finished cells are kept in `out`/results.jsonl and reused; the tables are written to
     `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, PoolError for one
-    that the pool lacks something for, WrongBaseError for experts of another base, and what opening
-    pools, suites and models and scoring them raise.
+    that the pool lacks something for, WrongBaseError for experts of another base, EvaluationError
+    while another process writes to `out`, and what opening pools, suites and models and scoring
+    them raise.
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     routing = routing or Routing()
@@ -96,8 +97,8 @@ def compare(
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
     _check(base, rows, singles)
-    store = ResultStore(Path(out) / RESULTS)
-    results = _run([*rows, *singles], datasets, base, store, protocol, engine or LocalEngine())
+    with ResultStore.alone(Path(out) / RESULTS) as store:
+        results = _run([*rows, *singles], datasets, base, store, protocol, engine or LocalEngine())
     experts: Scores = {
         row.name: {task: results[row.name][task].score for task in datasets} for row in singles
     }

@@ -8,15 +8,19 @@ import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from . import __version__
 from .errors import EvaluationError
 
 __all__ = ["ResultStore", "code_version"]
 
+LOCK = ".lock"
 SCORING = ("evaluation", "opening")  # with everything they import, these decide what a score is
 
 
@@ -24,14 +28,16 @@ class ResultStore:
     """Results by key in the JSON Lines file `path`, which is made when the first one is added.
 
     A key is any JSON object; equal content means equal key. Every result is on the disk when `add`
-    returns, so work that is cut off at any moment loses only what it was doing. Raises
-    EvaluationError when the file can't be read or written, or a line in it is no result.
+    returns, so work that is cut off at any moment loses only what it was doing. Reading changes
+    nothing: a last line that was cut off is dropped from the file when the next result is added.
+    Raises EvaluationError when the file can't be read or written, or a line in it is no result.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._keys: dict[str, Mapping[str, Any]] = {}
         self._results: dict[str, Mapping[str, Any]] = {}
+        self._cut_off_at: int | None = None
         for line in self._complete_lines():
             try:
                 record = json.loads(line)
@@ -40,6 +46,29 @@ class ResultStore:
                 raise EvaluationError(
                     f"{self.path} is no file of results: {line[:40]!r} is no result. Move it away."
                 ) from error
+
+    @classmethod
+    @contextmanager
+    def alone(cls, path: str | Path) -> Iterator[ResultStore]:
+        """The store at `path`, to which no other process adds while the context is open.
+
+        Raises EvaluationError when one does already, and as opening the store does.
+        """
+        folder = Path(path).parent
+        lock = FileLock(folder / LOCK)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise EvaluationError(
+                f"Another process is adding results to {path}; wait, or choose another --out."
+            ) from error
+        except OSError as error:
+            raise EvaluationError(f"{folder} can't be written: {error.strerror}.") from error
+        try:
+            yield cls(path)
+        finally:
+            lock.release()
 
     def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """The result stored under `key`, None when there is none."""
@@ -50,6 +79,9 @@ class ResultStore:
         line = json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self._cut_off_at is not None:
+                os.truncate(self.path, self._cut_off_at)
+                self._cut_off_at = None
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(line)
                 file.flush()
@@ -70,7 +102,7 @@ class ResultStore:
         return len(self._results)
 
     def _complete_lines(self) -> Iterator[str]:
-        """The file's lines; one without an end was cut off while it was written, and goes."""
+        """The file's lines, without one that has no end: it was cut off while it was written."""
         if not self.path.exists():
             return
         try:
@@ -78,7 +110,7 @@ class ResultStore:
             complete = content.rfind(b"\n") + 1
             if complete < len(content):
                 warnings.warn(f"{self.path}: the last result was cut off; dropped.", stacklevel=3)
-                os.truncate(self.path, complete)
+                self._cut_off_at = complete
             # str.splitlines would also split at U+2028 and U+0085, which answers may hold.
             yield from content[:complete].decode("utf-8").split("\n")[:-1]
         except (OSError, UnicodeDecodeError) as error:

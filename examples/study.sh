@@ -4,7 +4,7 @@
 #   examples/study.sh STEP
 #     data, rate                        what is needed before
 #     pool-a, pool-b, references        training
-#     cross, t0ho, bigbench             every method over pool A; singles too: SINGLES=1
+#     cross, t0ho, bbl, bbh             every method over pool A; singles too: SINGLES=1
 #     changes, confirm, pool-sizes      changes to PHATGOOSE, on the development half of CROSS
 #     gate-steps                        gates of 25, 100 and 400 steps, in a pool of eight
 #     held-in                           pool A on its own tasks
@@ -67,7 +67,7 @@ references)
     "${engine[@]}" ;;
 cross) compare cross 100 "$(suite cross-a)" $methods "$out/pool-a" $(references) ;;
 t0ho) compare t0ho 100 "$(suite t0ho)" $methods "$out/pool-a" $(references) ;;
-bigbench) compare bigbench 50 "$(suite bbh bbl)" $methods "$out/pool-a" $(references) ;;
+bbl | bbh) compare $step 50 "$(suite $step)" $methods "$out/pool-a" $(references) ;;
 changes)
   compare changes 100 $development phatgoose,phatgoose-input,retrieval "$out/pool-a"
   for affinity in raw trimmed centred; do
@@ -117,7 +117,7 @@ analysis)  # the report quotes texts of ../shared/data: don't publish it
 report)
   mkdir -p docs/study
   told() { python examples/study_report.py "$1" "docs/study/$2.jsonl" "docs/study/$2.$3"; }
-  for name in cross t0ho bigbench changes confirm pool-sizes gate-steps cross-b bigbench-b; do
+  for name in cross t0ho bbl bbh changes confirm pool-sizes gate-steps cross-b bigbench-b; do
     found=()
     if [ -f "$out/$name/results.jsonl" ]; then found=("$out/$name/results.jsonl"); fi
     for steps in 25 100 400; do  # cells of pools that differ by their gates alone
@@ -127,7 +127,7 @@ report)
     if [ ${#found[@]} = 0 ]; then continue; fi
     python examples/study_report.py cells "docs/study/$name.jsonl" "${found[@]}"
     case $name in
-      cross | t0ho | bigbench | cross-b | bigbench-b) cp "$out/$name/comparison.md" docs/study/$name.md ;;
+      cross | t0ho | bbl | bbh | cross-b | bigbench-b) cp "$out/$name/comparison.md" docs/study/$name.md ;;
       *) told variants $name md ;;
     esac
     if [ $name = pool-sizes ]; then told sizes $name png; else told figure $name png; fi

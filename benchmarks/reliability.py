@@ -47,8 +47,8 @@ from phatgoose.packed import Packed, read_packed
 from phatgoose.storage import load
 
 FEW = "--batch-size 4 --steps 6 --gate-steps 6 --eval-every 2 --statistics-examples 4 --rank 2"
-REFUSE_WHAT_IS_DONE = ("import", "pull", "compose", "add", "remove")
 GATES = "--batch-size 4 --gate-steps 30 --statistics-examples 4"
+REFUSE_WHAT_IS_DONE = ("import", "pull", "compose", "add", "remove")
 
 
 @dataclass

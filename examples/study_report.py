@@ -70,12 +70,13 @@ def read_cells(path: Path) -> Scores:
     """
     scores: Scores = defaultdict(dict)
     pools: dict[tuple[str, int], list[Pool]] = defaultdict(list)
-    for key, _ in ResultStore(path).items():
+    cells = list(ResultStore(path).items())
+    for key, _ in cells:
         router, pool = _routed(key["method"])
         if pool not in pools[router, len(pool)]:
             pools[router, len(pool)].append(pool)
     largest = max(size for _, size in pools)
-    for key, result in ResultStore(path).items():
+    for key, result in cells:
         cell = Cell(Sample.of(result["metrics"], result["marks"]), result["low"], result["high"])
         router, pool = _routed(key["method"])
         parts = [_label(key["method"])]

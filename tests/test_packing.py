@@ -51,6 +51,13 @@ def test_rows_stay_short_where_that_costs_no_padding():
     assert sorted(rows) == [[index] for index in range(6)]
 
 
+def test_a_batch_is_not_filled_at_the_price_of_long_rows():
+    lengths = [145, 140] * 10 + [130] * 10  # 4150 tokens: one of them too many for the budget
+    batches = as_rows(lengths, packed_batches(lengths, 4096))
+    assert max(columns for _, columns, _ in batches) <= 150
+    assert sum(count * columns for count, columns, _ in batches) < 1.1 * sum(lengths)
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
 def test_logits_are_those_of_each_text_alone(kind, implementation):

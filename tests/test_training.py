@@ -126,6 +126,7 @@ def test_settings_and_results_are_recorded(llama, tmp_path):
     assert info.metrics["expert_steps"] == 4
     assert info.metrics["expert_best_step"] in (2, 4)
     assert info.metrics["expert_tokens_per_second"] > 0
+    assert info.metrics["expert_tokens"] > 0
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)

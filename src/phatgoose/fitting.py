@@ -22,12 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from tqdm.auto import tqdm
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from . import processes
 from .collating import Collator, target_logits
@@ -47,14 +42,15 @@ COMPLETE = "complete"  # written last: a checkpoint without it was cut short
 class FitReport:
     """What a training run came to. `best_step` and `validation_loss` are None without validation.
 
-    `tokens_per_second` counts prompt and target tokens without padding, validation time left out;
-    it and `seconds` cover this run only, not what was done before a resume.
+    `tokens` counts prompt and target tokens without padding, `seconds` leaves out validation; both
+    and `tokens_per_second` cover this run only, not what was done before a resume.
     """
 
     steps: int
     train_loss: float | None
     validation_loss: float | None
     best_step: int | None
+    tokens: int
     seconds: float
     tokens_per_second: float
 
@@ -165,6 +161,7 @@ def _report(trainer: Trainer, train_loss: float, bar: _ProgressBar, steps: int) 
         train_loss=_last_logged(trainer, "loss", train_loss),
         validation_loss=None if best is None else float(best),
         best_step=trainer.state.best_global_step if best is not None else None,
+        tokens=bar.tokens,
         seconds=round(bar.seconds, 1),
         tokens_per_second=round(bar.tokens / bar.seconds, 1) if bar.seconds else 0.0,
     )

@@ -72,8 +72,8 @@ def measure_speed(
     steps = clock.stages[0]
 
     def rate(kind: str, times: Sequence[float]) -> float:
-        tokens = metrics[f"{kind}_seconds"] * metrics[f"{kind}_tokens_per_second"]
-        return float(tokens * (STEPS - 1) / STEPS / (times[-1] - times[0]))
+        counted = metrics[f"{kind}_tokens"] * (STEPS - 1) / STEPS
+        return float(counted / (times[-1] - times[0]))
 
     expert_rate = rate("expert", steps)
     return Speed(

@@ -114,7 +114,7 @@ def _rows(
 ) -> tuple[float, list[list[int]]]:
     """The cost of a token, and the indices in `order`, longest first, in rows that cost least.
 
-    The last ones are left out where no number of rows keeps padding within the budget.
+    All in one row, without padding, is always within the budget, but seldom cheap.
     """
     total = sum(lengths[i] for i in order)
     best, rows = math.inf, list[list[int]]()
@@ -125,9 +125,9 @@ def _rows(
         columns = max(sum(lengths[i] for i in row) for row in shared)
         tokens = len(shared) * columns
         cost = tokens / total * (1 + columns / DEAR_ROW)
-        if cost < best and (tokens <= budget or len(order) == 1):
+        if cost < best and (tokens <= budget or count == 1):
             best, rows = cost, shared
-    return (best, rows) if rows else _rows(order[:-1], lengths, budget)
+    return best, rows
 
 
 def _shared_out(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
@@ -135,7 +135,8 @@ def _shared_out(order: Sequence[int], lengths: Sequence[int], count: int) -> lis
     rows = [(0, row, list[int]()) for row in range(count)]
     for index in order:
         filled, row, indices = rows[0]
-        heapq.heapreplace(rows, (filled + lengths[index], row, [*indices, index]))
+        indices.append(index)
+        heapq.heapreplace(rows, (filled + lengths[index], row, indices))
     return [indices for _, _, indices in rows if indices]
 
 

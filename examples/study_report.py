@@ -66,23 +66,26 @@ def write_cells(out: Path, *sources: Path) -> None:
 def read_cells(path: Path) -> Scores:
     """The cells of the newest code at `path`; single experts go by the start of their hash.
 
-    Pools smaller than the largest are numbered, those of each router and size in their order.
+    Pools smaller than the largest are numbered, those of each method and size in their order; of
+    the largest the first is the one that is compared, others are those of reference models.
     """
     scores: Scores = defaultdict(dict)
-    pools: dict[tuple[str, int], list[Pool]] = defaultdict(list)
+    pools: dict[tuple[Model, int], list[Pool]] = defaultdict(list)
     cells = list(ResultStore(path).items())
     for key, _ in cells:
-        router, pool = _routed(key["method"])
-        if pool not in pools[router, len(pool)]:
-            pools[router, len(pool)].append(pool)
+        label, (_, pool) = _label(key["method"]), _routed(key["method"])
+        if pool not in pools[label, len(pool)]:
+            pools[label, len(pool)].append(pool)
     largest = max(size for _, size in pools)
     for key, result in cells:
         cell = Cell(Sample.of(result["metrics"], result["marks"]), result["low"], result["high"])
         router, pool = _routed(key["method"])
         parts = [_label(key["method"])]
+        draw = pools[parts[0], len(pool)].index(pool) + 1
         if router not in ("", "single") and len(pool) < largest:
-            draw = pools[router, len(pool)].index(pool) + 1
             parts.append(f"{len(pool)} experts (draw {draw})")
+        elif router not in ("", "single") and draw > 1 and "of" not in result:
+            parts.append("another pool")
         if "of" in result:
             parts.append(result["of"])
         scores[", ".join(parts)][key["task"]] = cell

@@ -52,6 +52,7 @@ def results(tmp_path):
         add(store, {**plain, "affinity": "centred"}, task, second)
         add(store, {**plain, "pool": pool[:1]}, task, first)
         add(store, {**plain, "pool": pool[1:]}, task, second)
+        add(store, {**plain, "pool": ["cccccccc", "dddddddd"]}, task, second)
     return tmp_path / "results.jsonl"
 
 
@@ -59,7 +60,7 @@ def test_cells_hold_no_answers_but_whatever_tables_need(report, results, tmp_pat
     report["main"](["cells", str(tmp_path / "cells.jsonl"), str(results)])
     written = (tmp_path / "cells.jsonl").read_text()
     assert "not ours" not in written
-    assert len(written.splitlines()) == 10
+    assert len(written.splitlines()) == 12
     for source in (results, tmp_path / "cells.jsonl"):
         report["main"](["variants", str(source), str(tmp_path / f"{source.stem}.md")])
     table = (tmp_path / "cells.md").read_text()
@@ -70,6 +71,7 @@ def test_cells_hold_no_answers_but_whatever_tables_need(report, results, tmp_pat
     assert "-12.5 [" in rows["| Base model"]
     assert "| PHATGOOSE, 1 experts (draw 1)" in rows
     assert "| PHATGOOSE, 1 experts (draw 2)" in rows
+    assert "+37.5 [" in rows["| PHATGOOSE, another pool"]  # of a reference model
 
 
 def test_only_datasets_above_chance_count_there(report, results, tmp_path, capsys):

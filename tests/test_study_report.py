@@ -114,3 +114,16 @@ def test_of_an_analysis_the_numbers_of_whole_models_are_kept(report, tmp_path):
     report["main"](["analysis", str(tmp_path / "analysis.json"), str(tmp_path / "kept.json")])
     del found["routers"]
     assert json.loads((tmp_path / "kept.json").read_text()) == found
+
+
+def test_oracle_is_chosen_on_other_examples_than_it_is_scored_on(report, tmp_path, capsys):
+    store = ResultStore(tmp_path / "results.jsonl")
+    pool = ["aaaaaaaa", "bbbbbbbb"]
+    add(store, {"router": "merged", "pool": pool}, "t", [0, 0, 0, 0])
+    for expert, right in (("a", [1, 0, 1, 0]), ("b", [0, 1, 0, 0]), ("c", [1, 1, 1, 1])):
+        add(store, {"router": "single", "pool": [expert * 8]}, "t", right)  # c is of no pool
+    report["main"](["oracle", str(tmp_path / "results.jsonl")])
+    told = capsys.readouterr().out
+    assert told == (
+        "1 datasets: Oracle 50.0, chosen on the other half 0.0, mean of all experts 37.5\n"
+    )

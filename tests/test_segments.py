@@ -282,8 +282,7 @@ def test_a_pool_that_is_packed_and_loaded_is_never_in_memory(llama, tmp_path):
     assert taken.peak < 0.4 * size
     with own_memory() as taken:
         wanted = compose(pool, copy.deepcopy(llama))
-    # It does take memory to have them there, less what the allocator still held.
-    assert taken.peak > 0.6 * size
+    assert taken.peak > 0.9 * size  # it does take memory to have them there
     assert torch.equal(got, logits_of(wanted, ids))
 
 

@@ -83,11 +83,12 @@ def read_cells(path: Path) -> Scores:
         cell = Cell(Sample.of(result["metrics"], result["marks"]), result["low"], result["high"])
         router, pool = _routed(key["method"])
         parts = [_label(key["method"])]
-        draw = pools[parts[0], len(pool)].index(pool) + 1
-        if router not in ("", "single") and len(pool) < largest:
-            parts.append(f"{len(pool)} experts (draw {draw})")
-        elif router not in ("", "single") and draw > 1 and "of" not in result:
-            parts.append("another pool")
+        if router not in ("", "single"):
+            draw = pools[parts[0], len(pool)].index(pool) + 1
+            if len(pool) < largest:
+                parts.append(f"{len(pool)} experts (draw {draw})")
+            elif draw > 1 and "of" not in result:
+                parts.append("another pool")
         if "of" in result:
             parts.append(result["of"])
         scores[", ".join(parts)][key["task"]] = cell

@@ -47,6 +47,7 @@ LAYERS = (
         "kernels.triton_gpu",
         "mapped",
         "patterns",
+        "recipes",
         "refusals",
         "results",
         "sites",

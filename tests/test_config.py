@@ -9,7 +9,6 @@ import pytest
 
 from phatgoose.config import (
     IA3,
-    RECIPE_TABLES,
     SUITE_NAMES,
     Bottleneck,
     Formatting,
@@ -19,10 +18,10 @@ from phatgoose.config import (
     Serving,
     Training,
     from_mapping,
-    read_recipe,
     settings_of,
 )
 from phatgoose.errors import ConfigError
+from phatgoose.recipes import RECIPE_TABLES, read_recipe
 from phatgoose.suites import SUITES
 
 CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)

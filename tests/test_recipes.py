@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from phatgoose import statistics as statistics_module
-from phatgoose.config import RECIPE_TABLES, from_mapping, read_recipe
+from phatgoose.config import from_mapping
 from phatgoose.expert import Expert
+from phatgoose.recipes import RECIPE_TABLES, read_recipe
 from phatgoose.suites import SUITES, Suite, open_suite
 from phatgoose.suites.sources import open_tasks
 from test_cli import phat

@@ -9,19 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "ACTIVATIONS",
@@ -41,7 +34,7 @@ __all__ = [
     "Setting",
     "Training",
     "from_mapping",
-    "read_recipe",
+    "require_one_of",
     "settings_of",
 ]
 
@@ -105,8 +98,8 @@ class Bottleneck:
     sites: Annotated[str | None, SITES] = None
 
     def __post_init__(self) -> None:
-        _require_one_of(PLACEMENTS, "placement", self.placement)
-        _require_one_of(ACTIVATIONS, "activation", self.activation)
+        require_one_of(PLACEMENTS, "placement", self.placement)
+        require_one_of(ACTIVATIONS, "activation", self.activation)
         _require(self.size >= 1, "size", self.size, "at least 1")
         _require(self.scale > 0, "scale", self.scale, "above 0")
         _require(self.init_std > 0, "init_std", self.init_std, "above 0")
@@ -290,86 +283,13 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
         raise ConfigError(f"{where}: {error}") from error
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A TOML recipe: one table per config class, and the tasks to run it on.
-
-    `peft` is the kind of expert to train, a name in PEFT_KINDS. `data` and
-    `templates` are the folders of `phatgoose.suites.Sources`.
-    """
-
-    base: str | None = None
-    tasks: tuple[str, ...] = ()
-    peft: str | None = None
-    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    data: Path | None = None
-    templates: Path | None = None
-
-
-RECIPE_TABLES = {
-    **PEFT_KINDS,
-    "training": Training,
-    "gates": GateTraining,
-    "formatting": Formatting,
-    "routing": Routing,
-    "serving": Serving,
-}
-FOLDERS = ("data", "templates")
-
-
-def read_recipe(path: str | Path) -> Recipe:
-    """The recipe in the TOML file `path`; paths in it are relative to the file.
-
-    A task that begins with the name of a known suite is no path ("./NAME" is the folder). Raises
-    ConfigError when the file is missing, isn't TOML or has unknown keys.
-    """
-    path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Recipe {path} can't be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Recipe {path} is not valid TOML: {error}.") from error
-    known = {"base", "tasks", "peft", *FOLDERS, *RECIPE_TABLES}
-    for key in content:
-        if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}.")
-    tables = {key: content[key] for key in RECIPE_TABLES if key in content}
-    for key, table in tables.items():
-        if not isinstance(table, dict):
-            raise ConfigError(f"{path}: {key} must be a table, such as [{key}].")
-        from_mapping(RECIPE_TABLES[key], table, f"{path}, [{key}]")
-    base, tasks = content.get("base"), content.get("tasks", [])
-    if not isinstance(base, str | None):
-        raise ConfigError(f"{path}: base is {base!r}, but must be a Hub id or a path.")
-    if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
-        raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
-    peft = content.get("peft")
-    _require_one_of([None, *PEFT_KINDS], f"{path}: peft", peft)
-    tasks = tuple(_relative_to(path.parent, task) for task in tasks)
-    return Recipe(base, tasks, peft, tables, *(_folder(path, content, key) for key in FOLDERS))
-
-
-def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
-    """The folder that the recipe names, None when it names none."""
-    value = content.get(key)
-    if not isinstance(value, str | None):
-        raise ConfigError(f"{path}: {key} is {value!r}, but must be a folder.")
-    return None if value is None else path.parent / value
-
-
-def _relative_to(folder: Path, task: str) -> str:
-    """`task` as it is when it names a suite or a Hub dataset or is absolute, else in `folder`."""
-    in_suite = task.split("/")[0] in SUITE_NAMES and not task.endswith(TASK_FILES)
-    return task if in_suite or task.startswith("hub:") else str(folder / task)
-
-
 def _require(holds: bool, name: str, got: object, wanted: str) -> None:
     if not holds or got == math.inf:
         raise ConfigError(f"{name} is {got!r}, but must be {wanted} and finite.")
 
 
-def _require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
+def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
+    """Raise ConfigError unless `got`, the value of `name`, is one of `known`."""
     if got not in known:
         names = ", ".join(name for name in known if name is not None)
         raise ConfigError(f"{name} is {got!r}, but must be one of {names}.")

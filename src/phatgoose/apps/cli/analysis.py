@@ -10,8 +10,9 @@ from typing import Annotated, Any, Optional
 import typer
 from rich.console import Console
 
-from ...config import Formatting, Recipe, Routing
+from ...config import Formatting, Routing
 from ...errors import RoutingError, TaskError
+from ...recipes import Recipe
 from .experts import (
     BaseOption,
     ChoicesOption,

@@ -8,8 +8,9 @@ from typing import Annotated, Optional
 import typer
 from rich.console import Console
 
-from ...config import Formatting, Recipe, Routing
+from ...config import Formatting, Routing
 from ...errors import ConfigError
+from ...recipes import Recipe
 from .engines import (
     AddressOption,
     CpusOption,

@@ -18,10 +18,10 @@ from ...config import (
     GateTraining,
     Lora,
     Peft,
-    Recipe,
     Training,
 )
 from ...errors import ConfigError, ExpertError
+from ...recipes import Recipe
 from .engines import (
     AddressOption,
     CpusOption,

@@ -17,15 +17,13 @@ import typer
 
 from ...config import (
     PEFT_KINDS,
-    RECIPE_TABLES,
     Peft,
-    Recipe,
     Setting,
     from_mapping,
-    read_recipe,
     settings_of,
 )
 from ...errors import ConfigError
+from ...recipes import RECIPE_TABLES, Recipe, read_recipe
 
 __all__ = ["RecipeOption", "shape_of", "with_settings"]
 

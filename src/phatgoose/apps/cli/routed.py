@@ -9,8 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...config import KIND_NAMES, Formatting, Recipe, Routing
+from ...config import KIND_NAMES, Formatting, Routing
 from ...errors import RoutingError
+from ...recipes import Recipe
 from .consoles import plain
 from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
 from .flags import with_settings

@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from ...config import Recipe, Routing, Serving, settings_of
+from ...config import Routing, Serving, settings_of
+from ...recipes import Recipe
 from .engines import (
     AddressOption,
     CpusOption,

@@ -19,6 +19,7 @@ from ..encoding import Encoder, TokenPair
 from ..errors import RoutingError
 from ..recording import SitePass
 from ..routed import composition_of
+from ..routers.decision import highest
 from ..sites import Stream
 from .places import Place, place_of
 from .reading import pass_through
@@ -226,10 +227,10 @@ class TraceKeeper:
     def add(self, passed: SitePass) -> None:
         """Keep the experts of greatest weight."""
         site, weights = passed.site, passed.weights.detach().float().cpu()
-        kept = weights.topk(min(MOST_KEPT, weights.shape[1]), dim=1)
-        best = passed.experts.cpu().gather(1, kept.indices)
+        kept = highest(weights, min(MOST_KEPT, weights.shape[1]))
+        best, shares = passed.experts.cpu().gather(1, kept), weights.gather(1, kept)
         is_cut = weights.shape[1] > MOST_KEPT
-        self._seen.setdefault(site.stream, []).append((site.name, best, kept.values, is_cut))
+        self._seen.setdefault(site.stream, []).append((site.name, best, shares, is_cut))
 
     def streams(self) -> dict[str, TraceStream]:
         """What was kept of each stream that was passed: every token of every row, in turn.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..pool import Pool
+from .decision import highest
 from .scored import ScoredRouter, VectorRouter, standardise
 
 __all__ = [
@@ -110,7 +111,7 @@ def _trimmed(vectors: Tensor, mean: Tensor) -> Tensor:
     """`vectors` standardised over all features but those of the largest |mean|, 0 in these."""
     count = max(1, round(TRIMMED * len(mean)))
     left = torch.ones_like(mean, dtype=torch.bool)
-    left[mean.abs().topk(count).indices] = False
+    left[highest(mean.abs(), count)] = False
     trimmed = torch.zeros_like(vectors)
     trimmed[:, left] = standardise(vectors[:, left])
     return trimmed

@@ -16,7 +16,7 @@ from torch.nn import functional
 from ..kernels.native import runs_natively, top_experts
 from ..kernels.triton_gpu import runs_on_triton
 from ..kernels.triton_gpu import top_experts as top_experts_on_gpu
-from .decision import RoutingDecision
+from .decision import RoutingDecision, highest
 
 __all__ = ["ArrowRouter", "ScoredRouter", "UniformTopKRouter", "VectorRouter", "standardise"]
 
@@ -44,6 +44,8 @@ def standardise(vectors: Tensor) -> Tensor:
 class VectorRouter(nn.Module):
     """The frame of all scored routers: the top k of some affinity, softmax over those k.
 
+    Of experts with equal affinities the first in the pool's order are taken, on every path.
+
     `vectors` are kept in the type of the model, like its weights; products and sums are float32.
     Where `fused`, `phatgoose.kernels.native` computes the same in one go on CPUs, `triton_gpu` on
     GPUs: v̄ᵀū over √n with `eps`, which is added to the variance of u, |vᵀu| with None.
@@ -69,8 +71,9 @@ class VectorRouter(nn.Module):
             return RoutingDecision(*top_experts(u, self.vectors, self.k, self.eps))
         if self.fused and runs_on_triton(u, self.vectors):
             return RoutingDecision(*top_experts_on_gpu(u, self.vectors, self.k, self.eps))
-        chosen = self.affinities(u).topk(self.k, dim=-1)
-        return RoutingDecision(chosen.indices, chosen.values.softmax(dim=-1))
+        affinities = self.affinities(u)
+        experts = highest(affinities, self.k)
+        return RoutingDecision(experts, affinities.gather(-1, experts).softmax(dim=-1))
 
     def distribution(self, u: Tensor) -> Tensor:
         """The softmax of the affinities over all experts, before top-k, [T, E]."""

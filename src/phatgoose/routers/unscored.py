@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .decision import RoutingDecision
+from .decision import RoutingDecision, highest
 
 __all__ = ["RandomRouter", "UniformRouter"]
 
@@ -52,7 +52,7 @@ class RandomRouter(nn.Module):
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for u [T, n]."""
         lots = torch.rand(len(u), self.experts, generator=self._generator)
-        experts = lots.topk(self.k, dim=-1).indices.to(u.device)
+        experts = highest(lots, self.k).to(u.device)
         return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
 
     def distribution(self, u: Tensor) -> Tensor:

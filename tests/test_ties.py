@@ -1,0 +1,111 @@
+"""Of experts with equal affinities the first wins, whichever way they are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from importlib.util import find_spec
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import compose_by, make_ids
+from phatgoose.kernels.native import runs_natively
+from phatgoose.kernels.native import top_experts as by_native
+from phatgoose.kernels.triton_gpu import top_experts as by_triton
+from phatgoose.pool import Pool
+from phatgoose.routed import composition_of, record
+from phatgoose.routers import ArrowRouter, RawRouter, ScoredRouter, UniformTopKRouter, VectorRouter
+from phatgoose.routers.decision import highest
+
+MAKERS: dict[str, Callable[[Tensor, int], VectorRouter]] = {
+    "phatgoose": lambda vectors, k: ScoredRouter(vectors, k, 1e-5),
+    "uniform-top-k": lambda vectors, k: UniformTopKRouter(vectors, k, 1e-5),
+    "arrow": ArrowRouter,
+    "raw": RawRouter,
+}
+# e_j - e_(j+4) and their opposites: sums of two terms, so that equal vectors score just the same.
+FEW = torch.cat([torch.eye(8)[:4] - torch.eye(8)[4:], torch.eye(8)[4:] - torch.eye(8)[:4]])
+each_router = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MAKERS))
+
+
+def first_of_equals(row: list[float], k: int) -> list[int]:
+    return sorted(range(len(row)), key=lambda z: -row[z])[:k]  # Python's sort is stable
+
+
+def flat(pool: Pool) -> Pool:
+    """The pool with gates and means of zero, as if they had never been trained."""
+
+    def zeros(vectors):
+        return {site: torch.zeros_like(v) for site, v in vectors.items()}
+
+    return Pool(tuple(replace(e, gates=zeros(e.gates), means=zeros(e.means)) for e in pool.experts))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.data(), st.integers(1, 70), st.integers(1, 4))
+def test_the_highest_of_each_row_are_found_first_of_equals_first(data, E, T):
+    k = data.draw(st.integers(1, E))
+    rows = st.lists(st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.5]), min_size=E, max_size=E)
+    scores = data.draw(st.lists(rows, min_size=T, max_size=T))
+    got = highest(torch.tensor(scores), k)
+    assert got.tolist() == [first_of_equals(row, k) for row in scores]
+
+
+def test_what_is_not_a_number_is_chosen_once():
+    scores = torch.full((1, 40), torch.nan)
+    assert highest(scores, 3).tolist() == [[0, 1, 2]]
+    assert sorted(highest(scores, 30)[0].tolist()) == list(range(30))
+
+
+@each_router
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(
+    kinds=st.lists(st.integers(0, 7), min_size=1, max_size=12),
+    k=st.integers(1, 5),
+    T=st.integers(1, 4),
+    seed=st.integers(0, 999),
+)
+def test_every_path_takes_the_first_of_equal_experts(make, kinds, k, T, seed):
+    u = torch.randn(T, 8, generator=torch.Generator().manual_seed(seed))
+    u[seed % 5 :] = 0  # tokens whose affinities are all equal
+    vectors, router = FEW[kinds], make(FEW[kinds], k)
+    wanted = [first_of_equals(row, router.k) for row in router.affinities(u).tolist()]
+    with torch.no_grad():
+        assert router(u).experts.tolist() == wanted  # the native kernel's, where it serves
+    assert router(u.clone().requires_grad_()).experts.tolist() == wanted
+    if router.fused and runs_natively(u):
+        assert by_native(u, vectors, router.k, router.eps)[0].tolist() == wanted
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_programs_take_the_first_of_equal_experts_too():
+    generator = torch.Generator().manual_seed(0)
+    vectors, u = FEW.repeat(3, 1), torch.randn(4, 8, generator=generator)
+    router = ArrowRouter(vectors, 6)
+    wanted = [first_of_equals(row, 6) for row in router.affinities(u).tolist()]
+    assert by_triton(u, vectors, 6, None)[0].tolist() == wanted
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "average-activation", "uniform-top-k"])
+@pytest.mark.filterwarnings("ignore:Expert 'e.' has a constant vector")
+def test_gates_of_zero_choose_the_first_experts_with_gradients_and_without(
+    llama, llama_pool, router
+):
+    model = compose_by(router, flat(llama_pool), llama, k=2)
+    ids = make_ids(rows=2)
+    with torch.no_grad():
+        wanted = model(ids).logits
+    model.requires_grad_(True)
+    torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    model.requires_grad_(False)
+    with record(model) as recording, torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    for site, used in recording.usage().items():
+        layer = composition_of(model).layers[site]
+        assert used.tolist() == [0.5, 0.5, 0, 0]
+        distribution = layer.router.distribution(torch.randn(3, layer.in_features))
+        torch.testing.assert_close(distribution, torch.full((3, 4), 0.25))

@@ -20,6 +20,7 @@ SOURCE = Path(phatgoose.__file__).parent
 LAYERS = (
     ("phatgoose",),  # the root holds the version; its lazy names are looked up when used
     ("errors",),
+    ("kernels.sizes",),
     (
         "config",
         "engines",

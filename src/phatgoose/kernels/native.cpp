@@ -374,12 +374,14 @@ void update(T* y, const T* u, const index_t* experts, const float* weights, cons
                                    index_t* experts, float* weights) {                             \
         Router<T>{vectors, n, E, k, eps, standardised != 0}.route(u, tokens, experts, weights);    \
     }                                                                                              \
-    /* y += the weighted updates. */                                                               \
-    extern "C" void update_##suffix(T* y, const T* u, const index_t* experts,                      \
-                                    const float* weights, const T* A, const T* B, index_t tokens,  \
-                                    index_t k, index_t E, index_t r, index_t n, index_t d,         \
-                                    index_t threads) {                                             \
+    /* y += the weighted updates; 1, and nothing is done, when an index is none of an expert. */    \
+    extern "C" int update_##suffix(T* y, const T* u, const index_t* experts, const float* weights, \
+                                   const T* A, const T* B, index_t tokens, index_t k, index_t E,   \
+                                   index_t r, index_t n, index_t d, index_t threads) {             \
+        for (index_t p = 0; p < tokens * k; p++)                                                   \
+            if (experts[p] < 0 || experts[p] >= E) return 1;                                       \
         update(y, u, experts, weights, A, B, tokens, k, E, r, n, d, threads);                      \
+        return 0;                                                                                  \
     }                                                                                              \
     /* Both in one; tokens that are not `real` (null: all are) are left alone. */                  \
     extern "C" void routed_update_##suffix(                                                        \

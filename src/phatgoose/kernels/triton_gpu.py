@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from .sizes import belong_together, misfit
 
 __all__ = ["in_blocks", "one_by_one", "runs_on_triton", "top_experts", "triton_gpu"]
 
@@ -49,13 +50,23 @@ def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
     """The routed product of `phatgoose.kernels`, one by one or in blocks, [T, d].
 
     Weights of zero (padding) cost nothing; sums are float32. Raises ConfigError where
-    Triton can't take the tensors.
+    Triton can't take the tensors, RoutingError when their shapes don't belong together. Indices are
+    believed: looking at them would wait for the device.
     """
     if not _takes(u, A, B):
         raise ConfigError(
             f"Kernel triton needs tensors of one type on a GPU, the package triton and "
             f"torch.no_grad(), but got {u.dtype} on {u.device}; use kernel auto."
         )
+    if not (
+        u.dim() == experts.dim() == 2
+        and experts.dtype is torch.int64
+        and experts.device == weights.device == u.device
+        and experts.shape == weights.shape
+        and u.shape[0] == experts.shape[0]
+        and belong_together(u.shape[1], A.shape, B.shape)
+    ):
+        raise misfit("triton", u=u, experts=experts, weights=weights, A=A, B=B)
     if u.numel() == 0 or experts.numel() == 0:
         return u.new_zeros(len(u), B.shape[2])
     many = experts.numel() > max(LEAST_PAIRS, 2 * len(A))
@@ -67,6 +78,13 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
 
     As `native.top_experts`, on the device of `u`: call it where `runs_on_triton(u, vectors)`.
     """
+    if not (
+        u.dim() == vectors.dim() == 2
+        and u.shape[1] == vectors.shape[1] > 0
+        and u.device == vectors.device
+        and 1 <= k <= vectors.shape[0]
+    ):
+        raise misfit("triton", k, u=u, vectors=vectors)
     u, vectors = _contiguous(u, vectors)
     tokens, (E, n) = len(u), vectors.shape
     scores = u.new_empty(tokens, E, dtype=torch.float32)

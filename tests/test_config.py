@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from phatgoose.config import (
@@ -83,9 +84,29 @@ OUT_OF_RANGE = [
     (Formatting, "max_target_tokens", 0),
     (Routing, "k", 0),
     (Routing, "eps", 0.0),
+    (Routing, "eps", float("nan")),
+    (Routing, "router_temperature", -1.0),
+    (Routing, "router_temperature", float("nan")),
+    (Routing, "router_seed", -1),
+    (Training, "seed", -1),
+    (Training, "seed", 1 << 32),
+    (Lora, "alpha", 10**400),
 ]
 
 WRONG_TYPE = [
+    (Routing, "k", 2.5, "a whole number"),
+    (Routing, "k", 2.0, "a whole number"),
+    (Routing, "k", "2", "a whole number"),
+    (Routing, "k", True, "a whole number"),
+    (Routing, "k", None, "a whole number"),
+    (Routing, "router", 3, "a text"),
+    (Routing, "router", None, "a text"),
+    (Routing, "kernel", b"auto", "a text"),
+    (Routing, "expert", ["e0"], "a text"),
+    (Routing, "eps", "1e-5", "a number"),
+    (Routing, "router_temperature", False, "a number"),
+    (Routing, "stand_in", "no", "true or false"),
+    (Routing, "stand_in", None, "true or false"),
     (Training, "steps", "many", "a whole number"),
     (Training, "steps", 2.5, "a whole number"),
     (Training, "steps", True, "a whole number"),
@@ -156,8 +177,25 @@ def test_infinities_are_refused(config, name):
 
 @pytest.mark.parametrize(("config", "name", "value", "wanted"), WRONG_TYPE)
 def test_values_of_a_wrong_type_are_refused_with_what_is_wanted(config, name, value, wanted):
-    with pytest.raises(ConfigError, match=rf"^here: {name} is .*must be {wanted}"):
+    with pytest.raises(ConfigError, match=rf"^{name} is .*must be {wanted}\.$"):
+        config(**{name: value})
+    with pytest.raises(ConfigError, match=rf"^here: {name} is .*must be {wanted}\.$"):
         from_mapping(config, {name: value}, "here")
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("value", [[], {}, object(), 1j, b"x", float("nan"), float("-inf")])
+def test_no_setting_takes_what_has_none_of_its_types(config, value):
+    for setting in settings_of(config):
+        with pytest.raises(ConfigError, match=rf"^{setting.name} is .*, but must be"):
+            config(**{setting.name: value})
+
+
+def test_numbers_of_numpy_become_pythons():
+    routing = Routing(k=np.int64(3), eps=np.float32(0.5))
+    assert routing == Routing(k=3, eps=0.5)
+    assert type(routing.k) is int
+    assert type(routing.eps) is float
 
 
 def test_unknown_settings_are_refused_with_their_name_and_the_known_ones():

@@ -289,6 +289,10 @@ def test_a_k_above_the_pool_is_lowered_with_a_warning(llama, llama_pool):
         ({"kernel": "fastest"}, ConfigError, "'fastest'"),
         ({"router": "best"}, ConfigError, "'best'"),
         ({"k": 0}, ConfigError, "k is 0"),
+        ({"k": 2.5}, ConfigError, "k is 2.5, but must be a whole number"),
+        ({"k": True}, ConfigError, "k is True"),
+        ({"kernel": None}, ConfigError, "kernel is None"),
+        ({"router_temperature": "hot"}, ConfigError, "router_temperature is 'hot'"),
         ({"eps": 0.0}, ConfigError, "eps"),
     ],
 )

@@ -11,8 +11,10 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 from .errors import ConfigError
 
@@ -32,6 +34,7 @@ __all__ = [
     "Routing",
     "Serving",
     "Setting",
+    "Settings",
     "Training",
     "from_mapping",
     "require_one_of",
@@ -45,6 +48,8 @@ TASK_FILES = (".csv", ".jsonl")
 SUITE_NAMES = ("t0hi", "t0ho", "flan", "bbh", "bbl", "bbh-23", "bbl-24")
 ACTIVATIONS = ("relu", "gelu", "silu")
 PLACEMENTS = ("houlsby", "pfeiffer")
+SEEDS = 1 << 32  # what numpy takes, which Trainer seeds too
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 # Help texts of settings that several kinds of expert have, and that are one flag therefore.
 SITES = (
@@ -55,8 +60,23 @@ SITES = (
 INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and U start at zero."
 
 
+class Settings:
+    """What all classes of settings share: each value is of a type that its field is annotated with.
+
+    They are frozen dataclasses whose fields are `Annotated[type, help text]`. Numbers of other
+    makes (numpy's) become Python's, and whole ones given for a float become floats. Subclasses
+    check ranges in their own `__post_init__`, after this one.
+    """
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value of the wrong type, or a number that is not finite."""
+        for setting in settings_of(type(self)):
+            value = _typed(setting, getattr(self, setting.name))
+            object.__setattr__(self, setting.name, value)
+
+
 @dataclass(frozen=True)
-class Lora:
+class Lora(Settings):
     """The shape of a LoRA expert: W u + (alpha / rank) B A u at every site (METHOD section 3.1)."""
 
     rank: Annotated[int, "Rank r of each LoRA module."] = 16
@@ -65,13 +85,14 @@ class Lora:
     sites: Annotated[str | None, SITES] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.rank >= 1, "rank", self.rank, "at least 1")
         _require(self.alpha > 0, "alpha", self.alpha, "above 0")
         _require(self.init_std > 0, "init_std", self.init_std, "above 0")
 
 
 @dataclass(frozen=True)
-class IA3:
+class IA3(Settings):
     """The shape of an (IA)³ expert (Liu et al. 2022): l ⊙ (W u + b), or W (l ⊙ u) + b."""
 
     sites: Annotated[str | None, SITES] = None
@@ -83,7 +104,7 @@ class IA3:
 
 
 @dataclass(frozen=True)
-class Bottleneck:
+class Bottleneck(Settings):
     """The shape of a bottleneck adapter: y + scale (U f(D y + b_D) + b_U) on a layer's output y."""
 
     placement: Annotated[
@@ -98,6 +119,7 @@ class Bottleneck:
     sites: Annotated[str | None, SITES] = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_one_of(PLACEMENTS, "placement", self.placement)
         require_one_of(ACTIVATIONS, "activation", self.activation)
         _require(self.size >= 1, "size", self.size, "at least 1")
@@ -111,7 +133,7 @@ KIND_NAMES = {"lora": "LoRA", "ia3": "(IA)³", "bottleneck": "bottleneck"}  # fo
 
 
 @dataclass(frozen=True)
-class Training:
+class Training(Settings):
     """How an expert is trained (METHOD section 3.1)."""
 
     steps: Annotated[int, "Optimiser steps."] = 1000
@@ -128,16 +150,18 @@ class Training:
     seed: Annotated[int, "Seed of initialisation, data order and validation split."] = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_examples"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
         _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "from 0 to 1")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
         _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
+        _require_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)
-class GateTraining:
+class GateTraining(Settings):
     """How the gates are trained (METHOD section 3.2), and what else is measured for other routers.
 
     Batch size, warm-up, clipping, weight decay and seed are those of `Training`, as in the paper.
@@ -164,6 +188,7 @@ class GateTraining:
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.gate_steps >= 1, "gate_steps", self.gate_steps, "at least 1")
         _require(
             self.statistics_examples >= 1,
@@ -176,7 +201,7 @@ class GateTraining:
 
 
 @dataclass(frozen=True)
-class Formatting:
+class Formatting(Settings):
     """How an example becomes tokens."""
 
     max_input_tokens: Annotated[int, "Inputs are cut on the right to so many tokens."] = 512
@@ -186,12 +211,13 @@ class Formatting:
     chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("max_input_tokens", "max_target_tokens"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True)
-class Routing:
+class Routing(Settings):
     """How a routed model chooses experts (METHOD section 4)."""
 
     router: Annotated[
@@ -214,13 +240,15 @@ class Routing:
     router_temperature: Annotated[float, "Divides affinities before the softmax over the k."] = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _require(self.k >= 1, "k", self.k, "at least 1")
         for name in ("eps", "router_temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        _require_seed("router_seed", self.router_seed)
 
 
 @dataclass(frozen=True)
-class Serving:
+class Serving(Settings):
     """The limits of `phatgoose serve` (docs/serving.md)."""
 
     max_tokens: Annotated[int, "Tokens to generate for one answer at most."] = 1024
@@ -239,6 +267,7 @@ class Serving:
     ] = 30
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for setting in dataclasses.fields(self):
             value = getattr(self, setting.name)
             _require(value >= 1, setting.name, value, "at least 1")
@@ -254,38 +283,43 @@ class Setting:
     default: Any
 
 
-def settings_of(config: type) -> list[Setting]:
+def settings_of(config: type) -> tuple[Setting, ...]:
     """The settings of a config class in the order of its fields."""
+    return _read_off(config)
+
+
+@cache
+def _read_off(config: type) -> tuple[Setting, ...]:
     hints = get_type_hints(config, include_extras=True)
     settings = []
     for item in dataclasses.fields(config):
         annotated, help_text = get_args(hints[item.name])
         settings.append(Setting(item.name, annotated, help_text, item.default))
-    return settings
+    return tuple(settings)
 
 
 def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) -> Config:
     """A `config` filled from `values`; fields that `values` lacks keep their default.
 
-    Raises ConfigError for an unknown key or a value of the wrong type, naming `where` it stood.
+    Raises ConfigError for an unknown key or a value that `config` refuses, naming `where` it stood.
     """
-    known = {setting.name: setting for setting in settings_of(config)}
-    for key, value in values.items():
+    known = [setting.name for setting in settings_of(config)]
+    for key in values:
         if key not in known:
             raise ConfigError(f"{where}: unknown setting {key!r}; known are {', '.join(known)}.")
-        if not _fits(value, known[key].type):
-            raise ConfigError(
-                f"{where}: {key} is {value!r}, but must be {_type_name(known[key].type)}."
-            )
     try:
-        return config(**{key: _widen(value, known[key].type) for key, value in values.items()})
+        return config(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
 def _require(holds: bool, name: str, got: object, wanted: str) -> None:
-    if not holds or got == math.inf:
-        raise ConfigError(f"{name} is {got!r}, but must be {wanted} and finite.")
+    if not holds:
+        raise ConfigError(f"{name} is {got!r}, but must be {wanted}.")
+
+
+def _require_seed(name: str, got: int) -> None:
+    _require(0 <= got < SEEDS, name, got, f"from 0 to {SEEDS - 1}")
 
 
 def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
@@ -295,25 +329,27 @@ def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
         raise ConfigError(f"{name} is {got!r}, but must be one of {names}.")
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+def _typed(setting: Setting, value: Any) -> Any:
+    """`value` as one of the types of `setting`. Raises ConfigError when it is of none of them."""
+    kinds = get_args(setting.type) or (setting.type,)
+    if isinstance(value, bool | NoneType) and type(value) in kinds:
+        return value
+    if not isinstance(value, bool):
+        if int in kinds and isinstance(value, Integral):
+            return int(value)
+        if float in kinds and isinstance(value, Real):
+            return _finite(setting.name, value)
+        if str in kinds and isinstance(value, str):
+            return value
+    wanted = " or ".join(TYPE_NAMES[kind] for kind in kinds if kind in TYPE_NAMES)
+    raise ConfigError(f"{setting.name} is {value!r}, but must be {wanted}.")
 
 
-def _fits(value: object, kind: Any) -> bool:
-    for option in _alternatives(kind):
-        if option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return True
-        if isinstance(value, option) and isinstance(value, bool) == (option is bool):
-            return True
-    return False
-
-
-def _widen(value: Any, kind: Any) -> Any:
-    """Whole numbers written for a float setting, as floats."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if whole and int not in _alternatives(kind) else value
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return " or ".join(names[option] for option in _alternatives(kind) if option in names)
+def _finite(name: str, value: Real) -> float:
+    """`value` as a float. Raises ConfigError for infinity, NaN and what is too large."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    _require(math.isfinite(number), name, number, "a finite number")
+    return number

@@ -127,7 +127,7 @@ def test_choices_of_a_single_token_need_no_second_pass(base):
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
 def test_a_decoder_reads_choices_of_similar_length_together(base):
     prompt, shapes = base.tokenizer("is it?")["input_ids"], []
-    choices = [[7] * length for length in (9, 1, 8, 2, 1)]
+    choices = [[token] * length for token, length in enumerate((9, 1, 8, 2, 1), start=3)]
     base.model.get_decoder().register_forward_pre_hook(
         lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
     )
@@ -160,6 +160,20 @@ def test_ties_are_counted_and_the_first_choice_is_taken(llama):
 
 def test_no_tie_is_counted_where_there_is_none(llama):
     assert evaluate(llama, CHOICE_TASK).scores[0].ties == 0
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_choice_listed_twice_ties_with_itself(base, packed, monkeypatch):
+    if not packed:
+        monkeypatch.setattr("phatgoose.likelihood.can_pack", lambda _: False)
+    first = evaluate(base, CHOICE_TASK).scores[0].predictions
+    twice = tuple(
+        replace(e, choices=(*e.choices, p.answer))
+        for e, p in zip(CHOICE_TASK.test, first, strict=True)
+    )
+    score = evaluate(base, replace(CHOICE_TASK, test=twice)).scores[0]
+    assert [p.answer for p in score.predictions] == [p.answer for p in first]
+    assert score.ties == score.n
 
 
 def test_any_reference_is_a_right_answer(llama):

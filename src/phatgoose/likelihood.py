@@ -46,14 +46,18 @@ def choice_log_likelihoods(
     The end-of-sequence token counts as a target token (METHOD section 6, Scoring). A batch holds at
     most `budget` tokens of prompts and choices together, padding included. `before_pass` is called
     before each pass through the model with indices in `rows`, as many tokens for each: one for
-    each row of the batch, or where rows are packed one for each token. Raises EvaluationError for a
-    causal model's prompt without tokens.
+    each row of the batch, or where rows are packed one for each token. A choice that a row has
+    twice is computed once, so that it ties with itself. Raises EvaluationError for a causal model's
+    prompt without tokens.
     """
     if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
     score = _packed if can_pack(model) else _padded
+    distinct = [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
     with torch.inference_mode():
-        yield from score(model, rows, pad_token_id, budget, before_pass)
+        for index, means in score(model, distinct, pad_token_id, budget, before_pass):
+            found = dict(zip(distinct[index][1], means, strict=True))
+            yield index, [found[tuple(choice)] for choice in rows[index][1]]
 
 
 def _packed(

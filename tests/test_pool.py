@@ -195,6 +195,22 @@ def test_a_bad_selection_is_refused_with_the_reason(write, tmp_path, options, co
         Pool.open(tmp_path / "pool").select(**options)
 
 
+def test_an_expert_keeps_the_name_it_has_wherever_it_is_saved(adapters, tmp_path):
+    made = Expert.from_peft(adapters["two"], {}, base=BASE)
+    made.save(tmp_path / "elsewhere")
+    made.save(tmp_path / "other" / "two")
+    pool = Pool.open(tmp_path / "elsewhere")
+    assert pool.names == ("two",)
+    with pytest.raises(PoolError) as caught:
+        pool.select(keep=["elsewhere"])
+    assert str(caught.value) == (
+        f"The pool has no expert 'elsewhere'; it has two (in {tmp_path / 'elsewhere'}). The "
+        f"directory 'elsewhere' holds the expert 'two'."
+    )
+    with pytest.raises(PoolError, match=r"no expert 'x'; it has two\.$"):
+        Pool.open(tmp_path / "other").select(leave_out=["x"])
+
+
 def test_a_stack_of_mixed_ranks_is_filled_up_with_zeros(write, tmp_path):
     write("four", "four")
     write("six", "six")

@@ -106,7 +106,10 @@ class Expert:
 
     @property
     def name(self) -> str:
-        """The expert's name, unique within a pool."""
+        """The expert's name, unique within a pool: the one in `phatgoose.json`.
+
+        It stays when the directory is saved elsewhere or renamed; no other name finds the expert.
+        """
         return self.info.name
 
     @property
@@ -143,8 +146,8 @@ class Expert:
         """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
         `base` defaults to what the adapter's own config names, without a fingerprint; `name` to the
-        adapter's folder name. Raises ExpertError when the adapter can't be used or a vector doesn't
-        fit its site.
+        name of the adapter's folder, and the expert keeps it wherever it is saved. Raises
+        ExpertError when the adapter can't be used or a vector doesn't fit its site.
         """
         directory = Path(adapter_dir)
         named = named_base(directory)

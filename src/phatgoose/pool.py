@@ -107,7 +107,8 @@ class Pool:
     ) -> Pool:
         """The pool of the experts named in `keep` (None: all), without those in `leave_out`.
 
-        Raises PoolError for a name that the pool lacks, and when no expert is left.
+        Names are the experts' own (`Expert.name`), whatever their directories are called. Raises
+        PoolError for a name that the pool lacks, and when no expert is left.
         """
         if isinstance(keep, str) or isinstance(leave_out, str):
             raise PoolError("keep and leave_out must be lists of names.")
@@ -115,12 +116,24 @@ class Pool:
         names = set(self.names)
         for name in [*kept, *left]:
             if name not in names:
-                raise PoolError(f"The pool has no expert {name!r}; it has {', '.join(self.names)}.")
+                raise PoolError(self._unknown(name))
         staying = set(kept) - set(left)
         chosen = [expert for expert in self.experts if expert.name in staying]
         if not chosen:
             raise PoolError("No expert is left in the pool after keep and leave_out.")
         return Pool(tuple(chosen))
+
+    def _unknown(self, name: str) -> str:
+        """What to say of a `name` that no expert has; maybe it is a directory's."""
+        held = [expert.name for expert in self.experts if expert.directory.name == name]
+        hint = f" The directory {name!r} holds the expert {held[0]!r}." if held else ""
+        named = [
+            expert.name
+            if expert.directory.name == expert.name
+            else f"{expert.name} (in {expert.directory})"
+            for expert in self.experts
+        ]
+        return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
 
     def stack(self, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
         """The modules of the experts that act at `site`, in `dtype` on `device`."""

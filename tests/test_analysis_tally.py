@@ -13,6 +13,7 @@ from phatgoose.analysis.reading import pass_through
 from phatgoose.analysis.tally import MEASURES
 from phatgoose.encoding import Encoder, TokenPair
 from phatgoose.pool import Pool
+from phatgoose.recording import watches_over
 from phatgoose.routed import compose, composition_of, record, watch
 from phatgoose.routers import ROUTERS
 from phatgoose.tasks import Example
@@ -206,7 +207,9 @@ def test_profiles_add_up_and_spread_over_larger_pools(llama, llama_pool):
 def test_reading_stops_watching(llama, llama_pool):
     model = compose(llama_pool, llama)
     tallied(model, llama)
-    assert all(layer.watcher is None for layer in composition_of(model).layers.values())
+    assert all(
+        not watches_over(layer, layer.site) for layer in composition_of(model).layers.values()
+    )
 
 
 def test_reading_changes_no_decision(llama, llama_pool):

@@ -54,7 +54,7 @@ LAYERS = (
         "sites",
         "tasks",
     ),
-    ("placement", "stacks"),
+    ("placement", "stacks", "token_masks"),
     ("adapters", "card", "embeddings", "kernels", "shapes", "suites.entries", "work"),
     (
         "bottleneck",

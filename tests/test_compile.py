@@ -5,15 +5,16 @@ The backends here need no compiler; on CPUs torch's kernels take the native one'
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import assert_same_logits, logits_of, make_ids, make_model
+from conftest import assert_same_logits, compose_by, logits_of, make_ids, make_model, of_task
 from phatgoose.layers import FoldedLinear, RoutedLinear, folded_weight
-from phatgoose.routed import compose
+from phatgoose.routed import compose, record
 from phatgoose.routers import (
     ArrowRouter,
     ScoredRouter,
@@ -71,13 +72,9 @@ def assert_one_graph(layer: nn.Module, u: Tensor, backend: str) -> None:
 
 
 @each_backend
-@each_mask
 @pytest.mark.parametrize("router", ROUTERS)
-def test_a_routed_linear_is_one_graph(router, padded, backend):
-    layer, u = make_layer(router), torch.randn(2, 5, SITE.in_features)
-    if padded:
-        layer.masks._masks["decoder"] = torch.arange(10).view(2, 5) % 3 > 0
-    assert_one_graph(layer, u, backend)
+def test_a_routed_linear_is_one_graph(router, backend):
+    assert_one_graph(make_layer(router), torch.randn(2, 5, SITE.in_features), backend)
 
 
 @each_backend
@@ -89,13 +86,10 @@ def test_whatever_kernel_the_sizes_call_for_is_one_graph(tokens, dtype, backend)
 
 
 @each_backend
-@each_mask
-def test_a_folded_linear_is_one_graph(padded, backend):
+def test_a_folded_linear_is_one_graph(backend):
     stack, base = make_stack(torch.float32), nn.Linear(SITE.in_features, SITE.out_features)
     folded = folded_weight(base, stack.lora, EXPERTS)
     layer = FoldedLinear(base, SITE, folded, stack.experts, EXPERTS)
-    if padded:
-        layer.masks._masks["decoder"] = torch.arange(10).view(2, 5) % 3 > 0
     assert_one_graph(layer, torch.randn(2, 5, SITE.in_features), backend)
 
 
@@ -114,3 +108,39 @@ def test_a_whole_routed_llama_is_one_graph(router, padded, llama_pool):
     with torch.no_grad():
         got = compiled(input_ids=ids, **inputs).logits
     assert_same_logits(got, wanted)
+
+
+def test_a_whole_routed_t5_is_one_graph(loaded_bases, pool_of):
+    base = copy.deepcopy(loaded_bases["t5"])
+    model, ids = compose(pool_of("t5"), base), make_ids(rows=2)
+    inputs = {"attention_mask": (make_ids(rows=2) > 40).long(), "use_cache": False}
+    wanted = logits_of(model, ids, **inputs)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad():
+        got = compiled(input_ids=ids, decoder_input_ids=ids, **inputs).logits
+    assert_same_logits(got, wanted)
+
+
+def test_an_announced_expert_is_one_graph_with_the_rest(llama, llama_pool):
+    model, ids = compose_by("oracle", llama_pool, llama), make_ids(rows=2)
+    wanted = logits_of(model, ids, use_cache=False)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    assert_same_logits(logits_of(compiled, ids, use_cache=False), wanted)
+    of_task(model, "first")
+    other = logits_of(model, ids, use_cache=False)
+    assert_same_logits(logits_of(compiled, ids, use_cache=False), other)
+    assert not torch.equal(other, wanted)
+
+
+def test_a_compiled_model_is_recorded_like_its_original(llama, llama_pool):
+    model, ids = compose(llama_pool, llama), make_ids(rows=2)
+    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    logits_of(compiled, ids, use_cache=False)
+    with record(model) as wanted:
+        logits_of(model, ids, use_cache=False)
+    with record(compiled) as outer, record(model) as inner:
+        logits_of(compiled, ids, use_cache=False)
+    logits_of(compiled, ids, use_cache=False)
+    assert outer.weights.keys() == inner.weights.keys() == wanted.weights.keys()
+    for site, passes in wanted.weights.items():
+        assert torch.equal(torch.cat(inner.weights[site]), torch.cat(passes))

@@ -489,7 +489,8 @@ def test_single_needs_a_name_unless_there_is_one_expert(llama, llama_pool):
 
 class Fixed(Lookup):
     def __init__(self, *rows: int) -> None:
-        self.rows = torch.tensor(rows) if rows else None
+        super().__init__()
+        self.serve(torch.tensor(rows) if rows else None)
 
 
 def test_tokens_belong_to_the_rows_in_turn():

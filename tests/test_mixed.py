@@ -274,14 +274,17 @@ def test_a_gate_of_the_wrong_size_is_refused_where_only_the_base_can_tell(llama,
         compose(Pool((wrong,)), llama, k=1)
 
 
-def test_padding_gets_the_base_alone(llama, llama_mixed):
-    model = compose(llama_mixed, llama)
-    layer = composition_of(model).layers["model.layers.0.mlp.down_proj"]
-    u = torch.randn(1, 4, layer.in_features)
-    layer.masks._masks["decoder"] = torch.tensor([[False, True, True, False]])
-    got, plain = layer(u), layer.base(u)
-    torch.testing.assert_close(got[0, [0, 3]], plain[0, [0, 3]], **PRECISE)
-    assert not torch.allclose(got[0, [1, 2]], plain[0, [1, 2]], atol=1e-2)
+def test_padding_is_routed_like_any_token(llama, llama_mixed):
+    model, ids = compose(llama_mixed, llama), make_ids()
+    layer, seen = composition_of(model).layers["model.layers.0.mlp.down_proj"], []
+    layer.register_forward_hook(lambda layer, args, y: seen.append((args[0], y)))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    logits_of(model, ids, attention_mask=mask)
+    ((u, y),) = seen
+    with torch.no_grad():
+        assert torch.equal(y, layer(u))
+    assert not torch.allclose(y, layer.base(u), atol=1e-2)
 
 
 @each_kind

@@ -49,8 +49,8 @@ def choose(held: dict[str, Tensor], chosen: int = k) -> Tensor:
     return top_experts(held["u"], held["vectors"], chosen, 1e-5)[0]
 
 
-def add(held: dict[str, Tensor], chosen: int = k, real: Tensor | None = None) -> Tensor:
-    add_routed(held["y"], held["u"], real, held["vectors"], held["A"], held["B"], chosen, 1e-5)
+def add(held: dict[str, Tensor], chosen: int = k) -> Tensor:
+    add_routed(held["y"], held["u"], held["vectors"], held["A"], held["B"], chosen, 1e-5)
     return held["y"]
 
 
@@ -131,12 +131,6 @@ def test_what_is_added_to_in_place_must_be_contiguous(name):
     held[name] = held[name].repeat_interleave(2, dim=-1)[..., ::2]
     with pytest.raises(RoutingError, match="contiguous"):
         add(held)
-
-
-@pytest.mark.parametrize("real", [torch.ones(T - 1).bool(), torch.ones(T), torch.ones(T, 2).bool()])
-def test_a_mask_of_other_tokens_is_refused(real):
-    with pytest.raises(RoutingError, match="Kernel native"):
-        add(tensors(), real=real)
 
 
 @pytest.mark.parametrize("name", ["u", "experts", "weights", "A", "B"])

@@ -12,7 +12,8 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from conftest import make_model
 from phatgoose.packing import Text, can_pack, head_at, pack, packed_batches, quick_backward
-from phatgoose.sites import TokenMasks
+from phatgoose.sites import find_sites
+from phatgoose.token_masks import watch_inputs
 
 TEXTS = (
     Text([5, 6, 7], [[8, 9], [10], []]),
@@ -78,12 +79,13 @@ def test_logits_are_those_of_each_text_alone(kind, implementation):
 
 def test_padding_is_known_by_not_seeing_itself():
     model = make_model("llama")
-    masks = TokenMasks().attach(model)
     packed = pack([[TEXTS[0]], [TEXTS[1], TEXTS[1]]], 0, torch.float32)
-    with torch.no_grad():
+    sites, seen = find_sites(model), []
+    watched = watch_inputs(model, sites, lambda site, u, real: seen.append(real))
+    with watched, torch.no_grad():
         logits = model(**packed.inputs).logits
-    real = masks.real_tokens(torch.empty(2, 6, 32), "decoder")
-    assert torch.equal(real, packed.owners >= 0)
+    assert len(seen) == len(sites)
+    assert all(torch.equal(real, packed.owners >= 0) for real in seen)
     assert packed.owners.tolist() == [[0] * 6, [1, 2, -1, -1, -1, -1]]
     assert logits.isfinite().all()
 

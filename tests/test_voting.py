@@ -14,7 +14,7 @@ from phatgoose.evaluation import evaluate
 from phatgoose.growing import remove_experts
 from phatgoose.methods import lacking, rows_of
 from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach, record
+from phatgoose.routed import compose, composition_of, detach, record, watch
 from phatgoose.routers import standardise
 from phatgoose.storage import load, save
 from phatgoose.tasks import Example, Task
@@ -129,12 +129,12 @@ def test_padding_of_the_batch_is_masked_again_after_the_vote(llama, llama_pool):
     padded = torch.cat([pads, ids], dim=1)
     mask = torch.cat([pads, torch.ones_like(ids)], dim=1)
     seen = []
-    layer = next(iter(composition_of(model).layers.values()))
-    layer.watcher = lambda passed: seen.append(passed.real)
-    logits_of(model, padded, attention_mask=mask)
+    with watch(model, lambda passed: seen.append(passed.real)):
+        logits_of(model, padded, attention_mask=mask)
+    layers = composition_of(model).layers
     detach(model)
-    (real,) = seen  # the vote's own passes are not watched
-    assert torch.equal(real, mask.bool())
+    assert len(seen) == len(layers)  # the vote's own passes are not watched
+    assert all(torch.equal(real, mask.bool()) for real in seen)
 
 
 def test_it_is_saved_and_loaded_and_does_not_grow(llama, llama_pool, tmp_path):

@@ -17,9 +17,9 @@ from transformers.pytorch_utils import Conv1D
 from .errors import RoutingError
 from .kernels import Kernel, choose_kernel
 from .kernels.native import add_routed, runs_natively
-from .recording import SitePass, Watcher
+from .recording import watches_over
 from .routers.decision import RoutingDecision
-from .sites import Site, TokenMasks, WrappedLinear
+from .sites import Site, WrappedLinear
 from .stacks import LoraStack, SiteStack
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class RoutedLayer(WrappedLinear):
-    """What all layers of a routed model share: their site, its experts, and who watches.
+    """What all layers of a routed model share: their site and its experts.
 
     `experts` [E] are the pool's indices of the experts that act here.
     """
@@ -44,42 +44,29 @@ class RoutedLayer(WrappedLinear):
         super().__init__(base, site.in_features, site.out_features)
         self.site = site
         self.register_buffer("experts", experts, persistent=False)
-        self.masks = TokenMasks()
-        self.watcher: Watcher | None = None
 
 
 class ChoosingLayer(RoutedLayer):
     """A routed layer with a router that chooses among its experts for every token."""
 
-    router: nn.Module
+    router: Any  # a module, of one of the routers
 
     @property
     def stack(self) -> SiteStack:
         """The experts' modules as they are now."""
         raise NotImplementedError
 
-    def choose(self, u: Tensor, real: Tensor | None) -> RoutingDecision:
-        """The experts of each token of u [.., n] and their weights, 0 for padding; watchers know.
-
-        `real` [..] is the mask of real tokens, None when all are.
-        """
+    def choose(self, u: Tensor) -> RoutingDecision:
+        """The experts of each token of u [.., n] and their weights; who watches is told."""
         tokens = u.reshape(-1, u.shape[-1])
         decision: RoutingDecision = self.router(tokens)
-        weights = decision.weights
-        if real is not None:
-            weights = weights * real.reshape(-1, 1)
-        if self.watcher is not None:
-            self.watcher(
-                SitePass(
-                    self.site,
-                    self.experts[decision.experts],
-                    weights,
-                    real,
-                    u.shape[:-1],
-                    lambda: self.router.distribution(tokens),  # type: ignore[operator]
+        if watches := watches_over(self, self.site):
+            chosen, router = self.experts[decision.experts], self.router
+            for watch in watches:
+                watch.tell(
+                    self.site, u, chosen, decision.weights, lambda: router.distribution(tokens)
                 )
-            )
-        return RoutingDecision(decision.experts, weights)
+        return decision
 
 
 class RoutedLinear(ChoosingLayer):
@@ -129,12 +116,11 @@ class RoutedLinear(ChoosingLayer):
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]."""
         y: Tensor = self.base(u)
-        real = self.masks.real_tokens(u, self.site.stream)
         if self._takes_one_call(y, u):
-            router: Any = self.router
-            add_routed(y, u, real, router.vectors, self.A, self.B, router.k, router.eps)
+            router = self.router
+            add_routed(y, u, router.vectors, self.A, self.B, router.k, router.eps)
             return y
-        decision = self.choose(u, real)
+        decision = self.choose(u)
         tokens = u.reshape(-1, u.shape[-1])
         arguments = (tokens.to(self.A.dtype), decision.experts)
         kernel = self.product or choose_kernel(self.kernel, *arguments, self.A, self.B)
@@ -145,10 +131,10 @@ class RoutedLinear(ChoosingLayer):
         """True where choosing and adding can be left to the native kernel as one."""
         return (
             self.one_call
-            and self.watcher is None
             and u.is_contiguous()
             and y.is_contiguous()
-            and runs_natively(y, u, self.router.vectors, self.A, self.B)  # type: ignore[arg-type]
+            and runs_natively(y, u, self.router.vectors, self.A, self.B)
+            and not watches_over(self, self.site)
         )
 
 
@@ -171,13 +157,11 @@ class FoldedLinear(RoutedLayer):
 
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]."""
-        if self.watcher is not None:
-            real = self.masks.real_tokens(u, self.site.stream)
+        if watches := watches_over(self, self.site):
             experts = self.experts.expand(u[..., 0].numel(), -1)
             equal = torch.full(experts.shape, self.weight_of_each, device=u.device)
-            weights = equal if real is None else equal * real.reshape(-1, 1)
-            grid = u.shape[:-1]
-            self.watcher(SitePass(self.site, experts, weights, real, grid, lambda: equal))
+            for watch in watches:
+                watch.tell(self.site, u, experts, equal, lambda: equal)
         return functional.linear(u, self.folded, self.bias)
 
 

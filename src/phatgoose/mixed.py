@@ -65,7 +65,7 @@ class MixedLinear(ChoosingLayer):
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]; the formula above."""
         stack = self.stack
-        decision = self.choose(u, self.masks.real_tokens(u, self.site.stream))
+        decision = self.choose(u)
         scaled = u
         if stack.input_scaling is not None:
             factor = self._factor("input_scaling", stack.input_scaling, decision)

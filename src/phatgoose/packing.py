@@ -144,7 +144,7 @@ def pack(rows: Sequence[Sequence[Text]], pad_token_id: int, dtype: torch.dtype) 
     """The texts of each row as one batch; `dtype` is that of the model.
 
     `inputs` are what its forward pass takes. Texts are numbered row by row. Padding sees the first
-    token of its row and not itself, by which it is known (`sites.TokenMasks`).
+    token of its row and not itself, by which it is known (`token_masks`).
     """
     columns = max(sum(text.length for text in row) for row in rows)
     shape = (len(rows), columns)

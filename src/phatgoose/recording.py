@@ -5,15 +5,20 @@ Datasets are tallied instead (`phatgoose.analysis`), in memory that does not gro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .sites import Site, Stream
+from .token_masks import TokenMasks, token_masks
 
-__all__ = ["Recording", "SitePass", "Watcher"]
+__all__ = ["Recording", "SitePass", "Watch", "Watcher", "unwatched", "watches_over", "watching"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,89 @@ class SitePass:
 
 
 Watcher = Callable[[SitePass], None]
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Who is told what the layers at the sites of one model decide, and what they know of masks."""
+
+    layers: Mapping[str, nn.Module]
+    watcher: Watcher
+    masks: TokenMasks
+
+    def tell(
+        self,
+        site: Site,
+        u: Tensor,
+        experts: Tensor,
+        weights: Tensor,
+        distribution: Callable[[], Tensor],
+    ) -> None:
+        """What was decided about the tokens of u [.., n]: `experts` and `weights`, each [T, k]."""
+        real = self.masks.real_tokens(u, site.stream)
+        if real is not None:
+            weights = weights * real.reshape(-1, 1)
+        grid = self.masks.grid(u, site.stream)
+        self.watcher(SitePass(site, experts, weights, real, grid, distribution))
+
+
+class _Uncompiled:
+    """While anybody is inside, in any thread, compiled models run as they are written."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stance = torch.compiler.set_stance("force_eager")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.__exit__(None, None, None)
+
+
+_UNCOMPILED = _Uncompiled()
+_WATCHES: ContextVar[tuple[Watch, ...]] = ContextVar("watches", default=())
+
+
+def watches_over(layer: nn.Module, site: Site) -> list[Watch]:
+    """The watches over `layer` at `site` that this context has opened, outermost first.
+
+    A compiled pass is watched by nobody: while anybody watches, models run as they are written.
+    """
+    if torch.compiler.is_compiling():
+        return []
+    return [watch for watch in _WATCHES.get() if watch.layers.get(site.name) is layer]
+
+
+@contextmanager
+def watching(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], watcher: Watcher
+) -> Iterator[None]:
+    """Tell `watcher` what the `layers` of `model`, by site, decide in this context until it closes.
+
+    What other threads have the model do is theirs. Compiled models run uncompiled meanwhile.
+    """
+    with token_masks(model) as masks, _UNCOMPILED:
+        before = _WATCHES.set((*_WATCHES.get(), Watch(layers, watcher, masks)))
+        try:
+            yield
+        finally:
+            _WATCHES.reset(before)
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """While the context is open, nobody is told what this context's passes decide."""
+    before = _WATCHES.set(())
+    try:
+        yield
+    finally:
+        _WATCHES.reset(before)
 
 
 @dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from .layers import (
 from .mixed import MixedLinear
 from .pool import Pool
 from .reading import ahead
-from .recording import Recording, Watcher
+from .recording import Recording, Watcher, watching
 from .routers import (
     MERGED,
     ArrowRouter,
@@ -45,7 +45,7 @@ from .routers import (
     warn_of_untrained,
 )
 from .scores import Scores, read_scores
-from .sites import ROUTED, Site, TokenMasks, find_sites, replace_module
+from .sites import ROUTED, Site, find_sites, replace_module
 from .stacks import SiteStack
 from .tasks import Example
 
@@ -80,7 +80,6 @@ class Composition:
     routing: Routing
     layers: dict[str, RoutedLayer]
     lookup: Lookup | None = None
-    masks: TokenMasks = field(default_factory=TokenMasks)
 
 
 def compose(
@@ -236,11 +235,9 @@ def routed_layer(
 def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
     """Put the routed layers of `parts` into `model` and return it."""
     for name, layer in parts.layers.items():
-        layer.masks = parts.masks
         replace_module(model, name, layer)
-    if parts.lookup is not None:  # before the masks: it may have passes of its own, with their own
+    if parts.lookup is not None:
         parts.lookup.attach(model)
-    parts.masks.attach(model)
     setattr(model, ROUTED, parts)
     return model
 
@@ -251,7 +248,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     Raises RoutingError when `model` is not routed.
     """
     parts = composition_of(model)
-    parts.masks.detach()
     if parts.lookup is not None:
         parts.lookup.detach()
     for name, layer in parts.layers.items():
@@ -272,7 +268,7 @@ def composition_of(model: PreTrainedModel) -> Composition:
 def record(model: PreTrainedModel) -> Iterator[Recording]:
     """A `Recording` that fills with every routing decision of `model` while the context is open.
 
-    Raises RoutingError when `model` is not routed.
+    Only calls of this thread are recorded. Raises RoutingError when `model` is not routed.
     """
     recording = Recording(composition_of(model).experts)
     with watch(model, recording.add):
@@ -281,18 +277,12 @@ def record(model: PreTrainedModel) -> Iterator[Recording]:
 
 @contextmanager
 def watch(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
-    """Tell `watcher` every routing decision of `model` while the context is open.
+    """Tell `watcher` every routing decision of `model` in this thread while the context is open.
 
-    Raises RoutingError when `model` is not routed.
+    A compiled model runs uncompiled meanwhile. Raises RoutingError when `model` is not routed.
     """
-    layers = composition_of(model).layers.values()
-    for layer in layers:
-        layer.watcher = watcher
-    try:
+    with watching(model, composition_of(model).layers, watcher):
         yield
-    finally:
-        for layer in layers:
-            layer.watcher = None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Sites: where in a base model an expert acts, what reaches them, and which tokens are real.
+"""Sites: where in a base model an expert acts.
 
 A site is a linear layer inside one of the model's repeated blocks, named by its module path, such
 as `model.layers.0.self_attn.q_proj` (METHOD section 1: "for LoRA: every linear layer of every
@@ -7,14 +7,10 @@ block"). Embeddings and output heads stand outside the blocks and are no sites.
 
 from __future__ import annotations
 
-import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,12 +21,10 @@ __all__ = [
     "ROUTED",
     "Site",
     "Stream",
-    "TokenMasks",
     "WrappedLinear",
     "find_sites",
     "linear_shape",
     "replace_module",
-    "watch_inputs",
 ]
 
 ROUTED = "phatgoose"  # the attribute by which a routed model is known; see routed.Composition
@@ -151,100 +145,3 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` in the place of the submodule of `model` called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
-
-
-class TokenMasks:
-    """Which of the tokens now passing through a model are real (True) rather than padding.
-
-    Attached to a model, it reads the attention masks of every forward call, generation with a
-    cache included (the mask then covers past tokens too; its last columns are the present ones).
-    In a mask [rows, 1, queries, keys] a token is real that sees itself (`packing`).
-    """
-
-    def __init__(self) -> None:
-        self._masks: dict[Stream, Tensor | None] = {"encoder": None, "decoder": None}
-        self._handles: list[Any] = []
-
-    def attach(self, model: PreTrainedModel) -> TokenMasks:
-        """Self, watching `model` until `detach`."""
-        if model.config.is_encoder_decoder:
-            self._watch(model.get_encoder(), "encoder")
-            self._watch(model.get_decoder(), "decoder")
-        else:
-            self._watch(model.base_model, "decoder")
-        return self
-
-    def detach(self) -> None:
-        """Stop watching."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    def real_tokens(self, u: Tensor, stream: Stream) -> Tensor | None:
-        """A boolean mask of shape u.shape[:-1], or None when every token of `u` is real."""
-        mask = self._masks[stream]
-        return mask if mask is not None and mask.shape == u.shape[:-1] else None
-
-    def _watch(self, stack: nn.Module, stream: Stream) -> None:
-        signature = inspect.signature(stack.forward)
-
-        def remember(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = signature.bind_partial(*args, **kwargs).arguments
-            self._masks[stream] = _unless_all_real(_present_columns(given))
-            if stream == "decoder":
-                encoder_mask = given.get("encoder_attention_mask")
-                self._masks["encoder"] = _unless_all_real(
-                    None if encoder_mask is None else encoder_mask.bool()
-                )
-
-        self._handles.append(stack.register_forward_pre_hook(remember, with_kwargs=True))
-
-
-def _unless_all_real(mask: Tensor | None) -> Tensor | None:
-    """`mask`, or None when it hides nothing. Only a CPU is asked; others would be waited for."""
-    if mask is None or mask.device.type != "cpu" or torch.compiler.is_compiling():
-        return mask
-    return None if mask.all() else mask
-
-
-def _present_columns(arguments: dict[str, Any]) -> Tensor | None:
-    """The attention mask's columns of the tokens being passed, None when there is no such mask."""
-    mask, tokens = arguments.get("attention_mask"), arguments.get("input_ids")
-    if tokens is None:
-        tokens = arguments.get("inputs_embeds")
-    if tokens is None or not isinstance(mask, Tensor) or mask.dim() not in (2, 4):
-        return None
-    if mask.dim() == 2:
-        return mask[:, -tokens.shape[1] :].bool()
-    itself = mask[:, 0].diagonal(mask.shape[-1] - mask.shape[-2], dim1=1, dim2=2)
-    return itself if itself.dtype == torch.bool else itself == 0
-
-
-@contextmanager
-def watch_inputs(
-    model: PreTrainedModel,
-    sites: Mapping[str, Site],
-    see: Callable[[Site, Tensor, Tensor | None], None],
-) -> Iterator[None]:
-    """Call `see(site, u, real)` for each pass through each site while the context is open.
-
-    `u` is the site's input, [..., n]; `real` the mask of its non-padding tokens, None for all.
-    """
-    masks = TokenMasks().attach(model)
-
-    def watcher(site: Site) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            see(site, args[0], masks.real_tokens(args[0], site.stream))
-
-        return hook
-
-    handles = [
-        model.get_submodule(site.name).register_forward_pre_hook(watcher(site))
-        for site in sites.values()
-    ]
-    try:
-        yield
-    finally:
-        masks.detach()
-        for handle in handles:
-            handle.remove()

@@ -27,8 +27,9 @@ from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ConfigError, ExpertError, WrongBaseError
 from .expert import LAYOUT, MOST_EMBEDDINGS, Expert
 from .modules import SiteModule
-from .sites import Site, find_sites, watch_inputs
+from .sites import Site, find_sites
 from .tasks import Task
+from .token_masks import watch_inputs
 
 __all__ = [
     "Statistics",

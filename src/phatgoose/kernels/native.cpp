@@ -383,17 +383,15 @@ void update(T* y, const T* u, const index_t* experts, const float* weights, cons
         update(y, u, experts, weights, A, B, tokens, k, E, r, n, d, threads);                      \
         return 0;                                                                                  \
     }                                                                                              \
-    /* Both in one; tokens that are not `real` (null: all are) are left alone. */                  \
+    /* Both in one. */                                                                             \
     extern "C" void routed_update_##suffix(                                                        \
-        T* y, const T* u, const bool* real, const T* vectors, const T* A, const T* B,              \
-        index_t tokens, index_t n, index_t E, index_t k, float eps, int standardised, index_t r,   \
-        index_t d, index_t threads) {                                                              \
+        T* y, const T* u, const T* vectors, const T* A, const T* B, index_t tokens, index_t n,     \
+        index_t E, index_t k, float eps, int standardised, index_t r, index_t d,                   \
+        index_t threads) {                                                                         \
         std::vector<index_t> experts(tokens * k);                                                  \
         std::vector<float> weights(tokens * k);                                                    \
         Router<T>{vectors, n, E, k, eps, standardised != 0}.route(u, tokens, experts.data(),       \
                                                                   weights.data());                 \
-        for (index_t t = 0; real && t < tokens; t++)                                               \
-            if (!real[t]) std::fill_n(weights.begin() + t * k, k, 0.0f);                           \
         update(y, u, experts.data(), weights.data(), A, B, tokens, k, E, r, n, d, threads);        \
     }
 

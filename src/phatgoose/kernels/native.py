@@ -44,7 +44,7 @@ ROUTING = (*[INDEX] * 4, ctypes.c_float, ctypes.c_int)  # tokens, n, E, k, eps, 
 SIGNATURES = {
     "route": (*[POINTER] * 2, *ROUTING, *[POINTER] * 2),
     "update": (*[POINTER] * 6, *[INDEX] * 7),
-    "routed_update": (*[POINTER] * 6, *ROUTING, *[INDEX] * 3),
+    "routed_update": (*[POINTER] * 5, *ROUTING, *[INDEX] * 3),
 }
 
 
@@ -64,7 +64,7 @@ def runs_natively(*tensors: Tensor) -> bool:
 def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
     """The routed product of `phatgoose.kernels`, expert by expert, [T, d].
 
-    Tokens that chose the same expert are multiplied together; weights of zero (padding) cost
+    Tokens that chose the same expert are multiplied together; weights of zero cost
     nothing; sums are float32. Not differentiable: "auto" takes another kernel where that is wanted.
     Raises ConfigError unless `runs_natively(u, A, B)`, RoutingError when shapes don't belong
     together or an index names no expert.
@@ -124,7 +124,6 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
 def add_routed(
     y: Tensor,
     u: Tensor,
-    real: Tensor | None,
     vectors: Tensor,
     A: Tensor,
     B: Tensor,
@@ -133,8 +132,7 @@ def add_routed(
 ) -> None:
     """Add to y [.., d] in place what `top_experts` and `native` come to for u [.., n], in one call.
 
-    `real` [..] is False for tokens to leave alone (padding); None means that all are real. All the
-    others are contiguous and of one type. Decoding spends its time on calls: this is one where
+    All tensors are contiguous and of one type. Decoding spends its time on calls: this is one where
     there were six. Raises RoutingError as `top_experts` and `native` do.
     """
     sizes, outer = A.shape, B.shape
@@ -147,10 +145,6 @@ def add_routed(
         and u.shape[-1] == n
         and y.shape[-1] == d
         and numbers * d == y.numel() * n
-        and (
-            real is None
-            or (real.dtype is torch.bool and real.is_cpu and real.numel() * n == numbers)
-        )
         and _are_of_one_type((y, u, vectors, A, B))
         and y.is_contiguous()
         and u.is_contiguous()
@@ -159,10 +153,8 @@ def add_routed(
         and B.is_contiguous()
     ):
         raise misfit("native", k, y=y, u=u, vectors=vectors, A=A, B=B)
-    real = None if real is None else real.contiguous()
     _function("routed_update", u.dtype)(
-        *(y.data_ptr(), u.data_ptr(), None if real is None else real.data_ptr()),
-        *(vectors.data_ptr(), A.data_ptr(), B.data_ptr()),
+        *(y.data_ptr(), u.data_ptr(), vectors.data_ptr(), A.data_ptr(), B.data_ptr()),
         *(numbers // n, n, E, k, eps or 0.0, eps is not None, sizes[1], d),
         torch.get_num_threads(),
     )

@@ -1,12 +1,13 @@
 """Routers that look the expert of a whole input up: by its nearest neighbour, or by its task.
 
-All sites share one `Lookup`, which holds the experts of the rows of the batch at hand. Whoever
-scores examples says whose turn it is with `serve`; otherwise a retriever reads the prompts that
-pass through the model.
+All sites share one `Lookup`, which holds the experts of the rows of the batch at hand, for each
+thread its own. Whoever scores examples says whose turn it is with `serve`; otherwise a retriever
+reads the prompts that pass through the model.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..config import Formatting
 from ..embeddings import embed_texts, retrieval_text
 from ..errors import RoutingError
 from ..tasks import Example
+from ..token_masks import cached_tokens, callable_parts, given_arguments, real_tokens
 from .decision import RoutingDecision
 
 __all__ = ["NOBODY", "LookedUpRouter", "Lookup", "PromptReader", "Retriever", "TaskTable"]
@@ -25,15 +27,42 @@ __all__ = ["NOBODY", "LookedUpRouter", "Lookup", "PromptReader", "Retriever", "T
 NOBODY = -1  # stands in rows for no expert: the base's own output
 
 
+class _Turn(threading.local):
+    """What a lookup knows of the inputs that the thread at hand has passed."""
+
+    rows: Tensor | None = None  # as `Lookup.rows`
+    announced = False  # by somebody, rather than read
+    prompt: Tensor | None = None  # read last
+    length = 0  # of that prompt by now
+    depth = 0  # of calls inside calls of the model
+
+
 class Lookup:
     """Which expert serves each row of the batch at hand.
 
-    `rows` are indices in the pool, [rows]; None while nothing is known. A single row serves
-    batches of any size.
+    A copy, in memory or from a file, knows nothing yet of any batch.
     """
 
-    rows: Tensor | None = None
     unknown = "Nothing has told the router yet what its inputs are."
+
+    def __init__(self) -> None:
+        self._turn = _Turn()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what threads are at."""
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """What `__getstate__` gave."""
+        self.__dict__.update(state, _turn=_Turn())
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Indices in the pool [rows] for this thread's batch; None while nothing is known.
+
+        A single row serves batches of any size.
+        """
+        return self._turn.rows
 
     def begin_task(self, name: str) -> None:
         """The examples to come belong to the task called `name`."""
@@ -48,7 +77,7 @@ class Lookup:
 
     def serve(self, experts: Tensor | None) -> None:
         """Use `experts` for the rows of the passes to come, until told otherwise."""
-        self.rows = experts
+        self._turn.rows = experts
 
     def attach(self, model: PreTrainedModel) -> None:
         """Watch `model` for inputs that nobody announces."""
@@ -64,6 +93,7 @@ class TaskTable(Lookup):
 
     def __init__(self, experts: Mapping[str, int]) -> None:
         """`experts` maps a task's name to an index in the pool."""
+        super().__init__()
         self.experts = dict(experts)
 
     def begin_task(self, name: str) -> None:
@@ -73,7 +103,7 @@ class TaskTable(Lookup):
             raise RoutingError(
                 f"Router oracle has no scores for task {name!r}; it has them for {known}."
             )
-        self.rows = torch.tensor([self.experts[name]])
+        self.serve(torch.tensor([self.experts[name]]))
 
     def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
         """The expert of the present task, for each of `examples`."""
@@ -89,9 +119,9 @@ class PromptReader(Lookup):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """`tokenizer` turns the prompts that pass through the model back into text."""
+        super().__init__()
         self.tokenizer = tokenizer
-        self._announced = False
-        self._prompt, self._length = torch.empty(0, 0), 0  # read last, and its length by now
+        self._model: PreTrainedModel | None = None
         self._handles: list[Any] = []
 
     def of_prompts(self, texts: Sequence[str]) -> Tensor:
@@ -104,24 +134,17 @@ class PromptReader(Lookup):
 
     def serve(self, experts: Tensor | None) -> None:
         """Use `experts` for the rows to come; None goes back to reading prompts."""
-        self.rows, self._announced = experts, experts is not None
+        self._turn.rows, self._turn.announced = experts, experts is not None
 
     def attach(self, model: PreTrainedModel) -> None:
         """Look experts up for every new prompt that `model` is given."""
-        stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-
-        def read(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            ids = args[0] if args else kwargs.get("input_ids")
-            if self._announced or _continues(kwargs):
-                return
-            if ids is None:
-                raise RoutingError(f"Router {self.name} reads the input's tokens; pass input_ids.")
-            if not self._grew(ids):
-                self.rows = self.of_tokens(_real_tokens(ids, kwargs.get("attention_mask")))
-                self._prompt = ids.cpu()
-            self._length = ids.shape[1]
-
-        self._handles.append(stack.register_forward_pre_hook(read, with_kwargs=True))
+        self._model = model
+        parts = (model.get_encoder(),) if model.config.is_encoder_decoder else callable_parts(model)
+        for part in parts:
+            self._handles += [
+                part.register_forward_pre_hook(self._begin, with_kwargs=True),
+                part.register_forward_hook(self._end, always_call=True),
+            ]
 
     def detach(self) -> None:
         """Stop reading prompts."""
@@ -129,11 +152,40 @@ class PromptReader(Lookup):
             handle.remove()
         self._handles.clear()
 
+    def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        turn = self._turn
+        turn.depth = 1 if part is self._model else turn.depth + 1  # whatever broke off before
+        if turn.depth == 1 and not turn.announced:
+            self._read(given_arguments(part, args, kwargs))
+
+    def _end(self, *_: Any) -> None:
+        self._turn.depth = max(0, self._turn.depth - 1)
+
+    def _read(self, given: Mapping[str, Any]) -> None:
+        """Find the experts of the prompts in a call's arguments, unless it goes on with others."""
+        ids, turn = given.get("input_ids"), self._turn
+        if (cached_tokens(given) or 0) > 0:
+            return
+        if given.get("cu_seq_lens_q") is not None:
+            raise RoutingError(
+                f"Router {self.name} reads whole inputs, but several share a row here (continuous "
+                f"batching); use generate with a padded batch."
+            )
+        if ids is None:
+            raise RoutingError(f"Router {self.name} reads the input's tokens; pass input_ids.")
+        if not self._grew(ids):
+            real = real_tokens(given)
+            kept = zip(ids, torch.ones_like(ids).bool() if real is None else real, strict=True)
+            turn.rows = self.of_tokens([row[keep].tolist() for row, keep in kept])
+            turn.prompt = ids.cpu()
+        turn.length = ids.shape[1]
+
     def _grew(self, ids: Tensor) -> bool:
         """True for the prompt read last, a token longer: a step of generation without a cache."""
-        prompt = self._prompt
-        grew = self.rows is not None and ids.shape == (len(prompt), self._length + 1)
-        return grew and torch.equal(ids[:, : prompt.shape[1]].cpu(), prompt)
+        prompt = self._turn.prompt
+        if prompt is None or ids.shape != (len(prompt), self._turn.length + 1):
+            return False
+        return torch.equal(ids[:, : prompt.shape[1]].cpu(), prompt)
 
 
 class Retriever(PromptReader):
@@ -169,18 +221,6 @@ class Retriever(PromptReader):
         return self.nearest(
             [retrieval_text(example.input, example.choices) for example in examples]
         )
-
-
-def _real_tokens(ids: Tensor, mask: Tensor | None) -> list[list[int]]:
-    """The tokens of each row of `ids` without its padding."""
-    real = torch.ones_like(ids).bool() if mask is None or mask.dim() != 2 else mask.bool()
-    return [row[keep].tolist() for row, keep in zip(ids, real, strict=True)]
-
-
-def _continues(arguments: Mapping[str, Any]) -> bool:
-    """True in a pass that goes on with an input whose first tokens are cached."""
-    cache = arguments.get("past_key_values", arguments.get("cache"))
-    return cache is not None and cache.get_seq_length() > 0
 
 
 class LookedUpRouter(nn.Module):

@@ -12,14 +12,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Formatting
 from ..encoding import Encoder, batches_of_tokens, pad_right
 from ..errors import RoutingError
 from ..pool import Pool
+from ..recording import unwatched
+from ..sites import Site
 from ..tasks import Example
+from ..token_masks import watch_inputs
 from .affinities import CentredRouter, affinity_vectors
 from .lookup import NOBODY, PromptReader
 
@@ -46,7 +49,6 @@ class GateVote(PromptReader):
         super().__init__(tokenizer)
         self.votes, self.pool_size, self.eps = votes, pool_size, eps
         self._routers = {site: CentredRouter(rows, 1, eps) for site, (rows, _) in votes.items()}
-        self._model: PreTrainedModel | None = None
 
     @staticmethod
     def votes_of(pool: Pool) -> Votes:
@@ -58,11 +60,6 @@ class GateVote(PromptReader):
             )
             for site in pool.sites
         }
-
-    def attach(self, model: PreTrainedModel) -> None:
-        """Find experts for every new prompt that `model` is given."""
-        self._model = model
-        super().attach(model)
 
     def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
         """The expert of each example, read as `formatting` has it; answer choices play no part."""
@@ -93,8 +90,11 @@ class GateVote(PromptReader):
         """The mean affinity of each prompt, given by its tokens, and expert."""
         model = self._attached
         stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        layers: Mapping[str, Any] = {site: model.get_submodule(site) for site in self.votes}
+        sites = {name: layer.site for name, layer in layers.items()}
+        poll = _Poll(self._routers, self.votes, self.pool_size)
         found = torch.empty(len(prompts), self.pool_size)
-        with self._polled(model) as poll:
+        with self._nobody_at_work(), unwatched(), watch_inputs(model, sites, poll.add):
             for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
                 ids = pad_right([prompts[row] for row in rows], 0)
                 mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(model.device)
@@ -104,28 +104,14 @@ class GateVote(PromptReader):
         return found
 
     @contextmanager
-    def _polled(self, model: PreTrainedModel) -> Iterator[_Poll]:
-        """A poll that hears every pass inside; nobody serves them, and no watcher sees them."""
-        poll = _Poll(self._routers, self.votes, self.pool_size)
-
-        def listen(site: str, layer: nn.Module) -> Any:
-            return layer.register_forward_pre_hook(lambda _, args: poll.add(site, args[0]))
-
-        rows, announced = self.rows, self._announced
+    def _nobody_at_work(self) -> Iterator[None]:
+        """No expert serves the passes of this thread while the context is open."""
+        rows, announced = self._turn.rows, self._turn.announced
         self.serve(torch.tensor([NOBODY]))
-        layers: Mapping[str, Any] = {site: model.get_submodule(site) for site in self.votes}
-        watchers = {site: layer.watcher for site, layer in layers.items()}
-        for layer in layers.values():
-            layer.watcher = None
-        handles = [listen(site, layer) for site, layer in layers.items()]
         try:
-            yield poll
+            yield
         finally:
-            for handle in handles:
-                handle.remove()
-            for site, watcher in watchers.items():
-                layers[site].watcher = watcher
-            self.rows, self._announced = rows, announced
+            self._turn.rows, self._turn.announced = rows, announced
 
 
 class _Poll:
@@ -140,10 +126,10 @@ class _Poll:
         self._sums = torch.zeros(len(mask), self._pool_size)
         self._sites = torch.zeros(self._pool_size)
 
-    def add(self, site: str, u: Tensor) -> None:
+    def add(self, site: Site, u: Tensor, _: Tensor | None) -> None:
         """At each site: the activations [texts, columns, n]."""
-        experts = self._votes[site][1].cpu()
-        tokens = self._routers[site].to(u.device).affinities(u.reshape(-1, u.shape[-1]))
+        experts = self._votes[site.name][1].cpu()
+        tokens = self._routers[site.name].to(u.device).affinities(u.reshape(-1, u.shape[-1]))
         rows = tokens.view(*self._shares.shape, -1)
         self._sums[:, experts] += torch.einsum("tc,tce->te", self._shares, rows).cpu()
         self._sites[experts] += 1

@@ -1,0 +1,253 @@
+"""Which tokens are padding, for those who look at what passes: recording and statistics.
+
+A forward pass itself knows nothing of it: padding is routed like any token, since no real token
+attends to it. Who wants to leave padding out opens `token_masks` (or `watch_inputs`), which reads
+the attention masks of the calls made meanwhile in the same context (so in the same thread).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .sites import Site, Stream
+
+__all__ = [
+    "TokenMasks",
+    "cached_tokens",
+    "callable_parts",
+    "given_arguments",
+    "real_tokens",
+    "token_masks",
+    "watch_inputs",
+]
+
+
+@dataclass(frozen=True)
+class _Names:
+    """What a module calls a stream's mask, and its tokens in any of their forms."""
+
+    mask: str
+    tokens: tuple[str, ...]
+
+
+_OWN = _Names("attention_mask", ("input_ids", "inputs_embeds"))
+_STACK: Mapping[Stream, _Names] = {"decoder": _OWN}  # a causal model and all that is inside it
+_ENCODER: Mapping[Stream, _Names] = {"encoder": _OWN}
+_DECODER: Mapping[Stream, _Names] = {
+    "encoder": _Names("encoder_attention_mask", ("encoder_hidden_states",)),
+    "decoder": _OWN,
+}
+_WHOLE: Mapping[Stream, _Names] = {
+    "encoder": _OWN,
+    "decoder": _Names(
+        "decoder_attention_mask", ("decoder_input_ids", "decoder_inputs_embeds", "labels")
+    ),
+}
+
+
+@dataclass
+class _Tokens:
+    """A stream's tokens in one call: its mask, and `shape` (rows, columns) as far as known.
+
+    `past` is how many tokens the cache holds already, None without one.
+    """
+
+    mask: Any
+    shape: Sequence[int] | None
+    past: int | None
+    found: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)
+
+    def grid(self, u: Tensor) -> tuple[int, ...]:
+        """The shape of the tokens of `u` [.., n]: (rows, columns) where they came in one row."""
+        if u.dim() == 2 and self.shape is not None and len(u) == self.shape[0] * self.shape[1]:
+            return tuple(self.shape)
+        return tuple(u.shape[:-1])
+
+    def real(self, grid: tuple[int, ...]) -> Tensor | None:
+        """The mask of the real tokens of `grid`, None when all are or nothing tells."""
+        if grid not in self.found:
+            self.found[grid] = _unless_all_real(self._real(grid))
+        return self.found[grid]
+
+    def _real(self, grid: tuple[int, ...]) -> Tensor | None:
+        mask = self.mask
+        if isinstance(mask, Mapping):  # one for each kind of attention layer
+            mask = mask.get("full_attention", next(iter(mask.values()), None))
+        if not isinstance(mask, Tensor) or len(grid) != 2:
+            return None
+        rows, columns = grid
+        keys = mask.shape[-1]
+        first = keys - columns
+        if self.past is not None and self.past + columns <= keys:
+            first = self.past  # the mask is as long as a static cache
+        if mask.dim() == 2 and mask.shape[0] == rows and first >= 0:
+            return mask[:, first : first + columns].bool()
+        if mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[2] == columns:
+            itself = mask[:, 0].diagonal(first, dim1=1, dim2=2)
+            seen = itself if itself.dtype == torch.bool else itself == 0
+            return seen.expand(rows, -1) if seen.shape[1] == columns else None
+        return None
+
+
+class TokenMasks:
+    """Which of the tokens now passing through a model are real (True) rather than padding.
+
+    The mask of a call is what its caller passed, to the whole model or to one of its stacks: with a
+    cache it covers past tokens too, and in a mask [rows, 1, queries, keys] a token is real that
+    sees itself (`packing`).
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[Mapping[Stream, _Tokens]] = []  # the present one and those inside it
+
+    @property
+    def are_ours(self) -> bool:
+        """True in the context that opened these masks."""
+        return any(masks is self for masks in _OPEN.get())
+
+    def grid(self, u: Tensor, stream: Stream) -> tuple[int, ...]:
+        """The shape of the tokens of `u` [.., n], mostly (rows, columns).
+
+        Some models flatten their rows; where the call tells, that is undone here.
+        """
+        tokens = self._of(stream)
+        return tuple(u.shape[:-1]) if tokens is None else tokens.grid(u)
+
+    def real_tokens(self, u: Tensor, stream: Stream) -> Tensor | None:
+        """A boolean mask in the shape of `grid`, None when every token of `u` [.., n] is real."""
+        tokens = self._of(stream)
+        return None if tokens is None else tokens.real(tokens.grid(u))
+
+    def _of(self, stream: Stream) -> _Tokens | None:
+        return self._calls[0].get(stream) if self._calls else None
+
+    def _begin(self, names: Mapping[Stream, _Names]) -> Callable[..., None]:
+        """A hook for modules that call their streams by `names`."""
+
+        def begin(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+            if self.are_ours:
+                self._calls.append(_streams(names, given_arguments(module, args, given)))
+
+        return begin
+
+    def _end(self, *_: Any) -> None:
+        if self.are_ours and self._calls:
+            self._calls.pop()
+
+
+_OPEN: ContextVar[tuple[TokenMasks, ...]] = ContextVar("open masks", default=())
+
+
+@contextmanager
+def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
+    """The masks of what this context has `model` do, whole or by its stacks, until it closes."""
+    masks = TokenMasks()
+    handles = []
+    for module, names in callable_parts(model).items():
+        handles.append(module.register_forward_pre_hook(masks._begin(names), with_kwargs=True))
+        handles.append(module.register_forward_hook(masks._end, always_call=True))
+    before = _OPEN.set((*_OPEN.get(), masks))
+    try:
+        yield masks
+    finally:
+        _OPEN.reset(before)
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watch_inputs(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    see: Callable[[Site, Tensor, Tensor | None], None],
+) -> Iterator[None]:
+    """Call `see(site, u, real)` for each pass of this context through each site until it closes.
+
+    `u` is the site's input, mostly [rows, tokens, n]; `real` [rows, tokens] the mask of its
+    non-padding tokens, None for all.
+    """
+    with token_masks(model) as masks:
+
+        def watcher(site: Site) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                if masks.are_ours:
+                    u = args[0]
+                    real = masks.real_tokens(u, site.stream)
+                    grid = masks.grid(u, site.stream)
+                    see(site, u.reshape(*grid, u.shape[-1]), real)
+
+            return hook
+
+        handles = [
+            model.get_submodule(site.name).register_forward_pre_hook(watcher(site))
+            for site in sites.values()
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def given_arguments(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The arguments of a call of `module` by name, those given by position too."""
+    names = inspect.signature(module.forward).parameters if args else ()
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def real_tokens(given: Mapping[str, Any]) -> Tensor | None:
+    """Which of the `input_ids` in a call's arguments `given` are real, None for all of them."""
+    tokens = _streams(_STACK, given)["decoder"]
+    return None if tokens.shape is None else tokens.real(tuple(tokens.shape))
+
+
+def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _Names]]:
+    """The modules that a caller may call for a pass, with what they call their streams.
+
+    OPT's whole model calls its decoder without its `base_model`, and so do others: whichever is
+    called first tells.
+    """
+    if not model.config.is_encoder_decoder:
+        parts = (model, model.base_model, model.get_decoder())
+        return {part: _STACK for part in parts if isinstance(part, nn.Module)}
+    return {
+        model.get_encoder(): _ENCODER,
+        model.get_decoder(): _DECODER,
+        model.base_model: _WHOLE,
+        model: _WHOLE,
+    }
+
+
+def cached_tokens(given: Mapping[str, Any]) -> int | None:
+    """How many tokens the cache of a call holds, None where it has none or doesn't tell."""
+    cache = given.get("past_key_values", given.get("cache"))
+    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+
+
+def _streams(names: Mapping[Stream, _Names], given: Mapping[str, Any]) -> Mapping[Stream, _Tokens]:
+    """The tokens of each stream of a call with the arguments `given`."""
+    streams: dict[Stream, _Tokens] = {}
+    for stream, known in names.items():
+        forms = (given.get(form) for form in known.tokens)
+        shape = next((form.shape[:2] for form in forms if form is not None), None)
+        past = cached_tokens(given) if stream == "decoder" else None
+        streams[stream] = _Tokens(given.get(known.mask), shape, past)
+    return streams
+
+
+def _unless_all_real(mask: Tensor | None) -> Tensor | None:
+    """`mask`, or None when it hides nothing. Only a CPU is asked; others would be waited for."""
+    if mask is None or mask.device.type != "cpu":
+        return mask
+    return None if mask.all() else mask

@@ -1,0 +1,156 @@
+"""Who looks at what passes knows which tokens are padding, whatever is called and however."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from conftest import logits_of, make_ids
+from phatgoose.likelihood import _cache_argument
+from phatgoose.sites import find_sites
+from phatgoose.token_masks import real_tokens, token_masks, watch_inputs
+
+SITE = "layers.0.self_attn.q_proj"
+
+
+def padded(rows: int = 2, pads: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and a mask that hides the first of the last row."""
+    ids = make_ids(rows=rows)
+    mask = torch.ones_like(ids)
+    mask[-1, :pads] = 0
+    return ids, mask
+
+
+@contextmanager
+def seeing(model, pattern: str | None = None):
+    """By site a list of (u, real) for each pass while the context is open."""
+    sites, seen = find_sites(model, pattern), {}
+    with watch_inputs(
+        model, sites, lambda site, u, real: seen.setdefault(site.name, []).append((u, real))
+    ):
+        yield seen
+
+
+def only(seen):
+    (passes,) = seen.values()
+    return passes
+
+
+def test_without_a_mask_every_token_is_real(base):
+    with seeing(base.model) as seen:
+        logits_of(base.model, make_ids(rows=2))
+    assert all(real is None for passes in seen.values() for _, real in passes)
+
+
+def test_masks_are_those_of_the_present_call(base):
+    ids, mask = padded()
+    with seeing(base.model) as seen:
+        logits_of(base.model, ids, attention_mask=mask)
+        logits_of(base.model, ids)
+    stream = "encoder" if base.is_encoder_decoder else "decoder"
+    for name, site in find_sites(base.model).items():
+        (_, first), (_, second) = seen[name]
+        assert second is None
+        if site.stream == stream:
+            assert torch.equal(first, mask.bool())
+
+
+def test_with_a_cache_the_mask_is_cut_to_the_present_tokens(llama):
+    ids, mask = padded()
+    with seeing(llama.model, SITE) as seen:
+        llama.model.generate(ids, attention_mask=mask, max_new_tokens=3, min_new_tokens=3)
+    reals = [real for _, real in only(seen)]
+    assert torch.equal(reals[0], mask.bool())
+    assert reals[1:] == [None, None]  # all that is passed then is real
+
+
+def test_a_mask_as_long_as_a_static_cache_begins_at_the_tokens_it_is_about(llama):
+    ids, mask = padded()
+    cache = StaticCache(config=llama.model.config, max_cache_len=12)
+    long = torch.zeros(2, 12, dtype=torch.long)
+    long[:, :7], long[:, 7:9] = mask, torch.tensor([[1, 1], [0, 1]])
+    with seeing(llama.model, SITE) as seen, torch.no_grad():
+        for part in (ids, make_ids(rows=2, tokens=2)):
+            llama.model(part, attention_mask=long, **{_cache_argument(llama.model): cache})
+    (_, first), (_, second) = only(seen)
+    assert torch.equal(first, mask.bool())
+    assert second.tolist() == [[True, True], [False, True]]
+
+
+def test_a_mask_of_four_dimensions_tells_who_sees_itself(llama):
+    ids, mask = padded()
+    sees = torch.ones(7, 7).tril().bool() & mask.bool()[:, None, None]
+    added = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
+    with seeing(llama.model, SITE) as seen:
+        logits_of(llama.model, ids, attention_mask=sees)
+        logits_of(llama.model, ids, attention_mask=added)
+    assert all(torch.equal(real, mask.bool()) for _, real in only(seen))
+    kinds = {"sliding_attention": sees[..., -1:], "full_attention": sees}  # as Gemma takes them
+    assert torch.equal(real_tokens({"input_ids": ids, "attention_mask": kinds}), mask.bool())
+
+
+def test_a_mask_that_hides_nothing_is_none(llama):
+    ids = make_ids(rows=2)
+    with seeing(llama.model, SITE) as seen:
+        logits_of(llama.model, ids, attention_mask=torch.ones_like(ids))
+    assert only(seen)[0][1] is None
+
+
+def test_masks_can_be_given_by_position(llama):
+    ids, mask = padded()
+    with seeing(llama.model, SITE) as seen, torch.no_grad():
+        llama.model.model(ids, mask)
+    assert torch.equal(only(seen)[0][1], mask.bool())
+
+
+def test_nothing_is_left_behind_even_after_an_error(base):
+    def stop(*_):
+        raise LookupError
+
+    with pytest.raises(LookupError), watch_inputs(base.model, find_sites(base.model), stop):
+        logits_of(base.model, make_ids())
+    for module in base.model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+
+
+def test_a_call_that_failed_leaves_no_mask(llama):
+    ids, mask = padded()
+    with token_masks(llama.model) as masks:
+        with pytest.raises(IndexError):
+            logits_of(llama.model, ids + 10**6, attention_mask=mask)
+        assert masks.real_tokens(torch.empty(2, 7, 32), "decoder") is None
+
+
+def test_watching_hands_over_input_and_mask(llama):
+    ids, mask = padded()
+    with seeing(llama.model, SITE) as seen:
+        logits_of(llama.model, ids, attention_mask=mask)
+    ((u, real),) = only(seen)
+    first = llama.model.model.layers[0].input_layernorm(llama.model.get_input_embeddings()(ids))
+    assert torch.equal(u, first)
+    assert torch.equal(real, mask.bool())
+
+
+def test_sites_are_the_layers_through_which_tokens_of_their_stream_pass(base):
+    inputs = {"decoder_input_ids": make_ids(tokens=3)} if base.is_encoder_decoder else {}
+    with seeing(base.model) as seen:
+        logits_of(base.model, make_ids(tokens=7), **inputs)
+    for name, site in find_sites(base.model).items():
+        tokens = 3 if base.is_encoder_decoder and site.stream == "decoder" else 7
+        ((u, _),) = seen[name]
+        assert u.shape == (1, tokens, site.in_features)
+
+
+def test_another_threads_passes_are_not_ours(llama):
+    ids, mask = padded()
+    with seeing(llama.model, SITE) as seen:
+        other = threading.Thread(target=logits_of, args=(llama.model, ids))
+        other.start()
+        other.join()
+        logits_of(llama.model, ids, attention_mask=mask)
+    assert [torch.equal(real, mask.bool()) for _, real in only(seen)] == [True]

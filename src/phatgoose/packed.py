@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .config import Routing
 from .errors import ExpertError, RoutingError
 from .files import read_json_object, shortened
 from .mapped import TensorFile
@@ -38,6 +39,7 @@ __all__ = [
     "quantised",
     "read_info",
     "read_packed",
+    "routing_record",
 ]
 
 ROUTED_INFO = "routed.json"
@@ -49,6 +51,7 @@ VOTES = "lookup.votes."  # before a site's name
 FACTORS = ("A", "B")
 SCALES = tuple(f"{kind}_scale" for kind in FACTORS)
 LARGEST = 127
+NAMED_ANEW = "retrieval_embedder"  # by whoever loads the model: a file's word loads nothing
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,11 @@ def _read_weights(path: Path, sha256: str) -> TensorFile:
     if found != sha256:
         raise RoutingError(f"{path} was changed after it was written.")
     return tensors
+
+
+def routing_record(routing: Routing) -> dict[str, Any]:
+    """What a description says of `routing`: all but the embedder."""
+    return {key: value for key, value in asdict(routing).items() if key != NAMED_ANEW}
 
 
 def read_info(path: Path) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def compose(
     stand_in: bool = False,
     affinity: str = "standardised",
     router_temperature: float = 1.0,
+    retrieval_embedder: str | None = None,
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
 
@@ -112,14 +113,17 @@ def compose(
     experts without gates join routers phatgoose and uniform-top-k, with a warning that names them
     (`phatgoose.routers.stand_in`). `affinity` is how routers phatgoose and average-activation hold
     vectors against activations (`phatgoose.routers.affinities`); `router_temperature` divides the
-    affinities of scored routers before their softmax. Undo with `detach`.
+    affinities of scored routers before their softmax. For retrieval, `retrieval_embedder` names
+    the sentence embedder where the experts record another than the default one
+    (`phatgoose.embeddings.usable_embedder`). Undo with `detach`.
 
     Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
     unknown router or kernel, RoutingError when the base is routed already.
     """
     routing = Routing(
-        router, k, kernel, eps, expert, arrow, router_seed, stand_in, affinity, router_temperature
+        *(router, k, kernel, eps, expert, arrow, router_seed, stand_in),
+        *(affinity, router_temperature, retrieval_embedder),
     )
     prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
     pool, found = prepared.pool, prepared.base

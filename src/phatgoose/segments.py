@@ -34,6 +34,7 @@ from .packed import (
     Packed,
     quantised,
     read_packed,
+    routing_record,
 )
 from .pool import Pool
 from .routed import check_fingerprint, prepare, routed_layers
@@ -100,7 +101,7 @@ def pack(
         info = {
             "format_version": 1,
             "base": asdict(prepared.base.reference),
-            "routing": asdict(prepared.routing),
+            "routing": routing_record(prepared.routing),
             "experts": pool.records(),
             "weights_sha256": TensorFile(work / ROUTED_WEIGHTS).sha256(),
             "lookup": lookup_info(prepared.lookup),

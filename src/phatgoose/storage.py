@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,20 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bases import Base, BaseReference, load_base
 from .config import Routing
+from .embeddings import usable_embedder
 from .errors import ConfigError, RoutingError, WrongBaseError
 from .files import sha256_of
 from .layers import ChoosingLayer, FoldedLinear, RoutedLayer
-from .packed import EMBEDDINGS, OWNERS, ROUTED_INFO, ROUTED_WEIGHTS, VOTES, read_info, read_packed
+from .packed import (
+    EMBEDDINGS,
+    OWNERS,
+    ROUTED_INFO,
+    ROUTED_WEIGHTS,
+    VOTES,
+    read_info,
+    read_packed,
+    routing_record,
+)
 from .routed import (
     Composition,
     check_fingerprint,
@@ -52,7 +62,7 @@ def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = Fal
         info = {
             "format_version": FORMAT_VERSION,
             "base": asdict(parts.base),
-            "routing": asdict(parts.routing),
+            "routing": routing_record(parts.routing),
             "experts": parts.records,
             "weights_sha256": sha256_of(work / ROUTED_WEIGHTS),
             "lookup": lookup_info(parts.lookup),
@@ -65,11 +75,14 @@ def load(
     base: Base | PreTrainedModel | str | None = None,
     *,
     dtype: str = "auto",
+    retrieval_embedder: str | None = None,
 ) -> PreTrainedModel:
     """The routed model that `save` wrote to `directory`; the experts' own files are not needed.
 
-    `base` None loads the base by its recorded name, in `dtype`. Raises RoutingError when the folder
-    is missing or damaged, WrongBaseError when the base is another one.
+    `base` None loads the base by its recorded name, in `dtype`. `retrieval_embedder` is that of
+    `compose`.
+    Raises RoutingError when the folder is missing or damaged, WrongBaseError when the base is
+    another one, ConfigError where router retrieval needs an embedder that wasn't named.
     """
     directory = Path(directory)
     packed = read_packed(directory)
@@ -78,13 +91,14 @@ def load(
         routing = Routing(**packed.info["routing"])
     except TypeError as error:
         raise RoutingError(f"{directory / ROUTED_INFO} has unknown settings: {error}.") from error
+    routing = replace(routing, retrieval_embedder=retrieval_embedder)  # the file has no say
     if base is None:
         base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
     found = resolve_base(base, wanted)
     check_fingerprint(wanted, found.reference)
     sites = find_sites(found.model)
     tensors, layers = packed.tensors, {}
-    lookup = _lookup(packed.info, tensors, found.tokenizer)
+    lookup = _lookup(packed.info, tensors, found.tokenizer, retrieval_embedder)
     for name in packed.sites:
         if name not in sites:
             raise WrongBaseError(f"Experts in {directory} act on {name}, which the base lacks.")
@@ -152,7 +166,10 @@ def lookup_info(lookup: Lookup | None) -> dict[str, Any]:
 
 
 def _lookup(
-    info: dict[str, Any], tensors: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase | None
+    info: dict[str, Any],
+    tensors: Mapping[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase | None,
+    embedder: str | None,
 ) -> Lookup | None:
     held = info.get("lookup", {})
     if "experts_by_task" in held:
@@ -166,7 +183,8 @@ def _lookup(
         sites = [name.removeprefix(VOTES) for name in tensors if name.startswith(VOTES)]
         votes = {site: (tensors[f"{VOTES}{site}"], tensors[f"experts.{site}"]) for site in sites}
         return GateVote(votes, len(info["experts"]), info["routing"]["eps"], tokenizer)
-    return Retriever(tensors[EMBEDDINGS], tensors[OWNERS], held["embedder"], tokenizer)
+    embedder = usable_embedder(held["embedder"], embedder)
+    return Retriever(tensors[EMBEDDINGS], tensors[OWNERS], embedder, tokenizer)
 
 
 def _layer(

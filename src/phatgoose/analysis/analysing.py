@@ -162,7 +162,7 @@ def _subject(
     ):
         if routers:
             raise ConfigError("Several routers need a pool; this model has its router already.")
-        return _composed_subject(source, base, tokenizer)
+        return _composed_subject(source, routing, base, tokenizer)
     pool = source if isinstance(source, Pool) else Pool.open(source)
     if not isinstance(base, Base):
         name, revision = (base, None) if base else (pool.base.id, pool.base.revision)
@@ -191,11 +191,12 @@ def _subject(
 
 def _composed_subject(
     source: PreTrainedModel | str | Path,
+    routing: Routing,
     base: Base | str | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> _Subject:
     if isinstance(source, str | Path):
-        opened = open_model(source, base)
+        opened = open_model(source, base, routing=routing)
         source, tokenizer = opened.model, tokenizer or opened.tokenizer
     model, parts = source, composition_of(source)
     tokenizer = tokenizer or parts.tokenizer

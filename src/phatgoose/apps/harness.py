@@ -38,7 +38,8 @@ MODEL = "phatgoose"
 WHERE = "model_args"
 DELIMITER = " "  # what the harness puts before a choice unless the task says otherwise
 ROUTING = tuple(setting.name for setting in settings_of(Routing))
-SETTLED = (*ROUTING, "keep", "leave_out", "scores")  # what a saved routed model was made with
+SETTLED = {*ROUTING, "keep", "leave_out", "scores"}  # what a saved routed model was made with
+SETTLED -= {"retrieval_embedder"}
 NAMES = ("pool", "base", "expert", "keep", "leave_out")
 
 Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, and their tokens
@@ -76,7 +77,7 @@ class ModelArguments(Routing):
         """
         digits = {key: str(values[key]) for key in NAMES if type(values.get(key)) is int}
         arguments = from_mapping(cls, {**values, **digits}, WHERE)
-        given = [name for name in SETTLED if name in values]
+        given = sorted(SETTLED & values.keys())
         if given and is_routed(arguments.pool):
             raise ConfigError(
                 f"{WHERE}: {arguments.pool} is a saved routed model, made with its own "
@@ -112,6 +113,7 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
             batch_size=self.arguments.batch_size,
             max_batch_size=self.arguments.max_batch_size,
             softmax_dtype="float32",
+            trust_remote_code=False,
         )
 
     @classmethod
@@ -174,7 +176,9 @@ def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
     dtype = str(choose_dtype(arguments.dtype, device)).removeprefix("torch.")
     base = load_base(arguments.base, dtype=dtype, device=device) if arguments.base else None
     if is_routed(arguments.pool):
-        model = load(arguments.pool, base, dtype=dtype)
+        model = load(
+            arguments.pool, base, dtype=dtype, retrieval_embedder=arguments.retrieval_embedder
+        )
     else:
         pool = Pool.open(arguments.pool)
         pool = pool.select(_names(arguments.keep), _names(arguments.leave_out))

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..config import Routing
+from ..embeddings import usable_embedder
 from ..errors import ConfigError, PoolError
 from ..expert import Expert
 from ..pool import Pool
@@ -215,7 +216,8 @@ def make_lookup(
     """What a looked-up router's sites share, None for the other routers.
 
     Raises PoolError when an expert has no embeddings or two were made by different embedders,
-    ConfigError without the `scores` or `tokenizer` that are needed.
+    ConfigError without the `scores` or `tokenizer` that are needed, or with an embedder that must
+    be named or can't be loaded.
     """
     if routing.router == "oracle":
         best = best_expert_by_task(_wanted(scores, routing), pool.names)
@@ -229,7 +231,8 @@ def make_lookup(
     if routing.router == VOTED:
         return GateVote(GateVote.votes_of(pool), len(pool), routing.eps, tokenizer)
     found = embeddings_of(pool)
-    return Retriever(found.rows, found.owners, found.embedder, tokenizer)
+    embedder = usable_embedder(found.embedder, routing.retrieval_embedder)
+    return Retriever(found.rows, found.owners, embedder, tokenizer)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..config import Formatting
-from ..embeddings import embed_texts, retrieval_text
+from ..embeddings import embed_texts, load_embedder, retrieval_text
 from ..errors import RoutingError
 from ..tasks import Example
 from ..token_masks import cached_tokens, callable_parts, given_arguments, real_tokens
@@ -202,9 +202,11 @@ class Retriever(PromptReader):
     ) -> None:
         """`embeddings` [M, dims] are unit vectors made by `embedder`, `owners` [M] their experts.
 
-        `tokenizer` is as `PromptReader` takes it.
+        `tokenizer` is as `PromptReader` takes it. The embedder is loaded now, so that whoever
+        composes a model waits for it or is told, and not who asks it first. Raises ConfigError.
         """
         super().__init__(tokenizer)
+        load_embedder(embedder)
         self.embeddings, self.owners, self.embedder = embeddings, owners, embedder
 
     def nearest(self, texts: Sequence[str]) -> Tensor:

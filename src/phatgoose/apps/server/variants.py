@@ -73,7 +73,7 @@ class Served:
         named = BaseReference(settings.base) if settings.base else None
         if is_routed(place):
             self.base = bases.get(named or base_of(place), settings.dtype)
-            model = load(place, twin(self.base))
+            model = load(place, twin(self.base), retrieval_embedder=self._embedder)
             self.parts: Composition | None = composition_of(model)
             self.routing = self.parts.routing
         elif is_pool(place):
@@ -94,7 +94,11 @@ class Served:
 
     def _check(self) -> None:
         settings = self.settings
-        given = settings.routing or settings.keep or settings.leave_out or settings.scores
+        named = (
+            Routing(retrieval_embedder=self._embedder) if self._embedder else None
+        )  # what any may have
+        routing = None if settings.routing == named else settings.routing
+        given = routing or settings.keep or settings.leave_out or settings.scores
         if given and not is_pool(settings.place):
             raise ConfigError(
                 f"{settings.place} is no pool: a routed model was made with its own router and "
@@ -102,6 +106,10 @@ class Served:
             )
         if settings.routing and settings.routing.router == BY_TASK:
             raise ConfigError(f"Router {BY_TASK} goes by a task's name, which no request tells.")
+
+    @property
+    def _embedder(self) -> str | None:
+        return self.settings.routing.retrieval_embedder if self.settings.routing else None
 
     @cached_property
     def pool(self) -> Pool:

@@ -1,0 +1,124 @@
+"""Embedders: which one is loaded because of an expert's record, and that none runs code."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from transformers import AutoModel, BertConfig
+
+from conftest import toy_embed, with_embeddings
+from phatgoose import embeddings
+from phatgoose.config import Routing
+from phatgoose.embeddings import DEFAULT_EMBEDDER, embed_texts, load_embedder, usable_embedder
+from phatgoose.errors import ConfigError
+from phatgoose.opening import open_model
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of
+from phatgoose.routers import lookup
+from phatgoose.storage import load, save
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> Iterator[list[str]]:
+    """The embedders that were loaded, in place of loading them."""
+    names: list[str] = []
+    monkeypatch.setattr(lookup, "load_embedder", names.append)
+    monkeypatch.setattr(lookup, "embed_texts", toy_embed)
+    return names
+
+
+def recorded_by(pool: Pool, embedder: str) -> Pool:
+    """`pool`, its embeddings made by `embedder` as far as the experts' records say."""
+    return Pool(
+        tuple(
+            replace(expert, info=replace(expert.info, embedder=embedder))
+            for expert in with_embeddings(pool).experts
+        )
+    )
+
+
+def test_the_default_embedder_is_loaded_when_composing(llama, llama_pool, loaded):
+    compose(with_embeddings(llama_pool), llama, router="retrieval")
+    assert loaded == [DEFAULT_EMBEDDER]
+
+
+@pytest.mark.parametrize("recorded", ["/tmp/evil", "./evil", "somebody/evil", "evil\x1b[31m"])
+def test_no_other_embedder_is_loaded_because_a_record_names_it(llama, llama_pool, loaded, recorded):
+    pool = recorded_by(llama_pool, recorded)
+    with pytest.raises(ConfigError, match="only the default embedder is loaded") as caught:
+        compose(pool, llama, router="retrieval")
+    assert str(caught.value).isprintable()
+    assert loaded == []
+    model = compose(pool, llama, router="retrieval", retrieval_embedder=recorded)
+    assert composition_of(model).lookup.embedder == recorded
+    assert loaded == [recorded]
+
+
+def test_an_embedder_that_did_not_make_the_embeddings_is_refused():
+    with pytest.raises(ConfigError, match="'a/b', and can't be searched with 'c/d'"):
+        usable_embedder("a/b", "c/d")
+    with pytest.raises(ConfigError, match="can't be searched"):
+        usable_embedder(DEFAULT_EMBEDDER, "c/d")
+
+
+def test_a_routed_folder_names_no_embedder_either(llama, llama_pool, loaded, tmp_path):
+    model = compose(
+        recorded_by(llama_pool, "a/b"), llama, router="retrieval", retrieval_embedder="a/b"
+    )
+    save(model, tmp_path / "routed")
+    description = json.loads((tmp_path / "routed" / "routed.json").read_text())
+    assert "retrieval_embedder" not in description["routing"]
+    description["routing"]["retrieval_embedder"] = "a/b"  # as somebody else may write it
+    (tmp_path / "routed" / "routed.json").write_text(json.dumps(description))
+    del loaded[:]
+    with pytest.raises(ConfigError, match="only the default embedder"):
+        load(tmp_path / "routed", dtype="float32")
+    assert loaded == []
+    load(tmp_path / "routed", dtype="float32", retrieval_embedder="a/b")
+    routing = Routing(retrieval_embedder="a/b")
+    opened = open_model(tmp_path / "routed", dtype="float32", routing=routing)
+    assert composition_of(opened.model).lookup.embedder == "a/b"
+    assert loaded == ["a/b", "a/b"]
+
+
+def test_an_old_sentence_transformers_is_refused(monkeypatch):
+    old = SimpleNamespace(__version__="5.5.1", SentenceTransformer=None)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", old)
+    load_embedder.cache_clear()
+    with pytest.raises(ConfigError, match=r"5\.5\.1 runs the code.*'sentence-transformers>=6'"):
+        embed_texts(["a"], "some/embedder")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("how", ["modules.json", "auto_map", "pickle"])
+def test_an_embedder_that_is_named_runs_no_code(tmp_path, monkeypatch, how):
+    pytest.importorskip("sentence_transformers")
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Module: pass\n")
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = BertConfig(**small, intermediate_size=8, vocab_size=8)
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    module = {"idx": 0, "name": "0", "path": "", "type": "evil.Module"}
+    if how == "modules.json":
+        (tmp_path / "modules.json").write_text(json.dumps([module]))
+    elif how == "auto_map":
+        settings = json.loads((tmp_path / "config.json").read_text())
+        settings |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Module"}}
+        (tmp_path / "config.json").write_text(json.dumps(settings))
+    else:
+        (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ConfigError, match="can't be loaded"):
+        embed_texts(["a"], str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    embeddings.load_embedder.cache_clear()
+    with pytest.raises(ConfigError, match=r"phatgoose\[retrieval\]"):
+        embed_texts(["a"])

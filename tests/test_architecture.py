@@ -33,6 +33,7 @@ LAYERS = (
         "kernels.native",
         "kernels.reference",
         "kernels.rows",
+        "left_overs",
         "kernels.triton_programs",
         "metrics",
         "modules",

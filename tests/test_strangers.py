@@ -23,7 +23,6 @@ from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
 from phatgoose.expert import LAYOUT, Expert, check_expert
 from phatgoose.files import MOST_JSON_BYTES, read_json_object
-from phatgoose.patterns import check_patterns
 from phatgoose.pool import Pool
 
 GOLDENS = Path(__file__).parent / "golden"
@@ -202,44 +201,6 @@ def test_json_is_read_strictly(tmp_path, text, reason):
     (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ExpertError, match=reason):
         read_json_object(tmp_path / "a.json")
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        "(a+)+$",
-        "(a|a)*$",
-        "(.*a){20}",
-        ".*a.*a.*a.*a.*a",
-        "((a?)b)*",
-        "a?" * 30 + "a" * 30,
-        "x" * 3000,
-    ],
-)
-def test_patterns_that_could_take_for_ever_are_refused_unmatched(directory, pattern):
-    with pytest.raises(ExpertError, match="for ever"):
-        check_patterns([pattern], "it")
-    config = json.loads((directory / LAYOUT.adapter_config).read_text())
-    for key in ("alpha_pattern", "rank_pattern"):
-        text = json.dumps(config | {key: {pattern: 1}})
-        (directory / LAYOUT.adapter_config).write_text(text)
-        assert "for ever" in complaint(directory)
-
-
-@pytest.mark.parametrize(
-    "pattern",
-    [
-        r".*\.(q|k|v)_proj",
-        r"^model\.layers\.(1\d|2[0-4])\..*(self_attn|mlp)\..*_proj$",
-        r"(?:.*?)\.q",
-        r"\(a+\)+",
-        r"[+*]{1}[(|)]+",
-        "model.layers.0.self_attn.q_proj",
-        "",
-    ],
-)
-def test_ordinary_patterns_are_allowed(pattern):
-    check_patterns([pattern], "it")
 
 
 def test_a_folder_whose_name_is_no_utf8_is_told_as_an_escape(directory, tmp_path, capsys):

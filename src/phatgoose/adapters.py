@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from .errors import ExpertError
 from .files import read_json_object, shortened
 from .mapped import FLOATS, TensorFile
 from .modules import LoraFactors, ScalingVector
-from .patterns import check_patterns
+from .patterns import check_config, value_at
 from .refusals import refuse_kind, refuse_options, tensor_refusal
 
 __all__ = [
@@ -69,14 +68,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         value = config.get(key) or {}
         if not isinstance(value, dict) or not all(map(_is_number, value.values())):
             wrong.append(key)
-        else:
-            check_patterns(value, f"{directory / ADAPTER_CONFIG}: {key}")
-    for key in ("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"):
-        value = config.get(key)
-        if key == "layers_pattern" or isinstance(value, str):  # others are names when listed
-            listed = value if isinstance(value, list) else [value]
-            texts = [text for text in listed if isinstance(text, str)]
-            check_patterns(texts, f"{directory / ADAPTER_CONFIG}: {key}")
+    check_config(config, str(directory / ADAPTER_CONFIG))
     for key in wrong:
         raise ExpertError(
             f"{directory / ADAPTER_CONFIG}: {key} is {shortened(config[key])}, which PEFT can't "
@@ -198,15 +190,13 @@ def _scale_rule(config: dict[str, Any]) -> Callable[[str, int], float]:
 
     Of several patterns the first that matches counts (peft.utils.other.get_pattern_key).
     """
-    alphas = [
-        (re.compile(rf"(.*\.)?({pattern})$"), float(alpha))
-        for pattern, alpha in (config.get("alpha_pattern") or {}).items()
-    ]
+    alphas = config.get("alpha_pattern") or {}
     root = bool(config.get("use_rslora"))
     default = float(config.get("lora_alpha", 8))
 
     def scale(site: str, rank: int) -> float:
-        alpha = next((alpha for pattern, alpha in alphas if pattern.match(site)), default)
+        alpha = value_at(alphas, site)
+        alpha = default if alpha is None else float(alpha)
         return alpha / (math.sqrt(rank) if root else rank)
 
     return scale

@@ -7,8 +7,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 
 from .errors import BaseModelError
 from .files import one_line, read_json_object, shortened
+from .left_overs import clear_left_overs, temporary_folder
 
 __all__ = [
     "Base",
@@ -327,15 +326,14 @@ def _smollm2_folder() -> Path:
             f"The embedded base 'smollm2' needs the package gguf: {SMOLLM2_INSTALL}"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=".smollm2-", dir=folder.parent))
-    try:
+    clear_left_overs(folder)
+    with temporary_folder(folder) as work:
         _convert_gguf(source, work)
-        os.rename(work, folder)
-    except OSError:
-        if not folder.is_dir():  # another process may have been first, which is as good
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        try:
+            os.rename(work, folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been first, which is as good
+                raise
     return folder
 
 

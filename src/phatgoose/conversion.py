@@ -6,20 +6,24 @@ is a LoRA; what is cut off is lost, and stated.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from peft import PeftConfig, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft import convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from .adapters import PEFT_PREFIX, read_config, read_weights
+from .adapters import ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
 from .bases import load_base
 from .errors import ConfigError, ExpertError
 from .modules import LoraFactors
+from .patterns import check_config
 from .sites import find_sites
-from .skeletons import told_by_peft
+from .skeletons import spelled_out, told_by_peft
 
 __all__ = ["Conversion", "convert"]
 
@@ -55,8 +59,9 @@ def convert(
         raise ExpertError(f"{folder} replaces modules or biases of the base beside its {kind}.")
     model = load_base(base, dtype="float32", revision=revision).model
     sites = find_sites(model)
+    options = _plain_options(config, model, folder)
     with told_by_peft(f"{folder} can't be converted from {kind} to LoRA"):
-        adapted = get_peft_model(model, PeftConfig.from_pretrained(folder))
+        adapted = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options))
         loaded = set_peft_model_state_dict(adapted, dict(tensors))
         missing = [name for name in loaded.missing_keys if adapted.base_model.prefix in name]
         for name in [*missing, *loaded.unexpected_keys]:
@@ -79,6 +84,16 @@ def convert(
         kept=min(sum(energies.values()) / total, 1.0) if total else 1.0,
         least=min([*shares, 1.0]),
     )
+
+
+def _plain_options(
+    config: Mapping[str, Any], model: torch.nn.Module, folder: Path
+) -> dict[str, Any]:
+    """What PEFT's class for the kind of `config` takes of it, with names in place of patterns."""
+    check_config(config, str(folder / ADAPTER_CONFIG))
+    fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]])
+    known = {field.name for field in fields if field.init} - {"peft_type", "auto_mapping"}
+    return spelled_out({key: config[key] for key in config if key in known}, model)
 
 
 def _energies(adapted: torch.nn.Module) -> dict[str, float]:

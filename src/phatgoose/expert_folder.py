@@ -9,12 +9,13 @@ on anywhere.
 from __future__ import annotations
 
 import json
+import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import fsspec
@@ -160,6 +161,8 @@ class RemoteFolder:
             listed = json.loads(self.files.cat_file(f"{above}/{SNAPSHOT}"))
         except (FileNotFoundError, ValueError):
             return
+        if not isinstance(listed, dict) or not all(_is_inside(file) for file in listed):
+            return
         for file, size in listed.items():
             (work / file).parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -182,8 +185,7 @@ class RemoteFolder:
             if known.get(file) != size:
                 self._put(work / file, f"{above}/{file}")
         (work.parent / SNAPSHOT).write_text(json.dumps(sizes), encoding="utf-8")
-        self._put(work.parent / SNAPSHOT, f"{above}/{SNAPSHOT}.unfinished")
-        self.files.mv(f"{above}/{SNAPSHOT}.unfinished", f"{above}/{SNAPSHOT}")
+        self._put_whole(work.parent / SNAPSHOT, f"{above}/{SNAPSHOT}")
         for file in known.keys() - sizes.keys():
             self.files.rm_file(f"{above}/{file}")
 
@@ -200,10 +202,20 @@ class RemoteFolder:
         """Copy an expert up, its description last."""
         files = sorted(directory.iterdir(), key=lambda path: path.name == LAYOUT.info)
         for path in files:
-            unfinished = f"{place}/.{path.name}.unfinished"
-            self._put(path, unfinished)
-            self.files.mv(unfinished, f"{place}/{path.name}")
+            self._put_whole(path, f"{place}/{path.name}")
+
+    def _put_whole(self, path: Path, place: str) -> None:
+        """Copy a file up under a name that can't be guessed, then give it its own."""
+        unfinished = f"{place}.unfinished-{secrets.token_hex(8)}"
+        self._put(path, unfinished)
+        self.files.mv(unfinished, place)
 
     def _put(self, path: Path, place: str) -> None:
         self.files.makedirs(place.rpartition("/")[0], exist_ok=True)
         self.files.put_file(str(path), place)
+
+
+def _is_inside(file: str) -> bool:
+    """True for a path that stays below the folder that it is taken from."""
+    path = PurePosixPath(file)
+    return not path.is_absolute() and ".." not in path.parts

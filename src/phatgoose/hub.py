@@ -24,6 +24,7 @@ from huggingface_hub.utils.tqdm import (
 
 from .errors import ExpertError
 from .expert import LAYOUT, Expert
+from .files import regular_file
 from .work import new_directory
 
 __all__ = ["HubReference", "fetch", "local_folder", "pull", "push", "reference_of"]
@@ -150,6 +151,8 @@ def push(
     expert = Expert.load(directory)
     reference = HubReference.parse(reference) if isinstance(reference, str) else reference
     there = [file for file in FILES if (directory / file).is_file()]
+    for file in there:  # a link out of the folder would publish what it leads to
+        regular_file(directory / file)
     with _reported(f"{directory} can't be pushed to {reference}"):
         api = HfApi()
         api.create_repo(reference.repo, private=private, exist_ok=True)

@@ -30,7 +30,8 @@ class ResultStore:
     A key is any JSON object; equal content means equal key. Every result is on the disk when `add`
     returns, so work that is cut off at any moment loses only what it was doing. Reading changes
     nothing: a last line that was cut off is dropped from the file when the next result is added.
-    Raises EvaluationError when the file can't be read or written, or a line in it is no result.
+    Raises EvaluationError when the file can't be read or written, is a symbolic link, or a line in
+    it is no result.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -79,10 +80,10 @@ class ResultStore:
         line = json.dumps({"key": key, "result": result}, ensure_ascii=False) + "\n"
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self._cut_off_at is not None:
-                os.truncate(self.path, self._cut_off_at)
-                self._cut_off_at = None
-            with self.path.open("a", encoding="utf-8") as file:
+            with open(self.path, "a", encoding="utf-8", opener=_no_link) as file:
+                if self._cut_off_at is not None:
+                    file.truncate(self._cut_off_at)
+                    self._cut_off_at = None
                 file.write(line)
                 file.flush()
                 os.fsync(file.fileno())
@@ -103,6 +104,8 @@ class ResultStore:
 
     def _complete_lines(self) -> Iterator[str]:
         """The file's lines, without one that has no end: it was cut off while it was written."""
+        if self.path.is_symlink():
+            raise EvaluationError(f"{self.path} is a symbolic link; results go to a file itself.")
         if not self.path.exists():
             return
         try:
@@ -115,6 +118,10 @@ class ResultStore:
             yield from content[:complete].decode("utf-8").split("\n")[:-1]
         except (OSError, UnicodeDecodeError) as error:
             raise EvaluationError(f"Results {self.path} can't be read: {error}.") from error
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def _digest(key: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from .bases import Base, BaseReference
 from .config import Routing
 from .errors import ConfigError, ExpertError, RoutingError
 from .growing import check_growth, check_removal
+from .left_overs import clear_left_overs, temporary_file
 from .mapped import TensorFile, write_tensors
 from .packed import (
     EMBEDDINGS,
@@ -58,7 +59,7 @@ SIDES = {
     **{"A": "inputs", "vectors": "inputs", "input_deltas": "inputs"},
     **{"B": "outputs", "output_deltas": "outputs", "down": "outputs"},
 }
-UNFINISHED, LOCK = ".segment", ".lock"
+LOCK = ".lock"
 
 
 def pack(
@@ -217,14 +218,12 @@ def _write_segment(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], header: int, experts: int
 ) -> dict[str, Any]:
     """The description's entry of a segment, which is in its place then and nobody's yet."""
-    unfinished = folder / f"{UNFINISHED}-{os.getpid()}.safetensors"
-    try:
+    clear_left_overs(folder / ROUTED_WEIGHTS)
+    with temporary_file(folder / ROUTED_WEIGHTS) as unfinished:
         write_tensors(unfinished, tensors, header)
         sha256 = TensorFile(unfinished).sha256()
         file = f"routed-{sha256[:12]}.safetensors"
         os.replace(unfinished, folder / file)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return {"file": file, "sha256": sha256, "experts": experts}
 
 

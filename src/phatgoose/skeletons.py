@@ -1,8 +1,9 @@
 """What a LoRA or (IA)³ config comes to on a base: PEFT's own answer, from a model without weights.
 
 PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
-exclude_modules, rank_pattern, alpha_pattern and rsLoRA; nothing of that is imitated here. The model
-is built on torch's meta device, once per distinct config.
+exclude_modules, rank_pattern, alpha_pattern and rsLoRA; nothing of that is imitated here, but for
+matching: regular expressions are matched before, without going back (`patterns`), and PEFT is given
+the names that they match. The model is built on torch's meta device, once per distinct config.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from transformers.pytorch_utils import Conv1D
 from .adapters import IA3_ENDING, LORA_ENDINGS
 from .bases import load_skeleton
 from .errors import ExpertError
-from .files import one_line
+from .files import one_line, shortened
+from .patterns import BY_PATTERN, NAMES, ByName, matching, value_at
 from .refusals import CONFIGS
 from .sites import Site, find_sites
 
-__all__ = ["Skeleton", "Target", "resolve", "told_by_peft"]
+__all__ = ["Skeleton", "Target", "resolve", "spelled_out", "told_by_peft"]
 
 ADAPTER = "default"
+ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
 # What a config of strange values makes PEFT raise.
 PEFT_ERRORS = (
     ValueError,
@@ -108,8 +111,9 @@ def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -
 def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skeleton:
     model = load_skeleton(base, revision=revision, offline=False)
     sites = find_sites(model)
+    plain = spelled_out(json.loads(options), model)
     with told_by_peft(f"PEFT can't apply its config to {base!r}"):
-        adapted = get_peft_model(model, CONFIGS[kind](**json.loads(options), **UNINITIALISED[kind]))
+        adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
     fused = getattr(adapted.peft_config[ADAPTER], "target_parameters", None)
     if fused:
         raise ExpertError(
@@ -128,6 +132,39 @@ def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skelet
             )
         targets[name] = _target(layer, sites[name])
     return Skeleton(adapted, targets)
+
+
+def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`options` of a PEFT config with the names of layers of `model` in the place of patterns.
+
+    They must have passed `check_config`. Raises ExpertError when a pattern matches nothing, or PEFT
+    would ignore an option beside it.
+    """
+    names = [name for name, _ in model.named_modules()]
+    plain = dict(options)
+    for key, value in options.items():
+        if key.endswith(BY_PATTERN) and isinstance(value, Mapping):
+            found = {name: value_at(value, name) for name in names}
+            plain[key] = ByName({name: each for name, each in found.items() if each is not None})
+        elif key in NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
+            plain[key] = matching(value, names)
+            if key == "target_modules" and not plain[key]:
+                raise ExpertError(f"Its target_modules {shortened(value)} matches no layer.")
+            if key == "target_modules" and options.get("layers_to_transform") is not None:
+                raise ExpertError("layers_to_transform can't be used with a pattern of layers.")
+    if isinstance(options.get("feedforward_modules"), str):
+        wanted = plain.get("target_modules")
+        if isinstance(wanted, list):  # PEFT wants the one within the other
+            inside = set(_named(wanted, names))
+            plain["target_modules"] = sorted(inside)
+            plain["feedforward_modules"] = [n for n in plain["feedforward_modules"] if n in inside]
+    return plain
+
+
+def _named(listed: list[str], names: list[str]) -> list[str]:
+    """Those of `names` that are in PEFT's list: whole, or what follows a dot in them."""
+    endings = tuple(f".{each}" for each in listed)
+    return [name for name in names if f".{name}".endswith(endings)]
 
 
 def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,8 +19,16 @@ from safetensors import SafetensorError
 
 from . import processes
 from .errors import ConfigError, ExpertError, PhatgooseError
+from .left_overs import (
+    REPLACED,
+    clear_left_overs,
+    open_to_readers,
+    temporary_file,
+    temporary_folder,
+)
 
-__all__ = ["discard_work", "new_directory", "open_work", "wait_for_work", "work_of", "write_text"]
+__all__ = ["discard_work", "new_directory", "new_file", "open_work", "wait_for_work", "work_of"]
+__all__ += ["write_text"]
 
 IDENTITY, LOCK = "run.json", "lock"
 WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
@@ -46,6 +53,7 @@ def open_work(
         return
     file, content = work / IDENTITY, json.dumps(identity, indent=2)
     try:
+        _refuse_links(work)
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / LOCK)
         with lock.acquire(timeout=0):
@@ -92,6 +100,13 @@ def work_of(out: Path) -> Path:
     return out.parent / f".{out.name}.work"
 
 
+def _refuse_links(work: Path) -> None:
+    """Raise ExpertError when `work` is a symbolic link or holds one: none of ours does."""
+    for path in (work, *(work.rglob("*") if not work.is_symlink() else ())):
+        if path.is_symlink():
+            raise ExpertError(f"{path} is a symbolic link, which no unfinished work is; remove it.")
+
+
 def _empty(work: Path) -> None:
     """Remove everything in `work` but its lock."""
     for path in work.iterdir():
@@ -107,54 +122,55 @@ def new_directory(
 ) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
 
-    With `overwrite` a `target` that exists is replaced, and kept if that fails. Raises `error` when
-    it exists without `overwrite`, even if another process has just made it, and when something
-    can't be written.
+    With `overwrite` a `target` that exists is replaced, and kept if that fails. What runs that were
+    killed left beside it goes. Raises `error` when it exists without `overwrite`, even if another
+    process has just made it, and when something can't be written.
     """
-    work = old = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        yield work
-        _open_to_readers(work)
-        try:
-            if overwrite and target.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{target.name}-old-", dir=target.parent))
-                os.rename(target, old / target.name)
-            os.rename(work, target)
-        except BaseException:  # an interruption between the two renames must lose nothing either
-            if old is not None and (old / target.name).exists():
-                os.rename(old / target.name, target)
-            raise
+        clear_left_overs(target)
+        with temporary_folder(target) as work:
+            yield work
+            open_to_readers(work)
+            if not (overwrite and target.exists()):
+                os.rename(work, target)
+                return
+            with temporary_folder(target, REPLACED) as old:
+                try:
+                    os.rename(target, old / target.name)
+                    os.rename(work, target)
+                except BaseException:  # an interruption in between must lose nothing either
+                    if (old / target.name).exists():
+                        os.rename(old / target.name, target)
+                    raise
     except WRITING_ERRORS as problem:
         if not overwrite and target.exists():
             raise error(f"{target} exists already; choose another place.") from problem
         raise error(f"{target} can't be written: {_reason(problem)}.") from problem
-    finally:
-        for folder in (work, old):
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A temporary file that becomes `target` when the context ends well, and vanishes otherwise.
+
+    Nothing is written through a link: the file is made anew under a name that can't be guessed, and
+    a link in the place of `target` is replaced. What runs that were killed left beside it goes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_left_overs(target)
+    with temporary_file(target) as unfinished:
+        yield unfinished
+        os.replace(unfinished, target)
 
 
 def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
-    """Write `content` to `path`, complete or not at all. Raises `error` when it can't be done."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    """Write `content` to `path`, complete or not at all, as `new_file` does. Raises `error`."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(content, encoding="utf-8")
-        os.replace(unfinished, path)
+        with new_file(path) as unfinished:
+            unfinished.write_text(content, encoding="utf-8")
     except OSError as problem:
         raise error(f"{path} can't be written: {_reason(problem)}.") from problem
 
 
 def _reason(problem: Exception) -> str:
     return str(getattr(problem, "strerror", None) or problem)
-
-
-def _open_to_readers(folder: Path) -> None:
-    """Give a temporary folder and its files the modes that any new ones would have."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)

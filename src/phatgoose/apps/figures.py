@@ -27,6 +27,7 @@ from ..analysis import Place, RoutingProfile
 from ..analysis.measures import Correlation
 from ..analysis.pool_sizes import PoolSizeCurve
 from ..analysis.tally import Measure
+from ..work import new_file
 
 __all__ = [
     "Point",
@@ -265,7 +266,8 @@ def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
 
 def write_png(figure: Figure, path: str | Path) -> None:
     """Draw `figure` to the PNG file `path`, on white."""
-    figure.savefig(path, format="png", dpi=150, facecolor="white")
+    with new_file(Path(path)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150, facecolor="white")
 
 
 def svg_of(figure: Figure, name: str, label: str) -> str:

@@ -1,0 +1,130 @@
+"""Temporary files and folders beside a result, and those that runs which were killed left there.
+
+They are held (flock) by the process that makes them for as long as it uses them, so that what
+nobody holds has no owner any more. Where the file system can't hold anything, nothing is cleared.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has none; left-overs stay there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["REPLACED", "clear_left_overs", "open_to_readers"]
+__all__ += ["temporary_file", "temporary_folder"]
+
+UNFINISHED, REPLACED = "unfinished", "replaced"  # what takes a place, and what had it
+YOUNG = 60.0  # seconds; so new a file may not be held yet by the process that made it
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+
+
+@contextmanager
+def temporary_folder(target: Path, kind: str = UNFINISHED) -> Iterator[Path]:
+    """A new folder beside `target` for this process alone, gone when the context ends."""
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(target, kind), dir=target.parent))
+    held = _hold(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+@contextmanager
+def temporary_file(target: Path) -> Iterator[Path]:
+    """A new empty file beside `target`, of the modes of any new one, gone when the context ends."""
+    opened, name = tempfile.mkstemp(prefix=_prefix(target, UNFINISHED), dir=target.parent)
+    held = _lock(opened)
+    if not held:
+        os.close(opened)  # an open file can't be renamed everywhere
+    try:
+        Path(name).chmod(0o666 & ~_mask())
+        yield Path(name)
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
+        if held:
+            os.close(opened)
+
+
+def clear_left_overs(target: Path) -> None:
+    """Remove the temporary files and folders of `target` whose processes are gone.
+
+    A folder that was being replaced comes back, when its successor isn't there.
+    """
+    prefixes = tuple(_prefix(target, kind) for kind in (REPLACED, UNFINISHED))
+    for name in sorted(os.listdir(target.parent)):
+        if name.startswith(prefixes):
+            with suppress(OSError):  # another process may have been first
+                _clear(target.parent / name, target)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give a temporary folder and its files the modes that any new ones would have."""
+    mask = _mask()
+    folder.chmod(0o777 & ~mask)
+    for file in folder.iterdir():
+        file.chmod(0o666 & ~mask)
+
+
+def _clear(path: Path, target: Path) -> None:
+    found = path.lstat()
+    if stat.S_ISLNK(found.st_mode) or time.time() - found.st_ctime < YOUNG:
+        return
+    held = _hold(path)
+    if held is None:
+        return
+    try:
+        kept = path / target.name
+        if path.name.startswith(_prefix(target, REPLACED)) and kept.exists():
+            if target.exists():
+                shutil.rmtree(kept, ignore_errors=True)
+            else:
+                os.rename(kept, target)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(held)
+
+
+def _prefix(target: Path, kind: str) -> str:
+    return f".{target.name}.{kind}-"
+
+
+def _hold(path: Path) -> int | None:
+    """`path` opened and held by this process; None when it is another's, or can't be held."""
+    try:
+        opened = os.open(path, os.O_RDONLY | NO_LINK)
+    except OSError:
+        return None
+    if _lock(opened):
+        return opened
+    os.close(opened)
+    return None
+
+
+def _mask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _lock(opened: int) -> bool:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, AttributeError):
+        return False
+    return True

@@ -1,0 +1,187 @@
+"""Regular expressions of strangers: matched as PEFT would, at once, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import time
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from peft.utils.other import get_pattern_key
+from safetensors.torch import load_file, save_file
+
+from import_cases import Case, write_case
+from phatgoose.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from phatgoose.errors import ExpertError, PhatgooseError
+from phatgoose.expert import Expert
+from phatgoose.importing import import_adapter
+from phatgoose.patterns import check_config, check_patterns, matching, value_at
+
+GOLDEN = Path(__file__).parent / "golden" / "expert"
+UNSLOTH = (  # what a library of that name writes into every adapter of a vision model
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
+    r"(?:k_proj|v_proj|q_proj|out_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|"
+    r"attn|mlp|feed_forward|ffn|dense)\.(?:(?:k_proj|v_proj|q_proj|out_proj)))"
+)
+ORDINARY = [
+    r".*\.(q|k|v)_proj",
+    r"^model\.layers\.(1\d|2[0-4])\..*(self_attn|mlp)\..*_proj$",
+    r"(?:.*?)\.q",
+    r"\(a+\)+",
+    r"[+*]{1}[(|)]+",
+    "model.layers.0.self_attn.q_proj",
+    "q_proj",
+    "a-b",
+    "",
+    UNSLOTH,
+]
+NAMES = [
+    "q_proj",
+    "model.layers.0.self_attn.q_proj",
+    "model.layers.0xself_attn.q_proj",
+    "model.layers.13.mlp.up_proj",
+    "model.layers.9.self_attn.k_proj",
+    "language_model.layers.1.self_attn.v_proj",
+    "x.a-b",
+    "x.q",
+    "x.axb",
+    "(a)",
+]
+SLOW = [  # for Python's matcher; the last of each 431 letters long
+    "(a+)+$",
+    "(a|a)*$",
+    "(.*a){20}b",
+    ".*a.*a.*a.*a.*a!",
+    ".*.*.*.*!",
+    "((a?)b)*",
+    "a?" * 30 + "a" * 30,
+    ".*" * 900,
+]
+LOOKED_AROUND = ["(?x:(a|a) *)b", "(a|a)(?#x)*b", r"(a)\1", "(?=a)b", "(?i)a", "a{,3}", r"\p{L}"]
+
+
+@contextmanager
+def soon(seconds: float = 5):
+    """A block that must be over well before a matcher that goes back could be."""
+    begun = time.perf_counter()
+    yield
+    assert time.perf_counter() - begun < seconds
+
+
+@pytest.mark.parametrize("pattern", ORDINARY)
+def test_ordinary_patterns_match_as_pefts_do(pattern):
+    check_patterns([pattern], "it")
+    assert matching(pattern, NAMES) == [n for n in NAMES if re.fullmatch(pattern, n)]
+    for name in NAMES:
+        key = get_pattern_key([pattern], name)
+        wanted = 7 if key == pattern and re.match(rf"(.*\.)?({pattern})$", name) else None
+        assert value_at({pattern: 7}, name) == wanted, name
+
+
+def test_of_several_patterns_the_first_counts():
+    assert value_at({"k_proj": 1, r".*q_proj": 2, "q_proj": 3}, "a.q_proj") == 2
+    assert value_at({"k_proj": 1}, "a.q_proj") is None
+
+
+@pytest.mark.parametrize("pattern", SLOW)
+def test_what_takes_python_for_ever_is_matched_at_once(pattern):
+    with soon():
+        check_patterns([pattern], "it")
+        matching(pattern, ["a" * 431] * 100)
+        value_at({pattern: 1}, "a" * 431)
+
+
+@pytest.mark.parametrize("pattern", LOOKED_AROUND)
+def test_what_an_automaton_can_not_match_is_refused_by_name(pattern):
+    with pytest.raises(ExpertError) as caught:
+        check_patterns([pattern], "it")
+    assert repr(pattern) in str(caught.value)
+
+
+@pytest.mark.parametrize("pattern", ["(", "a**", "[", "(a|b", "\ud800(", "(a{100}){100}{100}"])
+def test_what_is_no_expression_is_told(pattern):
+    with pytest.raises(ExpertError, match="no regular expression"):
+        check_patterns([pattern], "it")
+
+
+@pytest.mark.parametrize("pattern", ["x" * 15_000_000, "(a|b)*" * 2_500_000])
+def test_long_patterns_are_refused_unread(pattern):
+    with soon(1), pytest.raises(ExpertError, match=r"at most 2000"):
+        check_patterns([pattern], "it")
+
+
+def test_many_patterns_and_names_are_refused_unread():
+    with soon(1):
+        with pytest.raises(ExpertError, match="holds 100000 patterns"):
+            check_config({"alpha_pattern": dict.fromkeys(map(str, range(100_000)), 1)}, "it")
+        with pytest.raises(ExpertError, match="lists 100000 things"):
+            check_config({"target_modules": ["q"] * 100_000}, "it")
+        with pytest.raises(ExpertError, match="only names are read"):
+            check_config({"layers_pattern": "(.*)*"}, "it")
+
+
+@pytest.mark.parametrize("pattern", [*SLOW, *LOOKED_AROUND, "x" * 15_000_000], ids=range(16))
+def test_an_expert_of_slow_patterns_is_read_or_refused_at_once(tmp_path, pattern):
+    folder = shutil.copytree(GOLDEN, tmp_path / "golden")
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    for change in (
+        {"alpha_pattern": {pattern: 1}},
+        {"rank_pattern": {pattern: 1}},
+        {"target_modules": pattern},
+    ):
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(config | change))
+        with soon(), suppress(ExpertError):
+            Expert.load(folder)
+
+
+def test_a_long_name_of_a_site_is_matched_at_once(tmp_path):
+    folder = shutil.copytree(GOLDEN, tmp_path / "golden")
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config | {"alpha_pattern": {".*.*.*.*!": 1}}))
+    held = load_file(folder / ADAPTER_WEIGHTS)
+    site = sorted({name.rpartition(".lora_")[0] for name in held})[0]
+    long = {name.replace(site, "base_model.model." + "a" * 431): t for name, t in held.items()}
+    save_file(long, folder / ADAPTER_WEIGHTS)
+    with soon(), suppress(ExpertError):
+        Expert.from_peft(folder, {})
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.LoHaConfig, peft.FourierFTConfig])
+@pytest.mark.parametrize("pattern", [r"(model|model)*(.*)*(.*)*x", ".*.*.*.*.*.*.*.*!", "(?=a)"])
+def test_an_import_of_slow_patterns_is_refused_at_once(base_folders, tmp_path, config, pattern):
+    base = base_folders["llama"]
+    folder = write_case(Case("", config), "llama", base, tmp_path / "adapter")
+    content = json.loads((folder / ADAPTER_CONFIG).read_text())
+    patterns = {"rank_pattern": {pattern: 3}, "alpha_pattern": {pattern: 3}}
+    patterns |= {"n_frequency_pattern": {pattern: 3}} if "n_frequency" in content else {}
+    for changes in ({"target_modules": pattern}, {"exclude_modules": pattern}, patterns):
+        known = {key: value for key, value in changes.items() if key in content}
+        (folder / ADAPTER_CONFIG).write_text(json.dumps(content | known))
+        with soon(), suppress(PhatgooseError):
+            import_adapter(folder, tmp_path / "out", base=str(base), allow_loss=0)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+
+
+def test_patterns_that_peft_matched_come_to_the_same(base_folders, tmp_path):
+    patterns = {
+        "target_modules": r".*\.(q_proj|up_proj)",
+        "exclude_modules": r".*layers\.0\.mlp.*",
+        "rank_pattern": {r"layers\.\d\.self_attn\.q_proj": 2},
+        "alpha_pattern": {r".*\.1\..*": 5, "up_proj": 3},
+    }
+    case, base = Case("", options=lambda kind: patterns), base_folders["llama"]
+    folder = write_case(case, "llama", base, tmp_path / "adapter")
+    assert read_adapter_config(folder)["target_modules"] == patterns["target_modules"]
+    expert = import_adapter(folder, tmp_path / "out", base=str(base))
+    held = load_file(folder / ADAPTER_WEIGHTS)
+    for site, lora in expert.lora.items():
+        assert torch.equal(lora.A, held[f"base_model.model.{site}.lora_A.weight"])
+        rank = 2 if "q_proj" in site else 4
+        alpha = 5 if ".1." in site else 3 if "up_proj" in site else 8
+        assert (lora.A.shape[0], lora.scale) == (rank, alpha / rank), site
+    assert len(expert.lora) == 3

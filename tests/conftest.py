@@ -16,6 +16,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, 
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -39,6 +40,10 @@ from phatgoose.pool import Pool
 from phatgoose.routed import compose, composition_of
 from phatgoose.routers import lookup
 from phatgoose.sites import find_sites
+
+# How long an example takes depends on who else is at work.
+settings.register_profile("any clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("any clock")
 
 VOCABULARY = 300
 KINDS = ("llama", "gpt2", "qwen2", "t5")  # qwen2 is the grouped-query model, with biases

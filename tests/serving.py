@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from phatgoose.apps.server import ServedModel, create_app
+from phatgoose.apps.server.batches import Batch
 from phatgoose.bases import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.pool import Pool
@@ -65,6 +68,35 @@ def running(app: FastAPI) -> Iterator[str]:
     finally:
         server.should_exit = True
         thread.join(10)
+
+
+@contextmanager
+def held(steps: int = 0) -> Iterator[threading.Event]:
+    """While the context is open engines of this process take so many steps, and then none.
+
+    Until the event is set: whatever an engine was at is then still going on, however fast it is.
+    """
+    released, taken, step = threading.Event(), itertools.count(), Batch.step
+
+    def held_step(batch: Batch) -> None:
+        if next(taken) >= steps:
+            released.wait()
+        step(batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Batch, "step", held_step)
+        try:
+            yield released
+        finally:
+            released.set()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    """Wait until `holds()`; fail after a minute, which is for ever."""
+    limit = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 def generated(pool: Pool, prompt: list[int], tokens: int, **options: Any) -> list[int]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -597,10 +597,12 @@ def test_nothing_heavy_is_loaded_before_it_is_needed(code):
     assert outcome.out.splitlines()[-1] == "loaded: []"
 
 
-def test_help_comes_in_well_under_a_second_and_a_half():
+def test_help_takes_well_under_a_second_and_a_half_of_work():
+    """Of the processor's time: what the clock says depends on who else is at work."""
     seconds = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process(sys.executable, "-m", "phatgoose", "--help").code == 0
-        seconds.append(time.perf_counter() - start)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 1.5

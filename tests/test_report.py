@@ -22,7 +22,7 @@ from phatgoose.errors import EvaluationError
 from routing_samples import DATASETS, make_analysis, make_trace
 
 MANY = {"experts": 166, "tokens": 500, "layers": 24, "stacks": ("encoder", "decoder")}
-QUICK = 250  # milliseconds from a key to the new colours, on a busy machine
+QUICK = 0.25  # seconds of work from a key to the new colours
 
 
 def report_of(folder, experts=8, **options):
@@ -243,21 +243,20 @@ def test_another_text_and_stack_can_be_chosen(chromium, many, few):
 
 def test_five_hundred_tokens_of_166_experts_do_not_lag(chromium, many):
     with page_at(chromium, many) as page:
-        spent = page.evaluate(
-            """() => {
-                const slider = document.querySelector(".tx-layer input");
-                const spent = [];
-                for (const value of [1, 0, 5, 0, 12]) {
-                    slider.value = value;
-                    const begun = performance.now();
-                    slider.dispatchEvent(new Event("input"));
-                    document.body.offsetHeight; // lay the page out too
-                    spent.push(performance.now() - begun);
-                }
-                return spent.sort((a, b) => a - b);
-            }"""
-        )
-        assert spent[len(spent) // 2] < QUICK
+        devtools = page.context.new_cdp_session(page)
+        devtools.send("Performance.enable", {"timeDomain": "threadTicks"})  # the page's own work
+
+        def worked():
+            found = devtools.send("Performance.getMetrics")["metrics"]
+            return {each["name"]: each["value"] for each in found}["TaskDuration"]
+
+        spent = []
+        for layer in (1, 0, 5, 0, 12):
+            begun = worked()
+            set_layer(page, layer)
+            page.evaluate("document.body.offsetHeight")  # lay the page out too
+            spent.append(worked() - begun)
+        assert sorted(spent)[len(spent) // 2] < QUICK
         assert page.locator(".tx-legend button").count() <= 24
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-import time
+from contextlib import closing
+from http.client import HTTPConnection
 
 import pytest
 
@@ -436,61 +437,69 @@ def endless(app):
     return app
 
 
-def until(holds):
-    limit = time.monotonic() + 20
-    while not holds():
-        assert time.monotonic() < limit
-        time.sleep(0.01)
-
-
 def test_a_request_that_takes_too_long_is_ended(pool):
     app = endless(serving.app_of(pool, Serving(timeout=1, max_tokens=2000)))
+    engine, wish = app.state.service.engine, {**LONG, "max_tokens": 1990}
     with serving.client_of(app) as client:
-        wish = {**LONG, "max_tokens": 1990}
-        assert error_of(client, 504, **wish)["code"] == "timeout"
-        until(lambda: app.state.service.engine.running == 0)
-        with client.stream("POST", "/v1/completions", json={**wish, "stream": True}) as reply:
+        with serving.held(2):
+            assert error_of(client, 504, **wish)["code"] == "timeout"
+        serving.until(lambda: engine.running == 0)
+        with (
+            serving.held(2),
+            client.stream("POST", "/v1/completions", json={**wish, "stream": True}) as reply,
+        ):
             lines = [line for line in reply.iter_lines() if line]
         assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
-        until(lambda: app.state.service.engine.running == 0)
+        serving.until(lambda: engine.running == 0)
 
 
 def test_a_full_queue_turns_requests_away(pool):
-    app = endless(serving.app_of(pool, Serving(max_queue=2, max_batch_tokens=1100, timeout=2)))
-    engine = app.state.service.engine
+    app = endless(serving.app_of(pool, Serving(max_queue=2, max_batch_tokens=60)))
+    engine, wish = app.state.service.engine, {**GREEDY, "max_tokens": 40}
     with serving.client_of(app) as client:
         threads = [
-            threading.Thread(target=client.post, args=("/v1/completions",), kwargs={"json": LONG})
+            threading.Thread(target=client.post, args=("/v1/completions",), kwargs={"json": wish})
             for _ in range(3)
         ]
-        for number, thread in enumerate(threads):  # one is computed, two wait
-            thread.start()
-            until(lambda number=number: engine.running + engine.waiting == number + 1)
-        reply = client.post("/v1/completions", json=GREEDY)
-        assert reply.status_code == 429
-        assert int(reply.headers["Retry-After"]) >= 1
-        assert client.get("/healthz").json()["waiting"] == 2
+        with serving.held(1):
+            for number, thread in enumerate(threads):  # one is computed, two wait
+                thread.start()
+                serving.until(lambda number=number: engine.running + engine.waiting == number + 1)
+            reply = client.post("/v1/completions", json=GREEDY)
+            assert reply.status_code == 429
+            assert int(reply.headers["Retry-After"]) >= 1
+            assert client.get("/healthz").json()["waiting"] == 2
         for thread in threads:
             thread.join()
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(pool, stream):
-    httpx = pytest.importorskip("httpx2")
     app = endless(serving.app_of(pool))
     engine, models = app.state.service.engine, app.state.service.models
-    with serving.running(app) as address, httpx.Client(base_url=address, timeout=30) as client:
-        body = {**LONG, "stream": stream, "k": 1}
-        if stream:
-            with client.stream("POST", "/v1/completions", json=body) as reply:
-                next(reply.iter_lines())
-                assert engine.running == 1
-        else:
-            with pytest.raises(httpx.ReadTimeout):
-                client.post("/v1/completions", json=body, timeout=0.7)
-        until(lambda: engine.running == engine.waiting == 0)
-        until(lambda: all(use.requests == 0 for use in models._rerouted.values()))
-        assert client.post("/v1/completions", json=GREEDY).status_code == 200
+
+    def post(client, **body):
+        headers = {"Content-Type": "application/json"}
+        client.request("POST", "/v1/completions", json.dumps(body), headers)
+
+    with (
+        serving.running(app) as address,
+        closing(HTTPConnection(address.removeprefix("http://"), timeout=60)) as client,
+    ):
+        with serving.held(2):
+            post(client, **LONG, stream=stream, k=1)
+            if stream:
+                with client.getresponse() as reply:
+                    assert reply.readline().startswith(b"data: ")
+            serving.until(lambda: engine.running == 1)
+            (row,) = [row for batch in engine._batches for row in batch.rows]
+            client.close()
+            serving.until(lambda: row.is_cancelled)
+        serving.until(lambda: engine.running == engine.waiting == 0)
+        serving.until(lambda: all(use.requests == 0 for use in models._rerouted.values()))
+        post(client, **GREEDY)
+        with client.getresponse() as reply:
+            assert reply.status == 200
 
 
 def test_metrics_count_what_happened(pool):

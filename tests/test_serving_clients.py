@@ -295,7 +295,7 @@ def posted(address, body):
     headers = {"Content-Type": "application/json", "Authorization": "Bearer k2"}
     content = json.dumps(body).encode()
     request = urllib.request.Request(f"{address}/v1/completions", content, headers)
-    for _ in range(100):
+    for _ in range(600):
         try:
             return urllib.request.urlopen(request, timeout=60)
         except urllib.error.HTTPError:

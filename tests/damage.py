@@ -157,10 +157,11 @@ def json_value(draw: st.DrawFn, files: Sequence[str]) -> Damage:
             return
         place: Any = content
         for i, pick in enumerate(picks):
-            if not isinstance(place, dict) or not place:
+            if not isinstance(place, dict | list) or not place:
                 break
-            key = sorted(place)[pick % len(place)]
-            if i == len(picks) - 1 or not isinstance(place[key], dict):
+            keys = sorted(place) if isinstance(place, dict) else range(len(place))
+            key: Any = keys[pick % len(place)]
+            if i == len(picks) - 1 or not isinstance(place[key], dict | list):
                 place[key] = value if text is None else "@@@"
                 break
             place = place[key]
@@ -238,12 +239,37 @@ def header(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     return do
 
 
+CHANGES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "int64": lambda t, _: t.long(),
+    "float16": lambda t, _: t.half(),
+    "float8": lambda t, _: t.to(torch.float8_e4m3fn),
+    "bool": lambda t, _: t.bool(),
+    "empty": lambda t, _: t.new_zeros(0),
+    "long": lambda t, _: torch.cat([t, t]),
+    "fewer": lambda t, pick: t[: pick % max(len(t), 1)],
+    "narrow": lambda t, pick: t[..., : max(pick % max(t.shape[-1], 1), 1)],
+    "wide": lambda t, pick: torch.cat([t] * (2 + pick), dim=-1),
+    "thin": lambda t, pick: t[:, : max(pick % max(t.shape[1], 1), 1)],
+    "turned": lambda t, _: t.transpose(0, -1),
+    "deep": lambda t, _: t[None],
+    "flat": lambda t, _: t.flatten(),
+    "nan": lambda t, _: t * float("nan"),
+    "inf": lambda t, _: t / 0,
+    "other": lambda t, pick: torch.full_like(t, (-1) ** pick * 2 ** (pick % 63)),
+    "backwards": lambda t, _: t.flip(0),
+    "later": lambda t, pick: t + pick,
+}
+
+
 @st.composite
 def tensor(draw: st.DrawFn, files: Sequence[str]) -> Damage:
-    """A tensor of another dtype, shape or value, gone, or one more, in a valid file."""
-    file, pick = draw(st.sampled_from(files)), draw(st.integers(0, 50))
-    kinds = ["int64", "float16", "float8", "bool", "empty", "long", "nan", "inf", "gone", "more"]
-    how, name = draw(st.sampled_from(kinds)), draw(st.text(max_size=30))
+    """A tensor of another dtype, shape or value, gone, renamed, or one more, in a valid file."""
+    file, pick = draw(st.sampled_from(files)), draw(st.integers(0, 200))
+    how, name = (
+        draw(st.sampled_from(["gone", "more", "moved", *CHANGES])),
+        draw(st.text(max_size=30)),
+    )
+    place = draw(st.integers(0, 10))
 
     def do(folder: Path) -> None:
         try:
@@ -254,23 +280,18 @@ def tensor(draw: st.DrawFn, files: Sequence[str]) -> Damage:
         if not held:
             return
         key = sorted(held)[pick % len(held)]
-        changed = {
-            "int64": lambda t: t.long(),
-            "float16": lambda t: t.half(),
-            "float8": lambda t: t.to(torch.float8_e4m3fn),
-            "bool": lambda t: t.bool(),
-            "empty": lambda t: t.new_zeros(0),
-            "long": lambda t: torch.cat([t, t]),
-            "nan": lambda t: t * float("nan"),
-            "inf": lambda t: t / 0,
-        }
         tensors = dict(held)
-        if how == "gone":
+        if how in ("gone", "moved"):
             del tensors[key]
-        elif how == "more":
+        if how == "more":
             tensors[name] = held[key].clone()
-        else:
-            tensors[key] = changed[how](held[key]).contiguous()
+        elif how == "moved":
+            tensors[sorted(held)[place % len(held)]] = held[key]
+        elif how != "gone":
+            try:
+                tensors[key] = CHANGES[how](held[key], place).clone().contiguous()
+            except (RuntimeError, IndexError):  # of a tensor that can't be changed so
+                return
         save_file(tensors, folder / file)
 
     return do

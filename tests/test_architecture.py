@@ -56,7 +56,7 @@ LAYERS = (
         "tasks",
     ),
     ("placement", "stacks", "token_masks"),
-    ("adapters", "card", "embeddings", "kernels", "shapes", "suites.entries", "work"),
+    ("adapters", "card", "embeddings", "kernels", "shapes", "soundness", "suites.entries", "work"),
     (
         "bottleneck",
         "encoding",
@@ -69,7 +69,8 @@ LAYERS = (
     ),
     ("collating", "conversion", "kinds", "suites.bigbench", "suites.t0"),
     ("alone", "expert", "fitting", "likelihood", "recording", "suites.flan"),
-    ("expert_folder", "hub", "packed"),
+    ("description", "expert_folder", "hub"),
+    ("packed",),
     ("elsewhere", "pool", "prediction", "statistics", "suites"),
     ("duplicates", "gates", "importing", "routers.decision", "suites.sources"),
     (

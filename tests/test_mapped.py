@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from phatgoose import mapped
 from phatgoose.errors import ExpertError
+from phatgoose.files import MOST_JSON_BYTES
 from phatgoose.mapped import AT_ONCE, FEW, TYPES, Group, TensorFile
 
 STATUS = Path("/proc/self/status")
@@ -145,3 +147,23 @@ def test_a_group_is_what_begins_with_its_name(tmp_path):
     assert torch.equal(group["y.z"], torch.zeros(1))
     assert group.get("b") is None
     assert not Group({}, "a")
+
+
+def test_a_header_of_many_megabytes_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    path = tmp_path / "a.safetensors"
+    entry = '"{}":{{"dtype":"F32","shape":[1],"data_offsets":[{},{}]}}'
+    header = "{" + ",".join(entry.format(i, 4 * i, 4 * i + 4) for i in range(300_000)) + "}"
+    assert len(header) > MOST_JSON_BYTES
+    monkeypatch.setattr(mapped, "safe_open", None)
+    path.write_bytes(struct.pack("<Q", len(header)) + header.encode() + bytes(1_200_000))
+    with pytest.raises(ExpertError, match=f"its header has {len(header)} bytes; at most"):
+        TensorFile(path)
+
+
+@pytest.mark.parametrize("shape", [[0, 2**62], [3, 0, 2**50], [2**62, 0, 2**62], [2**63, 0]])
+def test_an_empty_tensor_of_impossible_sizes_is_refused(tmp_path, shape):
+    table = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
+    text = json.dumps(table).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
+    with pytest.raises(ExpertError, match="damaged or truncated"):
+        TensorFile(tmp_path / "a.safetensors")

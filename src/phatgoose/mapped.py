@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .errors import ExpertError
-from .files import one_line, regular_file, shortened, unlike_keys
+from .files import MOST_JSON_BYTES, one_line, regular_file, shortened, unlike_keys
 
 __all__ = ["FLOATS", "Group", "TensorFile", "is_finite", "write_tensors"]
 
@@ -37,7 +37,9 @@ TYPES = {
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
 LENGTH = struct.Struct("<Q")  # of the header, before it
+ROOM = 100_000_000  # bytes that the library reads as a header
 LONGEST_NAME = 500
+MOST_NUMBERS = 2**48  # of a tensor
 ALIGNMENT = 64  # of the data in files written here
 MOST_REMEMBERED = 2**20  # bytes of a header that is parsed once for all files that have it
 AT_ONCE = 2**24  # bytes that are looked at before their pages are given back
@@ -64,11 +66,13 @@ class TensorFile(Mapping[str, Tensor]):
         """Open `path`.
 
         Raises ExpertError when it is missing, no regular file of its folder, damaged or truncated,
-        or holds a tensor of an impossible name or of a type that no file of ours has.
+        has a header of more than MOST_JSON_BYTES, or holds a tensor of an impossible name or shape
+        or of a type that no file of ours has.
         """
         self.path = path
         try:
-            with safe_open(regular_file(path), "pt"):
+            _check_header(regular_file(path))
+            with safe_open(path, "pt"):
                 pass  # the library's strict look at lengths, types, shapes and offsets
             size = path.stat().st_size
             storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
@@ -210,6 +214,21 @@ def is_finite(tensor: Tensor) -> bool:
     )
 
 
+def _check_header(path: Path) -> None:
+    """Raise ValueError for a header that would take seconds and gigabytes to parse.
+
+    Spaces at its end, which keep it room, cost nothing. One that is cut or longer than the library
+    reads is left to it.
+    """
+    with path.open("rb") as file:
+        begin = file.read(LENGTH.size)
+        length = LENGTH.unpack(begin)[0] if len(begin) == LENGTH.size else 0
+        if MOST_JSON_BYTES < length <= ROOM:
+            used = len(file.read(length).rstrip())
+            if used > MOST_JSON_BYTES:
+                raise ValueError(f"its header has {used} bytes; at most {MOST_JSON_BYTES} are read")
+
+
 @lru_cache(maxsize=16)  # the experts of a pool mostly have one header in common
 def _entries(header: bytes) -> dict[str, Entry]:
     """What a header says, by name. Raises ValueError, KeyError or TypeError for what it can't."""
@@ -226,6 +245,8 @@ def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
         raise ValueError(f"it holds numbers of type {shortened(dtype)}, not {', '.join(TYPES)}")
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     begin, end = data_offsets
+    if math.prod(max(size, 1) for size in shape) > MOST_NUMBERS:  # beside a 0, so it takes no room
+        raise ValueError(f"it holds a tensor of an impossible shape, {shortened(shape)}")
     return Entry(TYPES[dtype], tuple(shape), strides, begin, end)
 
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bases import Base, load_base
 from .config import Routing
+from .description import ROUTED_INFO
 from .hub import HubReference
-from .packed import ROUTED_INFO
 from .pool import Pool
 from .routed import compose
 from .scores import Scores

@@ -12,46 +12,41 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .bases import BaseReference
 from .config import Routing
+from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_info, routing_in
 from .errors import ExpertError, RoutingError
-from .files import read_json_object, shortened
+from .files import one_line, shortened
 from .mapped import TensorFile
 from .reading import ahead
 from .rows import joined, kept, used_rank
+from .soundness import LARGEST, SCALES, SITE_TENSORS, check_lookup, check_tensors
 from .stacks import TENSORS, SiteStack, joined_stacks, kept_stack
 
 __all__ = [
     "EMBEDDINGS",
     "FACTORS",
     "OWNERS",
-    "ROUTED_INFO",
-    "ROUTED_WEIGHTS",
+    "VOTES",
     "Packed",
     "PackedTensors",
     "Segment",
+    "dequantised",
     "quantised",
-    "read_info",
     "read_packed",
-    "routing_record",
 ]
 
-ROUTED_INFO = "routed.json"
-ROUTED_WEIGHTS = "routed.safetensors"
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
-VERSIONS = (1, 2)  # 2 has segments
 EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"
 VOTES = "lookup.votes."  # before a site's name
 FACTORS = ("A", "B")
-SCALES = tuple(f"{kind}_scale" for kind in FACTORS)
-LARGEST = 127
-NAMED_ANEW = "retrieval_embedder"  # by whoever loads the model: a file's word loads nothing
 
 
 @dataclass(frozen=True)
@@ -118,7 +113,9 @@ class PackedTensors(Mapping[str, Tensor]):
 
     def _all_names(self) -> dict[str, None]:
         names = (name for segment in self._segments for name in segment.tensors)
-        return dict.fromkeys(name for name in names if name.partition(".")[0] not in SCALES)
+        return dict.fromkeys(
+            name for name in names if name.partition(".")[0] not in SCALES.values()
+        )
 
     def _mixed_sites(self) -> dict[str, None]:
         """Sites at which others than plain LoRAs act, by what there is beside A and B."""
@@ -174,6 +171,16 @@ class Packed:
     left: tuple[int, ...]
 
     @property
+    def base(self) -> BaseReference:
+        """The base that it was made of."""
+        return base_in(self.info)
+
+    @property
+    def routing(self) -> Routing:
+        """How it chooses experts."""
+        return routing_in(self.info)
+
+    @property
     def records(self) -> list[dict[str, Any]]:
         """Those of the experts that are left."""
         return [self.info["experts"][z] for z in self.left]
@@ -196,36 +203,60 @@ class Packed:
 
 
 def read_packed(directory: Path) -> Packed:
-    """The packed model in `directory`, every file checked against its hash and for finiteness.
+    """The packed model in `directory`, every file checked: its hash, finiteness, and each tensor.
 
-    Raises RoutingError when it is missing or damaged.
+    Tensors are held against the description and each other (`soundness`); a base is not at hand.
+    Raises RoutingError when anything is missing or damaged.
     """
     path = directory / ROUTED_INFO
     info = read_info(path)
-    listed = info.get("segments") or [
-        {
-            "file": ROUTED_WEIGHTS,
-            "sha256": info["weights_sha256"],
-            "experts": len(info["experts"]),
-        }
-    ]
-    segments, first = [], 0
+    count = len(info["experts"])
     try:
-        for entry in listed:
-            file, count = entry["file"], entry["experts"]
-            if not SEGMENT_FILE.fullmatch(file) or type(count) is not int or count < 1:
-                raise ValueError(f"segment {shortened(entry)}")
-            segments.append(Segment(_read_weights(directory / file, entry["sha256"]), first, count))
-            first += count
-        gone = set(info.get("removed", ()))
-        left = tuple(z for z in range(first) if z not in gone)
-        if first != len(info["experts"]) or len(left) != first - len(gone) or not left:
-            raise ValueError(f"{first} experts in segments, {len(gone)} removed")
-        return Packed(info, tuple(segments), left)
+        entries = _entries(info, count)
+        removed = info.get("removed", [])
+        gone = set(removed)
+        if len(gone) < len(removed) or not all(type(z) is int and 0 <= z < count for z in gone):
+            raise ValueError(f"removed is {shortened(removed)}")
+        left = tuple(z for z in range(count) if z not in gone)
+        if not left:
+            raise ValueError("no expert is left")
     except (ValueError, KeyError, TypeError) as error:
         raise RoutingError(
-            f"{path} is not a valid description of a routed model: {error}."
+            f"{path} is not a valid description of a routed model: {one_line(error)}."
         ) from error
+    names = dict.fromkeys((entry.file, entry.sha256) for entry in entries)
+    files = {name: _read_weights(directory / name[0], name[1]) for name in names}
+    segments, first, sizes = [], 0, _Sizes({}, {})
+    for entry in entries:
+        file = files[entry.file, entry.sha256]
+        sizes = _checked(file, entry.experts, sizes)
+        segments.append(Segment(file, first, entry.experts))
+        first += entry.experts
+    return Packed(info, tuple(segments), left)
+
+
+class _Entry(NamedTuple):
+    """A file of a packed model as its description names it."""
+
+    file: str
+    sha256: str
+    experts: int
+
+
+def _entries(info: Mapping[str, Any], count: int) -> list[_Entry]:
+    """The files of a model of `count` experts. Raises ValueError, KeyError or TypeError."""
+    if info["format_version"] == 1:
+        entries = [_Entry(ROUTED_WEIGHTS, info["weights_sha256"], count)]
+    else:
+        entries = [_Entry(e["file"], e["sha256"], e["experts"]) for e in info["segments"]]
+    for entry in entries:
+        named = SEGMENT_FILE.fullmatch(entry.file) and isinstance(entry.sha256, str)
+        if not named or type(entry.experts) is not int or entry.experts < 1:
+            raise ValueError(f"segment {shortened(tuple(entry))}")
+    told = sum(entry.experts for entry in entries)
+    if told != count:
+        raise ValueError(f"{told} experts in segments, {count} described")
+    return entries
 
 
 def _read_weights(path: Path, sha256: str) -> TensorFile:
@@ -239,29 +270,41 @@ def _read_weights(path: Path, sha256: str) -> TensorFile:
     return tensors
 
 
-def routing_record(routing: Routing) -> dict[str, Any]:
-    """What a description says of `routing`: all but the embedder."""
-    return {key: value for key, value in asdict(routing).items() if key != NAMED_ANEW}
+class _Sizes(NamedTuple):
+    """The sizes that segments have in common, by letter: those of each site, and of a lookup."""
+
+    sites: dict[str, dict[str, int]]
+    lookup: dict[str, int]
 
 
-def read_info(path: Path) -> dict[str, Any]:
-    """The description in the file `path`. Raises RoutingError when it is missing or damaged."""
-    try:
-        info = read_json_object(path, RoutingError)
-    except FileNotFoundError as error:
-        raise RoutingError(
-            f"{path.parent} holds no routed model: {path.name} can't be read."
-        ) from error
-    if info.get("format_version") not in VERSIONS:
-        raise RoutingError(
-            f"{path}: format version {shortened(info.get('format_version'))} is unknown, wanted "
-            f"{' or '.join(map(str, VERSIONS))}."
-        )
-    weights = "weights_sha256" if info["format_version"] == 1 else "segments"
-    missing = {"base", "routing", "experts", weights} - info.keys()
-    if missing:
-        raise RoutingError(f"{path} lacks {', '.join(sorted(missing))}.")
-    return info
+def _checked(file: TensorFile, experts: int, known: _Sizes) -> _Sizes:
+    """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
+    by_site: dict[str, dict[str, Tensor]] = {}
+    lookup = {}
+    for name in file:
+        kind, _, site = name.partition(".")
+        if name in (EMBEDDINGS, OWNERS):
+            lookup[site] = file[name]
+            continue
+        if name.startswith(VOTES):
+            kind, site = "votes", name.removeprefix(VOTES)
+        elif kind == "votes":
+            kind = ""
+        if kind not in SITE_TENSORS or not site:
+            raise RoutingError(
+                f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."
+            )
+        by_site.setdefault(site, {})[kind] = file[name]
+    sites = dict(known.sites)
+    for site, held in by_site.items():
+        where, before = f"{file.path}, {site}", sites.get(site)
+        sites[site] = check_tensors(where, held, experts, before or {})
+        for letter, kind in (("v", "vectors"), ("w", "votes")):
+            if before is not None and (letter in before) != (kind in held):
+                raise RoutingError(f"{where}: some files have {kind} of this site, some have none.")
+    if lookup:
+        return _Sizes(sites, check_lookup(str(file.path), lookup, experts, known.lookup))
+    return _Sizes(sites, known.lookup)
 
 
 def quantised(kind: str, site: str, factor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -38,6 +38,7 @@ from .routers import (
     RandomRouter,
     ScoredRouter,
     check_routing,
+    columns_of,
     make_lookup,
     make_router,
     narrow_pool,
@@ -46,6 +47,7 @@ from .routers import (
 )
 from .scores import Scores, read_scores
 from .sites import ROUTED, Site, find_sites, replace_module
+from .soundness import check_stack
 from .stacks import SiteStack
 from .tasks import Example
 
@@ -227,6 +229,14 @@ def routed_layer(
     if plain and may_fold and routing.router == MERGED and is_cheaper_folded(original, plain):
         folded = folded_weight(original, plain, pool_size)
         return FoldedLinear(original, site, folded, stack.experts, pool_size)
+    check_stack(
+        stack,
+        site.name,
+        (site.in_features, site.out_features),
+        pool_size,
+        vectors,
+        columns_of(routing, site.in_features),
+    )
     router = make_router(site.name, stack.experts, pool_size, routing, vectors, lookup)
     router.to(original.weight.device, stack.dtype)
     product = mixed_factors if routing.router == "arrow" and routing.arrow == "mttl" else None

@@ -20,8 +20,9 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .bases import Base, BaseReference
+from .bases import Base
 from .config import Routing
+from .description import ROUTED_INFO, ROUTED_WEIGHTS, routing_record
 from .errors import ConfigError, ExpertError, RoutingError
 from .growing import check_growth, check_removal
 from .left_overs import clear_left_overs, temporary_file
@@ -30,18 +31,15 @@ from .packed import (
     EMBEDDINGS,
     FACTORS,
     OWNERS,
-    ROUTED_INFO,
-    ROUTED_WEIGHTS,
     Packed,
     quantised,
     read_packed,
-    routing_record,
 )
 from .pool import Pool
 from .routed import check_fingerprint, prepare, routed_layers
 from .routers import embeddings_of, router_vectors
 from .scores import Scores
-from .storage import layer_tensors, lookup_info, lookup_tensors
+from .storage import check_router_of, layer_tensors, lookup_info, lookup_tensors
 from .work import new_directory, write_text
 
 __all__ = ["STORED", "add_to_packed", "compact", "pack", "remove_from_packed"]
@@ -121,10 +119,11 @@ def add_to_packed(directory: str | Path, pool: Pool | str | Path) -> Packed:
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     with _changing(Path(directory)) as folder:
         packed = read_packed(folder)
-        routing, first = Routing(**packed.info["routing"]), packed.segments[0].tensors
+        routing, first = packed.routing, packed.segments[0].tensors
+        check_router_of(packed)
         check_growth(routing, packed.names, pool)
         _check_unfolded(packed)
-        check_fingerprint(pool.base, BaseReference(**packed.info["base"]))
+        check_fingerprint(pool.base, packed.base)
         _check_sizes(packed, pool)
         kind = _kind_of(first)
         vectors_kind = next((t.dtype for n, t in first.items() if n.startswith("vectors.")), None)
@@ -160,7 +159,7 @@ def remove_from_packed(directory: str | Path, names: Iterable[str]) -> Packed:
     """
     with _changing(Path(directory)) as folder:
         packed = read_packed(folder)
-        left = check_removal(Routing(**packed.info["routing"]), packed.names, names)
+        left = check_removal(packed.routing, packed.names, names)
         _check_unfolded(packed)
         stay = {packed.left[z] for z in left}
         gone = [z for z in range(len(packed.info["experts"])) if z not in stay]
@@ -234,7 +233,7 @@ def _describe(folder: Path, packed: Packed, **changes: Any) -> None:
 
 
 def _segments(packed: Packed) -> list[dict[str, Any]]:
-    if "segments" in packed.info:
+    if packed.info["format_version"] > 1:
         return list(packed.info["segments"])
     count, sha256 = len(packed.info["experts"]), packed.info["weights_sha256"]
     return [{"file": ROUTED_WEIGHTS, "sha256": sha256, "experts": count}]

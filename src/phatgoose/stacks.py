@@ -19,7 +19,7 @@ from .config import ACTIVATIONS
 from .modules import BottleneckLayers, LoraFactors, ScalingVector, SiteModule
 from .rows import filled_up
 
-__all__ = ["TENSORS", "BottleneckStack", "LoraStack", "ScalingStack", "SiteStack"]
+__all__ = ["PARTS", "TENSORS", "BottleneckStack", "LoraStack", "ScalingStack", "SiteStack"]
 __all__ += ["joined_stacks", "kept_stack", "stack_modules"]
 
 

@@ -14,20 +14,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bases import Base, BaseReference, load_base
 from .config import Routing
+from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_info, routing_record
 from .embeddings import usable_embedder
 from .errors import ConfigError, RoutingError, WrongBaseError
 from .files import sha256_of
+from .kernels import check_kernel
 from .layers import ChoosingLayer, FoldedLinear, RoutedLayer
-from .packed import (
-    EMBEDDINGS,
-    OWNERS,
-    ROUTED_INFO,
-    ROUTED_WEIGHTS,
-    VOTES,
-    read_info,
-    read_packed,
-    routing_record,
-)
+from .packed import EMBEDDINGS, OWNERS, VOTES, Packed, read_packed
 from .routed import (
     Composition,
     check_fingerprint,
@@ -37,14 +30,33 @@ from .routed import (
     resolve_base,
     routed_layer,
 )
-from .routers import VOTED, GateVote, Lookup, Retriever, TaskTable, VectorRouter
+from .routers import (
+    MERGED,
+    VOTED,
+    GateVote,
+    Lookup,
+    Retriever,
+    TaskTable,
+    VectorRouter,
+    check_choices,
+    columns_of,
+)
 from .sites import Site, find_sites
 from .stacks import TENSORS, SiteStack
 from .work import new_directory
 
-__all__ = ["base_of", "layer_tensors", "load", "lookup_info", "lookup_tensors", "save"]
+__all__ = [
+    "base_of",
+    "check_router_of",
+    "layer_tensors",
+    "load",
+    "lookup_info",
+    "lookup_tensors",
+    "save",
+]
 
 FORMAT_VERSION = 1
+SCORES = ("scores with no vectors", "scores with vectors")
 
 
 def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -86,22 +98,20 @@ def load(
     """
     directory = Path(directory)
     packed = read_packed(directory)
-    wanted = base_of(directory)
-    try:
-        routing = Routing(**packed.info["routing"])
-    except TypeError as error:
-        raise RoutingError(f"{directory / ROUTED_INFO} has unknown settings: {error}.") from error
-    routing = replace(routing, retrieval_embedder=retrieval_embedder)  # the file has no say
+    wanted, routing = packed.base, packed.routing
+    check_router_of(packed)
+    routing = replace(routing, retrieval_embedder=retrieval_embedder)
     if base is None:
         base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
     found = resolve_base(base, wanted)
     check_fingerprint(wanted, found.reference)
     sites = find_sites(found.model)
     tensors, layers = packed.tensors, {}
-    lookup = _lookup(packed.info, tensors, found.tokenizer, retrieval_embedder)
     for name in packed.sites:
         if name not in sites:
             raise WrongBaseError(f"Experts in {directory} act on {name}, which the base lacks.")
+    lookup = _lookup(packed, routing, sites, found.tokenizer)
+    for name in packed.sites:
         layers[name] = _layer(
             found.model, sites[name], tensors, routing, lookup, len(packed.records)
         )
@@ -117,16 +127,27 @@ def load(
     return install(found.model, parts)
 
 
+def check_router_of(packed: Packed) -> None:
+    """Raise unless the router of `packed` is known and has vectors wherever it scores, only there.
+
+    ConfigError for one that isn't known, RoutingError for the rest.
+    """
+    routing = packed.routing
+    check_choices(routing)
+    check_kernel(routing.kernel)
+    scores, tensors = columns_of(routing, 1) is not None, packed.tensors
+    for site in packed.sites:
+        if (f"vectors.{site}" in tensors) != scores:
+            has = "none" if scores else "some"
+            raise RoutingError(f"Router {routing.router} {SCORES[scores]}, but {site} has {has}.")
+
+
 def base_of(directory: str | Path) -> BaseReference:
     """The base that the routed model in `directory` was made of.
 
     Raises RoutingError when the folder is missing or damaged.
     """
-    path = Path(directory) / ROUTED_INFO
-    try:
-        return BaseReference(**read_info(path)["base"])
-    except TypeError as error:
-        raise RoutingError(f"{path} has unknown settings: {error}.") from error
+    return base_in(read_info(Path(directory) / ROUTED_INFO))
 
 
 def _tensors(parts: Composition) -> dict[str, Tensor]:
@@ -166,25 +187,41 @@ def lookup_info(lookup: Lookup | None) -> dict[str, Any]:
 
 
 def _lookup(
-    info: dict[str, Any],
-    tensors: Mapping[str, Tensor],
+    packed: Packed,
+    routing: Routing,
+    sites: Mapping[str, Site],
     tokenizer: PreTrainedTokenizerBase | None,
-    embedder: str | None,
 ) -> Lookup | None:
-    held = info.get("lookup", {})
-    if "experts_by_task" in held:
+    held, tensors = packed.info.get("lookup", {}), packed.tensors
+    wanted = {"oracle": "experts_by_task", "retrieval": "embedder"}.get(routing.router)
+    if wanted is not None and wanted not in held:
+        raise RoutingError(f"Router {routing.router} needs lookup.{wanted} in {ROUTED_INFO}.")
+    if routing.router == "oracle":
         return TaskTable(held["experts_by_task"])
-    router = info["routing"]["router"]
-    if router != VOTED and "embedder" not in held:
+    if routing.router not in (VOTED, "retrieval"):
         return None
     if tokenizer is None:
-        raise ConfigError(f"Router {router} reads prompts; hand the base over with its tokenizer.")
-    if router == VOTED:
-        sites = [name.removeprefix(VOTES) for name in tensors if name.startswith(VOTES)]
-        votes = {site: (tensors[f"{VOTES}{site}"], tensors[f"experts.{site}"]) for site in sites}
-        return GateVote(votes, len(info["experts"]), info["routing"]["eps"], tokenizer)
-    embedder = usable_embedder(held["embedder"], embedder)
+        raise ConfigError(
+            f"Router {routing.router} reads prompts; hand the base over with its tokenizer."
+        )
+    if routing.router == VOTED:
+        votes = {site: _votes_at(site, tensors, sites[site].in_features) for site in packed.sites}
+        return GateVote(votes, len(packed.records), routing.eps, tokenizer)
+    if EMBEDDINGS not in tensors or not len(tensors[OWNERS]):
+        raise RoutingError("Router retrieval has no embeddings to look inputs up in.")
+    embedder = usable_embedder(held["embedder"], routing.retrieval_embedder)
     return Retriever(tensors[EMBEDDINGS], tensors[OWNERS], embedder, tokenizer)
+
+
+def _votes_at(site: str, tensors: Mapping[str, Tensor], n: int) -> tuple[Tensor, Tensor]:
+    """What the experts at `site` vote with, and which they are."""
+    votes, experts = tensors.get(f"{VOTES}{site}"), tensors[f"experts.{site}"]
+    if votes is None or votes.shape != (len(experts), n + 1):
+        got = "none" if votes is None else list(votes.shape)
+        raise RoutingError(
+            f"Router {VOTED} needs votes at {site} of shape {[len(experts), n + 1]}, got {got}."
+        )
+    return votes, experts
 
 
 def _layer(
@@ -202,6 +239,12 @@ def _layer(
     dtype = dtype_at(original, model)
     if f"folded.{name}" in tensors:
         folded = tensors[f"folded.{name}"].to(weight.device, dtype)
+        if routing.router != MERGED or folded.shape != (site.out_features, site.in_features):
+            raise RoutingError(
+                f"Experts at {name} are folded into a weight of shape {list(folded.shape)} for "
+                f"router {routing.router}; wanted [{site.out_features}, {site.in_features}] for "
+                f"router {MERGED}."
+            )
         return FoldedLinear(original, site, folded, experts, pool_size)
     held = {key: tensors[f"{key}.{name}"] for key in TENSORS if f"{key}.{name}" in tensors}
     stack = SiteStack.of(held, experts).to(weight.device, dtype)

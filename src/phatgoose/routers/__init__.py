@@ -33,6 +33,7 @@ from ..config import Routing
 from ..embeddings import usable_embedder
 from ..errors import ConfigError, PoolError
 from ..expert import Expert
+from ..files import shortened
 from ..pool import Pool
 from ..scores import Scores, best_expert, best_expert_by_task
 from .affinities import (
@@ -56,6 +57,7 @@ from .voting import GateVote
 __all__ = [
     "AFFINITIES",
     "ARROW_VARIANTS",
+    "MERGED",
     "NEED_MEANS",
     "ROUTERS",
     "VOTED",
@@ -76,8 +78,10 @@ __all__ = [
     "UniformRouter",
     "UniformTopKRouter",
     "VectorRouter",
+    "check_choices",
     "check_routing",
     "check_vectors",
+    "columns_of",
     "embeddings_of",
     "make_lookup",
     "make_router",
@@ -104,13 +108,7 @@ def check_routing(routing: Routing, pool: Pool) -> None:
     when it names something unknown, PoolError naming the experts that lack the vectors or factors
     that it needs.
     """
-    for name, value, known in (
-        ("router", routing.router, ROUTERS),
-        ("arrow", routing.arrow, ARROW_VARIANTS),
-        ("affinity", routing.affinity, AFFINITIES),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name} is {value!r}, but must be one of {', '.join(known)}.")
+    check_choices(routing)
     if routing.expert is not None and routing.router != "single":
         raise ConfigError(f"expert is for router single; the router is {routing.router}.")
     if routing.affinity != PAPER and (routing.router == "uniform-top-k" or routing.stand_in):
@@ -129,6 +127,27 @@ def check_routing(routing: Routing, pool: Pool) -> None:
             f"'phatgoose gate' where there are data.",
             stacklevel=3,
         )
+
+
+def check_choices(routing: Routing) -> None:
+    """Raise ConfigError when `routing` names a router, an affinity or a form that there isn't."""
+    for name, value, known in (
+        ("router", routing.router, ROUTERS),
+        ("arrow", routing.arrow, ARROW_VARIANTS),
+        ("affinity", routing.affinity, AFFINITIES),
+    ):
+        if value not in known:
+            raise ConfigError(
+                f"{name} is {shortened(value)}, but must be one of {', '.join(known)}."
+            )
+
+
+def columns_of(routing: Routing, n: int) -> int | None:
+    """How many columns the vectors of `routing` have at a site of n inputs, None for no vectors."""
+    if routing.router not in SCORED:
+        return None
+    scored = routing.router in ("phatgoose", "average-activation")
+    return n + 1 if scored and routing.affinity == "centred" else n
 
 
 def check_vectors(routing: Routing, pool: Pool) -> None:

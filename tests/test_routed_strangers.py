@@ -1,0 +1,431 @@
+"""Routed models of strangers: whatever is done to a folder, what comes back runs or is one line.
+
+PHATGOOSE_FUZZ sets how many damaged folders are tried (docs/reliability.md has figures, and how to
+run this with the native kernel under AddressSanitizer).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from audited import unexpected, watched
+from conftest import (
+    SCORES,
+    VOCABULARY,
+    logits_of,
+    make_ids,
+    toy_embed,
+    with_embeddings,
+    write_expert,
+)
+from damage import content_of, damages, do_all, json_of
+from growth_cases import uneven_pool
+from mixed_experts import mixed_pool_for
+from phatgoose.bases import Base, load_base
+from phatgoose.config import Routing
+from phatgoose.errors import PhatgooseError, RoutingError
+from phatgoose.growing import add_experts, remove_experts
+from phatgoose.packed import read_packed
+from phatgoose.pool import Pool
+from phatgoose.routed import composition_of, detach
+from phatgoose.routers import TaskTable, lookup
+from phatgoose.segments import add_to_packed, compact, pack, remove_from_packed
+from phatgoose.storage import load
+
+EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "60"))
+INFO, FIRST, SECOND = "routed.json", "routed.safetensors", "routed-0123456789ab.safetensors"
+GROWN = ("plain", "mixed", "small", "retrieval")  # of two files each, the last expert removed
+MADE = ("input", "oracle", "merged", "centred")  # of one file
+IDS = make_ids(rows=2)
+
+
+SECRET = "the secret of somebody else"
+DAMAGES = damages((INFO,), (FIRST, SECOND))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _toy_embedder() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lookup, "embed_texts", toy_embed)
+        yield
+
+
+@pytest.fixture(scope="session")
+def strangers(loaded_bases, tmp_path_factory) -> Path:
+    """One folder of each kind, and `more`, the pool of an expert who can join."""
+    place, base = tmp_path_factory.mktemp("strangers"), loaded_bases["llama"]
+    uneven = with_embeddings(uneven_pool(base, place / "uneven"))
+    mixed = mixed_pool_for(base, place / "mixed-experts")
+    high = Pool((write_expert(base, place, "high", rank=40), write_expert(base, place, "low")))
+    made = {
+        "plain": (uneven, Routing()),
+        "small": (uneven, Routing()),
+        "retrieval": (uneven, Routing(router="retrieval")),
+        "mixed": (mixed, Routing()),
+        "input": (uneven, Routing(router="phatgoose-input")),
+        "oracle": (uneven, Routing(router="oracle")),
+        "merged": (high, Routing(router="merged")),
+        "centred": (uneven, Routing(affinity="centred", k=3)),
+    }
+    for kind, (pool, routing) in made.items():
+        folder = place / "folders" / kind
+        half = len(pool) // 2
+        first = pool.select(pool.names[:half]) if kind in GROWN else pool
+        stored = "int8" if kind == "small" else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of oracle's k
+            fresh = copy.deepcopy(base)
+            pack(first, folder, fresh, routing=routing, scores=SCORES, stored=stored)
+        if kind in GROWN:
+            add_to_packed(folder, pool.select(pool.names[half:]))
+            remove_from_packed(folder, [pool.names[-1]])
+            _rename_second(folder)
+    write_expert(base, place, "more", seed=9)
+    return place
+
+
+def _rename_second(folder: Path) -> None:
+    """Give the second file of a model a name that strategies can know."""
+    info = json.loads((folder / INFO).read_text())
+    (folder / info["segments"][1]["file"]).rename(folder / SECOND)
+    info["segments"][1]["file"] = SECOND
+    (folder / INFO).write_text(json.dumps(info))
+
+
+def record_hashes(folder: Path) -> None:
+    """Write the files' present hashes into the description, so that deeper checks are reached."""
+    try:
+        info = json_of(folder / INFO)
+        if "weights_sha256" in info:
+            info["weights_sha256"] = sha256(content_of(folder / FIRST)).hexdigest()
+        for entry in info.get("segments", []):
+            entry["sha256"] = sha256(content_of(folder / entry["file"])).hexdigest()
+        (folder / INFO).write_text(json.dumps(info))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Whatever is refused inside is refused in one printable line of bounded length."""
+    try:
+        yield
+    except PhatgooseError as error:
+        message = str(error)
+        assert message.isprintable()
+        assert len(message) < 1500
+        assert SECRET not in message
+
+
+def run(model: PreTrainedModel) -> None:
+    """One pass through `model`, whose tensors are put where nothing stands behind them before."""
+    parts = composition_of(model)
+    for layer in parts.layers.values():
+        for module in layer.modules():
+            for name, tensor in module.named_buffers(recurse=False):
+                setattr(module, name, tensor.clone())
+    if isinstance(parts.lookup, TaskTable):
+        parts.lookup.begin_task("second")
+    assert logits_of(model, IDS).shape == (*IDS.shape, VOCABULARY)
+
+
+def load_and_run(folder: Path, base: Base, more: Pool) -> None:
+    """Load the model in `folder`, run it, and let an expert join and others leave it in memory."""
+    model = load(folder, base)
+    try:
+        run(model)
+        with told():
+            run(add_experts(model, more))
+        with told():
+            run(remove_experts(model, [composition_of(model).experts[0]]))
+    finally:
+        detach(model)
+
+
+def change(folder: Path, base: Base, more: Pool) -> None:
+    """Let an expert join and another leave the model in `folder`, and write it anew."""
+    add_to_packed(folder, more)
+    names = remove_from_packed(folder, [read_packed(folder).names[0]]).names
+    assert compact(folder).names == names
+    load_and_run(folder, base, more)
+
+
+@settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(
+    done=DAMAGES,
+    rehash=st.integers(0, 4).map(bool),
+    kind=st.sampled_from((*GROWN, *MADE)),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+)
+def test_a_damaged_folder_runs_or_is_one_line(strangers, bases, done, rehash, kind, dtype):
+    more, base = Pool.open(strangers / "experts" / "more"), bases[dtype]
+    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a k that is lowered, say
+        folder = Path(place) / "models" / "model"
+        shutil.copytree(strangers / "folders" / kind, folder)
+        (folder.parent / "secret.json").write_text(json.dumps({"name": SECRET}))
+        do_all(done, folder)
+        if rehash:
+            record_hashes(folder)
+        before = sorted(path.name for path in folder.parent.rglob("*"))
+        with watched() as events, told():
+            read_packed(folder)
+        assert unexpected(events, folder) == []
+        assert sorted(path.name for path in folder.parent.rglob("*")) == before
+        with told():
+            load_and_run(folder, base, more)
+        with told():
+            change(folder, base, more)
+
+
+@pytest.fixture(scope="module")
+def bases(loaded_bases) -> dict[str, Base]:
+    """The tiny Llama by type."""
+    llama = copy.deepcopy(loaded_bases["llama"])
+    return {"float32": llama, "bfloat16": load_base(llama.id, dtype="bfloat16")}
+
+
+@pytest.mark.parametrize("kind", [*GROWN, *MADE])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_folders_that_are_damaged_are_sound(strangers, bases, kind, dtype, tmp_path):
+    folder = shutil.copytree(strangers / "folders" / kind, tmp_path / "model")
+    more = Pool.open(strangers / "experts" / "more")
+    load_and_run(folder, bases[dtype], more)
+    with told():
+        change(folder, bases[dtype], more)
+
+
+@pytest.fixture
+def folder(strangers, tmp_path) -> Path:
+    """A folder of one's own of three plain experts in two files, of which one was removed."""
+    return shutil.copytree(strangers / "folders" / "plain", tmp_path / "model")
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the description."""
+    info = json.loads((folder / INFO).read_text())
+    change(info)
+    (folder / INFO).write_text(json.dumps(info))
+
+
+def tamper(folder: Path, begin: str, change: Callable[[Tensor], Tensor], file: str = FIRST) -> None:
+    """Change the first tensor whose name begins so, and make the hash fit."""
+    tensors = load_file(folder / file)
+    name = next(name for name in sorted(tensors) if name.startswith(begin))
+    tensors[name] = change(tensors[name]).clone().contiguous()
+    save_file(tensors, folder / file)
+    record_hashes(folder)
+
+
+def complaint(folder: Path, base: Base) -> str:
+    """What `load` says; `remove` and `compact` refuse the same."""
+    with pytest.raises(PhatgooseError) as caught:
+        load(folder, base)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+ROUTED_FILES = pytest.mark.parametrize("file", [FIRST, SECOND])
+SHAPE, RANGE, ORDER = "shape .* wanted", "numbers from .* wanted 0 to 1", "must be in order"
+TAMPERED: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "A narrowed": ("A.", lambda t: t[..., :5], "vectors have 32 columns for 5 inputs|" + SHAPE),
+    "A of one expert": ("A.", lambda t: t[:1], SHAPE),
+    "A of another rank": ("A.", lambda t: t[:, :1], SHAPE),
+    "A deeper": ("A.", lambda t: t[None], SHAPE),
+    "A without ranks": ("A.", lambda t: t[:, :0], SHAPE),
+    "A of whole numbers": ("A.", lambda t: t.long(), "type torch.int64; wanted"),
+    "A of bytes without scale": ("A.", lambda t: t.to(torch.int8), "A_scale belongs to A in int8"),
+    "B widened": ("B.", lambda t: t.repeat(1, 1, 128), SHAPE),
+    "B of one expert": ("B.", lambda t: t[:1], SHAPE),
+    "B of another rank": ("B.", lambda t: t[:, :1], SHAPE),
+    "vectors of one expert": ("vectors.", lambda t: t[:1], SHAPE),
+    "vectors narrowed": ("vectors.", lambda t: t[:, :-1], "columns|" + SHAPE),
+    "one vector": ("vectors.", lambda t: t[0], SHAPE),
+    "experts of another pool": ("experts.", lambda t: t + 1, RANGE),
+    "negative experts": ("experts.", lambda t: t - 1, RANGE),
+    "huge experts": ("experts.", lambda t: t * 2**62, RANGE),
+    "experts backwards": ("experts.", lambda t: t.flip(0), ORDER),
+    "an expert twice": ("experts.", lambda t: t * 0, ORDER),
+    "experts in int32": ("experts.", lambda t: t.int(), "type torch.int32; wanted"),
+    "fewer experts": ("experts.", lambda t: t[:1], SHAPE),
+}
+
+
+@ROUTED_FILES
+@pytest.mark.parametrize("how", TAMPERED)
+def test_tensors_that_are_not_what_kernels_take_them_for_are_refused(folder, bases, how, file):
+    begin, change, said = TAMPERED[how]
+    tensors = load_file(folder / file)
+    site = next(n for n in tensors if n.startswith("experts.") and len(tensors[n]) > 1)
+    tamper(folder, begin + site.removeprefix("experts."), change, file)
+    message = complaint(folder, bases["float32"])
+    assert re.search(said, message)
+    for act in (lambda: remove_from_packed(folder, ["e0"]), lambda: compact(folder)):
+        with pytest.raises(RoutingError, match=said):
+            act()
+
+
+MIXED: dict[str, tuple[str, Callable[[Tensor], Tensor], str]] = {
+    "B_bias narrowed": ("B_bias.", lambda t: t[:, :3], SHAPE),
+    "lora_rows twice": ("lora_rows.", lambda t: t * 0, "one module for each"),
+    "lora_rows of nobody": ("lora_rows.", lambda t: t + 100, "one module for each"),
+    "input_deltas narrowed": ("input_deltas.", lambda t: t[:, :3], SHAPE),
+    "input_rows negative": ("input_rows.", lambda t: t - 100, "one module for each"),
+    "output_deltas widened": ("output_deltas.", lambda t: t.repeat(1, 2), SHAPE),
+    "up of fewer": ("up.", lambda t: t[:-1], SHAPE),
+    "down of another size": ("down.", lambda t: t[:, :1], SHAPE),
+    "down_bias flat": ("down_bias.", lambda t: t.flatten(), SHAPE),
+    "no such activation": ("activations.", lambda t: t + 3, "activations has numbers from"),
+    "a negative activation": ("activations.", lambda t: t - 3, "activations has numbers from"),
+    "bottleneck_rows in int32": ("bottleneck_rows.", lambda t: t.int(), "int32; wanted"),
+}
+
+
+@pytest.mark.parametrize("how", MIXED)
+def test_tensors_of_other_kinds_are_held_against_each_other_too(strangers, bases, how, tmp_path):
+    folder = shutil.copytree(strangers / "folders" / "mixed", tmp_path / "model")
+    begin, change, said = MIXED[how]
+    tamper(folder, begin, change)
+    assert re.search(said, complaint(folder, bases["float32"]))
+
+
+OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
+    "scale of fewer ranks": ("small", "A_scale.", lambda t: t[:, :1], SHAPE),
+    "a negative scale": ("small", "B_scale.", lambda t: -t, "no scale of rows"),
+    "a huge scale": ("small", "B_scale.", lambda t: t * 0 + 3e38, "no scale of rows"),
+    "owners of another pool": ("retrieval", "lookup.owners", lambda t: t + 9, "owners has numbers"),
+    "negative owners": ("retrieval", "lookup.owners", lambda t: t - 1, "owners has numbers"),
+    "fewer owners": ("retrieval", "lookup.owners", lambda t: t[:-1], SHAPE),
+    "narrow embeddings": ("retrieval", "lookup.embeddings", lambda t: t[:, :4], SHAPE),
+    "narrow votes": ("input", "lookup.votes.", lambda t: t[:, :4], "columns|votes at .* of shape"),
+    "votes of fewer": ("input", "lookup.votes.", lambda t: t[:1], SHAPE),
+    "a folded weight turned": ("merged", "folded.model.layers.0.mlp", lambda t: t.T, "folded into"),
+    "centred without its column": (
+        "centred",
+        "vectors.",
+        lambda t: t[:, :-1],
+        "have|columns|shape",
+    ),
+}
+
+
+@pytest.mark.parametrize("how", OTHERS)
+def test_tensors_of_other_routers_are_refused_too(strangers, bases, how, tmp_path):
+    kind, begin, change, said = OTHERS[how]
+    folder = shutil.copytree(strangers / "folders" / kind, tmp_path / "model")
+    tamper(folder, begin, change)
+    assert re.search(said, complaint(folder, bases["float32"]))
+
+
+def test_sizes_that_agree_with_each_other_but_not_with_the_base_are_refused(folder, bases):
+    tensors = load_file(folder / SECOND)
+    site = next(name for name in tensors if name.startswith("B.")).removeprefix("B.")
+    for file in (FIRST, SECOND):
+        tamper(folder, f"B.{site}", lambda t: t[..., :5], file)
+    assert read_packed(folder).sites
+    assert "wanted [P" in complaint(folder, bases["float32"])
+
+
+@pytest.mark.parametrize("begin", ["A.", "B.", "experts.", "vectors."])
+@ROUTED_FILES
+def test_a_tensor_that_is_missing_is_told(folder, bases, begin, file):
+    tensors = load_file(folder / file)
+    del tensors[next(name for name in tensors if name.startswith(begin))]
+    save_file(tensors, folder / file)
+    record_hashes(folder)
+    assert re.search(
+        "but no|some have none|has none|have none", complaint(folder, bases["float32"])
+    )
+
+
+@pytest.mark.parametrize("name", ["C.x", "A", "A.", "votes.x", "lookup.other", "weights"])
+def test_a_tensor_that_nobody_knows_is_refused(folder, bases, name):
+    save_file(load_file(folder / FIRST) | {name: torch.zeros(2)}, folder / FIRST)
+    record_hashes(folder)
+    assert f"holds {name!r}, which is no part" in complaint(folder, bases["float32"])
+
+
+DESCRIPTIONS: dict[str, Callable[[dict[str, Any]], object]] = {
+    "k 1.5": lambda info: info["routing"].update(k=1.5),
+    "k of words": lambda info: info["routing"].update(k="two"),
+    "no k at all": lambda info: info["routing"].update(k=None),
+    "no eps": lambda info: info["routing"].update(eps=0),
+    "a long router": lambda info: info["routing"].update(router="x" * 10**6),
+    "unknown kernel": lambda info: info["routing"].update(kernel="\x1b[31mfast"),
+    "unknown affinity": lambda info: info["routing"].update(affinity="none"),
+    "another affinity": lambda info: info["routing"].update(affinity="centred"),
+    "another router": lambda info: info["routing"].update(router="merged"),
+    "a router without tensors": lambda info: info["routing"].update(router="retrieval"),
+    "a router without tasks": lambda info: info["routing"].update(router="oracle"),
+    "a voter without votes": lambda info: info["routing"].update(router="phatgoose-input"),
+    "unknown setting": lambda info: info["routing"].update({"\x1b[2Jclear": 1}),
+    "routing of words": lambda info: info.update(routing="phatgoose"),
+    "experts null": lambda info: info.update(experts=None),
+    "experts of words": lambda info: info.update(experts=["e0", "e1", "e2", "e3"]),
+    "no experts": lambda info: info.update(experts=[]),
+    "name that clears screens": lambda info: info["experts"][0].update(name="\x1b[2J"),
+    "name that climbs": lambda info: info["experts"][0].update(name="../e0"),
+    "name of lines": lambda info: info["experts"][0].update(name="e0\ne1"),
+    "name of another": lambda info: info["experts"][0].update(name="e1"),
+    "name null": lambda info: info["experts"][0].update(name=None),
+    "path of numbers": lambda info: info["experts"][0].update(path=3),
+    "hash of numbers": lambda info: info["experts"][0].update(adapter_sha256=[]),
+    "base null": lambda info: info.update(base=None),
+    "base of numbers": lambda info: info["base"].update(id=3),
+    "base that colours": lambda info: info["base"].update(id="\x1b[31mbase"),
+    "lookup null": lambda info: info.update(lookup=None),
+    "tasks of words": lambda info: info.update(lookup={"experts_by_task": {"x": "e0"}}),
+    "tasks of no expert": lambda info: info.update(lookup={"experts_by_task": {"x": 4}}),
+    "tasks of nobody": lambda info: info.update(lookup={"experts_by_task": {"x": -1}}),
+    "embedder of numbers": lambda info: info.update(lookup={"embedder": 3}),
+    "segments null": lambda info: info.update(segments=None),
+    "no segments": lambda info: info.update(segments=[]),
+    "segments of words": lambda info: info.update(segments=[FIRST]),
+    "hash of a segment": lambda info: info["segments"][0].update(sha256=[]),
+    "a segment elsewhere": lambda info: info["segments"][0].update(file=f"../{FIRST}"),
+    "a trillion experts": lambda info: info["segments"][0].update(experts=10**12),
+    "part of an expert": lambda info: info["segments"][0].update(experts=1.5),
+    "removed null": lambda info: info.update(removed=None),
+    "removed twice": lambda info: info.update(removed=[3, 3]),
+    "removed true": lambda info: info.update(removed=[True]),
+    "removed nobody": lambda info: info.update(removed=[-1]),
+    "version true": lambda info: info.update(format_version=True),
+    "version 1 without weights": lambda info: info.update(format_version=1),
+}
+
+
+@pytest.mark.parametrize("how", DESCRIPTIONS)
+def test_a_description_is_read_strictly(folder, bases, how):
+    edit(folder, DESCRIPTIONS[how])
+    message = complaint(folder, bases["float32"])
+    assert len(message) < 600
+
+
+@ROUTED_FILES
+def test_a_link_out_of_the_folder_is_refused_unread(folder, bases, file):
+    (folder / file).rename(folder.parent / file)
+    (folder / file).symlink_to(folder.parent / file)
+    assert f"{file} is a symbolic link that leads out" in complaint(folder, bases["float32"])

@@ -37,6 +37,7 @@ LAYERS = (
         "kernels.triton_programs",
         "metrics",
         "modules",
+        "offloading",
         "reading",
         "rows",
         "scores",

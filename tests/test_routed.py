@@ -1,3 +1,5 @@
+import copy
+import io
 from dataclasses import replace
 
 import pytest
@@ -213,6 +215,31 @@ def test_composing_changes_no_base_weight(base, pool):
     after = model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_the_parameters_of_a_routed_model_are_the_bases_under_their_names(base, pool):
+    wanted = dict(base.model.named_parameters())
+    model = compose(pool, base)
+    got = dict(model.named_parameters())
+    assert got.keys() == wanted.keys()
+    assert all(parameter is wanted[name] for name, parameter in got.items())
+    model.to(torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in detach(model).parameters()} == {torch.bfloat16}
+
+
+def test_copies_of_a_routed_model_are_their_own(base, pool):
+    ids, model = make_ids(), compose(pool, base)
+    wanted, written = logits_of(model, ids), io.BytesIO()
+    torch.save(model, written)
+    written.seek(0)
+    for copied in (copy.deepcopy(model), torch.load(written, weights_only=False)):
+        assert torch.equal(logits_of(copied, ids), wanted)
+        detach(copied)
+        assert not torch.equal(logits_of(copied, ids), wanted)
+        for parameter in copied.parameters():
+            torch.nn.init.zeros_(parameter)
+        assert torch.equal(logits_of(model, ids), wanted)
 
 
 def test_a_routed_model_loads_a_state_dict_of_the_base(base, pool):

@@ -31,6 +31,7 @@ from transformers.utils import logging as transformers_logging
 from .errors import BaseModelError
 from .files import one_line, read_json_object, shortened
 from .left_overs import clear_left_overs, temporary_folder
+from .offloading import parameters_of
 
 __all__ = [
     "Base",
@@ -203,11 +204,11 @@ def fingerprint(model: PreTrainedModel) -> str:
     Independent of the model's name, of parameter names (they change between transformers releases)
     and of float32 or bfloat16 loading (samples are rounded to bfloat16 first). Of a quantised
     weight only shape and type count, so a quantised model has another fingerprint than the model
-    it was made of.
+    it was made of. Raises BaseModelError for a model without weights.
     """
     fields = {key: getattr(model.config, key, None) for key in FINGERPRINT_FIELDS}
     digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for sample in sorted(_sample(parameter) for parameter in model.parameters()):
+    for sample in sorted(_sample(parameter) for parameter in parameters_of(model)):
         digest.update(sample)
     return f"sha256:{digest.hexdigest()}"
 
@@ -226,13 +227,13 @@ def number_format(model: PreTrainedModel) -> str:
     return f"{model.dtype}, {kinds}" if kinds else str(model.dtype)
 
 
-def _kind(parameter: nn.Parameter) -> str | None:
+def _kind(parameter: Tensor) -> str | None:
     """The type of a quantised weight, None for plain floating point numbers."""
     plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
     return None if plain and parameter.is_floating_point() else type(parameter).__name__
 
 
-def _sample(parameter: nn.Parameter) -> bytes:
+def _sample(parameter: Tensor) -> bytes:
     """The shape of `parameter` and evenly spaced elements of it, hashed."""
     if kind := _kind(parameter):
         return hashlib.sha256(f"{tuple(parameter.shape)} {kind}".encode()).digest()

@@ -22,6 +22,7 @@ from .config import Routing
 from .errors import PoolError, RoutingError
 from .kinds import check_fit
 from .layers import ChoosingLayer, FoldedLinear, RoutedLayer, RoutedLinear
+from .offloading import check_in_place
 from .pool import Pool
 from .routed import (
     Composition,
@@ -62,6 +63,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     check_growth(parts.routing, parts.experts, pool)
     _check_unfolded(parts)
+    check_in_place(parts.layers.values())
     check_fingerprint(pool.base, parts.base)
     detach(model)
     try:
@@ -100,6 +102,7 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
     parts = composition_of(model)
     left = check_removal(parts.routing, parts.experts, names)
     _check_unfolded(parts)
+    check_in_place(parts.layers.values())
     place = torch.full((len(parts.experts),), -1)
     place[left] = torch.arange(len(left))  # of each expert among those that stay, or -1
     smaller = replace(

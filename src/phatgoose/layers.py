@@ -7,6 +7,7 @@ Sites at which other modules than LoRAs act have layers of their own (`mixed`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from .kernels import Kernel, choose_kernel
 from .kernels.native import add_routed, runs_natively
 from .recording import watches_over
 from .routers.decision import RoutingDecision
-from .sites import Site, WrappedLinear
+from .sites import Site
 from .stacks import LoraStack, SiteStack
 
 __all__ = [
@@ -32,18 +33,46 @@ __all__ = [
 ]
 
 
-class RoutedLayer(WrappedLinear):
-    """What all layers of a routed model share: their site and its experts.
+class RoutedLayer(nn.Module):
+    """What all layers of a routed model share: their site, its experts, and the base's layer there.
 
-    `experts` [E] are the pool's indices of the experts that act here.
+    `experts` [E] are the pool's indices of the experts that act here. The base's layer, `base`, is
+    no submodule: its parameters are this layer's own, in one dictionary under their own names. So
+    state dicts are those of the base, and whoever moves, offloads or trains parameters (accelerate,
+    for one) finds them where they were.
     """
 
+    base: Any
     experts: Tensor
 
     def __init__(self, base: nn.Module, site: Site, experts: Tensor) -> None:
-        super().__init__(base, site.in_features, site.out_features)
+        super().__init__()
+        self.__dict__["base"] = base
+        self._parameters = base._parameters
+        for name, child in base.named_children():
+            self.add_module(name, child)
         self.site = site
+        self.in_features, self.out_features = site.in_features, site.out_features
         self.register_buffer("experts", experts, persistent=False)
+
+    def extra_repr(self) -> str:
+        """The base's layer."""
+        return repr(self.base)
+
+    def train(self, mode: bool = True) -> RoutedLayer:
+        """Self, and the base's layer, in training or evaluation mode."""
+        self.base.train(mode)
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RoutedLayer:
+        self.base._apply(fn, recurse=False)  # layers of other makes have buffers too
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+
+    def _save_to_state_dict(self, *arguments: Any) -> None:
+        self.base._save_to_state_dict(*arguments)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.base._load_from_state_dict(*arguments)
 
 
 class ChoosingLayer(RoutedLayer):
@@ -150,8 +179,13 @@ class FoldedLinear(RoutedLayer):
     def __init__(
         self, base: nn.Module, site: Site, folded: Tensor, experts: Tensor, pool_size: int
     ) -> None:
-        """`folded` [d, n] comes from `folded_weight`."""
+        """`folded` [d, n] comes from `folded_weight`. Raises RoutingError for an offloaded bias."""
         super().__init__(base, site, experts)
+        if self.base.bias is not None and self.base.bias.is_meta:
+            raise RoutingError(
+                f"The experts at {site.name} are folded into a weight, which needs the base's bias "
+                f"beside it, but accelerate keeps that elsewhere; compose the pool anew."
+            )
         self.weight_of_each = 1 / pool_size
         self.register_buffer("folded", folded, persistent=False)
 
@@ -162,17 +196,18 @@ class FoldedLinear(RoutedLayer):
             equal = torch.full(experts.shape, self.weight_of_each, device=u.device)
             for watch in watches:
                 watch.tell(self.site, u, experts, equal, lambda: equal)
-        return functional.linear(u, self.folded, self.bias)
+        return functional.linear(u, self.folded, self.base.bias)
 
 
 def is_cheaper_folded(base: nn.Module, stack: LoraStack) -> bool:
     """True where E r (n + d) factors outnumber the n d weights, and those are all there is to it.
 
-    Subclasses of a linear layer (quantised ones, for instance) may do more than multiply.
+    Subclasses of a linear layer (quantised ones, for instance) may do more than multiply; weights
+    that accelerate keeps elsewhere aren't there to be added to.
     """
     weight: Tensor = base.weight  # type: ignore[assignment]
     plain = type(base) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
-    return plain and stack.A.numel() + stack.B.numel() > weight.numel()
+    return plain and not weight.is_meta and stack.A.numel() + stack.B.numel() > weight.numel()
 
 
 @torch.no_grad()

@@ -24,6 +24,7 @@ from .encoding import (
     position_ids,
 )
 from .errors import EvaluationError
+from .offloading import input_device
 from .packing import Text, can_pack, head_at, pack, packed_batches
 
 __all__ = ["ChoicePrompt", "choice_log_likelihoods"]
@@ -77,8 +78,8 @@ def _packed(
             torch.arange(start + len(texts[i].stem) - 1, start + texts[i].length)
             for i, start in zip(order, packed.starts.tolist(), strict=True)
         ]
-        inputs = {name: tensor.to(model.device) for name, tensor in packed.inputs.items()}
-        with head_at(model, torch.cat(runs).to(model.device)):
+        inputs = {name: tensor.to(input_device(model)) for name, tensor in packed.inputs.items()}
+        with head_at(model, torch.cat(runs).to(input_device(model))):
             logits = model(**inputs, use_cache=False).logits.squeeze(0)
         yield from _means(logits, [rows[i][1] for i in order], order)
 
@@ -134,7 +135,7 @@ def _score_causal(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: Announce
 ) -> Tensor:
     """Mean log-likelihood of every choice of every row, in order, [choices]."""
-    device = model.device
+    device = input_device(model)
     prompts = pad_left([prompt for prompt, _ in rows], pad).to(device)
     real = pad_left([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
     passed = _passes(model, logits_to_keep=1, position_ids=position_ids(real))
@@ -166,7 +167,7 @@ def _score_seq2seq(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: Announce
 ) -> Tensor:
     """Mean log-likelihood of every choice of every row, in order, [choices]."""
-    device = model.device
+    device = input_device(model)
     prompts = pad_right([prompt for prompt, _ in rows], pad).to(device)
     real = pad_right([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
     announce(range(len(rows)))

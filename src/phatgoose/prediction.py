@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .encoding import Encoder, batches_of_tokens, pad_left, pad_right
 from .errors import EvaluationError
 from .likelihood import choice_log_likelihoods
+from .offloading import input_device
 from .tasks import Example
 
 __all__ = ["Answer", "generated_answers", "ranked_answers"]
@@ -88,8 +89,8 @@ def generated_answers(
             before_pass(batch)
             with torch.inference_mode():
                 output = model.generate(
-                    pad(rows, encoder.tokenizer.pad_token_id).to(model.device),
-                    attention_mask=pad([[1] * len(row) for row in rows], 0).to(model.device),
+                    pad(rows, encoder.tokenizer.pad_token_id).to(input_device(model)),
+                    attention_mask=pad([[1] * len(row) for row in rows], 0).to(input_device(model)),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
                     num_beams=1,

@@ -28,6 +28,7 @@ from .layers import (
     is_cheaper_folded,
 )
 from .mixed import MixedLinear
+from .offloading import check_in_place, execution_device
 from .pool import Pool
 from .reading import ahead
 from .recording import Recording, Watcher, watching
@@ -204,7 +205,7 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
 def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
     """The modules of the experts of `pool` at a `site` of `model`, in the type and place of it."""
     layer = model.get_submodule(site)
-    return pool.stack(site, dtype_at(layer, model), layer.weight.device)
+    return pool.stack(site, dtype_at(layer, model), execution_device(layer))
 
 
 def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:
@@ -238,7 +239,7 @@ def routed_layer(
         columns_of(routing, site.in_features),
     )
     router = make_router(site.name, stack.experts, pool_size, routing, vectors, lookup)
-    router.to(original.weight.device, stack.dtype)
+    router.to(execution_device(original), stack.dtype)
     product = mixed_factors if routing.router == "arrow" and routing.arrow == "mttl" else None
     if plain is None:
         return MixedLinear(original, site, stack, router, routing.kernel, product)
@@ -259,9 +260,10 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
 def detach(model: PreTrainedModel) -> PreTrainedModel:
     """The base model again, exactly as it was before `compose`, which changed it in place.
 
-    Raises RoutingError when `model` is not routed.
+    Raises RoutingError when `model` is not routed, or was offloaded after it was composed.
     """
     parts = composition_of(model)
+    check_in_place(parts.layers.values())
     if parts.lookup is not None:
         parts.lookup.detach()
     for name, layer in parts.layers.items():

@@ -27,6 +27,7 @@ from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ConfigError, ExpertError, WrongBaseError
 from .expert import LAYOUT, MOST_EMBEDDINGS, Expert
 from .modules import SiteModule
+from .offloading import input_device
 from .sites import Site, find_sites
 from .tasks import Task
 from .token_masks import watch_inputs
@@ -178,7 +179,8 @@ def mean_activations(
             inputs = collator([pairs[i] for i in batch])
             inputs.pop("labels")
             inner = model if model.config.is_encoder_decoder else model.base_model
-            inner(**{key: value.to(model.device) for key, value in inputs.items()}, use_cache=False)
+            device = input_device(model)
+            inner(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
             bar.update(len(batch))
     return {site: (totals[site] / counts[site]).float().cpu() for site in sites}
 

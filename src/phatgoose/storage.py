@@ -20,6 +20,7 @@ from .errors import ConfigError, RoutingError, WrongBaseError
 from .files import sha256_of
 from .kernels import check_kernel
 from .layers import ChoosingLayer, FoldedLinear, RoutedLayer
+from .offloading import execution_device
 from .packed import EMBEDDINGS, OWNERS, VOTES, Packed, read_packed
 from .routed import (
     Composition,
@@ -234,11 +235,11 @@ def _layer(
 ) -> RoutedLayer:
     name = site.name
     original: Any = model.get_submodule(name)
-    weight = original.weight
-    experts = tensors[f"experts.{name}"].to(weight.device)
+    device = execution_device(original)
+    experts = tensors[f"experts.{name}"].to(device)
     dtype = dtype_at(original, model)
     if f"folded.{name}" in tensors:
-        folded = tensors[f"folded.{name}"].to(weight.device, dtype)
+        folded = tensors[f"folded.{name}"].to(device, dtype)
         if routing.router != MERGED or folded.shape != (site.out_features, site.in_features):
             raise RoutingError(
                 f"Experts at {name} are folded into a weight of shape {list(folded.shape)} for "
@@ -247,6 +248,6 @@ def _layer(
             )
         return FoldedLinear(original, site, folded, experts, pool_size)
     held = {key: tensors[f"{key}.{name}"] for key in TENSORS if f"{key}.{name}" in tensors}
-    stack = SiteStack.of(held, experts).to(weight.device, dtype)
+    stack = SiteStack.of(held, experts).to(device, dtype)
     vectors = tensors.get(f"vectors.{name}")
     return routed_layer(original, site, stack, routing, vectors, lookup, pool_size, may_fold=False)

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..encoding import Encoder, TokenPair, batches_of_tokens, pad_right
+from ..offloading import input_device
 from ..recording import SitePass
 from ..routed import serving, watch
 from ..sites import Stream
@@ -79,7 +80,8 @@ def pass_through(
     with watch(model, tell), torch.inference_mode():
         # A causal model's logits are not wanted; a whole vocabulary of them is most of the work.
         reader = model if encoder.is_encoder_decoder else model.base_model
-        reader(**{name: rows.to(model.device) for name, rows in inputs.items()}, use_cache=False)
+        device = input_device(model)
+        reader(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=False)
     for observer in observers:
         observer.end_pass()
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import Formatting
 from ..encoding import Encoder
 from ..errors import TaskError
+from ..offloading import input_device
 from ..recording import Recording
 from ..routed import record as record_routing
 
@@ -59,7 +60,7 @@ def answer(
     sampling = sampling or Sampling()
     is_encoder_decoder = bool(model.config.is_encoder_decoder)
     encoder = Encoder(tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=formatting)
-    ids = torch.tensor([encoder.prompt(prompt)], device=model.device)
+    ids = torch.tensor([encoder.prompt(prompt)], device=input_device(model))
     torch.manual_seed(sampling.seed)
     choice = (
         {"do_sample": False}

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import Formatting
 from ..encoding import Encoder, batches_of_tokens, pad_right
 from ..errors import RoutingError
+from ..offloading import input_device
 from ..pool import Pool
 from ..recording import unwatched
 from ..sites import Site
@@ -93,13 +94,13 @@ class GateVote(PromptReader):
         layers: Mapping[str, Any] = {site: model.get_submodule(site) for site in self.votes}
         sites = {name: layer.site for name, layer in layers.items()}
         poll = _Poll(self._routers, self.votes, self.pool_size)
-        found = torch.empty(len(prompts), self.pool_size)
+        found, device = torch.empty(len(prompts), self.pool_size), input_device(model)
         with self._nobody_at_work(), unwatched(), watch_inputs(model, sites, poll.add):
             for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
                 ids = pad_right([prompts[row] for row in rows], 0)
-                mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(model.device)
+                mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)
                 poll.begin(mask)
-                stack(input_ids=ids.to(model.device), attention_mask=mask)
+                stack(input_ids=ids.to(device), attention_mask=mask)
                 found[rows] = poll.means()
         return found
 

@@ -145,9 +145,7 @@ class RoutedLinear(ChoosingLayer):
     def forward(self, u: Tensor) -> Tensor:
         """[.., n] to [.., d]."""
         y: Tensor = self.base(u)
-        if self._takes_one_call(y, u):
-            router = self.router
-            add_routed(y, u, router.vectors, self.A, self.B, router.k, router.eps)
+        if self.one_call and self._added_in_one_call(y, u):
             return y
         decision = self.choose(u)
         tokens = u.reshape(-1, u.shape[-1])
@@ -156,15 +154,19 @@ class RoutedLinear(ChoosingLayer):
         delta = kernel(*arguments, decision.weights, self.A, self.B)
         return y + delta.view(y.shape).to(y.dtype)
 
-    def _takes_one_call(self, y: Tensor, u: Tensor) -> bool:
-        """True where choosing and adding can be left to the native kernel as one."""
-        return (
-            self.one_call
-            and u.is_contiguous()
+    def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
+        """True where choosing and adding to y could be left to the native kernel as one."""
+        router, A, B = self.router, self.A, self.B
+        vectors = router.vectors
+        if not (
+            u.is_contiguous()
             and y.is_contiguous()
-            and runs_natively(y, u, self.router.vectors, self.A, self.B)
+            and runs_natively(y, u, vectors, A, B)
             and not watches_over(self, self.site)
-        )
+        ):
+            return False
+        add_routed(y, u, vectors, A, B, router.k, router.eps)
+        return True
 
 
 class FoldedLinear(RoutedLayer):

@@ -25,8 +25,8 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -149,16 +149,31 @@ class Memory:
 
 
 @contextmanager
-def server(places: list[str], threads: int | None) -> Iterator[tuple[str, int]]:
-    """(address, process id) of `phatgoose serve` in a process of its own."""
+def server(
+    places: list[str],
+    threads: int | None,
+    keys: Sequence[str] = (),
+    log: Path | None = None,
+    files: int | None = None,
+) -> Iterator[tuple[str, int]]:
+    """(address, process id) of `phatgoose serve` in a process of its own.
+
+    It lets in those who have one of `keys`, if there are any, writes what it says to `log` (None:
+    where we do), and begins with a limit of so many open `files` (None: ours).
+    """
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = sock.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
+    if keys:
+        environment["PHATGOOSE_API_KEYS"] = ",".join(keys)
     command = [sys.executable, "-m", "phatgoose", "serve", *places, "--port", str(port)]
-    process = subprocess.Popen(command, env=environment)
+    if files:
+        command = ["bash", "-c", f'ulimit -Sn {files} && exec "$@"', "serve", *command]
+    with open(log, "a") if log else nullcontext() as written:
+        process = subprocess.Popen(command, env=environment, stderr=written)
     address = f"http://127.0.0.1:{port}"
     try:
         while not is_well(address):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +18,12 @@ pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
 pytest.importorskip("uvicorn", reason="needs phatgoose[serve]")
 pytest.importorskip("prometheus_client", reason="needs phatgoose[serve]")
 
-import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from phatgoose.apps.server import ServedModel, create_app
 from phatgoose.apps.server.batches import Batch
+from phatgoose.apps.server.running import server_of
 from phatgoose.bases import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.pool import Pool
@@ -49,22 +50,22 @@ def app_of(pool: Pool, limits: Serving | None = None, **options: Any) -> FastAPI
 @contextmanager
 def client_of(app: FastAPI, **options: Any) -> Iterator[TestClient]:
     """A client of the running application."""
-    with TestClient(app, **options) as client:
+    with TestClient(app, "http://localhost", **options) as client:
         yield client
 
 
 @contextmanager
-def running(app: FastAPI) -> Iterator[str]:
-    """The address of the application under uvicorn, in a thread of this process."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", ws="none"))
-    thread = threading.Thread(target=server.run, daemon=True)
+def running(app: FastAPI, limits: Serving | None = None) -> Iterator[str]:
+    """The address of the application under our uvicorn, in a thread of this process."""
+    server = server_of(app, limits or Serving())
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         thread.join(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     finally:
         server.should_exit = True
         thread.join(10)

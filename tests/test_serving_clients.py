@@ -311,7 +311,7 @@ def test_a_port_that_is_taken_is_told(app):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"Can't listen at 127.0.0.1, port {port}"):
-            run(app, "127.0.0.1", port, 1)
+            run(app, "127.0.0.1", port, Serving())
 
 
 def test_without_its_extra_the_command_says_what_to_install(monkeypatch):

@@ -25,6 +25,7 @@ from phatgoose.apps.server.rows import Failure, Row
 from phatgoose.apps.server.runner import Runner
 from phatgoose.apps.server.texts import Detokeniser, earliest, held_back
 from phatgoose.bases import load_base
+from phatgoose.config import Serving
 from phatgoose.encoding import Encoder
 from phatgoose.errors import RoutingError
 
@@ -79,8 +80,8 @@ class Told:
         return [stream for event in self.events for stream in event.routing]
 
 
-def row_of(prompt, decoding=GREEDY, choice=0):
-    return Row(prompt, decoding, Told(), choice)
+def row_of(prompt, decoding=GREEDY, choice=0, client="", expert=None):
+    return Row(prompt, decoding, Told(), choice, client, expert)
 
 
 def prompt_of(seed, tokens=None):
@@ -183,7 +184,8 @@ def test_an_encoder_decoder_batch_takes_no_joiners(runner_of):
 def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
     runner = runner_of("llama", router)
     batch = Batch(runner)
-    rows = [row_of(prompt_of(seed)) for seed in range(4)]
+    experts = runner.experts_of([prompt_of(seed) for seed in range(4)])
+    rows = [row_of(prompt_of(seed), expert=experts[seed]) for seed in range(4)]
     batch.join(rows[:2])
     batch.step()
     batch.join(rows[2:])
@@ -424,8 +426,8 @@ class FixedEncoder:
 # --- the engine -----------------------------------------------------------------------------------
 
 
-def engine_of(max_queue=100, max_batch_tokens=4096):
-    return Engine(max_queue, max_batch_tokens, Metrics())
+def engine_of(**limits):
+    return Engine(Serving(**{"max_batch_tokens": 4096, **limits}), Metrics())
 
 
 @pytest.fixture
@@ -458,9 +460,10 @@ def test_different_models_are_never_in_one_batch(engine, runner_of):
 
 def test_more_rows_than_fit_wait_for_their_turn(runner_of):
     engine = engine_of(max_batch_tokens=3 * (8 + 12))
-    rows = [row_of(prompt_of(seed, 8)) for seed in range(8)]
+    rows = [row_of(prompt_of(seed, 8), client=str(seed)) for seed in range(8)]
     most = []
-    engine.submit(runner_of(), rows)
+    for row in rows:
+        engine.submit(runner_of(), [row])
     assert engine.waiting == 8
     with torch.inference_mode():
         while engine.waiting or engine.running:
@@ -488,10 +491,96 @@ def test_what_can_never_fit_and_what_comes_too_much_is_refused(runner_of):
     assert engine.waiting == 2
 
 
+# --- clients --------------------------------------------------------------------------------------
+
+
+def short_rows(number, client, tokens=12, prompt=8):
+    wish = replace(GREEDY, max_tokens=tokens)
+    return [row_of(prompt_of(seed, prompt), wish, client=client) for seed in range(number)]
+
+
+def computed(engine):
+    """The clients of the rows that are computed, after one more look into the queue."""
+    with torch.inference_mode():
+        engine._admit()
+    return [row.client for batch in engine._batches for row in batch.rows]
+
+
+def end(engine, client):
+    engine.cancel([r for b in engine._batches for r in b.rows if r.client == client])
+
+
+def test_a_client_alone_leaves_a_quarter_for_others(runner_of):
+    engine = engine_of(max_batch_tokens=400)  # twenty rows of twenty
+    engine.submit(runner_of(), short_rows(19, "greedy"))
+    assert computed(engine) == ["greedy"] * 15
+    engine.submit(runner_of(), short_rows(1, "polite"))
+    engine.submit(runner_of(), short_rows(9, "second"))
+    assert computed(engine) == ["greedy"] * 15 + ["polite"] + ["second"] * 3
+    assert computed(engine)[19:] == []
+    end(engine, "greedy")
+    clients = computed(engine)
+    assert clients.count("second") == 9  # at most three times what is left
+    assert clients.count("greedy") == 4
+    assert engine.waiting == 0
+
+
+def test_clients_take_turns(runner_of):
+    engine = engine_of(max_batch_tokens=60)
+    order = []
+    for client, number in (("a", 4), ("b", 4), ("c", 2)):
+        rows = short_rows(number, client, tokens=1)
+        for row in rows:
+            row.deliver = lambda event, row=row: order.append(row.client)
+        engine.submit(runner_of(), rows)
+    while engine.waiting:
+        computed(engine)
+    assert "".join(order) == "abcabcabab"
+
+
+def test_a_long_row_is_not_passed_over_for_ever(runner_of):
+    engine = engine_of(max_batch_tokens=400)
+    engine.submit(runner_of(), short_rows(19, "greedy"))
+    assert len(computed(engine)) == 15
+    engine.submit(runner_of(), short_rows(1, "long", tokens=372))
+    engine.submit(runner_of(), short_rows(1, "polite", tokens=1))
+    engine.cancel(engine._batches[0].rows[:5])  # it is the greedy one's turn, once
+    assert computed(engine) == ["greedy"] * 11  # and the polite one, who was answered at once
+    assert [each.row.client for each in engine._queue] == ["long", *["greedy"] * 3]
+    end(engine, "greedy")
+    assert computed(engine) == ["long"]
+    end(engine, "long")
+    assert computed(engine) == ["greedy"] * 3
+
+
+def test_a_client_fills_its_part_of_the_queue_alone(runner_of):
+    engine = engine_of(max_queue=10, max_client_queue=4)
+    engine.submit(runner_of(), short_rows(3, "greedy"))
+    with pytest.raises(Refusal, match="3 answers of yours are waiting") as refused:
+        engine.submit(runner_of(), short_rows(2, "greedy"))
+    assert refused.value.status_code == 429
+    with pytest.raises(Refusal, match="at most 4") as refused:
+        engine.submit(runner_of(), short_rows(5, "other"))
+    assert refused.value.status_code == 400
+    engine.submit(runner_of(), short_rows(4, "other"))
+    assert engine.waiting == 7
+
+
+def test_the_engine_looks_no_expert_up(runner_of, toy_embedder, monkeypatch):
+    """Whoever prepares a request has: an embedder may take minutes, and all others would wait."""
+    runner = runner_of("llama", "retrieval")
+    (expert,) = runner.experts_of([prompt_of(1)])
+    monkeypatch.setattr(runner._lookup, "of_tokens", raises(AssertionError("looked up")))
+    batch, row = Batch(runner), row_of(prompt_of(1), expert=expert)
+    batch.join([row])
+    finish(batch)
+    assert row.finish == "length"
+
+
 def test_a_cancelled_row_leaves_its_place(engine, runner_of):
     rows = [row_of(prompt_of(seed), replace(GREEDY, max_tokens=2000)) for seed in range(2)]
     engine.submit(runner_of(), [rows[0]])
-    other = submit(engine, runner_of(), [row_of(prompt_of(3))])[0]
+    other = submit(engine, runner_of(), [row_of(prompt_of(3), client="other")])[0]
     engine.cancel([rows[0]])
     submit(engine, runner_of(), [row_of(prompt_of(4))])
     assert engine.running == 0

@@ -257,6 +257,7 @@ class Serving(Settings):
     max_tokens: Annotated[int, "Tokens to generate for one answer at most."] = 1024
     max_choices: Annotated[int, "Answers to one request at most (its prompts times its n)."] = 64
     max_queue: Annotated[int, "Answers that may wait; further requests are turned away."] = 256
+    max_client_queue: Annotated[int, "Answers of one client that may wait."] = 128
     max_batch_tokens: Annotated[
         int, "Tokens of all answers computed together, prompts, answers and padding included."
     ] = 16384
@@ -264,6 +265,10 @@ class Serving(Settings):
         int, "Routings kept in memory that requests asked for, beside the models served by name."
     ] = 8
     max_body: Annotated[int, "Bytes of a request at most."] = 1 << 20
+    max_connections: Annotated[int, "Connections at once."] = 1000
+    read_timeout: Annotated[
+        int, "Seconds in which a request must have come, its headers and its body each."
+    ] = 20
     timeout: Annotated[int, "Seconds a request may take, its wait included."] = 300
     shutdown_timeout: Annotated[
         int, "Seconds that running requests are given when the server is told to stop."

@@ -56,6 +56,14 @@ def serve(
             "here; PHATGOOSE_API_KEYS in the environment, keys separated by commas, hides it.",
         ),
     ] = None,
+    allow_host: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            "--allow-host",
+            help="Another name that the server is asked for by, such as a proxy's (repeatable; "
+            "'*': any). Without it those of this machine's loopback and --host.",
+        ),
+    ] = None,
     base: BaseOption = None,
     dtype: DtypeOption = "auto",
     keep: KeepOption = None,
@@ -95,12 +103,13 @@ def serve(
     )
     keys = (*(api_key or ()), *keys_of(os.environ.get(API_KEYS)))
     names = ", ".join(each.name for each in models)
-    app = create_app(models, serving, keys) if engine == "local" else None
+    hosts = (host, *(allow_host or ()))
+    app = create_app(models, serving, keys, hosts) if engine == "local" else None
     typer.echo(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         typer.echo("no API key is set: whoever reaches this address may use it", err=True)
     if app is not None:
-        run(app, host, port, serving.shutdown_timeout)
+        run(app, host, port, serving)
         return
     from ..cluster import connected
     from ..cluster.replicas import run_replicas
@@ -110,6 +119,7 @@ def serve(
             models,
             serving,
             keys,
+            hosts,
             replicas=replicas or 1,
             host=host,
             port=port,

@@ -33,6 +33,7 @@ def replicated(
     models: Sequence[ServedModel],
     serving: Serving,
     api_keys: Sequence[str],
+    hosts: Sequence[str] = (),
     *,
     replicas: int,
     host: str,
@@ -48,7 +49,7 @@ def replicated(
     here = [_elsewhere(model) for model in models]
 
     def build() -> Any:
-        return create_app(here, serving, api_keys)
+        return create_app(here, serving, api_keys, hosts)
 
     deployment = serve.deployment(
         name=NAME,

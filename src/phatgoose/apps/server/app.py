@@ -7,16 +7,18 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from starlette.responses import Response
 
 from ... import __version__
 from ...config import Serving
-from .limits import BodyLimit, Measured, key_check
-from .metrics import CONTENT_TYPE_LATEST
+from .bodies import Gate
+from .doors import Doors
+from .metrics import CONTENT_TYPE_LATEST, Measured
 from .page import HEADERS, PAGE
 from .protocol import ChatRequest, CompletionRequest
 from .replies import ChatReply, CompletionReply, Health, ModelCard, ModelList
-from .schema import install_errors, responses_of, streamed
+from .schema import body_of, install_errors, responses_of, streamed
 from .service import Service
 from .settings import ServedModel
 from .variants import Models
@@ -28,21 +30,23 @@ def create_app(
     models: Sequence[ServedModel],
     serving: Serving | None = None,
     api_keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
 ) -> FastAPI:
     """The application that serves `models`, which are opened now; its engine runs while it does.
 
-    Without `api_keys` everybody is let in. Raises what opening a model does.
+    Without `api_keys` everybody is let in who asks for one of `hosts`, or for this machine by one
+    of its loopback names (`Doors`). Raises what opening a model does.
     """
     limits = serving or Serving()
     service = Service(Models(models, limits.max_routings), limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         try:
             yield
         finally:
-            service.engine.stop()
+            service.stop()
 
     app = FastAPI(
         title="phatgoose",
@@ -54,10 +58,15 @@ def create_app(
     )
     app.state.service = service
     app.include_router(_open_routes(service))
-    guards = [Depends(key_check(api_keys))] if api_keys else []
-    app.include_router(_guarded_routes(service, *([401] if api_keys else [])), dependencies=guards)
-    app.add_middleware(BodyLimit, most=limits.max_body)
-    app.add_middleware(Measured, metrics=service.metrics)
+    scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
+    guards = [Depends(scheme)] if api_keys else []  # for the schema; the gate looks at keys
+    app.include_router(
+        _guarded_routes(service, 403, *([401] if api_keys else [])), dependencies=guards
+    )
+    doors = Doors(hosts, api_keys)
+    app.add_middleware(Gate, doors=doors, most=limits.max_body, seconds=limits.read_timeout)
+    paths = {getattr(route, "path", "") for route in app.routes}
+    app.add_middleware(Measured, metrics=service.metrics, paths=paths)
     install_errors(app)
     return app
 
@@ -67,7 +76,7 @@ def _open_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.get("/", response_class=HTMLResponse, summary="A page to try the models on")
-    def page() -> HTMLResponse:
+    async def page() -> HTMLResponse:
         return HTMLResponse(PAGE, headers=HEADERS)
 
     @router.get(
@@ -76,7 +85,7 @@ def _open_routes(service: Service) -> APIRouter:
         response_model=Health,
         responses=responses_of(503, model=Health),
     )
-    def health() -> JSONResponse:
+    async def health() -> JSONResponse:
         engine = service.engine
         well = Health(
             status="ok" if engine.is_alive else "failing",
@@ -89,7 +98,7 @@ def _open_routes(service: Service) -> APIRouter:
 
 
 def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
-    """What needs an API key where there are any; `guarded` is then the status of a refusal."""
+    """What needs an API key where there are any; `guarded` are the statuses of the doors."""
     router = APIRouter()
     refused = responses_of(*guarded)
 
@@ -99,37 +108,39 @@ def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
         response_class=Response,
         responses={**refused, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     @router.get("/v1/models", summary="What is served", responses=refused)
-    def models() -> ModelList:
+    async def models() -> ModelList:
         return ModelList(data=service.cards())
 
     @router.get(
         "/v1/models/{name:path}", summary="One model", responses=responses_of(404, *guarded)
     )
-    def model(name: str) -> ModelCard:
+    async def model(name: str) -> ModelCard:
         return service.card(service.find(name))
 
-    answered = streamed(400, 404, 413, 429, 500, 504, *guarded)
+    answered = streamed(400, 404, 408, 413, 415, 429, 500, 504, *guarded)
 
     @router.post(
         "/v1/completions",
         summary="Continue a text",
         response_model=CompletionReply,
         responses=answered,
+        openapi_extra=body_of(CompletionRequest),
     )
-    async def completions(asked: CompletionRequest, request: Request) -> Response:
-        return await service.answer(asked, request)
+    async def completions(request: Request) -> Response:
+        return await service.answer(CompletionRequest, request)
 
     @router.post(
         "/v1/chat/completions",
         summary="Answer in a conversation",
         response_model=ChatReply,
         responses=answered,
+        openapi_extra=body_of(ChatRequest),
     )
-    async def chat(asked: ChatRequest, request: Request) -> Response:
-        return await service.answer(asked, request)
+    async def chat(request: Request) -> Response:
+        return await service.answer(ChatRequest, request)
 
     return router

@@ -1,51 +1,44 @@
 """The engine: one thread that computes all answers, a step of every batch in turn.
 
-Rows wait in one queue for all models and are let in first come, first served, as long as the tokens
-that all batches will hold stay within the limit. A batch has rows of one model and routing only.
+Rows wait in one queue for all models, and clients take turns. Rows are let in as long as the tokens
+that all batches will hold stay within the limit, and those of a client who has some already only
+while enough is left for others. A batch has rows of one model and routing only.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 
+from ...config import Serving
 from ...errors import PhatgooseError
 from .batches import Batch
 from .metrics import Metrics
-from .refusals import bad_request, busy
+from .refusals import bad_request, busy, without_paths
 from .rows import Failure, Row
 from .runner import Runner
+from .turns import Turns, Waiting
 
 __all__ = ["Engine"]
 
 MOST_READ = 2048  # prompt tokens read between two steps, unless a single prompt is longer
+SHARE = 3  # times as many tokens as are left free may one client hold: alone three quarters of all
 FAILED = "The answer could not be computed; the server's log says more."
 STOPPED = "The server was stopped."
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """A row in the queue and the model that is to answer."""
-
-    runner: Runner
-    row: Row
-
-
 class Engine:
     """Computes rows; all public methods may be called from any thread."""
 
-    def __init__(self, max_queue: int, max_batch_tokens: int, metrics: Metrics) -> None:
-        self._max_queue, self._max_batch_tokens = max_queue, max_batch_tokens
-        self._metrics = metrics
-        self._queue: deque[Waiting] = deque()
+    def __init__(self, limits: Serving, metrics: Metrics) -> None:
+        self._limits, self._metrics = limits, metrics
+        self._queue = Turns()
         self._batches: list[Batch] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -71,28 +64,34 @@ class Engine:
         return self._thread is not None and self._thread.is_alive()
 
     def submit(self, runner: Runner, rows: Sequence[Row]) -> None:
-        """Put the `rows` of one request into the queue, all or none.
+        """Put the `rows` of one request, of one client, into the queue, all or none.
 
-        Raises Refusal when the queue is full, or can never take so many rows or so long ones.
+        Raises Refusal when the queue is full, or the client has enough in it, or it can never take
+        so many rows or so long ones.
         """
+        limits = self._limits
         longest = max(row.most_tokens for row in rows)
-        if longest > self._max_batch_tokens:
+        if longest > limits.max_batch_tokens:
             raise bad_request(
                 f"Prompt and answer have {longest} tokens together; at most "
-                f"{self._max_batch_tokens} can be computed here.",
+                f"{limits.max_batch_tokens} can be computed here.",
                 "max_tokens",
                 "context_length_exceeded",
             )
-        if len(rows) > self._max_queue:
+        most = min(limits.max_queue, limits.max_client_queue)
+        if len(rows) > most:
             raise bad_request(
-                f"{len(rows)} answers were asked for at once; at most {self._max_queue} can wait."
+                f"{len(rows)} answers were asked for at once; at most {most} can wait."
             )
         with self._changed:
             if self._stopping:
                 raise busy(STOPPED)
-            if len(self._queue) + len(rows) > self._max_queue:
+            if len(self._queue) + len(rows) > limits.max_queue:
                 raise busy(f"{len(self._queue)} answers are waiting already; try again in a while.")
-            self._queue.extend(Waiting(runner, row) for row in rows)
+            own = self._queue.of(rows[0].client)
+            if own + len(rows) > limits.max_client_queue:
+                raise busy(f"{own} answers of yours are waiting already; try again in a while.")
+            self._queue.add([Waiting(runner, row) for row in rows])
             self._changed.notify()
         self._tell_metrics()
 
@@ -101,7 +100,7 @@ class Engine:
         with self._changed:
             for row in rows:
                 row.is_cancelled = True
-            self._queue = deque(each for each in self._queue if not each.row.is_cancelled)
+            self._queue.drop_cancelled()
             self._changed.notify()
         self._tell_metrics()
 
@@ -113,7 +112,8 @@ class Engine:
     @property
     def waiting(self) -> int:
         """Rows in the queue."""
-        return len(self._queue)
+        with self._changed:
+            return len(self._queue)
 
     def _run(self) -> None:
         try:
@@ -131,7 +131,7 @@ class Engine:
                 rows = [row for batch in self._batches for row in batch.rows]
                 rows += [each.row for each in self._queue]
                 self._batches.clear()
-                self._queue.clear()
+                self._queue = Turns()
             _fail(rows, STOPPED)
 
     def _wait(self) -> bool:
@@ -142,7 +142,7 @@ class Engine:
             return not self._stopping
 
     def _admit(self) -> None:
-        """Drop rows that were cancelled, and let others in from the head of the queue."""
+        """Drop rows that were cancelled, and let others in from the queue."""
         for batch in self._batches:
             batch.drop_finished()
         self._batches = [batch for batch in self._batches if batch.rows]
@@ -154,20 +154,46 @@ class Engine:
             self._guarded(batch, partial(batch.join, rows), rows)
 
     def _next_group(self, most_read: int) -> list[Waiting]:
-        """Rows of one model from the head of the queue, as many as may be let in together."""
+        """Rows of one model from the queue, as many as may be let in together."""
         group: list[Waiting] = []
         with self._changed:
-            while self._queue and self._fits(group, self._queue[0], most_read):
-                group.append(self._queue.popleft())
+            while (head := self._next(group, most_read)) is not None:
+                self._queue.take(head)
+                group.append(head)
         return group
 
-    def _fits(self, group: list[Waiting], head: Waiting, most_read: int) -> bool:
-        rows = [*(each.row for each in group), head.row]
-        if group and (head.runner is not group[0].runner or _padded(rows) > most_read):
-            return False
-        batch = self._batch_for(head.runner)
+    def _next(self, group: Sequence[Waiting], most_read: int) -> Waiting | None:
+        """The row that joins `group` next, None if nobody may.
+
+        Where somebody's row doesn't fit, those who have rows running get no more until it does, so
+        that it isn't passed over for ever.
+        """
+        is_short = False
+        for head in self._queue.heads():
+            rows = [*(each.row for each in group), head.row]
+            if group and (head.runner is not group[0].runner or _padded(rows) > most_read):
+                continue
+            held = self._held_by(head.row.client, group)
+            if held and is_short:
+                continue
+            free = self._limits.max_batch_tokens - self._tokens_with(head.runner, rows)
+            if free < 0:
+                is_short = True
+            elif not held or held + head.row.most_tokens <= SHARE * free:
+                return head
+        return None
+
+    def _held_by(self, client: str, group: Sequence[Waiting]) -> int:
+        """Tokens of the rows of `client` that are computed or in `group`."""
+        rows = [row for batch in self._batches for row in batch.rows]
+        rows += [each.row for each in group]
+        return sum(row.most_tokens for row in rows if row.client == client)
+
+    def _tokens_with(self, runner: Runner, rows: Sequence[Row]) -> int:
+        """Tokens that all batches hold if `rows` join."""
+        batch = self._batch_for(runner)
         others = sum(each.tokens_with() for each in self._batches if each is not batch)
-        return others + batch.tokens_with(rows) <= self._max_batch_tokens
+        return others + batch.tokens_with(rows)
 
     def _batch_for(self, runner: Runner) -> Batch:
         """The batch that rows of `runner` join; a new one where there is none that takes them."""
@@ -186,7 +212,8 @@ class Engine:
         except Exception as error:
             log.exception("A batch of %d answers failed.", len(batch.rows) + len(joining))
             rows, batch.rows = [*batch.rows, *joining], []
-            _fail(rows, str(error) if isinstance(error, PhatgooseError) else FAILED)
+            told = isinstance(error, PhatgooseError)
+            _fail(rows, without_paths(str(error)) if told else FAILED)
 
     def _tell_metrics(self) -> None:
         self._metrics.load(self.waiting, self.running)

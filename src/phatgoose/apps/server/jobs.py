@@ -5,23 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from .answers import Answers
 from .decoding import Decoding
 from .engine import Engine
-from .refusals import Refusal
+from .refusals import CLIENT_GONE, Refusal
 from .rows import Failure, Progress, Row
 from .runner import Runner
 
 __all__ = ["EventStream", "Job", "whole_answer"]
 
-CLIENT_GONE = 499  # nginx's number for it; nobody reads it
+LARGE = 256  # tokens told at once from which on they are written down in a thread
 
 
 class Job:
@@ -33,12 +35,15 @@ class Job:
         runner: Runner,
         answers: Answers,
         decodings: Sequence[Decoding],
+        experts: Sequence[int | None],
+        client: str,
         seconds: float,
         done: Callable[[], None],
     ) -> None:
         """Put everything into the queue; `done` is called once when the job is closed.
 
-        Must be made in the event loop's thread. Raises Refusal when there is no place.
+        `experts` are those that a looked-up router has for each of `decodings`. Must be made in
+        the event loop's thread. Raises Refusal when there is no place.
         """
         self.answers = answers
         self._engine, self._done = engine, done
@@ -50,8 +55,8 @@ class Job:
             loop.call_soon_threadsafe(self._told.put_nowait, event)
 
         self._rows = [
-            Row(answers.prompt_of(choice).tokens, decoding, deliver, choice)
-            for choice, decoding in enumerate(decodings)
+            Row(answers.prompt_of(choice).tokens, decoding, deliver, choice, client, expert)
+            for choice, (decoding, expert) in enumerate(zip(decodings, experts, strict=True))
         ]
         engine.submit(runner, self._rows)
 
@@ -81,8 +86,8 @@ class Job:
         done()
 
 
-async def whole_answer(job: Job, request: Request) -> BaseModel:
-    """All answers at once. Whoever goes away meanwhile frees the job's places."""
+async def whole_answer(job: Job, request: Request) -> str:
+    """All answers at once, as JSON. Whoever goes away meanwhile frees the job's places."""
     gone = asyncio.ensure_future(_gone(request))
     work = asyncio.ensure_future(_everything(job))
     try:
@@ -96,11 +101,12 @@ async def whole_answer(job: Job, request: Request) -> BaseModel:
         job.close()
 
 
-async def _everything(job: Job) -> BaseModel:
+async def _everything(job: Job) -> str:
     told: list[list[Progress]] = [[] for _ in range(job.answers.number)]
     async for progress in job.progress():
         told[progress.choice].append(progress)
-    return job.answers.whole(told)
+    size = sum(progress.size for each in told for progress in each)
+    return await _in_thread_if(size > LARGE, lambda: job.answers.whole(told).model_dump_json())
 
 
 async def _gone(request: Request) -> None:
@@ -131,12 +137,22 @@ async def _events(job: Job) -> AsyncIterator[str]:
         for chunk in answers.opening():
             yield _event(chunk)
         async for progress in job.progress():
-            yield _event(answers.chunk(progress))
+            write = partial(_chunk, answers, progress)
+            yield await _in_thread_if(progress.size > LARGE, write)
         if options is not None and options.include_usage:
             yield _event(answers.closing())
         yield "data: [DONE]\n\n"
     except Refusal as refusal:
         yield _event(refusal.body)
+
+
+def _chunk(answers: Answers, progress: Progress) -> str:
+    return _event(answers.chunk(progress))
+
+
+async def _in_thread_if(large: bool, write: Callable[[], str]) -> str:
+    """What `write` makes, in a thread if it is large: the event loop has others to serve."""
+    return await run_in_threadpool(write) if large else write()
 
 
 def _event(content: BaseModel | dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from .runner import Runner
 __all__ = ["Prompt", "chat_prompt", "completion_prompts", "decoding_of"]
 
 TOO_LONG = "context_length_exceeded"
+CHARACTERS = 16  # more of them a token than any text has that a model would be asked about
 DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
 
 
@@ -29,9 +30,12 @@ class Prompt:
     text: str
 
 
-def completion_prompts(request: CompletionRequest, runner: Runner, most: int) -> list[Prompt]:
-    """The prompts of a request. Raises Refusal for tokens that the model doesn't know."""
-    given = request.prompt
+def completion_prompts(request: CompletionRequest, runner: Runner, limits: Serving) -> list[Prompt]:
+    """The prompts of a request.
+
+    Raises Refusal for tokens that the model doesn't know, and more than it or the server can hold.
+    """
+    given, most = request.prompt, limits.max_choices
     texts: Sequence[str | Sequence[int]]
     if isinstance(given, str) or (given and isinstance(given[0], int)):
         texts = [given]
@@ -43,7 +47,27 @@ def completion_prompts(request: CompletionRequest, runner: Runner, most: int) ->
             f"answers; one request may have {most}.",
             "n",
         )
+    for text in texts:
+        _check_length(text, "prompt", runner, limits)
     return [_prompt(text, runner) for text in texts]
+
+
+def _check_length(given: str | Sequence[int], field: str, runner: Runner, limits: Serving) -> None:
+    """Raise Refusal for what can't fit, before time is spent on turning it into tokens."""
+    most = _most_tokens(runner, limits)
+    if len(given) > most * (CHARACTERS if isinstance(given, str) else 1):
+        kind = "characters" if isinstance(given, str) else "tokens"
+        raise bad_request(
+            f"The prompt has {len(given)} {kind}; the model can hold {most} tokens.",
+            field,
+            TOO_LONG,
+        )
+
+
+def _most_tokens(runner: Runner, limits: Serving) -> int:
+    """Tokens of prompt and answer together that the model and the server can hold."""
+    context = None if runner.is_encoder_decoder else runner.context
+    return min(limits.max_batch_tokens, context or limits.max_batch_tokens)
 
 
 def _prompt(given: str | Sequence[int], runner: Runner) -> Prompt:
@@ -65,18 +89,21 @@ def _first(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if bos is None else bos)
 
 
-def chat_prompt(request: ChatRequest, runner: Runner, most: int) -> Prompt:
+def chat_prompt(request: ChatRequest, runner: Runner, limits: Serving) -> Prompt:
     """The conversation as the base's chat template writes it.
 
-    Raises Refusal when there is none, or it refuses the conversation.
+    Raises Refusal when there is none, or it refuses the conversation, or that is too long.
     """
     tokenizer = runner.tokenizer
     if not tokenizer.chat_template:
         raise bad_request(
             "The base model has no chat template; use /v1/completions.", "model", "no_chat_template"
         )
+    most = limits.max_choices
     if (request.n or 1) > most:
         raise bad_request(f"n is {request.n}; one request may have {most} answers.", "n")
+    said = "".join(message.text for message in request.messages)
+    _check_length(said, "messages", runner, limits)
     messages = [
         {"role": message.role, "content": message.text}
         | ({"name": message.name} if message.name else {})
@@ -88,6 +115,7 @@ def chat_prompt(request: ChatRequest, runner: Runner, most: int) -> Prompt:
         raise bad_request(
             f"The base's chat template refuses the messages: {error}", "messages"
         ) from error
+    _check_length(text, "messages", runner, limits)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     return Prompt(tuple(tokens), str(text))
 
@@ -134,13 +162,9 @@ def _length(asked: int | None, prompt: Prompt, runner: Runner, limits: Serving) 
             f"max_tokens is {asked}; this server generates {limits.max_tokens} at most.",
             "max_tokens",
         )
-    context = None if runner.is_encoder_decoder else runner.context
-    given = len(prompt.tokens)
-    room = limits.max_batch_tokens - given
-    room = room if context is None else min(room, context - given)
-    wanted = 1 if asked is None else asked
+    given, most = len(prompt.tokens), _most_tokens(runner, limits)
+    room, wanted = most - given, 1 if asked is None else asked
     if room < wanted:
-        most = min(limits.max_batch_tokens, context or limits.max_batch_tokens)
         raise bad_request(
             f"The prompt has {given} tokens and the answer {wanted}; the model can hold {most} "
             f"together.",

@@ -1,7 +1,8 @@
 """The requests that are understood: OpenAI's fields, and ours for routing.
 
 Whatever is not here is refused by name rather than ignored. Fields of OpenAI's that can't be served
-are accepted with the value that asks for nothing.
+are accepted with the value that asks for nothing. Lists are looked through to their first fault
+alone: to tell all of a long one would take longer than any answer.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = ["ChatRequest", "CompletionRequest", "Message", "RoutingWish", "StreamOptions"]
 
 MOST_LOGPROBS = 20
+MOST_PROMPTS = MOST_MESSAGES = 5_000  # of one request
 SEED = 1 << 63
-Text = Annotated[str, Field(min_length=1)]
-Names = Annotated[list[Text], Field(max_length=10_000)]
+MOST_TOKENS = 1 << 20  # in a prompt; how many a model can hold is seen later
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
-Tokens = Annotated[list[Token], Field(min_length=1)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
 # All but oracle, which goes by the name of a task: a request has none.
 Router = Literal[
     "phatgoose",
@@ -31,7 +35,7 @@ Router = Literal[
     "best-individual",
     "random",
 ]
-Nothing = Annotated[list[Any], Field(max_length=0)]
+Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 
 
 class Strict(BaseModel):
@@ -62,13 +66,13 @@ class RoutingWish(Strict):
 class Sampled(Strict):
     """What both kinds of request have in common."""
 
-    model: Text = Field(description="A name from /v1/models.")
+    model: Name = Field(description="A name from /v1/models.")
     max_tokens: int | None = Field(None, ge=0, description="Tokens to generate at most.")
     temperature: float | None = Field(1, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(1, ge=0, le=1, description="Sample from this share of the best.")
     n: int | None = Field(1, ge=1, le=128, description="Answers to each prompt.")
     seed: int | None = Field(None, ge=-SEED, lt=SEED, description="The same seed, the same answer.")
-    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = Field(
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = Field(
         None, description="Texts at which the answer ends, without them."
     )
     stream: bool | None = Field(False, description="Answer in server-sent events.")
@@ -96,9 +100,9 @@ class CompletionRequest(Sampled):
 
     prompt: (
         str
-        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
         | Tokens
-        | Annotated[list[Tokens], Field(min_length=1)]
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     ) = Field(description="A text, its tokens, or a list of either.")
     logprobs: int | None = Field(
         None, ge=0, le=MOST_LOGPROBS, description="So many alternatives to each token."
@@ -119,7 +123,10 @@ class Message(Strict):
     """A message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: (
+        str
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    )
     name: str | None = Field(None, description="Ignored.")
 
     @property
@@ -139,7 +146,9 @@ class ResponseFormat(Strict):
 class ChatRequest(Sampled):
     """A request to /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    ]
     max_completion_tokens: int | None = Field(None, ge=1, description="Stands for max_tokens.")
     logprobs: bool | None = Field(False, description="Tell the log-probability of each token.")
     top_logprobs: int | None = Field(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import HTTPException
 
-__all__ = ["Refusal", "bad_request", "busy", "error_body"]
+__all__ = ["CLIENT_GONE", "Refusal", "bad_request", "busy", "error_body", "without_paths"]
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+PART = r"[^/\\'\":;,]*[^/\\'\":;,\s]"  # of a path; names may have spaces
+PATH = re.compile(rf"(?<![\w.:/-])(?:~|[A-Za-z]:)?(?:[/\\]{PART})+")  # an absolute one
+CLIENT_GONE = 499  # nginx's number for requests that nobody waits for any more
 INVALID, SERVER = "invalid_request_error", "server_error"
 
 
@@ -49,3 +53,8 @@ def error_body(
     """OpenAI's JSON of an error."""
     kind = KINDS.get(status, SERVER if status >= 500 else INVALID)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def without_paths(message: str) -> str:
+    """`message` with the last part of each absolute path alone: clients needn't know the rest."""
+    return PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], message)

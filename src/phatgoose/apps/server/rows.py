@@ -48,6 +48,11 @@ class Progress:
     finish: Finish | None = None
     generated: int = 0
 
+    @property
+    def size(self) -> int:
+        """Tokens that something is told of."""
+        return len(self.tokens) + sum(len(stream.tokens) for stream in self.routing)
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -60,6 +65,7 @@ class Row:
     """One answer: its prompt, what was generated, and who is told.
 
     `deliver` is called from the engine's thread. Whoever sets `is_cancelled` is told no more.
+    `client` is who asked; `expert` the one that a looked-up router has found for the prompt.
     """
 
     def __init__(
@@ -68,14 +74,15 @@ class Row:
         decoding: Decoding,
         deliver: Callable[[Progress | Failure], None],
         choice: int = 0,
+        client: str = "",
+        expert: int | None = None,
     ) -> None:
         self.prompt, self.decoding, self.choice = tuple(prompt), decoding, choice
-        self.deliver = deliver
+        self.deliver, self.client, self.expert = deliver, client, expert
         self.is_cancelled = False
         self.finish: Finish | None = None
         self.generated: list[int] = []
         self.shown: list[str] = []  # each generated token as text
-        self.expert: int | None = None  # of a looked-up router
         self._routing: list[TraceStream] = []
 
     @property

@@ -97,16 +97,20 @@ class Runner:
             found: BaseModelOutput = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
         return found
 
+    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[int | None]:
+        """Which expert a router that looks whole inputs up has for each prompt; None for others.
+
+        Takes its time (it may read each prompt with another model): not for the engine's thread.
+        """
+        if not isinstance(self._lookup, PromptReader):
+            return [None] * len(prompts)
+        found: list[int | None] = self._lookup.of_tokens([list(each) for each in prompts]).tolist()
+        return found
+
     def serve_lookup(self, rows: Sequence[Row]) -> None:
         """Tell a router that looks whole inputs up which expert each of `rows` has."""
-        if not isinstance(self._lookup, PromptReader):
-            return
-        new = [row for row in rows if row.expert is None]
-        if new:
-            found = self._lookup.of_tokens([list(row.prompt) for row in new])
-            for row, expert in zip(new, found.tolist(), strict=True):
-                row.expert = expert
-        self._lookup.serve(torch.tensor([row.expert for row in rows]))
+        if isinstance(self._lookup, PromptReader):
+            self._lookup.serve(torch.tensor([row.expert for row in rows]))
 
     def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
         with self._watched(keeper), contiguous_head(self.model):

@@ -2,35 +2,70 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import uvicorn
 from fastapi import FastAPI
 
+from ...config import Serving
 from ...errors import ConfigError
+from .connections import Connections
 
-__all__ = ["run"]
+__all__ = ["run", "server_of"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-BACKLOG = 2048  # connections that may wait to be accepted
+BACKLOG = 256  # connections that may wait to be accepted; so many are accepted in one go
+FILES = 64  # files that may be opened while connections are
 
 
-def run(app: FastAPI, host: str, port: int, shutdown_timeout: int) -> None:
-    """Serve `app` until SIGTERM or SIGINT, then let running requests finish for so many seconds.
+def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
+    """Serve `app` until SIGTERM or SIGINT, then let running requests finish for a while.
 
     Must be called in the main thread. Raises ConfigError when the address can't be listened at.
     """
+    with _listening(host, port) as listener, _ended_by_signals():
+        server_of(app, limits).run([listener])
+
+
+def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
+    """`app` under uvicorn, with the limits of its connections.
+
+    Whose address a proxy names is believed of the proxies in FORWARDED_ALLOW_IPS alone. Only what
+    the server is to blame for is logged: what strangers send would fill the disk.
+    """
+    connections = Connections(
+        _connections(limits.max_connections), limits.read_timeout, limits.max_body
+    )
     config = uvicorn.Config(
         app,
-        timeout_graceful_shutdown=shutdown_timeout,
-        log_level="warning",
+        http=cast("Any", connections.protocol),
+        ws="none",
+        timeout_graceful_shutdown=limits.shutdown_timeout,
+        backlog=BACKLOG,
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+        log_level="error",
         server_header=False,
     )
-    with _listening(host, port) as listener, _ended_by_signals():
-        uvicorn.Server(config).run([listener])
+    return uvicorn.Server(config)
+
+
+def _connections(wanted: int) -> int:
+    """As many connections as are `wanted` and the process may open files for."""
+    used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else FILES
+    needed = used + FILES + BACKLOG
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed + wanted:
+        raised = needed + wanted
+        raised = raised if hard == resource.RLIM_INFINITY else min(raised, hard)
+        soft = max(soft, raised)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - needed))
 
 
 def _listening(host: str, port: int) -> socket.socket:

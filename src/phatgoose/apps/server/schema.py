@@ -6,22 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
+from .protocol import ChatRequest, CompletionRequest
 from .refusals import Refusal, error_body
 from .replies import ErrorReply
 
-__all__ = ["install_errors", "responses_of", "streamed"]
+__all__ = ["body_of", "install_errors", "responses_of", "streamed"]
 
 WRONG = {
     400: "The request can't be answered as it is.",
     401: "There is no valid API key.",
+    403: "The server doesn't go by this name, or a page of another one asks.",
     404: "There is no such model.",
+    408: "The request didn't come in time.",
     413: "The request is too large.",
+    415: "The body doesn't say that it is JSON.",
     429: "Too much is waiting.",
     500: "The answer could not be computed.",
     503: "The server is not well.",
@@ -30,6 +34,7 @@ WRONG = {
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
 CHALLENGE = {"WWW-Authenticate": {"description": "What is wanted.", "schema": {"type": "string"}}}
 HEADERS: dict[int, dict[str, Any]] = {429: RETRY, 401: CHALLENGE}
+PLACE = "#/components/schemas/{model}"
 EVENTS = {"schema": {"type": "string"}, "example": 'data: {"id": …}\n\ndata: [DONE]\n\n'}
 
 
@@ -56,10 +61,15 @@ def streamed(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
+def body_of(wanted: type[BaseModel]) -> dict[str, Any]:
+    """What a route says of the body that it reads by itself."""
+    form = {"schema": {"$ref": PLACE.format(model=wanted.__name__)}}
+    return {"requestBody": {"required": True, "content": {"application/json": form}}}
+
+
 def install_errors(app: FastAPI) -> None:
     """Answer every error of `app` in OpenAI's form and describe them so."""
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(Exception, _failed)
     app.openapi = _schema_of(app)  # type: ignore[method-assign]
 
@@ -73,21 +83,12 @@ def _refused(_: Request, error: Exception) -> JSONResponse:
     return _failed(_, error)
 
 
-def _invalid(_: Request, error: Exception) -> JSONResponse:
-    """The first thing that is wrong with a request."""
-    first = error.errors()[0] if isinstance(error, RequestValidationError) else {}
-    place = [str(part) for part in first.get("loc", ()) if part not in ("body", "path", "query")]
-    field = place[0] if place and first.get("type") != "json_invalid" else None
-    message = f"{'.'.join(place)}: {first.get('msg')}" if field else str(first.get("msg"))
-    return JSONResponse(error_body(400, message, "invalid_request", field), 400)
-
-
 def _failed(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse(error_body(500, "The server failed; its log says more."), 500)
 
 
 def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """FastAPI's own schema without the errors that it would answer itself."""
+    """FastAPI's own schema without the errors that it would answer itself, and with our bodies."""
 
     def schema() -> dict[str, Any]:
         if app.openapi_schema is None:
@@ -102,6 +103,11 @@ def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
                     operation["responses"].pop("422", None)
             for name in ("HTTPValidationError", "ValidationError"):
                 found["components"]["schemas"].pop(name, None)
+            _, bodies = models_json_schema(
+                [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+                ref_template=PLACE,
+            )
+            found["components"]["schemas"].update(bodies["$defs"])
             app.openapi_schema = found
         return app.openapi_schema
 

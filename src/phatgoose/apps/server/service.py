@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import anyio
 from fastapi import Request
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from ...analysis import place_of
 from ...config import Serving
 from ...errors import PhatgooseError
+from ...files import shortened
 from .answers import Answers, ChatAnswers, CompletionAnswers
+from .bodies import BODY, CLIENT
+from .composing import Composer
 from .decoding import Decoding
 from .engine import Engine
 from .jobs import EventStream, Job, whole_answer
 from .metrics import Metrics
+from .parsing import parsed
 from .prompts import chat_prompt, completion_prompts, decoding_of
 from .protocol import ChatRequest, CompletionRequest, RoutingWish
-from .refusals import Refusal, bad_request, busy
+from .refusals import Refusal, bad_request, without_paths
 from .replies import ModelCard, Sites
 from .runner import Runner
 from .variants import Models, Rerouting, Served, Use
 
 __all__ = ["Service"]
+
+PARSERS = 1  # bodies parsed at once: each keeps Python to itself, so that others would only wait
+SMALL = 1 << 14  # bytes of a body up to which a thread would take longer to be asked
+READERS = 2  # requests turned into tokens at once
+SHOWN = 80  # characters of a name that an error repeats
+
+Asked = TypeVar("Asked", CompletionRequest, ChatRequest)
 
 
 class Service:
@@ -34,9 +45,20 @@ class Service:
     def __init__(self, models: Models, limits: Serving) -> None:
         self.models, self.limits = models, limits
         self.metrics = Metrics()
-        self.engine = Engine(limits.max_queue, limits.max_batch_tokens, self.metrics)
+        self.engine = Engine(limits, self.metrics)
         self.begun = int(time.time())
-        self._composers = anyio.CapacityLimiter(1)  # composing takes all cores anyway
+        self._composer = Composer(models, limits.max_routings)
+        self._parsers = anyio.CapacityLimiter(PARSERS)
+        self._readers = anyio.CapacityLimiter(READERS)
+
+    def start(self) -> None:
+        """Begin to compute answers."""
+        self.engine.start()
+
+    def stop(self) -> None:
+        """Stop computing, and wait a while for what is being composed."""
+        self.engine.stop()
+        self._composer.stop(self.limits.shutdown_timeout)
 
     def cards(self) -> list[ModelCard]:
         """What is told of every model."""
@@ -48,7 +70,7 @@ class Service:
         return ModelCard(
             id=served.settings.name,
             created=self.begun,
-            base=served.base.id,
+            base=without_paths(served.base.id),
             router=parts.routing.router if parts else None,
             k=parts.routing.k if parts else None,
             experts=list(parts.experts) if parts else [],
@@ -64,24 +86,38 @@ class Service:
             known = ", ".join(each.settings.name for each in self.models)
             raise Refusal(
                 404,
-                f"There is no model {name!r}; there are {known}.",
+                f"There is no model {shortened(name, SHOWN)}; there are {known}.",
                 code="model_not_found",
                 param="model",
             )
         return served
 
-    async def answer(self, asked: CompletionRequest | ChatRequest, request: Request) -> Response:
-        """The answer to a request, whole or as a stream. Raises Refusal when there is none."""
+    async def answer(self, wanted: type[Asked], request: Request) -> Response:
+        """The answer to a request, whole or as a stream. Raises Refusal when there is none.
+
+        The event loop only waits here: what takes time is done in threads, some at a time.
+        """
+        body, client = request.scope[BODY], request.scope[CLIENT]
+        content = body.content
+        if len(content) > SMALL:
+            asked = await anyio.to_thread.run_sync(parsed, wanted, content, limiter=self._parsers)
+        else:
+            asked = parsed(wanted, content)
+        body.release()
         served = self.find(asked.model)
         _check_routing(asked, served)
-        use = await self._acquire(served, asked)
+        use = await self._acquire(served, asked, client)
         try:
-            answers, decodings = await run_in_threadpool(self._prepared, asked, use.runner)
+            answers, decodings, experts = await anyio.to_thread.run_sync(
+                self._prepared, asked, use.runner, limiter=self._readers
+            )
             job = Job(
                 self.engine,
                 use.runner,
                 answers,
                 decodings,
+                experts,
+                client,
                 self.limits.timeout,
                 self._finisher(use, answers),
             )
@@ -90,10 +126,11 @@ class Service:
             raise
         if asked.stream:
             return EventStream(job)
-        reply = await whole_answer(job, request)
-        return Response(reply.model_dump_json(), media_type="application/json")
+        return Response(await whole_answer(job, request), media_type="application/json")
 
-    async def _acquire(self, served: Served, asked: CompletionRequest | ChatRequest) -> Use:
+    async def _acquire(
+        self, served: Served, asked: CompletionRequest | ChatRequest, client: str
+    ) -> Use:
         wish = Rerouting(
             asked.router,
             asked.k,
@@ -101,31 +138,28 @@ class Service:
             None if asked.leave_out is None else tuple(asked.leave_out),
         )
         try:
-            ready = await run_in_threadpool(self.models.ready, served, wish)
-            if ready is not None:
-                return ready
-            if self._composers.statistics().tasks_waiting >= self.limits.max_routings:
-                raise busy("Too many routings are to be composed; try again in a while.", 5)
-            return await anyio.to_thread.run_sync(
-                self.models.acquire, served, wish, limiter=self._composers
-            )
+            return await self._composer.acquire(served, wish, client, self.limits.timeout)
         except PhatgooseError as error:
-            raise bad_request(str(error), "router") from error
+            raise bad_request(without_paths(str(error)), "router") from error
 
     def _prepared(
         self, asked: CompletionRequest | ChatRequest, runner: Runner
-    ) -> tuple[Answers, list[Decoding]]:
+    ) -> tuple[Answers, list[Decoding], list[int | None]]:
         answers: Answers
         if isinstance(asked, ChatRequest):
-            prompt = chat_prompt(asked, runner, self.limits.max_choices)
+            prompt = chat_prompt(asked, runner, self.limits)
             answers = ChatAnswers(asked, runner, [prompt])
         else:
-            prompts = completion_prompts(asked, runner, self.limits.max_choices)
+            prompts = completion_prompts(asked, runner, self.limits)
             answers = CompletionAnswers(asked, runner, prompts)
-        return answers, [
+        choices = range(answers.number)
+        decodings = [
             decoding_of(asked, answers.prompt_of(choice), runner, self.limits, choice)
-            for choice in range(answers.number)
+            for choice in choices
         ]
+        experts = runner.experts_of([prompt.tokens for prompt in answers.prompts])
+        each = len(decodings) // len(experts)
+        return answers, decodings, [experts[choice // each] for choice in choices]
 
     def _finisher(self, use: Use, answers: Answers) -> Callable[[], None]:
         def finish() -> None:
@@ -155,10 +189,8 @@ def _check_routing(asked: CompletionRequest | ChatRequest, served: Served) -> No
         raise bad_request(f"{asked.model!r} is a base model alone; it has no routing.", "routing")
     wish = asked.routing if isinstance(asked.routing, RoutingWish) else RoutingWish()
     if wish.layer is not None and wish.layer not in sites.layers:
-        raise bad_request(
-            f"There is no layer {wish.layer!r}; layers are {', '.join(sites.layers)}.", "routing"
-        )
+        layer, layers = shortened(wish.layer, SHOWN), ", ".join(sites.layers)
+        raise bad_request(f"There is no layer {layer}; layers are {layers}.", "routing")
     if wish.kind is not None and not any(f".{k}".endswith(f".{wish.kind}") for k in sites.kinds):
-        raise bad_request(
-            f"There is no kind {wish.kind!r}; kinds are {', '.join(sites.kinds)}.", "routing"
-        )
+        kind, kinds = shortened(wish.kind, SHOWN), ", ".join(sites.kinds)
+        raise bad_request(f"There is no kind {kind}; kinds are {kinds}.", "routing")

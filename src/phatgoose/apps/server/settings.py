@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl
 
 from ...config import Routing, from_mapping, settings_of
 from ...errors import ConfigError
+from ...files import shortened
 
 __all__ = ["API_KEYS", "ServedModel", "keys_of", "served_models"]
 
@@ -40,13 +41,17 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     A routing is written like the query of an address: "arrow=experts?router=arrow&k=3"; what it
     doesn't say is that of `options`, which are those of all models. Without a name, a folder's or
     file's own is taken, or what follows "hub:". Raises ConfigError when there is no model, two have
-    one name, or a routing can't be read.
+    one name, one's is empty or can't be shown, or a routing can't be read.
     """
     models = [_served(place, options) for place in places]
     names = [model.name for model in models]
     if not names:
         raise ConfigError("There is no model to serve.")
     for name in names:
+        if not (name and name.isprintable()):
+            raise ConfigError(
+                f"A model can't be called {shortened(name)}; say NAME=PLACE with a printable name."
+            )
         if names.count(name) > 1:
             raise ConfigError(f"Two models are called {name!r}; say NAME=PLACE for one of them.")
     return models

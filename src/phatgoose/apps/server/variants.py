@@ -192,7 +192,8 @@ class Models:
     def ready(self, served: Served, wish: Rerouting) -> Use | None:
         """The model as `wish` has it if it is there, kept at least until its `release`; else None.
 
-        Raises PhatgooseError for what can't be had.
+        Takes its time where `wish` is one, since a pool may have to be opened. Raises
+        PhatgooseError for what can't be had.
         """
         if wish == Rerouting():
             return Use(served.runner)
@@ -219,6 +220,11 @@ class Models:
             with self._lock:
                 self._rerouted[key] = use
         return use
+
+    def keep(self, use: Use) -> None:
+        """Tell that one more request needs what `acquire` gave another, until its `release`."""
+        with self._lock:
+            use.requests += 1
 
     def release(self, use: Use) -> None:
         """Tell that a request is done with what `acquire` gave it."""

@@ -1,0 +1,358 @@
+"""Strangers at one server: how long it is silent, what it forgets, who waits for whom.
+
+    python benchmarks/serving_doors.py --smoke          # a tiny model, a minute
+    python benchmarks/serving_doors.py POOL --out doors.json
+
+`phatgoose serve` runs in a process of its own and everything is sent to 127.0.0.1. Bodies of 1 MiB
+that are costly to read, connections that send half a request, a client that asks for 16 answers of
+1,000 tokens again and again beside others that ask for one of 16, requests one after the other on
+one connection, and SIGTERM while 20 answers stream. All the while somebody asks /healthz.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import http.client
+import json
+import os
+import resource
+import signal
+import socket
+import statistics
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+
+from serving_load import Memory, machine, prompt_of, server, tiny_pool
+
+MIB = 1 << 20
+KEYS = ["greedy", *(f"polite{number}" for number in range(4))]
+HALF = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
+FILES = 1024  # files that the server may have open, as most systems begin
+GIVE_UP = 90  # seconds after which a silent server is called dead
+
+
+def request_of(body: bytes, key: str = KEYS[0]) -> bytes:
+    """A completion's request as it goes over the wire."""
+    head = (
+        "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode() + body
+
+
+def hostile_bodies() -> dict[str, bytes]:
+    """Bodies of nearly 1 MiB, each costly in another way, by name."""
+
+    def filled(before: bytes, piece: bytes, after: bytes) -> bytes:
+        room = (MIB - len(before) - len(after) - 8) // (len(piece) + 1)
+        return before + b",".join([piece] * room) + after
+
+    prompt = b'{"model": "pool", "prompt": ['
+    messages = b'{"model": "pool", "messages": ['
+    numbered = ",".join(f'"x{number}": 1' for number in range(70_000)).encode()
+    return {
+        "objects": filled(prompt, b"{}", b"]}"),
+        "lists": filled(prompt, b"[]", b"]}"),
+        "texts": filled(prompt, b'""', b"]}"),
+        "tokens": filled(prompt, b"1", b"]}"),
+        "lists of tokens": filled(prompt, b"[1]", b"]}"),
+        "messages": filled(messages, b'{"role":"user","content":"a"}', b"]}"),
+        "deep": b"[" * (MIB - 8),
+        "fields": b'{"model": "pool", ' + numbered + b"}",
+        "digits": b'{"model": "pool", "seed": ' + b"9" * (MIB - 40) + b"}",
+        "one text": b'{"model": "pool", "prompt": "' + b"a" * (MIB - 40) + b'"}',
+        "words": b'{"model": "pool", "prompt": "' + b"a b " * ((MIB - 40) // 4) + b'"}',
+        "stops": b'{"model": "pool", "prompt": "a", "stop": "' + b"s" * (MIB - 60) + b'"}',
+    }
+
+
+class Prober:
+    """Somebody who asks /healthz ten times a second on new connections."""
+
+    def __init__(self, address: str) -> None:
+        self._address, self._over = address, threading.Event()
+        self.seconds: list[float] = []
+        self.failed = 0
+        self._thread = threading.Thread(target=self._ask, daemon=True)
+
+    def __enter__(self) -> Prober:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        while not self._over.wait(0.1):
+            begun = time.perf_counter()
+            try:
+                urllib.request.urlopen(f"{self._address}/healthz", timeout=GIVE_UP).read()
+            except OSError:
+                self.failed += 1
+            self.seconds.append(time.perf_counter() - begun)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """What /healthz was like."""
+        return {
+            "asked": len(self.seconds),
+            "failed": self.failed,
+            "longest": round(max(self.seconds, default=0.0), 3),
+        }
+
+
+def exchange(address: str, content: bytes, key: str = KEYS[0]) -> tuple[int, int]:
+    """(status, bytes of the answer) to a request; status 0 if the connection broke."""
+    with socket.create_connection(place_of(address), timeout=GIVE_UP) as sock:
+        with suppress(OSError):
+            sock.sendall(request_of(content, key))
+        reply = http.client.HTTPResponse(sock)
+        try:
+            reply.begin()
+            return reply.status, len(reply.read())
+        except (OSError, http.client.HTTPException):
+            return 0, 0
+
+
+def place_of(address: str) -> tuple[str, int]:
+    """Host and port."""
+    parts = urlsplit(address)
+    return str(parts.hostname), int(parts.port or 80)
+
+
+def bodies(address: str, pid: int) -> dict[str, Any]:
+    """Each hostile body four times, two at once."""
+    found: dict[str, Any] = {}
+    for name, body in hostile_bodies().items():
+        memory, begun = Memory(pid), time.perf_counter()
+        before = memory.now()
+        answers: list[tuple[int, int]] = []
+
+        def twice(body: bytes = body, answers: list[tuple[int, int]] = answers) -> None:
+            answers.extend(exchange(address, body) for _ in range(2))
+
+        with Prober(address) as prober:
+            at_once([twice, twice])
+            time.sleep(0.25)
+        most = max(memory.stop())
+        found[name] = {
+            "statuses": sorted({status for status, _ in answers}),
+            "longest_answer": max(size for _, size in answers),
+            "seconds": round(time.perf_counter() - begun, 2),
+            "healthz": prober.told,
+            "mib_more": max(0, most - (before >> 20)),
+        }
+    return found
+
+
+def at_once(works: list[Callable[[], None]]) -> None:
+    """Do all of `works`, each in a thread."""
+    threads = [threading.Thread(target=work) for work in works]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def half_open(address: str, number: int, log: Path) -> dict[str, Any]:
+    """So many connections that send half a request and wait."""
+    lines = len(log.read_text().splitlines())
+    sockets, refused, begun = [], 0, time.perf_counter()
+    with Prober(address) as prober:
+        for _ in range(number):
+            try:
+                sock = socket.create_connection(place_of(address), timeout=5)
+                sock.sendall(HALF)
+                sockets.append(sock)
+            except OSError:
+                refused += 1
+        opened = time.perf_counter() - begun
+        while (left := still_open(sockets)) and time.perf_counter() - begun < 60:
+            time.sleep(0.5)
+    for sock in sockets:
+        sock.close()
+    return {
+        "opened": len(sockets),
+        "refused": refused,
+        "seconds_to_open": round(opened, 2),
+        "open_at_the_end": left,
+        "seconds": round(time.perf_counter() - begun, 1),
+        "healthz": prober.told,
+        "log_lines": len(log.read_text().splitlines()) - lines,
+    }
+
+
+def still_open(sockets: list[socket.socket]) -> int:
+    """How many of `sockets` the server hasn't closed."""
+    count = 0
+    for sock in sockets:
+        sock.setblocking(False)
+        try:
+            sock.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            count += 1
+        except OSError:
+            continue
+    return count
+
+
+def one_after_the_other(address: str, number: int = 60) -> dict[str, Any]:
+    """Milliseconds of requests for one token on one connection."""
+    host, port = place_of(address)
+    connection = http.client.HTTPConnection(host, port, timeout=GIVE_UP)
+    body = json.dumps({"model": "pool", "prompt": "a", "max_tokens": 1, "temperature": 0})
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEYS[1]}"}
+    seconds = []
+    for _ in range(number):
+        begun = time.perf_counter()
+        connection.request("POST", "/v1/completions", body, headers)
+        connection.getresponse().read()
+        seconds.append(time.perf_counter() - begun)
+    connection.close()
+    cuts = statistics.quantiles(seconds, n=20)
+    return {"median_ms": round(cuts[9] * 1e3, 1), "p95_ms": round(cuts[18] * 1e3, 1)}
+
+
+def fairness(address: str, tokens: int, rounds: int) -> dict[str, Any]:
+    """Seconds that polite clients wait for 16 tokens, alone and beside a greedy one."""
+    return {
+        "without": asyncio.run(polite_ones(address, rounds)),
+        "beside": asyncio.run(polite_ones(address, rounds, greedy=tokens)),
+    }
+
+
+async def polite_ones(address: str, rounds: int, greedy: int | None = None) -> dict[str, Any]:
+    """Four clients' waits; meanwhile another asks for 16 answers of `greedy` tokens at a time."""
+    waits: list[float] = []
+    lost: list[str] = []
+    made = 0
+    over = asyncio.Event()
+
+    def client_of(key: str) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{address}/v1", api_key=key, max_retries=0, timeout=600)
+
+    async def ask(client: openai.AsyncOpenAI, number: int, n: int, tokens: int) -> int:
+        reply = await client.completions.create(
+            model="pool",
+            prompt=prompt_of(number),
+            n=n,
+            max_tokens=tokens,
+            temperature=1,
+            extra_body={"ignore_eos": True},
+        )
+        return reply.usage.completion_tokens if reply.usage else 0
+
+    async def polite(key: str) -> None:
+        async with client_of(key) as client:
+            for number in range(rounds):
+                begun = time.perf_counter()
+                try:
+                    await ask(client, number, 1, 16)
+                except openai.OpenAIError as error:
+                    lost.append(repr(error))
+                waits.append(time.perf_counter() - begun)
+
+    async def takes_all(tokens: int) -> None:
+        nonlocal made
+        async with client_of(KEYS[0]) as client:
+            while not over.is_set():
+                made += await ask(client, 99, 16, tokens)
+
+    begun = time.perf_counter()
+    takers = [asyncio.create_task(takes_all(greedy)) for _ in range(2)] if greedy else []
+    await asyncio.sleep(1 if greedy else 0)  # the greedy one comes first
+    await asyncio.gather(*(polite(key) for key in KEYS[1:]))
+    over.set()
+    await asyncio.gather(*takers)
+    return {
+        "requests": len(waits),
+        "lost": lost,
+        "median": round(statistics.median(waits), 3),
+        "longest": round(max(waits), 3),
+        "greedy_tokens_per_second": round(made / (time.perf_counter() - begun), 1),
+    }
+
+
+def stopped_at_work(address: str, pid: int, number: int = 20) -> dict[str, Any]:
+    """SIGTERM while so many answers stream: how many came to their end."""
+    streams, ready = [0] * number, threading.Barrier(number + 1)
+    body = {"model": "pool", "prompt": "a", "max_tokens": 200, "stream": True, "ignore_eos": True}
+
+    def stream(which: int) -> None:
+        host, port = place_of(address)
+        connection = http.client.HTTPConnection(host, port, timeout=GIVE_UP)
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEYS[1]}"}
+        connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        reply = connection.getresponse()
+        first = reply.readline()
+        ready.wait()
+        streams[which] = int(b"[DONE]" in first + reply.read())
+
+    def signalled() -> None:
+        ready.wait()
+        os.kill(pid, signal.SIGTERM)
+
+    at_once([*(lambda which=which: stream(which) for which in range(number)), signalled])
+    return {"streams": number, "finished": sum(streams)}
+
+
+def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) -> dict[str, Any]:
+    """Everything that is found, ready to be written down."""
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        with server([f"pool={place}"], None, KEYS, log, FILES) as (address, pid):
+            one_after_the_other(address, 3)  # warm
+            if "latency" in parts:
+                found["one after the other"] = one_after_the_other(address)
+            if "bodies" in parts:
+                found["bodies"] = bodies(address, pid)
+            if "connections" in parts:
+                found["half open"] = half_open(address, idle, log)
+            if "fairness" in parts:
+                found["polite clients"] = fairness(address, greedy, rounds)
+            if "sigterm" in parts:
+                found["sigterm"] = stopped_at_work(address, pid)
+        found["log_lines"] = len(log.read_text().splitlines())
+    return found
+
+
+def main() -> None:
+    """Measure, print, write everything down."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("pool", nargs="?", help="a pool; not needed with --smoke")
+    parser.add_argument("--smoke", action="store_true", help="a tiny model")
+    parser.add_argument("--only", default="latency,bodies,connections,fairness,sigterm")
+    parser.add_argument("--greedy", type=int, default=1000, help="tokens of a greedy answer")
+    parser.add_argument("--rounds", type=int, default=8, help="requests of each polite client")
+    parser.add_argument("--idle", type=int, default=1200, help="half-open connections")
+    parser.add_argument("--out", type=Path, help="write everything to this JSON file")
+    given = parser.parse_args()
+    if not (given.pool or given.smoke):
+        parser.error("name a pool, or say --smoke")
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4 * given.idle + 1024), hard))
+    with tempfile.TemporaryDirectory() as folder:
+        place = tiny_pool(Path(folder)) if given.smoke else given.pool
+        parts = set(given.only.split(","))
+        found = {**machine(), **measure(place, parts, given.greedy, given.rounds, given.idle)}
+    print(json.dumps(found, indent=2))
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -20,7 +20,7 @@ SOURCE = Path(phatgoose.__file__).parent
 LAYERS = (
     ("phatgoose",),  # the root holds the version; its lazy names are looked up when used
     ("errors",),
-    ("kernels.sizes",),
+    ("kernels.building", "kernels.sizes"),
     (
         "config",
         "engines",
@@ -30,7 +30,6 @@ LAYERS = (
         "kernels.gather",
         "kernels.grouped",
         "kernels.mixed",
-        "kernels.native",
         "kernels.reference",
         "kernels.rows",
         "left_overs",
@@ -47,6 +46,7 @@ LAYERS = (
         "bases",
         "bootstrap",
         "kernels.bottlenecks",
+        "kernels.native",
         "kernels.triton_gpu",
         "mapped",
         "patterns",

@@ -254,7 +254,7 @@ def test_without_a_compiler_other_kernels_serve(monkeypatch, tmp_path):
     assert chosen_by_auto(problem) in DIFFERENTIABLE
 
 
-def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path):
+def test_a_compiler_that_fails_is_no_error_and_one_line(monkeypatch, tmp_path, caplog):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\nexit 1\n")
     compiler.chmod(0o755)
@@ -262,6 +262,10 @@ def test_a_compiler_that_fails_is_no_error(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("PHATGOOSE_NATIVE", raising=False)
     assert load_library() is None
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert load_library() is None
+    assert [line.count("\n") for line in caplog.messages] == [0, 0]
+    assert "there is no C++ compiler, 'no-such-compiler'" in caplog.messages[1]
 
 
 def test_the_library_is_built_once_into_the_users_cache(monkeypatch, tmp_path):
@@ -269,7 +273,7 @@ def test_the_library_is_built_once_into_the_users_cache(monkeypatch, tmp_path):
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert load_library() is not None
-    (built,) = (tmp_path / "phatgoose").iterdir()
+    (built,) = (tmp_path / "phatgoose" / "native").iterdir()
     made = built.stat().st_mtime_ns
     assert load_library() is not None
     assert built.stat().st_mtime_ns == made
@@ -294,6 +298,7 @@ def test_the_native_kernel_says_what_it_needs(monkeypatch):
         problem.value_by("native")
 
 
-def test_the_native_kernel_can_be_turned_off(monkeypatch):
+def test_the_native_kernel_can_be_turned_off(monkeypatch, caplog):
     monkeypatch.setenv("PHATGOOSE_NATIVE", "0")
     assert load_library() is None
+    assert caplog.messages == []

@@ -1,8 +1,9 @@
 """The routed product and the top-k of scored routers in C++, for CPUs: `native.cpp` beside this.
 
 It is built once per machine, in about two seconds, by the C++ compiler that is found there (`$CXX`,
-else c++), and kept in the user's cache. Where there is no compiler nothing is lost but speed: the
-other kernels serve. `PHATGOOSE_NATIVE=0` in the environment turns it off.
+else c++), and kept in the user's cache (`building`). Where there is no compiler nothing is lost but
+speed: one line says so, and the other kernels serve. `PHATGOOSE_NATIVE=0` in the environment turns
+it off without a word.
 
 The library is called through ctypes on contiguous CPU tensors, and believes what it is told of
 their sizes. So each call is held against the tensors' own types, places and shapes here, and
@@ -13,12 +14,9 @@ threads: the runtime that torch has loaded already serves it too.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
 import os
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -27,6 +25,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, RoutingError
+from ..files import one_line
+from .building import load_built
 from .sizes import belong_together, misfit
 
 __all__ = ["add_routed", "native", "runs_natively", "top_experts"]
@@ -34,10 +34,6 @@ __all__ = ["add_routed", "native", "runs_natively", "top_experts"]
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_suffix(".cpp")
-FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fopenmp", "-shared", "-fPIC"),  # no -ffast-math: linking it turns subnormals off for all
-)
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 POINTER, INDEX = ctypes.c_void_p, ctypes.c_int64
 ROUTING = (*[INDEX] * 4, ctypes.c_float, ctypes.c_int)  # tokens, n, E, k, eps, standardised
@@ -180,31 +176,11 @@ def _function(name: str, dtype: torch.dtype) -> ctypes._CFuncPtr:  # type: ignor
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled library, None where it is turned off or can't be built."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if os.environ.get("PHATGOOSE_NATIVE") == "0" or compiler is None:
+    """The compiled library, None where it is turned off or, as one line says, can't be built."""
+    if os.environ.get("PHATGOOSE_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_build(compiler)))
+        return load_built(SOURCE)
     except (OSError, subprocess.SubprocessError) as error:
-        logger.info("The native kernel can't be built, others serve: %s", error)
+        logger.warning("The native kernel can't be built, slower ones serve: %s.", one_line(error))
         return None
-
-
-def _build(compiler: str) -> Path:
-    """The library built from SOURCE by `compiler` for this machine, from the cache if it can be."""
-    macros = _run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-    content = SOURCE.read_bytes() + macros + " ".join(FLAGS).encode()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phatgoose"
-    built = home / f"native-{hashlib.sha256(content).hexdigest()[:16]}.so"
-    if not built.is_file():
-        home.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home) as work:
-            unfinished = Path(work) / built.name
-            _run(compiler, *FLAGS, "-o", str(unfinished), str(SOURCE))
-            os.replace(unfinished, built)
-    return built
-
-
-def _run(*command: str) -> bytes:
-    return subprocess.run(command, check=True, capture_output=True, timeout=120).stdout

@@ -1,9 +1,12 @@
-"""METHOD section 4 written out word by word, in float64 and one token at a time, for comparison."""
+"""METHOD section 4 written out word by word, in float64 and one token at a time, for comparison.
+
+`formula` is the same for all tokens at once, with gradients, where whole models are compared.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -50,6 +53,30 @@ def mixture(
     return torch.stack(rows).view(*u.shape[:-1], -1)
 
 
+def formula(
+    experts: Sequence[Expert], site: str, k: int, vectors: str = "gates"
+) -> Callable[[Tensor], Tensor]:
+    """What `mixture` is at `site`, from tokens u [.., n] to float64 [.., d]."""
+    acting = [expert for expert in experts if site in expert.modules]
+    v = torch.stack([getattr(expert, vectors)[site].double() for expert in acting])
+    v_bar = (v - v.mean(-1, keepdim=True)) / v.std(-1, unbiased=False, keepdim=True)
+    scaled = [expert.lora[site].scale * expert.lora[site].B.double() for expert in acting]
+    matrices = torch.stack(  # the experts' B A, [E, d, n]
+        [B @ expert.lora[site].A.double() for B, expert in zip(scaled, acting, strict=True)]
+    )
+
+    def apply(u: Tensor) -> Tensor:
+        exact = u.double()
+        variance, mean = torch.var_mean(exact, -1, correction=0, keepdim=True)
+        affinities = (exact - mean) / (variance + EPS).sqrt() @ v_bar.T
+        chosen = affinities.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+        powers = (affinities.gather(-1, chosen) / math.sqrt(u.shape[-1])).softmax(-1)
+        weights = torch.zeros_like(affinities).scatter(-1, chosen, powers)
+        return torch.einsum("...z,zdn,...n->...d", weights, matrices, exact)
+
+    return apply
+
+
 @contextmanager
 def naively_routed(
     model: PreTrainedModel, experts: Sequence[Expert], k: int, vectors: str = "gates"
@@ -57,10 +84,8 @@ def naively_routed(
     """Add the naive mixture at every site of the plain `model` while the context is open."""
 
     def add_mixture(site: str):
-        def hook(_, args, output):
-            return output + mixture(args[0], experts, site, k, vectors).to(output.dtype)
-
-        return hook
+        added = formula(experts, site, k, vectors)
+        return lambda _, args, output: output + added(args[0]).to(output.dtype)
 
     sites = {site for expert in experts for site in expert.modules}
     handles = [model.get_submodule(site).register_forward_hook(add_mixture(site)) for site in sites]

@@ -5,16 +5,16 @@ The backends here need no compiler; on CPUs torch's kernels take the native one'
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import assert_same_logits, compose_by, logits_of, make_ids, make_model, of_task
+from architectures import Tiny, make_tiny
+from conftest import assert_same_logits, logits_of, make_ids, make_model
 from phatgoose.layers import FoldedLinear, RoutedLinear, folded_weight
-from phatgoose.routed import compose, record
+from phatgoose.routed import compose, composition_of, record
 from phatgoose.routers import (
     ArrowRouter,
     ScoredRouter,
@@ -34,7 +34,6 @@ ROUTERS: dict[str, Callable[[Tensor], nn.Module]] = {
     "merged": lambda vectors: UniformRouter(len(vectors), len(vectors)),
 }
 each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-each_mask = pytest.mark.parametrize("padded", [False, True])
 
 
 @pytest.fixture(autouse=True)
@@ -93,47 +92,45 @@ def test_a_folded_linear_is_one_graph(backend):
     assert_one_graph(layer, torch.randn(2, 5, SITE.in_features), backend)
 
 
-@each_mask
 @pytest.mark.parametrize("router", ["phatgoose", "arrow", "merged"])
-def test_a_whole_routed_llama_is_one_graph(router, padded, llama_pool):
-    model = compose(llama_pool, make_model("llama"), router=router)
-    ids = make_ids(rows=2)
-    inputs = {"use_cache": False}
-    if padded:
-        mask = torch.ones_like(ids)
-        mask[0, :3] = 0
-        inputs["attention_mask"] = mask
+def test_a_whole_routed_llama_is_one_graph(router, llama_pool):
+    model, ids = compose(llama_pool, make_model("llama"), router=router), make_ids(rows=2)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    inputs = {"use_cache": False, "attention_mask": mask}
     wanted = logits_of(model, ids, **inputs)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    with torch.no_grad():
-        got = compiled(input_ids=ids, **inputs).logits
-    assert_same_logits(got, wanted)
+    assert_same_logits(logits_of(compiled, ids, **inputs), wanted)
 
 
-def test_a_whole_routed_t5_is_one_graph(loaded_bases, pool_of):
-    base = copy.deepcopy(loaded_bases["t5"])
-    model, ids = compose(pool_of("t5"), base), make_ids(rows=2)
-    inputs = {"attention_mask": (make_ids(rows=2) > 40).long(), "use_cache": False}
+def test_a_whole_routed_t5_is_one_graph():
+    model, ids = Tiny(make_tiny("t5", num_layers=1)).routed, make_ids(rows=2)
+    inputs = {"attention_mask": (ids > 40).long(), "use_cache": False}
     wanted = logits_of(model, ids, **inputs)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    with torch.no_grad():
-        got = compiled(input_ids=ids, decoder_input_ids=ids, **inputs).logits
-    assert_same_logits(got, wanted)
+    assert_same_logits(logits_of(compiled, ids, **inputs), wanted)
 
 
-def test_an_announced_expert_is_one_graph_with_the_rest(llama, llama_pool):
-    model, ids = compose_by("oracle", llama_pool, llama), make_ids(rows=2)
-    wanted = logits_of(model, ids, use_cache=False)
-    compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
-    assert_same_logits(logits_of(compiled, ids, use_cache=False), wanted)
-    of_task(model, "first")
-    other = logits_of(model, ids, use_cache=False)
-    assert_same_logits(logits_of(compiled, ids, use_cache=False), other)
-    assert not torch.equal(other, wanted)
+@pytest.fixture
+def small() -> Tiny:
+    """A Llama of one layer."""
+    return Tiny(make_tiny("llama", num_hidden_layers=1))
 
 
-def test_a_compiled_model_is_recorded_like_its_original(llama, llama_pool):
-    model, ids = compose(llama_pool, llama), make_ids(rows=2)
+def test_an_announced_expert_is_one_graph_with_the_rest(small):
+    scores = {f"e{z}": {"one": z, "other": -z} for z in range(3)}
+    model = compose(small.pool, small.base, router="oracle", scores=scores)
+    compiled, ids = torch.compile(model, fullgraph=True, backend="eager"), make_ids(rows=2)
+    found = []
+    for task in ("one", "other"):
+        composition_of(model).lookup.begin_task(task)
+        found.append(logits_of(compiled, ids, use_cache=False))
+        assert_same_logits(found[-1], logits_of(model, ids, use_cache=False))
+    assert not torch.equal(*found)
+
+
+def test_a_compiled_model_is_recorded_like_its_original(small):
+    model, ids = small.routed, make_ids(rows=2)
     compiled = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
     logits_of(compiled, ids, use_cache=False)
     with record(model) as wanted:
@@ -141,6 +138,7 @@ def test_a_compiled_model_is_recorded_like_its_original(llama, llama_pool):
     with record(compiled) as outer, record(model) as inner:
         logits_of(compiled, ids, use_cache=False)
     logits_of(compiled, ids, use_cache=False)
-    assert outer.weights.keys() == inner.weights.keys() == wanted.weights.keys()
-    for site, passes in wanted.weights.items():
-        assert torch.equal(torch.cat(inner.weights[site]), torch.cat(passes))
+    for got in (outer, inner):
+        assert got.weights.keys() == wanted.weights.keys()
+        for site, passes in wanted.weights.items():
+            assert torch.equal(torch.cat(got.weights[site]), torch.cat(passes))

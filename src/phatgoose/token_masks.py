@@ -133,7 +133,8 @@ class TokenMasks:
     def _begin(self, names: Mapping[Stream, _Names]) -> Callable[..., None]:
         """A hook for modules that call their streams by `names`."""
 
-        def begin(module: nn.Module, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
+        def begin(module: nn.Module, args: tuple[Any, ...], given: Any = None) -> None:
+            # Another thread's pass may see the hook before torch knows that it wants all arguments.
             if self.are_ours:
                 self._calls.append(_streams(names, given_arguments(module, args, given)))
 

@@ -1,0 +1,153 @@
+"""Tiny random models of many architectures, with random experts that live in memory only."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedModel,
+)
+
+from phatgoose.bases import BaseReference, fingerprint
+from phatgoose.expert import Expert, ExpertInfo
+from phatgoose.modules import LoraFactors
+from phatgoose.pool import Pool
+from phatgoose.routed import compose
+from phatgoose.sites import find_sites
+
+VOCABULARY = 300
+IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+LLAMA = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 128,
+}
+GROUPED = {**LLAMA, "num_key_value_heads": 2}  # queries share keys and values
+GEMMA = {**GROUPED, "head_dim": 8}
+GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4}
+BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 128,
+    "dropout": 0.0,
+    "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}
+OPT = {**LLAMA, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+T5 = {
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "decoder_start_token_id": 0,
+}
+ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {  # by transformers' model_type
+    "llama": LLAMA,
+    "mistral": {**GROUPED, "sliding_window": 4},
+    "qwen2": GROUPED,
+    "qwen3": GEMMA,
+    "gemma": GEMMA,
+    "gemma2": {**GEMMA, "sliding_window": 4},
+    "gemma3_text": {**GEMMA, "sliding_window": 4},
+    "phi": {**LLAMA, "resid_pdrop": 0.0},
+    "phi3": GROUPED,
+    "gpt2": {**GPT, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "gpt_neox": LLAMA,
+    "gptj": {**GPT, "rotary_dim": 4},
+    "opt": OPT,
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "falcon": LLAMA,
+    "stablelm": GROUPED,
+    "olmo2": GROUPED,
+    "starcoder2": {**GROUPED, "residual_dropout": 0.0},
+    "t5": {**T5, "feed_forward_proj": "gated-gelu"},
+    "bart": BART,
+    "pegasus": {**BART, "decoder_start_token_id": 0},
+}
+
+
+@dataclass
+class Tiny:
+    """A tiny base, its experts, and both together; none of the models is to be changed."""
+
+    base: PreTrainedModel
+
+    @cached_property
+    def pool(self) -> Pool:
+        """Three random experts of rank 2 at every site, with gates and means."""
+        return Pool(tuple(random_expert(self.base, seed) for seed in range(3)))
+
+    @cached_property
+    def routed(self) -> PreTrainedModel:
+        """The experts over a copy of the base."""
+        return compose(self.pool, copy.deepcopy(self.base))
+
+    @cached_property
+    def assistant(self) -> PreTrainedModel:
+        """A copy of the base that guesses ahead."""
+        return copy.deepcopy(self.base)
+
+
+@cache
+def tiny_of(architecture: str) -> Tiny:
+    """The tiny model of one of ARCHITECTURES, made once."""
+    return Tiny(make_tiny(architecture))
+
+
+def make_tiny(architecture: str, **options: object) -> PreTrainedModel:
+    """A random model without dropout, with weights large enough for routing to matter.
+
+    `options` take the places of ARCHITECTURES' settings.
+    """
+    torch.manual_seed(0)
+    settings = {**IDS, **ARCHITECTURES[architecture], **options}
+    config = AutoConfig.for_model(architecture, **settings)
+    made = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    model: PreTrainedModel = made.from_config(config)
+    scaled = "gemma" in architecture  # its embeddings, by the root of their size
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.05 if scaled and "embed" in name else 0.2)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    return model.eval()
+
+
+def random_expert(base: PreTrainedModel, seed: int) -> Expert:
+    """A LoRA of rank 2 at every site of `base`, with gates and means."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    sites = find_sites(base).values()
+    reference = BaseReference("tiny", None, fingerprint(base))
+    return Expert(
+        ExpertInfo(f"e{seed}", reference, f"sha256:{seed:064}"),
+        Path(f"e{seed}"),
+        {
+            site.name: LoraFactors(0.2 * draw(2, site.in_features), draw(site.out_features, 2), 0.5)
+            for site in sites
+        },
+        {site.name: draw(site.in_features) for site in sites},
+        {site.name: draw(site.in_features) for site in sites},
+    )

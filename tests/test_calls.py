@@ -1,0 +1,261 @@
+"""Who looks at a call, to record, to measure or to choose an expert, knows that call and no other.
+
+On OPT too, whose whole model calls its decoder past its base model and flattens rows inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+import threading
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from transformers import GenerationConfig
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from architectures import tiny_of
+from conftest import assert_same_logits, make_ids, make_tokenizer
+from phatgoose.bases import Base, fingerprint
+from phatgoose.collating import Collator
+from phatgoose.encoding import TokenPair, pad_left, pad_right
+from phatgoose.pool import Pool
+from phatgoose.routed import compose, composition_of, detach, record, watch
+from phatgoose.routers import ROUTERS
+from phatgoose.sites import find_sites
+from phatgoose.statistics import mean_activations
+
+PROMPTS = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])
+each_model = pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "t5", "bart"])
+causal = pytest.mark.parametrize("name", ["llama", "opt", "bloom"])
+
+
+def batch_of(model, prompts=PROMPTS) -> dict[str, torch.Tensor]:
+    """Ids and mask of prompts in padded rows."""
+    pad = pad_right if model.config.is_encoder_decoder else pad_left
+    return {
+        "input_ids": pad(prompts, 0),
+        "attention_mask": pad([[1] * len(prompt) for prompt in prompts], 0),
+    }
+
+
+def answers(model, prompts=PROMPTS, **options) -> torch.Tensor:
+    """The logits of three steps of generation, [steps, rows, vocabulary]."""
+    settings = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    length = {"max_new_tokens": 3, "min_new_tokens": 3}
+    found = model.generate(**batch_of(model, prompts), **length, **settings, **options)
+    return torch.stack(found.logits)
+
+
+def base_of(name: str) -> Base:
+    """The tiny model with a tokenizer."""
+    model = copy.deepcopy(tiny_of(name).base)
+    tokenizer = make_tokenizer(final_eos=model.config.is_encoder_decoder)
+    return Base(model, tokenizer, "tiny", None, fingerprint(model))
+
+
+@cache
+def voters(name: str) -> Pool:
+    """The tiny experts with the means of PROMPTS, from which these differ in all directions."""
+    base, pairs = tiny_of(name).base, [TokenPair(prompt, [9]) for prompt in PROMPTS]
+    means = mean_activations(base, find_sites(base), pairs, Collator(base, 0))
+    return Pool(tuple(replace(expert, means=means) for expert in tiny_of(name).pool.experts))
+
+
+def voting(name: str):
+    return compose(voters(name), base_of(name), router="phatgoose-input")
+
+
+def in_thread(work) -> None:
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize("router", sorted({*ROUTERS} - {"retrieval", "phatgoose-input"}))
+def test_a_routed_model_has_no_hooks(router):
+    scores = {f"e{z}": {"task": z} for z in range(3)}
+    given = {"single": {"expert": "e0"}, "oracle": {"scores": scores}}
+    given["best-individual"] = given["oracle"]
+    model = compose(tiny_of("llama").pool, base_of("llama"), router=router, **given.get(router, {}))
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+
+
+@each_model
+def test_padding_is_recorded_nowhere(name):
+    model = tiny_of(name).routed
+    with record(model) as together:
+        answers(model)
+    alone = []
+    for prompt in PROMPTS:
+        with record(model) as recording:
+            answers(model, [prompt])
+        alone.append(recording)
+    for site, weights in together.weights.items():
+        for row in range(len(PROMPTS)):
+            real = torch.cat([mask[row] for mask in together.real[site]])
+            wanted = torch.cat([part[0] for part in alone[row].weights[site]])
+            got = torch.cat([part[row] for part in weights])
+            torch.testing.assert_close(got[real], wanted, rtol=0, atol=2e-4)
+            assert not got[~real].any()
+
+
+@each_model
+def test_a_static_cache_is_recorded_like_a_growing_one(name):
+    model = tiny_of(name).routed
+    with record(model) as wanted:
+        answers(model)
+    with record(model) as got:
+        answers(model, cache_implementation="static", disable_compile=True)
+    assert got.real.keys() == wanted.real.keys()
+    for site, masks in wanted.real.items():
+        assert [mask.tolist() for mask in got.real[site]] == [mask.tolist() for mask in masks]
+        torch.testing.assert_close(got.usage()[site], wanted.usage()[site], rtol=0, atol=1e-4)
+
+
+@each_model
+def test_each_token_is_told_even_where_rows_are_flattened(name):
+    model = tiny_of(name).routed
+    ids = make_ids(tokens=6)
+    with record(model) as recording, torch.no_grad():
+        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3)
+    assert recording.by_token().shape[1] == 3
+
+
+@each_model
+def test_means_are_those_of_each_example_alone(name):
+    model = tiny_of(name).base
+    sites = find_sites(model)
+    pairs = [TokenPair(prompt, [9] * (n + 1)) for n, prompt in enumerate(PROMPTS)]
+    collator = Collator(model, 0)
+    got = mean_activations(model, sites, pairs, collator)
+    alone = [mean_activations(model, sites, [pair], collator) for pair in pairs]
+    for site, mean in got.items():
+        decodes = model.config.is_encoder_decoder and sites[site].stream == "decoder"
+        mask = "decoder_attention_mask" if decodes else "attention_mask"
+        counts = torch.tensor([int(collator([pair])[mask].sum()) for pair in pairs])
+        rows = torch.stack([means[site] for means in alone])
+        wanted = (counts[:, None] * rows).sum(dim=0) / counts.sum()
+        torch.testing.assert_close(mean, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["opt"])
+def test_other_threads_are_not_recorded(name):
+    model, inside = tiny_of(name).routed, []
+    with record(model) as recording:
+        in_thread(lambda: answers(model))
+        assert not recording.weights
+
+        def watch_myself() -> None:
+            with watch(model, inside.append):
+                answers(model)
+
+        in_thread(watch_myself)
+        assert not recording.weights
+        answers(model, PROMPTS[1:2])
+    assert {passed.grid[0] for passed in inside} == {4}
+    assert all(part.shape[0] == 1 for passes in recording.weights.values() for part in passes)
+
+
+def test_a_copy_made_while_recording_is_not_recorded():
+    model = tiny_of("llama").routed
+    with record(model) as recording:
+        answers(copy.deepcopy(model))
+    assert not recording.weights
+
+
+# Routers that choose an expert for a whole input
+
+
+def one_by_one(name: str, prompts=PROMPTS, **options) -> torch.Tensor:
+    """The answers that each prompt gets from the expert voted for, alone."""
+    model = voting(name)
+    owners = composition_of(model).lookup.of_tokens([list(p) for p in prompts]).tolist()
+    assert len(set(owners)) > 1
+    rows = []
+    for owner, prompt in zip(owners, prompts, strict=True):
+        alone = compose(voters(name), base_of(name), router="single", expert=f"e{owner}")
+        rows.append(answers(alone, [prompt], **options))
+    return torch.cat(rows, dim=1)
+
+
+@each_model
+@pytest.mark.parametrize("static", [False, True])
+def test_a_vote_reads_what_generate_is_given(name, static):
+    options = {"cache_implementation": "static", "disable_compile": True} if static else {}
+    assert_same_logits(answers(voting(name), **options), one_by_one(name))
+
+
+@causal
+def test_threads_have_votes_of_their_own(name):
+    model = voting(name)
+    wanted = {prompt[0]: answers(model, [prompt]) for prompt in PROMPTS}
+    found: dict[int, list[torch.Tensor]] = {prompt[0]: [] for prompt in PROMPTS}
+
+    def work(prompt) -> None:
+        found[prompt[0]] += [answers(model, [prompt]) for _ in range(3)]
+
+    threads = [threading.Thread(target=work, args=(prompt,)) for prompt in PROMPTS]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for first, each in found.items():
+        assert len(each) == 3
+        assert all(torch.equal(one, wanted[first]) for one in each)
+
+
+def test_a_copy_votes_with_its_own_model():
+    model = voting("opt")
+    wanted = answers(model)
+    other = copy.deepcopy(model)
+    detach(model)
+    assert_same_logits(answers(other), wanted)
+    assert composition_of(other).lookup._model is other
+    assert composition_of(other).lookup is not composition_of(voting("opt")).lookup
+    detach(other)
+    for module in (*model.modules(), *other.modules()):
+        assert not module._forward_pre_hooks
+
+
+def test_a_voting_model_can_be_pickled():
+    model = voting("opt")
+    again = pickle.loads(pickle.dumps(model))
+    assert_same_logits(answers(again), answers(model))
+
+
+def test_a_pass_that_broke_off_does_not_keep_the_next_from_being_read():
+    model = voting("llama")
+    wanted = answers(model, PROMPTS[1:2])
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        answers(model, PROMPTS[:1])
+    handle.remove()
+    assert torch.equal(answers(model, PROMPTS[1:2]), wanted)
+
+
+def test_continuous_batching_is_refused_where_inputs_are_read():
+    model = voting("llama")
+    logging.disable(logging.CRITICAL)
+    try:
+        found = model.generate_batch(
+            [list(prompt) for prompt in PROMPTS],
+            generation_config=GenerationConfig(max_new_tokens=2, do_sample=False),
+            continuous_batching_config=ContinuousBatchingConfig(
+                num_blocks=4, max_batch_tokens=32, page_size=16
+            ),
+            warmup=False,
+        )
+    finally:
+        logging.disable(logging.NOTSET)
+    for answer in found.values():
+        assert answer.error.startswith("Router phatgoose-input reads whole inputs, but several")

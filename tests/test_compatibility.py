@@ -1,0 +1,300 @@
+"""What a transformers user does with a model, on many architectures, against the oracle.
+
+Each cell of the matrix does the same with a routed model and with its base under hooks that add the
+formula at every site (`oracle.naively_routed`). What a base can't do by itself stands in REFUSED in
+its own words, and is checked to be so. docs/compatibility.md holds the matrix as a table, which
+`PYTHONPATH=tests python tests/test_compatibility.py` prints.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from architectures import ARCHITECTURES, Tiny, tiny_of
+from conftest import make_ids
+from oracle import naively_routed
+
+PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+NEW = 3  # tokens to generate
+Run = Callable[[PreTrainedModel, Tiny], list[Tensor]]
+
+
+def batch(side: str | None, seed: int = 0) -> dict[str, Tensor]:
+    """Two rows of seven tokens; with a side, three of the second are padding there."""
+    ids = make_ids(rows=2, seed=seed)
+    mask = torch.ones_like(ids)
+    if side is not None:
+        mask[1, slice(0, 3) if side == "left" else slice(-3, None)] = 0
+    return {"input_ids": ids * mask, "attention_mask": mask}
+
+
+def generated(model: PreTrainedModel, inputs: Mapping[str, Tensor], **options: Any) -> list[Tensor]:
+    """The logits of each step and the tokens of a generation."""
+    torch.manual_seed(0)
+    settings = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    length = {"max_new_tokens": NEW, "min_new_tokens": NEW}
+    found = model.generate(**inputs, **length, **(settings | options))
+    return [*found.logits, found.sequences]
+
+
+def logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The logits of one pass at the tokens that are not padding; the decoder reads them too."""
+    mask = inputs["attention_mask"]
+    if model.config.is_encoder_decoder:
+        decoder = {"decoder_input_ids": inputs["input_ids"], "decoder_attention_mask": mask}
+        inputs = {**inputs, **decoder}
+    found: Tensor = model(**inputs, use_cache=False).logits
+    return found[mask.bool()]
+
+
+@torch.no_grad()
+def passed(model: PreTrainedModel, side: str | None, seed: int = 0) -> Tensor:
+    """`logits` of a `batch`, without gradients."""
+    return logits(model, batch(side, seed))
+
+
+def usual_side(model: PreTrainedModel) -> str:
+    return "right" if model.config.is_encoder_decoder else "left"
+
+
+def greedy(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    return generated(model, batch(None))
+
+
+def sampled(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    return generated(model, batch(None), do_sample=True, top_k=0)
+
+
+def beams(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    return generated(model, batch(usual_side(model)), num_beams=3)
+
+
+def assisted(model: PreTrainedModel, tiny: Tiny) -> list[Tensor]:
+    one = {name: part[:1] for name, part in batch(None).items()}
+    return generated(model, one, assistant_model=tiny.assistant)
+
+
+def static(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    options = {"cache_implementation": "static", "disable_compile": True}
+    return generated(model, batch(usual_side(model)), **options)
+
+
+def continuous(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    prompts = [
+        row[:length].tolist() for row, length in zip(make_ids(rows=3), (7, 4, 5), strict=True)
+    ]
+    found = model.generate_batch(
+        prompts,
+        generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1),
+        continuous_batching_config=ContinuousBatchingConfig(
+            num_blocks=4, max_batch_tokens=32, page_size=16
+        ),
+        warmup=False,
+    )
+    answers = [found[name] for name in sorted(found)]
+    for answer in answers:
+        if answer.error:
+            raise RuntimeError(answer.error)
+    return [torch.tensor([answer.generated_tokens for answer in answers])]
+
+
+def padded_left(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    return [passed(model, "left"), *generated(model, batch("left"))]
+
+
+def padded_right(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    return [passed(model, "right")]
+
+
+def embedded(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    inputs = batch(usual_side(model))
+    with torch.no_grad():
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    return generated(model, inputs)
+
+
+def copied(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    """A copy and its original, in turns and one inside the other's pass."""
+    other = copy.deepcopy(model)
+    inside: list[Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_pre_hook(lambda *_: inside.append(passed(other, None, 1)))
+    try:
+        return [passed(model, usual_side(model)), *inside, passed(other, None)]
+    finally:
+        handle.remove()
+
+
+def threaded(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    """Padded passes in one thread, others without padding in another."""
+    found: dict[str | None, list[Tensor]] = {None: [], usual_side(model): []}
+
+    def work(side: str | None) -> None:
+        found[side] += [passed(model, side) for _ in range(4)]
+
+    threads = [threading.Thread(target=work, args=(side,)) for side in found]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [each for side in found for each in found[side]]
+
+
+def compiled(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    torch._dynamo.reset()
+    graph = torch.compile(model, fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's, about Bloom's own GELU
+        return [logits(graph, batch(side)) for side in (usual_side(model), None)]
+
+
+def not_compiled(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    return [passed(model, side) for side in (usual_side(model), None)]
+
+
+def gradients(model: PreTrainedModel, _: Tiny) -> list[Tensor]:
+    """The gradient of the embeddings after two passes of different padding."""
+    model.train()
+    try:
+        model.zero_grad()
+        outputs = [logits(model, batch(side)) for side in (usual_side(model), None)]
+        sum(output.square().mean() for output in outputs).backward()
+        return [model.get_input_embeddings().weight.grad]
+    finally:
+        model.zero_grad()
+        model.eval()
+
+
+def checkpointed(model: PreTrainedModel, tiny: Tiny, *, reentrant: bool) -> list[Tensor]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about the name, which v6 changes
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        try:
+            return gradients(model, tiny)
+        finally:
+            model.gradient_checkpointing_disable()
+
+
+@dataclass(frozen=True)
+class Operation:
+    """`run` on a routed model should give what `plainly` (None: the same) does on the oracle.
+
+    The fast suite tries it on the architectures `quickly`, -m heavy on the others. (test_compile.py
+    compiles some.)
+    """
+
+    run: Run
+    plainly: Run | None = None
+    quickly: Collection[str] = tuple(ARCHITECTURES)
+
+
+OPERATIONS = {
+    "greedy": Operation(greedy),
+    "sampled": Operation(sampled),
+    "beams": Operation(beams),
+    "assisted": Operation(assisted),
+    "static cache": Operation(static),
+    "continuous batching": Operation(continuous, quickly=("llama", "gpt2", "opt")),
+    "left padding": Operation(padded_left),
+    "right padding": Operation(padded_right),
+    "inputs_embeds": Operation(embedded),
+    "deep copy": Operation(copied),
+    "two threads": Operation(threaded),
+    "torch.compile": Operation(compiled, not_compiled, quickly=()),
+    "checkpointing": Operation(partial(checkpointed, reentrant=False), gradients),
+    "reentrant checkpointing": Operation(partial(checkpointed, reentrant=True), gradients),
+}
+NO_LENGTH = "'PagedAttentionCache' object has no attribute 'get_seq_length'"
+REFUSED = {  # what bases can't do by themselves, in their words
+    ("gpt_neox", "continuous batching"): (
+        "PagedAttentionCache.update() missing 1 required positional argument: 'kwargs'"
+    ),
+    ("opt", "continuous batching"): NO_LENGTH,
+    ("bloom", "continuous batching"): NO_LENGTH,
+    ("falcon", "continuous batching"): NO_LENGTH,
+    ("stablelm", "continuous batching"): "'cu_seq_lens_k'",
+    ("t5", "continuous batching"): "You must specify exactly one of input_ids or inputs_embeds",
+    ("bart", "continuous batching"): NO_LENGTH,
+    ("pegasus", "continuous batching"): (
+        "You cannot specify both decoder_input_ids and decoder_inputs_embeds at the same time"
+    ),
+}
+CELLS = [
+    pytest.param(
+        architecture,
+        name,
+        marks=pytest.mark.heavy if architecture not in operation.quickly else (),
+    )
+    for architecture in ARCHITECTURES
+    for name, operation in OPERATIONS.items()
+]
+
+
+@pytest.fixture(autouse=True)
+def _quiet():
+    """Continuous batching writes what it refuses to the log, with a traceback."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize(("architecture", "name"), CELLS)
+def test_a_routed_model_does_what_its_base_does(architecture, name):
+    tiny, operation = tiny_of(architecture), OPERATIONS[name]
+    words = REFUSED.get((architecture, name))
+    if words is not None:
+        for model in (tiny.base, tiny.routed):
+            with pytest.raises(Exception, match=re.escape(words)):
+                operation.run(model, tiny)
+        return
+    with naively_routed(tiny.base, tiny.pool.experts, k=2):
+        wanted = (operation.plainly or operation.run)(tiny.base, tiny)
+    got = operation.run(tiny.routed, tiny)
+    for one, other in zip(got, wanted, strict=True):
+        slack = 1e-4 * float(other.abs().max()) if other.is_floating_point() else 0
+        torch.testing.assert_close(one, other, rtol=0, atol=slack)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_experts_matter(architecture):
+    tiny = tiny_of(architecture)
+    base, routed = (passed(model, None) for model in (tiny.base, tiny.routed))
+    assert (routed - base).abs().max() > 0.1 * base.abs().max()
+
+
+def table() -> str:
+    """The matrix and the words of what is refused, as they stand in docs/compatibility.md."""
+    notes = list(dict.fromkeys(REFUSED.values()))
+
+    def cell(architecture: str, name: str) -> str:
+        words = REFUSED.get((architecture, name))
+        return "✓" if words is None else f"no ({notes.index(words) + 1})"
+
+    rows = [[name, *(cell(name, each) for each in OPERATIONS)] for name in ARCHITECTURES]
+    lines = [["", *OPERATIONS], ["---", *[":-:"] * len(OPERATIONS)], *rows]
+    words = [f"{number}. `{each}`" for number, each in enumerate(notes, 1)]
+    return "\n".join([*(f"| {' | '.join(line)} |" for line in lines), "", *words])
+
+
+def test_the_page_holds_this_matrix():
+    assert table() in PAGE.read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table() + "\n")

@@ -87,6 +87,8 @@ LAYERS = (
     ("routers.affinities", "routers.stand_in"),
     ("routers.voting",),
     ("pool_training", "routers", "schedules", "trial"),
+    ("composition",),
+    ("saving",),
     ("routed",),
     ("growing", "storage", "evaluation"),
     ("opening", "segments"),

@@ -256,13 +256,6 @@ def test_a_routed_model_loads_a_state_dict_of_the_base(base, pool):
     assert torch.equal(logits_of(model, ids), wanted)
 
 
-def test_transformers_saves_the_base_of_a_routed_model(base, pool, tmp_path):
-    wanted = logits_of(base.model, make_ids())
-    compose(pool, base).save_pretrained(tmp_path)
-    saved = type(base.model).from_pretrained(tmp_path).eval()
-    assert torch.equal(logits_of(saved, make_ids()), wanted)
-
-
 def test_a_missing_key_is_still_missed(llama, llama_pool):
     model = compose(llama_pool, llama)
     state = model.state_dict()

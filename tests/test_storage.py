@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import compose_by, logits_of, make_ids, make_model, of_task
-from phatgoose import storage
+from phatgoose import saving
 from phatgoose.bases import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
 from phatgoose.layers import RoutedLinear
@@ -207,7 +207,7 @@ def test_a_failed_overwrite_keeps_the_old_folder(llama, llama_pool, saved, monke
     def fail(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(storage, step, fail)
+    monkeypatch.setattr(saving, step, fail)
     with pytest.raises(KeyboardInterrupt):
         save(model, saved, overwrite=True)
     monkeypatch.undo()

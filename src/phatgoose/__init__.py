@@ -13,7 +13,7 @@ The names, in the order of the story:
     Pool           many of them                                 phatgoose.pool
     compose        a routed model                               phatgoose.routed
     detach         the base model again                         phatgoose.routed
-    save, load     a routed model to and from a folder          phatgoose.storage
+    save, load     a routed model to and from a folder          phatgoose.saving, storage
     evaluate       zero-shot scores                             phatgoose.evaluation
     compare        many methods on whole suites                 phatgoose.comparison
     analyse        where the tokens go, and why                 phatgoose.analysis
@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from .gates import train_gates
     from .pool import Pool
     from .routed import compose, detach
-    from .storage import load, save
+    from .saving import save
+    from .storage import load
     from .tasks import load_task
     from .training import train_expert
 
@@ -65,7 +66,7 @@ _HOMES = {
     "evaluate": "evaluation",
     "load": "storage",
     "load_task": "tasks",
-    "save": "storage",
+    "save": "saving",
     "train_expert": "training",
     "train_gates": "gates",
 }

@@ -54,7 +54,9 @@ def parameters_of(model: PreTrainedModel) -> Iterator[Tensor]:
             yield parameter
         elif name not in tied:  # whose other name has it, with or without values
             place, _, own = name.rpartition(".")
-            module = model.get_submodule(place)
+            module: Any = model.get_submodule(place)
+            if not has_offloaded_params(module):  # a routed layer's are held for its base's layer
+                module = getattr(module, "base", module)
             if not has_offloaded_params(module):
                 raise BaseModelError(NOWHERE)
             with align_module_device(module):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bases import Base, BaseReference, fingerprint, load_base, quantisation
+from .composition import Composition, composition_of
 from .config import Formatting, Routing
 from .errors import RoutingError, WrongBaseError
 from .kernels import check_kernel
@@ -46,6 +48,7 @@ from .routers import (
     router_vectors,
     warn_of_untrained,
 )
+from .saving import save_pretrained
 from .scores import Scores, read_scores
 from .sites import ROUTED, Site, find_sites, replace_module
 from .soundness import check_stack
@@ -66,23 +69,6 @@ __all__ = [
 ]
 
 READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
-
-
-@dataclass
-class Composition:
-    """What a routed model is made of; found on it as `model.phatgoose`.
-
-    `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
-    layers by site; `lookup` what the sites of a looked-up router share, None for other routers.
-    """
-
-    base: BaseReference
-    tokenizer: PreTrainedTokenizerBase | None
-    experts: tuple[str, ...]
-    records: list[dict[str, Any]]
-    routing: Routing
-    layers: dict[str, RoutedLayer]
-    lookup: Lookup | None = None
 
 
 def compose(
@@ -254,6 +240,7 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
     if parts.lookup is not None:
         parts.lookup.attach(model)
     setattr(model, ROUTED, parts)
+    model.save_pretrained = partial(save_pretrained, model)
     return model
 
 
@@ -268,16 +255,9 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
         parts.lookup.detach()
     for name, layer in parts.layers.items():
         replace_module(model, name, layer.base)
+    del model.save_pretrained  # the model's own is its class's
     delattr(model, ROUTED)
     return model
-
-
-def composition_of(model: PreTrainedModel) -> Composition:
-    """What `model` was composed of. Raises RoutingError when it is not routed."""
-    parts = getattr(model, ROUTED, None)
-    if not isinstance(parts, Composition):
-        raise RoutingError("This model is not routed; make one with compose(pool).")
-    return parts
 
 
 @contextmanager

@@ -38,8 +38,9 @@ from .packed import (
 from .pool import Pool
 from .routed import check_fingerprint, prepare, routed_layers
 from .routers import embeddings_of, router_vectors
+from .saving import layer_tensors, lookup_info, lookup_tensors
 from .scores import Scores
-from .storage import check_router_of, layer_tensors, lookup_info, lookup_tensors
+from .storage import check_router_of
 from .work import new_directory, write_text
 
 __all__ = ["STORED", "add_to_packed", "compact", "pack", "remove_from_packed"]

@@ -27,7 +27,7 @@ __all__ = [
     "replace_module",
 ]
 
-ROUTED = "phatgoose"  # the attribute by which a routed model is known; see routed.Composition
+ROUTED = "phatgoose"  # the attribute by which a routed model is known; see composition.Composition
 Stream = Literal["encoder", "decoder"]
 
 CROSS_ATTENTION = re.compile(

@@ -1,31 +1,27 @@
-"""Routed models in a folder: the stacked experts and their router, without the base's weights."""
+"""Routed models read from a folder (`saving` writes it), beside a base loaded by its name."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .bases import Base, BaseReference, load_base
 from .config import Routing
-from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_info, routing_record
+from .description import ROUTED_INFO, base_in, read_info
 from .embeddings import usable_embedder
 from .errors import ConfigError, RoutingError, WrongBaseError
-from .files import sha256_of
 from .kernels import check_kernel
-from .layers import ChoosingLayer, FoldedLinear, RoutedLayer
+from .layers import FoldedLinear, RoutedLayer
 from .offloading import execution_device
 from .packed import EMBEDDINGS, OWNERS, VOTES, Packed, read_packed
 from .routed import (
     Composition,
     check_fingerprint,
-    composition_of,
     dtype_at,
     install,
     resolve_base,
@@ -38,49 +34,16 @@ from .routers import (
     Lookup,
     Retriever,
     TaskTable,
-    VectorRouter,
     check_choices,
     columns_of,
 )
+from .saving import save
 from .sites import Site, find_sites
 from .stacks import TENSORS, SiteStack
-from .work import new_directory
 
-__all__ = [
-    "base_of",
-    "check_router_of",
-    "layer_tensors",
-    "load",
-    "lookup_info",
-    "lookup_tensors",
-    "save",
-]
+__all__ = ["base_of", "check_router_of", "load", "save"]
 
-FORMAT_VERSION = 1
 SCORES = ("scores with no vectors", "scores with vectors")
-
-
-def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = False) -> None:
-    """Write the routed `model` to `directory`: experts, router and hashes; the base by name only.
-
-    Complete or not at all. Raises RoutingError when `model` is not routed, or `directory` exists
-    (unless `overwrite`) or can't be written.
-    """
-    parts = composition_of(model)
-    target = Path(directory)
-    if target.exists() and not overwrite:
-        raise RoutingError(f"{target} exists already; choose another place or allow overwriting.")
-    with new_directory(target, RoutingError, overwrite=overwrite) as work:
-        save_file(_tensors(parts), work / ROUTED_WEIGHTS)
-        info = {
-            "format_version": FORMAT_VERSION,
-            "base": asdict(parts.base),
-            "routing": routing_record(parts.routing),
-            "experts": parts.records,
-            "weights_sha256": sha256_of(work / ROUTED_WEIGHTS),
-            "lookup": lookup_info(parts.lookup),
-        }
-        (work / ROUTED_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
 
 
 def load(
@@ -149,42 +112,6 @@ def base_of(directory: str | Path) -> BaseReference:
     Raises RoutingError when the folder is missing or damaged.
     """
     return base_in(read_info(Path(directory) / ROUTED_INFO))
-
-
-def _tensors(parts: Composition) -> dict[str, Tensor]:
-    tensors = {f"experts.{name}": layer.experts for name, layer in parts.layers.items()}
-    tensors |= lookup_tensors(parts.lookup)
-    for layer in parts.layers.values():
-        tensors |= layer_tensors(layer)
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-
-
-def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
-    """What is kept of a layer beside the indices of its experts, by name."""
-    name, tensors = layer.site.name, {}
-    if isinstance(layer, FoldedLinear):
-        tensors[f"folded.{name}"] = layer.folded
-    if isinstance(layer, ChoosingLayer):
-        tensors |= {f"{kind}.{name}": tensor for kind, tensor in layer.stack.tensors().items()}
-        if isinstance(layer.router, VectorRouter):
-            tensors[f"vectors.{name}"] = layer.router.vectors
-    return tensors
-
-
-def lookup_tensors(lookup: Lookup | None) -> dict[str, Tensor]:
-    """The tensors that a looked-up router keeps, by name."""
-    if isinstance(lookup, GateVote):
-        return {f"{VOTES}{site}": rows for site, (rows, _) in lookup.votes.items()}
-    if not isinstance(lookup, Retriever):
-        return {}
-    return {EMBEDDINGS: lookup.embeddings, OWNERS: lookup.owners}
-
-
-def lookup_info(lookup: Lookup | None) -> dict[str, Any]:
-    """What a looked-up router keeps beside its tensors."""
-    if isinstance(lookup, Retriever):
-        return {"embedder": lookup.embedder}
-    return {"experts_by_task": lookup.experts} if isinstance(lookup, TaskTable) else {}
 
 
 def _lookup(

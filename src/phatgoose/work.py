@@ -27,8 +27,8 @@ from .left_overs import (
     temporary_folder,
 )
 
-__all__ = ["discard_work", "new_directory", "new_file", "open_work", "wait_for_work", "work_of"]
-__all__ += ["write_text"]
+__all__ = ["WRITING_ERRORS", "discard_work", "new_directory", "new_file", "open_work", "reason"]
+__all__ += ["wait_for_work", "work_of", "write_text"]
 
 IDENTITY, LOCK = "run.json", "lock"
 WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
@@ -76,7 +76,7 @@ def open_work(
     except Timeout as problem:
         raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
     except WRITING_ERRORS as problem:
-        raise ExpertError(f"{out} can't be written: {_reason(problem)}.") from problem
+        raise ExpertError(f"{out} can't be written: {reason(problem)}.") from problem
 
 
 def discard_work(out: Path) -> None:
@@ -146,7 +146,7 @@ def new_directory(
     except WRITING_ERRORS as problem:
         if not overwrite and target.exists():
             raise error(f"{target} exists already; choose another place.") from problem
-        raise error(f"{target} can't be written: {_reason(problem)}.") from problem
+        raise error(f"{target} can't be written: {reason(problem)}.") from problem
 
 
 @contextmanager
@@ -169,8 +169,9 @@ def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
         with new_file(path) as unfinished:
             unfinished.write_text(content, encoding="utf-8")
     except OSError as problem:
-        raise error(f"{path} can't be written: {_reason(problem)}.") from problem
+        raise error(f"{path} can't be written: {reason(problem)}.") from problem
 
 
-def _reason(problem: Exception) -> str:
+def reason(problem: Exception) -> str:
+    """Why something can't be written, in the system's words."""
     return str(getattr(problem, "strerror", None) or problem)

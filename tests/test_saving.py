@@ -1,0 +1,164 @@
+"""save_pretrained of a routed model, and who calls it: what is written is what `save` writes."""
+
+from __future__ import annotations
+
+import copy
+import io
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from conftest import logits_of, make_ids
+from phatgoose.errors import RoutingError
+from phatgoose.growing import remove_experts
+from phatgoose.routed import compose, composition_of, detach
+from phatgoose.storage import load, save
+from phatgoose.work import new_file
+
+FILES = {"routed.json", "routed.safetensors"}
+
+
+def names(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def model(llama, llama_pool):
+    return compose(llama_pool, llama)
+
+
+def test_save_pretrained_writes_what_save_does(base, pool, tmp_path):
+    ids, model = make_ids(), compose(pool, base)
+    wanted = logits_of(model, ids)
+    save(model, tmp_path / "saved")
+    model.save_pretrained(tmp_path / "new" / "folder")
+    assert names(tmp_path / "new" / "folder") == FILES
+    for name in FILES:
+        one, other = tmp_path / "saved" / name, tmp_path / "new" / "folder" / name
+        assert one.read_bytes() == other.read_bytes()
+    detach(model)
+    assert torch.equal(logits_of(load(tmp_path / "new" / "folder", base), ids), wanted)
+
+
+def test_a_folder_that_is_there_keeps_its_other_files(model, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    model.save_pretrained(tmp_path)
+    remove_experts(model, ["e1"])
+    model.save_pretrained(str(tmp_path), max_shard_size="1GB", state_dict=model.state_dict())
+    assert names(tmp_path) == {*FILES, "notes.txt"}
+    base = detach(model)
+    assert composition_of(load(tmp_path, base)).experts == ("e0", "e2", "e3")
+
+
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json"])
+def test_what_from_pretrained_would_find_instead_is_not_written_beside(model, tmp_path, name):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(RoutingError, match=rf"holds another model \({name}\)"):
+        model.save_pretrained(tmp_path)
+    assert names(tmp_path) == {name}
+
+
+def test_a_write_that_breaks_off_leaves_no_routed_model(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+
+    def full(place):
+        if place.name == "routed.json":
+            raise OSError(28, "No space left on device")
+        return new_file(place)
+
+    monkeypatch.setattr("phatgoose.work.new_file", full)
+    with pytest.raises(RoutingError, match="No space left on device"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(RoutingError, match="holds no routed model"):
+        load(tmp_path, detach(model))
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(model, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RoutingError, match=r"file can't be written: .*exists"):
+        model.save_pretrained(tmp_path / "file")
+
+
+def test_only_the_main_process_writes(model, tmp_path):
+    model.save_pretrained(tmp_path, is_main_process=False)
+    assert names(tmp_path) == set()
+
+
+def test_the_trainer_saves_a_routed_model(llama, model, tmp_path):
+    wanted = logits_of(model, make_ids())
+    options = TrainingArguments(tmp_path / "out", report_to=[], use_cpu=True)
+    Trainer(model, options, processing_class=llama.tokenizer).save_model(tmp_path / "saved")
+    assert names(tmp_path / "saved") > FILES
+    assert "model.safetensors" not in names(tmp_path / "saved")
+    detach(model)
+    assert torch.equal(logits_of(load(tmp_path / "saved", llama), make_ids()), wanted)
+
+
+def test_a_push_to_the_hub_takes_the_routed_model_along(model, monkeypatch):
+    pushed = set[str]()
+    monkeypatch.setattr(
+        "transformers.utils.hub.hf_api",
+        lambda: type(
+            "Api", (), {"create_repo": lambda *_, **__: type("Url", (), {"repo_id": "me/x"})}
+        ),
+    )
+    card = type("Card", (), {"save": lambda _, place: Path(place).write_text("card")})
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: card())
+    monkeypatch.setattr(
+        type(model),
+        "_upload_modified_files",
+        lambda _, folder, *__, **___: pushed.update(names(Path(folder))),
+    )
+    model.push_to_hub("me/x")
+    assert pushed == {*FILES, "README.md"}
+    with pytest.raises(RoutingError, match=r"model\.push_to_hub"):
+        model.save_pretrained("x", push_to_hub=True)
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, transformers.LlamaForCausalLM])
+def test_transformers_takes_a_routed_folder_for_nothing_else(model, tmp_path, loader):
+    model.save_pretrained(tmp_path)
+    with pytest.raises((OSError, ValueError), match=r"Unrecognized model|no file named"):
+        loader.from_pretrained(tmp_path)
+
+
+def test_a_base_that_was_trained_is_not_lost_without_a_word(model, tmp_path):
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.add_(0.5)
+    for write in (
+        lambda: save(model, tmp_path / "a"),
+        lambda: model.save_pretrained(tmp_path / "b"),
+    ):
+        with pytest.raises(
+            RoutingError, match=r"have changed since .* detach it and save the base"
+        ):
+            write()
+    assert names(tmp_path) == set()
+    wanted = logits_of(detach(model), make_ids())
+    model.save_pretrained(tmp_path / "base")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    assert torch.equal(logits_of(found, make_ids()), wanted)
+
+
+def test_another_type_is_no_other_base(llama, model, tmp_path):
+    for dtype in (torch.bfloat16, torch.float16):
+        model.to(dtype).save_pretrained(tmp_path)
+    detach(model)
+    assert composition_of(load(tmp_path, llama.id)).experts == ("e0", "e1", "e2", "e3")
+
+
+def test_a_copy_writes_itself(model, tmp_path):
+    written = io.BytesIO()
+    torch.save(model, written)
+    written.seek(0)
+    for number, copied in enumerate(
+        (copy.deepcopy(model), torch.load(written, weights_only=False))
+    ):
+        remove_experts(copied, ["e1"])
+        copied.save_pretrained(tmp_path / str(number))
+        assert composition_of(load(tmp_path / str(number), detach(copied))).experts[1] == "e2"
+    model.save_pretrained(tmp_path / "model")
+    assert composition_of(load(tmp_path / "model", detach(model))).experts[1] == "e1"

@@ -107,7 +107,7 @@ LAYERS = (
     ("analysis.results",),
     ("analysis.analysing",),
     ("analysis",),
-    ("apps", "apps.cluster.connection", "apps.demo_tasks.drawing"),
+    ("apps", "apps.cluster.connection", "apps.consoles", "apps.demo_tasks.drawing"),
     ("apps.cluster.worker",),
     ("apps.cluster.engine",),
     (
@@ -163,7 +163,6 @@ LAYERS = (
         "apps.report.contents",
         "apps.cli.flags",
         "apps.cli.plan",
-        "apps.cli.consoles",
         "apps.cli.engines",
     ),
     ("apps.report.page", "apps.cli.experts", "apps.cli.segments"),

@@ -29,6 +29,7 @@ from .collating import Collator, target_logits
 from .config import Training
 from .encoding import IGNORED, TokenPair, contiguous_head
 from .errors import ConfigError, ExpertError
+from .files import one_line
 
 __all__ = ["FitReport", "Watcher", "fit"]
 
@@ -360,7 +361,7 @@ class _ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is un
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
-            desc=self.label,
+            desc=one_line(self.label),
             unit="step",
             disable=None if processes.is_first() else True,
         )

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from .encoding import Encoder, batches_of_tokens, pad_left, pad_right
 from .errors import EvaluationError
+from .files import one_line
 from .likelihood import choice_log_likelihoods
 from .offloading import input_device
 from .tasks import Example
@@ -53,7 +54,9 @@ def ranked_answers(
     ]
     answers: dict[int, Answer] = {}
     pad = encoder.tokenizer.pad_token_id
-    with tqdm(total=len(rows), desc=label, unit="example", disable=None, leave=False) as bar:
+    with tqdm(
+        total=len(rows), desc=one_line(label), unit="example", disable=None, leave=False
+    ) as bar:
         for index, scores in choice_log_likelihoods(model, rows, pad, budget, before_pass):
             answers[index] = _best(examples[index], scores, label)
             bar.update(1)
@@ -82,7 +85,9 @@ def generated_answers(
     prompts = [encoder.prompt(example.input) for example in examples]
     pad = pad_right if encoder.is_encoder_decoder else pad_left
     answers: dict[int, Answer] = {}
-    with tqdm(total=len(prompts), desc=label, unit="example", disable=None, leave=False) as bar:
+    with tqdm(
+        total=len(prompts), desc=one_line(label), unit="example", disable=None, leave=False
+    ) as bar:
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         for batch in batches_of_tokens(lengths, budget):
             rows = [prompts[i] for i in batch]

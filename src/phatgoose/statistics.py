@@ -26,6 +26,7 @@ from .embeddings import DEFAULT_EMBEDDER, embed_examples
 from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ConfigError, ExpertError, WrongBaseError
 from .expert import LAYOUT, MOST_EMBEDDINGS, Expert
+from .files import one_line
 from .modules import SiteModule
 from .offloading import input_device
 from .sites import Site, find_sites
@@ -172,7 +173,9 @@ def mean_activations(
     with (
         torch.no_grad(),
         watch_inputs(model, sites, add),
-        tqdm(total=len(pairs), desc=f"{label}: means", unit="example", disable=None) as bar,
+        tqdm(
+            total=len(pairs), desc=f"{one_line(label)}: means", unit="example", disable=None
+        ) as bar,
     ):
         model.eval()
         for batch in batches_of_tokens(lengths, TOKEN_BUDGET):

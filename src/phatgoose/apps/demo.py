@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
+from rich.text import Text
 
 from ..analysis import analyse
 from ..bases import Base, load_base
@@ -26,6 +26,7 @@ from ..tasks import Task, load_task
 from ..training import train_expert
 from .analysis_tables import routers_table
 from .comparison_tables import datasets_table
+from .consoles import show
 from .demo_tasks import held_out_rows, training_rows
 from .generation import Sampling, answer, coloured
 from .report import write_report
@@ -51,29 +52,32 @@ def run_demo(base_name: str, out: Path) -> None:
     """
     begun = time.monotonic()
     torch.set_num_threads(THREADS)
-    console = Console(highlight=False)
-    console.print(f"[bold]1. Base model[/] {base_name}")
+    show(_step("1. Base model", f" {base_name}"))
     base = load_base(base_name)
-    console.print("[bold]2. Five experts with gates[/], each trained on one task")
-    pool = _train_pool(base, out / "experts", console)
+    show(_step("2. Five experts with gates", ", each trained on one task"))
+    pool = _train_pool(base, out / "experts")
     unseen = _unseen_tasks()
-    console.print(f"[bold]3. Every method on unseen tasks[/], {EVALUATED} examples each")
-    console.print(datasets_table(compare(pool, [_suite(unseen)], base=base, out=out)))
-    console.print("[bold]4. A routed answer[/], each token in the colour of its top expert")
+    show(_step("3. Every method on unseen tasks", f", {EVALUATED} examples each"))
+    show(datasets_table(compare(pool, [_suite(unseen)], base=base, out=out)))
+    show(_step("4. A routed answer", ", each token in the colour of its top expert"))
     model = compose(pool, base)
     routed = answer(model, base.tokenizer, PROMPT, sampling=Sampling(12), record=True)
-    console.print(coloured(routed, base.tokenizer))
-    console.print("[bold]5. Where the tokens of each unseen task went[/]")
+    show(coloured(routed, base.tokenizer))
+    show(_step("5. Where the tokens of each unseen task went"))
     analysis = analyse(model, unseen, tokenizer=base.tokenizer, limit=READ, score=False)
-    console.print(routers_table(analysis))
+    show(routers_table(analysis))
     report = write_report(analysis, out / "analysis")
     save(model, out / "routed", overwrite=True)
-    console.print(f"Report -> {report}   tables -> {out / 'comparison.md'}")
-    console.print(f"Routed model -> {out / 'routed'} (try: phatgoose generate {out / 'routed'} …)")
-    console.print(f"Done in {time.monotonic() - begun:.0f} s.")
+    show(f"Report -> {report}   tables -> {out / 'comparison.md'}")
+    show(f"Routed model -> {out / 'routed'} (try: phatgoose generate {out / 'routed'} …)")
+    show(f"Done in {time.monotonic() - begun:.0f} s.")
 
 
-def _train_pool(base: Base, folder: Path, console: Console) -> Pool:
+def _step(title: str, rest: str = "") -> Text:
+    return Text.assemble((title, "bold"), rest)
+
+
+def _train_pool(base: Base, folder: Path) -> Pool:
     names = []
     gates = replace(GATES, embeddings=can_embed())
     for name, rows in training_rows(SEED).items():
@@ -87,7 +91,7 @@ def _train_pool(base: Base, folder: Path, console: Console) -> Pool:
             resume=True,
         )
         loss = expert.info.metrics["expert_validation_loss"]
-        console.print(f"   {name}: validation loss {loss:.3f}")
+        show(f"   {name}: validation loss {loss:.3f}")
         names.append(folder / name)
     return Pool.open(names)
 

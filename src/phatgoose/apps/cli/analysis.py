@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
 from ...config import Formatting, Routing
 from ...errors import RoutingError, TaskError
 from ...recipes import Recipe
+from ..consoles import say, show
 from .experts import (
     BaseOption,
     ChoicesOption,
@@ -130,11 +130,11 @@ def analyse(
         raise RoutingError(
             f"{model} is neither a pool nor a routed model; a base alone routes nothing."
         )
-    Console().print(routers_table(analysis))
+    show(routers_table(analysis))
     for router, found in analysis.routers.items():
         for finding in found.findings:
             warnings.warn(f"{router}: {finding.message}", stacklevel=2)
-    typer.echo(f"report -> {write_report(analysis, out, curves)}")
+    say(f"report -> {write_report(analysis, out, curves)}")
 
 
 @with_settings(Routing, Formatting)
@@ -198,12 +198,8 @@ def explain(
         layer=layer,
         kind=kind,
     )
-    console = Console(highlight=False)
-    for text in explanation.coloured():
-        console.print(text)
-    for each in explanation.table() if table else ():
-        console.print(each)
+    show(*explanation.coloured(), *(explanation.table() if table else ()))
     if json:
         content = json_format.dumps(explanation.to_dict(), ensure_ascii=False) + "\n"
         write_text(json, content, EvaluationError)
-        typer.echo(f"weights and trace -> {json}")
+        say(f"weights and trace -> {json}")

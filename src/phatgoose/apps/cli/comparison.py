@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
-from rich.console import Console
 
 from ...config import Formatting, Routing
 from ...errors import ConfigError
 from ...recipes import Recipe
+from ..consoles import say, show
 from .engines import (
     AddressOption,
     CpusOption,
@@ -119,8 +119,8 @@ def compare(
         )
     for table in (means_table(comparison), differences_table(comparison)):
         if table is not None:
-            Console().print(table)
-    typer.echo(f"tables -> {out / 'comparison.md'}, .csv, .json; cells -> {out / 'results.jsonl'}")
+            show(table)
+    say(f"tables -> {out / 'comparison.md'}, .csv, .json; cells -> {out / 'results.jsonl'}")
 
 
 def lm_eval(context: typer.Context) -> None:

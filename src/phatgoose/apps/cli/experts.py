@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
-from rich.console import Console
 
 from ...config import (
     IA3,
@@ -22,6 +21,7 @@ from ...config import (
 )
 from ...errors import ConfigError, ExpertError
 from ...recipes import Recipe
+from ..consoles import say
 from .engines import (
     AddressOption,
     CpusOption,
@@ -201,7 +201,7 @@ def train(
         trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
         for number, expert in enumerate(trained, 1):
             if processes.is_first():
-                typer.echo(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
+                say(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
 
 
 def _measured(
@@ -314,7 +314,7 @@ def gate(
         resume=resume,
         restart=restart,
     )
-    Console().print(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}", highlight=False)
+    say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
 
 
 def measure(
@@ -357,7 +357,7 @@ def measure(
         embeddings=embeddings,
         embedder=embedder,
     )
-    typer.echo(f"{_contents(measured)} -> {expert}")
+    say(f"{_contents(measured)} -> {expert}")
 
 
 def check(
@@ -369,10 +369,10 @@ def check(
     problems = {directory: check_expert(directory) for directory in directories}
     for directory, found in problems.items():
         if not found:
-            typer.echo(f"ok  {directory}: {_contents(Expert.load(directory))}")
+            say(f"ok  {directory}: {_contents(Expert.load(directory))}")
     wrong = [problem for found in problems.values() for problem in found]
     for problem in wrong[:-1]:
-        typer.echo(f"error: {problem}", err=True)
+        say(f"error: {problem}", err=True)
     if wrong:
         raise ExpertError(wrong[-1])
 

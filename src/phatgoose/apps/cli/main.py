@@ -10,13 +10,12 @@ import warnings
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
+from ..consoles import PlainFormatter, complain, say
 from . import analysis, comparison, experts, routed, segments, serving, sharing
-from .consoles import plain
 
 __all__ = ["app", "main"]
 
@@ -66,23 +65,21 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = app(args=arguments, standalone_mode=False)
     except PhatgooseError as error:
-        code = _complain(str(error))
+        code = _failed(str(error))
     except TyperException as error:  # an unknown flag, a missing argument, a wrong type
-        code = _complain(error.format_message())
+        code = _failed(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
     if code == INTERRUPTED:
-        typer.echo("interrupted; training and gates go on with --resume", err=True)
+        say("interrupted; training and gates go on with --resume", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _complain(message: str) -> int:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"[bold red]error:[/] {plain(message)}"
-    )
+def _failed(message: str) -> int:
+    complain("error", message, "bold red")
     return 2
 
 
@@ -96,7 +93,9 @@ def _quieten() -> None:
             stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     logging.getLogger("phatgoose").setLevel(logging.INFO)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
@@ -104,6 +103,4 @@ def _quieten() -> None:
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    Console(stderr=True, soft_wrap=True, highlight=False).print(
-        f"[yellow]warning:[/] {plain(str(message))}"
-    )
+    complain("warning", message, "yellow")

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ...config import KIND_NAMES
 from ...errors import ConfigError
+from ..consoles import say, show
 
 if TYPE_CHECKING:
     from ...planning import Plan, PlannedTask
@@ -84,9 +84,6 @@ def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None)
 
     Both are written to `path` as JSON, if any.
     """
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=max(console.width, WIDE))
     count = len(plan.tasks)
     table = Table(title=f"{count} experts to train on {plan.base}")
     table.add_column("expert", no_wrap=True)
@@ -104,7 +101,7 @@ def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None)
         _size(plan.disk_bytes),
     )
     table.add_row("total", f"{count} tasks", "", f"{plan.steps:,}", *sums)
-    console.print(table)
+    show(table, width=WIDE)
     expert = (
         f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {KIND_NAMES[plan.peft]} "
         f"parameters (kept in {plan.dtype}), {plan.gate_parameters:,} gate parameters. Checkpoints "
@@ -113,12 +110,12 @@ def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None)
     at_once = _spread(spread, bound)
     kept = [f"{finished} experts are finished and not counted."] if finished else []
     for line in (expert, at_once, *kept, *plan.notes):
-        console.print(Text(line))
+        show(line, width=WIDE)
     if path is not None:
         from ...work import write_text
 
         write_text(path, json.dumps(_record(plan, spread), indent=2) + "\n", ConfigError)
-        console.print(Text(f"plan -> {path}"))
+        say(f"plan -> {path}")
 
 
 def _record(plan: Plan, spread: Schedule) -> dict[str, object]:

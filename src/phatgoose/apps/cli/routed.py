@@ -6,13 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ...config import KIND_NAMES, Formatting, Routing
 from ...errors import RoutingError
 from ...recipes import Recipe
-from .consoles import plain
+from ..consoles import say, show
 from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
 from .flags import with_settings
 from .segments import StoredOption
@@ -73,7 +72,7 @@ def pool(
     from ...pool import Pool
 
     opened = Pool.open(places[0] if len(places) == 1 else places)
-    table = Table(title=plain(f"{len(opened)} experts for {opened.base.id}"))
+    table = Table(title=f"{len(opened)} experts for {opened.base.id}")
     for column in ("expert", "kind", "sites", "sizes", "gates", "means", "embeddings", "folder"):
         table.add_column(column, overflow="fold", no_wrap=column == "kind")
     for expert in opened.experts:
@@ -85,14 +84,14 @@ def pool(
             "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
             *("yes" if part else "no" for part in (expert.gates, expert.means)),
             "no" if expert.embeddings is None else str(len(expert.embeddings)),
-            plain(str(expert.directory)),
+            str(expert.directory),
         )
-    Console().print(table)
+    show(table)
     if duplicates is not None:
         _show(near_duplicates(opened, duplicates), duplicates)
     if out:
         opened.write_manifest(out)
-        typer.echo(f"manifest -> {out}")
+        say(f"manifest -> {out}")
 
 
 def _show(pairs: list[Duplicate], threshold: float) -> None:
@@ -102,7 +101,7 @@ def _show(pairs: list[Duplicate], threshold: float) -> None:
     for pair in pairs:
         files = "identical" if pair.identical else "differ"
         table.add_row(pair.one, pair.other, f"{pair.cosine:.4f}", files)
-    Console().print(table)
+    show(table)
 
 
 @with_settings(Routing)
@@ -135,7 +134,7 @@ def compose(
     loaded = load_base(name, dtype=dtype) if name else loaded_base(opened, dtype)
     packed = pack(opened, out, loaded, routing=routing, scores=scores, stored=stored)
     k = f", k = {routing.k}" if routing.router in USE_K else ""
-    typer.echo(
+    say(
         f"{len(packed.names)} experts at {len(packed.sites)} sites, router {routing.router}{k} "
         f"-> {out}"
     )
@@ -180,9 +179,9 @@ def generate(
         opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts
     )
     if result.recording is None:
-        Console(highlight=False, markup=False, soft_wrap=True).print(result.text)
+        show(result.text, wrap=False)
     else:
-        Console(highlight=False).print(coloured(result, opened.tokenizer))
+        show(coloured(result, opened.tokenizer))
 
 
 @with_settings(Routing, Formatting)
@@ -247,10 +246,10 @@ def evaluate(
         )
     table.add_section()
     table.add_row("mean", "", f"{result.mean:.3f}", "", "", "")
-    Console().print(table)
+    show(table)
     if json:
         result.write_json(json, predictions=True)
-        typer.echo(f"scores -> {json}")
+        say(f"scores -> {json}")
 
 
 def demo(

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
+from ..consoles import say
+
 if TYPE_CHECKING:
     from ...packed import Packed
 
@@ -65,7 +67,7 @@ def compact(model: ModelArgument, stored: StoredOption = None) -> None:
 
 def _tell(packed: Packed, model: Path) -> None:
     files = len(packed.segments)
-    typer.echo(
+    say(
         f"{len(packed.names)} experts at {len(packed.sites)} sites in {files} "
         f"{'file' if files == 1 else 'files'} -> {model}"
     )

@@ -9,6 +9,7 @@ import typer
 
 from ...config import Routing, Serving, settings_of
 from ...recipes import Recipe
+from ..consoles import say
 from .engines import (
     AddressOption,
     CpusOption,
@@ -105,9 +106,9 @@ def serve(
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))
     app = create_app(models, serving, keys, hosts) if engine == "local" else None
-    typer.echo(f"serving {names} at http://{host}:{port}", err=True)
+    say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
-        typer.echo("no API key is set: whoever reaches this address may use it", err=True)
+        say("no API key is set: whoever reaches this address may use it", err=True)
     if app is not None:
         run(app, host, port, serving)
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ...config import KIND_NAMES
+from ..consoles import say
 from .experts import BaseOption
 
 if TYPE_CHECKING:
@@ -60,9 +61,9 @@ def import_command(
     expert = import_adapter(
         source, out, base=base, name=name, allow_loss=allow_loss, fingerprint=fingerprint
     )
-    typer.echo(f"{_imported(expert)} -> {out}")
+    say(f"{_imported(expert)} -> {out}")
     without = ", or --router arrow without" if expert.lora else ""
-    typer.echo(f"gates: 'phatgoose gate {out} --task ITS-DATA --out …'{without}")
+    say(f"gates: 'phatgoose gate {out} --task ITS-DATA --out …'{without}")
 
 
 def _imported(expert: Expert) -> str:
@@ -96,7 +97,7 @@ def push(
     """Publish an expert; the token is huggingface_hub's (HF_TOKEN or 'hf auth login')."""
     from ...hub import push as publish
 
-    typer.echo(f"{expert} -> {publish(expert, reference, private=private, message=message)}")
+    say(f"{expert} -> {publish(expert, reference, private=private, message=message)}")
 
 
 def pull(
@@ -109,4 +110,4 @@ def pull(
     from ...hub import pull as fetch
 
     expert = fetch(reference, out)
-    typer.echo(f"{expert.name}: {len(expert.modules)} sites -> {out}")
+    say(f"{expert.name}: {len(expert.modules)} sites -> {out}")

@@ -1,0 +1,100 @@
+"""What commands print: nothing of others steers the terminal or is taken for markup."""
+
+from __future__ import annotations
+
+import ast
+import json
+import logging
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from rich.table import Table
+from rich.text import Text
+
+import phatgoose.apps
+from phatgoose.apps.cli import main
+from phatgoose.apps.consoles import PlainFormatter, complain, say, show
+
+APPS = Path(phatgoose.apps.__file__).parent
+GOLDEN = Path(__file__).parent / "golden" / "expert"
+STEERING = ["\x1b[2J", "\x1b]0;title\x07", "\x9b2J", "\r", "\x08", "\u202e", "\u2028", "\ud800"]
+HARMLESS = "a b\u00a0c\u200dé漢🦆"
+
+
+def printed(capsys) -> str:
+    captured = capsys.readouterr()
+    return captured.out + captured.err
+
+
+@pytest.mark.parametrize("words", STEERING)
+def test_what_could_steer_a_terminal_is_printed_as_an_escape(capsys, words):
+    table = Table(title=words)
+    table.add_column(words)
+    table.add_row(words, style="bold")
+    say(f"name{words}")
+    complain("error", f"name{words}", "red")
+    show(table, Text(words), words)
+    show(f"name{words}", wrap=False)
+    told = printed(capsys)
+    assert words not in told
+    assert repr(words)[1:-1].rstrip("J") in told.replace("\n", "")
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "name%s", (words,), None)
+    assert words not in PlainFormatter("%(message)s").format(record)
+
+
+def test_ordinary_text_and_line_ends_stay(capsys):
+    say(HARMLESS)
+    show(HARMLESS, wrap=False)
+    show("one\ntwo", wrap=False)
+    assert printed(capsys) == f"{HARMLESS}\n{HARMLESS}\none\ntwo\n"
+
+
+def test_a_name_of_several_lines_stays_on_one(capsys):
+    say("a\nerror: forged")
+    assert printed(capsys) == "a\\nerror: forged\n"
+
+
+@pytest.mark.parametrize("words", ["[red]x[/red]", "[/]", "[link=http://evil]x[/link]", ":duck:"])
+def test_markup_of_others_is_text(capsys, words):
+    table = Table(title=words)
+    table.add_column(words)
+    table.add_row(words)
+    show(table, words)
+    complain("error", words, "red")
+    assert printed(capsys).count(words) == 5
+
+
+def test_commands_print_through_it_alone():
+    for path in sorted(APPS.rglob("*.py")):
+        if path.name == "consoles.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            own = path.name == "main.py" and ast.unparse(node).startswith(
+                ("typer.echo(f'phatgoose {__version__}')", "typer.echo(context.get_help())")
+            )
+            assert name not in ("typer.echo", "Console", "print", "click.echo") or own, path
+
+
+@pytest.mark.parametrize("command", ["check", "pool", "compose"])
+@pytest.mark.parametrize("name", ["\x1b[31mred", "[red]x", "a\nerror: forged", "\u202etxt"])
+def test_names_of_folders_reach_no_terminal_raw(tmp_path, capsys, command, name):
+    folder = shutil.copytree(GOLDEN, tmp_path / name / "golden")
+    more = ["--out", str(tmp_path / name)] if command == "compose" else []
+    with pytest.raises(SystemExit):
+        main([command, str(folder), *more])
+    told = printed(capsys)
+    assert told.replace("\n", "").isprintable()
+    assert "\nerror: forged" not in told
+
+
+def test_names_of_tasks_reach_no_terminal_raw(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["phatgoose"])
+    task = tmp_path / "\x1b[31mred.jsonl"
+    task.write_text(json.dumps({"input": "a"}) + "\n")
+    with pytest.raises(SystemExit) as caught:
+        main(["train", str(task), "--out", str(tmp_path / "out"), "--base", str(tmp_path)])
+    assert caught.value.code == 2
+    assert "\x1b" not in printed(capsys)

@@ -39,7 +39,6 @@ LAYERS = (
         "offloading",
         "reading",
         "rows",
-        "scores",
         "speeds",
     ),
     (
@@ -53,6 +52,7 @@ LAYERS = (
         "recipes",
         "refusals",
         "results",
+        "scores",
         "sites",
         "tasks",
     ),

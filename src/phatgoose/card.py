@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import html
+import json
+import re
 from collections.abc import Mapping
 from typing import Any
+
+from .files import one_line
 
 __all__ = ["model_card"]
 
 CARD = """\
 ---
-base_model: {base_id}
+base_model: {front}
 library_name: {library}
 tags:
 - phatgoose
@@ -45,6 +50,9 @@ model = PeftModel.from_pretrained(base_model, "path/to/{name}")
 ```
 """
 
+LONGEST_CELL = 500
+PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)*")  # what YAML takes as a text without quotes
+
 KINDS = {"lora": "A LoRA", "ia3": "An (IA)³", "bottleneck": "A bottleneck-adapter"}
 
 
@@ -57,9 +65,10 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
     base = info["base"]
     return CARD.format(
         name=info["name"],
-        base_id=base["id"],
-        revision=f" at revision `{base['revision']}`" if base["revision"] else "",
-        fingerprint=base["fingerprint"] or "not recorded",
+        front=base["id"] if PLAIN.fullmatch(base["id"]) else json.dumps(base["id"]),
+        base_id=_code(base["id"]),
+        revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
+        fingerprint=_code(base["fingerprint"] or "not recorded"),
         sites=sites,
         kind=KINDS[kind],
         tag=kind if in_peft else "adapter",
@@ -71,8 +80,19 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
     )
 
 
+def _cell(value: object) -> str:
+    """`value` as the plain text of a cell: no HTML, no Markdown, no end of the row."""
+    text = html.escape(one_line(value, LONGEST_CELL), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    """`text` as it stands between backticks."""
+    return one_line(text).replace("`", "'")
+
+
 def _section(title: str, values: Mapping[str, Any]) -> str:
     if not values:
         return ""
-    rows = "\n".join(f"| {key} | {value} |" for key, value in values.items())
+    rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in values.items())
     return f"\n## {title}\n\n| | |\n|---|---|\n{rows}\n"

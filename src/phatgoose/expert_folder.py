@@ -131,7 +131,7 @@ class RemoteFolder:
         place = f"{self.root}/{name}/{LAYOUT.info}"
         try:
             metrics = json.loads(self.files.cat_file(place))["metrics"]
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ExpertError(f"{self.place(name)} can't be read: {error}.") from error
         return TrainedExpert(name, self.place(name), metrics)
 
@@ -159,7 +159,7 @@ class RemoteFolder:
         """Copy unfinished work down; nothing where its snapshot or a file of it isn't whole."""
         try:
             listed = json.loads(self.files.cat_file(f"{above}/{SNAPSHOT}"))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, RecursionError):
             return
         if not isinstance(listed, dict) or not all(_is_inside(file) for file in listed):
             return

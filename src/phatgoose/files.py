@@ -11,16 +11,24 @@ import hashlib
 import json
 import math
 import stat
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from .errors import ExpertError, PhatgooseError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 __all__ = [
     "MOST_JSON_BYTES",
     "one_line",
     "read_json_object",
+    "read_toml",
     "regular_file",
     "sha256_of",
     "shortened",
@@ -28,6 +36,9 @@ __all__ = [
 ]
 
 MOST_JSON_BYTES = 16 * 2**20
+MOST_TOML_BYTES = 2**20  # its parser is slower
+MOST_DOTS = 1000  # in a line of TOML, whose parser takes the square of a dotted key's length
+MOST_NESTED = 100  # lists and objects one within the other; copying and writing go down too
 HASHED_AT_ONCE = 2**20
 
 
@@ -54,31 +65,28 @@ def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
 def read_json_object(path: Path, error: type[PhatgooseError] = ExpertError) -> dict[str, Any]:
     """The JSON object in the file `path`.
 
-    Strict: UTF-8, no key twice in one object, no NaN or infinity, at most MOST_JSON_BYTES. Raises
-    FileNotFoundError when there is no such file, `error` for anything else that is wrong.
+    Strict: UTF-8, no key twice in one object, no NaN or infinity, at most MOST_JSON_BYTES and
+    MOST_NESTED levels. Raises FileNotFoundError when there is no such file, `error` for anything
+    else that is wrong.
     """
     regular_file(path, error)
-    try:
-        size = path.stat().st_size
-        if size > MOST_JSON_BYTES:
-            raise error(
-                f"{path} has {size} bytes; at most {MOST_JSON_BYTES} are read of such a file."
-            )
-        content = json.loads(
-            path.read_text(encoding="utf-8"),
-            object_pairs_hook=unlike_keys,
-            parse_constant=_no_constant,
-            parse_float=_finite,
-        )
-    except OSError as problem:
-        raise error(f"{path} can't be read: {problem.strerror}.") from problem
-    except RecursionError as problem:
-        raise error(f"{path} is not valid JSON: it is nested too deeply.") from problem
-    except ValueError as problem:
-        raise error(f"{path} is not valid JSON: {one_line(problem)}.") from problem
+    content = _parsed(path, str(path), "JSON", MOST_JSON_BYTES, _strict_json, error)
     if not isinstance(content, dict):
         raise error(f"{path} is not valid JSON for this: wanted an object, {{...}}.")
     return content
+
+
+def read_toml(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
+    """The table in the TOML file `path`, which is a `what`, such as "Recipe".
+
+    Raises `error` when there is none, it is no TOML, or it is larger than MOST_TOML_BYTES or nested
+    deeper than MOST_NESTED.
+    """
+    label = f"{what} {path}"
+    try:
+        return dict(_parsed(path, label, "TOML", MOST_TOML_BYTES, _tame_toml, error))
+    except FileNotFoundError as problem:
+        raise error(f"{label} can't be read: {problem.strerror}.") from problem
 
 
 def sha256_of(path: Path) -> str:
@@ -115,6 +123,66 @@ def one_line(text: object, most: int = 300) -> str:
     """
     line = "".join(c if c.isprintable() else " " for c in str(text))
     return line if len(line) <= most else f"{line[:most]}…"
+
+
+def _parsed(
+    path: Path,
+    label: str,
+    kind: str,
+    most: int,
+    parse: Callable[[str], Any],
+    error: type[PhatgooseError],
+) -> Any:
+    """What `parse` makes of the text in `path`, called `label`. Raises as `read_json_object`."""
+    try:
+        size = path.stat().st_size
+        if size > most:
+            raise error(f"{label} has {size} bytes; at most {most} are read of such a file.")
+        content = parse(path.read_text(encoding="utf-8"))
+        if _nested(content) > MOST_NESTED:
+            raise RecursionError
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{label} can't be read: {problem.strerror}.") from problem
+    except RecursionError as problem:
+        raise error(f"{label} is not valid {kind}: it is nested too deeply.") from problem
+    except ValueError as problem:
+        raise error(f"{label} is not valid {kind}: {one_line(problem)}.") from problem
+    return content
+
+
+def _strict_json(text: str) -> Any:
+    return json.loads(
+        text,
+        object_pairs_hook=unlike_keys,
+        parse_constant=_no_constant,
+        parse_float=_finite,
+    )
+
+
+def _tame_toml(text: str) -> Any:
+    if max(line.count(".") for line in text.split("\n")) > MOST_DOTS:
+        raise RecursionError
+    return tomllib.loads(text)
+
+
+def _nested(content: Any) -> int:
+    """How many lists and objects of `content` stand one within the other; MOST_NESTED + 1 is all
+    that is counted.
+    """
+    level, depth = [content], 0
+    while depth <= MOST_NESTED:
+        level = [each for each in level if isinstance(each, dict | list)]
+        if not level:
+            break
+        depth += 1
+        level = [inner for each in level for inner in _parts(each)]
+    return depth
+
+
+def _parts(content: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return content.values() if isinstance(content, dict) else content
 
 
 def _blobs_of(folder: Path) -> tuple[Path, ...]:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.utils.tqdm import (
     are_progress_bars_disabled,
     disable_progress_bars,
@@ -84,14 +84,18 @@ def local_folder(place: str | Path) -> Path:
 
 
 def reference_of(directory: Path) -> HubReference | None:
-    """The pinned reference to a folder in huggingface_hub's cache, None for other folders."""
-    parts = directory.resolve().parts
-    for i, part in enumerate(parts[:-2]):
-        is_snapshot = parts[i + 1] == "snapshots" and COMMIT.fullmatch(parts[i + 2])
-        if part.startswith("models--") and is_snapshot:
-            repo = part.removeprefix("models--").replace("--", "/")
-            return HubReference(repo, "/".join(parts[i + 3 :]), parts[i + 2])
-    return None
+    """The pinned reference to a folder in huggingface_hub's cache, None for other folders.
+
+    A folder that only looks like that cache, elsewhere, says nothing of where it comes from.
+    """
+    cache, place = Path(constants.HF_HUB_CACHE).resolve(), directory.resolve()
+    if not place.is_relative_to(cache):
+        return None
+    parts = place.relative_to(cache).parts
+    if len(parts) < 3 or parts[1] != "snapshots" or not COMMIT.fullmatch(parts[2]):
+        return None
+    repo = parts[0].removeprefix("models--").replace("--", "/")
+    return HubReference(repo, "/".join(parts[3:]), parts[2]) if repo != parts[0] else None
 
 
 def fetch(reference: HubReference) -> Path:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .bases import BaseReference
 from .errors import ExpertError, PoolError
 from .expert import LAYOUT, Expert
-from .files import read_json_object, sha256_of
+from .files import one_line, read_json_object, sha256_of, shortened
 from .hub import HubReference, local_folder, reference_of
 from .kinds import adapter_files
 from .reading import ahead
@@ -26,6 +26,7 @@ from .work import write_text
 __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
 
 MANIFEST_VERSION = 1
+LONGEST_PATH = 1000  # characters
 STAND_IN = ", or allow stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
 
@@ -218,13 +219,16 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
         content = read_json_object(path, PoolError)
         version, records = content["manifest_version"], content["experts"]
         places = [(record["path"], record) for record in records]
+        for named, _ in places:
+            if not isinstance(named, str) or "\0" in named or len(named) > LONGEST_PATH:
+                raise TypeError(f"path is {shortened(named)}")
     except FileNotFoundError as error:
         raise PoolError(f"Manifest {path} can't be read: {error.strerror}.") from error
     except (PoolError, KeyError, TypeError) as error:
-        raise PoolError(f"{path} is no pool manifest: {error}.") from error
+        raise PoolError(f"{path} is no pool manifest: {one_line(error)}.") from error
     if version != MANIFEST_VERSION:
         raise PoolError(
-            f"{path}: manifest version {version!r} is unknown, wanted {MANIFEST_VERSION}."
+            f"{path}: manifest version {shortened(version)} is unknown, wanted {MANIFEST_VERSION}."
         )
     if not places:
         raise PoolError(f"Manifest {path} lists no expert.")
@@ -254,8 +258,8 @@ def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
     ):
         if record.get(key) and found != record[key]:
             raise ExpertError(
-                f"Expert {record.get('name')!r} at {expert.directory}: {file} is not the one in "
-                f"the manifest."
+                f"Expert {shortened(record.get('name'))} at {expert.directory}: {file} is not the "
+                f"one in the manifest."
             )
 
 

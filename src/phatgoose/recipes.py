@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +20,7 @@ from .config import (
     require_one_of,
 )
 from .errors import ConfigError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from .files import read_toml, shortened
 
 __all__ = ["RECIPE_TABLES", "Recipe", "read_recipe"]
 
@@ -64,16 +59,13 @@ def read_recipe(path: str | Path) -> Recipe:
     ConfigError when the file is missing, isn't TOML or has unknown keys.
     """
     path = Path(path)
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"Recipe {path} can't be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"Recipe {path} is not valid TOML: {error}.") from error
+    content = read_toml(path, "Recipe", ConfigError)
     known = {"base", "tasks", "peft", *FOLDERS, *RECIPE_TABLES}
     for key in content:
         if key not in known:
-            raise ConfigError(f"{path}: unknown key {key!r}; known are {', '.join(sorted(known))}.")
+            raise ConfigError(
+                f"{path}: unknown key {shortened(key)}; known are {', '.join(sorted(known))}."
+            )
     tables = {key: content[key] for key in RECIPE_TABLES if key in content}
     for key, table in tables.items():
         if not isinstance(table, dict):
@@ -81,7 +73,7 @@ def read_recipe(path: str | Path) -> Recipe:
         from_mapping(RECIPE_TABLES[key], table, f"{path}, [{key}]")
     base, tasks = content.get("base"), content.get("tasks", [])
     if not isinstance(base, str | None):
-        raise ConfigError(f"{path}: base is {base!r}, but must be a Hub id or a path.")
+        raise ConfigError(f"{path}: base is {shortened(base)}, but must be a Hub id or a path.")
     if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
         raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
     peft = content.get("peft")
@@ -94,7 +86,7 @@ def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
     """The folder that the recipe names, None when it names none."""
     value = content.get(key)
     if not isinstance(value, str | None):
-        raise ConfigError(f"{path}: {key} is {value!r}, but must be a folder.")
+        raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be a folder.")
     return None if value is None else path.parent / value
 
 

@@ -43,7 +43,7 @@ class ResultStore:
             try:
                 record = json.loads(line)
                 self._keep(record["key"], record["result"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise EvaluationError(
                     f"{self.path} is no file of results: {line[:40]!r} is no result. Move it away."
                 ) from error

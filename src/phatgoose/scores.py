@@ -6,12 +6,12 @@ tasks. Both know the answers beforehand, so neither is zero-shot.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from .errors import PoolError
+from .files import read_json_object
 
 __all__ = ["Scores", "best_expert", "best_expert_by_task", "read_scores"]
 
@@ -26,7 +26,7 @@ def read_scores(path: str | Path) -> Scores:
     """
     path = Path(path)
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))[EXPERTS]
+        scores = read_json_object(path, PoolError)[EXPERTS]
         found = {
             str(expert): {str(task): float(score) for task, score in tasks.items()}
             for expert, tasks in scores.items()

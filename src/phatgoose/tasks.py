@@ -21,6 +21,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from .errors import TaskError
+from .files import one_line
 
 __all__ = ["Example", "Task", "default_name", "load_task", "mix"]
 
@@ -234,8 +235,8 @@ def _read_jsonl(path: Path) -> Rows:
 def _parse(line: str, where: str) -> Mapping[str, Any]:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{where}: broken JSON ({error.msg}).") from error
+    except (ValueError, RecursionError) as error:
+        raise TaskError(f"{where}: broken JSON ({one_line(error)}).") from error
     if not isinstance(row, dict):
         raise TaskError(f"{where}: wanted an object with fields, got {line[:40]!r}.")
     return row
@@ -336,8 +337,8 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
     if isinstance(value, str):
         try:
             value = json.loads(value) if value.startswith("[") else value.split(SEPARATOR)
-        except json.JSONDecodeError as error:
-            raise TaskError(f"{where}: broken JSON list ({error.msg}).") from error
+        except (ValueError, RecursionError) as error:
+            raise TaskError(f"{where}: broken JSON list ({one_line(error)}).") from error
         value = [item.strip() if isinstance(item, str) else item for item in value]
     if not isinstance(value, list | tuple):
         raise TaskError(f"{where} must be a list of texts, got {value!r:.40}.")

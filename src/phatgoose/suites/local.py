@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -11,13 +10,9 @@ from typing import Any
 
 from ..config import TASK_FILES
 from ..errors import TaskError
+from ..files import read_toml, shortened
 from ..tasks import Example, Task, load_task
 from .entries import Entry, Sources, Suite
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["local_suite"]
 
@@ -86,12 +81,7 @@ def _folder_suite(folder: Path) -> Suite:
 def _toml_suite(path: Path) -> Suite:
     if path.suffix != ".toml":
         raise TaskError(f"Suite {path} must be a folder of task files or a .toml file.")
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise TaskError(f"Suite {path} can't be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise TaskError(f"Suite {path} is not valid TOML: {error}.") from error
+    content = read_toml(path, "Suite", TaskError)
     _require_known(content, SUITE_KEYS, str(path))
     name = _text(content, "name", str(path), path.stem)
     suffix = _text(content, "suffix", str(path), "")
@@ -118,11 +108,13 @@ def _task_file(table: Mapping[str, Any], where: str, folder: Path, suffix: str) 
     metrics = table.get("metrics", [])
     if not (isinstance(metrics, list) and all(isinstance(metric, str) for metric in metrics)):
         raise TaskError(
-            f'{where}: metrics is {metrics!r}, but must be a list such as ["accuracy"].'
+            f'{where}: metrics is {shortened(metrics)}, but must be a list such as ["accuracy"].'
         )
     most = table.get("max_new_tokens")
     if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
-        raise TaskError(f"{where}: max_new_tokens is {most!r}, but must be a whole number above 0.")
+        raise TaskError(
+            f"{where}: max_new_tokens is {shortened(most)}, but must be a whole number above 0."
+        )
     return _TaskFile(
         _text(table, "name", where, file.stem),
         file,
@@ -135,7 +127,7 @@ def _task_file(table: Mapping[str, Any], where: str, folder: Path, suffix: str) 
 def _require_known(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     for key in table:
         if key not in known:
-            raise TaskError(f"{where}: unknown key {key!r}; known are {', '.join(known)}.")
+            raise TaskError(f"{where}: unknown key {shortened(key)}; known are {', '.join(known)}.")
 
 
 def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
@@ -143,5 +135,5 @@ def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = 
     if value is None:
         raise TaskError(f"{where}: {key} is missing.")
     if not isinstance(value, str):
-        raise TaskError(f"{where}: {key} is {value!r}, but must be a text.")
+        raise TaskError(f"{where}: {key} is {shortened(value)}, but must be a text.")
     return value

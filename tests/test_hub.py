@@ -327,7 +327,8 @@ def test_a_hub_that_is_gone_leaves_what_was_fetched(experts, tmp_path, monkeypat
         Pool.open("hub:me/e1")
 
 
-def test_folders_of_the_cache_know_their_reference(tmp_path):
+def test_folders_of_the_cache_know_their_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     sha = "0123456789" * 4
     folder = tmp_path / "models--me--my.pool" / "snapshots" / sha / "first"
     assert reference_of(folder) == HubReference("me/my.pool", "first", sha)

@@ -17,16 +17,18 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from architectures import tiny_of
+from architectures import Tiny, make_tiny, tiny_of
 from conftest import assert_same_logits, make_ids, make_tokenizer
 from phatgoose.bases import Base, fingerprint
 from phatgoose.collating import Collator
 from phatgoose.encoding import TokenPair, pad_left, pad_right
+from phatgoose.evaluation import evaluate
 from phatgoose.pool import Pool
 from phatgoose.routed import compose, composition_of, detach, record, watch
 from phatgoose.routers import ROUTERS
 from phatgoose.sites import find_sites
 from phatgoose.statistics import mean_activations
+from phatgoose.tasks import Example, Task
 
 PROMPTS = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])
 each_model = pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "t5", "bart"])
@@ -169,6 +171,16 @@ def test_a_copy_made_while_recording_is_not_recorded():
     assert not recording.weights
 
 
+def test_a_base_that_wants_static_caches_is_evaluated_with_experts():
+    task = Task("task", test=tuple(Example(text, "yes") for text in ("one", "another one")))
+    base = base_of("llama")
+    model = compose(tiny_of("llama").pool, base)
+    wanted = evaluate(model, task, tokenizer=base.tokenizer, max_new_tokens=5)
+    model.generation_config.cache_implementation = "static"
+    got = evaluate(model, task, tokenizer=base.tokenizer, max_new_tokens=5)
+    assert got.scores == wanted.scores
+
+
 # Routers that choose an expert for a whole input
 
 
@@ -259,3 +271,20 @@ def test_continuous_batching_is_refused_where_inputs_are_read():
         logging.disable(logging.NOTSET)
     for answer in found.values():
         assert answer.error.startswith("Router phatgoose-input reads whole inputs, but several")
+
+
+@pytest.mark.heavy
+def test_a_compiled_model_reads_its_inputs():
+    base = make_tiny("llama", num_hidden_layers=1)
+    pool = Tiny(base).pool
+    held = Base(base, make_tokenizer(final_eos=False), "tiny", None, fingerprint(base))
+    model = compose(pool, held, router="phatgoose-input")
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    for prompts in (PROMPTS[:2], PROMPTS[2:]):
+        inputs = batch_of(model, prompts) | {"use_cache": False}
+        with torch.no_grad():
+            got, wanted = compiled(**inputs).logits, model(**inputs).logits
+        assert_same_logits(got, wanted)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="look at tokens; use fullgraph=False"):
+        torch.compile(model, backend="eager", fullgraph=True)(**inputs)

@@ -8,7 +8,7 @@ reads the prompts that pass through the model.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,13 @@ from .decision import RoutingDecision
 __all__ = ["NOBODY", "LookedUpRouter", "Lookup", "PromptReader", "Retriever", "TaskTable"]
 
 NOBODY = -1  # stands in rows for no expert: the base's own output
+
+
+def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
+    """`hook`, which torch.compile leaves alone."""
+    reason = "Routers that read prompts look at tokens; use fullgraph=False."
+    left_alone: Callable[..., None] = torch.compiler.disable(hook, reason=reason)  # type: ignore[no-untyped-call]
+    return left_alone
 
 
 class _Turn(threading.local):
@@ -152,12 +159,14 @@ class PromptReader(Lookup):
             handle.remove()
         self._handles.clear()
 
+    @_uncompiled
     def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         turn = self._turn
         turn.depth = 1 if part is self._model else turn.depth + 1  # whatever broke off before
         if turn.depth == 1 and not turn.announced:
             self._read(given_arguments(part, args, kwargs))
 
+    @_uncompiled
     def _end(self, *_: Any) -> None:
         self._turn.depth = max(0, self._turn.depth - 1)
 

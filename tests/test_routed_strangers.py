@@ -349,6 +349,31 @@ def test_sizes_that_agree_with_each_other_but_not_with_the_base_are_refused(fold
     assert "wanted [P" in complaint(folder, bases["float32"])
 
 
+def test_embeddings_of_another_embedder_are_told_when_they_are_searched(strangers, bases, tmp_path):
+    folder, base = tmp_path / "model", bases["float32"]
+    shutil.copytree(strangers / "folders" / "retrieval", folder)
+    for file in (FIRST, SECOND):
+        tamper(folder, "lookup.embeddings", lambda t: t[:, :4], file)
+    model = load(folder, base)
+    try:
+        with pytest.raises(RoutingError, match=r"have 4 columns, those of .* 64"):
+            run(model)
+    finally:
+        detach(model)
+
+
+def test_names_of_tasks_do_not_reach_a_terminal_as_they_are(strangers, bases, tmp_path):
+    folder = shutil.copytree(strangers / "folders" / "oracle", tmp_path / "model")
+    edit(folder, lambda info: info["lookup"]["experts_by_task"].update({"\x1b[2J\n": 0}))
+    model = load(folder, bases["float32"])
+    try:
+        with pytest.raises(RoutingError) as caught:
+            composition_of(model).lookup.begin_task("third")
+        assert str(caught.value).isprintable()
+    finally:
+        detach(model)
+
+
 @pytest.mark.parametrize("begin", ["A.", "B.", "experts.", "vectors."])
 @ROUTED_FILES
 def test_a_tensor_that_is_missing_is_told(folder, bases, begin, file):

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..config import Formatting
 from ..embeddings import embed_texts, load_embedder, retrieval_text
 from ..errors import RoutingError
+from ..files import one_line
 from ..tasks import Example
 from ..token_masks import cached_tokens, callable_parts, given_arguments, real_tokens
 from .decision import RoutingDecision
@@ -106,7 +107,7 @@ class TaskTable(Lookup):
     def begin_task(self, name: str) -> None:
         """Serve the expert of the task `name`. Raises RoutingError when it has none."""
         if name not in self.experts:
-            known = ", ".join(sorted(self.experts))
+            known = one_line(", ".join(sorted(self.experts)))
             raise RoutingError(
                 f"Router oracle has no scores for task {name!r}; it has them for {known}."
             )
@@ -221,6 +222,11 @@ class Retriever(PromptReader):
     def nearest(self, texts: Sequence[str]) -> Tensor:
         """The expert that owns the nearest embedding of each text, int64 [texts]."""
         queries = embed_texts(texts, self.embedder)
+        if queries.shape[1] != self.embeddings.shape[1]:
+            raise RoutingError(
+                f"The experts' embeddings have {self.embeddings.shape[1]} columns, those of "
+                f"{self.embedder} {queries.shape[1]}; they are another embedder's."
+            )
         return self.owners[(queries @ self.embeddings.T).argmax(dim=-1)]
 
     def of_prompts(self, texts: Sequence[str]) -> Tensor:

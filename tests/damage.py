@@ -40,7 +40,10 @@ def json_of(path: Path) -> Any:
 
 names = st.one_of(
     st.sampled_from(
-        ["../climb", "a\nb", "\x1b[31mred", "", ".", "x" * 600, "ünï", "\udcff", "[/red]"]
+        [
+            *("../climb", "a\nb", "\x1b[31mred", "", ".", "x" * 600, "ünï", "\udcff", "[/red]"),
+            *("\u202e", "/etc/passwd", "<script>alert(1)</script>", "a|b`c", "{{7*7}}", "$(id)"),
+        ]
     ),
     st.text(max_size=20),
 )
@@ -53,7 +56,42 @@ contents = st.recursive(
 )
 raw = st.sampled_from(
     ["NaN", "-Infinity", "1e999", "[" * 100_000, '"\\ud800"', "{}", "[]", "", "9" * 5000, "\x00"]
+    + ["[" * n + "]" * n for n in (99, 300, 900, 100_000)]
+    + ['{"a":' * n + "1" + "}" * n for n in (99, 300, 900)]
+    + [json.dumps("x" * 2_000_000), "1e308", "1e-400", "-0.0", "1.5", "18446744073709551616"]
 )
+
+
+ODD_SIZES = (0, 1, 2, 2**31, 2**32, 2**61, 2**62, 2**63 - 1, 2**63, 2**64, -1)
+# What matchers, embedders and loaders of others could be made to do.
+PATTERNS = (
+    *("(a+)+$", ".*.*.*.*!", "(?x:(a|a) *)b", "(a|a)(?#x)*b", "(", r"(a)\1", "(?=a)", "x" * 3000),
+    *(".*" * 500, "a{1000}{1000}", "all-linear", "", ".*", r".*\.q_proj", "[[:alpha:]]", "\x00"),
+)
+CONFIG_KEYS = (
+    *("target_modules", "exclude_modules", "layers_pattern", "feedforward_modules"),
+    *("rank_pattern", "alpha_pattern", "modules_to_save", "layers_to_transform", "peft_type"),
+    *("auto_mapping", "megatron_core", "revision", "base_model_name_or_path", "init_lora_weights"),
+)
+
+
+@st.composite
+def option(draw: st.DrawFn, files: Sequence[str]) -> Damage:
+    """An option of an adapter's config, or the embedder and base that a description names."""
+    file, key = draw(st.sampled_from(files)), draw(st.sampled_from((*CONFIG_KEYS, "embedder")))
+    pattern, value = draw(st.sampled_from(PATTERNS)), draw(contents)
+    how = draw(st.sampled_from(["alone", "listed", "keyed", "other"]))
+    made = {"alone": pattern, "listed": [pattern], "keyed": {pattern: 3}, "other": value}[how]
+
+    def do(folder: Path) -> None:
+        try:
+            content = json_of(folder / file)
+        except (ValueError, OSError):
+            return
+        if isinstance(content, dict):
+            (folder / file).write_text(json.dumps(content | {key: made}))
+
+    return do
 
 
 @st.composite
@@ -213,7 +251,8 @@ def header(draw: st.DrawFn, files: Sequence[str]) -> Damage:
                 "dtype": st.sampled_from(
                     ["I64", "F8_E4M3", "BOOL", "F16", "BF16", "F64", "X", "U8"]
                 ),
-                "shape": st.lists(st.integers(-1, 2**40), max_size=3),
+                "shape": st.lists(st.integers(-1, 2**40), max_size=3)
+                | st.lists(st.sampled_from(ODD_SIZES), max_size=4),
                 "data_offsets": st.lists(st.integers(-5, 2**62), max_size=3),
                 "name": names,
             },
@@ -306,7 +345,7 @@ def damages(
     return st.lists(
         st.one_of(
             *(damage(files) for damage in anywhere),
-            *(damage(json_files) for damage in (json_value, json_key)),
+            *(damage(json_files) for damage in (json_value, json_key, option)),
             *(damage(tensor_files) for damage in (header, tensor)),
         ),
         min_size=1,

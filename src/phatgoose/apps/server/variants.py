@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from ...bases import Base, BaseReference, choose_dtype, load_base, twin
 from ...config import Routing
+from ...embeddings import without_downloads
 from ...errors import BaseModelError, ConfigError, PhatgooseError, RoutingError
 from ...layers import ChoosingLayer
 from ...opening import compose_pool, is_pool, is_routed
@@ -214,7 +215,8 @@ class Models:
             routing, pool = served.rerouted(wish)
             key = (served.settings.name, routing, pool.names)
             self._make_room()
-            model = served.compose(pool, routing)
+            with without_downloads():  # a client must not make others wait for the network
+                model = served.compose(pool, routing)
             self._share_factors(model)
             use = Use(Runner(model, served.base.tokenizer), 1)
             with self._lock:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from phatgoose.apps.cli import main
 from phatgoose.card import model_card
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, TaskError
 from phatgoose.expert import LAYOUT, Expert
-from phatgoose.files import MOST_NESTED, MOST_TOML_BYTES, read_toml
+from phatgoose.files import MOST_NESTED, MOST_TOML_BYTES, read_toml, sha256_of
 from phatgoose.hub import reference_of
+from phatgoose.kinds import adapter_files
 from phatgoose.pool import Pool
 from phatgoose.recipes import read_recipe
 from phatgoose.results import ResultStore
@@ -118,6 +121,46 @@ def test_a_manifest_of_other_records_is_one_line(directory, tmp_path, records):
     with pytest.raises(SystemExit) as caught:
         main(["pool", str(tmp_path / "pool.json")])
     assert caught.value.code == 2
+
+
+SHAPES = [
+    [0, 2**62],
+    [2**62, 0],
+    [0, 2**63],
+    [2**32, 2**32, 0],
+    [],
+    [0],
+    [1],
+    [0, 0],
+    [1, 0],
+    [0, 1],
+]
+SHAPES += [[1, 1, 1], [2, 1, 1], [2, 3], [3, 0, 2**61], [0, -1], [2**64, 0]]
+
+
+def reshaped(file: Path, shape: list[int]) -> None:
+    """Give every tensor of a safetensors file `shape`, and as much data as that needs."""
+    content = file.read_bytes()
+    (length,) = struct.unpack("<Q", content[:8])
+    size = max(0, 4 * math.prod(shape))
+    names = [name for name in json.loads(content[8 : 8 + length]) if name != "__metadata__"]
+    table = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
+        for i, name in enumerate(names)
+    }
+    header = json.dumps(table).encode()
+    file.write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * size * len(names))
+
+
+@pytest.mark.parametrize("kind", ["expert", "ia3", "bottleneck"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tensors_of_odd_shapes_are_one_line(tmp_path, kind, shape):
+    folder = shutil.copytree(GOLDEN.parent / kind, tmp_path / kind)
+    file = adapter_files(folder).weights
+    reshaped(folder / file, shape)
+    rewrite(folder / LAYOUT.info, adapter_sha256=sha256_of(folder / file))
+    assert kind in one_line_of(lambda: Expert.load(folder), ExpertError)
+    one_line_of(lambda: Expert.from_peft(folder, {}), ExpertError)
 
 
 HOSTILE = "<script>alert(1)</script> | `x` [a](javascript:b)\n\n# Title\n<img src=x>"

@@ -43,12 +43,13 @@ GIVE_UP = 90  # seconds after which a silent server is called dead
 
 
 def request_of(body: bytes, key: str = KEYS[0]) -> bytes:
-    """A completion's request as it goes over the wire."""
+    """A completion's request as it goes over the wire; "" stands for endless chunks of a byte."""
+    length = f"Content-Length: {len(body)}" if body else "Transfer-Encoding: chunked"
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        f"Authorization: Bearer {key}\r\nContent-Length: {len(body)}\r\n\r\n"
+        f"Authorization: Bearer {key}\r\n{length}\r\n\r\n"
     )
-    return head.encode() + body
+    return head.encode() + (body or b"1\r\n[\r\n" * MIB)
 
 
 def hostile_bodies() -> dict[str, bytes]:
@@ -73,6 +74,7 @@ def hostile_bodies() -> dict[str, bytes]:
         "digits": b'{"model": "pool", "seed": ' + b"9" * (MIB - 40) + b"}",
         "one text": b'{"model": "pool", "prompt": "' + b"a" * (MIB - 40) + b'"}',
         "words": b'{"model": "pool", "prompt": "' + b"a b " * ((MIB - 40) // 4) + b'"}',
+        "chunks": b"",
         "stops": b'{"model": "pool", "prompt": "a", "stop": "' + b"s" * (MIB - 60) + b'"}',
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.routed import compose
 
 PROMPT = "to be or not"
+FUZZ = int(os.environ.get("PHATGOOSE_FUZZ", "15"))  # requests made up for each path and mode
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +206,9 @@ def write_task(folder: Path, output_type: str) -> Path:
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
-def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(address, mode):
+def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(
+    address, mode, record_property
+):
     schemathesis = pytest.importorskip("schemathesis", reason="needs the package schemathesis")
     from hypothesis import HealthCheck, given, settings
     from hypothesis import strategies as st
@@ -234,7 +238,7 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(address, mo
             few=st.booleans(),
         )
         @settings(
-            max_examples=15 if operation.body else 3,
+            max_examples=FUZZ if operation.body else 3,
             deadline=None,
             database=None,
             derandomize=True,
@@ -251,6 +255,7 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(address, mo
             case.call_and_validate(headers={"Authorization": "Bearer secret"}, checks=right)
 
         fuzz()
+    record_property("requests", count)  # --junitxml tells
     assert count >= 30
 
 
@@ -268,9 +273,10 @@ def test_the_command_serves_and_ends_in_peace(pool):
     port = free_port()
     source = str(Path(serving.__file__).parent.parent / "src")
     words = ["-m", "phatgoose", "serve", str(serving.folder_of(pool)), "--port", str(port)]
+    words += ["--dtype", "float32", "--max-tokens", "200", "--allow-host", "goose.example"]
     environment = {**os.environ, "PYTHONPATH": source, "PHATGOOSE_API_KEYS": "k1,k2"}
     process = subprocess.Popen(
-        [sys.executable, *words, "--dtype", "float32", "--max-tokens", "200"],
+        [sys.executable, *words],
         env=environment,
         stderr=subprocess.PIPE,
         text=True,
@@ -280,6 +286,11 @@ def test_the_command_serves_and_ends_in_peace(pool):
         said = process.stderr.readline()  # written when the models are open
         assert said == f"serving experts at http://127.0.0.1:{port}\n"
         reply = posted(f"http://127.0.0.1:{port}", body)
+        for host, status in (("goose.example", 200), ("evil.example", 403)):
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+            connection.request("GET", "/healthz", headers={"Host": host})
+            assert connection.getresponse().status == status
+            connection.close()
         first = reply.readline()
         process.send_signal(signal.SIGTERM)
         lines = [first, *reply.read().splitlines()]

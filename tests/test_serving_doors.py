@@ -177,6 +177,10 @@ def test_names_in_errors_are_cut_and_printable(client):
         assert reply.status_code in (400, 404)
         assert message.isprintable()
         assert len(message) < 200
+    names = [f"zebra{number}" + "x" * 490 for number in range(1000)]
+    reply = client.post(PATH, json={**GREEDY, "leave_out": names})
+    assert reply.status_code == 400
+    assert len(reply.content) < 1000
     assert client.get("/v1/models/%1B%5B31m" + "x" * 3000).json()["error"]["message"].isprintable()
 
 

@@ -18,7 +18,7 @@ from ...config import Serving
 from ...errors import PhatgooseError
 from .batches import Batch
 from .metrics import Metrics
-from .refusals import bad_request, busy, without_paths
+from .refusals import bad_request, busy, for_clients
 from .rows import Failure, Row
 from .runner import Runner
 from .turns import Turns, Waiting
@@ -213,7 +213,7 @@ class Engine:
             log.exception("A batch of %d answers failed.", len(batch.rows) + len(joining))
             rows, batch.rows = [*batch.rows, *joining], []
             told = isinstance(error, PhatgooseError)
-            _fail(rows, without_paths(str(error)) if told else FAILED)
+            _fail(rows, for_clients(error) if told else FAILED)
 
     def _tell_metrics(self) -> None:
         self._metrics.load(self.waiting, self.running)

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ...config import Serving
 from .decoding import Decoding, seed_of
 from .protocol import ChatRequest, CompletionRequest
-from .refusals import bad_request
+from .refusals import bad_request, for_clients
 from .runner import Runner
 
 __all__ = ["Prompt", "chat_prompt", "completion_prompts", "decoding_of"]
@@ -113,7 +113,7 @@ def chat_prompt(request: ChatRequest, runner: Runner, limits: Serving) -> Prompt
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise bad_request(
-            f"The base's chat template refuses the messages: {error}", "messages"
+            f"The base's chat template refuses the messages: {for_clients(error)}", "messages"
         ) from error
     _check_length(text, "messages", runner, limits)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -7,7 +7,12 @@ from typing import Any
 
 from fastapi import HTTPException
 
-__all__ = ["CLIENT_GONE", "Refusal", "bad_request", "busy", "error_body", "without_paths"]
+from ...files import one_line
+
+__all__ = ["CLIENT_GONE", "Refusal", "bad_request", "busy"]
+__all__ += ["error_body", "for_clients", "without_paths"]
+
+MOST_TOLD = 500  # characters of an error
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 PART = r"[^/\\'\":;,]*[^/\\'\":;,\s]"  # of a path; names may have spaces
@@ -55,6 +60,14 @@ def error_body(
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
+def for_clients(error: object) -> str:
+    """An error of the library for those who needn't know more: one line without absolute paths.
+
+    It may name what a request named, thousands of experts say, so it is cut too.
+    """
+    return without_paths(one_line(error, MOST_TOLD))
+
+
 def without_paths(message: str) -> str:
-    """`message` with the last part of each absolute path alone: clients needn't know the rest."""
+    """`message` with the last part of each absolute path alone."""
     return PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], message)

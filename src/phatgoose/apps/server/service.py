@@ -24,7 +24,7 @@ from .metrics import Metrics
 from .parsing import parsed
 from .prompts import chat_prompt, completion_prompts, decoding_of
 from .protocol import ChatRequest, CompletionRequest, RoutingWish
-from .refusals import Refusal, bad_request, without_paths
+from .refusals import Refusal, bad_request, for_clients, without_paths
 from .replies import ModelCard, Sites
 from .runner import Runner
 from .variants import Models, Rerouting, Served, Use
@@ -140,7 +140,7 @@ class Service:
         try:
             return await self._composer.acquire(served, wish, client, self.limits.timeout)
         except PhatgooseError as error:
-            raise bad_request(without_paths(str(error)), "router") from error
+            raise bad_request(for_clients(error), "router") from error
 
     def _prepared(
         self, asked: CompletionRequest | ChatRequest, runner: Runner

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -66,9 +67,10 @@ class Composer:
             self._let_go(pending)
 
     def stop(self, seconds: float) -> None:
-        """Wait so long for what is being composed."""
+        """Wait so long, altogether, for what is being composed."""
+        end = time.monotonic() + seconds
         for thread in list(self._threads):
-            thread.join(seconds)
+            thread.join(max(0.0, end - time.monotonic()))
 
     def _begun(self, served: Served, wish: Rerouting, client: str) -> Pending:
         key = (served.settings.name, wish)

@@ -43,12 +43,9 @@ class Doors:
         """Who sends the request, by key or by address. Raises Refusal for who isn't let in."""
         self._check_host(scope)
         self._check_origin(scope)
-        if not self._digests:
+        if not self._digests or scope["path"] in OPEN:
             return f"address {_network_of(scope.get('client'))}"
-        key = _key_of(scope)
-        if key is None and scope["path"] in OPEN:
-            return "anybody"
-        return f"key {self._known(key)}"
+        return f"key {self._known(_key_of(scope))}"
 
     def _check_host(self, scope: Mapping[str, Any]) -> None:
         """A page whose name was made to lead here (DNS rebinding) asks for that name."""

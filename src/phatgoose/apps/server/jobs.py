@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,21 @@ from .refusals import CLIENT_GONE, Refusal
 from .rows import Failure, Progress, Row
 from .runner import Runner
 
-__all__ = ["EventStream", "Job", "whole_answer"]
+__all__ = ["EventStream", "Job", "Prepared", "whole_answer"]
 
 LARGE = 256  # tokens told at once from which on they are written down in a thread
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request ready for the engine: its answers, how each is decoded, and served by whom.
+
+    `experts` are those that a router which looks prompts up has found; None for other routers.
+    """
+
+    answers: Answers
+    decodings: Sequence[Decoding]
+    experts: Sequence[int | None]
 
 
 class Job:
@@ -33,19 +46,16 @@ class Job:
         self,
         engine: Engine,
         runner: Runner,
-        answers: Answers,
-        decodings: Sequence[Decoding],
-        experts: Sequence[int | None],
+        prepared: Prepared,
         client: str,
         seconds: float,
         done: Callable[[], None],
     ) -> None:
         """Put everything into the queue; `done` is called once when the job is closed.
 
-        `experts` are those that a looked-up router has for each of `decodings`. Must be made in
-        the event loop's thread. Raises Refusal when there is no place.
+        Must be made in the event loop's thread. Raises Refusal when there is no place.
         """
-        self.answers = answers
+        answers = self.answers = prepared.answers
         self._engine, self._done = engine, done
         loop = asyncio.get_running_loop()
         self._deadline, self._seconds = loop.time() + seconds, seconds
@@ -56,7 +66,9 @@ class Job:
 
         self._rows = [
             Row(answers.prompt_of(choice).tokens, decoding, deliver, choice, client, expert)
-            for choice, (decoding, expert) in enumerate(zip(decodings, experts, strict=True))
+            for choice, (decoding, expert) in enumerate(
+                zip(prepared.decodings, prepared.experts, strict=True)
+            )
         ]
         engine.submit(runner, self._rows)
 

@@ -17,9 +17,8 @@ from ...files import shortened
 from .answers import Answers, ChatAnswers, CompletionAnswers
 from .bodies import BODY, CLIENT
 from .composing import Composer
-from .decoding import Decoding
 from .engine import Engine
-from .jobs import EventStream, Job, whole_answer
+from .jobs import EventStream, Job, Prepared, whole_answer
 from .metrics import Metrics
 from .parsing import parsed
 from .prompts import chat_prompt, completion_prompts, decoding_of
@@ -108,19 +107,11 @@ class Service:
         _check_routing(asked, served)
         use = await self._acquire(served, asked, client)
         try:
-            answers, decodings, experts = await anyio.to_thread.run_sync(
+            prepared = await anyio.to_thread.run_sync(
                 self._prepared, asked, use.runner, limiter=self._readers
             )
-            job = Job(
-                self.engine,
-                use.runner,
-                answers,
-                decodings,
-                experts,
-                client,
-                self.limits.timeout,
-                self._finisher(use, answers),
-            )
+            done = self._finisher(use, prepared.answers)
+            job = Job(self.engine, use.runner, prepared, client, self.limits.timeout, done)
         except BaseException:
             self.models.release(use)
             raise
@@ -142,9 +133,7 @@ class Service:
         except PhatgooseError as error:
             raise bad_request(for_clients(error), "router") from error
 
-    def _prepared(
-        self, asked: CompletionRequest | ChatRequest, runner: Runner
-    ) -> tuple[Answers, list[Decoding], list[int | None]]:
+    def _prepared(self, asked: CompletionRequest | ChatRequest, runner: Runner) -> Prepared:
         answers: Answers
         if isinstance(asked, ChatRequest):
             prompt = chat_prompt(asked, runner, self.limits)
@@ -157,9 +146,12 @@ class Service:
             decoding_of(asked, answers.prompt_of(choice), runner, self.limits, choice)
             for choice in choices
         ]
-        experts = runner.experts_of([prompt.tokens for prompt in answers.prompts])
+        try:
+            experts = runner.experts_of([prompt.tokens for prompt in answers.prompts])
+        except PhatgooseError as error:
+            raise Refusal(500, for_clients(error)) from error
         each = len(decodings) // len(experts)
-        return answers, decodings, [experts[choice // each] for choice in choices]
+        return Prepared(answers, decodings, [experts[choice // each] for choice in choices])
 
     def _finisher(self, use: Use, answers: Answers) -> Callable[[], None]:
         def finish() -> None:

@@ -16,6 +16,8 @@ FLAGS = (
     "--disable-component-update --disable-sync"
 )
 
+PATIENCE = 120_000  # milliseconds until what hasn't come is taken to come never
+
 
 @contextmanager
 def browser() -> Iterator[Any]:
@@ -35,6 +37,7 @@ def browser() -> Iterator[Any]:
 def page_at(opened: Any, path: Path, **options: Any) -> Iterator[Any]:
     """The file `path` in a fresh page, offline; fails if it complains or asks the network."""
     context = opened.new_context(offline=True, **options)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     complaints: list[str] = []
     page.on("console", lambda message: complaints.append(message.text))

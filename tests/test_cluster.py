@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -184,13 +185,15 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     jobs = [ExpertJob(t, training, gates) for t in open_tasks(write_tasks(tmp_path))]
     settings = {"dtype": "float32", "peft": Lora(rank=2)}
     far, here = tmp_path / "far", tmp_path / "here"
-    engine = RayEngine(3, gpus_per_worker=0)
+    gate = tmp_path / "gate"
+    engine = HeldHalfway(RayEngine(3, gpus_per_worker=0), gate)
     running = train_experts(
         str(base_folders["llama"]), jobs, out=str(far), engine=engine, **settings
     )
 
     # The machine with the GPU holds one of three workers. It goes when all three are in the middle,
-    # and everything on it at once: a worker may not finish its job before it misses its machine.
+    # where they wait for it, and everything on it at once: a worker may not finish its job before
+    # it misses its machine.
     def pull_the_plug() -> None:
         while begun(far) < 3:
             time.sleep(0.02)
@@ -200,6 +203,7 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
         cluster.remove_node(cluster.second, allow_graceful=False)
         for worker in workers:
             worker.send_signal(signal.SIGKILL)
+        gate.touch()
 
     plug = threading.Thread(target=pull_the_plug)
     plug.start()
@@ -233,6 +237,39 @@ def test_experts_and_cells_survive_machines_and_are_those_of_the_local_engine(
     assert (tmp_path / "both" / "results.jsonl").read_text().splitlines()[:3] == kept
     assert scores_of(got) == scores_of(wanted)
     assert got.choices == wanted.choices
+
+
+@dataclass
+class HeldHalfway:
+    """An engine whose workers wait after their first ten steps, until there is a file `gate`."""
+
+    engine: RayEngine
+    gate: Path
+    remote: bool = True
+
+    def run(self, workshop: Any, jobs: Any, bar: Any) -> Iterator[Any]:
+        return self.engine.run(HeldWorkshop(workshop, self.gate), jobs, bar)
+
+
+@dataclass(frozen=True)
+class HeldWorkshop:
+    """The workshop of `HeldHalfway`."""
+
+    workshop: Any
+    gate: Path
+
+    def open(self, tell: Any) -> Any:
+        told = itertools.count()
+
+        def held(units: int) -> None:
+            tell(units)
+            while next(told) >= 10 and not self.gate.exists():
+                time.sleep(0.02)
+
+        return self.workshop.open(held)
+
+    def elsewhere(self) -> HeldWorkshop:
+        return replace(self, workshop=self.workshop.elsewhere())
 
 
 @dataclass

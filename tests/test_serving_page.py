@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 
 import serving
-from browser import browser
+from browser import PATIENCE, browser
 from phatgoose.apps.server.page import CSS, HEADERS, PAGE, SCRIPT
 from phatgoose.config import Serving
 
@@ -44,6 +44,7 @@ def address(app):
 def visit(chromium, address, expected=(), **options):
     """The page, which must not complain, nor ask anybody else for anything."""
     context = chromium.new_context(**options)
+    context.set_default_timeout(PATIENCE)
     page = context.new_page()
     complaints, asked = [], []
     page.on("console", lambda message: complaints.append(message.text))

@@ -167,6 +167,20 @@ def test_an_import_of_slow_patterns_is_refused_at_once(base_folders, tmp_path, c
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
+@pytest.mark.parametrize(
+    "change", [{"r": 10**12}, {"r": 10**400}, {"rank_pattern": {"q_proj": 10**12}}], ids=range(3)
+)
+def test_a_conversion_of_more_rank_than_there_is_is_refused_before_it_takes_memory(
+    base_folders, tmp_path, change
+):
+    base = base_folders["llama"]
+    folder = write_case(Case("", peft.LoHaConfig), "llama", base, tmp_path / "adapter")
+    content = json.loads((folder / ADAPTER_CONFIG).read_text())
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content | change))
+    with soon(), pytest.raises(ExpertError, match="none of its tensors has more than"):
+        import_adapter(folder, tmp_path / "out", base=str(base), allow_loss=0.1)
+
+
 def test_patterns_that_peft_matched_come_to_the_same(base_folders, tmp_path):
     patterns = {
         "target_modules": r".*\.(q_proj|up_proj)",

@@ -16,18 +16,21 @@ import torch
 from peft import convert_to_lora, get_peft_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
 
 from .adapters import ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
 from .bases import load_base
 from .errors import ConfigError, ExpertError
+from .files import shortened
 from .modules import LoraFactors
-from .patterns import check_config
+from .patterns import BY_PATTERN, check_config
 from .sites import find_sites
 from .skeletons import spelled_out, told_by_peft
 
 __all__ = ["Conversion", "convert"]
 
 ADAPTER = "default"
+SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # what PEFT makes tensors of
 
 
 @dataclass(frozen=True)
@@ -57,9 +60,11 @@ def convert(
     kind = config["peft_type"]
     if config.get("modules_to_save") or config.get("bias", "none") != "none":
         raise ExpertError(f"{folder} replaces modules or biases of the base beside its {kind}.")
+    check_config(config, str(folder / ADAPTER_CONFIG))
+    _refuse_sizes(config, tensors, folder)
     model = load_base(base, dtype="float32", revision=revision).model
     sites = find_sites(model)
-    options = _plain_options(config, model, folder)
+    options = _plain_options(config, model)
     with told_by_peft(f"{folder} can't be converted from {kind} to LoRA"):
         adapted = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options))
         loaded = set_peft_model_state_dict(adapted, dict(tensors))
@@ -86,11 +91,25 @@ def convert(
     )
 
 
-def _plain_options(
-    config: Mapping[str, Any], model: torch.nn.Module, folder: Path
-) -> dict[str, Any]:
+def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise ExpertError where `config` wants more rows or columns than any of `tensors` has.
+
+    PEFT would take memory for them before it looks. A LoKr may name a greater rank, which then
+    means a whole matrix.
+    """
+    most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for key, value in config.items() if config["peft_type"] != "LOKR" else ():
+        by_pattern = key.endswith(BY_PATTERN) and isinstance(value, Mapping)
+        for number in value.values() if by_pattern else [value] if key in SIZES else ():
+            if isinstance(number, int | float) and number > most and key != "alpha_pattern":
+                raise ExpertError(
+                    f"{folder}: its config's {key} is {shortened(number)}, but none of its tensors "
+                    f"has more than {most} rows or columns."
+                )
+
+
+def _plain_options(config: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Any]:
     """What PEFT's class for the kind of `config` takes of it, with names in place of patterns."""
-    check_config(config, str(folder / ADAPTER_CONFIG))
     fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]])
     known = {field.name for field in fields if field.init} - {"peft_type", "auto_mapping"}
     return spelled_out({key: config[key] for key in config if key in known}, model)

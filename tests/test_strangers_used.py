@@ -35,7 +35,7 @@ from phatgoose.routed import compose, detach
 from phatgoose.storage import load, save
 from test_strangers import FILES, JSON_FILES, TENSOR_FILES, record_hashes
 
-EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "40"))
+EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "20"))
 KINDS = ("lora", "biased", "ia3", "bottleneck")
 IDS = make_ids(rows=2)
 

@@ -15,13 +15,14 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -40,15 +41,18 @@ from conftest import (
 from damage import content_of, damages, do_all, json_of
 from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
+from phatgoose.apps.cli import main
 from phatgoose.bases import Base, load_base
 from phatgoose.config import Routing
 from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.growing import add_experts, remove_experts
 from phatgoose.packed import read_packed
 from phatgoose.pool import Pool
-from phatgoose.routed import composition_of, detach
-from phatgoose.routers import TaskTable
+from phatgoose.routed import composition_of, detach, routed_layer, stack_at
+from phatgoose.routers import TaskTable, router_vectors
 from phatgoose.segments import add_to_packed, compact, pack, remove_from_packed
+from phatgoose.sites import find_sites
+from phatgoose.stacks import SiteStack
 from phatgoose.storage import load
 
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "60"))
@@ -197,8 +201,10 @@ def test_a_damaged_folder_runs_or_is_one_line(strangers, bases, done, rehash, ki
         assert sorted(path.name for path in folder.parent.rglob("*")) == before
         with told():
             load_and_run(folder, base, more)
+            event("runs")  # --hypothesis-show-statistics tells how many did
         with told():
             change(folder, base, more)
+            event("can be changed")
 
 
 @pytest.fixture(scope="module")
@@ -454,3 +460,44 @@ def test_a_link_out_of_the_folder_is_refused_unread(folder, bases, file):
     (folder / file).rename(folder.parent / file)
     (folder / file).symlink_to(folder.parent / file)
     assert f"{file} is a symbolic link that leads out" in complaint(folder, bases["float32"])
+
+
+STACKS: dict[str, Callable[[SiteStack, Tensor], tuple[SiteStack, Tensor | None]]] = {
+    "A narrowed": lambda s, v: (replace(s, lora=replace(s.lora, A=s.lora.A[..., :5])), v),
+    "B of another rank": lambda s, v: (replace(s, lora=replace(s.lora, B=s.lora.B[:, :1])), v),
+    "B widened": lambda s, v: (replace(s, lora=replace(s.lora, B=s.lora.B.repeat(1, 1, 9))), v),
+    "experts of another pool": lambda s, v: (replace(s, experts=s.experts + 1), v),
+    "fewer experts": lambda s, v: (replace(s, experts=s.experts[:1]), v),
+    "fewer vectors": lambda s, v: (s, v[:-1]),
+    "no vectors": lambda s, v: (s, None),
+    "nobody": lambda s, v: (SiteStack(s.experts), v),
+}
+
+
+@pytest.mark.parametrize("how", STACKS)
+def test_what_is_stacked_in_memory_is_checked_too(bases, llama_pool, how):
+    model = copy.deepcopy(bases["float32"].model)
+    site = next(iter(find_sites(model).values()))
+    layer, stack = model.get_submodule(site.name), stack_at(model, site.name, llama_pool)
+    vectors = router_vectors(llama_pool, site.name, Routing())
+    rest = (None, len(llama_pool))
+    assert routed_layer(layer, site, stack, Routing(), vectors, *rest)
+    changed, others = STACKS[how](stack, vectors)
+    with pytest.raises(RoutingError, match=f"Experts at {site.name}"):
+        routed_layer(layer, site, changed, Routing(), others, *rest)
+
+
+@pytest.mark.parametrize("command", ["add", "remove", "compact"])
+def test_commands_refuse_a_tampered_folder_in_one_line_and_leave_it(
+    folder, strangers, capsys, command
+):
+    tamper(folder, "B.", lambda t: t.repeat(1, 1, 128))
+    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    more = {"add": [str(strangers / "experts" / "more")], "remove": ["e0"], "compact": []}[command]
+    with pytest.raises(SystemExit) as caught:
+        main([command, str(folder), *more])
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1
+    assert "wanted [P" in told
+    assert {name: (folder / name).read_bytes() for name in before} == before

@@ -18,7 +18,15 @@ from phatgoose.kernels.native import top_experts as by_native
 from phatgoose.kernels.triton_gpu import top_experts as by_triton
 from phatgoose.pool import Pool
 from phatgoose.routed import composition_of, record
-from phatgoose.routers import ArrowRouter, RawRouter, ScoredRouter, UniformTopKRouter, VectorRouter
+from phatgoose.routers import (
+    ArrowRouter,
+    CentredRouter,
+    RawRouter,
+    ScoredRouter,
+    UniformTopKRouter,
+    VectorRouter,
+    standardise,
+)
 from phatgoose.routers.decision import highest
 
 MAKERS: dict[str, Callable[[Tensor, int], VectorRouter]] = {
@@ -34,6 +42,10 @@ each_router = pytest.mark.parametrize("make", list(MAKERS.values()), ids=list(MA
 
 def first_of_equals(row: list[float], k: int) -> list[int]:
     return sorted(range(len(row)), key=lambda z: -row[z])[:k]  # Python's sort is stable
+
+
+def with_zeros(vectors: Tensor) -> Tensor:
+    return torch.cat([vectors, torch.zeros(len(vectors), 1)], dim=1)
 
 
 def flat(pool: Pool) -> Pool:
@@ -79,6 +91,27 @@ def test_every_path_takes_the_first_of_equal_experts(make, kinds, k, T, seed):
     assert router(u.clone().requires_grad_()).experts.tolist() == wanted
     if router.fused and runs_natively(u):
         assert by_native(u, vectors, router.k, router.eps)[0].tolist() == wanted
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5])
+@pytest.mark.parametrize("n", [16, 33, 576])
+@pytest.mark.parametrize(
+    "make", [*MAKERS.values(), lambda vectors, k: CentredRouter(with_zeros(vectors), k, 1e-5)]
+)
+def test_experts_with_one_vector_are_ties_in_whatever_place(make, n, tokens):
+    generator = torch.Generator().manual_seed(n)
+    kinds = torch.randint(0, 3, (17,), generator=generator)
+    vectors = torch.randn(3, n, generator=generator)
+    u = torch.randn(tokens, n, generator=generator, requires_grad=True)
+    router = make(standardise(vectors)[kinds], 3)
+    found = router.affinities(u)
+    for kind in range(3):
+        alike = found[:, kinds == kind]
+        assert torch.equal(alike, alike[:, :1].expand_as(alike))
+    wanted = [first_of_equals(row, 3) for row in found.tolist()]
+    assert router(u).experts.tolist() == wanted
+    with torch.no_grad():
+        assert router(u).experts.tolist() == wanted
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..pool import Pool
 from .decision import highest
-from .scored import ScoredRouter, VectorRouter, standardise
+from .scored import ScoredRouter, VectorRouter, products, standardise
 
 __all__ = [
     "AFFINITIES",
@@ -42,7 +42,7 @@ class RawRouter(VectorRouter):
 
     def affinities(self, u: Tensor) -> Tensor:
         """vᵀu for every token and expert, float32 [T, E]."""
-        return u.float() @ self.vectors.float().T
+        return products(u, self.vectors)
 
 
 class TrimmedRouter(ScoredRouter):
@@ -60,7 +60,7 @@ class TrimmedRouter(ScoredRouter):
         count = left.sum().clamp(min=1)
         mean = (u.float() @ left / count)[:, None]
         variance = ((u.float() - mean).square() @ left / count)[:, None]
-        return u.float() @ vectors.T / ((variance + self.eps) * count).sqrt()
+        return products(u, vectors) / ((variance + self.eps) * count).sqrt()
 
 
 class CentredRouter(ScoredRouter):
@@ -77,8 +77,8 @@ class CentredRouter(ScoredRouter):
         # Ten times as fast as Tensor.var, which torch does not vectorise on CPUs.
         variance = (exact - exact.mean(dim=-1, keepdim=True)).square_().mean(dim=-1, keepdim=True)
         scale = (variance + self.eps).sqrt()
-        products = exact @ vectors[:, :-1].T + vectors[:, -1]
-        return products / scale / math.sqrt(u.shape[-1])
+        affinities = products(exact, vectors[:, :-1]) + vectors[:, -1]
+        return affinities / scale / math.sqrt(u.shape[-1])
 
 
 def affinity_vectors(pool: Pool, site: str, kind: str, affinity: str) -> Tensor:

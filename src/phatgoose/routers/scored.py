@@ -18,7 +18,8 @@ from ..kernels.triton_gpu import runs_on_triton
 from ..kernels.triton_gpu import top_experts as top_experts_on_gpu
 from .decision import RoutingDecision, highest
 
-__all__ = ["ArrowRouter", "ScoredRouter", "UniformTopKRouter", "VectorRouter", "standardise"]
+__all__ = ["ArrowRouter", "ScoredRouter", "UniformTopKRouter", "VectorRouter", "products"]
+__all__ += ["standardise"]
 
 # A vector that differs from a constant by less than this share of its largest entry (or whose
 # largest entry is below SMALLEST) has no direction worth the name: it is float32 noise.
@@ -39,6 +40,16 @@ def standardise(vectors: Tensor) -> Tensor:
     noise = ROUNDING * vectors.abs().amax(dim=-1, keepdim=True).double().clamp(min=SMALLEST)
     centred = exact.sub_(mean).div_(deviation.clamp(min=noise))
     return centred.masked_fill_(deviation <= noise, 0.0).float()
+
+
+def products(u: Tensor, vectors: Tensor) -> Tensor:
+    """vᵀu for every token of u [T, n] and each of `vectors` [E, n], float32 [T, E].
+
+    Equal vectors get equal numbers, so that they are ties. For a single token BLAS has a way of its
+    own in which rounding depends on a vector's place, so one is multiplied as two are.
+    """
+    tokens = u.float() if len(u) != 1 else u.float().expand(2, -1)
+    return (tokens @ vectors.float().T)[: len(u)]
 
 
 class VectorRouter(nn.Module):
@@ -99,7 +110,7 @@ class ScoredRouter(VectorRouter):
     def affinities(self, u: Tensor) -> Tensor:
         """α/√n for every token and expert, float32 [T, E]."""
         standardised = functional.layer_norm(u.float(), u.shape[-1:], eps=self.eps)
-        return standardised @ self.vectors.float().T / math.sqrt(u.shape[-1])
+        return products(standardised, self.vectors) / math.sqrt(u.shape[-1])
 
 
 class UniformTopKRouter(ScoredRouter):
@@ -123,4 +134,4 @@ class ArrowRouter(VectorRouter):
 
     def affinities(self, u: Tensor) -> Tensor:
         """|vᵀu| for every token and expert, float32 [T, E]."""
-        return (u.float() @ self.vectors.float().T).abs()
+        return products(u, self.vectors).abs()

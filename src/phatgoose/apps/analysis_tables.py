@@ -26,7 +26,7 @@ def routers_table(analysis: Analysis) -> Table:
             profile = router.profiles[dataset]
             weight = profile.whole("weight")
             score = router.scores.get(dataset)
-            best = [z for z in np.argsort(-weight)[:2] if weight[z] > 0]
+            best = [z for z in np.argsort(-weight, kind="stable")[:2] if weight[z] > 0]
             cells = [
                 METHODS.get(name, name),
                 dataset,

@@ -303,7 +303,7 @@ def test_arrows_vectors_are_compared_up_to_their_sign(llama, llama_pool):
 def traced(base, pool, prompt="Is a heron é a bird?", answer="a bird", **options):
     model = compose(pool, base, **options)
     encoder = Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
-    return model, encoder, trace(model, encoder, prompt, answer)
+    return model, encoder, trace(model, encoder, encoder.pair(prompt, answer))
 
 
 def test_a_trace_has_the_weights_of_a_recording(base, pool):

@@ -23,6 +23,7 @@ LAYERS = (
     ("kernels.building", "kernels.sizes"),
     (
         "config",
+        "cuts",
         "engines",
         "files",
         "processes",
@@ -44,11 +45,13 @@ LAYERS = (
     (
         "bases",
         "bootstrap",
+        "formats",
         "kernels.bottlenecks",
         "kernels.native",
         "kernels.triton_gpu",
         "mapped",
         "patterns",
+        "positions",
         "recipes",
         "refusals",
         "results",

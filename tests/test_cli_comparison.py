@@ -195,7 +195,7 @@ def test_a_recipe_is_followed_and_flags_win(here, phat):
 def test_a_finished_comparison_computes_nothing_again(here, phat, monkeypatch):
     first = phat("compare", "experts", *BOTH, "--out", "x")
     before = {path: path.read_bytes() for path in Path("x").iterdir()}
-    monkeypatch.setattr("phatgoose.cells.evaluate", None)
+    monkeypatch.setattr("phatgoose.cells.score", None)
     assert phat("compare", "experts", *BOTH, "--out", "x") == first
     assert {path: path.read_bytes() for path in Path("x").iterdir()} == before
 

@@ -114,6 +114,18 @@ def test_a_file_whose_name_no_expert_can_have_is_refused_before_training(here, p
     assert not (here / "new").exists()
 
 
+def test_training_on_inputs_that_are_cut_is_told_and_shown(here, phat):
+    outcome = phat("train", "reviews.jsonl", *TRAIN, "--max-input-tokens", 5)
+    assert outcome.code == 0
+    told = re.search(r"warning: reviews: (\d+) of \1 inputs \(100 %\) cut to 5 tokens, by", outcome.err)
+    assert told is not None
+    assert outcome.err.count("inputs") == 1
+    assert "; inputs cut: 100 % ->" in outcome.out
+    assert "embeddings: no, inputs cut: 100 %" in phat("check", "new/reviews").out
+    again = phat("measure", "new/reviews", "--task", "reviews.jsonl", *DTYPE, "--no-embeddings")
+    assert "cut to 5 tokens" in again.err
+
+
 def test_measure_adds_statistics_to_an_expert(here, phat, monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_examples", embed)
     assert phat("train", "reviews.jsonl", *TRAIN, "--no-means").code == 0
@@ -123,7 +135,7 @@ def test_measure_adds_statistics_to_an_expert(here, phat, monkeypatch):
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 3]
     outcome = phat("measure", "new/reviews", *options)
     assert (outcome.code, outcome.err) == (0, "")
-    wanted = "reviews, LoRA, 14 sites, gates: yes, means: yes, embeddings: yes"
+    wanted = "reviews, LoRA, 14 sites, gates: yes, means: yes, embeddings: yes, inputs cut: 0 %"
     assert outcome.out == f"{wanted} -> new/reviews\n"
     assert f"new/reviews: {wanted}\n" in phat("check", "new/reviews").out
     after = Expert.load(trained)

@@ -38,9 +38,10 @@ from phatgoose.errors import (
     TaskError,
     WrongBaseError,
 )
-from phatgoose.evaluation import evaluate
+from phatgoose.evaluation import evaluate, score
 from phatgoose.methods import METHODS
 from phatgoose.pool import Pool
+from phatgoose.results import ResultStore
 from phatgoose.routed import compose, detach
 from phatgoose.storage import load, save
 from phatgoose.suites import Entry, Suite, open_suite
@@ -171,13 +172,13 @@ def computed(monkeypatch) -> list[tuple[str, str]]:
     """(router, expert or base; dataset) of every cell that is computed from here on."""
     cells = []
 
-    def watched(model, task, **options):
+    def watched(model, task, *arguments):
         parts = getattr(model, "phatgoose", None)
         router = "base" if parts is None else parts.routing.router
         cells.append((parts.experts[0] if router == "single" else router, task.name))
-        return evaluate(model, task, **options)
+        return score(model, task, *arguments)
 
-    monkeypatch.setattr(module, "evaluate", watched)
+    monkeypatch.setattr(module, "score", watched)
     return cells
 
 
@@ -272,6 +273,7 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
             detach(base.model)
 
 
+@pytest.mark.filterwarnings("ignore:.* cut to [237] tokens")
 def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
     routing, formatting = Routing(k=1, eps=0.5), Formatting(max_input_tokens=3)
     options = {"routing": routing, "formatting": formatting, "max_new_tokens": 2, "token_budget": 9}
@@ -280,10 +282,10 @@ def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
     for row in methods:
         model = compose(setting.pool, llama, router=row, k=1, eps=0.5)
         for name in ("choose", "count"):
-            (score,) = evaluate(
+            (alone,) = evaluate(
                 model, tasks[name], formatting=formatting, max_new_tokens=2, token_budget=9
             ).scores
-            marks = [list(prediction.marks[0]) for prediction in score.predictions]
+            marks = [list(prediction.marks[0]) for prediction in alone.predictions]
             assert comparison.results[row][name].sample.statistics[0].tolist() == marks
         detach(llama.model)
 
@@ -377,7 +379,7 @@ def test_the_base_is_the_same_after_an_error_within(setting, llama, tmp_path, mo
     def broken(*_, **__):
         raise EvaluationError("broken")
 
-    monkeypatch.setattr(module, "evaluate", broken)
+    monkeypatch.setattr(module, "score", broken)
     methods = ["oracle"] if row in EXPERTS else [row]
     with pytest.raises(EvaluationError, match="broken"):
         setting.run(tmp_path, methods, base=llama)
@@ -424,17 +426,17 @@ def uninterrupted(setting, tmp_path_factory) -> dict[str, bytes]:
 def test_an_interrupted_comparison_goes_on_where_it_stopped(
     setting, uninterrupted, tmp_path, monkeypatch, computed, finished
 ):
-    watched = module.evaluate
+    watched = module.score
 
     def interrupted(*arguments, **options):
         if len(computed) == finished:
             raise KeyboardInterrupt
         return watched(*arguments, **options)
 
-    monkeypatch.setattr(module, "evaluate", interrupted)
+    monkeypatch.setattr(module, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
         setting.run(tmp_path, SMALL, limit=2)
-    monkeypatch.setattr(module, "evaluate", watched)
+    monkeypatch.setattr(module, "score", watched)
     assert len(computed) == finished
     assert not list(tmp_path.glob("comparison.*"))
     setting.run(tmp_path, SMALL, limit=2)
@@ -571,9 +573,33 @@ def test_other_answers_lengths_leave_choices_and_tasks_of_their_own(setting, out
     assert computed == cells_of("base", tasks=["count"])
 
 
+@pytest.mark.filterwarnings("ignore:.* cut to 7 tokens")
 def test_another_formatting_leaves_nothing(setting, out, computed):
     setting.run(out, ["base"], formatting=Formatting(max_input_tokens=7))
     assert computed == cells_of("base")
+
+
+def test_inputs_that_were_cut_on_the_right_are_scored_anew(setting, out, computed):
+    setting.run(out, ["base"], formatting=Formatting(truncation="right"))
+    assert computed == cells_of("base")  # though none is cut: the rule belongs to the key
+
+
+def test_what_is_cut_is_told_once_a_dataset_and_kept_with_each_cell(setting, tmp_path):
+    cut = Formatting(max_input_tokens=7)
+    with pytest.warns(UserWarning, match="cut to 7 tokens") as told:
+        setting.run(tmp_path, ["base", "merged"], suites=setting.suites[1], formatting=cut)
+    lines = [str(warning.message) for warning in told]
+    assert [line.split(":")[0] for line in lines] == ["choose"]
+    for _, result in ResultStore(tmp_path / "results.jsonl").items():
+        assert result["cuts"]["cut"] == (9 if result["task"] == "choose" else 0)
+
+
+def test_experts_trained_on_inputs_of_another_form_are_told(setting, tmp_path):
+    expert = setting.pool.experts[0]
+    info = replace(expert.info, hyperparameters={"max_input_tokens": 112})
+    pool = Pool((replace(expert, info=info), *setting.pool.experts[1:]))
+    with pytest.warns(UserWarning, match="e0 was trained with max_input_tokens 112, truncation r"):
+        setting.run(tmp_path, ["merged"], pool=pool, limit=2)
 
 
 def test_changed_examples_of_the_same_name_are_scored_anew(setting, out, tmp_path, computed):
@@ -603,11 +629,11 @@ def test_edited_code_leaves_nothing(setting, out, computed, monkeypatch):
 def test_all_methods_score_the_same_examples(setting, tasks, tmp_path, monkeypatch):
     seen = {}
 
-    def watched(model, task, **options):
+    def watched(model, task, *arguments):
         seen.setdefault(task.name, []).append(task.test)
-        return evaluate(model, task, **options)
+        return score(model, task, *arguments)
 
-    monkeypatch.setattr(module, "evaluate", watched)
+    monkeypatch.setattr(module, "score", watched)
     methods = ["base", "retrieval", "phatgoose", "oracle"]
     comparison = setting.run(tmp_path, methods, limit=2, seed=3)
     for name, drawn in seen.items():

@@ -49,7 +49,7 @@ def test_the_demo_leaves_experts_tables_a_figure_and_a_model_and_can_be_repeated
     assert sorted(comparison["experts"]) == sorted(EXPERTS)
     assert "<html" in (out / "analysis" / "report.html").read_text(encoding="utf-8")
     assert composition_of(load(out / "routed")).experts == EXPERTS
-    monkeypatch.setattr("phatgoose.cells.evaluate", None)  # all is there already
+    monkeypatch.setattr("phatgoose.cells.score", None)  # all is there already
     again = phat("demo", "--base", base_folders["llama"], "--out", out)
     assert again.code == 0
 

@@ -8,11 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer
 from phatgoose.config import Formatting
+from phatgoose.cuts import Cut
 from phatgoose.encoding import Encoder, batches_of_tokens, pad_left, pad_right, position_ids
 from phatgoose.errors import TaskError
+from phatgoose.positions import Positions
 
 EOS = 1
 CHAT = (
@@ -30,6 +34,42 @@ def make_encoder(
     return Encoder(
         tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=Formatting(**formatting)
     )
+
+
+def with_added(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:
+    """The tests' tokenizer, which adds these special tokens before and after every text."""
+    inner = make_tokenizer(final_eos=False)._tokenizer
+    inner.add_special_tokens([*before, *after])
+    template = " ".join([*before, "$A", *after])
+    ids = [(token, inner.token_to_id(token)) for token in dict.fromkeys([*before, *after])]
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As Llama's first tokenizers: a text begins with a space whatever stands there, and a space
+    is a part of the word after it."""
+    letters = {letter: -9.0 for letter in "abcdefghijklmnopqrstuvwxyzA:\n"}
+    words = {"▁": -4.0, "▁yes": -5.0, "yes": -5.5, "▁no": -5.0, "no": -5.5}
+    scores = {"<unk>": -99.0, "<s>": 0.0, "</s>": 0.0, **letters, **words}
+    inner = Tokenizer(models.Unigram(list(scores.items()), unk_id=0))
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    inner.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="</s>")
+
+
+def byte_pairs() -> PreTrainedTokenizerFast:
+    """As GPT-2's: a space is a part of the word after it, and two line breaks are one token."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("e", "s"), ("y", "es"), ("Ġ", "yes"), ("Ċ", "Ċ")]
+    vocabulary = {"</s>": 0} | {letter: 1 + i for i, letter in enumerate(alphabet)}
+    vocabulary |= {a + b: len(vocabulary) + i for i, (a, b) in enumerate(merges)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>", pad_token="</s>")
 
 
 def text_of(encoder: Encoder, tokens: list[int]) -> str:
@@ -78,14 +118,55 @@ def test_t5_reads_its_prompt_with_a_final_end_of_sequence_and_its_target_without
     assert text_of(encoder, pair.target) == "yes</s>"
 
 
-def test_long_inputs_are_cut_on_the_right():
-    encoder = make_encoder(CAUSAL, max_input_tokens=4)
-    assert text_of(encoder, encoder.prompt("abcdefgh")) == "abcd"
+CUTS = {"middle": "ahij", "left": "ghij", "right": "abcd"}  # of "abcdefghij", to four tokens
+each_cut = pytest.mark.parametrize("truncation", CUTS)
 
 
-def test_cutting_a_t5_input_keeps_its_final_end_of_sequence():
-    encoder = make_encoder(T5, max_input_tokens=4)
-    assert text_of(encoder, encoder.prompt("abcdefgh")) == "abc</s>"
+@each_cut
+def test_long_inputs_lose_their_middle_or_an_end(truncation):
+    encoder = make_encoder(CAUSAL, max_input_tokens=4, truncation=truncation)
+    prompt = encoder.fitted("abcdefghij")
+    assert text_of(encoder, prompt.tokens) == CUTS[truncation]
+    assert prompt.cut == Cut(most=4, lost=6)
+    assert encoder.fitted("abcd").cut is None
+
+
+def test_inputs_lose_their_middle_unless_another_cut_is_asked_for():
+    assert make_encoder(max_input_tokens=4).prompt("abcdefghij") == make_encoder(
+        max_input_tokens=4, truncation="middle"
+    ).prompt("abcdefghij")
+
+
+@each_cut
+@pytest.mark.parametrize("is_encoder_decoder", [CAUSAL, T5])
+def test_what_the_tokenizer_adds_survives_a_cut(is_encoder_decoder, truncation):
+    tokenizer = with_added(["<bos>"], ["</s>"])
+    formatting = Formatting(max_input_tokens=6 if is_encoder_decoder else 5, truncation=truncation)
+    encoder = Encoder(tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=formatting)
+    end = "</s>" if is_encoder_decoder else ""
+    assert text_of(encoder, encoder.prompt("abcdefghij")) == f"<bos>{CUTS[truncation]}{end}"
+
+
+def test_the_longest_field_is_shortened_rather_than_the_prompt():
+    text = "Read: the passage that is far too long Then: is it so?"
+    start, end = text.index("the passage"), text.index(" Then")
+    encoder = make_encoder(max_input_tokens=len(text) - 12)
+    prompt = encoder.fitted(text, (start, end))
+    kept = text_of(encoder, prompt.tokens)
+    assert kept.endswith("the pis far too long Then: is it so?")
+    assert prompt.cut == Cut(most=len(text) - 12, lost=12)
+
+
+def test_a_field_that_is_too_short_leaves_the_text_to_be_cut():
+    encoder = make_encoder(max_input_tokens=4)
+    assert encoder.fitted("abcdefghij", (3, 5)) == encoder.fitted("abcdefghij")
+    assert encoder.fitted("abcdefghij", (8, 8)) == encoder.fitted("abcdefghij")
+
+
+@pytest.mark.parametrize("truncation", ["left", "right"])
+def test_a_cut_at_an_end_asks_for_no_field(truncation):
+    encoder = make_encoder(max_input_tokens=4, truncation=truncation)
+    assert encoder.fitted("abcdefghij", (0, 8)) == encoder.fitted("abcdefghij")
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [CAUSAL, T5])
@@ -124,8 +205,97 @@ def test_a_chat_template_is_left_alone_when_not_asked_for():
 
 
 def test_cutting_a_chat_input_cuts_the_text_and_not_the_template():
-    encoder = make_encoder(template=CHAT, chat=True, max_input_tokens=3)
-    assert text_of(encoder, encoder.prompt("hello")) == "<u>hel</u><a>"
+    encoder = make_encoder(template=CHAT, chat=True, max_input_tokens=4)
+    assert text_of(encoder, encoder.prompt("hello")) == "<u>hllo</u><a>"
+
+
+def test_a_causal_prompt_does_not_end_with_the_end_of_sequence():
+    encoder = Encoder(with_added([], ["</s>"]), is_encoder_decoder=False)
+    pair = encoder.pair("Answer:", "yes")
+    assert text_of(encoder, pair.prompt + pair.target) == "Answer: yes</s>"
+
+
+@pytest.mark.parametrize("make", [sentencepiece, byte_pairs])
+@pytest.mark.parametrize(
+    "text", ["A: is it", "A:\n", "A:\nis it\n", "A: ", "A:  ", "it is so " * 9]
+)
+@pytest.mark.parametrize("target", ["yes", "no, yes"])
+def test_prompt_and_target_are_tokenised_as_the_text_of_both(make, text, target):
+    tokenizer = make()
+    encoder = Encoder(tokenizer, is_encoder_decoder=False)
+    pair = encoder.pair(text, target)
+    joined = text + target if text[-1:].isspace() else f"{text} {target}"
+    assert pair.prompt + pair.target[:-1] == tokenizer(joined)["input_ids"]
+    assert encoder.pair(text, "something else").prompt == pair.prompt
+    following = joined[len(text) :]
+    assert encoder.continuation(text, following) == pair.target[:-1]
+
+
+def test_a_tokenizer_that_merges_prompt_and_answer_is_told_of():
+    encoder = Encoder(byte_pairs(), is_encoder_decoder=False)
+    with pytest.warns(UserWarning, match=r"ends in '\\n\\n', the tokenizer makes other tokens"):
+        pair = encoder.pair("A:\n\n", "yes")
+    assert text_of(encoder, pair.prompt + pair.target) == "A:\n\nyes</s>"
+
+
+def test_an_answer_in_a_chat_template_is_tokenised_behind_its_words():
+    tokenizer = sentencepiece()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message.content }}{% endfor %}{{ '\nA:\n' }}"
+    )
+    encoder = Encoder(tokenizer, is_encoder_decoder=False, formatting=Formatting(chat=True))
+    pair = encoder.pair("is it", "yes")
+    assert pair.prompt + pair.target[:-1] == tokenizer("is it\nA:\nyes")["input_ids"]
+
+
+def placed(
+    positions: Positions, *, is_encoder_decoder: bool = CAUSAL, **formatting: object
+) -> Encoder:
+    tokenizer = make_tokenizer(final_eos=is_encoder_decoder)
+    tokenizer.chat_template = CHAT
+    return Encoder(
+        tokenizer,
+        is_encoder_decoder=is_encoder_decoder,
+        formatting=Formatting(**formatting),
+        positions=positions,
+    )
+
+
+def test_a_causal_input_leaves_positions_to_its_answer():
+    encoder = placed(Positions(12, 12))
+    pair = encoder.pair("abcdefghijkl", "yes")  # a space and </s> are the answer's too
+    assert text_of(encoder, pair.prompt + pair.target) == "aghijkl yes</s>"
+    assert pair.cut == Cut(most=7, lost=5)
+    assert len(encoder.fitted("abcdefghijkl", followed_by=4).tokens) == 8
+
+
+def test_an_encoder_s_positions_are_the_input_s_alone():
+    encoder = placed(Positions(9, 6), is_encoder_decoder=T5)
+    pair = encoder.pair("abcdefghijkl", "yes")
+    assert text_of(encoder, pair.prompt) == "abghijkl</s>"
+    assert text_of(encoder, pair.target) == "yes</s>"
+
+
+def test_a_chat_template_counts_against_positions():
+    encoder = placed(Positions(18, 18), chat=True)
+    prompt = encoder.fitted("abcdefghijkl", followed_by=3)
+    assert len(prompt.tokens) <= 15
+    assert text_of(encoder, prompt.tokens) == "<u>aijkl</u><a>"
+
+
+def test_a_target_is_cut_to_the_base_s_positions():
+    encoder = placed(Positions(8, 8))
+    with pytest.warns(
+        UserWarning, match="A target of 12 tokens was cut to 7 .the base's positions"
+    ):
+        pair = encoder.pair("abc", "0123456789")
+    assert text_of(encoder, pair.prompt + pair.target) == "c 01234</s>"
+
+
+def test_a_base_without_room_for_an_input_is_an_error():
+    encoder = placed(Positions(8, 8))
+    with pytest.raises(TaskError, match="has 8 positions, and 8 of them are for the answer"):
+        encoder.fitted("abc", followed_by=8)
 
 
 def test_chat_without_a_template_is_refused():

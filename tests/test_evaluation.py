@@ -10,11 +10,13 @@ from scipy.stats import binomtest
 from conftest import logits_of, make_model
 from oracle import naively_routed
 from phatgoose.bootstrap import Sample
+from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError, PhatgooseError, TaskError
 from phatgoose.evaluation import evaluate, metrics_of
 from phatgoose.likelihood import choice_log_likelihoods
 from phatgoose.metrics import metric
-from phatgoose.routed import compose
+from phatgoose.routed import compose, detach
+from phatgoose.storage import load, save
 from phatgoose.tasks import Example, Task
 
 CHOICE_TASK = Task(
@@ -507,6 +509,46 @@ def test_the_interval_is_wilsons_for_a_share_of_right_answers_and_else_a_bootstr
     else:
         assert (score.low, score.high) == (bootstrap.low, bootstrap.high)
     assert 0 <= score.low <= score.score <= score.high <= 1
+
+
+LONG = Task("long", test=tuple(Example("a" * n, "yes", ("yes", "no")) for n in (9, 5, 4, 12)))
+
+
+def test_what_is_cut_of_a_task_s_inputs_is_told_and_kept(llama, tmp_path):
+    told = r"long: 3 of 4 inputs \(75 %\) cut to 4 tokens, by 5 in the median\."
+    with pytest.warns(UserWarning, match=told):
+        result = evaluate(llama, LONG, formatting=Formatting(max_input_tokens=4))
+    assert result.to_dict()["tasks"][0]["cuts"] | {"trained": None} == {
+        "inputs": 4,
+        "cut": 3,
+        "most": 4,
+        "median": 5,
+        "beyond": 0,
+        "trained": None,
+    }
+
+
+def test_few_cut_inputs_are_told_without_a_warning(llama, caplog):
+    task = Task("long", test=(*LONG.test[:1], *[Example("b", "yes", ("yes", "no"))] * 11))
+    with caplog.at_level("INFO", "phatgoose"):
+        evaluate(llama, task, formatting=Formatting(max_input_tokens=8))
+    assert caplog.messages == ["long: 1 of 12 inputs (8 %) cut to 8 tokens, by 1 in the median"]
+
+
+def test_experts_trained_on_inputs_of_another_form_are_told(llama, make_expert, tmp_path):
+    expert = make_expert(llama, "short")
+    info = replace(expert.info, hyperparameters={"max_input_tokens": 112})
+    replace(expert, info=info).save(expert.directory, overwrite=True)
+    model = compose(expert.directory, llama, k=1)
+    save(model, tmp_path / "routed")
+    told = "truncation middle, but short was trained with max_input_tokens 112, truncation right"
+    with pytest.warns(UserWarning, match=told):
+        evaluate(model, LONG)
+    same = Formatting(max_input_tokens=112, truncation="right")
+    evaluate(model, LONG, formatting=same)
+    again = load(tmp_path / "routed", detach(llama.model))
+    with pytest.warns(UserWarning, match=told):
+        evaluate(again, LONG, tokenizer=llama.tokenizer)
 
 
 def test_scores_by_metric_are_written_as_json(llama, tmp_path):

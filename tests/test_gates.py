@@ -11,7 +11,7 @@ from phatgoose import statistics as statistics_module
 from phatgoose.adapters import read_lora
 from phatgoose.bases import load_base
 from phatgoose.collating import Collator, target_logits
-from phatgoose.config import GateTraining, Training
+from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.encoding import IGNORED, TokenPair
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
 from phatgoose.fitting import fit
@@ -157,6 +157,22 @@ def test_gate_training_changes_the_gates_and_nothing_else(base, tmp_path):
     assert saved == files["adapter_model.safetensors"]
     assert expert.gates.keys() == find_sites(base.model).keys()
     assert all(gate.any() for gate in expert.gates.values())
+
+
+def test_what_was_cut_of_the_gates_inputs_is_told_and_recorded(llama, adapter, tmp_path):
+    cut = Formatting(max_input_tokens=5, truncation="left")
+    with pytest.warns(UserWarning, match="echo: 5 of 6 inputs .83 %. cut to 5 tokens, by 2"):
+        expert = train_gates(
+            llama,
+            adapter,
+            TASK,
+            out=tmp_path / "expert",
+            training=TRAINING,
+            gate_training=GATES,
+            formatting=cut,
+        )
+    assert expert.info.metrics["inputs_cut"] == 5
+    assert expert.info.hyperparameters["truncation"] == "left"
 
 
 def test_only_gates_are_handed_to_the_optimiser(llama, adapter, tmp_path, monkeypatch):

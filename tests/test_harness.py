@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -263,6 +264,37 @@ def test_contexts_keep_their_own_white_space(llama_pool):
     context, continuation = opened._encode_pair("ends in space ", "maybe")
     assert context == encoder.prompt("ends in space ")
     assert [*continuation, opened.eot_token_id] == encoder.target("ends in space ", "maybe")
+
+
+@KINDS_HERE
+def test_contexts_are_cut_by_our_rule(pool, write_task):
+    opened = PhatgooseLM(pool=str(folder_of(pool)), dtype="float32", max_input_tokens=6)
+    end = "</s>" if opened.backend == "seq2seq" else ""
+    wanted = f"a{'ghij' if end else 'fghij'}{end}"
+    with pytest.warns(UserWarning, match="truncation middle"):
+        context, continuation = opened._encode_pair("abcdefghij", " yes")
+    with pytest.warns(UserWarning, match="truncation middle"):
+        rows, mask = opened.tok_batch_encode(["abcdefghij", "ab"])
+    assert opened.tokenizer.decode(context) == wanted
+    assert opened.tokenizer.decode(continuation) == ("yes" if end else " yes")
+    assert opened.tokenizer.decode(rows[0]) == wanted
+    assert mask.sum(dim=1).tolist() == [6, 3 if end else 2]
+    opened.arguments = replace(opened.arguments, truncation="right")
+    with pytest.warns(UserWarning, match="truncation right"):
+        cut = opened._context("abcdefghij", 100)
+    assert cut == opened.tok_encode("abcde" if end else "abcdef")
+
+
+def test_contexts_are_cut_to_what_the_model_holds(llama_pool):
+    opened = PhatgooseLM(pool=str(folder_of(llama_pool)), dtype="float32")
+    text = "a" * opened.max_length
+    with pytest.warns(UserWarning, match="too long"):
+        context, continuation = opened._encode_pair(text, " yes")
+    assert len(context) + len(continuation) == opened.max_length + 1
+    with pytest.raises(ConfigError, match="truncation is 'top', but must be one of middle"):
+        ModelArguments.of({"pool": "x", "truncation": "top"})
+    with pytest.raises(ConfigError, match="max_input_tokens is 0"):
+        ModelArguments.of({"pool": "x", "max_input_tokens": 0})
 
 
 def test_lm_eval_loads_the_model_from_our_entry_point(monkeypatch):

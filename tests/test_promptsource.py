@@ -248,6 +248,15 @@ def test_long_values_are_cut_as_promptsource_does():
     assert len(made.choices[0]) == 4999
 
 
+def test_the_longest_field_of_a_prompt_is_known():
+    template = PromptTemplate("t", "Read: {{ text }}\nQ: {{ q }} ||| {{ a }}", "yes ||| no")
+    for text in ("a tale that is told", "word " * 600, "a ||| b and more"):
+        rendered = template.render({"text": text, "q": "so?", "a": "yes"})
+        passage = rendered.input[slice(*rendered.passage)]
+        assert rendered.input == f"Read: {passage}\nQ: so?"
+        assert passage.startswith(text.strip()[:2000])
+
+
 def test_choice_draws_the_same_for_the_same_row_and_differently_for_others():
     jinja, state = "{{range(1000) | choice}} {{range(1000) | choice}} ||| x", random.getstate()
     first = [rendered(jinja, {"n": n}).input for n in range(20)]

@@ -403,7 +403,9 @@ def test_routing_is_that_of_one_pass(runner_of, kind):
             assert "".join(t for s in got for t in s.tokens) == text + "".join(row.shown)
             assert [p for s in got for p in s.parts] == [0] * len(row.prompt) + [1] * 6
         fixed = FixedEncoder(encoder, row)
-        wanted = {s.name: s for s in trace(runner.model, fixed, text, "").streams}["decoder"]
+        wanted = {s.name: s for s in trace(runner.model, fixed, fixed.pair(text, "")).streams}[
+            "decoder"
+        ]
         count = len(wanted.experts)
         assert (experts[:count] == wanted.experts).mean() > 0.98
         assert np.abs(weights[:count].astype(int) - wanted.weights).max() <= 255

@@ -38,7 +38,7 @@ def _embedder(monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_examples", embed)
 
 
-def train(base, out: Path, **statistics) -> Expert:
+def train(base, out: Path, formatting: Formatting | None = None, **statistics) -> Expert:
     return train_expert(
         base,
         TASK,
@@ -46,6 +46,7 @@ def train(base, out: Path, **statistics) -> Expert:
         peft=Lora(rank=2, alpha=4),
         training=TRAINING,
         gate_training=GateTraining(joint=True, **statistics),
+        formatting=formatting,
     )
 
 
@@ -111,19 +112,37 @@ def test_experts_without_gates_and_record_can_be_measured(llama, tmp_path):
 
 
 def test_seed_and_formatting_are_those_of_training_unless_given(llama, tmp_path):
-    trained = train_expert(
-        llama,
-        TASK,
-        out=tmp_path / "count",
-        training=TRAINING,
-        gate_training=GateTraining(joint=True, statistics_examples=5),
-        formatting=Formatting(max_input_tokens=6),
-    )
+    with pytest.warns(UserWarning, match="count: .* of .* inputs .* cut to 6 tokens"):
+        trained = train_expert(
+            llama,
+            TASK,
+            out=tmp_path / "count",
+            training=TRAINING,
+            gate_training=GateTraining(joint=True, statistics_examples=5),
+            formatting=Formatting(max_input_tokens=6),
+        )
     options = {"examples": 5, "embeddings": False}
-    assert same(measure(trained, llama, TASK, **options).means, trained.means)
-    assert not same(measure(trained, llama, TASK, seed=8, **options).means, trained.means)
+    with pytest.warns(UserWarning, match="count: 5 of 5 inputs .* cut to 6 tokens"):
+        again = measure(trained, llama, TASK, **options)
+    assert same(again.means, trained.means)
+    with pytest.warns(UserWarning, match="count: 5 of 5 inputs .* cut to 6 tokens"):
+        other = measure(trained, llama, TASK, seed=8, **options)
+    assert not same(other.means, trained.means)
     longer = measure(trained, llama, TASK, formatting=Formatting(), **options)
     assert not same(longer.means, trained.means)
+
+
+def test_an_expert_that_records_no_truncation_is_measured_as_it_was_cut(llama, tmp_path):
+    formatting = Formatting(max_input_tokens=6, truncation="right")
+    with pytest.warns(UserWarning, match="cut to 6 tokens"):
+        trained = train(llama, tmp_path / "count", formatting=formatting, statistics_examples=5)
+    recorded = dict(trained.info.hyperparameters)
+    assert recorded.pop("truncation") == "right"
+    old = replace(trained, info=replace(trained.info, hyperparameters=recorded))
+    old = old.save(trained.directory, overwrite=True)
+    with pytest.warns(UserWarning, match="cut to 6 tokens"):
+        measured = measure(old, llama, TASK, examples=5, embeddings=False)
+    assert same(measured.means, trained.means)
 
 
 def test_a_record_that_is_no_formatting_is_refused(llama, tmp_path):

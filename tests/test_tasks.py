@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks import Example, Task, load_task
+from phatgoose.tasks import Example, Task, load_task, longest_field
 
 ROWS = [
     {"input": "Is it good?", "target": "yes", "choices": ["yes", "no"]},
@@ -130,6 +131,33 @@ def test_a_template_renders_input_and_target():
         [{"question": "Sky?", "answer": "blue"}], template="Q: {{ question }}\nA: ||| {{ answer }}"
     )
     assert task.train == (Example("Q: Sky?\nA:", "blue"),)
+
+
+def test_a_template_s_longest_field_is_known():
+    row = {"text": "A long tale.", "question": "Who?", "names": ["Ann", "Bo"], "answer": "Bo"}
+    task = load_task([row], template="{{ text }} {{ question }} {{ names }} ||| {{ answer }}")
+    assert task.train[0].passage == (0, 12)
+    assert load_task([{"input": "A long tale. Who?", "target": "Bo"}]).train[0].passage is None
+    assert task.digest != replace(task, train=(replace(task.train[0], passage=None),)).digest
+
+
+@pytest.mark.parametrize(
+    ("values", "text", "wanted"),
+    [
+        ({"a": "long one", "b": "short"}, "short, then long one.", "long one"),
+        ({"a": "changed by a filter", "b": "short"}, "CHANGED BY A FILTER short", "short"),
+        ({"a": "twice", "b": "one"}, "twice, twice, one", "one"),
+        (
+            {"a": ["x", {"deep": " nested text\n"}], "b": 3},
+            "in it nested text stands",
+            "nested text",
+        ),
+        ({"a": "absent", "b": "", "c": None}, "nothing of it", None),
+    ],
+)
+def test_the_longest_value_that_stands_in_a_text_once(values, text, wanted):
+    found = longest_field(values, text)
+    assert (None if found is None else text[slice(*found)]) == wanted
 
 
 def test_a_template_may_pick_the_target_among_rendered_choices():

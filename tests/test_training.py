@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from conftest import assert_same_logits, logits_of, make_ids, peft_model
 from phatgoose import training as training_module
 from phatgoose.bases import load_base
-from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, TaskError
 from phatgoose.expert import Expert
 from phatgoose.fitting import fit
@@ -46,6 +46,25 @@ ADAPTER = "adapter_model.safetensors"
 def train(base, out: Path, task: Task = TASK, training: Training = TRAINING, **options) -> Expert:
     settings = {"peft": LORA, "gate_training": GATES, **options}
     return train_expert(base, task, out=out, training=training, **settings)
+
+
+def test_what_was_cut_is_told_once_recorded_and_shown(llama, tmp_path, caplog):
+    task = Task("long", tuple(Example("a" * n, "yes") for n in (9, *[3] * 19)), words("x"))
+    cut = Formatting(max_input_tokens=8)
+    with caplog.at_level(logging.INFO, "phatgoose"):
+        expert = train(llama, tmp_path / "long", task, formatting=cut)
+    told = "long: 1 of 20 inputs (5 %) cut to 8 tokens, by 1 in the median"
+    assert [line for line in caplog.messages if "cut" in line] == [told]
+    metrics = {key: value for key, value in expert.info.metrics.items() if "inputs" in key}
+    assert metrics == {"inputs": 20, "inputs_cut": 1, "inputs_cut_to": 8, "inputs_cut_by": 1}
+    assert expert.info.hyperparameters["truncation"] == "middle"
+    (record,) = Pool.open(tmp_path / "long").records()
+    assert record["formatting"] == {
+        "max_input_tokens": 8,
+        "truncation": "middle",
+        "chat": False,
+        "inputs_cut": 1,
+    }
 
 
 def target_nll(model, base, examples) -> Tensor:

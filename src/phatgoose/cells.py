@@ -13,11 +13,13 @@ from typing import Any
 from .bases import Base, number_format
 from .config import Formatting
 from .elsewhere import BasePlace
+from .encoding import Encoder
 from .errors import EvaluationError
-from .evaluation import TaskScore, evaluate, metrics_of
+from .evaluation import TaskScore, metrics_of, questions_of, score
 from .expert import Expert
 from .methods import Row, RowPlace
 from .opening import OpenedModel
+from .prediction import Questions
 from .results import code_version
 from .tasks import Task
 
@@ -59,6 +61,15 @@ class Dataset:
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         chosen = replace(task, train=(), validation=(), test=examples, max_new_tokens=longest)
         return cls(chosen, metrics, digest)
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The tokens of a generated answer at most."""
+        return self.task.max_new_tokens or 0  # `of` has set it
+
+    def questions(self, encoder: Encoder) -> Questions:
+        """Its examples as a model is asked them."""
+        return questions_of(self.task, self.task.test, encoder, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -167,20 +178,23 @@ class CellWorkshopElsewhere:
 
 def _score(opened: OpenedModel, dataset: Dataset, protocol: Protocol) -> dict[str, Any]:
     """One cell, as it is stored."""
-    begun = time.monotonic()
-    (score,) = evaluate(
+    begun, task = time.monotonic(), dataset.task
+    encoder = Encoder.for_model(opened.model, opened.tokenizer, protocol.formatting)
+    found = score(
         opened.model,
-        dataset.task,
-        tokenizer=opened.tokenizer,
-        formatting=protocol.formatting,
-        token_budget=protocol.token_budget,
-    ).scores
+        task,
+        task.test,
+        dataset.questions(encoder),
+        encoder,
+        dataset.max_new_tokens,
+        protocol.token_budget,
+    )
     return {
-        **_without_predictions(score),
+        **_without_predictions(found),
         "metrics": list(dataset.metrics),
         "seconds": round(time.monotonic() - begun, 2),
-        "answers": [prediction.answer for prediction in score.predictions],
-        "marks": [prediction.marks for prediction in score.predictions],
+        "answers": [prediction.answer for prediction in found.predictions],
+        "marks": [prediction.marks for prediction in found.predictions],
     }
 
 

@@ -22,9 +22,11 @@ from .bases import Base, load_base
 from .bootstrap import Sample
 from .cells import Cell, CellWorkshop, Dataset, Protocol, cell_of
 from .config import Formatting, Routing
+from .encoding import Encoder
 from .engines import Engine, LocalEngine
 from .errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
 from .evaluation import MAX_NEW_TOKENS, TOKEN_BUDGET
+from .formats import warn_of_other_formatting
 from .methods import (
     DERIVED,
     METHODS,
@@ -97,6 +99,7 @@ def compare(
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
     _check(base, rows, singles)
+    _tell_of_inputs(base, (*rows, *singles), datasets, protocol)
     with ResultStore.alone(Path(out) / RESULTS) as store:
         results = _run([*rows, *singles], datasets, base, store, protocol, engine or LocalEngine())
     experts: Scores = {
@@ -218,6 +221,18 @@ def _load(
     if not datasets:
         raise TaskError("No suite was given to compare on.")
     return columns, datasets
+
+
+def _tell_of_inputs(
+    base: Base, rows: Sequence[Row], datasets: Mapping[str, Dataset], protocol: Protocol
+) -> None:
+    """Tell what is cut of the datasets, and which experts were trained on inputs of other form."""
+    encoder = Encoder.of(base, protocol.formatting)
+    for name, dataset in datasets.items():
+        dataset.questions(encoder).cuts.tell(name)
+    records = [record for row in rows if row.pool is not None for record in row.pool.records()]
+    distinct = {json.dumps(record, sort_keys=True): record for record in records}
+    warn_of_other_formatting(distinct.values(), protocol.formatting)
 
 
 def _run(

@@ -26,6 +26,7 @@ __all__ = [
     "PLACEMENTS",
     "SUITE_NAMES",
     "TASK_FILES",
+    "TRUNCATIONS",
     "Bottleneck",
     "Formatting",
     "GateTraining",
@@ -50,6 +51,7 @@ ACTIVATIONS = ("relu", "gelu", "silu")
 PLACEMENTS = ("houlsby", "pfeiffer")
 SEEDS = 1 << 32  # what numpy takes, which Trainer seeds too
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+TRUNCATIONS = ("middle", "left", "right")
 
 # Help texts of settings that several kinds of expert have, and that are one flag therefore.
 SITES = (
@@ -204,7 +206,12 @@ class GateTraining(Settings):
 class Formatting(Settings):
     """How an example becomes tokens."""
 
-    max_input_tokens: Annotated[int, "Inputs are cut on the right to so many tokens."] = 512
+    max_input_tokens: Annotated[int, "Longer inputs are cut to so many tokens."] = 512
+    truncation: Annotated[
+        str,
+        "What such a cut takes away: middle (of a template's longest field where it is known, else "
+        "of the input; three times as much is kept behind as before), left or right (the paper's).",
+    ] = "middle"
     max_target_tokens: Annotated[
         int, "Targets are cut on the right to so many tokens, with a warning."
     ] = 512
@@ -214,6 +221,7 @@ class Formatting(Settings):
         super().__post_init__()
         for name in ("max_input_tokens", "max_target_tokens"):
             _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require_one_of(TRUNCATIONS, "truncation", self.truncation)
 
 
 @dataclass(frozen=True)

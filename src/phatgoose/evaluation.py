@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .bases import Base, load_tokenizer
 from .bootstrap import CONFIDENCE, Interval, Sample
 from .config import Formatting
+from .cuts import Cuts
 from .encoding import Encoder
 from .errors import EvaluationError
+from .formats import warn_of_other_formatting
 from .metrics import METRICS, metric
-from .prediction import Answer, generated_answers, ranked_answers
+from .prediction import (
+    Answer,
+    Questions,
+    generated_answers,
+    questions_to_answer,
+    questions_to_rank,
+    ranked_answers,
+)
 from .routed import serving
 from .sites import ROUTED
 from .tasks import Example, Task
 from .work import write_text
 
-__all__ = ["Evaluation", "Prediction", "TaskScore", "evaluate", "metrics_of"]
+__all__ = [
+    "Evaluation",
+    "Prediction",
+    "TaskScore",
+    "evaluate",
+    "metrics_of",
+    "questions_of",
+    "score",
+]
 
 TOKEN_BUDGET = 4096
 MAX_NEW_TOKENS = 64
@@ -55,7 +72,8 @@ class TaskScore:
 
     `metric` names them in words, `by_metric` has the score in each. The interval is Wilson's where
     the score is a share of right answers, else a bootstrap over examples. `ties` counts the
-    examples whose best choices scored equally; the first of them was taken.
+    examples whose best choices scored equally; the first of them was taken. `cuts` says how many
+    inputs were cut, and by how much.
     """
 
     task: str
@@ -66,6 +84,7 @@ class TaskScore:
     high: float
     ties: int
     by_metric: Mapping[str, float] = field(default_factory=dict)
+    cuts: Cuts = field(default_factory=Cuts)
     predictions: tuple[Prediction, ...] = ()
 
 
@@ -113,32 +132,59 @@ def evaluate(
     given here. `limit` draws so many examples per task, the same ones for one `seed`. `tokenizer`
     None takes that of the routed model or its base. `token_budget` bounds a batch.
 
+    Inputs are formatted by `formatting`, None being the default. What is cut of a task's inputs is
+    logged, and a warning from a tenth of them on; a routed model whose experts were trained on
+    inputs of another form is a warning too.
+
     Raises EvaluationError for a task that mixes examples with and without choices, an unknown
     metric or a combination that no answer can serve, a score that is not a number, or a missing
     tokenizer; TaskError for an empty task.
     """
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
-    encoder = Encoder(
-        tokenizer or _tokenizer_of(model),
-        is_encoder_decoder=bool(model.config.is_encoder_decoder),
-        formatting=formatting,
-    )
-    model.eval()
+    encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), formatting)
+    parts = getattr(model, ROUTED, None)
+    warn_of_other_formatting(parts.records if parts is not None else (), encoder.formatting)
     scores = []
     for task in [tasks] if isinstance(tasks, Task) else tasks:
         examples = task.evaluation_examples(limit, seed)
-        metrics = metrics_of(task, examples)
-        with serving(model, task.name, examples, formatting) as before_pass:
-            shared = (model, examples, encoder, token_budget, task.name, before_pass)
-            if metrics == (CHOSEN,):
-                answers = ranked_answers(*shared)
-            else:
-                answers = generated_answers(*shared, task.max_new_tokens or max_new_tokens)
-        scores.append(_task_score(task.name, metrics, examples, answers))
+        longest = task.max_new_tokens or max_new_tokens
+        questions = questions_of(task, examples, encoder, longest)
+        questions.cuts.tell(task.name)
+        scores.append(score(model, task, examples, questions, encoder, longest, token_budget))
     if not scores:
         raise EvaluationError("No task was given to evaluate on.")
     return Evaluation(tuple(scores))
+
+
+def questions_of(
+    task: Task, examples: Sequence[Example], encoder: Encoder, max_new_tokens: int
+) -> Questions:
+    """The `examples` of `task` as tokens, in the form that its metrics need."""
+    if metrics_of(task, examples) == (CHOSEN,):
+        return questions_to_rank(encoder, examples)
+    return questions_to_answer(encoder, examples, max_new_tokens)
+
+
+def score(
+    model: PreTrainedModel,
+    task: Task,
+    examples: Sequence[Example],
+    questions: Questions,
+    encoder: Encoder,
+    max_new_tokens: int,
+    token_budget: int,
+) -> TaskScore:
+    """The score of `model` on the `examples` of `task`, which are `questions` to it."""
+    model.eval()
+    metrics = metrics_of(task, examples)
+    with serving(model, task.name, examples, encoder.formatting) as before_pass:
+        shared = (questions, encoder, token_budget, task.name, before_pass)
+        if metrics == (CHOSEN,):
+            answers = ranked_answers(model, examples, *shared)
+        else:
+            answers = generated_answers(model, *shared, max_new_tokens)
+    return replace(_task_score(task.name, metrics, examples, answers), cuts=questions.cuts)
 
 
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:

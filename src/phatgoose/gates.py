@@ -7,7 +7,7 @@ has at a site, its gate looks at u, so that all gates of a site can be compared.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +21,8 @@ from .alone import ModifiedLinear, put_in
 from .bases import Base, load_base
 from .collating import Collator
 from .config import Formatting, GateTraining, Training
-from .encoding import Encoder
+from .cuts import CUTS
+from .encoding import Encoder, TokenPair
 from .errors import ConfigError, ExpertError
 from .expert import LAYOUT, Expert, check_name
 from .files import sha256_of
@@ -147,11 +148,13 @@ class Record:
     """What is known of an expert's making before its gates.
 
     `gates` are those trained jointly with the expert; None means that they are still to be trained.
+    `told` says that the user knows by now what is cut of the task's inputs.
     """
 
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, object] = field(default_factory=dict)
     gates: Mapping[str, Tensor] | None = None
+    told: bool = False
 
 
 def add_gates(
@@ -178,8 +181,15 @@ def add_gates(
     modules = read_modules(adapter)
     metrics, gates = dict(record.metrics), record.gates
     if gates is None:
+        pairs = [encoder.pair(row.input, row.target, row.passage) for row in task.train]
+        cuts = encoder.cuts(pairs)
+        if processes.is_first() and not record.told:
+            cuts.tell(task.name)
+        metrics = {key: value for key, value in metrics.items() if key not in CUTS} | cuts.record()
         with gated(base.model, modules) as layers:
-            report = _fit_gates(base, layers, task, encoder, training, gate_training, work, watcher)
+            report = _fit_gates(
+                base, layers, pairs, training, gate_training, work, watcher, task.name
+            )
             gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
         known = {key: value for key, value in asdict(report).items() if value is not None}
         metrics |= {f"gate_{key}": value for key, value in known.items()}
@@ -213,19 +223,19 @@ def add_gates(
 def _fit_gates(
     base: Base,
     layers: Mapping[str, GatedLinear],
-    task: Task,
-    encoder: Encoder,
+    pairs: Sequence[TokenPair],
     training: Training,
     gate_training: GateTraining,
     work: Path,
     watcher: Watcher | None,
+    label: str,
 ) -> FitReport:
     base.model.requires_grad_(False)
     for layer in layers.values():
         layer.gate.requires_grad_(True)
     return fit(
         base.model,
-        train=[encoder.pair(example.input, example.target) for example in task.train],
+        train=pairs,
         validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
         collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True),
         training=training,
@@ -233,7 +243,7 @@ def _fit_gates(
         learning_rate=gate_training.gate_learning_rate or training.learning_rate,
         work=work / "gates",
         checkpoint_every=min(GATE_CHECKPOINT_EVERY, gate_training.gate_steps),
-        label=f"{task.name}: gates",
+        label=f"{label}: gates",
         watcher=watcher,
     )
 

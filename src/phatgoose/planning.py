@@ -299,7 +299,7 @@ class _Planner:
             )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of targets that are cut: training will tell
-            pairs = [self.encoder.pair(row.input, row.target) for row in sample]
+            pairs = [self.encoder.pair(row.input, row.target, row.passage) for row in sample]
         return _Lengths(
             fmean(len(pair.prompt) for pair in pairs),
             fmean(len(pair.target) for pair in pairs),

@@ -17,6 +17,7 @@ from .bases import BaseReference
 from .errors import ExpertError, PoolError
 from .expert import LAYOUT, Expert
 from .files import one_line, read_json_object, sha256_of, shortened
+from .formats import format_record
 from .hub import HubReference, local_folder, reference_of
 from .kinds import adapter_files
 from .reading import ahead
@@ -161,7 +162,7 @@ class Pool:
             raise PoolError(_missing(without, kind))
 
     def records(self) -> list[dict[str, Any]]:
-        """One record per expert: name, place and the hashes of its files.
+        """One record per expert: name, place, the hashes of its files and its inputs' form.
 
         The place of an expert from the Hub is its reference there, pinned to a commit.
         """
@@ -172,6 +173,7 @@ class Pool:
                 "adapter_sha256": expert.info.adapter_sha256,
                 "vectors_sha256": expert.info.vectors_sha256,
                 "embeddings_sha256": expert.info.embeddings_sha256,
+                "formatting": format_record(expert.info.hyperparameters, expert.info.metrics),
             }
             for expert in self.experts
         ]

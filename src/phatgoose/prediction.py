@@ -9,14 +9,22 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .encoding import Encoder, batches_of_tokens, pad_left, pad_right
+from .cuts import Cuts
+from .encoding import Encoder, Prompt, batches_of_tokens, pad_left, pad_right
 from .errors import EvaluationError
 from .files import one_line
-from .likelihood import choice_log_likelihoods
+from .likelihood import ChoicePrompt, choice_log_likelihoods
 from .offloading import input_device
 from .tasks import Example
 
-__all__ = ["Answer", "generated_answers", "ranked_answers"]
+__all__ = [
+    "Answer",
+    "Questions",
+    "generated_answers",
+    "questions_to_answer",
+    "questions_to_rank",
+    "ranked_answers",
+]
 
 BeforePass = Callable[[Sequence[int]], None]  # told which examples the rows of a pass belong to
 
@@ -33,9 +41,61 @@ class Answer:
     scores: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True)
+class Questions:
+    """Examples as tokens: each prompt and its answer choices, which are empty where text is asked
+    for. `cuts` tells what the prompts lost.
+    """
+
+    rows: list[ChoicePrompt]
+    cuts: Cuts
+
+
+def questions_to_rank(encoder: Encoder, examples: Sequence[Example]) -> Questions:
+    """The examples with their choices; all of one example's follow the same prompt."""
+    choices = [[encoder.target(row.input, choice) for choice in row.choices] for row in examples]
+    longest = [max(map(len, each)) for each in choices]
+    return _questions(encoder, examples, choices, longest)
+
+
+def questions_to_answer(
+    encoder: Encoder, examples: Sequence[Example], max_new_tokens: int
+) -> Questions:
+    """The examples, with room for so many new tokens.
+
+    Raises EvaluationError when the base has no room for them.
+    """
+    places = encoder.positions.answer
+    if places is not None and max_new_tokens + (not encoder.is_encoder_decoder) > places:
+        raise EvaluationError(
+            f"max_new_tokens is {max_new_tokens}, but the base has {places} positions for an input "
+            f"and its answer; ask for fewer."
+        )
+    nothing: list[list[list[int]]] = [[] for _ in examples]
+    return _questions(encoder, examples, nothing, [max_new_tokens] * len(examples))
+
+
+def _questions(
+    encoder: Encoder,
+    examples: Sequence[Example],
+    choices: Sequence[list[list[int]]],
+    following: Sequence[int],
+) -> Questions:
+    prompts: list[Prompt] = [
+        encoder.fitted(row.input, row.passage, followed_by=tokens)
+        for row, tokens in zip(examples, following, strict=True)
+    ]
+    lengths = [len(p.tokens) + tokens for p, tokens in zip(prompts, following, strict=True)]
+    return Questions(
+        [(prompt.tokens, each) for prompt, each in zip(prompts, choices, strict=True)],
+        Cuts.of([prompt.cut for prompt in prompts], lengths, encoder.positions.trained),
+    )
+
+
 def ranked_answers(
     model: PreTrainedModel,
     examples: Sequence[Example],
+    questions: Questions,
     encoder: Encoder,
     budget: int,
     label: str,
@@ -43,15 +103,10 @@ def ranked_answers(
 ) -> list[Answer]:
     """For each example the choice of the highest mean log-likelihood per target token.
 
-    The first of equals. Raises EvaluationError for a log-likelihood that is not a number.
+    The first of equals. `questions` are the examples as `questions_to_rank` has them. Raises
+    EvaluationError for a log-likelihood that is not a number.
     """
-    rows = [
-        (
-            encoder.prompt(example.input),
-            [encoder.target(example.input, choice) for choice in example.choices],
-        )
-        for example in examples
-    ]
+    rows = questions.rows
     answers: dict[int, Answer] = {}
     pad = encoder.tokenizer.pad_token_id
     with tqdm(
@@ -74,15 +129,18 @@ def _best(example: Example, scores: list[float], label: str) -> Answer:
 
 def generated_answers(
     model: PreTrainedModel,
-    examples: Sequence[Example],
+    questions: Questions,
     encoder: Encoder,
     budget: int,
     label: str,
     before_pass: BeforePass,
     max_new_tokens: int,
 ) -> list[Answer]:
-    """For each example the text generated greedily, white space around it removed."""
-    prompts = [encoder.prompt(example.input) for example in examples]
+    """For each question the text generated greedily, white space around it removed.
+
+    `questions` come from `questions_to_answer` for as many new tokens.
+    """
+    prompts = [list(prompt) for prompt, _ in questions.rows]
     pad = pad_right if encoder.is_encoder_decoder else pad_left
     answers: dict[int, Answer] = {}
     with tqdm(
@@ -106,4 +164,4 @@ def generated_answers(
                 text = encoder.tokenizer.decode(tokens[start:], skip_special_tokens=True)
                 answers[index] = Answer(text.strip())
             bar.update(len(batch))
-    return [answers[index] for index in range(len(examples))]
+    return [answers[index] for index in range(len(prompts))]

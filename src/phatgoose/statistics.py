@@ -10,7 +10,7 @@ import random
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,12 +21,14 @@ from transformers import PreTrainedModel
 from .alone import ModifiedLinear, put_in
 from .bases import Base, load_base
 from .collating import Collator
-from .config import Formatting, GateTraining, from_mapping
+from .config import Formatting, GateTraining
+from .cuts import Cuts
 from .embeddings import DEFAULT_EMBEDDER, embed_examples
 from .encoding import Encoder, TokenPair, batches_of_tokens
 from .errors import ConfigError, ExpertError, WrongBaseError
 from .expert import LAYOUT, MOST_EMBEDDINGS, Expert
 from .files import one_line
+from .formats import recorded_formatting
 from .modules import SiteModule
 from .offloading import input_device
 from .sites import Site, find_sites
@@ -84,6 +86,7 @@ def measure(
         seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
     encoder = Encoder.of(base, formatting or _recorded_formatting(expert))
     found = statistics_of(base, expert.modules, task.with_validation(seed), encoder, settings, seed)
+    found.cuts.tell(task.name)
     measured = replace(
         expert,
         means=expert.means if found.means is None else found.means,
@@ -105,10 +108,14 @@ def measure(
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was measured, None where it wasn't asked for: `means` by site, `embeddings` in rows."""
+    """What was measured, None where it wasn't asked for: `means` by site, `embeddings` in rows.
+
+    `cuts` tells what was cut of the inputs whose means were taken.
+    """
 
     means: Mapping[str, Tensor] | None = None
     embeddings: Tensor | None = None
+    cuts: Cuts = field(default_factory=Cuts)
 
 
 def statistics_of(
@@ -124,19 +131,20 @@ def statistics_of(
     Means are measured with the expert at full strength, as it acts when it is routed to. Raises
     ExpertError when the expert doesn't fit the base, ConfigError when embedding isn't possible.
     """
-    means = embeddings = None
+    means, embeddings, cuts = None, None, Cuts()
     count = settings.statistics_examples
     if settings.embeddings:
         chosen = _sample(range(len(task.train)), min(count, MOST_EMBEDDINGS), seed)
         embeddings = embed_examples([task.train[i] for i in chosen], settings.embedder)
     if settings.means:
         examples = [task.train[i] for i in _sample(range(len(task.train)), count, seed)]
-        pairs = [encoder.pair(example.input, example.target) for example in examples]
+        pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
+        cuts = encoder.cuts(pairs)
         sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
         collator = Collator(base.model, base.tokenizer.pad_token_id)
         with at_full_strength(base.model, modules):
             means = mean_activations(base.model, sites, pairs, collator, task.name)
-    return Statistics(means, embeddings)
+    return Statistics(means, embeddings, cuts)
 
 
 def at_full_strength(
@@ -193,11 +201,10 @@ def _sample(indices: range, count: int, seed: int) -> list[int]:
     return sorted(random.Random(seed).sample(indices, min(count, len(indices))))
 
 
-def _recorded_formatting(expert: Expert) -> Formatting:
+def _recorded_formatting(expert: Expert) -> Formatting | None:
     """The formatting an expert was trained with, as far as it records one."""
-    recorded = expert.info.hyperparameters
-    known = {f.name: recorded[f.name] for f in fields(Formatting) if f.name in recorded}
-    return from_mapping(Formatting, known, f"Expert {expert.name!r}, hyperparameters")
+    where = f"Expert {expert.name!r}, hyperparameters"
+    return recorded_formatting(expert.info.hyperparameters, where)
 
 
 def _refuse_foreign_files(directory: Path) -> None:

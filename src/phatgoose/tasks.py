@@ -11,8 +11,8 @@ import hashlib
 import json
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,13 @@ from jinja2.sandbox import SandboxedEnvironment
 from .errors import TaskError
 from .files import one_line
 
-__all__ = ["Example", "Task", "default_name", "load_task", "mix"]
+__all__ = ["Example", "Span", "Task", "default_name", "load_task", "longest_field", "mix"]
 
 SPLITS = ("train", "validation", "test")
 SEPARATOR = "|||"
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
+Span = tuple[int, int]  # of characters in a text: the first, and the first after it
 # What an expression in a user's template may raise.
 TEMPLATE_FAILURES = (
     TemplateError,
@@ -42,12 +43,18 @@ TEMPLATE_FAILURES = (
 
 @dataclass(frozen=True)
 class Example:
-    """One example. `choices` is empty for open-ended tasks; `references` are all right answers."""
+    """One example. `choices` is empty for open-ended tasks; `references` are all right answers.
+
+    `passage` is where in `input` the longest field of its template stands, which is what an input
+    that is too long loses a part of; None where no template is known. Examples that differ in
+    nothing else are equal.
+    """
 
     input: str
     target: str
     choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    passage: Span | None = field(default=None, compare=False)
 
     @property
     def answers(self) -> tuple[str, ...]:
@@ -145,7 +152,9 @@ def load_task(
         split = row.get("split") or "train"
         if split not in splits:
             raise TaskError(f"{where}: split is {split!r}, but must be {', '.join(SPLITS)}.")
-        splits[split].append(_example(renderer.render(row, where), where))
+        example = _example(renderer.render(row, where), where)
+        passage = longest_field(row, example.input) if template else None
+        splits[split].append(replace(example, passage=passage))
     if not any(splits.values()):
         raise TaskError(f"{label} has no examples.")
     return Task(
@@ -281,6 +290,30 @@ def _read_memory(rows: Any, label: str = "memory") -> Rows:
         if not isinstance(row, Mapping):
             raise TaskError(f"{label}, row {number}: wanted a dict with fields, got {row!r:.40}.")
         yield f"{label}, row {number}", row
+
+
+def longest_field(
+    row: Mapping[str, Any], text: str, shown: Callable[[str], str] = str
+) -> Span | None:
+    """Where in `text` the longest of a row's values stands of those that are in it, once each.
+
+    Values within lists and dicts count for themselves. `shown` makes of a value what its template
+    makes of it. None where no value is found.
+    """
+    for value in sorted(_texts_in(row), key=len, reverse=True):
+        piece = shown(value).strip()
+        if piece and text.count(piece) == 1:
+            start = text.index(piece)
+            return start, start + len(piece)
+    return None
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
 
 
 class _Renderer:

@@ -18,6 +18,7 @@ from . import processes
 from .bases import Base, load_base
 from .collating import Collator
 from .config import PEFT_KINDS, Formatting, GateTraining, Lora, Peft, Training
+from .cuts import Cuts
 from .encoding import Encoder
 from .errors import ExpertError
 from .expert import Expert, check_name
@@ -89,6 +90,7 @@ def train_expert(
             hyperparameters={"peft": _kind_of(peft), **asdict(peft)},
             metrics=json.loads((work / REPORT).read_text(encoding="utf-8")),
             gates=load_file(work / JOINT_GATES) if joint else None,
+            told=True,
         )
         return add_gates(
             base,
@@ -126,9 +128,12 @@ def _train_adapter(
         return finished
     collator = Collator(base.model, base.tokenizer.pad_token_id, packs=True)
     pairs = [
-        [encoder.pair(example.input, example.target) for example in split]
+        [encoder.pair(example.input, example.target, example.passage) for example in split]
         for split in (task.train, task.validation[: training.eval_examples])
     ]
+    cuts = encoder.cuts(pairs[0])
+    if processes.is_first():
+        cuts.tell(task.name)
     torch.manual_seed(training.seed)
     with fresh_expert(base, peft, joint=joint) as fresh:
         report = fit(
@@ -148,20 +153,20 @@ def _train_adapter(
         if processes.is_first():
             if gates is not None:
                 save_file(gates, work / JOINT_GATES)
-            _save_adapter(fresh, work, report)
+            _save_adapter(fresh, work, report, cuts)
             shutil.rmtree(work / "expert")
             watcher.kept()
         processes.wait_for_all()
     return finished
 
 
-def _save_adapter(fresh: FreshExpert, work: Path, report: FitReport) -> None:
+def _save_adapter(fresh: FreshExpert, work: Path, report: FitReport, cuts: Cuts) -> None:
     """The adapter and the report, complete or not at all."""
     unfinished = work / "adapter.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir()
     fresh.save(unfinished)
-    metrics = {f"expert_{key}": value for key, value in asdict(report).items()}
+    metrics = {f"expert_{key}": value for key, value in asdict(report).items()} | cuts.record()
     (work / REPORT).write_text(json.dumps(metrics), encoding="utf-8")
     os.rename(unfinished, work / "adapter")
 

@@ -68,7 +68,9 @@ def measure_speed(
         )
     metrics = expert.info.metrics
     encoder = Encoder.of(loaded, formatting or Formatting())
-    validated = sum(encoder.pair(row.input, row.target).length for row in task.validation)
+    validated = sum(
+        encoder.pair(row.input, row.target, row.passage).length for row in task.validation
+    )
     steps = clock.stages[0]
 
     def rate(kind: str, times: Sequence[float]) -> float:

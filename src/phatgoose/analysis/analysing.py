@@ -220,11 +220,7 @@ def _one_router(
 ) -> tuple[RouterAnalysis, Evaluation | None]:
     """(what one router does with the tasks, its evaluation if it was scored)."""
     parts = composition_of(model)
-    encoder = Encoder(
-        subject.tokenizer,
-        is_encoder_decoder=bool(model.config.is_encoder_decoder),
-        formatting=protocol.formatting,
-    )
+    encoder = Encoder.for_model(model, subject.tokenizer, protocol.formatting)
     model.eval()
     index = torch.tensor([subject.experts.index(expert) for expert in parts.experts])
     decisions = [DecisionFiles(files, index)] if files is not None else []
@@ -256,7 +252,8 @@ def _traces(
     with serving(model, task.name, chosen, protocol.formatting) as before_pass:
         for index, example in enumerate(chosen):
             before_pass([index])
-            traces.append(trace(model, encoder, example.input, example.target))
+            pair = encoder.pair(example.input, example.target, example.passage)
+            traces.append(trace(model, encoder, pair))
     return traces
 
 

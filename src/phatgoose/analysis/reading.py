@@ -51,7 +51,7 @@ def read_examples(
     token (the end of the sequence) is never read, as in scoring. Raises RoutingError when the model
     is not routed, or has router oracle and no score of `task`.
     """
-    pairs = [encoder.pair(example.input, example.target) for example in examples]
+    pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
     with serving(model, task, examples, encoder.formatting) as before_pass:
         bar = tqdm(total=len(pairs), desc=f"routing of {task}", disable=None, leave=False)
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):

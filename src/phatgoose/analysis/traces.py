@@ -159,15 +159,14 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
 
 
 def trace(
-    model: PreTrainedModel, encoder: Encoder, prompt: str, answer: str, router: str | None = None
+    model: PreTrainedModel, encoder: Encoder, pair: TokenPair, router: str | None = None
 ) -> Trace:
-    """The way of `prompt` and the `answer` after it through the routed `model`, read in one pass.
+    """The way of a prompt and the answer after it through the routed `model`, read in one pass.
 
     `router` is what the trace calls it; None means its name. Raises RoutingError when the model is
     not routed.
     """
     parts = composition_of(model)
-    pair = encoder.pair(prompt, answer)
     keeper = TraceKeeper()
     pass_through(model, encoder, [pair], [keeper])
     passed = keeper.streams()

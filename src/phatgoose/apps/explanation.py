@@ -131,9 +131,6 @@ def explain(
         raise TaskError("The prompt is empty.")
     if given is None:
         given = answer(model, tokenizer, prompt, formatting, Sampling(max_new_tokens)).text
-    encoder = Encoder(
-        tokenizer,
-        is_encoder_decoder=bool(model.config.is_encoder_decoder),
-        formatting=formatting,
-    )
-    return Explanation(trace(model, encoder, prompt, given), given, layer, kind)
+    encoder = Encoder.for_model(model, tokenizer, formatting)
+    pair = encoder.pair(prompt, given)
+    return Explanation(trace(model, encoder, pair), given, layer, kind)

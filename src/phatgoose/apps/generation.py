@@ -13,8 +13,10 @@ from ..config import Formatting
 from ..encoding import Encoder
 from ..errors import TaskError
 from ..offloading import input_device
+from ..prediction import questions_to_answer
 from ..recording import Recording
 from ..routed import record as record_routing
+from ..tasks import Example
 
 __all__ = ["Answer", "Sampling", "answer", "coloured", "expert_style"]
 
@@ -58,9 +60,11 @@ def answer(
     if not prompt:
         raise TaskError("The prompt is empty.")
     sampling = sampling or Sampling()
-    is_encoder_decoder = bool(model.config.is_encoder_decoder)
-    encoder = Encoder(tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=formatting)
-    ids = torch.tensor([encoder.prompt(prompt)], device=input_device(model))
+    encoder = Encoder.for_model(model, tokenizer, formatting)
+    asked = Example(prompt, "")
+    questions = questions_to_answer(encoder, [asked], sampling.max_new_tokens)
+    questions.cuts.tell("the prompt")
+    ids = torch.tensor([questions.rows[0][0]], device=input_device(model))
     torch.manual_seed(sampling.seed)
     choice = (
         {"do_sample": False}
@@ -75,7 +79,7 @@ def answer(
             pad_token_id=tokenizer.pad_token_id,
             **choice,
         )[0].tolist()
-    start = 0 if is_encoder_decoder else ids.shape[1]
+    start = 0 if encoder.is_encoder_decoder else ids.shape[1]
     text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
     return Answer(text, tokens, start, recording)
 

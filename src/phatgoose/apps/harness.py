@@ -9,6 +9,7 @@ lm_eval finds `PhatgooseLM` by our entry point in its group "lm_eval.models". It
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
@@ -17,7 +18,9 @@ import torch
 from transformers import PreTrainedModel
 
 from ..bases import choose_dtype, load_base
-from ..config import Routing, from_mapping, settings_of
+from ..config import Formatting, Routing, from_mapping, settings_of
+from ..cuts import kept
+from ..encoding import Encoder, added_tokens, pad_left, pad_right
 from ..errors import ConfigError
 from ..opening import compose_pool, is_routed
 from ..pool import Pool
@@ -62,9 +65,15 @@ class ModelArguments(Routing):
     batch_size: Annotated[int | str, "Rows at a time, or auto."] = 1
     max_batch_size: Annotated[int, "The most rows that auto tries."] = 64
     add_eos: Annotated[bool, "Let every continuation end with end-of-sequence."] = False
+    max_input_tokens: Annotated[
+        int | None, "Longer contexts are cut to so many tokens; default: to what the model holds."
+    ] = None
+    truncation: Annotated[str, "What such a cut takes away: middle, left or right."] = "middle"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        most = 1 if self.max_input_tokens is None else self.max_input_tokens
+        Formatting(max_input_tokens=most, truncation=self.truncation)  # refuses what can't be
         if not self.pool:
             raise ConfigError("pool is missing; say pool=FOLDER.")
 
@@ -94,7 +103,8 @@ class ModelArguments(Routing):
 class PhatgooseLM(HFLM):  # type: ignore[misc]
     """A routed model as the harness's language model; `ModelArguments` says what it takes.
 
-    Context and continuation are tokenised apart, as in the experts' training. Log-likelihoods are
+    Context and continuation are tokenised and cut as in `phatgoose.evaluate`, but for the few-shot
+    contexts' sake to what the model holds unless `max_input_tokens` is given. Log-likelihoods are
     computed in float32. With `add_eos` they are those of `phatgoose.evaluate`, summed.
 
     Raises ConfigError for arguments that can't be used and for routers that look whole inputs up,
@@ -115,6 +125,9 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
             softmax_dtype="float32",
             trust_remote_code=False,
         )
+        seq2seq = self.backend == "seq2seq"
+        self._encoder = Encoder(self.tokenizer, is_encoder_decoder=seq2seq)
+        self._before, self._after = added_tokens(self.tokenizer, is_encoder_decoder=True)
 
     @classmethod
     def create_from_arg_obj(
@@ -143,8 +156,41 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         In a decoder that reads it alone, a target starts without the task's delimiter.
         """
         if self.backend == "seq2seq":
-            continuation = continuation.removeprefix(DELIMITER)
-        return self.tok_encode(context), self.tok_encode(continuation, add_special_tokens=False)
+            target = self._encoder.continuation(context, continuation.removeprefix(DELIMITER))
+            return self._context(context, self.max_length), target
+        target = self._encoder.continuation(context, continuation)
+        room = self.max_length + 1 - len(target) - self.arguments.add_eos  # the last is not read
+        return self._context(self._encoder.prompt_text(context), room), target
+
+    def _context(self, text: str, room: int) -> list[int]:
+        """The tokens of a context, at most `room` and `max_input_tokens`: special ones stay."""
+        tokens: list[int] = self.tok_encode(text)
+        before = self._before if tokens[: len(self._before)] == self._before else []
+        end = len(tokens) - len(self._after)
+        after = self._after if self._after and tokens[end:] == self._after else []
+        body = tokens[len(before) : len(tokens) - len(after)]
+        after = after if self.backend == "seq2seq" else []  # an answer goes on from there
+        most = min(room, self.arguments.max_input_tokens or room)
+        left = kept(body, max(most - len(before) - len(after), 1), self.arguments.truncation)
+        if len(left) < len(body):
+            warnings.warn(
+                f"Contexts that are too long are cut (truncation {self.arguments.truncation}).",
+                stacklevel=2,
+            )
+        return [*before, *left, *after]
+
+    def tok_batch_encode(
+        self,
+        strings: list[str],
+        padding_side: str = "left",
+        left_truncate_len: int | None = None,
+        truncation: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(tokens, mask) of contexts that text is generated after, cut like any."""
+        room = left_truncate_len or self.max_length
+        rows = [self._context(self._encoder.prompt_text(text), room) for text in strings]
+        pad = pad_left if padding_side == "left" else pad_right
+        return pad(rows, self.tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> Any:
         """(log-likelihood, is greedy) of each request; the pieces of a running text stay open."""

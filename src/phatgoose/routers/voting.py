@@ -64,7 +64,9 @@ class GateVote(PromptReader):
 
     def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
         """The expert of each example, read as `formatting` has it; answer choices play no part."""
-        return self.means([example.input for example in examples], formatting).argmax(dim=-1)
+        encoder = Encoder.for_model(self._attached, self.tokenizer, formatting)
+        prompts = [encoder.fitted(example.input, example.passage).tokens for example in examples]
+        return self.of_tokens(prompts)
 
     def of_prompts(self, texts: Sequence[str]) -> Tensor:
         """The expert of each prompt, int64 [texts]. Raises RoutingError when not attached."""
@@ -76,8 +78,7 @@ class GateVote(PromptReader):
 
     def means(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
         """The mean affinity of each prompt and expert, float32 [texts, pool_size]."""
-        seq2seq = bool(self._attached.config.is_encoder_decoder)
-        encoder = Encoder(self.tokenizer, is_encoder_decoder=seq2seq, formatting=formatting)
+        encoder = Encoder.for_model(self._attached, self.tokenizer, formatting)
         return self._means_of([encoder.prompt(text) for text in texts])
 
     @property

@@ -13,19 +13,20 @@ import importlib.util
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from jinja2 import Template, TemplateError, pass_context
+from jinja2.filters import do_truncate
 from jinja2.meta import find_undeclared_variables
 from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from ..errors import TaskError
-from ..tasks import TEMPLATE_FAILURES
+from ..tasks import TEMPLATE_FAILURES, Span, longest_field
 from .entries import Sources
 
 __all__ = ["PromptTemplate", "Rendered", "read_templates", "templates_folder"]
@@ -47,13 +48,15 @@ class Rendered:
     """One row in a template's words.
 
     `target` is the first of the right answers, `references` are all of them where a template gives
-    several, empty otherwise. `choices` is empty for a template without answer choices.
+    several, empty otherwise. `choices` is empty for a template without answer choices, `passage` is
+    that of `phatgoose.tasks.Example`.
     """
 
     input: str
     target: str
     choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    passage: Span | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class PromptTemplate:
         if len(parts) < 2 or not parts[0] or not parts[1]:
             return None
         references = tuple(part for part in parts[1:] if part) if len(parts) > 2 else ()
-        return Rendered(parts[0], parts[1], tuple(choices or ()), references)
+        passage = longest_field(row, parts[0], _shortened)
+        return Rendered(parts[0], parts[1], tuple(choices or ()), references, passage)
 
 
 def read_templates(folder: Path, dataset: str, config: str | None) -> tuple[PromptTemplate, ...]:
@@ -199,6 +203,11 @@ def _compiled(source: str) -> Template:
 def _truncating(jinja: str) -> str:
     """The template with each expression cut, in the very way in which promptsource writes it."""
     return jinja.replace("}}", f" | string | truncate({LONGEST_VALUE}) }}}}")
+
+
+def _shortened(value: str) -> str:
+    """A value as an expression shows it that does nothing else with it."""
+    return do_truncate(ENVIRONMENT, value, LONGEST_VALUE)
 
 
 def _split(text: str) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from itertools import groupby
 from pathlib import Path
@@ -345,7 +345,13 @@ class _Picker:
         if rendered is None:
             self._left_out["without an input or a target"] += 1
             return None
-        return Example(rendered.input, rendered.target, rendered.choices, rendered.references)
+        return Example(
+            rendered.input,
+            rendered.target,
+            rendered.choices,
+            rendered.references,
+            rendered.passage,
+        )
 
     def _ranked(self, row: Row, template: PromptTemplate) -> Example | None:
         example = self._example(row, template)
@@ -359,7 +365,7 @@ class _Picker:
         if example is None:
             return None
         found = self._accepted(row, self._references) if self._references else ()
-        return Example(example.input, example.target, (), found or example.references)
+        return replace(example, choices=(), references=found or example.references)
 
     def _accepted(self, row: Row, path: str) -> tuple[str, ...]:
         """The answers at `path` in a row, without empty ones."""

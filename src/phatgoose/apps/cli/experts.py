@@ -19,6 +19,7 @@ from ...config import (
     Peft,
     Training,
 )
+from ...cuts import recorded_share
 from ...errors import ConfigError, ExpertError
 from ...recipes import Recipe
 from ..consoles import say
@@ -259,10 +260,11 @@ def _summary(expert: TrainedExpert) -> str:
     metrics = expert.metrics
     speed = metrics.get("gate_tokens_per_second")
     gates = "trained jointly" if speed is None else f"{speed:.0f} tokens/s"
+    cut = f"; inputs cut: {recorded_share(metrics)}" if metrics.get("inputs_cut") else ""
     return (
         f"{expert.name}: validation loss {metrics['expert_validation_loss']:.4f} at step "
         f"{metrics['expert_best_step']}, {metrics['expert_tokens_per_second']:.0f} tokens/s; "
-        f"gates: {gates}"
+        f"gates: {gates}{cut}"
     )
 
 
@@ -385,4 +387,6 @@ def _contents(expert: Expert) -> str:
         "embeddings": expert.embeddings is not None,
     }
     answers = ", ".join(f"{part}: {'yes' if there else 'no'}" for part, there in has.items())
-    return f"{expert.name}, {KIND_NAMES[expert.kind]}, {len(expert.modules)} sites, {answers}"
+    share = recorded_share(expert.info.metrics)
+    cut = f", inputs cut: {share}" if share is not None else ""
+    return f"{expert.name}, {KIND_NAMES[expert.kind]}, {len(expert.modules)} sites, {answers}{cut}"

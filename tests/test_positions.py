@@ -1,0 +1,141 @@
+"""The positions of architectures, and that no input runs over them."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from functools import cache
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from conftest import make_tokenizer
+from phatgoose.apps.generation import Sampling, answer
+from phatgoose.bases import Base, fingerprint, load_skeleton
+from phatgoose.config import Formatting, GateTraining, Lora, Training
+from phatgoose.errors import EvaluationError
+from phatgoose.evaluation import evaluate
+from phatgoose.positions import Positions, positions_of
+from phatgoose.routed import compose, detach
+from phatgoose.tasks import Example, Task
+from phatgoose.training import train_expert
+
+FEW = {"vocab_size": 300, "max_position_embeddings": 40}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}
+LLAMA = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+}
+BOTH = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16}
+BOTH |= {"decoder_ffn_dim": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+GPT2 = {"vocab_size": 300, "n_positions": 40, "n_embd": 16, "n_layer": 1, "n_head": 2}
+IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_token_id": 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "wanted"),
+    [
+        ("gpt2", GPT2, Positions(40, 40)),
+        ("gptj", {**GPT2, "rotary_dim": 4}, Positions(40, 40)),
+        ("codegen", {**GPT2, "n_head": 4, "n_ctx": 40, "rotary_dim": 2}, Positions(40, 40)),
+        ("opt", {**FEW, **SMALL, "word_embed_proj_dim": 16}, Positions(40, 40)),
+        ("bart", {**FEW, **BOTH}, Positions(40, 40)),
+        ("marian", {**FEW, **BOTH}, Positions(40, 40)),
+        ("llama", {**FEW, **LLAMA}, Positions(trained=40)),
+        ("bloom", {"vocab_size": 300, "hidden_size": 16, "n_layer": 1, "n_head": 2}, Positions()),
+        (
+            "t5",
+            {"vocab_size": 300, "d_model": 16, "d_kv": 8, "num_layers": 1, "num_heads": 2},
+            Positions(),
+        ),
+    ],
+)
+def test_positions_are_those_of_the_table_or_of_the_training(kind, settings, wanted):
+    settings = settings | {key: value for key, value in IDS.items() if kind != "t5"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = load_skeleton(AutoConfig.for_model(kind, **settings))
+    assert positions_of(model) == wanted
+
+
+KINDS_HERE = {"gpt2": GPT2, "opt": {**FEW, **SMALL, "word_embed_proj_dim": 16}, "bart": FEW | BOTH}
+
+
+@cache
+def few_places(kind: str) -> Base:
+    """A base that holds 24 tokens, of a kind whose positions are a table."""
+    torch.manual_seed(0)
+    name = "n_positions" if kind == "gpt2" else "max_position_embeddings"
+    config = AutoConfig.for_model(kind, **{**KINDS_HERE[kind], name: 24}, **IDS)
+    auto = AutoModelForSeq2SeqLM if kind == "bart" else AutoModelForCausalLM
+    model = auto.from_config(config).eval()
+    model.generation_config.pad_token_id = 0
+    model.generation_config.forced_eos_token_id = None
+    tokenizer = make_tokenizer(final_eos=kind == "bart")
+    return Base(model, tokenizer, "few", None, fingerprint(model))
+
+
+LONG = "a passage of far more than twenty-four letters. Is it so?"
+CHOOSING = Task("choosing", test=(Example(LONG, "yes", ("yes", "no, never")),) * 2)
+WRITING = Task("writing", test=(Example(LONG, "yes"),))
+LEARNING = Task("learning", train=(Example(LONG, "yes"), Example("short", "no")) * 3)
+
+
+def test_training_and_gates_stay_within_the_positions(tmp_path):
+    base = copy.deepcopy(few_places("gpt2"))
+    with pytest.warns(UserWarning, match="learning: . of 5 inputs .* cut to 19 tokens"):
+        expert = train_expert(
+            base,
+            LEARNING,
+            out=tmp_path / "learning",
+            peft=Lora(rank=2),
+            training=Training(steps=1, batch_size=2, eval_every=1),
+            gate_training=GateTraining(gate_steps=1, statistics_examples=4),
+        )
+    assert expert.info.metrics["inputs_cut"] in (2, 3)
+    with pytest.warns(UserWarning, match="cut to"):
+        assert evaluate(compose(expert.directory, base, k=1), CHOOSING).scores
+
+
+@pytest.mark.parametrize("kind", KINDS_HERE)
+def test_scoring_and_generation_leave_room_for_the_answer(kind):
+    base = few_places(kind)
+    room = (24, 24, 24) if kind == "bart" else (13, 16, 20)  # its decoder has places of its own
+    with pytest.warns(UserWarning, match=f"choosing: 2 of 2 inputs .* cut to {room[0]} tokens"):
+        assert evaluate(base, CHOOSING).scores[0].cuts.most == room[0]
+    with pytest.warns(UserWarning, match=f"writing: 1 of 1 input .* cut to {room[1]} tokens"):
+        evaluate(base, WRITING, max_new_tokens=8)
+    sampling = Sampling(max_new_tokens=4)
+    with pytest.warns(UserWarning, match=f"the prompt: 1 of 1 input .* cut to {room[2]} tokens"):
+        said = answer(base.model, base.tokenizer, LONG, sampling=sampling)
+    assert said.prompt_length == (0 if kind == "bart" else 20)
+
+
+@pytest.mark.parametrize("kind", KINDS_HERE)
+def test_more_new_tokens_than_positions_are_refused_in_words(kind):
+    with pytest.raises(
+        EvaluationError, match="max_new_tokens is 64, but the base has 24 positions"
+    ):
+        evaluate(few_places(kind), WRITING)
+
+
+def test_rotary_positions_beyond_training_are_told(llama):
+    model = llama.model
+    model.config.max_position_embeddings = 24
+    with pytest.warns(UserWarning, match="choosing: 2 of 2 inputs .* longer than the 24 tokens"):
+        evaluate(llama, CHOOSING, formatting=Formatting(max_input_tokens=100))
+
+
+def test_a_routed_model_has_the_positions_of_its_base(gpt2_pool, loaded_bases):
+    base = copy.deepcopy(loaded_bases["gpt2"])
+    model = compose(gpt2_pool, base)
+    assert positions_of(model) == Positions(1024, 1024)
+    detach(model)
+
+
+@pytest.fixture
+def gpt2_pool(pool_of):
+    return pool_of("gpt2")

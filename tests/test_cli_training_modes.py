@@ -117,12 +117,14 @@ def test_a_file_whose_name_no_expert_can_have_is_refused_before_training(here, p
 def test_training_on_inputs_that_are_cut_is_told_and_shown(here, phat):
     outcome = phat("train", "reviews.jsonl", *TRAIN, "--max-input-tokens", 5)
     assert outcome.code == 0
-    told = re.search(r"warning: reviews: (\d+) of \1 inputs \(100 %\) cut to 5 tokens, by", outcome.err)
+    told = re.search(
+        r"warning: reviews: (\d+) of \1 inputs \(100 %\) cut to 5 tokens, by", outcome.err
+    )
     assert told is not None
     assert outcome.err.count("inputs") == 1
     assert "; inputs cut: 100 % ->" in outcome.out
     assert "embeddings: no, inputs cut: 100 %" in phat("check", "new/reviews").out
-    again = phat("measure", "new/reviews", "--task", "reviews.jsonl", *DTYPE, "--no-embeddings")
+    again = phat("measure", "new/reviews", "--task", "reviews.jsonl", *BASE, "--no-embeddings")
     assert "cut to 5 tokens" in again.err
 
 

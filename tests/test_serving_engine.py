@@ -20,6 +20,8 @@ from phatgoose.apps.server.batches import Batch
 from phatgoose.apps.server.decoding import Decoding, Sampler, alternatives, seed_of
 from phatgoose.apps.server.engine import Engine
 from phatgoose.apps.server.metrics import Metrics
+from phatgoose.apps.server.prompts import completion_prompts, decoding_of
+from phatgoose.apps.server.protocol import ChatRequest, CompletionRequest
 from phatgoose.apps.server.refusals import Refusal
 from phatgoose.apps.server.rows import Failure, Row
 from phatgoose.apps.server.runner import Runner
@@ -28,6 +30,8 @@ from phatgoose.bases import load_base
 from phatgoose.config import Serving
 from phatgoose.encoding import Encoder
 from phatgoose.errors import RoutingError
+from test_encoding import with_added
+from test_positions import few_places
 
 GREEDY = Decoding(max_tokens=12, temperature=0.0)
 
@@ -628,3 +632,30 @@ def test_weights_of_a_base_are_in_memory_once(pool_of):
     assert goose is not mean
     pairs = zip(goose.parameters(), mean.parameters(), strict=True)
     assert all(one is other for one, other in pairs)
+
+
+def asked(prompt, **fields) -> CompletionRequest:
+    return CompletionRequest(model="goose", prompt=prompt, **fields)
+
+
+def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
+    base, limits = few_places("bart"), Serving()
+    runner = Runner(base.model, base.tokenizer)
+    for text, tokens, words in (
+        ("a" * 30, 4, "The prompt has 31 tokens; the model's encoder can hold 24."),
+        ("a", 25, "max_tokens is 25; the model's decoder can hold 24."),
+    ):
+        request = asked(text, max_tokens=tokens)
+        (prompt,) = completion_prompts(request, runner, limits)
+        with pytest.raises(Refusal) as refusal:
+            decoding_of(request, prompt, runner, limits, 0)
+        assert (refusal.value.status_code, refusal.value.detail) == (400, words)
+    chat = ChatRequest(model="goose", messages=[{"role": "user", "content": "a"}])
+    assert decoding_of(chat, prompt, runner, limits, 0).max_tokens == 24
+
+
+def test_a_text_that_an_answer_follows_has_no_end(llama):
+    tokenizer = with_added(["<bos>"], ["</s>"])
+    runner = Runner(llama.model, tokenizer)
+    (prompt,) = completion_prompts(asked("ab"), runner, Serving())
+    assert tokenizer.decode(list(prompt.tokens)) == "<bos>ab"

@@ -73,7 +73,9 @@ def _most_tokens(runner: Runner, limits: Serving) -> int:
 def _prompt(given: str | Sequence[int], runner: Runner) -> Prompt:
     tokenizer = runner.tokenizer
     if isinstance(given, str):
-        tokens: list[int] = tokenizer(given)["input_ids"]
+        before, after = runner.added
+        text = tokenizer(given, add_special_tokens=False)["input_ids"]
+        tokens: list[int] = [*before, *text, *after]
         return Prompt(tuple(tokens or [_first(tokenizer)]), given)
     unknown = [token for token in given if token >= runner.vocabulary]
     if unknown:
@@ -162,6 +164,7 @@ def _length(asked: int | None, prompt: Prompt, runner: Runner, limits: Serving) 
             f"max_tokens is {asked}; this server generates {limits.max_tokens} at most.",
             "max_tokens",
         )
+    _check_positions(asked or 0, prompt, runner)
     given, most = len(prompt.tokens), _most_tokens(runner, limits)
     room, wanted = most - given, 1 if asked is None else asked
     if room < wanted:
@@ -171,4 +174,25 @@ def _length(asked: int | None, prompt: Prompt, runner: Runner, limits: Serving) 
             "max_tokens" if asked else "messages",
             TOO_LONG,
         )
+    if runner.is_encoder_decoder and runner.positions.answer is not None:
+        room = min(room, runner.positions.answer)
     return min(room, limits.max_tokens) if asked is None else asked
+
+
+def _check_positions(asked: int, prompt: Prompt, runner: Runner) -> None:
+    """Raise Refusal for more than the places of an encoder or a decoder, which have their own."""
+    if not runner.is_encoder_decoder:
+        return
+    given, places = len(prompt.tokens), runner.positions
+    if places.prompt is not None and given > places.prompt:
+        raise bad_request(
+            f"The prompt has {given} tokens; the model's encoder can hold {places.prompt}.",
+            "prompt",
+            TOO_LONG,
+        )
+    if places.answer is not None and asked > places.answer:
+        raise bad_request(
+            f"max_tokens is {asked}; the model's decoder can hold {places.answer}.",
+            "max_tokens",
+            TOO_LONG,
+        )

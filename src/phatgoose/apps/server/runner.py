@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...analysis import TraceKeeper
-from ...encoding import contiguous_head, position_ids
+from ...encoding import added_tokens, contiguous_head, position_ids
+from ...positions import positions_of
 from ...routed import watch
 from ...routers import PromptReader
 from ...sites import ROUTED
@@ -27,7 +28,8 @@ class Runner:
     """A model with its tokenizer, asked for passes that add to a cache of keys and values.
 
     `ends` are the tokens that end an answer, `context` how many tokens the model can hold (None:
-    any number).
+    any number), in an encoder-decoder model its encoder. `added` are the tokens that stand before
+    and after the text of a prompt.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -35,7 +37,9 @@ class Runner:
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self.ends = _ends_of(model, tokenizer)
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        self.context: int | None = getattr(model.config, "max_position_embeddings", None)
+        self.positions = positions_of(model)
+        self.context = self.positions.prompt or self.positions.trained
+        self.added = added_tokens(tokenizer, is_encoder_decoder=self.is_encoder_decoder)
         self.vocabulary = int(model.get_input_embeddings().num_embeddings)
         known = inspect.signature(model.forward).parameters
         self._takes_positions = "position_ids" in known

@@ -26,11 +26,11 @@ methods=$zero_shot${SINGLES:+$derived}
 confirmation=recipes/suites/study-cross-a-confirmation.toml
 development=recipes/suites/study-cross-a-development.toml
 suite() { local list; list=$(printf ",recipes/suites/study-%s.toml" "$@"); echo "${list:1}"; }
-compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
+compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes; cut as in pool A's time
   local to=$1 limit=$2 suites=$3 rows=$4
   shift 4
   $phatgoose compare "$@" --suites "$suites" --limit "$limit" --seed 0 --methods "$rows" \
-    --out "$out/$to" "${engine[@]}"
+    --truncation right --out "$out/$to" "${engine[@]}"
 }
 draw() {  # SEED SIZE POOL: the names of so many experts
   python -c 'import os, random, sys
@@ -109,11 +109,11 @@ bigbench-b) compare bigbench-b 50 "$(suite bbh bbl)" $zero_shot "$out/pool-a" "$
 analysis)  # the report quotes texts of ../shared/data: don't publish it
   $phatgoose analyse "$out/pool-a" --suite recipes/suites/study-cross-a.toml --limit 100 \
     --against phatgoose-input,average-activation --scores "$out/cross/comparison.json" \
-    --out "$out/analysis"
+    --truncation right --out "$out/analysis"
   # Figure 3 of the paper for the two datasets where PHATGOOSE comes nearest to Oracle
   $phatgoose analyse "$out/pool-a" --task $data/sst5.jsonl --task $data/sentiment140.jsonl \
     --limit 100 --no-score --examples 0 --scores "$out/cross/comparison.json" \
-    --out "$out/heat-maps" ;;
+    --truncation right --out "$out/heat-maps" ;;
 report)
   mkdir -p docs/study
   told() { python examples/study_report.py "$1" "docs/study/$2.jsonl" "docs/study/$2.$3"; }

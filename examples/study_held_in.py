@@ -19,10 +19,13 @@ from tqdm.auto import tqdm
 
 from phatgoose.bases import load_base
 from phatgoose.bootstrap import interval_of
+from phatgoose.config import Formatting
 from phatgoose.evaluation import evaluate
 from phatgoose.pool import Pool
 from phatgoose.routed import compose, detach
 from phatgoose.suites import Sources, open_suite
+
+CUT = Formatting(truncation="right")  # as when docs/study.md was made
 
 
 def main(pool_at: str, suite_at: str, out: str, limit: str) -> None:
@@ -40,10 +43,10 @@ def main(pool_at: str, suite_at: str, out: str, limit: str) -> None:
             ("phatgoose", "phatgoose", None),
         ):
             if router is None:
-                (score,) = evaluate(base, task, limit=int(limit)).scores
+                (score,) = evaluate(base, task, limit=int(limit), formatting=CUT).scores
             else:
                 model = compose(pool, base, router=router, expert=expert)
-                (score,) = evaluate(model, task, limit=int(limit)).scores
+                (score,) = evaluate(model, task, limit=int(limit), formatting=CUT).scores
                 detach(model)
             record |= {"metric": score.metric, "n": score.n}
             record[label] = [round(x, 4) for x in (score.score, score.low, score.high)]

@@ -258,7 +258,9 @@ SCORES = {  # of the experts e0 to e3: e1 is the best at "first", e2 at "second"
 }
 
 
-def toy_embed(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> torch.Tensor:
+def toy_embed(
+    texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER, truncation: str = "middle"
+) -> torch.Tensor:
     """Unit vectors of a text's bytes, counted [texts, 64]: in place of a sentence embedder."""
     rows = [
         torch.tensor(list(text.encode())).remainder(64).bincount(minlength=64) for text in texts

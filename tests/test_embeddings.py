@@ -9,11 +9,12 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from transformers import AutoModel, BertConfig
 
-from conftest import toy_embed, with_embeddings
+from conftest import make_tokenizer, toy_embed, with_embeddings
 from phatgoose import embeddings
-from phatgoose.config import Routing
+from phatgoose.config import Formatting, Routing
 from phatgoose.embeddings import DEFAULT_EMBEDDER, embed_texts, load_embedder, usable_embedder
 from phatgoose.errors import ConfigError
 from phatgoose.opening import open_model
@@ -21,6 +22,7 @@ from phatgoose.pool import Pool
 from phatgoose.routed import compose, composition_of
 from phatgoose.routers import lookup
 from phatgoose.storage import load, save
+from phatgoose.tasks import Example
 
 
 @pytest.fixture
@@ -30,6 +32,47 @@ def loaded(monkeypatch) -> Iterator[list[str]]:
     monkeypatch.setattr(lookup, "load_embedder", names.append)
     monkeypatch.setattr(lookup, "embed_texts", toy_embed)
     return names
+
+
+class Reader:
+    """An embedder that reads twenty tokens, and keeps what it was given."""
+
+    max_seq_length = 20
+
+    def __init__(self, *, final_eos: bool = True) -> None:
+        self.tokenizer = make_tokenizer(final_eos=final_eos)
+        self.read: list[str] = []
+
+    def encode(self, texts, **_) -> torch.Tensor:
+        self.read += texts
+        return torch.ones(len(texts), 2)
+
+
+@pytest.mark.parametrize(
+    ("truncation", "wanted"),
+    [
+        ("middle", "one four five six"),
+        ("left", "three four five six"),
+        ("right", "one two three four five six"),  # which it cuts by itself
+    ],
+)
+def test_an_embedder_reads_texts_cut_as_inputs_are(monkeypatch, truncation, wanted):
+    reader = Reader()
+    monkeypatch.setattr(embeddings, "load_embedder", lambda _: reader)
+    embed_texts(["one two three four five six", "one two"], "toy", truncation)
+    assert reader.read == [wanted, "one two"]
+
+
+def test_queries_are_cut_as_the_evaluation_s_inputs_are(llama, llama_pool, loaded, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        lookup, "embed_texts", lambda *given: seen.append(given[2]) or toy_embed(given[0])
+    )
+    model = compose(with_embeddings(llama_pool), llama, router="retrieval")
+    found = composition_of(model).lookup
+    found.find([Example("a", "b")], Formatting(truncation="right"))
+    found.find([Example("a", "b")])
+    assert seen == ["right", "middle"]
 
 
 def recorded_by(pool: Pool, embedder: str) -> Pool:

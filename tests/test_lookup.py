@@ -230,7 +230,7 @@ def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch)
     seen = []
     monkeypatch.setattr(
         "phatgoose.routers.lookup.embed_texts",
-        lambda texts, embedder: seen.append((list(texts), embedder)) or toy_embed(texts),
+        lambda texts, embedder, _: seen.append((list(texts), embedder)) or toy_embed(texts),
     )
     evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)
     assert [len(texts) for texts, _ in seen] == [5, 5]

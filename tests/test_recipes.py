@@ -55,6 +55,10 @@ def test_suite_files_are_no_recipes_but_toml(path):
     assert tomllib.loads(path.read_text(encoding="utf-8"))["tasks"]
 
 
+# Embeddings are made on request, since they need an extra; inputs keep their question.
+OWN_DEFAULTS = {"embeddings", "truncation"}
+
+
 @each_of_the_papers
 def test_the_papers_recipes_write_out_the_defaults_which_are_the_papers(name):
     recipe = read_recipe(RECIPES / name)
@@ -63,8 +67,9 @@ def test_the_papers_recipes_write_out_the_defaults_which_are_the_papers(name):
     assert len(open_tasks(recipe.tasks)) == count
     for table, config in RECIPE_TABLES.items():
         for key, value in recipe.tables.get(table, {}).items():
-            if key != "embeddings":  # on request by default, since it needs an extra
+            if key not in OWN_DEFAULTS:
                 assert getattr(config(), key) == value, f"[{table}] {key}"
+    assert recipe.tables["formatting"]["truncation"] == "right"
     written = {key for table in recipe.tables.values() for key in table}
     wanted = {"rank", "alpha", "init_std", "steps", "batch_size", "learning_rate", "warmup_ratio"}
     wanted |= {"eval_every", "gate_steps", "statistics_examples", "means", "embeddings"}

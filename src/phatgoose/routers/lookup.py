@@ -219,9 +219,13 @@ class Retriever(PromptReader):
         load_embedder(embedder)
         self.embeddings, self.owners, self.embedder = embeddings, owners, embedder
 
-    def nearest(self, texts: Sequence[str]) -> Tensor:
-        """The expert that owns the nearest embedding of each text, int64 [texts]."""
-        queries = embed_texts(texts, self.embedder)
+    def nearest(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
+        """The expert that owns the nearest embedding of each text, int64 [texts].
+
+        Texts too long for the embedder are cut as `formatting` has it.
+        """
+        truncation = (formatting or Formatting()).truncation
+        queries = embed_texts(texts, self.embedder, truncation)
         if queries.shape[1] != self.embeddings.shape[1]:
             raise RoutingError(
                 f"The experts' embeddings have {self.embeddings.shape[1]} columns, those of "
@@ -235,9 +239,8 @@ class Retriever(PromptReader):
 
     def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
         """The expert of each example; its answer choices are a part of the query."""
-        return self.nearest(
-            [retrieval_text(example.input, example.choices) for example in examples]
-        )
+        texts = [retrieval_text(example.input, example.choices) for example in examples]
+        return self.nearest(texts, formatting)
 
 
 class LookedUpRouter(nn.Module):

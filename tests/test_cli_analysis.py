@@ -161,6 +161,13 @@ def test_what_cannot_be_analysed_is_told_in_a_line(phat, here, llama, arguments,
     assert "Traceback" not in err
 
 
+def test_a_prompt_that_is_cut_is_told(phat, here):
+    options = ("--answer", "yes", "--dtype", "float32", "--max-input-tokens", 4)
+    code, _, err = phat("explain", here, "Is a heron a bird?", *options)
+    assert code == 0
+    assert "the prompt: 1 of 1 input (100 %) cut to 4 tokens, by 14 in the median." in err
+
+
 def test_a_prompt_is_explained(phat, here, tmp_path):
     code, out, err = phat(
         "explain",

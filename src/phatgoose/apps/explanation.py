@@ -129,8 +129,11 @@ def explain(
     """
     if not prompt:
         raise TaskError("The prompt is empty.")
+    told = given is None  # by `answer`
     if given is None:
         given = answer(model, tokenizer, prompt, formatting, Sampling(max_new_tokens)).text
     encoder = Encoder.for_model(model, tokenizer, formatting)
     pair = encoder.pair(prompt, given)
+    if not told:
+        encoder.cuts([pair]).tell("the prompt")
     return Explanation(trace(model, encoder, pair), given, layer, kind)

@@ -23,7 +23,6 @@ LAYERS = (
     ("kernels.building", "kernels.sizes"),
     (
         "config",
-        "cuts",
         "engines",
         "files",
         "processes",
@@ -45,6 +44,7 @@ LAYERS = (
     (
         "bases",
         "bootstrap",
+        "cuts",
         "formats",
         "kernels.bottlenecks",
         "kernels.native",

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeVar
 
+from .files import one_line
+
 __all__ = ["CUTS", "Cut", "Cuts", "kept", "recorded_share"]
 
 CUTS = ("inputs", "inputs_cut", "inputs_cut_to", "inputs_cut_by")  # in an expert's metrics
@@ -84,13 +86,14 @@ class Cuts:
         Always warns of inputs beyond what the base was made for.
         """
         if self.cut and self.share < WARN_FROM:
-            logger.info("%s: %s", task, self.told())
+            logger.info("%s: %s", one_line(task), self.told())
         elif self.cut:
-            warnings.warn(f"{task}: {self.told()}.", stacklevel=2)
+            warnings.warn(f"{one_line(task)}: {self.told()}.", stacklevel=2)
         if self.beyond:
             warnings.warn(
-                f"{task}: {self.beyond} of {self.inputs} inputs and their answers are longer than "
-                f"the {self.trained} tokens that the base was made for; lower max_input_tokens.",
+                f"{one_line(task)}: {self.beyond} of {self.inputs} inputs and their answers are "
+                f"longer than the {self.trained} tokens that the base was made for; lower "
+                f"max_input_tokens.",
                 stacklevel=2,
             )
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .config import Formatting, from_mapping
 from .errors import ConfigError
+from .files import one_line
 
 __all__ = ["format_record", "recorded_formatting", "warn_of_other_formatting"]
 
@@ -66,7 +67,7 @@ def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Format
         if found.get("inputs_cut") != 0:
             names += ["max_input_tokens", "truncation"]
         if any(getattr(trained, name) != getattr(given, name) for name in names):
-            others[_words(trained)].append(str(record.get("name")))
+            others[_words(trained)].append(one_line(record.get("name"), 80))
     for form, experts in others.items():
         more = f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else ""
         warnings.warn(

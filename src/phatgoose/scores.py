@@ -37,7 +37,7 @@ def read_scores(path: str | Path) -> Scores:
         return found
     except OSError as error:
         raise PoolError(f"Scores {path} can't be read: {error.strerror}.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (PoolError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PoolError(
             f"{path} holds no scores of single experts; wanted the comparison.json of a 'phatgoose "
             f"compare' that ran every single expert."

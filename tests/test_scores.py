@@ -36,7 +36,7 @@ def test_whole_numbers_become_fractions(tmp_path):
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(PoolError, match=r"nowhere\.json can't be read: No such file"):
         read_scores(tmp_path / "nowhere.json")
-    with pytest.raises(PoolError, match="can't be read: Is a directory"):
+    with pytest.raises(PoolError, match=r"holds no scores of single experts; wanted the"):
         read_scores(tmp_path)
 
 

@@ -39,9 +39,7 @@ def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
     Whose address a proxy names is believed of the proxies in FORWARDED_ALLOW_IPS alone. Only what
     the server is to blame for is logged: what strangers send would fill the disk.
     """
-    connections = Connections(
-        _connections(limits.max_connections), limits.read_timeout, limits.max_body
-    )
+    connections = Connections(_connections(limits.max_connections), limits.read_timeout)
     config = uvicorn.Config(
         app,
         http=cast("Any", connections.protocol),

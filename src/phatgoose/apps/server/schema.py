@@ -35,7 +35,10 @@ RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "
 CHALLENGE = {"WWW-Authenticate": {"description": "What is wanted.", "schema": {"type": "string"}}}
 HEADERS: dict[int, dict[str, Any]] = {429: RETRY, 401: CHALLENGE}
 PLACE = "#/components/schemas/{model}"
-EVENTS = {"schema": {"type": "string"}, "example": 'data: {"id": …}\n\ndata: [DONE]\n\n'}
+EVENTS = {
+    "schema": {"description": "Server-sent events, each with a chunk; the last is [DONE]."},
+    "example": 'data: {"id": …}\n\ndata: [DONE]\n\n',
+}
 
 
 def responses_of(

@@ -189,6 +189,11 @@ def test_held_in_task(written, served):
         "right 4?",
     ]
     assert task.digest == read("mrpc", sources).digest
+    assert [example.input[slice(*example.passage)] for example in task.train[3:6]] == [
+        "right 1",
+        "right 1",
+        "left 1",
+    ]
 
 
 def test_training_pairs_are_drawn_before_any_row_is_read(written, served, monkeypatch):
@@ -291,6 +296,7 @@ def test_generated_answers_are_compared_with_the_rows_own(written, served):
     assert (task.metrics, task.max_new_tokens) == (SQUAD, 31)
     assert task.train[0].references == ()
     for example in task.validation:
+        assert example.passage == (2, 4)
         assert example.choices == ()
         assert example.answers == ("one", "1")
         assert example.target in ("one", "1")

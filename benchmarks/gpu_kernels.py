@@ -31,6 +31,7 @@ from phatgoose.kernels import KERNELS, Kernel, concat, gather, grouped, triton_g
 from phatgoose.kernels.grouped import is_one_call
 from phatgoose.kernels.triton_gpu import in_blocks, one_by_one, runs_on_triton, top_experts
 from phatgoose.routers import ScoredRouter, standardise
+from phatgoose.routers.decision import highest
 
 SHAPES = {  # inputs and outputs of the linears in a block
     "t5-xl": ((2048, 2048), (2048, 5120), (5120, 2048)),
@@ -78,13 +79,13 @@ class Linear:
         return functional.linear(self.u, self.weight)
 
     def routed_by_torch(self, kernel: Kernel) -> Callable[[], Tensor]:
-        """What adds the experts' part by `kernel` and torch's top k."""
+        """What adds the experts' part by `kernel` and a top k of torch's operations."""
 
         def run() -> Tensor:
-            chosen = self.router.affinities(self.u).topk(self.router.k, dim=-1)
-            weights = chosen.values.softmax(dim=-1)
-            delta = kernel(self.u, chosen.indices, weights, self.A, self.B)
-            return self.passed() + delta
+            affinities = self.router.affinities(self.u)
+            experts = highest(affinities, self.router.k)
+            weights = affinities.gather(-1, experts).softmax(dim=-1)
+            return self.passed() + kernel(self.u, experts, weights, self.A, self.B)
 
         return run
 

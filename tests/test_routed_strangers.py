@@ -55,7 +55,7 @@ from phatgoose.sites import find_sites
 from phatgoose.stacks import SiteStack
 from phatgoose.storage import load
 
-EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "60"))
+EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "40"))
 INFO, FIRST, SECOND = "routed.json", "routed.safetensors", "routed-0123456789ab.safetensors"
 GROWN = ("plain", "mixed", "small", "retrieval")  # of two files each, the last expert removed
 MADE = ("input", "oracle", "merged", "centred")  # of one file

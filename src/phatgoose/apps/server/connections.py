@@ -7,7 +7,6 @@ looked at once a second, and is cut off when it stays too long where only the ot
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -30,10 +29,10 @@ HEAD, BODY, READER, SERVER, CLOSING = "head", "body", "reader", "server", "closi
 
 @dataclass(frozen=True)
 class State:
-    """Who has to go on in a connection, with which request, and since when."""
+    """Who has to go on in a connection, with which request (None: the first), and since when."""
 
     who: str
-    request: int
+    request: object
     since: float
 
 
@@ -46,10 +45,9 @@ class Connection(H11Protocol):
     def __init__(self, connections: Connections, **options: Any) -> None:
         super().__init__(**options)
         self._all = connections
-        self.requests = 0
         self._body = self._framing = self._unwanted = 0  # bytes of the request that is being read
         self._writes = True  # the other side reads what it is sent
-        self.state = State(HEAD, 0, self.loop.time())
+        self.state = State(HEAD, None, self.loop.time())
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin, if there is room for one more.
@@ -83,7 +81,6 @@ class Connection(H11Protocol):
         had = 0 if cycle is None else len(cycle.body)
         super().data_received(piece)
         if self.cycle is not cycle:
-            self.requests += 1
             self._body = self._framing = self._unwanted = 0
         elif cycle is not None and cycle.more_body:
             if cycle.response_complete:
@@ -118,14 +115,13 @@ class Connection(H11Protocol):
     def look(self, now: float) -> State:
         """The state at this time."""
         who = self.who
-        if (who, self.requests) != (self.state.who, self.state.request):
-            self.state = State(who, self.requests, now)
+        if who != self.state.who or self.cycle is not self.state.request:
+            self.state = State(who, self.cycle, now)
         return self.state
 
     def cut(self) -> None:
         """End at once; what was written and not read is lost."""
-        with contextlib.suppress(Exception):
-            self.transport.abort()
+        self.transport.abort()
 
 
 class Connections:

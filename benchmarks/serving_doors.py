@@ -334,6 +334,25 @@ def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) ->
     return found
 
 
+def faults(found: dict[str, Any]) -> list[str]:
+    """What should not have happened, whatever the machine."""
+    told = [f"/healthz failed beside {name}" for name, got in healths(found) if got["failed"]]
+    for kind, got in found.get("polite clients", {}).items():
+        told += [f"a polite client's request was lost {kind}: {error}" for error in got["lost"]]
+    streams = found.get("sigterm", {"streams": 0, "finished": 0})
+    if streams["finished"] < streams["streams"]:
+        told.append(f"{streams['finished']} of {streams['streams']} streams were finished")
+    if found.get("half open", {}).get("open_at_the_end"):
+        told.append("half-open connections stayed")
+    return told
+
+
+def healths(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """What was sent, and how /healthz was meanwhile."""
+    measured = {**found.get("bodies", {}), "half-open connections": found.get("half open")}
+    return [(name, got["healthz"]) for name, got in measured.items() if got]
+
+
 def main() -> None:
     """Measure, print, write everything down."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -356,7 +375,8 @@ def main() -> None:
     print(json.dumps(found, indent=2))
     if given.out:
         given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    sys.stdout.flush()
+    if wrong := faults(found):
+        sys.exit("\n".join(wrong))
 
 
 if __name__ == "__main__":

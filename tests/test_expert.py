@@ -23,6 +23,7 @@ from conftest import make_adapter
 from phatgoose.bases import BaseReference, load_base
 from phatgoose.errors import ExpertError
 from phatgoose.expert import FORMAT_VERSION, LAYOUT, Expert, check_expert, sha256_of
+from phatgoose.left_overs import clear_left_overs
 
 SOURCE = Path(phatgoose.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "expert"
@@ -473,7 +474,7 @@ def test_overwriting_that_fails_at_the_last_moment_keeps_the_old_expert(
     rename = os.rename
 
     def fail_into_place(source, target):
-        if Path(target) == directory and "old" not in str(source):
+        if Path(target) == directory and ".unfinished-" in str(source):
             raise OSError(5, "Input/output error")
         rename(source, target)
 
@@ -483,6 +484,30 @@ def test_overwriting_that_fails_at_the_last_moment_keeps_the_old_expert(
         original.save(directory, overwrite=True)
     assert directory.is_dir()
     assert contents(directory) == before
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_an_old_expert_that_cannot_even_be_brought_back_is_kept_beside_its_place(
+    original, directory, monkeypatch
+):
+    rename = os.rename
+
+    def fail_into_place(source, target):
+        if Path(target) == directory:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    before = contents(directory)
+    with monkeypatch.context() as broken:
+        broken.setattr("os.rename", fail_into_place)
+        with pytest.raises((OSError, ExpertError)):
+            original.save(directory, overwrite=True)
+    (kept,) = directory.parent.iterdir()
+    assert contents(kept / directory.name) == before
+    monkeypatch.setattr("phatgoose.left_overs.YOUNG", -1.0)
+    clear_left_overs(directory)
+    assert contents(directory) == before
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
 
 def test_the_golden_expert_is_read_with_the_numbers_it_was_written_with():

@@ -30,13 +30,18 @@ NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 @contextmanager
 def temporary_folder(target: Path, kind: str = UNFINISHED) -> Iterator[Path]:
-    """A new folder beside `target` for this process alone, gone when the context ends."""
+    """A new folder beside `target` for this process alone, gone when the context ends.
+
+    With kind REPLACED it is for what stands at `target`. That comes back when the context ends with
+    nothing in its place; should this fail, it stays in the folder for the next run to bring back.
+    """
     folder = Path(tempfile.mkdtemp(prefix=_prefix(target, kind), dir=target.parent))
     held = _hold(folder)
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            _remove(folder, target)
         if held is not None:
             os.close(held)
 
@@ -86,18 +91,20 @@ def _clear(path: Path, target: Path) -> None:
     if held is None:
         return
     try:
-        kept = path / target.name
-        if path.name.startswith(_prefix(target, REPLACED)) and kept.exists():
-            if target.exists():
-                shutil.rmtree(kept, ignore_errors=True)
-            else:
-                os.rename(kept, target)
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+        _remove(path, target)
     finally:
         os.close(held)
+
+
+def _remove(path: Path, target: Path) -> None:
+    """Remove a temporary file or folder, but for what was replaced and has no successor."""
+    kept = path / target.name
+    if path.name.startswith(_prefix(target, REPLACED)) and kept.exists() and not target.exists():
+        os.rename(kept, target)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _prefix(target: Path, kind: str) -> str:

@@ -135,14 +135,9 @@ def new_directory(
             if not (overwrite and target.exists()):
                 os.rename(work, target)
                 return
-            with temporary_folder(target, REPLACED) as old:
-                try:
-                    os.rename(target, old / target.name)
-                    os.rename(work, target)
-                except BaseException:  # an interruption in between must lose nothing either
-                    if (old / target.name).exists():
-                        os.rename(old / target.name, target)
-                    raise
+            with temporary_folder(target, REPLACED) as old:  # which brings it back if that fails
+                os.rename(target, old / target.name)
+                os.rename(work, target)
     except WRITING_ERRORS as problem:
         if not overwrite and target.exists():
             raise error(f"{target} exists already; choose another place.") from problem

@@ -16,6 +16,7 @@ from phatgoose.apps.server.variants import Rerouting
 from phatgoose.bases import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError
+from phatgoose.pool import Pool
 from phatgoose.routed import compose
 from phatgoose.storage import save
 
@@ -321,20 +322,42 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
 
 def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer):
     save(compose(pool, load_base(pool.base.id, dtype="float32"), k=1), tmp_path / "routed")
-    app = create_app(
-        served_models([str(tmp_path / "routed"), f"base={pool.base.id}"], dtype="float32")
-    )
+    places = [str(tmp_path / "routed"), f"base={pool.base.id}", f"pool={serving.folder_of(pool)}"]
+    app = create_app(served_models(places, dtype="float32"))
     wanted = serving.generated(pool, tokenizer(PROMPT)["input_ids"], 6, k=1)
     with serving.client_of(app) as client:
         saved = {**GREEDY, "model": "routed"}
         text = ask(client, **saved)["choices"][0]["text"]
         assert text == tokenizer.decode(wanted, skip_special_tokens=True)
-        assert ask(client, **saved, k=2)["choices"][0]["text"] != text  # its experts are there
+        assert ask(client, **saved, k=2)["choices"][0]["text"] != text  # those of the pool
         alone = {**GREEDY, "model": "base"}
         assert ask(client, **alone)["choices"][0]["text"] != text
         assert "base model alone" in error_of(client, **alone, routing=True)["message"]
         assert "no experts" in error_of(client, **alone, k=1)["message"]
         assert client.get("/v1/models/base").json()["router"] is None
+
+
+def test_what_a_saved_model_says_of_its_experts_places_is_opened_for_nobody(
+    pool, tmp_path, monkeypatch
+):
+    """It may come from a stranger, and who asks to reroute it may be one."""
+    save(compose(pool, load_base(pool.base.id, dtype="float32"), k=1), tmp_path / "routed")
+    info = json.loads((tmp_path / "routed" / "routed.json").read_text())
+    info["experts"][0]["path"] = "hub:stranger/expert"
+    (tmp_path / "routed" / "routed.json").write_text(json.dumps(info))
+    other = pool.select(leave_out=[pool.names[0]])
+    other.write_manifest(tmp_path / "fewer.json")
+    places = [str(tmp_path / "routed"), str(tmp_path / "fewer.json")]
+    app = create_app(served_models(places, dtype="float32"))
+    with serving.client_of(app) as client:
+        opened = []
+        monkeypatch.setattr(Pool, "open", opened.append)
+        asked = {**GREEDY, "model": "routed"}
+        for change in ({"k": 2}, {"keep": [pool.names[1]]}, {"router": "merged"}):
+            message = error_of(client, **asked, **change)["message"]
+            assert "only while a pool with its experts" in message
+        ask(client, **asked)
+    assert opened == []
 
 
 def test_an_encoder_decoder_model_is_served(pool_of, base_folders):

@@ -13,14 +13,14 @@ from .errors import ConfigError, ExpertError, RoutingError
 from .expert import check_name
 from .files import one_line, read_json_object, shortened
 
-__all__ = ["ROUTED_INFO", "ROUTED_WEIGHTS", "base_in", "read_info", "routing_in"]
+__all__ = ["HASHES", "ROUTED_INFO", "ROUTED_WEIGHTS", "base_in", "read_info", "routing_in"]
 __all__ += ["routing_record"]
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
 VERSIONS = (1, 2)  # 2 has segments
 NAMED_ANEW = "retrieval_embedder"  # by whoever loads the model: a file's word loads nothing
-HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")
+HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
 
 
 def read_info(path: Path) -> dict[str, Any]:

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedModel
 
 from ...bases import Base, BaseReference, choose_dtype, load_base, twin
 from ...config import Routing
+from ...description import HASHES
 from ...embeddings import without_downloads
-from ...errors import BaseModelError, ConfigError, PhatgooseError, RoutingError
+from ...errors import BaseModelError, ConfigError, RoutingError
 from ...layers import ChoosingLayer
 from ...opening import compose_pool, is_pool, is_routed
 from ...pool import Pool
@@ -114,24 +116,30 @@ class Served:
 
     @cached_property
     def pool(self) -> Pool:
-        """The model's experts, opened. Raises RoutingError where they are out of reach."""
-        if not is_routed(self.settings.place):
-            opened = Pool.open(self.settings.place)
-            return opened.select(self.settings.keep, self.settings.leave_out)
-        records = self.parts.records if self.parts is not None else []
-        try:
-            pool = Pool.open([record["path"] for record in records])
-        except PhatgooseError as error:
+        """The model's experts, opened. Raises RoutingError for a saved model's, unless found."""
+        if is_routed(self.settings.place):
             raise RoutingError(
-                f"{self.settings.name!r} is served from a saved model and its experts' own files "
-                f"can't be opened, so that it can't be rerouted: {error}"
-            ) from error
-        if pool.records() != records:
-            raise RoutingError(
-                f"{self.settings.name!r} can't be rerouted: its experts' files have changed since "
-                f"it was saved."
+                f"{self.settings.name!r} is a saved model, which can be rerouted only while a pool "
+                f"with its experts, as they were when it was saved, is served beside it."
             )
-        return pool
+        opened = Pool.open(self.settings.place)
+        return opened.select(self.settings.keep, self.settings.leave_out)
+
+    def find_experts(self, pools: Iterable[Pool]) -> None:
+        """Let a saved model be rerouted with its experts from the first of `pools` that has them.
+
+        Where its own file says that they are is no place that the operator named: nothing there is
+        opened, and nothing fetched.
+        """
+        if self.parts is None or not is_routed(self.settings.place):
+            return
+        wanted = [_identity(record) for record in self.parts.records]
+        for pool in pools:
+            identities = map(_identity, pool.records())
+            held = dict(zip(identities, pool.experts, strict=True))
+            if all(identity in held for identity in wanted):
+                self.pool = Pool(tuple(held[identity] for identity in wanted))
+                return
 
     def compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
         """`pool` over the base, sharing its weights."""
@@ -155,6 +163,11 @@ class Served:
             routing = replace(routing, router=wish.router, expert=None)
         k = min(wish.k or routing.k, len(pool)) if routing.router in USE_K else self.routing.k
         return replace(routing, k=k), pool
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
+    """What two records of one expert have in common, wherever its files are."""
+    return tuple(record.get(key) for key in ("name", *HASHES))
 
 
 @dataclass
@@ -182,6 +195,9 @@ class Models:
         for settings in served:
             self._served[settings.name] = Served(settings, bases)
             self._share_factors(self._served[settings.name].runner.model)
+        pools = [each.pool for each in self if is_pool(each.settings.place)]
+        for each in self:
+            each.find_experts(pools)
 
     def __iter__(self) -> Iterator[Served]:
         return iter(self._served.values())

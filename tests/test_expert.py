@@ -193,6 +193,16 @@ def test_gates_of_any_dtype_are_kept_as_float32(adapter):
     assert all(torch.equal(made.gates[site], gates[site].float()) for site in gates)
 
 
+def test_gates_may_be_the_means_too(adapter, tmp_path):
+    sites = Expert.from_peft(adapter, {}).lora
+    both = torch.randn(len(sites), 64)
+    vectors = {site: both[z, : lora.A.shape[1]] for z, (site, lora) in enumerate(sites.items())}
+    expert = Expert.from_peft(adapter, vectors, means=vectors).save(tmp_path / "expert")
+    for site, vector in vectors.items():
+        assert torch.equal(expert.gates[site], vector)
+        assert torch.equal(expert.means[site], vector)
+
+
 def test_the_card_names_base_and_metrics(original):
     card = (original.directory / LAYOUT.card).read_text()
     assert "base_model: tiny" in card

@@ -207,7 +207,8 @@ class Expert:
         vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
         vectors |= {f"mean.{site}": vector for site, vector in self.means.items()}
         if vectors:
-            save_file(vectors, work / LAYOUT.vectors)
+            apart = {key: vector.clone() for key, vector in vectors.items()}  # one may be another
+            save_file(apart, work / LAYOUT.vectors)
             info = replace(info, vectors_sha256=sha256_of(work / LAYOUT.vectors))
         if self.embeddings is not None:
             rows = self.embeddings.float().contiguous()

@@ -89,7 +89,7 @@ def test_a_toml_file_lists_tasks_and_how_they_are_scored(folder):
     task = entry.read(Sources())
     assert task.name == "questions"
     assert (task.metrics, task.max_new_tokens) == (("accuracy", "rouge-l"), 8)
-    assert task.source == str(folder.parent / "mine/b.jsonl")
+    assert task.source == "b.jsonl"
 
 
 def test_the_suffix_is_appended_to_every_input(folder):

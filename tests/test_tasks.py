@@ -50,7 +50,7 @@ def test_jsonl_rows_become_examples(tmp_path):
     path = write_rows(tmp_path / "reviews.jsonl", ROWS)
     task = load_task(path)
     assert task.train == EXAMPLES
-    assert (task.name, task.source) == ("reviews", str(path))
+    assert (task.name, task.source) == ("reviews", "reviews.jsonl")
 
 
 def test_blank_lines_and_windows_line_ends_are_no_rows(tmp_path):
@@ -80,6 +80,11 @@ def test_files_that_begin_with_a_byte_order_mark_load(tmp_path, name):
     text = "input,target\nx,y\n" if name == "a.csv" else '{"input": "x", "target": "y"}\n'
     (tmp_path / name).write_text(text, encoding="utf-8-sig")  # as spreadsheets save it
     assert load_task(tmp_path / name).train == (Example("x", "y"),)
+
+
+def test_a_file_is_recorded_without_the_folders_that_it_lies_in(tmp_path):
+    path = write_lines(tmp_path / "reviews.csv", "input,target", "Is it good?,yes")
+    assert load_task(path).source == load_task(str(path)).source == "reviews.csv"
 
 
 def test_rows_in_memory_become_examples():

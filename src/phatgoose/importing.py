@@ -86,7 +86,8 @@ def import_adapter(
         named_base(folder)  # what can't be routed on any base is refused first
     revision = None if base else _revision_of(config)
     base = base or _base_of(config, from_hub=reference is not None)
-    record: dict[str, Any] = {"imported_from": str(reference or folder.resolve())}
+    place = str(reference or folder.resolve().name)  # an expert may be published
+    record: dict[str, Any] = {"imported_from": place}
     with tempfile.TemporaryDirectory() as work:
         if lossy and allow_loss is not None:
             conversion = convert(folder, base, allow_loss, revision=revision)

@@ -66,7 +66,8 @@ class Example:
 class Task:
     """A named dataset and how it is scored.
 
-    `validation_origin` tells where the validation split came from. `metrics` are names in
+    `validation_origin` tells where the validation split came from, `source` the data, of a file its
+    name alone. `metrics` are names in
     `phatgoose.metrics.METRICS`, the task's score being their mean; empty means accuracy where there
     are choices and exact match elsewhere. `max_new_tokens` bounds generated answers, None leaves
     that to whoever evaluates.
@@ -156,7 +157,8 @@ def load_task(
         passage = longest_field(row, example.input) if template else None
         splits[split].append(replace(example, passage=passage))
     if not any(splits.values()):
-        raise TaskError(f"{label} has no examples.")
+        place = source if isinstance(source, str | Path) else label
+        raise TaskError(f"{place} has no examples.")
     return Task(
         name or default_name,
         train=tuple(splits["train"]),
@@ -227,7 +229,7 @@ def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows
         raise TaskError(f"Task {path} must be a .jsonl or .csv file, or hub:DATASET.")
     if not path.is_file():
         raise TaskError(f"Task file {path} does not exist.")
-    return readers[path.suffix](path), str(path), default_name(path)
+    return readers[path.suffix](path), path.name, default_name(path)
 
 
 def _read_jsonl(path: Path) -> Rows:

@@ -165,6 +165,16 @@ def test_the_next_run_clears_what_a_killed_one_left_and_nothing_of_a_running_one
     assert hidden(tmp_path) == [".expert-20240101", ".expert.unfinished-notes"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_a_pipe_among_the_left_overs_is_not_waited_for(tmp_path, monkeypatch):
+    """Whoever opens one waits for somebody who writes, for ever in a stranger's folder."""
+    monkeypatch.setattr(left_overs, "YOUNG", -1)
+    monkeypatch.setattr(left_overs.os, "open", lambda *_: pytest.fail("opened"))
+    os.mkfifo(tmp_path / ".routed.json.unfinished-pipe")
+    left_overs.clear_left_overs(tmp_path / "routed.json")
+    assert hidden(tmp_path) == [".routed.json.unfinished-pipe"]
+
+
 def test_two_that_work_at_one_time_leave_each_other_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(left_overs, "YOUNG", -1)
     target = tmp_path / "a.json"

@@ -85,7 +85,8 @@ def open_to_readers(folder: Path) -> None:
 
 def _clear(path: Path, target: Path) -> None:
     found = path.lstat()
-    if stat.S_ISLNK(found.st_mode) or time.time() - found.st_ctime < YOUNG:
+    ours = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)  # to open a pipe may block
+    if not ours or time.time() - found.st_ctime < YOUNG:
         return
     held = _hold(path)
     if held is None:

@@ -44,6 +44,7 @@ IDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1, "decoder_start_t
         ("opt", {**FEW, **SMALL, "word_embed_proj_dim": 16}, Positions(40, 40)),
         ("bart", {**FEW, **BOTH}, Positions(40, 40)),
         ("marian", {**FEW, **BOTH}, Positions(40, 40)),
+        ("roberta", {**FEW, **LLAMA, "is_decoder": True}, Positions(39, 39)),  # one is padding's
         ("llama", {**FEW, **LLAMA}, Positions(trained=40)),
         ("bloom", {"vocab_size": 300, "hidden_size": 16, "n_layer": 1, "n_head": 2}, Positions()),
         (

@@ -49,7 +49,8 @@ def _places(stack: nn.Module) -> int | None:
         for name in TABLES:
             table: Any = getattr(module, name, None)
             if isinstance(table, nn.Embedding):
-                unused = getattr(table, "offset", None) or (table.padding_idx or -1) + 1
+                padding = table.padding_idx
+                unused = getattr(table, "offset", None) or (0 if padding is None else padding + 1)
                 return int(table.num_embeddings) - int(unused)
             if isinstance(table, Tensor):  # sines and cosines, looked up by place
                 return len(table)

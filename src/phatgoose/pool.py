@@ -227,7 +227,8 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
     except FileNotFoundError as error:
         raise PoolError(f"Manifest {path} can't be read: {error.strerror}.") from error
     except (PoolError, KeyError, TypeError) as error:
-        raise PoolError(f"{path} is no pool manifest: {one_line(error)}.") from error
+        reason = one_line(error).removesuffix(".")
+        raise PoolError(f"{path} is no pool manifest: {reason}.") from error
     if version != MANIFEST_VERSION:
         raise PoolError(
             f"{path}: manifest version {shortened(version)} is unknown, wanted {MANIFEST_VERSION}."

@@ -25,6 +25,7 @@ FULL = (
     b"Content-Length: 0\r\n\r\n"
 )
 HEAD, BODY, READER, SERVER, CLOSING = "head", "body", "reader", "server", "closing"
+WAITS = (HEAD, BODY)  # whose connections make room, in this order
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,3 @@ class Connections:
             if now - state.since > self._limits.get(state.who, float("inf")):
                 connection.cut()
         self._timer = loop.call_later(LOOKING, self._look, loop) if self._open else None
-
-
-WAITS = (HEAD, BODY)  # whose connections make room, in this order

@@ -35,8 +35,8 @@ from phatgoose.apps.cluster import RayEngine, connected
 from phatgoose.bases import load_base
 from phatgoose.comparison import compare
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.engines import Engine, LocalEngine
 from phatgoose.expert import LAYOUT
+from phatgoose.jobs import Engine, LocalEngine
 from phatgoose.pool_training import ExpertJob, train_experts
 from phatgoose.suites.sources import TrainingTask
 from plan_check import write_tasks

@@ -23,7 +23,6 @@ LAYERS = (
     ("kernels.building", "kernels.sizes"),
     (
         "config",
-        "engines",
         "files",
         "processes",
         "kernels.concat",
@@ -75,7 +74,7 @@ LAYERS = (
     ("alone", "expert", "fitting", "likelihood", "recording", "suites.flan"),
     ("description", "expert_folder", "hub"),
     ("packed",),
-    ("elsewhere", "pool", "prediction", "statistics", "suites"),
+    ("jobs", "pool", "prediction", "statistics", "suites"),
     ("duplicates", "gates", "importing", "routers.decision", "suites.sources"),
     (
         "fresh",

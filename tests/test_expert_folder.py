@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 
 from phatgoose.bases import Base
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.elsewhere import absolute
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.expert import LAYOUT, check_expert
 from phatgoose.expert_folder import SNAPSHOT, RemoteFolder, expert_folder
+from phatgoose.jobs import absolute
 from phatgoose.pool_training import ExpertJob, _ExpertWorkshop, train_experts
 from phatgoose.suites.sources import open_tasks
 

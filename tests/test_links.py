@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from phatgoose import left_overs
+from phatgoose.atomic import new_directory, new_file, write_text
 from phatgoose.errors import EvaluationError, ExpertError, PhatgooseError, RoutingError
 from phatgoose.expert_folder import expert_folder
 from phatgoose.hub import push
@@ -20,7 +21,7 @@ from phatgoose.results import ResultStore
 from phatgoose.routed import compose
 from phatgoose.segments import add_to_packed, remove_from_packed
 from phatgoose.storage import save
-from phatgoose.work import new_directory, new_file, open_work, write_text
+from phatgoose.work import open_work
 
 KEPT = "what somebody else has written"
 

@@ -13,6 +13,7 @@ from phatgoose.expert import BaseReference
 from phatgoose.kernels import KERNELS
 from phatgoose.pool import Pool
 from phatgoose.routed import compose, composition_of, detach, record
+from phatgoose.stacks import stack_of
 
 PRECISE = {"rtol": 1e-5, "atol": 1e-5}
 Q_PROJ = {  # a site with 32 inputs in every kind of tiny base
@@ -108,7 +109,7 @@ def test_mixed_ranks_share_a_pool(base, make_expert):
 
 def test_zero_padding_of_ranks_changes_no_bit(llama, make_expert):
     small, large = make_expert(llama, "small", rank=2), make_expert(llama, "large", rank=9, seed=1)
-    stack = Pool((small, large)).stack(Q_PROJ["llama"], torch.float32, torch.device("cpu")).lora
+    stack = stack_of(Pool((small, large)), Q_PROJ["llama"], torch.float32, torch.device("cpu")).lora
     lora = small.lora[Q_PROJ["llama"]]
     assert stack.A.shape == (2, 9, 32)
     assert torch.equal(stack.A[0, :2], lora.A)

@@ -12,11 +12,11 @@ import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from conftest import logits_of, make_ids
+from phatgoose.atomic import new_file
 from phatgoose.errors import RoutingError
 from phatgoose.growing import remove_experts
 from phatgoose.routed import compose, composition_of, detach
 from phatgoose.storage import load, save
-from phatgoose.work import new_file
 
 FILES = {"routed.json", "routed.safetensors"}
 
@@ -69,7 +69,7 @@ def test_a_write_that_breaks_off_leaves_no_routed_model(model, tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         return new_file(place)
 
-    monkeypatch.setattr("phatgoose.work.new_file", full)
+    monkeypatch.setattr("phatgoose.atomic.new_file", full)
     with pytest.raises(RoutingError, match="No space left on device"):
         model.save_pretrained(tmp_path)
     with pytest.raises(RoutingError, match="holds no routed model"):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from phatgoose.atomic import new_directory
 from phatgoose.bases import Base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, RoutingError
@@ -22,7 +23,7 @@ from phatgoose.routed import compose, detach
 from phatgoose.storage import load, save
 from phatgoose.tasks import Example, Task
 from phatgoose.training import train_expert
-from phatgoose.work import discard_work, new_directory, open_work
+from phatgoose.work import discard_work, open_work
 
 TASK = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(8)))
 FEW = {

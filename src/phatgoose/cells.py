@@ -12,11 +12,11 @@ from typing import Any
 
 from .bases import Base, number_format
 from .config import Formatting
-from .elsewhere import BasePlace
 from .encoding import Encoder
 from .errors import EvaluationError
 from .evaluation import TaskScore, metrics_of, questions_of, score
 from .expert import Expert
+from .jobs import BasePlace
 from .methods import Row, RowPlace
 from .opening import OpenedModel
 from .prediction import Questions

@@ -23,10 +23,10 @@ from .bootstrap import Sample
 from .cells import Cell, CellWorkshop, Dataset, Protocol, cell_of
 from .config import Formatting, Routing
 from .encoding import Encoder
-from .engines import Engine, LocalEngine
 from .errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
 from .evaluation import MAX_NEW_TOKENS, TOKEN_BUDGET
 from .formats import warn_of_other_formatting
+from .jobs import Engine, LocalEngine
 from .methods import (
     DERIVED,
     METHODS,

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .errors import ConfigError
 from .pool import Pool
-from .stacks import BottleneckStack, LoraStack, ScalingStack
+from .stacks import BottleneckStack, LoraStack, ScalingStack, stack_of
 
 __all__ = ["Duplicate", "cosines", "near_duplicates"]
 
@@ -65,7 +65,7 @@ def cosines(pool: Pool) -> Tensor:
     """
     products = torch.zeros(len(pool), len(pool), dtype=torch.float64)
     for site in pool.sites:
-        stack = pool.stack(site, torch.float32, torch.device("cpu"))
+        stack = stack_of(pool, site, torch.float32, torch.device("cpu"))
         for part, rows in stack.rows().items():
             at = stack.experts[rows]
             products[at[:, None], at] += _products_of(getattr(stack, part))

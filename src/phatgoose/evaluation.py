@@ -14,6 +14,7 @@ from typing import Any
 from scipy.stats import binomtest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .atomic import write_text
 from .bases import Base, load_tokenizer
 from .bootstrap import CONFIDENCE, Interval, Sample
 from .config import Formatting
@@ -33,7 +34,6 @@ from .prediction import (
 from .routed import serving
 from .sites import ROUTED
 from .tasks import Example, Task
-from .work import write_text
 
 __all__ = [
     "Evaluation",

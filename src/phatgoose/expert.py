@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
+from .atomic import new_directory
 from .bases import Base, BaseReference
 from .bottleneck import BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS
 from .card import model_card
@@ -31,7 +32,6 @@ from .files import one_line, read_json_object, sha256_of, shortened
 from .kinds import adapter_files, named_base, read_adapter_weights, read_modules
 from .mapped import Group, TensorFile, is_finite
 from .modules import LoraFactors, SiteModule
-from .work import new_directory
 
 __all__ = [
     "FORMAT_VERSION",

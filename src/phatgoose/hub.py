@@ -22,10 +22,10 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
+from .atomic import new_directory
 from .errors import ExpertError
 from .expert import LAYOUT, Expert
 from .files import regular_file
-from .work import new_directory
 
 __all__ = ["HubReference", "fetch", "local_folder", "pull", "push", "reference_of"]
 

@@ -18,11 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .bases import Base, load_base
 from .config import Routing
 from .description import ROUTED_INFO
-from .elsewhere import absolute
 from .errors import ConfigError, PoolError
 from .expert import Expert
 from .files import sha256_of
 from .hub import local_folder
+from .jobs import absolute
 from .opening import OpenedModel, is_pool, is_routed, open_model
 from .pool import Pool
 from .routed import compose, detach

@@ -1,4 +1,4 @@
-"""Pools: collections of experts for one base model, and their weights stacked site by site."""
+"""Pools: collections of experts for one base model."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .atomic import write_text
 from .bases import BaseReference
 from .errors import ExpertError, PoolError
 from .expert import LAYOUT, Expert
@@ -21,8 +22,6 @@ from .formats import format_record
 from .hub import HubReference, local_folder, reference_of
 from .kinds import adapter_files
 from .reading import ahead
-from .stacks import SiteStack, stack_modules
-from .work import write_text
 
 __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
 
@@ -137,12 +136,6 @@ class Pool:
         ]
         return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
 
-    def stack(self, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
-        """The modules of the experts that act at `site`, in `dtype` on `device`."""
-        present = [z for z, expert in enumerate(self.experts) if site in expert.modules]
-        modules = [self.experts[z].modules[site] for z in present]
-        return stack_modules(present, modules, dtype, device)
-
     def release(self) -> None:
         """Give the memory back that the bytes read from the experts' files take (`Expert`)."""
         for expert in self.experts:
@@ -151,7 +144,7 @@ class Pool:
     def vectors(self, kind: str, site: str) -> Tensor:
         """The experts' gates (`kind` "gates") or mean activations ("means") at `site`, [E, n].
 
-        Rows belong to the experts of `stack(site, …)`, all of which must have them.
+        Rows belong to the experts that act at `site`, in order, all of which must have them.
         """
         return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
 

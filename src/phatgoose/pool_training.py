@@ -10,10 +10,9 @@ from tqdm.auto import tqdm
 
 from .bases import Base, BaseReference, load_base
 from .config import Formatting, GateTraining, Lora, Peft, Training
-from .elsewhere import BasePlace, absolute
-from .engines import Engine, LocalEngine
 from .expert_folder import ExpertFolder, TrainedExpert, expert_folder
 from .fitting import Watcher
+from .jobs import BasePlace, Engine, LocalEngine, absolute
 from .suites.sources import TrainingTask
 from .training import train_expert
 

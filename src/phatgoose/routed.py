@@ -52,7 +52,7 @@ from .saving import save_pretrained
 from .scores import Scores, read_scores
 from .sites import ROUTED, Site, find_sites, replace_module
 from .soundness import check_stack
-from .stacks import SiteStack
+from .stacks import SiteStack, stack_of
 from .tasks import Example
 
 __all__ = [
@@ -191,7 +191,7 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
 def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
     """The modules of the experts of `pool` at a `site` of `model`, in the type and place of it."""
     layer = model.get_submodule(site)
-    return pool.stack(site, dtype_at(layer, model), execution_device(layer))
+    return stack_of(pool, site, dtype_at(layer, model), execution_device(layer))
 
 
 def dtype_at(layer: Any, model: PreTrainedModel) -> torch.dtype:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .atomic import WRITING_ERRORS, new_directory, new_file, reason, write_text
 from .bases import fingerprint, quantisation
 from .composition import Composition, composition_of
 from .description import ROUTED_INFO, ROUTED_WEIGHTS, routing_record
@@ -24,7 +25,6 @@ from .files import sha256_of
 from .layers import ChoosingLayer, FoldedLinear, RoutedLayer
 from .packed import EMBEDDINGS, OWNERS, VOTES
 from .routers import GateVote, Lookup, Retriever, TaskTable, VectorRouter
-from .work import WRITING_ERRORS, new_directory, new_file, reason, write_text
 
 __all__ = ["layer_tensors", "lookup_info", "lookup_tensors", "save", "save_pretrained"]
 

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .atomic import new_directory, write_text
 from .bases import Base
 from .config import Routing
 from .description import ROUTED_INFO, ROUTED_WEIGHTS, routing_record
@@ -40,8 +41,8 @@ from .routed import check_fingerprint, prepare, routed_layers
 from .routers import embeddings_of, router_vectors
 from .saving import layer_tensors, lookup_info, lookup_tensors
 from .scores import Scores
+from .stacks import stack_of
 from .storage import check_router_of
-from .work import new_directory, write_text
 
 __all__ = ["STORED", "add_to_packed", "compact", "pack", "remove_from_packed"]
 
@@ -134,7 +135,7 @@ def add_to_packed(directory: str | Path, pool: Pool | str | Path) -> Packed:
             yield from _indices(pool)
             yield from _embeddings(packed, pool)
             for site in pool.sites:
-                held = pool.stack(site, computed, torch.device("cpu")).tensors()
+                held = stack_of(pool, site, computed, torch.device("cpu")).tensors()
                 held = {f"{name}.{site}": tensor for name, tensor in held.items()}
                 vectors = router_vectors(pool, site, routing)
                 if vectors is not None:

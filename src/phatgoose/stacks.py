@@ -17,10 +17,11 @@ from torch.nn import functional
 
 from .config import ACTIVATIONS
 from .modules import BottleneckLayers, LoraFactors, ScalingVector, SiteModule
+from .pool import Pool
 from .rows import filled_up
 
 __all__ = ["PARTS", "TENSORS", "BottleneckStack", "LoraStack", "ScalingStack", "SiteStack"]
-__all__ += ["joined_stacks", "kept_stack", "stack_modules"]
+__all__ += ["joined_stacks", "kept_stack", "stack_modules", "stack_of"]
 
 
 @dataclass(frozen=True)
@@ -159,6 +160,13 @@ def stack_modules(
         _stack_scalings(outputs, device) if outputs else None,
         _stack_bottlenecks(bottlenecks, dtype, device) if bottlenecks else None,
     )
+
+
+def stack_of(pool: Pool, site: str, dtype: torch.dtype, device: torch.device) -> SiteStack:
+    """The modules of the experts of `pool` that act at `site`, in `dtype` on `device`."""
+    present = [z for z, expert in enumerate(pool.experts) if site in expert.modules]
+    modules = [pool.experts[z].modules[site] for z in present]
+    return stack_modules(present, modules, dtype, device)
 
 
 def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:

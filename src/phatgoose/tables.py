@@ -11,9 +11,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from .atomic import write_text
 from .bootstrap import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
 from .errors import EvaluationError
-from .work import write_text
 
 __all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "write_tables"]
 

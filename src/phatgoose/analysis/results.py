@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..atomic import write_text
 from ..errors import EvaluationError
 from ..evaluation import TaskScore
-from ..work import write_text
 from .agreement import Agreement
 from .findings import Finding
 from .importance import Effect

@@ -27,7 +27,7 @@ from ..analysis import Place, RoutingProfile
 from ..analysis.measures import Correlation
 from ..analysis.pool_sizes import PoolSizeCurve
 from ..analysis.tally import Measure
-from ..work import new_file
+from ..atomic import new_file
 
 __all__ = [
     "Point",

@@ -174,9 +174,9 @@ def explain(
     formatting: Formatting,
 ) -> None:
     """Show a prompt and its answer, each token in the colour of the expert that served it."""
+    from ...atomic import write_text
     from ...errors import EvaluationError
     from ...opening import open_model
-    from ...work import write_text
     from ..explanation import explain as run
 
     opened = open_model(

@@ -11,7 +11,7 @@ import typer
 from ...errors import ConfigError
 
 if TYPE_CHECKING:
-    from ...engines import Engine
+    from ...jobs import Engine
 
 __all__ = [
     "AddressOption",
@@ -86,7 +86,7 @@ def open_engine(
         with connected(address):
             yield RayEngine(workers, gpus_per_worker, cpus_per_worker)
         return
-    from ...engines import LocalEngine
+    from ...jobs import LocalEngine
 
     yield LocalEngine()
 

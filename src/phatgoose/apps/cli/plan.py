@@ -112,7 +112,7 @@ def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None)
     for line in (expert, at_once, *kept, *plan.notes):
         show(line, width=WIDE)
     if path is not None:
-        from ...work import write_text
+        from ...atomic import write_text
 
         write_text(path, json.dumps(_record(plan, spread), indent=2) + "\n", ConfigError)
         say(f"plan -> {path}")

@@ -15,8 +15,8 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...engines import AnyJob, AnyResult, Workshop
 from ...errors import EngineError, PhatgooseError
+from ...jobs import AnyJob, AnyResult, Workshop
 from .connection import ray
 from .worker import PROGRESS, start_worker
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from ...config import Serving
-from ...elsewhere import absolute
 from ...errors import ConfigError, EngineError
+from ...jobs import absolute
 from ..server import ServedModel, create_app
 from .connection import ray
 

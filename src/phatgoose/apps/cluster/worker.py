@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from typing import Any
 
-from ...engines import Job, Workshop
+from ...jobs import Job, Workshop
 from .connection import ray
 
 __all__ = ["Worker", "start_worker"]

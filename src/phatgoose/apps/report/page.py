@@ -8,8 +8,8 @@ from pathlib import Path
 from ... import __version__
 from ...analysis import Analysis
 from ...analysis.pool_sizes import PoolSizeCurve
+from ...atomic import write_text
 from ...errors import EvaluationError
-from ...work import write_text
 from ..figures import dataset_matrix, heat_maps, pool_size_figure, usage_bars, write_png
 from .assets import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
 from .contents import label_of, sections_of

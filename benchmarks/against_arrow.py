@@ -23,8 +23,8 @@ from bench import Bench, Sizes, twin
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import peak_memory, ratio, side_by_side
-from phatgoose.encoding import contiguous_head
-from phatgoose.expert import LAYOUT
+from phatgoose.experts.expert import LAYOUT
+from phatgoose.tasks.encoding import contiguous_head
 from routed_speed import prefill
 
 __all__ = ["arrow_of_peft", "measure_arrow"]

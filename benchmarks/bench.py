@@ -16,8 +16,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import phatgoose as pg
-from phatgoose.bases import Base, load_base
-from phatgoose.expert import LAYOUT
+from phatgoose.base.loading import Base, load_base
+from phatgoose.experts.expert import LAYOUT
 from synthetic import random_pool
 
 __all__ = ["FULL", "SMOKE", "Bench", "Sizes", "twin", "words"]

@@ -8,7 +8,7 @@ Times are medians of CUDA events in microseconds, after warming up. A routed lin
 `RoutedLinear` adds to its base: scores, top k, softmax and the product. `torch` is the fastest of
 the kernels concat, gather and grouped, each with torch's own scores and top k; `triton` what "auto"
 takes; `one by one` and `in blocks` are its two bodies, from which LEAST_PAIRS of
-`phatgoose.kernels.triton_gpu` follows. With --graphs every way is captured in a CUDA graph, which
+`kernels.triton_gpu` follows. With --graphs every way is captured in a CUDA graph, which
 leaves out the time of launching and shows that none of it waits for the device.
 """
 
@@ -27,11 +27,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from phatgoose.kernels import KERNELS, Kernel, concat, gather, grouped, triton_gpu
-from phatgoose.kernels.grouped import is_one_call
-from phatgoose.kernels.triton_gpu import in_blocks, one_by_one, runs_on_triton, top_experts
-from phatgoose.routers import ScoredRouter, standardise
-from phatgoose.routers.decision import highest
+from phatgoose.routing.kernels.choice import KERNELS, Kernel
+from phatgoose.routing.kernels.concat import concat
+from phatgoose.routing.kernels.gather import gather
+from phatgoose.routing.kernels.grouped import grouped, is_one_call
+from phatgoose.routing.kernels.triton_gpu import (
+    in_blocks,
+    one_by_one,
+    runs_on_triton,
+    top_experts,
+    triton_gpu,
+)
+from phatgoose.routing.routers.decision import highest
+from phatgoose.routing.routers.per_token.scored import ScoredRouter, standardise
 
 SHAPES = {  # inputs and outputs of the linears in a block
     "t5-xl": ((2048, 2048), (2048, 5120), (5120, 2048)),

@@ -11,8 +11,8 @@ from bench import DTYPE, Bench
 from findings import Finding, row
 from floors import Work
 from measuring import Timing, linear_fit, peak_memory, side_by_side
-from phatgoose.kernels import choose_kernel
-from phatgoose.layers import RoutedLinear
+from phatgoose.routing.kernels.choice import choose_kernel
+from phatgoose.routing.layers import RoutedLinear
 from routed_speed import random_layer
 
 __all__ = ["measure_growth"]

@@ -13,8 +13,8 @@ import phatgoose as pg
 from bench import Bench, Sizes, twin
 from findings import Finding, at_most, row
 from measuring import peak_memory, ratio, side_by_side
-from phatgoose.expert import LAYOUT
-from phatgoose.routed import composition_of
+from phatgoose.experts.expert import LAYOUT
+from phatgoose.routing.composition import composition_of
 
 __all__ = ["measure_reading"]
 

@@ -39,13 +39,17 @@ from huggingface_hub import constants
 
 from conftest import make_model, make_tokenizer
 from fake_hub import serving_hub
-from phatgoose import comparison, gates, importing, training  # noqa: F401  loaded before forking
-from phatgoose.apps import comparison_tables  # noqa: F401
 from phatgoose.apps.cli import main as phatgoose
-from phatgoose.expert import LAYOUT, check_expert
-from phatgoose.hub import pull
-from phatgoose.packed import Packed, read_packed
-from phatgoose.storage import load
+from phatgoose.apps.console import comparison_tables  # noqa: F401
+from phatgoose.evaluation.comparison import (  # noqa: F401  loaded before forking
+    compare as comparison,
+)
+from phatgoose.experts.expert import LAYOUT, check_expert
+from phatgoose.experts.hub import pull
+from phatgoose.experts.importing import adapter as importing  # noqa: F401  loaded before forking
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.tensors import Packed, read_packed
+from phatgoose.training import gates  # noqa: F401  loaded before forking
 
 FEW = "--batch-size 4 --steps 6 --gate-steps 6 --eval-every 2 --statistics-examples 4 --rank 2"
 GATES = "--batch-size 4 --gate-steps 30 --statistics-examples 4"

@@ -13,10 +13,10 @@ from bench import DTYPE, Bench, twin
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import Timing, ratio, side_by_side
-from phatgoose.layers import RoutedLinear
-from phatgoose.routers import ScoredRouter, standardise
-from phatgoose.sites import Site
-from phatgoose.stacks import LoraStack, SiteStack
+from phatgoose.base.sites import Site
+from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.routers.per_token.scored import ScoredRouter, standardise
+from phatgoose.routing.stacks.site_stack import LoraStack, SiteStack
 
 __all__ = ["decoder", "prefill", "random_layer"]
 

@@ -31,14 +31,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # as many as Ray gives a worker o
 
 import torch
 
-from phatgoose.apps.cluster import RayEngine, connected
-from phatgoose.bases import load_base
-from phatgoose.comparison import compare
+from phatgoose.apps.ray import RayEngine, connected
+from phatgoose.base.loading import load_base
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.expert import LAYOUT
+from phatgoose.evaluation.comparison.compare import compare
+from phatgoose.experts.expert import LAYOUT
 from phatgoose.jobs import Engine, LocalEngine
-from phatgoose.pool_training import ExpertJob, train_experts
-from phatgoose.suites.sources import TrainingTask
+from phatgoose.tasks.suites.training_tasks import TrainingTask
+from phatgoose.training.pool_jobs import ExpertJob, train_experts
 from plan_check import write_tasks
 from report import circumstances
 

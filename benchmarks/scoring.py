@@ -15,8 +15,8 @@ import phatgoose as pg
 from bench import Bench, words
 from findings import Finding, at_least, at_most, row
 from measuring import ratio, side_by_side
-from phatgoose.encoding import Encoder
-from phatgoose.tasks import Example, Task
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.task import Example, Task
 
 __all__ = ["measure_ranking"]
 

@@ -244,7 +244,7 @@ def tiny_pool(folder: Path) -> str:
     """A pool of eight random experts on a tiny base, in `folder`."""
     sys.path.insert(0, str(ROOT / "tests"))
     from conftest import make_model, make_tokenizer, write_expert
-    from phatgoose.bases import load_base
+    from phatgoose.base.loading import load_base
 
     make_model("llama").save_pretrained(folder / "base")
     make_tokenizer(final_eos=False).save_pretrained(folder / "base")

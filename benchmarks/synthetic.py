@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from phatgoose.bases import Base
-from phatgoose.expert import LAYOUT, Expert
-from phatgoose.pool import Pool
-from phatgoose.sites import find_sites
+from phatgoose.base.loading import Base
+from phatgoose.base.sites import find_sites
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.pool import Pool
 
 __all__ = ["random_pool"]
 

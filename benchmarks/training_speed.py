@@ -30,12 +30,13 @@ from bench import Bench, Sizes, twin, words
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import Timing, ratio
-from phatgoose import gates, training
-from phatgoose.bases import Base, quiet_loading
+from phatgoose.base.loading import Base, quiet_loading
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.encoding import IGNORED, Encoder, TokenPair
-from phatgoose.fitting import FitReport, fit
-from phatgoose.tasks import Task
+from phatgoose.tasks.encoding import IGNORED, Encoder, TokenPair
+from phatgoose.tasks.task import Task
+from phatgoose.training import gates
+from phatgoose.training import train_expert as training
+from phatgoose.training.loop import FitReport, fit
 
 __all__ = ["measure_gate_training", "measure_lora_training"]
 
@@ -203,7 +204,7 @@ def _peft_seconds(model: torch.nn.Module, pairs: Sequence[TokenPair], bench: Ben
 
 
 class _StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Counts the seconds of optimiser steps, as `phatgoose.fitting` does."""
+    """Counts the seconds of optimiser steps, as `training.loop` does."""
 
     def __init__(self) -> None:
         self.seconds = self._begun = 0.0

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from phatgoose.bases import load_base
-from phatgoose.bootstrap import interval_of
+from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting
-from phatgoose.evaluation import evaluate
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, detach
-from phatgoose.suites import Sources, open_suite
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.evaluation.intervals import interval_of
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.suites.registry import open_suite
 
 CUT = Formatting(truncation="right")  # as when docs/study.md was made
 

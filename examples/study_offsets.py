@@ -21,12 +21,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phatgoose.bases import Base, load_base
+from phatgoose.base.loading import Base, load_base
+from phatgoose.base.sites import find_sites
 from phatgoose.config import Routing
-from phatgoose.pool import Pool
-from phatgoose.routers import VectorRouter, make_router, router_vectors
-from phatgoose.sites import find_sites
-from phatgoose.suites import Sources, open_suite
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.routers.per_token.scored import VectorRouter
+from phatgoose.routing.routers.registry import make_router, router_vectors
+from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.suites.registry import open_suite
 
 EXAMPLES = 15  # of each dataset
 

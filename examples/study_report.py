@@ -25,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 from phatgoose.analysis.pool_sizes import pool_size_curves
-from phatgoose.apps.figures import pool_size_figure, write_png
-from phatgoose.bootstrap import Sample, dataset_replicates, interval_of
+from phatgoose.apps.report.figures import pool_size_figure, write_png
 from phatgoose.config import Routing
-from phatgoose.methods import DERIVED, METHODS
-from phatgoose.results import ResultStore
-from phatgoose.tables import Summary
+from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
+from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.evaluation.comparison.tables import Summary
+from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 
 Model = str
 Pool = tuple[str, ...]

@@ -17,12 +17,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from phatgoose.bases import BaseReference, fingerprint
-from phatgoose.expert import Expert, ExpertInfo
-from phatgoose.modules import LoraFactors
-from phatgoose.pool import Pool
-from phatgoose.routed import compose
-from phatgoose.sites import find_sites
+from phatgoose.base.loading import BaseReference, fingerprint
+from phatgoose.base.sites import find_sites
+from phatgoose.experts.expert import Expert, ExpertInfo
+from phatgoose.experts.kinds.modules import LoraFactors
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
 
 VOCABULARY = 300
 IDS = {"vocab_size": VOCABULARY, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}

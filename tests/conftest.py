@@ -33,13 +33,14 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from phatgoose.bases import Base, load_base
-from phatgoose.embeddings import DEFAULT_EMBEDDER, retrieval_text
-from phatgoose.expert import Expert
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of
-from phatgoose.routers import lookup
-from phatgoose.sites import find_sites
+from phatgoose.base.loading import Base, load_base
+from phatgoose.base.sites import find_sites
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.per_input import lookup
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, retrieval_text
 
 # How long an example takes depends on who else is at work.
 settings.register_profile("any clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from conftest import logits_of, make_ids, with_embeddings, write_expert
-from phatgoose.bases import Base
-from phatgoose.expert import LAYOUT, ExpertInfo
-from phatgoose.files import sha256_of
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, record
-from phatgoose.routers import VectorRouter
-from phatgoose.sites import find_sites
+from phatgoose.base.loading import Base
+from phatgoose.base.sites import find_sites
+from phatgoose.experts.expert import LAYOUT, ExpertInfo
+from phatgoose.experts.pool import Pool
+from phatgoose.files.strict_json import sha256_of
+from phatgoose.routing.compose import compose, record
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.per_token.scored import VectorRouter
 
 ROUTERS = (
     "phatgoose",

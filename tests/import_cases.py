@@ -16,7 +16,7 @@ from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from conftest import make_model
-from phatgoose.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 KINDS = ("t5", "llama", "gpt2", "qwen2")
 TARGETS = {  # attention and feed-forward layers that each kind has, by their short names

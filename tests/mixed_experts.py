@@ -16,15 +16,15 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import make_adapter
 from oracle import token_weights
-from phatgoose.adapters import ADAPTER_WEIGHTS
-from phatgoose.bases import Base, load_base
-from phatgoose.bottleneck import write_bottleneck
+from phatgoose.base.loading import Base, load_base
+from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, Bottleneck
-from phatgoose.expert import Expert
-from phatgoose.modules import BottleneckLayers, LoraFactors, ScalingVector
-from phatgoose.placement import placed_sites, scales_input
-from phatgoose.pool import Pool
-from phatgoose.sites import find_sites
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.bottleneck import write_bottleneck
+from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.pool import Pool
+from phatgoose.training.new_modules.placement import placed_sites, scales_input
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from phatgoose.expert import Expert
+from phatgoose.experts.expert import Expert
 
 EPS = 1e-5
 

@@ -6,13 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from phatgoose.analysis import Analysis, RouterAnalysis, RoutingProfile, Trace, TraceStream
 from phatgoose.analysis.agreement import Agreement
 from phatgoose.analysis.findings import Finding
 from phatgoose.analysis.importance import Effect
 from phatgoose.analysis.places import place_of
-from phatgoose.bootstrap import Interval
-from phatgoose.evaluation import TaskScore
+from phatgoose.analysis.result import Analysis, RouterAnalysis
+from phatgoose.analysis.routing_distribution import RoutingProfile
+from phatgoose.analysis.traces import Trace, TraceStream
+from phatgoose.evaluation.evaluate import TaskScore
+from phatgoose.evaluation.intervals import Interval
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj", "mlp.down_proj")
 WORDS = ("The", "heron", "saw", "seven", "ducks", ",", "none", "was", "a", "goose", ".\n")

@@ -22,12 +22,12 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from phatgoose.apps.server import ServedModel, create_app
-from phatgoose.apps.server.batches import Batch
+from phatgoose.apps.server.engine.batches import Batch
 from phatgoose.apps.server.running import server_of
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, Serving
-from phatgoose.pool import Pool
-from phatgoose.routed import compose
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"

@@ -17,16 +17,16 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
 from conftest import make_adapter
-from phatgoose.adapters import (
+from phatgoose.base.loading import load_base
+from phatgoose.errors import ExpertError
+from phatgoose.experts.importing.refusals import UNSUPPORTED
+from phatgoose.experts.kinds.peft_files import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     read_adapter_config,
     read_lora,
     read_tensors,
 )
-from phatgoose.bases import load_base
-from phatgoose.errors import ExpertError
-from phatgoose.refusals import UNSUPPORTED
 
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
 

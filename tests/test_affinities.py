@@ -10,12 +10,15 @@ import torch
 from conftest import logits_of, make_ids
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PoolError, RoutingError
-from phatgoose.growing import add_experts, remove_experts
-from phatgoose.methods import rows_of
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach
-from phatgoose.routers import AFFINITIES, make_router, router_vectors
-from phatgoose.storage import load, save
+from phatgoose.evaluation.comparison.methods import rows_of
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.routers.per_token.affinities import AFFINITIES
+from phatgoose.routing.routers.registry import make_router, router_vectors
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 
 EPS = 1e-5
 

@@ -13,20 +13,22 @@ import torch
 
 import phatgoose as pg
 from conftest import SCORES, make_adapter
-from phatgoose.analysis import ORACLE, findings_of, place_of, trace, vector_similarity
 from phatgoose.analysis.agreement import DecisionFiles, agreement
+from phatgoose.analysis.findings import findings_of, vector_similarity
 from phatgoose.analysis.measures import kl_divergence
-from phatgoose.analysis.tally import PARTS, RoutingProfile
-from phatgoose.analysis.traces import _in_bytes, _pieces
+from phatgoose.analysis.places import place_of
+from phatgoose.analysis.result import ORACLE
+from phatgoose.analysis.routing_distribution import PARTS, RoutingProfile
+from phatgoose.analysis.traces import _in_bytes, _pieces, trace
+from phatgoose.base.sites import Site
 from phatgoose.config import Routing
-from phatgoose.encoding import Encoder
 from phatgoose.errors import ConfigError, EvaluationError, RoutingError, TaskError
-from phatgoose.expert import Expert
-from phatgoose.pool import Pool
-from phatgoose.recording import SitePass
-from phatgoose.routed import compose, record
-from phatgoose.sites import Site
-from phatgoose.storage import save
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, record
+from phatgoose.routing.recording import SitePass
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.encoding import Encoder
 from routing_samples import make_analysis
 
 

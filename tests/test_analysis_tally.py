@@ -8,15 +8,16 @@ import torch
 
 from conftest import compose_by, make_ids
 from oracle import token_weights
-from phatgoose.analysis import RoutingTally, place_of, read_examples
-from phatgoose.analysis.reading import pass_through
-from phatgoose.analysis.tally import MEASURES
-from phatgoose.encoding import Encoder, TokenPair
-from phatgoose.pool import Pool
-from phatgoose.recording import watches_over
-from phatgoose.routed import compose, composition_of, record, watch
-from phatgoose.routers import ROUTERS
-from phatgoose.tasks import Example
+from phatgoose.analysis.places import place_of
+from phatgoose.analysis.reading import pass_through, read_examples
+from phatgoose.analysis.routing_distribution import MEASURES, RoutingTally
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, record, watch
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.recording import watches_over
+from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.tasks.encoding import Encoder, TokenPair
+from phatgoose.tasks.task import Example
 
 
 def encoder_of(base):

@@ -12,172 +12,16 @@ from pathlib import Path
 import pytest
 
 import phatgoose
-from phatgoose import bases, errors
+from phatgoose import errors
+from phatgoose.base import loading
 
 SOURCE = Path(phatgoose.__file__).parent
 
-# Top to bottom: a module may import from layers above its own only, wherever the import stands.
-LAYERS = (
-    ("phatgoose",),  # the root holds the version; its lazy names are looked up when used
-    ("errors",),
-    ("kernels.building", "kernels.sizes"),
-    (
-        "config",
-        "files",
-        "processes",
-        "kernels.concat",
-        "kernels.gather",
-        "kernels.grouped",
-        "kernels.mixed",
-        "kernels.reference",
-        "kernels.rows",
-        "left_overs",
-        "kernels.triton_programs",
-        "metrics",
-        "modules",
-        "offloading",
-        "reading",
-        "rows",
-        "speeds",
-    ),
-    (
-        "bases",
-        "bootstrap",
-        "cuts",
-        "formats",
-        "kernels.bottlenecks",
-        "kernels.native",
-        "kernels.triton_gpu",
-        "mapped",
-        "patterns",
-        "positions",
-        "recipes",
-        "refusals",
-        "results",
-        "scores",
-        "sites",
-        "tasks",
-    ),
-    ("placement", "stacks", "token_masks"),
-    ("adapters", "card", "embeddings", "kernels", "shapes", "soundness", "suites.entries", "work"),
-    (
-        "bottleneck",
-        "encoding",
-        "packing",
-        "skeletons",
-        "suites.hub",
-        "suites.local",
-        "suites.promptsource",
-        "tables",
-    ),
-    ("collating", "conversion", "kinds", "suites.bigbench", "suites.t0"),
-    ("alone", "expert", "fitting", "likelihood", "recording", "suites.flan"),
-    ("description", "expert_folder", "hub"),
-    ("packed",),
-    ("jobs", "pool", "prediction", "statistics", "suites"),
-    ("duplicates", "gates", "importing", "routers.decision", "suites.sources"),
-    (
-        "fresh",
-        "layers",
-        "planning",
-        "routers.arrow",
-        "routers.lookup",
-        "routers.scored",
-        "routers.unscored",
-    ),
-    ("mixed", "training"),
-    ("routers.affinities", "routers.stand_in"),
-    ("routers.voting",),
-    ("pool_training", "routers", "schedules", "trial"),
-    ("composition",),
-    ("saving",),
-    ("routed",),
-    ("growing", "storage", "evaluation"),
-    ("opening", "segments"),
-    ("methods",),
-    ("cells",),
-    (
-        "analysis.agreement",
-        "analysis.measures",
-        "analysis.importance",
-        "analysis.places",
-        "analysis.pool_sizes",
-        "comparison",
-    ),
-    ("analysis.reading", "analysis.tally"),
-    ("analysis.findings", "analysis.traces"),
-    ("analysis.results",),
-    ("analysis.analysing",),
-    ("analysis",),
-    ("apps", "apps.cluster.connection", "apps.consoles", "apps.demo_tasks.drawing"),
-    ("apps.cluster.worker",),
-    ("apps.cluster.engine",),
-    (
-        "apps.demo_tasks.arithmetic",
-        "apps.demo_tasks.category",
-        "apps.demo_tasks.entailment",
-        "apps.demo_tasks.ordering",
-        "apps.demo_tasks.sentiment",
-    ),
-    (
-        "apps.comparison_tables",
-        "apps.cluster",
-        "apps.demo_tasks",
-        "apps.analysis_tables",
-        "apps.figures",
-        "apps.generation",
-        "apps.harness",
-        "apps.report.assets",
-        "apps.server.caches",
-        "apps.server.connections",
-        "apps.server.decoding",
-        "apps.server.protocol",
-        "apps.server.refusals",
-        "apps.server.replies",
-        "apps.server.settings",
-        "apps.server.texts",
-    ),
-    (
-        "apps.server.doors",
-        "apps.server.metrics",
-        "apps.server.page",
-        "apps.server.parsing",
-        "apps.server.rows",
-        "apps.server.running",
-        "apps.server.schema",
-    ),
-    ("apps.server.bodies", "apps.server.runner"),
-    (
-        "apps.server.prefill",
-        "apps.server.prompts",
-        "apps.server.turns",
-        "apps.server.variants",
-    ),
-    ("apps.server.answers", "apps.server.batches", "apps.server.composing"),
-    ("apps.server.engine",),
-    ("apps.server.jobs",),
-    ("apps.server.service",),
-    ("apps.server.app",),
-    ("apps.server",),
-    ("apps.cluster.replicas",),
-    (
-        "apps.explanation",
-        "apps.report.contents",
-        "apps.cli.flags",
-        "apps.cli.plan",
-        "apps.cli.engines",
-    ),
-    ("apps.report.page", "apps.cli.experts", "apps.cli.segments"),
-    ("apps.report",),
-    ("apps.demo",),
-    ("apps.cli.comparison", "apps.cli.routed", "apps.cli.sharing"),
-    ("apps.cli.analysis", "apps.cli.serving"),
-    ("apps.cli.main",),
-    ("apps.cli",),
-    ("__main__",),
-)
-RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
+# A module imports from its own entry and from those before it, wherever the import stands.
+ORDER = ("errors", "config", "files", "base", "tasks", "experts", "jobs")
+ORDER += ("training", "routing", "evaluation", "analysis", "apps", "__main__")
 
+MOST_ENTRIES_OF_A_FOLDER = 14
 MOST_LINES_OF_A_FILE = 400
 MOST_LINES_OF_A_FUNCTION = 60
 ROOT_NAMES = {
@@ -258,24 +102,46 @@ def calls_of(tree: ast.AST, name: str) -> list[int]:
     return [node.lineno for node in calls if getattr(node.func, "id", None) == name]
 
 
-def test_every_module_has_a_layer_and_every_layer_its_modules():
-    assert set(RANK) == set(MODULES), (
-        "LAYERS in tests/test_architecture.py must name every module under src/phatgoose once: put "
-        "a new one into the lowest layer below everything it imports, and take out what is gone."
-    )
-    assert sum(map(len, LAYERS)) == len(RANK)
+def test_imports_point_to_the_same_entry_or_one_before_it():
+    rank = {"phatgoose": -1, **{entry: place for place, entry in enumerate(ORDER)}}
+    for module in set(MODULES) - {"phatgoose"}:
+        for imported, line in imports_of(module):
+            up = rank[imported.split(".")[0]] <= rank[module.split(".")[0]]
+            assert up, f"{MODULES[module]}, line {line}, imports {imported}, which comes later"
 
 
-@each_module
-def test_imports_point_to_layers_above_only(module):
-    if module == "phatgoose":
-        return  # see the test of the root's imports
-    for imported, line in imports_of(module):
-        assert RANK[imported] < RANK[module], (
-            f"{MODULES[module].name}, line {line}: {module} imports {imported}, which stands in "
-            f"the same layer or further down. Move what is shared into a layer above both, "
-            f"or hand it over as an argument; don't hide the import in a function."
-        )
+def test_routing_does_not_import_training():
+    for module in (name for name in MODULES if name.split(".")[0] == "routing"):
+        assert not [name for name, _ in imports_of(module) if name.split(".")[0] == "training"]
+
+
+def entries_of(folder: Path) -> set[str]:
+    """What a reader of `folder` sees, without its `__init__`."""
+    return {path.name for path in folder.iterdir()} - {"__init__.py", "__pycache__", "py.typed"}
+
+
+FOLDERS = sorted({path.parent for path in MODULES.values()} - {SOURCE})
+each_folder = pytest.mark.parametrize("folder", FOLDERS, ids=lambda p: str(p.relative_to(SOURCE)))
+
+
+def test_the_root_has_its_twelve_entries():
+    names = {name.removesuffix(".py") for name in entries_of(SOURCE)}
+    assert names == set(ORDER)
+    assert len(names - {"__main__"}) == 12
+
+
+@each_folder
+def test_no_folder_has_too_many_entries(folder):
+    assert len(entries_of(folder)) <= MOST_ENTRIES_OF_A_FOLDER
+
+
+@each_folder
+def test_every_folder_says_what_it_is_for_and_lists_its_entries(folder):
+    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+    listed = re.findall(r"^([a-z_0-9]+(?:\.[a-z.*]+|/))", text, re.M)
+    wanted = {f"{n}/" if (folder / n).is_dir() else n for n in entries_of(folder)}
+    assert len(listed) == len(set(listed))
+    assert set(listed) == wanted, "list every file and folder once, in reading order"
 
 
 def test_the_root_imports_ours_for_type_checkers_only():
@@ -285,7 +151,7 @@ def test_the_root_imports_ours_for_type_checkers_only():
 
 
 def test_the_search_for_imports_sees_those_inside_functions():
-    assert "pool_training" in {imported for imported, _ in imports_of("apps.cli.experts")}
+    assert "training.pool_jobs" in {imported for imported, _ in imports_of("apps.cli.experts")}
     assert "phatgoose" in {imported for imported, _ in imports_of("apps.cli.main")}
 
 
@@ -352,7 +218,7 @@ def test_whatever_loads_a_model_is_told_to_run_no_code_of_its_own(module):
 
 
 def test_the_settings_that_forbid_code_forbid_it():
-    assert bases.NO_CODE == {"trust_remote_code": False}
+    assert loading.NO_CODE == {"trust_remote_code": False}
 
 
 @each_module
@@ -380,7 +246,7 @@ def test_every_module_exports_what_it_defines(module):
         elif isinstance(node, ast.Import | ast.ImportFrom):
             defined |= {alias.asname or alias.name for alias in node.names}
     assert exported <= defined
-    if module not in {"__main__", "apps"}:
+    if module != "__main__" and MODULES[module].name != "__init__.py":
         assert exported, "say in __all__ what is public"
 
 

@@ -18,16 +18,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from conftest import assert_same_logits, logits_of, make_adapter, make_ids
-from phatgoose.adapters import ADAPTER_WEIGHTS
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError
-from phatgoose.expert import Expert
-from phatgoose.kernels.mixed import mixed_factors
-from phatgoose.modules import LoraFactors
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach
-from phatgoose.routers import ARROW_VARIANTS, ArrowRouter, arrow_vector
-from phatgoose.storage import load, save
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.modules import LoraFactors
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.kernels.mixed import mixed_factors
+from phatgoose.routing.routers.per_token.arrow import ARROW_VARIANTS, arrow_vector
+from phatgoose.routing.routers.per_token.scored import ArrowRouter
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

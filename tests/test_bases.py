@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import make_model, make_tokenizer
-from phatgoose.bases import (
+from phatgoose.base.loading import (
     choose_dtype,
     fingerprint,
     load_base,
@@ -256,5 +256,7 @@ def test_the_embedded_base_is_converted_once_and_answers(monkeypatch, tmp_path):
     ids = base.tokenizer("The capital of France is", return_tensors="pt")
     output = base.model.generate(**ids, max_new_tokens=3, do_sample=False)
     assert "Paris" in base.tokenizer.decode(output[0])
-    monkeypatch.setattr("phatgoose.bases._convert_gguf", None)  # a second load may not convert
+    monkeypatch.setattr(
+        "phatgoose.base.loading._convert_gguf", None
+    )  # a second load may not convert
     assert load_base("smollm2").fingerprint == base.fingerprint

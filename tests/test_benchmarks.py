@@ -82,8 +82,8 @@ def check_that_prompts_are_computed_once(ranking: dict) -> None:
 def test_the_arithmetic_floors_are_those_of_the_issue(monkeypatch):
     monkeypatch.syspath_prepend(str(RUN.parent))
     from floors import Work
-    from phatgoose.bases import load_skeleton
-    from phatgoose.shapes import KNOWN_BASES
+    from phatgoose.base.loading import load_skeleton
+    from phatgoose.training.planning.sizes import KNOWN_BASES
 
     work = Work.of(load_skeleton(KNOWN_BASES["smollm2"]), rank=16)
     floors = [1 + work.routed(experts, k=2) / work.base() for experts in (36, 166)]

@@ -10,8 +10,14 @@ import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phatgoose.bootstrap import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
-from phatgoose.metrics import METRICS
+from phatgoose.evaluation.intervals import (
+    CONFIDENCE,
+    Interval,
+    Sample,
+    dataset_replicates,
+    interval_of,
+)
+from phatgoose.evaluation.metrics import METRICS
 
 ROWS = [
     ("the cat sat on the mat", ["the cat sat on the mat"]),

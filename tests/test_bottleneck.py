@@ -13,18 +13,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixed_experts import make_bottleneck
-from phatgoose.bottleneck import (
+from phatgoose.errors import ExpertError
+from phatgoose.experts.adapter import read_modules
+from phatgoose.experts.card import model_card
+from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds.bottleneck import (
     BOTTLENECK_CONFIG,
     BOTTLENECK_WEIGHTS,
     read_bottleneck,
     write_bottleneck,
 )
-from phatgoose.card import model_card
-from phatgoose.errors import ExpertError
-from phatgoose.expert import LAYOUT, Expert, base_named_in, check_expert
-from phatgoose.importing import import_adapter
-from phatgoose.kinds import read_modules
-from phatgoose.modules import BottleneckLayers
+from phatgoose.experts.kinds.modules import BottleneckLayers
 
 GOLDENS = Path(__file__).parent / "golden"
 GOLDEN = GOLDENS / "bottleneck"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.kernels import building
-from phatgoose.kernels.building import load_built
+from phatgoose.routing.kernels import building
+from phatgoose.routing.kernels.building import load_built
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 EVIL = """

@@ -19,16 +19,17 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from architectures import Tiny, make_tiny, tiny_of
 from conftest import assert_same_logits, make_ids, make_tokenizer
-from phatgoose.bases import Base, fingerprint
-from phatgoose.collating import Collator
-from phatgoose.encoding import TokenPair, pad_left, pad_right
-from phatgoose.evaluation import evaluate
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach, record, watch
-from phatgoose.routers import ROUTERS
-from phatgoose.sites import find_sites
-from phatgoose.statistics import mean_activations
-from phatgoose.tasks import Example, Task
+from phatgoose.base.loading import Base, fingerprint
+from phatgoose.base.sites import find_sites
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach, record, watch
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.tasks.collating import Collator
+from phatgoose.tasks.encoding import TokenPair, pad_left, pad_right
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training.router_statistics import mean_activations
 
 PROMPTS = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])
 each_model = pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "t5", "bart"])

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import phatgoose
 from conftest import make_adapter, make_model, make_tokenizer
 from phatgoose.apps.cli import app, main
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import (
     IA3,
     Bottleneck,
@@ -33,7 +33,8 @@ from phatgoose.config import (
     Training,
     settings_of,
 )
-from phatgoose.expert import LAYOUT, Expert, sha256_of
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.files.strict_json import sha256_of
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 GATE_FLAGS = ["--batch-size", "4", "--gate-steps", "2", "--statistics-examples", "4"]
@@ -555,7 +556,7 @@ def test_an_interruption_is_told_in_one_line(phat, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("phatgoose.pool.Pool.open", interrupt)
+    monkeypatch.setattr("phatgoose.experts.pool.Pool.open", interrupt)
     outcome = phat("pool", "anywhere")
     assert outcome.code == 130
     assert "interrupted" in outcome.err

@@ -10,8 +10,8 @@ import pytest
 
 from conftest import SCORES
 from phatgoose.apps.cli import main
-from phatgoose.routed import compose
-from phatgoose.storage import save
+from phatgoose.routing.compose import compose
+from phatgoose.routing.saved.save import save
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import pytest
 
 import phatgoose
 from conftest import make_model, make_tokenizer, write_expert
-from phatgoose.bases import load_base
-from phatgoose.comparison import compare
+from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
-from phatgoose.pool import Pool
-from phatgoose.routed import compose
-from phatgoose.storage import save
+from phatgoose.evaluation.comparison.compare import compare
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.saved.save import save
 from test_cli import open_row, phat, review, write_rows
 
 __all__ = ["phat"]  # the fixture
@@ -195,7 +195,7 @@ def test_a_recipe_is_followed_and_flags_win(here, phat):
 def test_a_finished_comparison_computes_nothing_again(here, phat, monkeypatch):
     first = phat("compare", "experts", *BOTH, "--out", "x")
     before = {path: path.read_bytes() for path in Path("x").iterdir()}
-    monkeypatch.setattr("phatgoose.cells.score", None)
+    monkeypatch.setattr("phatgoose.evaluation.comparison.cells.score", None)
     assert phat("compare", "experts", *BOTH, "--out", "x") == first
     assert {path: path.read_bytes() for path in Path("x").iterdir()} == before
 

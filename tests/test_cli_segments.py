@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from growth_cases import write_small_experts
-from phatgoose.expert import LAYOUT
-from phatgoose.packed import read_packed
+from phatgoose.experts.expert import LAYOUT
+from phatgoose.routing.saved.tensors import read_packed
 from test_cli import Outcome, run
 
 

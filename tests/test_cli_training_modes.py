@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose import statistics as statistics_module
-from phatgoose.expert import LAYOUT, Expert
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.training import router_statistics as statistics_module
 from test_cli import BASE, TRAIN, Outcome, open_row, phat, review, snapshot, write_rows
 from test_statistics import embed
 

@@ -21,20 +21,20 @@ import pytest
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from phatgoose.comparison import compare
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, EngineError
-from phatgoose.expert import LAYOUT
-from phatgoose.fitting import COMPLETE
-from phatgoose.pool import Pool
-from phatgoose.pool_training import ExpertJob, train_experts
-from phatgoose.suites.sources import open_tasks
+from phatgoose.evaluation.comparison.compare import compare
+from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.pool import Pool
+from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.training.loop import COMPLETE
+from phatgoose.training.pool_jobs import ExpertJob, train_experts
 
 ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 
 from ray.cluster_utils import Cluster  # noqa: E402  there is none without ray
 
-from phatgoose.apps.cluster import RayEngine, connected  # noqa: E402
+from phatgoose.apps.ray import RayEngine, connected  # noqa: E402
 
 pytestmark = [
     pytest.mark.heavy,

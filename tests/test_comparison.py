@@ -25,10 +25,7 @@ from conftest import (
     use_toy_embedder,
     with_embeddings,
 )
-from phatgoose import cells as module
-from phatgoose.bases import Base, load_base
-from phatgoose.bootstrap import Interval
-from phatgoose.comparison import compare
+from phatgoose.base.loading import Base, load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import (
     ConfigError,
@@ -38,15 +35,20 @@ from phatgoose.errors import (
     TaskError,
     WrongBaseError,
 )
-from phatgoose.evaluation import evaluate, score
-from phatgoose.methods import METHODS
-from phatgoose.pool import Pool
-from phatgoose.results import ResultStore
-from phatgoose.routed import compose, detach
-from phatgoose.storage import load, save
-from phatgoose.suites import Entry, Suite, open_suite
-from phatgoose.tables import Comparison
-from phatgoose.tasks import Example, Task
+from phatgoose.evaluation.comparison import cells as module
+from phatgoose.evaluation.comparison.compare import compare
+from phatgoose.evaluation.comparison.methods import METHODS
+from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.evaluation.comparison.tables import Comparison
+from phatgoose.evaluation.evaluate import evaluate, score
+from phatgoose.evaluation.intervals import Interval
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.suites.entries import Entry, Suite
+from phatgoose.tasks.suites.registry import open_suite
+from phatgoose.tasks.task import Example, Task
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 
@@ -448,8 +450,8 @@ KILLED = """
 import os, signal, sys
 from types import SimpleNamespace
 import torch
-from phatgoose import cells, comparison, results
-from phatgoose.bases import load_base
+from phatgoose.evaluation.comparison import cells, compare as comparison, result_store as results
+from phatgoose.base.loading import load_base
 
 torch.set_num_threads(1)
 base, experts, suite, out, code = sys.argv[1:]
@@ -616,7 +618,10 @@ def test_another_precision_or_base_leaves_nothing(setting, out, computed):
 
 
 def test_edited_code_leaves_nothing(setting, out, computed, monkeypatch):
-    for place in ("phatgoose.cells.code_version", "phatgoose.comparison.code_version"):
+    for place in (
+        "phatgoose.evaluation.comparison.cells.code_version",
+        "phatgoose.evaluation.comparison.compare.code_version",
+    ):
         monkeypatch.setattr(place, lambda: "0.1.0+edited")
     comparison = setting.run(out, ["base"])
     assert computed == cells_of("base")
@@ -694,7 +699,7 @@ def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_
 
 
 def test_each_finished_cell_is_told(setting, tmp_path, caplog):
-    caplog.set_level(logging.INFO, "phatgoose.comparison")
+    caplog.set_level(logging.INFO, "phatgoose.evaluation.comparison.compare")
     options = {"suites": setting.suites[1], "limit": 2}
     setting.run(tmp_path, ["base"], **options)
     caplog.clear()

@@ -13,17 +13,18 @@ from torch import Tensor, nn
 
 from architectures import Tiny, make_tiny
 from conftest import assert_same_logits, logits_of, make_ids, make_model
-from phatgoose.layers import FoldedLinear, RoutedLinear, folded_weight
-from phatgoose.routed import compose, composition_of, record
-from phatgoose.routers import (
+from phatgoose.base.sites import Site
+from phatgoose.routing.compose import compose, record
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight
+from phatgoose.routing.routers.fixed.unscored import UniformRouter
+from phatgoose.routing.routers.per_token.scored import (
     ArrowRouter,
     ScoredRouter,
-    UniformRouter,
     UniformTopKRouter,
     standardise,
 )
-from phatgoose.sites import Site
-from phatgoose.stacks import LoraStack, SiteStack
+from phatgoose.routing.stacks.site_stack import LoraStack, SiteStack
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
 EXPERTS = 50
@@ -39,7 +40,7 @@ each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.fixture(autouse=True)
 def _forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees the graphs of another; the eager layers use the kernels that graphs do."""
-    for user in ("kernels", "layers", "routers.scored"):
+    for user in ("routing.kernels.choice", "routing.layers", "routing.routers.per_token.scored"):
         monkeypatch.setattr(f"phatgoose.{user}.runs_natively", lambda *_: False)
     torch._dynamo.reset()
     yield

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from phatgoose.apps.cli.recipe import RECIPE_TABLES, read_recipe
 from phatgoose.config import (
     IA3,
     SUITE_NAMES,
@@ -22,8 +23,7 @@ from phatgoose.config import (
     settings_of,
 )
 from phatgoose.errors import ConfigError
-from phatgoose.recipes import RECIPE_TABLES, read_recipe
-from phatgoose.suites import SUITES
+from phatgoose.tasks.suites.registry import SUITES
 
 CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 

@@ -15,7 +15,7 @@ from rich.text import Text
 
 import phatgoose.apps
 from phatgoose.apps.cli import main
-from phatgoose.apps.consoles import PlainFormatter, complain, say, show
+from phatgoose.apps.console.printing import PlainFormatter, complain, say, show
 
 APPS = Path(phatgoose.apps.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "expert"
@@ -68,7 +68,7 @@ def test_markup_of_others_is_text(capsys, words):
 
 def test_commands_print_through_it_alone():
     for path in sorted(APPS.rglob("*.py")):
-        if path.name == "consoles.py":
+        if path.name == "printing.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

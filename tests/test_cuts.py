@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phatgoose.cuts import CUTS, Cut, Cuts, kept, recorded_share
+from phatgoose.tasks.cuts import CUTS, Cut, Cuts, kept, recorded_share
 
 TRUNCATIONS = ("middle", "left", "right")
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from phatgoose.apps import demo
-from phatgoose.apps.demo_tasks import held_out_rows, training_rows
-from phatgoose.methods import METHODS
-from phatgoose.routed import composition_of
-from phatgoose.storage import load
+from phatgoose.apps.demo import demo
+from phatgoose.apps.demo.tasks import held_out_rows, training_rows
+from phatgoose.evaluation.comparison.methods import METHODS
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.saved.load import load
 from test_cli import phat
 
 __all__ = ["phat"]  # the fixture
@@ -49,7 +49,7 @@ def test_the_demo_leaves_experts_tables_a_figure_and_a_model_and_can_be_repeated
     assert sorted(comparison["experts"]) == sorted(EXPERTS)
     assert "<html" in (out / "analysis" / "report.html").read_text(encoding="utf-8")
     assert composition_of(load(out / "routed")).experts == EXPERTS
-    monkeypatch.setattr("phatgoose.cells.score", None)  # all is there already
+    monkeypatch.setattr("phatgoose.evaluation.comparison.cells.score", None)  # all is there already
     again = phat("demo", "--base", base_folders["llama"], "--out", out)
     assert again.code == 0
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from growth_cases import uneven_pool
-from phatgoose import duplicates
-from phatgoose.adapters import LoraFactors
-from phatgoose.duplicates import cosines, near_duplicates
+from phatgoose.analysis import near_duplicates as duplicates
+from phatgoose.analysis.near_duplicates import cosines, near_duplicates
 from phatgoose.errors import ConfigError
-from phatgoose.expert import Expert
-from phatgoose.pool import Pool
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.modules import LoraFactors
+from phatgoose.experts.pool import Pool
 
 
 @pytest.fixture(scope="module")

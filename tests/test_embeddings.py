@@ -13,16 +13,23 @@ import torch
 from transformers import AutoModel, BertConfig
 
 from conftest import make_tokenizer, toy_embed, with_embeddings
-from phatgoose import embeddings
 from phatgoose.config import Formatting, Routing
-from phatgoose.embeddings import DEFAULT_EMBEDDER, embed_texts, load_embedder, usable_embedder
 from phatgoose.errors import ConfigError
-from phatgoose.opening import open_model
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of
-from phatgoose.routers import lookup
-from phatgoose.storage import load, save
-from phatgoose.tasks import Example
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.open_model import open_model
+from phatgoose.routing.routers.per_input import lookup
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.embeddings import (
+    DEFAULT_EMBEDDER,
+    embed_texts,
+    load_embedder,
+    usable_embedder,
+)
+from phatgoose.tasks import embeddings
+from phatgoose.tasks.task import Example
 
 
 @pytest.fixture

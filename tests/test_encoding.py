@@ -12,11 +12,17 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from conftest import make_tokenizer
+from phatgoose.base.positions import Positions
 from phatgoose.config import Formatting
-from phatgoose.cuts import Cut
-from phatgoose.encoding import Encoder, batches_of_tokens, pad_left, pad_right, position_ids
 from phatgoose.errors import TaskError
-from phatgoose.positions import Positions
+from phatgoose.tasks.cuts import Cut
+from phatgoose.tasks.encoding import (
+    Encoder,
+    batches_of_tokens,
+    pad_left,
+    pad_right,
+    position_ids,
+)
 
 EOS = 1
 CHAT = (

@@ -9,15 +9,16 @@ from scipy.stats import binomtest
 
 from conftest import logits_of, make_model
 from oracle import naively_routed
-from phatgoose.bootstrap import Sample
 from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError, PhatgooseError, TaskError
-from phatgoose.evaluation import evaluate, metrics_of
-from phatgoose.likelihood import choice_log_likelihoods
-from phatgoose.metrics import metric
-from phatgoose.routed import compose, detach
-from phatgoose.storage import load, save
-from phatgoose.tasks import Example, Task
+from phatgoose.evaluation.evaluate import evaluate, metrics_of
+from phatgoose.evaluation.intervals import Sample
+from phatgoose.evaluation.likelihood import choice_log_likelihoods
+from phatgoose.evaluation.metrics import metric
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.task import Example, Task
 
 CHOICE_TASK = Task(
     "choose",
@@ -95,7 +96,7 @@ def test_rank_classification_is_the_naive_one(base, budget):
 @pytest.mark.parametrize("budget", [1, 4096])
 def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch, budget):
     wanted = evaluate(llama, CHOICE_TASK).scores[0].predictions
-    monkeypatch.setattr("phatgoose.likelihood.can_pack", lambda _: False)
+    monkeypatch.setattr("phatgoose.evaluation.likelihood.can_pack", lambda _: False)
     got = evaluate(llama, CHOICE_TASK, token_budget=budget).scores[0].predictions
     for one, other in zip(got, wanted, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)
@@ -167,7 +168,7 @@ def test_no_tie_is_counted_where_there_is_none(llama):
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_choice_listed_twice_ties_with_itself(base, packed, monkeypatch):
     if not packed:
-        monkeypatch.setattr("phatgoose.likelihood.can_pack", lambda _: False)
+        monkeypatch.setattr("phatgoose.evaluation.likelihood.can_pack", lambda _: False)
     first = evaluate(base, CHOICE_TASK).scores[0].predictions
     twice = tuple(
         replace(e, choices=(*e.choices, p.answer))

@@ -20,10 +20,11 @@ from safetensors.torch import load_file, save_file
 
 import phatgoose
 from conftest import make_adapter
-from phatgoose.bases import BaseReference, load_base
+from phatgoose.base.loading import BaseReference, load_base
 from phatgoose.errors import ExpertError
-from phatgoose.expert import FORMAT_VERSION, LAYOUT, Expert, check_expert, sha256_of
-from phatgoose.left_overs import clear_left_overs
+from phatgoose.experts.expert import FORMAT_VERSION, LAYOUT, Expert, check_expert
+from phatgoose.files.left_overs import clear_left_overs
+from phatgoose.files.strict_json import sha256_of
 
 SOURCE = Path(phatgoose.__file__).parent
 GOLDEN = Path(__file__).parent / "golden" / "expert"
@@ -462,7 +463,7 @@ def test_an_interrupted_save_leaves_nothing(original, tmp_path, monkeypatch, int
         Path(path).write_bytes(b"half")
         raise interruption
 
-    monkeypatch.setattr("phatgoose.expert.save_file", stop)
+    monkeypatch.setattr("phatgoose.experts.expert.save_file", stop)
     with pytest.raises(interruption):
         original.save(tmp_path / "expert")
     assert list(tmp_path.iterdir()) == []
@@ -472,7 +473,7 @@ def test_a_full_disk_is_reported_and_leaves_nothing(original, tmp_path, monkeypa
     def fail(tensors, path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("phatgoose.expert.save_file", fail)
+    monkeypatch.setattr("phatgoose.experts.expert.save_file", fail)
     with pytest.raises(ExpertError, match="No space left on device"):
         original.save(tmp_path / "expert")
     assert list(tmp_path.iterdir()) == []
@@ -514,7 +515,7 @@ def test_an_old_expert_that_cannot_even_be_brought_back_is_kept_beside_its_place
             original.save(directory, overwrite=True)
     (kept,) = directory.parent.iterdir()
     assert contents(kept / directory.name) == before
-    monkeypatch.setattr("phatgoose.left_overs.YOUNG", -1.0)
+    monkeypatch.setattr("phatgoose.files.left_overs.YOUNG", -1.0)
     clear_left_overs(directory)
     assert contents(directory) == before
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]

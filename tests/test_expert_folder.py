@@ -10,14 +10,14 @@ import fsspec
 import pytest
 from safetensors.torch import load_file
 
-from phatgoose.bases import Base
+from phatgoose.base.loading import Base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError
-from phatgoose.expert import LAYOUT, check_expert
-from phatgoose.expert_folder import SNAPSHOT, RemoteFolder, expert_folder
+from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.jobs import absolute
-from phatgoose.pool_training import ExpertJob, _ExpertWorkshop, train_experts
-from phatgoose.suites.sources import open_tasks
+from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.training.destination import SNAPSHOT, RemoteFolder, expert_folder
+from phatgoose.training.pool_jobs import ExpertJob, _ExpertWorkshop, train_experts
 
 LORA = Lora(rank=2)
 TRAINING = Training(steps=4, batch_size=4, micro_batch_size=4, eval_every=1)

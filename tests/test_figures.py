@@ -11,7 +11,8 @@ from matplotlib.colors import to_rgb
 
 from phatgoose.analysis.measures import correlation
 from phatgoose.analysis.pool_sizes import PoolSizeCurve
-from phatgoose.apps.figures import (
+from phatgoose.apps.report import EXPLORER_CSS, asset
+from phatgoose.apps.report.figures import (
     COLOURS,
     Point,
     dataset_matrix,
@@ -22,7 +23,6 @@ from phatgoose.apps.figures import (
     usage_bars,
     write_png,
 )
-from phatgoose.apps.report import EXPLORER_CSS, asset
 from routing_samples import make_profile, names_of
 
 

@@ -6,21 +6,21 @@ import torch
 from torch import Tensor, nn
 
 from conftest import assert_same_logits, logits_of, make_adapter, make_ids
-from phatgoose import gates as gates_module
-from phatgoose import statistics as statistics_module
-from phatgoose.adapters import read_lora
-from phatgoose.bases import load_base
-from phatgoose.collating import Collator, target_logits
+from phatgoose.base.loading import load_base
+from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
-from phatgoose.encoding import IGNORED, TokenPair
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
-from phatgoose.fitting import fit
-from phatgoose.gates import GatedLinear, gated, train_gates
-from phatgoose.modules import LoraFactors
-from phatgoose.routed import compose
-from phatgoose.sites import find_sites
-from phatgoose.statistics import at_full_strength, mean_activations
-from phatgoose.tasks import Example, Task
+from phatgoose.experts.kinds.modules import LoraFactors
+from phatgoose.experts.kinds.peft_files import read_lora
+from phatgoose.routing.compose import compose
+from phatgoose.tasks.collating import Collator, target_logits
+from phatgoose.tasks.encoding import IGNORED, TokenPair
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training import gates as gates_module
+from phatgoose.training import router_statistics as statistics_module
+from phatgoose.training.gates import GatedLinear, gated, train_gates
+from phatgoose.training.loop import fit
+from phatgoose.training.router_statistics import at_full_strength, mean_activations
 
 TASK = Task(
     "echo",
@@ -384,7 +384,7 @@ def interrupt_after(monkeypatch, passes: int) -> None:
             raise KeyboardInterrupt
         return target_logits(model, batch)
 
-    monkeypatch.setattr("phatgoose.fitting.target_logits", counted)
+    monkeypatch.setattr("phatgoose.training.loop.target_logits", counted)
 
 
 def test_an_interrupted_gate_training_resumes_to_the_same_bits(

@@ -6,7 +6,7 @@ from transformers import pipeline
 from conftest import logits_of, make_ids
 from oracle import naively_routed
 from phatgoose.apps.generation import COLOURS
-from phatgoose.routed import compose
+from phatgoose.routing.compose import compose
 
 NEW = 6
 WAYS = {

@@ -17,12 +17,14 @@ from conftest import (
 )
 from growth_cases import NAMES, ROUTERS, assert_same_models, composed, uneven_pool
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
-from phatgoose.growing import add_experts, remove_experts
-from phatgoose.layers import RoutedLinear
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach
-from phatgoose.rows import GROWTH
-from phatgoose.storage import load, save
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.routing.stacks.rows import GROWTH
 
 
 @pytest.fixture(scope="module")

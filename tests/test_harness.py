@@ -24,13 +24,14 @@ from lm_eval.tasks import TaskManager
 
 from phatgoose.apps import harness
 from phatgoose.apps.harness import ModelArguments, PhatgooseLM
-from phatgoose.encoding import Encoder
 from phatgoose.errors import ConfigError, PoolError
-from phatgoose.evaluation import evaluate
-from phatgoose.likelihood import choice_log_likelihoods
-from phatgoose.routed import compose, composition_of
-from phatgoose.storage import save
-from phatgoose.tasks import Example, Task
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.evaluation.likelihood import choice_log_likelihoods
+from phatgoose.routing.compose import compose
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.task import Example, Task
 
 EXAMPLES = (
     Example("is it?", "yes", ("yes", "no")),

@@ -15,13 +15,14 @@ from fake_hub import FakeHub, serving_hub
 from mixed_experts import make_kind
 from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError
-from phatgoose.expert import LAYOUT, Expert
-from phatgoose.files import sha256_of
-from phatgoose.hub import HubReference, fetch, local_folder, pull, push, reference_of
-from phatgoose.importing import import_adapter
-from phatgoose.opening import is_pool
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push, reference_of
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.pool import Pool
+from phatgoose.files.strict_json import sha256_of
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.open_model import is_pool
 
 # huggingface_hub 2.4 hands its own HTTP client an argument that this one advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

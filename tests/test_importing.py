@@ -23,17 +23,17 @@ from conftest import (
     peft_model,
 )
 from import_cases import CASES, KINDS, Case, NotInPeftError, write_case
-from phatgoose import skeletons
-from phatgoose.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.bases import BaseReference, load_base
+from phatgoose.base.loading import BaseReference, load_base
 from phatgoose.config import GateTraining, Training
 from phatgoose.errors import BaseModelError, ConfigError, ExpertError, WrongBaseError
-from phatgoose.expert import check_expert
-from phatgoose.gates import train_gates
-from phatgoose.importing import import_adapter
-from phatgoose.pool import Pool
-from phatgoose.routed import compose
-from phatgoose.tasks import Example, Task
+from phatgoose.experts.expert import check_expert
+from phatgoose.experts.importing import peft_skeleton as skeletons
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training.gates import train_gates
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "imports.md"
 MARKS = ("<!-- matrix -->\n", "<!-- end of matrix -->\n")

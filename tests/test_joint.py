@@ -11,16 +11,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
-from phatgoose import training as training_module
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
+from phatgoose.base.sites import find_sites
 from phatgoose.config import GateTraining
 from phatgoose.errors import ConfigError
-from phatgoose.expert import Expert
-from phatgoose.fitting import fit
-from phatgoose.fresh import fresh_expert
-from phatgoose.gates import gated, train_gates
-from phatgoose.sites import find_sites
-from phatgoose.statistics import at_full_strength
+from phatgoose.experts.expert import Expert
+from phatgoose.training import train_expert as training_module
+from phatgoose.training.gates import gated, train_gates
+from phatgoose.training.loop import fit
+from phatgoose.training.new_modules.fresh import fresh_expert
+from phatgoose.training.router_statistics import at_full_strength
 from test_training import (
     ADAPTER,
     LORA,
@@ -226,7 +226,7 @@ def test_the_adapter_is_plain_lora_and_the_gates_are_ours(base, tmp_path):
 
 
 def test_it_is_one_stage_and_says_so(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("phatgoose.gates.fit", interrupt)
+    monkeypatch.setattr("phatgoose.training.gates.fit", interrupt)
     expert = train(llama, tmp_path / "echo")
     assert expert.info.hyperparameters["joint"] is True
     assert expert.info.metrics["expert_steps"] == TRAINING.steps
@@ -283,9 +283,9 @@ def whole(base_folders, tmp_path_factory) -> Expert:
 CUTS = {
     "in the first step": (PASS, 2),
     "after a checkpoint": (PASS, 8),
-    "before the gates are kept": ("phatgoose.training.save_file", 1),
+    "before the gates are kept": ("phatgoose.training.train_expert.save_file", 1),
     "before the adapter is in place": ("os.rename", 1),
-    "in the statistics": ("phatgoose.gates.statistics_of", 1),
+    "in the statistics": ("phatgoose.training.gates.statistics_of", 1),
     "before the expert is in place": ("os.rename", 2),
 }
 
@@ -308,7 +308,7 @@ def test_a_resumed_run_with_dropout_ends_in_the_same_bits(base, tmp_path, monkey
 
 
 def test_a_resumed_run_trains_nothing_twice(llama, tmp_path, monkeypatch, whole):
-    cut = ("phatgoose.gates.statistics_of", 1)
+    cut = ("phatgoose.training.gates.statistics_of", 1)
     interrupted(monkeypatch, llama, tmp_path / "cut", *cut, gate_training=JOINT)
     monkeypatch.setattr(*on_call(PASS, 1, interrupt))
     assert_same_expert(train(llama, tmp_path / "cut", resume=True), whole)

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phatgoose.errors import ConfigError
-from phatgoose.kernels import KERNELS, choose_kernel
-from phatgoose.kernels.native import add_routed, runs_natively, top_experts
-from phatgoose.routers import ArrowRouter, ScoredRouter
+from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
+from phatgoose.routing.kernels.native import add_routed, runs_natively, top_experts
+from phatgoose.routing.routers.per_token.scored import ArrowRouter, ScoredRouter
 
-native_module = importlib.import_module("phatgoose.kernels.native")  # the name is the kernel's too
+native_module = importlib.import_module(
+    "phatgoose.routing.kernels.native"
+)  # the name is the kernel's too
 ON_CPUS = [name for name in KERNELS if name != "triton"]  # which has its own file, test_triton.py
 BODIES = [name for name in ON_CPUS if name != "reference"]
 DIFFERENTIABLE = [name for name in ON_CPUS if name != "native"]
@@ -180,7 +182,7 @@ def test_auto_takes_what_was_measured_to_be_fastest(tokens, experts, name, monke
     problem = make_problem(T=tokens, E=experts, r=8, n=8, d=8)
     if runs_natively(problem.u, problem.A):
         assert chosen_by_auto(problem) == "native"
-    monkeypatch.setattr("phatgoose.kernels.runs_natively", lambda *_: False)
+    monkeypatch.setattr("phatgoose.routing.kernels.choice.runs_natively", lambda *_: False)
     assert chosen_by_auto(problem) == name
 
 

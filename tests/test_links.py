@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose import left_overs
-from phatgoose.atomic import new_directory, new_file, write_text
 from phatgoose.errors import EvaluationError, ExpertError, PhatgooseError, RoutingError
-from phatgoose.expert_folder import expert_folder
-from phatgoose.hub import push
-from phatgoose.left_overs import temporary_folder
-from phatgoose.results import ResultStore
-from phatgoose.routed import compose
-from phatgoose.segments import add_to_packed, remove_from_packed
-from phatgoose.storage import save
-from phatgoose.work import open_work
+from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.experts.hub import push
+from phatgoose.files import left_overs
+from phatgoose.files.atomic import new_directory, new_file, write_text
+from phatgoose.files.left_overs import temporary_folder
+from phatgoose.routing.compose import compose
+from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.segments import add_to_packed, remove_from_packed
+from phatgoose.training.destination import expert_folder
+from phatgoose.training.unfinished import open_work
 
 KEPT = "what somebody else has written"
 
@@ -123,7 +123,7 @@ def test_what_is_pushed_is_no_link_out_of_the_folder(tmp_path, victim):
 KILLED = """
 import os, sys
 from pathlib import Path
-from phatgoose.left_overs import REPLACED, temporary_file, temporary_folder
+from phatgoose.files.left_overs import REPLACED, temporary_file, temporary_folder
 target = Path(sys.argv[1])
 with temporary_folder(target) as folder, temporary_file(target) as file:
     (folder / "half").write_text("half")

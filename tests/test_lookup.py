@@ -20,16 +20,18 @@ from conftest import (
     toy_embed,
     with_embeddings,
 )
-from phatgoose.bases import load_base
-from phatgoose.embeddings import DEFAULT_EMBEDDER, embed_examples
-from phatgoose.encoding import pad_left, pad_right, position_ids
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError
-from phatgoose.evaluation import evaluate
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach, record, serving
-from phatgoose.routers import LookedUpRouter, Lookup
-from phatgoose.storage import load, save
-from phatgoose.tasks import Example, Task
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach, record, serving
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.per_input.lookup import LookedUpRouter, Lookup
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
+from phatgoose.tasks.encoding import pad_left, pad_right, position_ids
+from phatgoose.tasks.task import Example, Task
 
 PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
 OWNERS = ("e0", "e1", "e2", "e3", "e0")  # of the topics nearest to them
@@ -229,7 +231,7 @@ def test_after_an_evaluation_prompts_are_read_again(base, pool):
 def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "phatgoose.routers.lookup.embed_texts",
+        "phatgoose.routing.routers.per_input.lookup.embed_texts",
         lambda texts, embedder, _: seen.append((list(texts), embedder)) or toy_embed(texts),
     )
     evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)

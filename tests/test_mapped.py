@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from phatgoose import mapped
 from phatgoose.errors import ExpertError
-from phatgoose.files import MOST_JSON_BYTES
-from phatgoose.mapped import AT_ONCE, FEW, TYPES, Group, TensorFile
+from phatgoose.files import tensor_file as mapped
+from phatgoose.files.strict_json import MOST_JSON_BYTES
+from phatgoose.files.tensor_file import AT_ONCE, FEW, TYPES, Group, TensorFile
 
 STATUS = Path("/proc/self/status")
 

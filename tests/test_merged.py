@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from conftest import assert_same_logits, logits_of, make_ids
-from phatgoose.bases import load_base
-from phatgoose.encoding import pad_left, pad_right
-from phatgoose.layers import FoldedLinear, RoutedLinear, folded_weight, is_cheaper_folded
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach, record
-from phatgoose.stacks import LoraStack
-from phatgoose.storage import load, save
+from phatgoose.base.loading import load_base
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach, record
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight, is_cheaper_folded
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.routing.stacks.site_stack import LoraStack
+from phatgoose.tasks.encoding import pad_left, pad_right
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base
 SITE = "model.layers.0.self_attn.q_proj"
@@ -56,7 +58,7 @@ def test_folded_it_is_the_exact_mean_of_all_products(base, large):
 
 @pytest.mark.parametrize("folds", [True, False], ids=["folded", "factored"])
 def test_every_layer_adds_the_mean_in_either_form(base, large, monkeypatch, folds):
-    monkeypatch.setattr("phatgoose.routed.is_cheaper_folded", lambda *_: folds)
+    monkeypatch.setattr("phatgoose.routing.compose.is_cheaper_folded", lambda *_: folds)
     model = compose(large, base, router="merged")
     assert layers_of(model, FoldedLinear if folds else RoutedLinear) == set(large.sites)
     for site, layer in composition_of(model).layers.items():

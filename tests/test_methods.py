@@ -10,15 +10,23 @@ import pytest
 import torch
 
 from conftest import logits_of, make_ids, make_model, make_tokenizer, with_embeddings
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import BaseModelError, ConfigError, WrongBaseError
-from phatgoose.expert import Expert
-from phatgoose.methods import DERIVED, METHODS, Row, reference_row, rows_of, single_rows
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach
-from phatgoose.routers import ROUTERS
-from phatgoose.storage import save
+from phatgoose.evaluation.comparison.methods import (
+    DERIVED,
+    METHODS,
+    Row,
+    reference_row,
+    rows_of,
+    single_rows,
+)
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.saved.save import save
 
 ROUTING = Routing(k=2)
 COMPOSED = [name for name in METHODS if name not in ("base", *DERIVED)]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from phatgoose.errors import EvaluationError
-from phatgoose.metrics import METRICS, Metric, metric
+from phatgoose.evaluation.metrics import METRICS, Metric, metric
 
 Row = tuple[str, Sequence[str]]
 
@@ -125,7 +125,7 @@ def test_combine_takes_any_leading_shape_and_a_number_of_examples_for_each(name)
 
 
 def test_importing_the_metrics_is_light():
-    code = "import sys, phatgoose.metrics; print(*sys.modules)"
+    code = "import sys, phatgoose.evaluation.metrics; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(ran.stdout.split())
     assert not {"torch", "transformers", "nltk", "rouge_score", "pandas"} & loaded

@@ -22,30 +22,33 @@ from conftest import (
 )
 from mixed_experts import mixed_output, mixed_pool_for, naively_mixed
 from oracle import token_weights
-from phatgoose.alone import ModifiedLinear, put_in
 from phatgoose.analysis.findings import vector_similarity
-from phatgoose.bases import load_base
+from phatgoose.analysis.near_duplicates import cosines, near_duplicates
+from phatgoose.base.loading import load_base
+from phatgoose.base.sites import Site
 from phatgoose.config import ACTIVATIONS
-from phatgoose.duplicates import cosines, near_duplicates
 from phatgoose.errors import ExpertError, PoolError
-from phatgoose.expert import Expert
-from phatgoose.kernels.bottlenecks import (
+from phatgoose.evaluation.comparison.methods import lacking
+from phatgoose.experts.applied import ModifiedLinear, put_in
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach, record, serving
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.kernels.bottlenecks import (
     all_bottlenecks,
     choose_bottleneck,
     grouped_bottleneck,
     reference_bottleneck,
 )
-from phatgoose.kernels.rows import reference_rows, weighted_rows
-from phatgoose.layers import RoutedLinear
-from phatgoose.methods import lacking
-from phatgoose.mixed import MixedLinear
-from phatgoose.modules import BottleneckLayers, LoraFactors, ScalingVector
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach, record, serving
-from phatgoose.routers import ROUTERS, UniformRouter
-from phatgoose.sites import Site
-from phatgoose.stacks import stack_modules
-from phatgoose.storage import load, save
+from phatgoose.routing.kernels.weighted_rows import reference_rows, weighted_rows
+from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.mixed_layer import MixedLinear
+from phatgoose.routing.routers.fixed.unscored import UniformRouter
+from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.routing.stacks.site_stack import stack_modules
 
 PRECISE = {"rtol": 1e-5, "atol": 1e-5}
 KINDS = ("llama", "t5", "gpt2")

@@ -9,15 +9,15 @@ import torch
 
 from growth_cases import assert_same_models, composed
 from mixed_experts import mixed_pool_for
+from phatgoose.base.sites import find_sites
 from phatgoose.errors import ExpertError
-from phatgoose.expert import Expert
-from phatgoose.growing import add_experts, remove_experts
-from phatgoose.kinds import check_fit
-from phatgoose.modules import ScalingVector
-from phatgoose.pool import Pool
-from phatgoose.segments import add_to_packed, compact, pack, remove_from_packed
-from phatgoose.sites import find_sites
-from phatgoose.storage import load
+from phatgoose.experts.adapter import check_fit
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.modules import ScalingVector
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.segments import add_to_packed, compact, pack, remove_from_packed
 
 LORAS, OTHERS = ["lora0", "lora7"], ["ia32", "bottleneck3", "bottleneck4", "biased1"]
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import TaskError
-from phatgoose.tasks import Example, Task, mix
-from phatgoose.training import train_expert
+from phatgoose.tasks.task import Example, Task, mix
+from phatgoose.training.train_expert import train_expert
 
 
 def rows(name: str, count: int) -> tuple[Example, ...]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from phatgoose.errors import ConfigError, RoutingError
-from phatgoose.kernels.native import add_routed, native, top_experts
-from phatgoose.kernels.triton_gpu import triton_gpu
+from phatgoose.routing.kernels.native import add_routed, native, top_experts
+from phatgoose.routing.kernels.triton_gpu import triton_gpu
 
-library = importlib.import_module("phatgoose.kernels.native")._library
+library = importlib.import_module("phatgoose.routing.kernels.native")._library
 pytestmark = [
     pytest.mark.skipif(library() is None, reason="no C++ compiler"),
     pytest.mark.usefixtures("_no_gradients"),

@@ -11,18 +11,23 @@ from pathlib import Path
 import pytest
 
 from phatgoose.apps.cli import main
-from phatgoose.card import model_card
+from phatgoose.apps.cli.recipe import read_recipe
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, TaskError
-from phatgoose.expert import LAYOUT, Expert
-from phatgoose.files import MOST_NESTED, MOST_TOML_BYTES, read_toml, sha256_of
-from phatgoose.hub import reference_of
-from phatgoose.kinds import adapter_files
-from phatgoose.pool import Pool
-from phatgoose.recipes import read_recipe
-from phatgoose.results import ResultStore
-from phatgoose.scores import read_scores
-from phatgoose.suites.local import local_suite
-from phatgoose.tasks import load_task
+from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.experts.adapter import adapter_files
+from phatgoose.experts.card import model_card
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.hub import reference_of
+from phatgoose.experts.pool import Pool
+from phatgoose.files.strict_json import (
+    MOST_NESTED,
+    MOST_TOML_BYTES,
+    read_toml,
+    sha256_of,
+)
+from phatgoose.routing.routers.scores import read_scores
+from phatgoose.tasks.suites.local import local_suite
+from phatgoose.tasks.task import load_task
 
 GOLDEN = Path(__file__).parent / "golden" / "expert"
 DEPTHS = [MOST_NESTED + 1, 500, 900, 100_000]

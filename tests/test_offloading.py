@@ -14,14 +14,16 @@ from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import assert_same_logits, compose_by, logits_of, make_ids
-from phatgoose.bases import Base, fingerprint, load_skeleton
+from phatgoose.base.loading import Base, fingerprint, load_skeleton
+from phatgoose.base.sites import ROUTED
 from phatgoose.errors import BaseModelError, RoutingError
-from phatgoose.evaluation import evaluate
-from phatgoose.growing import add_experts, remove_experts
-from phatgoose.routed import compose, composition_of, detach
-from phatgoose.sites import ROUTED
-from phatgoose.storage import load, save
-from phatgoose.tasks import Example, Task
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.task import Example, Task
 
 OFFLOADED: dict[str, Callable[[PreTrainedModel, Path], Any]] = {
     "cpu": lambda model, _: cpu_offload(model, execution_device="cpu"),

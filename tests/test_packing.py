@@ -11,9 +11,16 @@ from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
 from conftest import make_model
-from phatgoose.packing import Text, can_pack, head_at, pack, packed_batches, quick_backward
-from phatgoose.sites import find_sites
-from phatgoose.token_masks import watch_inputs
+from phatgoose.base.sites import find_sites
+from phatgoose.base.token_masks import watch_inputs
+from phatgoose.tasks.row_packing import (
+    Text,
+    can_pack,
+    head_at,
+    pack,
+    packed_batches,
+    quick_backward,
+)
 
 TEXTS = (
     Text([5, 6, 7], [[8, 9], [10], []]),

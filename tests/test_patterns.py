@@ -16,11 +16,11 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from import_cases import Case, write_case
-from phatgoose.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from phatgoose.errors import ExpertError, PhatgooseError
-from phatgoose.expert import Expert
-from phatgoose.importing import import_adapter
-from phatgoose.patterns import check_config, check_patterns, matching, value_at
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from phatgoose.files.regex_guard import check_config, check_patterns, matching, value_at
 
 GOLDEN = Path(__file__).parent / "golden" / "expert"
 UNSLOTH = (  # what a library of that name writes into every adapter of a vision model

@@ -12,20 +12,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import assert_same_logits, logits_of, make_ids, peft_model
-from phatgoose import gates as gates_module
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
+from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
 from phatgoose.errors import ConfigError
-from phatgoose.expert import Expert, check_expert
-from phatgoose.fresh import fresh_expert
-from phatgoose.gates import GatedLinear, gated, train_gates
-from phatgoose.importing import import_adapter
-from phatgoose.modules import BottleneckLayers, LoraFactors, ScalingVector
-from phatgoose.placement import parameters_at, placed_sites, scales_input
-from phatgoose.planning import plan_training
-from phatgoose.sites import find_sites
-from phatgoose.statistics import at_full_strength
-from phatgoose.suites.sources import open_tasks
+from phatgoose.experts.expert import Expert, check_expert
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
+from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.training import gates as gates_module
+from phatgoose.training.gates import GatedLinear, gated, train_gates
+from phatgoose.training.new_modules.fresh import fresh_expert
+from phatgoose.training.new_modules.placement import (
+    parameters_at,
+    placed_sites,
+    scales_input,
+)
+from phatgoose.training.planning.plan import plan_training
+from phatgoose.training.router_statistics import at_full_strength
 from test_cli import BASE, TRAIN, open_row, phat, review, write_rows
 from test_joint import gated_loss
 from test_training import (

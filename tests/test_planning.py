@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 
 from conftest import make_tokenizer
 from phatgoose.apps.cli.plan import _duration, _size
-from phatgoose.bases import load_base, load_skeleton
+from phatgoose.base.loading import load_base, load_skeleton
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError, ConfigError, TaskError
-from phatgoose.planning import plan_training
-from phatgoose.shapes import KNOWN_BASES, Shapes
-from phatgoose.suites.sources import open_tasks
-from phatgoose.tasks import load_task
-from phatgoose.training import train_expert
+from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.tasks.task import load_task
+from phatgoose.training.planning.plan import plan_training
+from phatgoose.training.planning.sizes import KNOWN_BASES, Shapes
+from phatgoose.training.train_expert import train_expert
 from test_cli import open_row, phat, review, snapshot, write_rows
 from test_training_sources import _frozen, hub, refused
 
@@ -123,7 +123,7 @@ def test_the_table_of_known_bases_gives_what_their_configs_give():
     if shapes.from_table:
         pytest.skip("smollm2 is not installed: there is only the table")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("phatgoose.bases._smollm2_folder", _nowhere)
+        patch.setattr("phatgoose.base.loading._smollm2_folder", _nowhere)
         assert Shapes.of("smollm2", Lora()) == dataclasses.replace(shapes, from_table=True)
 
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from conftest import make_adapter
-from phatgoose.bases import BaseReference, load_base
+from phatgoose.base.loading import BaseReference, load_base
+from phatgoose.base.sites import find_sites
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError
-from phatgoose.expert import LAYOUT, Expert
-from phatgoose.pool import MANIFEST_VERSION, Pool
-from phatgoose.routed import compose
-from phatgoose.sites import find_sites
-from phatgoose.stacks import stack_of
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.pool import MANIFEST_VERSION, Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.stacks.site_stack import stack_of
 
 QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -12,14 +12,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import make_tokenizer
 from phatgoose.apps.generation import Sampling, answer
-from phatgoose.bases import Base, fingerprint, load_skeleton
+from phatgoose.base.loading import Base, fingerprint, load_skeleton
+from phatgoose.base.positions import Positions, positions_of
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import EvaluationError
-from phatgoose.evaluation import evaluate
-from phatgoose.positions import Positions, positions_of
-from phatgoose.routed import compose, detach
-from phatgoose.tasks import Example, Task
-from phatgoose.training import train_expert
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.routing.compose import compose, detach
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training.train_expert import train_expert
 
 FEW = {"vocab_size": 300, "max_position_embeddings": 40}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 16}

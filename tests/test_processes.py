@@ -12,14 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from phatgoose import processes
-from phatgoose.bases import Base, load_base
+from phatgoose.base.loading import Base, load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError
-from phatgoose.expert import LAYOUT, check_expert
-from phatgoose.fitting import _micro_batch
-from phatgoose.tasks import Example, Task
-from phatgoose.training import train_expert
+from phatgoose.experts.expert import LAYOUT, check_expert
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training.loop import _micro_batch
+from phatgoose.training.train_expert import processes, train_expert
 
 ANSWERS = ("yes", "no, never", "perhaps")
 ROWS = [Example(f"Number {i}{'!' * (i % 5)}:", ANSWERS[i % 3]) for i in range(23)]

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phatgoose.errors import TaskError
-from phatgoose.suites.entries import Sources
-from phatgoose.suites.promptsource import (
+from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.suites.promptsource import (
     PromptTemplate,
     Rendered,
     read_templates,
@@ -269,7 +269,7 @@ def test_choice_draws_the_same_for_the_same_row_and_differently_for_others():
 
 def test_choice_draws_the_same_in_another_process():
     script = (
-        "from phatgoose.suites.promptsource import PromptTemplate as T\n"
+        "from phatgoose.tasks.suites.promptsource import PromptTemplate as T\n"
         "print(T('t', '{{range(10**4) | choice}} ||| x').render({'a': 'b', 'c': [1]}).input)"
     )
     runs = {

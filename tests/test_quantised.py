@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from conftest import assert_same_logits, logits_of, make_ids
 from oracle import naively_routed
-from phatgoose.bases import Base, fingerprint, load_base, number_format, quantisation
+from phatgoose.base.loading import Base, fingerprint, load_base, number_format, quantisation
+from phatgoose.base.sites import find_sites, replace_module
 from phatgoose.errors import WrongBaseError
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, detach
-from phatgoose.sites import find_sites, replace_module
-from phatgoose.storage import load, save
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 
 
 def torchao_int8(model: PreTrainedModel) -> None:

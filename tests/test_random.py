@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from conftest import logits_of, make_ids
-from phatgoose.evaluation import evaluate
-from phatgoose.routed import compose, composition_of, detach, record
-from phatgoose.routers import RandomRouter
-from phatgoose.storage import load, save
-from phatgoose.tasks import Example, Task
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.routing.compose import compose, detach, record
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.fixed.unscored import RandomRouter
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.task import Example, Task
 
 SITE = "model.layers.0.self_attn.o_proj"  # of the tiny Llama
 CHOOSING = Task(

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose import statistics as statistics_module
+from phatgoose.apps.cli.recipe import RECIPE_TABLES, read_recipe
 from phatgoose.config import from_mapping
-from phatgoose.expert import Expert
-from phatgoose.recipes import RECIPE_TABLES, read_recipe
-from phatgoose.suites import SUITES, Suite, open_suite
-from phatgoose.suites.sources import open_tasks
+from phatgoose.experts.expert import Expert
+from phatgoose.tasks.suites.entries import Suite
+from phatgoose.tasks.suites.registry import SUITES, open_suite
+from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.training import router_statistics as statistics_module
 from test_cli import phat
 from test_statistics import embed
 from test_training_sources import _frozen, hub

@@ -5,8 +5,9 @@ import torch
 
 from conftest import logits_of, make_ids
 from oracle import token_weights
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, record
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, record
+from phatgoose.routing.composition import composition_of
 
 
 def recorded(model, ids, **inputs):

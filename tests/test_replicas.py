@@ -13,11 +13,11 @@ import pytest
 pytest.importorskip("ray.serve", reason="needs the extra 'ray'")
 
 from conftest import make_tokenizer
-from phatgoose.apps.cluster import connected
+from phatgoose.apps.ray import connected
 from phatgoose.config import Serving
 from serving import ServedModel, folder_of, generated
 
-replicas = pytest.importorskip("phatgoose.apps.cluster.replicas", reason="needs ray[serve]")
+replicas = pytest.importorskip("phatgoose.apps.ray.replicas", reason="needs ray[serve]")
 
 pytestmark = [
     pytest.mark.heavy,

@@ -1,19 +1,15 @@
-"""The store of finished results, and the version of the code that made them."""
+"""The store of finished results."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-import phatgoose
-from phatgoose import results
 from phatgoose.errors import EvaluationError
-from phatgoose.results import ResultStore, code_version
+from phatgoose.evaluation.comparison.result_store import ResultStore
 
 KEY = {"task": "a", "method": {"k": 2, "pool": ["x", "y"]}}
 
@@ -159,89 +155,3 @@ def test_a_file_of_another_encoding_is_told(path):
     path.write_bytes(b"\xff\xfe\n")
     with pytest.raises(EvaluationError, match="can't be read"):
         ResultStore(path)
-
-
-@pytest.fixture(scope="module")
-def package(tmp_path_factory) -> Path:
-    """A copy of the package's source."""
-    folder = tmp_path_factory.mktemp("copy") / "phatgoose"
-    ignored = shutil.ignore_patterns("__pycache__")
-    return shutil.copytree(Path(phatgoose.__file__).parent, folder, ignore=ignored)
-
-
-@pytest.fixture
-def version_with(package, monkeypatch) -> Callable[[str, str, str], str]:
-    """`version_with(file, old, new)`: the code's version with that edit, undone afterwards."""
-    monkeypatch.setattr(results, "__file__", str(package / "results.py"))
-
-    def version(file: str, old: str, new: str) -> str:
-        text = (package / file).read_text(encoding="utf-8")
-        assert old in text
-        try:
-            (package / file).write_text(text.replace(old, new, 1), encoding="utf-8")
-            return code_version.__wrapped__()
-        finally:
-            (package / file).write_text(text, encoding="utf-8")
-
-    return version
-
-
-def test_the_version_names_the_release_and_is_the_same_every_time():
-    assert code_version() == code_version() == code_version.__wrapped__()
-    assert re.fullmatch(rf"{re.escape(phatgoose.__version__)}\+[0-9a-f]{{12}}", code_version())
-
-
-def test_the_same_code_elsewhere_is_the_same_version(version_with):
-    assert version_with("results.py", "", "") == code_version()
-
-
-def test_comments_docstrings_and_layout_do_not_count(version_with, package):
-    text = (package / "evaluation.py").read_text(encoding="utf-8")
-    edited = text
-    for old, new in (
-        ("TOKEN_BUDGET = 4096\n", "# A comment.\n\nTOKEN_BUDGET = (\n    4096  # and one\n)\n"),
-        ('"""Zero-shot evaluation', '"""Zero-shot scores'),  # a module's docstring
-        ('"""What the model answered', '"""The words that the model answered'),  # a class's
-        ('"""The unweighted mean', '"""The plain mean'),  # a method's
-        ('    """Wilson\'s interval of a share of right answers, else a bootstrap."""\n', ""),
-    ):
-        assert old in edited
-        edited = edited.replace(old, new, 1)
-    assert version_with("evaluation.py", text, edited) == version_with("evaluation.py", "", "")
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("evaluation.py", "TOKEN_BUDGET = 4096", "TOKEN_BUDGET = 4097"),
-        ("routed.py", "k: int = 2", "k: int = 3"),
-        ("bootstrap.py", "REPLICATES = 2000", "REPLICATES = 1000"),
-        ("kernels/mixed.py", "import torch\n", "import torch as pytorch\n"),
-        ("routers/scored.py", "def standardise(", "def standardize("),
-    ],
-)
-def test_a_change_of_what_the_code_does_counts(version_with, file, old, new):
-    assert version_with(file, old, new) != version_with(file, "", "")
-
-
-@pytest.mark.parametrize(
-    "file", ["comparison.py", "training.py", "suites/local.py", "apps/demo.py"]
-)
-def test_code_that_no_score_depends_on_does_not_count(version_with, file):
-    assert version_with(file, "import", "import this\nimport") == version_with(file, "", "")
-
-
-DECISIVE = (
-    *("evaluation", "opening", "routed", "storage", "pool", "expert", "adapters", "bases", "sites"),
-    *("layers", "kernels", "kernels.concat", "kernels.gather", "kernels.mixed"),
-    *("kernels.reference", "routers", "routers.arrow", "routers.decision", "routers.lookup"),
-    *("routers.scored", "routers.unscored", "embeddings", "scores", "config", "encoding"),
-    *("likelihood", "packing", "prediction", "metrics", "bootstrap", "tasks"),
-)
-OTHER = ("apps", "suites", "training", "fitting", "gates", "statistics", "tables", "comparison")
-
-
-def test_what_decides_a_score_is_found_by_its_imports():
-    found = results._imported_by(results.SCORING)
-    assert found >= set(DECISIVE)
-    assert not {module for module in found if module.split(".")[0] in OTHER}

@@ -7,13 +7,13 @@ import torch
 
 from conftest import assert_same_logits, logits_of, make_ids, make_model, peft_model
 from oracle import mixture, naively_routed, update
-from phatgoose.bases import load_base
+from phatgoose.base.loading import BaseReference, load_base
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
-from phatgoose.expert import BaseReference
-from phatgoose.kernels import KERNELS
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach, record
-from phatgoose.stacks import stack_of
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach, record
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.kernels.choice import KERNELS
+from phatgoose.routing.stacks.site_stack import stack_of
 
 PRECISE = {"rtol": 1e-5, "atol": 1e-5}
 Q_PROJ = {  # a site with 32 inputs in every kind of tiny base

@@ -42,18 +42,20 @@ from damage import content_of, damages, do_all, json_of
 from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
 from phatgoose.apps.cli import main
-from phatgoose.bases import Base, load_base
+from phatgoose.base.loading import Base, load_base
+from phatgoose.base.sites import find_sites
 from phatgoose.config import Routing
 from phatgoose.errors import PhatgooseError, RoutingError
-from phatgoose.growing import add_experts, remove_experts
-from phatgoose.packed import read_packed
-from phatgoose.pool import Pool
-from phatgoose.routed import composition_of, detach, routed_layer, stack_at
-from phatgoose.routers import TaskTable, router_vectors
-from phatgoose.segments import add_to_packed, compact, pack, remove_from_packed
-from phatgoose.sites import find_sites
-from phatgoose.stacks import SiteStack
-from phatgoose.storage import load
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import detach, routed_layer, stack_at
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.routers.per_input.lookup import TaskTable
+from phatgoose.routing.routers.registry import router_vectors
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.segments import add_to_packed, compact, pack, remove_from_packed
+from phatgoose.routing.saved.tensors import read_packed
+from phatgoose.routing.stacks.site_stack import SiteStack
 
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "40"))
 INFO, FIRST, SECOND = "routed.json", "routed.safetensors", "routed-0123456789ab.safetensors"

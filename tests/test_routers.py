@@ -8,17 +8,15 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import assert_same_logits, compose_by, logits_of, make_ids
 from oracle import mixture, naively_routed, token_weights
-from phatgoose.bases import load_base
-from phatgoose.encoding import pad_left, pad_right
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, PoolError
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach
-from phatgoose.routers import (
-    ROUTERS,
-    ScoredRouter,
-    UniformRouter,
-    standardise,
-)
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.fixed.unscored import UniformRouter
+from phatgoose.routing.routers.per_token.scored import ScoredRouter, standardise
+from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.tasks.encoding import pad_left, pad_right
 
 EPS = 1e-5
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama; 32 inputs

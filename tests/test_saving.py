@@ -12,11 +12,13 @@ import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from conftest import logits_of, make_ids
-from phatgoose.atomic import new_file
 from phatgoose.errors import RoutingError
-from phatgoose.growing import remove_experts
-from phatgoose.routed import compose, composition_of, detach
-from phatgoose.storage import load, save
+from phatgoose.files.atomic import new_file
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 
 FILES = {"routed.json", "routed.safetensors"}
 
@@ -69,7 +71,7 @@ def test_a_write_that_breaks_off_leaves_no_routed_model(model, tmp_path, monkeyp
             raise OSError(28, "No space left on device")
         return new_file(place)
 
-    monkeypatch.setattr("phatgoose.atomic.new_file", full)
+    monkeypatch.setattr("phatgoose.files.atomic.new_file", full)
     with pytest.raises(RoutingError, match="No space left on device"):
         model.save_pretrained(tmp_path)
     with pytest.raises(RoutingError, match="holds no routed model"):

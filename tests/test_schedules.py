@@ -9,12 +9,12 @@ import pytest
 
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, TaskError
-from phatgoose.planning import plan_training
-from phatgoose.schedules import schedule
-from phatgoose.shapes import Shapes
-from phatgoose.speeds import Speed
-from phatgoose.suites.sources import open_tasks
-from phatgoose.trial import measure_speed
+from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.training.planning.plan import plan_training
+from phatgoose.training.planning.schedule import schedule
+from phatgoose.training.planning.sizes import Shapes
+from phatgoose.training.planning.speed import Speed
+from phatgoose.training.planning.trial import measure_speed
 from test_cli import open_row, phat, write_rows
 
 __all__ = ["phat"]  # a fixture

@@ -8,8 +8,9 @@ import pytest
 
 from conftest import SCORES
 from phatgoose.errors import PoolError
-from phatgoose.routed import compose, composition_of
-from phatgoose.scores import best_expert, best_expert_by_task, read_scores
+from phatgoose.routing.compose import compose
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.scores import best_expert, best_expert_by_task, read_scores
 
 NAMES = ("e0", "e1", "e2", "e3")
 

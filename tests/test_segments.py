@@ -28,17 +28,18 @@ from growth_cases import (
     uneven_pool,
     write_small_experts,
 )
-from phatgoose import segments as storing
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
-from phatgoose.expert import LAYOUT
-from phatgoose.growing import remove_experts
-from phatgoose.packed import dequantised, quantised, read_packed
-from phatgoose.pool import Pool
-from phatgoose.routed import compose
-from phatgoose.segments import add_to_packed, compact, pack, remove_from_packed
-from phatgoose.storage import load, save
+from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.growing import remove_experts
+from phatgoose.routing.saved import segments as storing
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.segments import add_to_packed, compact, pack, remove_from_packed
+from phatgoose.routing.saved.tensors import dequantised, quantised, read_packed
 
 STATUS = Path("/proc/self/status")
 

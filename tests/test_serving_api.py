@@ -12,13 +12,13 @@ import pytest
 
 import serving
 from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
-from phatgoose.apps.server.variants import Rerouting
-from phatgoose.bases import load_base
+from phatgoose.apps.server.engine.variants import Rerouting
+from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError
-from phatgoose.pool import Pool
-from phatgoose.routed import compose
-from phatgoose.storage import save
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.saved.save import save
 
 PROMPT = "to be or not"
 GREEDY = {"model": "goose", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}

@@ -18,10 +18,10 @@ import pytest
 
 import serving
 from phatgoose.apps.server import ServedModel, create_app, run
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, PhatgooseError
-from phatgoose.routed import compose
+from phatgoose.routing.compose import compose
 
 PROMPT = "to be or not"
 FUZZ = int(os.environ.get("PHATGOOSE_FUZZ", "15"))  # requests made up for each path and mode

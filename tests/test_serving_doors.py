@@ -13,15 +13,17 @@ import pytest
 from pydantic import ValidationError
 
 import serving
-from phatgoose.apps.server import bodies, connections, parsing, served_models, service
-from phatgoose.apps.server.bodies import AT_ONCE, Body, Gate
-from phatgoose.apps.server.connections import Connections
-from phatgoose.apps.server.doors import Doors, host_of
-from phatgoose.apps.server.parsing import parsed
-from phatgoose.apps.server.protocol import ChatRequest, CompletionRequest
+from phatgoose.apps.server import served_models
+from phatgoose.apps.server.api import parsing, service
+from phatgoose.apps.server.api.parsing import parsed
+from phatgoose.apps.server.api.protocol import ChatRequest, CompletionRequest
+from phatgoose.apps.server.doors.bodies import AT_ONCE, Body, Gate
+from phatgoose.apps.server.doors.connections import Connections
+from phatgoose.apps.server.doors import bodies, connections
+from phatgoose.apps.server.doors.waiting_room import Doors, host_of
+from phatgoose.apps.server.engine.variants import Rerouting
 from phatgoose.apps.server.refusals import Refusal, without_paths
 from phatgoose.apps.server.running import _connections
-from phatgoose.apps.server.variants import Rerouting
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
 

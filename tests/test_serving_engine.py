@@ -14,22 +14,22 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import serving
 from conftest import VOCABULARY, compose_by, make_ids, make_tokenizer
-from phatgoose.analysis import trace
-from phatgoose.apps.server import prefill
-from phatgoose.apps.server.batches import Batch
-from phatgoose.apps.server.decoding import Decoding, Sampler, alternatives, seed_of
-from phatgoose.apps.server.engine import Engine
+from phatgoose.analysis.traces import trace
+from phatgoose.apps.server.api.prompts import completion_prompts, decoding_of
+from phatgoose.apps.server.api.protocol import ChatRequest, CompletionRequest
+from phatgoose.apps.server.engine.batches import Batch
+from phatgoose.apps.server.engine.decoding import Decoding, Sampler, alternatives, seed_of
+from phatgoose.apps.server.engine import prefill
+from phatgoose.apps.server.engine.engine import Engine
+from phatgoose.apps.server.engine.rows import Failure, Row
+from phatgoose.apps.server.engine.runner import Runner
+from phatgoose.apps.server.engine.texts import Detokeniser, earliest, held_back
 from phatgoose.apps.server.metrics import Metrics
-from phatgoose.apps.server.prompts import completion_prompts, decoding_of
-from phatgoose.apps.server.protocol import ChatRequest, CompletionRequest
 from phatgoose.apps.server.refusals import Refusal
-from phatgoose.apps.server.rows import Failure, Row
-from phatgoose.apps.server.runner import Runner
-from phatgoose.apps.server.texts import Detokeniser, earliest, held_back
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
-from phatgoose.encoding import Encoder
 from phatgoose.errors import RoutingError
+from phatgoose.tasks.encoding import Encoder
 from test_encoding import with_added
 from test_positions import few_places
 

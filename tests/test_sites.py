@@ -3,8 +3,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from phatgoose.base.sites import find_sites, replace_module
 from phatgoose.errors import ConfigError
-from phatgoose.sites import find_sites, replace_module
 
 SITES_PER_BLOCK = {
     "llama": 7,

@@ -10,13 +10,15 @@ import torch
 from conftest import logits_of, make_ids
 from phatgoose.config import Routing
 from phatgoose.errors import PoolError
-from phatgoose.methods import lacking, rows_of
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach
-from phatgoose.routers import standardise
-from phatgoose.routers.arrow import arrow_vector
-from phatgoose.routers.stand_in import gates_or_stand_ins
-from phatgoose.storage import load, save
+from phatgoose.evaluation.comparison.methods import lacking, rows_of
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.per_token.arrow import arrow_vector
+from phatgoose.routing.routers.per_token.scored import standardise
+from phatgoose.routing.routers.per_token.stand_in import gates_or_stand_ins
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 
 
 def without_gates(pool: Pool, *names: str) -> Pool:

@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
-from phatgoose import statistics as statistics_module
-from phatgoose.adapters import read_lora
-from phatgoose.bases import BaseReference, load_base
+from phatgoose.base.loading import BaseReference, load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, TaskError, WrongBaseError
-from phatgoose.expert import LAYOUT, Expert
-from phatgoose.gates import train_gates
-from phatgoose.statistics import at_full_strength, measure
-from phatgoose.tasks import Example, Task
-from phatgoose.training import train_expert
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.kinds.peft_files import read_lora
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training import router_statistics as statistics_module
+from phatgoose.training.gates import train_gates
+from phatgoose.training.router_statistics import at_full_strength, measure
+from phatgoose.training.train_expert import train_expert
 
 TASK = Task("count", tuple(Example(f"count {i} and on", str(i)) for i in range(20)))
 TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, seed=3)
@@ -241,7 +241,7 @@ def test_what_fails_half_way_leaves_the_expert_as_it_was(llama, tmp_path, monkey
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("phatgoose.expert.save_file", fail)
+    monkeypatch.setattr("phatgoose.experts.expert.save_file", fail)
     refused(ExpertError, "No space left", expert, llama, TASK)
     assert [path.name for path in tmp_path.iterdir()] == ["count"]
 

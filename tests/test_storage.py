@@ -8,14 +8,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import compose_by, logits_of, make_ids, make_model, of_task
-from phatgoose import saving
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
-from phatgoose.layers import RoutedLinear
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach, record
-from phatgoose.routers import ROUTERS
-from phatgoose.storage import load, save
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach, record
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.saved import save as saving
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from audited import unexpected, watched
 from damage import content_of, damages, do_all, json_of
 from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
-from phatgoose.expert import LAYOUT, Expert, check_expert
-from phatgoose.files import MOST_JSON_BYTES, read_json_object
-from phatgoose.pool import Pool
+from phatgoose.experts.expert import LAYOUT, Expert, check_expert
+from phatgoose.experts.pool import Pool
+from phatgoose.files.strict_json import MOST_JSON_BYTES, read_json_object
 
 GOLDENS = Path(__file__).parent / "golden"
 GOLDEN = GOLDENS / "expert"

@@ -26,13 +26,14 @@ from conftest import make_ids, make_model, make_tokenizer
 from damage import content_of, damages, do_all
 from mixed_experts import make_kind
 from phatgoose.apps.cli import main
-from phatgoose.bases import Base, load_base
+from phatgoose.base.loading import Base, load_base
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import LAYOUT, Expert
-from phatgoose.importing import import_adapter
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, detach
-from phatgoose.storage import load, save
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 from test_strangers import FILES, JSON_FILES, TENSOR_FILES, record_hashes
 
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "20"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.results import ResultStore
+from phatgoose.evaluation.comparison.result_store import ResultStore
 
 PROGRAM = Path(__file__).parent.parent / "examples" / "study_report.py"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from phatgoose.errors import TaskError
-from phatgoose.metrics import METRICS
-from phatgoose.suites.bigbench import bbh, bbl
-from phatgoose.suites.entries import Sources
-from phatgoose.tasks import Example
+from phatgoose.evaluation.metrics import METRICS
+from phatgoose.tasks.suites.bigbench import bbh, bbl
+from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.task import Example
 
 datasets = pytest.importorskip("datasets")
 

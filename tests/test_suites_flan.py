@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from phatgoose.errors import TaskError
-from phatgoose.suites.entries import Sources
-from phatgoose.suites.flan import flan
-from phatgoose.suites.t0 import t0_held_in
-from phatgoose.tasks import Example
+from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.suites.flan import flan
+from phatgoose.tasks.suites.t0 import t0_held_in
+from phatgoose.tasks.task import Example
 
 datasets = pytest.importorskip("datasets")
 
@@ -142,8 +142,8 @@ def test_the_division_is_that_of_the_papers_code(tmp_path):
 
 
 def test_large_datasets_are_limited_as_in_the_papers_code(tmp_path, monkeypatch):
-    monkeypatch.setattr("phatgoose.suites.flan.VALIDATION_MOST", 3)
-    monkeypatch.setattr("phatgoose.suites.flan.TRAIN_MOST", 20)
+    monkeypatch.setattr("phatgoose.tasks.suites.flan.VALIDATION_MOST", 3)
+    monkeypatch.setattr("phatgoose.tasks.suites.flan.TRAIN_MOST", 20)
     task = irony(save(tmp_path, [row(i) for i in range(57)]))
     order = np.random.RandomState(1234).permutation(57)
     drawn = np.random.default_rng(42).choice(54, size=20, replace=False)

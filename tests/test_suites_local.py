@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from phatgoose.errors import TaskError
-from phatgoose.suites import SUITES, Entry, Sources, Suite, open_suite
-from phatgoose.suites.local import local_suite
-from phatgoose.tasks import Example
+from phatgoose.tasks.suites.entries import Entry, Sources, Suite
+from phatgoose.tasks.suites.local import local_suite
+from phatgoose.tasks.suites.registry import SUITES, open_suite
+from phatgoose.tasks.task import Example
 
 REAL = Path(__file__).parents[2] / "shared/data/eval"
 
@@ -215,7 +216,7 @@ def test_an_unknown_suite_lists_the_known_ones(tmp_path):
 
 def test_listing_the_suites_loads_no_heavy_library():
     code = (
-        "import sys, phatgoose.suites as s; [make() for make in s.SUITES.values()];"
+        "import sys, phatgoose.tasks.suites.registry as s; [make() for make in s.SUITES.values()];"
         "print({'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

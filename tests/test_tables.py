@@ -10,10 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from phatgoose.bootstrap import Interval, Sample
 from phatgoose.errors import EvaluationError
-from phatgoose.scores import read_scores
-from phatgoose.tables import ALL, Comparison, Result, write_tables
+from phatgoose.evaluation.comparison.tables import ALL, Comparison, Result, write_tables
+from phatgoose.evaluation.intervals import Interval, Sample
+from phatgoose.routing.routers.scores import read_scores
 
 SUITES = {"one": ("a", "b"), "two": ("b", "c")}
 RIGHT = {  # which answers are right, by row and dataset; rouge-l + bleu for dataset c

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks import Example, Task, load_task, longest_field
+from phatgoose.tasks.task import Example, Task, load_task, longest_field
 
 ROWS = [
     {"input": "Is it good?", "target": "yes", "choices": ["yes", "no"]},

@@ -13,21 +13,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import compose_by, make_ids
-from phatgoose.kernels.native import runs_natively
-from phatgoose.kernels.native import top_experts as by_native
-from phatgoose.kernels.triton_gpu import top_experts as by_triton
-from phatgoose.pool import Pool
-from phatgoose.routed import composition_of, record
-from phatgoose.routers import (
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import record
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.kernels.native import runs_natively
+from phatgoose.routing.kernels.native import top_experts as by_native
+from phatgoose.routing.kernels.triton_gpu import top_experts as by_triton
+from phatgoose.routing.routers.decision import highest
+from phatgoose.routing.routers.per_token.affinities import CentredRouter, RawRouter
+from phatgoose.routing.routers.per_token.scored import (
     ArrowRouter,
-    CentredRouter,
-    RawRouter,
     ScoredRouter,
     UniformTopKRouter,
     VectorRouter,
     standardise,
 )
-from phatgoose.routers.decision import highest
 
 MAKERS: dict[str, Callable[[Tensor, int], VectorRouter]] = {
     "phatgoose": lambda vectors, k: ScoredRouter(vectors, k, 1e-5),

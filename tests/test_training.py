@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import assert_same_logits, logits_of, make_ids, peft_model
-from phatgoose import training as training_module
-from phatgoose.bases import load_base
+from phatgoose.base.loading import load_base
+from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, TaskError
-from phatgoose.expert import Expert
-from phatgoose.fitting import fit
-from phatgoose.pool import Pool
-from phatgoose.routed import compose
-from phatgoose.sites import find_sites
-from phatgoose.tasks import Example, Task
-from phatgoose.training import train_expert
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training import train_expert as training_module
+from phatgoose.training.loop import fit
+from phatgoose.training.train_expert import train_expert
 
 
 def words(*targets: str) -> tuple[Example, ...]:
@@ -190,7 +190,7 @@ def test_the_last_step_is_validated_whatever_the_interval(llama, tmp_path, caplo
 def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
     task = Task("liar", words("yes", "yes", "yes", "yes"), validation=words("no", "maybe"))
     training = replace(TRAINING, steps=10, learning_rate=0.1)
-    with caplog.at_level(logging.INFO, "phatgoose.fitting"):
+    with caplog.at_level(logging.INFO, "phatgoose.training.loop"):
         expert = train(llama, tmp_path / "liar", task, training)
     logged = re.findall(r"step (\d+) of 10, validation loss ([\d.]+)", caplog.text)
     losses = {int(step): float(loss) for step, loss in logged}
@@ -313,7 +313,7 @@ def interrupted(monkeypatch, base, out: Path, function: str, call: int, **option
     assert not out.exists()
 
 
-PASS = "phatgoose.fitting.target_logits"
+PASS = "phatgoose.training.loop.target_logits"
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"], indirect=True)  # with dropout
@@ -402,7 +402,7 @@ KILLS = {
     "before a checkpoint's optimiser state": ("torch.save", 1),
     "before the adapter is in place": ("os.rename", 1),
     "in a gate step": (PASS, 12),
-    "in the middle of the expert's files": ("phatgoose.expert.model_card", 1),
+    "in the middle of the expert's files": ("phatgoose.experts.expert.model_card", 1),
     "before the expert is in place": ("os.rename", 2),
 }
 

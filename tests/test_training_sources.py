@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose import pool_training as training_module
 from phatgoose.errors import TaskError
-from phatgoose.expert import Expert
-from phatgoose.suites import t0
-from phatgoose.suites.entries import Sources
-from phatgoose.suites.sources import mixture, open_tasks
+from phatgoose.experts.expert import Expert
+from phatgoose.tasks.suites import t0
+from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.suites.training_tasks import mixture, open_tasks
+from phatgoose.training import pool_jobs as training_module
 from test_cli import FLAGS, Outcome, open_row, phat, review, snapshot, write_rows
 
 __all__ = ["phat"]  # the fixture

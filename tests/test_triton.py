@@ -17,13 +17,21 @@ from torch import Tensor
 
 from conftest import assert_same_logits, logits_of, make_ids, make_model
 from phatgoose.errors import ConfigError
-from phatgoose.kernels import KERNELS, choose_kernel, concat, reference, triton_gpu
-from phatgoose.kernels.triton_gpu import in_blocks, one_by_one, runs_on_triton, top_experts
-from phatgoose.routed import compose
-from phatgoose.routers import ArrowRouter, ScoredRouter
+from phatgoose.routing.compose import compose
+from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
+from phatgoose.routing.kernels.concat import concat
+from phatgoose.routing.kernels.reference import reference
+from phatgoose.routing.kernels.triton_gpu import (
+    in_blocks,
+    one_by_one,
+    runs_on_triton,
+    top_experts,
+    triton_gpu,
+)
+from phatgoose.routing.routers.per_token.scored import ArrowRouter, ScoredRouter
 from test_kernels import Problem, make_problem
 
-module = importlib.import_module("phatgoose.kernels.triton_gpu")  # the name is the kernel's too
+module = importlib.import_module("phatgoose.routing.kernels.triton_gpu")
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"
 BODIES = [one_by_one, in_blocks]
 ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}  # in units of the dtype's eps
@@ -194,9 +202,14 @@ def test_a_routed_model_gives_the_same_logits_through_triton(llama_pool, monkeyp
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     plain = compose(llama_pool, make_model("llama"), kernel="reference")
     wanted = logits_of(plain, ids, attention_mask=mask)
-    for place in ("phatgoose.routers.scored.runs_natively", "phatgoose.layers.runs_natively"):
+    for place in (
+        "phatgoose.routing.routers.per_token.scored.runs_natively",
+        "phatgoose.routing.layers.runs_natively",
+    ):
         monkeypatch.setattr(place, lambda *_: False)
-    monkeypatch.setattr("phatgoose.routers.scored.runs_on_triton", lambda *_: True)
+    monkeypatch.setattr(
+        "phatgoose.routing.routers.per_token.scored.runs_on_triton", lambda *_: True
+    )
     model = compose(llama_pool, make_model("llama"), kernel="triton").to(DEVICE)
     got = logits_of(model, ids.to(DEVICE), attention_mask=mask.to(DEVICE))
     assert_same_logits(got.cpu(), wanted)
@@ -204,8 +217,8 @@ def test_a_routed_model_gives_the_same_logits_through_triton(llama_pool, monkeyp
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have choose_kernel take this machine for one with a GPU."""
-    monkeypatch.setattr("phatgoose.kernels.runs_natively", lambda *_: False)
-    monkeypatch.setattr("phatgoose.kernels.runs_on_triton", lambda *_: True)
+    monkeypatch.setattr("phatgoose.routing.kernels.choice.runs_natively", lambda *_: False)
+    monkeypatch.setattr("phatgoose.routing.kernels.choice.runs_on_triton", lambda *_: True)
 
 
 @pytest.mark.parametrize("tokens", [1, 512])

@@ -10,14 +10,16 @@ import torch
 from conftest import assert_same_logits, logits_of
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import PoolError, RoutingError
-from phatgoose.evaluation import evaluate
-from phatgoose.growing import remove_experts
-from phatgoose.methods import lacking, rows_of
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, composition_of, detach, record, watch
-from phatgoose.routers import standardise
-from phatgoose.storage import load, save
-from phatgoose.tasks import Example, Task
+from phatgoose.evaluation.comparison.methods import lacking, rows_of
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach, record, watch
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import remove_experts
+from phatgoose.routing.routers.per_token.scored import standardise
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.task import Example, Task
 
 PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
 CHOOSING = Task(

@@ -11,19 +11,20 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.atomic import new_directory
-from phatgoose.bases import Base
+from phatgoose.base.loading import Base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, RoutingError
-from phatgoose.expert import Expert, check_expert
-from phatgoose.gates import train_gates
-from phatgoose.importing import import_adapter
-from phatgoose.pool import Pool
-from phatgoose.routed import compose, detach
-from phatgoose.storage import load, save
-from phatgoose.tasks import Example, Task
-from phatgoose.training import train_expert
-from phatgoose.work import discard_work, open_work
+from phatgoose.experts.expert import Expert, check_expert
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.pool import Pool
+from phatgoose.files.atomic import new_directory
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training.gates import train_gates
+from phatgoose.training.train_expert import train_expert
+from phatgoose.training.unfinished import discard_work, open_work
 
 TASK = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(8)))
 FEW = {

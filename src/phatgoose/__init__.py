@@ -8,14 +8,14 @@
 The names, in the order of the story:
     load_task      a dataset as a task                          phatgoose.tasks
     train_expert   a LoRA expert with gates and statistics      phatgoose.training
-    train_gates    gates for a LoRA adapter that exists         phatgoose.gates
-    Expert         one expert directory                         phatgoose.expert
-    Pool           many of them                                 phatgoose.pool
-    compose        a routed model                               phatgoose.routed
-    detach         the base model again                         phatgoose.routed
-    save, load     a routed model to and from a folder          phatgoose.saving, storage
+    train_gates    gates for a LoRA adapter that exists         phatgoose.training
+    Expert         one expert directory                         phatgoose.experts
+    Pool           many of them                                 phatgoose.experts
+    compose        a routed model                               phatgoose.routing
+    detach         the base model again                         phatgoose.routing
+    save, load     a routed model to and from a folder          phatgoose.routing.saved
     evaluate       zero-shot scores                             phatgoose.evaluation
-    compare        many methods on whole suites                 phatgoose.comparison
+    compare        many methods on whole suites                 phatgoose.evaluation
     analyse        where the tokens go, and why                 phatgoose.analysis
 
 Importing this package loads neither torch nor transformers; using a name does.
@@ -29,17 +29,17 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .analysis import analyse
-    from .comparison import compare
-    from .evaluation import evaluate
-    from .expert import Expert
-    from .gates import train_gates
-    from .pool import Pool
-    from .routed import compose, detach
-    from .saving import save
-    from .storage import load
-    from .tasks import load_task
-    from .training import train_expert
+    from .analysis.analyse import analyse
+    from .evaluation.comparison.compare import compare
+    from .evaluation.evaluate import evaluate
+    from .experts.expert import Expert
+    from .experts.pool import Pool
+    from .routing.compose import compose, detach
+    from .routing.saved.load import load
+    from .routing.saved.save import save
+    from .tasks.task import load_task
+    from .training.gates import train_gates
+    from .training.train_expert import train_expert
 
 __all__ = [
     "Expert",
@@ -57,18 +57,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Expert": "expert",
-    "Pool": "pool",
-    "analyse": "analysis",
-    "compare": "comparison",
-    "compose": "routed",
-    "detach": "routed",
-    "evaluate": "evaluation",
-    "load": "storage",
-    "load_task": "tasks",
-    "save": "saving",
-    "train_expert": "training",
-    "train_gates": "gates",
+    "Expert": "experts.expert",
+    "Pool": "experts.pool",
+    "analyse": "analysis.analyse",
+    "compare": "evaluation.comparison.compare",
+    "compose": "routing.compose",
+    "detach": "routing.compose",
+    "evaluate": "evaluation.evaluate",
+    "load": "routing.saved.load",
+    "load_task": "tasks.task",
+    "save": "routing.saved.save",
+    "train_expert": "training.train_expert",
+    "train_gates": "training.gates",
 }
 
 

@@ -45,7 +45,7 @@ __all__ = [
 Config = TypeVar("Config")
 
 TASK_FILES = (".csv", ".jsonl")
-# What `phatgoose.suites.SUITES` knows by name; in a recipe these words are no file names.
+# What `suites.registry.SUITES` knows by name; in a recipe these words are no file names.
 SUITE_NAMES = ("t0hi", "t0ho", "flan", "bbh", "bbl", "bbh-23", "bbl-24")
 ACTIVATIONS = ("relu", "gelu", "silu")
 PLACEMENTS = ("houlsby", "pfeiffer")

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from .bases import SMOLLM2, Base, BaseReference, load_base
+from .base.loading import SMOLLM2, Base, BaseReference, load_base
 from .errors import WrongBaseError
-from .hub import HubReference
+from .experts.hub import HubReference
 
 __all__ = ["BasePlace", "Engine", "Job", "LocalEngine", "Work", "Workshop", "absolute"]
 

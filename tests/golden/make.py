@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from phatgoose.bases import BaseReference
-from phatgoose.expert import Expert
+from phatgoose.base.loading import BaseReference
+from phatgoose.experts.expert import Expert
 
 HERE = Path(__file__).parent
 SITES = {"model.layers.0.self_attn.q_proj": (4, 3), "model.layers.0.mlp.down_proj": (6, 4)}

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..recording import SitePass
-from ..sites import Stream
+from ..base.sites import Stream
+from ..routing.recording import SitePass
 
 __all__ = ["Agreement", "DecisionFiles", "agreement"]
 

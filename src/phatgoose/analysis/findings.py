@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
-from ..layers import ChoosingLayer
-from ..routed import composition_of
-from ..routers import ArrowRouter, VectorRouter
+from ..routing.composition import composition_of
+from ..routing.layers import ChoosingLayer
+from ..routing.routers.per_token.scored import ArrowRouter, VectorRouter
 from .measures import effective_experts
-from .tally import RoutingProfile
+from .routing_distribution import RoutingProfile
 
 __all__ = ["Finding", "findings_of", "vector_similarity"]
 

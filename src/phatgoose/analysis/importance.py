@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..bootstrap import Interval, Sample, dataset_replicates, interval_of
-from ..evaluation import Evaluation
+from ..evaluation.evaluate import Evaluation
+from ..evaluation.intervals import Interval, Sample, dataset_replicates, interval_of
 
 __all__ = ["Effect", "leave_one_out"]
 

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import norm, pearsonr, spearmanr
 
-from ..bootstrap import CONFIDENCE, Interval
 from ..errors import EvaluationError
+from ..evaluation.intervals import CONFIDENCE, Interval
 
 __all__ = [
     "SMOOTHING",

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bootstrap import Sample
 from ..errors import EvaluationError
-from ..methods import METHODS
-from ..results import ResultStore
+from ..evaluation.comparison.methods import METHODS
+from ..evaluation.comparison.result_store import ResultStore
+from ..evaluation.intervals import Sample
 
 __all__ = ["PoolSizeCurve", "pool_size_curves"]
 

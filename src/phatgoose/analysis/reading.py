@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..encoding import Encoder, TokenPair, batches_of_tokens, pad_right
-from ..offloading import input_device
-from ..recording import SitePass
-from ..routed import serving, watch
-from ..sites import Stream
-from ..tasks import Example
+from ..base.offloading import input_device
+from ..base.sites import Stream
+from ..routing.compose import serving, watch
+from ..routing.recording import SitePass
+from ..tasks.encoding import Encoder, TokenPair, batches_of_tokens, pad_right
+from ..tasks.task import Example
 
 __all__ = ["Observer", "pass_through", "read_examples"]
 

@@ -15,15 +15,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..encoding import Encoder, TokenPair
+from ..base.sites import Stream
 from ..errors import RoutingError
-from ..recording import SitePass
-from ..routed import composition_of
-from ..routers.decision import highest
-from ..sites import Stream
+from ..routing.composition import composition_of
+from ..routing.recording import SitePass
+from ..routing.routers.decision import highest
+from ..tasks.encoding import Encoder, TokenPair
 from .places import Place, place_of
 from .reading import pass_through
-from .tally import PARTS
+from .routing_distribution import PARTS
 
 __all__ = ["Trace", "TraceKeeper", "TraceStream", "join_streams", "trace"]
 

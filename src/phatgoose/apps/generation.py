@@ -9,14 +9,14 @@ import torch
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base.offloading import input_device
 from ..config import Formatting
-from ..encoding import Encoder
 from ..errors import TaskError
-from ..offloading import input_device
-from ..prediction import questions_to_answer
-from ..recording import Recording
-from ..routed import record as record_routing
-from ..tasks import Example
+from ..evaluation.answers import questions_to_answer
+from ..routing.compose import record as record_routing
+from ..routing.recording import Recording
+from ..tasks.encoding import Encoder
+from ..tasks.task import Example
 
 __all__ = ["Answer", "Sampling", "answer", "coloured", "expert_style"]
 

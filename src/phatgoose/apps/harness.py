@@ -17,15 +17,15 @@ from typing import Annotated, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..bases import choose_dtype, load_base
+from ..base.loading import choose_dtype, load_base
 from ..config import Formatting, Routing, from_mapping, settings_of
-from ..cuts import kept
-from ..encoding import Encoder, added_tokens, pad_left, pad_right
 from ..errors import ConfigError
-from ..opening import compose_pool, is_routed
-from ..pool import Pool
-from ..routed import Composition, composition_of
-from ..storage import load
+from ..experts.pool import Pool
+from ..routing.composition import Composition, composition_of
+from ..routing.open_model import compose_pool, is_routed
+from ..routing.saved.load import load
+from ..tasks.cuts import kept
+from ..tasks.encoding import Encoder, added_tokens, pad_left, pad_right
 
 try:
     from lm_eval.__main__ import cli_evaluate

@@ -11,8 +11,7 @@ import typer
 
 from ...config import Formatting, Routing
 from ...errors import RoutingError, TaskError
-from ...recipes import Recipe
-from ..consoles import say, show
+from ..console.printing import say, show
 from .experts import (
     BaseOption,
     ChoicesOption,
@@ -22,6 +21,7 @@ from .experts import (
     TemplatesOption,
 )
 from .flags import with_settings
+from .recipe import Recipe
 from .routed import KeepOption, LeaveOutOption, ModelArgument, ScoresOption
 
 __all__ = ["register"]
@@ -88,14 +88,15 @@ def analyse(
     formatting: Formatting,
 ) -> None:
     """Read tasks with a routed model and write a report on who served their tokens."""
-    from ...analysis import analyse as run
+    from ...analysis.analyse import analyse as run
     from ...analysis.pool_sizes import pool_size_curves
-    from ...bases import load_base
-    from ...opening import is_pool, is_routed, open_model
-    from ...pool import Pool
-    from ...suites import Sources, open_suite
-    from ...tasks import load_task
-    from ..analysis_tables import routers_table
+    from ...base.loading import load_base
+    from ...experts.pool import Pool
+    from ...routing.open_model import is_pool, is_routed, open_model
+    from ...tasks.suites.entries import Sources
+    from ...tasks.suites.registry import open_suite
+    from ...tasks.task import load_task
+    from ..console.analysis_tables import routers_table
     from ..report import write_report
 
     places = Sources(data or recipe.data, templates or recipe.templates)
@@ -174,10 +175,10 @@ def explain(
     formatting: Formatting,
 ) -> None:
     """Show a prompt and its answer, each token in the colour of the expert that served it."""
-    from ...atomic import write_text
     from ...errors import EvaluationError
-    from ...opening import open_model
-    from ..explanation import explain as run
+    from ...files.atomic import write_text
+    from ...routing.open_model import open_model
+    from .explanation import explain as run
 
     opened = open_model(
         model,

@@ -9,18 +9,11 @@ import typer
 
 from ...config import Formatting, Routing
 from ...errors import ConfigError
-from ...recipes import Recipe
-from ..consoles import say, show
-from .engines import (
-    AddressOption,
-    CpusOption,
-    EngineOption,
-    GpusOption,
-    WorkersOption,
-    open_engine,
-)
+from ..console.printing import say, show
+from .engines import AddressOption, CpusOption, EngineOption, GpusOption, WorkersOption, open_engine
 from .experts import BaseOption, DataOption, DtypeOption, TemplatesOption
 from .flags import with_settings
+from .recipe import Recipe
 
 __all__ = ["register"]
 
@@ -92,11 +85,11 @@ def compare(
 ) -> None:
     """Score methods on suites; finished cells in --out are kept and used again."""
     references = _references(reference or [])
-    from ...bases import load_base
-    from ...comparison import compare as run
-    from ...pool import Pool
-    from ...suites import Sources
-    from ..comparison_tables import differences_table, means_table
+    from ...base.loading import load_base
+    from ...evaluation.comparison.compare import compare as run
+    from ...experts.pool import Pool
+    from ...tasks.suites.entries import Sources
+    from ..console.comparison_tables import differences_table, means_table
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool)
     name = base or recipe.base or opened.base.id

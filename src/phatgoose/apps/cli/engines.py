@@ -81,7 +81,7 @@ def open_engine(
         },
     )
     if engine == "ray":
-        from ..cluster import RayEngine, connected
+        from ..ray import RayEngine, connected
 
         with connected(address):
             yield RayEngine(workers, gpus_per_worker, cpus_per_worker)

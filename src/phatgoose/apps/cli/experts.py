@@ -9,28 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ...config import (
-    IA3,
-    KIND_NAMES,
-    Bottleneck,
-    Formatting,
-    GateTraining,
-    Lora,
-    Peft,
-    Training,
-)
-from ...cuts import recorded_share
+from ...config import IA3, KIND_NAMES, Bottleneck, Formatting, GateTraining, Lora, Peft, Training
 from ...errors import ConfigError, ExpertError
-from ...recipes import Recipe
-from ..consoles import say
-from .engines import (
-    AddressOption,
-    CpusOption,
-    EngineOption,
-    GpusOption,
-    WorkersOption,
-    open_engine,
-)
+from ...tasks.cuts import recorded_share
+from ..console.printing import say
+from .engines import AddressOption, CpusOption, EngineOption, GpusOption, WorkersOption, open_engine
 from .flags import shape_of, with_settings
 from .plan import (
     JsonOption,
@@ -41,12 +24,13 @@ from .plan import (
     refuse_without_plan,
     show_plan,
 )
+from .recipe import Recipe
 
 if TYPE_CHECKING:
-    from ...expert import Expert
-    from ...expert_folder import ExpertFolder, TrainedExpert
-    from ...speeds import Speed
-    from ...suites.sources import TrainingTask
+    from ...experts.expert import Expert
+    from ...tasks.suites.training_tasks import TrainingTask
+    from ...training.destination import ExpertFolder, TrainedExpert
+    from ...training.planning.speed import Speed
 
 __all__ = [
     "BaseOption",
@@ -161,8 +145,9 @@ def train(
     speeds = {"tflops": tflops, "tokens_per_second": tokens_per_second}
     if not plan:
         refuse_without_plan({**speeds, "measure": measure, "json": json})
-    from ...expert_folder import expert_folder
-    from ...suites.sources import Sources, mixture, open_tasks
+    from ...tasks.suites.entries import Sources
+    from ...tasks.suites.training_tasks import mixture, open_tasks
+    from ...training.destination import expert_folder
 
     places = Sources(data or recipe.data, templates or recipe.templates)
     opened = open_tasks(sources, places, template=template, choices=choices)
@@ -174,8 +159,8 @@ def train(
     name = base or recipe.base or "smollm2"
     settings: dict[str, Any] = {"peft": shape, "formatting": formatting, "dtype": dtype}
     if plan:
-        from ...planning import plan_training
-        from ...schedules import schedule
+        from ...training.planning.plan import plan_training
+        from ...training.planning.schedule import schedule
 
         settings |= {"training": training, "gate_training": gates}
         speed = _measured(name, unfinished, speeds, settings) if measure else None
@@ -190,8 +175,8 @@ def train(
         spread = schedule(planned, workers or 1, gpus_per_worker or 0.0)
         show_plan(planned, spread, finished=len(opened) - len(unfinished), path=json)
         return
-    from ... import processes
-    from ...pool_training import ExpertJob, train_experts
+    from ...training import processes
+    from ...training.pool_jobs import ExpertJob, train_experts
 
     _read_own_files(unfinished, training.seed)
     jobs = [
@@ -212,7 +197,7 @@ def _measured(
     settings: Mapping[str, Any],
 ) -> Speed:
     """The speed of training here, measured. Raises ConfigError when one was given as well."""
-    from ...trial import measure_speed
+    from ...training.planning.trial import measure_speed
 
     for name, value in speeds.items():
         if value is not None:
@@ -238,7 +223,7 @@ def _training_of(task: TrainingTask, training: Training, given: frozenset[str]) 
 
 def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
     """Raise unless each task can have its expert under its own name in `folder`."""
-    from ...expert import check_name
+    from ...experts.expert import check_name
 
     named: dict[str, str] = {}
     for task in tasks:
@@ -297,10 +282,10 @@ def gate(
     """Train gates for an existing adapter."""
     if out.exists() and not resume:
         raise ExpertError(f"{out} exists already; choose another --out, or --resume.")
-    from ...bases import load_base
-    from ...expert import base_named_in
-    from ...gates import train_gates
-    from ...tasks import load_task
+    from ...base.loading import load_base
+    from ...experts.expert import base_named_in
+    from ...tasks.task import load_task
+    from ...training.gates import train_gates
 
     loaded = load_task(task, template=template, choices=choices)
     named = base_named_in(adapter)
@@ -344,10 +329,10 @@ def measure(
     choices: ChoicesOption = None,
 ) -> None:
     """Measure statistics of an expert, with the seed and formatting it was trained with."""
-    from ...bases import load_base
-    from ...expert import Expert
-    from ...statistics import measure as measure_expert
-    from ...tasks import load_task
+    from ...base.loading import load_base
+    from ...experts.expert import Expert
+    from ...tasks.task import load_task
+    from ...training.router_statistics import measure as measure_expert
 
     loaded, data = Expert.load(expert), load_task(task, template=template, choices=choices)
     measured = measure_expert(
@@ -366,7 +351,7 @@ def check(
     directories: Annotated[list[Path], typer.Argument(help="Expert directories.")],
 ) -> None:
     """Verify hashes, names, shapes and finiteness of experts; exit 2 when anything is wrong."""
-    from ...expert import Expert, check_expert
+    from ...experts.expert import Expert, check_expert
 
     problems = {directory: check_expert(directory) for directory in directories}
     for directory, found in problems.items():

@@ -15,15 +15,9 @@ from typing import Annotated, Any, Optional, get_args
 
 import typer
 
-from ...config import (
-    PEFT_KINDS,
-    Peft,
-    Setting,
-    from_mapping,
-    settings_of,
-)
+from ...config import PEFT_KINDS, Peft, Setting, from_mapping, settings_of
 from ...errors import ConfigError
-from ...recipes import RECIPE_TABLES, Recipe, read_recipe
+from .recipe import RECIPE_TABLES, Recipe, read_recipe
 
 __all__ = ["RecipeOption", "shape_of", "with_settings"]
 

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
-from ..consoles import PlainFormatter, complain, say
+from ..console.printing import PlainFormatter, complain, say
 from . import analysis, comparison, experts, routed, segments, serving, sharing
 
 __all__ = ["app", "main"]

@@ -14,11 +14,11 @@ from rich.text import Text
 
 from ...config import KIND_NAMES
 from ...errors import ConfigError
-from ..consoles import say, show
+from ..console.printing import say, show
 
 if TYPE_CHECKING:
-    from ...planning import Plan, PlannedTask
-    from ...schedules import Schedule
+    from ...training.planning.plan import Plan, PlannedTask
+    from ...training.planning.schedule import Schedule
 
 __all__ = [
     "JsonOption",
@@ -112,7 +112,7 @@ def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None)
     for line in (expert, at_once, *kept, *plan.notes):
         show(line, width=WIDE)
     if path is not None:
-        from ...atomic import write_text
+        from ...files.atomic import write_text
 
         write_text(path, json.dumps(_record(plan, spread), indent=2) + "\n", ConfigError)
         say(f"plan -> {path}")

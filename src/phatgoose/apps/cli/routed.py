@@ -10,14 +10,14 @@ from rich.table import Table
 
 from ...config import KIND_NAMES, Formatting, Routing
 from ...errors import RoutingError
-from ...recipes import Recipe
-from ..consoles import say, show
+from ..console.printing import say, show
 from .experts import BaseOption, ChoicesOption, DtypeOption, TemplateOption
 from .flags import with_settings
+from .recipe import Recipe
 from .segments import StoredOption
 
 if TYPE_CHECKING:
-    from ...duplicates import Duplicate
+    from ...analysis.near_duplicates import Duplicate
 
 __all__ = ["register"]
 
@@ -68,8 +68,8 @@ def pool(
     ] = None,
 ) -> None:
     """List the experts of a pool, and those that are nearly the same."""
-    from ...duplicates import near_duplicates
-    from ...pool import Pool
+    from ...analysis.near_duplicates import near_duplicates
+    from ...experts.pool import Pool
 
     opened = Pool.open(places[0] if len(places) == 1 else places)
     table = Table(title=f"{len(opened)} experts for {opened.base.id}")
@@ -123,11 +123,11 @@ def compose(
     """Make a routed model and save it, site by site: the pool may be larger than memory."""
     if out.exists():
         raise RoutingError(f"{out} exists already; choose another --out.")
-    from ...bases import load_base
-    from ...opening import loaded_base
-    from ...pool import Pool
-    from ...routers import USE_K
-    from ...segments import pack
+    from ...base.loading import load_base
+    from ...experts.pool import Pool
+    from ...routing.open_model import loaded_base
+    from ...routing.routers.registry import USE_K
+    from ...routing.saved.segments import pack
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool).select(keep, leave_out)
     name = base or recipe.base
@@ -162,7 +162,7 @@ def generate(
     formatting: Formatting,
 ) -> None:
     """Generate an answer to a prompt."""
-    from ...opening import open_model
+    from ...routing.open_model import open_model
     from ..generation import Sampling, answer, coloured
 
     opened = open_model(
@@ -213,9 +213,9 @@ def evaluate(
     formatting: Formatting,
 ) -> None:
     """Score a model on tasks and print the table."""
-    from ...evaluation import evaluate as run
-    from ...opening import open_model
-    from ...tasks import load_task
+    from ...evaluation.evaluate import evaluate as run
+    from ...routing.open_model import open_model
+    from ...tasks.task import load_task
 
     tasks = [load_task(source, template=template, choices=choices) for source in task]
     opened = open_model(
@@ -259,6 +259,6 @@ def demo(
     ),
 ) -> None:
     """Train five small experts on tasks of our own, route them, score them on unseen tasks."""
-    from ..demo import run_demo
+    from ..demo.demo import run_demo
 
     run_demo(base or "smollm2", out)

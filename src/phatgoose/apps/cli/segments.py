@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from ..consoles import say
+from ..console.printing import say
 
 if TYPE_CHECKING:
-    from ...packed import Packed
+    from ...routing.saved.tensors import Packed
 
 __all__ = ["StoredOption", "register"]
 
@@ -41,8 +41,8 @@ def add(
     ],
 ) -> None:
     """Add experts: one more file, of these experts only."""
-    from ...pool import Pool
-    from ...segments import add_to_packed
+    from ...experts.pool import Pool
+    from ...routing.saved.segments import add_to_packed
 
     pool = Pool.open(places[0] if len(places) == 1 else places)
     _tell(add_to_packed(model, pool), model)
@@ -53,14 +53,14 @@ def remove(
     names: Annotated[list[str], typer.Argument(help="The experts' names.")],
 ) -> None:
     """Remove experts: from the description; compact takes them out of the files."""
-    from ...segments import remove_from_packed
+    from ...routing.saved.segments import remove_from_packed
 
     _tell(remove_from_packed(model, names), model)
 
 
 def compact(model: ModelArgument, stored: StoredOption = None) -> None:
     """Write the experts that are left into one file, in another type if told."""
-    from ...segments import compact as rewrite
+    from ...routing.saved.segments import compact as rewrite
 
     _tell(rewrite(model, stored=stored), model)
 

@@ -8,17 +8,11 @@ from typing import Annotated, Optional
 import typer
 
 from ...config import Routing, Serving, settings_of
-from ...recipes import Recipe
-from ..consoles import say
-from .engines import (
-    AddressOption,
-    CpusOption,
-    EngineOption,
-    GpusOption,
-    refuse_without_ray,
-)
+from ..console.printing import say
+from .engines import AddressOption, CpusOption, EngineOption, GpusOption, refuse_without_ray
 from .experts import BaseOption, DtypeOption
 from .flags import with_settings
+from .recipe import Recipe
 from .routed import KeepOption, LeaveOutOption, ScoresOption
 
 __all__ = ["register"]
@@ -112,8 +106,8 @@ def serve(
     if app is not None:
         run(app, host, port, serving)
         return
-    from ..cluster import connected
-    from ..cluster.replicas import run_replicas
+    from ..ray import connected
+    from ..ray.replicas import run_replicas
 
     with connected(address):
         run_replicas(

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from ...config import KIND_NAMES
-from ..consoles import say
+from ..console.printing import say
 from .experts import BaseOption
 
 if TYPE_CHECKING:
-    from ...expert import Expert
+    from ...experts.expert import Expert
 
 __all__ = ["register"]
 
@@ -56,7 +56,7 @@ def import_command(
     ] = False,
 ) -> None:
     """Import an adapter, or say by name what about it can't be routed."""
-    from ...importing import import_adapter
+    from ...experts.importing.adapter import import_adapter
 
     expert = import_adapter(
         source, out, base=base, name=name, allow_loss=allow_loss, fingerprint=fingerprint
@@ -95,7 +95,7 @@ def push(
     ] = None,
 ) -> None:
     """Publish an expert; the token is huggingface_hub's (HF_TOKEN or 'hf auth login')."""
-    from ...hub import push as publish
+    from ...experts.hub import push as publish
 
     say(f"{expert} -> {publish(expert, reference, private=private, message=message)}")
 
@@ -107,7 +107,7 @@ def pull(
     out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
 ) -> None:
     """Fetch an expert and check it."""
-    from ...hub import pull as fetch
+    from ...experts.hub import pull as fetch
 
     expert = fetch(reference, out)
     say(f"{expert.name}: {len(expert.modules)} sites -> {out}")

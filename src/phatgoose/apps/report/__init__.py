@@ -1,10 +1,14 @@
 """The report page of an analysis (`phatgoose analyse`).
 
-page.py            write_report(): the page, its numbers and its figures
-contents.py        what the page says, section by section
-assets.py          the files below
-report.*           the page's template, style and script
-explorer.js, .css  the token explorer, which any other page may use
+assets.py          The files that pages are made of, as text
+contents.py        What the report's page says: its tables and figures, section by section
+explorer.css
+explorer.js
+figures.py         Figures of an analysis: who served which tokens, and what came of it
+page.py            The report of an analysis: a page that needs no network, its numbers and figures
+report.css
+report.html.jinja
+report.js
 """
 
 from __future__ import annotations

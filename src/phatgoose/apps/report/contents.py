@@ -10,13 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ...analysis import ORACLE, Analysis, RouterAnalysis
 from ...analysis.measures import concentration, effective_experts, load
 from ...analysis.pool_sizes import PoolSizeCurve
-from ...analysis.tally import PARTS, Measure
-from ...bootstrap import Interval
-from ...methods import METHODS
-from ..figures import (
+from ...analysis.result import ORACLE, Analysis, RouterAnalysis
+from ...analysis.routing_distribution import PARTS, Measure
+from ...evaluation.comparison.methods import METHODS
+from ...evaluation.intervals import Interval
+from .figures import (
     Point,
     dataset_matrix,
     divergence_scatter,

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ... import __version__
-from ...analysis import Analysis
 from ...analysis.pool_sizes import PoolSizeCurve
-from ...atomic import write_text
+from ...analysis.result import Analysis
 from ...errors import EvaluationError
-from ..figures import dataset_matrix, heat_maps, pool_size_figure, usage_bars, write_png
+from ...files.atomic import write_text
 from .assets import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
 from .contents import label_of, sections_of
+from .figures import dataset_matrix, heat_maps, pool_size_figure, usage_bars, write_png
 
 __all__ = ["REPORT", "report_page", "write_report"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from ...files import one_line
+from ...files.strict_json import one_line
 
 __all__ = ["CLIENT_GONE", "Refusal", "bad_request", "busy"]
 __all__ += ["error_body", "for_clients", "without_paths"]

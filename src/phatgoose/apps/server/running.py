@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from ...config import Serving
 from ...errors import ConfigError
-from .connections import Connections
+from .doors.connections import Connections
 
 __all__ = ["run", "server_of"]
 

@@ -1,0 +1,98 @@
+"""Experts that are nearly the same: what a large pool collects without being told.
+
+Two experts are held against each other by the cosine of their whole updates, all B A of all sites
+taken as one long vector, scales included. No B A is ever formed:
+
+    <B A, B' A'> = sum of (Bᵀ B') ⊙ (A A'ᵀ)
+
+which are products of r x r for each pair of experts and site, computed for blocks of experts at
+once. Of a bottleneck adapter U D takes the place of B A, of an (IA)³ vector l - 1; experts of
+different kinds have nothing in common.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..experts.pool import Pool
+from ..routing.stacks.site_stack import BottleneckStack, LoraStack, ScalingStack, stack_of
+
+__all__ = ["Duplicate", "cosines", "near_duplicates"]
+
+BLOCK = 2048  # rows of factors at once
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Two experts by name, the cosine of their updates, and whether their weights' files are one.
+
+    Identical files have the cosine 1, whatever is in them.
+    """
+
+    one: str
+    other: str
+    cosine: float
+    identical: bool
+
+
+def near_duplicates(pool: Pool, threshold: float = 0.99) -> list[Duplicate]:
+    """Pairs of experts whose updates have a cosine of at least `threshold`, the nearest first.
+
+    Raises ConfigError for a threshold that is not above 0 and at most 1.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"duplicates is {threshold}, but must be above 0 and at most 1.")
+    hashes = [expert.info.adapter_sha256 for expert in pool.experts]
+    file = torch.tensor([hashes.index(sha256) for sha256 in hashes])
+    identical = file[:, None] == file
+    found = cosines(pool).masked_fill(identical, 1.0)
+    near = (found >= threshold).triu(diagonal=1)
+    pairs = [
+        Duplicate(pool.names[i], pool.names[j], float(found[i, j]), bool(identical[i, j]))
+        for i, j in near.nonzero().tolist()
+    ]
+    return sorted(pairs, key=lambda pair: (-pair.identical, -pair.cosine, pair.one, pair.other))
+
+
+def cosines(pool: Pool) -> Tensor:
+    """The cosine of every two experts' updates, float64 [E, E]; 0 for an update that is zero.
+
+    Sums are float32 within a site, float64 over sites.
+    """
+    products = torch.zeros(len(pool), len(pool), dtype=torch.float64)
+    for site in pool.sites:
+        stack = stack_of(pool, site, torch.float32, torch.device("cpu"))
+        for part, rows in stack.rows().items():
+            at = stack.experts[rows]
+            products[at[:, None], at] += _products_of(getattr(stack, part))
+        pool.release()
+    norms = products.diagonal().clamp(min=0).sqrt()
+    norms = norms.where(norms > 0, torch.inf)
+    return (products / norms[:, None] / norms).clamp(-1, 1)
+
+
+def _products_of(part: LoraStack | ScalingStack | BottleneckStack) -> Tensor:
+    """The scalar products of all updates of a part of a stack, [E, E]."""
+    if isinstance(part, ScalingStack):
+        return (part.deltas @ part.deltas.T).double()
+    first, last = (part.A, part.B) if isinstance(part, LoraStack) else (part.down, part.up)
+    return _products(first, last)
+
+
+def _products(A: Tensor, B: Tensor) -> Tensor:
+    """The scalar products of all updates of a stack, A [E, r, n] and B [E, r, d], [E, E]."""
+    E, r = A.shape[:2]
+    products = torch.empty(E, E, dtype=torch.float64)
+    step = max(1, BLOCK // r)
+    for first in range(0, E, step):
+        block, rest = slice(first, first + step), slice(first, E)
+        inner = A[block].flatten(0, 1) @ A[rest].flatten(0, 1).T  # [b r, E' r]
+        inner *= B[block].flatten(0, 1) @ B[rest].flatten(0, 1).T
+        sums = inner.view(len(A[block]), r, len(A[rest]), r).sum(dim=(1, 3))
+        products[block, rest] = sums.double()
+        products[rest, block] = sums.double().T
+    return products

@@ -1,0 +1,196 @@
+"""What an analysis found, and its form in JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import EvaluationError
+from ..evaluation.evaluate import TaskScore
+from ..files.atomic import write_text
+from .agreement import Agreement
+from .findings import Finding
+from .importance import Effect
+from .measures import (
+    SMOOTHING,
+    Correlation,
+    concentration,
+    correlation,
+    effective_experts,
+    entropy,
+    kl_divergence,
+    load,
+    overlap,
+)
+from .routing_distribution import PARTS, RoutingProfile
+from .traces import Trace
+
+__all__ = ["ORACLE", "Analysis", "Divergence", "RouterAnalysis"]
+
+ORACLE = "oracle"
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL divergences between one router's distribution p and another's q.
+
+    `to` is KL(p ‖ q), `back` KL(q ‖ p).
+    """
+
+    to: float
+    back: float
+
+
+@dataclass(frozen=True)
+class RouterAnalysis:
+    """One router's routing by dataset, its scores (empty if not scored) and what looks wrong.
+
+    `traces` are texts of the datasets, token by token; `similarity` [E, E] is that of
+    `findings.vector_similarity`.
+    """
+
+    profiles: Mapping[str, RoutingProfile]
+    scores: Mapping[str, TaskScore] = field(default_factory=dict)
+    findings: tuple[Finding, ...] = ()
+    traces: Mapping[str, Sequence[Trace]] = field(default_factory=dict)
+    similarity: NDArray[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What `analyse` returns.
+
+    `oracle` is the best single expert of each dataset, empty where no scores of single experts were
+    given. `agreements` are by pairs of routers; `effects` those of leaving experts out under the
+    first router, empty unless asked for. All KL divergences are of whole-model distributions before
+    top-k, smoothed by `smoothing`.
+    """
+
+    experts: tuple[str, ...]
+    datasets: tuple[str, ...]
+    routers: Mapping[str, RouterAnalysis]
+    oracle: Mapping[str, str] = field(default_factory=dict)
+    agreements: Mapping[tuple[str, str], Agreement] = field(default_factory=dict)
+    effects: tuple[Effect, ...] = ()
+    smoothing: float = SMOOTHING
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def distribution(self, router: str, dataset: str) -> NDArray[np.float64]:
+        """A router's whole-model distribution on a dataset, [E]; for ORACLE its one expert."""
+        if router == ORACLE and ORACLE not in self.routers:
+            index = self.experts.index(self.oracle[dataset])
+            return np.asarray(np.eye(len(self.experts))[index])
+        return self.routers[router].profiles[dataset].whole("probability")
+
+    def divergence(self, router: str, other: str, dataset: str) -> Divergence:
+        """The KL divergences between two routers, or a router and ORACLE, on a dataset."""
+        p, q = self.distribution(router, dataset), self.distribution(other, dataset)
+        return Divergence(kl_divergence(p, q, self.smoothing), kl_divergence(q, p, self.smoothing))
+
+    def correlation(self, router: str, other: str = ORACLE) -> Correlation | None:
+        """That of KL(router‖other) with the router's score over datasets (METHOD section 7).
+
+        None when the router was not scored, or no Oracle is known.
+        """
+        scores = self.routers[router].scores
+        if not scores or (other == ORACLE and not self.oracle):
+            return None
+        pairs = [
+            (self.divergence(router, other, dataset).to, scores[dataset].score)
+            for dataset in self.datasets
+        ]
+        return correlation(*zip(*pairs, strict=True))
+
+    def overlaps(self, router: str) -> NDArray[np.float64]:
+        """Overlap of a router's distributions on every two datasets, by weight, [D, D]."""
+        whole = [self.routers[router].profiles[name].whole("weight") for name in self.datasets]
+        return np.array([[overlap(p, q) for q in whole] for p in whole])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: all numbers, no text of the data."""
+        pairs = [(a, b) for a in self.routers for b in self._others(a)]
+        return {
+            "format": "phatgoose-analysis-1",
+            "settings": dict(self.settings),
+            "smoothing": self.smoothing,
+            "experts": list(self.experts),
+            "datasets": list(self.datasets),
+            "oracle": dict(self.oracle),
+            "routers": {name: self._router(name) for name in self.routers},
+            "divergences": [
+                {"router": a, "other": b, "dataset": d, **asdict(self.divergence(a, b, d))}
+                for a, b in pairs
+                for d in self.datasets
+            ],
+            "correlations": [
+                {"router": a, "other": b, **asdict(found)}
+                for a, b in pairs
+                if (found := self.correlation(a, b)) is not None
+            ],
+            "agreements": [
+                {"routers": list(pair), **asdict(found)} for pair, found in self.agreements.items()
+            ],
+            "leave_one_out": [asdict(effect) for effect in self.effects],
+        }
+
+    def write_json(self, path: str | Path) -> None:
+        """Write `to_dict` to `path`, complete or not at all. Raises EvaluationError if it can't."""
+        content = json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
+        write_text(Path(path), content, EvaluationError)
+
+    def _others(self, router: str) -> list[str]:
+        oracle = [ORACLE] if self.oracle and ORACLE not in self.routers else []
+        return [name for name in [*self.routers, *oracle] if name != router]
+
+    def _router(self, name: str) -> dict[str, Any]:
+        found = self.routers[name]
+        scores = {
+            task: {"metric": s.metric, "score": s.score, "low": s.low, "high": s.high, "n": s.n}
+            for task, s in found.scores.items()
+        }
+        return {
+            "scores": scores,
+            "datasets": {task: _numbers(profile) for task, profile in found.profiles.items()},
+            "overlaps": self.overlaps(name).tolist(),
+            "findings": [asdict(finding) for finding in found.findings],
+            "similarity": None if found.similarity is None else found.similarity.tolist(),
+        }
+
+
+def _numbers(profile: RoutingProfile) -> dict[str, Any]:
+    """A profile's measures, and its mean weights and probabilities by site."""
+    whole = profile.whole("weight")
+    numbers: dict[str, Any] = {
+        "tokens": {part: profile.passed(part) for part in PARTS},
+        "token_entropy": profile.token_entropy(),
+        "probability": profile.whole("probability").tolist(),
+        "weight": whole.tolist(),
+        "chosen": profile.whole("chosen").tolist(),
+        "first": profile.whole("first").tolist(),
+        "by_part": {part: profile.whole("weight", part).tolist() for part in PARTS},
+        "by_layer": {name: rows.tolist() for name, rows in profile.by_layer().items()},
+        "by_kind": {name: rows.tolist() for name, rows in profile.by_kind().items()},
+        "by_site": {
+            measure: {name: rows.tolist() for name, rows in profile.by_site(measure).items()}
+            for measure in ("probability", "weight")
+        },
+    }
+    if whole.any():
+        groups = {"layer": profile.by_layer(), "kind": profile.by_kind()}
+        numbers |= {
+            "load": load(whole).tolist(),
+            "effective_experts_by": {
+                group: {name: effective_experts(row) for name, row in rows.items() if row.any()}
+                for group, rows in groups.items()
+            },
+            "entropy": entropy(whole),
+            "effective_experts": effective_experts(whole),
+            "concentration": concentration(whole),
+        }
+    return numbers

@@ -1,0 +1,208 @@
+"""Routing decisions summed up as they pass: memory does not grow with the number of tokens."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..base.sites import Stream
+from ..routing.recording import SitePass
+from .places import Place, place_of
+
+__all__ = ["MEASURES", "PARTS", "Measure", "Part", "RoutingProfile", "RoutingTally"]
+
+Part = Literal["prompt", "answer"]
+PARTS: tuple[Part, ...] = ("prompt", "answer")
+Measure = Literal["probability", "weight", "chosen", "first"]
+MEASURES: tuple[Measure, ...] = ("probability", "weight", "chosen", "first")
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RoutingProfile:
+    """What became of the tokens of a dataset under one router: sums over real tokens.
+
+    `tokens[site]` [2] counts the tokens of prompts and answers that passed. `sums[measure][site]`
+    is [2, E]: "probability" adds up the distribution over all experts before top-k, "weight" the
+    weights in use (0 for experts not chosen), "chosen" counts how often an expert was among the k,
+    "first" how often it had the greatest weight (shared equally among equals). `entropies[site]`
+    [2] adds up the entropy of every token's distribution.
+    """
+
+    experts: tuple[str, ...]
+    tokens: Mapping[str, Array]
+    sums: Mapping[Measure, Mapping[str, Array]]
+    entropies: Mapping[str, Array]
+
+    @cached_property
+    def places(self) -> dict[str, Place]:
+        """Each site's place."""
+        return {site: place_of(site) for site in self.tokens}
+
+    def by_site(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
+        """Mean of `measure` over the tokens of `part` (None: all), [E] by site.
+
+        Sites that no such token passed are left out.
+        """
+        rows = {}
+        for site, sums in self.sums[measure].items():
+            count, total = _of(self.tokens[site], part), _of(sums, part)
+            if count > 0:
+                rows[site] = np.asarray(total / count)
+        return rows
+
+    def by_layer(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
+        """Unweighted mean over the sites of each layer, [E] by `Place.layer_name`."""
+        return self._grouped(lambda place: place.layer_name, measure, part)
+
+    def by_kind(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
+        """Unweighted mean over the sites of each kind, [E] by `Place.kind`."""
+        return self._grouped(lambda place: place.kind, measure, part)
+
+    def whole(self, measure: Measure = "weight", part: Part | None = None) -> Array:
+        """Unweighted mean over all sites, [E] (METHOD section 7); zeros if nothing passed."""
+        groups = self._grouped(lambda _: "", measure, part)
+        return groups.get("", np.zeros(len(self.experts)))
+
+    def token_entropy(self, part: Part | None = None) -> float:
+        """Mean entropy of one token's distribution at one site, over tokens, then sites.
+
+        Low where single tokens are decided. `entropy(whole("probability"))` less this is what
+        knowing token and site tells about the expert. 0 if nothing passed.
+        """
+        means = [
+            float(_of(total, part) / _of(self.tokens[site], part))
+            for site, total in self.entropies.items()
+            if _of(self.tokens[site], part) > 0
+        ]
+        return sum(means) / len(means) if means else 0.0
+
+    def passed(self, part: Part | None = None) -> int:
+        """Tokens of `part` at the site that most of them passed."""
+        return int(max((_of(count, part) for count in self.tokens.values()), default=0))
+
+    def over(self, experts: Sequence[str]) -> RoutingProfile:
+        """The same over a larger pool: `experts` by name, zero for those that were not there."""
+        columns = [list(experts).index(name) for name in self.experts]
+
+        def spread(sums: Array) -> Array:
+            rows = np.zeros((len(PARTS), len(experts)))
+            rows[:, columns] = sums
+            return rows
+
+        sums = {
+            measure: {site: spread(rows) for site, rows in sites.items()}
+            for measure, sites in self.sums.items()
+        }
+        return RoutingProfile(tuple(experts), self.tokens, sums, self.entropies)
+
+    def __add__(self, other: RoutingProfile) -> RoutingProfile:
+        """Both datasets as one."""
+        return RoutingProfile(
+            self.experts,
+            _added(self.tokens, other.tokens),
+            {measure: _added(self.sums[measure], other.sums[measure]) for measure in MEASURES},
+            _added(self.entropies, other.entropies),
+        )
+
+    def _grouped(
+        self, key: Callable[[Place], Hashable], measure: Measure, part: Part | None
+    ) -> dict[str, Array]:
+        groups: dict[str, list[Array]] = defaultdict(list)
+        for site, mean in self.by_site(measure, part).items():
+            groups[str(key(self.places[site]))].append(mean)
+        return {name: np.mean(rows, axis=0) for name, rows in groups.items()}
+
+
+class RoutingTally:
+    """A watcher (`routed.watch`) that sums up what it is told; `profile` is the result so far.
+
+    Memory is a few numbers per site and expert, however many tokens pass.
+    """
+
+    def __init__(self, experts: Sequence[str], present: Mapping[str, Tensor]) -> None:
+        """`experts` are the pool's names; `present[site]` those that act there (indices) [E]."""
+        self.experts = tuple(experts)
+        self._present = {site: indices.cpu() for site, indices in present.items()}
+        self._parts: Mapping[Stream, Tensor] = {}
+        self._tokens: dict[str, Tensor] = {}
+        self._sums: dict[Measure, dict[str, Tensor]] = {measure: {} for measure in MEASURES}
+        self._entropies: dict[str, Tensor] = {}
+
+    def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
+        """Tell what the next tokens are: 0 for prompt, 1 for answer, [rows, tokens] by stream.
+
+        Without it, or where shapes differ, tokens are taken for prompt.
+        """
+        self._parts = parts
+
+    def end_pass(self) -> None:
+        """Nothing is left to do after a pass."""
+
+    def add(self, passed: SitePass) -> None:
+        """Take in one pass through one site."""
+        site, groups = passed.site.name, self._groups(passed)  # [2, T]
+        used = passed.dense_weights(len(self.experts))
+        probabilities = torch.zeros_like(used).index_copy_(
+            1, self._present[site], passed.distribution().detach().float().cpu()
+        )
+        best = used.amax(dim=1, keepdim=True)
+        first = ((used == best) & (used > 0)).float()
+        entropies = torch.special.entr(probabilities).sum(dim=1, keepdim=True)
+        rows: dict[Measure, Tensor] = {
+            "probability": probabilities,
+            "weight": used,
+            "chosen": (used > 0).float(),
+            "first": first / first.sum(dim=1, keepdim=True).clamp(min=1),
+        }
+        for measure, row in rows.items():
+            _accumulate(self._sums[measure], site, groups @ row.double())
+        _accumulate(self._tokens, site, groups.sum(dim=1))
+        _accumulate(self._entropies, site, (groups @ entropies.double())[:, 0])
+
+    def _groups(self, passed: SitePass) -> Tensor:
+        """Which of T tokens are real ones of the prompt and of the answer, [2, T]."""
+        part, counted = self._parts.get(passed.site.stream), passed.is_real()
+        if part is None or part.shape != counted.shape:
+            part = torch.zeros(counted.shape, dtype=torch.long)
+        groups = torch.stack([(part.cpu() == index) & counted for index in (0, 1)])
+        return groups.flatten(1).double()
+
+    @property
+    def profile(self) -> RoutingProfile:
+        """The sums so far."""
+        return RoutingProfile(
+            self.experts,
+            _arrays(self._tokens),
+            {measure: _arrays(self._sums[measure]) for measure in MEASURES},
+            _arrays(self._entropies),
+        )
+
+
+def _of(sums: Array, part: Part | None) -> Array:
+    """The row of `part`, or both rows added."""
+    return np.asarray(sums.sum(axis=0) if part is None else sums[PARTS.index(part)])
+
+
+def _accumulate(into: dict[str, Tensor], site: str, more: Tensor) -> None:
+    into[site] = into[site] + more if site in into else more
+
+
+def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
+    return {site: tensor.numpy().copy() for site, tensor in tensors.items()}
+
+
+def _added(first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:
+    return {
+        site: np.asarray(first.get(site, 0) + second.get(site, 0))
+        for site in dict.fromkeys([*first, *second])
+    }

@@ -1,0 +1,96 @@
+"""Recipes: settings and tasks in a TOML file, one table for each class of settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...config import (
+    PEFT_KINDS,
+    SUITE_NAMES,
+    TASK_FILES,
+    Formatting,
+    GateTraining,
+    Routing,
+    Serving,
+    Training,
+    from_mapping,
+    require_one_of,
+)
+from ...errors import ConfigError
+from ...files.strict_json import read_toml, shortened
+
+__all__ = ["RECIPE_TABLES", "Recipe", "read_recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A TOML recipe: one table per config class, and the tasks to run it on.
+
+    `peft` is the kind of expert to train, a name in PEFT_KINDS. `data` and
+    `templates` are the folders of `suites.registry.Sources`.
+    """
+
+    base: str | None = None
+    tasks: tuple[str, ...] = ()
+    peft: str | None = None
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    data: Path | None = None
+    templates: Path | None = None
+
+
+RECIPE_TABLES = {
+    **PEFT_KINDS,
+    "training": Training,
+    "gates": GateTraining,
+    "formatting": Formatting,
+    "routing": Routing,
+    "serving": Serving,
+}
+FOLDERS = ("data", "templates")
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in the TOML file `path`; paths in it are relative to the file.
+
+    A task that begins with the name of a known suite is no path ("./NAME" is the folder). Raises
+    ConfigError when the file is missing, isn't TOML or has unknown keys.
+    """
+    path = Path(path)
+    content = read_toml(path, "Recipe", ConfigError)
+    known = {"base", "tasks", "peft", *FOLDERS, *RECIPE_TABLES}
+    for key in content:
+        if key not in known:
+            raise ConfigError(
+                f"{path}: unknown key {shortened(key)}; known are {', '.join(sorted(known))}."
+            )
+    tables = {key: content[key] for key in RECIPE_TABLES if key in content}
+    for key, table in tables.items():
+        if not isinstance(table, dict):
+            raise ConfigError(f"{path}: {key} must be a table, such as [{key}].")
+        from_mapping(RECIPE_TABLES[key], table, f"{path}, [{key}]")
+    base, tasks = content.get("base"), content.get("tasks", [])
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: base is {shortened(base)}, but must be a Hub id or a path.")
+    if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
+        raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
+    peft = content.get("peft")
+    require_one_of([None, *PEFT_KINDS], f"{path}: peft", peft)
+    tasks = tuple(_relative_to(path.parent, task) for task in tasks)
+    return Recipe(base, tasks, peft, tables, *(_folder(path, content, key) for key in FOLDERS))
+
+
+def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
+    """The folder that the recipe names, None when it names none."""
+    value = content.get(key)
+    if not isinstance(value, str | None):
+        raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be a folder.")
+    return None if value is None else path.parent / value
+
+
+def _relative_to(folder: Path, task: str) -> str:
+    """`task` as it is when it names a suite or a Hub dataset or is absolute, else in `folder`."""
+    in_suite = task.split("/")[0] in SUITE_NAMES and not task.endswith(TASK_FILES)
+    return task if in_suite or task.startswith("hub:") else str(folder / task)

@@ -1,0 +1,110 @@
+"""The demo: the whole story on five small tasks of our own, on a laptop, in minutes.
+
+Five experts are trained with their gates, composed, and compared with the base, each single expert
+and every other way of routing on five tasks that none of them was trained on.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.text import Text
+
+from ...analysis.analyse import analyse
+from ...base.loading import Base, load_base
+from ...config import GateTraining, Lora, Training
+from ...evaluation.comparison.compare import compare
+from ...experts.pool import Pool
+from ...routing.compose import compose
+from ...routing.saved.save import save
+from ...tasks.embeddings import can_embed
+from ...tasks.suites.entries import Entry, Suite
+from ...tasks.task import Task, load_task
+from ...training.train_expert import train_expert
+from ..console.analysis_tables import routers_table
+from ..console.comparison_tables import datasets_table
+from ..console.printing import show
+from ..generation import Sampling, answer, coloured
+from ..report import write_report
+from .tasks import held_out_rows, training_rows
+
+__all__ = ["run_demo"]
+
+SEED = 0
+THREADS = 2  # the same number everywhere, so that one machine gives the same numbers each time
+LORA = Lora(rank=16, alpha=16.0)
+TRAINING = Training(
+    steps=32, batch_size=8, learning_rate=2e-3, eval_every=32, eval_examples=16, seed=SEED
+)
+GATES = GateTraining(gate_steps=16, gate_learning_rate=5e-3, statistics_examples=32)
+EVALUATED = 60  # examples of each unseen task
+READ = 16  # examples of each whose tokens are followed
+PROMPT = "Nina saw seven ducks and two herons. Is a heron a bird, a fruit or a tool? Answer:"
+
+
+def run_demo(base_name: str, out: Path) -> None:
+    """Train, compare, route and draw; leave experts, tables, routed model and figure in `out`.
+
+    Experts that `out` holds already are kept, so an interrupted demo goes on where it stopped.
+    """
+    begun = time.monotonic()
+    torch.set_num_threads(THREADS)
+    show(_step("1. Base model", f" {base_name}"))
+    base = load_base(base_name)
+    show(_step("2. Five experts with gates", ", each trained on one task"))
+    pool = _train_pool(base, out / "experts")
+    unseen = _unseen_tasks()
+    show(_step("3. Every method on unseen tasks", f", {EVALUATED} examples each"))
+    show(datasets_table(compare(pool, [_suite(unseen)], base=base, out=out)))
+    show(_step("4. A routed answer", ", each token in the colour of its top expert"))
+    model = compose(pool, base)
+    routed = answer(model, base.tokenizer, PROMPT, sampling=Sampling(12), record=True)
+    show(coloured(routed, base.tokenizer))
+    show(_step("5. Where the tokens of each unseen task went"))
+    analysis = analyse(model, unseen, tokenizer=base.tokenizer, limit=READ, score=False)
+    show(routers_table(analysis))
+    report = write_report(analysis, out / "analysis")
+    save(model, out / "routed", overwrite=True)
+    show(f"Report -> {report}   tables -> {out / 'comparison.md'}")
+    show(f"Routed model -> {out / 'routed'} (try: phatgoose generate {out / 'routed'} …)")
+    show(f"Done in {time.monotonic() - begun:.0f} s.")
+
+
+def _step(title: str, rest: str = "") -> Text:
+    return Text.assemble((title, "bold"), rest)
+
+
+def _train_pool(base: Base, folder: Path) -> Pool:
+    names = []
+    gates = replace(GATES, embeddings=can_embed())
+    for name, rows in training_rows(SEED).items():
+        expert = train_expert(
+            base,
+            load_task(rows, name=name),
+            out=folder / name,
+            peft=LORA,
+            training=TRAINING,
+            gate_training=gates,
+            resume=True,
+        )
+        loss = expert.info.metrics["expert_validation_loss"]
+        show(f"   {name}: validation loss {loss:.3f}")
+        names.append(folder / name)
+    return Pool.open(names)
+
+
+def _unseen_tasks() -> list[Task]:
+    return [
+        load_task([{**row, "split": "test"} for row in rows[:EVALUATED]], name=name)
+        for name, rows in held_out_rows().items()
+    ]
+
+
+def _suite(tasks: list[Task]) -> Suite:
+    def entry(task: Task) -> Entry:
+        return Entry(task.name, lambda _: task)
+
+    return Suite("unseen", tuple(map(entry, tasks)))

@@ -1,0 +1,348 @@
+"""Figures of an analysis: who served which tokens, and what came of it.
+
+Colours are safe for colour-blind readers: cividis for amounts, Okabe and Ito's and a wine red for
+routers, which differ in their markers too. Every function returns a figure, which `write_png` and
+`svg_of` draw.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+
+from ...analysis.measures import Correlation
+from ...analysis.places import Place
+from ...analysis.pool_sizes import PoolSizeCurve
+from ...analysis.routing_distribution import Measure, RoutingProfile
+from ...files.atomic import new_file
+
+__all__ = [
+    "Point",
+    "dataset_matrix",
+    "divergence_scatter",
+    "heat_maps",
+    "pool_size_figure",
+    "svg_of",
+    "usage_bars",
+    "write_png",
+]
+
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+INK = "#010203"  # black in a PNG; in a page it becomes the colour of the text
+STYLE = {
+    "axes.edgecolor": INK,
+    "axes.facecolor": "none",
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "font.size": 9,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "phatgoose",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+MOST_EXPERTS = 40  # more rows or columns than this are hard to read in a page
+
+Array = NDArray[np.float64]
+Drawing = TypeVar("Drawing", bound=Callable[..., Figure])
+
+
+def _styled(draw: Drawing) -> Drawing:
+    @functools.wraps(draw)
+    def run(*arguments: Any, **options: Any) -> Figure:
+        with matplotlib.rc_context(STYLE):
+            return draw(*arguments, **options)
+
+    return run  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A dataset in `divergence_scatter`."""
+
+    dataset: str
+    divergence: float
+    score: float
+
+
+@_styled
+def heat_maps(
+    profiles: Mapping[str, RoutingProfile],
+    *,
+    oracle: Mapping[str, str] | None = None,
+    measure: Measure = "weight",
+    most: int = MOST_EXPERTS,
+) -> Figure:
+    """The paper's Figure 3: experts down, layers across, a row of panels for each dataset.
+
+    Encoder and decoder stand beside each other, and beside them the expert that Oracle takes, where
+    `oracle` tells (by dataset). A cell is the mean of `measure` over the layer's tokens and sites.
+    Of more than `most` experts those with the highest cells are shown; the axis tells how much of
+    the whole the others have.
+    """
+    oracle = oracle or {}
+    grids = {name: _grids(profile, measure) for name, profile in profiles.items()}
+    experts = next(iter(profiles.values())).experts
+    every = [grid for each in grids.values() for grid in each.values()]
+    peaks = np.nanmax([np.nanmax(grid, axis=1) for grid in every], axis=0)
+    shown = _shown(experts, peaks, most, set(oracle.values()))
+    stacks = list(next(iter(grids.values())))
+    widths = [grid.shape[1] for grid in next(iter(grids.values())).values()]
+    widths += [1.5] if oracle else []
+    height = 0.8 + len(shown.labels) * (0.2 if len(shown.labels) <= 12 else 0.135)
+    width = 1.3 + 0.07 * max(map(len, shown.labels)) + max(2.5, 0.16 * sum(widths))
+    figure = Figure(figsize=(width, 0.3 + height * len(grids)), layout="constrained")
+    panels = figure.subplots(
+        len(grids), len(widths), squeeze=False, sharey=True, width_ratios=widths
+    )
+    highest = max(float(np.nanmax(shown.of(grid))) for grid in every)
+    for row, (name, each) in zip(panels, grids.items(), strict=True):
+        for panel, stack in zip(row, stacks, strict=False):
+            image = _heat_map(panel, shown.of(each[stack]), highest)
+            panel.set_xlabel(f"{stack} layer".strip(), labelpad=1)
+            panel.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        if oracle:
+            only = np.array([[expert == oracle.get(name)] for expert in experts], float)
+            _heat_map(row[-1], shown.of(only), 1.0)
+            row[-1].set_xticks([0], ["Oracle"])
+        size = 9 if len(shown.labels) <= 12 else 7
+        row[0].set_yticks(range(len(shown.labels)), shown.labels, fontsize=size)
+        row[0].set_title(name, loc="left", fontsize=10)
+        row[0].set_ylabel(shown.said(profiles[name].whole(measure)), fontsize=8)
+    figure.colorbar(image, ax=panels, label=f"mean {measure}", pad=0.01, aspect=30, shrink=0.9)
+    return figure
+
+
+@_styled
+def usage_bars(
+    shares: Mapping[str, Array], experts: Sequence[str], *, most: int = MOST_EXPERTS
+) -> Figure:
+    """Each expert's share of the weight by router, one panel a router, experts in one order.
+
+    The dashed line is an even share. The most used under the first router stand first.
+    """
+    first = next(iter(shares.values()))
+    shown = _shown(experts, first, most, set(), ordered=True)
+    count = len(shown.labels)
+    figure = Figure(figsize=(1.6 + 2.3 * len(shares), 0.9 + 0.16 * count), layout="constrained")
+    panels = figure.subplots(1, len(shares), squeeze=False, sharex=True, sharey=True)[0]
+    for index, (panel, (name, values)) in enumerate(zip(panels, shares.items(), strict=True)):
+        bars = shown.of(values[:, None])[:, 0]
+        panel.barh(range(count), bars, color=COLOURS[index % len(COLOURS)], height=0.75)
+        panel.axvline(1 / len(experts), color=INK, linewidth=0.8, linestyle="--")
+        panel.set_title(name, fontsize=10)
+        panel.xaxis.set_major_formatter(PercentFormatter(1))
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.set_xlabel(shown.said(values).replace(" with", "\nwith"), fontsize=8)
+    panels[0].set_yticks(range(count), shown.labels, fontsize=9 if count <= 12 else 7)
+    panels[0].set_ylim(count - 0.5, -0.5)
+    figure.supxlabel("share of the weight", fontsize=9)
+    return figure
+
+
+@_styled
+def dataset_matrix(
+    shares: Mapping[str, Array],
+    experts: Sequence[str],
+    *,
+    oracle: Mapping[str, str] | None = None,
+    most: int = MOST_EXPERTS,
+) -> Figure:
+    """Each expert's share of the weight on each dataset; a ring marks Oracle's expert."""
+    oracle = oracle or {}
+    values = np.array(list(shares.values()))
+    shown = _shown(experts, values.max(axis=0), most, set(oracle.values()))
+    grid = shown.of(values.T).T
+    few = grid.shape[1] <= 12
+    width = 2.2 + grid.shape[1] * (0.55 if few else 0.17)
+    figure = Figure(figsize=(width, 1.6 + 0.3 * len(grid)), layout="constrained")
+    panel = figure.subplots()
+    image = _heat_map(panel, grid, float(grid.max()))
+    panel.set_xticks(
+        range(grid.shape[1]),
+        shown.labels,
+        rotation=45 if few else 90,
+        ha="right" if few else "center",
+        rotation_mode="anchor" if few else "default",
+        fontsize=9 if few else 7,
+    )
+    panel.set_yticks(range(len(grid)), list(shares))
+    for row, dataset in enumerate(shares):
+        for column in range(grid.shape[1]) if few else ():
+            bright = grid[row, column] > 0.45 * grid.max()
+            text = f"{100 * grid[row, column]:.0f}"
+            panel.text(
+                column,
+                row,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="black" if bright else "white",
+            )
+        if dataset in oracle:
+            at = shown.labels.index(oracle[dataset])
+            for colour, width in (("white", 4.0), ("black", 2.0)):  # seen on any cell
+                panel.plot(
+                    at,
+                    row,
+                    "o",
+                    markersize=17 if few else 8,
+                    markerfacecolor="none",
+                    markeredgecolor=colour,
+                    markeredgewidth=width,
+                )
+    panel.set_xlabel(shown.said(values.mean(axis=0)), fontsize=8)
+    figure.colorbar(image, ax=panel, label="share of the weight", pad=0.01, aspect=15)
+    return figure
+
+
+@_styled
+def divergence_scatter(
+    points: Mapping[str, Sequence[Point]], correlations: Mapping[str, Correlation]
+) -> Figure:
+    """Score against KL(router ‖ Oracle), a point per dataset, a panel per router."""
+    figure = Figure(figsize=(0.6 + 3.1 * len(points), 3.2), layout="constrained")
+    panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
+    for index, (panel, (router, places)) in enumerate(zip(panels, points.items(), strict=True)):
+        x, y = [p.divergence for p in places], [100 * p.score for p in places]
+        colour = COLOURS[index % len(COLOURS)]
+        panel.scatter(x, y, color=colour, marker=MARKERS[index % len(MARKERS)], s=36)
+        for place, across, up in zip(places, x, y, strict=True):
+            right = across > (min(x) + max(x)) / 2
+            panel.annotate(
+                place.dataset,
+                (across, up),
+                xytext=(-6 if right else 6, 4),
+                fontsize=7,
+                textcoords="offset points",
+                ha="right" if right else "left",
+            )
+        panel.margins(0.15)
+        panel.set_title(f"{router}\n{_said(correlations[router])}", fontsize=9)
+    panels[0].set_ylabel("score in %")
+    figure.supxlabel("KL(router ‖ Oracle) in nats", fontsize=9)
+    return figure
+
+
+@_styled
+def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
+    """Mean score against the number of experts, a line per router; a point is a pool."""
+    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
+    panel = figure.subplots()
+    for index, curve in enumerate(curves):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        sizes = list(curve.scores)
+        means = [100 * float(np.mean(curve.scores[size])) for size in sizes]
+        label = f"{curve.label} ({len(curve.datasets)} datasets)"
+        panel.plot(sizes, means, color=colour, marker=marker, label=label)
+        for size in sizes:
+            pools = [100 * score for score in curve.scores[size]]
+            panel.plot([size] * len(pools), pools, marker, color=colour, alpha=0.35, markersize=4)
+    every_size = sorted({size for curve in curves for size in curve.scores})
+    panel.xaxis.set_major_locator(FixedLocator(every_size, nbins=10))
+    panel.set_xlabel("experts in the pool")
+    panel.set_ylabel("mean score in %")
+    figure.legend(loc="outside right upper", fontsize=8)
+    return figure
+
+
+def write_png(figure: Figure, path: str | Path) -> None:
+    """Draw `figure` to the PNG file `path`, on white."""
+    with new_file(Path(path)) as unfinished:
+        figure.savefig(unfinished, format="png", dpi=150, facecolor="white")
+
+
+def svg_of(figure: Figure, name: str, label: str) -> str:
+    """`figure` as an `<svg>` element for a page: transparent, in the page's text colour and font.
+
+    `name` keeps its ids apart from other figures', `label` is read to those who can't see it.
+    """
+    drawn = io.StringIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(drawn, format="svg", dpi=150, transparent=True, metadata={"Date": None})
+    svg = drawn.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r"url\(#", f"url(#{name}-", svg)
+    svg = re.sub(r'href="#', f'href="#{name}-', svg)
+    quoted = label.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{quoted}"', 1)
+
+
+@dataclass(frozen=True)
+class _Shown:
+    """Which experts get a row, and what the rows are called."""
+
+    labels: list[str]
+    rows: list[int]
+
+    def of(self, values: Array) -> Array:
+        """The rows of `values` [E, ..] that are shown."""
+        return np.asarray(values[self.rows])
+
+    def said(self, shares: Array) -> str:
+        """How many experts are left out, and what part of `shares` [E] they have."""
+        count = len(shares) - len(self.rows)
+        left = 1 - shares[self.rows].sum() / shares.sum()
+        return f"not shown: {count} experts with {left:.0%} of the weight" if count else ""
+
+
+def _shown(
+    experts: Sequence[str], peaks: Array, most: int, wanted: set[str], *, ordered: bool = False
+) -> _Shown:
+    """At most `most` experts, those of the highest `peaks` and the `wanted`, in the pool's order.
+
+    With `ordered` they stand by their peaks.
+    """
+    ranked = sorted(range(len(experts)), key=lambda z: (experts[z] not in wanted, -peaks[z]))
+    rows = sorted(ranked[:most], key=lambda z: -peaks[z] if ordered else z)
+    return _Shown([experts[z] for z in rows], rows)
+
+
+def _grids(profile: RoutingProfile, measure: Measure) -> dict[str, Array]:
+    """Mean of `measure` by stack, [experts, layers]."""
+    layers: dict[str, dict[int, Array]] = {}
+    places: dict[str, Place] = {place.layer_name: place for place in profile.places.values()}
+    for name, mean in profile.by_layer(measure).items():
+        layers.setdefault(places[name].stack, {})[places[name].layer] = mean
+    empty = np.full(len(profile.experts), math.nan)
+    return {
+        stack: np.array([found.get(layer, empty) for layer in range(max(found) + 1)]).T
+        for stack, found in layers.items()
+    }
+
+
+def _heat_map(panel: Axes, grid: Array, highest: float) -> Any:
+    panel.spines[:].set_visible(False)
+    return panel.imshow(
+        grid, aspect="auto", cmap="cividis", vmin=0, vmax=highest or 1, interpolation="nearest"
+    )
+
+
+def _said(found: Correlation) -> str:
+    if found.pearson is None:
+        return f"n = {found.n}: no correlation can be told"
+    text = f"r = {found.pearson:.2f}"
+    if found.pearson_interval is not None:
+        low, high = found.pearson_interval.low, found.pearson_interval.high
+        text += f" [{low:.2f}, {high:.2f}]"
+    return f"{text}, ρ = {found.spearman:.2f}, n = {found.n}"

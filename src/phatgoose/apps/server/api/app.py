@@ -1,0 +1,146 @@
+"""The application: its routes, and who is let in where."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
+from starlette.responses import Response
+
+from .... import __version__
+from ....config import Serving
+from ..doors.bodies import Gate
+from ..doors.waiting_room import Doors
+from ..engine.variants import Models
+from ..metrics import CONTENT_TYPE_LATEST, Measured
+from ..settings import ServedModel
+from .page import HEADERS, PAGE
+from .protocol import ChatRequest, CompletionRequest
+from .replies import ChatReply, CompletionReply, Health, ModelCard, ModelList
+from .schema import body_of, install_errors, responses_of, streamed
+from .service import Service
+
+__all__ = ["create_app"]
+
+
+def create_app(
+    models: Sequence[ServedModel],
+    serving: Serving | None = None,
+    api_keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+) -> FastAPI:
+    """The application that serves `models`, which are opened now; its engine runs while it does.
+
+    Without `api_keys` everybody is let in who asks for one of `hosts`, or for this machine by one
+    of its loopback names (`Doors`). Raises what opening a model does.
+    """
+    limits = serving or Serving()
+    service = Service(Models(models, limits.max_routings), limits)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            service.stop()
+
+    app = FastAPI(
+        title="phatgoose",
+        version=__version__,
+        description="Routed models under OpenAI's protocol; see docs/serving.md.",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(_open_routes(service))
+    scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
+    guards = [Depends(scheme)] if api_keys else []  # for the schema; the gate looks at keys
+    app.include_router(
+        _guarded_routes(service, 403, *([401] if api_keys else [])), dependencies=guards
+    )
+    doors = Doors(hosts, api_keys)
+    app.add_middleware(Gate, doors=doors, most=limits.max_body, seconds=limits.read_timeout)
+    paths = {getattr(route, "path", "") for route in app.routes}
+    app.add_middleware(Measured, metrics=service.metrics, paths=paths)
+    install_errors(app)
+    return app
+
+
+def _open_routes(service: Service) -> APIRouter:
+    """What everybody may see: the page, which holds nothing, and whether the server is well."""
+    router = APIRouter()
+
+    @router.get("/", response_class=HTMLResponse, summary="A page to try the models on")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE, headers=HEADERS)
+
+    @router.get(
+        "/healthz",
+        summary="Is the server well?",
+        response_model=Health,
+        responses=responses_of(503, model=Health),
+    )
+    async def health() -> JSONResponse:
+        engine = service.engine
+        well = Health(
+            status="ok" if engine.is_alive else "failing",
+            waiting=engine.waiting,
+            running=engine.running,
+        )
+        return JSONResponse(well.model_dump(), 200 if engine.is_alive else 503)
+
+    return router
+
+
+def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
+    """What needs an API key where there are any; `guarded` are the statuses of the doors."""
+    router = APIRouter()
+    refused = responses_of(*guarded)
+
+    @router.get(
+        "/metrics",
+        summary="Numbers for Prometheus",
+        response_class=Response,
+        responses={**refused, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @router.get("/v1/models", summary="What is served", responses=refused)
+    async def models() -> ModelList:
+        return ModelList(data=service.cards())
+
+    @router.get(
+        "/v1/models/{name:path}", summary="One model", responses=responses_of(404, *guarded)
+    )
+    async def model(name: str) -> ModelCard:
+        return service.card(service.find(name))
+
+    answered = streamed(400, 404, 408, 413, 415, 429, 500, 504, *guarded)
+
+    @router.post(
+        "/v1/completions",
+        summary="Continue a text",
+        response_model=CompletionReply,
+        responses=answered,
+        openapi_extra=body_of(CompletionRequest),
+    )
+    async def completions(request: Request) -> Response:
+        return await service.answer(CompletionRequest, request)
+
+    @router.post(
+        "/v1/chat/completions",
+        summary="Answer in a conversation",
+        response_model=ChatReply,
+        responses=answered,
+        openapi_extra=body_of(ChatRequest),
+    )
+    async def chat(request: Request) -> Response:
+        return await service.answer(ChatRequest, request)
+
+    return router

@@ -1,0 +1,69 @@
+"""From a body to a request: read by a parser that bounds what it may cost, refused in few words.
+
+A body of a MiB can hold hundreds of thousands of lists and objects. Making them takes seconds,
+since Python looks through all it has again and again meanwhile, and checking each against every
+form that a field may have takes minutes and gigabytes. So they are counted before they are made.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
+
+from ....files.strict_json import shortened
+from ..refusals import Refusal, bad_request
+
+__all__ = ["parsed"]
+
+MOST_CONTAINERS = 10_000  # objects and lists in one request
+MOST_FIELDS = 20_000  # of all objects together
+SHOWN = 60  # characters of a field's name that an error repeats
+
+Wanted = TypeVar("Wanted", bound=BaseModel)
+
+
+def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
+    """The request in `body`. Raises Refusal, which repeats nothing of it but names of fields.
+
+    Texts that are no Unicode (half of a surrogate pair), numbers that are none and nesting deeper
+    than 200 are no JSON here.
+    """
+    _check_size(body)
+    try:
+        value = from_json(body, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as error:
+        raise _invalid(f"The body is no JSON: {error}.") from None
+    try:
+        return wanted.model_validate(value)
+    except ValidationError as error:
+        raise _first_of(error) from None
+
+
+def _check_size(body: bytes) -> None:
+    """Raise Refusal for more containers or fields than any sensible request has."""
+
+    def is_small(text: bytes) -> bool:
+        containers = text.count(b"[") + text.count(b"{")
+        return containers <= MOST_CONTAINERS and text.count(b":") <= MOST_FIELDS
+
+    if not is_small(body):
+        without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+        if not is_small(b"".join(without_escapes.split(b'"')[::2])):  # what stands in no text
+            raise _invalid(
+                f"The body has more than {MOST_CONTAINERS} objects and lists or {MOST_FIELDS} "
+                f"fields."
+            )
+
+
+def _first_of(error: ValidationError) -> Refusal:
+    """The first thing that is wrong with a request."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = [shortened(str(part), SHOWN)[1:-1] for part in first["loc"]]
+    message = f"{'.'.join(place)}: {first['msg']}" if place else str(first["msg"])
+    return _invalid(message, place[0] if place else None)
+
+
+def _invalid(message: str, param: str | None = None) -> Refusal:
+    return bad_request(message, param, "invalid_request")

@@ -1,0 +1,117 @@
+"""Errors in OpenAI's form, and an OpenAPI schema that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+
+from ..refusals import Refusal, error_body
+from .protocol import ChatRequest, CompletionRequest
+from .replies import ErrorReply
+
+__all__ = ["body_of", "install_errors", "responses_of", "streamed"]
+
+WRONG = {
+    400: "The request can't be answered as it is.",
+    401: "There is no valid API key.",
+    403: "The server doesn't go by this name, or a page of another one asks.",
+    404: "There is no such model.",
+    408: "The request didn't come in time.",
+    413: "The request is too large.",
+    415: "The body doesn't say that it is JSON.",
+    429: "Too much is waiting.",
+    500: "The answer could not be computed.",
+    503: "The server is not well.",
+    504: "The answer took too long.",
+}
+RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
+CHALLENGE = {"WWW-Authenticate": {"description": "What is wanted.", "schema": {"type": "string"}}}
+HEADERS: dict[int, dict[str, Any]] = {429: RETRY, 401: CHALLENGE}
+PLACE = "#/components/schemas/{model}"
+EVENTS = {
+    "schema": {"description": "Server-sent events, each with a chunk; the last is [DONE]."},
+    "example": 'data: {"id": …}\n\ndata: [DONE]\n\n',
+}
+
+
+def responses_of(
+    *statuses: int, model: type[BaseModel] = ErrorReply
+) -> dict[int | str, dict[str, Any]]:
+    """What a route says of its errors."""
+    return {
+        status: {
+            "description": WRONG[status],
+            "model": model,
+            **({"headers": HEADERS[status]} if status in HEADERS else {}),
+        }
+        for status in statuses
+    }
+
+
+def streamed(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The same for a route that answers whole or as a stream."""
+    whole = {"description": "The answer, or with stream a chunk in each event."}
+    return {
+        **responses_of(*statuses),
+        200: {**whole, "content": {"text/event-stream": EVENTS}},
+    }
+
+
+def body_of(wanted: type[BaseModel]) -> dict[str, Any]:
+    """What a route says of the body that it reads by itself."""
+    form = {"schema": {"$ref": PLACE.format(model=wanted.__name__)}}
+    return {"requestBody": {"required": True, "content": {"application/json": form}}}
+
+
+def install_errors(app: FastAPI) -> None:
+    """Answer every error of `app` in OpenAI's form and describe them so."""
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(Exception, _failed)
+    app.openapi = _schema_of(app)  # type: ignore[method-assign]
+
+
+def _refused(_: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, Refusal):
+        return JSONResponse(error.body, error.status_code, error.headers)
+    if isinstance(error, HTTPException):
+        body = error_body(error.status_code, str(error.detail))
+        return JSONResponse(body, error.status_code, error.headers)
+    return _failed(_, error)
+
+
+def _failed(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(500, "The server failed; its log says more."), 500)
+
+
+def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """FastAPI's own schema without the errors that it would answer itself, and with our bodies."""
+
+    def schema() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            found = get_openapi(
+                title=app.title,
+                version=app.version,
+                description=app.description,
+                routes=app.routes,
+            )
+            for path in found["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                found["components"]["schemas"].pop(name, None)
+            _, bodies = models_json_schema(
+                [(CompletionRequest, "validation"), (ChatRequest, "validation")],
+                ref_template=PLACE,
+            )
+            found["components"]["schemas"].update(bodies["$defs"])
+            app.openapi_schema = found
+        return app.openapi_schema
+
+    return schema

@@ -1,0 +1,123 @@
+"""Who is let in: by the name that was asked for, by the page that asks, and by key.
+
+All of it is looked at before anything of a request's body is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import socket
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..refusals import Refusal
+
+__all__ = ["ANY_HOST", "LOOPBACK", "OPEN", "Doors", "host_of"]
+
+ANY_HOST = "*"
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+OPEN = ("/", "/healthz", "/openapi.json")  # paths that tell nothing of the models
+SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
+NETWORK = 64  # bits of an IPv6 address that are a customer's own
+
+
+class Doors:
+    """Lets requests in, or not.
+
+    `hosts` are the names, beside those of this machine's loopback, by which the server may be
+    asked for; an address of all interfaces stands for the machine's name and any IP address, and
+    "*" for whatever there is. Without `keys` everybody is let in who knows a name.
+    """
+
+    def __init__(self, hosts: Sequence[str] = (), keys: Sequence[str] = ()) -> None:
+        names = {host_of(host) for host in hosts}
+        self._any = ANY_HOST in hosts
+        self._addresses = bool(names & {"0.0.0.0", "::", ""})
+        own = {socket.gethostname().lower()} if self._addresses else set()
+        self._hosts = {*LOOPBACK, *names, *own}
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    def check(self, scope: Mapping[str, Any]) -> str:
+        """Who sends the request, by key or by address. Raises Refusal for who isn't let in."""
+        self._check_host(scope)
+        self._check_origin(scope)
+        if not self._digests or scope["path"] in OPEN:
+            return f"address {_network_of(scope.get('client'))}"
+        return f"key {self._known(_key_of(scope))}"
+
+    def _check_host(self, scope: Mapping[str, Any]) -> None:
+        """A page whose name was made to lead here (DNS rebinding) asks for that name."""
+        for value in _headers(scope, b"host"):
+            name = host_of(value)
+            if not (self._any or name in self._hosts or (self._addresses and _is_address(name))):
+                raise Refusal(
+                    403,
+                    "This server doesn't go by the name in the header Host; its operator can add "
+                    "names with --allow-host.",
+                    code="unknown_host",
+                )
+
+    def _check_origin(self, scope: Mapping[str, Any]) -> None:
+        """A browser says which page asks; pages from elsewhere may look and not touch."""
+        hosts = [value.lower() for value in _headers(scope, b"host")]
+        for value in _headers(scope, b"origin"):
+            if scope["method"] not in SAFE and value.partition("://")[2].lower() not in hosts:
+                raise Refusal(
+                    403, "Pages of other servers may not use this one.", code="foreign_origin"
+                )
+
+    def _known(self, key: str | None) -> str:
+        """A name for the one who has `key`.
+
+        All keys are compared, by digest and in constant time, so that time tells nothing of them.
+        """
+        given = hashlib.sha256((key or "").encode(errors="replace")).digest()
+        same = [hmac.compare_digest(given, digest) for digest in self._digests]
+        if key is None or not sum(same):
+            raise Refusal(
+                401,
+                "This server wants an API key: 'Authorization: Bearer KEY'.",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+        return given.hex()[:16]
+
+
+def host_of(written: str) -> str:
+    """The name or address in "NAME", "NAME:PORT", "[ADDRESS]:PORT" or an IPv6 address alone."""
+    written = written.strip().lower()
+    if written.startswith("["):
+        return written[1:].partition("]")[0]
+    if written.count(":") > 1:
+        return written
+    return written.partition(":")[0].rstrip(".")
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _network_of(client: Sequence[Any] | None) -> str:
+    """The address that stands for a client: an IPv6 one's network, since it has all of that."""
+    name = str(client[0]) if client else "unknown"
+    if not _is_address(name) or ipaddress.ip_address(name).version == 4:
+        return name
+    return str(ipaddress.ip_network((name.partition("%")[0], NETWORK), strict=False))
+
+
+def _key_of(scope: Mapping[str, Any]) -> str | None:
+    for value in _headers(scope, b"authorization"):
+        scheme, _, key = value.partition(" ")
+        if scheme.lower() == "bearer":
+            return key.strip()
+    return None
+
+
+def _headers(scope: Mapping[str, Any], name: bytes) -> list[str]:
+    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]

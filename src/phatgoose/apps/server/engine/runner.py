@@ -1,0 +1,134 @@
+"""One pass through a served model, whatever its architecture."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+from ....analysis.traces import TraceKeeper
+from ....base.positions import positions_of
+from ....base.sites import ROUTED
+from ....routing.compose import watch
+from ....routing.routers.per_input.lookup import PromptReader
+from ....tasks.encoding import added_tokens, contiguous_head, position_ids
+from .caches import Cache, new_cache
+from .rows import Row
+
+__all__ = ["Runner"]
+
+
+class Runner:
+    """A model with its tokenizer, asked for passes that add to a cache of keys and values.
+
+    `ends` are the tokens that end an answer, `context` how many tokens the model can hold (None:
+    any number), in an encoder-decoder model its encoder. `added` are the tokens that stand before
+    and after the text of a prompt.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.ends = _ends_of(model, tokenizer)
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.positions = positions_of(model)
+        self.context = self.positions.prompt or self.positions.trained
+        self.added = added_tokens(tokenizer, is_encoder_decoder=self.is_encoder_decoder)
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
+        known = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in known
+        self._takes_keep = "logits_to_keep" in known
+        self._cache_name = "cache" if "cache" in known else "past_key_values"
+        parts = getattr(model, ROUTED, None)
+        self._lookup = parts.lookup if parts is not None else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
+
+    def new_cache(self) -> Cache:
+        """An empty cache for the model."""
+        return new_cache(is_encoder_decoder=self.is_encoder_decoder)
+
+    def decode(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: Cache,
+        keeper: TraceKeeper | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> Tensor:
+        """A causal model's logits of the tokens `ids` [rows, columns], the last column's at least.
+
+        `mask` [rows, cached and present columns] tells padding. `keeper` is shown the routing.
+        """
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_positions:
+            inputs["position_ids"] = position_ids(mask)[:, -ids.shape[1] :]
+        if self._takes_keep and not all_logits:
+            inputs["logits_to_keep"] = 1
+        return self._pass(inputs, cache, keeper)
+
+    def answer(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        encoded: BaseModelOutput,
+        cache: Cache,
+        keeper: TraceKeeper | None = None,
+    ) -> Tensor:
+        """An encoder-decoder model's logits of the decoder's tokens `ids` [rows, 1].
+
+        `encoded` comes from `encode`, `mask` [rows, columns] tells the encoder's padding.
+        """
+        inputs = {"decoder_input_ids": ids, "attention_mask": mask, "encoder_outputs": encoded}
+        return self._pass(inputs, cache, keeper)
+
+    def encode(
+        self, ids: Tensor, mask: Tensor, keeper: TraceKeeper | None = None
+    ) -> BaseModelOutput:
+        """What the encoder makes of the prompts `ids` [rows, columns]."""
+        with self._watched(keeper):
+            found: BaseModelOutput = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
+        return found
+
+    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[int | None]:
+        """Which expert a router that looks whole inputs up has for each prompt; None for others.
+
+        Takes its time (it may read each prompt with another model): not for the engine's thread.
+        """
+        if not isinstance(self._lookup, PromptReader):
+            return [None] * len(prompts)
+        found: list[int | None] = self._lookup.of_tokens([list(each) for each in prompts]).tolist()
+        return found
+
+    def serve_lookup(self, rows: Sequence[Row]) -> None:
+        """Tell a router that looks whole inputs up which expert each of `rows` has."""
+        if isinstance(self._lookup, PromptReader):
+            self._lookup.serve(torch.tensor([row.expert for row in rows]))
+
+    def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
+        with self._watched(keeper), contiguous_head(self.model):
+            logits: Tensor = self.model(
+                **inputs, **{self._cache_name: cache}, use_cache=True
+            ).logits
+        return logits
+
+    def _watched(self, keeper: TraceKeeper | None) -> Any:
+        return watch(self.model, keeper.add) if keeper is not None else nullcontext()
+
+
+def _ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens at which `generate` stops: the model's, else the tokenizer's."""
+    named = model.generation_config.eos_token_id
+    named = tokenizer.eos_token_id if named is None else named
+    return frozenset(named if isinstance(named, list | tuple) else [] if named is None else [named])

@@ -1,0 +1,147 @@
+"""Sites: where in a base model an expert acts.
+
+A site is a linear layer inside one of the model's repeated blocks, named by its module path, such
+as `model.layers.0.self_attn.q_proj` (METHOD section 1: "for LoRA: every linear layer of every
+block"). Embeddings and output heads stand outside the blocks and are no sites.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import ConfigError, RoutingError
+
+__all__ = [
+    "ROUTED",
+    "Site",
+    "Stream",
+    "WrappedLinear",
+    "find_sites",
+    "linear_shape",
+    "replace_module",
+]
+
+ROUTED = "phatgoose"  # the attribute by which a routed model is known; see composition.Composition
+Stream = Literal["encoder", "decoder"]
+
+CROSS_ATTENTION = re.compile(
+    r"(EncDecAttention|encoder_attn|cross_attn|crossattention)\.(k|v|k_proj|v_proj)$"
+)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A linear layer that experts may adapt.
+
+    `stream` says whose tokens it sees: "encoder" for an encoder's layers and for the keys and
+    values of cross-attention, "decoder" for all others (so always for causal models).
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    stream: Stream
+
+
+def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, Site]:
+    """All sites of `model` by name, in the model's order.
+
+    `pattern` keeps only the sites whose name it matches (regular expression, `re.search`); None
+    keeps all. Raises ConfigError when the pattern isn't one or matches nothing, RoutingError when
+    the model is routed and its sites are taken.
+    """
+    if hasattr(model, ROUTED):
+        raise RoutingError("This model is routed already; detach it first.")
+    try:
+        wanted = re.compile(pattern or "")
+    except re.error as error:
+        raise ConfigError(f"sites is {pattern!r}, not a regular expression: {error}.") from error
+    blocks = [
+        name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+    ]
+    sites = {}
+    for name, module in model.named_modules():
+        shape = _shape_if_linear(module)
+        if shape and name.startswith(tuple(blocks)) and wanted.search(name):
+            sites[name] = Site(name, *shape, _stream_of(name, model))
+    if not sites:
+        raise ConfigError(
+            f"No linear layer inside the blocks of {type(model).__name__} matches {pattern!r}."
+            if pattern
+            else f"{type(model).__name__} has no linear layers in blocks."
+        )
+    return sites
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a linear layer of any make. Raises ConfigError for other modules."""
+    shape = _shape_if_linear(module)
+    if shape is None:
+        raise ConfigError(f"{type(module).__name__} is no linear layer.")
+    return shape
+
+
+def _shape_if_linear(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Linear) or (  # quantised linears of other libraries look the same
+        hasattr(module, "in_features")
+        and hasattr(module, "out_features")
+        and hasattr(module, "weight")
+    ):
+        return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+    return None
+
+
+def _stream_of(name: str, model: PreTrainedModel) -> Stream:
+    if not model.config.is_encoder_decoder:
+        return "decoder"
+    in_encoder = re.match(r"(model\.|transformer\.)?encoder\.", name)
+    return "encoder" if in_encoder or CROSS_ATTENTION.search(name) else "decoder"
+
+
+class WrappedLinear(nn.Module):
+    """A layer that stands in the place of a linear one and looks like it to its model.
+
+    `weight`, `bias`, `in_features` and `out_features` are those of `base`, and so are its keys in
+    the model's state dict.
+    """
+
+    def __init__(self, base: nn.Module, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.base = base
+        self.in_features, self.out_features = in_features, out_features
+        self.register_state_dict_post_hook(_hide_wrapper)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_find_wrapper)  # type: ignore[no-untyped-call]
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight; some models look at its dtype."""
+        return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        return self.base.bias  # type: ignore[return-value]
+
+
+def _hide_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+        state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
+
+
+def _find_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        state[f"{prefix}base.{key.removeprefix(prefix)}"] = state.pop(key)
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` in the place of the submodule of `model` called `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)

@@ -1,0 +1,97 @@
+"""The version of the code that decides what a score is: results of another one are old.
+
+It is a hash of definitions, wherever they stand, so that files can be moved, split and joined, and
+comments, docstrings and layout changed, while finished results stay valid.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from ... import __version__
+
+__all__ = ["code_version"]
+
+PACKAGE = Path(__file__).parents[2]
+SCORING = ("evaluation.evaluate", "routing.open_model")  # these, and all that they import
+
+
+@cache
+def code_version() -> str:
+    """The release and a hash of all definitions that decide what a score is.
+
+    They are the statements at the top of the scoring modules and of every module that these
+    import, without imports of our own and `__all__`, each once and in no order.
+    """
+    definitions = {text for module in _imported_by(SCORING) for text in _definitions(module)}
+    digest = hashlib.sha256()
+    for definition in sorted(definitions):
+        digest.update(definition.encode())
+    return f"{__version__}+{digest.hexdigest()[:12]}"
+
+
+def _imported_by(modules: tuple[str, ...]) -> set[str]:
+    """`modules` and every module of this package that they import, by dotted name."""
+    found: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting.extend(_imports(module))
+    return found
+
+
+def _imports(module: str) -> Iterator[str]:
+    package = module.split(".")
+    if _file(module).name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(_tree(module)):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = package[: len(package) - node.level + 1]
+            origin = ".".join([*above, *([node.module] if node.module else [])])
+            for name in (origin, *(f"{origin}.{alias.name}".lstrip(".") for alias in node.names)):
+                if name and _file(name).is_file():
+                    yield name
+
+
+def _definitions(module: str) -> Iterator[str]:
+    """The statements at the top of `module`, as text that no move changes."""
+    for statement in _Essence().visit(_tree(module)).body:
+        yield ast.dump(statement)
+
+
+class _Essence(ast.NodeTransformer):
+    """Takes out what doesn't decide a score: docstrings, imports of our own and `__all__`."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        return super().generic_visit(node)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        return None if node.level else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if ast.unparse(node.targets[0]) == "__all__" else self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | None:
+        return None if ast.unparse(node.target) == "__all__" else self.generic_visit(node)
+
+
+def _file(module: str) -> Path:
+    place = PACKAGE.joinpath(*module.split("."))
+    package = place / "__init__.py"
+    return package if package.is_file() else place.with_suffix(".py")
+
+
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_file(module).read_text(encoding="utf-8"))

@@ -1,0 +1,289 @@
+"""Methods beside each other on whole suites, the way the paper's Table 1 does it.
+
+Every finished cell (one model on one dataset) is kept in a results store, so that a comparison can
+be stopped, continued, and extended by methods, experts or suites without computing or mixing up
+anything twice.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ...base.loading import Base, load_base
+from ...base.sites import ROUTED
+from ...config import Formatting, Routing
+from ...errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
+from ...experts.input_format import warn_of_other_formatting
+from ...experts.pool import REMEDIES, Pool
+from ...jobs import Engine, LocalEngine
+from ...routing.routers.scores import Scores, best_expert, best_expert_by_task
+from ...tasks.encoding import Encoder
+from ...tasks.suites.entries import Sources, Suite
+from ...tasks.suites.registry import open_suite
+from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET
+from ..intervals import Sample
+from .cells import Cell, CellWorkshop, Dataset, Protocol, cell_of
+from .code_version import code_version
+from .methods import DERIVED, METHODS, SHARED, Row, lacking, reference_row, rows_of, single_rows
+from .result_store import ResultStore
+from .tables import Comparison, Result, write_tables
+
+__all__ = ["compare"]
+
+RESULTS = "results.jsonl"
+NEEDED = {"lora": "LoRA factors"}  # for people, where SHARED's own word isn't
+EVERY = "all"  # stands for every method that the pool has what it takes for
+
+logger = logging.getLogger(__name__)
+
+
+def compare(
+    pool: Pool | str | Path,
+    suites: Iterable[Suite | str | Path],
+    methods: Iterable[str] | str = "all",
+    *,
+    out: str | Path,
+    base: Base | str | None = None,
+    references: Mapping[str, str | Path] | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    routing: Routing | None = None,
+    formatting: Formatting | None = None,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    token_budget: int = TOKEN_BUDGET,
+    sources: Sources | None = None,
+    engine: Engine | None = None,
+) -> Comparison:
+    """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
+
+    `methods` are names in `comparison.methods.METHODS`; "all" stands for those that the pool has
+    what it takes for, with a note on the others. Oracle and best-individual run every single expert
+    once. `references` adds further models by label: an expert (such as a multitask one), another
+    pool (such as one of jointly trained experts), a routed model, a base by Hub id or path.
+    `suites` are names in `suites.registry.SUITES`, folders of task files, suite files or `Suite`s,
+    whose files are found by `sources`. `limit` draws so many examples of each dataset, the same
+    ones for all methods. `routing` gives k and the other settings of the routers. `engine` scores
+    the cells, None in this process; whichever it is, the results are the same.
+
+    Finished cells are kept in `out`/results.jsonl and reused; the tables are written to
+    `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, PoolError for one
+    that the pool lacks something for, WrongBaseError for experts of another base, EvaluationError
+    while another process writes to `out`, and what opening pools, suites and models and scoring
+    them raise.
+    """
+    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+    routing = routing or Routing()
+    wanted, notes = _wanted_methods(pool, methods, routing)
+    protocol = Protocol(formatting or Formatting(), max_new_tokens, token_budget)
+    columns, datasets = _load(suites, sources, limit, seed, protocol)
+    if base is None or isinstance(base, str):
+        name, revision = (base, None) if base else (pool.base.id, pool.base.revision)
+        base = load_base(name, revision=revision)
+    rows = rows_of(pool, wanted, routing)
+    rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
+    singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
+    _check(base, rows, singles)
+    _tell_of_inputs(base, (*rows, *singles), datasets, protocol)
+    with ResultStore.alone(Path(out) / RESULTS) as store:
+        results = _run([*rows, *singles], datasets, base, store, protocol, engine or LocalEngine())
+    experts: Scores = {
+        row.name: {task: results[row.name][task].score for task in datasets} for row in singles
+    }
+    comparison = Comparison(
+        suites=columns,
+        labels={row.name: row.label for row in rows},
+        results={row.name: results[row.name] for row in rows},
+        experts={row.name: results[row.name] for row in singles},
+        notes=tuple(notes),
+        settings={
+            "base": asdict(base.reference),
+            "dtype": str(base.model.dtype).removeprefix("torch."),
+            "experts": list(pool.names),
+            "limit": limit,
+            "seed": seed,
+            "k": routing.k,
+            "code": code_version(),
+            "formatting": asdict(protocol.formatting),
+        },
+    )
+    comparison = _with_derived(comparison, wanted, experts, pool)
+    write_tables(comparison, Path(out))
+    return comparison
+
+
+def _wanted_methods(
+    pool: Pool, methods: Iterable[str] | str, routing: Routing
+) -> tuple[list[str], list[str]]:
+    """(names of the methods to run, notes on what was left out).
+
+    Raises ConfigError for an unknown name, PoolError for a named one that can't be run.
+    """
+    wanted = [methods] if isinstance(methods, str) else list(methods)
+    for name in wanted:
+        if name not in (EVERY, *METHODS):
+            raise ConfigError(
+                f"Method {name!r} is unknown; known are {EVERY}, {', '.join(METHODS)}."
+            )
+    found = lacking(pool, stand_in=routing.stand_in)
+    without = {name: experts for name, experts in found.items() if experts}
+    if EVERY not in wanted:
+        for name in wanted:
+            if name in without:
+                raise PoolError(_refusal(name, without[name][0]))
+        return wanted, []
+    notes = [_note(name, experts) for name, experts in without.items()]
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return [name for name in METHODS if name not in without], notes
+
+
+def _refusal(method: str, expert: str) -> str:
+    """Why `method`, asked for by name, can't be run with `expert`."""
+    needed, command = _needed(method)
+    remedy = f"run 'phatgoose {command}' on it or " if command else ""
+    return f"Expert {expert!r} has no {needed}, which method {method} needs; {remedy}leave it out."
+
+
+def _note(method: str, experts: Sequence[str]) -> str:
+    """Why `method`, one of all, was left out."""
+    needed, command = _needed(method)
+    remedy = f" (run 'phatgoose {command}' first)" if command else ""
+    return (
+        f"{METHODS[method]} was left out: {', '.join(experts)} can't be routed by it without "
+        f"{needed}{remedy}."
+    )
+
+
+def _needed(method: str) -> tuple[str, str | None]:
+    """(what `method` needs beside adapters, the command that makes it if there is one)."""
+    parts = SHARED[method]
+    commands = [REMEDIES[part] for part in parts if part in REMEDIES]
+    return " and ".join(NEEDED.get(part, part) for part in parts), (*commands, None)[0]
+
+
+def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
+    """Refuse what can't be compared before hours go into the rest of it.
+
+    That is a routed base, an empty comparison, an expert that is called like another row, and
+    experts of another base.
+    """
+    if hasattr(base.model, ROUTED):
+        raise RoutingError("This base model is routed already; detach it first.")
+    if not rows and not singles:
+        raise ConfigError("No method was given to compare.")
+    taken = {*METHODS, *(row.name for row in rows)}
+    for name in (row.name for row in singles):
+        if name in taken:
+            raise ConfigError(f"An expert and another row are both called {name!r}; rename one.")
+    for row in (*rows, *singles):
+        if row.pool is not None and row.pool.base.fingerprint not in (None, base.fingerprint):
+            raise WrongBaseError(
+                f"{row.label} can't be compared on {base.id!r}: its experts were trained on "
+                f"{row.pool.base.id!r}, which has other weights."
+            )
+
+
+def _load(
+    suites: Iterable[Suite | str | Path],
+    sources: Sources | None,
+    limit: int | None,
+    seed: int,
+    protocol: Protocol,
+) -> tuple[dict[str, tuple[str, ...]], dict[str, Dataset]]:
+    """(datasets' names by suite, datasets by name); raises TaskError for names that clash."""
+    columns: dict[str, tuple[str, ...]] = {}
+    datasets: dict[str, Dataset] = {}
+    for suite in [suites] if isinstance(suites, str | Path | Suite) else suites:
+        opened = suite if isinstance(suite, Suite) else open_suite(suite)
+        if opened.name in columns:
+            raise TaskError(f"Two suites are called {opened.name!r}; rename one.")
+        for task in opened.load(sources):
+            dataset = Dataset.of(task, limit, seed, protocol)
+            if datasets.setdefault(task.name, dataset).digest != dataset.digest:
+                raise TaskError(f"Two suites have different datasets called {task.name!r}.")
+        columns[opened.name] = opened.names
+    if not datasets:
+        raise TaskError("No suite was given to compare on.")
+    return columns, datasets
+
+
+def _tell_of_inputs(
+    base: Base, rows: Sequence[Row], datasets: Mapping[str, Dataset], protocol: Protocol
+) -> None:
+    """Tell what is cut of the datasets, and which experts were trained on inputs of other form."""
+    encoder = Encoder.of(base, protocol.formatting)
+    for name, dataset in datasets.items():
+        dataset.questions(encoder).cuts.tell(name)
+    records = [record for row in rows if row.pool is not None for record in row.pool.records()]
+    distinct = {json.dumps(record, sort_keys=True): record for record in records}
+    warn_of_other_formatting(distinct.values(), protocol.formatting)
+
+
+def _run(
+    rows: Sequence[Row],
+    datasets: Mapping[str, Dataset],
+    base: Base,
+    store: ResultStore,
+    protocol: Protocol,
+    engine: Engine,
+) -> dict[str, dict[str, Result]]:
+    """Every row's result on every dataset, computed by `engine` where the store has none."""
+    cells = [cell_of(row, dataset, base) for row in rows for dataset in datasets.values()]
+    missing = _distinct(cell for cell in cells if store.get(cell.key) is None)
+    finished = len(cells) - len(missing)
+    workshop = CellWorkshop(base, {row.name: row for row in rows}, datasets, protocol)
+    with (
+        tqdm(total=len(cells), initial=finished, desc="compare", unit="cell", disable=None) as bar,
+        closing(engine.run(workshop, missing, bar)) as results,
+    ):
+        for cell, result in results:
+            store.add(cell.key, result)
+            finished += 1
+            logger.info("[%d/%d] %s: %.3f", finished, len(cells), cell.name, result["score"])
+    found: dict[str, dict[str, Result]] = {row.name: {} for row in rows}
+    for cell in cells:
+        found[cell.row][cell.dataset] = _result(store.get(cell.key) or {})
+    return found
+
+
+def _distinct(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells without those whose result another one will be: two rows may be one model."""
+    return list({json.dumps(cell.key, sort_keys=True): cell for cell in cells}.values())
+
+
+def _result(stored: Mapping[str, Any]) -> Result:
+    return Result(
+        task=stored["task"],
+        metric=stored["metric"],
+        low=stored["low"],
+        high=stored["high"],
+        ties=stored["ties"],
+        seconds=stored["seconds"],
+        sample=Sample.of(stored["metrics"], stored["marks"]),
+    )
+
+
+def _with_derived(
+    comparison: Comparison, wanted: Sequence[str], experts: Scores, pool: Pool
+) -> Comparison:
+    """The comparison with Best Individual and Oracle, chosen by the single experts' scores."""
+    results, labels = dict(comparison.results), dict(comparison.labels)
+    choices: dict[str, dict[str, str]] = {}
+    if "best-individual" in wanted:
+        best = best_expert(experts, pool.names)
+        choices["best-individual"] = dict.fromkeys(experts[best], best)
+    if "oracle" in wanted:
+        choices["oracle"] = best_expert_by_task(experts, pool.names)
+    for name, chosen in choices.items():
+        labels[name] = METHODS[name]
+        results[name] = {task: comparison.experts[expert][task] for task, expert in chosen.items()}
+    return replace(comparison, results=results, labels=labels, choices=choices)

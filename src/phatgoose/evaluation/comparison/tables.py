@@ -1,0 +1,304 @@
+"""A finished comparison and its tables: Markdown to read, CSV to compute with, JSON for all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ...errors import EvaluationError
+from ...files.atomic import write_text
+from ..intervals import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
+
+__all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "write_tables"]
+
+ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
+ALL = "all datasets"  # the column over every suite's datasets, where there are several suites
+FILES = ("comparison.md", "comparison.csv", "comparison.json")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One model's result on one dataset. `seconds` is what scoring took, loading left out."""
+
+    task: str
+    metric: str
+    low: float
+    high: float
+    ties: int
+    seconds: float
+    sample: Sample
+
+    @property
+    def score(self) -> float:
+        """The mean over the dataset's metrics, from 0 to 1."""
+        return self.sample.score
+
+    @property
+    def n(self) -> int:
+        """The number of examples."""
+        return self.sample.n
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One model's mean over a suite's datasets, unweighted, with its interval.
+
+    `difference` is this model's mean less PHATGOOSE's, its interval from the same resamples; both
+    are None for PHATGOOSE itself and where it was not run.
+    """
+
+    mean: float
+    interval: Interval
+    difference: float | None = None
+    difference_interval: Interval | None = None
+
+    @property
+    def in_per_cent(self) -> str:
+        """The mean and its interval, as tables show them."""
+        return f"{100 * self.mean:.1f} {_range(self.interval)}"
+
+    @property
+    def difference_in_points(self) -> str:
+        """The difference and its interval, as tables show them; empty where there is none."""
+        if self.difference is None or self.difference_interval is None:
+            return ""
+        low, high = self.difference_interval.low, self.difference_interval.high
+        return f"{100 * self.difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare` returns.
+
+    `suites` maps a suite to its datasets; `results` a row's name to its results by dataset, and
+    `labels` to what tables call it. `experts` are the single experts' results; `choices` tells
+    which expert Oracle and Best Individual took for each dataset. `notes` says what was left out
+    and why, `settings` how all was scored.
+    """
+
+    suites: Mapping[str, tuple[str, ...]]
+    labels: Mapping[str, str]
+    results: Mapping[str, Mapping[str, Result]]
+    experts: Mapping[str, Mapping[str, Result]] = field(default_factory=dict)
+    choices: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> dict[str, tuple[str, ...]]:
+        """The datasets that each column of the table is the mean of."""
+        columns = dict(self.suites)
+        if len(columns) > 1:
+            columns[ALL] = tuple(
+                dict.fromkeys(task for tasks in columns.values() for task in tasks)
+            )
+        return columns
+
+    @cached_property
+    def summaries(self) -> dict[str, dict[str, Summary]]:
+        """Summary by row and column. Intervals resample datasets and, within them, examples."""
+        rows: dict[str, dict[str, Summary]] = {name: {} for name in self.results}
+        for column, tasks in self.columns.items():
+            samples = {
+                name: [results[task].sample for task in tasks]
+                for name, results in self.results.items()
+            }
+            replicates = dataset_replicates(samples)
+            means = {
+                name: sum(sample.score for sample in parts) / len(parts)
+                for name, parts in samples.items()
+            }
+            for name in self.results:
+                rows[name][column] = _summary(name, means, replicates)
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON: settings, summaries, every score, and the single experts' scores."""
+        return {
+            "settings": dict(self.settings),
+            "notes": list(self.notes),
+            "confidence": CONFIDENCE,
+            "suites": {name: list(tasks) for name, tasks in self.suites.items()},
+            "rows": {
+                name: {
+                    "label": self.labels[name],
+                    "summary": {
+                        column: asdict(summary) for column, summary in self.summaries[name].items()
+                    },
+                    "datasets": {task: _record(result) for task, result in results.items()},
+                }
+                for name, results in self.results.items()
+            },
+            "experts": {
+                name: {task: result.score for task, result in results.items()}
+                for name, results in self.experts.items()
+            },
+            "choices": {name: dict(chosen) for name, chosen in self.choices.items()},
+        }
+
+    def to_csv(self) -> str:
+        """One line per row and dataset, the single experts' included."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(
+            ["method", "suite", "dataset", "metric", "score", "low", "high", "n", "ties", "seconds"]
+        )
+        for name, results in [*self.results.items(), *self.experts.items()]:
+            for suite, tasks in self.suites.items():
+                for task in tasks:
+                    r = results[task]
+                    numbers = [f"{value:.6f}" for value in (r.score, r.low, r.high)]
+                    writer.writerow([name, suite, task, r.metric, *numbers, r.n, r.ties, r.seconds])
+        return text.getvalue()
+
+    def to_markdown(self) -> str:
+        """The tables of means, of differences, per dataset, and of what it took."""
+        parts = (self._means(), self._differences(), self._datasets(), self._costs())
+        return "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
+
+    def _means(self) -> Iterator[str]:
+        yield "## Means over datasets, in per cent, with 95 % intervals"
+        yield ""
+        counts = [f"{column} ({len(tasks)})" for column, tasks in self.columns.items()]
+        yield from _header(["method", *counts])
+        for name, summaries in self.summaries.items():
+            yield _line([self._named(name), *(s.in_per_cent for s in summaries.values())])
+        yield ""
+        yield (
+            "Intervals resample the datasets and, within each, its examples; all methods share the "
+            "draws."
+        )
+        if self.choices:
+            yield (
+                "\\* chosen by the results themselves, so not zero-shot; the interval leaves that "
+                "choice out."
+            )
+        yield from (f"Note: {note}" for note in self.notes)
+        if self.settings:
+            yield _how(self.settings)
+
+    def _differences(self) -> Iterator[str]:
+        if ANCHOR not in self.results:
+            return
+        yield f"## Difference to {self.labels[ANCHOR]}, in points, with 95 % intervals in pairs"
+        yield ""
+        yield from _header(["method", *self.columns])
+        for name, summaries in self.summaries.items():
+            if name != ANCHOR:
+                cells = (summary.difference_in_points for summary in summaries.values())
+                yield _line([self._named(name), *cells])
+
+    def _datasets(self) -> Iterator[str]:
+        yield "## Per dataset, in per cent"
+        yield ""
+        tasks = self.columns[ALL] if ALL in self.columns else next(iter(self.suites.values()))
+        rows = {**self.results, **self.experts}
+        first = next(iter(rows.values()))
+        yield from _header(["method", *(f"{task} (n={first[task].n})" for task in tasks)])
+        for name, results in rows.items():
+            cells = [
+                f"{100 * results[task].score:.1f} "
+                f"{_range(Interval(results[task].low, results[task].high))}"
+                for task in tasks
+            ]
+            yield _line([self._named(name), *cells])
+        yield ""
+        yield _metrics({task: first[task].metric for task in tasks})
+        for name, chosen in self.choices.items():
+            said = ", ".join(f"{expert} for {task}" for task, expert in chosen.items())
+            everywhere = set(chosen.values())
+            yield ""
+            yield f"{self.labels[name]}: {everywhere.pop() if len(everywhere) == 1 else said}."
+
+    def _costs(self) -> Iterator[str]:
+        yield "## Cells and seconds of scoring"
+        yield ""
+        yield from _header(["model", "cells", "seconds"])
+        for name, results in {**self.results, **self.experts}.items():
+            if name not in self.choices:
+                seconds = sum(result.seconds for result in results.values())
+                yield _line([self._named(name), str(len(results)), f"{seconds:.0f}"])
+
+    def _named(self, row: str) -> str:
+        label = self.labels.get(row, row)
+        if row == ANCHOR:
+            return f"**{label}**"
+        return f"{label} *" if row in self.choices else label
+
+
+def write_tables(comparison: Comparison, folder: Path) -> None:
+    """Write comparison.md, .csv and .json to `folder`, each complete or not at all.
+
+    Raises EvaluationError when that can't be done.
+    """
+    contents = (
+        comparison.to_markdown(),
+        comparison.to_csv(),
+        json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n",
+    )
+    for file, content in zip(FILES, contents, strict=True):
+        write_text(folder / file, content, EvaluationError)
+
+
+def _summary(name: str, means: Mapping[str, float], replicates: Mapping[str, Any]) -> Summary:
+    interval = interval_of(replicates[name])
+    if name == ANCHOR or ANCHOR not in means:
+        return Summary(means[name], interval)
+    return Summary(
+        means[name],
+        interval,
+        means[name] - means[ANCHOR],
+        interval_of(replicates[name] - replicates[ANCHOR]),
+    )
+
+
+def _record(result: Result) -> dict[str, Any]:
+    return {
+        "metric": result.metric,
+        "score": result.score,
+        "by_metric": result.sample.by_metric,
+        "low": result.low,
+        "high": result.high,
+        "n": result.n,
+        "ties": result.ties,
+        "seconds": result.seconds,
+    }
+
+
+def _header(cells: list[str]) -> Iterator[str]:
+    yield _line(cells)
+    yield "|" + "---|" * len(cells)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _range(interval: Interval) -> str:
+    return f"[{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
+
+
+def _metrics(by_task: Mapping[str, str]) -> str:
+    """Which metric scored which datasets, in a sentence."""
+    tasks: dict[str, list[str]] = {metric: [] for metric in by_task.values()}
+    for task, metric in by_task.items():
+        tasks[metric].append(task)
+    listed = (f"{metric} ({', '.join(names)})" for metric, names in tasks.items())
+    return f"Scored by {'; '.join(listed)}."
+
+
+def _how(settings: Mapping[str, Any]) -> str:
+    """How all was scored, in a sentence."""
+    drawn = "all examples"
+    if settings["limit"] is not None:
+        drawn = f"at most {settings['limit']} examples a dataset, drawn by seed {settings['seed']}"
+    return (
+        f"Base {settings['base']['id']} in {settings['dtype']}; experts: "
+        f"{len(settings['experts'])}; k = {settings['k']}; {drawn}; phatgoose {settings['code']}."
+    )

@@ -1,0 +1,233 @@
+"""Log-likelihoods of answer choices: each prompt is computed once, whatever the number of choices.
+
+A causal model reads a prompt and all its choices in one row, each choice blind to the others
+(`packing`). One that can't be told what to see keeps the prompt's keys and values, a
+sequence-to-sequence model the encoder's output, and these are then expanded over the choices.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from ..base.offloading import input_device
+from ..errors import EvaluationError
+from ..tasks.encoding import (
+    IGNORED,
+    batches_of_tokens,
+    contiguous_head,
+    pad_left,
+    pad_right,
+    position_ids,
+)
+from ..tasks.row_packing import Text, can_pack, head_at, pack, packed_batches
+
+__all__ = ["ChoicePrompt", "choice_log_likelihoods"]
+
+Tokens = Sequence[int]
+Announce = Callable[[Sequence[int]], None]  # told which prompts the next pass is about
+PLACES = 512  # of logits that are float32 at a time
+ChoicePrompt = tuple[Tokens, Sequence[Tokens]]  # a prompt and its choices, tokenised
+
+
+def choice_log_likelihoods(
+    model: PreTrainedModel,
+    rows: Sequence[ChoicePrompt],
+    pad_token_id: int,
+    budget: int,
+    before_pass: Announce = lambda _: None,
+) -> Iterator[tuple[int, list[float]]]:
+    """(index of the row, mean log-likelihood per target token of each choice), in any order.
+
+    The end-of-sequence token counts as a target token (METHOD section 6, Scoring). A batch holds at
+    most `budget` tokens of prompts and choices together, padding included. `before_pass` is called
+    before each pass through the model with indices in `rows`, as many tokens for each: one for
+    each row of the batch, or where rows are packed one for each token. A choice that a row has
+    twice is computed once, so that it ties with itself. Raises EvaluationError for a causal model's
+    prompt without tokens.
+    """
+    if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
+        raise EvaluationError("An input has no tokens, so no choice can follow it.")
+    score = _packed if can_pack(model) else _padded
+    distinct = [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
+    with torch.inference_mode():
+        for index, means in score(model, distinct, pad_token_id, budget, before_pass):
+            found = dict(zip(distinct[index][1], means, strict=True))
+            yield index, [found[tuple(choice)] for choice in rows[index][1]]
+
+
+def _packed(
+    model: PreTrainedModel,
+    rows: Sequence[ChoicePrompt],
+    pad: int,
+    budget: int,
+    before_pass: Announce,
+) -> Iterator[tuple[int, list[float]]]:
+    """All in one pass a batch; the last token of a choice is predicted, not read."""
+    texts = [Text(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
+    for batch in packed_batches([text.length for text in texts], budget):
+        packed = pack([[texts[i] for i in row] for row in batch], pad, model.dtype)
+        order = [i for row in batch for i in row]
+        before_pass([order[owner] for owner in packed.owners.flatten().tolist()])
+        runs = [  # of each text the stem's last token and the branches: what predicts a target
+            torch.arange(start + len(texts[i].stem) - 1, start + texts[i].length)
+            for i, start in zip(order, packed.starts.tolist(), strict=True)
+        ]
+        inputs = {name: tensor.to(input_device(model)) for name, tensor in packed.inputs.items()}
+        with head_at(model, torch.cat(runs).to(input_device(model))):
+            logits = model(**inputs, use_cache=False).logits.squeeze(0)
+        yield from _means(logits, [rows[i][1] for i in order], order)
+
+
+def _means(
+    logits: Tensor, choices: Sequence[Sequence[Tokens]], indices: Sequence[int]
+) -> Iterator[tuple[int, list[float]]]:
+    """(index, means) from the logits [places, vocabulary] of texts, one text after the other.
+
+    The first of a text predicts the first token of all its choices, those after it the rest of the
+    first choice, and so on.
+    """
+    places, labels, lengths, begin = list[int](), list[int](), list[int](), 0
+    for each in choices:
+        at = begin + 1
+        for choice in each:
+            places += [begin, *range(at, at + len(choice) - 1)]
+            labels += choice
+            lengths.append(len(choice))
+            at += len(choice) - 1
+        begin = at
+    totals = torch.cat([some.float().logsumexp(dim=-1) for some in torch.split(logits, PLACES)])
+    where = torch.tensor(places, device=logits.device)
+    chosen = logits[where, torch.tensor(labels, device=logits.device)].float() - totals[where]
+    means = [run.mean().item() for run in torch.split(chosen.cpu(), lengths)]
+    for index, each in zip(indices, choices, strict=True):
+        yield index, [means.pop(0) for _ in each]
+
+
+def _padded(
+    model: PreTrainedModel,
+    rows: Sequence[ChoicePrompt],
+    pad: int,
+    budget: int,
+    before_pass: Announce,
+) -> Iterator[tuple[int, list[float]]]:
+    """Prompts in one pass, choices in another, both in padded rows."""
+    score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
+    lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
+    with contiguous_head(model):
+        for batch in batches_of_tokens(lengths, budget):
+            chosen = [rows[i] for i in batch]
+
+            def announce(places: Sequence[int], batch: Sequence[int] = batch) -> None:
+                before_pass([batch[place] for place in places])
+
+            means = score(model, chosen, pad, announce).tolist()
+            for index, (_, choices) in zip(batch, chosen, strict=True):
+                yield index, [means.pop(0) for _ in choices]
+
+
+def _score_causal(
+    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: Announce
+) -> Tensor:
+    """Mean log-likelihood of every choice of every row, in order, [choices]."""
+    device = input_device(model)
+    prompts = pad_left([prompt for prompt, _ in rows], pad).to(device)
+    real = pad_left([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
+    passed = _passes(model, logits_to_keep=1, position_ids=position_ids(real))
+    cache = DynamicCache(config=model.config)
+    held = {_cache_argument(model): cache, "use_cache": True}
+    announce(range(len(rows)))
+    first = model(input_ids=prompts, attention_mask=real, **held, **passed)
+    owner = _owners(rows, device)
+    labels = _targets(rows, IGNORED).to(device)  # [choices, longest]
+    start = first.logits[:, -1:].index_select(0, owner)
+    if labels.shape[1] == 1:
+        return _mean_log_likelihood(start, labels)
+    cache.batch_select_indices(owner)
+    inputs = _targets(rows, pad).to(device)[:, :-1]
+    present = labels[:, :-1].ne(IGNORED).long()
+    mask = torch.cat([real.index_select(0, owner), present], dim=1)
+    positions = position_ids(mask)[:, -inputs.shape[1] :]
+    announce(owner.tolist())
+    rest = model(
+        input_ids=inputs,
+        attention_mask=mask,
+        **held,
+        **_passes(model, position_ids=positions),
+    )
+    return _mean_log_likelihood(torch.cat([start, rest.logits], dim=1), labels)
+
+
+def _score_seq2seq(
+    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: Announce
+) -> Tensor:
+    """Mean log-likelihood of every choice of every row, in order, [choices]."""
+    device = input_device(model)
+    prompts = pad_right([prompt for prompt, _ in rows], pad).to(device)
+    real = pad_right([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
+    announce(range(len(rows)))
+    encoded = model.get_encoder()(input_ids=prompts, attention_mask=real).last_hidden_state
+    owner = _owners(rows, device)
+    start = model.config.decoder_start_token_id
+    choices = [choice for _, each in rows for choice in each]
+    means = torch.empty(len(choices), device=device)
+    for group in _of_similar_length([len(choice) for choice in choices]):
+        chosen, from_row = [choices[i] for i in group], owner[group]
+        inputs = [[start, *choice[:-1]] for choice in chosen]
+        announce(from_row.tolist())
+        logits = model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.index_select(0, from_row)),
+            attention_mask=real.index_select(0, from_row),
+            decoder_input_ids=pad_right(inputs, pad).to(device),
+            decoder_attention_mask=pad_right([[1] * len(row) for row in inputs], 0).to(device),
+            use_cache=False,
+        ).logits
+        means[group] = _mean_log_likelihood(logits, pad_right(chosen, IGNORED).to(device))
+    return means
+
+
+def _of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Groups of indices, each index once; the shortest of a group has two thirds of the longest."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    group = order[:1]
+    for index in order[1:]:
+        if 3 * lengths[index] < 2 * lengths[group[0]]:
+            yield group
+            group = []
+        group.append(index)
+    if group:
+        yield group
+
+
+def _owners(rows: Sequence[ChoicePrompt], device: torch.device) -> Tensor:
+    """For every choice the index of its row, [choices]."""
+    counts = torch.tensor([len(choices) for _, choices in rows])
+    return torch.arange(len(rows)).repeat_interleave(counts).to(device)
+
+
+def _targets(rows: Sequence[ChoicePrompt], fill: int) -> Tensor:
+    return pad_right([choice for _, choices in rows for choice in choices], fill)
+
+
+def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
+    """[choices] from logits [choices, longest, vocabulary] and labels [choices, longest]."""
+    counted = labels.ne(IGNORED)
+    chosen = logits.float().log_softmax(dim=-1)
+    chosen = chosen.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (chosen * counted).sum(dim=-1) / counted.sum(dim=-1)
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """What this transformers release calls the keys and values a model is handed."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def _passes(model: PreTrainedModel, **arguments: Tensor | int) -> dict[str, Tensor | int]:
+    """Those of `arguments` that this model's forward takes."""
+    accepted = inspect.signature(model.forward).parameters
+    return {name: value for name, value in arguments.items() if name in accepted}

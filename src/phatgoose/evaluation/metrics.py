@@ -1,0 +1,189 @@
+"""Metrics: what an answer is worth beside the accepted ones, from 0 to 1.
+
+A metric turns every example into a few numbers whose sum over any set of examples is all that the
+set's score depends on:
+
+    statistics = np.array([metric.measure(answer, accepted) for answer, accepted in rows])
+    score      = metric.combine(statistics.sum(0), n)       # statistics [n, s], score []
+    resampled  = metric.combine(weights @ statistics, n)    # weights [b, n], rows sum to n -> [b]
+
+so that a bootstrap is one matrix product, also of corpus BLEU, which is no mean over examples.
+
+They follow the paper's released code (its src/data/metrics.py, which calls the `evaluate` library)
+up to these differences: it rounds every score to 3 decimals; it compares generated answers without
+removing white space; its ROUGE-L is the middle of 1000 random resamples rather than the mean; its
+BLEU is that of tensorflow/nmt, without smoothing and with the shortest reference's length.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sacrebleu.metrics.bleu import BLEU, MAX_NGRAM_ORDER
+
+from ..errors import EvaluationError
+
+__all__ = ["METRICS", "Metric", "metric"]
+
+Array = NDArray[Any]
+Measure = Callable[[str, Sequence[str]], tuple[float, ...]]
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One way to score answers.
+
+    `name` is its key in METRICS, `label` what tables call it. `measure` takes a prediction and the
+    accepted answers and returns the example's s statistics; it raises EvaluationError when no
+    answer is accepted or a bare text is given for the sequence of them. `combine` takes summed
+    statistics [..., s] and the number of examples in each sum ([...] or one for all, at least 1,
+    repeated examples counted) and returns scores [...] in [0, 1].
+    """
+
+    name: str
+    label: str
+    measure: Measure
+    combine: Callable[[Array, Array | int], Array]
+
+
+def metric(name: str) -> Metric:
+    """The metric called `name`. Raises EvaluationError, which lists the known ones, if none is."""
+    if name not in METRICS:
+        raise EvaluationError(f"Metric {name!r} is unknown; known are {', '.join(METRICS)}.")
+    return METRICS[name]
+
+
+def _best(score: Callable[[str, str], float]) -> Measure:
+    """The measure whose one statistic is the highest `score` over the accepted answers."""
+
+    def measure(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
+        return (max(float(score(prediction, answer)) for answer in _checked(references)),)
+
+    return measure
+
+
+def _checked(references: Sequence[str]) -> Sequence[str]:
+    if isinstance(references, str) or not references:
+        raise EvaluationError(
+            f"An answer is scored beside a sequence of one or more texts, got {references!r}."
+        )
+    return references
+
+
+def _mean(totals: Array, n: Array | int) -> Array:
+    """The mean over examples: totals [..., 1], n [...] or one number -> [...]."""
+    return np.asarray(totals[..., 0] / n)
+
+
+def _identical(prediction: str, reference: str) -> float:
+    """1 for the same text, character for character: for choices, which are picked, not written."""
+    return prediction == reference
+
+
+def _identical_stripped(prediction: str, reference: str) -> float:
+    """1 for the same text, case-sensitive, once white space around both is removed.
+
+    The released code compares raw: a reference with a blank at its end can't be matched there.
+    """
+    return prediction.strip() == reference.strip()
+
+
+def _squad_words(text: str) -> list[str]:
+    """The words that SQuAD compares: lower case, without ASCII punctuation and English articles.
+
+    `normalize_answer` of SQuAD's evaluate-v1.1.py (Rajpurkar et al. 2016); transformers 5 no longer
+    has it. Punctuation is deleted before articles are, so "the-end" is the one word "theend".
+    """
+    return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
+
+
+def _squad_exact(prediction: str, reference: str) -> float:
+    """1 for the same words in the same order: `exact_match_score` of evaluate-v1.1.py."""
+    return _squad_words(prediction) == _squad_words(reference)
+
+
+def _squad_f1(prediction: str, reference: str) -> float:
+    """The harmonic mean of precision and recall over words: `f1_score` of evaluate-v1.1.py.
+
+    0 where no word is shared, as there: also for two texts without words (SQuAD v2.0 gives 1).
+    """
+    ours, theirs = _squad_words(prediction), _squad_words(reference)
+    shared = (Counter(ours) & Counter(theirs)).total()
+    return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
+
+
+def _rouge_l(prediction: str, reference: str) -> float:
+    """The F-measure of the longest common subsequence of words, not stemmed (rouge-score).
+
+    Not stemmed because `evaluate.load("rouge")`, which the released code calls, doesn't by default.
+    rouge-score sees lower-cased words of a-z and 0-9 alone: answers in other scripts score 0.
+    """
+    score: float = _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure
+    return score
+
+
+@cache
+def _rouge_scorer() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # brings nltk, pandas and sklearn: seconds
+
+    return RougeScorer(["rougeL"], use_stemmer=False)
+
+
+@cache
+def _bleu() -> BLEU:
+    return BLEU(effective_order=True)  # for its counts only, which the order doesn't change
+
+
+def _bleu_counts(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
+    """Matches and totals of n-grams, 1 to 4, then the answer's length and the closest reference's.
+
+    Tokens are those of sacrebleu's default, 13a.
+    """
+    score = _bleu().sentence_score(prediction, _checked(references))
+    return (*score.counts, *score.totals, score.sys_len, score.ref_len)
+
+
+def _corpus_bleu(counts: Array, n: Array | int) -> Array:
+    """`sacrebleu.corpus_bleu` / 100 of the sums: counts [..., 10] -> [...]; `n` plays no part.
+
+    Smoothed as by default there ("exp"), without effective order: a set without a single 4-gram,
+    such as answers of up to three words, scores 0 even where they are right. Examples are counted
+    a whole number of times; a fraction raises EvaluationError.
+    """
+    whole = np.rint(counts).astype(np.int64)
+    if not np.array_equal(whole, counts):
+        raise EvaluationError("BLEU needs whole counts: weigh examples by whole numbers, float64.")
+    scores = [_bleu_of(row) / 100 for row in whole.reshape(-1, whole.shape[-1]).tolist()]
+    return np.minimum(1.0, scores).reshape(whole.shape[:-1])  # exp(log(100)) is 100.00000000000004
+
+
+def _bleu_of(counts: list[int]) -> float:
+    *ngrams, sys_len, ref_len = counts
+    matches, totals = ngrams[:MAX_NGRAM_ORDER], ngrams[MAX_NGRAM_ORDER:]
+    return BLEU.compute_bleu(matches, totals, sys_len, ref_len, smooth_method="exp").score
+
+
+METRICS: dict[str, Metric] = {
+    each.name: each
+    for each in (
+        Metric("accuracy", "rank classification accuracy", _best(_identical), _mean),
+        Metric("exact-match", "exact match", _best(_identical_stripped), _mean),
+        # One measure under two names: SQuAD's own, beside F1, and its rule applied to other tasks.
+        Metric("normalised-exact-match", "normalised exact match", _best(_squad_exact), _mean),
+        Metric("squad-exact-match", "SQuAD exact match", _best(_squad_exact), _mean),
+        Metric("squad-f1", "SQuAD F1", _best(_squad_f1), _mean),
+        Metric("rouge-l", "ROUGE-L", _best(_rouge_l), _mean),
+        Metric("bleu", "BLEU", _bleu_counts, _corpus_bleu),
+    )
+}

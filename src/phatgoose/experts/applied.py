@@ -1,0 +1,56 @@
+"""One expert alone on its base: its module at each of its sites, always or behind something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..base.sites import WrappedLinear, find_sites, linear_shape, replace_module
+from .adapter import check_fit
+from .kinds.modules import SiteModule
+
+__all__ = ["ModifiedLinear", "put_in"]
+
+Layer = TypeVar("Layer", bound="ModifiedLinear")
+
+
+class ModifiedLinear(WrappedLinear):
+    """A linear layer under one expert's module (`kinds.modules`), at full strength."""
+
+    def __init__(self, base: nn.Module, module: SiteModule) -> None:
+        super().__init__(base, *linear_shape(base))
+        self.module = module.at(self.weight)
+
+    def strength(self, u: Tensor) -> Tensor | float:
+        """How strongly the module acts on u [.., n]: a number, or [.., 1]."""
+        return 1.0
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[.., n] to [.., d]."""
+        return self.module.apply(self.base, u, self.strength(u))
+
+
+@contextmanager
+def put_in(
+    model: PreTrainedModel,
+    modules: Mapping[str, SiteModule],
+    layer: type[Layer],
+) -> Iterator[dict[str, Layer]]:
+    """The layers of an expert in the place of those of `model`, by site, while the context is open.
+
+    Raises ExpertError when a site or its shape doesn't fit the model.
+    """
+    check_fit("adapter", modules, find_sites(model))
+    originals = {name: model.get_submodule(name) for name in modules}
+    layers = {name: layer(originals[name], modules[name]) for name in modules}
+    try:
+        for name, each in layers.items():
+            replace_module(model, name, each)
+        yield layers
+    finally:
+        for name, original in originals.items():
+            replace_module(model, name, original)

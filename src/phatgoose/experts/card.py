@@ -1,0 +1,98 @@
+"""The model card of an expert: what a visitor of its Hub page reads."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..files.strict_json import one_line
+
+__all__ = ["model_card"]
+
+CARD = """\
+---
+base_model: {front}
+library_name: {library}
+tags:
+- phatgoose
+- {tag}
+---
+
+# {name}
+
+{kind} expert for `{base_id}` with PHATGOOSE gates (Muqeeth et al. 2024): one vector per module that
+lets a pool of such experts choose, for every token and at every module, who acts.
+
+- Base model: `{base_id}`{revision}
+- Base fingerprint: `{fingerprint}`
+- Adapted modules: {sites}
+{task}{hyperparameters}{metrics}
+## Use
+{alone}
+Routed together with others:
+
+```python
+import phatgoose as pg
+model = pg.compose(pg.Pool.open(["path/to/{name}", "path/to/another"]))
+```
+"""
+
+
+ALONE = """
+As an ordinary adapter:
+
+```python
+from peft import PeftModel
+model = PeftModel.from_pretrained(base_model, "path/to/{name}")
+```
+"""
+
+LONGEST_CELL = 500
+PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)*")  # what YAML takes as a text without quotes
+
+KINDS = {"lora": "A LoRA", "ia3": "An (IA)³", "bottleneck": "A bottleneck-adapter"}
+
+
+def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
+    """The card as Markdown with the front matter that the Hub reads.
+
+    `kind` is the expert's, at so many `sites`; PEFT has no bottleneck adapters.
+    """
+    in_peft = kind != "bottleneck"
+    base = info["base"]
+    return CARD.format(
+        name=info["name"],
+        front=base["id"] if PLAIN.fullmatch(base["id"]) else json.dumps(base["id"]),
+        base_id=_code(base["id"]),
+        revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
+        fingerprint=_code(base["fingerprint"] or "not recorded"),
+        sites=sites,
+        kind=KINDS[kind],
+        tag=kind if in_peft else "adapter",
+        library="peft" if in_peft else "phatgoose",
+        alone=ALONE.format(name=info["name"]) if in_peft else "",
+        task=_section("Task", info["task"]),
+        hyperparameters=_section("Hyper-parameters", info["hyperparameters"]),
+        metrics=_section("Metrics", info["metrics"]),
+    )
+
+
+def _cell(value: object) -> str:
+    """`value` as the plain text of a cell: no HTML, no Markdown, no end of the row."""
+    text = html.escape(one_line(value, LONGEST_CELL), quote=False)
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
+
+
+def _code(text: str) -> str:
+    """`text` as it stands between backticks."""
+    return one_line(text).replace("`", "'")
+
+
+def _section(title: str, values: Mapping[str, Any]) -> str:
+    if not values:
+        return ""
+    rows = "\n".join(f"| {_cell(key)} | {_cell(value)} |" for key, value in values.items())
+    return f"\n## {title}\n\n| | |\n|---|---|\n{rows}\n"

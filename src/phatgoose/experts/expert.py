@@ -1,0 +1,392 @@
+"""The expert directory: an adapter, untouched, with gates and statistics in files beside it.
+
+The format is specified in docs/format.md. Everything is safetensors or JSON; nothing is pickled. A
+directory is written elsewhere first and renamed into place, so one that exists is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..base.loading import Base, BaseReference
+from ..errors import ExpertError
+from ..files.atomic import new_directory
+from ..files.strict_json import one_line, read_json_object, sha256_of, shortened
+from ..files.tensor_file import Group, TensorFile, is_finite
+from .adapter import adapter_files, named_base, read_adapter_weights, read_modules
+from .card import model_card
+from .kinds.bottleneck import BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS
+from .kinds.modules import LoraFactors, SiteModule
+from .kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
+
+__all__ = [
+    "FORMAT_VERSION",
+    "LAYOUT",
+    "MOST_EMBEDDINGS",
+    "Expert",
+    "ExpertInfo",
+    "base_named_in",
+    "check_expert",
+    "check_name",
+    "sha256_of",
+]
+
+FORMAT_VERSION = 1
+MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """File names inside an expert directory; the adapter is PEFT's or a bottleneck adapter."""
+
+    adapter_config: str = ADAPTER_CONFIG
+    adapter_weights: str = ADAPTER_WEIGHTS
+    bottleneck_config: str = BOTTLENECK_CONFIG
+    bottleneck_weights: str = BOTTLENECK_WEIGHTS
+    vectors: str = "phatgoose.safetensors"
+    info: str = "phatgoose.json"
+    embeddings: str = "embeddings.safetensors"
+    card: str = "README.md"
+
+
+LAYOUT = _Layout()
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records."""
+
+    name: str
+    base: BaseReference
+    adapter_sha256: str
+    vectors_sha256: str | None = None
+    embeddings_sha256: str | None = None
+    format_version: int = FORMAT_VERSION
+    task: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    embedder: str | None = None
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One expert: what its adapter does, its gates and its statistics, by site name.
+
+    `directory` holds the adapter files; all `modules` are of one kind. `gates` and `means`
+    map a site to a float32 vector of its input size n and are empty when there are none;
+    `embeddings` is None or [examples, dims], of rows of length 1 made by `info.embedder`.
+
+    The tensors of an expert that was loaded are views of its files, mapped into memory: their bytes
+    are read when used, and take memory of this process until `release`. They must not be written
+    to; `dataclasses.replace` makes an expert with other ones.
+    """
+
+    info: ExpertInfo
+    directory: Path
+    modules: Mapping[str, SiteModule]
+    gates: Mapping[str, Tensor]
+    means: Mapping[str, Tensor]
+    embeddings: Tensor | None = None
+    files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The expert's name, unique within a pool: the one in `phatgoose.json`.
+
+        It stays when the directory is saved elsewhere or renamed; no other name finds the expert.
+        """
+        return self.info.name
+
+    @property
+    def kind(self) -> str:
+        """lora, ia3 or bottleneck."""
+        return next(iter(self.modules.values())).kind
+
+    @cached_property
+    def lora(self) -> Mapping[str, LoraFactors]:
+        """The LoRA factors by site; empty for an expert of another kind."""
+        held = self.modules.items()
+        return {site: module for site, module in held if isinstance(module, LoraFactors)}
+
+    def release(self) -> None:
+        """Give back the memory that bytes read from its files take, until they are used again."""
+        for file in self.files.values():
+            file.release()
+
+    @classmethod
+    def from_peft(
+        cls,
+        adapter_dir: str | Path,
+        gates: Mapping[str, Tensor],
+        *,
+        base: Base | BaseReference | None = None,
+        name: str | None = None,
+        means: Mapping[str, Tensor] | None = None,
+        embeddings: Tensor | None = None,
+        embedder: str | None = None,
+        task: Mapping[str, Any] | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> Expert:
+        """An expert made of an existing adapter, of any kind, and the gates trained for it.
+
+        `base` defaults to what the adapter's own config names, without a fingerprint; `name` to the
+        name of the adapter's folder, and the expert keeps it wherever it is saved. Raises
+        ExpertError when the adapter can't be used or a vector doesn't fit its site.
+        """
+        directory = Path(adapter_dir)
+        named = named_base(directory)
+        name = name or directory.resolve().name
+        check_name(name)
+        if isinstance(base, Base):
+            base = base.reference
+        info = ExpertInfo(
+            name=name,
+            base=base or BaseReference(str(named)),
+            adapter_sha256=sha256_of(directory / adapter_files(directory).weights),
+            task=task or {},
+            hyperparameters=hyperparameters or {},
+            metrics=metrics or {},
+            embedder=embedder,
+        )
+        expert = cls(
+            info, directory, read_modules(directory), _plain(gates), _plain(means or {}), embeddings
+        )
+        for problem in chain(_vector_problems(expert), _not_finite(expert)):
+            raise ExpertError(problem)
+        return expert
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Expert:
+        """The expert in `directory`, fully checked (hashes, shapes, finiteness).
+
+        Raises ExpertError naming the expert, the site, what was got and what was wanted.
+        """
+        directory = Path(directory)
+        expert = _read(directory)
+        for problem in _problems(expert):
+            raise ExpertError(problem)
+        expert.release()
+        return expert
+
+    def save(self, directory: str | Path, *, overwrite: bool = False) -> Expert:
+        """Write a complete directory, and return the expert as loaded from it.
+
+        Written beside its destination and renamed into place. Raises ExpertError when `directory`
+        exists (unless `overwrite`) or can't be written.
+        """
+        target = Path(directory)
+        if target.exists() and not overwrite:
+            raise ExpertError(
+                f"{target} exists already; choose another place or allow overwriting."
+            )
+        with new_directory(target, ExpertError, overwrite=overwrite) as work:
+            self._write(work)
+        return Expert.load(target)
+
+    def _write(self, work: Path) -> None:
+        files = adapter_files(self.directory)
+        for file in (files.config, files.weights):
+            shutil.copyfile(self.directory / file, work / file)
+        info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
+        vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
+        vectors |= {f"mean.{site}": vector for site, vector in self.means.items()}
+        if vectors:
+            apart = {key: vector.clone() for key, vector in vectors.items()}  # one may be another
+            save_file(apart, work / LAYOUT.vectors)
+            info = replace(info, vectors_sha256=sha256_of(work / LAYOUT.vectors))
+        if self.embeddings is not None:
+            rows = self.embeddings.float().contiguous()
+            save_file({"embeddings": rows}, work / LAYOUT.embeddings)
+            info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
+        content = json.dumps(_plain_json(asdict(info)), indent=2, ensure_ascii=False) + "\n"
+        # Names of files may hold bytes that are no UTF-8; they are written as JSON escapes them.
+        for file, text in (
+            (LAYOUT.card, model_card(asdict(info), self.kind, len(self.modules))),
+            (LAYOUT.info, content),
+        ):
+            (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def check_expert(directory: str | Path) -> list[str]:
+    """Everything that is wrong with the expert in `directory`, in words; empty when nothing is."""
+    try:
+        return list(_problems(_read(Path(directory))))
+    except ExpertError as error:
+        return [str(error)]
+
+
+def base_named_in(directory: Path) -> str | None:
+    """The base that the expert or the plain adapter in `directory` names, if any.
+
+    Raises ExpertError when it is neither.
+    """
+    if (directory / LAYOUT.info).is_file():
+        return _read_info(directory / LAYOUT.info).base.id
+    return named_base(directory)
+
+
+def check_name(name: str) -> None:
+    """Raise ExpertError unless `name` can be an expert's (docs/format.md)."""
+    if not NAME.fullmatch(name):
+        raise ExpertError(
+            f"{name!r} can't name an expert: use letters, digits, '.', '_' and '-' only."
+        )
+
+
+def _plain_json(value: Any) -> Any:
+    """`value` with None for what JSON has no number for: a loss that is no number, say."""
+    if isinstance(value, Mapping):
+        return {key: _plain_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain_json(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors as they are stored: float32, on the CPU, without history."""
+    return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
+
+
+def _read(directory: Path) -> Expert:
+    """The files of an expert directory, parsed but not yet compared with each other."""
+    info = _read_info(directory / LAYOUT.info)
+    files = {}
+    if info.vectors_sha256 is not None:
+        files[LAYOUT.vectors] = read_tensors(directory / LAYOUT.vectors)
+    vectors: Mapping[str, Tensor] = files.get(LAYOUT.vectors, {})
+    for key in vectors:
+        if not key.startswith(("gate.", "mean.")):
+            raise ExpertError(
+                f"{directory / LAYOUT.vectors} holds {key!r}; wanted gate.* and mean.*."
+            )
+    embeddings = None
+    if info.embeddings_sha256 is not None:
+        held = files[LAYOUT.embeddings] = read_tensors(directory / LAYOUT.embeddings)
+        if set(held) != {"embeddings"} or held["embeddings"].dim() != 2:
+            raise ExpertError(
+                f"{directory / LAYOUT.embeddings} must hold one matrix, 'embeddings'."
+            )
+        embeddings = held["embeddings"]
+    weights = files[adapter_files(directory).weights] = read_adapter_weights(directory)
+    modules = read_modules(directory, weights)
+    gates, means = Group(vectors, "gate"), Group(vectors, "mean")
+    return Expert(info, directory, modules, gates, means, embeddings, files)
+
+
+def _read_info(path: Path) -> ExpertInfo:
+    try:
+        content = read_json_object(path)
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ExpertError(
+                f"{path}: format version {shortened(content.get('format_version'))} is unknown; "
+                f"this phatgoose reads version {FORMAT_VERSION}."
+            )
+        info = ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
+    except FileNotFoundError as error:
+        raise ExpertError(
+            f"{path.parent} is no expert directory: {path.name} is missing."
+        ) from error
+    except (TypeError, KeyError) as error:
+        raise ExpertError(
+            f"{path} is not a valid description of an expert: {one_line(error)}."
+        ) from error
+    for key, (value, kind) in _typed_fields(info).items():
+        if not isinstance(value, kind) or (isinstance(value, str) and not value.isprintable()):
+            raise ExpertError(f"{path}: {key} is {shortened(value)}, which it can't be.")
+    return info
+
+
+def _typed_fields(info: ExpertInfo) -> dict[str, tuple[object, Any]]:
+    """Every field of a description with the types it may have."""
+    optional = (str, NoneType)
+    return {
+        "name": (info.name, str),
+        "base.id": (info.base.id, str),
+        "base.revision": (info.base.revision, optional),
+        "base.fingerprint": (info.base.fingerprint, optional),
+        "adapter_sha256": (info.adapter_sha256, str),
+        "vectors_sha256": (info.vectors_sha256, optional),
+        "embeddings_sha256": (info.embeddings_sha256, optional),
+        "embedder": (info.embedder, optional),
+        "task": (info.task, dict),
+        "hyperparameters": (info.hyperparameters, dict),
+        "metrics": (info.metrics, dict),
+    }
+
+
+def _problems(expert: Expert) -> Iterator[str]:
+    info, directory = expert.info, expert.directory
+    if not NAME.fullmatch(info.name):
+        yield f"{directory}: {info.name!r} is not a valid name."
+    hashes = {
+        adapter_files(directory).weights: info.adapter_sha256,
+        LAYOUT.vectors: info.vectors_sha256,
+        LAYOUT.embeddings: info.embeddings_sha256,
+    }
+    for file, wanted in hashes.items():
+        if wanted is None:
+            if (directory / file).exists():
+                yield f"Expert {info.name!r}: {file} is there, but {LAYOUT.info} does not know it."
+            continue
+        got = expert.files[file].sha256()
+        if got != wanted:
+            yield (
+                f"Expert {info.name!r}: {file} was changed after the expert was made: its SHA-256 "
+                f"is {got[:12]}…, wanted {wanted[:12]}…."
+            )
+    yield from _vector_problems(expert)
+    rows = expert.embeddings
+    if rows is not None and not _are_unit_rows(rows):
+        yield (
+            f"Expert {info.name!r}: embeddings of shape {tuple(rows.shape)} and type {rows.dtype}; "
+            f"wanted float32, at most {MOST_EMBEDDINGS} rows, each of length 1."
+        )
+
+
+def _are_unit_rows(rows: Tensor) -> bool:
+    """True for what docs/format.md wants of embeddings."""
+    if rows.dtype != torch.float32 or not 0 < len(rows) <= MOST_EMBEDDINGS:
+        return False
+    return bool(((rows.norm(dim=-1) - 1).abs() < 1e-3).all())
+
+
+def _vector_problems(expert: Expert) -> Iterator[str]:
+    """Vectors that lack a site, sites that lack a vector, and vectors of the wrong kind."""
+    for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
+        if not vectors:
+            continue
+        for site in sorted(vectors.keys() ^ expert.modules.keys()):
+            missing = "adapter" if site in vectors else kind
+            yield f"Expert {expert.name!r}, site {site}: the {missing} is missing there."
+        for site in sorted(vectors.keys() & expert.modules.keys()):
+            vector, n = vectors[site], expert.modules[site].in_features
+            wanted = (vector.numel() if n is None else n,)  # where it is None, the base tells
+            if tuple(vector.shape) != wanted or vector.dtype != torch.float32:
+                yield (
+                    f"Expert {expert.name!r}, site {site}: the {kind} has shape "
+                    f"{tuple(vector.shape)} and type {vector.dtype}, wanted {wanted} and float32."
+                )
+
+
+def _not_finite(expert: Expert) -> Iterator[str]:
+    """Vectors that hold a NaN or an infinity; files are looked at when they are read."""
+    for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
+        for site, vector in vectors.items():
+            if not is_finite(vector):
+                yield f"Expert {expert.name!r}, site {site}: the {kind} is not finite."

@@ -1,0 +1,204 @@
+"""The Hugging Face Hub: references to experts there, their local copies, and publishing one.
+
+A reference is `hub:owner/name[/folder][@revision]`: a repository, a folder in it if it holds
+several experts, and a branch, tag or commit. Files come through huggingface_hub's cache, so what
+was fetched once is there offline. Only files that an expert consists of are ever fetched.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+
+from ..errors import ExpertError
+from ..files.atomic import new_directory
+from ..files.strict_json import regular_file
+from .expert import LAYOUT, Expert
+
+__all__ = ["HubReference", "fetch", "local_folder", "pull", "push", "reference_of"]
+
+PREFIX = "hub:"
+REFERENCE = re.compile(
+    r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[A-Za-z0-9][\w.-]*)*)(@(?P<revision>[^@\s]+))?"
+)
+COMMIT = re.compile(r"[0-9a-f]{40}")
+FILES = tuple(asdict(LAYOUT).values())
+MOST_OF_A_REASON = 300  # characters; some of its errors are a page
+
+
+@dataclass(frozen=True)
+class HubReference:
+    """Where an expert, or a folder of them, is on the Hub; `revision` None is the default branch.
+
+    `folder` is inside the repository, "" for its root.
+    """
+
+    repo: str
+    folder: str = ""
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubReference:
+        """The reference that `text` is, with or without `hub:`. Raises ExpertError if none."""
+        found = REFERENCE.fullmatch(text.removeprefix(PREFIX))
+        if found is None:
+            raise ExpertError(
+                f"{text!r} is no reference to the Hub; wanted hub:OWNER/NAME, with /FOLDER and "
+                f"@REVISION where needed."
+            )
+        return cls(found["repo"], found["folder"].strip("/"), found["revision"])
+
+    @staticmethod
+    def is_one(place: str | Path) -> bool:
+        """True when `place` is meant as a reference: it begins with `hub:`."""
+        return str(place).startswith(PREFIX)
+
+    @property
+    def is_pinned(self) -> bool:
+        """True when the revision is a commit, so that the reference always means the same bytes."""
+        return COMMIT.fullmatch(self.revision or "") is not None
+
+    def __str__(self) -> str:
+        folder = f"/{self.folder}" if self.folder else ""
+        return f"{PREFIX}{self.repo}{folder}" + (f"@{self.revision}" if self.revision else "")
+
+
+def local_folder(place: str | Path) -> Path:
+    """The folder that `place` stands for: itself, or the local copy of what is on the Hub.
+
+    Raises ExpertError when a reference can't be read or fetched.
+    """
+    return fetch(HubReference.parse(str(place))) if HubReference.is_one(place) else Path(place)
+
+
+def reference_of(directory: Path) -> HubReference | None:
+    """The pinned reference to a folder in huggingface_hub's cache, None for other folders.
+
+    A folder that only looks like that cache, elsewhere, says nothing of where it comes from.
+    """
+    cache, place = Path(constants.HF_HUB_CACHE).resolve(), directory.resolve()
+    if not place.is_relative_to(cache):
+        return None
+    parts = place.relative_to(cache).parts
+    if len(parts) < 3 or parts[1] != "snapshots" or not COMMIT.fullmatch(parts[2]):
+        return None
+    repo = parts[0].removeprefix("models--").replace("--", "/")
+    return HubReference(repo, "/".join(parts[3:]), parts[2]) if repo != parts[0] else None
+
+
+def fetch(reference: HubReference) -> Path:
+    """The local copy of what `reference` names, in huggingface_hub's cache.
+
+    Without a connection the copy that was fetched before is used. Raises ExpertError when there is
+    neither, and when the repository, revision or folder doesn't exist.
+    """
+    inside = f"{reference.folder}/" if reference.folder else ""
+    patterns = [f"{inside}{depth}{file}" for file in FILES for depth in ("", "*/")]
+    with _reported(f"{reference} can't be fetched"):
+        snapshot = snapshot_download(
+            reference.repo, revision=reference.revision, allow_patterns=patterns
+        )
+    folder = Path(snapshot) / reference.folder
+    if not folder.is_dir():
+        raise ExpertError(f"{reference} holds no expert and no PEFT adapter.")
+    return folder
+
+
+def pull(reference: HubReference | str, out: str | Path) -> Expert:
+    """The expert that `reference` names, checked and copied to `out`.
+
+    Complete or not at all. Raises ExpertError when it can't be fetched, is damaged, or `out`
+    exists.
+    """
+    target = Path(out)
+    if target.exists():
+        raise ExpertError(f"{target} exists already; choose another place.")
+    reference = HubReference.parse(reference) if isinstance(reference, str) else reference
+    fetched = fetch(reference)
+    if not (fetched / LAYOUT.info).is_file():
+        raise ExpertError(_no_single_expert(reference, fetched))
+    Expert.load(fetched)
+    with new_directory(target, ExpertError) as work:
+        for file in FILES:
+            if (fetched / file).is_file():
+                shutil.copyfile(fetched / file, work / file)
+    return Expert.load(target)
+
+
+def push(
+    directory: str | Path,
+    reference: HubReference | str,
+    *,
+    private: bool = False,
+    message: str | None = None,
+) -> HubReference:
+    """The pinned reference to the expert in `directory`, published as one commit.
+
+    Adapter, gates, statistics, embeddings and card go together, and what an earlier version had
+    beyond them is deleted by the same commit; other files of the repository stay. The repository is
+    made when it doesn't exist, `private` or not. A revision in `reference` is the branch. Raises
+    ExpertError when the expert is not in order or the Hub refuses.
+    """
+    directory = Path(directory)
+    expert = Expert.load(directory)
+    reference = HubReference.parse(reference) if isinstance(reference, str) else reference
+    there = [file for file in FILES if (directory / file).is_file()]
+    for file in there:  # a link out of the folder would publish what it leads to
+        regular_file(directory / file)
+    with _reported(f"{directory} can't be pushed to {reference}"):
+        api = HfApi()
+        api.create_repo(reference.repo, private=private, exist_ok=True)
+        commit: Any = api.upload_folder(
+            repo_id=reference.repo,
+            folder_path=directory,
+            path_in_repo=reference.folder or None,
+            revision=reference.revision,
+            allow_patterns=there,
+            delete_patterns=[file for file in FILES if file not in there],
+            commit_message=message or f"Expert {expert.name}",
+        )
+    return replace(reference, revision=commit.oid)
+
+
+def _no_single_expert(reference: HubReference, fetched: Path) -> str:
+    """What to say when the folder itself is no expert, but may hold some."""
+    inner = sorted(path.parent.name for path in fetched.glob(f"*/{LAYOUT.info}"))
+    if not inner:
+        return (
+            f"{reference} is no expert: it has no {LAYOUT.info}. Import adapters with 'phatgoose "
+            f"import'."
+        )
+    example = replace(reference, folder=f"{reference.folder}/{inner[0]}".lstrip("/"))
+    return f"{reference} holds several experts ({', '.join(inner)}); name one, such as {example}."
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Whatever huggingface_hub raises, as one ExpertError that begins with `what`.
+
+    Its errors derive from OSError, ValueError and RuntimeError, and those of its HTTP client from
+    Exception alone.
+    """
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    except Exception as error:
+        chain = [error] if error.__cause__ is None else [error, error.__cause__]
+        text = " ".join(" ".join(str(each) or type(each).__name__ for each in chain).split())
+        raise ExpertError(f"{what}: {text[:MOST_OF_A_REASON]}") from error
+    finally:
+        if shown:
+            enable_progress_bars()

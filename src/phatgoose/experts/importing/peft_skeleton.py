@@ -1,0 +1,193 @@
+"""What a LoRA or (IA)³ config comes to on a base: PEFT's own answer, from a model without weights.
+
+PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
+exclude_modules, rank_pattern, alpha_pattern and rsLoRA; nothing of that is imitated here, but for
+matching: regular expressions are matched before, without going back (`patterns`), and PEFT is given
+the names that they match. The model is built on torch's meta device, once per distinct config.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from peft import PeftModel, get_peft_model
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.lora import LoraLayer
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ...base.loading import load_skeleton
+from ...base.sites import Site, find_sites
+from ...errors import ExpertError
+from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
+from ...files.strict_json import one_line, shortened
+from ..kinds.peft_files import IA3_ENDING, LORA_ENDINGS
+from .refusals import CONFIGS
+
+__all__ = ["Skeleton", "Target", "resolve", "spelled_out", "told_by_peft"]
+
+ADAPTER = "default"
+ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
+# What a config of strange values makes PEFT raise.
+PEFT_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RuntimeError,
+    OSError,
+    re.error,
+)
+# The options that decide where an adapter acts and how much; no other is handed to PEFT.
+SHARED = ("target_modules", "exclude_modules", "fan_in_fan_out", "task_type")
+OPTIONS = {
+    "LORA": (
+        *SHARED,
+        *("r", "lora_alpha", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern"),
+        *("layers_to_transform", "layers_pattern"),
+    ),
+    "IA3": (*SHARED, "feedforward_modules"),
+}
+UNINITIALISED = {"LORA": {"init_lora_weights": False}, "IA3": {"init_ia3_weights": False}}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A linear layer that a config adapts: the shapes of its tensors, by the end of their names.
+
+    `scale` is a LoRA's, None for others.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    scale: float | None
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """A base under a config, without weights: `targets` by site, in the model's order."""
+
+    model: PeftModel
+    targets: Mapping[str, Target]
+
+    def rename(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`tensors` under the names that this transformers gives the layers, as PEFT loads them.
+
+        Raises ExpertError when PEFT can't convert them.
+        """
+        with told_by_peft("Its tensors can't be converted to this transformers"):
+            return dict(
+                convert_peft_adapter_state_dict_for_transformers(
+                    model=self.model,
+                    peft_config=self.model.peft_config[ADAPTER],
+                    adapter_state_dict=dict(tensors),
+                    adapter_name=ADAPTER,
+                )
+            )
+
+
+def resolve(base: str, config: Mapping[str, Any], revision: str | None = None) -> Skeleton:
+    """The base model named `base` under a plain `config` (as `read_adapter_config` gives it).
+
+    Only the base's own config is read or downloaded. Raises BaseModelError when it can't be found,
+    ExpertError when the config fits nothing there, or adapts what is no site.
+    """
+    kind = config["peft_type"]
+    options = {key: config[key] for key in OPTIONS[kind] if config.get(key) is not None}
+    return _resolve(base, revision, kind, json.dumps(options, sort_keys=True))
+
+
+@lru_cache(maxsize=8)
+def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skeleton:
+    model = load_skeleton(base, revision=revision, offline=False)
+    sites = find_sites(model)
+    plain = spelled_out(json.loads(options), model)
+    with told_by_peft(f"PEFT can't apply its config to {base!r}"):
+        adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
+    fused = getattr(adapted.peft_config[ADAPTER], "target_parameters", None)
+    if fused:
+        raise ExpertError(
+            f"The adapter acts on layers of {base!r} that transformers 5 has fused into parameters "
+            f"({', '.join(sorted(fused))}), which are no linear layers."
+        )
+    targets = {}
+    for name, layer in adapted.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer | IA3Layer):
+            continue
+        original = layer.get_base_layer()
+        if name not in sites or not isinstance(original, nn.Linear | Conv1D):
+            raise ExpertError(
+                f"The adapter acts on {name} ({type(original).__name__}), but sites are linear "
+                f"layers inside the blocks of {base!r}; embeddings and output layers are none."
+            )
+        targets[name] = _target(layer, sites[name])
+    return Skeleton(adapted, targets)
+
+
+def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """`options` of a PEFT config with the names of layers of `model` in the place of patterns.
+
+    They must have passed `check_config`. Raises ExpertError when a pattern matches nothing, or PEFT
+    would ignore an option beside it.
+    """
+    names = [name for name, _ in model.named_modules()]
+    plain = dict(options)
+    for key, value in options.items():
+        if key.endswith(BY_PATTERN) and isinstance(value, Mapping):
+            found = {name: value_at(value, name) for name in names}
+            plain[key] = ByName({name: each for name, each in found.items() if each is not None})
+        elif key in NAMES and isinstance(value, str) and value.lower() != ALL_LINEAR:
+            plain[key] = matching(value, names)
+            if key == "target_modules" and not plain[key]:
+                raise ExpertError(f"Its target_modules {shortened(value)} matches no layer.")
+            if key == "target_modules" and options.get("layers_to_transform") is not None:
+                raise ExpertError("layers_to_transform can't be used with a pattern of layers.")
+    if isinstance(options.get("feedforward_modules"), str):
+        wanted = plain.get("target_modules")
+        if isinstance(wanted, list):  # PEFT wants the one within the other
+            inside = set(_named(wanted, names))
+            plain["target_modules"] = sorted(inside)
+            plain["feedforward_modules"] = [n for n in plain["feedforward_modules"] if n in inside]
+    return plain
+
+
+def _named(listed: list[str], names: list[str]) -> list[str]:
+    """Those of `names` that are in PEFT's list: whole, or what follows a dot in them."""
+    endings = tuple(f".{each}" for each in listed)
+    return [name for name in names if f".{name}".endswith(endings)]
+
+
+def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
+    """What PEFT's `layer` wants at `site`."""
+    n, d = site.in_features, site.out_features
+    if isinstance(layer, IA3Layer):
+        return Target({IA3_ENDING: (1, n) if layer.is_feedforward else (d, 1)}, None)
+    rank, scale = layer.r[ADAPTER], float(layer.scaling[ADAPTER])
+    shapes: tuple[tuple[int, ...], ...] = ((rank, n), (d, rank), (d,))
+    bias = 1 if layer.lora_bias[ADAPTER] else 0
+    return Target(dict(zip(LORA_ENDINGS[: 2 + bias], shapes, strict=False)), scale)
+
+
+@contextmanager
+def told_by_peft(what: str) -> Iterator[None]:
+    """Whatever PEFT raises, as one ExpertError that begins with `what`; its warnings are kept in.
+
+    What PEFT warns of (fan_in_fan_out, tied layers) is settled by comparing tensors.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except PEFT_ERRORS as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExpertError(f"{what}: {one_line(lines[0]).rstrip('.')}.") from error

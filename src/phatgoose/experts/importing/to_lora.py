@@ -1,0 +1,126 @@
+"""Adapters that are no LoRA but update linear layers, approximated by one (PEFT's convert_to_lora).
+
+LoHa, LoKr and the like add a matrix to the base weight. Its truncated singular value decomposition
+is a LoRA; what is cut off is lost, and stated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from ...base.loading import load_base
+from ...base.sites import find_sites
+from ...errors import ConfigError, ExpertError
+from ...files.regex_guard import BY_PATTERN, check_config
+from ...files.strict_json import shortened
+from ..kinds.modules import LoraFactors
+from ..kinds.peft_files import ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
+from .peft_skeleton import spelled_out, told_by_peft
+
+__all__ = ["Conversion", "convert"]
+
+ADAPTER = "default"
+SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # what PEFT makes tensors of
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """An approximation: `factors` by site, and the share of the squared norm that they keep.
+
+    `kept` is that of all updates together, `least` that at the worst site.
+    """
+
+    factors: Mapping[str, LoraFactors]
+    kept: float
+    least: float
+
+
+def convert(
+    folder: Path, base: str, allow_loss: float, *, revision: str | None = None
+) -> Conversion:
+    """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
+
+    Energy is the squared Frobenius norm. Ranks are as small as that allows, each site's own. The
+    base's weights are loaded. Raises ConfigError unless 0 <= allow_loss < 1, ExpertError when a
+    tensor is missing or left over or PEFT can't convert the adapter.
+    """
+    if not 0 <= allow_loss < 1:
+        raise ConfigError(f"allow_loss is {allow_loss!r}, but must be from 0 to below 1.")
+    config, tensors = read_config(folder), read_weights(folder)
+    kind = config["peft_type"]
+    if config.get("modules_to_save") or config.get("bias", "none") != "none":
+        raise ExpertError(f"{folder} replaces modules or biases of the base beside its {kind}.")
+    check_config(config, str(folder / ADAPTER_CONFIG))
+    _refuse_sizes(config, tensors, folder)
+    model = load_base(base, dtype="float32", revision=revision).model
+    sites = find_sites(model)
+    options = _plain_options(config, model)
+    with told_by_peft(f"{folder} can't be converted from {kind} to LoRA"):
+        adapted = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options))
+        loaded = set_peft_model_state_dict(adapted, dict(tensors))
+        missing = [name for name in loaded.missing_keys if adapted.base_model.prefix in name]
+        for name in [*missing, *loaded.unexpected_keys]:
+            raise ValueError(f"tensor {name} is {'missing' if name in missing else 'left over'}")
+        updates = _energies(adapted)
+        _, converted = convert_to_lora(adapted, rank=1.0 - allow_loss)
+    factors, energies = {}, {}
+    for site in updates:
+        if site not in sites:
+            raise ExpertError(
+                f"{folder} adapts {site}, which is no linear layer inside the blocks of {base!r}."
+            )
+        A, B = (converted[f"{PEFT_PREFIX}{site}.lora_{side}.weight"] for side in "AB")
+        factors[site] = LoraFactors(A, B, 1.0)
+        energies[site] = float((B.double() @ A.double()).square().sum())
+    shares = [energies[site] / updates[site] for site in updates if updates[site] > 0]
+    total = sum(updates.values())
+    return Conversion(
+        factors,
+        kept=min(sum(energies.values()) / total, 1.0) if total else 1.0,
+        least=min([*shares, 1.0]),
+    )
+
+
+def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Raise ExpertError where `config` wants more rows or columns than any of `tensors` has.
+
+    PEFT would take memory for them before it looks. A LoKr may name a greater rank, which then
+    means a whole matrix.
+    """
+    most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
+    for key, value in config.items() if config["peft_type"] != "LOKR" else ():
+        by_pattern = key.endswith(BY_PATTERN) and isinstance(value, Mapping)
+        for number in value.values() if by_pattern else [value] if key in SIZES else ():
+            if isinstance(number, int | float) and number > most and key != "alpha_pattern":
+                raise ExpertError(
+                    f"{folder}: its config's {key} is {shortened(number)}, but none of its tensors "
+                    f"has more than {most} rows or columns."
+                )
+
+
+def _plain_options(config: Mapping[str, Any], model: torch.nn.Module) -> dict[str, Any]:
+    """What PEFT's class for the kind of `config` takes of it, with names in place of patterns."""
+    fields = dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]])
+    known = {field.name for field in fields if field.init} - {"peft_type", "auto_mapping"}
+    return spelled_out({key: config[key] for key in config if key in known}, model)
+
+
+def _energies(adapted: torch.nn.Module) -> dict[str, float]:
+    """The squared norm of each layer's update, by site."""
+    energies = {}
+    with torch.no_grad():
+        for name, layer in adapted.named_modules():
+            if isinstance(layer, BaseTunerLayer) and hasattr(layer, "get_delta_weight"):
+                update = layer.get_delta_weight(ADAPTER)
+                energies[name.removeprefix(PEFT_PREFIX)] = float(update.double().square().sum())
+    return energies

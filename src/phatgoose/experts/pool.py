@@ -1,0 +1,278 @@
+"""Pools: collections of experts for one base model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..base.loading import BaseReference
+from ..errors import ExpertError, PoolError
+from ..files.atomic import write_text
+from ..files.prefetch import ahead
+from ..files.strict_json import one_line, read_json_object, sha256_of, shortened
+from .adapter import adapter_files
+from .expert import LAYOUT, Expert
+from .hub import HubReference, local_folder, reference_of
+from .input_format import format_record
+
+__all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
+
+MANIFEST_VERSION = 1
+LONGEST_PATH = 1000  # characters
+STAND_IN = ", or allow stand-ins for gates (--stand-in)"
+REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Experts that share a base model. Open one with `Pool.open`."""
+
+    experts: tuple[Expert, ...]
+
+    @classmethod
+    def open(cls, source: str | Path | Sequence[str | Path]) -> Pool:
+        """The pool in `source`.
+
+        `source` is a folder of expert directories, one expert directory, what the Hub has of either
+        ("hub:owner/name@revision"), a list of such places, or a manifest written by
+        `write_manifest` (experts are then checked against their recorded hashes). Every expert is
+        read and fully checked once. Raises PoolError when there is no expert, two share a name, or
+        bases differ; ExpertError for a bad expert.
+        """
+        if isinstance(source, str | Path) and Path(source).suffix == ".json":
+            return cls._of(_read_manifest(Path(source)))
+        places = [source] if isinstance(source, str | Path) else source
+        directories = [
+            directory for place in places for directory in _expert_directories(local_folder(place))
+        ]
+        if not directories:
+            raise PoolError(
+                f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
+                f"expert directories, each with a {LAYOUT.info}."
+            )
+        return cls._of(_loaded(directories))
+
+    @classmethod
+    def _of(cls, experts: Iterable[Expert]) -> Pool:
+        pool = cls(tuple(experts))
+        first = pool._anchor
+        seen: dict[str, Path] = {}
+        for expert in pool.experts:
+            if expert.name in seen:
+                raise PoolError(
+                    f"Two experts are named {expert.name!r}: {seen[expert.name]} and "
+                    f"{expert.directory}; rename one."
+                )
+            seen[expert.name] = expert.directory
+            if not _same_base(expert.info.base, first.info.base):
+                raise PoolError(
+                    f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
+                    f"{first.name!r} on {first.info.base.id!r}; a pool has one base."
+                )
+        return pool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The experts' names, in order: index z of a routing is the z-th of them."""
+        return tuple(expert.name for expert in self.experts)
+
+    @property
+    def base(self) -> BaseReference:
+        """The base all experts were trained on, with its fingerprint if any expert has it."""
+        return self._anchor.info.base
+
+    @property
+    def _anchor(self) -> Expert:
+        """The expert whose base the others are held against: the first that has a fingerprint."""
+        known = (expert for expert in self.experts if expert.info.base.fingerprint)
+        return next(known, self.experts[0])
+
+    @cached_property
+    def sites(self) -> tuple[str, ...]:
+        """Every site at which at least one expert acts."""
+        return tuple(dict.fromkeys(site for expert in self.experts for site in expert.modules))
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def select(
+        self, keep: Iterable[str] | None = None, leave_out: Iterable[str] | None = None
+    ) -> Pool:
+        """The pool of the experts named in `keep` (None: all), without those in `leave_out`.
+
+        Names are the experts' own (`Expert.name`), whatever their directories are called. Raises
+        PoolError for a name that the pool lacks, and when no expert is left.
+        """
+        if isinstance(keep, str) or isinstance(leave_out, str):
+            raise PoolError("keep and leave_out must be lists of names.")
+        kept, left = list(keep) if keep is not None else list(self.names), list(leave_out or ())
+        names = set(self.names)
+        for name in [*kept, *left]:
+            if name not in names:
+                raise PoolError(self._unknown(name))
+        staying = set(kept) - set(left)
+        chosen = [expert for expert in self.experts if expert.name in staying]
+        if not chosen:
+            raise PoolError("No expert is left in the pool after keep and leave_out.")
+        return Pool(tuple(chosen))
+
+    def _unknown(self, name: str) -> str:
+        """What to say of a `name` that no expert has; maybe it is a directory's."""
+        held = [expert.name for expert in self.experts if expert.directory.name == name]
+        hint = f" The directory {name!r} holds the expert {held[0]!r}." if held else ""
+        named = [
+            expert.name
+            if expert.directory.name == expert.name
+            else f"{expert.name} (in {expert.directory})"
+            for expert in self.experts
+        ]
+        return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
+
+    def release(self) -> None:
+        """Give the memory back that the bytes read from the experts' files take (`Expert`)."""
+        for expert in self.experts:
+            expert.release()
+
+    def vectors(self, kind: str, site: str) -> Tensor:
+        """The experts' gates (`kind` "gates") or mean activations ("means") at `site`, [E, n].
+
+        Rows belong to the experts that act at `site`, in order, all of which must have them.
+        """
+        return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
+
+    def check_vectors(self, kind: str) -> None:
+        """Raise PoolError, naming them, when experts have no gates (`kind` "gates") or "means"."""
+        without = [expert.name for expert in self.experts if not getattr(expert, kind)]
+        if without:
+            raise PoolError(_missing(without, kind))
+
+    def records(self) -> list[dict[str, Any]]:
+        """One record per expert: name, place, the hashes of its files and its inputs' form.
+
+        The place of an expert from the Hub is its reference there, pinned to a commit.
+        """
+        return [
+            {
+                "name": expert.name,
+                "path": str(reference_of(expert.directory) or expert.directory.resolve()),
+                "adapter_sha256": expert.info.adapter_sha256,
+                "vectors_sha256": expert.info.vectors_sha256,
+                "embeddings_sha256": expert.info.embeddings_sha256,
+                "formatting": format_record(expert.info.hyperparameters, expert.info.metrics),
+            }
+            for expert in self.experts
+        ]
+
+    def write_manifest(self, path: str | Path) -> None:
+        """Write a JSON manifest that `open` reads; paths in it are relative to it where possible.
+
+        Raises PoolError when it can't be written.
+        """
+        path = Path(path)
+        records = self.records()
+        for record, expert in zip(records, self.experts, strict=True):
+            record["config_sha256"] = sha256_of(
+                expert.directory / adapter_files(expert.directory).config
+            )
+            if not HubReference.is_one(record["path"]):
+                record["path"] = os.path.relpath(record["path"], path.resolve().parent)
+        content = {
+            "manifest_version": MANIFEST_VERSION,
+            "base": asdict(self.base),
+            "experts": records,
+        }
+        write_text(path, json.dumps(content, indent=2) + "\n", PoolError)
+
+
+def _expert_directories(place: Path) -> Iterator[Path]:
+    """`place` if it is an expert, else the experts directly in it, by name."""
+    if not place.is_dir():
+        raise PoolError(f"{place} does not exist or is no folder; wanted a folder of experts.")
+    if (place / LAYOUT.info).is_file():
+        yield place
+        return
+    for folder in sorted(place.iterdir()):
+        if not folder.name.startswith(".") and (folder / LAYOUT.info).is_file():
+            if not folder.resolve().is_relative_to(place.resolve()):
+                raise PoolError(
+                    f"{folder} is a symbolic link that leads out of {place}; name the folder that "
+                    f"it leads to beside {place} instead."
+                )
+            yield folder
+
+
+def _read_manifest(path: Path) -> Iterator[Expert]:
+    try:
+        content = read_json_object(path, PoolError)
+        version, records = content["manifest_version"], content["experts"]
+        places = [(record["path"], record) for record in records]
+        for named, _ in places:
+            if not isinstance(named, str) or "\0" in named or len(named) > LONGEST_PATH:
+                raise TypeError(f"path is {shortened(named)}")
+    except FileNotFoundError as error:
+        raise PoolError(f"Manifest {path} can't be read: {error.strerror}.") from error
+    except (PoolError, KeyError, TypeError) as error:
+        reason = one_line(error).removesuffix(".")
+        raise PoolError(f"{path} is no pool manifest: {reason}.") from error
+    if version != MANIFEST_VERSION:
+        raise PoolError(
+            f"{path}: manifest version {shortened(version)} is unknown, wanted {MANIFEST_VERSION}."
+        )
+    if not places:
+        raise PoolError(f"Manifest {path} lists no expert.")
+    directories = [
+        local_folder(named if HubReference.is_one(named) else path.parent / named)
+        for named, _ in places
+    ]
+    for expert, (_, record) in zip(_loaded(directories), places, strict=True):
+        _check_hashes(expert, record)
+        yield expert
+
+
+def _loaded(directories: Sequence[Path]) -> Iterator[Expert]:
+    """The experts in `directories`, in order; several are read at a time."""
+    return ahead(Expert.load, directories)
+
+
+def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
+    """Raise ExpertError unless `expert`, whose files are as it says, is the one of the record."""
+    files = adapter_files(expert.directory)
+    config_sha256 = sha256_of(expert.directory / files.config)
+    for file, key, found in (
+        (files.config, "config_sha256", config_sha256),
+        (files.weights, "adapter_sha256", expert.info.adapter_sha256),
+        (LAYOUT.vectors, "vectors_sha256", expert.info.vectors_sha256),
+        (LAYOUT.embeddings, "embeddings_sha256", expert.info.embeddings_sha256),
+    ):
+        if record.get(key) and found != record[key]:
+            raise ExpertError(
+                f"Expert {shortened(record.get('name'))} at {expert.directory}: {file} is not the "
+                f"one in the manifest."
+            )
+
+
+def _missing(without: Sequence[str], kind: str) -> str:
+    """What to say of the experts that lack gates (`kind` "gates") or means."""
+    many = len(without) > 1
+    return (
+        f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "
+        f"{'have' if many else 'has'} no {kind}: run 'phatgoose {REMEDIES[kind]}' with the data "
+        f"{'they were' if many else 'it was'} trained on, leave {'them' if many else 'it'} out, or "
+        f"use a router that needs none, such as arrow"
+        f"{STAND_IN if kind == 'gates' else ''}."
+    )
+
+
+def _same_base(one: BaseReference, other: BaseReference) -> bool:
+    """Same fingerprint where both have one; otherwise the same name."""
+    if one.fingerprint and other.fingerprint:
+        return one.fingerprint == other.fingerprint
+    return one.id == other.id

@@ -1,0 +1,79 @@
+"""Writing all or nothing: files and folders are made aside and renamed into place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from ..errors import PhatgooseError
+from .left_overs import (
+    REPLACED,
+    clear_left_overs,
+    open_to_readers,
+    temporary_file,
+    temporary_folder,
+)
+
+__all__ = ["WRITING_ERRORS", "new_directory", "new_file", "reason", "write_text"]
+
+WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
+
+
+@contextmanager
+def new_directory(
+    target: Path, error: type[PhatgooseError], *, overwrite: bool = False
+) -> Iterator[Path]:
+    """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
+
+    With `overwrite` a `target` that exists is replaced, and kept if that fails. What runs that were
+    killed left beside it goes. Raises `error` when it exists without `overwrite`, even if another
+    process has just made it, and when something can't be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clear_left_overs(target)
+        with temporary_folder(target) as work:
+            yield work
+            open_to_readers(work)
+            if not (overwrite and target.exists()):
+                os.rename(work, target)
+                return
+            with temporary_folder(target, REPLACED) as old:  # which brings it back if that fails
+                os.rename(target, old / target.name)
+                os.rename(work, target)
+    except WRITING_ERRORS as problem:
+        if not overwrite and target.exists():
+            raise error(f"{target} exists already; choose another place.") from problem
+        raise error(f"{target} can't be written: {reason(problem)}.") from problem
+
+
+@contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """A temporary file that becomes `target` when the context ends well, and vanishes otherwise.
+
+    Nothing is written through a link: the file is made anew under a name that can't be guessed, and
+    a link in the place of `target` is replaced. What runs that were killed left beside it goes.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    clear_left_overs(target)
+    with temporary_file(target) as unfinished:
+        yield unfinished
+        os.replace(unfinished, target)
+
+
+def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
+    """Write `content` to `path`, complete or not at all, as `new_file` does. Raises `error`."""
+    try:
+        with new_file(path) as unfinished:
+            unfinished.write_text(content, encoding="utf-8")
+    except OSError as problem:
+        raise error(f"{path} can't be written: {reason(problem)}.") from problem
+
+
+def reason(problem: Exception) -> str:
+    """Why something can't be written, in the system's words."""
+    return str(getattr(problem, "strerror", None) or problem)

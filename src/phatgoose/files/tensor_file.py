@@ -1,0 +1,265 @@
+"""safetensors files mapped into memory: read when used, never copied, given back when done with.
+
+The tensors of a file are views of its mapping, so opening one costs its header only. They are the
+file's content, not a copy: a file that is replaced (renamed over) stays what it was for those who
+have it open; one that is written in place changes under them, which nothing here ever does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import math
+import mmap
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..errors import ExpertError
+from .strict_json import MOST_JSON_BYTES, one_line, regular_file, shortened, unlike_keys
+
+__all__ = ["FLOATS", "Group", "TensorFile", "is_finite", "write_tensors"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+TYPES = {
+    **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
+    **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8},
+    "U8": torch.uint8,
+}
+NAMES = {dtype: name for name, dtype in TYPES.items()}
+DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
+LENGTH = struct.Struct("<Q")  # of the header, before it
+ROOM = 100_000_000  # bytes that the library reads as a header
+LONGEST_NAME = 500
+MOST_NUMBERS = 2**48  # of a tensor
+ALIGNMENT = 64  # of the data in files written here
+MOST_REMEMBERED = 2**20  # bytes of a header that is parsed once for all files that have it
+AT_ONCE = 2**24  # bytes that are looked at before their pages are given back
+FEW = 2**15 - 64  # numbers that torch sums in one thread: others may be at work beside it
+
+
+class Entry(NamedTuple):
+    """A tensor in a file: what it is, and where it lies in the file's data, in bytes."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class TensorFile(Mapping[str, Tensor]):
+    """Every tensor of a safetensors file by name, as views of the mapped file.
+
+    Not to be written to: `release` forgets what was.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open `path`.
+
+        Raises ExpertError when it is missing, no regular file of its folder, damaged or truncated,
+        has a header of more than MOST_JSON_BYTES, or holds a tensor of an impossible name or shape
+        or of a type that no file of ours has.
+        """
+        self.path = path
+        try:
+            _check_header(regular_file(path))
+            with safe_open(path, "pt"):
+                pass  # the library's strict look at lengths, types, shapes and offsets
+            size = path.stat().st_size
+            storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
+            self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
+            (length,) = LENGTH.unpack(self._content(0, LENGTH.size))
+            self._data = LENGTH.size + length
+            header = bytes(self._content(LENGTH.size, self._data))
+            self.entries = (_entries if length <= MOST_REMEMBERED else _entries.__wrapped__)(header)
+            self._typed = {
+                dtype: torch.empty(0, dtype=dtype).set_(storage)
+                for dtype in {entry.dtype for entry in self.entries.values()}
+            }
+        except FileNotFoundError as error:
+            raise ExpertError(f"{path} does not exist.") from error
+        except DAMAGE as error:
+            raise ExpertError(f"{path} is damaged or truncated: {one_line(error)}.") from error
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __getitem__(self, name: str) -> Tensor:
+        dtype, shape, strides, begin, _ = self.entries[name]
+        return self._view(dtype, shape, strides, begin)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def sha256(self) -> str:
+        """The SHA-256 of the file as it is mapped, in hexadecimal."""
+        digest = hashlib.sha256()
+        for begin in range(0, len(self._bytes), AT_ONCE):
+            digest.update(self._content(begin, begin + AT_ONCE))
+            self._release(begin, begin + AT_ONCE)
+        return digest.hexdigest()
+
+    def check_finite(self) -> None:
+        """Raise ExpertError, naming one, when a tensor holds a NaN or an infinity."""
+        for dtype, first, end in self._runs():
+            for begin in range(first, end, AT_ONCE):
+                size = min(AT_ONCE, end - begin)
+                if not is_finite(self._view(dtype, (size // dtype.itemsize,), (1,), begin)):
+                    bad = next(n for n, t in self.items() if t.dtype == dtype and not is_finite(t))
+                    raise ExpertError(
+                        f"{self.path}: tensor {bad} holds a value that is not finite."
+                    )
+                self._release(self._data + begin, self._data + begin + size)
+
+    def release(self) -> None:
+        """Give the memory back that the bytes read so far take; they are read again when used."""
+        self._release(0, len(self._bytes))
+
+    def _content(self, begin: int, end: int) -> memoryview:
+        return memoryview(self._bytes[begin:end].numpy())  # type: ignore[arg-type]
+
+    def _release(self, begin: int, end: int) -> None:
+        if _madvise is not None:
+            begin -= begin % mmap.PAGESIZE  # a mapping begins at a page
+            size = min(end, len(self._bytes)) - begin
+            _madvise(self._bytes.data_ptr() + begin, size, mmap.MADV_DONTNEED)
+
+    def _view(
+        self, dtype: torch.dtype, shape: tuple[int, ...], strides: tuple[int, ...], begin: int
+    ) -> Tensor:
+        """The tensor at byte `begin` of the data; a copy where it isn't aligned to its type."""
+        place = self._data + begin
+        if place % dtype.itemsize:
+            size = math.prod(shape) * dtype.itemsize
+            return self._bytes[place : place + size].clone().view(dtype).view(shape)
+        return self._typed[dtype].as_strided(shape, strides, place // dtype.itemsize)
+
+    def _runs(self) -> Iterator[tuple[torch.dtype, int, int]]:
+        """Neighbours of one floating point type together: type, first byte and end in the data."""
+        in_order = sorted(self.entries.values(), key=lambda entry: entry.begin)
+        for dtype, run in groupby(in_order, key=lambda entry: entry.dtype):
+            together = list(run)
+            if dtype in FLOATS:
+                yield dtype, together[0].begin, together[-1].end
+
+
+class Group(Mapping[str, Tensor]):
+    """The tensors of a file whose names begin with a prefix and a dot, by what comes after it."""
+
+    def __init__(self, file: Mapping[str, Tensor], prefix: str) -> None:
+        self._file = file
+        begin = f"{prefix}."
+        self._names = {n.removeprefix(begin): n for n in file if n.startswith(begin)}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._file[self._names[name]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], header: int) -> None:
+    """Write a safetensors file of named `tensors`, one after the other as they come.
+
+    `header` bytes are kept free for its header, which is known at the end only. Raises ValueError
+    when that was too little, OSError when it can't be written.
+    """
+    table: dict[str, Any] = {}
+    begin = -(-(LENGTH.size + header) // ALIGNMENT) * ALIGNMENT
+    with path.open("wb") as file:
+        file.seek(begin)
+        for name, tensor in tensors:
+            first = file.tell() - begin
+            file.write(_bytes_of(tensor))
+            table[name] = {
+                "dtype": NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [first, file.tell() - begin],
+            }
+        text = json.dumps(table, separators=(",", ":")).encode()
+        if len(text) > begin - LENGTH.size:
+            raise ValueError(f"a header of {len(text)} bytes in {begin - LENGTH.size}")
+        file.seek(0)
+        file.write(LENGTH.pack(begin - LENGTH.size) + text.ljust(begin - LENGTH.size))
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return memoryview(plain.numpy())  # type: ignore[arg-type]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """True when every value is finite. A finite sum, which is far less work, shows that too."""
+    return all(
+        math.isfinite(part.sum()) or bool(torch.isfinite(part).all())
+        for part in torch.split(tensor.flatten(), FEW)
+    )
+
+
+def _check_header(path: Path) -> None:
+    """Raise ValueError for a header that would take seconds and gigabytes to parse.
+
+    Spaces at its end, which keep it room, cost nothing. One that is cut or longer than the library
+    reads is left to it.
+    """
+    with path.open("rb") as file:
+        begin = file.read(LENGTH.size)
+        length = LENGTH.unpack(begin)[0] if len(begin) == LENGTH.size else 0
+        if MOST_JSON_BYTES < length <= ROOM:
+            used = len(file.read(length).rstrip())
+            if used > MOST_JSON_BYTES:
+                raise ValueError(f"its header has {used} bytes; at most {MOST_JSON_BYTES} are read")
+
+
+@lru_cache(maxsize=16)  # the experts of a pool mostly have one header in common
+def _entries(header: bytes) -> dict[str, Entry]:
+    """What a header says, by name. Raises ValueError, KeyError or TypeError for what it can't."""
+    table: dict[str, Any] = json.loads(header, object_pairs_hook=unlike_keys)
+    table.pop("__metadata__", None)
+    for name in table:
+        if not name.isprintable() or len(name) > LONGEST_NAME:
+            raise ValueError(f"it holds a tensor of an impossible name, {shortened(name)}")
+    return {name: _entry(**held) for name, held in table.items()}
+
+
+def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
+    if dtype not in TYPES:
+        raise ValueError(f"it holds numbers of type {shortened(dtype)}, not {', '.join(TYPES)}")
+    strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    begin, end = data_offsets
+    if math.prod(max(size, 1) for size in shape) > MOST_NUMBERS:  # beside a 0, so it takes no room
+        raise ValueError(f"it holds a tensor of an impossible shape, {shortened(shape)}")
+    return Entry(TYPES[dtype], tuple(shape), strides, begin, end)
+
+
+def _find_madvise() -> Any:
+    """The system's madvise, None where there is none."""
+    if not hasattr(mmap, "MADV_DONTNEED"):
+        return None
+    try:
+        function = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError, TypeError):
+        return None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return function
+
+
+_madvise = _find_madvise()

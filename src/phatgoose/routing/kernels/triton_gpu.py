@@ -1,0 +1,245 @@
+"""The routed product and the top-k of scored routers in Triton, for GPUs without gradients.
+
+The programs stand in `triton_programs` beside this. Triton comes with torch's builds for GPUs;
+where it is absent nothing is lost but speed: the other kernels serve. Under `TRITON_INTERPRET=1`,
+set before Triton is first imported, it runs the same programs on the CPU, slowly: for tests.
+
+Few tokens are multiplied one by one, each with its own experts' factors; many are put into blocks
+of one expert each, on the device, whose number is bounded by the shapes alone. So nothing ever
+waits for the device, and calls can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+from .sizes import belong_together, misfit
+
+__all__ = ["in_blocks", "one_by_one", "runs_on_triton", "top_experts", "triton_gpu"]
+
+logger = logging.getLogger(__name__)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+OLDEST = (8, 0)  # compute capability from which on all of DTYPES can be multiplied
+LEAST_PAIRS = 512  # below, an estimate: five launches more take longer than reading factors again
+PAIRS = 512  # counted and placed by one program
+FEATURES = 128  # of d, computed by one program
+FEW_RANKS = 4  # of one pair, computed by one program
+LOADED_BYTES = 256  # of each token and factor, at a time, by products of blocks
+
+
+def runs_on_triton(*tensors: Tensor) -> bool:
+    """True when Triton can take `tensors`: of one type, on one GPU that it knows, no gradients.
+
+    False while torch.compile traces, and on CPUs, interpreted or not.
+    """
+    return tensors[0].is_cuda and not torch.compiler.is_compiling() and _takes(*tensors)
+
+
+def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The routed product of `kernels.choice`, one by one or in blocks, [T, d].
+
+    Weights of zero (padding) cost nothing; sums are float32. Raises ConfigError where
+    Triton can't take the tensors, RoutingError when their shapes don't belong together. Indices are
+    believed: looking at them would wait for the device.
+    """
+    if not _takes(u, A, B):
+        raise ConfigError(
+            f"Kernel triton needs tensors of one type on a GPU, the package triton and "
+            f"torch.no_grad(), but got {u.dtype} on {u.device}; use kernel auto."
+        )
+    if not (
+        u.dim() == experts.dim() == 2
+        and experts.dtype is torch.int64
+        and experts.device == weights.device == u.device
+        and experts.shape == weights.shape
+        and u.shape[0] == experts.shape[0]
+        and belong_together(u.shape[1], A.shape, B.shape)
+    ):
+        raise misfit("triton", u=u, experts=experts, weights=weights, A=A, B=B)
+    if u.numel() == 0 or experts.numel() == 0:
+        return u.new_zeros(len(u), B.shape[2])
+    many = experts.numel() > max(LEAST_PAIRS, 2 * len(A))
+    return (in_blocks if many else one_by_one)(u, experts, weights, A, B)
+
+
+def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[Tensor, Tensor]:
+    """The k experts of the highest affinity for each token of u [T, n], and their weights.
+
+    As `native.top_experts`, on the device of `u`: call it where `runs_on_triton(u, vectors)`.
+    """
+    if not (
+        u.dim() == vectors.dim() == 2
+        and u.shape[1] == vectors.shape[1] > 0
+        and u.device == vectors.device
+        and 1 <= k <= vectors.shape[0]
+    ):
+        raise misfit("triton", k, u=u, vectors=vectors)
+    u, vectors = _contiguous(u, vectors)
+    tokens, (E, n) = len(u), vectors.shape
+    scores = u.new_empty(tokens, E, dtype=torch.float32)
+    experts = u.new_empty(tokens, k, dtype=torch.int64)
+    weights = u.new_empty(tokens, k, dtype=torch.float32)
+    if tokens == 0:
+        return experts, weights
+    block_t, block_e = (16, 16) if tokens <= 16 else (32, _block(E, 16, 64))
+    row = _block(E)
+    with _programs_for(u) as programs:
+        programs.score_experts[(-(-tokens // block_t), -(-E // block_e))](
+            *(u, vectors, scores, tokens, n, E, eps or 0.0),
+            STANDARDISED=eps is not None,
+            WIDE=_is_interpreted(),
+            BLOCK_T=block_t,
+            BLOCK_E=block_e,
+            BLOCK_N=LOADED_BYTES // u.itemsize,
+        )
+        programs.choose_experts[(tokens,)](
+            *(scores, experts, weights, E, k),
+            BLOCK_E=row,
+            BLOCK_K=_block(k),
+            num_warps=min(max(row // 256, 1), 8),
+        )
+    return experts, weights
+
+
+def one_by_one(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The product of `triton_gpu` with each pair's own factors: for few tokens."""
+    u, experts, weights, A, B = _contiguous(u, experts, weights.float(), A, B)
+    (tokens, k), (_, r, n), d = experts.shape, A.shape, B.shape[2]
+    inner = u.new_empty(tokens * k, r, dtype=torch.float32)
+    delta = u.new_empty(tokens, d)
+    with _programs_for(u) as programs:
+        programs.shrink_pair[(tokens * k, -(-r // FEW_RANKS))](
+            *(u, experts, weights, A, inner, k, r, n), BLOCK_R=FEW_RANKS, BLOCK_N=512
+        )
+        programs.expand_token[(tokens, -(-d // FEATURES))](
+            *(inner, experts, weights, B, delta, k, r, d), BLOCK_R=16, BLOCK_D=FEATURES
+        )
+    return delta
+
+
+def in_blocks(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    """The product of `triton_gpu` with the pairs of an expert multiplied together: for many."""
+    u, experts, weights, A, B = _contiguous(u, experts, weights.float(), A, B)
+    (tokens, k), (E, r, n), d = experts.shape, A.shape, B.shape[2]
+    pairs = tokens * k
+    size = _block(pairs // E, 16, 64)  # pairs multiplied together
+    owners, rows = _arrange(experts, weights, E, size)
+    inner = u.new_empty(pairs, r, dtype=torch.float32)
+    parts = u.new_empty(pairs, d)
+    delta = u.new_empty(tokens, d)
+    ranks, wide = _block(r, 16, 64), _is_interpreted()
+    with _programs_for(u) as programs:
+        programs.shrink_block[(len(owners), -(-r // ranks))](
+            *(u, owners, rows, weights, A, inner, k, r, n),
+            WIDE=wide,
+            BLOCK_T=size,
+            BLOCK_R=ranks,
+            BLOCK_N=LOADED_BYTES // u.itemsize,
+        )
+        programs.expand_block[(len(owners), -(-d // FEATURES))](
+            *(inner, owners, rows, B, parts, r, d),
+            WIDE=wide,
+            BLOCK_T=size,
+            BLOCK_R=16,
+            BLOCK_D=FEATURES,
+        )
+        programs.add_choices[(tokens, -(-d // 1024))](parts, weights, delta, k, d, BLOCK_D=1024)
+    return delta
+
+
+def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tensor, Tensor]:
+    """Blocks of up to `size` pairs of one expert: their `owners` [blocks], `rows` [blocks, size].
+
+    Both as `triton_programs.place_pairs` leaves them. There are as many blocks as there could ever
+    be: an expert leaves part of a block empty at most.
+    """
+    pairs = experts.numel()
+    most = (pairs + min(E, pairs) * (size - 1)) // size
+    zeros = torch.zeros(E + most * (1 + size), dtype=torch.int32, device=experts.device)
+    counts, owners, rows = torch.split(zeros, [E, most, most * size])
+    firsts = torch.empty_like(counts)
+    places = torch.empty(pairs, dtype=torch.int32, device=experts.device)
+    grid = (-(-pairs // PAIRS),)
+    with _programs_for(experts) as programs:
+        programs.count_pairs[grid](experts, weights, counts, places, pairs, BLOCK=PAIRS)
+        programs.arrange_experts[(1,)](counts, firsts, E, BLOCK_T=size, BLOCK_E=_block(E))
+        programs.place_pairs[grid](
+            *(experts, weights, places, firsts, owners, rows, pairs), BLOCK_T=size, BLOCK=PAIRS
+        )
+    return owners, rows.view(most, size)
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def _block(size: int, least: int = 1, most: int | None = None) -> int:
+    """The power of two from `size` upwards, within bounds: blocks have no other sizes."""
+    wanted = max(1 << (size - 1).bit_length() if size > 0 else 1, least)
+    return wanted if most is None else min(wanted, most)
+
+
+def _takes(*tensors: Tensor) -> bool:
+    first = tensors[0]
+    return (
+        first.dtype in DTYPES
+        and all(t.dtype == first.dtype and t.device == first.device for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+        and _serves(first.device)
+    )
+
+
+@cache
+def _serves(device: torch.device) -> bool:
+    """True where Triton is there, knows the device and could run a program on it."""
+    if device.type == "cuda":
+        known = torch.cuda.get_device_capability(device) >= OLDEST
+    else:
+        known = device.type == "cpu" and _is_interpreted()
+    return known and _programs() is not None and _runs(device)
+
+
+def _runs(device: torch.device) -> bool:
+    """Whether a small program runs; Triton may lack a C compiler, for one."""
+    counts = torch.ones(1, dtype=torch.int32, device=device)
+    try:
+        with _programs_for(counts) as programs:
+            programs.arrange_experts[(1,)](counts, counts, 1, BLOCK_T=16, BLOCK_E=16)
+    except Exception as error:  # Triton's own are of many kinds
+        logger.info("Triton can't be used on %s, other kernels serve: %s", device, error)
+        return False
+    return True
+
+
+@cache
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@contextmanager
+def _programs_for(tensor: Tensor) -> Iterator[Any]:
+    """`triton_programs`, which start on the device of `tensor` while the context is open."""
+    with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
+        yield _programs()
+
+
+@cache
+def _programs() -> ModuleType | None:
+    """`triton_programs`, None where Triton is not installed."""
+    try:
+        from . import triton_programs  # an optional extra
+    except ImportError as error:
+        logger.info("Triton can't be used, other kernels serve: %s", error)
+        return None
+    return triton_programs

@@ -1,0 +1,283 @@
+"""What runs on the GPU, written in Triton; `triton_gpu` beside this calls it.
+
+Glossary of `kernels.choice`. A *pair* is a token and one of its k experts, numbered t k + j; a
+*block* is some of one expert's pairs, multiplied together. Pointers are named after what they point
+at; all tensors are contiguous. Sums are float32, and so is `inner` [T k, r], which holds w A u.
+Offsets that grow with tokens or experts are 64-bit. WIDE has products taken in float32, which
+changes no result: Triton's interpreter can't multiply bfloat16.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "add_choices",
+    "arrange_experts",
+    "choose_experts",
+    "count_pairs",
+    "expand_block",
+    "expand_token",
+    "place_pairs",
+    "score_experts",
+    "shrink_block",
+    "shrink_pair",
+]
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def score_experts(
+    u,
+    vectors,
+    scores,
+    tokens,
+    n,
+    E,
+    eps,
+    STANDARDISED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Affinities [T, E] of some tokens to some experts: v̄ᵀū/√n, or |vᵀu| unless STANDARDISED.
+
+    The variance is summed around each token's first feature, which keeps it exact where activations
+    are far from zero. Rounding leaves v̄ a small mean; it is taken out with the mean of u.
+    """
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    products = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    if STANDARDISED:
+        first = tl.load(u + token * n, mask=token < tokens, other=0.0).to(tl.float32)
+        sums = tl.zeros((BLOCK_T,), tl.float32)
+        squares = tl.zeros((BLOCK_T,), tl.float32)
+        vector_sums = tl.zeros((BLOCK_E,), tl.float32)
+    for start in range(0, n, BLOCK_N):
+        feature = start + tl.arange(0, BLOCK_N)
+        inside = (token < tokens)[:, None] & (feature < n)[None, :]
+        x = tl.load(u + token[:, None] * n + feature[None, :], mask=inside, other=0.0)
+        known = (feature < n)[:, None] & (expert < E)[None, :]
+        v = tl.load(vectors + expert[None, :] * n + feature[:, None], mask=known, other=0.0)
+        if WIDE:
+            x, v = x.to(tl.float32), v.to(tl.float32)
+        products = tl.dot(x, v, products, input_precision="ieee")
+        if STANDARDISED:
+            shifted = tl.where(inside, x.to(tl.float32) - first[:, None], 0.0)
+            sums += tl.sum(shifted, 1)
+            squares += tl.sum(shifted * shifted, 1)
+            vector_sums += tl.sum(v.to(tl.float32), 0)
+    if STANDARDISED:
+        mean = sums / n
+        variance = tl.maximum(squares / n - mean * mean, 0.0)
+        products -= (mean + first)[:, None] * vector_sums[None, :]
+        products *= (1.0 / tl.sqrt((variance + eps) * n))[:, None]
+    else:
+        products = tl.abs(products)
+    written = (token < tokens)[:, None] & (expert < E)[None, :]
+    tl.store(scores + token[:, None] * E + expert[None, :], products, mask=written)
+
+
+@triton.jit
+def choose_experts(scores, experts, weights, E, k, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The k highest scores of one token, the first of equals first, and their softmax.
+
+    NaN counts as the lowest number there is, so that no choice ever falls outside the E experts.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    expert = tl.arange(0, BLOCK_E)
+    left = tl.load(scores + token * E + expert, mask=expert < E, other=0.0)
+    left = tl.where(left > -3.4e38, left, -3.4e38)
+    left = tl.where(expert < E, left, float("-inf"))
+    choice = tl.arange(0, BLOCK_K)
+    chosen = tl.full((BLOCK_K,), float("-inf"), tl.float32)
+    for j in range(k):
+        best = tl.argmax(left, 0)
+        tl.store(experts + token * k + j, best.to(tl.int64))
+        chosen = tl.where(choice == j, tl.max(left, 0), chosen)
+        left = tl.where(expert == best, float("-inf"), left)
+    powers = tl.exp(chosen - tl.max(chosen, 0))
+    tl.store(weights + token * k + choice, powers / tl.sum(powers, 0), mask=choice < k)
+
+
+@triton.jit
+def shrink_pair(
+    u, experts, weights, A, inner, k, r, n, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Some of the r numbers w A u of one pair."""
+    pair = tl.program_id(0).to(tl.int64)
+    rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    weight = tl.load(weights + pair)
+    if weight == 0.0:
+        return
+    rows = (tl.load(experts + pair) * r + rank) * n
+    products = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    for start in range(0, n, BLOCK_N):
+        feature = start + tl.arange(0, BLOCK_N)
+        x = tl.load(u + pair // k * n + feature, mask=feature < n, other=0.0)
+        known = (rank < r)[:, None] & (feature < n)[None, :]
+        a = tl.load(A + rows[:, None] + feature[None, :], mask=known, other=0.0)
+        products += a.to(tl.float32) * x.to(tl.float32)[None, :]
+    tl.store(inner + pair * r + rank, weight * tl.sum(products, 1), mask=rank < r)
+
+
+@triton.jit
+def expand_token(
+    inner, experts, weights, B, delta, k, r, d, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Some of the d numbers of one token's delta, summed over its choices."""
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for j in range(k):
+        pair = token * k + j
+        if tl.load(weights + pair) != 0.0:
+            expert = tl.load(experts + pair)
+            for start in range(0, r, BLOCK_R):
+                rank = start + tl.arange(0, BLOCK_R)
+                h = tl.load(inner + pair * r + rank, mask=rank < r, other=0.0)
+                known = (rank < r)[:, None] & (feature < d)[None, :]
+                b_rows = B + (expert * r + rank)[:, None] * d
+                b = tl.load(b_rows + feature[None, :], mask=known, other=0.0)
+                total += tl.sum(h[:, None] * b.to(tl.float32), 0)
+    tl.store(delta + token * d + feature, total.to(delta.dtype.element_ty), mask=feature < d)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def count_pairs(experts, weights, counts, places, pairs, BLOCK: tl.constexpr):
+    """Each expert's number of pairs in `counts` [E], and each pair's place among them.
+
+    Which pair comes first is chance, but no result depends on it. Weights of zero don't count.
+    """
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
+    expert = tl.load(experts + pair, mask=wanted, other=0)
+    place = tl.atomic_add(counts + expert, 1, mask=wanted)
+    tl.store(places + pair, place, mask=wanted)
+
+
+@triton.jit
+def arrange_experts(counts, firsts, E, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Each expert's first block, when each has as many as its pairs fill: `firsts` [E]."""
+    expert = tl.arange(0, BLOCK_E)
+    count = tl.load(counts + expert, mask=expert < E, other=0)
+    blocks = (count + BLOCK_T - 1) // BLOCK_T
+    tl.store(firsts + expert, tl.cumsum(blocks, 0) - blocks, mask=expert < E)
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def place_pairs(
+    experts,
+    weights,
+    places,
+    firsts,
+    owners,
+    rows,
+    pairs,
+    BLOCK_T: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The pairs of each block in `rows` [blocks, BLOCK_T], its expert in `owners` [blocks].
+
+    Both are counted from 1; what stays 0 is nobody's.
+    """
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0
+    expert = tl.load(experts + pair, mask=wanted, other=0)
+    place = tl.load(places + pair, mask=wanted, other=0)
+    block = tl.load(firsts + expert, mask=wanted, other=0) + place // BLOCK_T
+    row = place % BLOCK_T
+    tl.store(rows + block * BLOCK_T + row, pair + 1, mask=wanted)
+    tl.store(owners + block, expert.to(tl.int32) + 1, mask=wanted & (row == 0))
+
+
+@triton.jit
+def shrink_block(
+    u,
+    owners,
+    rows,
+    weights,
+    A,
+    inner,
+    k,
+    r,
+    n,
+    WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Some of the r numbers w A u of each pair in one block."""
+    block = tl.program_id(0)
+    expert = tl.load(owners + block).to(tl.int64) - 1
+    if expert < 0:
+        return
+    pair = tl.load(rows + block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64) - 1
+    rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    x_rows = u + (pair // k)[:, None] * n
+    a_rows = A + (expert * r + rank)[None, :] * n
+    products = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for start in range(0, n, BLOCK_N):
+        feature = start + tl.arange(0, BLOCK_N)
+        inside = (pair >= 0)[:, None] & (feature < n)[None, :]
+        x = tl.load(x_rows + feature[None, :], mask=inside, other=0.0)
+        known = (feature < n)[:, None] & (rank < r)[None, :]
+        a = tl.load(a_rows + feature[:, None], mask=known, other=0.0)
+        if WIDE:
+            x, a = x.to(tl.float32), a.to(tl.float32)
+        products = tl.dot(x, a, products, input_precision="ieee")
+    weight = tl.load(weights + pair, mask=pair >= 0, other=0.0)
+    written = (pair >= 0)[:, None] & (rank < r)[None, :]
+    places = inner + pair[:, None] * r + rank[None, :]
+    tl.store(places, products * weight[:, None], mask=written)
+
+
+@triton.jit
+def expand_block(
+    inner,
+    owners,
+    rows,
+    B,
+    parts,
+    r,
+    d,
+    WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Some of the d numbers w B A u of each pair in one block: `parts` [T k, d]."""
+    block = tl.program_id(0)
+    expert = tl.load(owners + block).to(tl.int64) - 1
+    if expert < 0:
+        return
+    pair = tl.load(rows + block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64) - 1
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    products = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    for start in range(0, r, BLOCK_R):
+        rank = start + tl.arange(0, BLOCK_R)
+        inside = (pair >= 0)[:, None] & (rank < r)[None, :]
+        h = tl.load(inner + pair[:, None] * r + rank[None, :], mask=inside, other=0.0)
+        known = (rank < r)[:, None] & (feature < d)[None, :]
+        b_rows = B + (expert * r + rank)[:, None] * d
+        b = tl.load(b_rows + feature[None, :], mask=known, other=0.0)
+        h = h.to(b.dtype)
+        if WIDE:
+            h, b = h.to(tl.float32), b.to(tl.float32)
+        products = tl.dot(h, b, products, input_precision="ieee")
+    written = (pair >= 0)[:, None] & (feature < d)[None, :]
+    places = parts + pair[:, None] * d + feature[None, :]
+    tl.store(places, products.to(parts.dtype.element_ty), mask=written)
+
+
+@triton.jit
+def add_choices(parts, weights, delta, k, d, BLOCK_D: tl.constexpr):
+    """Some of the d numbers of one token's delta, the sum of its pairs' parts."""
+    token = tl.program_id(0).to(tl.int64)
+    feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for j in range(k):
+        pair = token * k + j
+        if tl.load(weights + pair) != 0.0:
+            part = tl.load(parts + pair * d + feature, mask=feature < d, other=0.0)
+            total += part.to(tl.float32)
+    tl.store(delta + token * d + feature, total.to(delta.dtype.element_ty), mask=feature < d)

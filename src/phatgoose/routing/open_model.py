@@ -1,0 +1,94 @@
+"""Whatever stands for a model, opened: a routed model's folder, a pool, an expert, a base."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..base.loading import Base, load_base
+from ..config import Routing
+from ..experts.hub import HubReference
+from ..experts.pool import Pool
+from .compose import compose
+from .routers.scores import Scores
+from .saved.description import ROUTED_INFO
+from .saved.load import load
+
+__all__ = ["OpenedModel", "compose_pool", "is_pool", "is_routed", "loaded_base", "open_model"]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready to use, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def is_routed(place: str | Path) -> bool:
+    """True for the folder of a routed model."""
+    return (Path(place) / ROUTED_INFO).is_file()
+
+
+def is_pool(place: str | Path) -> bool:
+    """True for a manifest, an expert's directory, a folder of such, or a reference to the Hub."""
+    if HubReference.is_one(place):
+        return True
+    path = Path(place)
+    is_model = (path / "config.json").is_file() or is_routed(path)
+    return path.suffix == ".json" or (path.is_dir() and not is_model)
+
+
+def open_model(
+    place: str | Path,
+    base: Base | str | None = None,
+    *,
+    dtype: str = "auto",
+    routing: Routing | None = None,
+    keep: Iterable[str] | None = None,
+    leave_out: Iterable[str] | None = None,
+    scores: Scores | str | Path | None = None,
+) -> OpenedModel:
+    """The model at `place`: a routed one, a pool composed by `routing`, or a base model alone.
+
+    `base`, a loaded one or a name, serves pools and routed models; None loads the one they name.
+    `keep`, `leave_out` and `scores` are those of `compose`; of `routing` a routed model takes the
+    embedder. Raises what loading or composing does.
+    """
+    base = load_base(base, dtype=dtype) if isinstance(base, str) else base
+    if is_routed(place):
+        embedder = routing.retrieval_embedder if routing else None
+        routed = load(place, base, dtype=dtype, retrieval_embedder=embedder)
+    elif is_pool(place):
+        routed = compose_pool(
+            Pool.open(place).select(keep, leave_out),
+            base,
+            dtype=dtype,
+            routing=routing,
+            scores=scores,
+        )
+    else:
+        alone = load_base(place, dtype=dtype)
+        return OpenedModel(alone.model, alone.tokenizer)
+    return OpenedModel(routed, routed.phatgoose.tokenizer)
+
+
+def compose_pool(
+    pool: Pool,
+    base: Base | None,
+    *,
+    dtype: str = "auto",
+    routing: Routing | None = None,
+    scores: Scores | str | Path | None = None,
+) -> PreTrainedModel:
+    """`pool` composed by `routing` with `base`, or with the base that it names, in `dtype`."""
+    base = base or loaded_base(pool, dtype)
+    return compose(pool, base, scores=scores, **asdict(routing or Routing()))
+
+
+def loaded_base(pool: Pool, dtype: str = "auto") -> Base:
+    """The base that `pool` names, loaded in `dtype`."""
+    return load_base(pool.base.id, dtype=dtype, revision=pool.base.revision)

@@ -1,0 +1,141 @@
+"""One expert for a whole input, chosen by gates: router phatgoose-input.
+
+Not in the paper, which chooses for every token at every site anew. In docs/study.md a pool of weak
+experts is served better by one of them alone, and gates find it without an embedder. The symbols
+are those of `per_token.affinities`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ....base.offloading import input_device
+from ....base.sites import Site
+from ....base.token_masks import watch_inputs
+from ....config import Formatting
+from ....errors import RoutingError
+from ....experts.pool import Pool
+from ....tasks.encoding import Encoder, batches_of_tokens, pad_right
+from ....tasks.task import Example
+from ...recording import unwatched
+from ..per_token.affinities import CentredRouter, affinity_vectors
+from .lookup import NOBODY, PromptReader
+
+__all__ = ["GateVote", "Votes"]
+
+BATCH_TOKENS = 1024  # of a pass that reads prompts, padding included: little padding, few passes
+Votes = Mapping[str, tuple[Tensor, Tensor]]  # by site: vectors [E, n + 1], experts [E] (indices)
+
+
+class GateVote(PromptReader):
+    """The expert z with the highest mean of v̄_zᵀ(u - M) / sqrt(var(u) + eps) / √n over an input.
+
+    The mean is over the prompt's tokens, then over the sites where z acts and that the prompt
+    passes (those of the encoder, where there is one). u is the base's own activation: the prompt
+    passes through the model once with no expert at work.
+    """
+
+    name = "phatgoose-input"
+
+    def __init__(
+        self, votes: Votes, pool_size: int, eps: float, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """`votes` are made by `votes_of`; `eps` is added to the variance of u."""
+        super().__init__(tokenizer)
+        self.votes, self.pool_size, self.eps = votes, pool_size, eps
+        self._routers = {site: CentredRouter(rows, 1, eps) for site, (rows, _) in votes.items()}
+
+    @staticmethod
+    def votes_of(pool: Pool) -> Votes:
+        """What the experts of `pool`, all with gates and means, vote with."""
+        return {
+            site: (
+                affinity_vectors(pool, site, "gates", "centred"),
+                torch.tensor([z for z, e in enumerate(pool.experts) if site in e.modules]),
+            )
+            for site in pool.sites
+        }
+
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
+        """The expert of each example, read as `formatting` has it; answer choices play no part."""
+        encoder = Encoder.for_model(self._attached, self.tokenizer, formatting)
+        prompts = [encoder.fitted(example.input, example.passage).tokens for example in examples]
+        return self.of_tokens(prompts)
+
+    def of_prompts(self, texts: Sequence[str]) -> Tensor:
+        """The expert of each prompt, int64 [texts]. Raises RoutingError when not attached."""
+        return self.means(texts).argmax(dim=-1)
+
+    def of_tokens(self, prompts: Sequence[list[int]]) -> Tensor:
+        """The same of prompts given by their tokens, special ones included."""
+        return self._means_of(prompts).argmax(dim=-1)
+
+    def means(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
+        """The mean affinity of each prompt and expert, float32 [texts, pool_size]."""
+        encoder = Encoder.for_model(self._attached, self.tokenizer, formatting)
+        return self._means_of([encoder.prompt(text) for text in texts])
+
+    @property
+    def _attached(self) -> PreTrainedModel:
+        if self._model is None:
+            raise RoutingError(f"Router {self.name} reads prompts with a model; compose one.")
+        return self._model
+
+    @torch.no_grad()
+    def _means_of(self, prompts: Sequence[list[int]]) -> Tensor:
+        """The mean affinity of each prompt, given by its tokens, and expert."""
+        model = self._attached
+        stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+        layers: Mapping[str, Any] = {site: model.get_submodule(site) for site in self.votes}
+        sites = {name: layer.site for name, layer in layers.items()}
+        poll = _Poll(self._routers, self.votes, self.pool_size)
+        found, device = torch.empty(len(prompts), self.pool_size), input_device(model)
+        with self._nobody_at_work(), unwatched(), watch_inputs(model, sites, poll.add):
+            for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
+                ids = pad_right([prompts[row] for row in rows], 0)
+                mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)
+                poll.begin(mask)
+                stack(input_ids=ids.to(device), attention_mask=mask)
+                found[rows] = poll.means()
+        return found
+
+    @contextmanager
+    def _nobody_at_work(self) -> Iterator[None]:
+        """No expert serves the passes of this thread while the context is open."""
+        rows, announced = self._turn.rows, self._turn.announced
+        self.serve(torch.tensor([NOBODY]))
+        try:
+            yield
+        finally:
+            self._turn.rows, self._turn.announced = rows, announced
+
+
+class _Poll:
+    """The affinities of a batch of texts, averaged over tokens and sites."""
+
+    def __init__(self, routers: Mapping[str, CentredRouter], votes: Votes, pool_size: int) -> None:
+        self._routers, self._votes, self._pool_size = routers, votes, pool_size
+
+    def begin(self, mask: Tensor) -> None:
+        """A batch comes whose tokens are where `mask` [texts, columns] is 1."""
+        self._shares = (mask / mask.sum(dim=1, keepdim=True)).float()
+        self._sums = torch.zeros(len(mask), self._pool_size)
+        self._sites = torch.zeros(self._pool_size)
+
+    def add(self, site: Site, u: Tensor, _: Tensor | None) -> None:
+        """At each site: the activations [texts, columns, n]."""
+        experts = self._votes[site.name][1].cpu()
+        tokens = self._routers[site.name].to(u.device).affinities(u.reshape(-1, u.shape[-1]))
+        rows = tokens.view(*self._shares.shape, -1)
+        self._sums[:, experts] += torch.einsum("tc,tce->te", self._shares, rows).cpu()
+        self._sites[experts] += 1
+
+    def means(self) -> Tensor:
+        """The mean of each text and expert [texts, pool_size], 0 for experts that act nowhere."""
+        return self._sums / self._sites.clamp(min=1)

@@ -1,0 +1,71 @@
+"""Scores of every single expert on every task, and who is best (METHOD section 5).
+
+Oracle takes the best expert of each task, Best Individual the one with the best mean over all
+tasks. Both know the answers beforehand, so neither is zero-shot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ...errors import PoolError
+from ...files.strict_json import read_json_object
+
+__all__ = ["Scores", "best_expert", "best_expert_by_task", "read_scores"]
+
+Scores = Mapping[str, Mapping[str, float]]  # expert -> task -> score
+EXPERTS = "experts"  # the key under which a comparison's JSON file holds them
+
+
+def read_scores(path: str | Path) -> Scores:
+    """The single experts' scores in the JSON file that `phatgoose compare` wrote.
+
+    Raises PoolError when the file can't be read or holds none.
+    """
+    path = Path(path)
+    try:
+        scores = read_json_object(path, PoolError)[EXPERTS]
+        found = {
+            str(expert): {str(task): float(score) for task, score in tasks.items()}
+            for expert, tasks in scores.items()
+        }
+        numbers = [list(tasks.values()) for tasks in found.values()]
+        if not numbers or not all(row and all(map(math.isfinite, row)) for row in numbers):
+            raise ValueError("no finite scores")
+        return found
+    except OSError as error:
+        raise PoolError(f"Scores {path} can't be read: {error.strerror}.") from error
+    except (PoolError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PoolError(
+            f"{path} holds no scores of single experts; wanted the comparison.json of a 'phatgoose "
+            f"compare' that ran every single expert."
+        ) from error
+
+
+def best_expert(scores: Scores, names: Sequence[str]) -> str:
+    """The one of `names` with the best mean over all tasks; the first of equals.
+
+    Raises PoolError when an expert was not scored, or not on the same tasks as the others.
+    """
+    tasks = _common_tasks(scores, names)
+    return max(names, key=lambda name: sum(scores[name][task] for task in tasks))
+
+
+def best_expert_by_task(scores: Scores, names: Sequence[str]) -> dict[str, str]:
+    """For each task the one of `names` with the best score; the first of equals.
+
+    Raises PoolError when an expert was not scored, or not on the same tasks as the others.
+    """
+    tasks = _common_tasks(scores, names)
+    return {task: max(names, key=lambda name: scores[name][task]) for task in tasks}
+
+
+def _common_tasks(scores: Scores, names: Sequence[str]) -> list[str]:
+    for name in names:
+        if name not in scores:
+            raise PoolError(f"Expert {name!r} has no scores; they are of {', '.join(scores)}.")
+        if set(scores[name]) != set(scores[names[0]]):
+            raise PoolError(f"Experts {names[0]!r} and {name!r} were scored on different tasks.")
+    return list(scores[names[0]])

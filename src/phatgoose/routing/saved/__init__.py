@@ -1,0 +1,8 @@
+"""Saved routed models: a folder with a description and the experts' tensors.
+
+description.py  routed.json
+tensors.py      the tensors, in one file or several
+save.py         write a routed model
+load.py         read one
+segments.py     change one without writing it anew
+"""

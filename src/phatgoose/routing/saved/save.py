@@ -1,0 +1,153 @@
+"""Writing routed models: to a folder of their own, or to the one that `save_pretrained` is given.
+
+Both write the same files (docs/format.md): the stacked experts and their router, and a description
+that names the base. The base's weights are not in them.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...base.loading import fingerprint, quantisation
+from ...errors import RoutingError
+from ...files.atomic import WRITING_ERRORS, new_directory, new_file, reason, write_text
+from ...files.strict_json import sha256_of
+from ..composition import Composition, composition_of
+from ..layers import ChoosingLayer, FoldedLinear, RoutedLayer
+from ..routers.per_input.lookup import Lookup, Retriever, TaskTable
+from ..routers.per_input.phatgoose_input import GateVote
+from ..routers.per_token.scored import VectorRouter
+from .description import ROUTED_INFO, ROUTED_WEIGHTS, routing_record
+from .tensors import EMBEDDINGS, OWNERS, VOTES
+
+__all__ = ["layer_tensors", "lookup_info", "lookup_tensors", "save", "save_pretrained"]
+
+FORMAT_VERSION = 1
+OTHERS = ("config.json", "adapter_config.json")  # of models that from_pretrained would find
+
+
+def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = False) -> None:
+    """Write the routed `model` to `directory`: experts, router and hashes; the base by name only.
+
+    Complete or not at all. Raises RoutingError when `model` is not routed, its base's weights have
+    changed, or `directory` exists (unless `overwrite`) or can't be written.
+    """
+    parts = composition_of(model)
+    _check_base(model, parts)
+    target = Path(directory)
+    if target.exists() and not overwrite:
+        raise RoutingError(f"{target} exists already; choose another place or allow overwriting.")
+    with new_directory(target, RoutingError, overwrite=overwrite) as work:
+        save_file(_tensors(parts), work / ROUTED_WEIGHTS)
+        (work / ROUTED_INFO).write_text(_described(parts, work), encoding="utf-8")
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: Any = None,
+    push_to_hub: bool = False,
+    **how: Any,
+) -> None:
+    """What `model.save_pretrained` is while `model` is routed: writes the files that `save` does.
+
+    As transformers' own it writes into a folder that may be there already, replaces what it wrote
+    there before, and leaves the rest alone. `phatgoose.load` reads the folder, `from_pretrained`
+    doesn't. `state_dict` and `how` (shards, say) are about the base's weights, of which none are
+    written. Raises as `save` does, and RoutingError when the folder holds another model, or with
+    `push_to_hub`, in whose place `model.push_to_hub` stands.
+    """
+    parts = composition_of(model)
+    target = Path(save_directory)
+    if push_to_hub:
+        raise RoutingError("A routed model goes to the Hub by model.push_to_hub(name).")
+    found = [name for name in OTHERS if (target / name).exists()]
+    if found:
+        raise RoutingError(
+            f"{target} holds another model ({found[0]}), which from_pretrained would take for the "
+            f"routed one; choose another place."
+        )
+    _check_base(model, parts)
+    if not is_main_process:
+        return
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        (target / ROUTED_INFO).unlink(missing_ok=True)  # no routed model until all is there
+        with new_file(target / ROUTED_WEIGHTS) as unfinished:
+            save_file(_tensors(parts), unfinished)
+    except WRITING_ERRORS as error:
+        raise RoutingError(f"{target} can't be written: {reason(error)}.") from error
+    write_text(target / ROUTED_INFO, _described(parts, target), RoutingError)
+
+
+def _check_base(model: PreTrainedModel, parts: Composition) -> None:
+    """Raise RoutingError when weights of the base are other ones than when it was loaded.
+
+    Those of a quantised base can't be compared, nor in float16, which rounds otherwise.
+    """
+    known = parts.base.fingerprint
+    if not known or model.dtype == torch.float16 or quantisation(model):
+        return
+    if fingerprint(model) != known:
+        raise RoutingError(
+            f"The weights of the base {parts.base.id!r} have changed since it was loaded (trained "
+            f"or resized?), and a routed model is saved without them; detach it and save the base."
+        )
+
+
+def _described(parts: Composition, folder: Path) -> str:
+    """The content of routed.json beside the weights in `folder`."""
+    info = {
+        "format_version": FORMAT_VERSION,
+        "base": asdict(parts.base),
+        "routing": routing_record(parts.routing),
+        "experts": parts.records,
+        "weights_sha256": sha256_of(folder / ROUTED_WEIGHTS),
+        "lookup": lookup_info(parts.lookup),
+    }
+    return json.dumps(info, indent=2) + "\n"
+
+
+def _tensors(parts: Composition) -> dict[str, Tensor]:
+    tensors = {f"experts.{name}": layer.experts for name, layer in parts.layers.items()}
+    tensors |= lookup_tensors(parts.lookup)
+    for layer in parts.layers.values():
+        tensors |= layer_tensors(layer)
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
+    """What is kept of a layer beside the indices of its experts, by name."""
+    name, tensors = layer.site.name, {}
+    if isinstance(layer, FoldedLinear):
+        tensors[f"folded.{name}"] = layer.folded
+    if isinstance(layer, ChoosingLayer):
+        tensors |= {f"{kind}.{name}": tensor for kind, tensor in layer.stack.tensors().items()}
+        if isinstance(layer.router, VectorRouter):
+            tensors[f"vectors.{name}"] = layer.router.vectors
+    return tensors
+
+
+def lookup_tensors(lookup: Lookup | None) -> dict[str, Tensor]:
+    """The tensors that a looked-up router keeps, by name."""
+    if isinstance(lookup, GateVote):
+        return {f"{VOTES}{site}": rows for site, (rows, _) in lookup.votes.items()}
+    if not isinstance(lookup, Retriever):
+        return {}
+    return {EMBEDDINGS: lookup.embeddings, OWNERS: lookup.owners}
+
+
+def lookup_info(lookup: Lookup | None) -> dict[str, Any]:
+    """What a looked-up router keeps beside its tensors."""
+    if isinstance(lookup, Retriever):
+        return {"embedder": lookup.embedder}
+    return {"experts_by_task": lookup.experts} if isinstance(lookup, TaskTable) else {}

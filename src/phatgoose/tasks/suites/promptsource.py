@@ -1,0 +1,276 @@
+"""Prompt templates in promptsource's files, read and rendered without the package.
+
+A template is a jinja2 text, `input ||| target`, filled from a row of its dataset. What it renders
+is what promptsource 0.2.3's `Template.apply` gives, which the paper's code calls, down to the
+truncation of long fields (Bach et al. 2022, "PromptSource"). We differ in three points: a `|||` in
+a row never splits, also where it stands in a list, a dict or an answer choice; the filter `choice`
+draws the same element for the same row; and jinja2 runs in its sandbox.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+from jinja2 import Template, TemplateError, pass_context
+from jinja2.filters import do_truncate
+from jinja2.meta import find_undeclared_variables
+from jinja2.runtime import Context
+from jinja2.sandbox import SandboxedEnvironment
+
+from ...errors import TaskError
+from ..task import TEMPLATE_FAILURES, Span, longest_field
+from .entries import Sources
+
+__all__ = ["PromptTemplate", "Rendered", "read_templates", "templates_folder"]
+
+FILE_NAME = "templates.yaml"
+SEPARATOR = "|||"
+# promptsource's own stand-in for a separator inside a row: some templates name it.
+PROTECTED = "3ed2dface8203c4c9dfb1a5dc58e41e0"
+LONGEST_VALUE = 2048  # characters of each expression, where promptsource cuts by default
+DRAWS = "draws of this row"  # a name that no template can spell
+HOW_TO_GET = (
+    "unpack promptsource 0.2.3 and give its folder promptsource/templates, or install it: "
+    "pip install --no-deps --ignore-requires-python promptsource==0.2.3"
+)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One row in a template's words.
+
+    `target` is the first of the right answers, `references` are all of them where a template gives
+    several, empty otherwise. `choices` is empty for a template without answer choices, `passage` is
+    that of `tasks.task.Example`.
+    """
+
+    input: str
+    target: str
+    choices: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    passage: Span | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A prompt template of promptsource.
+
+    `jinja` renders to `input ||| target`, or `input ||| target ||| target...` where several are
+    right. `answer_choices` renders to `choice ||| choice...`; None is an open-ended template.
+    `original_task` says that the prompt asks for what the dataset was made for, `choices_in_prompt`
+    that the input lists the choices (None: not said). `metrics` and `languages` are promptsource's
+    own labels.
+    """
+
+    name: str
+    jinja: str
+    answer_choices: str | None = None
+    original_task: bool = False
+    choices_in_prompt: bool | None = None
+    metrics: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """The fields of a row that the template mentions."""
+        names: set[str] = set()
+        for source in (self.jinja, self.answer_choices or ""):
+            names |= find_undeclared_variables(ENVIRONMENT.parse(source))
+        return frozenset(names - {"answer_choices"} - ENVIRONMENT.globals.keys())
+
+    def render(self, row: Mapping[str, Any]) -> Rendered | None:
+        """The row's input, target and choices; None where the template has none for such a row.
+
+        Templates render to nothing on purpose (a prompt for one kind of question only), or lack an
+        input or a target for a row. The paper's code trains and scores on "<NO INPUT>" and
+        "<NO LABEL>" instead (p3.py:133-143); we leave such pairs out. The same row gives the same
+        text every time. Raises TaskError when an expression fails on the row.
+        """
+        if "answer_choices" in row:
+            raise TaskError(f"Template {self.name!r}: a row has a field answer_choices of its own.")
+        values: dict[str, Any] = {key: _protect(value) for key, value in row.items()}
+        values[DRAWS] = _Draws(self.name, row)
+        choices: list[str] | None = None
+        try:
+            if self.answer_choices is not None:
+                choices = _split(_compiled(self.answer_choices).render(values))
+            values["answer_choices"] = _protect(choices)
+            parts = _split(_compiled(_truncating(self.jinja)).render(values))
+        except TEMPLATE_FAILURES as error:
+            raise TaskError(f"Template {self.name!r} can't be filled: {error}.") from error
+        if len(parts) < 2 or not parts[0] or not parts[1]:
+            return None
+        references = tuple(part for part in parts[1:] if part) if len(parts) > 2 else ()
+        passage = longest_field(row, parts[0], _shortened)
+        return Rendered(parts[0], parts[1], tuple(choices or ()), references, passage)
+
+
+def read_templates(folder: Path, dataset: str, config: str | None) -> tuple[PromptTemplate, ...]:
+    """The templates in `folder/DATASET/CONFIG/templates.yaml`, sorted by name as promptsource does.
+
+    Without `config` the file is `folder/DATASET/templates.yaml`. Raises TaskError, naming the file,
+    when it is missing, isn't such a file, has a tag other than promptsource's two, or a template
+    that isn't valid jinja2.
+    """
+    file = folder / dataset / (config or "") / FILE_NAME
+    if not file.is_file():
+        raise TaskError(f"Template file {file} does not exist; {HOW_TO_GET}")
+    try:
+        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise TaskError(f"Template file {file} can't be read: {reason}.") from error
+    listed = loaded.get("templates") if isinstance(loaded, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise TaskError(f"Template file {file} has no templates; wanted promptsource's format.")
+    templates = [_template(node, file) for node in listed.values()]
+    return tuple(sorted(templates, key=lambda template: template.name))
+
+
+def templates_folder(sources: Sources) -> Path:
+    """The folder of promptsource's templates: `sources.templates`, or the installed package's.
+
+    The package is found, not imported. Raises TaskError, saying what to do, when there is neither.
+    """
+    if sources.templates is not None:
+        if not sources.templates.is_dir():
+            raise TaskError(f"Template folder {sources.templates} does not exist; {HOW_TO_GET}")
+        return sources.templates
+    spec = importlib.util.find_spec("promptsource")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(place) / "templates"
+        if folder.is_dir():
+            return folder
+    raise TaskError(f"Prompt templates are missing; {HOW_TO_GET}")
+
+
+# --- rendering ---
+
+
+class _Draws:
+    """What the filter `choice` draws for one row: random, but the same each time."""
+
+    def __init__(self, name: str, row: Mapping[str, Any]) -> None:
+        self._name, self._row = name, row
+        self._random: random.Random | None = None
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        if self._random is None:  # most templates never draw
+            self._random = random.Random(f"{self._name} {dict(self._row)!r}")
+        return self._random.choice(items)
+
+
+@pass_context
+def _choice(context: Context, items: Sequence[Any]) -> Any:
+    """One of `items`; promptsource draws it from the global random state."""
+    return context[DRAWS](items)
+
+
+def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
+    """Those of `items` that occur most often, in order; None when there are none."""
+    counts = Counter(items)
+    if not counts:
+        return None
+    most = max(counts.values())
+    return [item for item, count in counts.items() if count == most]
+
+
+def _environment() -> SandboxedEnvironment:
+    environment = SandboxedEnvironment()
+    environment.globals["zip"] = zip
+    environment.filters["choice"] = _choice
+    environment.filters["most_frequent"] = _most_frequent
+    return environment
+
+
+ENVIRONMENT = _environment()
+
+
+@lru_cache(maxsize=2048)
+def _compiled(source: str) -> Template:
+    return ENVIRONMENT.from_string(source)
+
+
+@lru_cache(maxsize=2048)
+def _truncating(jinja: str) -> str:
+    """The template with each expression cut, in the very way in which promptsource writes it."""
+    return jinja.replace("}}", f" | string | truncate({LONGEST_VALUE}) }}}}")
+
+
+def _shortened(value: str) -> str:
+    """A value as an expression shows it that does nothing else with it."""
+    return do_truncate(ENVIRONMENT, value, LONGEST_VALUE)
+
+
+def _split(text: str) -> list[str]:
+    return [part.replace(PROTECTED, SEPARATOR).strip() for part in text.split(SEPARATOR)]
+
+
+def _protect(value: Any) -> Any:
+    """A copy of a row's value whose texts can't be taken for several parts of a template."""
+    if isinstance(value, str):
+        return value.replace(SEPARATOR, PROTECTED)
+    if isinstance(value, Mapping):
+        return {key: _protect(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_protect(item) for item in value]
+    return value
+
+
+# --- reading ---
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML's plain types and promptsource's two tags, as dicts. Any other tag is an error."""
+
+
+def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
+    mapping: dict[str, Any] = loader.construct_mapping(node, deep=True)
+    return mapping
+
+
+for _tag in ("!Template", "!TemplateMetadata"):
+    _Loader.add_constructor(_tag, _mapping)
+
+
+def _template(node: Any, file: Path) -> PromptTemplate:
+    """The template that `node` describes, its jinja2 checked."""
+    name = node.get("name") if isinstance(node, dict) else None
+    if not isinstance(name, str):
+        raise TaskError(f"Template file {file}: wanted a template with a name, got {node!r:.60}.")
+    where = f"Template file {file}, template {name!r}"
+    jinja, choices = node.get("jinja"), node.get("answer_choices")
+    if not isinstance(jinja, str) or not isinstance(choices, str | None):
+        raise TaskError(f"{where}: jinja and answer_choices must be texts.")
+    metadata = node.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise TaskError(f"{where}: metadata must be fields, got {metadata!r:.60}.")
+    template = PromptTemplate(
+        name,
+        jinja,
+        choices or None,
+        original_task=bool(metadata.get("original_task")),
+        choices_in_prompt=metadata.get("choices_in_prompt"),
+        metrics=_labels(metadata.get("metrics"), where),
+        languages=_labels(metadata.get("languages"), where),
+    )
+    try:
+        for source in (template.answer_choices or "", _truncating(template.jinja)):
+            _compiled(source)
+    except TemplateError as error:
+        raise TaskError(f"{where} is not valid jinja2: {error}.") from error
+    return template
+
+
+def _labels(value: Any, where: str) -> tuple[str, ...]:
+    if not isinstance(value, Iterable | None) or isinstance(value, str):
+        raise TaskError(f"{where}: metrics and languages must be lists, got {value!r:.60}.")
+    return tuple(str(label) for label in value or ())

@@ -1,0 +1,221 @@
+"""The folder that receives experts: a directory, or anything fsspec has a name for (s3://…, gs://…).
+
+Experts are always trained in a directory. With a URL that is one of this machine, and what has
+become complete is copied up at set moments: each checkpoint when it is finished, the trained
+adapter, the expert. An unfinished expert is copied down before its training goes on, so it can go
+on anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import fsspec
+
+from ..errors import ConfigError, ExpertError
+from ..experts.expert import LAYOUT, Expert
+from .unfinished import discard_work, wait_for_work, work_of
+
+__all__ = ["ExpertFolder", "Place", "TrainedExpert", "expert_folder"]
+
+SNAPSHOT = "snapshot.json"  # the files of unfinished work and their sizes, written last
+
+
+@dataclass(frozen=True)
+class TrainedExpert:
+    """A finished expert as far as its training is reported: its name, place and metrics."""
+
+    name: str
+    place: str
+    metrics: Mapping[str, Any]
+
+
+class ExpertFolder(Protocol):
+    """Where experts go."""
+
+    def place(self, name: str) -> str:
+        """Where the expert `name` is, or will be."""
+
+    def has(self, name: str) -> bool:
+        """True when something of that name is there already."""
+
+    def finished(self, name: str) -> TrainedExpert:
+        """The expert `name`, which is there. Raises ExpertError when it can't be read."""
+
+    def training(self, name: str, patience: float) -> AbstractContextManager[Place]:
+        """A context with the place to train `name` in; when it ends well the expert is here.
+
+        A worker that was lost may hold its unfinished work for up to `patience` seconds more.
+        """
+
+    def elsewhere(self) -> ExpertFolder:
+        """The same folder, for a process with another working directory."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The directory to train an expert in, and what to call when a part of it is complete."""
+
+    out: Path
+    kept: Callable[[], None]
+
+
+def expert_folder(out: str | Path) -> ExpertFolder:
+    """The folder `out`, a path or a URL. Raises ConfigError for a URL that can't be used."""
+    if "://" not in str(out):
+        return LocalFolder(Path(out))
+    try:
+        files, root = fsspec.core.url_to_fs(str(out))
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{out} can't be used as a folder: {error}") from error
+    return RemoteFolder(str(out).rstrip("/"), files, root.rstrip("/"))
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A directory, shared by all workers where there are several."""
+
+    path: Path
+
+    def place(self, name: str) -> str:
+        """Where the expert `name` is, or will be."""
+        return str(self.path / name)
+
+    def has(self, name: str) -> bool:
+        """True when something of that name is there already."""
+        return (self.path / name).exists()
+
+    def finished(self, name: str) -> TrainedExpert:
+        """The expert `name`; what a run that was killed late left beside it is removed."""
+        discard_work(self.path / name)
+        expert = Expert.load(self.path / name)
+        return TrainedExpert(expert.name, self.place(name), expert.info.metrics)
+
+    @contextmanager
+    def training(self, name: str, patience: float) -> Iterator[Place]:
+        """The directory itself; nothing is to be done when a part is complete."""
+        wait_for_work(self.path / name, patience)
+        yield Place(self.path / name, lambda: None)
+
+    def elsewhere(self) -> LocalFolder:
+        """The same by its absolute path."""
+        return LocalFolder(self.path.absolute())
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder of a file system of fsspec's."""
+
+    url: str
+    files: Any  # an fsspec file system
+    root: str
+
+    def place(self, name: str) -> str:
+        """Where the expert `name` is, or will be."""
+        return f"{self.url}/{name}"
+
+    def has(self, name: str) -> bool:
+        """True when the expert is there as a whole: its description is copied last."""
+        return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
+
+    def finished(self, name: str) -> TrainedExpert:
+        """The expert `name` as its description tells."""
+        place = f"{self.root}/{name}/{LAYOUT.info}"
+        try:
+            metrics = json.loads(self.files.cat_file(place))["metrics"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ExpertError(f"{self.place(name)} can't be read: {error}.") from error
+        return TrainedExpert(name, self.place(name), metrics)
+
+    @contextmanager
+    def training(self, name: str, patience: float) -> Iterator[Place]:
+        """A directory of this machine that holds what was kept of the expert's training so far."""
+        above = f"{self.root}/.{name}.work"
+        with tempfile.TemporaryDirectory(prefix="phatgoose-") as scratch:
+            out = Path(scratch) / name
+            work = work_of(out)
+            try:
+                self._fetch(above, work)
+                yield Place(out, lambda: self._keep(work, above))
+                self._send(out, f"{self.root}/{name}")
+                if self.files.exists(above):
+                    self.files.rm(above, recursive=True)
+            except OSError as error:
+                raise ExpertError(f"{self.place(name)} can't be written: {error}.") from error
+
+    def elsewhere(self) -> RemoteFolder:
+        """Itself: a URL is the same everywhere."""
+        return self
+
+    def _fetch(self, above: str, work: Path) -> None:
+        """Copy unfinished work down; nothing where its snapshot or a file of it isn't whole."""
+        try:
+            listed = json.loads(self.files.cat_file(f"{above}/{SNAPSHOT}"))
+        except (FileNotFoundError, ValueError, RecursionError):
+            return
+        if not isinstance(listed, dict) or not all(_is_inside(file) for file in listed):
+            return
+        for file, size in listed.items():
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.files.get_file(f"{above}/{file}", str(work / file))
+            except FileNotFoundError:
+                size = -1
+            if size < 0 or (work / file).stat().st_size != size:
+                shutil.rmtree(work)
+                return
+
+    def _keep(self, work: Path, above: str) -> None:
+        """Copy up what is new in `work`, then its list; then remove what is no longer in it."""
+        sizes = {
+            str(path.relative_to(work)): path.stat().st_size
+            for path in sorted(work.rglob("*"))
+            if path.is_file() and path.name != "lock"
+        }
+        known = self._sizes(above)
+        for file, size in sizes.items():
+            if known.get(file) != size:
+                self._put(work / file, f"{above}/{file}")
+        (work.parent / SNAPSHOT).write_text(json.dumps(sizes), encoding="utf-8")
+        self._put_whole(work.parent / SNAPSHOT, f"{above}/{SNAPSHOT}")
+        for file in known.keys() - sizes.keys():
+            self.files.rm_file(f"{above}/{file}")
+
+    def _sizes(self, above: str) -> dict[str, int]:
+        """Sizes of the files kept so far, by their path in the work."""
+        if not self.files.exists(above):
+            return {}
+        self.files.invalidate_cache()
+        found = self.files.find(above, detail=True)
+        sizes = {path[len(above) + 1 :]: entry["size"] for path, entry in found.items()}
+        return {path: size for path, size in sizes.items() if not path.startswith(SNAPSHOT)}
+
+    def _send(self, directory: Path, place: str) -> None:
+        """Copy an expert up, its description last."""
+        files = sorted(directory.iterdir(), key=lambda path: path.name == LAYOUT.info)
+        for path in files:
+            self._put_whole(path, f"{place}/{path.name}")
+
+    def _put_whole(self, path: Path, place: str) -> None:
+        """Copy a file up under a name that can't be guessed, then give it its own."""
+        unfinished = f"{place}.unfinished-{secrets.token_hex(8)}"
+        self._put(path, unfinished)
+        self.files.mv(unfinished, place)
+
+    def _put(self, path: Path, place: str) -> None:
+        self.files.makedirs(place.rpartition("/")[0], exist_ok=True)
+        self.files.put_file(str(path), place)
+
+
+def _is_inside(file: str) -> bool:
+    """True for a path that stays below the folder that it is taken from."""
+    path = PurePosixPath(file)
+    return not path.is_absolute() and ".." not in path.parts

@@ -1,0 +1,159 @@
+"""The experts of a pool, each trained as one job: again from its last checkpoint if it is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+
+from tqdm.auto import tqdm
+
+from ..base.loading import Base, BaseReference, load_base
+from ..config import Formatting, GateTraining, Lora, Peft, Training
+from ..jobs import BasePlace, Engine, LocalEngine, absolute
+from ..tasks.suites.training_tasks import TrainingTask
+from .destination import ExpertFolder, TrainedExpert, expert_folder
+from .loop import Watcher
+from .train_expert import train_expert
+
+__all__ = ["ExpertJob", "train_experts"]
+
+PATIENCE = 60.0  # seconds that a lost worker on another machine may hold its unfinished work
+
+Trainer = Callable[["ExpertJob"], TrainedExpert]
+
+
+@dataclass(frozen=True)
+class ExpertJob:
+    """The job of one expert. `resume` and `restart` are those of `train_expert`."""
+
+    task: TrainingTask
+    training: Training
+    gate_training: GateTraining
+    resume: bool = False
+    restart: bool = False
+
+    @property
+    def name(self) -> str:
+        """The task's name, and that of its expert."""
+        return self.task.name
+
+    @property
+    def group(self) -> str:
+        """Its own: experts share nothing but the base, which every worker has."""
+        return self.name
+
+    @property
+    def size(self) -> int:
+        """Optimiser steps, gates included."""
+        gates = self.gate_training
+        return self.training.steps + (0 if gates.joint else gates.gate_steps)
+
+    def again(self) -> ExpertJob:
+        """The same expert, continued from what was kept of it."""
+        return replace(self, resume=True, restart=False)
+
+
+def train_experts(
+    base: Base | str,
+    jobs: Sequence[ExpertJob],
+    *,
+    out: str,
+    dtype: str = "auto",
+    peft: Peft | None = None,
+    formatting: Formatting | None = None,
+    engine: Engine | None = None,
+) -> Iterator[TrainedExpert]:
+    """The finished experts of `jobs` in the folder or fsspec URL `out`, each as soon as it is done.
+
+    Those that are in `out` already come first. `engine` trains the others, None in this process
+    one after the other; every expert is the same whichever it is. `dtype` is for a base given by
+    name. Raises what `train_expert` raises, once one expert can't be trained.
+    """
+    engine = engine or LocalEngine()
+    folder = expert_folder(out)
+    if engine.remote:
+        jobs = [replace(job, task=job.task.elsewhere()) for job in jobs]
+    there = [job for job in jobs if folder.has(job.name)]
+    for job in there:
+        yield folder.finished(job.name)
+    missing = [job for job in jobs if job not in there]
+    patience = PATIENCE if engine.remote else 0.0
+    workshop = _ExpertWorkshop(
+        base, dtype, folder, peft or Lora(), formatting or Formatting(), patience
+    )
+    steps = sum(job.size for job in missing)
+    own_bar = None if engine.remote else True  # in this process each training shows its own
+    with (
+        tqdm(total=steps, desc=f"{len(missing)} experts", unit="step", disable=own_bar) as bar,
+        closing(engine.run(workshop, missing, bar)) as results,
+    ):
+        for job, trained in results:
+            yield replace(trained, place=folder.place(job.name))
+
+
+@dataclass(frozen=True)
+class _ExpertWorkshop:
+    """What experts are trained with: a base, a folder, and settings that all of them share."""
+
+    base: Base | BasePlace | str
+    dtype: str
+    folder: ExpertFolder
+    peft: Peft
+    formatting: Formatting
+    patience: float
+
+    @contextmanager
+    def open(self, tell: Callable[[int], None]) -> Iterator[Trainer]:
+        """A function that trains experts; the base is loaded once."""
+        base = self.base
+        if isinstance(base, BasePlace):
+            base = base.load()
+        elif isinstance(base, str):
+            base = load_base(base, dtype=self.dtype)
+
+        def train(job: ExpertJob) -> TrainedExpert:
+            if job.resume and self.folder.has(job.name):
+                return self.folder.finished(job.name)
+            with self.folder.training(job.name, self.patience) as place:
+                expert = train_expert(
+                    base,
+                    job.task.load(),
+                    out=place.out,
+                    name=job.name,
+                    peft=self.peft,
+                    training=job.training,
+                    gate_training=job.gate_training,
+                    formatting=self.formatting,
+                    resume=job.resume,
+                    restart=job.restart,
+                    watcher=_Watcher(tell, place.kept),
+                )
+            return TrainedExpert(expert.name, self.folder.place(job.name), expert.info.metrics)
+
+        yield train
+
+    def elsewhere(self) -> _ExpertWorkshop:
+        """The same by the place of the base."""
+        base = self.base
+        if isinstance(base, Base):
+            base = BasePlace.of(base)
+        elif isinstance(base, str):
+            base = BasePlace(absolute(base), self.dtype, BaseReference(base))
+        return replace(self, base=base, folder=self.folder.elsewhere())
+
+
+@dataclass(frozen=True)
+class _Watcher(Watcher):
+    """Hands on what training tells."""
+
+    tell: Callable[[int], None]
+    keep: Callable[[], None]
+
+    def advanced(self, steps: int) -> None:
+        """So many more steps."""
+        self.tell(steps)
+
+    def kept(self) -> None:
+        """A part is complete."""
+        self.keep()

@@ -1,0 +1,105 @@
+"""Unfinished training: the folder beside a result in which a run works, locks, and resumes.
+
+Its name starts with a dot, so nothing takes it for a finished result.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from ..errors import ConfigError, ExpertError
+from ..files.atomic import WRITING_ERRORS, reason, write_text
+from . import processes
+
+__all__ = ["discard_work", "open_work", "wait_for_work", "work_of"]
+
+IDENTITY, LOCK = "run.json", "lock"
+
+
+@contextmanager
+def open_work(
+    out: Path, identity: Mapping[str, Any], *, resume: bool, restart: bool
+) -> Iterator[Path]:
+    """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
+
+    `identity` tells the run apart: base, data and settings. While the context is open no other
+    process can have the folder; a process that is killed gives it up. Raises ExpertError when there
+    is unfinished work and neither `resume` nor `restart` is asked for, another process is at it, or
+    the folder can't be written; ConfigError when the work to resume has another identity. Of
+    several processes of one training (`training.processes`) the first has it for all of them.
+    """
+    work = work_of(out)
+    if not processes.is_first():
+        processes.wait_for_all()
+        yield work
+        return
+    file, content = work / IDENTITY, json.dumps(identity, indent=2)
+    try:
+        _refuse_links(work)
+        work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work / LOCK)
+        with lock.acquire(timeout=0):
+            if restart:
+                _empty(work)
+            if not file.is_file():
+                write_text(file, content, ExpertError)
+            elif not resume:
+                raise ExpertError(
+                    f"Unfinished work was found in {work}; use resume to continue it or restart to "
+                    f"throw it away."
+                )
+            elif file.read_text(encoding="utf-8") != content:
+                raise ConfigError(
+                    f"The unfinished work in {work} had other settings, data or another base; "
+                    f"repeat them, or use restart to throw it away."
+                )
+            processes.wait_for_all()
+            yield work
+    except Timeout as problem:
+        raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
+    except WRITING_ERRORS as problem:
+        raise ExpertError(f"{out} can't be written: {reason(problem)}.") from problem
+
+
+def discard_work(out: Path) -> None:
+    """Remove what a run that was killed between finishing `out` and tidying up left beside it."""
+    shutil.rmtree(work_of(out), ignore_errors=True)
+
+
+def wait_for_work(out: Path, seconds: float) -> None:
+    """Come back when no process is at work on `out`, or after so many `seconds`.
+
+    A process on another machine that has lost its connection takes a moment to notice.
+    """
+    lock = work_of(out) / LOCK
+    if seconds > 0 and lock.exists():
+        with suppress(Timeout), FileLock(lock).acquire(timeout=seconds):
+            pass
+
+
+def work_of(out: Path) -> Path:
+    """The folder of the unfinished work on `out`."""
+    return out.parent / f".{out.name}.work"
+
+
+def _refuse_links(work: Path) -> None:
+    """Raise ExpertError when `work` is a symbolic link or holds one: none of ours does."""
+    for path in (work, *(work.rglob("*") if not work.is_symlink() else ())):
+        if path.is_symlink():
+            raise ExpertError(f"{path} is a symbolic link, which no unfinished work is; remove it.")
+
+
+def _empty(work: Path) -> None:
+    """Remove everything in `work` but its lock."""
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()

@@ -22,13 +22,13 @@ from phatgoose.routing.open_model import open_model
 from phatgoose.routing.routers.per_input import lookup
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from phatgoose.tasks import embeddings
 from phatgoose.tasks.embeddings import (
     DEFAULT_EMBEDDER,
     embed_texts,
     load_embedder,
     usable_embedder,
 )
-from phatgoose.tasks import embeddings
 from phatgoose.tasks.task import Example
 
 

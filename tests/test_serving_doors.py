@@ -17,9 +17,9 @@ from phatgoose.apps.server import served_models
 from phatgoose.apps.server.api import parsing, service
 from phatgoose.apps.server.api.parsing import parsed
 from phatgoose.apps.server.api.protocol import ChatRequest, CompletionRequest
+from phatgoose.apps.server.doors import bodies, connections
 from phatgoose.apps.server.doors.bodies import AT_ONCE, Body, Gate
 from phatgoose.apps.server.doors.connections import Connections
-from phatgoose.apps.server.doors import bodies, connections
 from phatgoose.apps.server.doors.waiting_room import Doors, host_of
 from phatgoose.apps.server.engine.variants import Rerouting
 from phatgoose.apps.server.refusals import Refusal, without_paths

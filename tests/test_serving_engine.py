@@ -17,9 +17,9 @@ from conftest import VOCABULARY, compose_by, make_ids, make_tokenizer
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.api.prompts import completion_prompts, decoding_of
 from phatgoose.apps.server.api.protocol import ChatRequest, CompletionRequest
+from phatgoose.apps.server.engine import prefill
 from phatgoose.apps.server.engine.batches import Batch
 from phatgoose.apps.server.engine.decoding import Decoding, Sampler, alternatives, seed_of
-from phatgoose.apps.server.engine import prefill
 from phatgoose.apps.server.engine.engine import Engine
 from phatgoose.apps.server.engine.rows import Failure, Row
 from phatgoose.apps.server.engine.runner import Runner

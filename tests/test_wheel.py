@@ -60,7 +60,7 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
     source = ROOT / "src"
     files = (p for p in (source / "phatgoose").rglob("*") if p.is_file())
     wanted = {str(p.relative_to(source)) for p in files if "__pycache__" not in p.parts}
-    assert {f"phatgoose/suites/{name}.toml" for name in ("t0", "flan", "bigbench")} <= wanted
+    assert {f"phatgoose/tasks/suites/{name}.toml" for name in ("t0", "flan", "bigbench")} <= wanted
     names = zipfile.ZipFile(wheel).namelist()
     info = f"phatgoose-{phatgoose.__version__}.dist-info/"
     assert {name for name in names if not name.startswith(info)} == wanted

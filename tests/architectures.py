@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from phatgoose.base.loading import BaseReference, fingerprint
+from phatgoose.base.fingerprint import BaseReference, fingerprint
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import Expert, ExpertInfo
 from phatgoose.experts.kinds.modules import LoraFactors

@@ -19,7 +19,8 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from architectures import Tiny, make_tiny, tiny_of
 from conftest import assert_same_logits, make_ids, make_tokenizer
-from phatgoose.base.loading import Base, fingerprint
+from phatgoose.base.fingerprint import fingerprint
+from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool

@@ -263,12 +263,15 @@ BAD_INPUTS = {
     "missing base": (["train", "reviews.jsonl", *TRAIN, "--base", "./nowhere"], "'./nowhere'"),
     "wrong base to compose": (
         ["compose", "experts", "--out", "new", "--base", "other-base"],
-        "The experts were trained on",
+        "The base of the experts is",
     ),
-    "wrong base to generate": (["generate", "experts", "hi", "--base", "other-base"], "trained on"),
+    "wrong base to generate": (
+        ["generate", "experts", "hi", "--base", "other-base"],
+        "base of the experts",
+    ),
     "wrong base to evaluate": (
         ["evaluate", "experts", "--task", "unseen.jsonl", "--base", "other-base"],
-        "The experts were trained on",
+        "The base of the experts is",
     ),
     "truncated adapter": (["check", "damaged/cut"], "damaged/cut/adapter_model.safetensors is dam"),
     "truncated adapter in a pool": (["pool", "damaged/cut"], "damaged or truncated"),

@@ -238,7 +238,7 @@ def test_help_shows_its_flags_and_none_that_mean_nothing_here(phat):
         (["--limit", "0"], "limit"),
         (["--k", "0"], "k is 0"),
         (["--kernel", "fast", "--methods", "phatgoose"], "kernel is 'fast'"),
-        (["--base", "other-base", "--methods", "merged"], "Merged Experts can't be compared on"),
+        (["--base", "other-base", "--methods", "merged"], "The base of Merged Experts is"),
         (["--dtype", "int3"], "'int3'"),
         (["--recipe", "missing.toml"], "can't be read"),
         (["--router", "arrow"], "--router"),

@@ -763,7 +763,7 @@ def test_experts_of_another_base_are_refused(setting, pool_of, tmp_path):
     ):
         refused(
             WrongBaseError,
-            f"{label} can't be compared on",
+            f"The base of {label} is",
             lambda out, options=options: setting.run(out, ["base", "merged"], **options),
             tmp_path,
         )

@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import phatgoose
 from conftest import make_adapter
-from phatgoose.base.loading import BaseReference, load_base
+from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import FORMAT_VERSION, LAYOUT, Expert, check_expert
 from phatgoose.files.left_overs import clear_left_overs

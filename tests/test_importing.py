@@ -23,7 +23,8 @@ from conftest import (
     peft_model,
 )
 from import_cases import CASES, KINDS, Case, NotInPeftError, write_case
-from phatgoose.base.loading import BaseReference, load_base
+from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.config import GateTraining, Training
 from phatgoose.errors import BaseModelError, ConfigError, ExpertError, WrongBaseError
 from phatgoose.experts.expert import check_expert

@@ -14,7 +14,8 @@ from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import assert_same_logits, compose_by, logits_of, make_ids
-from phatgoose.base.loading import Base, fingerprint, load_skeleton
+from phatgoose.base.fingerprint import fingerprint
+from phatgoose.base.loading import Base, load_skeleton
 from phatgoose.base.sites import ROUTED
 from phatgoose.errors import BaseModelError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from conftest import make_adapter
-from phatgoose.base.loading import BaseReference, load_base
+from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError
 from phatgoose.experts.expert import LAYOUT, Expert

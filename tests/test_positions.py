@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from conftest import make_tokenizer
 from phatgoose.apps.generation import Sampling, answer
-from phatgoose.base.loading import Base, fingerprint, load_skeleton
+from phatgoose.base.fingerprint import fingerprint
+from phatgoose.base.loading import Base, load_skeleton
 from phatgoose.base.positions import Positions, positions_of
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import EvaluationError

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from conftest import assert_same_logits, logits_of, make_ids
 from oracle import naively_routed
-from phatgoose.base.loading import Base, fingerprint, load_base, number_format, quantisation
+from phatgoose.base.fingerprint import fingerprint, number_format, quantisation
+from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites, replace_module
 from phatgoose.errors import WrongBaseError
 from phatgoose.experts.pool import Pool
@@ -98,5 +99,5 @@ def test_a_quantised_model_is_told_from_the_plain_one(quantised, llama):
 def test_a_plain_base_of_other_weights_is_refused_as_ever(base_folders, llama_pool):
     base = load_base(base_folders["llama"], dtype="float32").model
     nn.init.ones_(base.get_input_embeddings().weight)
-    with pytest.raises(WrongBaseError, match="trained on"):
+    with pytest.raises(WrongBaseError, match="The base of the experts"):
         compose(Pool(llama_pool.experts), base)

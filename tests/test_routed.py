@@ -7,7 +7,8 @@ import torch
 
 from conftest import assert_same_logits, logits_of, make_ids, make_model, peft_model
 from oracle import mixture, naively_routed, update
-from phatgoose.base.loading import BaseReference, load_base
+from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach, record

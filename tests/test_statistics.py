@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
-from phatgoose.base.loading import BaseReference, load_base
+from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, TaskError, WrongBaseError
 from phatgoose.experts.expert import LAYOUT, Expert
@@ -221,11 +222,11 @@ def test_another_base_is_refused_and_an_unknown_one_taken_on_trust(llama, base_f
     with torch.no_grad():
         next(other.model.parameters()).add_(1)
     changed = replace(other, fingerprint="sha256:" + "0" * 64)
-    refused(WrongBaseError, "'count' was trained on", expert, changed, TASK)
+    refused(WrongBaseError, "The base of expert 'count' is", expert, changed, TASK)
     reference = BaseReference(llama.id, None, None)
     adapter = make_adapter(llama, tmp_path / "adapter")
     old = Expert.from_peft(adapter, {}, name="old", base=reference).save(tmp_path / "old")
-    with pytest.warns(UserWarning, match="'old' doesn't record its base's fingerprint"):
+    with pytest.warns(UserWarning, match="No fingerprint is recorded of the base of expert 'old'"):
         assert measure(old, llama, TASK, embeddings=False).means
 
 

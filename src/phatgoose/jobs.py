@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from .base.loading import SMOLLM2, Base, BaseReference, load_base
-from .errors import WrongBaseError
+from .base.fingerprint import BaseReference, check_base
+from .base.loading import Base, load_base
+from .base.smollm2 import SMOLLM2
 from .experts.hub import HubReference
 
 __all__ = ["BasePlace", "Engine", "Job", "LocalEngine", "Work", "Workshop", "absolute"]
@@ -114,9 +115,5 @@ class BasePlace:
     def load(self) -> Base:
         """The base, under the id it had. Raises WrongBaseError when other weights are there now."""
         base = load_base(self.place, dtype=self.dtype, revision=self.reference.revision)
-        if self.reference.fingerprint not in (None, base.fingerprint):
-            raise WrongBaseError(
-                f"Base model {self.reference.id!r} is another one for this worker: its weights "
-                f"differ from those that the work was begun with."
-            )
+        check_base(self.reference, base.reference, "this worker's jobs")
         return replace(base, id=self.reference.id)

@@ -1,6 +1,8 @@
 """The frozen base model: load it, find its sites, know which of its tokens are real.
 
-loading.py      a model by id or folder, in a fitting precision, recognised by fingerprint
+loading.py      a model and its tokenizer, by Hub id or folder, in a fitting dtype
+smollm2.py      the embedded base "smollm2"
+fingerprint.py  which base is it? recognised by its weights
 sites.py        the linear layers at which experts act
 positions.py    how many tokens the base can tell apart by position
 token_masks.py  which tokens are padding

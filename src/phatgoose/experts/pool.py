@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base.loading import BaseReference
+from ..base.fingerprint import BaseReference, same_base
 from ..errors import ExpertError, PoolError
 from ..files.atomic import write_text
 from ..files.prefetch import ahead
@@ -72,7 +72,7 @@ class Pool:
                     f"{expert.directory}; rename one."
                 )
             seen[expert.name] = expert.directory
-            if not _same_base(expert.info.base, first.info.base):
+            if not same_base(expert.info.base, first.info.base):
                 raise PoolError(
                     f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
                     f"{first.name!r} on {first.info.base.id!r}; a pool has one base."
@@ -269,10 +269,3 @@ def _missing(without: Sequence[str], kind: str) -> str:
         f"use a router that needs none, such as arrow"
         f"{STAND_IN if kind == 'gates' else ''}."
     )
-
-
-def _same_base(one: BaseReference, other: BaseReference) -> bool:
-    """Same fingerprint where both have one; otherwise the same name."""
-    if one.fingerprint and other.fingerprint:
-        return one.fingerprint == other.fingerprint
-    return one.id == other.id

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.loading import Base, BaseReference, fingerprint, load_base, quantisation
+from ..base.fingerprint import BaseReference, check_base, fingerprint, quantisation
+from ..base.loading import Base, load_base
 from ..base.offloading import check_in_place, execution_device
 from ..base.sites import ROUTED, Site, find_sites, replace_module
 from ..config import Formatting, Routing
-from ..errors import RoutingError, WrongBaseError
+from ..errors import RoutingError
 from ..experts.adapter import check_fit
 from ..experts.pool import Pool
 from ..files.prefetch import ahead
@@ -156,7 +157,7 @@ def prepare(
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = narrow_pool(pool, routing, scores)
     found = resolve_base(base, pool.base)
-    check_fingerprint(pool.base, found.reference)
+    check_base(pool.base, found.reference)
     lookup = make_lookup(pool, routing, scores, found.tokenizer)
     sites = find_sites(found.model)
     for each in pool.experts:
@@ -348,18 +349,3 @@ def resolve_base(
         )
         reference = replace(reference, fingerprint=wanted.fingerprint)
     return ResolvedBase(model, tokenizer, reference)
-
-
-def check_fingerprint(wanted: BaseReference, found: BaseReference) -> None:
-    """Raise WrongBaseError unless both are one base; warn when `wanted` has no fingerprint."""
-    if wanted.fingerprint is None:
-        warnings.warn(
-            f"The experts don't record their base's fingerprint; taking {found.id!r} on trust.",
-            stacklevel=4,
-        )
-    elif wanted.fingerprint != found.fingerprint:
-        raise WrongBaseError(
-            f"The experts were trained on {wanted.id!r} with fingerprint "
-            f"{wanted.fingerprint[:19]}…, but the base model {found.id!r} has "
-            f"{str(found.fingerprint)[:19]}…."
-        )

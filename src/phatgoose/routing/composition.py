@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.loading import BaseReference
+from ..base.fingerprint import BaseReference
 from ..base.sites import ROUTED
 from ..config import Routing
 from ..errors import RoutingError

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..base.fingerprint import check_base
 from ..base.offloading import check_in_place
 from ..base.sites import Site, find_sites
 from ..config import Routing
 from ..errors import PoolError, RoutingError
 from ..experts.adapter import check_fit
 from ..experts.pool import Pool
-from .compose import check_fingerprint, detach, install, routed_layer, stack_at
+from .compose import detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import ChoosingLayer, FoldedLinear, RoutedLayer, RoutedLinear
 from .routers.per_input.lookup import Lookup, Retriever
@@ -49,7 +50,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     check_growth(parts.routing, parts.experts, pool)
     _check_unfolded(parts)
     check_in_place(parts.layers.values())
-    check_fingerprint(pool.base, parts.base)
+    check_base(pool.base, parts.base)
     detach(model)
     try:
         sites = find_sites(model)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..base.fingerprint import check_base
 from ..base.loading import Base, load_base
 from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Training
@@ -31,7 +32,7 @@ from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Task
 from . import processes
 from .loop import FitReport, Watcher, fit
-from .router_statistics import check_base, statistics_of
+from .router_statistics import statistics_of
 from .unfinished import discard_work, open_work
 
 __all__ = ["GatedLinear", "Record", "add_gates", "gated", "openness", "train_gates"]
@@ -117,7 +118,7 @@ def train_gates(
     record = None
     if (adapter / LAYOUT.info).is_file():
         earlier = Expert.load(adapter)
-        check_base(earlier, base)
+        check_base(earlier.info.base, base.reference, f"expert {earlier.name!r}")
         record = Record(earlier.info.hyperparameters, earlier.info.metrics)
     identity = {
         "base": base.fingerprint,

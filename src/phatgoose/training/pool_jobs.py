@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 
 from tqdm.auto import tqdm
 
-from ..base.loading import Base, BaseReference, load_base
+from ..base.fingerprint import BaseReference
+from ..base.loading import Base, load_base
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..jobs import BasePlace, Engine, LocalEngine, absolute
 from ..tasks.suites.training_tasks import TrainingTask

@@ -7,7 +7,6 @@ measured when an expert is trained, or later for one that exists.
 from __future__ import annotations
 
 import random
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
@@ -18,12 +17,13 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..base.fingerprint import check_base
 from ..base.loading import Base, load_base
 from ..base.offloading import input_device
 from ..base.sites import Site, find_sites
 from ..base.token_masks import watch_inputs
 from ..config import Formatting, GateTraining
-from ..errors import ConfigError, ExpertError, WrongBaseError
+from ..errors import ConfigError, ExpertError
 from ..experts.applied import ModifiedLinear, put_in
 from ..experts.expert import LAYOUT, MOST_EMBEDDINGS, Expert
 from ..experts.input_format import recorded_formatting
@@ -38,7 +38,6 @@ from ..tasks.task import Task
 __all__ = [
     "Statistics",
     "at_full_strength",
-    "check_base",
     "mean_activations",
     "measure",
     "statistics_of",
@@ -80,7 +79,7 @@ def measure(
     )
     _refuse_foreign_files(expert.directory)
     base = load_base(base) if isinstance(base, str) else base
-    check_base(expert, base)
+    check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
     recorded = expert.info.hyperparameters
     if seed is None:
         seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
@@ -215,20 +214,4 @@ def _refuse_foreign_files(directory: Path) -> None:
         raise ExpertError(
             f"{directory} also holds {', '.join(sorted(foreign))}, which rewriting the expert "
             f"would lose; move that away first."
-        )
-
-
-def check_base(expert: Expert, base: Base) -> None:
-    """Raise WrongBaseError unless `base` is the expert's; warn when the expert can't tell."""
-    wanted = expert.info.base.fingerprint
-    if wanted is None:
-        warnings.warn(
-            f"Expert {expert.name!r} doesn't record its base's fingerprint; taking {base.id!r} on "
-            f"trust.",
-            stacklevel=3,
-        )
-    elif wanted != base.fingerprint:
-        raise WrongBaseError(
-            f"Expert {expert.name!r} was trained on {expert.info.base.id!r} with fingerprint "
-            f"{wanted[:19]}…, but the base model {base.id!r} has {base.fingerprint[:19]}…."
         )

@@ -10,7 +10,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ...base.loading import Base, number_format
+from ...base.fingerprint import number_format
+from ...base.loading import Base
 from ...config import Formatting
 from ...errors import EvaluationError
 from ...experts.expert import Expert

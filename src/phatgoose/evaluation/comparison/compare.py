@@ -18,10 +18,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ...base.fingerprint import check_base
 from ...base.loading import Base, load_base
 from ...base.sites import ROUTED
 from ...config import Formatting, Routing
-from ...errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
+from ...errors import ConfigError, PoolError, RoutingError, TaskError
 from ...experts.input_format import warn_of_other_formatting
 from ...experts.pool import REMEDIES, Pool
 from ...jobs import Engine, LocalEngine
@@ -185,11 +186,8 @@ def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
         if name in taken:
             raise ConfigError(f"An expert and another row are both called {name!r}; rename one.")
     for row in (*rows, *singles):
-        if row.pool is not None and row.pool.base.fingerprint not in (None, base.fingerprint):
-            raise WrongBaseError(
-                f"{row.label} can't be compared on {base.id!r}: its experts were trained on "
-                f"{row.pool.base.id!r}, which has other weights."
-            )
+        if row.pool is not None and row.pool.base.fingerprint:
+            check_base(row.pool.base, base.reference, row.label)
 
 
 def _load(

@@ -24,7 +24,8 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ...base.loading import BaseReference, load_base, load_skeleton
+from ...base.fingerprint import BaseReference
+from ...base.loading import load_base, load_skeleton
 from ...base.sites import find_sites
 from ...errors import ExpertError
 from ...files.strict_json import shortened

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ...base.loading import BaseReference
+from ...base.fingerprint import BaseReference
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.expert import check_name

@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ...base.loading import Base, BaseReference, load_base
+from ...base.fingerprint import BaseReference, check_base
+from ...base.loading import Base, load_base
 from ...base.offloading import execution_device
 from ...base.sites import Site, find_sites
 from ...config import Routing
 from ...errors import ConfigError, RoutingError, WrongBaseError
 from ...tasks.embeddings import usable_embedder
-from ..compose import check_fingerprint, dtype_at, install, resolve_base, routed_layer
+from ..compose import dtype_at, install, resolve_base, routed_layer
 from ..composition import Composition
 from ..kernels.choice import check_kernel
 from ..layers import FoldedLinear, RoutedLayer
@@ -55,7 +56,7 @@ def load(
     if base is None:
         base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
     found = resolve_base(base, wanted)
-    check_fingerprint(wanted, found.reference)
+    check_base(wanted, found.reference)
     sites = find_sites(found.model)
     tensors, layers = packed.tensors, {}
     for name in packed.sites:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.loading import fingerprint, quantisation
+from ...base.fingerprint import fingerprint, quantisation
 from ...errors import RoutingError
 from ...files.atomic import WRITING_ERRORS, new_directory, new_file, reason, write_text
 from ...files.strict_json import sha256_of

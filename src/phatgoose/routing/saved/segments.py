@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ...base.fingerprint import check_base
 from ...base.loading import Base
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
@@ -27,7 +28,7 @@ from ...experts.pool import Pool
 from ...files.atomic import new_directory, write_text
 from ...files.left_overs import clear_left_overs, temporary_file
 from ...files.tensor_file import TensorFile, write_tensors
-from ..compose import check_fingerprint, prepare, routed_layers
+from ..compose import prepare, routed_layers
 from ..growing import check_growth, check_removal
 from ..routers.registry import embeddings_of, router_vectors
 from ..routers.scores import Scores
@@ -118,7 +119,7 @@ def add_to_packed(directory: str | Path, pool: Pool | str | Path) -> Packed:
         check_router_of(packed)
         check_growth(routing, packed.names, pool)
         _check_unfolded(packed)
-        check_fingerprint(pool.base, packed.base)
+        check_base(pool.base, packed.base)
         _check_sizes(packed, pool)
         kind = _kind_of(first)
         vectors_kind = next((t.dtype for n, t in first.items() if n.startswith("vectors.")), None)

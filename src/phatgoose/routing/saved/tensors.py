@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...base.loading import BaseReference
+from ...base.fingerprint import BaseReference
 from ...config import Routing
 from ...errors import ExpertError, RoutingError
 from ...files.prefetch import ahead

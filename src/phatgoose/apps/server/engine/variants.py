@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ....base.loading import Base, BaseReference, choose_dtype, load_base, twin
+from ....base.fingerprint import BaseReference
+from ....base.loading import Base, choose_dtype, load_base, twin
 from ....base.sites import ROUTED
 from ....config import Routing
 from ....errors import BaseModelError, ConfigError, RoutingError

@@ -635,7 +635,7 @@ def test_all_methods_score_the_same_examples(setting, tasks, tmp_path, monkeypat
     seen = {}
 
     def watched(model, task, *arguments):
-        seen.setdefault(task.name, []).append(task.test)
+        seen.setdefault(task.name, []).append(task.examples)
         return score(model, task, *arguments)
 
     monkeypatch.setattr(module, "score", watched)

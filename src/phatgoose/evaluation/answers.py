@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,20 +13,11 @@ from ..base.offloading import input_device
 from ..errors import EvaluationError
 from ..files.strict_json import one_line
 from ..tasks.cuts import Cuts
-from ..tasks.encoding import Encoder, Prompt, batches_of_tokens, pad_left, pad_right
+from ..tasks.encoding import Encoder, batches_of_tokens, pad_left, pad_right
 from ..tasks.task import Example
-from .likelihood import ChoicePrompt, choice_log_likelihoods
+from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
 
-__all__ = [
-    "Answer",
-    "Questions",
-    "generated_answers",
-    "questions_to_answer",
-    "questions_to_rank",
-    "ranked_answers",
-]
-
-BeforePass = Callable[[Sequence[int]], None]  # told which examples the rows of a pass belong to
+__all__ = ["Answer", "Questions", "answers_to", "questions_to_answer", "questions_to_rank"]
 
 
 @dataclass(frozen=True)
@@ -43,27 +34,31 @@ class Answer:
 
 @dataclass(frozen=True)
 class Questions:
-    """Examples as tokens: each prompt and its answer choices, which are empty where text is asked
-    for. `cuts` tells what the prompts lost.
+    """The tokens of `examples` for one base: each prompt with its answer choices.
+
+    `max_new_tokens` bounds each generated answer; None where choices are ranked instead. `cuts`
+    counts what the prompts lost.
     """
 
-    rows: list[ChoicePrompt]
+    examples: Sequence[Example]
+    encoder: Encoder
+    rows: Sequence[ChoicePrompt]
     cuts: Cuts
+    max_new_tokens: int | None = None
 
 
 def questions_to_rank(encoder: Encoder, examples: Sequence[Example]) -> Questions:
-    """The examples with their choices; all of one example's follow the same prompt."""
+    """The examples with their answer choices, to be ranked."""
     choices = [[encoder.target(row.input, choice) for choice in row.choices] for row in examples]
-    longest = [max(map(len, each)) for each in choices]
-    return _questions(encoder, examples, choices, longest)
+    return _questions(encoder, examples, choices, [max(map(len, each)) for each in choices])
 
 
 def questions_to_answer(
     encoder: Encoder, examples: Sequence[Example], max_new_tokens: int
 ) -> Questions:
-    """The examples, with room for so many new tokens.
+    """The examples with room for `max_new_tokens` generated tokens.
 
-    Raises EvaluationError when the base has no room for them.
+    Raises EvaluationError when the base has too few positions for them.
     """
     places = encoder.positions.answer
     if places is not None and max_new_tokens + (not encoder.is_encoder_decoder) > places:
@@ -71,97 +66,80 @@ def questions_to_answer(
             f"max_new_tokens is {max_new_tokens}, but the base has {places} positions for an input "
             f"and its answer; ask for fewer."
         )
-    nothing: list[list[list[int]]] = [[] for _ in examples]
-    return _questions(encoder, examples, nothing, [max_new_tokens] * len(examples))
+    none: list[list[list[int]]] = [[] for _ in examples]
+    return _questions(encoder, examples, none, [max_new_tokens] * len(examples), max_new_tokens)
 
 
 def _questions(
     encoder: Encoder,
     examples: Sequence[Example],
     choices: Sequence[list[list[int]]],
-    following: Sequence[int],
+    answer_lengths: Sequence[int],
+    max_new_tokens: int | None = None,
 ) -> Questions:
-    prompts: list[Prompt] = [
+    prompts = [
         encoder.fitted(row.input, row.passage, followed_by=tokens)
-        for row, tokens in zip(examples, following, strict=True)
+        for row, tokens in zip(examples, answer_lengths, strict=True)
     ]
-    lengths = [len(p.tokens) + tokens for p, tokens in zip(prompts, following, strict=True)]
-    return Questions(
-        [(prompt.tokens, each) for prompt, each in zip(prompts, choices, strict=True)],
-        Cuts.of([prompt.cut for prompt in prompts], lengths, encoder.positions.trained),
-    )
+    lengths = [len(p.tokens) + tokens for p, tokens in zip(prompts, answer_lengths, strict=True)]
+    rows = [(prompt.tokens, each) for prompt, each in zip(prompts, choices, strict=True)]
+    cuts = Cuts.of([prompt.cut for prompt in prompts], lengths, encoder.positions.trained)
+    return Questions(examples, encoder, rows, cuts, max_new_tokens)
 
 
-def ranked_answers(
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    questions: Questions,
-    encoder: Encoder,
-    budget: int,
-    label: str,
-    before_pass: BeforePass,
+def answers_to(
+    questions: Questions, model: PreTrainedModel, budget: int, label: str, before_pass: BeforePass
 ) -> list[Answer]:
-    """For each example the choice of the highest mean log-likelihood per target token.
+    """The model's answer to each question, in order; `label` names the task in messages.
 
-    The first of equals. `questions` are the examples as `questions_to_rank` has them. Raises
-    EvaluationError for a log-likelihood that is not a number.
+    Where choices are ranked, the choice of the highest mean log-likelihood per target token, the
+    first of equals. Elsewhere greedily generated text without white space around it. A batch has at
+    most `budget` tokens. Raises EvaluationError for a log-likelihood that is not a number.
     """
-    rows = questions.rows
+    find = _ranked if questions.max_new_tokens is None else _generated
     answers: dict[int, Answer] = {}
-    pad = encoder.tokenizer.pad_token_id
-    with tqdm(
-        total=len(rows), desc=one_line(label), unit="example", disable=None, leave=False
-    ) as bar:
-        for index, scores in choice_log_likelihoods(model, rows, pad, budget, before_pass):
-            answers[index] = _best(examples[index], scores, label)
+    count = len(questions.rows)
+    with tqdm(total=count, desc=one_line(label), unit="example", disable=None, leave=False) as bar:
+        for index, answer in find(questions, model, budget, label, before_pass):
+            answers[index] = answer
             bar.update(1)
-    return [answers[index] for index in range(len(examples))]
+    return [answers[index] for index in range(count)]
 
 
-def _best(example: Example, scores: list[float], label: str) -> Answer:
-    if any(score != score for score in scores):
-        raise EvaluationError(
-            f"Task {label!r}: the model's log-likelihoods are not numbers for the input "
-            f"{example.input[:60]!r}…; try dtype float32."
-        )
-    return Answer(example.choices[scores.index(max(scores))], tuple(scores))
+def _ranked(
+    questions: Questions, model: PreTrainedModel, budget: int, label: str, before_pass: BeforePass
+) -> Iterator[tuple[int, Answer]]:
+    pad = questions.encoder.tokenizer.pad_token_id
+    for index, scores in choice_log_likelihoods(model, questions.rows, pad, budget, before_pass):
+        example = questions.examples[index]
+        if any(score != score for score in scores):
+            raise EvaluationError(
+                f"Task {label!r}: the model's log-likelihoods are not numbers for the input "
+                f"{example.input[:60]!r}…; try dtype float32."
+            )
+        yield index, Answer(example.choices[scores.index(max(scores))], tuple(scores))
 
 
-def generated_answers(
-    model: PreTrainedModel,
-    questions: Questions,
-    encoder: Encoder,
-    budget: int,
-    label: str,
-    before_pass: BeforePass,
-    max_new_tokens: int,
-) -> list[Answer]:
-    """For each question the text generated greedily, white space around it removed.
-
-    `questions` come from `questions_to_answer` for as many new tokens.
-    """
+def _generated(
+    questions: Questions, model: PreTrainedModel, budget: int, label: str, before_pass: BeforePass
+) -> Iterator[tuple[int, Answer]]:
+    encoder, longest = questions.encoder, questions.max_new_tokens or 0
+    tokenizer, device = encoder.tokenizer, input_device(model)
     prompts = [list(prompt) for prompt, _ in questions.rows]
     pad = pad_right if encoder.is_encoder_decoder else pad_left
-    answers: dict[int, Answer] = {}
-    with tqdm(
-        total=len(prompts), desc=one_line(label), unit="example", disable=None, leave=False
-    ) as bar:
-        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-        for batch in batches_of_tokens(lengths, budget):
-            rows = [prompts[i] for i in batch]
-            before_pass(batch)
-            with torch.inference_mode():
-                output = model.generate(
-                    pad(rows, encoder.tokenizer.pad_token_id).to(input_device(model)),
-                    attention_mask=pad([[1] * len(row) for row in rows], 0).to(input_device(model)),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    num_beams=1,
-                    pad_token_id=encoder.tokenizer.pad_token_id,
-                )
-            start = 0 if encoder.is_encoder_decoder else max(map(len, rows))
-            for index, tokens in zip(batch, output, strict=True):
-                text = encoder.tokenizer.decode(tokens[start:], skip_special_tokens=True)
-                answers[index] = Answer(text.strip())
-            bar.update(len(batch))
-    return [answers[index] for index in range(len(prompts))]
+    for batch in batches_of_tokens([len(prompt) + longest for prompt in prompts], budget):
+        rows = [prompts[i] for i in batch]
+        before_pass(batch)
+        with torch.inference_mode():
+            output = model.generate(
+                pad(rows, tokenizer.pad_token_id).to(device),
+                attention_mask=pad([[1] * len(row) for row in rows], 0).to(device),
+                max_new_tokens=longest,
+                do_sample=False,
+                num_beams=1,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        start = 0 if encoder.is_encoder_decoder else max(map(len, rows))
+        for index, tokens in zip(batch, output, strict=True):
+            text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
+            yield index, Answer(text.strip())

@@ -1,13 +1,15 @@
 """Zero-shot evaluation: rank classification where there are choices, generation elsewhere.
 
-METHOD section 6, Scoring. Every score comes with its n and a 95 % interval.
+As in the paper's released code. Every score comes with its n and a 95 % interval.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +26,12 @@ from ..routing.compose import serving
 from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder
 from ..tasks.task import Example, Task
-from .answers import (
-    Answer,
-    Questions,
-    generated_answers,
-    questions_to_answer,
-    questions_to_rank,
-    ranked_answers,
-)
+from .answers import Answer, Questions, answers_to, questions_to_answer, questions_to_rank
 from .intervals import CONFIDENCE, Interval, Sample
 from .metrics import METRICS, metric
 
-__all__ = [
-    "Evaluation",
-    "Prediction",
-    "TaskScore",
-    "evaluate",
-    "metrics_of",
-    "questions_of",
-    "score",
-]
+__all__ = ["Evaluation", "EvaluationSet", "Prediction", "ScoringSettings", "TaskScore"]
+__all__ += ["evaluate", "metrics_of", "score", "score_tasks"]
 
 TOKEN_BUDGET = 4096
 MAX_NEW_TOKENS = 64
@@ -52,12 +40,69 @@ WRITTEN = "exact-match"  # the metric of generated answers where a task names no
 
 
 @dataclass(frozen=True)
+class ScoringSettings:
+    """How tasks are scored.
+
+    `limit` draws so many examples of each task, the same ones for one `seed`; None keeps all.
+    `max_new_tokens` bounds generated answers where a task sets no bound. `token_budget` bounds a
+    batch, padding included.
+    """
+
+    formatting: Formatting = field(default_factory=Formatting)
+    limit: int | None = None
+    seed: int = 0
+    max_new_tokens: int = MAX_NEW_TOKENS
+    token_budget: int = TOKEN_BUDGET
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """The examples of one task that are scored, and how."""
+
+    name: str
+    examples: tuple[Example, ...]
+    metrics: tuple[str, ...]
+    max_new_tokens: int
+    settings: ScoringSettings
+
+    @classmethod
+    def of(cls, task: Task, settings: ScoringSettings) -> EvaluationSet:
+        """What `settings` draw of `task`. Raises what `metrics_of` does."""
+        examples = task.evaluation_examples(settings.limit, settings.seed)
+        longest = task.max_new_tokens or settings.max_new_tokens
+        return cls(task.name, examples, metrics_of(task, examples), longest, settings)
+
+    @property
+    def is_ranked(self) -> bool:
+        """True where the answer is one of the example's choices, False where it is generated."""
+        return self.metrics == (CHOSEN,)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash of everything here that a model's score depends on."""
+        content = [
+            [asdict(example) for example in self.examples],
+            self.metrics,
+            None if self.is_ranked else self.max_new_tokens,
+            asdict(self.settings.formatting),
+            self.settings.token_budget,
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def questions(self, encoder: Encoder) -> Questions:
+        """The examples as tokens."""
+        if self.is_ranked:
+            return questions_to_rank(encoder, self.examples)
+        return questions_to_answer(encoder, self.examples, self.max_new_tokens)
+
+
+@dataclass(frozen=True)
 class Prediction:
     """What the model answered to one example.
 
-    `correct` tells whether the answer is one of the accepted ones as it stands, whatever the
-    metrics. `scores` holds the mean log-likelihood per target token of each choice, in order; empty
-    for generated answers. `marks` are the answer's statistics in each of the task's metrics.
+    `correct` is True when the answer equals an accepted one, whatever the metrics. `scores` holds
+    the mean log-likelihood per target token of each choice, in order; empty for generated answers.
+    `marks` are the answer's statistics in each of the task's metrics.
     """
 
     answer: str
@@ -72,8 +117,7 @@ class TaskScore:
 
     `metric` names them in words, `by_metric` has the score in each. The interval is Wilson's where
     the score is a share of right answers, else a bootstrap over examples. `ties` counts the
-    examples whose best choices scored equally; the first of them was taken. `cuts` says how many
-    inputs were cut, and by how much.
+    examples whose best choices scored equally; the first of them was taken.
     """
 
     task: str
@@ -87,6 +131,13 @@ class TaskScore:
     cuts: Cuts = field(default_factory=Cuts)
     predictions: tuple[Prediction, ...] = ()
 
+    def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
+        """Plain data for JSON."""
+        record = asdict(self if predictions else replace(self, predictions=()))
+        if not predictions:
+            del record["predictions"]
+        return record
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -96,18 +147,16 @@ class Evaluation:
 
     @property
     def mean(self) -> float:
-        """The unweighted mean over tasks (METHOD section 6)."""
+        """The unweighted mean over tasks."""
         return sum(score.score for score in self.scores) / len(self.scores)
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         """Plain data for JSON: the mean and one record per task."""
-        rows = [asdict(score) for score in self.scores]
-        for row in rows if not predictions else ():
-            del row["predictions"]
-        return {"mean": self.mean, "confidence": CONFIDENCE, "tasks": rows}
+        tasks = [score.to_dict(predictions=predictions) for score in self.scores]
+        return {"mean": self.mean, "confidence": CONFIDENCE, "tasks": tasks}
 
     def write_json(self, path: str | Path, *, predictions: bool = False) -> None:
-        """Write `to_dict` to `path`, complete or not at all. Raises EvaluationError if it can't."""
+        """Write `to_dict` to `path`, all or nothing. Raises EvaluationError if that fails."""
         content = json.dumps(self.to_dict(predictions=predictions), indent=2, ensure_ascii=False)
         write_text(Path(path), content + "\n", EvaluationError)
 
@@ -125,70 +174,62 @@ def evaluate(
 ) -> Evaluation:
     """The scores of `model`, routed or not, on `tasks`.
 
-    A task is scored by its `metrics`; one that names none by rank classification where its examples
-    have choices (the choice of the highest mean log-likelihood per target token, end-of-sequence
-    included, is the answer) and by exact match elsewhere, white space around both left out. Answers
-    that are not chosen are generated greedily, at most the task's `max_new_tokens` or else the ones
-    given here. `limit` draws so many examples per task, the same ones for one `seed`. `tokenizer`
-    None takes that of the routed model or its base. `token_budget` bounds a batch.
+    A task is scored by its `metrics`. One that names none is scored by rank classification where
+    its examples have choices: the answer is the choice of the highest mean log-likelihood per
+    target token, end-of-sequence included. Elsewhere it is scored by exact match, without white
+    space around the answers. Answers that are not chosen are generated greedily, at most the task's
+    own `max_new_tokens` or else the number given here. `limit` draws so many examples of each task,
+    the same ones for one `seed`. `tokenizer` None takes that of the routed model or its base.
+    `token_budget` bounds a batch.
 
-    Inputs are formatted by `formatting`, None being the default. What is cut of a task's inputs is
-    logged, and a warning from a tenth of them on; a routed model whose experts were trained on
-    inputs of another form is a warning too.
+    `formatting` None means the default one. Cut inputs are logged, and a warning from a tenth of
+    them on. It is a warning too when the experts of a routed model were trained on inputs of
+    another form.
 
     Raises EvaluationError for a task that mixes examples with and without choices, an unknown
     metric or a combination that no answer can serve, a score that is not a number, or a missing
     tokenizer; TaskError for an empty task.
     """
+    settings = ScoringSettings(
+        formatting or Formatting(), limit, seed, max_new_tokens, token_budget
+    )
+    return score_tasks(model, tasks, settings, tokenizer)
+
+
+def score_tasks(
+    model: PreTrainedModel | Base,
+    tasks: Task | Iterable[Task],
+    settings: ScoringSettings,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Evaluation:
+    """As `evaluate`, which says more."""
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
-    encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), formatting)
+    encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), settings.formatting)
     parts = getattr(model, ROUTED, None)
     warn_of_other_formatting(parts.records if parts is not None else (), encoder.formatting)
     scores = []
     for task in [tasks] if isinstance(tasks, Task) else tasks:
-        examples = task.evaluation_examples(limit, seed)
-        longest = task.max_new_tokens or max_new_tokens
-        questions = questions_of(task, examples, encoder, longest)
+        chosen = EvaluationSet.of(task, settings)
+        questions = chosen.questions(encoder)
         questions.cuts.tell(task.name)
-        scores.append(score(model, task, examples, questions, encoder, longest, token_budget))
+        scores.append(score(model, chosen, questions))
     if not scores:
         raise EvaluationError("No task was given to evaluate on.")
     return Evaluation(tuple(scores))
 
 
-def questions_of(
-    task: Task, examples: Sequence[Example], encoder: Encoder, max_new_tokens: int
-) -> Questions:
-    """The `examples` of `task` as tokens, in the form that its metrics need."""
-    if metrics_of(task, examples) == (CHOSEN,):
-        return questions_to_rank(encoder, examples)
-    return questions_to_answer(encoder, examples, max_new_tokens)
-
-
-def score(
-    model: PreTrainedModel,
-    task: Task,
-    examples: Sequence[Example],
-    questions: Questions,
-    encoder: Encoder,
-    max_new_tokens: int,
-    token_budget: int,
-) -> TaskScore:
-    """The score of `model` on the `examples` of `task`, which are `questions` to it."""
+def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -> TaskScore:
+    """The score of `model` on an evaluation set, whose `questions` are encoded for it."""
     model.eval()
-    metrics = metrics_of(task, examples)
-    with serving(model, task.name, examples, encoder.formatting) as before_pass:
-        shared = (questions, encoder, token_budget, task.name, before_pass)
-        if metrics == (CHOSEN,):
-            answers = ranked_answers(model, examples, *shared)
-        else:
-            answers = generated_answers(model, *shared, max_new_tokens)
-    return replace(_task_score(task.name, metrics, examples, answers), cuts=questions.cuts)
+    name, formatting = chosen.name, questions.encoder.formatting
+    with serving(model, name, chosen.examples, formatting) as before_pass:
+        answers = answers_to(questions, model, chosen.settings.token_budget, name, before_pass)
+    return replace(_task_score(chosen, answers), cuts=questions.cuts)
 
 
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
-    """The metrics that `task` is scored by on `examples`: its own, or those fitting its examples.
+    """The metrics that score `task` on `examples`: its own, or those that fit the examples.
 
     Raises EvaluationError for an unknown one, for rank classification without choices or beside a
     metric of generated answers, and for a task without metrics that has both kinds of examples.
@@ -220,24 +261,19 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     return load_tokenizer(name)
 
 
-def _task_score(
-    task: str, metrics: Sequence[str], examples: Sequence[Example], answers: Sequence[Answer]
-) -> TaskScore:
-    predictions = [
-        Prediction(
-            answer.text,
-            answer.text in [accepted.strip() for accepted in example.answers]
-            if not answer.scores
-            else answer.text in example.answers,
-            answer.scores,
-            tuple(METRICS[name].measure(answer.text, example.answers) for name in metrics),
-        )
-        for example, answer in zip(examples, answers, strict=True)
-    ]
+def _task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
+    metrics = chosen.metrics
+    predictions = []
+    for example, answer in zip(chosen.examples, answers, strict=True):
+        accepted = example.answers
+        if not answer.scores:
+            accepted = tuple(text.strip() for text in accepted)
+        marks = tuple(METRICS[name].measure(answer.text, example.answers) for name in metrics)
+        predictions.append(Prediction(answer.text, answer.text in accepted, answer.scores, marks))
     sample = Sample.of(metrics, [prediction.marks for prediction in predictions])
     interval = _interval(sample)
     return TaskScore(
-        task=task,
+        task=chosen.name,
         metric=" + ".join(METRICS[name].label for name in metrics),
         score=sample.score,
         n=sample.n,

@@ -27,11 +27,11 @@ from ..tasks.encoding import (
 )
 from ..tasks.row_packing import Text, can_pack, head_at, pack, packed_batches
 
-__all__ = ["ChoicePrompt", "choice_log_likelihoods"]
+__all__ = ["BeforePass", "ChoicePrompt", "choice_log_likelihoods"]
 
 Tokens = Sequence[int]
-Announce = Callable[[Sequence[int]], None]  # told which prompts the next pass is about
-PLACES = 512  # of logits that are float32 at a time
+BeforePass = Callable[[Sequence[int]], None]  # takes the index of the prompt of each row to come
+LOGITS_AT_ONCE = 512  # rows of logits that are float32 at a time
 ChoicePrompt = tuple[Tokens, Sequence[Tokens]]  # a prompt and its choices, tokenised
 
 
@@ -40,11 +40,11 @@ def choice_log_likelihoods(
     rows: Sequence[ChoicePrompt],
     pad_token_id: int,
     budget: int,
-    before_pass: Announce = lambda _: None,
+    before_pass: BeforePass = lambda _: None,
 ) -> Iterator[tuple[int, list[float]]]:
     """(index of the row, mean log-likelihood per target token of each choice), in any order.
 
-    The end-of-sequence token counts as a target token (METHOD section 6, Scoring). A batch holds at
+    The end-of-sequence token counts as a target token (the paper's released code). A batch holds at
     most `budget` tokens of prompts and choices together, padding included. `before_pass` is called
     before each pass through the model with indices in `rows`, as many tokens for each: one for
     each row of the batch, or where rows are packed one for each token. A choice that a row has
@@ -66,7 +66,7 @@ def _packed(
     rows: Sequence[ChoicePrompt],
     pad: int,
     budget: int,
-    before_pass: Announce,
+    before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
     """All in one pass a batch; the last token of a choice is predicted, not read."""
     texts = [Text(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
@@ -101,7 +101,9 @@ def _means(
             lengths.append(len(choice))
             at += len(choice) - 1
         begin = at
-    totals = torch.cat([some.float().logsumexp(dim=-1) for some in torch.split(logits, PLACES)])
+    totals = torch.cat(
+        [some.float().logsumexp(dim=-1) for some in torch.split(logits, LOGITS_AT_ONCE)]
+    )
     where = torch.tensor(places, device=logits.device)
     chosen = logits[where, torch.tensor(labels, device=logits.device)].float() - totals[where]
     means = [run.mean().item() for run in torch.split(chosen.cpu(), lengths)]
@@ -114,7 +116,7 @@ def _padded(
     rows: Sequence[ChoicePrompt],
     pad: int,
     budget: int,
-    before_pass: Announce,
+    before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
     """Prompts in one pass, choices in another, both in padded rows."""
     score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
@@ -132,7 +134,7 @@ def _padded(
 
 
 def _score_causal(
-    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: Announce
+    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
     """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = input_device(model)
@@ -164,7 +166,7 @@ def _score_causal(
 
 
 def _score_seq2seq(
-    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: Announce
+    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
     """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = input_device(model)

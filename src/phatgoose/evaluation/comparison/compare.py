@@ -30,9 +30,9 @@ from ...routing.routers.scores import Scores, best_expert, best_expert_by_task
 from ...tasks.encoding import Encoder
 from ...tasks.suites.entries import Sources, Suite
 from ...tasks.suites.registry import open_suite
-from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET
+from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
-from .cells import Cell, CellWorkshop, Dataset, Protocol, cell_of
+from .cells import Cell, CellWorkshop, cell_of
 from .code_version import code_version
 from .methods import DERIVED, METHODS, SHARED, Row, lacking, reference_row, rows_of, single_rows
 from .result_store import ResultStore
@@ -84,8 +84,10 @@ def compare(
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     routing = routing or Routing()
     wanted, notes = _wanted_methods(pool, methods, routing)
-    protocol = Protocol(formatting or Formatting(), max_new_tokens, token_budget)
-    columns, datasets = _load(suites, sources, limit, seed, protocol)
+    settings = ScoringSettings(
+        formatting or Formatting(), limit, seed, max_new_tokens, token_budget
+    )
+    columns, datasets = _load(suites, sources, settings)
     if base is None or isinstance(base, str):
         name, revision = (base, None) if base else (pool.base.id, pool.base.revision)
         base = load_base(name, revision=revision)
@@ -93,9 +95,9 @@ def compare(
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
     _check(base, rows, singles)
-    _tell_of_inputs(base, (*rows, *singles), datasets, protocol)
+    _tell_of_inputs(base, (*rows, *singles), datasets, settings.formatting)
     with ResultStore.alone(Path(out) / RESULTS) as store:
-        results = _run([*rows, *singles], datasets, base, store, protocol, engine or LocalEngine())
+        results = _run([*rows, *singles], datasets, base, store, engine or LocalEngine())
     experts: Scores = {
         row.name: {task: results[row.name][task].score for task in datasets} for row in singles
     }
@@ -113,7 +115,7 @@ def compare(
             "seed": seed,
             "k": routing.k,
             "code": code_version(),
-            "formatting": asdict(protocol.formatting),
+            "formatting": asdict(settings.formatting),
         },
     )
     comparison = _with_derived(comparison, wanted, experts, pool)
@@ -193,19 +195,17 @@ def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
 def _load(
     suites: Iterable[Suite | str | Path],
     sources: Sources | None,
-    limit: int | None,
-    seed: int,
-    protocol: Protocol,
-) -> tuple[dict[str, tuple[str, ...]], dict[str, Dataset]]:
+    settings: ScoringSettings,
+) -> tuple[dict[str, tuple[str, ...]], dict[str, EvaluationSet]]:
     """(datasets' names by suite, datasets by name); raises TaskError for names that clash."""
     columns: dict[str, tuple[str, ...]] = {}
-    datasets: dict[str, Dataset] = {}
+    datasets: dict[str, EvaluationSet] = {}
     for suite in [suites] if isinstance(suites, str | Path | Suite) else suites:
         opened = suite if isinstance(suite, Suite) else open_suite(suite)
         if opened.name in columns:
             raise TaskError(f"Two suites are called {opened.name!r}; rename one.")
         for task in opened.load(sources):
-            dataset = Dataset.of(task, limit, seed, protocol)
+            dataset = EvaluationSet.of(task, settings)
             if datasets.setdefault(task.name, dataset).digest != dataset.digest:
                 raise TaskError(f"Two suites have different datasets called {task.name!r}.")
         columns[opened.name] = opened.names
@@ -215,30 +215,29 @@ def _load(
 
 
 def _tell_of_inputs(
-    base: Base, rows: Sequence[Row], datasets: Mapping[str, Dataset], protocol: Protocol
+    base: Base, rows: Sequence[Row], datasets: Mapping[str, EvaluationSet], formatting: Formatting
 ) -> None:
     """Tell what is cut of the datasets, and which experts were trained on inputs of other form."""
-    encoder = Encoder.of(base, protocol.formatting)
+    encoder = Encoder.of(base, formatting)
     for name, dataset in datasets.items():
         dataset.questions(encoder).cuts.tell(name)
     records = [record for row in rows if row.pool is not None for record in row.pool.records()]
     distinct = {json.dumps(record, sort_keys=True): record for record in records}
-    warn_of_other_formatting(distinct.values(), protocol.formatting)
+    warn_of_other_formatting(distinct.values(), formatting)
 
 
 def _run(
     rows: Sequence[Row],
-    datasets: Mapping[str, Dataset],
+    datasets: Mapping[str, EvaluationSet],
     base: Base,
     store: ResultStore,
-    protocol: Protocol,
     engine: Engine,
 ) -> dict[str, dict[str, Result]]:
     """Every row's result on every dataset, computed by `engine` where the store has none."""
     cells = [cell_of(row, dataset, base) for row in rows for dataset in datasets.values()]
     missing = _distinct(cell for cell in cells if store.get(cell.key) is None)
     finished = len(cells) - len(missing)
-    workshop = CellWorkshop(base, {row.name: row for row in rows}, datasets, protocol)
+    workshop = CellWorkshop(base, {row.name: row for row in rows}, datasets)
     with (
         tqdm(total=len(cells), initial=finished, desc="compare", unit="cell", disable=None) as bar,
         closing(engine.run(workshop, missing, bar)) as results,

@@ -9,7 +9,8 @@ routed model in its place (add, remove, compact) must leave it as it was, or cha
 
 Every command runs in a process forked from this one, which has loaded what the commands load, so
 that moments fall into their work. They are moments of the processor's time that the process has
-taken, so that they fall everywhere however busy the machine is. The Hub is tests/fake_hub.py.
+taken, so that they fall everywhere however busy the machine is. The Hub is
+tests/support/fake_hub.py.
 """
 
 from __future__ import annotations
@@ -32,12 +33,11 @@ from pathlib import Path
 from typing import Any
 
 os.environ["TQDM_DISABLE"] = "1"
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
 
 import torch
 from huggingface_hub import constants
 
-from conftest import make_model, make_tokenizer
 from fake_hub import serving_hub
 from phatgoose.apps.cli import main as phatgoose
 from phatgoose.apps.console import comparison_tables  # noqa: F401
@@ -50,6 +50,7 @@ from phatgoose.experts.importing import adapter as importing  # noqa: F401  load
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.tensors import Packed, read_packed
 from phatgoose.training import gates  # noqa: F401  loaded before forking
+from tiny import make_model, make_tokenizer
 
 FEW = "--batch-size 4 --steps 6 --gate-steps 6 --eval-every 2 --statistics-examples 4 --rank 2"
 GATES = "--batch-size 4 --gate-steps 30 --statistics-examples 4"

@@ -242,9 +242,9 @@ def machine() -> dict[str, Any]:
 
 def tiny_pool(folder: Path) -> str:
     """A pool of eight random experts on a tiny base, in `folder`."""
-    sys.path.insert(0, str(ROOT / "tests"))
-    from conftest import make_model, make_tokenizer, write_expert
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
     from phatgoose.base.loading import load_base
+    from tiny import make_model, make_tokenizer, write_expert
 
     make_model("llama").save_pretrained(folder / "base")
     make_tokenizer(final_eos=False).save_pretrained(folder / "base")

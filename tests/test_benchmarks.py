@@ -7,15 +7,16 @@ import math
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from peft import ArrowConfig, create_arrow_model
 
+from paths import ROOT
+
 pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 
-RUN = Path(__file__).parent.parent / "benchmarks" / "run.py"
+RUN = ROOT / "benchmarks" / "run.py"
 ROWS = {
     "prefill": 3,
     "linear": 4,

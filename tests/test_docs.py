@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import typer
 
+from paths import ROOT
 from phatgoose.apps.cli import app
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from paths import ROOT
 from phatgoose.apps.cli.recipe import RECIPE_TABLES, read_recipe
 from phatgoose.config import from_mapping
 from phatgoose.experts.expert import Expert
@@ -15,18 +16,14 @@ from phatgoose.tasks.suites.entries import Suite
 from phatgoose.tasks.suites.registry import SUITES, open_suite
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training import router_statistics as statistics_module
-from test_cli import phat
-from test_statistics import embed
-from test_training_sources import _frozen, hub
+from toy_embedders import embed
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["_frozen", "hub", "phat"]  # fixtures
-
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = ROOT / "recipes"
 T5_XL = "google/t5-xl-lm-adapt"
 SHARED_DATA = RECIPES.parent.parent / "shared" / "data" / "train"
 THE_PAPERS = {"t5xl-t0.toml": ("t0hi", 36), "t5xl-flan.toml": ("flan", 166)}
@@ -140,7 +137,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, suite: str, names: tuple[str, ...]) 
 
 @each_of_the_papers
 def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
-    name, phat, tmp_path, monkeypatch, base_folders, hub
+    name, phat, tmp_path, monkeypatch, base_folders, hub_copies
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(statistics_module, "embed_examples", embed)
@@ -149,7 +146,7 @@ def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
     shrink(monkeypatch, suite, names)
     shrink(monkeypatch, "t0ho", ("rte",))
     content = (RECIPES / name).read_text(encoding="utf-8").replace(T5_XL, str(base_folders["t5"]))
-    places = f'data = "{hub.data}"\ntemplates = "{hub.templates}"\n'
+    places = f'data = "{hub_copies.data}"\ntemplates = "{hub_copies.templates}"\n'
     Path(name).write_text(places + content, encoding="utf-8")
 
     planned = phat("train", "--recipe", name, "--plan", *FEW, *SHORT)

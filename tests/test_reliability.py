@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 
 import phatgoose
+from paths import ROOT
 
-SCRIPT = Path(__file__).parent.parent / "benchmarks" / "reliability.py"
+SCRIPT = ROOT / "benchmarks" / "reliability.py"
 COMMANDS = ("train", "push")
 
 

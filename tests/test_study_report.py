@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import runpy
-from pathlib import Path
 
 import pytest
 
+from paths import ROOT
 from phatgoose.evaluation.comparison.result_store import ResultStore
 
-PROGRAM = Path(__file__).parent.parent / "examples" / "study_report.py"
+PROGRAM = ROOT / "examples" / "study_report.py"
 
 
 @pytest.fixture

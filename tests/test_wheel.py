@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 import phatgoose
+from paths import ROOT
 
-ROOT = Path(__file__).parent.parent
 WANTED = os.environ.get("CI") == "true" or os.environ.get("PHATGOOSE_TEST_WHEEL") == "1"
 
 pytestmark = pytest.mark.skipif(

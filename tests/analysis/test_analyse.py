@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import phatgoose as pg
-from conftest import SCORES, make_adapter
 from phatgoose.analysis.agreement import DecisionFiles, agreement
 from phatgoose.analysis.findings import findings_of, vector_similarity
 from phatgoose.analysis.measures import kl_divergence
@@ -29,7 +28,9 @@ from phatgoose.routing.compose import compose, record
 from phatgoose.routing.recording import SitePass
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.encoding import Encoder
+from routed_models import SCORES
 from routing_samples import make_analysis
+from tiny import make_adapter
 
 
 def task(name, count=6):

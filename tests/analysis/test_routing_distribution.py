@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import compose_by, make_ids
 from oracle import token_weights
 from phatgoose.analysis.places import place_of
 from phatgoose.analysis.reading import pass_through, read_examples
@@ -18,6 +17,8 @@ from phatgoose.routing.recording import watches_over
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.encoding import Encoder, TokenPair
 from phatgoose.tasks.task import Example
+from routed_models import compose_by
+from tiny import make_ids
 
 
 def encoder_of(base):

@@ -3,10 +3,10 @@ import torch
 from rich.color import Color, ColorSystem
 from transformers import pipeline
 
-from conftest import logits_of, make_ids
 from oracle import naively_routed
 from phatgoose.apps.generation import COLOURS
 from phatgoose.routing.compose import compose
+from tiny import logits_of, make_ids
 
 NEW = 6
 WAYS = {

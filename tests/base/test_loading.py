@@ -12,10 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import make_model, make_tokenizer
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import choose_dtype, load_base, load_skeleton, load_tokenizer
 from phatgoose.errors import BaseModelError
+from tiny import make_model, make_tokenizer
 
 
 def write_folder(folder: Path, config: dict[str, object]) -> Path:

@@ -13,7 +13,6 @@ from accelerate import cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from conftest import assert_same_logits, compose_by, logits_of, make_ids
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base, load_skeleton
 from phatgoose.base.sites import ROUTED
@@ -25,6 +24,8 @@ from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
+from routed_models import compose_by
+from tiny import assert_same_logits, logits_of, make_ids
 
 OFFLOADED: dict[str, Callable[[PreTrainedModel, Path], Any]] = {
     "cpu": lambda model, _: cpu_offload(model, execution_device="cpu"),

@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from conftest import logits_of, make_ids
 from phatgoose.base.sites import find_sites
 from phatgoose.base.token_masks import real_tokens, token_masks, watch_inputs
 from phatgoose.evaluation.likelihood import _cache_argument
+from tiny import logits_of, make_ids
 
 SITE = "layers.0.self_attn.q_proj"
 

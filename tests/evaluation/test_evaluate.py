@@ -7,7 +7,6 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from conftest import logits_of, make_model
 from oracle import naively_routed
 from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError, PhatgooseError, TaskError
@@ -19,6 +18,7 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
+from tiny import logits_of, make_model
 
 CHOICE_TASK = Task(
     "choose",

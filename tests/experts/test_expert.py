@@ -19,16 +19,17 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import phatgoose
-from conftest import make_adapter
+from paths import GOLDENS
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import FORMAT_VERSION, LAYOUT, Expert, check_expert
 from phatgoose.files.left_overs import clear_left_overs
 from phatgoose.files.strict_json import sha256_of
+from tiny import make_adapter
 
 SOURCE = Path(phatgoose.__file__).parent
-GOLDEN = Path(__file__).parent / "golden" / "expert"
+GOLDEN = GOLDENS / "expert"
 SITE = "model.layers.0.self_attn.q_proj"
 REFERENCE = BaseReference("tiny", None, "sha256:ab")
 

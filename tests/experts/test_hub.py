@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from conftest import logits_of, make_adapter, make_ids, with_embeddings
 from fake_hub import FakeHub, serving_hub
 from mixed_experts import make_kind
 from phatgoose.apps.cli import main
@@ -23,6 +22,8 @@ from phatgoose.files.strict_json import sha256_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import is_pool
+from routed_models import with_embeddings
+from tiny import logits_of, make_adapter, make_ids
 
 # huggingface_hub 2.4 hands its own HTTP client an argument that this one advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import make_adapter
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
@@ -20,6 +19,7 @@ from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.pool import MANIFEST_VERSION, Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.stacks.site_stack import stack_of
+from tiny import make_adapter
 
 QUERY = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"

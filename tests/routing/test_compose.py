@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import assert_same_logits, logits_of, make_ids, make_model, peft_model
 from oracle import mixture, naively_routed, update
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
@@ -15,6 +14,7 @@ from phatgoose.routing.compose import compose, detach, record
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.kernels.choice import KERNELS
 from phatgoose.routing.stacks.site_stack import stack_of
+from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model
 
 PRECISE = {"rtol": 1e-5, "atol": 1e-5}
 Q_PROJ = {  # a site with 32 inputs in every kind of tiny base

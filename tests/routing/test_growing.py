@@ -8,13 +8,6 @@ import warnings
 import pytest
 import torch
 
-from conftest import (
-    compose_by,
-    logits_of,
-    make_ids,
-    make_model,
-    with_embeddings,
-)
 from growth_cases import NAMES, ROUTERS, assert_same_models, composed, uneven_pool
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.pool import Pool
@@ -25,6 +18,8 @@ from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.stacks.rows import GROWTH
+from routed_models import compose_by, with_embeddings
+from tiny import logits_of, make_ids, make_model
 
 
 @pytest.fixture(scope="module")

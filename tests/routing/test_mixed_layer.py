@@ -12,14 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from conftest import (
-    assert_same_logits,
-    compose_by,
-    logits_of,
-    make_ids,
-    of_task,
-    peft_model,
-)
 from mixed_experts import mixed_output, mixed_pool_for, naively_mixed
 from oracle import token_weights
 from phatgoose.analysis.findings import vector_similarity
@@ -49,6 +41,8 @@ from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.stacks.site_stack import stack_modules
+from routed_models import compose_by, of_task
+from tiny import assert_same_logits, logits_of, make_ids, peft_model
 
 PRECISE = {"rtol": 1e-5, "atol": 1e-5}
 KINDS = ("llama", "t5", "gpt2")

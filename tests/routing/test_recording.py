@@ -3,11 +3,11 @@ from contextlib import suppress
 import pytest
 import torch
 
-from conftest import logits_of, make_ids
 from oracle import token_weights
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, record
 from phatgoose.routing.composition import composition_of
+from tiny import logits_of, make_ids
 
 
 def recorded(model, ids, **inputs):

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from conftest import logits_of, make_ids, with_embeddings, write_expert
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import LAYOUT, ExpertInfo
@@ -20,6 +19,8 @@ from phatgoose.files.strict_json import sha256_of
 from phatgoose.routing.compose import compose, record
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.per_token.scored import VectorRouter
+from routed_models import with_embeddings
+from tiny import logits_of, make_ids, write_expert
 
 ROUTERS = (
     "phatgoose",

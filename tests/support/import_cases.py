@@ -15,8 +15,8 @@ import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from conftest import make_model
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tiny import make_model
 
 KINDS = ("t5", "llama", "gpt2", "qwen2")
 TARGETS = {  # attention and feed-forward layers that each kind has, by their short names

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from conftest import make_adapter
 from oracle import token_weights
 from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
@@ -25,6 +24,7 @@ from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, Scali
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.training.new_modules.placement import placed_sites, scales_input
+from tiny import make_adapter
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig
 
-from conftest import make_tokenizer, toy_embed, with_embeddings
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
@@ -30,6 +29,9 @@ from phatgoose.tasks.embeddings import (
     usable_embedder,
 )
 from phatgoose.tasks.task import Example
+from routed_models import with_embeddings
+from tiny import make_tokenizer
+from toy_embedders import toy_embed
 
 
 @pytest.fixture

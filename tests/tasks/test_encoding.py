@@ -8,10 +8,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import make_tokenizer
 from phatgoose.base.positions import Positions
 from phatgoose.config import Formatting
 from phatgoose.errors import TaskError
@@ -23,6 +22,7 @@ from phatgoose.tasks.encoding import (
     pad_right,
     position_ids,
 )
+from tiny import make_tokenizer, with_added
 
 EOS = 1
 CHAT = (
@@ -40,16 +40,6 @@ def make_encoder(
     return Encoder(
         tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=Formatting(**formatting)
     )
-
-
-def with_added(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:
-    """The tests' tokenizer, which adds these special tokens before and after every text."""
-    inner = make_tokenizer(final_eos=False)._tokenizer
-    inner.add_special_tokens([*before, *after])
-    template = " ".join([*before, "$A", *after])
-    ids = [(token, inner.token_to_id(token)) for token in dict.fromkeys([*before, *after])]
-    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:

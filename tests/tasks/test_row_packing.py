@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
-from conftest import make_model
 from phatgoose.base.sites import find_sites
 from phatgoose.base.token_masks import watch_inputs
 from phatgoose.tasks.row_packing import (
@@ -21,6 +20,7 @@ from phatgoose.tasks.row_packing import (
     packed_batches,
     quick_backward,
 )
+from tiny import make_model
 
 TEXTS = (
     Text([5, 6, 7], [[8, 9], [10], []]),

@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import assert_same_logits, logits_of, make_adapter, make_ids
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
@@ -21,6 +20,7 @@ from phatgoose.training import router_statistics as statistics_module
 from phatgoose.training.gates import GatedLinear, gated, train_gates
 from phatgoose.training.loop import fit
 from phatgoose.training.router_statistics import at_full_strength, mean_activations
+from tiny import assert_same_logits, logits_of, make_adapter, make_ids
 
 TASK = Task(
     "echo",

@@ -10,24 +10,25 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import GateTraining
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as training_module
-from phatgoose.training.gates import gated, train_gates
+from phatgoose.training.gates import train_gates
 from phatgoose.training.loop import fit
 from phatgoose.training.new_modules.fresh import fresh_expert
 from phatgoose.training.router_statistics import at_full_strength
-from test_training import (
+from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from training_runs import (
     ADAPTER,
     LORA,
     PASS,
     TASK,
     TRAINING,
     assert_same_expert,
+    gated_loss,
     interrupt,
     interrupted,
     on_call,
@@ -35,7 +36,7 @@ from test_training import (
     target_nll,
     without_dropout,
 )
-from test_training import train as train_default
+from training_runs import train as train_default
 
 JOINT = GateTraining(joint=True)
 BOTH_WAYS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
@@ -193,14 +194,6 @@ def test_an_expert_and_its_gates_are_those_of_a_naive_loop(base, tmp_path, monke
         got = {"A": lora.A, "B": lora.B, "v": expert.gates[site]}
         gaps += [(got[key] - factors[site][key]).abs().flatten() for key in "ABv"]
     assert (torch.cat(gaps) < 1e-2 * training.learning_rate).float().mean() > 0.99
-
-
-def gated_loss(base, expert: Expert, examples) -> float:
-    """The loss of the base with the saved expert behind its saved gates."""
-    with gated(base.model, expert.modules) as layers:
-        for site, layer in layers.items():
-            layer.gate.data.copy_(expert.gates[site])
-        return target_nll(base.model, base, examples).mean().item()
 
 
 @BOTH_WAYS

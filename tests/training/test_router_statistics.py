@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from conftest import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
@@ -22,16 +20,11 @@ from phatgoose.training import router_statistics as statistics_module
 from phatgoose.training.gates import train_gates
 from phatgoose.training.router_statistics import at_full_strength, measure
 from phatgoose.training.train_expert import train_expert
+from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from toy_embedders import embed
 
 TASK = Task("count", tuple(Example(f"count {i} and on", str(i)) for i in range(20)))
 TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, seed=3)
-
-
-def embed(examples, embedder: str = "none", truncation: str = "middle") -> Tensor:
-    """Unit vectors that tell examples and embedders apart, in place of a sentence embedder."""
-    seeds = [sum(f"{embedder}{example.input}".encode()) for example in examples]
-    rows = [torch.randn(8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.nn.functional.normalize(torch.stack(rows), dim=-1)
 
 
 @pytest.fixture(autouse=True)

@@ -4,48 +4,42 @@ import re
 import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
-from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from conftest import assert_same_logits, logits_of, make_ids, peft_model
+from paths import SUPPORT
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
-from phatgoose.config import Formatting, GateTraining, Lora, Training
+from phatgoose.config import Formatting
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, TaskError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import train_expert as training_module
-from phatgoose.training.loop import fit
-from phatgoose.training.train_expert import train_expert
-
-
-def words(*targets: str) -> tuple[Example, ...]:
-    return tuple(Example(f"say {word}", word) for word in targets)
-
-
-TASK = Task(
-    "echo", words("a", "bee", "seedy", "of", "gee", "ice"), validation=words("yes", "no", "maybe")
+from tiny import assert_same_logits, logits_of, make_ids, peft_model
+from training_runs import (
+    ADAPTER,
+    GATES,
+    KILLS,
+    LORA,
+    PASS,
+    TASK,
+    TRAINING,
+    assert_same_expert,
+    interrupt,
+    interrupted,
+    on_call,
+    spying_on_fit,
+    target_nll,
+    train,
+    without_dropout,
+    words,
 )
-LORA = Lora(rank=2, alpha=4)
-TRAINING = Training(
-    steps=4, batch_size=4, micro_batch_size=2, learning_rate=0.02, eval_every=2, warmup_ratio=0.25
-)
-GATES = GateTraining(gate_steps=2)
-ADAPTER = "adapter_model.safetensors"
-
-
-def train(base, out: Path, task: Task = TASK, training: Training = TRAINING, **options) -> Expert:
-    settings = {"peft": LORA, "gate_training": GATES, **options}
-    return train_expert(base, task, out=out, training=training, **settings)
 
 
 def test_what_was_cut_is_told_once_recorded_and_shown(llama, tmp_path, caplog):
@@ -65,51 +59,6 @@ def test_what_was_cut_is_told_once_recorded_and_shown(llama, tmp_path, caplog):
         "chat": False,
         "inputs_cut": 1,
     }
-
-
-def target_nll(model, base, examples) -> Tensor:
-    """The negative log-likelihood of every target token, one example at a time, no padding."""
-    losses = []
-    for example in examples:
-        prompt = base.tokenizer(example.input)["input_ids"]
-        space = "" if base.is_encoder_decoder else " "
-        target = base.tokenizer(space + example.target, add_special_tokens=False)["input_ids"] + [1]
-        if base.is_encoder_decoder:
-            shifted = torch.tensor([[0, *target[:-1]]])
-            logits = logits_of(model, torch.tensor([prompt]), decoder_input_ids=shifted)[0]
-        else:
-            logits = logits_of(model, torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
-        losses.append(-logits.float().log_softmax(-1)[range(len(target)), target])
-    return torch.cat(losses)
-
-
-def without_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.0
-
-
-@contextmanager
-def spying_on_fit(monkeypatch, look):
-    """Call `look(model)` right after the LoRA was fitted, before it is saved and taken off."""
-
-    def spy(model, **arguments):
-        report = fit(model, **arguments)
-        look(model)
-        return report
-
-    with monkeypatch.context() as patch:
-        patch.setattr(training_module, "fit", spy)
-        yield
-
-
-def assert_same_expert(got: Expert, wanted: Expert) -> None:
-    """Bit for bit the same adapter and gates."""
-    assert (got.directory / ADAPTER).read_bytes() == (wanted.directory / ADAPTER).read_bytes()
-    assert got.gates.keys() == wanted.gates.keys()
-    assert all(torch.equal(got.gates[site], wanted.gates[site]) for site in wanted.gates)
 
 
 def test_peft_loads_the_expert_and_computes_as_the_trained_model_did(base, tmp_path, monkeypatch):
@@ -286,36 +235,6 @@ def test_a_routed_base_is_refused(llama, llama_pool, tmp_path):
 # validation of 1; then 2 per gate step.
 
 
-def on_call(function: str, call: int, action):
-    """(module, name, a function in its place that does `action` on its `call`-th call)."""
-    module, _, name = function.rpartition(".")
-    original, calls = getattr(import_module(module), name), []
-
-    def counted(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == call:
-            action()
-        return original(*args, **kwargs)
-
-    return import_module(module), name, counted
-
-
-def interrupt():
-    raise KeyboardInterrupt
-
-
-def interrupted(monkeypatch, base, out: Path, function: str, call: int, **options) -> None:
-    """Start a training in `out` that is interrupted in the given call."""
-    with monkeypatch.context() as patch:
-        patch.setattr(*on_call(function, call, interrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(base, out, **options)
-    assert not out.exists()
-
-
-PASS = "phatgoose.training.loop.target_logits"
-
-
 @pytest.mark.parametrize("kind", ["gpt2", "t5"], indirect=True)  # with dropout
 def test_a_resumed_run_ends_in_the_same_bits(base, tmp_path, monkeypatch):
     whole = train(base, tmp_path / "whole")
@@ -397,20 +316,12 @@ def test_resuming_without_any_work_starts_it(llama, tmp_path, whole):
     assert_same_expert(train(llama, tmp_path / "echo", resume=True), whole)
 
 
-KILLS = {
-    "in a LoRA step": (PASS, 8),
-    "before a checkpoint's optimiser state": ("torch.save", 1),
-    "before the adapter is in place": ("os.rename", 1),
-    "in a gate step": (PASS, 12),
-    "in the middle of the expert's files": ("phatgoose.experts.expert.model_card", 1),
-    "before the expert is in place": ("os.rename", 2),
-}
-
 KILLED = """
 import gc, os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_training import KILLS, load_base, kill_self, on_call, train
+from phatgoose.base.loading import load_base
+from training_runs import KILLS, kill_self, on_call, train
 base = load_base(sys.argv[2], dtype="float32")
 gc.freeze()
 for number, (function, call) in enumerate(KILLS.values()):
@@ -423,13 +334,9 @@ for number, (function, call) in enumerate(KILLS.values()):
 """
 
 
-def kill_self():
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
 def test_a_killed_run_never_looks_finished_and_can_be_resumed(llama, tmp_path, whole):
-    arguments = [Path(__file__).parent, llama.id, tmp_path]
+    arguments = [SUPPORT, llama.id, tmp_path]
     done = subprocess.run(
         [sys.executable, "-c", KILLED, *map(str, arguments)],
         capture_output=True,

@@ -18,7 +18,6 @@ from transformers import GenerationConfig
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from architectures import Tiny, make_tiny, tiny_of
-from conftest import assert_same_logits, make_ids, make_tokenizer
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
@@ -31,6 +30,7 @@ from phatgoose.tasks.collating import Collator
 from phatgoose.tasks.encoding import TokenPair, pad_left, pad_right
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.router_statistics import mean_activations
+from tiny import assert_same_logits, make_ids, make_tokenizer
 
 PROMPTS = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])
 each_model = pytest.mark.parametrize("name", ["llama", "opt", "gpt2", "t5", "bart"])

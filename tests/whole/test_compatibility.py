@@ -3,7 +3,7 @@
 Each cell of the matrix does the same with a routed model and with its base under hooks that add the
 formula at every site (`oracle.naively_routed`). What a base can't do by itself stands in REFUSED in
 its own words, and is checked to be so. docs/compatibility.md holds the matrix as a table, which
-`PYTHONPATH=tests python tests/test_compatibility.py` prints.
+`PYTHONPATH=tests/support python tests/whole/test_compatibility.py` prints.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,10 +26,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from architectures import ARCHITECTURES, Tiny, tiny_of
-from conftest import make_ids
 from oracle import naively_routed
+from paths import ROOT
+from tiny import make_ids
 
-PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
+PAGE = ROOT / "docs" / "compatibility.md"
 NEW = 3  # tokens to generate
 Run = Callable[[PreTrainedModel, Tiny], list[Tensor]]
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from architectures import Tiny, make_tiny
-from conftest import assert_same_logits, logits_of, make_ids, make_model
 from phatgoose.base.sites import Site
 from phatgoose.routing.compose import compose, record
 from phatgoose.routing.composition import composition_of
@@ -25,6 +24,7 @@ from phatgoose.routing.routers.per_token.scored import (
     standardise,
 )
 from phatgoose.routing.stacks.site_stack import LoraStack, SiteStack
+from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
 EXPERTS = 50

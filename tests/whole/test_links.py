@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from paths import GOLDENS
 from phatgoose.errors import EvaluationError, ExpertError, PhatgooseError, RoutingError
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.experts.hub import push
@@ -110,7 +111,7 @@ def test_a_kept_training_that_names_files_elsewhere_is_not_fetched(tmp_path, vic
 
 
 def test_what_is_pushed_is_no_link_out_of_the_folder(tmp_path, victim):
-    golden = Path(__file__).parent / "golden" / "expert"
+    golden = GOLDENS / "expert"
     folder = shutil.copytree(golden, tmp_path / "golden")
     (folder / "README.md").unlink()
     (folder / "README.md").symlink_to(victim)

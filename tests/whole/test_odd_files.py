@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from paths import GOLDENS
 from phatgoose.apps.cli import main
 from phatgoose.apps.cli.recipe import read_recipe
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, TaskError
@@ -29,7 +30,7 @@ from phatgoose.routing.routers.scores import read_scores
 from phatgoose.tasks.suites.local import local_suite
 from phatgoose.tasks.task import load_task
 
-GOLDEN = Path(__file__).parent / "golden" / "expert"
+GOLDEN = GOLDENS / "expert"
 DEPTHS = [MOST_NESTED + 1, 500, 900, 100_000]
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from conftest import assert_same_logits, logits_of, make_ids
 from oracle import naively_routed
 from phatgoose.base.fingerprint import fingerprint, number_format, quantisation
 from phatgoose.base.loading import Base, load_base
@@ -21,6 +20,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from tiny import assert_same_logits, logits_of, make_ids
 
 
 def torchao_int8(model: PreTrainedModel) -> None:

@@ -29,15 +29,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from audited import unexpected, watched
-from conftest import (
-    SCORES,
-    VOCABULARY,
-    logits_of,
-    make_ids,
-    use_toy_embedder,
-    with_embeddings,
-    write_expert,
-)
 from damage import content_of, damages, do_all, json_of
 from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
@@ -56,6 +47,9 @@ from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.segments import add_to_packed, compact, pack, remove_from_packed
 from phatgoose.routing.saved.tensors import read_packed
 from phatgoose.routing.stacks.site_stack import SiteStack
+from routed_models import SCORES, with_embeddings
+from tiny import VOCABULARY, logits_of, make_ids, write_expert
+from toy_embedders import use_toy_embedder
 
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "40"))
 INFO, FIRST, SECOND = "routed.json", "routed.safetensors", "routed-0123456789ab.safetensors"

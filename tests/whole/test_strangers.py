@@ -10,7 +10,6 @@ import os
 import shutil
 import tempfile
 import time
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -19,41 +18,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from audited import unexpected, watched
-from damage import content_of, damages, do_all, json_of
+from damage import damages, do_all
+from damaged_experts import FILES, JSON_FILES, TENSOR_FILES, record_hashes
+from paths import GOLDENS
 from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files.strict_json import MOST_JSON_BYTES, read_json_object
 
-GOLDENS = Path(__file__).parent / "golden"
 GOLDEN = GOLDENS / "expert"
 KINDS = ("expert", "ia3", "bottleneck")  # one golden directory of each
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "120"))
-JSON_FILES = (LAYOUT.info, LAYOUT.adapter_config, LAYOUT.bottleneck_config)
-WEIGHTS = (LAYOUT.adapter_weights, LAYOUT.bottleneck_weights)
-TENSOR_FILES = (*WEIGHTS, LAYOUT.vectors, LAYOUT.embeddings)
-FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
 MOST_SECONDS = 5  # of the processor, for a directory of a few kilobytes
 SECRET = "the secret of somebody else"
 
 DAMAGES = damages(JSON_FILES, TENSOR_FILES, (LAYOUT.card,))
-
-
-def record_hashes(folder: Path) -> None:
-    """Write the files' present hashes into the description, so that deeper checks are reached."""
-    try:
-        info = json_of(folder / LAYOUT.info)
-        weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
-        for file, key in (
-            (weights, "adapter"),
-            (LAYOUT.vectors, "vectors"),
-            (LAYOUT.embeddings, "embeddings"),
-        ):
-            info[f"{key}_sha256"] = sha256(content_of(folder / file)).hexdigest()
-        (folder / LAYOUT.info).write_text(json.dumps(info))
-    except (OSError, ValueError, TypeError):
-        return
 
 
 @settings(

@@ -22,8 +22,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from conftest import make_ids, make_model, make_tokenizer
 from damage import content_of, damages, do_all
+from damaged_experts import FILES, JSON_FILES, TENSOR_FILES, record_hashes
 from mixed_experts import make_kind
 from phatgoose.apps.cli import main
 from phatgoose.base.loading import Base, load_base
@@ -34,7 +34,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from test_strangers import FILES, JSON_FILES, TENSOR_FILES, record_hashes
+from tiny import make_ids, make_model, make_tokenizer
 
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "20"))
 KINDS = ("lora", "biased", "ia3", "bottleneck")

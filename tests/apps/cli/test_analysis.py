@@ -8,10 +8,10 @@ import warnings
 
 import pytest
 
-from conftest import SCORES
 from phatgoose.apps.cli import main
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
+from routed_models import SCORES
 
 
 @pytest.fixture

@@ -11,16 +11,14 @@ from pathlib import Path
 import pytest
 
 import phatgoose
-from conftest import make_model, make_tokenizer, write_expert
+from command_line import open_row, review, write_rows
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
-from test_cli import open_row, phat, review, write_rows
-
-__all__ = ["phat"]  # the fixture
+from tiny import make_model, make_tokenizer, write_expert
 
 SUITES = ["--suites", "a.toml,b"]
 BOTH = [*SUITES, "--methods", "base,phatgoose", "--dtype", "float32", "--max-new-tokens", "2"]

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from command_line import BASE, TRAIN, Outcome, open_row, review, snapshot, write_rows
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.training import router_statistics as statistics_module
-from test_cli import BASE, TRAIN, Outcome, open_row, phat, review, snapshot, write_rows
-from test_statistics import embed
-
-__all__ = ["phat"]  # the fixture
+from toy_embedders import embed
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,17 @@ import typer
 from safetensors.torch import load_file, save_file
 
 import phatgoose
-from conftest import make_adapter, make_model, make_tokenizer
+from command_line import (
+    BASE,
+    FLAGS,
+    GATE_FLAGS,
+    TRAIN,
+    Outcome,
+    open_row,
+    review,
+    snapshot,
+    write_rows,
+)
 from phatgoose.apps.cli import app, main
 from phatgoose.base.loading import load_base
 from phatgoose.config import (
@@ -35,53 +44,10 @@ from phatgoose.config import (
 )
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.files.strict_json import sha256_of
+from tiny import make_adapter, make_model, make_tokenizer
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-GATE_FLAGS = ["--batch-size", "4", "--gate-steps", "2", "--statistics-examples", "4"]
-FLAGS = [*GATE_FLAGS, "--steps", "2", "--rank", "2", "--eval-every", "1", "--dtype", "float32"]
 SITE = "model.layers.0.self_attn.q_proj"
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a command came to."""
-
-    code: int
-    out: str
-    err: str
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> Outcome:
-    """The command run in this process, with Python's usual warning filters."""
-    capsys.readouterr()
-    with warnings.catch_warnings():
-        warnings.simplefilter("default")
-        for kind in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
-            warnings.simplefilter("ignore", kind)
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-    streams = capsys.readouterr()
-    return Outcome(int(caught.value.code or 0), streams.out, streams.err)
-
-
-@pytest.fixture
-def phat(capsys) -> Callable[..., Outcome]:
-    return lambda *arguments: run(capsys, *arguments)
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
-def review(number: int, **changes: Any) -> dict[str, Any]:
-    target = ("good", "bad")[number % 2]
-    row = {"input": f"Film {number} is", "target": target, "choices": ["good", "bad"]}
-    return {**row, **changes}
-
-
-def open_row(number: int) -> dict[str, Any]:
-    return {"input": f"Count {number}:", "target": str(number)}
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +123,6 @@ def damaged_workshop(workshop, tmp_path_factory) -> Path:
     damage(folder)
     return folder
 
-
-def snapshot(folder: Path) -> dict[str, int]:
-    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-TRAIN = ["--base", "tiny-base", "--out", "new", *FLAGS]
-BASE = ["--base", "tiny-base", "--dtype", "float32"]
 
 BAD_INPUTS = {
     # data

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Outcome, run
 from growth_cases import write_small_experts
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.routing.saved.tensors import read_packed
-from test_cli import Outcome, run
 
 
 @pytest.fixture

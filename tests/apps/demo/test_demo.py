@@ -14,9 +14,6 @@ from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved.load import load
 from phatgoose.tasks.task import Example, load_task
-from test_cli import phat
-
-__all__ = ["phat"]  # the fixture
 
 EXPERTS = ("sentiment", "entailment", "arithmetic", "ordering", "category")
 UNSEEN = ("hotel_feedback", "true_or_false", "word_problems", "which_first", "odd_one_out")

@@ -12,10 +12,10 @@ import pytest
 
 pytest.importorskip("ray.serve", reason="needs the extra 'ray'")
 
-from conftest import make_tokenizer
 from phatgoose.apps.ray import connected
 from phatgoose.config import Serving
 from serving import ServedModel, folder_of, generated
+from tiny import make_tokenizer
 
 replicas = pytest.importorskip("phatgoose.apps.ray.replicas", reason="needs ray[serve]")
 

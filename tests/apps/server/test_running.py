@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import serving
+from paths import ROOT
 from phatgoose.apps.server import ServedModel, create_app, run
 from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
@@ -273,7 +274,7 @@ def free_port() -> int:
 def test_the_command_serves_and_ends_in_peace(pool):
     """One process: it answers, and on SIGTERM finishes what it has begun and exits with 0."""
     port = free_port()
-    source = str(Path(serving.__file__).parent.parent / "src")
+    source = str(ROOT / "src")
     words = ["-m", "phatgoose", "serve", str(serving.folder_of(pool)), "--port", str(port)]
     words += ["--dtype", "float32", "--max-tokens", "200", "--allow-host", "goose.example"]
     environment = {**os.environ, "PYTHONPATH": source, "PHATGOOSE_API_KEYS": "k1,k2"}

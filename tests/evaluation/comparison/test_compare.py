@@ -17,14 +17,6 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import (
-    logits_of,
-    make_ids,
-    make_model,
-    make_tokenizer,
-    use_toy_embedder,
-    with_embeddings,
-)
 from phatgoose.base.loading import Base, load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import (
@@ -49,6 +41,9 @@ from phatgoose.routing.saved.save import save
 from phatgoose.tasks.suites.entries import Entry, Suite
 from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Example, Task
+from routed_models import with_embeddings
+from tiny import logits_of, make_ids, make_model, make_tokenizer
+from toy_embedders import use_toy_embedder
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import logits_of, make_ids, make_model, make_tokenizer, with_embeddings
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import BaseModelError, ConfigError, WrongBaseError
@@ -27,6 +26,8 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.save import save
+from routed_models import with_embeddings
+from tiny import logits_of, make_ids, make_model, make_tokenizer
 
 ROUTING = Routing(k=2)
 COMPOSED = [name for name in METHODS if name not in ("base", *DERIVED)]

@@ -13,16 +13,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from conftest import (
-    assert_same_logits,
-    logits_of,
-    make_adapter,
-    make_ids,
-    make_model,
-    make_tokenizer,
-    peft_model,
-)
 from import_cases import CASES, KINDS, Case, NotInPeftError, write_case
+from paths import ROOT
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import GateTraining, Training
@@ -35,8 +27,17 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.gates import train_gates
+from tiny import (
+    assert_same_logits,
+    logits_of,
+    make_adapter,
+    make_ids,
+    make_model,
+    make_tokenizer,
+    peft_model,
+)
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "imports.md"
+DOCUMENT = ROOT / "docs" / "imports.md"
 MARKS = ("<!-- matrix -->\n", "<!-- end of matrix -->\n")
 TOLERANCE = 1e-5  # of the largest logit
 LOSSY_TOLERANCE = 2e-2  # --allow-loss 0 leaves out what float32 sums of squares don't notice
@@ -83,7 +84,8 @@ def test_every_option_is_imported_exactly_or_refused_as_the_document_says(
 ):
     row = row_of(case, base_folders, tmp_path)
     assert row in DOCUMENT.read_text(encoding="utf-8").splitlines(), (
-        f"docs/imports.md is stale; write it anew with: python {Path(__file__).name}. Wanted: {row}"
+        "docs/imports.md is stale; write it anew with: "
+        f"PYTHONPATH=tests/support python {Path(__file__).relative_to(ROOT)}. Wanted: {row}"
     )
 
 

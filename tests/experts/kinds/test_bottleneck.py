@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixed_experts import make_bottleneck
+from paths import GOLDENS
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.card import model_card
@@ -26,7 +27,6 @@ from phatgoose.experts.kinds.bottleneck import (
 )
 from phatgoose.experts.kinds.modules import BottleneckLayers
 
-GOLDENS = Path(__file__).parent / "golden"
 GOLDEN = GOLDENS / "bottleneck"
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 

@@ -16,7 +16,6 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 
-from conftest import make_adapter
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.importing.refusals import UNSUPPORTED
@@ -27,6 +26,7 @@ from phatgoose.experts.kinds.peft_files import (
     read_lora,
     read_tensors,
 )
+from tiny import make_adapter
 
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
 

@@ -1,5 +1,4 @@
 import importlib
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -8,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kernel_problems import DIFFERENTIABLE, ON_CPUS, Problem, make_problem
 from phatgoose.errors import ConfigError
 from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import add_routed, runs_natively, top_experts
@@ -16,54 +16,10 @@ from phatgoose.routing.routers.per_token.scored import ArrowRouter, ScoredRouter
 native_module = importlib.import_module(
     "phatgoose.routing.kernels.native"
 )  # the name is the kernel's too
-ON_CPUS = [name for name in KERNELS if name != "triton"]  # which has its own file, test_triton.py
 BODIES = [name for name in ON_CPUS if name != "reference"]
-DIFFERENTIABLE = [name for name in ON_CPUS if name != "native"]
 load_library = native_module._library.__wrapped__  # as in a fresh process
 needs_native = pytest.mark.skipif(native_module._library() is None, reason="no C++ compiler")
 ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4}  # in units of the dtype's eps
-
-
-@dataclass
-class Problem:
-    u: Tensor
-    experts: Tensor
-    weights: Tensor
-    A: Tensor
-    B: Tensor
-    cotangent: Tensor
-
-    @property
-    def leaves(self) -> tuple[Tensor, ...]:
-        return self.u, self.weights, self.A, self.B
-
-    def mapped(self, change) -> "Problem":
-        u, weights, A, B = map(change, self.leaves)
-        return Problem(u, self.experts, weights, A, B, change(self.cotangent))
-
-    def value_by(self, name: str) -> Tensor:
-        with torch.no_grad():
-            return KERNELS[name](self.u, self.experts, self.weights, self.A, self.B)
-
-    def solved_by(self, name: str) -> list[Tensor]:
-        """The kernel's value, then its gradients for u, weights, A and B, if it has any."""
-        if name not in DIFFERENTIABLE:
-            return [self.value_by(name)]
-        u, weights, A, B = leaves = [leaf.detach().requires_grad_() for leaf in self.leaves]
-        value = KERNELS[name](u, self.experts, weights, A, B)
-        return [value.detach(), *torch.autograd.grad(value, leaves, self.cotangent)]
-
-
-def make_problem(T=5, E=4, k=2, r=3, n=7, d=9, *, dtype=torch.float32, strided=False, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    u = normal(T, 2 * n)[:, ::2] if strided else normal(T, n)
-    experts = torch.rand(T, E, generator=generator).argsort(dim=-1)[:, :k]
-    weights = torch.rand(T, k, generator=generator).softmax(dim=-1)
-    return Problem(u, experts, weights, normal(E, r, n), normal(E, r, d), normal(T, d))
 
 
 def assert_equals_reference(problem: Problem, name: str) -> None:

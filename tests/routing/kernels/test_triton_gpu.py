@@ -1,6 +1,6 @@
 """The Triton kernel: on a CPU through Triton's interpreter, which conftest.py asks for.
 
-On a machine with a GPU, `TRITON_INTERPRET=0 pytest tests/test_triton.py` runs all of it there.
+On a machine with a GPU, all of it runs there under `TRITON_INTERPRET=0`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import assert_same_logits, logits_of, make_ids, make_model
+from kernel_problems import Problem, make_problem
 from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
@@ -29,7 +29,7 @@ from phatgoose.routing.kernels.triton_gpu import (
     triton_gpu,
 )
 from phatgoose.routing.routers.per_token.scored import ArrowRouter, ScoredRouter
-from test_kernels import Problem, make_problem
+from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 module = importlib.import_module("phatgoose.routing.kernels.triton_gpu")
 DEVICE = "cpu" if os.environ["TRITON_INTERPRET"] == "1" else "cuda"

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conftest import compose_by, make_ids
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import record
 from phatgoose.routing.composition import composition_of
@@ -28,6 +27,8 @@ from phatgoose.routing.routers.per_token.scored import (
     VectorRouter,
     standardise,
 )
+from routed_models import compose_by
+from tiny import make_ids
 
 MAKERS: dict[str, Callable[[Tensor, int], VectorRouter]] = {
     "phatgoose": lambda vectors, k: ScoredRouter(vectors, k, 1e-5),

@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import compose_by, logits_of, make_ids, make_model, of_task
 from phatgoose.base.loading import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
 from phatgoose.experts.pool import Pool
@@ -18,6 +17,8 @@ from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved import save as saving
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from routed_models import compose_by, of_task
+from tiny import logits_of, make_ids, make_model
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from conftest import logits_of, make_ids
 from phatgoose.errors import RoutingError
 from phatgoose.files.atomic import new_file
 from phatgoose.routing.compose import compose, detach
@@ -19,6 +18,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from tiny import logits_of, make_ids
 
 FILES = {"routed.json", "routed.safetensors"}
 

@@ -19,7 +19,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from conftest import SCORES, logits_of, make_ids, with_embeddings
 from growth_cases import (
     NAMES,
     ROUTERS,
@@ -40,6 +39,8 @@ from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.saved.segments import add_to_packed, compact, pack, remove_from_packed
 from phatgoose.routing.saved.tensors import dequantised, quantised, read_packed
+from routed_models import SCORES, with_embeddings
+from tiny import logits_of, make_ids
 
 STATUS = Path("/proc/self/status")
 

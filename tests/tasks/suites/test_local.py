@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from paths import SHARED
 from phatgoose.errors import TaskError
 from phatgoose.tasks.suites.entries import Entry, Sources, Suite
 from phatgoose.tasks.suites.local import local_suite
 from phatgoose.tasks.suites.registry import SUITES, open_suite
 from phatgoose.tasks.task import Example
 
-REAL = Path(__file__).parents[2] / "shared/data/eval"
+REAL = SHARED / "data/eval"
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from p3_records import P3, RECORDS, needs_p3
 from phatgoose.errors import TaskError
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.promptsource import (
@@ -20,7 +20,6 @@ from phatgoose.tasks.suites.promptsource import (
     templates_folder,
 )
 
-P3 = Path(__file__).parents[2] / "shared/data/p3_templates"
 FILE = """
 dataset: fruit
 templates:
@@ -332,287 +331,11 @@ def test_fields_are_those_that_a_template_mentions():
 
 # --- the real files: every template of P3's 47 on a made-up record ---
 
-NLI = {"premise": "Ann has two cats.", "hypothesis": "Ann has a cat.", "label": 0}
-PAIR = {"sentence1": "It rained all day.", "sentence2": "All day it rained.", "label": 1}
-SQUAD = {
-    "id": "1",
-    "title": "Bees",
-    "context": "The bees live in a hive near the river.",
-    "question": "Where do the bees live?",
-    "answers": {"text": ["in a hive"], "answer_start": [14]},
-}
-DUORC = {
-    "plot_id": "/m/1",
-    "plot": "Ada builds a boat and sails to an island.",
-    "title": "The Boat",
-    "question_id": "1",
-    "question": "What does Ada build?",
-    "answers": ["a boat"],
-    "no_answer": False,
-}
-LETTERED = {
-    "id": "1",
-    "question": "What do plants need to grow?",
-    "question_concept": "plants",
-    "choices": {"label": ["A", "B", "C", "D"], "text": ["light", "noise", "paint", "glass"]},
-    "answerKey": "A",
-}
-TOPIC = {"label": 1, "title": "Cup final", "content": "The home side won the cup in extra time."}
-RECORDS = {
-    "adversarial_qa/adversarialQA": {
-        **SQUAD,
-        "metadata": {"split": "train", "model_in_the_loop": "BiDAF"},
-    },
-    "ag_news": {"text": "The striker scored twice on Sunday.", "label": 1},
-    "amazon_polarity": {"label": 1, "title": "Great kettle", "content": "It boils fast."},
-    "anli": {"uid": "1", **NLI, "reason": "two cats include one"},
-    "app_reviews": {
-        "package_name": "org.example.maps",
-        "review": "Works well offline.",
-        "date": "May 5 2016",
-        "star": 4,
-    },
-    "cnn_dailymail/3.0.0": {
-        "article": "A long bridge opened in the north on Monday.",
-        "highlights": "New bridge opens .",
-        "id": "1",
-    },
-    "common_gen": {
-        "concept_set_idx": 0,
-        "concepts": ["dog", "catch", "ball"],
-        "target": "The dog runs to catch the ball.",
-    },
-    "commonsense_qa": LETTERED,
-    "cos_e/v1.11": {
-        "id": "1",
-        "question": "Where do books stand?",
-        "choices": ["on a shelf", "in a lake", "under snow", "in soup", "on fire"],
-        "answer": "on a shelf",
-        "abstractive_explanation": "Shelves are made for books.",
-        "extractive_explanation": "books stand",
-    },
-    "cosmos_qa": {
-        "id": "1",
-        "context": "I missed the bus and it was raining.",
-        "question": "Why was I wet?",
-        "answer0": "I walked home.",
-        "answer1": "I swam.",
-        "answer2": "I took a bath.",
-        "answer3": "None of the above choices .",
-        "label": 0,
-    },
-    "dbpedia_14": TOPIC,
-    "dream": {
-        "id": 0,
-        "dialogue_id": "1",
-        "dialogue": ["M: Is the shop open?", "W: Yes, until six.", "M: Thank you."],
-        "question": "Until when is the shop open?",
-        "choice": ["Until five.", "Until six.", "Until nine."],
-        "answer": "Until six.",
-    },
-    "duorc/ParaphraseRC": DUORC,
-    "duorc/SelfRC": DUORC,
-    "gigaword": {"document": "the river rose by two metres on friday .", "summary": "river rises"},
-    "glue/mrpc": {**PAIR, "idx": 0},
-    "glue/qqp": {
-        "question1": "How old is Rome?",
-        "question2": "Is Rome old?",
-        "label": 0,
-        "idx": 0,
-    },
-    "hellaswag": {
-        "ind": 1,
-        "activity_label": "Baking bread",
-        "ctx_a": "A man kneads the dough.",
-        "ctx_b": "he",
-        "ctx": "A man kneads the dough. he",
-        "endings": ["puts it in the oven.", "eats the bowl.", "paints it.", "throws a ball."],
-        "source_id": "a~1",
-        "split": "train",
-        "split_type": "indomain",
-        "label": "0",
-    },
-    "hotpot_qa/fullwiki": {
-        "id": "1",
-        "question": "In which country is the town of the mill?",
-        "answer": "France",
-        "type": "bridge",
-        "level": "easy",
-        "supporting_facts": {"title": ["The mill", "The town"], "sent_id": [0, 0]},
-        "context": {
-            "title": ["The mill", "The town"],
-            "sentences": [["The mill is in the town."], ["The town is in France.", " It is old."]],
-        },
-    },
-    "imdb": {"text": "A film that I would see again.", "label": 1},
-    "kilt_tasks/hotpotqa": {
-        "id": "1",
-        "input": "Who wrote the song?",
-        "meta": {"left_context": "", "mention": "", "right_context": ""},
-        "output": [{"answer": "Bo", "meta": {"score": 0}, "provenance": []}],
-    },
-    "multi_news": {
-        "document": "The lake froze. ||||| Skaters came to the lake.",
-        "summary": "– The lake froze and skaters came.",
-    },
-    "paws/labeled_final": {"id": 1, **PAIR},
-    "qasc": {
-        **LETTERED,
-        "fact1": "plants need light to grow.",
-        "fact2": "the sun gives light.",
-        "combinedfact": "plants need the sun to grow.",
-        "formatted_question": "What do plants need to grow? (A) light (B) noise",
-    },
-    "quail": {
-        "id": "1",
-        "context_id": "1",
-        "question_id": "1",
-        "domain": "fiction",
-        "metadata": {"author": "A", "title": "T", "url": "u"},
-        "context": "Mia lost her key and rang the bell.",
-        "question": "What did Mia lose?",
-        "question_type": "Factual",
-        "answers": ["her key", "her hat", "her dog", "not enough information"],
-        "correct_answer_id": 0,
-    },
-    "quarel": {
-        "id": "1",
-        "answer_index": 1,
-        "logical_forms": ["(infer)"],
-        "logical_form_pretty": "qrel",
-        "world_literals": {"world1": ["ice"], "world2": ["gravel"]},
-        "question": "A sled is slower on (A) ice (B) gravel",
-    },
-    "quartz": {
-        **LETTERED,
-        "choices": {"label": ["A", "B"], "text": ["more", "less"]},
-        "question": "With more sun a plant grows _____.",
-        "para": "The more sun a plant has, the more it grows.",
-        "para_id": "1",
-        "para_anno": {"effect_prop": "growth"},
-        "question_anno": {"less_effect_dir": ""},
-    },
-    "quoref": {**SQUAD, "url": "https://example.org"},
-    "ropes": {
-        "id": "1",
-        "background": "Salt lowers the freezing point of water.",
-        "situation": "Road A has salt on it, road B has none.",
-        "question": "Which road freezes first?",
-        "answers": {"text": ["road B"]},
-    },
-    "rotten_tomatoes": {"text": "a warm and funny film .", "label": 1},
-    "samsum": {"id": "1", "dialogue": "Li: lunch?\r\nBo: at noon", "summary": "They eat at noon."},
-    "sciq": {
-        "question": "What gas do plants take in?",
-        "distractor1": "neon",
-        "distractor2": "argon",
-        "distractor3": "helium",
-        "correct_answer": "carbon dioxide",
-        "support": "Plants take in carbon dioxide.",
-    },
-    "social_i_qa": {
-        "context": "Kai helped Lee to move.",
-        "question": "How would Lee feel?",
-        "answerA": "thankful",
-        "answerB": "angry",
-        "answerC": "bored",
-        "label": "1",
-    },
-    "story_cloze/2016": {
-        "story_id": "1",
-        "input_sentence_1": "Tom wanted a cake.",
-        "input_sentence_2": "He had no eggs.",
-        "input_sentence_3": "He asked a neighbour.",
-        "input_sentence_4": "She gave him three eggs.",
-        "sentence_quiz1": "Tom baked a cake.",
-        "sentence_quiz2": "Tom sold his car.",
-        "answer_right_ending": 1,
-    },
-    "super_glue/cb": {**NLI, "idx": 0},
-    "super_glue/copa": {
-        "premise": "The glass fell.",
-        "choice1": "It broke.",
-        "choice2": "It sang.",
-        "question": "effect",
-        "idx": 0,
-        "label": 0,
-    },
-    "super_glue/rte": {**NLI, "idx": 0},
-    "super_glue/wic": {
-        "word": "bank",
-        "sentence1": "We sat on the bank.",
-        "sentence2": "The bank gave a loan.",
-        "start1": 14,
-        "start2": 4,
-        "end1": 18,
-        "end2": 8,
-        "idx": 0,
-        "label": 0,
-    },
-    "super_glue/wsc.fixed": {
-        "text": "Ben thanked Max because he had helped.",
-        "span1_index": 2,
-        "span2_index": 4,
-        "span1_text": "Max",
-        "span2_text": "he",
-        "idx": 0,
-        "label": 1,
-    },
-    "trec": {"text": "What is the capital of Peru ?", "label_coarse": 5, "label_fine": 21},
-    "wiki_bio": {
-        "input_text": {
-            "table": {
-                "column_header": ["name", "birth_date", "article_title"],
-                "row_number": [1, 1, 1],
-                "content": ["ida brun", "1 may 1901", "ida brun\n"],
-            },
-            "context": "ida brun\n",
-        },
-        "target_text": "ida brun ( born 1 may 1901 ) was a painter .\n",
-    },
-    "wiki_hop/original": {
-        "id": "1",
-        "question": "country_of_citizenship ida brun",
-        "answer": "denmark",
-        "candidates": ["denmark", "peru", "oslo"],
-        "supports": ["Ida Brun was born in Odense.", "Odense is a town in Denmark."],
-        "annotations": [["follows", "not_follows"]],
-    },
-    "wiki_qa": {
-        "question_id": "Q1",
-        "question": "how high is the tower ?",
-        "document_title": "The tower",
-        "answer": "The tower is 90 metres high .",
-        "label": 1,
-    },
-    "winogrande/winogrande_xl": {
-        "sentence": "The cup didn't fit on the tray because the _ was too small.",
-        "option1": "cup",
-        "option2": "tray",
-        "answer": "2",
-    },
-    "wiqa": {
-        "question_stem": "suppose there is less rain, how will it affect more plants.",
-        "question_para_step": ["Rain falls.", "Roots take up water.", "The plants grow."],
-        "answer_label": "less",
-        "answer_label_as_choice": "B",
-        "choices": {"text": ["more", "less", "no effect"], "label": ["A", "B", "C"]},
-        "metadata_question_id": "q1",
-        "metadata_graph_id": "1",
-        "metadata_para_id": "1",
-        "metadata_question_type": "INPARA_EFFECT",
-        "metadata_path_len": 2,
-    },
-    "xsum": {"document": "A school in Wales has a new roof.", "summary": "New roof.", "id": "1"},
-    "yelp_review_full": {"label": 3, "text": "Good soup, slow service."},
-}
 # Datasets none of whose templates is marked as the original task.
 WITHOUT_ORIGINAL = {"app_reviews", "kilt_tasks/hotpotqa", "quarel"}
 
 # Datasets with a template for another task whose target is not among its choices.
 FLAWED = {"imdb", "wiqa"}
-
-needs_p3 = pytest.mark.skipif(not P3.is_dir(), reason=f"no P3 templates in {P3}")
 
 
 @pytest.mark.real

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from p3_records import P3, RECORDS, needs_p3
 from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
 from phatgoose.tasks.suites import t0
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.t0 import t0_held_in, t0_held_out
 from phatgoose.tasks.task import Example
-from test_promptsource import P3, RECORDS, needs_p3
 
 # name, micro-batch, most new tokens (None where answers are ranked): the released code's table
 HELD_IN = """

@@ -3,87 +3,22 @@
 from __future__ import annotations
 
 import gc
-import json
 import re
 import weakref
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from command_line import FLAGS, open_row, refused, review, snapshot, write_rows
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.suites import t0
-from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.training_tasks import mixture, open_tasks
 from phatgoose.training import pool_jobs as training_module
-from test_cli import FLAGS, Outcome, open_row, phat, review, snapshot, write_rows
-
-__all__ = ["phat"]  # the fixture
 
 datasets = pytest.importorskip("datasets")
 
 SHORT = [*FLAGS, "--steps", 1, "--gate-steps", 1, "--sites", "q_proj", "--no-means"]
-TEMPLATE = """templates:
-  1: !Template
-    name: {name}
-    jinja: {jinja}
-    answer_choices: {choices}
-    metadata: !TemplateMetadata {{original_task: true}}
-"""
-
-
-def save_copy(data: Path, repository: str, config: str = "", **splits: list[dict]) -> None:
-    """A copy of a Hub dataset below `data`, as `save_to_disk` writes it."""
-    parts = {split: datasets.Dataset.from_list(rows) for split, rows in splits.items()}
-    datasets.DatasetDict(parts).save_to_disk(data / repository / config)
-
-
-def save_template(templates: Path, path: str, jinja: str, choices: str | None = None) -> None:
-    folder = templates / path
-    folder.mkdir(parents=True)
-    text = TEMPLATE.format(name="only", jinja=json.dumps(jinja), choices=json.dumps(choices))
-    (folder / "templates.yaml").write_text(text, encoding="utf-8")
-
-
-def write_hub(folder: Path) -> Sources:
-    """Made-up rows of six of the suites' datasets, in the Hub's layout, and templates for them."""
-    data, templates = folder / "data", folder / "templates"
-    films = [{"text": f"film {i}", "label": i % 2} for i in range(8)]
-    talks = [{"dialogue": f"A: hello {i}", "summary": f"greeting {i}"} for i in range(8)]
-    asked = [{"question": f"who is {i}", "answers": [f"N{i}", f"M{i}"]} for i in range(6)]
-    pairs = [{"premise": f"p {i}", "hypothesis": f"h {i}", "label": i % 2} for i in range(6)]
-    ironic = [{"inputs": f"Q{i}", "targets": f"A{i}", "_template_type": "zs_opt"} for i in range(9)]
-    films_repository = "cornell-movie-review-data/rotten_tomatoes"
-    save_copy(data, films_repository, train=films, validation=films[:4])
-    save_copy(data, "knkarthick/samsum", train=talks, validation=talks[:3])
-    save_copy(data, "stanfordnlp/web_questions", train=asked, test=asked[:2])
-    save_copy(data, "aps/super_glue", "rte", validation=pairs)
-    prompted = ("r-three/Phatgoose_flanv2_offline", "FLANV2/NIV2/Irony Detection")
-    save_copy(data, *prompted, train=ironic)
-    pick = "{{answer_choices[label]}}"
-    save_template(templates, "rotten_tomatoes", "{{text}}, good? ||| " + pick, "no ||| yes")
-    save_template(templates, "samsum", "Sum up: {{dialogue}} ||| {{summary}}")
-    save_template(templates, "web_questions", "Tell me {{question}} ||| {{answers.0}}")
-    entails = "{{premise}}. So {{hypothesis}}? ||| " + pick
-    save_template(templates, "super_glue/rte", entails, "yes ||| no")
-    return Sources(data, templates)
-
-
-@pytest.fixture(scope="session")
-def _frozen() -> Iterator[None]:
-    """Accelerate collects garbage after each training: a second for what the libraries hold."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def hub(tmp_path_factory, _frozen) -> Sources:
-    datasets.disable_progress_bars()
-    places = write_hub(tmp_path_factory.mktemp("hub"))
-    datasets.enable_progress_bars()
-    return places
 
 
 @pytest.fixture
@@ -99,12 +34,6 @@ def here(tmp_path, monkeypatch) -> Path:
     (tmp_path / "some.toml").write_text('tasks = [{ file = "counting.jsonl", name = "numbers" }]')
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def refused(outcome: Outcome, complaint: str) -> None:
-    assert outcome.code == 2
-    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
-    assert complaint in outcome.err
 
 
 # --- opening ---
@@ -143,8 +72,8 @@ def test_a_known_name_comes_before_a_folder_of_that_name(here):
     assert [task.name for task in open_tasks(["flan/reviews.jsonl"])] == ["reviews"]
 
 
-def test_datasets_come_from_the_places_given_anew_each_time(hub):
-    (task,) = open_tasks(["t0hi/samsum"], hub)
+def test_datasets_come_from_the_places_given_anew_each_time(hub_copies):
+    (task,) = open_tasks(["t0hi/samsum"], hub_copies)
     assert task.place == "copy"
     loaded = task.load()
     assert (loaded.name, len(loaded.train), loaded.source) == ("samsum", 8, task.entry.source)
@@ -180,12 +109,12 @@ def test_what_cannot_be_trained_on_is_refused(here, source, complaint):
         open_tasks([source])
 
 
-def test_a_mixture_is_one_task_that_knows_its_size_as_far_as_its_parts_do(here, hub):
+def test_a_mixture_is_one_task_that_knows_its_size_as_far_as_its_parts_do(here, hub_copies):
     parts = open_tasks(["t0hi/trec", "t0hi/quarel"])
     assert mixture(parts, "all").entry.train_examples == 5452 + 1941 * 5
     capped = mixture(parts, "all", most=6000)
     assert (capped.entry.train_examples, capped.place) == (5452 + 6000, "hub")
-    parts = open_tasks(["t0hi/samsum", "counting.jsonl"], hub)
+    parts = open_tasks(["t0hi/samsum", "counting.jsonl"], hub_copies)
     mixed = mixture(parts, "all", most=7)
     assert (mixed.name, mixed.place, mixed.entry.train_examples) == ("all", "copy", None)
     assert len(mixed.load().train) == 7 + 7
@@ -195,9 +124,9 @@ def test_a_mixture_is_one_task_that_knows_its_size_as_far_as_its_parts_do(here, 
 
 
 @pytest.fixture
-def tiny(base_folders, hub, here) -> list[object]:
+def tiny(base_folders, hub_copies, here) -> list[object]:
     """The arguments of a short training run with the made-up copies."""
-    places = ["--data", hub.data, "--templates", hub.templates]
+    places = ["--data", hub_copies.data, "--templates", hub_copies.templates]
     return ["--base", base_folders["llama"], "--out", "new", *places, *SHORT]
 
 
@@ -278,9 +207,9 @@ def test_the_suites_micro_batch_gives_way_to_one_that_is_named(tiny, here, phat)
     assert micro_batch_of(here / "new" / "rotten_tomatoes") == 8  # also where it is the default
 
 
-def test_a_recipe_can_say_where_data_and_templates_are(base_folders, hub, here, phat):
+def test_a_recipe_can_say_where_data_and_templates_are(base_folders, hub_copies, here, phat):
     (here / "recipes").mkdir()
-    (here / "links").symlink_to(hub.data.parent)
+    (here / "links").symlink_to(hub_copies.data.parent)
     (here / "recipes" / "r.toml").write_text(
         'tasks = ["t0hi/samsum", "../mine/reviews.jsonl"]\n'
         'data = "../links/data"\ntemplates = "../links/templates"\n'

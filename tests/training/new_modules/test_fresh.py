@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from conftest import assert_same_logits, logits_of, make_ids, peft_model
+from command_line import BASE, TRAIN, open_row, review, write_rows
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
@@ -30,20 +30,18 @@ from phatgoose.training.new_modules.placement import (
 )
 from phatgoose.training.planning.plan import plan_training
 from phatgoose.training.router_statistics import at_full_strength
-from test_cli import BASE, TRAIN, open_row, phat, review, write_rows
-from test_joint import gated_loss
-from test_training import (
+from tiny import assert_same_logits, logits_of, make_ids, peft_model
+from training_runs import (
     GATES,
     PASS,
     TASK,
     TRAINING,
+    gated_loss,
     interrupted,
     target_nll,
     without_dropout,
 )
-from test_training import train as train_default
-
-__all__ = ["phat"]  # the fixture
+from training_runs import train as train_default
 
 SHAPES: dict[str, Peft] = {
     "ia3": IA3(),

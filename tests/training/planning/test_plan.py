@@ -14,7 +14,7 @@ from statistics import fmean
 import pytest
 from safetensors.torch import load_file
 
-from conftest import make_tokenizer
+from command_line import open_row, refused, review, snapshot, write_rows
 from phatgoose.apps.cli.plan import _duration, _size
 from phatgoose.base.loading import load_base, load_skeleton
 from phatgoose.config import Formatting, GateTraining, Lora, Training
@@ -24,10 +24,7 @@ from phatgoose.tasks.task import load_task
 from phatgoose.training.planning.plan import plan_training
 from phatgoose.training.planning.sizes import KNOWN_BASES, Shapes
 from phatgoose.training.train_expert import train_expert
-from test_cli import open_row, phat, review, snapshot, write_rows
-from test_training_sources import _frozen, hub, refused
-
-__all__ = ["_frozen", "hub", "phat"]  # fixtures
+from tiny import make_tokenizer
 
 T5_XL = "google/t5-xl-lm-adapt"
 PER_ROW = {"peft": Lora(rank=2), "training": Training(steps=5, batch_size=4, eval_every=2)}
@@ -220,8 +217,10 @@ def test_without_a_tokenizer_lengths_are_told_by_words(here):
     assert any("1.3 a word" in note for note in plan.notes)
 
 
-def test_copies_are_counted_and_those_that_are_missing_are_told(here, hub):
-    plan = plan_training("tiny-base", open_tasks(["t0hi/samsum", "t0hi/trec"], hub), **PER_ROW)
+def test_copies_are_counted_and_those_that_are_missing_are_told(here, hub_copies):
+    plan = plan_training(
+        "tiny-base", open_tasks(["t0hi/samsum", "t0hi/trec"], hub_copies), **PER_ROW
+    )
     samsum, trec = plan.tasks
     assert (samsum.examples, samsum.counted, samsum.lengths) == (8, True, "measured")
     assert (trec.examples, trec.counted, trec.lengths) == (5452, False, "limits")

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from command_line import open_row, write_rows
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, TaskError
 from phatgoose.tasks.suites.training_tasks import open_tasks
@@ -15,9 +16,6 @@ from phatgoose.training.planning.schedule import schedule
 from phatgoose.training.planning.sizes import Shapes
 from phatgoose.training.planning.speed import Speed
 from phatgoose.training.planning.trial import measure_speed
-from test_cli import open_row, phat, write_rows
-
-__all__ = ["phat"]  # a fixture
 
 SETTINGS = {
     "peft": Lora(rank=2),

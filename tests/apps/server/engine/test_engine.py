@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from transformers import MistralConfig, MistralForCausalLM
 
 import serving
-from conftest import VOCABULARY, compose_by, make_ids, make_tokenizer
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.api.prompts import completion_prompts, decoding_of
 from phatgoose.apps.server.api.protocol import ChatRequest, CompletionRequest
@@ -30,8 +29,9 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
 from phatgoose.tasks.encoding import Encoder
-from test_encoding import with_added
-from test_positions import few_places
+from routed_models import compose_by
+from short_bases import few_places
+from tiny import VOCABULARY, make_ids, make_tokenizer, with_added
 
 GREEDY = Decoding(max_tokens=12, temperature=0.0)
 

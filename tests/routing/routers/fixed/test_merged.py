@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from conftest import assert_same_logits, logits_of, make_ids
 from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach, record
@@ -19,6 +18,7 @@ from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.stacks.site_stack import LoraStack
 from phatgoose.tasks.encoding import pad_left, pad_right
+from tiny import assert_same_logits, logits_of, make_ids
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base
 SITE = "model.layers.0.self_attn.q_proj"

@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 import torch
 
-from conftest import logits_of, make_ids
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach, record
 from phatgoose.routing.composition import composition_of
@@ -15,6 +14,7 @@ from phatgoose.routing.routers.fixed.unscored import RandomRouter
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
+from tiny import logits_of, make_ids
 
 SITE = "model.layers.0.self_attn.o_proj"  # of the tiny Llama
 CHOOSING = Task(

@@ -11,15 +11,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from conftest import (
-    SCORES,
-    assert_same_logits,
-    compose_by,
-    logits_of,
-    make_ids,
-    toy_embed,
-    with_embeddings,
-)
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
@@ -32,6 +23,9 @@ from phatgoose.routing.saved.save import save
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
 from phatgoose.tasks.encoding import pad_left, pad_right, position_ids
 from phatgoose.tasks.task import Example, Task
+from routed_models import SCORES, compose_by, with_embeddings
+from tiny import assert_same_logits, logits_of, make_ids
+from toy_embedders import toy_embed
 
 PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
 OWNERS = ("e0", "e1", "e2", "e3", "e0")  # of the topics nearest to them

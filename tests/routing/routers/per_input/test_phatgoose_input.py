@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import assert_same_logits, logits_of
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import PoolError, RoutingError
 from phatgoose.evaluation.comparison.methods import lacking, rows_of
@@ -20,6 +19,7 @@ from phatgoose.routing.routers.per_token.scored import standardise
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
+from tiny import assert_same_logits, logits_of
 
 PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
 CHOOSING = Task(

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import logits_of, make_ids
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.comparison.methods import rows_of
@@ -19,6 +18,7 @@ from phatgoose.routing.routers.per_token.affinities import AFFINITIES
 from phatgoose.routing.routers.registry import make_router, router_vectors
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from tiny import logits_of, make_ids
 
 EPS = 1e-5
 

@@ -17,7 +17,6 @@ from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from conftest import assert_same_logits, logits_of, make_adapter, make_ids
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
@@ -31,6 +30,7 @@ from phatgoose.routing.routers.per_token.arrow import ARROW_VARIANTS, arrow_vect
 from phatgoose.routing.routers.per_token.scored import ArrowRouter
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from tiny import assert_same_logits, logits_of, make_adapter, make_ids
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

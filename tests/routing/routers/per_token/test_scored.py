@@ -6,7 +6,6 @@ import torch
 from torch.nn.functional import layer_norm
 from transformers.pytorch_utils import Conv1D
 
-from conftest import assert_same_logits, compose_by, logits_of, make_ids
 from oracle import mixture, naively_routed, token_weights
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, PoolError
@@ -17,6 +16,8 @@ from phatgoose.routing.routers.fixed.unscored import UniformRouter
 from phatgoose.routing.routers.per_token.scored import ScoredRouter, standardise
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.encoding import pad_left, pad_right
+from routed_models import compose_by
+from tiny import assert_same_logits, logits_of, make_ids
 
 EPS = 1e-5
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama; 32 inputs

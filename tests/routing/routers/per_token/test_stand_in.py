@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import logits_of, make_ids
 from phatgoose.config import Routing
 from phatgoose.errors import PoolError
 from phatgoose.evaluation.comparison.methods import lacking, rows_of
@@ -19,6 +18,7 @@ from phatgoose.routing.routers.per_token.scored import standardise
 from phatgoose.routing.routers.per_token.stand_in import gates_or_stand_ins
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from tiny import logits_of, make_ids
 
 
 def without_gates(pool: Pool, *names: str) -> Pool:

@@ -1,0 +1,31 @@
+"""The files of an expert's directory, to be damaged, and its hashes made to fit."""
+
+from __future__ import annotations
+
+import json
+from hashlib import sha256
+from pathlib import Path
+
+from damage import content_of, json_of
+from phatgoose.experts.expert import LAYOUT
+
+JSON_FILES = (LAYOUT.info, LAYOUT.adapter_config, LAYOUT.bottleneck_config)
+WEIGHTS = (LAYOUT.adapter_weights, LAYOUT.bottleneck_weights)
+TENSOR_FILES = (*WEIGHTS, LAYOUT.vectors, LAYOUT.embeddings)
+FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
+
+
+def record_hashes(folder: Path) -> None:
+    """Write the files' present hashes into the description, so that deeper checks are reached."""
+    try:
+        info = json_of(folder / LAYOUT.info)
+        weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
+        for file, key in (
+            (weights, "adapter"),
+            (LAYOUT.vectors, "vectors"),
+            (LAYOUT.embeddings, "embeddings"),
+        ):
+            info[f"{key}_sha256"] = sha256(content_of(folder / file)).hexdigest()
+        (folder / LAYOUT.info).write_text(json.dumps(info))
+    except (OSError, ValueError, TypeError):
+        return

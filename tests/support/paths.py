@@ -1,0 +1,8 @@
+"""Where the repository lies, and what tests read of it."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+GOLDENS = ROOT / "tests" / "golden"  # one expert directory of each kind
+SUPPORT = Path(__file__).parent
+SHARED = ROOT.parent / "shared"  # data of this project's machines, absent elsewhere

@@ -1,0 +1,49 @@
+"""Tiny pools composed by every router, with all that the router needs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from transformers import (
+    PreTrainedModel,
+)
+
+from phatgoose.base.loading import Base
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.composition import composition_of
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, retrieval_text
+from toy_embedders import toy_embed
+
+TOPICS = ("apples, pears and plums", "1 + 2 = 3, 4 + 5 = 9", "WHAT? WHO? WHY?", "jazz quiz; zigzag")
+SCORES = {  # of the experts e0 to e3: e1 is the best at "first", e2 at "second", e3 on the whole
+    "e0": {"first": 0.1, "second": 0.4},
+    "e1": {"first": 0.8, "second": 0.1},
+    "e2": {"first": 0.0, "second": 0.9},
+    "e3": {"first": 0.6, "second": 0.7},
+}
+
+
+def with_embeddings(pool: Pool) -> Pool:
+    """The pool whose experts have trained on one of TOPICS each: e0 on one input, e1 on two."""
+    experts = []
+    for z, (expert, topic) in enumerate(zip(pool.experts, TOPICS, strict=False)):
+        texts = [retrieval_text(topic * (copies + 1), ()) for copies in range(z + 1)]
+        info = replace(expert.info, embedder=DEFAULT_EMBEDDER)
+        experts.append(replace(expert, info=info, embeddings=toy_embed(texts)))
+    return Pool(tuple(experts))
+
+
+def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTrainedModel:
+    """`pool`, of e0 to e3 or fewer, composed by any of ROUTERS with all that this one needs."""
+    given: dict[str, object] = {"single": {"expert": pool.names[-1]}}.get(router, {})
+    given |= {"scores": SCORES} if router in ("oracle", "best-individual") else {}
+    model = compose(with_embeddings(pool), base, router=router, **given | options)
+    return of_task(model, "second")
+
+
+def of_task(model: PreTrainedModel, task: str) -> PreTrainedModel:
+    """`model`, told by hand that all inputs to come belong to `task`; router oracle must know."""
+    if composition_of(model).lookup is not None:
+        composition_of(model).lookup.begin_task(task)
+    return model

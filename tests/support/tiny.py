@@ -1,0 +1,189 @@
+"""Tiny bases, tokenizers, experts and their logits: random weights, no network."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.pytorch_utils import Conv1D
+
+from phatgoose.base.loading import Base, load_base
+from phatgoose.base.sites import find_sites
+from phatgoose.experts.expert import Expert
+
+VOCABULARY = 300
+KINDS = ("llama", "gpt2", "qwen2", "t5")  # qwen2 is the grouped-query model, with biases
+
+
+def make_tokenizer(*, final_eos: bool) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 256 bytes and three special tokens; no training, no files."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "</s>": 1, "<unk>": 2}
+    vocabulary |= {character: 3 + i for i, character in enumerate(alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    if final_eos:
+        inner.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A tiny random model with weights large enough for routing to matter."""
+    torch.manual_seed(seed)
+    ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
+    small = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2}
+    if kind == "llama":
+        config = LlamaConfig(**small, **ids, intermediate_size=48, num_attention_heads=4)
+        model: PreTrainedModel = LlamaForCausalLM(config)
+    elif kind == "qwen2":
+        config = Qwen2Config(
+            **small, **ids, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2
+        )
+        model = Qwen2ForCausalLM(config)
+    elif kind == "gpt2":
+        config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, **ids)
+        model = GPT2LMHeadModel(config)
+    else:
+        config = T5Config(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            d_kv=8,
+            d_ff=48,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            decoder_start_token_id=0,
+            pad_token_id=0,
+            eos_token_id=1,
+            tie_word_embeddings=False,
+        )
+        model = T5ForConditionalGeneration(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(std=0.2)
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def make_adapter(
+    base: Base, folder: Path, *, rank: int = 4, seed: int = 0, **options: object
+) -> Path:
+    """A PEFT LoRA adapter of random factors at every site of `base`, written to `folder`."""
+    key = repr((base.reference, rank, seed, sorted(options.items())))
+    if key not in ADAPTERS:
+        _write_by_peft(base, folder, rank, seed, options)
+        ADAPTERS[key] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in ADAPTERS[key].items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+ADAPTERS: dict[str, dict[str, bytes]] = {}  # peft's files by what was asked for: it takes its time
+
+
+def _write_by_peft(
+    base: Base, folder: Path, rank: int, seed: int, options: dict[str, object]
+) -> None:
+    sites = find_sites(base.model)
+    conv = isinstance(base.model.get_submodule(next(iter(sites))), Conv1D)
+    settings = {
+        "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(sites),
+        "fan_in_fan_out": conv,
+        **options,
+    }
+    fresh = load_base(base.id, dtype="float32")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", message=".*lora_bias.*")  # those of layers without any
+        model = get_peft_model(fresh.model, LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*lora_B.bias.*")  # peft looks for matrices
+        model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def write_expert(
+    base: Base, folder: Path, name: str, *, seed: int = 0, **options: object
+) -> Expert:
+    """A random expert of `make_adapter`, gates and means included, written below `folder`."""
+    adapter = make_adapter(base, folder / "adapters" / name, seed=seed, **options)
+    generator = torch.Generator().manual_seed(seed + 1000)
+    acts = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    sites = {
+        site: found.in_features
+        for site, found in find_sites(base.model).items()
+        if any(site == target or site.endswith(f".{target}") for target in acts)
+    }
+    gates, means = (
+        {site: torch.randn(n, generator=generator) for site, n in sites.items()} for _ in range(2)
+    )
+    expert = Expert.from_peft(adapter, gates, name=name, means=means, base=base)
+    return expert.save(folder / "experts" / name)
+
+
+def make_ids(rows: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:
+    """Random token ids without special ones, [rows, tokens]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 259, (rows, tokens), generator=generator)
+
+
+def logits_of(model: PreTrainedModel, ids: torch.Tensor, **inputs: object) -> torch.Tensor:
+    """The logits after `ids`; an encoder-decoder model reads them in encoder and decoder alike."""
+    if model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = ids
+    with torch.no_grad():
+        return model(input_ids=ids, **inputs).logits
+
+
+def assert_same_logits(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal to 2e-5 of the largest logit: float32, magnified by T5's unscaled attention."""
+    torch.testing.assert_close(got, wanted, rtol=0, atol=2e-5 * float(wanted.abs().max()))
+
+
+def peft_model(base: Base, folder: Path, dtype: str = "float32") -> PreTrainedModel:
+    """A fresh copy of `base` under the adapter in `folder`, as PEFT itself loads it."""
+    fresh = load_base(base.id, dtype=dtype).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 under transformers 5.24
+        warnings.filterwarnings("ignore", message="(?s).*lora_(bias|B.bias).*")
+        return PeftModel.from_pretrained(fresh, folder)
+
+
+def with_added(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:
+    """The tests' tokenizer, which adds these special tokens before and after every text."""
+    inner = make_tokenizer(final_eos=False)._tokenizer
+    inner.add_special_tokens([*before, *after])
+    template = " ".join([*before, "$A", *after])
+    ids = [(token, inner.token_to_id(token)) for token in dict.fromkeys([*before, *after])]
+    inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")

@@ -1,12 +1,12 @@
 """Routed models behind an HTTP interface that speaks OpenAI's protocol (docs/serving.md).
 
-api/         The protocol: requests in OpenAI's form, and replies
-doors/       The doors: who may come in, how much they may send, and for how long
-engine/      The engine: one thread that computes all answers, in batches
-metrics.py   What Prometheus reads at /metrics
-refusals.py  Requests turned away, in the form that OpenAI's clients know
-running.py   The application under uvicorn
-settings.py  What a server serves, as plain values that travel between processes
+settings.py        What a server serves, as plain values that travel between processes
+api/               The protocol: requests and responses in OpenAI's form
+guards/            Who may use the server, how much a request may send, and how long it may take
+engine/            One thread that generates all answers, in batches
+api_errors.py      Errors in the form that OpenAI's clients know
+metrics.py         What Prometheus reads at /metrics
+uvicorn_server.py  The application under uvicorn
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .settings import API_KEYS, ServedModel, keys_of, served_models
 
 try:
     from .api.app import create_app
-    from .running import run
+    from .uvicorn_server import run
 except ModuleNotFoundError as error:
     raise ConfigError(f"The server needs {error.name}: pip install 'phatgoose[serve]'.") from error
 

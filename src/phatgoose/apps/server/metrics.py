@@ -15,7 +15,7 @@ from prometheus_client import (
 )
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .refusals import CLIENT_GONE
+from .api_errors import CLIENT_GONE
 
 __all__ = ["CONTENT_TYPE_LATEST", "Measured", "Metrics"]
 

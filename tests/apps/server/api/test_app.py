@@ -12,7 +12,7 @@ import pytest
 
 import serving
 from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
-from phatgoose.apps.server.engine.variants import Rerouting
+from phatgoose.apps.server.engine.loaded_models import RoutingOverride
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError
@@ -306,9 +306,9 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
         ask(client, **GREEDY, k=k)
     assert len(models._rerouted) == 2
     goose = models.get("goose")
-    one, other = (models.acquire(goose, Rerouting(k=k)) for k in (1, 3))
-    assert models.acquire(goose, Rerouting(k=1)).runner is one.runner
-    assert models.acquire(goose, Rerouting(k=2)).runner is goose.runner
+    one, other = (models.acquire(goose, RoutingOverride(k=k)) for k in (1, 3))
+    assert models.acquire(goose, RoutingOverride(k=1)).runner is one.runner
+    assert models.acquire(goose, RoutingOverride(k=2)).runner is goose.runner
     models.release(one)
     error = error_of(client, 429, **GREEDY, k=4)
     assert "routings" in error["message"]

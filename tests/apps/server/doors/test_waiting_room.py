@@ -14,16 +14,16 @@ from pydantic import ValidationError
 
 import serving
 from phatgoose.apps.server import served_models
-from phatgoose.apps.server.api import parsing, service
-from phatgoose.apps.server.api.parsing import parsed
-from phatgoose.apps.server.api.protocol import ChatRequest, CompletionRequest
-from phatgoose.apps.server.doors import bodies, connections
-from phatgoose.apps.server.doors.bodies import AT_ONCE, Body, Gate
-from phatgoose.apps.server.doors.connections import Connections
-from phatgoose.apps.server.doors.waiting_room import Doors, host_of
-from phatgoose.apps.server.engine.variants import Rerouting
-from phatgoose.apps.server.refusals import Refusal, without_paths
-from phatgoose.apps.server.running import _connections
+from phatgoose.apps.server.api import request_parsing, service
+from phatgoose.apps.server.api.request_parsing import parsed
+from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
+from phatgoose.apps.server.api_errors import ApiError, without_paths
+from phatgoose.apps.server.engine.loaded_models import RoutingOverride
+from phatgoose.apps.server.guards import connection_guard, request_guard
+from phatgoose.apps.server.guards.access_control import AccessControl, host_of
+from phatgoose.apps.server.guards.connection_guard import ConnectionGuard
+from phatgoose.apps.server.guards.request_guard import AT_ONCE, RequestBody, RequestGuard
+from phatgoose.apps.server.uvicorn_server import _connections
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
 
@@ -60,8 +60,8 @@ def address(pool):
     """A server under uvicorn that waits a second for requests and has room for 8 connections."""
     limits = Serving(read_timeout=1, max_connections=8, max_body=100_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connections, "LOOKING", 0.05)
-        patch.setattr(bodies, "DRAINING", 0.05)
+        patch.setattr(connection_guard, "LOOKING", 0.05)
+        patch.setattr(request_guard, "DRAINING", 0.05)
         with serving.running(serving.app_of(pool, limits), limits) as address:
             yield address
 
@@ -118,9 +118,9 @@ def test_lists_are_looked_through_to_their_first_fault_alone(wanted, fault):
 
 
 def test_lists_are_counted_before_they_are_made(monkeypatch):
-    monkeypatch.setattr(parsing, "from_json", None)
+    monkeypatch.setattr(request_parsing, "from_json", None)
     for name in ("objects", "lists", "fields", "biases", "deep", "deep objects"):
-        with pytest.raises(Refusal, match="objects and lists"):
+        with pytest.raises(ApiError, match="objects and lists"):
             parsed(CompletionRequest, HOSTILE[name])
 
 
@@ -227,18 +227,18 @@ def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, step):
 
 
 def test_bodies_are_counted_together_and_let_go():
-    gate = Gate(None, Doors(), 100, 1)
-    full = [Body(gate) for _ in range(AT_ONCE)]
+    gate = RequestGuard(None, AccessControl(), 100, 1)
+    full = [RequestBody(gate) for _ in range(AT_ONCE)]
     for body in full:
         body.add(b"x" * 100)
-    another = Body(gate)
-    with pytest.raises(Refusal) as refused:
+    another = RequestBody(gate)
+    with pytest.raises(ApiError) as refused:
         another.add(b"x")
     assert refused.value.status_code == 429
     for body in (*full, another, another):
         body.release()
     assert gate.held == 0
-    with pytest.raises(Refusal) as refused:
+    with pytest.raises(ApiError) as refused:
         another.add(b"x" * 101)
     assert refused.value.status_code == 413
 
@@ -247,7 +247,7 @@ def test_bodies_are_let_go_whatever_became_of_the_request(client, app):
     gates = []
     layer = app.middleware_stack
     while layer is not None:
-        gates += [layer] if isinstance(layer, Gate) else []
+        gates += [layer] if isinstance(layer, RequestGuard) else []
         layer = getattr(layer, "app", getattr(layer, "_app", None))
     for body in (GREEDY, {**GREEDY, "model": "duck"}, {"x": 1}):
         client.post(PATH, json=body)
@@ -329,8 +329,10 @@ def test_hosts_are_those_that_the_operator_names(hosts, let_in, kept_out):
     def known(host):
         headers = [(b"host", host.encode())]
         try:
-            Doors(hosts).check({"headers": headers, "method": "GET", "path": "/", "client": None})
-        except Refusal:
+            AccessControl(hosts).check(
+                {"headers": headers, "method": "GET", "path": "/", "client": None}
+            )
+        except ApiError:
             return False
         return True
 
@@ -356,14 +358,14 @@ def test_clients_are_told_apart_by_key_and_else_by_address():
         scope = {"headers": headers, "method": "GET", "path": "/v1/models"}
         return doors.check({**scope, "client": address and (address, 1)})
 
-    keyed = Doors(keys=["one", "two"])
+    keyed = AccessControl(keys=["one", "two"])
     names = [client_of(keyed, address, key) for address in ("a", "b") for key in ("one", "two")]
     assert names[:2] == names[2:]
     assert names[0] != names[1]
     assert not any("one" in name or "two" in name for name in names)
-    with pytest.raises(Refusal):
+    with pytest.raises(ApiError):
         client_of(keyed, "a", "three")
-    free = Doors()
+    free = AccessControl()
     assert client_of(free, "10.0.0.1", "x") != client_of(free, "10.0.0.2", "x")
     assert client_of(free, "fd00::1:2") == client_of(free, "fd00::9:9")  # one customer's network
     assert client_of(free, "fd00::1") != client_of(free, "fd00:0:0:1::1")
@@ -594,7 +596,7 @@ def test_small_answers_leave_at_once():
         transport.get_extra_info = {"socket": sock}.get
         server = serving.server_of(nobody, Serving())
         options = {"config": server.config, "server_state": server.server_state, "app_state": {}}
-        connection = Connections(3, 1000).protocol(**options)
+        connection = ConnectionGuard(3, 1000).protocol(**options)
         connection.connection_made(transport)
         connection.connection_lost(None)
 
@@ -608,9 +610,9 @@ def test_who_reads_nothing_is_cut_off_and_who_is_answered_is_not(monkeypatch):
 
 
 async def look_at_connections(monkeypatch):
-    monkeypatch.setattr(connections, "WRITING", 0.0)
+    monkeypatch.setattr(connection_guard, "WRITING", 0.0)
     server = serving.server_of(nobody, Serving())
-    all_of_them = Connections(3, 1000)
+    all_of_them = ConnectionGuard(3, 1000)
     options = {"config": server.config, "server_state": server.server_state, "app_state": {}}
 
     def connected():
@@ -695,5 +697,5 @@ def test_a_routing_that_fails_fails_for_all_who_wait(client, app, monkeypatch):
         reply = client.post(PATH, json={**GREEDY, "k": 1})
         assert reply.status_code == 400
         assert reply.json()["error"]["message"] == "nothing at experts"
-    assert models.ready(models.get("goose"), Rerouting(k=1)) is None
+    assert models.ready(models.get("goose"), RoutingOverride(k=1)) is None
     assert client.post(PATH, json={**GREEDY, "k": 1}).status_code == 200

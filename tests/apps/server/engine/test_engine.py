@@ -14,17 +14,17 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import serving
 from phatgoose.analysis.traces import trace
-from phatgoose.apps.server.api.prompts import completion_prompts, decoding_of
-from phatgoose.apps.server.api.protocol import ChatRequest, CompletionRequest
+from phatgoose.apps.server.api.request_prompts import completion_prompts, decoding_of
+from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
+from phatgoose.apps.server.api_errors import ApiError
 from phatgoose.apps.server.engine import prefill
 from phatgoose.apps.server.engine.batches import Batch
 from phatgoose.apps.server.engine.decoding import Decoding, Sampler, alternatives, seed_of
-from phatgoose.apps.server.engine.engine import Engine
-from phatgoose.apps.server.engine.rows import Failure, Row
-from phatgoose.apps.server.engine.runner import Runner
-from phatgoose.apps.server.engine.texts import Detokeniser, earliest, held_back
+from phatgoose.apps.server.engine.detokeniser import Detokeniser, earliest, held_back
+from phatgoose.apps.server.engine.generation_engine import GenerationEngine
+from phatgoose.apps.server.engine.model_runner import ModelRunner
+from phatgoose.apps.server.engine.sequences import ActiveSequence, Failure
 from phatgoose.apps.server.metrics import Metrics
-from phatgoose.apps.server.refusals import Refusal
 from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
@@ -51,7 +51,7 @@ def runner_of(pool_of):
         if (kind, router) not in made:
             pool = pool_of(kind)
             base = load_base(pool.base.id, dtype="float32")
-            runner = Runner(compose_by(router, pool, base), base.tokenizer)
+            runner = ModelRunner(compose_by(router, pool, base), base.tokenizer)
             runner.ends = frozenset()
             made[kind, router] = runner
         return made[kind, router]
@@ -85,7 +85,7 @@ class Told:
 
 
 def row_of(prompt, decoding=GREEDY, choice=0, client="", expert=None):
-    return Row(prompt, decoding, Told(), choice, client, expert)
+    return ActiveSequence(prompt, decoding, Told(), choice, client, expert)
 
 
 def prompt_of(seed, tokens=None):
@@ -166,7 +166,7 @@ def test_sliding_windows_slide_in_batches_too():
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
     ids = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
     config = MistralConfig(vocab_size=VOCABULARY, **small, **heads, **ids)
-    runner = Runner(MistralForCausalLM(config).eval(), TOKENIZER)
+    runner = ModelRunner(MistralForCausalLM(config).eval(), TOKENIZER)
     runner.ends = frozenset()
     batch, rows = Batch(runner), [row_of(prompt_of(seed, 20 - 7 * seed)) for seed in range(3)]
     batch.join(rows[:1])
@@ -433,7 +433,7 @@ class FixedEncoder:
 
 
 def engine_of(**limits):
-    return Engine(Serving(**{"max_batch_tokens": 4096, **limits}), Metrics())
+    return GenerationEngine(Serving(**{"max_batch_tokens": 4096, **limits}), Metrics())
 
 
 @pytest.fixture
@@ -483,14 +483,14 @@ def test_more_rows_than_fit_wait_for_their_turn(runner_of):
 
 def test_what_can_never_fit_and_what_comes_too_much_is_refused(runner_of):
     engine = engine_of(max_queue=3, max_batch_tokens=30)
-    with pytest.raises(Refusal, match="32 tokens") as refused:
+    with pytest.raises(ApiError, match="32 tokens") as refused:
         engine.submit(runner_of(), [row_of(prompt_of(0, 20))])
     assert refused.value.status_code == 400
-    with pytest.raises(Refusal, match="at most 3") as refused:
+    with pytest.raises(ApiError, match="at most 3") as refused:
         engine.submit(runner_of(), [row_of(prompt_of(0, 5)) for _ in range(4)])
     assert refused.value.status_code == 400
     engine.submit(runner_of(), [row_of(prompt_of(0, 5)) for _ in range(2)])
-    with pytest.raises(Refusal, match="2 answers are waiting") as refused:
+    with pytest.raises(ApiError, match="2 answers are waiting") as refused:
         engine.submit(runner_of(), [row_of(prompt_of(0, 5)) for _ in range(2)])
     assert refused.value.status_code == 429
     assert refused.value.headers["Retry-After"] == "1"
@@ -562,10 +562,10 @@ def test_a_long_row_is_not_passed_over_for_ever(runner_of):
 def test_a_client_fills_its_part_of_the_queue_alone(runner_of):
     engine = engine_of(max_queue=10, max_client_queue=4)
     engine.submit(runner_of(), short_rows(3, "greedy"))
-    with pytest.raises(Refusal, match="3 answers of yours are waiting") as refused:
+    with pytest.raises(ApiError, match="3 answers of yours are waiting") as refused:
         engine.submit(runner_of(), short_rows(2, "greedy"))
     assert refused.value.status_code == 429
-    with pytest.raises(Refusal, match="at most 4") as refused:
+    with pytest.raises(ApiError, match="at most 4") as refused:
         engine.submit(runner_of(), short_rows(5, "other"))
     assert refused.value.status_code == 400
     engine.submit(runner_of(), short_rows(4, "other"))
@@ -622,7 +622,7 @@ def test_a_stopped_engine_fails_what_is_left(runner_of):
     engine.stop()
     assert isinstance(row.deliver.events[-1], Failure)
     assert not engine.is_alive
-    with pytest.raises(Refusal, match="stopped"):
+    with pytest.raises(ApiError, match="stopped"):
         engine.submit(runner_of(), [row_of(prompt_of(0))])
 
 
@@ -640,14 +640,14 @@ def asked(prompt, **fields) -> CompletionRequest:
 
 def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
     base, limits = few_places("bart"), Serving()
-    runner = Runner(base.model, base.tokenizer)
+    runner = ModelRunner(base.model, base.tokenizer)
     for text, tokens, words in (
         ("a" * 30, 4, "The prompt has 31 tokens; the model's encoder can hold 24."),
         ("a", 25, "max_tokens is 25; the model's decoder can hold 24."),
     ):
         request = asked(text, max_tokens=tokens)
         (prompt,) = completion_prompts(request, runner, limits)
-        with pytest.raises(Refusal) as refusal:
+        with pytest.raises(ApiError) as refusal:
             decoding_of(request, prompt, runner, limits, 0)
         assert (refusal.value.status_code, refusal.value.detail) == (400, words)
     chat = ChatRequest(model="goose", messages=[{"role": "user", "content": "a"}])
@@ -656,6 +656,6 @@ def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
 
 def test_a_text_that_an_answer_follows_has_no_end(llama):
     tokenizer = with_added(["<bos>"], ["</s>"])
-    runner = Runner(llama.model, tokenizer)
+    runner = ModelRunner(llama.model, tokenizer)
     (prompt,) = completion_prompts(asked("ab"), runner, Serving())
     assert tokenizer.decode(list(prompt.tokens)) == "<bos>ab"

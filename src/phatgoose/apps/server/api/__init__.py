@@ -1,16 +1,16 @@
-"""The protocol: requests in OpenAI's form, and replies.
+"""The protocol: requests and responses in OpenAI's form.
 
-answers.py       From progress to JSON: whole answers and chunks of a stream, for completions and fo
-app.py           The application: its routes, and who is let in where
-jobs.py          One request at work: its rows in the engine, what they tell, and what happens at th
-page.css
-page.html.jinja
-page.js
-page.py          The page at /: a prompt, answers that stream, and who served each of their tokens
-parsing.py       From a body to a request: read by a parser that bounds what it may cost, refused in
-prompts.py       From requests to prompts: the tokens that a model is given, checked against what it
-protocol.py      The requests that are understood: OpenAI's fields, and ours for routing
-replies.py       The answers' JSON, as models that the schema is made of
-schema.py        Errors in OpenAI's form, and an OpenAPI schema that says so
-service.py       What the routes ask for: models by name, and requests turned into jobs
+app.py                The FastAPI application and its routes
+request_schema.py     Request bodies: OpenAI's fields, and ours for routing
+request_parsing.py    A body's bytes to a validated request, at bounded cost
+request_prompts.py    A request's prompts as tokens, checked against what the model can hold
+service.py            What the routes call: finds the model, prepares the request, starts it
+pending_reply.py      One request while its answers are computed: whole or as a stream
+response_builders.py  Progress to JSON: whole responses and chunks of a stream
+response_schema.py    Response bodies
+openapi.py            Error handlers, and an OpenAPI schema that describes them
+page.py               The page at /: a prompt, answers that stream, and each token's experts
+page.html.jinja       its structure
+page.css              its style
+page.js               its behaviour
 """

@@ -12,15 +12,15 @@ from starlette.responses import Response
 
 from .... import __version__
 from ....config import Serving
-from ..doors.bodies import Gate
-from ..doors.waiting_room import Doors
-from ..engine.variants import Models
+from ..engine.loaded_models import LoadedModels
+from ..guards.access_control import AccessControl
+from ..guards.request_guard import RequestGuard
 from ..metrics import CONTENT_TYPE_LATEST, Measured
 from ..settings import ServedModel
+from .openapi import body_of, install_errors, responses_of, streamed
 from .page import HEADERS, PAGE
-from .protocol import ChatRequest, CompletionRequest
-from .replies import ChatReply, CompletionReply, Health, ModelCard, ModelList
-from .schema import body_of, install_errors, responses_of, streamed
+from .request_schema import ChatRequest, CompletionRequest
+from .response_schema import ChatReply, CompletionReply, Health, ModelCard, ModelList
 from .service import Service
 
 __all__ = ["create_app"]
@@ -38,7 +38,7 @@ def create_app(
     of its loopback names (`Doors`). Raises what opening a model does.
     """
     limits = serving or Serving()
-    service = Service(Models(models, limits.max_routings), limits)
+    service = Service(LoadedModels(models, limits.max_routings), limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -63,8 +63,8 @@ def create_app(
     app.include_router(
         _guarded_routes(service, 403, *([401] if api_keys else [])), dependencies=guards
     )
-    doors = Doors(hosts, api_keys)
-    app.add_middleware(Gate, doors=doors, most=limits.max_body, seconds=limits.read_timeout)
+    doors = AccessControl(hosts, api_keys)
+    app.add_middleware(RequestGuard, doors=doors, most=limits.max_body, seconds=limits.read_timeout)
     paths = {getattr(route, "path", "") for route in app.routes}
     app.add_middleware(Measured, metrics=service.metrics, paths=paths)
     install_errors(app)

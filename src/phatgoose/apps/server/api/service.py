@@ -14,19 +14,19 @@ from ....analysis.places import place_of
 from ....config import Serving
 from ....errors import PhatgooseError
 from ....files.strict_json import shortened
-from ..doors.bodies import BODY, CLIENT
-from ..engine.composing import Composer
-from ..engine.engine import Engine
-from ..engine.runner import Runner
-from ..engine.variants import Models, Rerouting, Served, Use
+from ..api_errors import ApiError, bad_request, for_clients, without_paths
+from ..engine.background_composer import BackgroundComposer
+from ..engine.generation_engine import GenerationEngine
+from ..engine.loaded_models import LoadedModel, LoadedModels, ModelUse, RoutingOverride
+from ..engine.model_runner import ModelRunner
+from ..guards.request_guard import BODY, CLIENT
 from ..metrics import Metrics
-from ..refusals import Refusal, bad_request, for_clients, without_paths
-from .answers import Answers, ChatAnswers, CompletionAnswers
-from .jobs import EventStream, Job, Prepared, whole_answer
-from .parsing import parsed
-from .prompts import chat_prompt, completion_prompts, decoding_of
-from .protocol import ChatRequest, CompletionRequest, RoutingWish
-from .replies import ModelCard, Sites
+from .pending_reply import EventStream, PendingReply, PreparedRequest, whole_answer
+from .request_parsing import parsed
+from .request_prompts import chat_prompt, completion_prompts, decoding_of
+from .request_schema import ChatRequest, CompletionRequest, RoutingDetail
+from .response_builders import ChatResponseBuilder, CompletionResponseBuilder, ResponseBuilder
+from .response_schema import ModelCard, Sites
 
 __all__ = ["Service"]
 
@@ -41,12 +41,12 @@ Asked = TypeVar("Asked", CompletionRequest, ChatRequest)
 class Service:
     """Models, the engine that computes them, and the limits for both."""
 
-    def __init__(self, models: Models, limits: Serving) -> None:
+    def __init__(self, models: LoadedModels, limits: Serving) -> None:
         self.models, self.limits = models, limits
         self.metrics = Metrics()
-        self.engine = Engine(limits, self.metrics)
+        self.engine = GenerationEngine(limits, self.metrics)
         self.begun = int(time.time())
-        self._composer = Composer(models, limits.max_routings)
+        self._composer = BackgroundComposer(models, limits.max_routings)
         self._parsers = anyio.CapacityLimiter(PARSERS)
         self._readers = anyio.CapacityLimiter(READERS)
 
@@ -63,7 +63,7 @@ class Service:
         """What is told of every model."""
         return [self.card(served) for served in self.models]
 
-    def card(self, served: Served) -> ModelCard:
+    def card(self, served: LoadedModel) -> ModelCard:
         """What is told of a model."""
         parts, runner = served.parts, served.runner
         return ModelCard(
@@ -78,12 +78,12 @@ class Service:
             chat=bool(runner.tokenizer.chat_template),
         )
 
-    def find(self, name: str) -> Served:
-        """The model called `name`. Raises Refusal when there is none."""
+    def find(self, name: str) -> LoadedModel:
+        """The model called `name`. Raises ApiError when there is none."""
         served = self.models.get(name)
         if served is None:
             known = ", ".join(each.settings.name for each in self.models)
-            raise Refusal(
+            raise ApiError(
                 404,
                 f"There is no model {shortened(name, SHOWN)}; there are {known}.",
                 code="model_not_found",
@@ -92,7 +92,7 @@ class Service:
         return served
 
     async def answer(self, wanted: type[Asked], request: Request) -> Response:
-        """The answer to a request, whole or as a stream. Raises Refusal when there is none.
+        """The answer to a request, whole or as a stream. Raises ApiError when there is none.
 
         The event loop only waits here: what takes time is done in threads, some at a time.
         """
@@ -111,7 +111,7 @@ class Service:
                 self._prepared, asked, use.runner, limiter=self._readers
             )
             done = self._finisher(use, prepared.answers)
-            job = Job(self.engine, use.runner, prepared, client, self.limits.timeout, done)
+            job = PendingReply(self.engine, use.runner, prepared, client, self.limits.timeout, done)
         except BaseException:
             self.models.release(use)
             raise
@@ -120,9 +120,9 @@ class Service:
         return Response(await whole_answer(job, request), media_type="application/json")
 
     async def _acquire(
-        self, served: Served, asked: CompletionRequest | ChatRequest, client: str
-    ) -> Use:
-        wish = Rerouting(
+        self, served: LoadedModel, asked: CompletionRequest | ChatRequest, client: str
+    ) -> ModelUse:
+        wish = RoutingOverride(
             asked.router,
             asked.k,
             None if asked.keep is None else tuple(asked.keep),
@@ -133,14 +133,16 @@ class Service:
         except PhatgooseError as error:
             raise bad_request(for_clients(error), "router") from error
 
-    def _prepared(self, asked: CompletionRequest | ChatRequest, runner: Runner) -> Prepared:
-        answers: Answers
+    def _prepared(
+        self, asked: CompletionRequest | ChatRequest, runner: ModelRunner
+    ) -> PreparedRequest:
+        answers: ResponseBuilder
         if isinstance(asked, ChatRequest):
             prompt = chat_prompt(asked, runner, self.limits)
-            answers = ChatAnswers(asked, runner, [prompt])
+            answers = ChatResponseBuilder(asked, runner, [prompt])
         else:
             prompts = completion_prompts(asked, runner, self.limits)
-            answers = CompletionAnswers(asked, runner, prompts)
+            answers = CompletionResponseBuilder(asked, runner, prompts)
         choices = range(answers.number)
         decodings = [
             decoding_of(asked, answers.prompt_of(choice), runner, self.limits, choice)
@@ -149,11 +151,11 @@ class Service:
         try:
             experts = runner.experts_of([prompt.tokens for prompt in answers.prompts])
         except PhatgooseError as error:
-            raise Refusal(500, for_clients(error)) from error
+            raise ApiError(500, for_clients(error)) from error
         each = len(decodings) // len(experts)
-        return Prepared(answers, decodings, [experts[choice // each] for choice in choices])
+        return PreparedRequest(answers, decodings, [experts[choice // each] for choice in choices])
 
-    def _finisher(self, use: Use, answers: Answers) -> Callable[[], None]:
+    def _finisher(self, use: ModelUse, answers: ResponseBuilder) -> Callable[[], None]:
         def finish() -> None:
             self.models.release(use)
             usage = answers.usage
@@ -162,7 +164,7 @@ class Service:
         return finish
 
 
-def _sites_of(served: Served) -> Sites | None:
+def _sites_of(served: LoadedModel) -> Sites | None:
     if served.parts is None:
         return None
     places = [place_of(site) for site in served.parts.layers]
@@ -172,14 +174,14 @@ def _sites_of(served: Served) -> Sites | None:
     )
 
 
-def _check_routing(asked: CompletionRequest | ChatRequest, served: Served) -> None:
-    """Raise Refusal for a routing that can't be told: of a base alone, or of unknown sites."""
+def _check_routing(asked: CompletionRequest | ChatRequest, served: LoadedModel) -> None:
+    """Raise ApiError for a routing that can't be told: of a base alone, or of unknown sites."""
     if not asked.routing:
         return
     sites = _sites_of(served)
     if sites is None:
         raise bad_request(f"{asked.model!r} is a base model alone; it has no routing.", "routing")
-    wish = asked.routing if isinstance(asked.routing, RoutingWish) else RoutingWish()
+    wish = asked.routing if isinstance(asked.routing, RoutingDetail) else RoutingDetail()
     if wish.layer is not None and wish.layer not in sites.layers:
         layer, layers = shortened(wish.layer, SHOWN), ", ".join(sites.layers)
         raise bad_request(f"There is no layer {layer}; layers are {layers}.", "routing")

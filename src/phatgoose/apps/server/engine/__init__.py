@@ -1,14 +1,14 @@
-"""The engine: one thread that computes all answers, in batches.
+"""The engine: one thread that generates all answers, in batches.
 
-batches.py    A batch: the rows that one model computes together, a token each per step
-caches.py     Keys and values of many rows in one cache: rows come, rows go, and columns of padding
-composing.py  Routings that requests ask for, made ready off the engine's thread, one at a time
-decoding.py   How an answer is generated: which token comes next, and what is told about it
-engine.py     The engine: one thread that computes all answers, a step of every batch in turn
-prefill.py    Prompts read: the keys and values of new rows, and what is told about the prompts' tok
-rows.py       Rows: answers on their way, each a row of a batch, and what they tell as they grow
-runner.py     One pass through a served model, whatever its architecture
-texts.py      Text out of tokens that come one at a time, and where it has to end
-turns.py      The queue: rows that wait to be computed, of clients who take turns
-variants.py   The models that are served: each by its name, and rerouted as requests ask
+generation_engine.py    The thread: admits queued sequences and steps every batch in turn
+fair_queue.py           Sequences that wait to be computed; clients take turns
+batches.py              Sequences that one model computes together, one token each per step
+sequences.py            One answer while it is generated, and the events it emits
+prefill.py              Reading prompts: keys, values and what is reported about prompt tokens
+model_runner.py         One forward pass of a served model, whatever its architecture
+caches.py               Keys and values of many sequences in one cache
+decoding.py             Choosing the next token, and log-probabilities of alternatives
+detokeniser.py          Text from tokens that come one at a time, and stop texts
+loaded_models.py        The served models, and the routings that requests ask for
+background_composer.py  Composes a request's routing off the engine's thread
 """

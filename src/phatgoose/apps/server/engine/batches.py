@@ -14,9 +14,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ....analysis.traces import TraceKeeper
 from .caches import drop_columns, join
+from .model_runner import ModelRunner
 from .prefill import read_prompts, rows_of
-from .rows import ANSWER, Row
-from .runner import Runner
+from .sequences import ANSWER, ActiveSequence
 
 __all__ = ["Batch"]
 
@@ -24,9 +24,9 @@ __all__ = ["Batch"]
 class Batch:
     """Rows of one model, with their keys and values."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
-        self.rows: list[Row] = []
+        self.rows: list[ActiveSequence] = []
         self._cache = runner.new_cache()
         self._mask = torch.ones(0, 0)  # [rows, columns]: of all tokens held, or of the encoder's
         self._encoded: BaseModelOutput | None = None
@@ -36,12 +36,12 @@ class Batch:
         """True if rows may join now."""
         return not self.rows or not self.runner.is_encoder_decoder
 
-    def tokens_with(self, newcomers: Sequence[Row] = ()) -> int:
+    def tokens_with(self, newcomers: Sequence[ActiveSequence] = ()) -> int:
         """Tokens held when the longest row ends, padding included, if `newcomers` join."""
         rows = [*self.rows, *newcomers]
         return len(rows) * max((row.most_tokens for row in rows), default=0)
 
-    def join(self, newcomers: Sequence[Row]) -> None:
+    def join(self, newcomers: Sequence[ActiveSequence]) -> None:
         """Read the prompts of `newcomers`, take them in and choose the first token of each."""
         runner = self.runner
         for row in newcomers:

@@ -13,8 +13,8 @@ from ....analysis.traces import TraceKeeper
 from ....tasks.encoding import pad_left
 from .caches import Cache
 from .decoding import Alternative, alternatives
-from .rows import ANSWER, PROMPT, Row
-from .runner import Runner
+from .model_runner import ModelRunner
+from .sequences import ANSWER, PROMPT, ActiveSequence
 
 __all__ = ["ReadPrompts", "read_prompts", "rows_of"]
 
@@ -37,7 +37,7 @@ class ReadPrompts:
     encoded: BaseModelOutput | None = None
 
 
-def read_prompts(runner: Runner, rows: Sequence[Row]) -> ReadPrompts:
+def read_prompts(runner: ModelRunner, rows: Sequence[ActiveSequence]) -> ReadPrompts:
     """`rows`' prompts read together, each different one once."""
     first = {row.prompt: row for row in reversed(rows)}
     prompts = list(first)
@@ -61,7 +61,9 @@ def rows_of(encoded: BaseModelOutput | None, places: Tensor) -> BaseModelOutput 
     return BaseModelOutput(last_hidden_state=encoded.last_hidden_state[places])
 
 
-def _read(runner: Runner, ids: Tensor, mask: Tensor, owners: list[list[Row]]) -> ReadPrompts:
+def _read(
+    runner: ModelRunner, ids: Tensor, mask: Tensor, owners: list[list[ActiveSequence]]
+) -> ReadPrompts:
     """A causal model's reading: in one pass, or in several where all logits are looked at."""
     cache = runner.new_cache()
     scored = [any(row.decoding.scores_prompt for row in group) for group in owners]
@@ -91,7 +93,7 @@ def _read(runner: Runner, ids: Tensor, mask: Tensor, owners: list[list[Row]]) ->
 
 
 def _read_and_encode(
-    runner: Runner, ids: Tensor, mask: Tensor, owners: list[list[Row]]
+    runner: ModelRunner, ids: Tensor, mask: Tensor, owners: list[list[ActiveSequence]]
 ) -> ReadPrompts:
     """An encoder-decoder model's reading: the encoder's pass, then the decoder's first token."""
     cache, keeper = runner.new_cache(), _keeper(owners)
@@ -103,13 +105,18 @@ def _read_and_encode(
     return ReadPrompts(cache, mask, logits[:, -1].float(), encoded)
 
 
-def _keeper(owners: list[list[Row]]) -> TraceKeeper | None:
+def _keeper(owners: list[list[ActiveSequence]]) -> TraceKeeper | None:
     wanted = any(row.decoding.routing for group in owners for row in group)
     return TraceKeeper() if wanted else None
 
 
 def _tell_routing(
-    keeper: TraceKeeper, runner: Runner, owners: list[list[Row]], begin: int, end: int, columns: int
+    keeper: TraceKeeper,
+    runner: ModelRunner,
+    owners: list[list[ActiveSequence]],
+    begin: int,
+    end: int,
+    columns: int,
 ) -> None:
     """Hand each row the routing of its prompt's tokens from column `begin` to `end` of `columns`.
 

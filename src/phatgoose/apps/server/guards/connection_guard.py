@@ -13,7 +13,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-__all__ = ["Connection", "Connections"]
+__all__ = ["ConnectionGuard", "GuardedConnection"]
 
 LOOKING = 1.0  # seconds between two looks at the connections
 WRITING = 30.0  # seconds that a client may read nothing of what was written to it
@@ -37,13 +37,13 @@ class State:
     since: float
 
 
-class Connection(H11Protocol):
+class GuardedConnection(H11Protocol):
     """A connection of `Connections`.
 
     Always h11's protocol, whatever else is installed: it bounds the headers.
     """
 
-    def __init__(self, connections: Connections, **options: Any) -> None:
+    def __init__(self, connections: ConnectionGuard, **options: Any) -> None:
         super().__init__(**options)
         self._all = connections
         self._body = self._framing = self._unwanted = 0  # bytes of the request that is being read
@@ -125,7 +125,7 @@ class Connection(H11Protocol):
         self.transport.abort()
 
 
-class Connections:
+class ConnectionGuard:
     """All connections of a server: `most` at once, each part of a request in so many `seconds`.
 
     `protocol` makes one, as uvicorn asks for it. Where there are too many, the one goes that has
@@ -136,17 +136,17 @@ class Connections:
         self._most = most
         reading = {HEAD: seconds, BODY: seconds + 5}  # a body has its own answer when it is late
         self._limits = {**reading, READER: WRITING, CLOSING: WRITING}
-        self._open: set[Connection] = set()
+        self._open: set[GuardedConnection] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def protocol(self, **options: Any) -> Connection:
+    def protocol(self, **options: Any) -> GuardedConnection:
         """A connection."""
-        return Connection(self, **options)
+        return GuardedConnection(self, **options)
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, connection: Connection) -> None:
+    def add(self, connection: GuardedConnection) -> None:
         """Take one more, and make room for it."""
         self._open.add(connection)
         if len(self._open) > self._most:
@@ -154,11 +154,11 @@ class Connections:
         if self._timer is None:
             self._timer = connection.loop.call_later(LOOKING, self._look, connection.loop)
 
-    def discard(self, connection: Connection) -> None:
+    def discard(self, connection: GuardedConnection) -> None:
         """Forget one."""
         self._open.discard(connection)
 
-    def _make_room(self, new: Connection) -> None:
+    def _make_room(self, new: GuardedConnection) -> None:
         now = new.loop.time()
         waiting = [each for each in self._open if each is not new and each.look(now).who in WAITS]
         if waiting:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
 from ....files.strict_json import shortened
-from ..refusals import Refusal, bad_request
+from ..api_errors import ApiError, bad_request
 
 __all__ = ["parsed"]
 
@@ -25,7 +25,7 @@ Wanted = TypeVar("Wanted", bound=BaseModel)
 
 
 def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
-    """The request in `body`. Raises Refusal, which repeats nothing of it but names of fields.
+    """The request in `body`. Raises ApiError, which repeats nothing of it but names of fields.
 
     Texts that are no Unicode (half of a surrogate pair), numbers that are none and nesting deeper
     than 200 are no JSON here.
@@ -42,7 +42,7 @@ def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
 
 
 def _check_size(body: bytes) -> None:
-    """Raise Refusal for more containers or fields than any sensible request has."""
+    """Raise ApiError for more containers or fields than any sensible request has."""
 
     def is_small(text: bytes) -> bool:
         containers = text.count(b"[") + text.count(b"{")
@@ -57,7 +57,7 @@ def _check_size(body: bytes) -> None:
             )
 
 
-def _first_of(error: ValidationError) -> Refusal:
+def _first_of(error: ValidationError) -> ApiError:
     """The first thing that is wrong with a request."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = [shortened(str(part), SHOWN)[1:-1] for part in first["loc"]]
@@ -65,5 +65,5 @@ def _first_of(error: ValidationError) -> Refusal:
     return _invalid(message, place[0] if place else None)
 
 
-def _invalid(message: str, param: str | None = None) -> Refusal:
+def _invalid(message: str, param: str | None = None) -> ApiError:
     return bad_request(message, param, "invalid_request")

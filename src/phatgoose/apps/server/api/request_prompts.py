@@ -10,12 +10,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from ....config import Serving
+from ..api_errors import bad_request, for_clients
 from ..engine.decoding import Decoding, seed_of
-from ..engine.runner import Runner
-from ..refusals import bad_request, for_clients
-from .protocol import ChatRequest, CompletionRequest
+from ..engine.model_runner import ModelRunner
+from .request_schema import ChatRequest, CompletionRequest
 
-__all__ = ["Prompt", "chat_prompt", "completion_prompts", "decoding_of"]
+__all__ = ["RequestPrompt", "chat_prompt", "completion_prompts", "decoding_of"]
 
 TOO_LONG = "context_length_exceeded"
 CHARACTERS = 16  # more of them a token than any text has that a model would be asked about
@@ -23,17 +23,19 @@ DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
 
 
 @dataclass(frozen=True)
-class Prompt:
+class RequestPrompt:
     """Tokens to begin with, and the text that stands for them where a prompt is echoed."""
 
     tokens: tuple[int, ...]
     text: str
 
 
-def completion_prompts(request: CompletionRequest, runner: Runner, limits: Serving) -> list[Prompt]:
+def completion_prompts(
+    request: CompletionRequest, runner: ModelRunner, limits: Serving
+) -> list[RequestPrompt]:
     """The prompts of a request.
 
-    Raises Refusal for tokens that the model doesn't know, and more than it or the server can hold.
+    Raises ApiError for tokens that the model doesn't know, and more than it or the server can hold.
     """
     given, most = request.prompt, limits.max_choices
     texts: Sequence[str | Sequence[int]]
@@ -52,8 +54,10 @@ def completion_prompts(request: CompletionRequest, runner: Runner, limits: Servi
     return [_prompt(text, runner) for text in texts]
 
 
-def _check_length(given: str | Sequence[int], field: str, runner: Runner, limits: Serving) -> None:
-    """Raise Refusal for what can't fit, before time is spent on turning it into tokens."""
+def _check_length(
+    given: str | Sequence[int], field: str, runner: ModelRunner, limits: Serving
+) -> None:
+    """Raise ApiError for what can't fit, before time is spent on turning it into tokens."""
     most = _most_tokens(runner, limits)
     if len(given) > most * (CHARACTERS if isinstance(given, str) else 1):
         kind = "characters" if isinstance(given, str) else "tokens"
@@ -64,25 +68,25 @@ def _check_length(given: str | Sequence[int], field: str, runner: Runner, limits
         )
 
 
-def _most_tokens(runner: Runner, limits: Serving) -> int:
+def _most_tokens(runner: ModelRunner, limits: Serving) -> int:
     """Tokens of prompt and answer together that the model and the server can hold."""
     context = None if runner.is_encoder_decoder else runner.context
     return min(limits.max_batch_tokens, context or limits.max_batch_tokens)
 
 
-def _prompt(given: str | Sequence[int], runner: Runner) -> Prompt:
+def _prompt(given: str | Sequence[int], runner: ModelRunner) -> RequestPrompt:
     tokenizer = runner.tokenizer
     if isinstance(given, str):
         before, after = runner.added
         text = tokenizer(given, add_special_tokens=False)["input_ids"]
         tokens: list[int] = [*before, *text, *after]
-        return Prompt(tuple(tokens or [_first(tokenizer)]), given)
+        return RequestPrompt(tuple(tokens or [_first(tokenizer)]), given)
     unknown = [token for token in given if token >= runner.vocabulary]
     if unknown:
         raise bad_request(
             f"Token {unknown[0]} is unknown; the model has {runner.vocabulary}.", "prompt"
         )
-    return Prompt(tuple(given), tokenizer.decode(list(given), skip_special_tokens=True))
+    return RequestPrompt(tuple(given), tokenizer.decode(list(given), skip_special_tokens=True))
 
 
 def _first(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -91,10 +95,10 @@ def _first(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id if bos is None else bos)
 
 
-def chat_prompt(request: ChatRequest, runner: Runner, limits: Serving) -> Prompt:
+def chat_prompt(request: ChatRequest, runner: ModelRunner, limits: Serving) -> RequestPrompt:
     """The conversation as the base's chat template writes it.
 
-    Raises Refusal when there is none, or it refuses the conversation, or that is too long.
+    Raises ApiError when there is none, or it refuses the conversation, or that is too long.
     """
     tokenizer = runner.tokenizer
     if not tokenizer.chat_template:
@@ -119,19 +123,19 @@ def chat_prompt(request: ChatRequest, runner: Runner, limits: Serving) -> Prompt
         ) from error
     _check_length(text, "messages", runner, limits)
     tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(tuple(tokens), str(text))
+    return RequestPrompt(tuple(tokens), str(text))
 
 
 def decoding_of(
     request: CompletionRequest | ChatRequest,
-    prompt: Prompt,
-    runner: Runner,
+    prompt: RequestPrompt,
+    runner: ModelRunner,
     limits: Serving,
     number: int,
 ) -> Decoding:
     """How the `number`-th answer of `request` is generated, after `prompt`.
 
-    Raises Refusal for what the model or the server can't do.
+    Raises ApiError for what the model or the server can't do.
     """
     if isinstance(request, ChatRequest):
         asked = request.max_completion_tokens or request.max_tokens
@@ -157,7 +161,7 @@ def decoding_of(
     )
 
 
-def _length(asked: int | None, prompt: Prompt, runner: Runner, limits: Serving) -> int:
+def _length(asked: int | None, prompt: RequestPrompt, runner: ModelRunner, limits: Serving) -> int:
     """The tokens to generate: those asked for, or as many as there is room for."""
     if asked is not None and asked > limits.max_tokens:
         raise bad_request(
@@ -179,8 +183,8 @@ def _length(asked: int | None, prompt: Prompt, runner: Runner, limits: Serving) 
     return min(room, limits.max_tokens) if asked is None else asked
 
 
-def _check_positions(asked: int, prompt: Prompt, runner: Runner) -> None:
-    """Raise Refusal for more than the places of an encoder or a decoder, which have their own."""
+def _check_positions(asked: int, prompt: RequestPrompt, runner: ModelRunner) -> None:
+    """Raise ApiError for more than the places of an encoder or a decoder, which have their own."""
     if not runner.is_encoder_decoder:
         return
     given, places = len(prompt.tokens), runner.positions

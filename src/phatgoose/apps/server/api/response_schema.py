@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict
 
 __all__ = [
+    "AssistantMessage",
     "ChatChoice",
     "ChatChunk",
     "ChatChunkChoice",
@@ -22,7 +23,6 @@ __all__ = [
     "ModelList",
     "Problem",
     "Routed",
-    "Said",
     "Sites",
     "TextLogprobs",
     "TokenRouting",
@@ -141,7 +141,7 @@ class ChatLogprobs(Reply):
     refusal: None = None
 
 
-class Said(Reply):
+class AssistantMessage(Reply):
     """A message of the model."""
 
     role: Literal["assistant"] = "assistant"
@@ -153,7 +153,7 @@ class ChatChoice(Reply):
     """One answer."""
 
     index: int
-    message: Said
+    message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: Finish
     routing: Routed | None = None

@@ -19,12 +19,12 @@ from ....routing.compose import watch
 from ....routing.routers.per_input.lookup import PromptReader
 from ....tasks.encoding import added_tokens, contiguous_head, position_ids
 from .caches import Cache, new_cache
-from .rows import Row
+from .sequences import ActiveSequence
 
-__all__ = ["Runner"]
+__all__ = ["ModelRunner"]
 
 
-class Runner:
+class ModelRunner:
     """A model with its tokenizer, asked for passes that add to a cache of keys and values.
 
     `ends` are the tokens that end an answer, `context` how many tokens the model can hold (None:
@@ -111,7 +111,7 @@ class Runner:
         found: list[int | None] = self._lookup.of_tokens([list(each) for each in prompts]).tolist()
         return found
 
-    def serve_lookup(self, rows: Sequence[Row]) -> None:
+    def serve_lookup(self, rows: Sequence[ActiveSequence]) -> None:
         """Tell a router that looks whole inputs up which expert each of `rows` has."""
         if isinstance(self._lookup, PromptReader):
             self._lookup.serve(torch.tensor([row.expert for row in rows]))

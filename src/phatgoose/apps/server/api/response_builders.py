@@ -10,11 +10,12 @@ from typing import Any
 
 from ....analysis.traces import Trace, TraceStream, join_streams
 from ....routing.composition import composition_of
-from ..engine.rows import Progress, ScoredToken
-from ..engine.runner import Runner
-from .prompts import Prompt
-from .protocol import ChatRequest, CompletionRequest, RoutingWish
-from .replies import (
+from ..engine.model_runner import ModelRunner
+from ..engine.sequences import Progress, ScoredToken
+from .request_prompts import RequestPrompt
+from .request_schema import ChatRequest, CompletionRequest, RoutingDetail
+from .response_schema import (
+    AssistantMessage,
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -25,14 +26,13 @@ from .replies import (
     CompletionReply,
     Delta,
     Routed,
-    Said,
     TextLogprobs,
     TokenRouting,
     TopToken,
     Usage,
 )
 
-__all__ = ["Answers", "ChatAnswers", "CompletionAnswers"]
+__all__ = ["ChatResponseBuilder", "CompletionResponseBuilder", "ResponseBuilder"]
 
 PART_NAMES = ("prompt", "answer")
 
@@ -41,19 +41,22 @@ PART_NAMES = ("prompt", "answer")
 class ChoiceState:
     """What was told of one answer so far."""
 
-    prompt: Prompt
+    prompt: RequestPrompt
     is_begun: bool = False
     offset: int = 0  # characters of all tokens told
     streams: tuple[str, ...] = ()  # of the routing told, in their order
 
 
-class Answers:
+class ResponseBuilder:
     """All answers to one request. Prompt i has those from i n to (i + 1) n - 1."""
 
     prefix = ""
 
     def __init__(
-        self, request: CompletionRequest | ChatRequest, runner: Runner, prompts: Sequence[Prompt]
+        self,
+        request: CompletionRequest | ChatRequest,
+        runner: ModelRunner,
+        prompts: Sequence[RequestPrompt],
     ) -> None:
         self.request, self.runner, self.prompts = request, runner, list(prompts)
         self.identity: dict[str, Any] = {
@@ -69,7 +72,7 @@ class Answers:
         """How many answers there are."""
         return len(self._choices)
 
-    def prompt_of(self, choice: int) -> Prompt:
+    def prompt_of(self, choice: int) -> RequestPrompt:
         """The prompt of an answer."""
         return self._choices[choice].prompt
 
@@ -112,7 +115,7 @@ class Answers:
         if not progress.routing:
             return None
         wish = self.request.routing
-        wish = wish if isinstance(wish, RoutingWish) else RoutingWish()
+        wish = wish if isinstance(wish, RoutingDetail) else RoutingDetail()
         parts = composition_of(self.runner.model)
         streams = join_streams(progress.routing)
         routed = Routed(
@@ -141,7 +144,7 @@ class Answers:
 
 
 def _summaries(
-    stream: TraceStream, experts: Sequence[str], wish: RoutingWish
+    stream: TraceStream, experts: Sequence[str], wish: RoutingDetail
 ) -> list[TokenRouting]:
     shares = stream.shares(len(experts), wish.layer, wish.kind)
     return [
@@ -159,7 +162,7 @@ def _summaries(
     ]
 
 
-class CompletionAnswers(Answers):
+class CompletionResponseBuilder(ResponseBuilder):
     """Answers of /v1/completions."""
 
     prefix = "cmpl-"
@@ -216,7 +219,7 @@ def _by_text(token: ScoredToken) -> dict[str, float] | None:
     return found
 
 
-class ChatAnswers(Answers):
+class ChatResponseBuilder(ResponseBuilder):
     """Answers of /v1/chat/completions."""
 
     prefix = "chatcmpl-"
@@ -252,7 +255,7 @@ class ChatAnswers(Answers):
             choices.append(
                 ChatChoice(
                     index=progress.choice,
-                    message=Said(content=progress.text),
+                    message=AssistantMessage(content=progress.text),
                     logprobs=self._logprobs(progress),
                     finish_reason=progress.finish or "stop",
                     routing=self._routed(progress),

@@ -15,42 +15,44 @@ from functools import partial
 
 from starlette.concurrency import run_in_threadpool
 
-from ..refusals import Refusal, busy
-from .variants import Models, Rerouting, Served, Use
+from ..api_errors import ApiError, busy
+from .loaded_models import LoadedModel, LoadedModels, ModelUse, RoutingOverride
 
-__all__ = ["Composer"]
+__all__ = ["BackgroundComposer"]
 
 FOR_EACH = 2  # routings of one client on their way: as many as the page shows side by side
 
 
 @dataclass
-class Pending:
+class PendingRouting:
     """A routing on its way, who began it, and how many requests wait for it."""
 
     client: str
     requests: int = 0
     is_over: bool = False
-    made: asyncio.Future[Use] = field(
+    made: asyncio.Future[ModelUse] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
 
-class Composer:
+class BackgroundComposer:
     """Makes the routings of `models` ready, at most so many on their way at once."""
 
-    def __init__(self, models: Models, most: int) -> None:
+    def __init__(self, models: LoadedModels, most: int) -> None:
         self._models, self._most = models, most
-        self._pending: dict[tuple[str, Rerouting], Pending] = {}
+        self._pending: dict[tuple[str, RoutingOverride], PendingRouting] = {}
         self._threads: set[threading.Thread] = set()
 
-    async def acquire(self, served: Served, wish: Rerouting, client: str, seconds: float) -> Use:
+    async def acquire(
+        self, served: LoadedModel, wish: RoutingOverride, client: str, seconds: float
+    ) -> ModelUse:
         """The model as `wish` has it, composed if need be, kept at least until its release.
 
-        Raises PhatgooseError for what can't be had, Refusal when too much is asked for at once or
+        Raises PhatgooseError for what can't be had, ApiError when too much is asked for at once or
         it takes more than `seconds`.
         """
         look = partial(self._models.ready, served, wish)
-        ready = look() if wish == Rerouting() else await run_in_threadpool(look)
+        ready = look() if wish == RoutingOverride() else await run_in_threadpool(look)
         if ready is not None:
             return ready
         pending = self._begun(served, wish, client)
@@ -61,7 +63,7 @@ class Composer:
             return use
         except asyncio.TimeoutError:
             message = f"To compose the routing took longer than {seconds:g} seconds; it goes on."
-            raise Refusal(504, message, code="timeout") from None
+            raise ApiError(504, message, code="timeout") from None
         finally:
             pending.requests -= 1
             self._let_go(pending)
@@ -72,18 +74,18 @@ class Composer:
         for thread in list(self._threads):
             thread.join(max(0.0, end - time.monotonic()))
 
-    def _begun(self, served: Served, wish: Rerouting, client: str) -> Pending:
+    def _begun(self, served: LoadedModel, wish: RoutingOverride, client: str) -> PendingRouting:
         key = (served.settings.name, wish)
         if key in self._pending:
             return self._pending[key]
         own = sum(each.client == client for each in self._pending.values())
         if len(self._pending) >= self._most or own >= FOR_EACH:
             raise busy("Too many routings are to be composed; try again in a while.", 5)
-        pending = self._pending[key] = Pending(client)
+        pending = self._pending[key] = PendingRouting(client)
         loop = asyncio.get_running_loop()
 
         def work() -> None:
-            found: Use | Exception
+            found: ModelUse | Exception
             try:
                 found = self._models.acquire(served, wish)
             except Exception as error:
@@ -97,7 +99,7 @@ class Composer:
         thread.start()
         return pending
 
-    def _end(self, key: tuple[str, Rerouting], found: Use | Exception) -> None:
+    def _end(self, key: tuple[str, RoutingOverride], found: ModelUse | Exception) -> None:
         pending = self._pending.pop(key)
         if isinstance(found, Exception):
             pending.made.set_exception(found)
@@ -106,7 +108,7 @@ class Composer:
             pending.made.set_result(found)
         self._let_go(pending)
 
-    def _let_go(self, pending: Pending) -> None:
+    def _let_go(self, pending: PendingRouting) -> None:
         """Free the routing of what kept it for those who waited, once nobody does."""
         made = pending.made
         if made.done() and not pending.requests and not pending.is_over:

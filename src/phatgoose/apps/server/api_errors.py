@@ -9,7 +9,7 @@ from fastapi import HTTPException
 
 from ...files.strict_json import one_line
 
-__all__ = ["CLIENT_GONE", "Refusal", "bad_request", "busy"]
+__all__ = ["CLIENT_GONE", "ApiError", "bad_request", "busy"]
 __all__ += ["error_body", "for_clients", "without_paths"]
 
 MOST_TOLD = 500  # characters of an error
@@ -21,7 +21,7 @@ CLIENT_GONE = 499  # nginx's number for requests that nobody waits for any more
 INVALID, SERVER = "invalid_request_error", "server_error"
 
 
-class Refusal(HTTPException):
+class ApiError(HTTPException):
     """A request that is not answered, and why; `param` is the field that is to blame."""
 
     def __init__(
@@ -42,14 +42,14 @@ class Refusal(HTTPException):
         return error_body(self.status_code, self.detail, self.code, self.param)
 
 
-def bad_request(message: str, param: str | None = None, code: str | None = None) -> Refusal:
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
     """A request that can't be answered as it is."""
-    return Refusal(400, message, param=param, code=code)
+    return ApiError(400, message, param=param, code=code)
 
 
-def busy(message: str, seconds: int = 1) -> Refusal:
+def busy(message: str, seconds: int = 1) -> ApiError:
     """A request that comes at a bad time; it may be repeated after so many seconds."""
-    return Refusal(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
+    return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
 
 
 def error_body(

@@ -15,7 +15,7 @@ from fastapi import FastAPI
 
 from ...config import Serving
 from ...errors import ConfigError
-from .doors.connections import Connections
+from .guards.connection_guard import ConnectionGuard
 
 __all__ = ["run", "server_of"]
 
@@ -39,7 +39,7 @@ def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
     Whose address a proxy names is believed of the proxies in FORWARDED_ALLOW_IPS alone. Only what
     the server is to blame for is logged: what strangers send would fill the disk.
     """
-    connections = Connections(_connections(limits.max_connections), limits.read_timeout)
+    connections = ConnectionGuard(_connections(limits.max_connections), limits.read_timeout)
     config = uvicorn.Config(
         app,
         http=cast("Any", connections.protocol),

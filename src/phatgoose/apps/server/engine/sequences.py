@@ -12,9 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ....analysis.traces import TraceStream
 from .decoding import Alternative, Decoding, Sampler, alternatives
-from .texts import Detokeniser, earliest, held_back
+from .detokeniser import Detokeniser, earliest, held_back
 
-__all__ = ["Failure", "Progress", "Row", "ScoredToken"]
+__all__ = ["ActiveSequence", "Failure", "Progress", "ScoredToken"]
 
 PROMPT, ANSWER = 0, 1  # parts of a trace
 Finish = Literal["stop", "length"]
@@ -61,7 +61,7 @@ class Failure:
     message: str
 
 
-class Row:
+class ActiveSequence:
     """One answer: its prompt, what was generated, and who is told.
 
     `deliver` is called from the engine's thread. Whoever sets `is_cancelled` is told no more.

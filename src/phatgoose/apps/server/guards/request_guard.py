@@ -11,10 +11,10 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..refusals import Refusal, busy
-from .waiting_room import Doors
+from ..api_errors import ApiError, busy
+from .access_control import AccessControl
 
-__all__ = ["BODY", "CLIENT", "Body", "Gate"]
+__all__ = ["BODY", "CLIENT", "RequestBody", "RequestGuard"]
 
 CLIENT = "phatgoose.client"  # in a request's scope: who sends it
 BODY = "phatgoose.body"  # and what was sent
@@ -23,15 +23,15 @@ DRAINED = 1  # times the greatest size that is read of a body nobody wants, to a
 DRAINING = 1.0  # seconds for that
 
 
-class Body:
+class RequestBody:
     """A request's body, counted as long as it is held."""
 
-    def __init__(self, gate: Gate) -> None:
+    def __init__(self, gate: RequestGuard) -> None:
         self._gate, self._size = gate, 0
         self._pieces: list[bytes] = []
 
     def add(self, piece: bytes) -> None:
-        """Hold `piece` too. Raises Refusal when there is no room for it."""
+        """Hold `piece` too. Raises ApiError when there is no room for it."""
         self._size += len(piece)
         self._gate.held += len(piece)
         self._pieces.append(piece)
@@ -51,7 +51,7 @@ class Body:
         self._pieces, self._size = [], 0
 
 
-class Coming:
+class IncomingBody:
     """What is still to come of a request's body."""
 
     def __init__(self, receive: Receive) -> None:
@@ -68,7 +68,7 @@ class Coming:
         return found
 
 
-class Gate:
+class RequestGuard:
     """Hands requests on once they are let in and have come as a whole.
 
     Bodies have at most `most` bytes and come within so many `seconds`; those of POST are JSON and
@@ -76,7 +76,7 @@ class Gate:
     sends them stands in the request's scope.
     """
 
-    def __init__(self, app: ASGIApp, doors: Doors, most: int, seconds: float) -> None:
+    def __init__(self, app: ASGIApp, doors: AccessControl, most: int, seconds: float) -> None:
         self._app, self._doors, self.most, self._seconds = app, doors, most, seconds
         self.held = 0  # bytes of all bodies
 
@@ -85,13 +85,13 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body, coming = Body(self), Coming(receive)
+        body, coming = RequestBody(self), IncomingBody(receive)
         try:
             scope[CLIENT] = self._doors.check(scope)
             if scope["method"] == "POST":
                 scope[BODY] = body
                 await self._read(scope, coming, body)
-        except Refusal as refusal:
+        except ApiError as refusal:
             body.release()
             await self._drain(coming)
             headers = {**(refusal.headers or {}), "Connection": "close"}
@@ -103,9 +103,9 @@ class Gate:
         finally:
             body.release()
 
-    async def _read(self, scope: Scope, coming: Coming, body: Body) -> None:
+    async def _read(self, scope: Scope, coming: IncomingBody, body: RequestBody) -> None:
         if not _says_json(scope):
-            raise Refusal(
+            raise ApiError(
                 415, "The body must be JSON, and 'Content-Type: application/json' say so."
             )
         if _announced(scope) > self.most:
@@ -119,9 +119,9 @@ class Gate:
             await asyncio.wait_for(all_of_it(), self._seconds)
         except asyncio.TimeoutError:
             message = f"The request didn't come within {self._seconds:g} seconds."
-            raise Refusal(408, message, code="timeout") from None
+            raise ApiError(408, message, code="timeout") from None
 
-    async def _drain(self, coming: Coming) -> None:
+    async def _drain(self, coming: IncomingBody) -> None:
         """Read on for a while: whoever is still sending would miss the answer."""
 
         async def some_of_it() -> None:
@@ -132,9 +132,9 @@ class Gate:
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(some_of_it(), DRAINING)
 
-    def too_large(self) -> Refusal:
+    def too_large(self) -> ApiError:
         """What to say to more bytes than are read."""
-        return Refusal(413, f"The request has more than {self.most} bytes.", code="too_large")
+        return ApiError(413, f"The request has more than {self.most} bytes.", code="too_large")
 
 
 def _says_json(scope: Mapping[str, Any]) -> bool:

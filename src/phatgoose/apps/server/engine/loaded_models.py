@@ -29,17 +29,17 @@ from ....routing.routers.registry import USE_K
 from ....routing.saved.description import HASHES
 from ....routing.saved.load import base_of, load
 from ....tasks.embeddings import without_downloads
-from ..refusals import busy
+from ..api_errors import busy
 from ..settings import ServedModel
-from .runner import Runner
+from .model_runner import ModelRunner
 
-__all__ = ["Models", "Rerouting", "Served", "Use"]
+__all__ = ["LoadedModel", "LoadedModels", "ModelUse", "RoutingOverride"]
 
 BY_TASK = "oracle"  # goes by the name of a task, which a request doesn't have
 
 
 @dataclass(frozen=True)
-class Rerouting:
+class RoutingOverride:
     """What a request changes of the model it names; None leaves a thing as it is served."""
 
     router: str | None = None
@@ -66,7 +66,7 @@ class Bases:
         return base
 
 
-class Served:
+class LoadedModel:
     """A model as it is served by name, and what it takes to reroute it."""
 
     def __init__(self, settings: ServedModel, bases: Bases) -> None:
@@ -94,7 +94,7 @@ class Served:
                 f"{self.base.id!r} remembers more of a text than keys and values; such a model "
                 f"can't answer several requests at once and isn't served."
             )
-        self.runner = Runner(model, self.base.tokenizer)
+        self.runner = ModelRunner(model, self.base.tokenizer)
 
     def _check(self) -> None:
         settings = self.settings
@@ -147,7 +147,7 @@ class Served:
         scores = self.settings.scores
         return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
 
-    def rerouted(self, wish: Rerouting) -> tuple[Routing, Pool]:
+    def rerouted(self, wish: RoutingOverride) -> tuple[Routing, Pool]:
         """The routing and the experts that `wish` makes of the served ones.
 
         What changes nothing is left out: a k greater than the pool, a k where all experts act.
@@ -172,17 +172,17 @@ def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
 
 
 @dataclass
-class Use:
+class ModelUse:
     """A model in use by a number of requests."""
 
-    runner: Runner
+    runner: ModelRunner
     requests: int = 0
 
 
 Key = tuple[str, Routing, tuple[str, ...]]
 
 
-class Models:
+class LoadedModels:
     """All that is served. `acquire` and `release` may be called from any thread."""
 
     def __init__(self, served: Sequence[ServedModel], most_rerouted: int) -> None:
@@ -191,40 +191,40 @@ class Models:
         self._most = most_rerouted
         self._lock = threading.Lock()
         self._composing = threading.Lock()  # one at a time: it takes all cores anyway
-        self._rerouted: OrderedDict[Key, Use] = OrderedDict()
-        self._served: dict[str, Served] = {}
+        self._rerouted: OrderedDict[Key, ModelUse] = OrderedDict()
+        self._served: dict[str, LoadedModel] = {}
         for settings in served:
-            self._served[settings.name] = Served(settings, bases)
+            self._served[settings.name] = LoadedModel(settings, bases)
             self._share_factors(self._served[settings.name].runner.model)
         pools = [each.pool for each in self if is_pool(each.settings.place)]
         for each in self:
             each.find_experts(pools)
 
-    def __iter__(self) -> Iterator[Served]:
+    def __iter__(self) -> Iterator[LoadedModel]:
         return iter(self._served.values())
 
-    def get(self, name: str) -> Served | None:
+    def get(self, name: str) -> LoadedModel | None:
         """The model called `name`, None if there is none."""
         return self._served.get(name)
 
-    def ready(self, served: Served, wish: Rerouting) -> Use | None:
+    def ready(self, served: LoadedModel, wish: RoutingOverride) -> ModelUse | None:
         """The model as `wish` has it if it is there, kept at least until its `release`; else None.
 
         Takes its time where `wish` is one, since a pool may have to be opened. Raises
         PhatgooseError for what can't be had.
         """
-        if wish == Rerouting():
-            return Use(served.runner)
+        if wish == RoutingOverride():
+            return ModelUse(served.runner)
         routing, pool = served.rerouted(wish)
         names = served.parts.experts if served.parts is not None else ()
         if (routing, pool.names) == (served.routing, names):
-            return Use(served.runner)
+            return ModelUse(served.runner)
         return self._take((served.settings.name, routing, pool.names))
 
-    def acquire(self, served: Served, wish: Rerouting) -> Use:
+    def acquire(self, served: LoadedModel, wish: RoutingOverride) -> ModelUse:
         """The model as `wish` has it, composed if need be, kept at least until its `release`.
 
-        Raises PhatgooseError for what can't be had, Refusal when too many routings are in use.
+        Raises PhatgooseError for what can't be had, ApiError when too many routings are in use.
         """
         with self._composing:
             if (ready := self.ready(served, wish)) is not None:
@@ -235,22 +235,22 @@ class Models:
             with without_downloads():  # a client must not make others wait for the network
                 model = served.compose(pool, routing)
             self._share_factors(model)
-            use = Use(Runner(model, served.base.tokenizer), 1)
+            use = ModelUse(ModelRunner(model, served.base.tokenizer), 1)
             with self._lock:
                 self._rerouted[key] = use
         return use
 
-    def keep(self, use: Use) -> None:
+    def keep(self, use: ModelUse) -> None:
         """Tell that one more request needs what `acquire` gave another, until its `release`."""
         with self._lock:
             use.requests += 1
 
-    def release(self, use: Use) -> None:
+    def release(self, use: ModelUse) -> None:
         """Tell that a request is done with what `acquire` gave it."""
         with self._lock:
             use.requests -= 1
 
-    def _take(self, key: Key) -> Use | None:
+    def _take(self, key: Key) -> ModelUse | None:
         with self._lock:
             use = self._rerouted.get(key)
             if use is not None:

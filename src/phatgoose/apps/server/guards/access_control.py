@@ -12,9 +12,9 @@ import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..refusals import Refusal
+from ..api_errors import ApiError
 
-__all__ = ["ANY_HOST", "LOOPBACK", "OPEN", "Doors", "host_of"]
+__all__ = ["ANY_HOST", "LOOPBACK", "OPEN", "AccessControl", "host_of"]
 
 ANY_HOST = "*"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -23,7 +23,7 @@ SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
 NETWORK = 64  # bits of an IPv6 address that are a customer's own
 
 
-class Doors:
+class AccessControl:
     """Lets requests in, or not.
 
     `hosts` are the names, beside those of this machine's loopback, by which the server may be
@@ -40,7 +40,7 @@ class Doors:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def check(self, scope: Mapping[str, Any]) -> str:
-        """Who sends the request, by key or by address. Raises Refusal for who isn't let in."""
+        """Who sends the request, by key or by address. Raises ApiError for who isn't let in."""
         self._check_host(scope)
         self._check_origin(scope)
         if not self._digests or scope["path"] in OPEN:
@@ -52,7 +52,7 @@ class Doors:
         for value in _headers(scope, b"host"):
             name = host_of(value)
             if not (self._any or name in self._hosts or (self._addresses and _is_address(name))):
-                raise Refusal(
+                raise ApiError(
                     403,
                     "This server doesn't go by the name in the header Host; its operator can add "
                     "names with --allow-host.",
@@ -64,7 +64,7 @@ class Doors:
         hosts = [value.lower() for value in _headers(scope, b"host")]
         for value in _headers(scope, b"origin"):
             if scope["method"] not in SAFE and value.partition("://")[2].lower() not in hosts:
-                raise Refusal(
+                raise ApiError(
                     403, "Pages of other servers may not use this one.", code="foreign_origin"
                 )
 
@@ -76,7 +76,7 @@ class Doors:
         given = hashlib.sha256((key or "").encode(errors="replace")).digest()
         same = [hmac.compare_digest(given, digest) for digest in self._digests]
         if key is None or not sum(same):
-            raise Refusal(
+            raise ApiError(
                 401,
                 "This server wants an API key: 'Authorization: Bearer KEY'.",
                 code="invalid_api_key",

@@ -5,30 +5,30 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from .rows import Row
-from .runner import Runner
+from .model_runner import ModelRunner
+from .sequences import ActiveSequence
 
-__all__ = ["Turns", "Waiting"]
+__all__ = ["FairQueue", "QueuedSequence"]
 
 
 @dataclass(frozen=True)
-class Waiting:
+class QueuedSequence:
     """A row in the queue and the model that is to answer."""
 
-    runner: Runner
-    row: Row
+    runner: ModelRunner
+    row: ActiveSequence
 
 
-class Turns:
+class FairQueue:
     """Rows by client. Whoever was served goes behind all others; each one's rows stay in order."""
 
     def __init__(self) -> None:
-        self._of: dict[str, list[Waiting]] = {}  # by client, whose turn it is first
+        self._of: dict[str, list[QueuedSequence]] = {}  # by client, whose turn it is first
 
     def __len__(self) -> int:
         return sum(map(len, self._of.values()))
 
-    def __iter__(self) -> Iterator[Waiting]:
+    def __iter__(self) -> Iterator[QueuedSequence]:
         """All rows."""
         return (each for rows in self._of.values() for each in rows)
 
@@ -36,16 +36,16 @@ class Turns:
         """How many rows of `client` wait."""
         return len(self._of.get(client, ()))
 
-    def heads(self) -> list[Waiting]:
+    def heads(self) -> list[QueuedSequence]:
         """The next row of each client, in the order of their turns."""
         return [rows[0] for rows in self._of.values()]
 
-    def add(self, waiting: Sequence[Waiting]) -> None:
+    def add(self, waiting: Sequence[QueuedSequence]) -> None:
         """Queue rows up."""
         for each in waiting:
             self._of.setdefault(each.row.client, []).append(each)
 
-    def take(self, head: Waiting) -> None:
+    def take(self, head: QueuedSequence) -> None:
         """Let `head`, one of `heads`, go; its client goes behind the others."""
         rows = self._of.pop(head.row.client)
         if rows[1:]:

@@ -16,14 +16,14 @@ import torch
 
 from ....config import Serving
 from ....errors import PhatgooseError
+from ..api_errors import bad_request, busy, for_clients
 from ..metrics import Metrics
-from ..refusals import bad_request, busy, for_clients
 from .batches import Batch
-from .rows import Failure, Row
-from .runner import Runner
-from .turns import Turns, Waiting
+from .fair_queue import FairQueue, QueuedSequence
+from .model_runner import ModelRunner
+from .sequences import ActiveSequence, Failure
 
-__all__ = ["Engine"]
+__all__ = ["GenerationEngine"]
 
 MOST_READ = 2048  # prompt tokens read between two steps, unless a single prompt is longer
 SHARE = 3  # times as many tokens as are left free may one client hold: alone three quarters of all
@@ -33,12 +33,12 @@ STOPPED = "The server was stopped."
 log = logging.getLogger(__name__)
 
 
-class Engine:
+class GenerationEngine:
     """Computes rows; all public methods may be called from any thread."""
 
     def __init__(self, limits: Serving, metrics: Metrics) -> None:
         self._limits, self._metrics = limits, metrics
-        self._queue = Turns()
+        self._queue = FairQueue()
         self._batches: list[Batch] = []
         self._changed = threading.Condition()
         self._stopping = False
@@ -63,10 +63,10 @@ class Engine:
         """True while answers are computed."""
         return self._thread is not None and self._thread.is_alive()
 
-    def submit(self, runner: Runner, rows: Sequence[Row]) -> None:
+    def submit(self, runner: ModelRunner, rows: Sequence[ActiveSequence]) -> None:
         """Put the `rows` of one request, of one client, into the queue, all or none.
 
-        Raises Refusal when the queue is full, or the client has enough in it, or it can never take
+        Raises ApiError when the queue is full, or the client has enough in it, or it can never take
         so many rows or so long ones.
         """
         limits = self._limits
@@ -91,11 +91,11 @@ class Engine:
             own = self._queue.of(rows[0].client)
             if own + len(rows) > limits.max_client_queue:
                 raise busy(f"{own} answers of yours are waiting already; try again in a while.")
-            self._queue.add([Waiting(runner, row) for row in rows])
+            self._queue.add([QueuedSequence(runner, row) for row in rows])
             self._changed.notify()
         self._tell_metrics()
 
-    def cancel(self, rows: Sequence[Row]) -> None:
+    def cancel(self, rows: Sequence[ActiveSequence]) -> None:
         """Compute no more of `rows`; their place is free from the next step on."""
         with self._changed:
             for row in rows:
@@ -131,7 +131,7 @@ class Engine:
                 rows = [row for batch in self._batches for row in batch.rows]
                 rows += [each.row for each in self._queue]
                 self._batches.clear()
-                self._queue = Turns()
+                self._queue = FairQueue()
             _fail(rows, STOPPED)
 
     def _wait(self) -> bool:
@@ -153,16 +153,16 @@ class Engine:
             batch = self._batch_for(group[0].runner)
             self._guarded(batch, partial(batch.join, rows), rows)
 
-    def _next_group(self, most_read: int) -> list[Waiting]:
+    def _next_group(self, most_read: int) -> list[QueuedSequence]:
         """Rows of one model from the queue, as many as may be let in together."""
-        group: list[Waiting] = []
+        group: list[QueuedSequence] = []
         with self._changed:
             while (head := self._next(group, most_read)) is not None:
                 self._queue.take(head)
                 group.append(head)
         return group
 
-    def _next(self, group: Sequence[Waiting], most_read: int) -> Waiting | None:
+    def _next(self, group: Sequence[QueuedSequence], most_read: int) -> QueuedSequence | None:
         """The row that joins `group` next, None if nobody may.
 
         Where somebody's row doesn't fit, those who have rows running get no more until it does, so
@@ -183,26 +183,28 @@ class Engine:
                 return head
         return None
 
-    def _held_by(self, client: str, group: Sequence[Waiting]) -> int:
+    def _held_by(self, client: str, group: Sequence[QueuedSequence]) -> int:
         """Tokens of the rows of `client` that are computed or in `group`."""
         rows = [row for batch in self._batches for row in batch.rows]
         rows += [each.row for each in group]
         return sum(row.most_tokens for row in rows if row.client == client)
 
-    def _tokens_with(self, runner: Runner, rows: Sequence[Row]) -> int:
+    def _tokens_with(self, runner: ModelRunner, rows: Sequence[ActiveSequence]) -> int:
         """Tokens that all batches hold if `rows` join."""
         batch = self._batch_for(runner)
         others = sum(each.tokens_with() for each in self._batches if each is not batch)
         return others + batch.tokens_with(rows)
 
-    def _batch_for(self, runner: Runner) -> Batch:
+    def _batch_for(self, runner: ModelRunner) -> Batch:
         """The batch that rows of `runner` join; a new one where there is none that takes them."""
         for batch in self._batches:
             if batch.runner is runner and batch.takes_rows:
                 return batch
         return Batch(runner)
 
-    def _guarded(self, batch: Batch, work: Callable[[], None], joining: Sequence[Row] = ()) -> None:
+    def _guarded(
+        self, batch: Batch, work: Callable[[], None], joining: Sequence[ActiveSequence] = ()
+    ) -> None:
         """Do a piece of `work`; if it fails, so do the rows that it was for, and no others."""
         if batch not in self._batches:
             self._batches.append(batch)
@@ -219,12 +221,12 @@ class Engine:
         self._metrics.load(self.waiting, self.running)
 
 
-def _padded(rows: Sequence[Row]) -> int:
+def _padded(rows: Sequence[ActiveSequence]) -> int:
     """Tokens of the prompts of `rows`, padding included."""
     return len(rows) * max(len(row.prompt) for row in rows)
 
 
-def _fail(rows: Iterable[Row], message: str) -> None:
+def _fail(rows: Iterable[ActiveSequence], message: str) -> None:
     for row in {id(row): row for row in rows}.values():
         if not row.is_over:
             row.is_cancelled = True

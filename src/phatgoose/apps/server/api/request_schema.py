@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["ChatRequest", "CompletionRequest", "Message", "RoutingWish", "StreamOptions"]
+__all__ = ["ChatRequest", "CompletionRequest", "Message", "RoutingDetail", "StreamOptions"]
 
 MOST_LOGPROBS = 20
 MOST_PROMPTS = MOST_MESSAGES = 5_000  # of one request
@@ -50,7 +50,7 @@ class StreamOptions(Strict):
     include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
 
 
-class RoutingWish(Strict):
+class RoutingDetail(Strict):
     """Which part of the routing is told."""
 
     layer: str | None = Field(default=None, description="Of the sites of this layer; null: of all.")
@@ -90,7 +90,7 @@ class Sampled(Strict):
     k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token at each site.")
     keep: Names | None = Field(None, description="Names of experts to use alone.")
     leave_out: Names | None = Field(None, description="Names of experts to do without.")
-    routing: bool | RoutingWish | None = Field(
+    routing: bool | RoutingDetail | None = Field(
         False, description="Tell each token's experts and their weights."
     )
 

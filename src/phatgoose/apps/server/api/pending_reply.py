@@ -15,45 +15,45 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
+from ..api_errors import CLIENT_GONE, ApiError
 from ..engine.decoding import Decoding
-from ..engine.engine import Engine
-from ..engine.rows import Failure, Progress, Row
-from ..engine.runner import Runner
-from ..refusals import CLIENT_GONE, Refusal
-from .answers import Answers
+from ..engine.generation_engine import GenerationEngine
+from ..engine.model_runner import ModelRunner
+from ..engine.sequences import ActiveSequence, Failure, Progress
+from .response_builders import ResponseBuilder
 
-__all__ = ["EventStream", "Job", "Prepared", "whole_answer"]
+__all__ = ["EventStream", "PendingReply", "PreparedRequest", "whole_answer"]
 
 LARGE = 256  # tokens told at once from which on they are written down in a thread
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRequest:
     """A request ready for the engine: its answers, how each is decoded, and served by whom.
 
     `experts` are those that a router which looks prompts up has found; None for other routers.
     """
 
-    answers: Answers
+    answers: ResponseBuilder
     decodings: Sequence[Decoding]
     experts: Sequence[int | None]
 
 
-class Job:
+class PendingReply:
     """The answers to one request, on their way."""
 
     def __init__(
         self,
-        engine: Engine,
-        runner: Runner,
-        prepared: Prepared,
+        engine: GenerationEngine,
+        runner: ModelRunner,
+        prepared: PreparedRequest,
         client: str,
         seconds: float,
         done: Callable[[], None],
     ) -> None:
         """Put everything into the queue; `done` is called once when the job is closed.
 
-        Must be made in the event loop's thread. Raises Refusal when there is no place.
+        Must be made in the event loop's thread. Raises ApiError when there is no place.
         """
         answers = self.answers = prepared.answers
         self._engine, self._done = engine, done
@@ -65,7 +65,9 @@ class Job:
             loop.call_soon_threadsafe(self._told.put_nowait, event)
 
         self._rows = [
-            Row(answers.prompt_of(choice).tokens, decoding, deliver, choice, client, expert)
+            ActiveSequence(
+                answers.prompt_of(choice).tokens, decoding, deliver, choice, client, expert
+            )
             for choice, (decoding, expert) in enumerate(
                 zip(prepared.decodings, prepared.experts, strict=True)
             )
@@ -75,7 +77,7 @@ class Job:
     async def progress(self) -> AsyncIterator[Progress]:
         """What is new, until all answers are finished.
 
-        Raises Refusal when the time is over or the engine failed.
+        Raises ApiError when the time is over or the engine failed.
         """
         left = len(self._rows)
         while left:
@@ -83,11 +85,11 @@ class Job:
             try:
                 event = await asyncio.wait_for(self._told.get(), max(0, seconds))
             except asyncio.TimeoutError:
-                raise Refusal(
+                raise ApiError(
                     504, f"The answer took longer than {self._seconds:g} seconds.", code="timeout"
                 ) from None
             if isinstance(event, Failure):
-                raise Refusal(500, event.message)
+                raise ApiError(500, event.message)
             left -= event.finish is not None
             yield event
 
@@ -98,14 +100,14 @@ class Job:
         done()
 
 
-async def whole_answer(job: Job, request: Request) -> str:
+async def whole_answer(job: PendingReply, request: Request) -> str:
     """All answers at once, as JSON. Whoever goes away meanwhile frees the job's places."""
     gone = asyncio.ensure_future(_gone(request))
     work = asyncio.ensure_future(_everything(job))
     try:
         await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise Refusal(CLIENT_GONE, "The client went away.")
+            raise ApiError(CLIENT_GONE, "The client went away.")
         return work.result()
     finally:
         for task in (gone, work):
@@ -113,7 +115,7 @@ async def whole_answer(job: Job, request: Request) -> str:
         job.close()
 
 
-async def _everything(job: Job) -> str:
+async def _everything(job: PendingReply) -> str:
     told: list[list[Progress]] = [[] for _ in range(job.answers.number)]
     async for progress in job.progress():
         told[progress.choice].append(progress)
@@ -129,7 +131,7 @@ async def _gone(request: Request) -> None:
 class EventStream(StreamingResponse):
     """All answers as they come, in server-sent events."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PendingReply) -> None:
         super().__init__(_events(job), media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-store"
         self._job = job
@@ -142,7 +144,7 @@ class EventStream(StreamingResponse):
             self._job.close()
 
 
-async def _events(job: Job) -> AsyncIterator[str]:
+async def _events(job: PendingReply) -> AsyncIterator[str]:
     answers = job.answers
     options = answers.request.stream_options
     try:
@@ -154,11 +156,11 @@ async def _events(job: Job) -> AsyncIterator[str]:
         if options is not None and options.include_usage:
             yield _event(answers.closing())
         yield "data: [DONE]\n\n"
-    except Refusal as refusal:
+    except ApiError as refusal:
         yield _event(refusal.body)
 
 
-def _chunk(answers: Answers, progress: Progress) -> str:
+def _chunk(answers: ResponseBuilder, progress: Progress) -> str:
     return _event(answers.chunk(progress))
 
 

@@ -12,9 +12,9 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 
-from ..refusals import Refusal, error_body
-from .protocol import ChatRequest, CompletionRequest
-from .replies import ErrorReply
+from ..api_errors import ApiError, error_body
+from .request_schema import ChatRequest, CompletionRequest
+from .response_schema import ErrorReply
 
 __all__ = ["body_of", "install_errors", "responses_of", "streamed"]
 
@@ -78,7 +78,7 @@ def install_errors(app: FastAPI) -> None:
 
 
 def _refused(_: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, Refusal):
+    if isinstance(error, ApiError):
         return JSONResponse(error.body, error.status_code, error.headers)
     if isinstance(error, HTTPException):
         body = error_body(error.status_code, str(error.detail))

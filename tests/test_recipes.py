@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,14 @@ import pytest
 from paths import ROOT
 from phatgoose.apps.cli.recipe import RECIPE_TABLES, read_recipe
 from phatgoose.config import from_mapping
+from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
+from phatgoose.files.strict_toml import read_toml
 from phatgoose.tasks.suites.entries import Suite
 from phatgoose.tasks.suites.registry import SUITES, open_suite
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training import router_statistics as statistics_module
 from toy_embedders import embed
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 RECIPES = ROOT / "recipes"
 T5_XL = "google/t5-xl-lm-adapt"
@@ -50,7 +46,7 @@ def test_every_recipe_is_valid_and_says_how_it_is_run(path):
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("suites/*.toml")), ids=lambda path: path.name)
 def test_suite_files_are_no_recipes_but_toml(path):
-    assert tomllib.loads(path.read_text(encoding="utf-8"))["tasks"]
+    assert read_toml(path, "Suite", TaskError)["tasks"]
 
 
 # Embeddings are made on request, since they need an extra; inputs keep their question.

@@ -25,7 +25,7 @@ from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import FORMAT_VERSION, LAYOUT, Expert, check_expert
 from phatgoose.files.left_overs import clear_left_overs
-from phatgoose.files.strict_json import sha256_of
+from phatgoose.files.regular_file import sha256_of
 from tiny import make_adapter
 
 SOURCE = Path(phatgoose.__file__).parent

@@ -18,7 +18,7 @@ from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push, reference_of
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict_json import sha256_of
+from phatgoose.files.regular_file import sha256_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import is_pool

@@ -15,7 +15,7 @@ from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import LAYOUT, ExpertInfo
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict_json import sha256_of
+from phatgoose.files.regular_file import sha256_of
 from phatgoose.routing.compose import compose, record
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.per_token.scored import VectorRouter

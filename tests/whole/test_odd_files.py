@@ -20,12 +20,9 @@ from phatgoose.experts.card import model_card
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.hub import reference_of
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict_json import (
-    MOST_NESTED,
-    MOST_TOML_BYTES,
-    read_toml,
-    sha256_of,
-)
+from phatgoose.files.regular_file import sha256_of
+from phatgoose.files.strict_json import MOST_NESTED
+from phatgoose.files.strict_toml import MOST_TOML_BYTES, read_toml
 from phatgoose.routing.routers.scores import read_scores
 from phatgoose.tasks.suites.local import local_suite
 from phatgoose.tasks.task import load_task

@@ -174,7 +174,7 @@ def test_a_huge_description_is_refused_unread(directory):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ('{"a": 1, "a": 2}', "'a' stands twice"),
+        ('{"a": 1, "a": 2}', "'a' appears twice"),
         ('{"a": NaN}', "NaN is no JSON number"),
         ("[" * 100_000, "nested too deeply"),
         ("[]", "wanted an object"),

@@ -23,7 +23,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BaseModelError
-from ..files.strict_json import one_line, read_json_object, shortened
+from ..files.quoting import one_line, shortened
+from ..files.strict_json import read_json_object
 from .fingerprint import BaseReference, fingerprint
 from .smollm2 import SMOLLM2, smollm2_folder
 

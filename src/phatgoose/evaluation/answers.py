@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..base.offloading import input_device
 from ..errors import EvaluationError
-from ..files.strict_json import one_line
+from ..files.quoting import one_line
 from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder, batches_of_tokens, pad_left, pad_right
 from ..tasks.task import Example

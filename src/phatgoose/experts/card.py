@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..files.strict_json import one_line
+from ..files.quoting import one_line
 
 __all__ = ["model_card"]
 

@@ -26,7 +26,9 @@ from ..base.fingerprint import BaseReference
 from ..base.loading import Base
 from ..errors import ExpertError
 from ..files.atomic import new_directory
-from ..files.strict_json import one_line, read_json_object, sha256_of, shortened
+from ..files.quoting import one_line, shortened
+from ..files.regular_file import sha256_of
+from ..files.strict_json import read_json_object
 from ..files.tensor_file import Group, TensorFile, is_finite
 from .adapter import adapter_files, named_base, read_adapter_weights, read_modules
 from .card import model_card

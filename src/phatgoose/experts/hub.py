@@ -24,7 +24,7 @@ from huggingface_hub.utils.tqdm import (
 
 from ..errors import ExpertError
 from ..files.atomic import new_directory
-from ..files.strict_json import regular_file
+from ..files.regular_file import regular_file
 from .expert import LAYOUT, Expert
 
 __all__ = ["HubReference", "fetch", "local_folder", "pull", "push", "reference_of"]

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import Formatting, from_mapping
 from ..errors import ConfigError
-from ..files.strict_json import one_line
+from ..files.quoting import one_line
 
 __all__ = ["format_record", "recorded_formatting", "warn_of_other_formatting"]
 

@@ -17,7 +17,9 @@ from ..base.fingerprint import BaseReference, same_base
 from ..errors import ExpertError, PoolError
 from ..files.atomic import write_text
 from ..files.prefetch import ahead
-from ..files.strict_json import one_line, read_json_object, sha256_of, shortened
+from ..files.quoting import one_line, shortened
+from ..files.regular_file import sha256_of
+from ..files.strict_json import read_json_object
 from .adapter import adapter_files
 from .expert import LAYOUT, Expert
 from .hub import HubReference, local_folder, reference_of

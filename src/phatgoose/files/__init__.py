@@ -1,9 +1,12 @@
 """Files: read what strangers wrote strictly, write all or nothing.
 
-strict_json.py  JSON and TOML of bounded size, from regular files
-regex_guard.py  strangers' regular expressions, in linear time
-tensor_file.py  safetensors files as views of their mapping
-prefetch.py     the next item is made while this one is used
-atomic.py       files and folders that appear by one rename
-left_overs.py   temporary names, and what killed runs left under them
+regular_file.py  regular files inside their own folder, and their hashes
+strict_json.py   JSON of bounded size and depth
+strict_toml.py   TOML of bounded size and depth
+quoting.py       strangers' words in our error messages
+regex_guard.py   strangers' regular expressions, in linear time
+tensor_file.py   safetensors files as views of their mapping
+prefetch.py      compute the next items while this one is used
+atomic.py        files and folders that appear by one rename
+left_overs.py    temporary names, and what killed runs left under them
 """

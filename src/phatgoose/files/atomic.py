@@ -1,4 +1,4 @@
-"""Writing all or nothing: files and folders are made aside and renamed into place."""
+"""Write all or nothing: files and folders are made under temporary names and renamed."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from .left_overs import (
     temporary_file,
     temporary_folder,
 )
+from .quoting import reason
 
-__all__ = ["WRITING_ERRORS", "new_directory", "new_file", "reason", "write_text"]
+__all__ = ["WRITING_ERRORS", "new_directory", "new_file", "write_text"]
 
 WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
 
@@ -29,8 +30,8 @@ def new_directory(
 ) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
 
-    With `overwrite` a `target` that exists is replaced, and kept if that fails. What runs that were
-    killed left beside it goes. Raises `error` when it exists without `overwrite`, even if another
+    With `overwrite` an existing `target` is replaced, and kept if that fails. Leftovers of killed
+    runs are removed. Raises `error` when `target` exists without `overwrite`, even if another
     process has just made it, and when something can't be written.
     """
     try:
@@ -42,7 +43,7 @@ def new_directory(
             if not (overwrite and target.exists()):
                 os.rename(work, target)
                 return
-            with temporary_folder(target, REPLACED) as old:  # which brings it back if that fails
+            with temporary_folder(target, REPLACED) as old:  # it restores `target` on failure
                 os.rename(target, old / target.name)
                 os.rename(work, target)
     except WRITING_ERRORS as problem:
@@ -55,8 +56,8 @@ def new_directory(
 def new_file(target: Path) -> Iterator[Path]:
     """A temporary file that becomes `target` when the context ends well, and vanishes otherwise.
 
-    Nothing is written through a link: the file is made anew under a name that can't be guessed, and
-    a link in the place of `target` is replaced. What runs that were killed left beside it goes.
+    Never writes through a link: the file is created under an unguessable name, and a link at
+    `target` is replaced. Leftovers of killed runs are removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     clear_left_overs(target)
@@ -66,14 +67,9 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
-    """Write `content` to `path`, complete or not at all, as `new_file` does. Raises `error`."""
+    """Write `content` to `path` through `new_file`. Raises `error` when it can't be written."""
     try:
         with new_file(path) as unfinished:
             unfinished.write_text(content, encoding="utf-8")
     except OSError as problem:
         raise error(f"{path} can't be written: {reason(problem)}.") from problem
-
-
-def reason(problem: Exception) -> str:
-    """Why something can't be written, in the system's words."""
-    return str(getattr(problem, "strerror", None) or problem)

@@ -1,7 +1,7 @@
-"""Temporary files and folders beside a result, and those that runs which were killed left there.
+"""Temporary files and folders beside a result, and the removal of those that killed runs left.
 
-They are held (flock) by the process that makes them for as long as it uses them, so that what
-nobody holds has no owner any more. Where the file system can't hold anything, nothing is cleared.
+A process holds a lock (flock) on each of its own while it uses them, so an unlocked one has no
+owner any more. On file systems without locks nothing is removed.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has none; left-overs stay there
+except ImportError:  # on Windows leftovers stay
     fcntl = None  # type: ignore[assignment]
 
 __all__ = ["REPLACED", "clear_left_overs", "open_to_readers"]
 __all__ += ["temporary_file", "temporary_folder"]
 
-UNFINISHED, REPLACED = "unfinished", "replaced"  # what takes a place, and what had it
-YOUNG = 60.0  # seconds; so new a file may not be held yet by the process that made it
+UNFINISHED, REPLACED = "unfinished", "replaced"  # a new result, and the old one it replaces
+YOUNG = 60.0  # seconds; the process that made so new a file may not have locked it yet
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)
 
 
 @contextmanager
 def temporary_folder(target: Path, kind: str = UNFINISHED) -> Iterator[Path]:
-    """A new folder beside `target` for this process alone, gone when the context ends.
+    """A new folder beside `target` for this process alone, removed when the context ends.
 
-    With kind REPLACED it is for what stands at `target`. That comes back when the context ends with
-    nothing in its place; should this fail, it stays in the folder for the next run to bring back.
+    With kind REPLACED the caller moves the old `target` into it. If the context ends with nothing
+    at `target`, the old one is moved back; if that fails, the next run does it.
     """
     folder = Path(tempfile.mkdtemp(prefix=_prefix(target, kind), dir=target.parent))
     held = _hold(folder)
@@ -48,11 +48,11 @@ def temporary_folder(target: Path, kind: str = UNFINISHED) -> Iterator[Path]:
 
 @contextmanager
 def temporary_file(target: Path) -> Iterator[Path]:
-    """A new empty file beside `target`, of the modes of any new one, gone when the context ends."""
+    """A new empty file beside `target` with default modes, removed when the context ends."""
     opened, name = tempfile.mkstemp(prefix=_prefix(target, UNFINISHED), dir=target.parent)
     held = _lock(opened)
     if not held:
-        os.close(opened)  # an open file can't be renamed everywhere
+        os.close(opened)  # some systems can't rename an open file
     try:
         Path(name).chmod(0o666 & ~_mask())
         yield Path(name)
@@ -66,17 +66,17 @@ def temporary_file(target: Path) -> Iterator[Path]:
 def clear_left_overs(target: Path) -> None:
     """Remove the temporary files and folders of `target` whose processes are gone.
 
-    A folder that was being replaced comes back, when its successor isn't there.
+    A folder that was being replaced is moved back when it has no successor.
     """
     prefixes = tuple(_prefix(target, kind) for kind in (REPLACED, UNFINISHED))
     for name in sorted(os.listdir(target.parent)):
         if name.startswith(prefixes):
-            with suppress(OSError):  # another process may have been first
+            with suppress(OSError):  # another process may clear it too
                 _clear(target.parent / name, target)
 
 
 def open_to_readers(folder: Path) -> None:
-    """Give a temporary folder and its files the modes that any new ones would have."""
+    """Give a temporary folder and its files the default modes of new ones."""
     mask = _mask()
     folder.chmod(0o777 & ~mask)
     for file in folder.iterdir():
@@ -85,7 +85,7 @@ def open_to_readers(folder: Path) -> None:
 
 def _clear(path: Path, target: Path) -> None:
     found = path.lstat()
-    ours = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)  # to open a pipe may block
+    ours = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)  # opening a pipe may block
     if not ours or time.time() - found.st_ctime < YOUNG:
         return
     held = _hold(path)
@@ -98,7 +98,7 @@ def _clear(path: Path, target: Path) -> None:
 
 
 def _remove(path: Path, target: Path) -> None:
-    """Remove a temporary file or folder, but for what was replaced and has no successor."""
+    """Remove a temporary file or folder; move a replaced result without successor back."""
     kept = path / target.name
     if path.name.startswith(_prefix(target, REPLACED)) and kept.exists() and not target.exists():
         os.rename(kept, target)
@@ -113,7 +113,7 @@ def _prefix(target: Path, kind: str) -> str:
 
 
 def _hold(path: Path) -> int | None:
-    """`path` opened and held by this process; None when it is another's, or can't be held."""
+    """`path`, opened and locked; None when another process holds it or it can't be locked."""
     try:
         opened = os.open(path, os.O_RDONLY | NO_LINK)
     except OSError:

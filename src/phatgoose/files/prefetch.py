@@ -1,4 +1,4 @@
-"""Reading ahead: what is needed next is made while what is there is used."""
+"""Compute the next items in threads while the present one is used."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ Result = TypeVar("Result")
 def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`function` of every item, in order, computed in as many threads as torch has.
 
-    At most that many results wait to be taken, so what is taken and let go takes no memory. The
-    first error, in the order of items, is raised in its place, and nothing is begun after it.
+    At most that many results wait to be taken, which bounds the memory. The first error, in the
+    order of items, is raised in its place; no further item is started.
     """
     threads = torch.get_num_threads()
     waiting: deque[Future[Result]] = deque()

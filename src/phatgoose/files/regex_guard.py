@@ -1,9 +1,9 @@
-"""Regular expressions that strangers wrote, matched in time linear in what they are matched with.
+"""Strangers' regular expressions, matched in linear time.
 
-PEFT matches patterns of an adapter's config against the names of a model's layers, by Python's
-matcher, which backtracks: a few repetitions one after the other, or a choice inside one, can take
-it for ever. So nothing of a stranger reaches it. Google's RE2, an automaton, matches here; what it
-can't (looking ahead, referring back), or reads otherwise than Python, is refused.
+PEFT matches patterns from an adapter's config against the names of a model's layers with Python's
+matcher. That one backtracks: a few consecutive or nested repetitions can take it forever. So no
+stranger's pattern reaches it. Google's RE2, an automaton, matches instead. Patterns that RE2 can't
+match (look-around, back-references) or reads differently from Python are refused.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 import re2
 
 from ..errors import ExpertError
-from .strict_json import shortened
+from .quoting import shortened
 
 __all__ = ["BY_PATTERN", "NAMES", "ByName", "check_config", "check_patterns", "matching"]
 __all__ += ["value_at"]
 
 NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # a list, or one pattern
-BY_PATTERN = "_pattern"  # ends the options that hold values by pattern, in every kind of adapter
+BY_PATTERN = "_pattern"  # suffix of the options that map patterns to values
 
 MOST_PATTERNS = 2000
-MOST_CHARACTERS = 2000  # of one
+MOST_CHARACTERS = 2000  # of one pattern
 MOST_NAMES = 20_000  # in a list
-MOST_TOGETHER = 200_000  # of all: half of it would name every layer of a large model
-PLAIN = re.compile(r"[\w.-]*")  # a name; its dots, as Python reads them, stand for any character
-# What RE2 reads otherwise than Python: classes of its own, {,n}, flags, quotes and ends.
-READ_OTHERWISE = re.compile(r"\[\[:|\{,|\(\?[^:]|\\[pPCQEzZ]")
+MOST_TOGETHER = 200_000  # of all patterns: half of it names every layer of a large model
+PLAIN = re.compile(r"[\w.-]*")  # a name; in a pattern its dots match any character
+# What RE2 reads differently from Python: its own classes, {,n}, flags, quoting and anchors.
+READ_DIFFERENTLY = re.compile(r"\[\[:|\{,|\(\?[^:]|\\[pPCQEzZ]")
 
 OPTIONS = re2.Options()
 OPTIONS.max_mem = 2**20
@@ -39,9 +39,9 @@ OPTIONS.never_capture = True
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Raise ExpertError unless what a PEFT `config` says by patterns and names can be matched here.
+    """Raise ExpertError unless all patterns and names in a PEFT `config` can be matched here.
 
-    `where` says in the message where they stand.
+    `where` names the config in messages.
     """
     for key, value in config.items():
         place = f"{where}: {key}"
@@ -50,17 +50,17 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         elif key in NAMES and isinstance(value, str):
             check_patterns([value], place)
         elif isinstance(value, list) and len(value) > MOST_NAMES:
-            raise ExpertError(f"{place} lists {len(value)} things; at most {MOST_NAMES} are read.")
+            raise ExpertError(f"{place} lists {len(value)} values; at most {MOST_NAMES} are read.")
         elif key == "layers_pattern":
             for text in value if isinstance(value, list) else [value]:
                 if text is not None and not PLAIN.fullmatch(str(text)[:MOST_CHARACTERS]):
-                    raise ExpertError(f"{place} is {shortened(text)}; only names are read there.")
+                    raise ExpertError(f"{place} is {shortened(text)}, but must be a plain name.")
 
 
 def check_patterns(patterns: Iterable[str], where: str) -> None:
-    """Raise ExpertError unless each of `patterns` is short and can be matched here.
+    """Raise ExpertError unless each of `patterns` is short and RE2 can match it.
 
-    `where` says in the message where they stand.
+    `where` names their place in messages.
     """
     listed = list(patterns)
     if len(listed) > MOST_PATTERNS or sum(map(len, listed)) > MOST_TOGETHER:
@@ -76,44 +76,44 @@ def check_patterns(patterns: Iterable[str], where: str) -> None:
             )
         if PLAIN.fullmatch(pattern):
             continue
-        if READ_OTHERWISE.search(pattern):
+        if READ_DIFFERENTLY.search(pattern):
             raise ExpertError(
-                f"{where} holds {shortened(pattern)}, which can't be matched without going back; "
-                f"write it without looking around, references, flags and classes such as \\p."
+                f"{where} holds {shortened(pattern)}, which can't be matched in linear time; "
+                f"write it without look-around, references, flags and classes such as \\p."
             )
         try:
             _expression(pattern)
         except (re2.error, UnicodeEncodeError) as error:
             raise ExpertError(
-                f"{where} holds no regular expression that is matched here: {shortened(pattern)}, "
+                f"{where} holds no regular expression that RE2 can match: {shortened(pattern)}, "
                 f"{_reason(error)}."
             ) from error
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
-    """Those of `names` that `pattern` matches as a whole. It must have passed `check_patterns`."""
+    """The `names` that `pattern` matches in full. It must have passed `check_patterns`."""
     whole = _expression(pattern)
     return [name for name in names if whole.fullmatch(name)]
 
 
 def value_at(patterns: Mapping[str, Any], name: str) -> Any:
-    """The value of the first of `patterns` that matches `name`, or what follows a dot in it.
+    """The value of the first of `patterns` that matches `name` or its end after a dot, else None.
 
-    None when none does. So reads PEFT rank_pattern and alpha_pattern (`get_pattern_key`). They must
-    have passed `check_patterns`.
+    PEFT reads rank_pattern and alpha_pattern so (`get_pattern_key`). The patterns must have passed
+    `check_patterns`.
     """
     return next((value for pattern, value in patterns.items() if _ends(name, pattern)), None)
 
 
 class ByName(dict[str, Any]):
-    """Values by the whole names of layers, in the place of a pattern's in a config of PEFT's.
+    """Values by full layer names, standing in for values by pattern in a PEFT config.
 
-    PEFT looks for a pattern among `keys()` and, where none matches, for the layer's own name: with
-    no keys to try it finds the value at once.
+    PEFT tries each of `keys()` as a pattern and then looks up the layer's own name, so without keys
+    it finds the value at once.
     """
 
     def keys(self) -> Any:
-        """None to be tried as a pattern."""
+        """No pattern to try."""
         return {}.keys()
 
 
@@ -137,6 +137,6 @@ def _plain(pattern: str) -> re.Pattern[str]:
 
 
 def _reason(error: Exception) -> str:
-    """What RE2 says, which it says in bytes."""
+    """What RE2 says; its messages are bytes."""
     told = error.args[0] if error.args else error
     return told.decode("utf-8", "backslashreplace") if isinstance(told, bytes) else str(told)

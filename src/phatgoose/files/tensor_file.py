@@ -1,8 +1,8 @@
-"""safetensors files mapped into memory: read when used, never copied, given back when done with.
+"""safetensors files mapped into memory: read when used, never copied, released after use.
 
-The tensors of a file are views of its mapping, so opening one costs its header only. They are the
-file's content, not a copy: a file that is replaced (renamed over) stays what it was for those who
-have it open; one that is written in place changes under them, which nothing here ever does.
+The tensors of a file are views of its mapping, so opening a file reads its header only. A file that
+is replaced (renamed over) keeps its old content for whoever has it open; one that is written in
+place would change under them, which nothing here ever does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ExpertError
-from .strict_json import MOST_JSON_BYTES, one_line, regular_file, shortened, unlike_keys
+from .quoting import one_line, shortened
+from .regular_file import regular_file
+from .strict_json import MOST_JSON_BYTES, distinct_keys
 
 __all__ = ["FLOATS", "Group", "TensorFile", "is_finite", "write_tensors"]
 
@@ -36,18 +38,18 @@ TYPES = {
 }
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
-LENGTH = struct.Struct("<Q")  # of the header, before it
-ROOM = 100_000_000  # bytes that the library reads as a header
+LENGTH = struct.Struct("<Q")  # the header's length, which precedes it
+LONGEST_HEADER = 100_000_000  # bytes; the library refuses longer ones
 LONGEST_NAME = 500
 MOST_NUMBERS = 2**48  # of a tensor
 ALIGNMENT = 64  # of the data in files written here
-MOST_REMEMBERED = 2**20  # bytes of a header that is parsed once for all files that have it
-AT_ONCE = 2**24  # bytes that are looked at before their pages are given back
-FEW = 2**15 - 64  # numbers that torch sums in one thread: others may be at work beside it
+MOST_CACHED = 2**20  # bytes of a header that is parsed once for all files that share it
+AT_ONCE = 2**24  # bytes that are read before their pages are released
+FEW = 2**15 - 64  # numbers that torch sums in one thread: other threads may be busy
 
 
-class Entry(NamedTuple):
-    """A tensor in a file: what it is, and where it lies in the file's data, in bytes."""
+class TensorRecord(NamedTuple):
+    """A tensor's type and shape, and the bytes that it takes in the file's data."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -59,31 +61,32 @@ class Entry(NamedTuple):
 class TensorFile(Mapping[str, Tensor]):
     """Every tensor of a safetensors file by name, as views of the mapped file.
 
-    Not to be written to: `release` forgets what was.
+    Read-only: `release` would lose what is written.
     """
 
     def __init__(self, path: Path) -> None:
         """Open `path`.
 
-        Raises ExpertError when it is missing, no regular file of its folder, damaged or truncated,
-        has a header of more than MOST_JSON_BYTES, or holds a tensor of an impossible name or shape
-        or of a type that no file of ours has.
+        Raises ExpertError when it is missing, not a regular file of its folder, damaged or
+        truncated, has a header of more than MOST_JSON_BYTES, or holds a tensor with an impossible
+        name or shape or of a type that is not in TYPES.
         """
         self.path = path
         try:
             _check_header(regular_file(path))
             with safe_open(path, "pt"):
-                pass  # the library's strict look at lengths, types, shapes and offsets
+                pass  # the library checks lengths, types, shapes and offsets strictly
             size = path.stat().st_size
             storage: Any = torch.UntypedStorage.from_file(str(path), shared=False, nbytes=size)
             self._bytes = torch.empty(0, dtype=torch.uint8).set_(storage)
             (length,) = LENGTH.unpack(self._content(0, LENGTH.size))
             self._data = LENGTH.size + length
             header = bytes(self._content(LENGTH.size, self._data))
-            self.entries = (_entries if length <= MOST_REMEMBERED else _entries.__wrapped__)(header)
+            read = _records if length <= MOST_CACHED else _records.__wrapped__
+            self.records = read(header)
             self._typed = {
                 dtype: torch.empty(0, dtype=dtype).set_(storage)
-                for dtype in {entry.dtype for entry in self.entries.values()}
+                for dtype in {record.dtype for record in self.records.values()}
             }
         except FileNotFoundError as error:
             raise ExpertError(f"{path} does not exist.") from error
@@ -91,20 +94,20 @@ class TensorFile(Mapping[str, Tensor]):
             raise ExpertError(f"{path} is damaged or truncated: {one_line(error)}.") from error
 
     def __contains__(self, name: object) -> bool:
-        return name in self.entries
+        return name in self.records
 
     def __getitem__(self, name: str) -> Tensor:
-        dtype, shape, strides, begin, _ = self.entries[name]
+        dtype, shape, strides, begin, _ = self.records[name]
         return self._view(dtype, shape, strides, begin)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        return iter(self.records)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.records)
 
     def sha256(self) -> str:
-        """The SHA-256 of the file as it is mapped, in hexadecimal."""
+        """The SHA-256 of the mapped file, in hexadecimal."""
         digest = hashlib.sha256()
         for begin in range(0, len(self._bytes), AT_ONCE):
             digest.update(self._content(begin, begin + AT_ONCE))
@@ -124,7 +127,7 @@ class TensorFile(Mapping[str, Tensor]):
                 self._release(self._data + begin, self._data + begin + size)
 
     def release(self) -> None:
-        """Give the memory back that the bytes read so far take; they are read again when used."""
+        """Free the memory of the bytes read so far; they are read again when used."""
         self._release(0, len(self._bytes))
 
     def _content(self, begin: int, end: int) -> memoryview:
@@ -147,16 +150,16 @@ class TensorFile(Mapping[str, Tensor]):
         return self._typed[dtype].as_strided(shape, strides, place // dtype.itemsize)
 
     def _runs(self) -> Iterator[tuple[torch.dtype, int, int]]:
-        """Neighbours of one floating point type together: type, first byte and end in the data."""
-        in_order = sorted(self.entries.values(), key=lambda entry: entry.begin)
-        for dtype, run in groupby(in_order, key=lambda entry: entry.dtype):
+        """(type, first byte, end) of each run of adjacent tensors of one floating point type."""
+        in_order = sorted(self.records.values(), key=lambda record: record.begin)
+        for dtype, run in groupby(in_order, key=lambda record: record.dtype):
             together = list(run)
             if dtype in FLOATS:
                 yield dtype, together[0].begin, together[-1].end
 
 
 class Group(Mapping[str, Tensor]):
-    """The tensors of a file whose names begin with a prefix and a dot, by what comes after it."""
+    """The tensors whose names begin with a prefix and a dot, by the rest of the name."""
 
     def __init__(self, file: Mapping[str, Tensor], prefix: str) -> None:
         self._file = file
@@ -177,10 +180,10 @@ class Group(Mapping[str, Tensor]):
 
 
 def write_tensors(path: Path, tensors: Iterable[tuple[str, Tensor]], header: int) -> None:
-    """Write a safetensors file of named `tensors`, one after the other as they come.
+    """Write named `tensors` to a safetensors file, one after the other as they come.
 
-    `header` bytes are kept free for its header, which is known at the end only. Raises ValueError
-    when that was too little, OSError when it can't be written.
+    `header` bytes are reserved for the header, which is known only at the end. Raises ValueError
+    when that was too little, OSError when the file can't be written.
     """
     table: dict[str, Any] = {}
     begin = -(-(LENGTH.size + header) // ALIGNMENT) * ALIGNMENT
@@ -207,7 +210,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """True when every value is finite. A finite sum, which is far less work, shows that too."""
+    """True when every value is finite. A finite sum, which is far cheaper, already shows it."""
     return all(
         math.isfinite(part.sum()) or bool(torch.isfinite(part).all())
         for part in torch.split(tensor.flatten(), FEW)
@@ -217,41 +220,41 @@ def is_finite(tensor: Tensor) -> bool:
 def _check_header(path: Path) -> None:
     """Raise ValueError for a header that would take seconds and gigabytes to parse.
 
-    Spaces at its end, which keep it room, cost nothing. One that is cut or longer than the library
-    reads is left to it.
+    Its padding (spaces at the end) costs nothing. The library itself refuses a truncated header and
+    one longer than LONGEST_HEADER.
     """
     with path.open("rb") as file:
         begin = file.read(LENGTH.size)
         length = LENGTH.unpack(begin)[0] if len(begin) == LENGTH.size else 0
-        if MOST_JSON_BYTES < length <= ROOM:
+        if MOST_JSON_BYTES < length <= LONGEST_HEADER:
             used = len(file.read(length).rstrip())
             if used > MOST_JSON_BYTES:
                 raise ValueError(f"its header has {used} bytes; at most {MOST_JSON_BYTES} are read")
 
 
-@lru_cache(maxsize=16)  # the experts of a pool mostly have one header in common
-def _entries(header: bytes) -> dict[str, Entry]:
-    """What a header says, by name. Raises ValueError, KeyError or TypeError for what it can't."""
-    table: dict[str, Any] = json.loads(header, object_pairs_hook=unlike_keys)
+@lru_cache(maxsize=16)  # the experts of a pool mostly share one header
+def _records(header: bytes) -> dict[str, TensorRecord]:
+    """The tensors of a header, by name. Raises ValueError, KeyError or TypeError for a bad one."""
+    table: dict[str, Any] = json.loads(header, object_pairs_hook=distinct_keys)
     table.pop("__metadata__", None)
     for name in table:
         if not name.isprintable() or len(name) > LONGEST_NAME:
-            raise ValueError(f"it holds a tensor of an impossible name, {shortened(name)}")
-    return {name: _entry(**held) for name, held in table.items()}
+            raise ValueError(f"it holds a tensor with an impossible name, {shortened(name)}")
+    return {name: _record(**held) for name, held in table.items()}
 
 
-def _entry(dtype: str, shape: list[int], data_offsets: list[int]) -> Entry:
+def _record(dtype: str, shape: list[int], data_offsets: list[int]) -> TensorRecord:
     if dtype not in TYPES:
         raise ValueError(f"it holds numbers of type {shortened(dtype)}, not {', '.join(TYPES)}")
     strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
     begin, end = data_offsets
     if math.prod(max(size, 1) for size in shape) > MOST_NUMBERS:  # beside a 0, so it takes no room
-        raise ValueError(f"it holds a tensor of an impossible shape, {shortened(shape)}")
-    return Entry(TYPES[dtype], tuple(shape), strides, begin, end)
+        raise ValueError(f"it holds a tensor with an impossible shape, {shortened(shape)}")
+    return TensorRecord(TYPES[dtype], tuple(shape), strides, begin, end)
 
 
 def _find_madvise() -> Any:
-    """The system's madvise, None where there is none."""
+    """The system's madvise function, None where there is none."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return None
     try:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeVar
 
-from ..files.strict_json import one_line
+from ..files.quoting import one_line
 
 __all__ = ["CUTS", "Cut", "Cuts", "kept", "recorded_share"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..base.loading import quiet_loading
 from ..errors import ConfigError
-from ..files.strict_json import one_line, shortened
+from ..files.quoting import one_line, shortened
 from .cuts import kept
 from .task import Example
 

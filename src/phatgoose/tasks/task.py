@@ -21,7 +21,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from ..errors import TaskError
-from ..files.strict_json import one_line
+from ..files.quoting import one_line
 
 __all__ = ["Example", "Span", "Task", "default_name", "load_task", "longest_field", "mix"]
 

@@ -25,7 +25,7 @@ from ..experts.adapter import adapter_files, check_fit, read_modules
 from ..experts.applied import ModifiedLinear, put_in
 from ..experts.expert import LAYOUT, Expert, check_name
 from ..experts.kinds.modules import SiteModule
-from ..files.strict_json import sha256_of
+from ..files.regular_file import sha256_of
 from ..tasks.collating import Collator
 from ..tasks.cuts import CUTS
 from ..tasks.encoding import Encoder, TokenPair

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 
 from ..config import Training
 from ..errors import ConfigError, ExpertError
-from ..files.strict_json import one_line
+from ..files.quoting import one_line
 from ..tasks.collating import Collator, target_logits
 from ..tasks.encoding import IGNORED, TokenPair, contiguous_head
 from . import processes

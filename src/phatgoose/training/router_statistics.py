@@ -28,7 +28,7 @@ from ..experts.applied import ModifiedLinear, put_in
 from ..experts.expert import LAYOUT, MOST_EMBEDDINGS, Expert
 from ..experts.input_format import recorded_formatting
 from ..experts.kinds.modules import SiteModule
-from ..files.strict_json import one_line
+from ..files.quoting import one_line
 from ..tasks.collating import Collator
 from ..tasks.cuts import Cuts
 from ..tasks.embeddings import DEFAULT_EMBEDDER, embed_examples

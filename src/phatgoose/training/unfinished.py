@@ -15,7 +15,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, ExpertError
-from ..files.atomic import WRITING_ERRORS, reason, write_text
+from ..files.atomic import WRITING_ERRORS, write_text
+from ..files.quoting import reason
 from . import processes
 
 __all__ = ["discard_work", "open_work", "wait_for_work", "work_of"]

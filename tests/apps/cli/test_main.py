@@ -43,7 +43,7 @@ from phatgoose.config import (
     settings_of,
 )
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.files.strict_json import sha256_of
+from phatgoose.files.regular_file import sha256_of
 from tiny import make_adapter, make_model, make_tokenizer
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]

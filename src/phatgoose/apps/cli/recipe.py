@@ -20,7 +20,8 @@ from ...config import (
     require_one_of,
 )
 from ...errors import ConfigError
-from ...files.strict_json import read_toml, shortened
+from ...files.quoting import shortened
+from ...files.strict_toml import read_toml
 
 __all__ = ["RECIPE_TABLES", "Recipe", "read_recipe"]
 

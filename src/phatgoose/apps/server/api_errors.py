@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import HTTPException
 
-from ...files.strict_json import one_line
+from ...files.quoting import one_line
 
 __all__ = ["CLIENT_GONE", "ApiError", "bad_request", "busy"]
 __all__ += ["error_body", "for_clients", "without_paths"]

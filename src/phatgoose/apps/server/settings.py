@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 
 from ...config import Routing, from_mapping, settings_of
 from ...errors import ConfigError
-from ...files.strict_json import shortened
+from ...files.quoting import shortened
 
 __all__ = ["API_KEYS", "ServedModel", "keys_of", "served_models"]
 

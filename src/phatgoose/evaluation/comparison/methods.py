@@ -22,7 +22,7 @@ from ...errors import ConfigError, PoolError
 from ...experts.expert import Expert
 from ...experts.hub import local_folder
 from ...experts.pool import Pool
-from ...files.strict_json import sha256_of
+from ...files.regular_file import sha256_of
 from ...jobs import absolute
 from ...routing.compose import compose, detach
 from ...routing.open_model import OpenedModel, is_pool, is_routed, open_model

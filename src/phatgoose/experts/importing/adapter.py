@@ -28,7 +28,7 @@ from ...base.fingerprint import BaseReference
 from ...base.loading import load_base, load_skeleton
 from ...base.sites import find_sites
 from ...errors import ExpertError
-from ...files.strict_json import shortened
+from ...files.quoting import shortened
 from ..adapter import check_fit, is_bottleneck, named_base, read_modules
 from ..expert import Expert, check_name
 from ..hub import HubReference, fetch, reference_of

@@ -29,8 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from ...base.loading import load_skeleton
 from ...base.sites import Site, find_sites
 from ...errors import ExpertError
+from ...files.quoting import one_line, shortened
 from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
-from ...files.strict_json import one_line, shortened
 from ..kinds.peft_files import IA3_ENDING, LORA_ENDINGS
 from .refusals import CONFIGS
 

@@ -10,7 +10,7 @@ from typing import Any
 from peft import IA3Config, LoraConfig, PeftConfig
 
 from ...errors import ExpertError
-from ...files.strict_json import one_line, shortened
+from ...files.quoting import one_line, shortened
 
 __all__ = [
     "CONFIGS",

@@ -21,8 +21,8 @@ from torch import Tensor
 from ...base.loading import load_base
 from ...base.sites import find_sites
 from ...errors import ConfigError, ExpertError
+from ...files.quoting import shortened
 from ...files.regex_guard import BY_PATTERN, check_config
-from ...files.strict_json import shortened
 from ..kinds.modules import LoraFactors
 from ..kinds.peft_files import ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
 from .peft_skeleton import spelled_out, told_by_peft

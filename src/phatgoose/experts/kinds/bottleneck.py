@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ...config import ACTIVATIONS
 from ...errors import ExpertError
-from ...files.strict_json import read_json_object, shortened
+from ...files.quoting import shortened
+from ...files.strict_json import read_json_object
 from .modules import BottleneckLayers
 from .peft_files import are_floats, read_tensors
 

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from ...errors import ExpertError
+from ...files.quoting import shortened
 from ...files.regex_guard import check_config, value_at
-from ...files.strict_json import read_json_object, shortened
+from ...files.strict_json import read_json_object
 from ...files.tensor_file import FLOATS, TensorFile
 from ..importing.refusals import refuse_kind, refuse_options, tensor_refusal
 from .modules import LoraFactors, ScalingVector

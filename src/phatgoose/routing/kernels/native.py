@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, RoutingError
-from ...files.strict_json import one_line
+from ...files.quoting import one_line
 from .building import load_built
 from .sizes import belong_together, misfit
 

@@ -33,7 +33,7 @@ from ...config import Routing
 from ...errors import ConfigError, PoolError
 from ...experts.expert import Expert
 from ...experts.pool import Pool
-from ...files.strict_json import shortened
+from ...files.quoting import shortened
 from ...tasks.embeddings import usable_embedder
 from .decision import RoutingDecision
 from .fixed.unscored import RandomRouter, UniformRouter

@@ -11,7 +11,8 @@ from ...base.fingerprint import BaseReference
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.expert import check_name
-from ...files.strict_json import one_line, read_json_object, shortened
+from ...files.quoting import one_line, shortened
+from ...files.strict_json import read_json_object
 
 __all__ = ["HASHES", "ROUTED_INFO", "ROUTED_WEIGHTS", "base_in", "read_info", "routing_in"]
 __all__ += ["routing_record"]

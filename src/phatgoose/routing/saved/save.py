@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from ...base.fingerprint import fingerprint, quantisation
 from ...errors import RoutingError
-from ...files.atomic import WRITING_ERRORS, new_directory, new_file, reason, write_text
-from ...files.strict_json import sha256_of
+from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
+from ...files.quoting import reason
+from ...files.regular_file import sha256_of
 from ..composition import Composition, composition_of
 from ..layers import ChoosingLayer, FoldedLinear, RoutedLayer
 from ..routers.per_input.lookup import Lookup, Retriever, TaskTable

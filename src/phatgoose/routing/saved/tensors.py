@@ -23,7 +23,7 @@ from ...base.fingerprint import BaseReference
 from ...config import Routing
 from ...errors import ExpertError, RoutingError
 from ...files.prefetch import ahead
-from ...files.strict_json import one_line, shortened
+from ...files.quoting import one_line, shortened
 from ...files.tensor_file import TensorFile
 from ..soundness import LARGEST, SCALES, SITE_TENSORS, check_lookup, check_tensors
 from ..stacks.rows import joined, kept, used_rank

@@ -8,21 +8,16 @@ novel_concepts, reasoning_about_colored_objects); others hardly have more than o
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...errors import TaskError
+from ...files.strict_toml import read_toml
 from ..task import Example, Task
 from .entries import Entry, Sources, Suite
 from .hub import read_rows
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["bbh", "bbl"]
 
@@ -50,7 +45,7 @@ def bbl(*, complete: bool = False) -> Suite:
 
 
 def _suite(name: str, complete_name: str, complete: bool) -> Suite:
-    table = tomllib.loads(Path(__file__).with_name("bigbench.toml").read_text(encoding="utf-8"))
+    table = read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
     names = [task for task in table[name] if complete or task not in table["not_evaluated"]]
     entries = tuple(_entry(task, table["tasks"][task], table["dataset"]) for task in names)
     return Suite(complete_name if complete else name, entries)

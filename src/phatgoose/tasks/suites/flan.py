@@ -8,7 +8,6 @@ all but the first 36.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,15 +16,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import TaskError
+from ...files.strict_toml import read_toml
 from ..task import Example, Task
 from .entries import Entry, Sources, Suite
 from .hub import read_rows
 from .t0 import held_in_entry, t0_held_in
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["flan"]
 
@@ -46,7 +41,7 @@ def flan() -> Suite:
     rows, those without input or target left out; validation is a tenth of them (10 000 at most),
     drawn with a fixed seed, and training the rest (500 000 at most): the released code's very rows.
     """
-    table = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+    table = read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
     prompted = {
         group: tuple(_prompted_entry(table["dataset"], row) for row in table[group])
         for group in ("flan2021", "niv2", "addition")

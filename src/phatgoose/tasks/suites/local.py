@@ -10,7 +10,8 @@ from typing import Any
 
 from ...config import TASK_FILES
 from ...errors import TaskError
-from ...files.strict_json import read_toml, shortened
+from ...files.quoting import shortened
+from ...files.strict_toml import read_toml
 from ..task import Example, Task, load_task
 from .entries import Entry, Sources, Suite
 

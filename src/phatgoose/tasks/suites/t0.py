@@ -9,7 +9,6 @@ draws are `random`'s instead of numpy's, and pairs that can't be used (see `_Pic
 from __future__ import annotations
 
 import random
-import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,15 +21,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import TaskError
+from ...files.strict_toml import read_toml
 from ..task import Example, Task
 from .entries import Entry, Sources, Suite
 from .hub import read_rows
 from .promptsource import PromptTemplate, read_templates, templates_folder
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = ["held_in_entry", "t0_held_in", "t0_held_out"]
 
@@ -148,10 +143,7 @@ class _HeldOut(_Dataset):
 
 @cache
 def _tables() -> dict[str, list[dict[str, Any]]]:
-    tables: dict[str, list[dict[str, Any]]] = tomllib.loads(
-        Path(__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    )
-    return tables
+    return read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
 
 
 def _tupled(table: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import from_json
 
-from ....files.strict_json import shortened
+from ....files.quoting import shortened
 from ..api_errors import ApiError, bad_request
 
 __all__ = ["parsed"]

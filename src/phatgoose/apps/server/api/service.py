@@ -13,7 +13,7 @@ from starlette.responses import Response
 from ....analysis.places import place_of
 from ....config import Serving
 from ....errors import PhatgooseError
-from ....files.strict_json import shortened
+from ....files.quoting import shortened
 from ..api_errors import ApiError, bad_request, for_clients, without_paths
 from ..engine.background_composer import BackgroundComposer
 from ..engine.generation_engine import GenerationEngine

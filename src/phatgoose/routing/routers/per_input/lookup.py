@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ....base.token_masks import cached_tokens, callable_parts, given_arguments, real_tokens
 from ....config import Formatting
 from ....errors import RoutingError
-from ....files.strict_json import one_line
+from ....files.quoting import one_line
 from ....tasks.embeddings import embed_texts, load_embedder, retrieval_text
 from ....tasks.task import Example
 from ..decision import RoutingDecision

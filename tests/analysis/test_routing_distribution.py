@@ -6,41 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from analysed import EXAMPLES, encoder_of, tallied
 from oracle import token_weights
 from phatgoose.analysis.places import place_of
-from phatgoose.analysis.reading import pass_through, read_examples
-from phatgoose.analysis.routing_distribution import MEASURES, RoutingTally
+from phatgoose.analysis.routing_distribution import MEASURES
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, record, watch
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.recording import watches_over
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.tasks.encoding import Encoder, TokenPair
 from phatgoose.tasks.task import Example
 from routed_models import compose_by
 from tiny import make_ids
-
-
-def encoder_of(base):
-    return Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
-
-
-def new_tally(model):
-    parts = composition_of(model)
-    return RoutingTally(parts.experts, {s: layer.experts for s, layer in parts.layers.items()})
-
-
-def example(number):
-    return Example(f"Film {number} {'very ' * number}is", ("good", "bad indeed")[number % 2])
-
-
-EXAMPLES = [example(number) for number in range(5)]
-
-
-def tallied(model, base, examples=EXAMPLES, budget=4096):
-    tally = new_tally(model)
-    read_examples(model, encoder_of(base), "second", examples, [tally], budget)
-    return tally.profile
 
 
 def by_hand(model, base, pair):
@@ -204,37 +180,3 @@ def test_profiles_add_up_and_spread_over_larger_pools(llama, llama_pool):
     assert wide.whole()[0] == 0
     np.testing.assert_array_equal(wide.whole()[1:][::-1], both.whole())
     assert wide.token_entropy() == both.token_entropy()
-
-
-def test_reading_stops_watching(llama, llama_pool):
-    model = compose(llama_pool, llama)
-    tallied(model, llama)
-    assert all(
-        not watches_over(layer, layer.site) for layer in composition_of(model).layers.values()
-    )
-
-
-def test_reading_changes_no_decision(llama, llama_pool):
-    model = compose(llama_pool, llama)
-    pair = TokenPair([5, 6, 7], [8, 9, 1])
-    with record(model) as recording, torch.no_grad():
-        model(input_ids=torch.tensor([[5, 6, 7, 8, 9]]))
-    tally = new_tally(model)
-    pass_through(model, encoder_of(llama), [pair], [tally])
-    for site, mean in recording.usage().items():
-        np.testing.assert_allclose(tally.profile.by_site()[site], mean, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("site", "stack", "layer", "kind"),
-    [
-        ("model.layers.7.self_attn.q_proj", "", 7, "self_attn.q_proj"),
-        ("transformer.h.11.mlp.c_fc", "", 11, "mlp.c_fc"),
-        ("encoder.block.3.layer.0.SelfAttention.q", "encoder", 3, "SelfAttention.q"),
-        ("decoder.block.2.layer.1.EncDecAttention.k", "decoder", 2, "EncDecAttention.k"),
-        ("odd.name", "", -1, "odd.name"),
-    ],
-)
-def test_places_are_read_off_names(site, stack, layer, kind):
-    place = place_of(site)
-    assert (place.stack, place.layer, place.kind) == (stack, layer, kind)

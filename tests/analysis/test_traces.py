@@ -1,0 +1,100 @@
+"""Traces: a text's tokens and the weights of their experts."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from phatgoose.analysis.places import place_of
+from phatgoose.analysis.routing_distribution import PARTS
+from phatgoose.analysis.traces import _in_bytes, _pieces, trace
+from phatgoose.errors import RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, record
+from phatgoose.tasks.encoding import Encoder
+
+
+def traced(base, pool, prompt="Is a heron é a bird?", answer="a bird", **options):
+    model = compose(pool, base, **options)
+    encoder = Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
+    return model, encoder, trace(model, encoder, encoder.pair(prompt, answer))
+
+
+def test_a_trace_has_the_weights_of_a_recording(base, pool):
+    model, encoder, got = traced(base, pool)
+    pair = encoder.pair("Is a heron é a bird?", "a bird")
+    answer = pair.target[:-1]
+    inputs = {"input_ids": torch.tensor([pair.prompt + answer])}
+    if base.is_encoder_decoder:
+        inputs = {"input_ids": torch.tensor([pair.prompt])}
+        inputs["decoder_input_ids"] = torch.tensor([[0, *answer]])
+    with record(model) as recording, torch.no_grad():
+        model(**inputs)
+    for stream in got.streams:
+        sites = [site for site in recording.weights if recording.streams[site] == stream.name]
+        assert [place_of(site) for site in sites] == list(stream.places)
+        wanted = torch.stack([recording.weights[site][0][0] for site in sites]).mean(dim=0)
+        np.testing.assert_allclose(stream.shares(4), wanted, atol=2 / 255)
+        np.testing.assert_allclose(stream.shares(4).sum(axis=1), 1)
+
+
+@pytest.mark.parametrize("kind", ["llama"], indirect=True)
+def test_the_tokens_of_a_trace_are_the_text(base, pool):
+    (stream,) = traced(base, pool)[2].streams
+    assert "".join(stream.tokens).replace("\ufffd", "") == "Is a heron é a bird? a bird"
+    answer = "".join(t for t, part in zip(stream.tokens, stream.parts, strict=True) if part)
+    assert answer == " a bird"
+
+
+def test_one_layer_and_kind_of_a_trace(llama, llama_pool):
+    (stream,) = traced(llama, llama_pool, k=2)[2].streams
+    one = stream.shares(4, "1", "q_proj")
+    np.testing.assert_array_equal(one, stream.shares(4, "1", "self_attn.q_proj"))
+    assert ((one > 0).sum(axis=1) == 2).all()
+    layers = [stream.shares(4, layer) for layer in ("0", "1")]
+    np.testing.assert_allclose(np.mean(layers, axis=0), stream.shares(4))
+    with pytest.raises(RoutingError, match="layers are 0, 1, kinds self_attn"):
+        stream.shares(4, "2")
+
+
+def test_experts_beyond_the_kept_ones_are_summed(llama, make_expert):
+    pool = Pool(tuple(make_expert(llama, f"e{z}", seed=z, rank=1) for z in range(10)))
+    (stream,) = traced(llama, pool, router="merged")[2].streams
+    assert stream.is_cut
+    assert stream.experts.shape[2] == 8
+    np.testing.assert_allclose(stream.shares(10).sum(axis=1), 0.8, atol=0.01)
+
+
+def test_a_trace_in_json_can_be_read_back(llama, llama_pool):
+    got = traced(llama, llama_pool)[2]
+    data = json.loads(json.dumps(got.to_dict()))
+    (stream,), (wanted,) = data["streams"], got.streams
+    shape = (len(stream["tokens"]), len(stream["sites"]), stream["kept"])
+    experts = np.frombuffer(base64.b64decode(stream["experts"]), "<u2").reshape(shape)
+    weights = np.frombuffer(base64.b64decode(stream["weights"]), np.uint8).reshape(shape)
+    np.testing.assert_array_equal(experts, wanted.experts)
+    np.testing.assert_array_equal(weights, wanted.weights)
+    assert (weights.sum(axis=2) == 255).all()
+    layer, kind = stream["sites"][-1]
+    assert (stream["layers"][layer], stream["kinds"][kind]) == ("1", "mlp.down_proj")
+    assert data["parts"] == list(PARTS)
+
+
+def test_weights_in_bytes_sum_to_the_whole():
+    draw = np.random.default_rng(0)
+    shares = draw.dirichlet(np.ones(5), size=1000)
+    packed = _in_bytes(shares)
+    assert (packed.sum(axis=1) == 255).all()
+    assert np.abs(packed / 255 - shares).max() <= 1 / 255
+    assert (_in_bytes(np.zeros((2, 3))) == 0).all()
+
+
+def test_pieces_keep_characters_of_several_tokens_whole(llama):
+    ids = llama.tokenizer("a é\n€")["input_ids"]
+    pieces = _pieces(llama.tokenizer, ids)
+    assert len(pieces) == len(ids)
+    assert "".join(pieces).replace("\ufffd", "") == "a é\n€"

@@ -1,0 +1,43 @@
+"""Small tasks to analyse, and examples whose routing is summed up."""
+
+from __future__ import annotations
+
+import phatgoose as pg
+from phatgoose.analysis.reading import read_examples
+from phatgoose.analysis.routing_distribution import RoutingTally
+from phatgoose.routing.composition import composition_of
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.task import Example
+
+
+def task(name, count=6):
+    rows = [
+        {"input": f"{name} {i} is", "target": ("good", "bad")[i % 2], "choices": ["good", "bad"]}
+        for i in range(count)
+    ]
+    return pg.load_task(rows, name=name)
+
+
+TASKS = [task("first"), task("second")]
+
+
+def encoder_of(base):
+    return Encoder(base.tokenizer, is_encoder_decoder=base.is_encoder_decoder)
+
+
+def new_tally(model):
+    parts = composition_of(model)
+    return RoutingTally(parts.experts, {s: layer.experts for s, layer in parts.layers.items()})
+
+
+def example(number):
+    return Example(f"Film {number} {'very ' * number}is", ("good", "bad indeed")[number % 2])
+
+
+EXAMPLES = [example(number) for number in range(5)]
+
+
+def tallied(model, base, examples=EXAMPLES, budget=4096):
+    tally = new_tally(model)
+    read_examples(model, encoder_of(base), "second", examples, [tally], budget)
+    return tally.profile

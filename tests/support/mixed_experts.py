@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from peft import IA3Config, TaskType, get_peft_model
+from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,7 +21,6 @@ from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.bottleneck import write_bottleneck
-from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.training.new_modules.placement import placed_sites, scales_input

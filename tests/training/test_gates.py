@@ -3,13 +3,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from phatgoose.experts.kinds.modules import LoraFactors
 from torch import Tensor, nn
 
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
-from phatgoose.experts.kinds.modules import LoraFactors
 from phatgoose.experts.kinds.peft_files import read_lora
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.collating import Collator, target_logits

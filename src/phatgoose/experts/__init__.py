@@ -1,12 +1,13 @@
 """An expert, and a pool of them: an adapter on disk with its gates and statistics.
 
-kinds/          what an expert adds at a site: LoRA, (IA)³, bottleneck adapter
-adapter.py      which kind a directory holds, and whether it fits a base
+kinds/          what an expert of each kind adds at a site: LoRA, (IA)³, bottleneck adapter
+adapter.py      the registry of kinds; which one a directory holds, and whether it fits a base
+expert_info.py  what an expert says of itself: phatgoose.json
 expert.py       the expert directory
-applied.py      one expert alone on its base
-input_format.py the form of the inputs that it was trained on
 card.py         its model card
-hub.py          its place on the Hugging Face Hub
+applied.py      one expert alone on its base
+input_format.py how an expert's training inputs became tokens
+hub.py          experts on the Hugging Face Hub
 pool.py         many experts of one base
-importing/      adapters of others, made experts
+importing/      experts made of other people's adapters
 """

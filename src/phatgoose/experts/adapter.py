@@ -1,96 +1,81 @@
-"""Adapters of every kind: which one a directory holds, and whether it fits a base.
-
-LoRA, (IA)³    PEFT's files (`adapters`)
-bottleneck     our own (`bottleneck`)
-"""
+"""Adapters: which kind a directory holds, what it does at each site, and whether it fits a base."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..base.sites import Site
+from ..config import IA3, Bottleneck, Lora, Peft
 from ..errors import ExpertError
-from ..files.tensor_file import TensorFile
-from .kinds.bottleneck import (
-    BOTTLENECK_CONFIG,
-    BOTTLENECK_WEIGHTS,
-    read_bottleneck,
-    read_bottleneck_config,
-)
-from .kinds.modules import SiteModule
-from .kinds.peft_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    read_adapter_config,
-    read_ia3,
-    read_lora,
-    read_tensors,
-    read_weights,
-)
+from .kinds.bottleneck import BOTTLENECK_FILES, BottleneckLayers, read_bottleneck, write_bottleneck
+from .kinds.ia3 import ScalingVector, read_ia3, write_ia3
+from .kinds.kind import AdapterFiles, Kind, SiteModule
+from .kinds.lora import LoraFactors, read_lora, write_lora
+from .kinds.peft_files import PEFT_FILES
 
-__all__ = ["AdapterFiles", "adapter_files", "check_fit", "named_base"]
-__all__ += ["is_bottleneck", "read_adapter_weights", "read_modules"]
+__all__ = ["ADAPTER_FILES", "KINDS", "adapter_files", "check_fit", "kind_for", "named_base"]
+__all__ += ["read_modules"]
+
+# Every kind of expert by its name; a new one is added here.
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind(LoraFactors, Lora, PEFT_FILES, read_lora, write_lora, "A LoRA", peft_type="LORA"),
+        Kind(ScalingVector, IA3, PEFT_FILES, read_ia3, write_ia3, "An (IA)³", peft_type="IA3"),
+        Kind(
+            BottleneckLayers,
+            Bottleneck,
+            BOTTLENECK_FILES,
+            read_bottleneck,
+            write_bottleneck,
+            "A bottleneck-adapter",
+        ),
+    )
+}
+FORMATS = tuple(dict.fromkeys(kind.files for kind in KINDS.values()))
+ADAPTER_FILES = tuple(name for files in FORMATS for name in (files.config, files.weights))
 
 
-@dataclass(frozen=True)
-class AdapterFiles:
-    """The names of the two files that an adapter consists of."""
-
-    config: str
-    weights: str
-
-
-PEFT_FILES = AdapterFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS)
-BOTTLENECK_FILES = AdapterFiles(BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS)
+def kind_for(peft: Peft) -> Kind:
+    """The kind of a new expert with these settings."""
+    return next(kind for kind in KINDS.values() if isinstance(peft, kind.config))
 
 
 def adapter_files(directory: Path) -> AdapterFiles:
-    """The files of the adapter in `directory`: PEFT's, unless it has those of a bottleneck adapter.
+    """The files of the adapter in `directory`; PEFT's when it has none of any kind.
 
-    Raises ExpertError when there are files of both.
+    Raises ExpertError when there are files of several kinds.
     """
     held = [
         files
-        for files in (PEFT_FILES, BOTTLENECK_FILES)
+        for files in FORMATS
         if any((directory / name).exists() for name in (files.config, files.weights))
     ]
     if len(held) > 1:
         raise ExpertError(
-            f"{directory} holds files of two adapters, PEFT's and a bottleneck adapter; an expert "
-            f"is one."
+            f"{directory} holds files of two adapters, as {held[0].config} and {held[1].config} "
+            f"describe them; an expert has one."
         )
     return held[0] if held else PEFT_FILES
-
-
-def is_bottleneck(directory: Path) -> bool:
-    """True when the adapter in `directory` is a bottleneck adapter. Raises as `adapter_files`."""
-    return adapter_files(directory) is BOTTLENECK_FILES
-
-
-def read_adapter_weights(directory: Path) -> TensorFile:
-    """Every tensor of the adapter in `directory`, of whichever kind. Raises ExpertError."""
-    if is_bottleneck(directory):
-        return read_tensors(directory / BOTTLENECK_WEIGHTS)
-    return read_weights(directory)
 
 
 def read_modules(
     directory: Path, tensors: Mapping[str, Tensor] | None = None
 ) -> dict[str, SiteModule]:
-    """What the adapter in `directory`, of whichever kind, does at each site.
+    """What the adapter in `directory` does, by site.
 
     `tensors` are its weights where they have been read already. Raises ExpertError when its files
     are missing or damaged or it is of no kind that can be routed.
     """
-    if is_bottleneck(directory):
-        return dict(read_bottleneck(directory, tensors))
-    read = read_lora if read_adapter_config(directory)["peft_type"] == "LORA" else read_ia3
-    return dict(read(directory, tensors))
+    files = adapter_files(directory)
+    config = files.read_config(directory)
+    peft_type = config.get("peft_type")
+    kind = next(k for k in KINDS.values() if k.files is files and k.peft_type == peft_type)
+    tensors = files.read_weights(directory) if tensors is None else tensors
+    return dict(kind.read(directory, config, tensors))
 
 
 def named_base(directory: Path) -> str | None:
@@ -98,10 +83,8 @@ def named_base(directory: Path) -> str | None:
 
     Raises ExpertError when there is no adapter that could be routed.
     """
-    if is_bottleneck(directory):
-        named: Any = read_bottleneck_config(directory)["base"]
-    else:
-        named = read_adapter_config(directory).get("base_model_name_or_path")
+    files = adapter_files(directory)
+    named = files.read_config(directory).get(files.base_key)
     return named if isinstance(named, str) and named else None
 
 
@@ -113,8 +96,8 @@ def check_fit(
 ) -> None:
     """Raise ExpertError unless the modules of expert `name` fit the base, which has `sites`.
 
-    `vectors` are its gates and means, if any, by what one of them is called: those of a module that
-    doesn't see the site's input can be held against the base only.
+    `vectors` are its gates and means, if any, by what one of them is called. The base alone tells
+    the size of those whose module doesn't see the site's input.
     """
     for site, module in modules.items():
         if site not in sites:

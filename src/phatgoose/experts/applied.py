@@ -1,4 +1,4 @@
-"""One expert alone on its base: its module at each of its sites, always or behind something."""
+"""One expert alone on its base: a layer with its module at each of its sites."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from ..base.sites import WrappedLinear, find_sites, linear_shape, replace_module
 from .adapter import check_fit
-from .kinds.modules import SiteModule
+from .kinds.kind import SiteModule
 
 __all__ = ["ModifiedLinear", "put_in"]
 
@@ -19,14 +19,14 @@ Layer = TypeVar("Layer", bound="ModifiedLinear")
 
 
 class ModifiedLinear(WrappedLinear):
-    """A linear layer under one expert's module (`kinds.modules`), at full strength."""
+    """A linear layer under one expert's module (`kinds`), at full strength."""
 
     def __init__(self, base: nn.Module, module: SiteModule) -> None:
         super().__init__(base, *linear_shape(base))
         self.module = module.at(self.weight)
 
     def strength(self, u: Tensor) -> Tensor | float:
-        """How strongly the module acts on u [.., n]: a number, or [.., 1]."""
+        """The strength at which the module acts on u [.., n]: a number, or [.., 1] by token."""
         return 1.0
 
     def forward(self, u: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def put_in(
     modules: Mapping[str, SiteModule],
     layer: type[Layer],
 ) -> Iterator[dict[str, Layer]]:
-    """The layers of an expert in the place of those of `model`, by site, while the context is open.
+    """Layers of class `layer` with an expert's modules, by site, in `model` while the context is open.
 
     Raises ExpertError when a site or its shape doesn't fit the model.
     """

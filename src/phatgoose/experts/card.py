@@ -1,4 +1,4 @@
-"""The model card of an expert: what a visitor of its Hub page reads."""
+"""The model card of an expert, which its Hub page shows."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..files.quoting import one_line
+from .adapter import KINDS
 
 __all__ = ["model_card"]
 
@@ -51,17 +52,15 @@ model = PeftModel.from_pretrained(base_model, "path/to/{name}")
 """
 
 LONGEST_CELL = 500
-PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)*")  # what YAML takes as a text without quotes
-
-KINDS = {"lora": "A LoRA", "ia3": "An (IA)³", "bottleneck": "A bottleneck-adapter"}
+PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)*")  # a text that YAML needs no quotes for
 
 
 def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
-    """The card as Markdown with the front matter that the Hub reads.
+    """The card of an expert of this `kind` at so many `sites`, in Markdown.
 
-    `kind` is the expert's, at so many `sites`; PEFT has no bottleneck adapters.
+    It begins with the front matter that the Hub reads. `info` is what `phatgoose.json` says.
     """
-    in_peft = kind != "bottleneck"
+    in_peft = KINDS[kind].peft_type is not None
     base = info["base"]
     return CARD.format(
         name=info["name"],
@@ -70,7 +69,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
         revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
         fingerprint=_code(base["fingerprint"] or "not recorded"),
         sites=sites,
-        kind=KINDS[kind],
+        kind=KINDS[kind].title,
         tag=kind if in_peft else "adapter",
         library="peft" if in_peft else "phatgoose",
         alone=ALONE.format(name=info["name"]) if in_peft else "",
@@ -81,13 +80,13 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
 
 
 def _cell(value: object) -> str:
-    """`value` as the plain text of a cell: no HTML, no Markdown, no end of the row."""
+    """`value` as plain text for a table cell: HTML and Markdown escaped, on one line."""
     text = html.escape(one_line(value, LONGEST_CELL), quote=False)
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
 
 
 def _code(text: str) -> str:
-    """`text` as it stands between backticks."""
+    """`text` as it can stand between backticks."""
     return one_line(text).replace("`", "'")
 
 

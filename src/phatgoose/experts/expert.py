@@ -6,16 +6,12 @@ directory is written elsewhere first and renamed into place, so one that exists 
 
 from __future__ import annotations
 
-import json
-import math
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import torch
@@ -26,41 +22,23 @@ from ..base.fingerprint import BaseReference
 from ..base.loading import Base
 from ..errors import ExpertError
 from ..files.atomic import new_directory
-from ..files.quoting import one_line, shortened
 from ..files.regular_file import sha256_of
-from ..files.strict_json import read_json_object
 from ..files.tensor_file import Group, TensorFile, is_finite
-from .adapter import adapter_files, named_base, read_adapter_weights, read_modules
+from .adapter import ADAPTER_FILES, adapter_files, named_base, read_modules
 from .card import model_card
-from .kinds.bottleneck import BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS
-from .kinds.modules import LoraFactors, SiteModule
-from .kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
+from .expert_info import NAME, ExpertInfo, check_name, info_json, read_info
+from .kinds.kind import SiteModule, read_tensors
+from .kinds.lora import LoraFactors
 
-__all__ = [
-    "FORMAT_VERSION",
-    "LAYOUT",
-    "MOST_EMBEDDINGS",
-    "Expert",
-    "ExpertInfo",
-    "base_named_in",
-    "check_expert",
-    "check_name",
-    "sha256_of",
-]
+__all__ = ["EXPERT_FILES", "LAYOUT", "MOST_EMBEDDINGS", "Expert", "base_named_in", "check_expert"]
 
-FORMAT_VERSION = 1
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """File names inside an expert directory; the adapter is PEFT's or a bottleneck adapter."""
+    """File names inside an expert directory, beside those of its adapter."""
 
-    adapter_config: str = ADAPTER_CONFIG
-    adapter_weights: str = ADAPTER_WEIGHTS
-    bottleneck_config: str = BOTTLENECK_CONFIG
-    bottleneck_weights: str = BOTTLENECK_WEIGHTS
     vectors: str = "phatgoose.safetensors"
     info: str = "phatgoose.json"
     embeddings: str = "embeddings.safetensors"
@@ -68,22 +46,7 @@ class _Layout:
 
 
 LAYOUT = _Layout()
-
-
-@dataclass(frozen=True)
-class ExpertInfo:
-    """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records."""
-
-    name: str
-    base: BaseReference
-    adapter_sha256: str
-    vectors_sha256: str | None = None
-    embeddings_sha256: str | None = None
-    format_version: int = FORMAT_VERSION
-    task: Mapping[str, Any] = field(default_factory=dict)
-    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    embedder: str | None = None
+EXPERT_FILES = (*ADAPTER_FILES, *asdict(LAYOUT).values())  # every name that one may have
 
 
 @dataclass(frozen=True)
@@ -210,18 +173,17 @@ class Expert:
         vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
         vectors |= {f"mean.{site}": vector for site, vector in self.means.items()}
         if vectors:
-            apart = {key: vector.clone() for key, vector in vectors.items()}  # one may be another
-            save_file(apart, work / LAYOUT.vectors)
+            # safetensors refuses tensors that share memory.
+            save_file({key: each.clone() for key, each in vectors.items()}, work / LAYOUT.vectors)
             info = replace(info, vectors_sha256=sha256_of(work / LAYOUT.vectors))
         if self.embeddings is not None:
             rows = self.embeddings.float().contiguous()
             save_file({"embeddings": rows}, work / LAYOUT.embeddings)
             info = replace(info, embeddings_sha256=sha256_of(work / LAYOUT.embeddings))
-        content = json.dumps(_plain_json(asdict(info)), indent=2, ensure_ascii=False) + "\n"
-        # Names of files may hold bytes that are no UTF-8; they are written as JSON escapes them.
+        # A file's name may hold bytes that aren't UTF-8; they are escaped as in JSON.
         for file, text in (
             (LAYOUT.card, model_card(asdict(info), self.kind, len(self.modules))),
-            (LAYOUT.info, content),
+            (LAYOUT.info, info_json(info)),
         ):
             (work / file).write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -240,35 +202,18 @@ def base_named_in(directory: Path) -> str | None:
     Raises ExpertError when it is neither.
     """
     if (directory / LAYOUT.info).is_file():
-        return _read_info(directory / LAYOUT.info).base.id
+        return read_info(directory / LAYOUT.info).base.id
     return named_base(directory)
 
 
-def check_name(name: str) -> None:
-    """Raise ExpertError unless `name` can be an expert's (docs/format.md)."""
-    if not NAME.fullmatch(name):
-        raise ExpertError(
-            f"{name!r} can't name an expert: use letters, digits, '.', '_' and '-' only."
-        )
-
-
-def _plain_json(value: Any) -> Any:
-    """`value` with None for what JSON has no number for: a loss that is no number, say."""
-    if isinstance(value, Mapping):
-        return {key: _plain_json(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain_json(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors as they are stored: float32, on the CPU, without history."""
+    """Vectors as they are stored: float32, on the CPU, detached."""
     return {site: v.detach().float().cpu().contiguous() for site, v in vectors.items()}
 
 
 def _read(directory: Path) -> Expert:
     """The files of an expert directory, parsed but not yet compared with each other."""
-    info = _read_info(directory / LAYOUT.info)
+    info = read_info(directory / LAYOUT.info)
     files = {}
     if info.vectors_sha256 is not None:
         files[LAYOUT.vectors] = read_tensors(directory / LAYOUT.vectors)
@@ -286,51 +231,11 @@ def _read(directory: Path) -> Expert:
                 f"{directory / LAYOUT.embeddings} must hold one matrix, 'embeddings'."
             )
         embeddings = held["embeddings"]
-    weights = files[adapter_files(directory).weights] = read_adapter_weights(directory)
+    adapter = adapter_files(directory)
+    weights = files[adapter.weights] = adapter.read_weights(directory)
     modules = read_modules(directory, weights)
     gates, means = Group(vectors, "gate"), Group(vectors, "mean")
     return Expert(info, directory, modules, gates, means, embeddings, files)
-
-
-def _read_info(path: Path) -> ExpertInfo:
-    try:
-        content = read_json_object(path)
-        if content.get("format_version") != FORMAT_VERSION:
-            raise ExpertError(
-                f"{path}: format version {shortened(content.get('format_version'))} is unknown; "
-                f"this phatgoose reads version {FORMAT_VERSION}."
-            )
-        info = ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
-    except FileNotFoundError as error:
-        raise ExpertError(
-            f"{path.parent} is no expert directory: {path.name} is missing."
-        ) from error
-    except (TypeError, KeyError) as error:
-        raise ExpertError(
-            f"{path} is not a valid description of an expert: {one_line(error)}."
-        ) from error
-    for key, (value, kind) in _typed_fields(info).items():
-        if not isinstance(value, kind) or (isinstance(value, str) and not value.isprintable()):
-            raise ExpertError(f"{path}: {key} is {shortened(value)}, which it can't be.")
-    return info
-
-
-def _typed_fields(info: ExpertInfo) -> dict[str, tuple[object, Any]]:
-    """Every field of a description with the types it may have."""
-    optional = (str, NoneType)
-    return {
-        "name": (info.name, str),
-        "base.id": (info.base.id, str),
-        "base.revision": (info.base.revision, optional),
-        "base.fingerprint": (info.base.fingerprint, optional),
-        "adapter_sha256": (info.adapter_sha256, str),
-        "vectors_sha256": (info.vectors_sha256, optional),
-        "embeddings_sha256": (info.embeddings_sha256, optional),
-        "embedder": (info.embedder, optional),
-        "task": (info.task, dict),
-        "hyperparameters": (info.hyperparameters, dict),
-        "metrics": (info.metrics, dict),
-    }
 
 
 def _problems(expert: Expert) -> Iterator[str]:
@@ -363,7 +268,7 @@ def _problems(expert: Expert) -> Iterator[str]:
 
 
 def _are_unit_rows(rows: Tensor) -> bool:
-    """True for what docs/format.md wants of embeddings."""
+    """True when docs/format.md allows these embeddings."""
     if rows.dtype != torch.float32 or not 0 < len(rows) <= MOST_EMBEDDINGS:
         return False
     return bool(((rows.norm(dim=-1) - 1).abs() < 1e-3).all())

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from huggingface_hub.utils.tqdm import (
 from ..errors import ExpertError
 from ..files.atomic import new_directory
 from ..files.regular_file import regular_file
-from .expert import LAYOUT, Expert
+from .expert import EXPERT_FILES, LAYOUT, Expert
 
 __all__ = ["HubReference", "fetch", "local_folder", "pull", "push", "reference_of"]
 
@@ -34,7 +34,6 @@ REFERENCE = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[A-Za-z0-9][\w.-]*)*)(@(?P<revision>[^@\s]+))?"
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
-FILES = tuple(asdict(LAYOUT).values())
 MOST_OF_A_REASON = 300  # characters; some of its errors are a page
 
 
@@ -105,7 +104,7 @@ def fetch(reference: HubReference) -> Path:
     neither, and when the repository, revision or folder doesn't exist.
     """
     inside = f"{reference.folder}/" if reference.folder else ""
-    patterns = [f"{inside}{depth}{file}" for file in FILES for depth in ("", "*/")]
+    patterns = [f"{inside}{depth}{file}" for file in EXPERT_FILES for depth in ("", "*/")]
     with _reported(f"{reference} can't be fetched"):
         snapshot = snapshot_download(
             reference.repo, revision=reference.revision, allow_patterns=patterns
@@ -131,7 +130,7 @@ def pull(reference: HubReference | str, out: str | Path) -> Expert:
         raise ExpertError(_no_single_expert(reference, fetched))
     Expert.load(fetched)
     with new_directory(target, ExpertError) as work:
-        for file in FILES:
+        for file in EXPERT_FILES:
             if (fetched / file).is_file():
                 shutil.copyfile(fetched / file, work / file)
     return Expert.load(target)
@@ -154,7 +153,7 @@ def push(
     directory = Path(directory)
     expert = Expert.load(directory)
     reference = HubReference.parse(reference) if isinstance(reference, str) else reference
-    there = [file for file in FILES if (directory / file).is_file()]
+    there = [file for file in EXPERT_FILES if (directory / file).is_file()]
     for file in there:  # a link out of the folder would publish what it leads to
         regular_file(directory / file)
     with _reported(f"{directory} can't be pushed to {reference}"):
@@ -166,7 +165,7 @@ def push(
             path_in_repo=reference.folder or None,
             revision=reference.revision,
             allow_patterns=there,
-            delete_patterns=[file for file in FILES if file not in there],
+            delete_patterns=[file for file in EXPERT_FILES if file not in there],
             commit_message=message or f"Expert {expert.name}",
         )
     return replace(reference, revision=commit.oid)

@@ -1,4 +1,4 @@
-"""The form of the inputs that experts were trained on, as they record it, and others held to it."""
+"""How an expert's training inputs became tokens, as it records it; a warning when use differs."""
 
 from __future__ import annotations
 
@@ -15,27 +15,26 @@ from ..files.quoting import one_line
 __all__ = ["format_record", "recorded_formatting", "warn_of_other_formatting"]
 
 SHOWN = 3  # experts named in a warning
-UNSAID = {"truncation": "right"}  # what every expert had that doesn't say
+UNRECORDED = {"truncation": "right"}  # of experts made before it was recorded
 
 
 def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Formatting | None:
-    """The formatting among an expert's hyperparameters, None when they say nothing of it.
+    """The formatting among an expert's hyperparameters, None when none is recorded.
 
-    An expert that names no truncation was made when inputs were cut on the right. Raises
-    ConfigError for what no formatting can be, naming `where` it stood.
+    Raises ConfigError, naming `where` it was found, for values that no formatting can have.
     """
     known = {
         f.name: hyperparameters[f.name] for f in fields(Formatting) if f.name in hyperparameters
     }
-    return from_mapping(Formatting, {**UNSAID, **known}, where) if known else None
+    return from_mapping(Formatting, {**UNRECORDED, **known}, where) if known else None
 
 
 def format_record(
     hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What of it stands in a pool's records: settings, and how many inputs were cut if known.
+    """What a pool's records say of it: settings, and how many inputs were cut if known.
 
-    None for an expert that says nothing.
+    None for an expert that records no formatting.
     """
     try:
         formatting = recorded_formatting(hyperparameters, "hyperparameters")
@@ -48,9 +47,9 @@ def format_record(
 
 
 def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Formatting) -> None:
-    """Warn of the experts in `records` whose training's inputs had another form than `given`.
+    """Warn of the experts in `records` whose training inputs were formatted otherwise than `given`.
 
-    How inputs are cut is left out for experts whose own were all whole.
+    Truncation is not compared for experts none of whose inputs were cut.
     """
     others: dict[str, list[str]] = defaultdict(list)
     for record in records:
@@ -60,7 +59,7 @@ def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Format
         try:
             trained = recorded_formatting(found, "formatting")
         except ConfigError:
-            continue  # a stranger's record, on which nothing depends
+            continue  # a damaged record, on which nothing depends
         if trained is None:
             continue
         names = ["chat"]

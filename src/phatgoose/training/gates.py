@@ -23,8 +23,9 @@ from ..config import Formatting, GateTraining, Training
 from ..errors import ConfigError, ExpertError
 from ..experts.adapter import adapter_files, check_fit, read_modules
 from ..experts.applied import ModifiedLinear, put_in
-from ..experts.expert import LAYOUT, Expert, check_name
-from ..experts.kinds.modules import SiteModule
+from ..experts.expert import LAYOUT, Expert
+from ..experts.expert_info import check_name
+from ..experts.kinds.kind import SiteModule
 from ..files.regular_file import sha256_of
 from ..tasks.collating import Collator
 from ..tasks.cuts import CUTS

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -25,9 +25,9 @@ from ..base.token_masks import watch_inputs
 from ..config import Formatting, GateTraining
 from ..errors import ConfigError, ExpertError
 from ..experts.applied import ModifiedLinear, put_in
-from ..experts.expert import LAYOUT, MOST_EMBEDDINGS, Expert
+from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert
 from ..experts.input_format import recorded_formatting
-from ..experts.kinds.modules import SiteModule
+from ..experts.kinds.kind import SiteModule
 from ..files.quoting import one_line
 from ..tasks.collating import Collator
 from ..tasks.cuts import Cuts
@@ -209,7 +209,7 @@ def _recorded_formatting(expert: Expert) -> Formatting | None:
 
 
 def _refuse_foreign_files(directory: Path) -> None:
-    foreign = {path.name for path in directory.iterdir()} - set(asdict(LAYOUT).values())
+    foreign = {path.name for path in directory.iterdir()} - set(EXPERT_FILES)
     if foreign:
         raise ExpertError(
             f"{directory} also holds {', '.join(sorted(foreign))}, which rewriting the expert "

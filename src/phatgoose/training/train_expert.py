@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from ..base.loading import Base, load_base
 from ..config import PEFT_KINDS, Formatting, GateTraining, Lora, Peft, Training
 from ..errors import ExpertError
-from ..experts.expert import Expert, check_name
+from ..experts.expert import Expert
+from ..experts.expert_info import check_name
 from ..tasks.collating import Collator
 from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from phatgoose.experts.kinds.modules import BottleneckLayers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,7 +26,6 @@ from phatgoose.experts.kinds.bottleneck import (
     read_bottleneck,
     write_bottleneck,
 )
-from phatgoose.experts.kinds.modules import BottleneckLayers
 
 GOLDEN = GOLDENS / "bottleneck"
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -18,7 +19,6 @@ from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training import gates as gates_module
 from phatgoose.training.gates import GatedLinear, gated, train_gates

@@ -223,7 +223,7 @@ def _training_of(task: TrainingTask, training: Training, given: frozenset[str]) 
 
 def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
     """Raise unless each task can have its expert under its own name in `folder`."""
-    from ...experts.expert import check_name
+    from ...experts.expert_info import check_name
 
     named: dict[str, str] = {}
     for task in tasks:

@@ -1,7 +1,7 @@
-"""Importing: PEFT adapters of others, made experts, converted or refused.
+"""Importing: other people's PEFT adapters become experts, as they are or converted, or are refused.
 
 adapter.py        import_adapter
 refusals.py       what can't be routed, and why
-peft_skeleton.py  PEFT's own reading of a config, on a model without weights
-to_lora.py        other kinds, approximated by a LoRA
+peft_skeleton.py  where an adapter acts, as PEFT resolves its config on a model without weights
+to_lora.py        other types of adapter, approximated by a LoRA
 """

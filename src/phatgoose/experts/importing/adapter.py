@@ -1,19 +1,17 @@
-"""Adapters of others made experts: PEFT's LoRA or (IA)³, from a folder or the Hub, or refused.
+"""Experts made of other people's adapters, from a folder or the Hub; some adapters are refused.
 
-PEFT itself says, on a model without weights, where the adapter acts, at which rank and scale
-(`skeletons`). Its tensors must then be exactly the factors wanted there. An adapter that reads the
-same without PEFT's help is copied byte for byte; one whose tensors had to be renamed or converted
-is written anew, with every site, rank and scale spelled out. So is one that trained biases of the
-base: what it added to them becomes biases of its own.
+PEFT itself says, on a model without weights, where an adapter acts, and at which rank and scale
+(`peft_skeleton`). Its tensors must be exactly the ones that PEFT wants there. An adapter that reads
+the same without PEFT's help is copied byte for byte. One whose tensors had to be renamed or
+converted is written anew, with every site, rank and scale spelled out. So is one that trained
+biases of the base: what it added to them becomes biases of its own.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import tempfile
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +19,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ...base.fingerprint import BaseReference
@@ -29,16 +26,18 @@ from ...base.loading import load_base, load_skeleton
 from ...base.sites import find_sites
 from ...errors import ExpertError
 from ...files.quoting import shortened
-from ..adapter import check_fit, is_bottleneck, named_base, read_modules
-from ..expert import Expert, check_name
+from ..adapter import KINDS, adapter_files, check_fit, named_base, read_modules
+from ..expert import Expert
+from ..expert_info import check_name
 from ..hub import HubReference, fetch, reference_of
-from ..kinds.modules import LoraFactors, ScalingVector, SiteModule
+from ..kinds.ia3 import IA3_ENDING, ScalingVector
+from ..kinds.kind import SiteModule
+from ..kinds.lora import LORA_ENDINGS, LoraFactors
 from ..kinds.peft_files import (
-    ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
-    IA3_ENDING,
-    LORA_ENDINGS,
+    PEFT_FILES,
     PEFT_PREFIX,
+    PICKLED_WEIGHTS,
     read_adapter_config,
     read_config,
     read_weights,
@@ -49,9 +48,14 @@ from .to_lora import Conversion, convert
 
 __all__ = ["import_adapter", "resolved_modules"]
 
-PICKLED = "adapter_model.bin"
-CALLED = dict(zip((*LORA_ENDINGS, IA3_ENDING), ("A", "B", "a bias of B", "a vector"), strict=True))
-BASE_LAYER = ".base_layer."  # how PEFT calls the base's own layer inside its own
+WANTED = dict(  # for messages, by the end of a tensor's name
+    zip(
+        (*LORA_ENDINGS, IA3_ENDING),
+        ("A of shape", "B of", "a bias of B of", "a vector of shape"),
+        strict=True,
+    )
+)
+BASE_LAYER = ".base_layer."  # PEFT's name for the base's layer inside its own
 
 
 def import_adapter(
@@ -66,12 +70,11 @@ def import_adapter(
     """The PEFT or bottleneck adapter at `source` as an expert without gates, written to `out`.
 
     `source` is a folder, or a Hub id with `@revision` where needed (`hub:owner/name/folder@…`).
-    `base` names the base model to hold it against and to record; None takes the one that the
+    `base` is the base model to check the adapter against and to record; None takes the one that the
     adapter names, at the revision that it names. Only the base's config is read, unless
-    `fingerprint` asks to record that of its weights: whoever asks vouches that the adapter was
-    trained on them. `allow_loss` lets kinds that are no LoRA be approximated by one that keeps all
-    but that share of each update's squared norm; what was lost is recorded among the
-    hyper-parameters.
+    `fingerprint` asks to record the fingerprint of its weights: ask only if the adapter was trained
+    on them. `allow_loss` lets an adapter of another type be approximated by a LoRA that loses at
+    most that share of each update's squared norm; the hyper-parameters record the loss.
 
     Raises ExpertError naming what can't be routed and why, or when `out` exists; BaseModelError
     when the base can't be found.
@@ -93,10 +96,10 @@ def import_adapter(
         if lossy and allow_loss is not None:
             conversion = convert(folder, base, allow_loss, revision=revision)
             record |= _loss_record(str(config["peft_type"]), conversion)
-            adapter = write_adapter(Path(work), conversion.factors, config)
+            adapter = _write_adapter(Path(work), conversion.factors, config)
         else:
             modules, untouched = resolved_modules(folder, base, revision)
-            adapter = folder if untouched else write_adapter(Path(work), modules, config)
+            adapter = folder if untouched else _write_adapter(Path(work), modules, config)
         found = BaseReference(base, revision)
         if fingerprint:
             found = load_base(base, revision=revision).reference
@@ -111,11 +114,12 @@ def resolved_modules(
 ) -> tuple[Mapping[str, SiteModule], bool]:
     """The modules by site of the adapter in `folder` on the base named `base`.
 
-    With them True when the adapter can stay as it is: `read_modules` says the same without the
-    base. The base's weights are read only where the adapter trained biases of it. Raises
-    ExpertError when a tensor is missing, left over or of another shape than PEFT wants.
+    With them True when the adapter's files can stay as they are, since `read_modules` reads the
+    same modules from them without the base. The base's weights are read only where the adapter
+    trained biases of it. Raises ExpertError when a tensor is missing, left over or of another shape
+    than PEFT wants.
     """
-    if is_bottleneck(folder):
+    if adapter_files(folder) is not PEFT_FILES:
         found = read_modules(folder)
         sites = find_sites(load_skeleton(base, revision=revision, offline=False))
         check_fit(folder.resolve().name, found, sites)
@@ -140,73 +144,19 @@ def resolved_modules(
         return modules, False
 
 
-def write_adapter(
+def _write_adapter(
     folder: Path, modules: Mapping[str, SiteModule], config: Mapping[str, Any]
 ) -> Path:
-    """`folder`, with `modules` as a PEFT LoRA or (IA)³ whose config spells every site out.
-
-    What `config` says of task and base is kept.
-    """
+    """`folder`, with `modules` written anew; what `config` says of task and base is kept."""
     kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out")
-    loras = {site: m for site, m in modules.items() if isinstance(m, LoraFactors)}
-    scalings = {site: m for site, m in modules.items() if isinstance(m, ScalingVector)}
-    content = {
-        **{key: config[key] for key in kept if config.get(key) is not None},
-        **(_lora_config(loras) if loras else _ia3_config(scalings)),
-        "inference_mode": True,
-        "target_modules": sorted(modules),
-    }
-    tensors = _lora_tensors(loras) if loras else _ia3_tensors(scalings)
-    save_file({PEFT_PREFIX + name: t for name, t in tensors.items()}, folder / ADAPTER_WEIGHTS)
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    return folder
-
-
-def _lora_config(loras: Mapping[str, LoraFactors]) -> dict[str, Any]:
-    """What a config says of these LoRAs' ranks, scales and biases."""
-    ranks = {site: lora.A.shape[0] for site, lora in loras.items()}
-    alphas = {site: lora.scale * ranks[site] for site, lora in loras.items()}
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
-    return {
-        "peft_type": "LORA",
-        "bias": "none",
-        "lora_bias": any(lora.bias is not None for lora in loras.values()),
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {site: own for site, own in ranks.items() if own != rank},
-        "alpha_pattern": {site: own for site, own in alphas.items() if own != alpha},
-    }
-
-
-def _lora_tensors(loras: Mapping[str, LoraFactors]) -> dict[str, Tensor]:
-    """Their tensors; with biases everywhere, as PEFT wants it, where there are any."""
-    tensors = {}
-    has_biases = any(lora.bias is not None for lora in loras.values())
-    for site, lora in loras.items():
-        bias = lora.B.new_zeros(lora.B.shape[0]) if lora.bias is None else lora.bias
-        parts = (lora.A, lora.B, bias) if has_biases else (lora.A, lora.B)
-        for ending, part in zip(LORA_ENDINGS, parts, strict=False):
-            tensors[site + ending] = part.contiguous()
-    return tensors
-
-
-def _ia3_config(scalings: Mapping[str, ScalingVector]) -> dict[str, Any]:
-    inputs = sorted(site for site, scaling in scalings.items() if scaling.on_input)
-    return {"peft_type": "IA3", "feedforward_modules": inputs}
-
-
-def _ia3_tensors(scalings: Mapping[str, ScalingVector]) -> dict[str, Tensor]:
-    return {
-        site + IA3_ENDING: scaling.vector.view(
-            (1, -1) if scaling.on_input else (-1, 1)
-        ).contiguous()
-        for site, scaling in scalings.items()
-    }
+    about = {key: config[key] for key in kept if config.get(key) is not None}
+    kind = next((module.kind for module in modules.values()), "lora")
+    return KINDS[kind].write(folder, modules, about)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:
-    """The adapter's configuration; of a bottleneck adapter what PEFT's would say of the base."""
-    if is_bottleneck(folder):
+    """The adapter's configuration; one that isn't PEFT's as PEFT would name the base."""
+    if adapter_files(folder) is not PEFT_FILES:
         return {"base_model_name_or_path": named_base(folder)}
     return read_config(folder)
 
@@ -228,15 +178,15 @@ def _find(source: str | Path) -> tuple[Path, HubReference | None]:
     pinned = reference_of(folder) or reference
     if not (folder / ADAPTER_WEIGHTS).is_file() and _has_pickle(pinned):
         raise ExpertError(
-            f"{pinned} holds pickled weights ({PICKLED}), which are never read: they could run "
-            f"code. Ask for the adapter as safetensors."
+            f"{pinned} holds pickled weights ({PICKLED_WEIGHTS}), which are never read: they could "
+            f"run code. Ask for the adapter as safetensors."
         )
     return folder, pinned
 
 
 def _has_pickle(reference: HubReference) -> bool:
-    """True when the Hub has the adapter's weights as a pickle; False too when it can't be asked."""
-    file = f"{reference.folder}/{PICKLED}".lstrip("/")
+    """True when the Hub has the adapter's weights as a pickle; False if it can't be asked."""
+    file = f"{reference.folder}/{PICKLED_WEIGHTS}".lstrip("/")
     try:
         return HfApi().file_exists(reference.repo, file, revision=reference.revision)
     except Exception:
@@ -244,7 +194,7 @@ def _has_pickle(reference: HubReference) -> bool:
 
 
 def _base_of(config: Mapping[str, Any], *, from_hub: bool) -> str:
-    """The base that the adapter names. Raises ExpertError when it names none that can be meant."""
+    """The base that the adapter names. Raises ExpertError when it names none, or a private path."""
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ExpertError("The adapter doesn't name its base model; name it with --base.")
@@ -265,13 +215,12 @@ def _revision_of(config: Mapping[str, Any]) -> str | None:
 
 
 def _module(site: str, target: Target, left: dict[str, Tensor], folder: Path) -> SiteModule:
-    """What the adapter does at `site`; its tensors are taken out of `left`."""
+    """The module at `site`, whose tensors are taken out of `left`."""
     parts = [left.pop(f"{PEFT_PREFIX}{site}{ending}", None) for ending in target.shapes]
     got = [None if part is None else tuple(part.shape) for part in parts]
     present = [part for part in parts if part is not None]
     if got != list(target.shapes.values()):
-        first, *more = (f"{CALLED[key]} of {{}}{shape}" for key, shape in target.shapes.items())
-        wanted = " and ".join([first.format("shape "), *(each.format("") for each in more)])
+        wanted = " and ".join(f"{WANTED[end]} {shape}" for end, shape in target.shapes.items())
         raise ExpertError(
             f"{folder}, site {site}: its config wants {wanted}, got {' and '.join(map(str, got))}."
         )
@@ -286,10 +235,10 @@ def _with_biases(
     base: str,
     revision: str | None,
 ) -> dict[str, SiteModule]:
-    """`modules` with what the adapter added to the base's biases at its sites as biases of theirs.
+    """`modules`, with what the adapter added to the base's biases as biases of their own.
 
-    The biases are taken out of `left`, but for those that were trained elsewhere: nothing is routed
-    there.
+    Those biases are taken out of `left`. Biases trained where there is no LoRA stay in it, since
+    nothing is routed there.
     """
     trained = {name: left[name] for name in left if name.endswith(".bias")}
     if not trained:
@@ -312,25 +261,25 @@ def _with_biases(
 
 
 def _same(one: Mapping[str, SiteModule], other: Mapping[str, SiteModule]) -> bool:
+    """True for modules of the same sites and numbers; scales may differ in rounding."""
     return one.keys() == other.keys() and all(
-        _equal(module, other[site]) for site, module in one.items()
+        type(module) is type(other[site])
+        and all(_alike(value, getattr(other[site], name)) for name, value in vars(module).items())
+        for site, module in one.items()
     )
 
 
-def _equal(one: SiteModule, other: SiteModule) -> bool:
-    """True for modules of the same numbers; scales may differ in rounding."""
-    if isinstance(one, LoraFactors) and isinstance(other, LoraFactors):
-        pairs = ((one.A, other.A), (one.B, other.B), (one.bias, other.bias))
-        return math.isclose(one.scale, other.scale) and all(
-            x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in pairs
-        )
-    if isinstance(one, ScalingVector) and isinstance(other, ScalingVector):
-        return one.on_input == other.on_input and torch.equal(one.vector, other.vector)
-    return False
+def _alike(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) or isinstance(other, Tensor):
+        both = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return both and torch.equal(one, other)  # type: ignore[arg-type]
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other)
+    return one == other
 
 
 def _loss_record(kind: str, conversion: Conversion) -> dict[str, Any]:
-    """What an expert records of an approximation."""
+    """What an expert records about an approximation."""
     return {
         "converted_from": kind,
         "kept_of_update": round(conversion.kept, 6),

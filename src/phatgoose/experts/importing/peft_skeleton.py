@@ -1,9 +1,9 @@
-"""What a LoRA or (IA)³ config comes to on a base: PEFT's own answer, from a model without weights.
+"""Where a LoRA or (IA)³ config acts on a base: PEFT's own answer, from a model without weights.
 
 PEFT resolves target_modules (names, regular expressions, all-linear), layers_to_transform,
-exclude_modules, rank_pattern, alpha_pattern and rsLoRA; nothing of that is imitated here, but for
-matching: regular expressions are matched before, without going back (`patterns`), and PEFT is given
-the names that they match. The model is built on torch's meta device, once per distinct config.
+exclude_modules, rank_pattern, alpha_pattern and rsLoRA. Only regular expressions are matched here
+beforehand, without backtracking (`files.regex_guard`), and PEFT is given the names that match. The
+model is built on torch's meta device, once per distinct config.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from ...base.sites import Site, find_sites
 from ...errors import ExpertError
 from ...files.quoting import one_line, shortened
 from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
-from ..kinds.peft_files import IA3_ENDING, LORA_ENDINGS
+from ..kinds.ia3 import IA3_ENDING
+from ..kinds.lora import LORA_ENDINGS
 from .refusals import CONFIGS
 
-__all__ = ["Skeleton", "Target", "resolve", "spelled_out", "told_by_peft"]
+__all__ = ["Skeleton", "Target", "peft_errors", "resolve", "spelled_out"]
 
 ADAPTER = "default"
 ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
-# What a config of strange values makes PEFT raise.
+# What PEFT raises for odd values in a config.
 PEFT_ERRORS = (
     ValueError,
     TypeError,
@@ -49,7 +50,7 @@ PEFT_ERRORS = (
     OSError,
     re.error,
 )
-# The options that decide where an adapter acts and how much; no other is handed to PEFT.
+# The options that decide where an adapter acts and how strongly; PEFT is given no others.
 SHARED = ("target_modules", "exclude_modules", "fan_in_fan_out", "task_type")
 OPTIONS = {
     "LORA": (
@@ -85,7 +86,7 @@ class Skeleton:
 
         Raises ExpertError when PEFT can't convert them.
         """
-        with told_by_peft("Its tensors can't be converted to this transformers"):
+        with peft_errors("Its tensors can't be converted to this transformers"):
             return dict(
                 convert_peft_adapter_state_dict_for_transformers(
                     model=self.model,
@@ -112,7 +113,7 @@ def _resolve(base: str, revision: str | None, kind: str, options: str) -> Skelet
     model = load_skeleton(base, revision=revision, offline=False)
     sites = find_sites(model)
     plain = spelled_out(json.loads(options), model)
-    with told_by_peft(f"PEFT can't apply its config to {base!r}"):
+    with peft_errors(f"PEFT can't apply its config to {base!r}"):
         adapted = get_peft_model(model, CONFIGS[kind](**plain, **UNINITIALISED[kind]))
     fused = getattr(adapted.peft_config[ADAPTER], "target_parameters", None)
     if fused:
@@ -162,13 +163,13 @@ def spelled_out(options: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 
 def _named(listed: list[str], names: list[str]) -> list[str]:
-    """Those of `names` that are in PEFT's list: whole, or what follows a dot in them."""
+    """Those of `names` that equal an entry of PEFT's list, or end in a dot and an entry."""
     endings = tuple(f".{each}" for each in listed)
     return [name for name in names if f".{name}".endswith(endings)]
 
 
 def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
-    """What PEFT's `layer` wants at `site`."""
+    """The tensors that PEFT's `layer` wants at `site`."""
     n, d = site.in_features, site.out_features
     if isinstance(layer, IA3Layer):
         return Target({IA3_ENDING: (1, n) if layer.is_feedforward else (d, 1)}, None)
@@ -179,10 +180,10 @@ def _target(layer: LoraLayer | IA3Layer, site: Site) -> Target:
 
 
 @contextmanager
-def told_by_peft(what: str) -> Iterator[None]:
-    """Whatever PEFT raises, as one ExpertError that begins with `what`; its warnings are kept in.
+def peft_errors(what: str) -> Iterator[None]:
+    """Turns what PEFT raises into an ExpertError that begins with `what`; silences its warnings.
 
-    What PEFT warns of (fan_in_fan_out, tied layers) is settled by comparing tensors.
+    What PEFT warns about (fan_in_fan_out, tied layers) is checked by comparing tensors.
     """
     try:
         with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What a PEFT adapter may hold that a routed sum of updates can't express, each with the reason."""
+"""PEFT adapters that can't be routed: types, options and tensors, each with the reason."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
     "tensor_refusal",
 ]
 
-# Kinds of adapter that are routed as they are.
+# PEFT's types that are routed as they are.
 CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "IA3": IA3Config}
 
 # Options of a config that make an adapter more than W u + s B A u, or more than (IA)³ vectors.
@@ -42,7 +42,7 @@ UNSUPPORTED: dict[str, str] = {
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PLAIN_INITS = ("true", "false", "gaussian", "orthogonal", "eva", "mica")
 
-# Kinds of adapter that update linear layers, so that PEFT's convert_to_lora can approximate them.
+# PEFT's types that update linear layers, so that its convert_to_lora can approximate them.
 CONVERTIBLE = (
     "LOHA",
     "LOKR",
@@ -124,7 +124,7 @@ def refuse_options(config: Mapping[str, Any], directory: Path) -> None:
         if config[key]:
             raise ExpertError(
                 f"{directory} uses {shortened(key)}, which the installed PEFT doesn't know; what "
-                f"it does to the adapter can't be told."
+                f"it does to the adapter is unknown."
             )
     init = str(config.get("init_lora_weights", True)).lower()
     named = one_line(config.get("init_lora_weights"), 40)
@@ -141,7 +141,7 @@ def refuse_options(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def tensor_refusal(name: str, directory: Path, file: str) -> ExpertError:
-    """The error for a tensor that no plain adapter has, with the reason where it is known."""
+    """The error for tensor `name` of `file`, which no plain adapter has, with the reason if known."""
     reason = next((reason for part, reason in TENSORS.items() if part in name), None)
     owner = name.rpartition(".")[0].rpartition(".")[2]
     if reason is None and owner in EMBEDDINGS:

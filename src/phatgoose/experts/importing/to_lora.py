@@ -1,7 +1,7 @@
-"""Adapters that are no LoRA but update linear layers, approximated by one (PEFT's convert_to_lora).
+"""Adapters of other types that update linear layers, approximated by a LoRA (PEFT's convert_to_lora).
 
-LoHa, LoKr and the like add a matrix to the base weight. Its truncated singular value decomposition
-is a LoRA; what is cut off is lost, and stated.
+LoHa, LoKr and others add a matrix to the base weight. Its truncated singular value decomposition is
+a LoRA; the share that the truncation loses is reported.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ...base.sites import find_sites
 from ...errors import ConfigError, ExpertError
 from ...files.quoting import shortened
 from ...files.regex_guard import BY_PATTERN, check_config
-from ..kinds.modules import LoraFactors
+from ..kinds.lora import LoraFactors
 from ..kinds.peft_files import ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
-from .peft_skeleton import spelled_out, told_by_peft
+from .peft_skeleton import peft_errors, spelled_out
 
 __all__ = ["Conversion", "convert"]
 
 ADAPTER = "default"
-SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # what PEFT makes tensors of
+SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors that PEFT makes
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def convert(
     model = load_base(base, dtype="float32", revision=revision).model
     sites = find_sites(model)
     options = _plain_options(config, model)
-    with told_by_peft(f"{folder} can't be converted from {kind} to LoRA"):
+    with peft_errors(f"{folder} can't be converted from {kind} to LoRA"):
         adapted = get_peft_model(model, PEFT_TYPE_TO_CONFIG_MAPPING[kind](**options))
         loaded = set_peft_model_state_dict(adapted, dict(tensors))
         missing = [name for name in loaded.missing_keys if adapted.base_model.prefix in name]
@@ -94,8 +94,8 @@ def convert(
 def _refuse_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path) -> None:
     """Raise ExpertError where `config` wants more rows or columns than any of `tensors` has.
 
-    PEFT would take memory for them before it looks. A LoKr may name a greater rank, which then
-    means a whole matrix.
+    PEFT would allocate them before it checks. A LoKr may name a greater rank, which then means a
+    whole matrix.
     """
     most = max((size for tensor in tensors.values() for size in tensor.shape), default=0)
     for key, value in config.items() if config["peft_type"] != "LOKR" else ():

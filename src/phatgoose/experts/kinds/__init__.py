@@ -1,6 +1,8 @@
-"""Kinds of experts: what each adds at a site, and how its adapter is stored.
+"""Kinds of experts: what each adds at a site, and how its adapter's files are read and written.
 
-modules.py     LoraFactors, ScalingVector, BottleneckLayers
-peft_files.py  LoRA and (IA)³ in PEFT's files
-bottleneck.py  bottleneck adapters in files of our own
+kind.py        what all kinds have: a module at a site, two files, a record
+lora.py        LoRA
+ia3.py         (IA)³
+peft_files.py  PEFT's files, which these two share
+bottleneck.py  bottleneck adapters, in files of our own
 """

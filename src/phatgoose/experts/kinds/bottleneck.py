@@ -1,30 +1,42 @@
-"""Bottleneck adapters on disk: a small format of our own, since PEFT has none (docs/format.md)."""
+"""Bottleneck adapters (Houlsby et al. 2019): y + σ scale (U f(D y + b_D) + b_U) for y = W u + b.
+
+Stored in a small format of our own, since PEFT has none (docs/format.md).
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from ...config import ACTIVATIONS
 from ...errors import ExpertError
 from ...files.quoting import shortened
 from ...files.strict_json import read_json_object
-from .modules import BottleneckLayers
-from .peft_files import are_floats, read_tensors
+from ...files.tensor_file import TensorFile
+from .kind import AdapterFiles, SiteModule, are_floats, read_tensors
 
 __all__ = [
+    "ACTIVATION",
     "BOTTLENECK_CONFIG",
+    "BOTTLENECK_FILES",
     "BOTTLENECK_WEIGHTS",
+    "BottleneckLayers",
     "read_bottleneck",
-    "read_bottleneck_config",
     "write_bottleneck",
 ]
 
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "silu": functional.silu,
+}
 BOTTLENECK_CONFIG = "bottleneck_config.json"
 BOTTLENECK_WEIGHTS = "bottleneck.safetensors"
 VERSION = 1
@@ -32,7 +44,48 @@ LARGEST_SCALE = 1e9
 PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
-def read_bottleneck_config(directory: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class BottleneckLayers(SiteModule):
+    """One site's bottleneck adapter: `scale * (up f(down y + down_bias) + up_bias)` on y."""
+
+    kind: ClassVar[str] = "bottleneck"
+
+    down: Tensor  # [m, d]
+    down_bias: Tensor  # [m]
+    up: Tensor  # [d, m]
+    up_bias: Tensor  # [d]
+    activation: str
+    scale: float = 1.0
+
+    @property
+    def out_features(self) -> int:
+        """The size d of the site's output."""
+        return self.up.shape[0]
+
+    @property
+    def size(self) -> int:
+        """The size m of the bottleneck."""
+        return self.down.shape[0]
+
+    @property
+    def settings(self) -> object:
+        """Activation and scale."""
+        return (self.activation, self.scale)
+
+    def at(self, weight: Tensor) -> BottleneckLayers:
+        """The same in the dtype and on the device of `weight`, with the scale folded in."""
+        up, up_bias = ((self.scale * t.float()).to(weight) for t in (self.up, self.up_bias))
+        down, down_bias = self.down.to(weight), self.down_bias.to(weight)
+        return replace(self, down=down, down_bias=down_bias, up=up, up_bias=up_bias, scale=1.0)
+
+    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """The base's output y plus what the layers make of it at this strength, [.., d]."""
+        y: Tensor = base(u)
+        inner = ACTIVATION[self.activation](functional.linear(y, self.down, self.down_bias))
+        return y + strength * functional.linear(inner, self.up, self.up_bias)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
     """What `bottleneck_config.json` says. Raises ExpertError unless it is exactly as specified."""
     path = directory / BOTTLENECK_CONFIG
     try:
@@ -62,16 +115,22 @@ def read_bottleneck_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def read_bottleneck(
-    directory: Path, tensors: Mapping[str, Tensor] | None = None
-) -> dict[str, BottleneckLayers]:
-    """The bottleneck layers of the adapter in `directory` by site name.
+def _read_weights(directory: Path) -> TensorFile:
+    return read_tensors(directory / BOTTLENECK_WEIGHTS)
 
-    `tensors` are its weights where they have been read already. Raises ExpertError when a file is
-    missing or damaged, a tensor lacks or is left over, or shapes don't fit each other.
+
+BOTTLENECK_FILES = AdapterFiles(
+    BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS, "base", _read_config, _read_weights
+)
+
+
+def read_bottleneck(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, BottleneckLayers]:
+    """The bottleneck layers by site of an adapter that was read already.
+
+    Raises ExpertError when a tensor is missing or left over, or shapes don't fit each other.
     """
-    config = read_bottleneck_config(directory)
-    tensors = read_tensors(directory / BOTTLENECK_WEIGHTS) if tensors is None else tensors
     layers = {}
     for site in sorted({_site_of(key, directory) for key in tensors}):
         parts = [tensors.get(f"{site}.{part}") for part in PARTS]
@@ -90,10 +149,13 @@ def read_bottleneck(
     return layers
 
 
-def write_bottleneck(folder: Path, layers: Mapping[str, BottleneckLayers], base: str) -> Path:
-    """`folder`, with `layers` in the two files of the format; all share one activation and scale.
+def write_bottleneck(
+    folder: Path, layers: Mapping[str, BottleneckLayers], about: Mapping[str, Any]
+) -> Path:
+    """`folder`, with `layers` by site in the two files of the format.
 
-    Raises ExpertError when they don't.
+    `about` goes into the configuration: {"base": id}. Raises ExpertError unless the layers share
+    one activation and scale.
     """
     shared = {layer.settings for layer in layers.values()}
     if len(shared) != 1:
@@ -109,7 +171,7 @@ def write_bottleneck(folder: Path, layers: Mapping[str, BottleneckLayers], base:
     save_file(tensors, folder / BOTTLENECK_WEIGHTS)
     content = {
         "bottleneck_version": VERSION,
-        "base": base,
+        **about,
         "activation": first.activation,
         "scale": first.scale,
     }

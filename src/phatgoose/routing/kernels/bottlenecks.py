@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...config import ACTIVATIONS
-from ...experts.kinds.modules import ACTIVATION
+from ...experts.kinds.bottleneck import ACTIVATION
 from .grouped import expert_products
 from .weighted_rows import weighted_rows
 

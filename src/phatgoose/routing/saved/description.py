@@ -10,7 +10,7 @@ from typing import Any
 from ...base.fingerprint import BaseReference
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
-from ...experts.expert import check_name
+from ...experts.expert_info import check_name
 from ...files.quoting import one_line, shortened
 from ...files.strict_json import read_json_object
 

@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from ...config import ACTIVATIONS
-from ...experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector, SiteModule
+from ...experts.kinds.bottleneck import BottleneckLayers
+from ...experts.kinds.ia3 import ScalingVector
+from ...experts.kinds.kind import SiteModule
+from ...experts.kinds.lora import LoraFactors
 from ...experts.pool import Pool
 from .rows import filled_up
 

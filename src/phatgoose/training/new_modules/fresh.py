@@ -27,8 +27,8 @@ from transformers.pytorch_utils import Conv1D
 from ...base.loading import Base
 from ...base.sites import Site, WrappedLinear, replace_module
 from ...config import IA3, Bottleneck, Lora, Peft
-from ...experts.kinds.bottleneck import write_bottleneck
-from ...experts.kinds.modules import BottleneckLayers, ScalingVector
+from ...experts.kinds.bottleneck import BottleneckLayers, write_bottleneck
+from ...experts.kinds.ia3 import ScalingVector
 from ..gates import openness
 from .placement import placed_sites, scales_input
 
@@ -192,7 +192,7 @@ def _fresh_bottleneck(
     def save(folder: Path) -> None:
         dtype = base.model.dtype
         trained = {site: layer.layers(dtype) for site, layer in layers.items()}
-        write_bottleneck(folder, trained, base.id)
+        write_bottleneck(folder, trained, {"base": base.id})
 
     try:
         for site, layer in layers.items():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ....errors import ConfigError
-from ....experts.kinds.modules import LoraFactors
+from ....experts.kinds.lora import LoraFactors
 
 __all__ = ["ARROW_VARIANTS", "arrow_vector"]
 

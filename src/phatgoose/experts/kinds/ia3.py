@@ -1,0 +1,100 @@
+"""(IA)³ (Liu et al. 2022): a vector l that scales a layer's output or its input.
+
+    (W u + b) ⊙ (1 + σ (l - 1)), or with the input scaled W (u ⊙ (1 + σ (l - 1))) + b
+
+Stored in PEFT's files (`peft_files`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ExpertError
+from .kind import SiteModule, are_floats
+from .peft_files import ADAPTER_WEIGHTS, site_of, write_adapter
+
+__all__ = ["IA3_ENDING", "ScalingVector", "read_ia3", "write_ia3"]
+
+IA3_ENDING = ".ia3_l"
+
+
+@dataclass(frozen=True)
+class ScalingVector(SiteModule):
+    """One site's (IA)³ vector l: it scales the input or the output of the linear layer."""
+
+    kind: ClassVar[str] = "ia3"
+
+    vector: Tensor  # [n] or [d]
+    on_input: bool
+
+    @property
+    def in_features(self) -> int | None:
+        """The size n of the site's input, None where the output is scaled."""
+        return len(self.vector) if self.on_input else None
+
+    @property
+    def out_features(self) -> int | None:
+        """The size d of the site's output, None where the input is scaled."""
+        return None if self.on_input else len(self.vector)
+
+    @property
+    def settings(self) -> object:
+        """Whether the input is scaled."""
+        return self.on_input
+
+    def at(self, weight: Tensor) -> ScalingVector:
+        """The same on the device of `weight`, in float32: a bfloat16 is far too coarse around 1."""
+        return ScalingVector(self.vector.to(weight.device, torch.float32), self.on_input)
+
+    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """The base's output with its input or itself scaled at this strength, [.., d]."""
+        factor = 1 + strength * (self.vector - 1)
+        if self.on_input:
+            scaled: Tensor = base((u * factor).to(u.dtype))
+            return scaled
+        y: Tensor = base(u)
+        return (y * factor).to(y.dtype)
+
+
+def read_ia3(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> dict[str, ScalingVector]:
+    """The (IA)³ vectors by site of a PEFT adapter that was read already.
+
+    PEFT stores those of outputs as [d, 1] and those of inputs as [1, n]. Raises ExpertError for any
+    other tensor.
+    """
+    vectors = {}
+    for key, tensor in sorted(tensors.items()):
+        site = site_of(key, (IA3_ENDING,), directory)
+        if tensor.dim() != 2 or sorted(tensor.shape)[0] != 1 or not are_floats(tensor):
+            raise ExpertError(
+                f"{directory}, site {site}: wanted a vector of shape (d, 1) or (1, n), in floating "
+                f"point, got {tuple(tensor.shape)} of {tensor.dtype}."
+            )
+        vectors[site] = ScalingVector(tensor.flatten(), on_input=tensor.shape[0] == 1)
+    if not vectors:
+        raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no (IA)³ vectors.")
+    return vectors
+
+
+def write_ia3(
+    folder: Path, scalings: Mapping[str, ScalingVector], about: Mapping[str, Any]
+) -> Path:
+    """`folder`, with these vectors by site in PEFT's files; `about` goes into the configuration."""
+    config = {
+        **about,
+        "peft_type": "IA3",
+        "feedforward_modules": sorted(site for site, each in scalings.items() if each.on_input),
+    }
+    tensors = {
+        site + IA3_ENDING: each.vector.view((1, -1) if each.on_input else (-1, 1))
+        for site, each in scalings.items()
+    }
+    return write_adapter(folder, config, scalings, tensors)

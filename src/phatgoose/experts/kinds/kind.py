@@ -1,0 +1,114 @@
+"""What every kind of expert has: modules at its sites, two files, and a record that names them.
+
+Glossary, for all kinds: u input of a site's linear layer [.., n], y its output [.., d], W and b its
+weight and bias, σ the strength at which a module acts (1, or [.., 1] for each token). At strength 1
+a module acts as it was trained; at strength 0 the base acts alone.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ...config import Peft
+from ...files.tensor_file import FLOATS, TensorFile
+
+__all__ = ["AdapterFiles", "Kind", "SiteModule", "are_floats", "read_tensors"]
+
+
+class SiteModule(ABC):
+    """What an expert does at one site. Each kind has a frozen dataclass of this base."""
+
+    kind: ClassVar[str]
+
+    @property
+    def in_features(self) -> int | None:
+        """The size n of the site's input, None for a module that never sees it."""
+        return None
+
+    @property
+    def out_features(self) -> int | None:
+        """The size d of the site's output, None for a module that never sees it."""
+        return None
+
+    @property
+    def size(self) -> int | None:
+        """The rank, or the size of the bottleneck; None for a kind that has neither."""
+        return None
+
+    @property
+    @abstractmethod
+    def settings(self) -> object:
+        """Everything but the tensors that its output depends on."""
+
+    @abstractmethod
+    def at(self, weight: Tensor) -> SiteModule:
+        """The same module on the device of `weight`, ready for `apply`."""
+
+    @abstractmethod
+    def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
+        """The output [.., d] of the linear layer `base` for u under this module.
+
+        Only a module that came from `at` may be applied.
+        """
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The two files of an adapter: their names, and how they are read.
+
+    `base_key` is where the configuration names the base. Both readers take the adapter's directory
+    and raise ExpertError.
+    """
+
+    config: str
+    weights: str
+    base_key: str
+    read_config: Callable[[Path], dict[str, Any]]
+    read_weights: Callable[[Path], TensorFile]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of expert.
+
+    `config` holds the settings of a new expert of this kind. `read` makes modules by site of an
+    adapter's directory (for messages), configuration and tensors, and raises ExpertError when they
+    don't fit each other; `write` puts modules by site into a folder, and what it is given beside
+    them into the configuration. `title` begins the model card's first sentence. `peft_type` tells
+    apart the kinds that share PEFT's files; None means that PEFT doesn't have this kind.
+    """
+
+    module: type[SiteModule]
+    config: type[Peft]
+    files: AdapterFiles
+    read: Callable[[Path, Mapping[str, Any], Mapping[str, Tensor]], Mapping[str, SiteModule]]
+    write: Callable[[Path, Mapping[str, Any], Mapping[str, Any]], Path]
+    title: str
+    peft_type: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name in recipes and on the command line, a key of `config.PEFT_KINDS`."""
+        return self.module.kind
+
+
+def read_tensors(path: Path) -> TensorFile:
+    """Every tensor of a safetensors file, all finite, as views of the mapped file.
+
+    Raises ExpertError when the file is missing, no regular file of its folder, truncated, or holds
+    a NaN or an infinity.
+    """
+    tensors = TensorFile(path)
+    tensors.check_finite()
+    return tensors
+
+
+def are_floats(*tensors: Tensor) -> bool:
+    """True when all are of a floating-point type that experts may be stored in."""
+    return all(tensor.dtype in FLOATS for tensor in tensors)

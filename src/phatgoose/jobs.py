@@ -1,8 +1,8 @@
-"""Jobs, and who does them: engines, in this process one after the other or in others at once.
+"""Jobs and the engines that run them: one after the other here, or several at once elsewhere.
 
-A comparison's cells and a pool's experts are jobs. A `Workshop` says how they are done and holds
-what many of them need, such as a base; an `Engine` decides where and when, and nothing else. Bases
-travel by name and place, so that another process can load the same.
+A comparison's cells and a pool's experts are jobs. A `Workshop` knows how to do them and holds what
+they share, such as a base; an `Engine` only decides where and when. A base travels by name and
+location, so that another process can load the same.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from .base.loading import Base, load_base
 from .base.smollm2 import SMOLLM2
 from .experts.hub import HubReference
 
-__all__ = ["BasePlace", "Engine", "Job", "LocalEngine", "Work", "Workshop", "absolute"]
+__all__ = ["BaseLocation", "Engine", "Job", "LocalEngine", "Work", "Workshop", "absolute"]
 
 
 class Job(Protocol):
-    """A piece of work that may be done anywhere, and again: its result is the same then."""
+    """A piece of work with the same result wherever and however often it is done."""
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
 
     @property
     def group(self) -> str:
-        """Jobs of one group share what is costly to prepare, so one worker should do them."""
+        """Jobs of one group share costly preparation, so one worker should do them all."""
 
     @property
     def size(self) -> int:
-        """How many units of progress it counts for."""
+        """Its share of the progress bar, in units."""
 
     def again(self: AnyJob) -> AnyJob:
-        """The job to give after its worker was lost in the middle of it."""
+        """The job to run when a worker was lost in the middle of this one."""
 
 
 AnyJob = TypeVar("AnyJob", bound=Job)
@@ -46,20 +46,20 @@ Work = Callable[[AnyJob], AnyResult]
 
 
 class Workshop(Protocol[AnyJob, AnyResult]):
-    """What jobs are done with."""
+    """Does jobs, with what many of them share."""
 
     def open(self, tell: Callable[[int], None]) -> AbstractContextManager[Work[AnyJob, AnyResult]]:
-        """A function that does one job after the other while the context is open.
+        """A function that does one job at a time while the context is open.
 
-        It may tell how many units of a job's size were done since it last told.
+        It may call `tell` with the units of a job's size done since the last call.
         """
 
-    def elsewhere(self) -> Workshop[AnyJob, AnyResult]:
-        """The same by names and places, for another process to load what is loaded here."""
+    def portable(self) -> Workshop[AnyJob, AnyResult]:
+        """The same with names and locations in place of what is loaded, for another process."""
 
 
 class Engine(Protocol):
-    """Does jobs. A `remote` one does them in other processes, whose own bars aren't seen here."""
+    """Runs jobs. A `remote` engine runs them in other processes, whose progress bars aren't seen."""
 
     remote: bool
 
@@ -68,20 +68,20 @@ class Engine(Protocol):
     ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
         """(job, result) of each of `jobs` as soon as it is done, in any order.
 
-        `bar` (a tqdm) is moved by each job's size in all. What a job raises is raised here, and
-        the others are given up.
+        `bar` (a tqdm) advances by each job's size. What a job raises is raised here, and the other
+        jobs are abandoned.
         """
 
 
 class LocalEngine:
-    """Jobs in this process, in order."""
+    """Runs jobs in this process, in order."""
 
     remote = False
 
     def run(
         self, workshop: Workshop[AnyJob, AnyResult], jobs: Sequence[AnyJob], bar: Any
     ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
-        """(job, result) of each of `jobs`, in order; without any the workshop stays shut."""
+        """(job, result) of each of `jobs`, in order. Without jobs the workshop isn't opened."""
         if not jobs:
             return
         with workshop.open(lambda units: None) as work:
@@ -93,22 +93,22 @@ class LocalEngine:
 
 
 def absolute(place: str | Path) -> str:
-    """`place` as it is found from any working directory: ids and references stay as they are."""
+    """`place` as it can be found from any working directory; ids and references stay unchanged."""
     is_name = HubReference.is_one(place) or str(place) == SMOLLM2
     return str(place) if is_name or not Path(place).exists() else str(Path(place).resolve())
 
 
 @dataclass(frozen=True)
-class BasePlace:
-    """Where a base is found, in which dtype, and how it is recognised and recorded."""
+class BaseLocation:
+    """Where a base can be loaded from, in which dtype, and which base it has to be."""
 
     place: str
     dtype: str
     reference: BaseReference
 
     @classmethod
-    def of(cls, base: Base) -> BasePlace:
-        """The place of a base that is loaded here."""
+    def of(cls, base: Base) -> BaseLocation:
+        """The location of a loaded base."""
         dtype = str(base.model.dtype).removeprefix("torch.")
         return cls(absolute(base.id), dtype, base.reference)
 

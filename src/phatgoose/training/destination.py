@@ -56,7 +56,7 @@ class ExpertFolder(Protocol):
         A worker that was lost may hold its unfinished work for up to `patience` seconds more.
         """
 
-    def elsewhere(self) -> ExpertFolder:
+    def portable(self) -> ExpertFolder:
         """The same folder, for a process with another working directory."""
 
 
@@ -105,7 +105,7 @@ class LocalFolder:
         wait_for_work(self.path / name, patience)
         yield Place(self.path / name, lambda: None)
 
-    def elsewhere(self) -> LocalFolder:
+    def portable(self) -> LocalFolder:
         """The same by its absolute path."""
         return LocalFolder(self.path.absolute())
 
@@ -151,7 +151,7 @@ class RemoteFolder:
             except OSError as error:
                 raise ExpertError(f"{self.place(name)} can't be written: {error}.") from error
 
-    def elsewhere(self) -> RemoteFolder:
+    def portable(self) -> RemoteFolder:
         """Itself: a URL is the same everywhere."""
         return self
 

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from ..base.fingerprint import BaseReference
 from ..base.loading import Base, load_base
 from ..config import Formatting, GateTraining, Lora, Peft, Training
-from ..jobs import BasePlace, Engine, LocalEngine, absolute
+from ..jobs import BaseLocation, Engine, LocalEngine, absolute
 from ..tasks.suites.training_tasks import TrainingTask
 from .destination import ExpertFolder, TrainedExpert, expert_folder
 from .loop import Watcher
@@ -74,7 +74,7 @@ def train_experts(
     engine = engine or LocalEngine()
     folder = expert_folder(out)
     if engine.remote:
-        jobs = [replace(job, task=job.task.elsewhere()) for job in jobs]
+        jobs = [replace(job, task=job.task.portable()) for job in jobs]
     there = [job for job in jobs if folder.has(job.name)]
     for job in there:
         yield folder.finished(job.name)
@@ -97,7 +97,7 @@ def train_experts(
 class _ExpertWorkshop:
     """What experts are trained with: a base, a folder, and settings that all of them share."""
 
-    base: Base | BasePlace | str
+    base: Base | BaseLocation | str
     dtype: str
     folder: ExpertFolder
     peft: Peft
@@ -108,7 +108,7 @@ class _ExpertWorkshop:
     def open(self, tell: Callable[[int], None]) -> Iterator[Trainer]:
         """A function that trains experts; the base is loaded once."""
         base = self.base
-        if isinstance(base, BasePlace):
+        if isinstance(base, BaseLocation):
             base = base.load()
         elif isinstance(base, str):
             base = load_base(base, dtype=self.dtype)
@@ -134,14 +134,14 @@ class _ExpertWorkshop:
 
         yield train
 
-    def elsewhere(self) -> _ExpertWorkshop:
+    def portable(self) -> _ExpertWorkshop:
         """The same by the place of the base."""
         base = self.base
         if isinstance(base, Base):
-            base = BasePlace.of(base)
+            base = BaseLocation.of(base)
         elif isinstance(base, str):
-            base = BasePlace(absolute(base), self.dtype, BaseReference(base))
-        return replace(self, base=base, folder=self.folder.elsewhere())
+            base = BaseLocation(absolute(base), self.dtype, BaseReference(base))
+        return replace(self, base=base, folder=self.folder.portable())
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class RayEngine:
         """
         if not jobs:
             return
-        crew = _Crew(self, ray.put(workshop.elsewhere()), list(jobs), bar)
+        crew = _Crew(self, ray.put(workshop.portable()), list(jobs), bar)
         try:
             while crew.unfinished:
                 yield from crew.turn()

@@ -12,7 +12,7 @@ from ...base.fingerprint import number_format
 from ...base.loading import Base
 from ...errors import EvaluationError
 from ...experts.expert import Expert
-from ...jobs import BasePlace
+from ...jobs import BaseLocation
 from ...routing.open_model import OpenedModel
 from ...tasks.encoding import Encoder
 from ..evaluate import EvaluationSet, score
@@ -90,17 +90,17 @@ class CellWorkshop:
 
             yield score
 
-    def elsewhere(self) -> CellWorkshopElsewhere:
+    def portable(self) -> CellWorkshopElsewhere:
         """The same by the places of base and experts."""
         rows = {name: row.elsewhere() for name, row in self.rows.items()}
-        return CellWorkshopElsewhere(BasePlace.of(self.base), rows, self.datasets, code_version())
+        return CellWorkshopElsewhere(BaseLocation.of(self.base), rows, self.datasets, code_version())
 
 
 @dataclass(frozen=True)
 class CellWorkshopElsewhere:
     """A `CellWorkshop` for another process, which loads base and experts itself, each once."""
 
-    base: BasePlace
+    base: BaseLocation
     rows: Mapping[str, RowPlace]
     datasets: Mapping[str, EvaluationSet]
     code: str
@@ -119,7 +119,7 @@ class CellWorkshopElsewhere:
         with workshop.open(tell) as score:
             yield score
 
-    def elsewhere(self) -> CellWorkshopElsewhere:
+    def portable(self) -> CellWorkshopElsewhere:
         """Itself."""
         return self
 

@@ -46,7 +46,7 @@ class TrainingTask:
         """The task, loaded anew at each call. Raises TaskError when it can't be."""
         return self.entry.read(self.places)
 
-    def elsewhere(self) -> TrainingTask:
+    def portable(self) -> TrainingTask:
         """The same task for another machine: a file of the user's own is read here and comes along.
 
         Copies and datasets of the Hub are for that machine to read.

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from phatgoose.experts.kinds.modules import LoraFactors
 
 from growth_cases import uneven_pool
 from phatgoose.analysis import near_duplicates as duplicates
 from phatgoose.analysis.near_duplicates import cosines, near_duplicates
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 
 

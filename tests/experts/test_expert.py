@@ -23,7 +23,9 @@ from paths import GOLDENS
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
-from phatgoose.experts.expert import FORMAT_VERSION, LAYOUT, Expert, check_expert
+from phatgoose.experts.expert import LAYOUT, Expert, check_expert
+from phatgoose.experts.expert_info import FORMAT_VERSION
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files.left_overs import clear_left_overs
 from phatgoose.files.regular_file import sha256_of
 from tiny import make_adapter
@@ -140,8 +142,8 @@ def test_pefts_files_are_copied_byte_for_byte(adapter, original):
 
 def test_an_expert_directory_holds_nothing_but_what_the_format_names(original):
     assert set(contents(original.directory)) == {
-        LAYOUT.adapter_config,
-        LAYOUT.adapter_weights,
+        ADAPTER_CONFIG,
+        ADAPTER_WEIGHTS,
         LAYOUT.vectors,
         LAYOUT.info,
         LAYOUT.card,
@@ -261,15 +263,15 @@ def test_gates_for_some_sites_only_are_refused_when_an_expert_is_made(adapter):
 
 
 def test_a_changed_adapter_is_found_by_its_hash(directory):
-    weights = load_file(directory / LAYOUT.adapter_weights)
+    weights = load_file(directory / ADAPTER_WEIGHTS)
     save_file({name: tensor * 2 for name, tensor in weights.items()}, directory / "new")
-    os.replace(directory / "new", directory / LAYOUT.adapter_weights)
+    os.replace(directory / "new", directory / ADAPTER_WEIGHTS)
     problem = problem_of(directory)
     wanted = json.loads((directory / LAYOUT.info).read_text())["adapter_sha256"]
     for part in (
         "'reviews'",
-        LAYOUT.adapter_weights,
-        sha256_of(directory / LAYOUT.adapter_weights)[:12],
+        ADAPTER_WEIGHTS,
+        sha256_of(directory / ADAPTER_WEIGHTS)[:12],
         wanted[:12],
     ):
         assert part in problem
@@ -283,7 +285,7 @@ def test_changed_vectors_are_found_by_their_hash(directory):
     assert "changed" in problem
 
 
-@pytest.mark.parametrize("file", [LAYOUT.adapter_weights, LAYOUT.vectors])
+@pytest.mark.parametrize("file", [ADAPTER_WEIGHTS, LAYOUT.vectors])
 @pytest.mark.parametrize("length", [0, 40, -4])
 def test_a_truncated_file_is_found(directory, file, length):
     path = directory / file
@@ -291,9 +293,7 @@ def test_a_truncated_file_is_found(directory, file, length):
     assert f"{path} is damaged or truncated" in problem_of(directory)
 
 
-@pytest.mark.parametrize(
-    "file", [LAYOUT.adapter_config, LAYOUT.adapter_weights, LAYOUT.vectors, LAYOUT.info]
-)
+@pytest.mark.parametrize("file", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, LAYOUT.vectors, LAYOUT.info])
 def test_a_missing_file_is_found(directory, file):
     (directory / file).unlink()
     problem = problem_of(directory)
@@ -317,7 +317,7 @@ def test_an_adapter_that_is_not_finite_is_found(directory):
     name = f"base_model.model.{SITE}.lora_A.weight"
     change_tensors(
         directory,
-        LAYOUT.adapter_weights,
+        ADAPTER_WEIGHTS,
         "adapter_sha256",
         lambda tensors: tensors[name][0, 0].fill_(float("nan")),
     )

@@ -17,6 +17,8 @@ from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push, reference_of
 from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds.bottleneck import BOTTLENECK_CONFIG
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.files.regular_file import sha256_of
 from phatgoose.routing.compose import compose, detach
@@ -114,7 +116,7 @@ def test_a_bottleneck_expert_is_pushed_and_pulled(hub, llama, tmp_path):
     assert contents(pulled.directory) == contents(expert.directory)
     Pool.open("hub:me/bottleneck").write_manifest(tmp_path / "pool.json")
     (record,) = json.loads((tmp_path / "pool.json").read_text())["experts"]
-    assert record["config_sha256"] == sha256_of(expert.directory / LAYOUT.bottleneck_config)
+    assert record["config_sha256"] == sha256_of(expert.directory / BOTTLENECK_CONFIG)
     assert Pool.open(tmp_path / "pool.json").experts[0].kind == "bottleneck"
 
 
@@ -187,7 +189,7 @@ def test_a_repository_that_can_not_be_made_is_told(hub, experts):
     assert hub.repositories == {}
 
 
-@pytest.mark.parametrize("moment", ["/api/models/", LAYOUT.adapter_weights])
+@pytest.mark.parametrize("moment", ["/api/models/", ADAPTER_WEIGHTS])
 def test_a_pull_that_the_hub_refuses_is_told_and_leaves_nothing(hub, experts, tmp_path, moment):
     push(experts[0], "me/reviews")
     hub.fail_on = moment

@@ -15,7 +15,8 @@ from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError
-from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import MANIFEST_VERSION, Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.stacks.site_stack import stack_of
@@ -116,7 +117,7 @@ def test_an_empty_list_is_refused():
 def test_a_damaged_expert_spoils_the_pool_by_name(write):
     write("good")
     bad = write("bad")
-    weights = bad / LAYOUT.adapter_weights
+    weights = bad / ADAPTER_WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-3])
     assert str(bad) in complaint_about(bad.parent, ExpertError)
 

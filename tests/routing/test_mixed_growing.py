@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from phatgoose.experts.kinds.modules import ScalingVector
 
 from growth_cases import assert_same_models, composed
 from mixed_experts import mixed_pool_for
@@ -14,6 +13,7 @@ from phatgoose.base.sites import find_sites
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import check_fit
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load

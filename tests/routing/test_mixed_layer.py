@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
 from torch import Tensor, nn
 
 from mixed_experts import mixed_output, mixed_pool_for, naively_mixed
@@ -24,6 +23,9 @@ from phatgoose.errors import ExpertError, PoolError
 from phatgoose.evaluation.comparison.methods import lacking
 from phatgoose.experts.applied import ModifiedLinear, put_in
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.bottleneck import BottleneckLayers
+from phatgoose.experts.kinds.ia3 import ScalingVector
+from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach, record, serving
 from phatgoose.routing.composition import composition_of

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from phatgoose.experts.kinds.modules import LoraFactors
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +19,9 @@ from transformers import (
 
 from phatgoose.base.fingerprint import BaseReference, fingerprint
 from phatgoose.base.sites import find_sites
-from phatgoose.experts.expert import Expert, ExpertInfo
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.expert_info import ExpertInfo
+from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 

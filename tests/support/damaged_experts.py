@@ -8,9 +8,11 @@ from pathlib import Path
 
 from damage import content_of, json_of
 from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.kinds.bottleneck import BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-JSON_FILES = (LAYOUT.info, LAYOUT.adapter_config, LAYOUT.bottleneck_config)
-WEIGHTS = (LAYOUT.adapter_weights, LAYOUT.bottleneck_weights)
+JSON_FILES = (LAYOUT.info, ADAPTER_CONFIG, BOTTLENECK_CONFIG)
+WEIGHTS = (ADAPTER_WEIGHTS, BOTTLENECK_WEIGHTS)
 TENSOR_FILES = (*WEIGHTS, LAYOUT.vectors, LAYOUT.embeddings)
 FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
 

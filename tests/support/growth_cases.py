@@ -13,7 +13,9 @@ from safetensors.torch import save_file
 
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
-from phatgoose.experts.expert import LAYOUT, ExpertInfo
+from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.expert_info import ExpertInfo
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.files.regular_file import sha256_of
 from phatgoose.routing.compose import compose, record
@@ -96,10 +98,10 @@ def write_small_experts(base: Base, folder: Path, count: int, rank: int) -> list
             shapes = {"A": (rank, site.in_features), "B": (site.out_features, rank)}
             for side, shape in shapes.items():
                 weights[f"{prefix}{side}.weight"] = torch.randn(shape, generator=generator)
-        (place / LAYOUT.adapter_config).write_text(json.dumps(config))
-        save_file(weights, place / LAYOUT.adapter_weights)
+        (place / ADAPTER_CONFIG).write_text(json.dumps(config))
+        save_file(weights, place / ADAPTER_WEIGHTS)
         save_file(gates, place / LAYOUT.vectors)
-        hashes = (sha256_of(place / file) for file in (LAYOUT.adapter_weights, LAYOUT.vectors))
+        hashes = (sha256_of(place / file) for file in (ADAPTER_WEIGHTS, LAYOUT.vectors))
         info = ExpertInfo(place.name, base.reference, *hashes)
         (place / LAYOUT.info).write_text(json.dumps(asdict(info)))
         places.append(place)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from peft import IA3Config, TaskType, get_peft_model
-from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -20,7 +19,9 @@ from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, Bottleneck
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.bottleneck import write_bottleneck
+from phatgoose.experts.kinds.bottleneck import BottleneckLayers, write_bottleneck
+from phatgoose.experts.kinds.ia3 import ScalingVector
+from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.training.new_modules.placement import placed_sites, scales_input
@@ -70,7 +71,7 @@ def make_bottleneck(
         parts = (normal(size, d), normal(size), normal(d, size), normal(d))
         layers[name] = BottleneckLayers(*parts, shape.activation, shape.scale)
     folder.mkdir(parents=True)
-    return write_bottleneck(folder, layers, base.id)
+    return write_bottleneck(folder, layers, {"base": base.id})
 
 
 def make_biased_lora(base: Base, folder: Path, *, seed: int = 0) -> Path:

@@ -14,6 +14,7 @@ from phatgoose.base.loading import Base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import LAYOUT, check_expert
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.jobs import absolute
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training.destination import SNAPSHOT, RemoteFolder, expert_folder
@@ -45,7 +46,7 @@ def tensors_of(url: str, name: str, into: Path) -> dict[str, Any]:
     for place in files.find(f"{root}/{name}"):
         files.get_file(place, str(into / place.rpartition("/")[2]))
     assert check_expert(into) == []
-    return load_file(into / LAYOUT.adapter_weights) | load_file(into / LAYOUT.vectors)
+    return load_file(into / ADAPTER_WEIGHTS) | load_file(into / LAYOUT.vectors)
 
 
 def names_in(url: str) -> set[str]:
@@ -90,7 +91,7 @@ def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
     assert trained.place == f"{url}/numbers"
     assert trained.metrics["expert_best_step"] == alone.metrics["expert_best_step"]
     assert names_in(url) == {"numbers"}
-    wanted = load_file(tmp_path / "here/numbers" / LAYOUT.adapter_weights)
+    wanted = load_file(tmp_path / "here/numbers" / ADAPTER_WEIGHTS)
     wanted |= load_file(tmp_path / "here/numbers" / LAYOUT.vectors)
     got = tensors_of(url, "numbers", tmp_path / "fetched")
     assert wanted.keys() == got.keys()
@@ -124,7 +125,7 @@ def test_a_snapshot_that_is_not_whole_counts_for_nothing(tmp_path):
 def test_an_expert_is_there_when_its_description_is(tmp_path):
     folder = expert_folder(f"file://{tmp_path}")
     (tmp_path / "half").mkdir()
-    (tmp_path / "half" / LAYOUT.adapter_weights).write_text("")
+    (tmp_path / "half" / ADAPTER_WEIGHTS).write_text("")
     assert not folder.has("half")
     (tmp_path / "half" / LAYOUT.info).write_text("{")
     assert folder.has("half")
@@ -139,7 +140,7 @@ def test_a_folder_that_nothing_can_open_is_refused():
 
 def test_a_task_file_is_read_here_and_comes_along(job, tmp_path):
     task = job.task.load()
-    moved = job.task.elsewhere()
+    moved = job.task.portable()
     (tmp_path / "numbers.jsonl").unlink()
     assert moved.load().digest == task.digest
 
@@ -148,7 +149,7 @@ def test_what_goes_elsewhere_knows_no_working_directory(base_folders, tmp_path, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").symlink_to(base_folders["llama"])
     workshop = _ExpertWorkshop("base", "float32", expert_folder("out"), LORA, None, 0.0)
-    there = workshop.elsewhere()
+    there = workshop.portable()
     assert there.folder.path == tmp_path / "out"
     monkeypatch.chdir("/")
     assert there.base.load().id == "base"

@@ -3,14 +3,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from phatgoose.experts.kinds.modules import LoraFactors
 from torch import Tensor, nn
 
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
-from phatgoose.experts.kinds.peft_files import read_lora
+from phatgoose.experts.adapter import read_modules
+from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.collating import Collator, target_logits
 from phatgoose.tasks.encoding import IGNORED, TokenPair
@@ -112,7 +112,7 @@ def test_the_gradient_of_a_gate_agrees_with_finite_differences():
 
 
 def test_gates_of_a_whole_model_agree_with_finite_differences(base, kind, tmp_path):
-    lora = read_lora(make_adapter(base, tmp_path / "adapter"))
+    lora = read_modules(make_adapter(base, tmp_path / "adapter"))
     name = list(lora)[-1]
     with gated(base.model, lora) as layers:
         layer, ids = layers[name], make_ids()
@@ -133,7 +133,7 @@ def test_gates_of_a_whole_model_agree_with_finite_differences(base, kind, tmp_pa
 
 
 def test_gated_layers_leave_with_their_context_even_after_an_error(base, tmp_path):
-    lora = read_lora(make_adapter(base, tmp_path / "adapter"))
+    lora = read_modules(make_adapter(base, tmp_path / "adapter"))
     modules = dict(base.model.named_modules())
     name = next(iter(lora))
     with gated(base.model, lora) as layers:
@@ -192,7 +192,7 @@ def test_only_gates_are_handed_to_the_optimiser(llama, adapter, tmp_path, monkey
 
 def naive_gates(base, adapter, steps: int, learning_rate: float) -> dict[str, Tensor]:
     """Gates after AdamW steps on all training examples at once, by hooks on the plain model."""
-    lora = read_lora(adapter)
+    lora = read_modules(adapter)
     gates = {site: torch.zeros(f.A.shape[1], requires_grad=True) for site, f in lora.items()}
 
     def hook_of(site: str):

@@ -16,6 +16,7 @@ from phatgoose.base.loading import Base, load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import LAYOUT, check_expert
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.loop import _micro_batch
 from phatgoose.training.train_expert import processes, train_expert
@@ -64,7 +65,7 @@ def test_two_processes_train_the_expert_of_one(base_folders, llama, tmp_path, jo
     alone, together = (tmp_path / place / "numbers" for place in ("alone", "together"))
     assert check_expert(together) == []
     assert sorted(path.name for path in together.parent.iterdir()) == ["numbers"]
-    for file in (LAYOUT.adapter_weights, LAYOUT.vectors):
+    for file in (ADAPTER_WEIGHTS, LAYOUT.vectors):
         wanted, got = load_file(alone / file), load_file(together / file)
         assert wanted.keys() == got.keys()
         for name, tensor in wanted.items():

@@ -13,8 +13,9 @@ from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, TaskError, WrongBaseError
+from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kinds.peft_files import read_lora
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import router_statistics as statistics_module
 from phatgoose.training.gates import train_gates
@@ -73,7 +74,7 @@ def test_measuring_changes_neither_adapter_nor_gates(llama, tmp_path):
     before = files_of(expert.directory)
     got = measure(expert, llama, TASK, examples=5)
     after = files_of(expert.directory)
-    for name in (LAYOUT.adapter_weights, LAYOUT.adapter_config):
+    for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
         assert after[name] == before[name]
     assert same(got.gates, expert.gates)
     assert not same(got.means, expert.means)
@@ -165,14 +166,14 @@ def test_only_training_examples_are_measured(llama, tmp_path, monkeypatch):
 def test_the_expert_at_full_strength_is_the_peft_model(base, tmp_path):
     folder, ids = make_adapter(base, tmp_path / "adapter"), make_ids()
     plain = logits_of(base.model, ids)
-    with at_full_strength(base.model, read_lora(folder)):
+    with at_full_strength(base.model, read_modules(folder)):
         got = logits_of(base.model, ids)
     assert_same_logits(got, logits_of(peft_model(base, folder), ids))
     assert torch.equal(logits_of(base.model, ids), plain)
 
 
 def test_full_strength_ends_with_its_context_even_after_an_error(llama, tmp_path):
-    lora, ids = read_lora(make_adapter(llama, tmp_path / "adapter")), make_ids()
+    lora, ids = read_modules(make_adapter(llama, tmp_path / "adapter")), make_ids()
     plain = logits_of(llama.model, ids)
     with pytest.raises(LookupError), at_full_strength(llama.model, lora):
         raise LookupError

@@ -40,7 +40,7 @@ def put_in(
     modules: Mapping[str, SiteModule],
     layer: type[Layer],
 ) -> Iterator[dict[str, Layer]]:
-    """Layers of class `layer` with an expert's modules, by site, in `model` while the context is open.
+    """`layer`s with an expert's modules, by site, inside `model` while the context is open.
 
     Raises ExpertError when a site or its shape doesn't fit the model.
     """

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-from ..base.loading import BaseReference
+from ..base.fingerprint import BaseReference
 from ..errors import ExpertError
 from ..files.quoting import one_line, shortened
 from ..files.strict_json import read_json_object

@@ -43,6 +43,7 @@ from phatgoose.config import (
     settings_of,
 )
 from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.files.regular_file import sha256_of
 from tiny import make_adapter, make_model, make_tokenizer
 
@@ -103,14 +104,12 @@ def damage(folder: Path) -> None:
         shutil.copytree(reviews, folder / "damaged" / name)
     shutil.copytree(reviews, folder / "twins" / "one")
     shutil.copytree(reviews, folder / "twins" / "two")
-    weights = folder / "damaged" / "cut" / LAYOUT.adapter_weights
+    weights = folder / "damaged" / "cut" / ADAPTER_WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-50])
     change_vectors(folder / "damaged" / "nan", lambda v: v[f"gate.{SITE}"].fill_(float("nan")))
     gate = {f"gate.{SITE}": torch.zeros(7)}
     change_vectors(folder / "damaged" / "gate", lambda v: v.update(gate))
-    shutil.copy(
-        folder / "experts" / "counting" / LAYOUT.adapter_weights, folder / "damaged" / "changed"
-    )
+    shutil.copy(folder / "experts" / "counting" / ADAPTER_WEIGHTS, folder / "damaged" / "changed")
     info = folder / "damaged" / "foreign" / LAYOUT.info
     info.write_text(json.dumps({**json.loads(info.read_text()), "format_version": 99}))
     bare = Expert.from_peft(reviews, {}, name="bare", base=Expert.load(reviews).info.base)

@@ -25,6 +25,7 @@ from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, EngineError
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training.loop import COMPLETE
@@ -98,7 +99,7 @@ class Naps:
 
         yield nap
 
-    def elsewhere(self) -> Naps:
+    def portable(self) -> Naps:
         return self
 
 
@@ -156,7 +157,7 @@ def write_tasks(folder: Path) -> list[str]:
 
 
 def tensors_of(expert: Path) -> dict[str, Any]:
-    return load_file(expert / LAYOUT.adapter_weights) | load_file(expert / LAYOUT.vectors)
+    return load_file(expert / ADAPTER_WEIGHTS) | load_file(expert / LAYOUT.vectors)
 
 
 def begun(out: Path) -> int:
@@ -268,8 +269,8 @@ class HeldWorkshop:
 
         return self.workshop.open(held)
 
-    def elsewhere(self) -> HeldWorkshop:
-        return replace(self, workshop=self.workshop.elsewhere())
+    def portable(self) -> HeldWorkshop:
+        return replace(self, workshop=self.workshop.portable())
 
 
 @dataclass

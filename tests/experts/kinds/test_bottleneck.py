@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from phatgoose.experts.kinds.modules import BottleneckLayers
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -23,9 +22,10 @@ from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.bottleneck import (
     BOTTLENECK_CONFIG,
     BOTTLENECK_WEIGHTS,
-    read_bottleneck,
+    BottleneckLayers,
     write_bottleneck,
 )
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 GOLDEN = GOLDENS / "bottleneck"
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -155,7 +155,7 @@ def test_tensors_that_do_not_fit_each_other_are_refused(adapter, how, reason):
 
 
 def test_a_directory_of_two_adapters_is_refused(adapter):
-    (adapter / LAYOUT.adapter_config).write_text("{}")
+    (adapter / ADAPTER_CONFIG).write_text("{}")
     assert "files of two adapters" in complaint_about(adapter)
 
 
@@ -173,22 +173,22 @@ def test_layers_of_unlike_settings_are_no_adapter(tmp_path):
         "b": BottleneckLayers(*parts, activation="silu"),
     }
     with pytest.raises(ExpertError, match="share their activation"):
-        write_bottleneck(tmp_path, layers, "base")
+        write_bottleneck(tmp_path, layers, {"base": "base"})
     del layers["b"]
-    write_bottleneck(tmp_path, layers, "base")
-    assert torch.equal(read_bottleneck(tmp_path)["a"].up, parts[2])
+    write_bottleneck(tmp_path, layers, {"base": "base"})
+    assert torch.equal(read_modules(tmp_path)["a"].up, parts[2])
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 1, 1)])
 def test_an_ia3_tensor_of_another_shape_is_refused(tmp_path, shape):
     folder = shutil.copytree(GOLDENS / "ia3", tmp_path / "mine")
-    tensors = load_file(folder / LAYOUT.adapter_weights)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
     tensors[f"base_model.model.{QUERY}.ia3_l"] = torch.ones(shape)
-    save_file(tensors, folder / LAYOUT.adapter_weights)
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
     assert f"site {QUERY}: wanted a vector" in complaint_about(folder)
     tensors["base_model.model.x.lora_A.weight"] = torch.ones(2, 2)
     del tensors[f"base_model.model.{QUERY}.ia3_l"]
-    save_file(tensors, folder / LAYOUT.adapter_weights)
+    save_file(tensors, folder / ADAPTER_WEIGHTS)
     assert "'base_model.model.x.lora_A.weight'" in complaint_about(folder)
 
 

@@ -18,14 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
+from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.importing.refusals import UNSUPPORTED
-from phatgoose.experts.kinds.peft_files import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    read_adapter_config,
-    read_lora,
-    read_tensors,
-)
+from phatgoose.experts.kinds.kind import read_tensors
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from tiny import make_adapter
 
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -100,7 +96,7 @@ def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], An
 
 def complaint_about(adapter: Path) -> str:
     with pytest.raises(ExpertError) as caught:
-        read_lora(adapter)
+        read_modules(adapter)
     message = str(caught.value)
     assert str(adapter) in message
     assert "\n" not in message
@@ -118,7 +114,7 @@ def peft_layers(base: Any, adapter: Path) -> dict[str, LoraLayer]:
 @pytest.mark.parametrize("options", PLAIN, ids=str)
 def test_factors_and_scales_are_pefts_own(llama, tmp_path, options):
     adapter = make_adapter(llama, tmp_path / "adapter", **options)
-    factors, layers = read_lora(adapter), peft_layers(llama, adapter)
+    factors, layers = read_modules(adapter), peft_layers(llama, adapter)
     assert set(factors) == set(layers)
     for site, layer in layers.items():
         assert factors[site].scale == pytest.approx(layer.scaling["default"]), site
@@ -129,7 +125,7 @@ def test_factors_and_scales_are_pefts_own(llama, tmp_path, options):
 @pytest.mark.parametrize(("kind", "module"), [("gpt2", "c_attn"), ("t5", "wo")])
 def test_factors_and_scales_are_pefts_own_for_other_bases(base, module, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter", rank_pattern={module: 2})
-    factors, layers = read_lora(adapter), peft_layers(base, adapter)
+    factors, layers = read_modules(adapter), peft_layers(base, adapter)
     assert set(factors) == set(layers)
     for site, layer in layers.items():
         assert factors[site].scale == pytest.approx(layer.scaling["default"]), site
@@ -139,7 +135,7 @@ def test_the_patterns_above_do_change_ranks_and_scales(llama, tmp_path):
     adapter = make_adapter(
         llama, tmp_path / "a", rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 5}
     )
-    factors = read_lora(adapter)
+    factors = read_modules(adapter)
     ranks = {lora.A.shape[0] for lora in factors.values()}
     scales = {lora.scale for lora in factors.values()}
     assert ranks == {2, 4}
@@ -214,8 +210,8 @@ def test_an_adapterhub_folder_is_told_apart(adapter):
 
 
 def test_biases_of_a_base_without_any_are_no_obstacle(llama, tmp_path):
-    plain = read_lora(make_adapter(llama, tmp_path / "plain"))
-    biased = read_lora(make_adapter(llama, tmp_path / "biased", bias="all"))
+    plain = read_modules(make_adapter(llama, tmp_path / "plain"))
+    biased = read_modules(make_adapter(llama, tmp_path / "biased", bias="all"))
     assert all(torch.equal(biased[site].B, lora.B) for site, lora in plain.items())
 
 
@@ -266,5 +262,5 @@ def test_reading_changes_no_file(adapter):
     before = {path: path.read_bytes() for path in adapter.iterdir()}
     read_adapter_config(adapter)
     read_tensors(adapter / ADAPTER_WEIGHTS)
-    read_lora(adapter)
+    read_modules(adapter)
     assert {path: path.read_bytes() for path in adapter.iterdir()} == before

@@ -30,7 +30,7 @@ from growth_cases import (
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
-from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.growing import remove_experts
@@ -273,7 +273,7 @@ def test_bfloat16_loses_nothing_under_a_base_in_bfloat16(llama, uneven, tmp_path
 @pytest.mark.skipif(not STATUS.is_file(), reason="memory is told by Linux's /proc")
 def test_a_pool_that_is_packed_and_loaded_is_never_in_memory(llama, tmp_path):
     pool = Pool.open(write_small_experts(llama, tmp_path / "experts", 120, rank=64))
-    size = sum(e.directory.joinpath(LAYOUT.adapter_weights).stat().st_size for e in pool.experts)
+    size = sum(e.directory.joinpath(ADAPTER_WEIGHTS).stat().st_size for e in pool.experts)
     base, ids = copy.deepcopy(llama), make_ids(tokens=3)
     with own_memory() as taken:
         pack(pool, tmp_path / "packed", base)

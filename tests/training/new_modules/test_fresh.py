@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from phatgoose.experts.kinds.modules import BottleneckLayers, LoraFactors, ScalingVector
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -19,6 +18,9 @@ from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.kinds.bottleneck import BottleneckLayers
+from phatgoose.experts.kinds.ia3 import ScalingVector
+from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training import gates as gates_module
 from phatgoose.training.gates import GatedLinear, gated, train_gates

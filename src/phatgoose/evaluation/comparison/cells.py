@@ -93,7 +93,9 @@ class CellWorkshop:
     def portable(self) -> CellWorkshopElsewhere:
         """The same by the places of base and experts."""
         rows = {name: row.elsewhere() for name, row in self.rows.items()}
-        return CellWorkshopElsewhere(BaseLocation.of(self.base), rows, self.datasets, code_version())
+        return CellWorkshopElsewhere(
+            BaseLocation.of(self.base), rows, self.datasets, code_version()
+        )
 
 
 @dataclass(frozen=True)

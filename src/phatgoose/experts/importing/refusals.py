@@ -141,7 +141,7 @@ def refuse_options(config: Mapping[str, Any], directory: Path) -> None:
 
 
 def tensor_refusal(name: str, directory: Path, file: str) -> ExpertError:
-    """The error for tensor `name` of `file`, which no plain adapter has, with the reason if known."""
+    """The error for tensor `name` of `file`, which no plain adapter has."""
     reason = next((reason for part, reason in TENSORS.items() if part in name), None)
     owner = name.rpartition(".")[0].rpartition(".")[2]
     if reason is None and owner in EMBEDDINGS:

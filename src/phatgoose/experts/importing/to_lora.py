@@ -1,7 +1,7 @@
-"""Adapters of other types that update linear layers, approximated by a LoRA (PEFT's convert_to_lora).
+"""Adapters of other types that update linear layers, approximated by a LoRA.
 
-LoHa, LoKr and others add a matrix to the base weight. Its truncated singular value decomposition is
-a LoRA; the share that the truncation loses is reported.
+LoHa, LoKr and others add a matrix to the base weight. Its truncated singular value decomposition
+(PEFT's convert_to_lora) is a LoRA; the share that the truncation loses is reported.
 """
 
 from __future__ import annotations

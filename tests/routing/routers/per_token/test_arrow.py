@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import ArrowConfig, create_arrow_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
-from phatgoose.experts.kinds.modules import LoraFactors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach

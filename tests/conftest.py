@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from command_line import Outcome, run
+from links import KEPT
+from paths import GOLDEN
 from phatgoose.base.loading import Base, load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
@@ -118,6 +121,19 @@ def llama_pool(pool_of: Callable[..., Pool]) -> Pool:
 def toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     """`toy_embed` in place of the default sentence embedder."""
     use_toy_embedder(monkeypatch)
+
+
+@pytest.fixture
+def golden_copy(tmp_path: Path) -> Path:
+    """A copy of the golden expert, to damage."""
+    return shutil.copytree(GOLDEN, tmp_path / "golden")
+
+
+@pytest.fixture
+def victim(tmp_path: Path) -> Path:
+    """A file that must stay as it is."""
+    (tmp_path / "victim").write_text(KEPT)
+    return tmp_path / "victim"
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import phatgoose
-from paths import GOLDENS
+from paths import GOLDEN
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
@@ -31,7 +31,6 @@ from phatgoose.files.regular_file import sha256_of
 from tiny import make_adapter
 
 SOURCE = Path(phatgoose.__file__).parent
-GOLDEN = GOLDENS / "expert"
 SITE = "model.layers.0.self_attn.q_proj"
 REFERENCE = BaseReference("tiny", None, "sha256:ab")
 

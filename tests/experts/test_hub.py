@@ -12,6 +12,7 @@ from huggingface_hub import constants
 
 from fake_hub import FakeHub, serving_hub
 from mixed_experts import make_kind
+from paths import GOLDEN
 from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, Expert
@@ -360,3 +361,17 @@ def test_the_commands_push_pull_and_import(hub, experts, llama, tmp_path, capsys
     assert "theirs: 14 sites, LoRA of rank 4" in told
     assert "phatgoose gate" in told
     assert Expert.load(tmp_path / "theirs").gates == {}
+
+
+def test_a_folder_that_looks_like_the_hubs_cache_is_not_from_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    inside = Path("models--famous--expert", "snapshots", "a" * 40)
+    forged = shutil.copytree(GOLDEN, tmp_path / "received" / inside)
+    assert reference_of(forged) is None
+    record = Pool.open(forged).records()[0]
+    assert record["path"] == str(forged.resolve())
+    real = shutil.copytree(GOLDEN, tmp_path / "cache" / inside)
+    assert str(reference_of(real)) == f"hub:famous/expert@{'a' * 40}"
+    shutil.copytree(GOLDEN, real / "inner")
+    assert str(reference_of(real / "inner")) == f"hub:famous/expert/inner@{'a' * 40}"
+    assert reference_of(tmp_path / "cache") is None

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from odd_files import one_line_of
+from phatgoose.apps.cli import main
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
@@ -353,3 +355,22 @@ def test_a_manifest_that_can_not_be_written_is_refused_and_leaves_nothing(write,
     with pytest.raises(PoolError, match="can't be written"):
         pool.write_manifest(tmp_path / "file" / "pool.json")
     assert {path.name for path in tmp_path.iterdir()} == {"file", "pool"}
+
+
+@pytest.mark.parametrize("path", [5, None, [], {}, 1.5, True, "\0", "x" * 5000, "../" * 100])
+def test_a_manifest_whose_path_is_none_is_one_line(golden_copy, tmp_path, path):
+    Pool.open(golden_copy).write_manifest(tmp_path / "pool.json")
+    content = json.loads((tmp_path / "pool.json").read_text())
+    content["experts"][0]["path"] = path
+    (tmp_path / "pool.json").write_text(json.dumps(content))
+    one_line_of(lambda: Pool.open(tmp_path / "pool.json"))
+
+
+@pytest.mark.parametrize("records", [5, None, {}, [5], [None], [[]], {"path": 5}, "text"])
+def test_a_manifest_of_other_records_is_one_line(golden_copy, tmp_path, records):
+    content = {"manifest_version": 1, "base": None, "experts": records}
+    (tmp_path / "pool.json").write_text(json.dumps(content))
+    one_line_of(lambda: Pool.open(tmp_path / "pool.json"), PoolError)
+    with pytest.raises(SystemExit) as caught:
+        main(["pool", str(tmp_path / "pool.json")])
+    assert caught.value.code == 2

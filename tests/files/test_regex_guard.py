@@ -15,14 +15,13 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 
 from import_cases import Case, write_case
-from paths import GOLDENS
+from paths import GOLDEN
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from phatgoose.files.regex_guard import check_config, check_patterns, matching, value_at
 
-GOLDEN = GOLDENS / "expert"
 UNSLOTH = (  # what a library of that name writes into every adapter of a vision model
     r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense).*?"
     r"(?:k_proj|v_proj|q_proj|out_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:self_attn|attention|"

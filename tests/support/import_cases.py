@@ -14,9 +14,13 @@ import peft
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tiny import make_model
+from tiny import (
+    make_model,
+    make_tokenizer,
+)
 
 KINDS = ("t5", "llama", "gpt2", "qwen2")
 TARGETS = {  # attention and feed-forward layers that each kind has, by their short names
@@ -217,3 +221,21 @@ CASES = (
         for name, (config, options) in LOSSY.items()
     ),
 )
+
+
+def make_tiny(kind: str, folder: Path) -> Path:
+    """A tiny base of an architecture whose layers transformers 5 has renamed or fused."""
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        num_local_experts=2,
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    make_tokenizer(final_eos=False).save_pretrained(folder)
+    return folder

@@ -26,6 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import Expert
+from phatgoose.tasks.encoding import TokenPair
+from phatgoose.tasks.task import Task
 
 VOCABULARY = 300
 KINDS = ("llama", "gpt2", "qwen2", "t5")  # qwen2 is the grouped-query model, with biases
@@ -187,3 +189,14 @@ def with_added(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:
     ids = [(token, inner.token_to_id(token)) for token in dict.fromkeys([*before, *after])]
     inner.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
     return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+
+
+def pairs_of(base: Base, task: Task) -> list[TokenPair]:
+    space = "" if base.is_encoder_decoder else " "
+    return [
+        TokenPair(
+            base.tokenizer(e.input)["input_ids"],
+            [*base.tokenizer(space + e.target, add_special_tokens=False)["input_ids"], 1],
+        )
+        for e in task.train
+    ]

@@ -13,14 +13,14 @@ from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.collating import Collator, target_logits
-from phatgoose.tasks.encoding import IGNORED, TokenPair
+from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import gates as gates_module
 from phatgoose.training import router_statistics as statistics_module
 from phatgoose.training.gates import GatedLinear, gated, train_gates
 from phatgoose.training.loop import fit
 from phatgoose.training.router_statistics import at_full_strength, mean_activations
-from tiny import assert_same_logits, logits_of, make_adapter, make_ids
+from tiny import logits_of, make_adapter, make_ids, pairs_of
 
 TASK = Task(
     "echo",
@@ -264,17 +264,6 @@ def test_gates_are_trained_in_float32_on_a_bfloat16_base(llama, adapter, tmp_pat
     assert not torch.equal(gates, gates.bfloat16().float())
 
 
-def pairs_of(base, task: Task = TASK) -> list[TokenPair]:
-    space = "" if base.is_encoder_decoder else " "
-    return [
-        TokenPair(
-            base.tokenizer(e.input)["input_ids"],
-            [*base.tokenizer(space + e.target, add_special_tokens=False)["input_ids"], 1],
-        )
-        for e in task.train
-    ]
-
-
 def naive_means(model, sites, pairs: list[TokenPair]) -> dict[str, Tensor]:
     """The mean input of each site, from one pass per example without any padding."""
     inputs: dict[str, list[Tensor]] = {site: [] for site in sites}
@@ -303,7 +292,7 @@ def assert_same_means(got, wanted) -> None:
 
 def test_mean_activations_are_those_of_one_example_at_a_time(base, monkeypatch):
     monkeypatch.setattr(statistics_module, "TOKEN_BUDGET", 40)  # batches of two or three
-    sites, pairs = find_sites(base.model), pairs_of(base)
+    sites, pairs = find_sites(base.model), pairs_of(base, TASK)
     got = mean_activations(base.model, sites, pairs, Collator(base.model, 0))
     assert_same_means(got, naive_means(base.model, sites, pairs))
 
@@ -314,7 +303,7 @@ def test_the_means_of_an_expert_are_measured_with_it_and_without_gates(base, tmp
         base, folder, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
     )
     with at_full_strength(base.model, expert.lora):
-        assert_same_means(expert.means, naive_means(base.model, expert.lora, pairs_of(base)))
+        assert_same_means(expert.means, naive_means(base.model, expert.lora, pairs_of(base, TASK)))
 
 
 def test_means_of_a_sample_come_from_that_many_examples(llama, adapter, tmp_path):
@@ -324,7 +313,7 @@ def test_means_of_a_sample_come_from_that_many_examples(llama, adapter, tmp_path
     )
     site = next(iter(expert.means))
     with at_full_strength(llama.model, expert.lora):
-        singles = [naive_means(llama.model, [site], [pair])[site] for pair in pairs_of(llama)]
+        singles = [naive_means(llama.model, [site], [pair])[site] for pair in pairs_of(llama, TASK)]
     gaps = [(expert.means[site] - single).abs().max().item() for single in singles]
     assert sorted(gaps)[0] < 1e-5 < sorted(gaps)[1]
 
@@ -335,23 +324,6 @@ def test_means_can_be_left_out(llama, adapter, tmp_path):
         llama, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=settings
     )
     assert not expert.means
-
-
-def test_targets_stand_where_they_are_predicted(base):
-    pairs = pairs_of(base)
-    batch = Collator(base.model, 0)(pairs)
-    with torch.no_grad():
-        logits = target_logits(base.model, batch)
-    assert logits.shape[:2] == batch["labels"].shape
-    for pair, row, labels in zip(pairs, logits, batch["labels"], strict=True):
-        if base.is_encoder_decoder:
-            target = torch.tensor([[0, *pair.target[:-1]]])
-            wanted = logits_of(base.model, torch.tensor([pair.prompt]), decoder_input_ids=target)[0]
-        else:
-            ids = torch.tensor([pair.prompt + pair.target])
-            wanted = logits_of(base.model, ids)[0, len(pair.prompt) - 1 : -1]
-        assert labels[labels != IGNORED].tolist() == pair.target
-        assert_same_logits(row[labels != IGNORED], wanted)
 
 
 def test_an_adapter_for_another_base_is_refused(base_folders, adapter, tmp_path):

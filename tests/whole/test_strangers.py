@@ -20,14 +20,13 @@ from hypothesis import strategies as st
 from audited import unexpected, watched
 from damage import damages, do_all
 from damaged_experts import FILES, JSON_FILES, TENSOR_FILES, record_hashes
-from paths import GOLDENS
+from paths import GOLDEN, GOLDENS
 from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict_json import MOST_JSON_BYTES, read_json_object
+from phatgoose.files.strict_json import MOST_JSON_BYTES
 
-GOLDEN = GOLDENS / "expert"
 KINDS = ("expert", "ia3", "bottleneck")  # one golden directory of each
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "120"))
 MOST_SECONDS = 5  # of the processor, for a directory of a few kilobytes
@@ -169,22 +168,6 @@ def test_a_huge_description_is_refused_unread(directory):
     with (directory / LAYOUT.info).open("ab") as file:
         file.truncate(MOST_JSON_BYTES + 1)
     assert f"at most {MOST_JSON_BYTES}" in complaint(directory)
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ('{"a": 1, "a": 2}', "'a' appears twice"),
-        ('{"a": NaN}', "NaN is no JSON number"),
-        ("[" * 100_000, "nested too deeply"),
-        ("[]", "wanted an object"),
-        (b"\xff\xfe", "not valid JSON"),
-    ],
-)
-def test_json_is_read_strictly(tmp_path, text, reason):
-    (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ExpertError, match=reason):
-        read_json_object(tmp_path / "a.json")
 
 
 def test_a_folder_whose_name_is_no_utf8_is_told_as_an_escape(directory, tmp_path, capsys):

@@ -14,12 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 import phatgoose.apps
-from paths import GOLDENS
+from paths import GOLDEN
 from phatgoose.apps.cli import main
 from phatgoose.apps.console.printing import PlainFormatter, complain, say, show
 
 APPS = Path(phatgoose.apps.__file__).parent
-GOLDEN = GOLDENS / "expert"
 STEERING = ["\x1b[2J", "\x1b]0;title\x07", "\x9b2J", "\r", "\x08", "\u202e", "\u2028", "\ud800"]
 HARMLESS = "a b\u00a0c\u200dé漢🦆"
 

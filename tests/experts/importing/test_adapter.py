@@ -10,17 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from import_cases import CASES, KINDS, Case, NotInPeftError, write_case
+from changed_adapters import set_config
+from import_cases import CASES, KINDS, Case, NotInPeftError, make_tiny, write_case
 from paths import ROOT
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import GateTraining, Training
-from phatgoose.errors import BaseModelError, ConfigError, ExpertError, WrongBaseError
+from phatgoose.errors import BaseModelError, ExpertError, WrongBaseError
 from phatgoose.experts.expert import check_expert
-from phatgoose.experts.importing import peft_skeleton as skeletons
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
@@ -28,13 +26,10 @@ from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.gates import train_gates
 from tiny import (
-    assert_same_logits,
     logits_of,
-    make_adapter,
     make_ids,
     make_model,
     make_tokenizer,
-    peft_model,
 )
 
 DOCUMENT = ROOT / "docs" / "imports.md"
@@ -111,77 +106,6 @@ def rewrite_document() -> None:
     DOCUMENT.write_text(before + MARKS[0] + table + MARKS[1] + after, encoding="utf-8")
 
 
-def make_tiny(kind: str, folder: Path) -> Path:
-    """A tiny base of an architecture whose layers transformers 5 has renamed or fused."""
-    config = AutoConfig.for_model(
-        kind,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=300,
-        num_local_experts=2,
-    )
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    make_tokenizer(final_eos=False).save_pretrained(folder)
-    return folder
-
-
-OLD_NAMES = {
-    "model.layers": "transformer.h",
-    "self_attn": "attn.attention",
-    "mlp.gate_proj": "mlp.c_fc_0",
-}
-
-
-def test_names_that_transformers_5_has_changed_are_changed_as_peft_does_it(tmp_path):
-    base = load_base(make_tiny("exaone", tmp_path / "base"), dtype="float32")
-    adapter = make_adapter(
-        base, tmp_path / "adapter", target_modules=["q_proj", "k_proj"], use_rslora=True
-    )
-    tensors = load_file(adapter / ADAPTER_WEIGHTS)
-    for new, old in OLD_NAMES.items():
-        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
-    assert "base_model.model.transformer.h.0.attn.attention.q_proj.lora_A.weight" in tensors
-    save_file(tensors, adapter / ADAPTER_WEIGHTS)
-    expert = import_adapter(adapter, tmp_path / "expert")
-    assert set(expert.lora) == {
-        f"model.layers.{i}.self_attn.{side}_proj" for i in (0, 1) for side in "qk"
-    }
-    wanted = logits_of(peft_model(base, adapter), make_ids())
-    again = logits_of(peft_model(base, expert.directory), make_ids())
-    assert not torch.allclose(wanted, logits_of(base.model, make_ids()))
-    torch.testing.assert_close(again, wanted)
-    with pytest.warns(UserWarning, match="on trust"):
-        routed = compose(Pool((expert,)), base, router="single", k=1)
-    assert_same_logits(logits_of(routed, make_ids()), wanted)
-
-
-def test_a_target_that_transformers_5_has_fused_is_refused_by_name(tmp_path):
-    base = load_base(make_tiny("mixtral", tmp_path / "base"), dtype="float32")
-    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
-    assert set(import_adapter(adapter, tmp_path / "plain").lora) == {
-        "model.layers.0.self_attn.q_proj",
-        "model.layers.1.self_attn.q_proj",
-    }
-    set_config(adapter, target_modules=["q_proj", "w1", "w2", "w3"])
-    with pytest.raises(ExpertError, match=r"fused into parameters \(.*down_proj, gate_up_proj"):
-        import_adapter(adapter, tmp_path / "fused")
-
-
-def set_config(adapter: Path, **values: object) -> None:
-    path = adapter / ADAPTER_CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-@pytest.fixture
-def adapter(llama, tmp_path) -> Path:
-    """A plain adapter of rank 4 that names the tiny Llama as its base."""
-    return make_adapter(llama, tmp_path / "adapter")
-
-
 def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(adapter, llama, tmp_path):
     expert = import_adapter(adapter, tmp_path / "experts" / "mine")
     assert (expert.name, expert.gates, expert.means) == ("mine", {}, {})
@@ -204,20 +128,6 @@ def test_a_fingerprint_is_recorded_when_it_is_asked_for(adapter, llama, tmp_path
     expert = import_adapter(adapter, tmp_path / "mine", fingerprint=True)
     assert expert.info.base.fingerprint == llama.fingerprint
     compose(Pool((expert,)), llama, router="arrow", k=1)
-
-
-def test_peft_is_asked_once_for_all_adapters_of_one_config(adapter, tmp_path, monkeypatch):
-    skeletons._resolve.cache_clear()
-    calls = []
-    build = skeletons.get_peft_model
-    monkeypatch.setattr(
-        skeletons, "get_peft_model", lambda *given: calls.append(given) or build(*given)
-    )
-    for name in ("a", "b", "c"):
-        import_adapter(adapter, tmp_path / name)
-    set_config(adapter, use_rslora=True)
-    import_adapter(adapter, tmp_path / "d")
-    assert len(calls) == 2
 
 
 def test_a_base_of_other_shapes_is_refused_by_layer(adapter, tmp_path):
@@ -256,54 +166,6 @@ def test_a_config_that_fits_nothing_is_refused_in_one_line(adapter, tmp_path, op
     assert complaint in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "mine").exists()
-
-
-@pytest.mark.parametrize("loss", [0.1, 0.3])
-def test_an_approximation_loses_no_more_than_allowed_and_says_how_much(
-    base_folders, tmp_path, loss
-):
-    case = next(case for case in CASES if case.name.startswith("LoHa with"))
-    adapter = write_case(case, "llama", base_folders["llama"], tmp_path / "adapter")
-    exact = import_adapter(adapter, tmp_path / "exact", allow_loss=0.0).lora
-    expert = import_adapter(adapter, tmp_path / "lossy", allow_loss=loss)
-    lost = {}
-    for site, lora in expert.lora.items():
-        whole = (exact[site].B @ exact[site].A).double()
-        rest = whole - lora.scale * (lora.B @ lora.A).double()
-        lost[site] = float(rest.square().sum() / whole.square().sum())
-    record = expert.info.hyperparameters
-    assert 0 < max(lost.values()) <= loss
-    assert record["kept_at_worst_site"] == pytest.approx(1 - max(lost.values()), abs=1e-5)
-    assert max(lost.values()) >= 1 - record["kept_of_update"] > 0
-    assert record["converted_from"] == "LOHA"
-    ranks = {site: lora.A.shape[0] for site, lora in expert.lora.items()}
-    assert any(rank < exact[site].A.shape[0] for site, rank in ranks.items())
-
-
-def test_an_allowed_loss_changes_nothing_about_a_lora(adapter, tmp_path):
-    expert = import_adapter(adapter, tmp_path / "mine", allow_loss=0.5)
-    assert (expert.directory / ADAPTER_WEIGHTS).read_bytes() == (
-        adapter / ADAPTER_WEIGHTS
-    ).read_bytes()
-
-
-@pytest.mark.parametrize("loss", [1.0, -0.1, 2])
-def test_a_loss_that_can_not_be_is_refused(base_folders, tmp_path, loss):
-    case = next(case for case in CASES if case.name.startswith("LoHa with"))
-    adapter = write_case(case, "llama", base_folders["llama"], tmp_path / "adapter")
-    with pytest.raises(ConfigError, match="from 0 to below 1"):
-        import_adapter(adapter, tmp_path / "mine", allow_loss=loss)
-
-
-def test_a_config_can_not_make_peft_import_a_module(adapter, tmp_path, monkeypatch):
-    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
-    monkeypatch.syspath_prepend(tmp_path)
-    set_config(adapter, megatron_config={"a": 1}, megatron_core="evil")
-    with pytest.raises(ExpertError, match="megatron_config"):
-        import_adapter(adapter, tmp_path / "mine")
-    set_config(adapter, megatron_config=None)
-    import_adapter(adapter, tmp_path / "mine")
-    assert not (tmp_path / "ran").exists()
 
 
 def test_gates_trained_for_an_import_keep_what_it_records(adapter, llama, tmp_path):

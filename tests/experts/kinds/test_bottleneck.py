@@ -16,7 +16,6 @@ from mixed_experts import make_bottleneck
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import read_modules
-from phatgoose.experts.card import model_card
 from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.bottleneck import (
@@ -25,7 +24,7 @@ from phatgoose.experts.kinds.bottleneck import (
     BottleneckLayers,
     write_bottleneck,
 )
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 
 GOLDEN = GOLDENS / "bottleneck"
 QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
@@ -96,16 +95,6 @@ def test_an_expert_is_written_and_read_without_a_change(kind, tmp_path):
         assert (tmp_path / "again" / file).read_bytes() == (GOLDENS / kind / file).read_bytes()
 
 
-def test_the_card_says_what_peft_can_load():
-    info = json.loads((GOLDEN / LAYOUT.info).read_text())
-    ours, pefts = model_card(info, "bottleneck", 2), model_card(info, "ia3", 2)
-    assert "library_name: phatgoose" in ours
-    assert "PeftModel" not in ours
-    assert "library_name: peft" in pefts
-    assert "PeftModel.from_pretrained" in pefts
-    assert "An (IA)³ expert" in pefts
-
-
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
@@ -152,11 +141,6 @@ def test_a_config_that_lacks_a_key_is_refused(adapter):
 def test_tensors_that_do_not_fit_each_other_are_refused(adapter, how, reason):
     change(adapter, how)
     assert reason in complaint_about(adapter)
-
-
-def test_a_directory_of_two_adapters_is_refused(adapter):
-    (adapter / ADAPTER_CONFIG).write_text("{}")
-    assert "files of two adapters" in complaint_about(adapter)
 
 
 def test_weights_changed_later_are_noticed(tmp_path):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 
+from changed_adapters import change_tensors, complaint_about
 from phatgoose.base.loading import load_base
-from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import read_modules
-from phatgoose.experts.importing.refusals import UNSUPPORTED
 from phatgoose.experts.kinds.kind import read_tensors
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from tiny import make_adapter
@@ -43,33 +39,6 @@ PLAIN = [
     {"lora_dropout": 0.5},
 ]
 
-REFUSED = [
-    ("use_dora", True, "DoRA rescales the base weight"),
-    ("modules_to_save", ["lm_head"], "it replaces whole modules"),
-    ("trainable_token_indices", [1, 2], "changes token embeddings"),
-    ("layer_replication", [[0, 1]], "changes the base's layers"),
-    ("target_parameters", ["x"], "no linear layers"),
-    ("lora_bias", True, "the bias of B is None"),
-    ("megatron_config", {"a": 1}, "import a module"),
-    ("some_new_option", 3, "which the installed PEFT doesn't know"),
-    ("lora_alpha", "8", "lora_alpha is '8'"),
-    ("rank_pattern", [1], "rank_pattern is [1]"),
-    ("alpha_pattern", {"q_proj": "x"}, "alpha_pattern is"),
-    ("alpha_pattern", {"(": 2}, "no regular expression"),
-    ("init_lora_weights", "sorcery", "'sorcery', which is unknown"),
-    ("init_lora_weights", "corda", "initialised by corda"),
-    ("init_lora_weights", "loftq", "initialised by loftq"),
-    ("init_lora_weights", "lora_ga", "initialised by lora_ga"),
-    ("init_lora_weights", "pissa", "initialised by pissa"),
-    ("init_lora_weights", "pissa_niter_4", "initialised by pissa_niter_4"),
-    ("init_lora_weights", "OLoRA", "initialised by OLoRA"),
-    ("peft_type", "PREFIX_TUNING", "learned tokens or keys"),
-    ("peft_type", "BOFT", "multiplies the base weight"),
-    ("peft_type", "LOHA", "--allow-loss"),
-    ("peft_type", "SOMETHING", "its updates can't be routed"),
-    ("peft_type", None, "type None; wanted LORA or IA3"),
-]
-
 
 @pytest.fixture(scope="module")
 def original(base_folders, tmp_path_factory) -> Path:
@@ -81,26 +50,6 @@ def original(base_folders, tmp_path_factory) -> Path:
 def adapter(original, tmp_path) -> Path:
     """A plain adapter of one's own to damage."""
     return shutil.copytree(original, tmp_path / "my-adapter")
-
-
-def set_config(adapter: Path, **values: object) -> None:
-    path = adapter / ADAPTER_CONFIG
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-
-
-def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
-    tensors = load_file(adapter / ADAPTER_WEIGHTS)
-    change(tensors)
-    save_file(tensors, adapter / ADAPTER_WEIGHTS)
-
-
-def complaint_about(adapter: Path) -> str:
-    with pytest.raises(ExpertError) as caught:
-        read_modules(adapter)
-    message = str(caught.value)
-    assert str(adapter) in message
-    assert "\n" not in message
-    return message
 
 
 def peft_layers(base: Any, adapter: Path) -> dict[str, LoraLayer]:
@@ -140,26 +89,6 @@ def test_the_patterns_above_do_change_ranks_and_scales(llama, tmp_path):
     scales = {lora.scale for lora in factors.values()}
     assert ranks == {2, 4}
     assert scales == {2.0, 4.0, 1.25}
-
-
-@pytest.mark.parametrize(("key", "value", "reason"), REFUSED)
-def test_what_is_no_plain_lora_is_refused_with_the_reason(adapter, key, value, reason):
-    set_config(adapter, **{key: value})
-    assert reason in complaint_about(adapter)
-
-
-def test_a_real_dora_adapter_is_refused(llama, tmp_path):
-    adapter = make_adapter(llama, tmp_path / "dora", use_dora=True)
-    assert "use_dora" in complaint_about(adapter)
-
-
-def test_every_lora_variant_that_peft_knows_is_refused_or_known_to_be_plain():
-    plain_at_inference = {"velora_config", "monteclora_config"}  # they change the training only
-    for field in dataclasses.fields(LoraConfig):
-        if field.metadata.get("is_lora_variant"):
-            assert field.name in {*UNSUPPORTED, *plain_at_inference}, (
-                f"PEFT's {field.name} selects another forward pass; name it in UNSUPPORTED"
-            )
 
 
 def test_a_folder_without_a_config_is_no_adapter(tmp_path):

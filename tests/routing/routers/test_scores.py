@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from odd_files import nested, one_line_of
 from phatgoose.errors import PoolError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
@@ -109,3 +110,11 @@ def test_compose_takes_the_scores_and_their_file_alike(llama, llama_pool, compar
     path = str(comparison) if as_text else comparison
     model = compose(llama_pool, llama, router="oracle", scores=path)
     assert composition_of(model).lookup.experts == {"first": 1, "second": 2}
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", nested(100_000), '{"experts": 5}', '{"experts": {"a": []}}']
+)
+def test_odd_scores_are_one_line(tmp_path, text):
+    (tmp_path / "scores.json").write_text(text)
+    one_line_of(lambda: read_scores(tmp_path / "scores.json"), PoolError)

@@ -3,42 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from paths import SHARED
 from phatgoose.errors import TaskError
-from phatgoose.tasks.suites.entries import Entry, Sources, Suite
+from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.local import local_suite
-from phatgoose.tasks.suites.registry import SUITES, open_suite
 from phatgoose.tasks.task import Example
+from suite_files import FULL, write
 
 REAL = SHARED / "data/eval"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """Two small task files."""
-    path = tmp_path / "mine"
-    path.mkdir()
-    rows = [
-        {"input": "Is it?", "target": "yes", "choices": ["yes", "no"], "split": "test"},
-        {"input": "Was it?", "target": "no", "split": "validation"},
-        {"input": "Will it?", "target": "no", "references": ["no", "never"]},
-    ]
-    (path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (path / "a.csv").write_text("input,target,split\n1+1,2,test\n", encoding="utf-8")
-    (path / "notes.txt").write_text("not a task", encoding="utf-8")
-    return path
-
-
-def write(folder: Path, text: str) -> Path:
-    path = folder / "suite.toml"
-    path.write_text(text, encoding="utf-8")
-    return path
 
 
 def complaint(path: Path) -> str:
@@ -63,22 +39,6 @@ def test_a_folders_task_files_are_its_suite(folder):
 def test_the_name_of_the_folder_one_is_in_is_found(folder, monkeypatch):
     monkeypatch.chdir(folder)
     assert local_suite(".").name == "mine"
-
-
-FULL = """
-name = "my-suite"
-suffix = "\\nAnswer:"
-
-[[tasks]]
-file = "mine/b.jsonl"
-name = "questions"
-metrics = ["accuracy", "rouge-l"]
-max_new_tokens = 8
-
-[[tasks]]
-file = "mine/a.csv"
-suffix = ""
-"""
 
 
 def test_a_toml_file_lists_tasks_and_how_they_are_scored(folder):
@@ -169,59 +129,6 @@ def test_what_is_no_suite_is_refused(folder, tmp_path):
 def test_a_toml_file_that_is_no_text_is_refused(folder):
     (folder / "suite.toml").write_bytes(b"\xff\xfe")
     assert "is not valid TOML" in complaint(folder / "suite.toml")
-
-
-@pytest.mark.parametrize(
-    ("name", "count"),
-    [
-        ("t0hi", 36),
-        ("t0ho", 11),
-        ("flan", 166),
-        ("bbh", 22),
-        ("bbl", 17),
-        ("bbh-23", 23),
-        ("bbl-24", 24),
-    ],
-)
-def test_the_papers_suites_are_known_by_name(name, count):
-    suite = open_suite(name)
-    assert isinstance(suite, Suite)
-    assert suite.name == name
-    assert len(set(suite.names)) == len(suite.entries) == count
-    assert all(isinstance(entry, Entry) for entry in suite.entries)
-
-
-def test_open_suite_takes_known_names_folders_and_toml_files(folder, monkeypatch):
-    assert list(SUITES) == ["t0hi", "t0ho", "flan", "bbh", "bbl", "bbh-23", "bbl-24"]
-    assert open_suite(folder).names == ("a", "b")
-    assert open_suite(str(write(folder.parent, FULL))).name == "my-suite"
-    folder.rename(folder.parent / "bbh")
-    monkeypatch.chdir(folder.parent)
-    assert len(open_suite("bbh").names) == 22
-    assert open_suite("./bbh").names == ("a", "b")
-    assert open_suite(Path("bbh")).names == ("a", "b")
-
-
-def test_an_unknown_suite_lists_the_known_ones(tmp_path):
-    with pytest.raises(TaskError) as caught:
-        open_suite("bbq")
-    message = str(caught.value)
-    assert (
-        "Suite 'bbq' is neither a known name (t0hi, t0ho, flan, bbh, bbl, bbh-23, bbl-24)"
-        in message
-    )
-    assert "nor a folder of task files nor a .toml file" in message
-    with pytest.raises(TaskError, match="can't be read"):
-        open_suite(tmp_path / "nowhere.toml")
-
-
-def test_listing_the_suites_loads_no_heavy_library():
-    code = (
-        "import sys, phatgoose.tasks.suites.registry as s; [make() for make in s.SUITES.values()];"
-        "print({'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "set()"
 
 
 @pytest.mark.real

@@ -1,0 +1,62 @@
+"""A base is recognised by its weights and config, whatever its name and dtype."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from phatgoose.base.fingerprint import fingerprint
+from phatgoose.base.loading import load_base
+from tiny import make_model
+
+
+def changed(kind: str, ending: str, row: int, value: float) -> str:
+    """The fingerprint of the tiny model with one element of one parameter set to `value`."""
+    model = make_model(kind)
+    name, parameter = next(p for p in model.named_parameters() if p[0].endswith(ending))
+    with torch.no_grad():
+        before = parameter.view(-1)[row].item()
+        assert before != value, name
+        parameter.view(-1)[row] = value
+    return fingerprint(model)
+
+
+def test_the_fingerprint_is_the_same_in_float32_and_bfloat16(base_folders, kind):
+    one, other = (load_base(base_folders[kind], dtype=d) for d in ("float32", "bfloat16"))
+    assert other.model.dtype == torch.bfloat16
+    assert one.fingerprint == other.fingerprint
+
+
+def test_the_fingerprint_is_the_same_for_a_copy_under_another_name(base_folders, kind, tmp_path):
+    copy = shutil.copytree(base_folders[kind], tmp_path / "renamed")
+    one, other = (load_base(f, dtype="float32") for f in (base_folders[kind], copy))
+    assert one.id != other.id
+    assert one.fingerprint == other.fingerprint
+
+
+def test_the_fingerprint_tells_two_seeds_of_one_architecture_apart(kind):
+    assert fingerprint(make_model(kind, seed=0)) == fingerprint(make_model(kind, seed=0))
+    assert fingerprint(make_model(kind, seed=0)) != fingerprint(make_model(kind, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"), [("llama", "post_attention_layernorm.weight"), ("gpt2", "ln_f.bias")]
+)
+@pytest.mark.parametrize("row", [0, 13, 31])
+def test_the_fingerprint_sees_every_element_of_a_small_tensor(kind, ending, row):
+    assert changed(kind, ending, row, 1.5) != fingerprint(make_model(kind))
+
+
+def test_the_fingerprint_sees_a_retrained_matrix():
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(1.1)
+    assert fingerprint(model) != fingerprint(make_model("llama"))
+
+
+def test_the_fingerprint_sees_the_number_of_heads():
+    model = make_model("llama")
+    model.config.num_attention_heads = 8
+    assert fingerprint(model) != fingerprint(make_model("llama"))

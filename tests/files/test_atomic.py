@@ -1,0 +1,53 @@
+"""Files and directories written whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+
+from links import KEPT
+from phatgoose.errors import ExpertError, PhatgooseError, PoolError, RoutingError
+from phatgoose.experts.expert import Expert
+from phatgoose.files.atomic import new_directory, write_text
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from small_disks import everything, told
+
+
+def test_a_link_in_the_place_of_a_result_is_replaced(tmp_path, victim):
+    for name in ("table.json", ".table.json.unfinished"):
+        (tmp_path / name).symlink_to(victim)
+    write_text(tmp_path / "table.json", "mine", PhatgooseError)
+    assert (tmp_path / "table.json").read_text() == "mine"
+    assert not (tmp_path / "table.json").is_symlink()
+    assert victim.read_text() == KEPT
+
+
+def test_of_two_that_write_one_expert_the_first_stays_and_the_other_is_told(llama_pool, tmp_path):
+    first, second = llama_pool.experts[:2]
+    target = tmp_path / "expert"
+
+    def late() -> None:
+        with new_directory(target, ExpertError) as work:
+            (work / "half").write_text("of the second")
+            first.save(target)
+
+    assert "exists already" in told(late)
+    assert Expert.load(target).name == first.name
+    assert everything(tmp_path) == {"expert", *(f"expert/{p.name}" for p in target.iterdir())}
+    assert "exists already" in told(lambda: second.save(target))
+    assert second.save(target, overwrite=True).name == second.name
+
+
+def test_of_two_that_save_one_routed_model_the_first_stays(llama_pool, llama, tmp_path):
+    model, target = compose(llama_pool, llama), tmp_path / "routed"
+    with pytest.raises(RoutingError, match="exists already"), new_directory(target, RoutingError):
+        save(model, target)
+    assert {path.name for path in tmp_path.iterdir()} == {"routed"}
+    load(target, detach(model))
+
+
+def test_a_manifest_is_written_whole(llama_pool, tmp_path):
+    (tmp_path / "pool.json").mkdir()
+    with pytest.raises(PoolError, match="can't be written"):
+        llama_pool.write_manifest(tmp_path / "pool.json")

@@ -1,0 +1,77 @@
+"""What killed runs leave behind, and who clears it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from links import KEPT, hidden
+from phatgoose.errors import ExpertError
+from phatgoose.files import left_overs
+from phatgoose.files.atomic import new_directory, new_file
+from phatgoose.files.left_overs import temporary_folder
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from phatgoose.files.left_overs import REPLACED, temporary_file, temporary_folder
+target = Path(sys.argv[1])
+with temporary_folder(target) as folder, temporary_file(target) as file:
+    (folder / "half").write_text("half")
+    with temporary_folder(target, REPLACED) as old:
+        os.rename(target, old / target.name)
+        print("there", flush=True)
+        sys.stdin.read()
+"""
+
+
+def test_the_next_run_clears_what_a_killed_one_left_and_nothing_of_a_running_one(
+    tmp_path, monkeypatch
+):
+    target = tmp_path / "expert"
+    target.mkdir()
+    (target / "old").write_text(KEPT)
+    (tmp_path / ".expert.unfinished-notes").symlink_to(target)
+    (tmp_path / ".expert-20240101").mkdir()
+    words = [sys.executable, "-c", KILLED, str(target)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == b"there\n"
+        before = hidden(tmp_path)
+        assert len(before) == 5
+        left_overs.clear_left_overs(target)  # too young to tell
+        monkeypatch.setattr(left_overs, "YOUNG", -1)
+        left_overs.clear_left_overs(target)  # and held
+        assert hidden(tmp_path) == before
+        running.kill()
+        running.wait()
+    with pytest.raises(ExpertError, match="exists already"), new_directory(target, ExpertError):
+        (target / "old").read_text()  # came back: its successor never came
+    assert hidden(tmp_path) == [".expert-20240101", ".expert.unfinished-notes"]
+    with new_directory(target, ExpertError, overwrite=True) as work:
+        (work / "new").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new"]
+    assert hidden(tmp_path) == [".expert-20240101", ".expert.unfinished-notes"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_a_pipe_among_the_left_overs_is_not_waited_for(tmp_path, monkeypatch):
+    """Whoever opens one waits for somebody who writes, for ever in a stranger's folder."""
+    monkeypatch.setattr(left_overs, "YOUNG", -1)
+    monkeypatch.setattr(left_overs.os, "open", lambda *_: pytest.fail("opened"))
+    os.mkfifo(tmp_path / ".routed.json.unfinished-pipe")
+    left_overs.clear_left_overs(tmp_path / "routed.json")
+    assert hidden(tmp_path) == [".routed.json.unfinished-pipe"]
+
+
+def test_two_that_work_at_one_time_leave_each_other_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(left_overs, "YOUNG", -1)
+    target = tmp_path / "a.json"
+    with temporary_folder(target) as one, new_file(target) as two:
+        left_overs.clear_left_overs(target)
+        assert one.is_dir()
+        two.write_text("new")
+    assert target.read_text() == "new"
+    assert hidden(tmp_path) == []

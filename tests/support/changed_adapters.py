@@ -1,0 +1,36 @@
+"""Adapters on disk, changed, and why they are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from phatgoose.errors import ExpertError
+from phatgoose.experts.adapter import read_modules
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+
+def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(adapter / ADAPTER_WEIGHTS)
+    change(tensors)
+    save_file(tensors, adapter / ADAPTER_WEIGHTS)
+
+
+def complaint_about(adapter: Path) -> str:
+    with pytest.raises(ExpertError) as caught:
+        read_modules(adapter)
+    message = str(caught.value)
+    assert str(adapter) in message
+    assert "\n" not in message
+    return message
+
+
+def set_config(adapter: Path, **values: object) -> None:
+    path = adapter / ADAPTER_CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))

@@ -1,0 +1,46 @@
+"""Small disks, short trainings on them, what they leave, and the one line that tells of failure."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phatgoose.base.loading import Base
+from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.errors import PhatgooseError
+from phatgoose.experts.expert import Expert
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training.train_expert import train_expert
+
+TASK = Task("t", tuple(Example(f"Say {i}", "yes") for i in range(8)))
+
+
+FEW = {
+    "training": Training(batch_size=4, steps=3, eval_every=1),
+    "gate_training": GateTraining(gate_steps=2, statistics_examples=4),
+}
+
+
+def mount(folder: Path, *options: str) -> None:
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"can't mount here: {done.stderr.decode().strip()}")
+
+
+def everything(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def told(action: Callable[[], object]) -> str:
+    """The one line that `action` fails with."""
+    with pytest.raises(PhatgooseError) as caught:
+        action()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def train(base: Base, out: Path, **options: bool) -> Expert:
+    return train_expert(base, TASK, out=out, peft=Lora(rank=2), **FEW, **options)

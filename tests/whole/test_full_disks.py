@@ -1,0 +1,102 @@
+"""Full and read-only disks: complete or absent, and one line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from phatgoose.experts.expert import Expert, check_expert
+from phatgoose.experts.importing.adapter import import_adapter
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.saved.save import save
+from phatgoose.training.gates import train_gates
+from small_disks import FEW, TASK, everything, mount, told, train
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """`disk(kilobytes)`: an empty disk of that size; given again, the same one resized."""
+    if shutil.which("mount") is None or os.geteuid() != 0:
+        pytest.skip("only root can mount small disks")
+    folder = tmp_path / "disk"
+
+    def of_size(kilobytes: int) -> Path:
+        if folder.exists():
+            mount(folder, "-o", f"remount,size={kilobytes}k")
+        else:
+            folder.mkdir()
+            mount(folder, "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs")
+        return folder
+
+    yield of_size
+    if folder.is_mount():
+        subprocess.run(["umount", "-l", str(folder)], check=True)  # mapped files keep it busy
+
+
+@pytest.mark.parametrize("kilobytes", [4, 12, 24])
+def test_a_full_disk_leaves_no_half_of_anything(disk, llama_pool, llama, kilobytes):
+    folder, expert = disk(kilobytes), llama_pool.experts[0]
+    model = compose(llama_pool, llama)
+    actions = {
+        "expert": lambda: expert.save(folder / "expert"),
+        "import": lambda: import_adapter(expert.directory, folder / "import"),
+        "routed": lambda: save(model, folder / "routed"),
+    }
+    for action in actions.values():
+        assert "No space left on device" in told(action)
+        assert everything(folder) == set()
+    disk(10_000)
+    for action in actions.values():
+        action()
+    assert everything(folder) > {"expert", "import", "routed"}
+
+
+def test_an_expert_is_kept_when_there_is_no_space_for_its_successor(disk, llama_pool):
+    folder = disk(60)
+    kept = llama_pool.experts[0].save(folder / "expert")
+    before = {path.name: path.read_bytes() for path in kept.directory.iterdir()}
+    assert "No space left" in told(lambda: kept.save(folder / "expert", overwrite=True))
+    assert {path.name: path.read_bytes() for path in kept.directory.iterdir()} == before
+    assert everything(folder) == {"expert", *(f"expert/{name}" for name in before)}
+
+
+def test_training_on_a_full_disk_is_told_and_goes_on_when_there_is_space(disk, llama, tmp_path):
+    whole = train(llama, tmp_path / "whole")
+    sizes = [8, 40, 120]
+    for kilobytes in sizes:
+        folder = disk(kilobytes)
+        message = told(lambda: train(llama, folder / "expert", resume=True))  # noqa: B023
+        assert "can't be written" in message
+        assert not (folder / "expert").exists()
+    expert = train(llama, disk(10_000) / "expert", resume=True)
+    assert everything(folder) == {
+        "expert",
+        *(f"expert/{p.name}" for p in expert.directory.iterdir()),
+    }
+    for file in ("adapter_model.safetensors", "phatgoose.safetensors"):
+        assert (expert.directory / file).read_bytes() == (whole.directory / file).read_bytes()
+
+
+def test_read_only_folders_are_told(disk, llama_pool, llama, tmp_path):
+    folder = disk(1000)
+    kept = llama_pool.experts[0].save(folder / "kept")
+    mount(folder, "-o", "remount,ro")
+    before = everything(folder)
+    for action in (
+        lambda: kept.save(folder / "expert"),
+        lambda: kept.save(folder / "kept", overwrite=True),
+        lambda: import_adapter(kept.directory, folder / "import"),
+        lambda: train_gates(llama, kept.directory, TASK, out=folder / "gated", **FEW),
+        lambda: save(compose(llama_pool, llama), folder / "routed"),
+        lambda: Pool.open(folder).write_manifest(folder / "pool.json"),
+    ):
+        assert "Read-only file system" in told(action)
+    assert everything(folder) == before
+    assert check_expert(kept.directory) == []
+    assert Expert.load(kept.directory).name == kept.name

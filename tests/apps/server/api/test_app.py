@@ -304,7 +304,7 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
     models = app.state.service.models
     for k in (1, 3, 4, 1):
         ask(client, **GREEDY, k=k)
-    assert len(models._rerouted) == 2
+    assert len(models._overridden) == 2
     goose = models.get("goose")
     one, other = (models.acquire(goose, RoutingOverride(k=k)) for k in (1, 3))
     assert models.acquire(goose, RoutingOverride(k=1)).runner is one.runner
@@ -315,7 +315,7 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
     for use in (one, other):
         models.release(use)
     ask(client, **GREEDY, k=4)
-    layers = [use.runner.model.phatgoose.layers for use in models._rerouted.values()]
+    layers = [use.runner.model.phatgoose.layers for use in models._overridden.values()]
     for name, layer in goose.parts.layers.items():
         assert all(each[name].A is layer.A for each in layers)  # in memory once
 
@@ -515,11 +515,11 @@ def test_a_client_that_goes_away_frees_its_place(pool, stream):
                 with client.getresponse() as reply:
                     assert reply.readline().startswith(b"data: ")
             serving.until(lambda: engine.running == 1)
-            (row,) = [row for batch in engine._batches for row in batch.rows]
+            (row,) = [row for batch in engine._batches for row in batch.sequences]
             client.close()
             serving.until(lambda: row.is_cancelled)
         serving.until(lambda: engine.running == engine.waiting == 0)
-        serving.until(lambda: all(use.requests == 0 for use in models._rerouted.values()))
+        serving.until(lambda: all(use.requests == 0 for use in models._overridden.values()))
         post(client, **GREEDY)
         with client.getresponse() as reply:
             assert reply.status == 200
@@ -581,7 +581,7 @@ def test_places_that_make_no_sense_are_refused(places, said):
 
 
 def test_settings_that_a_model_cannot_have_are_refused(pool):
-    with pytest.raises(ConfigError, match="no pool"):
+    with pytest.raises(ConfigError, match="is not a pool"):
         create_app([ServedModel("b", pool.base.id, Routing())])
     with pytest.raises(ConfigError, match="oracle"):
         create_app([ServedModel("b", str(serving.folder_of(pool)), Routing("oracle"))])

@@ -213,9 +213,11 @@ def in_a_thread(work, *arguments, **options):
     return thread, found
 
 
-@pytest.mark.parametrize("step", ["parsed", "completion_prompts"])
-def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, step):
-    with held(monkeypatch, service, step) as (called, go_on):
+@pytest.mark.parametrize(
+    ("owner", "step"), [(service, "parsed"), (service.RequestPreparer, "completion_prompts")]
+)
+def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, owner, step):
+    with held(monkeypatch, owner, step) as (called, go_on):
         large = {**GREEDY, "user": "x" * 20_000}
         thread, found = in_a_thread(client.post, PATH, json=large)
         assert called.wait(30)
@@ -668,8 +670,8 @@ def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
             thread.join()
             assert found[0].status_code == 200
     assert ask("secret", k=4).status_code == 200
-    serving.until(lambda: all(use.requests == 0 for use in models._rerouted.values()))
-    assert len(models._rerouted) == 3
+    serving.until(lambda: all(use.requests == 0 for use in models._overridden.values()))
+    assert len(models._overridden) == 3
 
 
 def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
@@ -681,8 +683,8 @@ def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
             assert reply.status_code == 504
             assert client.post(PATH, json=GREEDY).status_code == 200
             go_on.set()
-        serving.until(lambda: models._rerouted and not app.state.service._composer._pending)
-        serving.until(lambda: all(use.requests == 0 for use in models._rerouted.values()))
+        serving.until(lambda: models._overridden and not app.state.service._composer._pending)
+        serving.until(lambda: all(use.requests == 0 for use in models._overridden.values()))
         assert client.post(PATH, json={**GREEDY, "k": 1}).status_code == 200
 
 

@@ -14,12 +14,12 @@ from transformers import MistralConfig, MistralForCausalLM
 
 import serving
 from phatgoose.analysis.traces import trace
-from phatgoose.apps.server.api.request_prompts import completion_prompts, decoding_of
+from phatgoose.apps.server.api.request_preparation import RequestPreparer
 from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
 from phatgoose.apps.server.api_errors import ApiError
 from phatgoose.apps.server.engine import prefill
 from phatgoose.apps.server.engine.batches import Batch
-from phatgoose.apps.server.engine.decoding import Decoding, Sampler, alternatives, seed_of
+from phatgoose.apps.server.engine.decoding import Decoding, Sampler, seed_of, token_scores
 from phatgoose.apps.server.engine.detokeniser import Detokeniser, earliest, held_back
 from phatgoose.apps.server.engine.generation_engine import GenerationEngine
 from phatgoose.apps.server.engine.model_runner import ModelRunner
@@ -84,8 +84,8 @@ class Told:
         return [stream for event in self.events for stream in event.routing]
 
 
-def row_of(prompt, decoding=GREEDY, choice=0, client="", expert=None):
-    return ActiveSequence(prompt, decoding, Told(), choice, client, expert)
+def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", expert=None):
+    return ActiveSequence(runner, prompt, decoding, Told(), choice, client, expert)
 
 
 def prompt_of(seed, tokens=None):
@@ -93,12 +93,12 @@ def prompt_of(seed, tokens=None):
 
 
 def finish(batch):
-    while batch.rows:
+    while batch.sequences:
         batch.step()
 
 
 def alone(runner, prompt, decoding=GREEDY):
-    row, batch = row_of(prompt, decoding), Batch(runner)
+    row, batch = row_of(runner, prompt, decoding), Batch(runner)
     batch.join([row])
     finish(batch)
     return row
@@ -134,7 +134,8 @@ def test_a_row_alone_gets_what_generate_gives(runner_of, kind):
 def test_rows_together_get_what_each_gets_alone(runner_of, kind):
     runner, batch = runner_of(kind), Batch(runner_of(kind))
     rows = [
-        row_of(prompt_of(seed), replace(GREEDY, max_tokens=2 + 4 * (seed % 3))) for seed in range(5)
+        row_of(runner, prompt_of(seed), replace(GREEDY, max_tokens=2 + 4 * (seed % 3)))
+        for seed in range(5)
     ]
     batch.join(rows)
     finish(batch)
@@ -146,7 +147,9 @@ def test_rows_together_get_what_each_gets_alone(runner_of, kind):
 def test_rows_may_join_and_leave_between_any_two_steps(runner_of, kind):
     runner, batch = runner_of(kind), Batch(runner_of(kind))
     lengths = [9, 2, 14, 5, 7, 1]
-    rows = [row_of(prompt_of(i), replace(GREEDY, max_tokens=n)) for i, n in enumerate(lengths)]
+    rows = [
+        row_of(runner, prompt_of(i), replace(GREEDY, max_tokens=n)) for i, n in enumerate(lengths)
+    ]
     batch.join(rows[:2])
     batch.step()
     batch.step()  # the second leaves
@@ -168,7 +171,10 @@ def test_sliding_windows_slide_in_batches_too():
     config = MistralConfig(vocab_size=VOCABULARY, **small, **heads, **ids)
     runner = ModelRunner(MistralForCausalLM(config).eval(), TOKENIZER)
     runner.ends = frozenset()
-    batch, rows = Batch(runner), [row_of(prompt_of(seed, 20 - 7 * seed)) for seed in range(3)]
+    batch, rows = (
+        Batch(runner),
+        [row_of(runner, prompt_of(seed, 20 - 7 * seed)) for seed in range(3)],
+    )
     batch.join(rows[:1])
     batch.step()
     batch.join(rows[1:])
@@ -178,10 +184,11 @@ def test_sliding_windows_slide_in_batches_too():
 
 
 def test_an_encoder_decoder_batch_takes_no_joiners(runner_of):
-    batch = Batch(runner_of("t5"))
-    assert batch.takes_rows
-    batch.join([row_of(prompt_of(0))])
-    assert not batch.takes_rows
+    runner = runner_of("t5")
+    batch = Batch(runner)
+    assert batch.is_open
+    batch.join([row_of(runner, prompt_of(0))])
+    assert not batch.is_open
 
 
 @pytest.mark.parametrize("router", ["average-activation", "arrow", "merged", "retrieval", "single"])
@@ -189,7 +196,7 @@ def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
     runner = runner_of("llama", router)
     batch = Batch(runner)
     experts = runner.experts_of([prompt_of(seed) for seed in range(4)])
-    rows = [row_of(prompt_of(seed), expert=experts[seed]) for seed in range(4)]
+    rows = [row_of(runner, prompt_of(seed), expert=experts[seed]) for seed in range(4)]
     batch.join(rows[:2])
     batch.step()
     batch.join(rows[2:])
@@ -201,7 +208,12 @@ def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
 
 def test_columns_that_nobody_needs_are_dropped(runner_of):
     batch = Batch(runner_of())
-    batch.join([row_of(prompt_of(0, 40), replace(GREEDY, max_tokens=2)), row_of(prompt_of(1, 4))])
+    batch.join(
+        [
+            row_of(runner_of(), prompt_of(0, 40), replace(GREEDY, max_tokens=2)),
+            row_of(runner_of(), prompt_of(1, 4)),
+        ]
+    )
     assert batch._mask.shape == (2, 40)
     batch.step()
     assert batch._mask.shape == (1, 5)
@@ -218,7 +230,9 @@ def test_a_prompt_that_several_answers_share_is_read_once(runner_of, monkeypatch
         lambda ids, *a, **k: (seen.append(tuple(ids.shape)), decode(ids, *a, **k))[1],
     )
     batch = Batch(runner)
-    rows = [row_of(prompt_of(0, 6), choice=i) for i in range(3)] + [row_of(prompt_of(1, 8))]
+    rows = [row_of(runner, prompt_of(0, 6), choice=i) for i in range(3)] + [
+        row_of(runner, prompt_of(1, 8))
+    ]
     batch.join(rows)
     finish(batch)
     assert seen[0] == (2, 8)
@@ -236,8 +250,8 @@ def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
     assert len({tuple(tokens) for tokens in single}) == 4
     assert alone(runner, prompt_of(2), wishes[0]).generated == single[0]
     batch = Batch(runner)
-    rows = [row_of(prompt_of(2), wish) for wish in wishes]
-    batch.join([row_of(prompt_of(7)), *rows])
+    rows = [row_of(runner, prompt_of(2), wish) for wish in wishes]
+    batch.join([row_of(runner, prompt_of(7)), *rows])
     finish(batch)
     assert [row.generated for row in rows] == single
 
@@ -266,7 +280,7 @@ def test_seeds_of_one_request_differ_and_a_missing_one_is_drawn():
 def test_log_probabilities_are_those_of_one_pass(runner_of, kind):
     runner = runner_of(kind)
     wish = Decoding(5, 0.0, logprobs=3, echo=kind != "t5")
-    rows = [row_of(prompt_of(seed), wish) for seed in (1, 2)]
+    rows = [row_of(runner, prompt_of(seed), wish) for seed in (1, 2)]
     batch = Batch(runner)
     batch.join(rows)
     finish(batch)
@@ -295,7 +309,7 @@ def test_a_long_prompt_is_scored_in_several_passes(runner_of, monkeypatch):
     prompts = [prompt_of(1, 23), prompt_of(2, 11)]
 
     def told():
-        batch, rows = Batch(runner), [row_of(prompt, wish) for prompt in prompts]
+        batch, rows = Batch(runner), [row_of(runner, prompt, wish) for prompt in prompts]
         batch.join(rows)
         finish(batch)
         return [row.deliver for row in rows]
@@ -312,7 +326,7 @@ def test_a_long_prompt_is_scored_in_several_passes(runner_of, monkeypatch):
 
 def test_infinite_log_probabilities_are_told_as_numbers():
     logits = torch.tensor([[0.0, -torch.inf]])
-    ((own, top),) = alternatives(logits, [1], 2)
+    ((own, top),) = token_scores(logits, [1], 2)
     assert own.logprob == top[1].logprob == -9999
 
 
@@ -392,9 +406,9 @@ def test_routing_is_that_of_one_pass(runner_of, kind):
     texts = ["to be, or not", "who?"]
     encoder = Encoder(runner.tokenizer, is_encoder_decoder=kind == "t5")
     prompts = [encoder.prompt(text) for text in texts]
-    rows = [row_of(prompt, Decoding(6, 0.0, routing=True)) for prompt in prompts]
+    rows = [row_of(runner, prompt, Decoding(6, 0.0, routing=True)) for prompt in prompts]
     batch = Batch(runner)
-    batch.join([*rows, row_of(prompt_of(5))])
+    batch.join([*rows, row_of(runner, prompt_of(5))])
     finish(batch)
     for text, row in zip(texts, rows, strict=True):
         names = [stream.name for stream in row.deliver.routing]
@@ -445,8 +459,8 @@ def engine():
     made.stop()
 
 
-def submit(engine, runner, rows):
-    engine.submit(runner, rows)
+def submit(engine, rows):
+    engine.submit(rows)
     for row in rows:
         assert row.deliver.over.wait(30)
     return rows
@@ -456,9 +470,9 @@ def test_different_models_are_never_in_one_batch(engine, runner_of):
     runners = [runner_of("llama", router) for router in ("phatgoose", "merged")]
     wanted = [by_generate(runner, prompt_of(1), 12) for runner in runners]
     assert wanted[0] != wanted[1]
-    rows = [row_of(prompt_of(1)) for _ in range(6)]
-    for number, row in enumerate(rows):
-        engine.submit(runners[number % 2], [row])
+    rows = [row_of(runners[number % 2], prompt_of(1)) for number in range(6)]
+    for row in rows:
+        engine.submit([row])
     for number, row in enumerate(rows):
         assert row.deliver.over.wait(30)
         assert row.generated == wanted[number % 2]
@@ -466,10 +480,10 @@ def test_different_models_are_never_in_one_batch(engine, runner_of):
 
 def test_more_rows_than_fit_wait_for_their_turn(runner_of):
     engine = engine_of(max_batch_tokens=3 * (8 + 12))
-    rows = [row_of(prompt_of(seed, 8), client=str(seed)) for seed in range(8)]
+    rows = [row_of(runner_of(), prompt_of(seed, 8), client=str(seed)) for seed in range(8)]
     most = []
     for row in rows:
-        engine.submit(runner_of(), [row])
+        engine.submit([row])
     assert engine.waiting == 8
     with torch.inference_mode():
         while engine.waiting or engine.running:
@@ -484,14 +498,14 @@ def test_more_rows_than_fit_wait_for_their_turn(runner_of):
 def test_what_can_never_fit_and_what_comes_too_much_is_refused(runner_of):
     engine = engine_of(max_queue=3, max_batch_tokens=30)
     with pytest.raises(ApiError, match="32 tokens") as refused:
-        engine.submit(runner_of(), [row_of(prompt_of(0, 20))])
+        engine.submit([row_of(runner_of(), prompt_of(0, 20))])
     assert refused.value.status_code == 400
     with pytest.raises(ApiError, match="at most 3") as refused:
-        engine.submit(runner_of(), [row_of(prompt_of(0, 5)) for _ in range(4)])
+        engine.submit([row_of(runner_of(), prompt_of(0, 5)) for _ in range(4)])
     assert refused.value.status_code == 400
-    engine.submit(runner_of(), [row_of(prompt_of(0, 5)) for _ in range(2)])
+    engine.submit([row_of(runner_of(), prompt_of(0, 5)) for _ in range(2)])
     with pytest.raises(ApiError, match="2 answers are waiting") as refused:
-        engine.submit(runner_of(), [row_of(prompt_of(0, 5)) for _ in range(2)])
+        engine.submit([row_of(runner_of(), prompt_of(0, 5)) for _ in range(2)])
     assert refused.value.status_code == 429
     assert refused.value.headers["Retry-After"] == "1"
     assert engine.waiting == 2
@@ -500,28 +514,28 @@ def test_what_can_never_fit_and_what_comes_too_much_is_refused(runner_of):
 # --- clients --------------------------------------------------------------------------------------
 
 
-def short_rows(number, client, tokens=12, prompt=8):
+def short_rows(runner, number, client, tokens=12, prompt=8):
     wish = replace(GREEDY, max_tokens=tokens)
-    return [row_of(prompt_of(seed, prompt), wish, client=client) for seed in range(number)]
+    return [row_of(runner, prompt_of(seed, prompt), wish, client=client) for seed in range(number)]
 
 
 def computed(engine):
     """The clients of the rows that are computed, after one more look into the queue."""
     with torch.inference_mode():
         engine._admit()
-    return [row.client for batch in engine._batches for row in batch.rows]
+    return [row.client for batch in engine._batches for row in batch.sequences]
 
 
 def end(engine, client):
-    engine.cancel([r for b in engine._batches for r in b.rows if r.client == client])
+    engine.cancel([r for b in engine._batches for r in b.sequences if r.client == client])
 
 
 def test_a_client_alone_leaves_a_quarter_for_others(runner_of):
     engine = engine_of(max_batch_tokens=400)  # twenty rows of twenty
-    engine.submit(runner_of(), short_rows(19, "greedy"))
+    engine.submit(short_rows(runner_of(), 19, "greedy"))
     assert computed(engine) == ["greedy"] * 15
-    engine.submit(runner_of(), short_rows(1, "polite"))
-    engine.submit(runner_of(), short_rows(9, "second"))
+    engine.submit(short_rows(runner_of(), 1, "polite"))
+    engine.submit(short_rows(runner_of(), 9, "second"))
     assert computed(engine) == ["greedy"] * 15 + ["polite"] + ["second"] * 3
     assert computed(engine)[19:] == []
     end(engine, "greedy")
@@ -535,10 +549,10 @@ def test_clients_take_turns(runner_of):
     engine = engine_of(max_batch_tokens=60)
     order = []
     for client, number in (("a", 4), ("b", 4), ("c", 2)):
-        rows = short_rows(number, client, tokens=1)
+        rows = short_rows(runner_of(), number, client, tokens=1)
         for row in rows:
             row.deliver = lambda event, row=row: order.append(row.client)
-        engine.submit(runner_of(), rows)
+        engine.submit(rows)
     while engine.waiting:
         computed(engine)
     assert "".join(order) == "abcabcabab"
@@ -546,13 +560,13 @@ def test_clients_take_turns(runner_of):
 
 def test_a_long_row_is_not_passed_over_for_ever(runner_of):
     engine = engine_of(max_batch_tokens=400)
-    engine.submit(runner_of(), short_rows(19, "greedy"))
+    engine.submit(short_rows(runner_of(), 19, "greedy"))
     assert len(computed(engine)) == 15
-    engine.submit(runner_of(), short_rows(1, "long", tokens=372))
-    engine.submit(runner_of(), short_rows(1, "polite", tokens=1))
-    engine.cancel(engine._batches[0].rows[:5])  # it is the greedy one's turn, once
+    engine.submit(short_rows(runner_of(), 1, "long", tokens=372))
+    engine.submit(short_rows(runner_of(), 1, "polite", tokens=1))
+    engine.cancel(engine._batches[0].sequences[:5])  # it is the greedy one's turn, once
     assert computed(engine) == ["greedy"] * 11  # and the polite one, who was answered at once
-    assert [each.row.client for each in engine._queue] == ["long", *["greedy"] * 3]
+    assert [each.client for each in engine._queue] == ["long", *["greedy"] * 3]
     end(engine, "greedy")
     assert computed(engine) == ["long"]
     end(engine, "long")
@@ -561,14 +575,14 @@ def test_a_long_row_is_not_passed_over_for_ever(runner_of):
 
 def test_a_client_fills_its_part_of_the_queue_alone(runner_of):
     engine = engine_of(max_queue=10, max_client_queue=4)
-    engine.submit(runner_of(), short_rows(3, "greedy"))
+    engine.submit(short_rows(runner_of(), 3, "greedy"))
     with pytest.raises(ApiError, match="3 answers of yours are waiting") as refused:
-        engine.submit(runner_of(), short_rows(2, "greedy"))
+        engine.submit(short_rows(runner_of(), 2, "greedy"))
     assert refused.value.status_code == 429
     with pytest.raises(ApiError, match="at most 4") as refused:
-        engine.submit(runner_of(), short_rows(5, "other"))
+        engine.submit(short_rows(runner_of(), 5, "other"))
     assert refused.value.status_code == 400
-    engine.submit(runner_of(), short_rows(4, "other"))
+    engine.submit(short_rows(runner_of(), 4, "other"))
     assert engine.waiting == 7
 
 
@@ -577,18 +591,20 @@ def test_the_engine_looks_no_expert_up(runner_of, toy_embedder, monkeypatch):
     runner = runner_of("llama", "retrieval")
     (expert,) = runner.experts_of([prompt_of(1)])
     monkeypatch.setattr(runner._lookup, "of_tokens", raises(AssertionError("looked up")))
-    batch, row = Batch(runner), row_of(prompt_of(1), expert=expert)
+    batch, row = Batch(runner), row_of(runner, prompt_of(1), expert=expert)
     batch.join([row])
     finish(batch)
     assert row.finish == "length"
 
 
 def test_a_cancelled_row_leaves_its_place(engine, runner_of):
-    rows = [row_of(prompt_of(seed), replace(GREEDY, max_tokens=2000)) for seed in range(2)]
-    engine.submit(runner_of(), [rows[0]])
-    other = submit(engine, runner_of(), [row_of(prompt_of(3), client="other")])[0]
+    rows = [
+        row_of(runner_of(), prompt_of(seed), replace(GREEDY, max_tokens=2000)) for seed in range(2)
+    ]
+    engine.submit([rows[0]])
+    other = submit(engine, [row_of(runner_of(), prompt_of(3), client="other")])[0]
     engine.cancel([rows[0]])
-    submit(engine, runner_of(), [row_of(prompt_of(4))])
+    submit(engine, [row_of(runner_of(), prompt_of(4))])
     assert engine.running == 0
     assert len(rows[0].generated) < 2000
     assert other.generated == by_generate(runner_of(), prompt_of(3), 12)
@@ -597,12 +613,12 @@ def test_a_cancelled_row_leaves_its_place(engine, runner_of):
 def test_a_pass_that_fails_fails_its_own_rows_alone(engine, runner_of, monkeypatch):
     runner = runner_of("llama", "arrow")
     monkeypatch.setattr(runner, "decode", raises(RoutingError("no")))
-    (row,) = submit(engine, runner, [row_of(prompt_of(1))])
+    (row,) = submit(engine, [row_of(runner, prompt_of(1))])
     assert row.deliver.events == [Failure("no")]
     monkeypatch.setattr(runner, "decode", raises(ValueError("a secret")))
-    (row,) = submit(engine, runner, [row_of(prompt_of(1))])
+    (row,) = submit(engine, [row_of(runner, prompt_of(1))])
     assert "secret" not in row.deliver.events[0].message
-    (row,) = submit(engine, runner_of(), [row_of(prompt_of(1))])
+    (row,) = submit(engine, [row_of(runner_of(), prompt_of(1))])
     assert row.finish == "length"
 
 
@@ -617,13 +633,13 @@ def test_a_stopped_engine_fails_what_is_left(runner_of):
     engine = engine_of()
     engine.start()
     assert engine.is_alive
-    row = row_of(prompt_of(0), replace(GREEDY, max_tokens=3000))
-    engine.submit(runner_of(), [row])
+    row = row_of(runner_of(), prompt_of(0), replace(GREEDY, max_tokens=3000))
+    engine.submit([row])
     engine.stop()
     assert isinstance(row.deliver.events[-1], Failure)
     assert not engine.is_alive
     with pytest.raises(ApiError, match="stopped"):
-        engine.submit(runner_of(), [row_of(prompt_of(0))])
+        engine.submit([row_of(runner_of(), prompt_of(0))])
 
 
 def test_weights_of_a_base_are_in_memory_once(pool_of):
@@ -639,23 +655,23 @@ def asked(prompt, **fields) -> CompletionRequest:
 
 
 def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
-    base, limits = few_places("bart"), Serving()
-    runner = ModelRunner(base.model, base.tokenizer)
+    base = few_places("bart")
+    preparer = RequestPreparer(ModelRunner(base.model, base.tokenizer), Serving())
     for text, tokens, words in (
         ("a" * 30, 4, "The prompt has 31 tokens; the model's encoder can hold 24."),
         ("a", 25, "max_tokens is 25; the model's decoder can hold 24."),
     ):
         request = asked(text, max_tokens=tokens)
-        (prompt,) = completion_prompts(request, runner, limits)
+        (prompt,) = preparer.completion_prompts(request)
         with pytest.raises(ApiError) as refusal:
-            decoding_of(request, prompt, runner, limits, 0)
+            preparer.decoding(request, 0, prompt)
         assert (refusal.value.status_code, refusal.value.detail) == (400, words)
     chat = ChatRequest(model="goose", messages=[{"role": "user", "content": "a"}])
-    assert decoding_of(chat, prompt, runner, limits, 0).max_tokens == 24
+    assert preparer.decoding(chat, 0, prompt).max_tokens == 24
 
 
 def test_a_text_that_an_answer_follows_has_no_end(llama):
     tokenizer = with_added(["<bos>"], ["</s>"])
     runner = ModelRunner(llama.model, tokenizer)
-    (prompt,) = completion_prompts(asked("ab"), runner, Serving())
+    (prompt,) = RequestPreparer(runner, Serving()).completion_prompts(asked("ab"))
     assert tokenizer.decode(list(prompt.tokens)) == "<bos>ab"

@@ -1,11 +1,10 @@
-"""One request at work: its rows in the engine, what they tell, and what happens at the end."""
+"""One request while its answers are computed: whole or as a stream."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from typing import Any
 
@@ -16,94 +15,76 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from ..api_errors import CLIENT_GONE, ApiError
-from ..engine.decoding import Decoding
 from ..engine.generation_engine import GenerationEngine
-from ..engine.model_runner import ModelRunner
 from ..engine.sequences import ActiveSequence, Failure, Progress
 from .response_builders import ResponseBuilder
 
-__all__ = ["EventStream", "PendingReply", "PreparedRequest", "whole_answer"]
+__all__ = ["EventStream", "PendingReply", "whole_answer"]
 
-LARGE = 256  # tokens told at once from which on they are written down in a thread
-
-
-@dataclass(frozen=True)
-class PreparedRequest:
-    """A request ready for the engine: its answers, how each is decoded, and served by whom.
-
-    `experts` are those that a router which looks prompts up has found; None for other routers.
-    """
-
-    answers: ResponseBuilder
-    decodings: Sequence[Decoding]
-    experts: Sequence[int | None]
+LARGE = 256  # tokens in one event from which on JSON is written in a thread
 
 
 class PendingReply:
-    """The answers to one request, on their way."""
+    """The answers to one request, while they are computed."""
 
     def __init__(
         self,
         engine: GenerationEngine,
-        runner: ModelRunner,
-        prepared: PreparedRequest,
+        builder: ResponseBuilder,
         client: str,
         seconds: float,
         done: Callable[[], None],
     ) -> None:
-        """Put everything into the queue; `done` is called once when the job is closed.
+        """Queue all answers; `done` is called once, when the reply is closed.
 
-        Must be made in the event loop's thread. Raises ApiError when there is no place.
+        Must be made in the event loop's thread. Raises ApiError when the queue has no room.
         """
-        answers = self.answers = prepared.answers
-        self._engine, self._done = engine, done
+        self.builder, self._engine, self._done = builder, engine, done
         loop = asyncio.get_running_loop()
         self._deadline, self._seconds = loop.time() + seconds, seconds
-        self._told: asyncio.Queue[Progress | Failure] = asyncio.Queue()
+        self._events: asyncio.Queue[Progress | Failure] = asyncio.Queue()
 
         def deliver(event: Progress | Failure) -> None:
-            loop.call_soon_threadsafe(self._told.put_nowait, event)
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
 
-        self._rows = [
+        runner, answers = builder.prepared.runner, builder.prepared.answers
+        self._sequences = [
             ActiveSequence(
-                answers.prompt_of(choice).tokens, decoding, deliver, choice, client, expert
+                runner, each.prompt.tokens, each.decoding, deliver, choice, client, each.expert
             )
-            for choice, (decoding, expert) in enumerate(
-                zip(prepared.decodings, prepared.experts, strict=True)
-            )
+            for choice, each in enumerate(answers)
         ]
-        engine.submit(runner, self._rows)
+        engine.submit(self._sequences)
 
     async def progress(self) -> AsyncIterator[Progress]:
         """What is new, until all answers are finished.
 
         Raises ApiError when the time is over or the engine failed.
         """
-        left = len(self._rows)
+        left = len(self._sequences)
         while left:
             seconds = self._deadline - asyncio.get_running_loop().time()
             try:
-                event = await asyncio.wait_for(self._told.get(), max(0, seconds))
+                event = await asyncio.wait_for(self._events.get(), max(0, seconds))
             except asyncio.TimeoutError:
-                raise ApiError(
-                    504, f"The answer took longer than {self._seconds:g} seconds.", code="timeout"
-                ) from None
+                message = f"The answer took longer than {self._seconds:g} seconds."
+                raise ApiError(504, message, code="timeout") from None
             if isinstance(event, Failure):
                 raise ApiError(500, event.message)
             left -= event.finish is not None
             yield event
 
     def close(self) -> None:
-        """Free the places of answers that are not finished; call it whatever happened."""
-        self._engine.cancel([row for row in self._rows if row.finish is None])
+        """Free the places of unfinished answers; must be called in any case."""
+        self._engine.cancel([each for each in self._sequences if each.finish is None])
         done, self._done = self._done, lambda: None
         done()
 
 
-async def whole_answer(job: PendingReply, request: Request) -> str:
-    """All answers at once, as JSON. Whoever goes away meanwhile frees the job's places."""
+async def whole_answer(reply: PendingReply, request: Request) -> str:
+    """All answers at once, as JSON. A client that disconnects frees the reply's places."""
     gone = asyncio.ensure_future(_gone(request))
-    work = asyncio.ensure_future(_everything(job))
+    work = asyncio.ensure_future(_everything(reply))
     try:
         await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
@@ -112,15 +93,17 @@ async def whole_answer(job: PendingReply, request: Request) -> str:
     finally:
         for task in (gone, work):
             task.cancel()
-        job.close()
+        reply.close()
 
 
-async def _everything(job: PendingReply) -> str:
-    told: list[list[Progress]] = [[] for _ in range(job.answers.number)]
-    async for progress in job.progress():
-        told[progress.choice].append(progress)
-    size = sum(progress.size for each in told for progress in each)
-    return await _in_thread_if(size > LARGE, lambda: job.answers.whole(told).model_dump_json())
+async def _everything(reply: PendingReply) -> str:
+    builder = reply.builder
+    events: list[list[Progress]] = [[] for _ in builder.prepared.answers]
+    size = 0
+    async for progress in reply.progress():
+        events[progress.choice].append(progress)
+        size += progress.size
+    return await _written(size, lambda: builder.whole(events).model_dump_json())
 
 
 async def _gone(request: Request) -> None:
@@ -131,42 +114,41 @@ async def _gone(request: Request) -> None:
 class EventStream(StreamingResponse):
     """All answers as they come, in server-sent events."""
 
-    def __init__(self, job: PendingReply) -> None:
-        super().__init__(_events(job), media_type="text/event-stream")
+    def __init__(self, reply: PendingReply) -> None:
+        super().__init__(_events(reply), media_type="text/event-stream")
         self.headers["Cache-Control"] = "no-store"
-        self._job = job
+        self._reply = reply
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send everything; the job is closed when the client has it, or is gone."""
+        """Send everything; close the reply when the client has it or is gone."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._job.close()
+            self._reply.close()
 
 
-async def _events(job: PendingReply) -> AsyncIterator[str]:
-    answers = job.answers
-    options = answers.request.stream_options
+async def _events(reply: PendingReply) -> AsyncIterator[str]:
+    builder = reply.builder
+    options = builder.request.stream_options
     try:
-        for chunk in answers.opening():
+        for chunk in builder.opening():
             yield _event(chunk)
-        async for progress in job.progress():
-            write = partial(_chunk, answers, progress)
-            yield await _in_thread_if(progress.size > LARGE, write)
+        async for progress in reply.progress():
+            yield await _written(progress.size, partial(_chunk, builder, progress))
         if options is not None and options.include_usage:
-            yield _event(answers.closing())
+            yield _event(builder.closing())
         yield "data: [DONE]\n\n"
-    except ApiError as refusal:
-        yield _event(refusal.body)
+    except ApiError as error:
+        yield _event(error.body)
 
 
-def _chunk(answers: ResponseBuilder, progress: Progress) -> str:
-    return _event(answers.chunk(progress))
+def _chunk(builder: ResponseBuilder, progress: Progress) -> str:
+    return _event(builder.chunk(progress))
 
 
-async def _in_thread_if(large: bool, write: Callable[[], str]) -> str:
-    """What `write` makes, in a thread if it is large: the event loop has others to serve."""
-    return await run_in_threadpool(write) if large else write()
+async def _written(size: int, write: Callable[[], str]) -> str:
+    """The JSON that `write` returns, in a thread if it is large: the event loop serves others."""
+    return await run_in_threadpool(write) if size > LARGE else write()
 
 
 def _event(content: BaseModel | dict[str, Any]) -> str:

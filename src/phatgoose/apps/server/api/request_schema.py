@@ -1,40 +1,33 @@
-"""The requests that are understood: OpenAI's fields, and ours for routing.
+"""Request bodies: OpenAI's fields, and ours for routing.
 
-Whatever is not here is refused by name rather than ignored. Fields of OpenAI's that can't be served
-are accepted with the value that asks for nothing. Lists are looked through to their first fault
-alone: to tell all of a long one would take longer than any answer.
+Unknown fields are refused by name rather than ignored. Fields of OpenAI's that aren't supported are
+accepted with the value that asks for nothing. A list is validated up to its first error: collecting
+all errors of a long one would take longer than any answer.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["ChatRequest", "CompletionRequest", "Message", "RoutingDetail", "StreamOptions"]
+from ..engine.loaded_models import REQUESTABLE_ROUTERS, RoutingOverride
+
+__all__ = ["ChatRequest", "CompletionRequest", "RoutingDetail"]
 
 MOST_LOGPROBS = 20
 MOST_PROMPTS = MOST_MESSAGES = 5_000  # of one request
 SEED = 1 << 63
-MOST_TOKENS = 1 << 20  # in a prompt; how many a model can hold is seen later
+MOST_TOKENS = 1 << 20  # in a prompt; what the model can hold is checked later
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
-# All but oracle, which goes by the name of a task: a request has none.
-Router = Literal[
-    "phatgoose",
-    "phatgoose-input",
-    "average-activation",
-    "arrow",
-    "uniform-top-k",
-    "retrieval",
-    "merged",
-    "single",
-    "best-individual",
-    "random",
-]
+if TYPE_CHECKING:
+    Router = str
+else:
+    Router = Literal[REQUESTABLE_ROUTERS]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 
 
@@ -45,35 +38,36 @@ class Strict(BaseModel):
 
 
 class StreamOptions(Strict):
-    """What a stream has beside the answer."""
+    """What a stream has besides the answer."""
 
     include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
 
 
 class RoutingDetail(Strict):
-    """Which part of the routing is told."""
+    """Which part of the routing is reported."""
 
-    layer: str | None = Field(default=None, description="Of the sites of this layer; null: of all.")
+    layer: str | None = Field(default=None, description="Only sites of this layer; null: all.")
     kind: str | None = Field(
-        default=None,
-        description="Of the sites of this kind, by its last words (q_proj); null: of all.",
+        default=None, description="Only sites of this kind, by its last words (q_proj); null: all."
     )
     trace: bool = Field(
-        default=False, description="Tell every site, in the form of docs/analysis.md."
+        default=False, description="Report every site, in the form of docs/analysis.md."
     )
 
 
-class Sampled(Strict):
-    """What both kinds of request have in common."""
+class GenerationRequest(Strict):
+    """The fields of both kinds of request."""
 
     model: Name = Field(description="A name from /v1/models.")
     max_tokens: int | None = Field(None, ge=0, description="Tokens to generate at most.")
     temperature: float | None = Field(1, ge=0, le=2, description="0 is greedy.")
-    top_p: float | None = Field(1, ge=0, le=1, description="Sample from this share of the best.")
+    top_p: float | None = Field(
+        1, ge=0, le=1, description="Sample from the likeliest tokens, up to this total probability."
+    )
     n: int | None = Field(1, ge=1, le=128, description="Answers to each prompt.")
     seed: int | None = Field(None, ge=-SEED, lt=SEED, description="The same seed, the same answer.")
     stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = Field(
-        None, description="Texts at which the answer ends, without them."
+        None, description="Texts that end the answer; not part of it."
     )
     stream: bool | None = Field(False, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = None
@@ -84,18 +78,31 @@ class Sampled(Strict):
         None, description="Not supported."
     )
     ignore_eos: bool | None = Field(
-        False, description="Go on after the token that ends an answer: for measuring."
+        False, description="Continue after the token that ends an answer (for benchmarks)."
     )
-    router: Router | None = Field(None, description="Another router than it is served with.")
+    router: Router | None = Field(None, description="Instead of the router that it is served with.")
     k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token at each site.")
-    keep: Names | None = Field(None, description="Names of experts to use alone.")
-    leave_out: Names | None = Field(None, description="Names of experts to do without.")
+    keep: Names | None = Field(None, description="Use only these experts.")
+    leave_out: Names | None = Field(None, description="Leave out these experts.")
     routing: bool | RoutingDetail | None = Field(
-        False, description="Tell each token's experts and their weights."
+        False, description="Report each token's experts and their weights."
     )
 
+    @property
+    def routing_detail(self) -> RoutingDetail:
+        """Which part of the routing is reported, if any is."""
+        return self.routing if isinstance(self.routing, RoutingDetail) else RoutingDetail()
 
-class CompletionRequest(Sampled):
+    @property
+    def override(self) -> RoutingOverride:
+        """What it changes of the model's routing."""
+        keep, leave_out = (
+            None if names is None else tuple(names) for names in (self.keep, self.leave_out)
+        )
+        return RoutingOverride(self.router, self.k, keep, leave_out)
+
+
+class CompletionRequest(GenerationRequest):
     """A request to /v1/completions."""
 
     prompt: (
@@ -105,7 +112,7 @@ class CompletionRequest(Sampled):
         | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     ) = Field(description="A text, its tokens, or a list of either.")
     logprobs: int | None = Field(
-        None, ge=0, le=MOST_LOGPROBS, description="So many alternatives to each token."
+        None, ge=0, le=MOST_LOGPROBS, description="Number of alternatives to each token."
     )
     echo: bool | None = Field(False, description="Begin with the prompt.")
     best_of: int | None = Field(None, ge=1, le=1, description="Not supported.")
@@ -131,7 +138,7 @@ class Message(Strict):
 
     @property
     def text(self) -> str:
-        """All that the message says."""
+        """The whole text."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
@@ -143,17 +150,17 @@ class ResponseFormat(Strict):
     type: Literal["text"]
 
 
-class ChatRequest(Sampled):
+class ChatRequest(GenerationRequest):
     """A request to /v1/chat/completions."""
 
     messages: Annotated[
         list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     ]
-    max_completion_tokens: int | None = Field(None, ge=1, description="Stands for max_tokens.")
-    logprobs: bool | None = Field(False, description="Tell the log-probability of each token.")
+    max_completion_tokens: int | None = Field(None, ge=1, description="Replaces max_tokens.")
+    logprobs: bool | None = Field(False, description="Report each token's log-probability.")
     top_logprobs: int | None = Field(
-        None, ge=0, le=MOST_LOGPROBS, description="So many alternatives to each token."
+        None, ge=0, le=MOST_LOGPROBS, description="Number of alternatives to each token."
     )
-    response_format: ResponseFormat | None = Field(None, description="Text alone is supported.")
+    response_format: ResponseFormat | None = Field(None, description="Only text is supported.")
     tools: Nothing | None = Field(None, description="Not supported.")
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")

@@ -1,4 +1,4 @@
-"""From progress to JSON: whole answers and chunks of a stream, for completions and for chats."""
+"""Progress to JSON: whole responses and chunks of a stream."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 
 from ....analysis.traces import Trace, TraceStream, join_streams
 from ....routing.composition import composition_of
-from ..engine.model_runner import ModelRunner
 from ..engine.sequences import Progress, ScoredToken
-from .request_prompts import RequestPrompt
+from .request_preparation import PreparedRequest
 from .request_schema import ChatRequest, CompletionRequest, RoutingDetail
 from .response_schema import (
+    AnswerReply,
     AssistantMessage,
     ChatChoice,
     ChatChunk,
@@ -25,128 +25,133 @@ from .response_schema import (
     CompletionChoice,
     CompletionReply,
     Delta,
-    Routed,
+    RoutingReport,
     TextLogprobs,
     TokenRouting,
     TopToken,
     Usage,
 )
 
-__all__ = ["ChatResponseBuilder", "CompletionResponseBuilder", "ResponseBuilder"]
+__all__ = ["ResponseBuilder", "builder_of"]
 
 PART_NAMES = ("prompt", "answer")
 
 
 @dataclass
 class ChoiceState:
-    """What was told of one answer so far."""
+    """What of one answer was sent so far."""
 
-    prompt: RequestPrompt
     is_begun: bool = False
-    offset: int = 0  # characters of all tokens told
-    streams: tuple[str, ...] = ()  # of the routing told, in their order
+    offset: int = 0  # characters of all tokens sent
+    streams: tuple[str, ...] = ()  # of the trace sent, in their order
 
 
 class ResponseBuilder:
-    """All answers to one request. Prompt i has those from i n to (i + 1) n - 1."""
+    """Builds the response to one request, whole or as chunks.
 
-    prefix = ""
+    Its subclasses say what differs between the two endpoints: the models of replies and choices.
+    """
 
-    def __init__(
-        self,
-        request: CompletionRequest | ChatRequest,
-        runner: ModelRunner,
-        prompts: Sequence[RequestPrompt],
-    ) -> None:
-        self.request, self.runner, self.prompts = request, runner, list(prompts)
+    prefix: str
+    whole_model: type[AnswerReply]
+    chunk_model: type[AnswerReply]
+
+    def __init__(self, prepared: PreparedRequest) -> None:
+        self.prepared, self.request = prepared, prepared.request
         self.identity: dict[str, Any] = {
             "id": self.prefix + secrets.token_hex(12),
             "created": int(time.time()),
-            "model": request.model,
+            "model": self.request.model,
         }
-        self._choices = [ChoiceState(prompt) for prompt in prompts for _ in range(request.n or 1)]
-        self.generated = [0] * len(self._choices)
-
-    @property
-    def number(self) -> int:
-        """How many answers there are."""
-        return len(self._choices)
-
-    def prompt_of(self, choice: int) -> RequestPrompt:
-        """The prompt of an answer."""
-        return self._choices[choice].prompt
+        self._states = [ChoiceState() for _ in prepared.answers]
+        self._generated = [0] * len(prepared.answers)
 
     @property
     def usage(self) -> Usage:
         """Tokens until now."""
-        given = sum(len(prompt.tokens) for prompt in self.prompts)
-        made = sum(self.generated)
+        given = sum(len(prompt.tokens) for prompt in self.prepared.prompts)
+        made = sum(self._generated)
         return Usage(prompt_tokens=given, completion_tokens=made, total_tokens=given + made)
 
-    def opening(self) -> list[CompletionReply | ChatChunk]:
+    def opening(self) -> list[AnswerReply]:
         """The chunks that a stream begins with."""
         return []
 
-    def chunk(self, progress: Progress) -> CompletionReply | ChatChunk:
-        """What is new, as a chunk of a stream."""
-        raise NotImplementedError
+    def chunk(self, progress: Progress) -> AnswerReply:
+        """The chunk of a stream that says what is new of one answer."""
+        self._generated[progress.choice] = progress.generated
+        return self.chunk_model(**self.identity, choices=[self._chunk_choice(progress)])
 
-    def whole(self, told: Sequence[Sequence[Progress]]) -> CompletionReply | ChatReply:
-        """Everything, when `told` holds all progress of each answer."""
-        raise NotImplementedError
-
-    def closing(self) -> CompletionReply | ChatChunk:
+    def closing(self) -> AnswerReply:
         """The chunk that counts tokens."""
+        return self.chunk_model(**self.identity, choices=[], usage=self.usage)
+
+    def whole(self, events: Sequence[Sequence[Progress]]) -> AnswerReply:
+        """The whole response, given all progress of each answer."""
+        joined = [_joined(each) for each in events]
+        self._generated = [each.generated for each in joined]
+        choices = [self._choice(each) for each in joined]
+        return self.whole_model(**self.identity, choices=choices, usage=self.usage)
+
+    def _choice(self, progress: Progress) -> Any:
         raise NotImplementedError
 
-    def _joined(self, told: Sequence[Progress]) -> Progress:
-        last = told[-1]
-        return Progress(
-            last.choice,
-            "".join(each.text for each in told),
-            tuple(token for each in told for token in each.tokens),
-            tuple(stream for each in told for stream in each.routing),
-            last.finish,
-            last.generated,
-        )
+    def _chunk_choice(self, progress: Progress) -> Any:
+        raise NotImplementedError
 
-    def _routed(self, progress: Progress) -> Routed | None:
+    def _routing(self, progress: Progress) -> RoutingReport | None:
         """The routing in `progress`: a whole trace the first time, then what follows it."""
         if not progress.routing:
             return None
-        wish = self.request.routing
-        wish = wish if isinstance(wish, RoutingDetail) else RoutingDetail()
-        parts = composition_of(self.runner.model)
+        detail = self.request.routing_detail
+        parts = composition_of(self.prepared.runner.model)
         streams = join_streams(progress.routing)
-        routed = Routed(
+        report = RoutingReport(
             router=parts.routing.router,
             k=parts.routing.k,
             experts=list(parts.experts),
             tokens=[
                 token
                 for stream in streams
-                if stream.has(wish.layer, wish.kind)
-                for token in _summaries(stream, parts.experts, wish)
+                if stream.has(detail.layer, detail.kind)
+                for token in _token_routings(stream, parts.experts, detail)
             ],
         )
-        if wish.trace:
-            state = self._choices[progress.choice]
-            if not state.streams:
-                state.streams = tuple(stream.name for stream in streams)
-                whole = Trace(parts.experts, parts.routing.router, tuple(streams))
-                routed.trace = whole.to_dict()
-            else:
-                routed.more = [
-                    {"stream": state.streams.index(stream.name), **stream.tokens_dict()}
-                    for stream in streams
-                ]
-        return routed
+        state = self._states[progress.choice]
+        if detail.trace and state.streams:
+            report.more = [
+                {"stream": state.streams.index(stream.name), **stream.tokens_dict()}
+                for stream in streams
+            ]
+        elif detail.trace:
+            state.streams = tuple(stream.name for stream in streams)
+            whole = Trace(parts.experts, parts.routing.router, tuple(streams))
+            report.trace = whole.to_dict()
+        return report
 
 
-def _summaries(
-    stream: TraceStream, experts: Sequence[str], wish: RoutingDetail
+def builder_of(prepared: PreparedRequest) -> ResponseBuilder:
+    """The builder for the endpoint of a request."""
+    is_chat = isinstance(prepared.request, ChatRequest)
+    return (ChatBuilder if is_chat else CompletionBuilder)(prepared)
+
+
+def _joined(events: Sequence[Progress]) -> Progress:
+    last = events[-1]
+    return Progress(
+        last.choice,
+        "".join(each.text for each in events),
+        tuple(token for each in events for token in each.tokens),
+        tuple(stream for each in events for stream in each.routing),
+        last.finish,
+        last.generated,
+    )
+
+
+def _token_routings(
+    stream: TraceStream, experts: Sequence[str], detail: RoutingDetail
 ) -> list[TokenRouting]:
-    shares = stream.shares(len(experts), wish.layer, wish.kind)
+    shares = stream.shares(len(experts), detail.layer, detail.kind)
     return [
         TokenRouting(
             token=token,
@@ -162,38 +167,28 @@ def _summaries(
     ]
 
 
-class CompletionResponseBuilder(ResponseBuilder):
-    """Answers of /v1/completions."""
+class CompletionBuilder(ResponseBuilder):
+    """Responses of /v1/completions."""
 
     prefix = "cmpl-"
+    whole_model = chunk_model = CompletionReply
     request: CompletionRequest
 
-    def chunk(self, progress: Progress) -> CompletionReply:
-        """A chunk with what is new of one answer."""
-        return CompletionReply(**self.identity, choices=[self._choice(progress)])
-
-    def whole(self, told: Sequence[Sequence[Progress]]) -> CompletionReply:
-        """All answers."""
-        choices = [self._choice(self._joined(each)) for each in told]
-        return CompletionReply(**self.identity, choices=choices, usage=self.usage)
-
-    def closing(self) -> CompletionReply:
-        """No answers, but usage."""
-        return CompletionReply(**self.identity, choices=[], usage=self.usage)
-
     def _choice(self, progress: Progress) -> CompletionChoice:
-        state = self._choices[progress.choice]
-        self.generated[progress.choice] = progress.generated
-        echoed = state.prompt.text if self.request.echo and not state.is_begun else ""
+        state = self._states[progress.choice]
+        is_echo = self.request.echo and not state.is_begun
+        prompt = self.prepared.answers[progress.choice].prompt.text if is_echo else ""
         state.is_begun = True
         asked = self.request.logprobs is not None
         return CompletionChoice(
             index=progress.choice,
-            text=echoed + progress.text,
+            text=prompt + progress.text,
             logprobs=_text_logprobs(progress.tokens, state) if asked else None,
             finish_reason=progress.finish,
-            routing=self._routed(progress),
+            routing=self._routing(progress),
         )
+
+    _chunk_choice = _choice
 
 
 def _text_logprobs(tokens: Sequence[ScoredToken], state: ChoiceState) -> TextLogprobs:
@@ -210,7 +205,7 @@ def _text_logprobs(tokens: Sequence[ScoredToken], state: ChoiceState) -> TextLog
 
 
 def _by_text(token: ScoredToken) -> dict[str, float] | None:
-    """The best tokens and the chosen one by text; of two with one text the likelier is told."""
+    """Log-probabilities of the best tokens and the chosen one; the likelier of two of one text."""
     if token.logprob is None:
         return None
     found: dict[str, float] = {}
@@ -219,53 +214,38 @@ def _by_text(token: ScoredToken) -> dict[str, float] | None:
     return found
 
 
-class ChatResponseBuilder(ResponseBuilder):
-    """Answers of /v1/chat/completions."""
+class ChatBuilder(ResponseBuilder):
+    """Responses of /v1/chat/completions."""
 
     prefix = "chatcmpl-"
+    whole_model, chunk_model = ChatReply, ChatChunk
     request: ChatRequest
 
-    def opening(self) -> list[CompletionReply | ChatChunk]:
-        """Who speaks, for each answer."""
+    def opening(self) -> list[AnswerReply]:
+        """A chunk for each answer that says who speaks."""
+        role = Delta(role="assistant", content="")
         return [
-            ChatChunk(
-                **self.identity,
-                choices=[ChatChunkChoice(index=i, delta=Delta(role="assistant", content=""))],
-            )
-            for i in range(self.number)
+            ChatChunk(**self.identity, choices=[ChatChunkChoice(index=index, delta=role)])
+            for index in range(len(self._states))
         ]
 
-    def chunk(self, progress: Progress) -> ChatChunk:
-        """A chunk with what is new of one answer."""
-        self.generated[progress.choice] = progress.generated
-        choice = ChatChunkChoice(
+    def _choice(self, progress: Progress) -> ChatChoice:
+        return ChatChoice(
+            index=progress.choice,
+            message=AssistantMessage(content=progress.text),
+            logprobs=self._logprobs(progress),
+            finish_reason=progress.finish or "stop",
+            routing=self._routing(progress),
+        )
+
+    def _chunk_choice(self, progress: Progress) -> ChatChunkChoice:
+        return ChatChunkChoice(
             index=progress.choice,
             delta=Delta(content=progress.text) if progress.text else Delta(),
             logprobs=self._logprobs(progress),
             finish_reason=progress.finish,
-            routing=self._routed(progress),
+            routing=self._routing(progress),
         )
-        return ChatChunk(**self.identity, choices=[choice])
-
-    def whole(self, told: Sequence[Sequence[Progress]]) -> ChatReply:
-        """All answers."""
-        choices = []
-        for progress in map(self._joined, told):
-            self.generated[progress.choice] = progress.generated
-            choices.append(
-                ChatChoice(
-                    index=progress.choice,
-                    message=AssistantMessage(content=progress.text),
-                    logprobs=self._logprobs(progress),
-                    finish_reason=progress.finish or "stop",
-                    routing=self._routed(progress),
-                )
-            )
-        return ChatReply(**self.identity, choices=choices, usage=self.usage)
-
-    def closing(self) -> ChatChunk:
-        """No answers, but usage."""
-        return ChatChunk(**self.identity, choices=[], usage=self.usage)
 
     def _logprobs(self, progress: Progress) -> ChatLogprobs | None:
         if not self.request.logprobs:

@@ -1,4 +1,4 @@
-"""The answers' JSON, as models that the schema is made of."""
+"""Response bodies."""
 
 from __future__ import annotations
 
@@ -6,41 +6,22 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = [
-    "AssistantMessage",
-    "ChatChoice",
-    "ChatChunk",
-    "ChatChunkChoice",
-    "ChatLogprobs",
-    "ChatReply",
-    "ChatToken",
-    "CompletionChoice",
-    "CompletionReply",
-    "Delta",
-    "ErrorReply",
-    "Health",
-    "ModelCard",
-    "ModelList",
-    "Problem",
-    "Routed",
-    "Sites",
-    "TextLogprobs",
-    "TokenRouting",
-    "TopToken",
-    "Usage",
-]
+from ..engine.sequences import Finish
 
-Finish = Literal["stop", "length"]
+__all__ = ["AnswerReply", "AssistantMessage", "ChatChoice", "ChatChunk", "ChatChunkChoice"]
+__all__ += ["ChatLogprobs", "ChatReply", "ChatToken", "CompletionChoice", "CompletionReply"]
+__all__ += ["Delta", "ErrorReply", "Health", "ModelCard", "ModelList", "RoutingReport", "Sites"]
+__all__ += ["TextLogprobs", "TokenRouting", "TopToken", "Usage"]
 
 
 class Reply(BaseModel):
-    """Exactly the fields that are told."""
+    """No unknown fields."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Problem(Reply):
-    """What was wrong; `param` is the field to blame."""
+    """What is wrong; `param` is the field at fault."""
 
     message: str
     type: str
@@ -75,11 +56,11 @@ class TokenRouting(Reply):
     experts: dict[str, float]
 
 
-class Routed(Reply):
-    """Who served an answer's tokens.
+class RoutingReport(Reply):
+    """Which experts served an answer's tokens.
 
-    `trace` is there if it was asked for (docs/analysis.md). In a stream it comes once, and `more`
-    holds the tokens that follow, one entry for each of its streams that has new ones.
+    `trace` is present if it was asked for (docs/analysis.md). In a stream it comes once; `more` has
+    the tokens that follow, one entry for each of the trace's streams that has new ones.
     """
 
     router: str
@@ -106,22 +87,29 @@ class CompletionChoice(Reply):
     text: str
     logprobs: TextLogprobs | None = None
     finish_reason: Finish | None = None
-    routing: Routed | None = None
+    routing: RoutingReport | None = None
 
 
-class CompletionReply(Reply):
-    """The answers to a prompt or several, or a chunk of a stream."""
+class AnswerReply(Reply):
+    """The fields of every reply with answers."""
 
     id: str
-    object: Literal["text_completion"] = "text_completion"
+    object: str
     created: int
     model: str
-    choices: list[CompletionChoice]
+    choices: list[Any]
     usage: Usage | None = None
 
 
+class CompletionReply(AnswerReply):
+    """The answers to a prompt or several, or a chunk of a stream."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
 class TopToken(Reply):
-    """A token that might have been, with its bytes in UTF-8."""
+    """An alternative token, with its bytes in UTF-8."""
 
     token: str
     logprob: float
@@ -156,16 +144,13 @@ class ChatChoice(Reply):
     message: AssistantMessage
     logprobs: ChatLogprobs | None = None
     finish_reason: Finish
-    routing: Routed | None = None
+    routing: RoutingReport | None = None
 
 
-class ChatReply(Reply):
+class ChatReply(AnswerReply):
     """The answers to a conversation."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -184,29 +169,25 @@ class ChatChunkChoice(Reply):
     delta: Delta
     logprobs: ChatLogprobs | None = None
     finish_reason: Finish | None = None
-    routing: Routed | None = None
+    routing: RoutingReport | None = None
 
 
-class ChatChunk(Reply):
+class ChatChunk(AnswerReply):
     """A chunk of a stream."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
-    usage: Usage | None = None
 
 
 class Sites(Reply):
-    """Layers and kinds of site that routing can be asked of."""
+    """Layers and kinds of site whose routing can be asked for."""
 
     layers: list[str]
     kinds: list[str]
 
 
 class ModelCard(Reply):
-    """A model that is served. What is None of a base alone is told of routed models."""
+    """A served model; router, k and sites are None for a base alone."""
 
     id: str
     object: Literal["model"] = "model"
@@ -222,14 +203,14 @@ class ModelCard(Reply):
 
 
 class ModelList(Reply):
-    """All models that are served."""
+    """All served models."""
 
     object: Literal["list"] = "list"
     data: list[ModelCard]
 
 
 class Health(Reply):
-    """How the server is."""
+    """Whether the server works, and how many answers wait and run."""
 
     status: Literal["ok", "failing"]
     waiting: int

@@ -1,7 +1,6 @@
-"""Keys and values of many rows in one cache: rows come, rows go, and columns of padding with them.
+"""Keys and values of many sequences in one cache, padded on the left.
 
-Rows are padded on the left. transformers' caches can drop rows; joining two caches and dropping
-columns is done here, layer by layer.
+transformers' caches can drop rows; joining two caches and dropping columns is done here.
 """
 
 from __future__ import annotations
@@ -10,17 +9,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, EncoderDecoderCache
 
-__all__ = ["Cache", "drop_columns", "join", "new_cache"]
+__all__ = ["Cache", "drop_columns", "join"]
 
 Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has no types for mypy
-
-
-def new_cache(*, is_encoder_decoder: bool) -> Cache:
-    """An empty cache."""
-    own: Cache = DynamicCache()
-    return EncoderDecoderCache(own, DynamicCache()) if is_encoder_decoder else own
 
 
 def join(one: Cache, other: Cache) -> None:

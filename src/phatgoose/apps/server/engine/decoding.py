@@ -1,28 +1,29 @@
-"""How an answer is generated: which token comes next, and what is told about it."""
+"""Choosing the next token, and log-probabilities of alternatives."""
 
 from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
-__all__ = ["Alternative", "Decoding", "Sampler", "alternatives", "seed_of"]
+__all__ = ["Decoding", "Sampler", "TokenScores", "seed_of", "token_scores"]
 
-COLDEST = 1e-4  # below that a temperature is greedy: the best token's share is 1 in any case
+COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
 SEEDS = 1 << 63
-LEAST = -9999.0  # told of tokens that the model rules out: JSON has no infinity
+LEAST = -9999.0  # stands for minus infinity, which JSON doesn't have
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a request wants of an answer.
+    """How an answer is generated.
 
-    `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it. `logprobs`
-    tells so many alternatives of each token, None not even its own log-probability; with `echo`
-    those of the prompt too. `routing` tells each token's experts.
+    `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it. `logprobs` is
+    the number of alternatives reported with each token (None: no log-probabilities at all); with
+    `echo` the prompt's tokens are reported too. `routing` reports each token's experts.
     """
 
     max_tokens: int
@@ -41,16 +42,22 @@ class Decoding:
         return self.echo and self.logprobs is not None
 
 
-@dataclass(frozen=True)
-class Alternative:
-    """A token and its log-probability under the model, temperature 1."""
+class Alternative(NamedTuple):
+    """A token and its log-probability at temperature 1."""
 
     token: int
     logprob: float
 
 
+class TokenScores(NamedTuple):
+    """A token with its log-probability, and the best alternatives, best first."""
+
+    own: Alternative
+    top: tuple[Alternative, ...]
+
+
 class Sampler:
-    """Chooses tokens with a generator of its own: the same ones in whatever company."""
+    """Chooses tokens with its own random generator, so that they don't depend on the batch."""
 
     def __init__(self, decoding: Decoding, device: torch.device) -> None:
         self._generator: torch.Generator | None = None
@@ -64,17 +71,15 @@ class Sampler:
             self._warpers.append(TopPLogitsWarper(decoding.top_p))
 
     def __call__(self, logits: Tensor) -> int:
-        """A token by the `logits` [V], float32."""
+        """The token chosen by `logits` [V], float32."""
         if self._generator is None:
             return int(logits.argmax())
         scores = self._warpers(None, logits[None])
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
 
 
-def alternatives(
-    logits: Tensor, tokens: list[int], most: int
-) -> list[tuple[Alternative, tuple[Alternative, ...]]]:
-    """For each of the T `tokens` that followed `logits` [T, V]: itself, and the `most` best ones.
+def token_scores(logits: Tensor, tokens: list[int], most: int) -> list[TokenScores]:
+    """The scores of each of the T `tokens` that followed `logits` [T, V], with `most` alternatives.
 
     Log-probabilities are computed in float32.
     """
@@ -83,13 +88,13 @@ def alternatives(
     best = scores.topk(most, dim=-1)
     rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [
-        (Alternative(token, score), tuple(map(Alternative, ids, values)))
+        TokenScores(Alternative(token, score), tuple(map(Alternative, ids, values)))
         for token, score, (ids, values) in zip(tokens, own, rows, strict=True)
     ]
 
 
 def seed_of(seed: int | None, number: int) -> int:
-    """The seed of the `number`-th answer to a request; None draws one."""
+    """The seed of answer `number` of a request that asked for `seed`; None draws one."""
     if seed is None:
         return secrets.randbelow(SEEDS)
     return (seed + number) % SEEDS

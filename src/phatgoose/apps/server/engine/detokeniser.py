@@ -1,4 +1,4 @@
-"""Text out of tokens that come one at a time, and where it has to end."""
+"""Text from tokens that come one at a time, and stop texts."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from transformers import PreTrainedTokenizerBase
 __all__ = ["Detokeniser", "earliest", "held_back"]
 
 CONTEXT = 6  # tokens before the first one that decide whether it begins with a space
-LONGEST_CHARACTER = 8  # tokens after which an unfinished character is given up
+LONGEST_CHARACTER = 8  # tokens after which an unfinished character is shown as it is
 UNFINISHED = "\ufffd"
 
 
 class Detokeniser:
-    """The text of tokens, piece by piece: what each adds to the text that all of them make.
+    """Turns tokens into text, one piece for each token.
 
     A character whose bytes are spread over several tokens comes with the last of them. Special
     tokens have no text.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
-        """`before` are tokens that stand before the first one and whose text is not wanted."""
+        """`before` are the tokens that the text follows; their own text is left out."""
         self._tokenizer = tokenizer
         self._tokens = list(before[-CONTEXT:])
-        self._begin, self._told = 0, len(self._tokens)  # the window decoded, and what was given out
+        self._begin, self._done = 0, len(self._tokens)  # the window decoded, and what was returned
 
     def add(self, token: int) -> str:
-        """What `token` adds; "" while a character is unfinished."""
+        """The text that `token` adds; "" while a character is unfinished."""
         self._tokens.append(token)
         text = self._text(len(self._tokens))
-        waits = text.endswith(UNFINISHED) and len(self._tokens) - self._told < LONGEST_CHARACTER
+        waits = text.endswith(UNFINISHED) and len(self._tokens) - self._done < LONGEST_CHARACTER
         return "" if waits else self._new(text)
 
     def rest(self) -> str:
-        """What was held back at the end: characters that were never finished."""
+        """The text of a character that was never finished."""
         return self._new(self._text(len(self._tokens)))
 
     def _new(self, text: str) -> str:
-        new = text[len(self._text(self._told)) :]
+        new = text[len(self._text(self._done)) :]
         if new:
-            self._begin, self._told = self._told, len(self._tokens)
+            self._begin, self._done = self._done, len(self._tokens)
         return new
 
     def _text(self, end: int) -> str:
@@ -54,8 +54,8 @@ class Detokeniser:
 
 
 def earliest(text: str, stops: Sequence[str], begin: int) -> int | None:
-    """Where the first of `stops` begins in `text`, looked for from `begin` on; None if nowhere."""
-    found = [place for stop in stops if (place := text.find(stop, max(0, begin))) >= 0]
+    """Where the first of `stops` in `text` begins, searched from `begin` on; None if nowhere."""
+    found = [index for stop in stops if (index := text.find(stop, max(0, begin))) >= 0]
     return min(found, default=None)
 
 

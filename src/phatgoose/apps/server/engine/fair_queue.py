@@ -1,60 +1,50 @@
-"""The queue: rows that wait to be computed, of clients who take turns."""
+"""Sequences that wait to be computed; clients take turns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
-from .model_runner import ModelRunner
 from .sequences import ActiveSequence
 
-__all__ = ["FairQueue", "QueuedSequence"]
-
-
-@dataclass(frozen=True)
-class QueuedSequence:
-    """A row in the queue and the model that is to answer."""
-
-    runner: ModelRunner
-    row: ActiveSequence
+__all__ = ["FairQueue"]
 
 
 class FairQueue:
-    """Rows by client. Whoever was served goes behind all others; each one's rows stay in order."""
+    """A queue of sequences for each client.
+
+    The next turn is that of the client served longest ago; each client's own keep their order.
+    """
 
     def __init__(self) -> None:
-        self._of: dict[str, list[QueuedSequence]] = {}  # by client, whose turn it is first
+        self._by_client: dict[str, list[ActiveSequence]] = {}  # in the order of their turns
 
     def __len__(self) -> int:
-        return sum(map(len, self._of.values()))
+        return sum(map(len, self._by_client.values()))
 
-    def __iter__(self) -> Iterator[QueuedSequence]:
-        """All rows."""
-        return (each for rows in self._of.values() for each in rows)
+    def __iter__(self) -> Iterator[ActiveSequence]:
+        return (each for own in self._by_client.values() for each in own)
 
-    def of(self, client: str) -> int:
-        """How many rows of `client` wait."""
-        return len(self._of.get(client, ()))
+    def count(self, client: str) -> int:
+        """How many sequences of `client` wait."""
+        return len(self._by_client.get(client, ()))
 
-    def heads(self) -> list[QueuedSequence]:
-        """The next row of each client, in the order of their turns."""
-        return [rows[0] for rows in self._of.values()]
+    def heads(self) -> list[ActiveSequence]:
+        """Each client's next sequence, in the order of their turns."""
+        return [own[0] for own in self._by_client.values()]
 
-    def add(self, waiting: Sequence[QueuedSequence]) -> None:
-        """Queue rows up."""
-        for each in waiting:
-            self._of.setdefault(each.row.client, []).append(each)
+    def add(self, sequences: Sequence[ActiveSequence]) -> None:
+        """Append `sequences`, each to its client's queue."""
+        for each in sequences:
+            self._by_client.setdefault(each.client, []).append(each)
 
-    def take(self, head: QueuedSequence) -> None:
-        """Let `head`, one of `heads`, go; its client goes behind the others."""
-        rows = self._of.pop(head.row.client)
-        if rows[1:]:
-            self._of[head.row.client] = rows[1:]
+    def take(self, head: ActiveSequence) -> None:
+        """Remove `head`, one of `heads`; its client goes to the end of the line."""
+        own = self._by_client.pop(head.client)
+        if own[1:]:
+            self._by_client[head.client] = own[1:]
 
     def drop_cancelled(self) -> None:
-        """Forget rows that nobody waits for any more."""
-        kept = {
-            client: [each for each in rows if not each.row.is_cancelled]
-            for client, rows in self._of.items()
-        }
-        self._of = {client: rows for client, rows in kept.items() if rows}
+        """Remove cancelled sequences."""
+        waiting = [each for each in self if not each.is_cancelled]
+        self._by_client = {}
+        self.add(waiting)

@@ -1,8 +1,8 @@
-"""The models that are served: each by its name, and rerouted as requests ask.
+"""The served models, and the routings that requests ask for.
 
-All routings over one base share its weights, and those of the same experts their stacked factors.
-A request's own routing is composed when it is first asked for and kept for the next ones; of those
-that nobody uses, the one used longest ago makes room.
+All routings over one base share its weights, and those of the same experts their stacked factors. A
+request's own routing is composed when it is first asked for and cached; the least recently used one
+that no request needs is evicted.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ....experts.pool import Pool
 from ....routing.composition import Composition, composition_of
 from ....routing.layers import ChoosingLayer
 from ....routing.open_model import compose_pool, is_pool, is_routed
-from ....routing.routers.registry import USE_K
+from ....routing.routers.registry import ROUTERS, USE_K
 from ....routing.saved.description import HASHES
 from ....routing.saved.load import base_of, load
 from ....tasks.embeddings import without_downloads
@@ -33,14 +33,15 @@ from ..api_errors import busy
 from ..settings import ServedModel
 from .model_runner import ModelRunner
 
-__all__ = ["LoadedModel", "LoadedModels", "ModelUse", "RoutingOverride"]
+__all__ = ["REQUESTABLE_ROUTERS", "LoadedModel", "LoadedModels", "ModelUse", "RoutingOverride"]
 
-BY_TASK = "oracle"  # goes by the name of a task, which a request doesn't have
+BY_TASK = "oracle"  # chooses by a task's name, which a request doesn't have
+REQUESTABLE_ROUTERS = tuple(name for name in ROUTERS if name != BY_TASK)
 
 
 @dataclass(frozen=True)
 class RoutingOverride:
-    """What a request changes of the model it names; None leaves a thing as it is served."""
+    """What a request changes of its model's routing; None leaves a setting as it is served."""
 
     router: str | None = None
     k: int | None = None
@@ -55,7 +56,7 @@ class Bases:
         self._loaded: list[tuple[Base, str]] = []
 
     def get(self, wanted: BaseReference, dtype: str) -> Base:
-        """The base `wanted` in `dtype`, loaded if it is not there by name or by fingerprint."""
+        """The base `wanted` in `dtype`; one of the same name or fingerprint is loaded only once."""
         dtype = str(choose_dtype(dtype)).removeprefix("torch.")
         for base, of in self._loaded:
             named = (base.id, base.revision) == (wanted.id, wanted.revision)
@@ -67,10 +68,13 @@ class Bases:
 
 
 class LoadedModel:
-    """A model as it is served by name, and what it takes to reroute it."""
+    """An opened model, and what it takes to compose it with another routing.
+
+    `parts` is None for a base alone.
+    """
 
     def __init__(self, settings: ServedModel, bases: Bases) -> None:
-        """Open it. Raises what opening does, ConfigError for settings it can't have."""
+        """Raises what opening a model does, and ConfigError for settings that it can't have."""
         self.settings = settings
         self._check()
         place = settings.place
@@ -91,25 +95,25 @@ class LoadedModel:
             model = twin(self.base).model
         if getattr(model, "_is_stateful", False):
             raise BaseModelError(
-                f"{self.base.id!r} remembers more of a text than keys and values; such a model "
-                f"can't answer several requests at once and isn't served."
+                f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
+                f"such a model and doesn't serve it."
             )
         self.runner = ModelRunner(model, self.base.tokenizer)
 
     def _check(self) -> None:
         settings = self.settings
-        named = (
-            Routing(retrieval_embedder=self._embedder) if self._embedder else None
-        )  # what any may have
-        routing = None if settings.routing == named else settings.routing
+        embedder_alone = Routing(retrieval_embedder=self._embedder)  # any model may be given one
+        routing = (
+            None if settings.routing == embedder_alone and self._embedder else settings.routing
+        )
         given = routing or settings.keep or settings.leave_out or settings.scores
         if given and not is_pool(settings.place):
             raise ConfigError(
-                f"{settings.place} is no pool: a routed model was made with its own router and "
-                f"experts, and a base alone has none. Serve the pool to choose them."
+                f"{settings.place} is not a pool: a routed model has its own router and experts, "
+                f"and a base alone has none. Serve the pool to choose them."
             )
         if settings.routing and settings.routing.router == BY_TASK:
-            raise ConfigError(f"Router {BY_TASK} goes by a task's name, which no request tells.")
+            raise ConfigError(f"Router {BY_TASK} chooses by a task's name, which no request has.")
 
     @property
     def _embedder(self) -> str | None:
@@ -117,20 +121,20 @@ class LoadedModel:
 
     @cached_property
     def pool(self) -> Pool:
-        """The model's experts, opened. Raises RoutingError for a saved model's, unless found."""
+        """The model's experts. Raises RoutingError for a saved model if they weren't found."""
         if is_routed(self.settings.place):
             raise RoutingError(
-                f"{self.settings.name!r} is a saved model, which can be rerouted only while a pool "
-                f"with its experts, as they were when it was saved, is served beside it."
+                f"{self.settings.name!r} is a saved model; its routing can be changed only while a "
+                f"pool with its experts, as they were when it was saved, is served beside it."
             )
         opened = Pool.open(self.settings.place)
         return opened.select(self.settings.keep, self.settings.leave_out)
 
     def find_experts(self, pools: Iterable[Pool]) -> None:
-        """Let a saved model be rerouted with its experts from the first of `pools` that has them.
+        """Take a saved model's experts from the first of `pools` that has all of them.
 
-        Where its own file says that they are is no place that the operator named: nothing there is
-        opened, and nothing fetched.
+        The places that its own file names are not the operator's: they are neither opened nor
+        fetched.
         """
         if self.parts is None or not is_routed(self.settings.place):
             return
@@ -143,37 +147,37 @@ class LoadedModel:
                 return
 
     def compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
-        """`pool` over the base, sharing its weights."""
+        """`pool` composed over the base, sharing its weights."""
         scores = self.settings.scores
         return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
 
-    def rerouted(self, wish: RoutingOverride) -> tuple[Routing, Pool]:
-        """The routing and the experts that `wish` makes of the served ones.
+    def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
+        """The routing and the experts with `override` applied.
 
-        What changes nothing is left out: a k greater than the pool, a k where all experts act.
-        Raises RoutingError for a model without experts and a router that needs more than a request
-        tells, PoolError for unknown experts.
+        A k that changes nothing is left out: one above the pool's size, or of a router that uses
+        all experts. Raises RoutingError for a model without experts and for a router that needs
+        more than a request has, PoolError for unknown experts.
         """
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
-        if wish.router == BY_TASK:
-            raise RoutingError(f"Router {BY_TASK} goes by a task's name, which no request tells.")
-        pool = self.pool.select(wish.keep, wish.leave_out)
+        if override.router == BY_TASK:
+            raise RoutingError(f"Router {BY_TASK} chooses by a task's name, which no request has.")
+        pool = self.pool.select(override.keep, override.leave_out)
         routing = self.routing
-        if wish.router is not None and wish.router != routing.router:
-            routing = replace(routing, router=wish.router, expert=None)
-        k = min(wish.k or routing.k, len(pool)) if routing.router in USE_K else self.routing.k
+        if override.router is not None and override.router != routing.router:
+            routing = replace(routing, router=override.router, expert=None)
+        k = min(override.k or routing.k, len(pool)) if routing.router in USE_K else self.routing.k
         return replace(routing, k=k), pool
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
-    """What two records of one expert have in common, wherever its files are."""
+    """What records of the same expert have in common, wherever its files are."""
     return tuple(record.get(key) for key in ("name", *HASHES))
 
 
 @dataclass
 class ModelUse:
-    """A model in use by a number of requests."""
+    """A composed model and how many requests need it."""
 
     runner: ModelRunner
     requests: int = 0
@@ -183,95 +187,100 @@ Key = tuple[str, Routing, tuple[str, ...]]
 
 
 class LoadedModels:
-    """All that is served. `acquire` and `release` may be called from any thread."""
+    """All served models by name, and the cache of routings that requests asked for.
 
-    def __init__(self, served: Sequence[ServedModel], most_rerouted: int) -> None:
+    `ready`, `acquire`, `keep` and `release` may be called from any thread.
+    """
+
+    def __init__(self, served: Sequence[ServedModel], most_overridden: int) -> None:
         """Open every model. Raises what opening does."""
         bases = Bases()
-        self._most = most_rerouted
+        self._most = most_overridden
         self._lock = threading.Lock()
         self._composing = threading.Lock()  # one at a time: it takes all cores anyway
-        self._rerouted: OrderedDict[Key, ModelUse] = OrderedDict()
-        self._served: dict[str, LoadedModel] = {}
+        self._overridden: OrderedDict[Key, ModelUse] = OrderedDict()
+        self._loaded: dict[str, LoadedModel] = {}
         for settings in served:
-            self._served[settings.name] = LoadedModel(settings, bases)
-            self._share_factors(self._served[settings.name].runner.model)
+            self._loaded[settings.name] = LoadedModel(settings, bases)
+            self._share_factors(self._loaded[settings.name].runner.model)
         pools = [each.pool for each in self if is_pool(each.settings.place)]
         for each in self:
             each.find_experts(pools)
 
     def __iter__(self) -> Iterator[LoadedModel]:
-        return iter(self._served.values())
+        return iter(self._loaded.values())
 
     def get(self, name: str) -> LoadedModel | None:
         """The model called `name`, None if there is none."""
-        return self._served.get(name)
+        return self._loaded.get(name)
 
-    def ready(self, served: LoadedModel, wish: RoutingOverride) -> ModelUse | None:
-        """The model as `wish` has it if it is there, kept at least until its `release`; else None.
+    def ready(self, loaded: LoadedModel, override: RoutingOverride) -> ModelUse | None:
+        """`loaded` with `override` applied, if it is cached: kept until its `release`. Else None.
 
-        Takes its time where `wish` is one, since a pool may have to be opened. Raises
-        PhatgooseError for what can't be had.
+        May be slow, since a pool may have to be opened. Raises PhatgooseError for an impossible
+        override.
         """
-        if wish == RoutingOverride():
-            return ModelUse(served.runner)
-        routing, pool = served.rerouted(wish)
-        names = served.parts.experts if served.parts is not None else ()
-        if (routing, pool.names) == (served.routing, names):
-            return ModelUse(served.runner)
-        return self._take((served.settings.name, routing, pool.names))
+        if override == RoutingOverride():
+            return ModelUse(loaded.runner)
+        routing, pool = loaded.overridden(override)
+        names = loaded.parts.experts if loaded.parts is not None else ()
+        if (routing, pool.names) == (loaded.routing, names):
+            return ModelUse(loaded.runner)
+        return self._take((loaded.settings.name, routing, pool.names))
 
-    def acquire(self, served: LoadedModel, wish: RoutingOverride) -> ModelUse:
-        """The model as `wish` has it, composed if need be, kept at least until its `release`.
+    def acquire(self, loaded: LoadedModel, override: RoutingOverride) -> ModelUse:
+        """`loaded` with `override` applied, composed if it isn't cached: kept until its `release`.
 
-        Raises PhatgooseError for what can't be had, ApiError when too many routings are in use.
+        Raises PhatgooseError for an impossible override, ApiError when too many are in use.
         """
         with self._composing:
-            if (ready := self.ready(served, wish)) is not None:
+            if (ready := self.ready(loaded, override)) is not None:
                 return ready
-            routing, pool = served.rerouted(wish)
-            key = (served.settings.name, routing, pool.names)
+            routing, pool = loaded.overridden(override)
             self._make_room()
             with without_downloads():  # a client must not make others wait for the network
-                model = served.compose(pool, routing)
+                model = loaded.compose(pool, routing)
             self._share_factors(model)
-            use = ModelUse(ModelRunner(model, served.base.tokenizer), 1)
+            use = ModelUse(ModelRunner(model, loaded.base.tokenizer), 1)
             with self._lock:
-                self._rerouted[key] = use
+                self._overridden[loaded.settings.name, routing, pool.names] = use
         return use
 
     def keep(self, use: ModelUse) -> None:
-        """Tell that one more request needs what `acquire` gave another, until its `release`."""
+        """Count one more request that needs `use`, until its `release`."""
         with self._lock:
             use.requests += 1
 
     def release(self, use: ModelUse) -> None:
-        """Tell that a request is done with what `acquire` gave it."""
+        """Count one request less that needs `use`."""
         with self._lock:
             use.requests -= 1
 
     def _take(self, key: Key) -> ModelUse | None:
         with self._lock:
-            use = self._rerouted.get(key)
+            use = self._overridden.get(key)
             if use is not None:
                 use.requests += 1
-                self._rerouted.move_to_end(key)
+                self._overridden.move_to_end(key)
             return use
 
     def _make_room(self) -> None:
         with self._lock:
-            idle = [key for key, use in self._rerouted.items() if use.requests == 0]
-            if len(self._rerouted) < self._most:
+            idle = [key for key, use in self._overridden.items() if use.requests == 0]
+            if len(self._overridden) < self._most:
                 return
             if not idle:
                 raise busy("Too many different routings are in use; try again in a while.", 5)
-            del self._rerouted[idle[0]]
+            del self._overridden[idle[0]]
 
     def _share_factors(self, model: PreTrainedModel) -> None:
-        """Let `model` use the stacked factors of a model of the same experts, if there is one."""
+        """Let `model` share the stacked factors of a model of the same experts, if there is one."""
         parts = getattr(model, ROUTED, None)
         with self._lock:
-            runners = [*(s.runner for s in self), *(use.runner for use in self._rerouted.values())]
+            runners = [
+                *(s.runner for s in self),
+                *(use.runner for use in self._overridden.values()),
+            ]
         for other in (getattr(runner.model, ROUTED, None) for runner in runners):
             if parts is None or other is None or other is parts or other.records != parts.records:
                 continue

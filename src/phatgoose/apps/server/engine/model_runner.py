@@ -1,4 +1,4 @@
-"""One pass through a served model, whatever its architecture."""
+"""One forward pass of a served model, whatever its architecture."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from ....analysis.traces import TraceKeeper
@@ -18,18 +23,17 @@ from ....base.sites import ROUTED
 from ....routing.compose import watch
 from ....routing.routers.per_input.lookup import PromptReader
 from ....tasks.encoding import added_tokens, contiguous_head, position_ids
-from .caches import Cache, new_cache
-from .sequences import ActiveSequence
+from .caches import Cache
 
 __all__ = ["ModelRunner"]
 
 
 class ModelRunner:
-    """A model with its tokenizer, asked for passes that add to a cache of keys and values.
+    """A model with its tokenizer; each pass adds to a cache of keys and values.
 
-    `ends` are the tokens that end an answer, `context` how many tokens the model can hold (None:
-    any number), in an encoder-decoder model its encoder. `added` are the tokens that stand before
-    and after the text of a prompt.
+    `ends` are the tokens that end an answer. `context` is how many tokens the model can hold (None:
+    any number), an encoder-decoder model's encoder. `added` are the tokens before and after the
+    text of a prompt. A pass shows its routing to `keeper`, if there is one.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -56,7 +60,9 @@ class ModelRunner:
 
     def new_cache(self) -> Cache:
         """An empty cache for the model."""
-        return new_cache(is_encoder_decoder=self.is_encoder_decoder)
+        if self.is_encoder_decoder:
+            return EncoderDecoderCache(DynamicCache(), DynamicCache())
+        return DynamicCache()
 
     def decode(
         self,
@@ -69,7 +75,7 @@ class ModelRunner:
     ) -> Tensor:
         """A causal model's logits of the tokens `ids` [rows, columns], the last column's at least.
 
-        `mask` [rows, cached and present columns] tells padding. `keeper` is shown the routing.
+        `mask` [rows, cached and present columns] is 0 at padding.
         """
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
         if self._takes_positions:
@@ -88,7 +94,7 @@ class ModelRunner:
     ) -> Tensor:
         """An encoder-decoder model's logits of the decoder's tokens `ids` [rows, 1].
 
-        `encoded` comes from `encode`, `mask` [rows, columns] tells the encoder's padding.
+        `encoded` comes from `encode`; `mask` [rows, columns] is 0 at the encoder's padding.
         """
         inputs = {"decoder_input_ids": ids, "attention_mask": mask, "encoder_outputs": encoded}
         return self._pass(inputs, cache, keeper)
@@ -96,25 +102,25 @@ class ModelRunner:
     def encode(
         self, ids: Tensor, mask: Tensor, keeper: TraceKeeper | None = None
     ) -> BaseModelOutput:
-        """What the encoder makes of the prompts `ids` [rows, columns]."""
+        """The encoder's output for the prompts `ids` [rows, columns]."""
         with self._watched(keeper):
             found: BaseModelOutput = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
         return found
 
     def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[int | None]:
-        """Which expert a router that looks whole inputs up has for each prompt; None for others.
+        """The expert that a router which picks one by prompt has for each; None for other routers.
 
-        Takes its time (it may read each prompt with another model): not for the engine's thread.
+        May be slow (it may read each prompt with another model): not for the engine's thread.
         """
         if not isinstance(self._lookup, PromptReader):
             return [None] * len(prompts)
         found: list[int | None] = self._lookup.of_tokens([list(each) for each in prompts]).tolist()
         return found
 
-    def serve_lookup(self, rows: Sequence[ActiveSequence]) -> None:
-        """Tell a router that looks whole inputs up which expert each of `rows` has."""
+    def use_experts(self, experts: Sequence[int | None]) -> None:
+        """Let the next pass use these experts, one a row, if the router picks them by prompt."""
         if isinstance(self._lookup, PromptReader):
-            self._lookup.serve(torch.tensor([row.expert for row in rows]))
+            self._lookup.serve(torch.tensor(experts))
 
     def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
         with self._watched(keeper), contiguous_head(self.model):

@@ -1,4 +1,4 @@
-"""Prompts read: the keys and values of new rows, and what is told about the prompts' tokens."""
+"""Reading prompts: keys, values and what is reported about prompt tokens."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
-from ....analysis.traces import TraceKeeper
+from ....analysis.traces import TraceKeeper, TraceStream
 from ....tasks.encoding import pad_left
 from .caches import Cache
-from .decoding import Alternative, alternatives
+from .decoding import TokenScores, token_scores
 from .model_runner import ModelRunner
 from .sequences import ANSWER, PROMPT, ActiveSequence
 
-__all__ = ["ReadPrompts", "read_prompts", "rows_of"]
+__all__ = ["ReadPrompts", "encoded_rows", "keeper_for", "read_prompts"]
 
-# Logits where log-probabilities of the prompts are wanted: at most so many at a time, by reading
-# the prompts in several passes.
+# At most so many logits at a time where prompts are scored; longer ones are read in several passes.
 MOST_LOGITS = 1 << 26
 
 
 @dataclass
 class ReadPrompts:
-    """What is known of rows whose prompts were read, in their order.
+    """What reading the prompts of some sequences gave, in their order.
 
-    `mask` [rows, columns] tells the prompts' padding, `logits` [rows, V] are those after the last
-    token, `encoded` is an encoder-decoder model's.
+    `mask` [rows, columns] is 0 at padding, `logits` [rows, V] are those after the last token,
+    `encoded` is an encoder-decoder model's.
     """
 
     cache: Cache
@@ -37,103 +36,109 @@ class ReadPrompts:
     encoded: BaseModelOutput | None = None
 
 
-def read_prompts(runner: ModelRunner, rows: Sequence[ActiveSequence]) -> ReadPrompts:
-    """`rows`' prompts read together, each different one once."""
-    first = {row.prompt: row for row in reversed(rows)}
-    prompts = list(first)
-    runner.serve_lookup(list(first.values()))
-    ids = pad_left(prompts, runner.pad).to(runner.device)
-    mask = pad_left([[1] * len(prompt) for prompt in prompts], 0).to(runner.device)
-    owners = [[row for row in rows if row.prompt == prompt] for prompt in prompts]
-    read = _read_and_encode if runner.is_encoder_decoder else _read
-    found = read(runner, ids, mask, owners)
-    places = torch.tensor([prompts.index(row.prompt) for row in rows], device=runner.device)
-    found.cache.batch_select_indices(places)
-    return ReadPrompts(
-        found.cache, mask[places], found.logits[places], rows_of(found.encoded, places)
-    )
+def read_prompts(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> ReadPrompts:
+    """Read the prompts of `sequences` together, each distinct one once."""
+    sharing: dict[tuple[int, ...], list[ActiveSequence]] = {}
+    for each in sequences:
+        sharing.setdefault(each.prompt, []).append(each)
+    distinct = _DistinctPrompts(runner, list(sharing.values()))
+    runner.use_experts([group[0].expert for group in sharing.values()])
+    found = distinct.read_and_encode() if runner.is_encoder_decoder else distinct.read()
+    row_of = {prompt: row for row, prompt in enumerate(sharing)}
+    rows = torch.tensor([row_of[each.prompt] for each in sequences], device=runner.device)
+    found.cache.batch_select_indices(rows)
+    encoded = encoded_rows(found.encoded, rows)
+    return ReadPrompts(found.cache, found.mask[rows], found.logits[rows], encoded)
 
 
-def rows_of(encoded: BaseModelOutput | None, places: Tensor) -> BaseModelOutput | None:
-    """The rows at `places` of what an encoder made."""
+def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutput | None:
+    """Some rows of an encoder's output."""
     if encoded is None:
         return None
-    return BaseModelOutput(last_hidden_state=encoded.last_hidden_state[places])
+    return BaseModelOutput(last_hidden_state=encoded.last_hidden_state[rows])
 
 
-def _read(
-    runner: ModelRunner, ids: Tensor, mask: Tensor, owners: list[list[ActiveSequence]]
-) -> ReadPrompts:
-    """A causal model's reading: in one pass, or in several where all logits are looked at."""
-    cache = runner.new_cache()
-    scored = [any(row.decoding.scores_prompt for row in group) for group in owners]
-    columns = ids.shape[1]
-    wide = max(1, MOST_LOGITS // (len(ids) * runner.vocabulary)) if any(scored) else columns
-    scores: list[list[tuple[Alternative, tuple[Alternative, ...]]]] = [[] for _ in owners]
-    for begin in range(0, columns, wide):
-        end = min(begin + wide, columns)
-        keeper = _keeper(owners)
-        logits = runner.decode(
-            ids[:, begin:end], mask[:, :end], cache, keeper, all_logits=any(scored)
-        )
-        for number, group in enumerate(owners):
-            pad = columns - len(group[0].prompt)
-            if scored[number]:
-                most = max(row.decoding.logprobs or 0 for row in group)
-                targets = ids[number, max(begin, pad) + 1 : end + 1].tolist()
-                seen = logits[number, max(0, pad - begin) :][: len(targets)]
-                scores[number] += alternatives(seen, targets, most)
-        if keeper is not None:
-            _tell_routing(keeper, runner, owners, begin, end, columns)
-    for number, group in enumerate(owners):
-        for row in group:
-            if row.decoding.scores_prompt:
-                row.tell_prompt(scores[number])
-    return ReadPrompts(cache, mask, logits[:, -1].float())
+def keeper_for(sequences: Sequence[ActiveSequence]) -> TraceKeeper | None:
+    """What keeps a pass's routing, if one of `sequences` reports it."""
+    return TraceKeeper() if any(each.decoding.routing for each in sequences) else None
 
 
-def _read_and_encode(
-    runner: ModelRunner, ids: Tensor, mask: Tensor, owners: list[list[ActiveSequence]]
-) -> ReadPrompts:
-    """An encoder-decoder model's reading: the encoder's pass, then the decoder's first token."""
-    cache, keeper = runner.new_cache(), _keeper(owners)
-    encoded = runner.encode(ids, mask, keeper)
-    start = torch.full_like(ids[:, :1], runner.model.config.decoder_start_token_id)
-    logits = runner.answer(start, mask, encoded, cache, keeper)
-    if keeper is not None:
-        _tell_routing(keeper, runner, owners, 0, ids.shape[1], ids.shape[1])
-    return ReadPrompts(cache, mask, logits[:, -1].float(), encoded)
+class _DistinctPrompts:
+    """A row for each distinct prompt; `owners` are the sequences that begin with it."""
 
+    def __init__(self, runner: ModelRunner, owners: list[list[ActiveSequence]]) -> None:
+        self._runner, self._owners = runner, owners
+        self._everyone = [each for group in owners for each in group]
+        prompts = [group[0].prompt for group in owners]
+        self._ids = pad_left(prompts, runner.pad).to(runner.device)
+        self._mask = pad_left([[1] * len(each) for each in prompts], 0).to(runner.device)
+        self._padding = [self._ids.shape[1] - len(each) for each in prompts]
 
-def _keeper(owners: list[list[ActiveSequence]]) -> TraceKeeper | None:
-    wanted = any(row.decoding.routing for group in owners for row in group)
-    return TraceKeeper() if wanted else None
+    def read(self) -> ReadPrompts:
+        """Read with a causal model, in one pass, or in several where prompts are scored."""
+        runner, (rows, columns) = self._runner, self._ids.shape
+        cache = runner.new_cache()
+        is_scored = any(each.decoding.scores_prompt for each in self._everyone)
+        wide = max(1, MOST_LOGITS // (rows * runner.vocabulary)) if is_scored else columns
+        scores: list[list[TokenScores]] = [[] for _ in self._owners]
+        for begin in range(0, columns, wide):
+            end = min(begin + wide, columns)
+            keeper = keeper_for(self._everyone)
+            ids, mask = self._ids[:, begin:end], self._mask[:, :end]
+            logits = runner.decode(ids, mask, cache, keeper, all_logits=is_scored)
+            for row in range(rows):
+                scores[row] += self._scores(row, logits[row], begin, end)
+            self._report_routing(keeper, begin, end)
+        for row, group in enumerate(self._owners):
+            for each in group:
+                if each.decoding.scores_prompt:
+                    each.emit_prompt(scores[row])
+        return ReadPrompts(cache, self._mask, logits[:, -1].float())
 
+    def _scores(self, row: int, logits: Tensor, begin: int, end: int) -> list[TokenScores]:
+        """Scores of the tokens that follow the columns `begin` to `end`, given their `logits`."""
+        wanting = [each for each in self._owners[row] if each.decoding.scores_prompt]
+        if not wanting:
+            return []
+        most = max(each.decoding.logprobs or 0 for each in self._owners[row])
+        pad = self._padding[row]
+        targets = self._ids[row, max(begin, pad) + 1 : end + 1].tolist()
+        return token_scores(logits[max(0, pad - begin) :][: len(targets)], targets, most)
 
-def _tell_routing(
-    keeper: TraceKeeper,
-    runner: ModelRunner,
-    owners: list[list[ActiveSequence]],
-    begin: int,
-    end: int,
-    columns: int,
-) -> None:
-    """Hand each row the routing of its prompt's tokens from column `begin` to `end` of `columns`.
+    def read_and_encode(self) -> ReadPrompts:
+        """Read with an encoder-decoder model: the encoder's pass and the decoder's first token."""
+        runner = self._runner
+        cache, keeper = runner.new_cache(), keeper_for(self._everyone)
+        encoded = runner.encode(self._ids, self._mask, keeper)
+        start = torch.full_like(self._ids[:, :1], runner.model.config.decoder_start_token_id)
+        logits = runner.answer(start, self._mask, encoded, cache, keeper)
+        self._report_routing(keeper, 0, self._ids.shape[1])
+        return ReadPrompts(cache, self._mask, logits[:, -1].float(), encoded)
 
-    The decoder of an encoder-decoder model has read the token that begins an answer.
-    """
-    width = end - begin
-    for name, stream in keeper.streams().items():
-        starts = runner.is_encoder_decoder and name == "decoder"
-        for number, group in enumerate(owners):
-            for row in (row for row in group if row.decoding.routing):
-                if starts:
-                    pieces = row.pieces([runner.model.config.decoder_start_token_id])
-                    row.passed([stream.some(slice(number, number + 1), pieces, [ANSWER])])
-                    continue
-                pad = columns - len(row.prompt)
-                first = max(begin, pad)
-                pieces = row.pieces(row.prompt)[first - pad : max(0, end - pad)]
-                if pieces:
-                    chosen = slice(number * width + first - begin, (number + 1) * width)
-                    row.passed([stream.some(chosen, pieces, [PROMPT] * len(pieces))])
+    def _report_routing(self, keeper: TraceKeeper | None, begin: int, end: int) -> None:
+        """Give each sequence the routing of its prompt's tokens in the columns `begin` to `end`.
+
+        An encoder-decoder model's decoder has read the token that begins an answer instead.
+        """
+        for name, stream in keeper.streams().items() if keeper is not None else ():
+            is_start = self._runner.is_encoder_decoder and name == "decoder"
+            for row, group in enumerate(self._owners):
+                part = (
+                    self._start_of(stream, row) if is_start else self._part(stream, row, begin, end)
+                )
+                for each in group:
+                    if each.decoding.routing and part.tokens:
+                        each.add_routing(part)
+
+    def _start_of(self, stream: TraceStream, row: int) -> TraceStream:
+        start = self._runner.model.config.decoder_start_token_id
+        pieces = self._owners[row][0].pieces([start])
+        return stream.some(slice(row, row + 1), pieces, [ANSWER])
+
+    def _part(self, stream: TraceStream, row: int, begin: int, end: int) -> TraceStream:
+        """What `stream`, of the columns `begin` to `end`, has of the prompt in `row`."""
+        pad, width, sequence = self._padding[row], end - begin, self._owners[row][0]
+        first = max(begin, pad)
+        pieces = sequence.pieces(sequence.prompt)[first - pad : max(0, end - pad)]
+        chosen = slice(row * width + first - begin, (row + 1) * width)
+        return stream.some(chosen, pieces, [PROMPT] * len(pieces))

@@ -1,18 +1,17 @@
-"""Rows: answers on their way, each a row of a batch, and what they tell as they grow."""
+"""One answer while it is generated, and the events that it emits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ....analysis.traces import TraceStream
-from .decoding import Alternative, Decoding, Sampler, alternatives
+from .decoding import Decoding, Sampler, TokenScores, token_scores
 from .detokeniser import Detokeniser, earliest, held_back
+from .model_runner import ModelRunner
 
 __all__ = ["ActiveSequence", "Failure", "Progress", "ScoredToken"]
 
@@ -22,7 +21,7 @@ Finish = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class ScoredToken:
-    """A token as text with its log-probability (None: not asked for, or nothing before it).
+    """A token as text with its log-probability (None: not asked for, or the prompt's first token).
 
     `top` are the best alternatives, best first, each with its text.
     """
@@ -34,11 +33,11 @@ class ScoredToken:
 
 @dataclass(frozen=True)
 class Progress:
-    """What is new of the answer number `choice`.
+    """What is new of answer number `choice`.
 
-    `tokens` are those whose text this is. `routing` holds the tokens that passed the model since;
-    each does so one step after it was chosen, and the last one never. `finish` None means that more
-    is to come. `generated` counts all tokens of the answer so far.
+    `tokens` are those of `text`. `routing` has the tokens that passed the model since the last
+    event: each passes one step after it was chosen, and the last one never. `finish` is None while
+    more is to come. `generated` counts all tokens of the answer so far.
     """
 
     choice: int
@@ -50,26 +49,28 @@ class Progress:
 
     @property
     def size(self) -> int:
-        """Tokens that something is told of."""
+        """How many tokens it reports."""
         return len(self.tokens) + sum(len(stream.tokens) for stream in self.routing)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """The answer can't be computed, for a reason that is the server's; `message` is for people."""
+    """The server could not compute the answer; `message` is for people."""
 
     message: str
 
 
 class ActiveSequence:
-    """One answer: its prompt, what was generated, and who is told.
+    """One answer: its prompt, the tokens generated so far, and who receives its events.
 
-    `deliver` is called from the engine's thread. Whoever sets `is_cancelled` is told no more.
-    `client` is who asked; `expert` the one that a looked-up router has found for the prompt.
+    `deliver` is called from the engine's thread, and no more once `is_cancelled` is set. `choice`
+    is the answer's number in its request, `client` who sent that, and `expert` the one that a
+    router which picks experts by prompt has found.
     """
 
     def __init__(
         self,
+        runner: ModelRunner,
         prompt: Sequence[int],
         decoding: Decoding,
         deliver: Callable[[Progress | Failure], None],
@@ -77,13 +78,19 @@ class ActiveSequence:
         client: str = "",
         expert: int | None = None,
     ) -> None:
-        self.prompt, self.decoding, self.choice = tuple(prompt), decoding, choice
-        self.deliver, self.client, self.expert = deliver, client, expert
+        self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
+        self.deliver, self.choice, self.client, self.expert = deliver, choice, client, expert
         self.is_cancelled = False
         self.finish: Finish | None = None
         self.generated: list[int] = []
         self.shown: list[str] = []  # each generated token as text
         self._routing: list[TraceStream] = []
+        self._ends = () if decoding.ignores_end else runner.ends
+        self._sampler = Sampler(decoding, runner.device)
+        before = () if runner.is_encoder_decoder else self.prompt  # the text that it continues
+        self._detokeniser = Detokeniser(runner.tokenizer, before)
+        self._text, self._sent = "", 0  # all text so far, and how much of it was delivered
+        self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
 
     @property
     def most_tokens(self) -> int:
@@ -92,58 +99,36 @@ class ActiveSequence:
 
     @property
     def is_over(self) -> bool:
-        """True if nothing more is to be computed for it."""
+        """True if nothing more is to be computed."""
         return self.is_cancelled or self.finish is not None
 
-    def begin(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        ends: Collection[int],
-        device: torch.device,
-        *,
-        answers_alone: bool,
-    ) -> None:
-        """Get ready; `ends` are the tokens that end an answer.
-
-        `answers_alone` says that the answer doesn't continue the prompt's text (encoder-decoder).
-        """
-        self._tokenizer = tokenizer
-        self._ends = () if self.decoding.ignores_end else ends
-        self._sampler = Sampler(self.decoding, device)
-        self._detokeniser = Detokeniser(tokenizer, () if answers_alone else self.prompt)
-        self._text, self._told = "", 0  # all text so far, and how much of it was delivered
-        self._waiting: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
-
-    def tell_prompt(self, scores: Sequence[tuple[Alternative, tuple[Alternative, ...]]]) -> None:
-        """Deliver the prompt's tokens, of which all but the first have `scores`."""
-        pieces = self.pieces(self.prompt)
-        tokens = [ScoredToken(pieces[0])]
-        tokens += [
-            self._scored(piece, *score) for piece, score in zip(pieces[1:], scores, strict=True)
-        ]
-        self._deliver(Progress(self.choice, "", tuple(tokens)))
+    def emit_prompt(self, scores: Sequence[TokenScores]) -> None:
+        """Deliver the prompt's tokens; `scores` has all but the first."""
+        first, *others = self.pieces(self.prompt)
+        scored = [self._scored(*pair) for pair in zip(others, scores, strict=True)]
+        self._deliver(Progress(self.choice, "", (ScoredToken(first), *scored)))
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each of `tokens` as text, special ones too."""
-        detokeniser = Detokeniser(self._tokenizer)
-        return [detokeniser.add(token) or self._named(token) for token in tokens]
+        detokeniser = Detokeniser(self.runner.tokenizer)
+        return [detokeniser.add(token) or self._token_text(token) for token in tokens]
 
-    def passed(self, streams: Sequence[TraceStream]) -> None:
-        """Remember who served tokens that passed the model just now."""
-        self._routing += streams
+    def add_routing(self, stream: TraceStream) -> None:
+        """Keep the routing of tokens that passed the model, for the next event."""
+        self._routing.append(stream)
 
     def advance(self, logits: Tensor) -> None:
-        """Choose the next token by `logits` [V] and tell what is new."""
+        """Choose the next token by `logits` [V] and deliver what is new."""
         if self.decoding.max_tokens == 0:
             self.finish = "length"
-            self._tell()
+            self._emit()
             return
         token = self._sampler(logits)
         self.generated.append(token)
         piece = self._detokeniser.add(token)
         self._text += piece
-        self.shown.append(piece or self._named(token))
-        self._waiting.append((len(self._text), self._scored_answer(token, logits)))
+        self.shown.append(piece or self._token_text(token))
+        self._unsent.append((len(self._text), self._scored_answer(token, logits)))
         if token in self._ends:
             self.finish = "stop"
         elif len(self.generated) >= self.decoding.max_tokens:
@@ -151,58 +136,52 @@ class ActiveSequence:
         if self.finish is not None:
             self._text += self._detokeniser.rest()
         self._cut_at_stop(len(piece))
-        self._tell()
+        self._emit()
 
     def _scored_answer(self, token: int, logits: Tensor) -> ScoredToken:
         shown = self.shown[-1]
         if self.decoding.logprobs is None:
             return ScoredToken(shown)
-        return self._scored(shown, *alternatives(logits[None], [token], self.decoding.logprobs)[0])
+        return self._scored(shown, token_scores(logits[None], [token], self.decoding.logprobs)[0])
 
-    def _scored(self, text: str, own: Alternative, top: tuple[Alternative, ...]) -> ScoredToken:
-        named = tuple(
-            (text if each.token == own.token else self._named(each.token), each.logprob)
-            for each in top[: self.decoding.logprobs]
+    def _scored(self, text: str, scores: TokenScores) -> ScoredToken:
+        top = tuple(
+            (text if each.token == scores.own.token else self._token_text(each.token), each.logprob)
+            for each in scores.top[: self.decoding.logprobs]
         )
-        return ScoredToken(text, own.logprob, named)
+        return ScoredToken(text, scores.own.logprob, top)
 
-    def _named(self, token: int) -> str:
-        return str(self._tokenizer.decode([token], clean_up_tokenization_spaces=False))
+    def _token_text(self, token: int) -> str:
+        return str(self.runner.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
     def _cut_at_stop(self, new: int) -> None:
+        """End the text before a stop text that its last `new` characters complete."""
         stops = self.decoding.stop
         longest = max((len(stop) for stop in stops), default=0)
-        place = earliest(self._text, stops, max(self._told, len(self._text) - new - longest))
-        if place is not None:
-            self._text, self.finish = self._text[:place], "stop"
-            self._waiting = [
-                (end, token)
-                for (end, token), begin in zip(self._waiting, self._begins(), strict=True)
-                if begin < place
-            ]
+        cut = earliest(self._text, stops, max(self._sent, len(self._text) - new - longest))
+        if cut is not None:
+            self._text, self.finish = self._text[:cut], "stop"
+            begins = [self._sent, *(end for end, _ in self._unsent[:-1])]
+            pairs = zip(begins, self._unsent, strict=True)
+            self._unsent = [unsent for begin, unsent in pairs if begin < cut]
 
-    def _begins(self) -> list[int]:
-        """Where each waiting token's text begins."""
-        return [self._told, *(end for end, _ in self._waiting[:-1])]
-
-    def _tell(self) -> None:
-        """Deliver the text that no stop can take back any more, with its tokens."""
+    def _emit(self) -> None:
+        """Deliver the text that can't become part of a stop text any more, with its tokens."""
         held = 0 if self.finish else held_back(self._text, self.decoding.stop)
         safe = len(self._text) - held
-        ready = [each for each in self._waiting if self.finish or each[0] <= safe]
+        ready = [each for each in self._unsent if self.finish or each[0] <= safe]
         if ready and not self.finish:
             safe = ready[-1][0]
-        self._waiting = self._waiting[len(ready) :]
-        text = self._text[self._told : safe] if ready or self.finish else ""
-        self._told += len(text)
+        self._unsent = self._unsent[len(ready) :]
+        text = self._text[self._sent : safe] if ready or self.finish else ""
+        self._sent += len(text)
         if self.finish and self._routing and self.shown:
             self._routing.append(self._routing[-1].without_experts(self.shown[-1], ANSWER))
         routing, self._routing = tuple(self._routing), []
         if text or ready or routing or self.finish:
             tokens = tuple(token for _, token in ready)
-            self._deliver(
-                Progress(self.choice, text, tokens, routing, self.finish, len(self.generated))
-            )
+            generated = len(self.generated)
+            self._deliver(Progress(self.choice, text, tokens, routing, self.finish, generated))
 
     def _deliver(self, progress: Progress) -> None:
         if not self.is_cancelled:

@@ -1,0 +1,204 @@
+"""A request's prompts as tokens and its decoding settings, checked against the model's limits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from ....config import Serving
+from ....errors import PhatgooseError
+from ..api_errors import ApiError, bad_request, for_clients
+from ..engine.decoding import Decoding, seed_of
+from ..engine.model_runner import ModelRunner
+from .request_schema import ChatRequest, CompletionRequest
+
+__all__ = ["PreparedAnswer", "PreparedRequest", "RequestPreparer", "RequestPrompt"]
+
+TOO_LONG = "context_length_exceeded"
+CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
+DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
+
+
+@dataclass(frozen=True)
+class RequestPrompt:
+    """A prompt's tokens, and the text that stands for them where a prompt is echoed."""
+
+    tokens: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class PreparedAnswer:
+    """One answer to generate; `expert` is set by a router that picks experts by prompt."""
+
+    prompt: RequestPrompt
+    decoding: Decoding
+    expert: int | None
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request ready for the engine: its prompts, and its answers by number."""
+
+    request: CompletionRequest | ChatRequest
+    runner: ModelRunner
+    prompts: list[RequestPrompt]
+    answers: list[PreparedAnswer]
+
+
+class RequestPreparer:
+    """Prepares requests to one model, within the server's limits.
+
+    All methods raise ApiError for what the model or the server can't do.
+    """
+
+    def __init__(self, runner: ModelRunner, limits: Serving) -> None:
+        self._runner, self._limits = runner, limits
+        context = None if runner.is_encoder_decoder else runner.context
+        self._most_tokens = min(limits.max_batch_tokens, context or limits.max_batch_tokens)
+
+    def prepare(self, request: CompletionRequest | ChatRequest) -> PreparedRequest:
+        """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1."""
+        if isinstance(request, ChatRequest):
+            prompts = [self.chat_prompt(request)]
+        else:
+            prompts = self.completion_prompts(request)
+        owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
+        decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
+        try:
+            found = self._runner.experts_of([prompt.tokens for prompt in prompts])
+        except PhatgooseError as error:
+            raise ApiError(500, for_clients(error)) from error
+        experts = [expert for expert in found for _ in range(request.n or 1)]
+        answers = list(map(PreparedAnswer, owners, decodings, experts))
+        return PreparedRequest(request, self._runner, prompts, answers)
+
+    def completion_prompts(self, request: CompletionRequest) -> list[RequestPrompt]:
+        """The prompts of a completion."""
+        given = request.prompt
+        is_one = isinstance(given, str) or isinstance(given[0], int)
+        texts = cast("list[str | list[int]]", [given] if is_one else given)
+        self._check_number(len(texts), request.n or 1)
+        for text in texts:
+            self._check_length(text, "prompt")
+        return [self._prompt(text) for text in texts]
+
+    def chat_prompt(self, request: ChatRequest) -> RequestPrompt:
+        """A conversation as the base's chat template writes it."""
+        tokenizer = self._runner.tokenizer
+        if not tokenizer.chat_template:
+            message = "The base model has no chat template; use /v1/completions."
+            raise bad_request(message, "model", "no_chat_template")
+        self._check_number(1, request.n or 1)
+        self._check_length("".join(message.text for message in request.messages), "messages")
+        messages = [
+            {"role": message.role, "content": message.text}
+            | ({"name": message.name} if message.name else {})
+            for message in request.messages
+        ]
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise bad_request(
+                f"The base's chat template refuses the messages: {for_clients(error)}", "messages"
+            ) from error
+        self._check_length(text, "messages")
+        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+        return RequestPrompt(tuple(tokens), str(text))
+
+    def decoding(
+        self, request: CompletionRequest | ChatRequest, number: int, prompt: RequestPrompt
+    ) -> Decoding:
+        """How answer `number` of `request` is generated, after `prompt`."""
+        is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        if isinstance(request, ChatRequest):
+            asked = request.max_completion_tokens or request.max_tokens
+            logprobs = (request.top_logprobs or 0) if request.logprobs else None
+            if request.top_logprobs and not request.logprobs:
+                raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
+        else:
+            asked = DEFAULT_LENGTH if request.max_tokens is None else request.max_tokens
+            logprobs = request.logprobs
+            if is_echo and self._runner.is_encoder_decoder:
+                raise bad_request("An encoder-decoder model doesn't echo its prompt.", "echo")
+        stop = request.stop or []
+        return Decoding(
+            max_tokens=self._length(asked, prompt),
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=seed_of(request.seed, number),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            logprobs=logprobs,
+            echo=is_echo,
+            routing=bool(request.routing),
+            ignores_end=bool(request.ignore_eos),
+        )
+
+    def _prompt(self, given: str | Sequence[int]) -> RequestPrompt:
+        runner, tokenizer = self._runner, self._runner.tokenizer
+        if isinstance(given, str):
+            before, after = runner.added
+            text = tokenizer(given, add_special_tokens=False)["input_ids"]
+            return RequestPrompt((*before, *text, *after) or (_first(tokenizer),), given)
+        unknown = [token for token in given if token >= runner.vocabulary]
+        if unknown:
+            message = f"Token {unknown[0]} is unknown; the model has {runner.vocabulary}."
+            raise bad_request(message, "prompt")
+        return RequestPrompt(tuple(given), tokenizer.decode(list(given), skip_special_tokens=True))
+
+    def _check_number(self, prompts: int, n: int) -> None:
+        most = self._limits.max_choices
+        if prompts * n > most:
+            message = f"Prompts times n are {prompts * n} answers; one request may have {most}."
+            raise bad_request(message, "n")
+
+    def _check_length(self, given: str | Sequence[int], field: str) -> None:
+        """Refuse what can't fit before time is spent on turning it into tokens."""
+        kind, each = ("characters", CHARACTERS) if isinstance(given, str) else ("tokens", 1)
+        if len(given) > self._most_tokens * each:
+            message = f"The prompt has {len(given)} {kind}; the model can hold {self._most_tokens}"
+            raise bad_request(f"{message} tokens.", field, TOO_LONG)
+
+    def _length(self, asked: int | None, prompt: RequestPrompt) -> int:
+        """The tokens to generate: those asked for, or as many as there is room for."""
+        limit = self._limits.max_tokens
+        if asked is not None and asked > limit:
+            message = f"max_tokens is {asked}; this server generates {limit} at most."
+            raise bad_request(message, "max_tokens")
+        self._check_positions(asked or 0, prompt)
+        given, wanted = len(prompt.tokens), 1 if asked is None else asked
+        room = self._most_tokens - given
+        if room < wanted:
+            raise bad_request(
+                f"The prompt has {given} tokens and the answer {wanted}; the model can hold "
+                f"{self._most_tokens} together.",
+                "max_tokens" if asked else "messages",
+                TOO_LONG,
+            )
+        if self._runner.is_encoder_decoder and self._runner.positions.answer is not None:
+            room = min(room, self._runner.positions.answer)
+        return min(room, limit) if asked is None else asked
+
+    def _check_positions(self, asked: int, prompt: RequestPrompt) -> None:
+        """Refuse more tokens than an encoder's or a decoder's positions, which are separate."""
+        if not self._runner.is_encoder_decoder:
+            return
+        given, positions = len(prompt.tokens), self._runner.positions
+        if positions.prompt is not None and given > positions.prompt:
+            held = f"the model's encoder can hold {positions.prompt}."
+            raise bad_request(f"The prompt has {given} tokens; {held}", "prompt", TOO_LONG)
+        if positions.answer is not None and asked > positions.answer:
+            held = f"the model's decoder can hold {positions.answer}."
+            raise bad_request(f"max_tokens is {asked}; {held}", "max_tokens", TOO_LONG)
+
+
+def _first(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that an empty prompt begins with."""
+    bos = tokenizer.bos_token_id
+    return int(tokenizer.eos_token_id if bos is None else bos)

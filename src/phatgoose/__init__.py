@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from .routing.compose import compose, detach
     from .routing.saved.load import load
     from .routing.saved.save import save
-    from .tasks.task import load_task
+    from .tasks.loading import load_task
     from .training.gates import train_gates
     from .training.train_expert import train_expert
 
@@ -65,7 +65,7 @@ _HOMES = {
     "detach": "routing.compose",
     "evaluate": "evaluation.evaluate",
     "load": "routing.saved.load",
-    "load_task": "tasks.task",
+    "load_task": "tasks.loading",
     "save": "routing.saved.save",
     "train_expert": "training.train_expert",
     "train_gates": "training.gates",

@@ -11,7 +11,7 @@ from phatgoose.errors import ExpertError, TaskError
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.files.strict_json import MOST_NESTED
-from phatgoose.tasks.task import load_task
+from phatgoose.tasks.loading import load_task
 
 DEPTHS = [MOST_NESTED + 1, 500, 900, 100_000]
 

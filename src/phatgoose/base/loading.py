@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BaseModelError
-from ..files.quoting import one_line, shortened
+from ..files.quoting import first_line, shortened
 from ..files.strict_json import read_json_object
 from .fingerprint import BaseReference, fingerprint
 from .smollm2 import SMOLLM2, smollm2_folder
@@ -196,10 +196,10 @@ def _loading(name: str | Path) -> Iterator[str]:
         with quiet_loading():
             yield str(smollm2_folder() if str(name) == SMOLLM2 else name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        reason = one_line((str(error).strip() or type(error).__name__).splitlines()[0])
         raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} can't be loaded: {reason} Wanted: a Hub id or "
-            f"a local folder of a causal or sequence-to-sequence transformers model, or 'smollm2'."
+            f"Base model {shortened(str(name), 200)} can't be loaded: {first_line(error)} Wanted: "
+            f"a Hub id or a local folder of a causal or sequence-to-sequence transformers model, "
+            f"or 'smollm2'."
         ) from error
 
 

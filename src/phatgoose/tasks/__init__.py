@@ -1,9 +1,12 @@
 """Examples become tokens: tasks, the paper's datasets, encoding and batches.
 
-task.py         Example and Task, and where they are loaded from
+task.py         Example and Task
+loading.py      load_task: files, the Hub, rows in memory
+templates.py    the user's prompt templates
 suites/         the paper's lists of datasets, and one's own
-cuts.py         what is kept of an input that is too long
+multitask.py    all tasks as one, for the Multitask model
 encoding.py     prompts and targets as tokens
+cuts.py         how inputs that are too long are shortened
 row_packing.py  several texts in one row
 collating.py    batches as model inputs
 embeddings.py   sentence embeddings of inputs

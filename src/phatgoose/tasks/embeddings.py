@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..base.loading import quiet_loading
 from ..errors import ConfigError
-from ..files.quoting import one_line, shortened
+from ..files.quoting import first_line, shortened
 from .cuts import kept
 from .task import Example
 
@@ -149,8 +149,8 @@ def load_embedder(embedder: str) -> SentenceTransformer:
                 model_kwargs={"use_safetensors": True},
             )
     except (OSError, ValueError) as error:
-        reason = one_line(str(error).strip().splitlines()[0])
-        raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {reason}") from error
+        told = first_line(error)
+        raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {told}") from error
 
 
 def _folder_of(embedder: str) -> str:

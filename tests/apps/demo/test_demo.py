@@ -13,7 +13,8 @@ from phatgoose.apps.demo import demo
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved.load import load
-from phatgoose.tasks.task import Example, load_task
+from phatgoose.tasks.loading import load_task
+from phatgoose.tasks.task import Example
 
 EXPERTS = ("sentiment", "entailment", "arithmetic", "ordering", "category")
 UNSEEN = ("hotel_feedback", "true_or_false", "word_problems", "which_first", "odd_one_out")

@@ -12,8 +12,9 @@ import pytest
 from command_line import FLAGS, open_row, refused, review, snapshot, write_rows
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
+from phatgoose.tasks.multitask import mixture
 from phatgoose.tasks.suites import t0
-from phatgoose.tasks.suites.training_tasks import mixture, open_tasks
+from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training import pool_jobs as training_module
 
 datasets = pytest.importorskip("datasets")
@@ -42,7 +43,7 @@ def here(tmp_path, monkeypatch) -> Path:
 def test_suites_files_and_hub_datasets_are_opened_in_order_and_nothing_is_loaded(here):
     sources = ["t0hi/trec", "counting.jsonl", "mine", "some.toml", "hub:a/b:c@main", "flan/wic"]
     tasks = open_tasks(sources)
-    assert [(task.name, task.named, task.place) for task in tasks] == [
+    assert [(task.name, task.named, task.origin) for task in tasks] == [
         ("trec", "t0hi/trec", "hub"),
         ("counting", "counting.jsonl", "file"),
         ("reviews", "mine/reviews", "file"),
@@ -74,7 +75,7 @@ def test_a_known_name_comes_before_a_folder_of_that_name(here):
 
 def test_datasets_come_from_the_places_given_anew_each_time(hub_copies):
     (task,) = open_tasks(["t0hi/samsum"], hub_copies)
-    assert task.place == "copy"
+    assert task.origin == "copy"
     loaded = task.load()
     assert (loaded.name, len(loaded.train), loaded.source) == ("samsum", 8, task.entry.source)
     assert task.load() is not loaded
@@ -96,8 +97,8 @@ BAD_SOURCES = [
     ("some.toml/reviews", "Suite some has no dataset 'reviews'; it has numbers"),
     ("nowhere.toml", "nowhere.toml can't be read"),
     ("nowhere.jsonl", "Task file nowhere.jsonl does not exist"),
-    ("t0ho", "Suite t0ho is there to evaluate on, not to train on"),
-    ("bbh/snarks", "Suite bbh is there to evaluate on"),
+    ("t0ho", "Suite t0ho is only for evaluation"),
+    ("bbh/snarks", "Suite bbh is only for evaluation"),
     ("notes.txt", "'notes.txt' is nothing to train on"),
     ("", "'' is nothing to train on"),
 ]
@@ -113,10 +114,10 @@ def test_a_mixture_is_one_task_that_knows_its_size_as_far_as_its_parts_do(here, 
     parts = open_tasks(["t0hi/trec", "t0hi/quarel"])
     assert mixture(parts, "all").entry.train_examples == 5452 + 1941 * 5
     capped = mixture(parts, "all", most=6000)
-    assert (capped.entry.train_examples, capped.place) == (5452 + 6000, "hub")
+    assert (capped.entry.train_examples, capped.origin) == (5452 + 6000, "hub")
     parts = open_tasks(["t0hi/samsum", "counting.jsonl"], hub_copies)
     mixed = mixture(parts, "all", most=7)
-    assert (mixed.name, mixed.place, mixed.entry.train_examples) == ("all", "copy", None)
+    assert (mixed.name, mixed.origin, mixed.entry.train_examples) == ("all", "copy", None)
     assert len(mixed.load().train) == 7 + 7
 
 
@@ -232,7 +233,7 @@ TOO_LATE_ELSEWHERE = [  # a mistake in one's own file isn't found out after hour
     (["t0hi/samsum", "single.jsonl"], "at least two"),
     (["t0hi/samsum", "graded.jsonl"], "'graded' has 0 training examples"),
     (["t0hi/samsum", "t0hi/sam"], "no dataset 'sam'"),
-    (["t0hi/samsum", "bbl"], "to evaluate on"),
+    (["t0hi/samsum", "bbl"], "only for evaluation"),
 ]
 
 

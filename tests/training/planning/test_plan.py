@@ -19,8 +19,8 @@ from phatgoose.apps.cli.plan import _duration, _size
 from phatgoose.base.loading import load_base, load_skeleton
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError, ConfigError, TaskError
+from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.training_tasks import open_tasks
-from phatgoose.tasks.task import load_task
 from phatgoose.training.planning.plan import plan_training
 from phatgoose.training.planning.sizes import KNOWN_BASES, Shapes
 from phatgoose.training.train_expert import train_expert
@@ -120,7 +120,7 @@ def test_the_table_of_known_bases_gives_what_their_configs_give():
     if shapes.from_table:
         pytest.skip("smollm2 is not installed: there is only the table")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("phatgoose.base.loading._smollm2_folder", _nowhere)
+        patch.setattr("phatgoose.base.loading.smollm2_folder", _nowhere)
         assert Shapes.of("smollm2", Lora()) == dataclasses.replace(shapes, from_table=True)
 
 

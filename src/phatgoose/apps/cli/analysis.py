@@ -93,9 +93,9 @@ def analyse(
     from ...base.loading import load_base
     from ...experts.pool import Pool
     from ...routing.open_model import is_pool, is_routed, open_model
+    from ...tasks.loading import load_task
     from ...tasks.suites.entries import Sources
     from ...tasks.suites.registry import open_suite
-    from ...tasks.task import load_task
     from ..console.analysis_tables import routers_table
     from ..report import write_report
 

@@ -145,8 +145,9 @@ def train(
     speeds = {"tflops": tflops, "tokens_per_second": tokens_per_second}
     if not plan:
         refuse_without_plan({**speeds, "measure": measure, "json": json})
+    from ...tasks.multitask import mixture
     from ...tasks.suites.entries import Sources
-    from ...tasks.suites.training_tasks import mixture, open_tasks
+    from ...tasks.suites.training_tasks import open_tasks
     from ...training.destination import expert_folder
 
     places = Sources(data or recipe.data, templates or recipe.templates)
@@ -209,7 +210,7 @@ def _measured(
 def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
     """Read the user's own task files once, so that what is wrong is told before any training."""
     for task in tasks:
-        if task.place == "file":
+        if task.origin == "file":
             task.load().with_validation(seed)
 
 
@@ -284,7 +285,7 @@ def gate(
         raise ExpertError(f"{out} exists already; choose another --out, or --resume.")
     from ...base.loading import load_base
     from ...experts.expert import base_named_in
-    from ...tasks.task import load_task
+    from ...tasks.loading import load_task
     from ...training.gates import train_gates
 
     loaded = load_task(task, template=template, choices=choices)
@@ -331,7 +332,7 @@ def measure(
     """Measure statistics of an expert, with the seed and formatting it was trained with."""
     from ...base.loading import load_base
     from ...experts.expert import Expert
-    from ...tasks.task import load_task
+    from ...tasks.loading import load_task
     from ...training.router_statistics import measure as measure_expert
 
     loaded, data = Expert.load(expert), load_task(task, template=template, choices=choices)

@@ -215,7 +215,7 @@ def evaluate(
     """Score a model on tasks and print the table."""
     from ...evaluation.evaluate import evaluate as run
     from ...routing.open_model import open_model
-    from ...tasks.task import load_task
+    from ...tasks.loading import load_task
 
     tasks = [load_task(source, template=template, choices=choices) for source in task]
     opened = open_model(

@@ -23,8 +23,9 @@ from ...experts.pool import Pool
 from ...routing.compose import compose
 from ...routing.saved.save import save
 from ...tasks.embeddings import can_embed
+from ...tasks.loading import load_task
 from ...tasks.suites.entries import Entry, Suite
-from ...tasks.task import Task, load_task
+from ...tasks.task import Task
 from ...training.train_expert import train_expert
 from ..console.analysis_tables import routers_table
 from ..console.comparison_tables import datasets_table

@@ -15,6 +15,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from ...errors import TaskError
+from ...files.quoting import first_line
+from ..loading import datasets_library
 from .entries import Sources
 
 __all__ = ["read_rows"]
@@ -56,7 +58,7 @@ def read_rows(
     request = _Request(dataset, config, split)
     if sources.data is not None:
         return _read_folder(_local_copy(sources.data, request), request)
-    library = _library(request)
+    library = datasets_library(request)
     if config is not None and "/" in config:
         return _read_folder(_download(request, "main", [f"{config}/*"]), request)
     try:
@@ -85,22 +87,13 @@ class _Request:
         return f"Split {self.split} of dataset {self.dataset}{config}"
 
 
-def _library(request: _Request) -> Any:
-    try:
-        import datasets  # an optional extra, needed for this kind of source alone
-    except ImportError as error:
-        raise TaskError(f"{request} needs datasets: pip install 'phatgoose[datasets]'.") from error
-    return datasets
-
-
 def _rows(loaded: Any) -> Sequence[Mapping[str, Any]]:
     """A `Dataset` whose rows are plain Python values, whatever format it was saved with."""
     return cast(Sequence[Mapping[str, Any]], loaded.with_format(None))
 
 
 def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return first_line(error).rstrip(".")
 
 
 def _local_copy(data: Path, request: _Request) -> Path:
@@ -139,7 +132,7 @@ def _download(request: _Request, revision: str, patterns: list[str]) -> Path:
 
 def _read_folder(root: Path, request: _Request) -> Sequence[Mapping[str, Any]]:
     """The rows in a folder that has the layout of a Hub repository, or that was saved to disk."""
-    library = _library(request)
+    library = datasets_library(request)
     saved = _saved_dataset(root / (request.config or ""), request)
     if saved is not None:
         try:

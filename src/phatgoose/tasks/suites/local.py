@@ -12,7 +12,8 @@ from ...config import TASK_FILES
 from ...errors import TaskError
 from ...files.quoting import shortened
 from ...files.strict_toml import read_toml
-from ..task import Example, Task, load_task
+from ..loading import load_task
+from ..task import Example, Task
 from .entries import Entry, Sources, Suite
 
 __all__ = ["local_suite"]

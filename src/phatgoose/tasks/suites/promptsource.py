@@ -26,13 +26,13 @@ from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import TaskError
-from ..task import TEMPLATE_FAILURES, Span, longest_field
+from ..task import Span
+from ..templates import SEPARATOR, TEMPLATE_FAILURES, longest_field
 from .entries import Sources
 
 __all__ = ["PromptTemplate", "Rendered", "read_templates", "templates_folder"]
 
 FILE_NAME = "templates.yaml"
-SEPARATOR = "|||"
 # promptsource's own stand-in for a separator inside a row: some templates name it.
 PROTECTED = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 LONGEST_VALUE = 2048  # characters of each expression, where promptsource cuts by default

@@ -1,6 +1,6 @@
-"""What may be named to train on: a suite, one dataset of it, a task file, a dataset of the Hub.
+"""What a user can name to train on: a suite, one of its datasets, a task file, a Hub dataset.
 
-The paper's pools have 36 and 166 datasets, so that nothing is loaded before its training begins.
+The paper's pools have 36 and 166 datasets, so each is loaded only when its training begins.
 """
 
 from __future__ import annotations
@@ -12,30 +12,31 @@ from typing import Literal
 
 from ...config import TASK_FILES
 from ...errors import TaskError
-from ..task import Task, default_name, load_task, mix
+from ..loading import default_name, load_task
+from ..task import Task
 from .entries import Entry, Sources, Suite
 from .registry import SUITES, open_suite
 
-__all__ = ["Place", "Sources", "TrainingTask", "mixture", "open_tasks"]
+__all__ = ["Origin", "TrainingTask", "open_tasks"]
 
-TRAINABLE = ("t0hi", "flan")  # the other known suites are what experts must not have seen
+TRAINABLE = ("t0hi", "flan")  # experts must not have seen the other suites
 HUB = "hub:"
 
-Place = Literal["file", "copy", "hub"]
+Origin = Literal["file", "copy", "hub"]
 
 
 @dataclass(frozen=True)
 class TrainingTask:
     """A dataset to train on that is not loaded yet.
 
-    `named` is what a user writes for it alone, such as "t0hi/ag_news". Its data are at `place`: a
-    "file" of the user's own, a "copy" of a Hub dataset in `places.data`, or the "hub" itself.
+    `named` is what a user writes for it alone, such as "t0hi/ag_news". Its data come from `origin`:
+    a "file" of the user's own, a "copy" of a Hub dataset in `sources.data`, or the "hub" itself.
     """
 
     entry: Entry
     named: str
-    place: Place
-    places: Sources
+    origin: Origin
+    sources: Sources
 
     @property
     def name(self) -> str:
@@ -44,106 +45,84 @@ class TrainingTask:
 
     def load(self) -> Task:
         """The task, loaded anew at each call. Raises TaskError when it can't be."""
-        return self.entry.read(self.places)
+        return self.entry.read(self.sources)
 
     def portable(self) -> TrainingTask:
-        """The same task for another machine: a file of the user's own is read here and comes along.
+        """The same task for another machine, which reads copies and Hub datasets itself.
 
-        Copies and datasets of the Hub are for that machine to read.
+        A file of the user's own is read here, and its content travels.
         """
-        if self.place == "file":
+        if self.origin == "file":
             task = self.load()
             return replace(self, entry=replace(self.entry, read=lambda _: task))
         folders = [
-            folder and folder.absolute() for folder in (self.places.data, self.places.templates)
+            folder and folder.absolute() for folder in (self.sources.data, self.sources.templates)
         ]
-        return replace(self, places=Sources(*folders))
+        return replace(self, sources=Sources(*folders))
 
 
 def open_tasks(
-    sources: Sequence[str],
-    places: Sources | None = None,
+    names: Sequence[str],
+    sources: Sources | None = None,
     *,
     template: str | None = None,
     choices: str | None = None,
 ) -> list[TrainingTask]:
-    """The datasets that `sources` name, in order; nothing is loaded.
+    """The datasets that `names` stand for, in order; nothing is loaded.
 
-    A source is a suite (t0hi, flan, a suite file .toml, a folder of task files), which means all
-    its datasets, one dataset of such (`t0hi/ag_news`, `mine.toml/reviews`), a task file (.jsonl,
+    A name is a suite (t0hi, flan, a suite file .toml, a folder of task files), which means all its
+    datasets, one dataset of a suite (`t0hi/ag_news`, `mine.toml/reviews`), a task file (.jsonl,
     .csv) or `hub:DATASET`. `template` and `choices`, as in `load_task`, are for the latter two.
 
-    Raises TaskError for a source that is none of these, an unknown dataset, a suite to evaluate on
+    Raises TaskError for a name that is none of these, an unknown dataset, a suite to evaluate on
     only, a file that doesn't exist, and templates where nothing uses them.
     """
-    places = places or Sources()
+    sources = sources or Sources()
     tasks: list[TrainingTask] = []
-    for source in sources:
-        if source.startswith(HUB) or source.endswith(TASK_FILES):
-            tasks.append(_single(source, places, template, choices))
+    for name in names:
+        if name.startswith(HUB) or name.endswith(TASK_FILES):
+            tasks.append(_single(name, sources, template, choices))
         elif template or choices:
             raise TaskError(
-                f"A template is for task files and hub:DATASET; {source} has prompts of its own."
+                f"A template is for task files and hub:DATASET; {name} has prompts of its own."
             )
         else:
-            tasks += _of_suite(source, places)
+            tasks += _of_suite(name, sources)
     return tasks
 
 
-def mixture(
-    tasks: Sequence[TrainingTask], name: str, *, most: int | None = None, seed: int = 0
-) -> TrainingTask:
-    """All `tasks` as one, for the Multitask model; see `task.mix`.
-
-    When it is loaded, all of them are in memory at once.
-    """
-    counts = [task.entry.train_examples for task in tasks]
-    known = [count if most is None else min(count, most) for count in counts if count is not None]
-    places = {task.place for task in tasks}
-    entry = Entry(
-        name,
-        lambda _: mix([task.load() for task in tasks], name, most=most, seed=seed),
-        train_examples=sum(known) if len(known) == len(tasks) else None,
-        source=f"mixture of {len(tasks)} tasks",
-    )
-    place: Place = "hub" if "hub" in places else "copy" if "copy" in places else "file"
-    return TrainingTask(entry, name, place, Sources())
-
-
-def _single(
-    source: str, places: Sources, template: str | None, choices: str | None
-) -> TrainingTask:
+def _single(name: str, sources: Sources, template: str | None, choices: str | None) -> TrainingTask:
     """The task of a file or of the Hub."""
-    place: Place = "hub" if source.startswith(HUB) else "file"
-    if place == "file" and not Path(source).is_file():
-        raise TaskError(f"Task file {source} does not exist.")
+    origin: Origin = "hub" if name.startswith(HUB) else "file"
+    if origin == "file" and not Path(name).is_file():
+        raise TaskError(f"Task file {name} does not exist.")
     entry = Entry(
-        default_name(source),
-        lambda _: load_task(source, template=template, choices=choices),
-        source=source,
+        default_name(name),
+        lambda _: load_task(name, template=template, choices=choices),
+        source=name,
     )
-    return TrainingTask(entry, source, place, places)
+    return TrainingTask(entry, name, origin, sources)
 
 
-def _of_suite(source: str, places: Sources) -> list[TrainingTask]:
-    """The tasks of a suite, or of one dataset of it."""
-    whole, _, name = source.rpartition("/")
+def _of_suite(name: str, sources: Sources) -> list[TrainingTask]:
+    """The tasks of a suite, or of one of its datasets."""
+    whole, _, dataset = name.rpartition("/")
     if whole in SUITES or whole.endswith(".toml"):
-        suite, known = _suite(whole), whole
-        entries: tuple[Entry, ...] = (suite.entry(name),)
+        suite = whole
+        entries: tuple[Entry, ...] = (_trainable(suite).entry(dataset),)
     else:
-        suite, known = _suite(source), source.rstrip("/")
-        entries = suite.entries
-    hub: Place = "hub" if places.data is None else "copy"
-    place: Place = hub if known in SUITES else "file"
-    return [TrainingTask(entry, f"{known}/{entry.name}", place, places) for entry in entries]
+        suite = name.rstrip("/")
+        entries = _trainable(name).entries
+    hub: Origin = "hub" if sources.data is None else "copy"
+    origin: Origin = hub if suite in SUITES else "file"
+    return [TrainingTask(entry, f"{suite}/{entry.name}", origin, sources) for entry in entries]
 
 
-def _suite(name: str) -> Suite:
+def _trainable(name: str) -> Suite:
+    """The suite `name`. Raises TaskError where it is unknown or only to evaluate on."""
     if name in SUITES and name not in TRAINABLE:
         raise TaskError(
-            f"Suite {name} is there to evaluate on, not to train on; known to train on are "
-            f"{', '.join(TRAINABLE)}."
+            f"Suite {name} is only for evaluation; suites to train on are {', '.join(TRAINABLE)}."
         )
     is_local = name.endswith(".toml") or (name and Path(name).is_dir())
     if name not in SUITES and not is_local:

@@ -251,7 +251,7 @@ class _Planner:
         return PlannedTask(
             name=task.name,
             source=task.entry.source or task.named,
-            place=task.place,
+            place=task.origin,
             examples=examples,
             counted=data is not None,
             steps=training.steps,
@@ -321,12 +321,12 @@ def _read(task: TrainingTask, seed: int, unread: list[str]) -> Task | None:
 
     Why a copy can't be read is added to `unread`.
     """
-    if task.place == "hub":
+    if task.origin == "hub":
         return None
     try:
         return task.load().with_validation(seed)
     except TaskError as error:
-        if task.place == "file":
+        if task.origin == "file":
             raise
         unread.append(str(error))
         return None

@@ -45,7 +45,7 @@ def measure_speed(
     this machine, and what loading the base and training raise.
     """
     training, gates = training or Training(), gate_training or GateTraining()
-    found = next((task for task in tasks if task.place != "hub"), None)
+    found = next((task for task in tasks if task.origin != "hub"), None)
     if found is None:
         raise TaskError("No task has its data on this machine, so no speed can be measured here.")
     task = found.load().with_validation(training.seed)

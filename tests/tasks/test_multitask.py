@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import TaskError
-from phatgoose.tasks.task import Example, Task, mix
+from phatgoose.tasks.multitask import mix
+from phatgoose.tasks.task import Example, Task
 from phatgoose.training.train_expert import train_expert
 
 

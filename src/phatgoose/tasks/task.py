@@ -1,0 +1,107 @@
+"""A task: examples with an input, a target and, where there are any, answer choices."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from dataclasses import asdict, dataclass, field, replace
+
+from ..errors import TaskError
+
+__all__ = ["Example", "Span", "Task", "draw"]
+
+VALIDATION_SHARE = 0.1
+VALIDATION_MOST = 500
+Span = tuple[int, int]  # characters of a text: the first, and the first after the span
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example. `choices` is empty for open-ended tasks; `references` are all right answers.
+
+    `passage` is where in `input` the longest field of its template stands: the part that an input
+    that is too long is shortened in. None where no template is known. Equality ignores it.
+    """
+
+    input: str
+    target: str
+    choices: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    passage: Span | None = field(default=None, compare=False)
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """Every accepted answer: the references, or the target alone."""
+        return self.references or (self.target,)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A named dataset and how it is scored.
+
+    `source` says where the data came from (of a file only its name), `validation_origin` where the
+    validation split came from. `metrics` are names in `evaluation.metrics.METRICS`, and the task's
+    score is their mean; empty means accuracy where there are choices, exact match otherwise.
+    `max_new_tokens` bounds generated answers; None leaves the bound to the evaluation.
+    """
+
+    name: str
+    train: tuple[Example, ...] = ()
+    validation: tuple[Example, ...] = ()
+    test: tuple[Example, ...] = ()
+    source: str = "memory"
+    validation_origin: str = "given"
+    metrics: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+
+    @property
+    def digest(self) -> str:
+        """A hash of all examples: the same for the same data, wherever they came from."""
+        splits = [
+            [asdict(row) for row in part] for part in (self.train, self.validation, self.test)
+        ]
+        return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
+
+    def with_validation(self, seed: int = 0) -> Task:
+        """The task with a validation split: its own, or a tenth of `train` (500 at most) set apart.
+
+        `seed` alone decides which; `validation_origin` records it. Raises TaskError when there is
+        no training example, or fewer than two to divide.
+        """
+        if self.validation and self.train:
+            return self
+        if len(self.train) < 2:
+            raise TaskError(
+                f"Task {self.name!r} has {len(self.train)} training examples; training needs at "
+                f"least two, one of them for validation."
+            )
+        count = min(max(1, round(len(self.train) * VALIDATION_SHARE)), VALIDATION_MOST)
+        chosen = set(random.Random(seed).sample(range(len(self.train)), count))
+        return replace(
+            self,
+            train=tuple(row for i, row in enumerate(self.train) if i not in chosen),
+            validation=tuple(row for i, row in enumerate(self.train) if i in chosen),
+            validation_origin=f"{count} of {len(self.train)} training examples, seed {seed}",
+        )
+
+    def evaluation_examples(self, limit: int | None = None, seed: int = 0) -> tuple[Example, ...]:
+        """The examples to score on: test, else validation, else train.
+
+        `limit` draws that many of them, the same ones for a given `seed`, in file order; None keeps
+        all. Raises TaskError when the task is empty or `limit` is below 1.
+        """
+        if limit is not None and limit < 1:
+            raise TaskError(f"limit is {limit}, but must be at least 1.")
+        examples = self.test or self.validation or self.train
+        if not examples:
+            raise TaskError(f"Task {self.name!r} has no examples.")
+        return draw(examples, limit, seed)
+
+
+def draw(examples: tuple[Example, ...], most: int | None, seed: int) -> tuple[Example, ...]:
+    """At most `most` of the examples (None: all), the same for a given seed, in file order."""
+    if most is None or most >= len(examples):
+        return examples
+    chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
+    return tuple(examples[i] for i in chosen)

@@ -40,7 +40,7 @@ from huggingface_hub import constants
 
 from fake_hub import serving_hub
 from phatgoose.apps.cli import main as phatgoose
-from phatgoose.apps.console import comparison_tables  # noqa: F401
+from phatgoose.apps.console import tables  # noqa: F401
 from phatgoose.evaluation.comparison import (  # noqa: F401  loaded before forking
     compare as comparison,
 )

@@ -9,8 +9,7 @@ import pytest
 
 import phatgoose as pg
 from analysed import TASKS, task
-from phatgoose.analysis.measures import kl_divergence
-from phatgoose.analysis.result import ORACLE
+from phatgoose.analysis.kl_to_oracle import ORACLE, kl_divergence
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, EvaluationError, RoutingError, TaskError
 from phatgoose.routing.compose import compose
@@ -23,9 +22,9 @@ def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_
         model = compose(llama_pool, llama, router=router)
         alone = pg.analyse(model, TASKS)
         assert list(alone.routers) == [router]
-        for name, profile in alone.routers[router].profiles.items():
+        for name, profile in alone.routers[router].distributions.items():
             np.testing.assert_array_equal(
-                profile.whole(), found.routers[router].profiles[name].whole()
+                profile.whole(), found.routers[router].distributions[name].whole()
             )
         scores = pg.evaluate(model, TASKS).scores
         assert tuple(found.routers[router].scores.values()) == scores
@@ -42,7 +41,7 @@ def test_oracle_and_divergences(found):
     for dataset, expert in found.oracle.items():
         one = np.eye(4)[int(expert[1])]
         np.testing.assert_allclose(found.distribution(ORACLE, dataset), one, atol=1e-6)
-        p = found.routers["phatgoose"].profiles[dataset].whole("probability")
+        p = found.routers["phatgoose"].distributions[dataset].whole("probability")
         divergence = found.divergence("phatgoose", ORACLE, dataset)
         assert divergence.to == pytest.approx(kl_divergence(p, one))
         assert divergence.back == pytest.approx(kl_divergence(one, p))
@@ -68,7 +67,7 @@ def test_a_pool_by_its_path_and_a_routed_folder(llama, llama_pool, tmp_path):
     from_routed = pg.analyse(tmp_path / "routed", TASKS, score=False)
     assert from_pool.settings["routing"] == from_routed.settings["routing"]
     for name in ("first", "second"):
-        one, other = (a.routers["phatgoose"].profiles[name] for a in (from_pool, from_routed))
+        one, other = (a.routers["phatgoose"].distributions[name] for a in (from_pool, from_routed))
         np.testing.assert_allclose(one.whole(), other.whole(), atol=5e-3)
 
 

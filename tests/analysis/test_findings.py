@@ -9,7 +9,7 @@ import torch
 import phatgoose as pg
 from analysed import TASKS
 from phatgoose.analysis.findings import findings_of, vector_similarity
-from phatgoose.analysis.routing_distribution import RoutingProfile
+from phatgoose.analysis.routing_distribution import RoutingDistribution
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
@@ -32,7 +32,7 @@ def profile_with(first, probability=None, tokens=1000):
     present = np.array(probability)[np.array(probability) > 0]
     entropy = -(present * np.log(present)).sum()
     site = {"model.layers.0.q": np.array([tokens, 0.0])}
-    return RoutingProfile(
+    return RoutingDistribution(
         names, site, rows, {"model.layers.0.q": np.array([tokens * entropy, 0.0])}
     )
 

@@ -29,4 +29,4 @@ def test_reading_changes_no_decision(llama, llama_pool):
     tally = new_tally(model)
     pass_through(model, encoder_of(llama), [pair], [tally])
     for site, mean in recording.usage().items():
-        np.testing.assert_allclose(tally.profile.by_site()[site], mean, atol=1e-6)
+        np.testing.assert_allclose(tally.distribution.by_site()[site], mean, atol=1e-6)

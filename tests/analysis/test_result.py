@@ -14,7 +14,7 @@ def test_the_json_holds_the_numbers_and_no_text_of_the_data(found, tmp_path):
     data = json.loads(content)
     assert data["experts"] == ["e0", "e1", "e2", "e3"]
     assert len(data["divergences"]) == 3 * 2 * 2  # each router to each other one, on two datasets
-    profile = found.routers["arrow"].profiles["first"]
+    profile = found.routers["arrow"].distributions["first"]
     assert data["routers"]["arrow"]["datasets"]["first"]["weight"] == profile.whole().tolist()
     assert data["leave_one_out"][0]["expert"] == found.effects[0].expert
     assert "first 0 is" not in content

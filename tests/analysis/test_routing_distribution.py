@@ -8,8 +8,8 @@ import torch
 
 from analysed import EXAMPLES, encoder_of, tallied
 from oracle import token_weights
-from phatgoose.analysis.places import place_of
 from phatgoose.analysis.routing_distribution import MEASURES
+from phatgoose.analysis.site_labels import site_label
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, record, watch
 from phatgoose.routing.composition import composition_of
@@ -145,10 +145,10 @@ def test_layers_kinds_and_the_whole_are_unweighted_means_over_sites(base, pool):
     profile = tallied(compose(pool, base), base)
     sites = profile.by_site("probability")
     for name, mean in profile.by_layer("probability").items():
-        rows = [row for site, row in sites.items() if place_of(site).layer_name == name]
+        rows = [row for site, row in sites.items() if site_label(site).layer_name == name]
         np.testing.assert_allclose(mean, np.mean(rows, axis=0))
     for kind, mean in profile.by_kind("probability").items():
-        rows = [row for site, row in sites.items() if place_of(site).kind == kind]
+        rows = [row for site, row in sites.items() if site_label(site).kind == kind]
         np.testing.assert_allclose(mean, np.mean(rows, axis=0))
     np.testing.assert_allclose(profile.whole("probability"), np.mean(list(sites.values()), axis=0))
 
@@ -159,11 +159,11 @@ def test_prompts_are_the_encoders_and_answers_the_decoders(base, pool):
     layers = {"encoder 0", "encoder 1", "decoder 0", "decoder 1"}
     assert profile.by_layer().keys() == layers
     of_prompts = profile.by_site(part="prompt")
-    assert {place_of(site).stack for site in of_prompts} == {"encoder", "decoder"}
-    crossing = [site for site in of_prompts if place_of(site).stack == "decoder"]
+    assert {site_label(site).stack for site in of_prompts} == {"encoder", "decoder"}
+    crossing = [site for site in of_prompts if site_label(site).stack == "decoder"]
     assert crossing
     assert all("EncDecAttention" in site for site in crossing)
-    assert all(place_of(site).stack == "decoder" for site in profile.by_site(part="answer"))
+    assert all(site_label(site).stack == "decoder" for site in profile.by_site(part="answer"))
 
 
 def test_an_answer_of_one_token_is_never_read_to_its_end(llama, llama_pool):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from phatgoose.analysis.places import place_of
 from phatgoose.analysis.routing_distribution import PARTS
+from phatgoose.analysis.site_labels import site_label
 from phatgoose.analysis.traces import _in_bytes, _pieces, trace
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
@@ -36,7 +36,7 @@ def test_a_trace_has_the_weights_of_a_recording(base, pool):
         model(**inputs)
     for stream in got.streams:
         sites = [site for site in recording.weights if recording.streams[site] == stream.name]
-        assert [place_of(site) for site in sites] == list(stream.places)
+        assert [site_label(site) for site in sites] == list(stream.sites)
         wanted = torch.stack([recording.weights[site][0][0] for site in sites]).mean(dim=0)
         np.testing.assert_allclose(stream.shares(4), wanted, atol=2 / 255)
         np.testing.assert_allclose(stream.shares(4).sum(axis=1), 1)

@@ -40,4 +40,4 @@ EXAMPLES = [example(number) for number in range(5)]
 def tallied(model, base, examples=EXAMPLES, budget=4096):
     tally = new_tally(model)
     read_examples(model, encoder_of(base), "second", examples, [tally], budget)
-    return tally.profile
+    return tally.distribution

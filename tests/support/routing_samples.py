@@ -9,9 +9,9 @@ import numpy as np
 from phatgoose.analysis.agreement import Agreement
 from phatgoose.analysis.findings import Finding
 from phatgoose.analysis.importance import Effect
-from phatgoose.analysis.places import place_of
+from phatgoose.analysis.site_labels import site_label
 from phatgoose.analysis.result import Analysis, RouterAnalysis
-from phatgoose.analysis.routing_distribution import RoutingProfile
+from phatgoose.analysis.routing_distribution import RoutingDistribution
 from phatgoose.analysis.traces import Trace, TraceStream
 from phatgoose.evaluation.evaluate import TaskScore
 from phatgoose.evaluation.intervals import Interval
@@ -34,7 +34,7 @@ def names_of(experts: int) -> tuple[str, ...]:
 
 def make_profile(
     experts: int = 8, stacks: Sequence[str] = ("",), layers: int = 30, seed: int = 0
-) -> RoutingProfile:
+) -> RoutingDistribution:
     """A profile in which some experts like some layers."""
     draw = np.random.default_rng(seed)
     sites = site_names(stacks, layers)
@@ -44,7 +44,7 @@ def make_profile(
     sums = {site: tokens[site][:, None] * row for site, row in zip(sites, smooth, strict=True)}
     measures = {name: sums for name in ("probability", "weight", "chosen", "first")}
     entropies = {site: tokens[site] * 0.9 for site in sites}
-    return RoutingProfile(names_of(experts), tokens, measures, entropies)
+    return RoutingDistribution(names_of(experts), tokens, measures, entropies)
 
 
 def make_trace(
@@ -58,7 +58,7 @@ def make_trace(
     draw = np.random.default_rng(seed)
     streams = []
     for stack in stacks:
-        places = tuple(place_of(site) for site in site_names([stack], layers))
+        places = tuple(site_label(site) for site in site_names([stack], layers))
         pieces = [WORDS[i % len(WORDS)] for i in range(tokens)]
         shape = (tokens, len(places))
         first = (draw.zipf(1.6, size=shape) + np.arange(len(places)) // 8) % experts

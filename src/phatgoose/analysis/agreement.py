@@ -1,4 +1,4 @@
-"""How often routers choose alike, token by token: their decisions are kept in files, not memory."""
+"""Agreement of routers, token by token; their decisions are kept in files, not in memory."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from ..base.sites import Stream
 from ..routing.recording import SitePass
+from .reading import Observer
 
 __all__ = ["Agreement", "DecisionFiles", "agreement"]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """What two routers have in common over `decisions` (tokens x sites where both act).
+    """How far two routers agree over `decisions` (tokens x sites where both act).
 
-    `first` is the share with the same expert of greatest weight, `overlap` the mean of sum over z
-    of min(w_z, w'_z), 1 where the weights are equal.
+    `first` is the share of decisions with the same expert of greatest weight. `overlap` is the mean
+    of the sum over z of min(w_z, w'_z), which is 1 where the weights are equal.
     """
 
     first: float
@@ -29,8 +30,8 @@ class Agreement:
     decisions: int
 
 
-class DecisionFiles:
-    """An observer (`reading.Observer`) that writes each pass to a file of its own in `folder`."""
+class DecisionFiles(Observer):
+    """Writes the decisions of each pass to a file of its own in `folder`."""
 
     def __init__(self, folder: Path, pool_index: Tensor) -> None:
         """`pool_index[z]` is the index, among all routers' experts, of the model's expert z."""
@@ -40,11 +41,11 @@ class DecisionFiles:
         folder.mkdir(parents=True)
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """All tokens are kept alike."""
+        """Begin an empty file."""
         self._tensors = {}
 
     def add(self, passed: SitePass) -> None:
-        """Keep the decisions about real tokens."""
+        """Keep the decisions on real tokens."""
         keep, site = passed.is_real().flatten(), passed.site.name
         chosen = self._pool_index[passed.experts.cpu()[keep]]
         self._tensors[f"experts.{site}"] = chosen.to(torch.int16).contiguous()
@@ -78,7 +79,7 @@ def _pairs(first: Path, second: Path, pool_size: int) -> Iterator[tuple[Tensor, 
             if key.startswith("experts."):
                 site = key.removeprefix("experts.")
                 dense = [_dense(tensors, site, pool_size) for tensors in (one, other)]
-                # Routers that serve no expert to a token here have no choice to agree about.
+                # A router that gives a token no expert here has made no choice to compare.
                 decided = dense[0].any(dim=1) & dense[1].any(dim=1)
                 yield dense[0][decided], dense[1][decided]
 

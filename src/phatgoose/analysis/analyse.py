@@ -12,24 +12,30 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.loading import Base, load_base
+from ..base.loading import Base
 from ..config import Formatting, Routing
 from ..errors import ConfigError, TaskError
-from ..evaluation.evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, Evaluation, evaluate
+from ..evaluation.evaluate import (
+    MAX_NEW_TOKENS,
+    TOKEN_BUDGET,
+    Evaluation,
+    ScoringSettings,
+    score_tasks,
+)
 from ..experts.pool import Pool
-from ..routing.compose import compose, detach, serving
+from ..routing.compose import detach, serving
 from ..routing.composition import composition_of
-from ..routing.open_model import is_routed, open_model
-from ..routing.routers.scores import Scores, best_expert_by_task, read_scores
+from ..routing.open_model import compose_pool, is_routed, loaded_base, open_model
+from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder
 from ..tasks.task import Task
 from .agreement import DecisionFiles, agreement
 from .findings import findings_of, vector_similarity
 from .importance import Effect, leave_one_out
-from .measures import SMOOTHING, smoothed
+from .kl_to_oracle import SMOOTHING, oracle_experts, smoothed
 from .reading import Observer, read_examples
 from .result import Analysis, RouterAnalysis
-from .routing_distribution import RoutingProfile, RoutingTally
+from .routing_distribution import RoutingDistribution, RoutingTally
 from .traces import Trace, trace
 
 __all__ = ["analyse"]
@@ -56,45 +62,45 @@ def analyse(
 ) -> Analysis:
     """Where the tokens of `tasks` go in a routed model, or in a pool under each of `routers`.
 
-    `source` is a routed model or its folder, or a pool (folder, manifest); a pool is composed for
-    each of `routers` in turn (None: the one that `routing` names), whose other settings are those
-    of `routing`. Every router reads the prompt and the right answer of the same examples (`limit`
-    drawn by `seed`). With `score` each is evaluated on them too, and `without_each` evaluates the
-    first router without each expert in turn (pools only). `scores` of single experts, as in
-    `compose`, tell the Oracle to compare with. `examples` texts of each task are traced token by
-    token. `smoothing` is that of the KL divergences.
+    `source` is a routed model or its folder, or a pool (folder, manifest). A pool is composed for
+    each of `routers` in turn; None means the router that `routing` names. All other settings are
+    those of `routing`. Every router reads the prompt and the right answer of the same examples
+    (`limit` drawn by `seed`). With `score` each is evaluated on them too. `without_each` evaluates
+    the first router without each expert in turn (pools only). `scores` of single experts, as in
+    `compose`, determine the Oracle to compare with. `examples` texts of each task are traced token
+    by token. `smoothing` is that of the KL divergences.
 
-    Raises ConfigError for `routers` or `without_each` with a model that is composed already,
-    TaskError for no task or two of one name, RoutingError for a model that is not routed, and what
-    composing and evaluating raise.
+    Raises ConfigError for `routers` or `without_each` with a composed model, TaskError for no task
+    or two of one name, RoutingError for a model that is not routed, and what composing and
+    evaluating raise.
     """
     tasks = _named_apart([tasks] if isinstance(tasks, Task) else list(tasks))
     smoothed([1.0], smoothing)  # refuse a bad one before the work
-    protocol = _Protocol(limit, seed, formatting, score, examples, max_new_tokens, token_budget)
+    scoring = ScoringSettings(formatting or Formatting(), limit, seed, max_new_tokens, token_budget)
+    settings = ReadingSettings(scoring, score, examples)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     subject = _subject(source, routers, routing or Routing(), base, tokenizer, scores)
-    if without_each and (subject.without is None or not score):
+    if without_each and not (subject.is_pool and score):
         raise ConfigError("Leaving experts out in turn needs a pool, and scores.")
+    datasets = tuple(task.name for task in tasks)
+    oracle = oracle_experts(scores, subject.experts, datasets)
     found: dict[str, RouterAnalysis] = {}
-    evaluations: dict[str, Evaluation | None] = {}
     with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
         for name in subject.routers:
+            files = Path(folder) / name if len(subject.routers) > 1 else None
             with subject.opened(name) as model:
-                files = Path(folder) / name if len(subject.routers) > 1 else None
-                found[name], evaluations[name] = _one_router(
-                    name, model, subject, tasks, protocol, files
-                )
+                found[name] = _one_router(model, subject, tasks, settings, files)
         agreements = {
             (a, b): common
             for a, b in combinations(found, 2)
             if (common := agreement(Path(folder) / a, Path(folder) / b, len(subject.experts)))
         }
-    effects = _effects(subject, tasks, protocol, evaluations) if without_each else []
+    effects = _effects(subject, tasks, settings, found) if without_each else []
     return Analysis(
         experts=subject.experts,
-        datasets=tuple(task.name for task in tasks),
+        datasets=datasets,
         routers=found,
-        oracle=_oracle(scores, subject.experts, tasks),
+        oracle=oracle,
         agreements=agreements,
         effects=tuple(effects),
         smoothing=smoothing,
@@ -102,52 +108,36 @@ def analyse(
             "routing": asdict(subject.routing),
             "limit": limit,
             "seed": seed,
-            "formatting": asdict(formatting or Formatting()),
+            "formatting": asdict(scoring.formatting),
         },
     )
 
 
 @dataclass(frozen=True)
-class _Protocol:
-    """How every router is looked at."""
+class ReadingSettings:
+    """How every router is read: as `scoring` draws and encodes tasks, scored too if `score`.
 
-    limit: int | None
-    seed: int
-    formatting: Formatting | None
+    `traced` examples of each task are traced token by token.
+    """
+
+    scoring: ScoringSettings
     score: bool
-    examples: int
-    max_new_tokens: int
-    token_budget: int
-
-    def evaluate(
-        self, model: PreTrainedModel, tasks: Sequence[Task], tokenizer: PreTrainedTokenizerBase
-    ) -> Evaluation:
-        """The scores of `model`."""
-        return evaluate(
-            model,
-            tasks,
-            tokenizer=tokenizer,
-            limit=self.limit,
-            seed=self.seed,
-            formatting=self.formatting,
-            max_new_tokens=self.max_new_tokens,
-            token_budget=self.token_budget,
-        )
+    traced: int
 
 
 @dataclass(frozen=True)
 class _Subject:
     """What is analysed: `opened(router)` is the routed model while its context is open.
 
-    `without(router, expert)` likewise, without an expert; None where that can't be done.
+    `opened(router, expert)` is the model without that expert, for pools only (`is_pool`).
     """
 
     experts: tuple[str, ...]
     routers: tuple[str, ...]
     routing: Routing
     tokenizer: PreTrainedTokenizerBase
-    opened: Callable[[str], AbstractContextManager[PreTrainedModel]]
-    without: Callable[[str, str], AbstractContextManager[PreTrainedModel]] | None = None
+    opened: Callable[..., AbstractContextManager[PreTrainedModel]]
+    is_pool: bool = True
 
 
 def _subject(
@@ -165,16 +155,14 @@ def _subject(
             raise ConfigError("Several routers need a pool; this model has its router already.")
         return _composed_subject(source, routing, base, tokenizer)
     pool = source if isinstance(source, Pool) else Pool.open(source)
-    if not isinstance(base, Base):
-        name, revision = (base, None) if base else (pool.base.id, pool.base.revision)
-        base = load_base(name, revision=revision)
-    loaded = base
+    loaded = loaded_base(pool, base)
 
     @contextmanager
-    def opened(router: str, members: Pool = pool) -> Iterator[PreTrainedModel]:
-        options = asdict(replace(routing, router=router))
-        options["expert"] = routing.expert if router == "single" else None
-        model = compose(members, loaded, scores=scores, **options)
+    def opened(router: str, without: str | None = None) -> Iterator[PreTrainedModel]:
+        members = pool if without is None else pool.select(leave_out=[without])
+        expert = routing.expert if router == "single" else None
+        chosen = replace(routing, router=router, expert=expert)
+        model = compose_pool(members, loaded, routing=chosen, scores=scores)
         try:
             yield model
         finally:
@@ -186,7 +174,6 @@ def _subject(
         routing,
         tokenizer or loaded.tokenizer,
         opened,
-        lambda router, expert: opened(router, pool.select(leave_out=[expert])),
     )
 
 
@@ -208,49 +195,50 @@ def _composed_subject(
     def already(_: str) -> Iterator[PreTrainedModel]:
         yield model
 
-    return _Subject(parts.experts, (parts.routing.router,), parts.routing, tokenizer, already)
+    return _Subject(
+        parts.experts, (parts.routing.router,), parts.routing, tokenizer, already, False
+    )
 
 
 def _one_router(
-    name: str,
     model: PreTrainedModel,
     subject: _Subject,
     tasks: Sequence[Task],
-    protocol: _Protocol,
+    settings: ReadingSettings,
     files: Path | None,
-) -> tuple[RouterAnalysis, Evaluation | None]:
-    """(what one router does with the tasks, its evaluation if it was scored)."""
-    parts = composition_of(model)
-    encoder = Encoder.for_model(model, subject.tokenizer, protocol.formatting)
+) -> RouterAnalysis:
+    """What the router of `model` does with the tasks; its decisions are kept in `files`, if any."""
+    parts, scoring = composition_of(model), settings.scoring
+    encoder = Encoder.for_model(model, subject.tokenizer, scoring.formatting)
     model.eval()
     index = torch.tensor([subject.experts.index(expert) for expert in parts.experts])
     decisions = [DecisionFiles(files, index)] if files is not None else []
-    profiles: dict[str, RoutingProfile] = {}
+    present = {site: layer.experts for site, layer in parts.layers.items()}
+    distributions: dict[str, RoutingDistribution] = {}
     for task in tasks:
-        chosen = task.evaluation_examples(protocol.limit, protocol.seed)
-        present = {site: layer.experts for site, layer in parts.layers.items()}
+        chosen = task.evaluation_examples(scoring.limit, scoring.seed)
         tally = RoutingTally(parts.experts, present)
         observers: list[Observer] = [tally, *decisions]
-        read_examples(model, encoder, task.name, chosen, observers, protocol.token_budget)
-        profiles[task.name] = tally.profile.over(subject.experts)
-    evaluation = protocol.evaluate(model, tasks, subject.tokenizer) if protocol.score else None
+        read_examples(model, encoder, task.name, chosen, observers, scoring.token_budget)
+        distributions[task.name] = tally.distribution.over(subject.experts)
+    scores = score_tasks(model, tasks, scoring, subject.tokenizer).scores if settings.score else ()
     similarity = vector_similarity(model)
-    found = RouterAnalysis(
-        profiles,
-        {score.task: score for score in evaluation.scores} if evaluation else {},
-        tuple(findings_of(profiles, similarity)),
-        {task.name: _traces(model, encoder, task, protocol) for task in tasks},
+    return RouterAnalysis(
+        distributions,
+        {score.task: score for score in scores},
+        tuple(findings_of(distributions, similarity)),
+        {task.name: _traces(model, encoder, task, settings) for task in tasks},
         similarity,
     )
-    return found, evaluation
 
 
 def _traces(
-    model: PreTrainedModel, encoder: Encoder, task: Task, protocol: _Protocol
+    model: PreTrainedModel, encoder: Encoder, task: Task, settings: ReadingSettings
 ) -> list[Trace]:
-    chosen = task.evaluation_examples(protocol.limit, protocol.seed)[: protocol.examples]
+    scoring = settings.scoring
+    chosen = task.evaluation_examples(scoring.limit, scoring.seed)[: settings.traced]
     traces = []
-    with serving(model, task.name, chosen, protocol.formatting) as before_pass:
+    with serving(model, task.name, chosen, scoring.formatting) as before_pass:
         for index, example in enumerate(chosen):
             before_pass([index])
             pair = encoder.pair(example.input, example.target, example.passage)
@@ -261,33 +249,18 @@ def _traces(
 def _effects(
     subject: _Subject,
     tasks: Sequence[Task],
-    protocol: _Protocol,
-    evaluations: Mapping[str, Evaluation | None],
+    settings: ReadingSettings,
+    found: Mapping[str, RouterAnalysis],
 ) -> list[Effect]:
+    """The effect of each expert under the first router."""
     router = subject.routers[0]
-    everyone, reduced = evaluations[router], subject.without
-    if everyone is None or reduced is None:
-        return []
 
     def without(expert: str) -> Evaluation:
-        with reduced(router, expert) as model:
-            return protocol.evaluate(model, tasks, subject.tokenizer)
+        with subject.opened(router, expert) as model:
+            return score_tasks(model, tasks, settings.scoring, subject.tokenizer)
 
+    everyone = Evaluation(tuple(found[router].scores.values()))
     return leave_one_out(everyone, subject.experts, without)
-
-
-def _oracle(scores: Scores | None, experts: Sequence[str], tasks: Sequence[Task]) -> dict[str, str]:
-    """The best expert of each task. Raises ConfigError when one of them has no scores."""
-    if scores is None:
-        return {}
-    best = best_expert_by_task(scores, experts)
-    for task in tasks:
-        if task.name not in best:
-            raise ConfigError(
-                f"The scores of single experts don't have task {task.name!r}; they have "
-                f"{', '.join(sorted(best))}."
-            )
-    return {task.name: best[task.name] for task in tasks}
 
 
 def _named_apart(tasks: Sequence[Task]) -> list[Task]:

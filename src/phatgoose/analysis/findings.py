@@ -1,4 +1,4 @@
-"""What looks wrong with a routed model, in words that help."""
+"""What looks wrong with a routed model, and what to do about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..routing.composition import composition_of
 from ..routing.layers import ChoosingLayer
 from ..routing.routers.per_token.scored import ArrowRouter, VectorRouter
 from .measures import effective_experts
-from .routing_distribution import RoutingProfile
+from .routing_distribution import RoutingDistribution
 
 __all__ = ["Finding", "findings_of", "vector_similarity"]
 
@@ -38,12 +38,12 @@ class Finding:
 
 
 def findings_of(
-    profiles: Mapping[str, RoutingProfile], similarity: NDArray[Any] | None = None
+    profiles: Mapping[str, RoutingDistribution], similarity: NDArray[Any] | None = None
 ) -> list[Finding]:
     """What looks wrong in one router's `profiles` (by dataset) and vectors, worst first.
 
-    `similarity` [E, E] is that of `vector_similarity`. Without it experts are not judged by whether
-    they ever win or are told apart, because the router doesn't compare them.
+    `similarity` [E, E] is that of `vector_similarity`. None means a router that doesn't compare
+    experts, about which nothing is found.
     """
     together = _sum(list(profiles.values()))
     if together is None or len(together.experts) < 2 or similarity is None:
@@ -57,14 +57,14 @@ def findings_of(
     ]
 
 
-def _sum(profiles: Sequence[RoutingProfile]) -> RoutingProfile | None:
+def _sum(profiles: Sequence[RoutingDistribution]) -> RoutingDistribution | None:
     total = profiles[0] if profiles else None
     for profile in profiles[1:]:
         total = total + profile if total is not None else profile
     return total
 
 
-def _dominant(profile: RoutingProfile, where: str) -> list[Finding]:
+def _dominant(profile: RoutingDistribution, where: str) -> list[Finding]:
     first = profile.whole("first")
     best = int(first.argmax())
     if first[best] <= DOMINANT:
@@ -82,7 +82,7 @@ def _dominant(profile: RoutingProfile, where: str) -> list[Finding]:
     ]
 
 
-def _losers(profile: RoutingProfile, where: str) -> list[Finding]:
+def _losers(profile: RoutingDistribution, where: str) -> list[Finding]:
     found = []
     first, chosen = profile.whole("first"), profile.whole("chosen")
     for index, name in enumerate(profile.experts):
@@ -103,7 +103,7 @@ def _losers(profile: RoutingProfile, where: str) -> list[Finding]:
     return found
 
 
-def _undecided(profile: RoutingProfile) -> list[Finding]:
+def _undecided(profile: RoutingDistribution) -> list[Finding]:
     highest = math.log(len(profile.experts))
     share = profile.token_entropy() / highest
     if share <= UNDECIDED:
@@ -139,7 +139,7 @@ def _duplicates(experts: Sequence[str], similarity: NDArray[Any]) -> list[Findin
 def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     """Mean cosine of two experts' router vectors over the sites where both act, [E, E].
 
-    Gates and means are compared standardised, as the router uses them (METHOD section 4); arrow's
+    Gates and means are compared standardised, as the router uses them (paper section 3); arrow's
     vectors up to their sign. 0 where two never meet or one is constant. None for routers without
     vectors. Raises RoutingError when `model` is not routed.
     """

@@ -1,4 +1,4 @@
-"""Which experts matter: what the score loses without each of them."""
+"""Which experts matter: how much the score falls without each of them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["Effect", "leave_one_out"]
 
 @dataclass(frozen=True)
 class Effect:
-    """What an expert adds: the mean score with all experts less that without this one.
+    """What an expert adds: the mean score with all experts less the mean score without this one.
 
     `by_task` has the difference on each task. The interval of the mean resamples tasks and, within
-    them, examples, the same for both models.
+    them, examples, the same ones for both models.
     """
 
     expert: str

@@ -1,13 +1,13 @@
-"""Experts that are nearly the same: what a large pool collects without being told.
+"""Experts of a pool that are nearly the same.
 
-Two experts are held against each other by the cosine of their whole updates, all B A of all sites
-taken as one long vector, scales included. No B A is ever formed:
+Two experts are compared by the cosine of their whole updates: all B A of all sites as one long
+vector, scales included. No B A is ever formed:
 
     <B A, B' A'> = sum of (Bᵀ B') ⊙ (A A'ᵀ)
 
 which are products of r x r for each pair of experts and site, computed for blocks of experts at
-once. Of a bottleneck adapter U D takes the place of B A, of an (IA)³ vector l - 1; experts of
-different kinds have nothing in common.
+once. For a bottleneck adapter U D replaces B A, for (IA)³ the vector l - 1 does. Experts of
+different kinds have the cosine 0.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ BLOCK = 2048  # rows of factors at once
 
 @dataclass(frozen=True)
 class Duplicate:
-    """Two experts by name, the cosine of their updates, and whether their weights' files are one.
+    """Two experts by name, the cosine of their updates, and whether their weights' files are equal.
 
     Identical files have the cosine 1, whatever is in them.
     """

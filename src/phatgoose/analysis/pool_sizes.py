@@ -1,6 +1,6 @@
-"""Scores against the size of the pool, from the finished cells of comparisons (METHOD section 6).
+"""Scores against the size of the pool, from the finished cells of comparisons (paper section 4.3).
 
-Comparisons of smaller and larger pools with one `--out` leave cells of all of them in one file.
+Comparisons of smaller and larger pools with one `--out` leave all their cells in one file.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class PoolSizeCurve:
 def pool_size_curves(path: str | Path) -> list[PoolSizeCurve]:
     """A curve for each router that the results at `path` have with at least two sizes of pool.
 
-    Each takes the datasets on which all its pools were scored, with the same examples. Where a cell
-    was computed by several versions of the code, the last one counts. Raises EvaluationError when
+    A curve is over the datasets on which all its pools were scored, with the same examples. Where
+    several versions of the code computed a cell, the last one counts. Raises EvaluationError when
     the file is missing or damaged, or holds no two sizes.
     """
     if not Path(path).is_file():

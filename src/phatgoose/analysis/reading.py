@@ -1,13 +1,12 @@
 """Reading a dataset with a routed model: prompt and right answer of every example, once each.
 
-All routers read the same tokens that way, so that their decisions can be compared token by token.
-(The released code's distributions take the answer that the model chose.)
+This way all routers read the same tokens, so their decisions can be compared token by token. (The
+released code's distributions take the answer that the model chose.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,17 +23,17 @@ from ..tasks.task import Example
 __all__ = ["Observer", "pass_through", "read_examples"]
 
 
-class Observer(Protocol):
-    """Someone who is told which tokens pass and what becomes of them."""
+class Observer:
+    """Callback for the passes of a routed model; this base class ignores every event."""
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Before each pass: 0 for a prompt's token, 1 for an answer's, [rows, tokens] by stream."""
+        """Called before a pass; `parts` [rows, tokens] by stream: 0 for prompt, 1 for answer."""
 
     def add(self, passed: SitePass) -> None:
-        """At each site: a `recording.Watcher`."""
+        """Called at each site of a pass."""
 
     def end_pass(self) -> None:
-        """After each pass."""
+        """Called after a pass."""
 
 
 def read_examples(
@@ -45,11 +44,11 @@ def read_examples(
     observers: Sequence[Observer],
     budget: int,
 ) -> None:
-    """Pass every example's prompt and target through the routed `model`; tell `observers`.
+    """Pass every example's prompt and target through the routed `model`, watched by `observers`.
 
-    A batch holds at most `budget` tokens, padding included. What follows from the target's last
-    token (the end of the sequence) is never read, as in scoring. Raises RoutingError when the model
-    is not routed, or has router oracle and no score of `task`.
+    A batch holds at most `budget` tokens, padding included. The target's last token (the end of the
+    sequence) is never read, as in scoring. Raises RoutingError when the model is not routed, or has
+    router oracle and no score of `task`.
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
     with serving(model, task, examples, encoder.formatting) as before_pass:
@@ -78,7 +77,7 @@ def pass_through(
             observer.add(passed)
 
     with watch(model, tell), torch.inference_mode():
-        # A causal model's logits are not wanted; a whole vocabulary of them is most of the work.
+        # Without its head: a causal model's logits, a vocabulary for each token, are most work.
         reader = model if encoder.is_encoder_decoder else model.base_model
         device = input_device(model)
         reader(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=False)

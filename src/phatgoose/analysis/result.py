@@ -17,45 +17,30 @@ from ..files.atomic import write_text
 from .agreement import Agreement
 from .findings import Finding
 from .importance import Effect
-from .measures import (
+from .kl_to_oracle import (
+    ORACLE,
     SMOOTHING,
     Correlation,
-    concentration,
+    Divergence,
     correlation,
-    effective_experts,
-    entropy,
-    kl_divergence,
-    load,
-    overlap,
+    oracle_distribution,
 )
-from .routing_distribution import PARTS, RoutingProfile
+from .measures import concentration, effective_experts, entropy, load, overlap
+from .routing_distribution import PARTS, RoutingDistribution
 from .traces import Trace
 
-__all__ = ["ORACLE", "Analysis", "Divergence", "RouterAnalysis"]
-
-ORACLE = "oracle"
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """KL divergences between one router's distribution p and another's q.
-
-    `to` is KL(p ‖ q), `back` KL(q ‖ p).
-    """
-
-    to: float
-    back: float
+__all__ = ["Analysis", "RouterAnalysis"]
 
 
 @dataclass(frozen=True)
 class RouterAnalysis:
-    """One router's routing by dataset, its scores (empty if not scored) and what looks wrong.
+    """One router's distribution on each dataset, its scores (empty if not scored) and findings.
 
     `traces` are texts of the datasets, token by token; `similarity` [E, E] is that of
     `findings.vector_similarity`.
     """
 
-    profiles: Mapping[str, RoutingProfile]
+    distributions: Mapping[str, RoutingDistribution]
     scores: Mapping[str, TaskScore] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     traces: Mapping[str, Sequence[Trace]] = field(default_factory=dict)
@@ -66,9 +51,9 @@ class RouterAnalysis:
 class Analysis:
     """What `analyse` returns.
 
-    `oracle` is the best single expert of each dataset, empty where no scores of single experts were
-    given. `agreements` are by pairs of routers; `effects` those of leaving experts out under the
-    first router, empty unless asked for. All KL divergences are of whole-model distributions before
+    `oracle` is the best single expert of each dataset, empty without scores of single experts.
+    `agreements` are by pairs of routers. `effects` are those of leaving each expert out under the
+    first router, empty unless asked for. KL divergences are of whole-model distributions before
     top-k, smoothed by `smoothing`.
     """
 
@@ -84,17 +69,16 @@ class Analysis:
     def distribution(self, router: str, dataset: str) -> NDArray[np.float64]:
         """A router's whole-model distribution on a dataset, [E]; for ORACLE its one expert."""
         if router == ORACLE and ORACLE not in self.routers:
-            index = self.experts.index(self.oracle[dataset])
-            return np.asarray(np.eye(len(self.experts))[index])
-        return self.routers[router].profiles[dataset].whole("probability")
+            return oracle_distribution(self.oracle[dataset], self.experts)
+        return self.routers[router].distributions[dataset].whole("probability")
 
     def divergence(self, router: str, other: str, dataset: str) -> Divergence:
         """The KL divergences between two routers, or a router and ORACLE, on a dataset."""
         p, q = self.distribution(router, dataset), self.distribution(other, dataset)
-        return Divergence(kl_divergence(p, q, self.smoothing), kl_divergence(q, p, self.smoothing))
+        return Divergence.between(p, q, self.smoothing)
 
     def correlation(self, router: str, other: str = ORACLE) -> Correlation | None:
-        """That of KL(router‖other) with the router's score over datasets (METHOD section 7).
+        """That of KL(router‖other) with the router's score over datasets (paper section 4.4).
 
         None when the router was not scored, or no Oracle is known.
         """
@@ -109,7 +93,7 @@ class Analysis:
 
     def overlaps(self, router: str) -> NDArray[np.float64]:
         """Overlap of a router's distributions on every two datasets, by weight, [D, D]."""
-        whole = [self.routers[router].profiles[name].whole("weight") for name in self.datasets]
+        whole = [self.routers[router].distributions[name].whole("weight") for name in self.datasets]
         return np.array([[overlap(p, q) for q in whole] for p in whole])
 
     def to_dict(self) -> dict[str, Any]:
@@ -140,7 +124,7 @@ class Analysis:
         }
 
     def write_json(self, path: str | Path) -> None:
-        """Write `to_dict` to `path`, complete or not at all. Raises EvaluationError if it can't."""
+        """Write `to_dict` to `path`, all or nothing. Raises EvaluationError if that fails."""
         content = json.dumps(self.to_dict(), ensure_ascii=False) + "\n"
         write_text(Path(path), content, EvaluationError)
 
@@ -149,40 +133,40 @@ class Analysis:
         return [name for name in [*self.routers, *oracle] if name != router]
 
     def _router(self, name: str) -> dict[str, Any]:
-        found = self.routers[name]
+        router = self.routers[name]
         scores = {
             task: {"metric": s.metric, "score": s.score, "low": s.low, "high": s.high, "n": s.n}
-            for task, s in found.scores.items()
+            for task, s in router.scores.items()
         }
         return {
             "scores": scores,
-            "datasets": {task: _numbers(profile) for task, profile in found.profiles.items()},
+            "datasets": {task: _numbers(found) for task, found in router.distributions.items()},
             "overlaps": self.overlaps(name).tolist(),
-            "findings": [asdict(finding) for finding in found.findings],
-            "similarity": None if found.similarity is None else found.similarity.tolist(),
+            "findings": [asdict(finding) for finding in router.findings],
+            "similarity": None if router.similarity is None else router.similarity.tolist(),
         }
 
 
-def _numbers(profile: RoutingProfile) -> dict[str, Any]:
-    """A profile's measures, and its mean weights and probabilities by site."""
-    whole = profile.whole("weight")
+def _numbers(found: RoutingDistribution) -> dict[str, Any]:
+    """The measures of a distribution, and its mean weights and probabilities by site."""
+    whole = found.whole("weight")
     numbers: dict[str, Any] = {
-        "tokens": {part: profile.passed(part) for part in PARTS},
-        "token_entropy": profile.token_entropy(),
-        "probability": profile.whole("probability").tolist(),
+        "tokens": {part: found.passed(part) for part in PARTS},
+        "token_entropy": found.token_entropy(),
+        "probability": found.whole("probability").tolist(),
         "weight": whole.tolist(),
-        "chosen": profile.whole("chosen").tolist(),
-        "first": profile.whole("first").tolist(),
-        "by_part": {part: profile.whole("weight", part).tolist() for part in PARTS},
-        "by_layer": {name: rows.tolist() for name, rows in profile.by_layer().items()},
-        "by_kind": {name: rows.tolist() for name, rows in profile.by_kind().items()},
+        "chosen": found.whole("chosen").tolist(),
+        "first": found.whole("first").tolist(),
+        "by_part": {part: found.whole("weight", part).tolist() for part in PARTS},
+        "by_layer": {name: rows.tolist() for name, rows in found.by_layer().items()},
+        "by_kind": {name: rows.tolist() for name, rows in found.by_kind().items()},
         "by_site": {
-            measure: {name: rows.tolist() for name, rows in profile.by_site(measure).items()}
+            measure: {name: rows.tolist() for name, rows in found.by_site(measure).items()}
             for measure in ("probability", "weight")
         },
     }
     if whole.any():
-        groups = {"layer": profile.by_layer(), "kind": profile.by_kind()}
+        groups = {"layer": found.by_layer(), "kind": found.by_kind()}
         numbers |= {
             "load": load(whole).tolist(),
             "effective_experts_by": {

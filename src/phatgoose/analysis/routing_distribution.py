@@ -1,9 +1,12 @@
-"""Routing decisions summed up as they pass: memory does not grow with the number of tokens."""
+"""The routing distribution of a dataset: routing probabilities averaged over all its tokens.
+
+Paper section 4.4. Decisions are added up as they pass, so memory does not grow with the tokens.
+"""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -15,9 +18,10 @@ from torch import Tensor
 
 from ..base.sites import Stream
 from ..routing.recording import SitePass
-from .places import Place, place_of
+from .reading import Observer
+from .site_labels import SiteLabel, site_label
 
-__all__ = ["MEASURES", "PARTS", "Measure", "Part", "RoutingProfile", "RoutingTally"]
+__all__ = ["MEASURES", "PARTS", "Measure", "Part", "RoutingDistribution", "RoutingTally"]
 
 Part = Literal["prompt", "answer"]
 PARTS: tuple[Part, ...] = ("prompt", "answer")
@@ -28,8 +32,8 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class RoutingProfile:
-    """What became of the tokens of a dataset under one router: sums over real tokens.
+class RoutingDistribution:
+    """How one router spread the tokens of a dataset over the experts: sums over real tokens.
 
     `tokens[site]` [2] counts the tokens of prompts and answers that passed. `sums[measure][site]`
     is [2, E]: "probability" adds up the distribution over all experts before top-k, "weight" the
@@ -44,9 +48,9 @@ class RoutingProfile:
     entropies: Mapping[str, Array]
 
     @cached_property
-    def places(self) -> dict[str, Place]:
-        """Each site's place."""
-        return {site: place_of(site) for site in self.tokens}
+    def labels(self) -> dict[str, SiteLabel]:
+        """Each site's label."""
+        return {site: site_label(site) for site in self.tokens}
 
     def by_site(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
         """Mean of `measure` over the tokens of `part` (None: all), [E] by site.
@@ -61,23 +65,23 @@ class RoutingProfile:
         return rows
 
     def by_layer(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
-        """Unweighted mean over the sites of each layer, [E] by `Place.layer_name`."""
-        return self._grouped(lambda place: place.layer_name, measure, part)
+        """Unweighted mean over the sites of each layer, [E] by `SiteLabel.layer_name`."""
+        return self._grouped(lambda label: label.layer_name, measure, part)
 
     def by_kind(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
-        """Unweighted mean over the sites of each kind, [E] by `Place.kind`."""
-        return self._grouped(lambda place: place.kind, measure, part)
+        """Unweighted mean over the sites of each kind, [E] by `SiteLabel.kind`."""
+        return self._grouped(lambda label: label.kind, measure, part)
 
     def whole(self, measure: Measure = "weight", part: Part | None = None) -> Array:
-        """Unweighted mean over all sites, [E] (METHOD section 7); zeros if nothing passed."""
+        """Unweighted mean over all sites, [E] (paper section 4.4); zeros if nothing passed."""
         groups = self._grouped(lambda _: "", measure, part)
         return groups.get("", np.zeros(len(self.experts)))
 
     def token_entropy(self, part: Part | None = None) -> float:
         """Mean entropy of one token's distribution at one site, over tokens, then sites.
 
-        Low where single tokens are decided. `entropy(whole("probability"))` less this is what
-        knowing token and site tells about the expert. 0 if nothing passed.
+        Low where the router is sure about single tokens. `entropy(whole("probability"))` less this
+        is the mutual information of expert with token and site. 0 if nothing passed.
         """
         means = [
             float(_of(total, part) / _of(self.tokens[site], part))
@@ -90,8 +94,8 @@ class RoutingProfile:
         """Tokens of `part` at the site that most of them passed."""
         return int(max((_of(count, part) for count in self.tokens.values()), default=0))
 
-    def over(self, experts: Sequence[str]) -> RoutingProfile:
-        """The same over a larger pool: `experts` by name, zero for those that were not there."""
+    def over(self, experts: Sequence[str]) -> RoutingDistribution:
+        """The same over a larger pool of `experts` (names), 0 for those that were not routed to."""
         columns = [list(experts).index(name) for name in self.experts]
 
         def spread(sums: Array) -> Array:
@@ -103,11 +107,11 @@ class RoutingProfile:
             measure: {site: spread(rows) for site, rows in sites.items()}
             for measure, sites in self.sums.items()
         }
-        return RoutingProfile(tuple(experts), self.tokens, sums, self.entropies)
+        return RoutingDistribution(tuple(experts), self.tokens, sums, self.entropies)
 
-    def __add__(self, other: RoutingProfile) -> RoutingProfile:
+    def __add__(self, other: RoutingDistribution) -> RoutingDistribution:
         """Both datasets as one."""
-        return RoutingProfile(
+        return RoutingDistribution(
             self.experts,
             _added(self.tokens, other.tokens),
             {measure: _added(self.sums[measure], other.sums[measure]) for measure in MEASURES},
@@ -115,16 +119,16 @@ class RoutingProfile:
         )
 
     def _grouped(
-        self, key: Callable[[Place], Hashable], measure: Measure, part: Part | None
+        self, key: Callable[[SiteLabel], str], measure: Measure, part: Part | None
     ) -> dict[str, Array]:
         groups: dict[str, list[Array]] = defaultdict(list)
         for site, mean in self.by_site(measure, part).items():
-            groups[str(key(self.places[site]))].append(mean)
+            groups[key(self.labels[site])].append(mean)
         return {name: np.mean(rows, axis=0) for name, rows in groups.items()}
 
 
-class RoutingTally:
-    """A watcher (`routed.watch`) that sums up what it is told; `profile` is the result so far.
+class RoutingTally(Observer):
+    """An `Observer` that adds up routing decisions; `distribution` is the result so far.
 
     Memory is a few numbers per site and expert, however many tokens pass.
     """
@@ -139,17 +143,14 @@ class RoutingTally:
         self._entropies: dict[str, Tensor] = {}
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Tell what the next tokens are: 0 for prompt, 1 for answer, [rows, tokens] by stream.
+        """Take the next tokens' parts: 0 for prompt, 1 for answer, [rows, tokens] by stream.
 
-        Without it, or where shapes differ, tokens are taken for prompt.
+        Without them, or where shapes differ, all tokens count as prompt.
         """
         self._parts = parts
 
-    def end_pass(self) -> None:
-        """Nothing is left to do after a pass."""
-
     def add(self, passed: SitePass) -> None:
-        """Take in one pass through one site."""
+        """Count one pass through one site."""
         site, groups = passed.site.name, self._groups(passed)  # [2, T]
         used = passed.dense_weights(len(self.experts))
         probabilities = torch.zeros_like(used).index_copy_(
@@ -178,9 +179,9 @@ class RoutingTally:
         return groups.flatten(1).double()
 
     @property
-    def profile(self) -> RoutingProfile:
+    def distribution(self) -> RoutingDistribution:
         """The sums so far."""
-        return RoutingProfile(
+        return RoutingDistribution(
             self.experts,
             _arrays(self._tokens),
             {measure: _arrays(self._sums[measure]) for measure in MEASURES},

@@ -6,7 +6,7 @@ docs/analysis.md has the JSON form ("Traces"), which the token explorer of the r
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +21,9 @@ from ..routing.composition import composition_of
 from ..routing.recording import SitePass
 from ..routing.routers.decision import highest
 from ..tasks.encoding import Encoder, TokenPair
-from .places import Place, place_of
-from .reading import pass_through
+from .reading import Observer, pass_through
 from .routing_distribution import PARTS
+from .site_labels import SiteLabel, site_label
 
 __all__ = ["Trace", "TraceKeeper", "TraceStream", "join_streams", "trace"]
 
@@ -37,8 +37,8 @@ FULL = 255  # the whole weight of a token, in a byte
 class TraceStream:
     """The tokens that pass one stack of a model, or all tokens of a model with one.
 
-    `tokens` are pieces of text, `parts` tells which belong to the prompt (0) and the answer (1).
-    `experts` [T, S, k] are indices of the experts of greatest weight at each of the `places`, best
+    `tokens` are pieces of text, `parts` 0 for those of the prompt and 1 for those of the answer.
+    `experts` [T, S, k] are indices of the experts of greatest weight at each of the `sites`, best
     first, and `weights` [T, S, k] their weights in 255ths. What the weights lack of 255 belongs to
     experts that were cut off (`is_cut`), or to none.
     """
@@ -46,7 +46,7 @@ class TraceStream:
     name: str
     tokens: tuple[str, ...]
     parts: tuple[int, ...]
-    places: tuple[Place, ...]
+    sites: tuple[SiteLabel, ...]
     experts: NDArray[np.uint16]
     weights: NDArray[np.uint8]
     is_cut: bool = False
@@ -55,12 +55,12 @@ class TraceStream:
         """Mean weight of each expert over the sites of a layer and a kind, [T, E]; None means all.
 
         A kind may be given by its last words ("q_proj"). Raises RoutingError when there is no such
-        site, which `has` tells.
+        site; ask `has` first.
         """
         sites = self._sites(layer, kind)
         if not sites:
-            layers = dict.fromkeys(place.layer_name for place in self.places)
-            kinds = dict.fromkeys(place.kind for place in self.places)
+            layers = dict.fromkeys(site.layer_name for site in self.sites)
+            kinds = dict.fromkeys(site.kind for site in self.sites)
             raise RoutingError(
                 f"No site has layer {layer or '(any)'} and kind {kind or '(any)'}; layers are "
                 f"{', '.join(layers)}, kinds {', '.join(kinds)}."
@@ -77,13 +77,13 @@ class TraceStream:
     def _sites(self, layer: str | None, kind: str | None) -> list[int]:
         return [
             index
-            for index, place in enumerate(self.places)
-            if layer in (None, place.layer_name)
-            and (kind is None or f".{place.kind}".endswith(f".{kind}"))
+            for index, site in enumerate(self.sites)
+            if layer in (None, site.layer_name)
+            and (kind is None or f".{site.kind}".endswith(f".{kind}"))
         ]
 
     def some(self, chosen: slice, tokens: Sequence[str], parts: Sequence[int]) -> TraceStream:
-        """The `chosen` ones of the tokens, whose texts and parts are given."""
+        """The `chosen` tokens alone, with these texts and parts."""
         return replace(
             self,
             tokens=tuple(tokens),
@@ -93,13 +93,13 @@ class TraceStream:
         )
 
     def without_experts(self, token: str, part: int) -> TraceStream:
-        """A token of this stream that nobody served."""
+        """One token of this stream that no expert served."""
         shape = (1, *self.experts.shape[1:])
         nobody = {"experts": np.zeros(shape, np.uint16), "weights": np.zeros(shape, np.uint8)}
         return replace(self, tokens=(token,), parts=(part,), **nobody)  # type: ignore[arg-type]
 
     def tokens_dict(self) -> dict[str, Any]:
-        """The tokens alone, as plain data: what the token explorer appends."""
+        """The tokens alone, as plain data that the token explorer can append."""
         return {
             "tokens": list(self.tokens),
             "parts": list(self.parts),
@@ -109,13 +109,13 @@ class TraceStream:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        layers = list(dict.fromkeys(place.layer_name for place in self.places))
-        kinds = list(dict.fromkeys(place.kind for place in self.places))
+        layers = list(dict.fromkeys(site.layer_name for site in self.sites))
+        kinds = list(dict.fromkeys(site.kind for site in self.sites))
         return {
             "name": self.name,
             "layers": layers,
             "kinds": kinds,
-            "sites": [[layers.index(p.layer_name), kinds.index(p.kind)] for p in self.places],
+            "sites": [[layers.index(s.layer_name), kinds.index(s.kind)] for s in self.sites],
             "kept": int(self.experts.shape[2]),
             "is_cut": self.is_cut,
             **self.tokens_dict(),
@@ -124,7 +124,7 @@ class TraceStream:
 
 @dataclass(frozen=True)
 class Trace:
-    """One text's way through a routed model."""
+    """Which experts served the tokens of one text."""
 
     experts: tuple[str, ...]
     router: str
@@ -142,7 +142,7 @@ class Trace:
 
 
 def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
-    """The streams in `parts`, those of one name joined to one, their tokens in order."""
+    """The streams in `parts`; those of one name are joined, their tokens in order."""
     by_name: dict[str, list[TraceStream]] = {}
     for part in parts:
         by_name.setdefault(part.name, []).append(part)
@@ -161,9 +161,9 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
 def trace(
     model: PreTrainedModel, encoder: Encoder, pair: TokenPair, router: str | None = None
 ) -> Trace:
-    """The way of a prompt and the answer after it through the routed `model`, read in one pass.
+    """The trace of a prompt and the answer after it through the routed `model`, in one pass.
 
-    `router` is what the trace calls it; None means its name. Raises RoutingError when the model is
+    `router` names it in the trace; None means its own name. Raises RoutingError when the model is
     not routed.
     """
     parts = composition_of(model)
@@ -211,17 +211,11 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str
     return tuple(pieces)
 
 
-class TraceKeeper:
-    """An observer of one pass, of one row or many: the experts of greatest weight at each site."""
+class TraceKeeper(Observer):
+    """Keeps the experts of greatest weight at each site, from one pass of one row or many."""
 
     def __init__(self) -> None:
         self._seen: dict[str, list[tuple[str, Tensor, Tensor, bool]]] = {}
-
-    def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Parts are known from the tokens."""
-
-    def end_pass(self) -> None:
-        """Nothing is left to do."""
 
     def add(self, passed: SitePass) -> None:
         """Keep the experts of greatest weight."""
@@ -232,9 +226,9 @@ class TraceKeeper:
         self._seen.setdefault(site.stream, []).append((site.name, best, shares, is_cut))
 
     def streams(self) -> dict[str, TraceStream]:
-        """What was kept of each stream that was passed: every token of every row, in turn.
+        """The streams that were passed: every token of every row, in turn.
 
-        Tokens have no text yet, nor parts; `TraceStream.some` gives them theirs.
+        Tokens have no texts and parts yet; `TraceStream.some` adds them.
         """
         return {name: self._stream(name) for name in self._seen}
 
@@ -250,7 +244,7 @@ class TraceKeeper:
             name,
             (),
             (),
-            tuple(place_of(site) for site, _, _, _ in seen),
+            tuple(site_label(site) for site, _, _, _ in seen),
             experts,
             _in_bytes(shares),
             any(is_cut for _, _, _, is_cut in seen),

@@ -85,10 +85,13 @@ def compose_pool(
     scores: Scores | str | Path | None = None,
 ) -> PreTrainedModel:
     """`pool` composed by `routing` with `base`, or with the base that it names, in `dtype`."""
-    base = base or loaded_base(pool, dtype)
+    base = loaded_base(pool, base, dtype)
     return compose(pool, base, scores=scores, **asdict(routing or Routing()))
 
 
-def loaded_base(pool: Pool, dtype: str = "auto") -> Base:
-    """The base that `pool` names, loaded in `dtype`."""
-    return load_base(pool.base.id, dtype=dtype, revision=pool.base.revision)
+def loaded_base(pool: Pool, base: Base | str | None = None, dtype: str = "auto") -> Base:
+    """`base`, or the one that `pool` names; loaded in `dtype` unless it is loaded already."""
+    if isinstance(base, Base):
+        return base
+    revision = None if base else pool.base.revision
+    return load_base(base or pool.base.id, dtype=dtype, revision=revision)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from phatgoose.analysis.measures import correlation
+from phatgoose.analysis.kl_to_oracle import correlation
 from phatgoose.analysis.pool_sizes import PoolSizeCurve
 from phatgoose.apps.report import EXPLORER_CSS, asset
 from phatgoose.apps.report.figures import (

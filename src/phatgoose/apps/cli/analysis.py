@@ -96,7 +96,7 @@ def analyse(
     from ...tasks.loading import load_task
     from ...tasks.suites.entries import Sources
     from ...tasks.suites.registry import open_suite
-    from ..console.analysis_tables import routers_table
+    from ..console.tables import routers_table
     from ..report import write_report
 
     places = Sources(data or recipe.data, templates or recipe.templates)

@@ -89,7 +89,7 @@ def compare(
     from ...evaluation.comparison.compare import compare as run
     from ...experts.pool import Pool
     from ...tasks.suites.entries import Sources
-    from ..console.comparison_tables import differences_table, means_table
+    from ..console.tables import differences_table, means_table
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool)
     name = base or recipe.base or opened.base.id

@@ -131,7 +131,7 @@ def compose(
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool).select(keep, leave_out)
     name = base or recipe.base
-    loaded = load_base(name, dtype=dtype) if name else loaded_base(opened, dtype)
+    loaded = load_base(name, dtype=dtype) if name else loaded_base(opened, dtype=dtype)
     packed = pack(opened, out, loaded, routing=routing, scores=scores, stored=stored)
     k = f", k = {routing.k}" if routing.router in USE_K else ""
     say(

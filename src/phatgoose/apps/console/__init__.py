@@ -1,6 +1,5 @@
 """What a person reads in a terminal.
 
-printing.py           text that no terminal can be hurt by
-comparison_tables.py  tables of a comparison
-analysis_tables.py    tables of an analysis
+printing.py  prints text that can't harm the terminal
+tables.py    tables of comparisons and analyses
 """

@@ -27,9 +27,8 @@ from ...tasks.loading import load_task
 from ...tasks.suites.entries import Entry, Suite
 from ...tasks.task import Task
 from ...training.train_expert import train_expert
-from ..console.analysis_tables import routers_table
-from ..console.comparison_tables import datasets_table
 from ..console.printing import show
+from ..console.tables import datasets_table, routers_table
 from ..generation import Sampling, answer, coloured
 from ..report import write_report
 

@@ -10,12 +10,13 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ...analysis.kl_to_oracle import ORACLE
 from ...analysis.measures import concentration, effective_experts, load
 from ...analysis.pool_sizes import PoolSizeCurve
-from ...analysis.result import ORACLE, Analysis, RouterAnalysis
+from ...analysis.result import Analysis, RouterAnalysis
 from ...analysis.routing_distribution import PARTS, Measure
 from ...evaluation.comparison.methods import METHODS
-from ...evaluation.intervals import Interval
+from ...evaluation.comparison.tables import in_per_cent
 from .figures import (
     Point,
     dataset_matrix,
@@ -43,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class PageFigure:
-    """A figure drawn for the page, and what is said below it."""
+    """A figure drawn for the page, and its caption."""
 
     svg: str
     caption: str
@@ -64,7 +65,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page."""
+    """One section of the page."""
 
     id: str
     name: str
@@ -75,7 +76,7 @@ class Section:
 
 
 def label_of(router: str) -> str:
-    """What tables call a router."""
+    """A router's name in tables."""
     return METHODS.get(router, router)
 
 
@@ -98,7 +99,7 @@ def _scores(analysis: Analysis) -> Section | None:
     for name, router in analysis.routers.items():
         scores = [router.scores[d] for d in analysis.datasets if d in router.scores]
         if scores:
-            cells = [f"{100 * s.score:.1f} {_percent(Interval(s.low, s.high))}" for s in scores]
+            cells = [in_per_cent(s.score, s.low, s.high) for s in scores]
             mean = sum(s.score for s in scores) / len(scores)
             rows.append([label_of(name), *cells, f"{100 * mean:.1f}"])
     if not rows:
@@ -139,7 +140,7 @@ def _usage_table(analysis: Analysis) -> Table:
     for name, router in analysis.routers.items():
         first = _mean(router, "first")
         top = int(first.argmax())
-        entropies = [profile.token_entropy() for profile in router.profiles.values()]
+        entropies = [found.token_entropy() for found in router.distributions.values()]
         rows.append(
             [
                 label_of(name),
@@ -168,10 +169,10 @@ def _groups_table(analysis: Analysis) -> Table:
     """Who serves prompts, answers, and each kind of site, by router."""
     rows: dict[str, list[str]] = {}
     for router in analysis.routers.values():
-        profiles = list(router.profiles.values())
-        groups = {f"{part}s": [profile.whole(part=part) for profile in profiles] for part in PARTS}
-        for kind in profiles[0].by_kind():
-            groups[kind] = [profile.by_kind()[kind] for profile in profiles]
+        every = list(router.distributions.values())
+        groups = {f"{part}s": [found.whole(part=part) for found in every] for part in PARTS}
+        for kind in every[0].by_kind():
+            groups[kind] = [found.by_kind()[kind] for found in every]
         for name, weights in groups.items():
             rows.setdefault(name, [name]).append(_summary(np.mean(weights, axis=0), analysis))
     return Table(
@@ -192,7 +193,9 @@ def _summary(weight: Array, analysis: Analysis) -> str:
 
 def _mean(router: RouterAnalysis, measure: Measure) -> Array:
     """Unweighted mean over datasets, [E]."""
-    return np.asarray(np.mean([p.whole(measure) for p in router.profiles.values()], axis=0))
+    return np.asarray(
+        np.mean([found.whole(measure) for found in router.distributions.values()], axis=0)
+    )
 
 
 def _agreement_table(analysis: Analysis) -> Iterator[Table]:
@@ -232,7 +235,7 @@ def _layers(analysis: Analysis) -> Section:
     for index, dataset in enumerate(analysis.datasets):
         figures: list[PageFigure] = []
         for name, router in analysis.routers.items():
-            figure = heat_maps({dataset: router.profiles[dataset]}, oracle=analysis.oracle)
+            figure = heat_maps({dataset: router.distributions[dataset]}, oracle=analysis.oracle)
             caption = f"{label_of(name)} on {dataset}: mean weight of each expert at each layer."
             figures.append(PageFigure.of(figure, f"layers-{index}-{len(figures)}", caption))
         groups.append(Group(dataset, figures))
@@ -276,7 +279,7 @@ def _datasets(analysis: Analysis) -> Section:
     figures: list[PageFigure] = []
     tables: list[Table] = []
     for index, (name, router) in enumerate(analysis.routers.items()):
-        shares = {d: router.profiles[d].whole("weight") for d in analysis.datasets}
+        shares = {d: router.distributions[d].whole("weight") for d in analysis.datasets}
         figure = dataset_matrix(shares, analysis.experts, oracle=analysis.oracle)
         ring = " A ring marks Oracle's expert." if analysis.oracle else ""
         caption = f"{label_of(name)}: share of each expert on each dataset.{ring}"
@@ -301,7 +304,7 @@ def _effects(analysis: Analysis) -> Section | None:
     rows = [
         [
             effect.expert,
-            f"{100 * effect.mean:+.1f} {_percent(effect.interval)}",
+            in_per_cent(effect.mean, effect.interval.low, effect.interval.high, "+.1f"),
             *(f"{100 * effect.by_task.get(d, math.nan):+.1f}" for d in analysis.datasets),
         ]
         for effect in analysis.effects
@@ -321,7 +324,3 @@ def _sizes(curves: Sequence[PoolSizeCurve]) -> Section | None:
     caption = "Mean score against the number of experts; faint points are single pools."
     figure = PageFigure.of(pool_size_figure(curves), "sizes", caption)
     return Section("sizes", "Pools of different size", figures=[figure])
-
-
-def _percent(interval: Interval) -> str:
-    return f"[{100 * interval.low:.0f}, {100 * interval.high:.0f}]"

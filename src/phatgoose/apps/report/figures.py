@@ -23,10 +23,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
-from ...analysis.measures import Correlation
-from ...analysis.places import Place
+from ...analysis.kl_to_oracle import Correlation
 from ...analysis.pool_sizes import PoolSizeCurve
-from ...analysis.routing_distribution import Measure, RoutingProfile
+from ...analysis.routing_distribution import Measure, RoutingDistribution
 from ...files.atomic import new_file
 
 __all__ = [
@@ -84,7 +83,7 @@ class Point:
 
 @_styled
 def heat_maps(
-    profiles: Mapping[str, RoutingProfile],
+    distributions: Mapping[str, RoutingDistribution],
     *,
     oracle: Mapping[str, str] | None = None,
     measure: Measure = "weight",
@@ -98,8 +97,8 @@ def heat_maps(
     the whole the others have.
     """
     oracle = oracle or {}
-    grids = {name: _grids(profile, measure) for name, profile in profiles.items()}
-    experts = next(iter(profiles.values())).experts
+    grids = {name: _grids(found, measure) for name, found in distributions.items()}
+    experts = next(iter(distributions.values())).experts
     every = [grid for each in grids.values() for grid in each.values()]
     peaks = np.nanmax([np.nanmax(grid, axis=1) for grid in every], axis=0)
     shown = _shown(experts, peaks, most, set(oracle.values()))
@@ -125,7 +124,7 @@ def heat_maps(
         size = 9 if len(shown.labels) <= 12 else 7
         row[0].set_yticks(range(len(shown.labels)), shown.labels, fontsize=size)
         row[0].set_title(name, loc="left", fontsize=10)
-        row[0].set_ylabel(shown.said(profiles[name].whole(measure)), fontsize=8)
+        row[0].set_ylabel(shown.said(distributions[name].whole(measure)), fontsize=8)
     figure.colorbar(image, ax=panels, label=f"mean {measure}", pad=0.01, aspect=30, shrink=0.9)
     return figure
 
@@ -221,14 +220,14 @@ def divergence_scatter(
     """Score against KL(router ‖ Oracle), a point per dataset, a panel per router."""
     figure = Figure(figsize=(0.6 + 3.1 * len(points), 3.2), layout="constrained")
     panels = figure.subplots(1, len(points), squeeze=False, sharey=True)[0]
-    for index, (panel, (router, places)) in enumerate(zip(panels, points.items(), strict=True)):
-        x, y = [p.divergence for p in places], [100 * p.score for p in places]
+    for index, (panel, (router, datasets)) in enumerate(zip(panels, points.items(), strict=True)):
+        x, y = [p.divergence for p in datasets], [100 * p.score for p in datasets]
         colour = COLOURS[index % len(COLOURS)]
         panel.scatter(x, y, color=colour, marker=MARKERS[index % len(MARKERS)], s=36)
-        for place, across, up in zip(places, x, y, strict=True):
+        for point, across, up in zip(datasets, x, y, strict=True):
             right = across > (min(x) + max(x)) / 2
             panel.annotate(
-                place.dataset,
+                point.dataset,
                 (across, up),
                 xytext=(-6 if right else 6, 4),
                 fontsize=7,
@@ -318,13 +317,13 @@ def _shown(
     return _Shown([experts[z] for z in rows], rows)
 
 
-def _grids(profile: RoutingProfile, measure: Measure) -> dict[str, Array]:
+def _grids(distribution: RoutingDistribution, measure: Measure) -> dict[str, Array]:
     """Mean of `measure` by stack, [experts, layers]."""
     layers: dict[str, dict[int, Array]] = {}
-    places: dict[str, Place] = {place.layer_name: place for place in profile.places.values()}
-    for name, mean in profile.by_layer(measure).items():
-        layers.setdefault(places[name].stack, {})[places[name].layer] = mean
-    empty = np.full(len(profile.experts), math.nan)
+    labels = {label.layer_name: label for label in distribution.labels.values()}
+    for name, mean in distribution.by_layer(measure).items():
+        layers.setdefault(labels[name].stack, {})[labels[name].layer] = mean
+    empty = np.full(len(distribution.experts), math.nan)
     return {
         stack: np.array([found.get(layer, empty) for layer in range(max(found) + 1)]).T
         for stack, found in layers.items()

@@ -35,9 +35,9 @@ def write_report(
     try:
         (folder / FIGURES).mkdir(exist_ok=True)
         for name, router in analysis.routers.items():
-            layers = heat_maps(router.profiles, oracle=analysis.oracle, most=everyone)
+            layers = heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
             write_png(layers, folder / FIGURES / f"layers-{name}.png")
-            shares = {d: profile.whole("weight") for d, profile in router.profiles.items()}
+            shares = {d: found.whole("weight") for d, found in router.distributions.items()}
             matrix = dataset_matrix(shares, analysis.experts, oracle=analysis.oracle, most=everyone)
             write_png(matrix, folder / FIGURES / f"datasets-{name}.png")
             bars = usage_bars(shares, analysis.experts, most=everyone)

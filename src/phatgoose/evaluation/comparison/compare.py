@@ -19,13 +19,14 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ...base.fingerprint import check_base
-from ...base.loading import Base, load_base
+from ...base.loading import Base
 from ...base.sites import ROUTED
 from ...config import Formatting, Routing
 from ...errors import ConfigError, PoolError, RoutingError, TaskError
 from ...experts.input_format import warn_of_other_formatting
 from ...experts.pool import REMEDIES, Pool
 from ...jobs import Engine, LocalEngine
+from ...routing.open_model import loaded_base
 from ...routing.routers.scores import Scores, best_expert, best_expert_by_task
 from ...tasks.encoding import Encoder
 from ...tasks.suites.entries import Sources, Suite
@@ -88,9 +89,7 @@ def compare(
         formatting or Formatting(), limit, seed, max_new_tokens, token_budget
     )
     columns, datasets = _load(suites, sources, settings)
-    if base is None or isinstance(base, str):
-        name, revision = (base, None) if base else (pool.base.id, pool.base.revision)
-        base = load_base(name, revision=revision)
+    base = loaded_base(pool, base)
     rows = rows_of(pool, wanted, routing)
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []

@@ -15,11 +15,15 @@ from ...errors import EvaluationError
 from ...files.atomic import write_text
 from ..intervals import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
 
-__all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "write_tables"]
+__all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "in_per_cent", "write_tables"]
 
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
 ALL = "all datasets"  # the column over every suite's datasets, where there are several suites
-FILES = ("comparison.md", "comparison.csv", "comparison.json")
+
+
+def in_per_cent(score: float, low: float, high: float, form: str = ".1f") -> str:
+    """A score from 0 to 1 and its interval as tables show them, such as "47.0 [38, 57]"."""
+    return f"{100 * score:{form}} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,25 @@ class Result:
         """The number of examples."""
         return self.sample.n
 
+    @property
+    def in_per_cent(self) -> str:
+        """The score and its interval, as tables show them."""
+        return in_per_cent(self.score, self.low, self.high)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        sample = self.sample
+        return {
+            "metric": self.metric,
+            "score": sample.score,
+            "by_metric": sample.by_metric,
+            "low": self.low,
+            "high": self.high,
+            "n": sample.n,
+            "ties": self.ties,
+            "seconds": self.seconds,
+        }
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -61,7 +84,7 @@ class Summary:
     @property
     def in_per_cent(self) -> str:
         """The mean and its interval, as tables show them."""
-        return f"{100 * self.mean:.1f} {_range(self.interval)}"
+        return in_per_cent(self.mean, self.interval.low, self.interval.high)
 
     @property
     def difference_in_points(self) -> str:
@@ -76,10 +99,10 @@ class Summary:
 class Comparison:
     """What `compare` returns.
 
-    `suites` maps a suite to its datasets; `results` a row's name to its results by dataset, and
-    `labels` to what tables call it. `experts` are the single experts' results; `choices` tells
-    which expert Oracle and Best Individual took for each dataset. `notes` says what was left out
-    and why, `settings` how all was scored.
+    `suites` maps a suite to its datasets, `results` a row's name to its results by dataset, and
+    `labels` to its name in tables. `experts` are the single experts' results. `choices` maps Oracle
+    and Best Individual to the expert they took for each dataset. `notes` says which methods were
+    left out and why, `settings` how everything was scored.
     """
 
     suites: Mapping[str, tuple[str, ...]]
@@ -93,12 +116,17 @@ class Comparison:
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
         """The datasets that each column of the table is the mean of."""
-        columns = dict(self.suites)
-        if len(columns) > 1:
-            columns[ALL] = tuple(
-                dict.fromkeys(task for tasks in columns.values() for task in tasks)
-            )
-        return columns
+        several = {ALL: self.datasets} if len(self.suites) > 1 else {}
+        return {**self.suites, **several}
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        """The datasets of all suites, each once."""
+        return tuple(dict.fromkeys(task for tasks in self.suites.values() for task in tasks))
+
+    def title(self, row: str) -> str:
+        """The first cell of a row: its label, with a star where it is not zero-shot."""
+        return self.labels.get(row, row) + (" *" if row in self.choices else "")
 
     @cached_property
     def summaries(self) -> dict[str, dict[str, Summary]]:
@@ -131,7 +159,7 @@ class Comparison:
                     "summary": {
                         column: asdict(summary) for column, summary in self.summaries[name].items()
                     },
-                    "datasets": {task: _record(result) for task, result in results.items()},
+                    "datasets": {task: result.to_dict() for task, result in results.items()},
                 }
                 for name, results in self.results.items()
             },
@@ -197,17 +225,12 @@ class Comparison:
     def _datasets(self) -> Iterator[str]:
         yield "## Per dataset, in per cent"
         yield ""
-        tasks = self.columns[ALL] if ALL in self.columns else next(iter(self.suites.values()))
+        tasks = self.datasets
         rows = {**self.results, **self.experts}
         first = next(iter(rows.values()))
         yield from _header(["method", *(f"{task} (n={first[task].n})" for task in tasks)])
         for name, results in rows.items():
-            cells = [
-                f"{100 * results[task].score:.1f} "
-                f"{_range(Interval(results[task].low, results[task].high))}"
-                for task in tasks
-            ]
-            yield _line([self._named(name), *cells])
+            yield _line([self._named(name), *(results[task].in_per_cent for task in tasks)])
         yield ""
         yield _metrics({task: first[task].metric for task in tasks})
         for name, chosen in self.choices.items():
@@ -226,24 +249,21 @@ class Comparison:
                 yield _line([self._named(name), str(len(results)), f"{seconds:.0f}"])
 
     def _named(self, row: str) -> str:
-        label = self.labels.get(row, row)
-        if row == ANCHOR:
-            return f"**{label}**"
-        return f"{label} *" if row in self.choices else label
+        return f"**{self.title(row)}**" if row == ANCHOR else self.title(row)
 
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
-    """Write comparison.md, .csv and .json to `folder`, each complete or not at all.
+    """Write comparison.md, .csv and .json to `folder`, each all or nothing.
 
-    Raises EvaluationError when that can't be done.
+    Raises EvaluationError when that fails.
     """
-    contents = (
-        comparison.to_markdown(),
-        comparison.to_csv(),
-        json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n",
-    )
-    for file, content in zip(FILES, contents, strict=True):
-        write_text(folder / file, content, EvaluationError)
+    content = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
+    for file, text in (
+        ("comparison.md", comparison.to_markdown()),
+        ("comparison.csv", comparison.to_csv()),
+        ("comparison.json", content),
+    ):
+        write_text(folder / file, text, EvaluationError)
 
 
 def _summary(name: str, means: Mapping[str, float], replicates: Mapping[str, Any]) -> Summary:
@@ -258,19 +278,6 @@ def _summary(name: str, means: Mapping[str, float], replicates: Mapping[str, Any
     )
 
 
-def _record(result: Result) -> dict[str, Any]:
-    return {
-        "metric": result.metric,
-        "score": result.score,
-        "by_metric": result.sample.by_metric,
-        "low": result.low,
-        "high": result.high,
-        "n": result.n,
-        "ties": result.ties,
-        "seconds": result.seconds,
-    }
-
-
 def _header(cells: list[str]) -> Iterator[str]:
     yield _line(cells)
     yield "|" + "---|" * len(cells)
@@ -278,10 +285,6 @@ def _header(cells: list[str]) -> Iterator[str]:
 
 def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _range(interval: Interval) -> str:
-    return f"[{100 * interval.low:.0f}, {100 * interval.high:.0f}]"
 
 
 def _metrics(by_task: Mapping[str, str]) -> str:

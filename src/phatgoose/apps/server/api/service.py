@@ -9,7 +9,7 @@ import anyio
 from fastapi import Request
 from starlette.responses import Response
 
-from ....analysis.places import place_of
+from ....analysis.site_labels import site_label
 from ....config import Serving
 from ....errors import PhatgooseError
 from ....files.quoting import shortened
@@ -130,10 +130,10 @@ class Service:
 def _sites_of(loaded: LoadedModel) -> Sites | None:
     if loaded.parts is None:
         return None
-    places = [place_of(site) for site in loaded.parts.layers]
+    labels = [site_label(site) for site in loaded.parts.layers]
     return Sites(
-        layers=list(dict.fromkeys(place.layer_name for place in places)),
-        kinds=list(dict.fromkeys(place.kind for place in places)),
+        layers=list(dict.fromkeys(label.layer_name for label in labels)),
+        kinds=list(dict.fromkeys(label.kind for label in labels)),
     )
 
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Place", "place_of"]
+__all__ = ["SiteLabel", "site_label"]
 
 STACKS = ("encoder", "decoder")
 
 
 @dataclass(frozen=True)
-class Place:
-    """A site's place.
+class SiteLabel:
+    """Where a site is.
 
-    `stack` is "encoder" or "decoder" by the module that holds the site, "" in a model of one stack
-    (keys and values of cross-attention stand in the decoder, though they read the encoder's
-    tokens). `layer` counts the blocks of the stack from 0; -1 where the name has no number. `kind`
-    is what the site is called in every block, such as "self_attn.q_proj".
+    `stack` is "encoder" or "decoder" by the module that holds the site, "" in a model of one stack.
+    (Keys and values of cross-attention are in the decoder, though they read the encoder's tokens.)
+    `layer` counts the blocks of the stack from 0; -1 where the name has no number. `kind` is what
+    the site is called in every block, such as "self_attn.q_proj".
     """
 
     stack: str
@@ -29,12 +29,12 @@ class Place:
         return f"{self.stack} {self.layer}".strip()
 
 
-def place_of(site: str) -> Place:
-    """The place that the name of a site tells, such as `model.layers.7.self_attn.q_proj`."""
+def site_label(site: str) -> SiteLabel:
+    """The label of a site's module path, such as `model.layers.7.self_attn.q_proj`."""
     parts = site.split(".")
     stack = next((part for part in parts if part in STACKS), "")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
     if not numbers:
-        return Place(stack, -1, site)
+        return SiteLabel(stack, -1, site)
     kind = [part for part in parts[numbers[0] + 1 :] if not part.isdigit() and part != "layer"]
-    return Place(stack, int(parts[numbers[0]]), ".".join(kind) or site)
+    return SiteLabel(stack, int(parts[numbers[0]]), ".".join(kind) or site)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phatgoose.analysis.places import place_of
+from phatgoose.analysis.site_labels import site_label
 
 
 @pytest.mark.parametrize(
@@ -18,5 +18,5 @@ from phatgoose.analysis.places import place_of
     ],
 )
 def test_places_are_read_off_names(site, stack, layer, kind):
-    place = place_of(site)
+    place = site_label(site)
     assert (place.stack, place.layer, place.kind) == (stack, layer, kind)

@@ -1,0 +1,97 @@
+"""Tables of comparisons and analyses for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.table import Table
+from rich.text import Text
+
+from ...analysis.kl_to_oracle import ORACLE
+from ...analysis.measures import effective_experts, heaviest
+from ...analysis.result import Analysis
+from ...evaluation.comparison.methods import METHODS
+from ...evaluation.comparison.tables import ANCHOR, Comparison, Result
+
+__all__ = ["datasets_table", "differences_table", "means_table", "routers_table"]
+
+
+def means_table(comparison: Comparison) -> Table:
+    """A row per method, a column per suite: the mean over its datasets in per cent, interval."""
+    columns = [f"{column} ({len(tasks)})" for column, tasks in comparison.columns.items()]
+    table = _table("mean score in %, [95 % interval]; * not zero-shot", "method", columns)
+    for row, summaries in comparison.summaries.items():
+        _add(table, comparison, row, (summary.in_per_cent for summary in summaries.values()))
+    return table
+
+
+def differences_table(comparison: Comparison) -> Table | None:
+    """The same rows and columns less PHATGOOSE, in points; None where there is nothing to show."""
+    others = [row for row in comparison.results if row != ANCHOR]
+    if ANCHOR not in comparison.results or not others:
+        return None
+    label = comparison.labels[ANCHOR]
+    title = f"difference to {label} in points, [95 % interval in pairs]"
+    table = _table(title, "method", comparison.columns)
+    for row in others:
+        summaries = comparison.summaries[row].values()
+        _add(table, comparison, row, (summary.difference_in_points for summary in summaries))
+    return table
+
+
+def datasets_table(comparison: Comparison) -> Table:
+    """A row per single expert and method, a column per dataset: per cent ± half the interval."""
+    tasks = comparison.datasets
+    columns = [*(task.replace("_", " ") for task in tasks), "mean"]
+    table = _table(
+        "zero-shot score in %, ± half the 95 % interval; * not zero-shot", "model", columns
+    )
+    for row, results in {**comparison.experts, **comparison.results}.items():
+        mean = 100 * sum(results[task].score for task in tasks) / len(tasks)
+        _add(table, comparison, row, [*(_cell(results[task]) for task in tasks), f"{mean:.1f}"])
+    return table
+
+
+def _cell(result: Result) -> str:
+    return f"{100 * result.score:.0f} ±{50 * (result.high - result.low):.0f}"
+
+
+def _table(title: str, first: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title)
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column), justify="right")
+    return table
+
+
+def _add(table: Table, comparison: Comparison, row: str, cells: Iterable[str]) -> None:
+    style = "bold" if row == ANCHOR else ""
+    table.add_row(Text(comparison.title(row)), *map(Text, cells), style=style)
+
+
+def routers_table(analysis: Analysis) -> Table:
+    """A row per router and dataset: score, effective number of experts, who they are, KL."""
+    table = Table(title=f"Routing of {len(analysis.experts)} experts")
+    for column in ("router", "dataset", "score", "effective", "most used"):
+        table.add_column(column, overflow="fold")
+    if analysis.oracle:
+        table.add_column("Oracle's", overflow="fold")
+        table.add_column("KL to Oracle")
+    for name, router in analysis.routers.items():
+        for dataset in analysis.datasets:
+            weight = router.distributions[dataset].whole("weight")
+            score = router.scores.get(dataset)
+            cells = [
+                METHODS.get(name, name),
+                dataset,
+                f"{100 * score.score:.1f} %" if score else "",
+                f"{effective_experts(weight):.1f}",
+                ", ".join(
+                    f"{analysis.experts[z]} {100 * weight[z]:.0f} %" for z in heaviest(weight, 2)
+                ),
+            ]
+            if analysis.oracle:
+                divergence = analysis.divergence(name, ORACLE, dataset).to
+                cells += [analysis.oracle[dataset], f"{divergence:.2f}"]
+            table.add_row(*map(Text, cells))
+    return table

@@ -1,4 +1,4 @@
-"""Requests turned away, in the form that OpenAI's clients know."""
+"""Errors in the form that OpenAI's clients know."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from ...files.quoting import one_line
 __all__ = ["CLIENT_GONE", "ApiError", "bad_request", "busy"]
 __all__ += ["error_body", "for_clients", "without_paths"]
 
-MOST_TOLD = 500  # characters of an error
+MOST_SHOWN = 500  # characters of an error
 
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 PART = r"[^/\\'\":;,]*[^/\\'\":;,\s]"  # of a path; names may have spaces
 PATH = re.compile(rf"(?<![\w.:/-])(?:~|[A-Za-z]:)?(?:[/\\]{PART})+")  # an absolute one
-CLIENT_GONE = 499  # nginx's number for requests that nobody waits for any more
+CLIENT_GONE = 499  # nginx's status of a request whose client has disconnected
 INVALID, SERVER = "invalid_request_error", "server_error"
 
 
 class ApiError(HTTPException):
-    """A request that is not answered, and why; `param` is the field that is to blame."""
+    """Why a request is not answered; `param` is the field at fault."""
 
     def __init__(
         self,
@@ -38,36 +38,33 @@ class ApiError(HTTPException):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The answer's JSON."""
+        """The JSON body."""
         return error_body(self.status_code, self.detail, self.code, self.param)
 
 
 def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that can't be answered as it is."""
+    """The error of an invalid request."""
     return ApiError(400, message, param=param, code=code)
 
 
 def busy(message: str, seconds: int = 1) -> ApiError:
-    """A request that comes at a bad time; it may be repeated after so many seconds."""
+    """The error of a request that may be repeated after some `seconds`."""
     return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
 
 
 def error_body(
     status: int, message: str, code: str | None = None, param: str | None = None
 ) -> dict[str, Any]:
-    """OpenAI's JSON of an error."""
+    """OpenAI's JSON body of an error."""
     kind = KINDS.get(status, SERVER if status >= 500 else INVALID)
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def for_clients(error: object) -> str:
-    """An error of the library for those who needn't know more: one line without absolute paths.
-
-    It may name what a request named, thousands of experts say, so it is cut too.
-    """
-    return without_paths(one_line(error, MOST_TOLD))
+    """An error of the library as clients see it: one line, shortened, without absolute paths."""
+    return without_paths(one_line(error, MOST_SHOWN))
 
 
 def without_paths(message: str) -> str:
-    """`message` with the last part of each absolute path alone."""
+    """`message` with each absolute path cut to its last part."""
     return PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], message)

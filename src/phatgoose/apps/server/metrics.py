@@ -17,16 +17,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .api_errors import CLIENT_GONE
 
-__all__ = ["CONTENT_TYPE_LATEST", "Measured", "Metrics"]
+__all__ = ["CONTENT_TYPE_LATEST", "Metrics", "MetricsMiddleware"]
 
-UNROUTED = "other"  # the path that requests to nowhere are counted under
+UNROUTED = "other"  # the path under which requests to unknown paths are counted
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
-    """The numbers of one application, in a registry of their own."""
+    """The metrics of one application, in a registry of their own."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -50,13 +50,13 @@ class Metrics:
         self._running = Gauge("phatgoose_running", "Answers being computed.", registry=registry)
         self._rows = Histogram(
             "phatgoose_batch_rows",
-            "Answers that were in a batch when it joined prompts or made a step.",
+            "Answers in a batch when it read prompts or made a step.",
             buckets=ROWS,
             registry=registry,
         )
 
     def answered(self, path: str, status: int, seconds: float) -> None:
-        """Count a request."""
+        """Count an answered request."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
@@ -66,7 +66,7 @@ class Metrics:
         self._generated.labels(model).inc(generated)
 
     def load(self, waiting: int, running: int) -> None:
-        """Tell how many answers wait and are computed now."""
+        """Set how many answers wait and are computed now."""
         self._waiting.set(waiting)
         self._running.set(running)
 
@@ -75,31 +75,31 @@ class Metrics:
         self._rows.observe(rows)
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
 
-class Measured:
-    """Counts and times every request: by its route, or its path if that is one of `paths`."""
+class MetricsMiddleware:
+    """Counts and times every request by its route, or by its path if that is one of `paths`."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on and count it when its answer is complete."""
+        """Pass the request on and count it when its answer is complete."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         begun, status = time.perf_counter(), CLIENT_GONE
 
-        async def noted(message: Message) -> None:
+        async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, noted)
+            await self._app(scope, receive, watched)
         except Exception:
             status = 500
             raise

@@ -19,10 +19,10 @@ API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model to serve under `name`: a routed one's folder, a pool (composed by `routing`), a base.
+    """A model to serve as `name`: a routed model's folder, a pool composed by `routing`, a base.
 
-    `keep`, `leave_out` and `scores` are those of `compose`; `base` None means the one that the pool
-    or the routed model names. `routing` None is the default one; a saved routed model has its own.
+    `keep`, `leave_out` and `scores` are those of `compose`. `base` None means the one that the pool
+    or the routed model names. `routing` None means the default; a saved routed model has its own.
     """
 
     name: str
@@ -38,10 +38,10 @@ class ServedModel:
 def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     """The models in `places`: "PLACE", "NAME=PLACE", or either with a pool's routing after it.
 
-    A routing is written like the query of an address: "arrow=experts?router=arrow&k=3"; what it
-    doesn't say is that of `options`, which are those of all models. Without a name, a folder's or
-    file's own is taken, or what follows "hub:". Raises ConfigError when there is no model, two have
-    one name, one's is empty or can't be shown, or a routing can't be read.
+    A routing is written like the query of an address: "arrow=experts?router=arrow&k=3". It changes
+    the routing in `options`, which hold for all models. Without NAME the model has its folder's or
+    file's name, or what follows "hub:". Raises ConfigError when there is no model, two have one
+    name, a name is empty or can't be printed, or a routing can't be read.
     """
     models = [_served(place, options) for place in places]
     names = [model.name for model in models]
@@ -50,20 +50,21 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     for name in names:
         if not (name and name.isprintable()):
             raise ConfigError(
-                f"A model can't be called {shortened(name)}; say NAME=PLACE with a printable name."
+                f"A model can't be called {shortened(name)}; write NAME=PLACE with a printable "
+                f"name."
             )
         if names.count(name) > 1:
-            raise ConfigError(f"Two models are called {name!r}; say NAME=PLACE for one of them.")
+            raise ConfigError(f"Two models are called {name!r}; write NAME=PLACE for one of them.")
     return models
 
 
 def keys_of(listed: str | None) -> tuple[str, ...]:
-    """The API keys in a list separated by commas; none in None."""
+    """The API keys in a list separated by commas; None has none."""
     return tuple(key.strip() for key in (listed or "").split(",") if key.strip())
 
 
 def _served(written: str, options: Mapping[str, Any]) -> ServedModel:
-    if Path(written).exists():  # whatever signs are in its name
+    if Path(written).exists():  # whatever characters its name has
         return ServedModel(_name_of(written), written, **options)
     before, _, query = written.partition("?")
     name, separator, place = before.partition("=")
@@ -80,7 +81,9 @@ def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | 
     try:
         pairs = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
     except ValueError as error:
-        raise ConfigError(f"{written}: {query!r} is no routing; write router=NAME&k=2.") from error
+        raise ConfigError(
+            f"{written}: {query!r} is not a routing; write router=NAME&k=2."
+        ) from error
     kinds = {setting.name: type(setting.default) for setting in settings_of(Routing)}
     values = {name: _number(value, kinds.get(name)) for name, value in pairs.items()}
     given = asdict(common) if common is not None else {}
@@ -88,7 +91,7 @@ def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | 
 
 
 def _number(value: str, kind: type | None) -> object:
-    """`value` as the number that it should be, or as it is."""
+    """`value` as a number of that `kind`, or unchanged."""
     try:
         return kind(value) if kind in (int, float) else value
     except ValueError:

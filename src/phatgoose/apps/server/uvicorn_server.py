@@ -20,24 +20,24 @@ from .guards.connection_guard import ConnectionGuard
 __all__ = ["run", "server_of"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-BACKLOG = 256  # connections that may wait to be accepted; so many are accepted in one go
-FILES = 64  # files that may be opened while connections are
+BACKLOG = 256  # connections that may wait to be accepted, and are accepted at once
+FILES = 64  # files that the process may open besides connections
 
 
 def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
-    """Serve `app` until SIGTERM or SIGINT, then let running requests finish for a while.
+    """Serve `app` until SIGTERM or SIGINT, then give running requests some time to finish.
 
-    Must be called in the main thread. Raises ConfigError when the address can't be listened at.
+    Must be called in the main thread. Raises ConfigError when it can't listen at the address.
     """
     with _listening(host, port) as listener, _ended_by_signals():
         server_of(app, limits).run([listener])
 
 
 def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
-    """`app` under uvicorn, with the limits of its connections.
+    """`app` under uvicorn, with limits on its connections.
 
-    Whose address a proxy names is believed of the proxies in FORWARDED_ALLOW_IPS alone. Only what
-    the server is to blame for is logged: what strangers send would fill the disk.
+    Only proxies in FORWARDED_ALLOW_IPS may name a client's address. Only the server's own errors
+    are logged: what strangers send would fill the disk.
     """
     connections = ConnectionGuard(_connections(limits.max_connections), limits.read_timeout)
     config = uvicorn.Config(
@@ -54,7 +54,7 @@ def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
 
 
 def _connections(wanted: int) -> int:
-    """As many connections as are `wanted` and the process may open files for."""
+    """The number of connections: `wanted`, or fewer if the process may not open so many files."""
     used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else FILES
     needed = used + FILES + BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -76,7 +76,7 @@ def _listening(host: str, port: int) -> socket.socket:
 
 @contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """A signal that uvicorn was ended by is its end and not the process's too."""
+    """Keep the signal that ended uvicorn, which it raises again, from ending the process too."""
     before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
     try:
         yield

@@ -60,7 +60,7 @@ def address(pool):
     """A server under uvicorn that waits a second for requests and has room for 8 connections."""
     limits = Serving(read_timeout=1, max_connections=8, max_body=100_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(connection_guard, "LOOKING", 0.05)
+        patch.setattr(connection_guard, "CHECKING", 0.05)
         patch.setattr(request_guard, "DRAINING", 0.05)
         with serving.running(serving.app_of(pool, limits), limits) as address:
             yield address
@@ -632,7 +632,7 @@ async def look_at_connections(monkeypatch):
     pairs[1][1].close()
     loop = asyncio.get_running_loop()
     for _ in range(2):
-        all_of_them._look(loop)
+        all_of_them._check(loop)
         await asyncio.sleep(0.01)
     assert [t.aborted for _, t in pairs] == [True, True, False]
     assert transport.aborted

@@ -1,4 +1,4 @@
-"""The application: its routes, and who is let in where."""
+"""The FastAPI application and its routes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ....config import Serving
 from ..engine.loaded_models import LoadedModels
 from ..guards.access_control import AccessControl
 from ..guards.request_guard import RequestGuard
-from ..metrics import CONTENT_TYPE_LATEST, Measured
+from ..metrics import CONTENT_TYPE_LATEST, MetricsMiddleware
 from ..settings import ServedModel
 from .openapi import body_of, install_errors, responses_of, streamed
 from .page import HEADERS, PAGE
@@ -32,10 +32,10 @@ def create_app(
     api_keys: Sequence[str] = (),
     hosts: Sequence[str] = (),
 ) -> FastAPI:
-    """The application that serves `models`, which are opened now; its engine runs while it does.
+    """The application that serves `models`. They are opened now; the engine runs while it does.
 
-    Without `api_keys` everybody is let in who asks for one of `hosts`, or for this machine by one
-    of its loopback names (`Doors`). Raises what opening a model does.
+    Without `api_keys` everybody may use it who asks for one of `hosts` or a loopback name of this
+    machine (`AccessControl`). Raises what opening a model does.
     """
     limits = serving or Serving()
     service = Service(LoadedModels(models, limits.max_routings), limits)
@@ -59,20 +59,21 @@ def create_app(
     app.state.service = service
     app.include_router(_open_routes(service))
     scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
-    guards = [Depends(scheme)] if api_keys else []  # for the schema; the gate looks at keys
-    app.include_router(
-        _guarded_routes(service, 403, *([401] if api_keys else [])), dependencies=guards
+    keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
+    refused = (401, 403) if api_keys else (403,)
+    app.include_router(_guarded_routes(service, *refused), dependencies=keyed)
+    access = AccessControl(hosts, api_keys)
+    app.add_middleware(
+        RequestGuard, access=access, most=limits.max_body, seconds=limits.read_timeout
     )
-    doors = AccessControl(hosts, api_keys)
-    app.add_middleware(RequestGuard, doors=doors, most=limits.max_body, seconds=limits.read_timeout)
     paths = {getattr(route, "path", "") for route in app.routes}
-    app.add_middleware(Measured, metrics=service.metrics, paths=paths)
+    app.add_middleware(MetricsMiddleware, metrics=service.metrics, paths=paths)
     install_errors(app)
     return app
 
 
 def _open_routes(service: Service) -> APIRouter:
-    """What everybody may see: the page, which holds nothing, and whether the server is well."""
+    """Routes without a key: the page and the health check, which say nothing of the models."""
     router = APIRouter()
 
     @router.get("/", response_class=HTMLResponse, summary="A page to try the models on")
@@ -81,7 +82,7 @@ def _open_routes(service: Service) -> APIRouter:
 
     @router.get(
         "/healthz",
-        summary="Is the server well?",
+        summary="Does the server work?",
         response_model=Health,
         responses=responses_of(503, model=Health),
     )
@@ -98,7 +99,7 @@ def _open_routes(service: Service) -> APIRouter:
 
 
 def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
-    """What needs an API key where there are any; `guarded` are the statuses of the doors."""
+    """Routes that need an API key, if there are any; `guarded` are the guards' statuses."""
     router = APIRouter()
     refused = responses_of(*guarded)
 

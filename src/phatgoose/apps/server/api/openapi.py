@@ -1,4 +1,4 @@
-"""Errors in OpenAI's form, and an OpenAPI schema that says so."""
+"""Error handlers, and an OpenAPI schema that describes them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,23 @@ from .response_schema import ErrorReply
 
 __all__ = ["body_of", "install_errors", "responses_of", "streamed"]
 
-WRONG = {
-    400: "The request can't be answered as it is.",
+DESCRIPTIONS = {
+    400: "The request is invalid, or the model can't answer it.",
     401: "There is no valid API key.",
-    403: "The server doesn't go by this name, or a page of another one asks.",
+    403: "The host name is unknown, or the request comes from another server's page.",
     404: "There is no such model.",
-    408: "The request didn't come in time.",
+    408: "The request took too long to arrive.",
     413: "The request is too large.",
-    415: "The body doesn't say that it is JSON.",
-    429: "Too much is waiting.",
+    415: "The content type is not JSON.",
+    429: "Too many requests are waiting.",
     500: "The answer could not be computed.",
-    503: "The server is not well.",
+    503: "The server does not work.",
     504: "The answer took too long.",
 }
 RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
-CHALLENGE = {"WWW-Authenticate": {"description": "What is wanted.", "schema": {"type": "string"}}}
+CHALLENGE = {
+    "WWW-Authenticate": {"description": "How to authenticate.", "schema": {"type": "string"}}
+}
 HEADERS: dict[int, dict[str, Any]] = {429: RETRY, 401: CHALLENGE}
 PLACE = "#/components/schemas/{model}"
 EVENTS = {
@@ -44,10 +46,10 @@ EVENTS = {
 def responses_of(
     *statuses: int, model: type[BaseModel] = ErrorReply
 ) -> dict[int | str, dict[str, Any]]:
-    """What a route says of its errors."""
+    """The error responses of a route."""
     return {
         status: {
-            "description": WRONG[status],
+            "description": DESCRIPTIONS[status],
             "model": model,
             **({"headers": HEADERS[status]} if status in HEADERS else {}),
         }
@@ -56,22 +58,20 @@ def responses_of(
 
 
 def streamed(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The same for a route that answers whole or as a stream."""
-    whole = {"description": "The answer, or with stream a chunk in each event."}
-    return {
-        **responses_of(*statuses),
-        200: {**whole, "content": {"text/event-stream": EVENTS}},
-    }
+    """The responses of a route that answers whole or as a stream."""
+    description = "The answer, or with stream a chunk in each event."
+    streams = {"description": description, "content": {"text/event-stream": EVENTS}}
+    return {**responses_of(*statuses), 200: streams}
 
 
 def body_of(wanted: type[BaseModel]) -> dict[str, Any]:
-    """What a route says of the body that it reads by itself."""
+    """The schema of a body that its route reads by itself."""
     form = {"schema": {"$ref": PLACE.format(model=wanted.__name__)}}
     return {"requestBody": {"required": True, "content": {"application/json": form}}}
 
 
 def install_errors(app: FastAPI) -> None:
-    """Answer every error of `app` in OpenAI's form and describe them so."""
+    """Answer every error of `app` in OpenAI's form, and describe that in its schema."""
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(Exception, _failed)
     app.openapi = _schema_of(app)  # type: ignore[method-assign]
@@ -91,7 +91,7 @@ def _failed(_: Request, error: Exception) -> JSONResponse:
 
 
 def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
-    """FastAPI's own schema without the errors that it would answer itself, and with our bodies."""
+    """FastAPI's schema with our request bodies and without its own validation errors."""
 
     def schema() -> dict[str, Any]:
         if app.openapi_schema is None:

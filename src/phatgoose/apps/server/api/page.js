@@ -1,10 +1,7 @@
 // The server's page: asks the API for answers with their routing and shows them as they come.
 "use strict";
 
-// What a request may name; "" stands for the routing that the model is served with.
-const ROUTERS = [
-  "", "phatgoose", "average-activation", "arrow", "uniform-top-k", "retrieval", "merged", "single", "random",
-];
+// page.py writes ROUTERS before this: what a request may name, "" for the model's own router.
 const at = (id) => document.getElementById(id);
 
 class Api {

@@ -1,16 +1,18 @@
-"""The page at /: a prompt, answers that stream, and who served each of their tokens.
+"""The page at /: a prompt, answers that stream, and each token's experts.
 
-It is one file with everything in it and holds nothing of the models; what it shows it asks of the
-API. Its header lets the browser run these very scripts and styles and reach this server alone.
+It is one self-contained file that asks the API for everything it shows of the models. Its headers
+let the browser run only these scripts and styles and reach only this server.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 from pathlib import Path
 
 from ...report.assets import EXPLORER_CSS, EXPLORER_JS, asset, render
+from ..engine.loaded_models import REQUESTABLE_ROUTERS
 
 __all__ = ["HEADERS", "PAGE"]
 
@@ -18,13 +20,14 @@ FOLDER = Path(__file__).parent
 
 
 def _allowed(content: str) -> str:
-    """The source of a Content-Security-Policy that is this text alone."""
+    """The source in a Content-Security-Policy that allows this text alone."""
     digest = hashlib.sha256(content.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
 CSS = asset("report.css") + asset(EXPLORER_CSS) + asset("page.css", FOLDER)
-SCRIPT = asset(EXPLORER_JS) + asset("page.js", FOLDER)
+ROUTERS = f"const ROUTERS = {json.dumps(['', *REQUESTABLE_ROUTERS])};\n"
+SCRIPT = asset(EXPLORER_JS) + ROUTERS + asset("page.js", FOLDER)
 PAGE = render("page.html.jinja", FOLDER, css=CSS, script=SCRIPT)
 HEADERS = {
     "Content-Security-Policy": (

@@ -1,8 +1,8 @@
-"""From a body to a request: read by a parser that bounds what it may cost, refused in few words.
+"""A body's bytes to a validated request, at bounded cost.
 
-A body of a MiB can hold hundreds of thousands of lists and objects. Making them takes seconds,
-since Python looks through all it has again and again meanwhile, and checking each against every
-form that a field may have takes minutes and gigabytes. So they are counted before they are made.
+A body of 1 MiB can hold hundreds of thousands of lists and objects. Creating them takes seconds,
+since Python's garbage collector scans all of them again and again, and validating each against
+every form that a field may have takes minutes and gigabytes. So they are counted first.
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ Wanted = TypeVar("Wanted", bound=BaseModel)
 
 
 def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
-    """The request in `body`. Raises ApiError, which repeats nothing of it but names of fields.
+    """The request in `body`. Raises ApiError, which repeats only names of fields.
 
-    Texts that are no Unicode (half of a surrogate pair), numbers that are none and nesting deeper
-    than 200 are no JSON here.
+    JSON is strict: no half surrogate pairs, no NaN or infinity, no nesting deeper than 200.
     """
     _check_size(body)
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
-        raise _invalid(f"The body is no JSON: {error}.") from None
+        raise _invalid(f"The body is not JSON: {error}.") from None
     try:
         return wanted.model_validate(value)
     except ValidationError as error:
@@ -42,7 +41,7 @@ def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
 
 
 def _check_size(body: bytes) -> None:
-    """Raise ApiError for more containers or fields than any sensible request has."""
+    """Raise ApiError for more containers or fields than a sensible request has."""
 
     def is_small(text: bytes) -> bool:
         containers = text.count(b"[") + text.count(b"{")
@@ -50,7 +49,7 @@ def _check_size(body: bytes) -> None:
 
     if not is_small(body):
         without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
-        if not is_small(b"".join(without_escapes.split(b'"')[::2])):  # what stands in no text
+        if not is_small(b"".join(without_escapes.split(b'"')[::2])):  # outside of strings
             raise _invalid(
                 f"The body has more than {MOST_CONTAINERS} objects and lists or {MOST_FIELDS} "
                 f"fields."
@@ -58,7 +57,7 @@ def _check_size(body: bytes) -> None:
 
 
 def _first_of(error: ValidationError) -> ApiError:
-    """The first thing that is wrong with a request."""
+    """The first error of a request."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     place = [shortened(str(part), SHOWN)[1:-1] for part in first["loc"]]
     message = f"{'.'.join(place)}: {first['msg']}" if place else str(first["msg"])

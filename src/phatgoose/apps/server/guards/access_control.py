@@ -1,7 +1,4 @@
-"""Who is let in: by the name that was asked for, by the page that asks, and by key.
-
-All of it is looked at before anything of a request's body is read.
-"""
+"""Host, origin and API key of a request, checked before its body is read."""
 
 from __future__ import annotations
 
@@ -18,17 +15,17 @@ __all__ = ["ANY_HOST", "LOOPBACK", "OPEN", "AccessControl", "host_of"]
 
 ANY_HOST = "*"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-OPEN = ("/", "/healthz", "/openapi.json")  # paths that tell nothing of the models
+OPEN = ("/", "/healthz", "/openapi.json")  # paths that say nothing of the models
 SAFE = ("GET", "HEAD", "OPTIONS")  # methods that change nothing
-NETWORK = 64  # bits of an IPv6 address that are a customer's own
+NETWORK = 64  # bits of an IPv6 address that name its network
 
 
 class AccessControl:
-    """Lets requests in, or not.
+    """Decides which requests are allowed.
 
-    `hosts` are the names, beside those of this machine's loopback, by which the server may be
-    asked for; an address of all interfaces stands for the machine's name and any IP address, and
-    "*" for whatever there is. Without `keys` everybody is let in who knows a name.
+    `hosts` are names, besides the loopback's, by which clients may call the server. An address of
+    all interfaces stands for the machine's name and any IP address, "*" for any name. Without
+    `keys` every client that knows a name is allowed.
     """
 
     def __init__(self, hosts: Sequence[str] = (), keys: Sequence[str] = ()) -> None:
@@ -40,7 +37,7 @@ class AccessControl:
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     def check(self, scope: Mapping[str, Any]) -> str:
-        """Who sends the request, by key or by address. Raises ApiError for who isn't let in."""
+        """The client, by key or by address. Raises ApiError if the request is not allowed."""
         self._check_host(scope)
         self._check_origin(scope)
         if not self._digests or scope["path"] in OPEN:
@@ -48,19 +45,19 @@ class AccessControl:
         return f"key {self._known(_key_of(scope))}"
 
     def _check_host(self, scope: Mapping[str, Any]) -> None:
-        """A page whose name was made to lead here (DNS rebinding) asks for that name."""
+        """A page whose name was made to resolve here (DNS rebinding) asks for that name."""
         for value in _headers(scope, b"host"):
             name = host_of(value)
             if not (self._any or name in self._hosts or (self._addresses and _is_address(name))):
                 raise ApiError(
                     403,
-                    "This server doesn't go by the name in the header Host; its operator can add "
-                    "names with --allow-host.",
+                    "This server doesn't answer to the name in the Host header; its operator can "
+                    "add names with --allow-host.",
                     code="unknown_host",
                 )
 
     def _check_origin(self, scope: Mapping[str, Any]) -> None:
-        """A browser says which page asks; pages from elsewhere may look and not touch."""
+        """A browser names the page that asks; pages of other servers may only read."""
         hosts = [value.lower() for value in _headers(scope, b"host")]
         for value in _headers(scope, b"origin"):
             if scope["method"] not in SAFE and value.partition("://")[2].lower() not in hosts:
@@ -69,16 +66,16 @@ class AccessControl:
                 )
 
     def _known(self, key: str | None) -> str:
-        """A name for the one who has `key`.
+        """A name for the client who has `key`.
 
-        All keys are compared, by digest and in constant time, so that time tells nothing of them.
+        All keys are compared, by digest and in constant time, so that timing reveals nothing.
         """
         given = hashlib.sha256((key or "").encode(errors="replace")).digest()
         same = [hmac.compare_digest(given, digest) for digest in self._digests]
         if key is None or not sum(same):
             raise ApiError(
                 401,
-                "This server wants an API key: 'Authorization: Bearer KEY'.",
+                "This server requires an API key: 'Authorization: Bearer KEY'.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
@@ -104,7 +101,7 @@ def _is_address(name: str) -> bool:
 
 
 def _network_of(client: Sequence[Any] | None) -> str:
-    """The address that stands for a client: an IPv6 one's network, since it has all of that."""
+    """The address of a client; an IPv6 one's network, all of which is its own."""
     name = str(client[0]) if client else "unknown"
     if not _is_address(name) or ipaddress.ip_address(name).version == 4:
         return name

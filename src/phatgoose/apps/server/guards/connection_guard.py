@@ -1,7 +1,7 @@
-"""Connections: so many at most, none that sends or reads its part for ever.
+"""Limits on the number of connections and on how long each may wait.
 
-uvicorn bounds how long a connection may idle between two requests and nothing else. Here each is
-looked at once a second, and is cut off when it stays too long where only the other side can go on.
+uvicorn only bounds how long a connection may idle between two requests. Here each is checked once a
+second, and cut off when it waits too long for the client to send or read.
 """
 
 from __future__ import annotations
@@ -15,69 +15,72 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 __all__ = ["ConnectionGuard", "GuardedConnection"]
 
-LOOKING = 1.0  # seconds between two looks at the connections
-WRITING = 30.0  # seconds that a client may read nothing of what was written to it
-SLICE = 4 << 10  # bytes read before it is seen what they were
-FRAMING = 4 << 10  # bytes that chunks may have beside a body's own, and a quarter of that
-UNWANTED = 16 << 10  # bytes of a body that still come when the request is answered
+CHECKING = 1.0  # seconds between two checks of the connections
+WRITING = 30.0  # seconds in which a client must read something of what was written to it
+SLICE = 4 << 10  # bytes given to h11 at a time
+FRAMING = 4 << 10  # bytes of framing that a chunked body may have, plus a quarter of its own
+UNWANTED = 16 << 10  # bytes of a body that may still come after the request was answered
 FULL = (
     b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
     b"Content-Length: 0\r\n\r\n"
 )
 HEAD, BODY, READER, SERVER, CLOSING = "head", "body", "reader", "server", "closing"
-WAITS = (HEAD, BODY)  # whose connections make room, in this order
+EVICTED = (HEAD, BODY)  # connections that make room for new ones, in this order
 
 
 @dataclass(frozen=True)
 class State:
-    """Who has to go on in a connection, with which request (None: the first), and since when."""
+    """What a connection waits for, in which request (None: the first), and since when.
 
-    who: str
+    `waits_for` is a request's head or body, the client as a reader, the server, or the closing.
+    """
+
+    waits_for: str
     request: object
     since: float
 
 
 class GuardedConnection(H11Protocol):
-    """A connection of `Connections`.
+    """A connection that `ConnectionGuard` checks.
 
     Always h11's protocol, whatever else is installed: it bounds the headers.
     """
 
-    def __init__(self, connections: ConnectionGuard, **options: Any) -> None:
+    def __init__(self, guard: ConnectionGuard, **options: Any) -> None:
         super().__init__(**options)
-        self._all = connections
-        self._body = self._framing = self._unwanted = 0  # bytes of the request that is being read
-        self._writes = True  # the other side reads what it is sent
+        self._guard = guard
+        self._body = self._framing = self._unwanted = 0  # bytes of the current request
+        self._writes = True  # the client reads what it is sent
         self.state = State(HEAD, None, self.loop.time())
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Begin, if there is room for one more.
+        """Register the connection, which may be closed if there are too many.
 
-        asyncio lets small answers out at once only where the socket that listens names its
-        protocol; without it each waits for an acknowledgement, 40 ms.
+        asyncio sets TCP_NODELAY only where the listening socket names its protocol; without it each
+        small answer waits 40 ms for an acknowledgement.
         """
         super().connection_made(transport)
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._all.add(self)
+        self._guard.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """End."""
-        self._all.discard(self)
+        """Unregister the connection."""
+        self._guard.discard(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Take in what came.
+        """Give `data` to h11 in slices.
 
-        h11 needs 10 µs for each chunk, however small: a second for what is read in one go, if it
-        is chunks of a byte. So it is given little at a time, and who sends such is cut off.
+        h11 needs 10 µs for each chunk: a second for one read, if its chunks are of one byte. So
+        after each slice a client that sends such chunks is cut off.
         """
         for begin in range(0, len(data), SLICE):
             if not self.transport.is_closing():
-                self._take(data[begin : begin + SLICE])
+                self._read(data[begin : begin + SLICE])
 
-    def _take(self, piece: bytes) -> None:
+    def _read(self, piece: bytes) -> None:
         cycle = self.cycle
         had = 0 if cycle is None else len(cycle.body)
         super().data_received(piece)
@@ -93,18 +96,18 @@ class GuardedConnection(H11Protocol):
                 self.cut()
 
     def pause_writing(self) -> None:
-        """The other side reads too slowly for what it is sent."""
+        """The client reads too slowly."""
         self._writes = False
         super().pause_writing()
 
     def resume_writing(self) -> None:
-        """It has read on."""
+        """The client has caught up."""
         self._writes = True
         super().resume_writing()
 
     @property
-    def who(self) -> str:
-        """Who has to go on."""
+    def waits_for(self) -> str:
+        """What the connection waits for."""
         if self.transport.is_closing():
             return CLOSING
         if self.cycle is None or self.cycle.response_complete:
@@ -113,66 +116,73 @@ class GuardedConnection(H11Protocol):
             return BODY
         return SERVER if self._writes else READER
 
-    def look(self, now: float) -> State:
+    def check(self, now: float) -> State:
         """The state at this time."""
-        who = self.who
-        if who != self.state.who or self.cycle is not self.state.request:
-            self.state = State(who, self.cycle, now)
+        waits_for = self.waits_for
+        if waits_for != self.state.waits_for or self.cycle is not self.state.request:
+            self.state = State(waits_for, self.cycle, now)
         return self.state
 
     def cut(self) -> None:
-        """End at once; what was written and not read is lost."""
+        """Close at once; what the client has not read is lost."""
         self.transport.abort()
 
 
 class ConnectionGuard:
-    """All connections of a server: `most` at once, each part of a request in so many `seconds`.
+    """All connections of a server: at most `most`, with `seconds` for each part of a request.
 
-    `protocol` makes one, as uvicorn asks for it. Where there are too many, the one goes that has
-    kept the server waiting for its request longest; where none does, the new one.
+    `protocol` makes one when uvicorn asks for it. When there are too many, the connection is closed
+    that has kept the server waiting for its request longest; if there is none, the new one.
     """
 
     def __init__(self, most: int, seconds: float) -> None:
         self._most = most
-        reading = {HEAD: seconds, BODY: seconds + 5}  # a body has its own answer when it is late
+        reading = {
+            HEAD: seconds,
+            BODY: seconds + 5,
+        }  # a late body is answered first, by RequestGuard
         self._limits = {**reading, READER: WRITING, CLOSING: WRITING}
         self._open: set[GuardedConnection] = set()
         self._timer: asyncio.TimerHandle | None = None
 
     def protocol(self, **options: Any) -> GuardedConnection:
-        """A connection."""
+        """A new connection."""
         return GuardedConnection(self, **options)
 
     def __len__(self) -> int:
         return len(self._open)
 
     def add(self, connection: GuardedConnection) -> None:
-        """Take one more, and make room for it."""
+        """Register a connection, and make room for it."""
         self._open.add(connection)
         if len(self._open) > self._most:
             self._make_room(connection)
         if self._timer is None:
-            self._timer = connection.loop.call_later(LOOKING, self._look, connection.loop)
+            self._timer = connection.loop.call_later(CHECKING, self._check, connection.loop)
 
     def discard(self, connection: GuardedConnection) -> None:
-        """Forget one."""
+        """Unregister a connection."""
         self._open.discard(connection)
 
     def _make_room(self, new: GuardedConnection) -> None:
         now = new.loop.time()
-        waiting = [each for each in self._open if each is not new and each.look(now).who in WAITS]
+        waiting = [
+            each for each in self._open if each is not new and each.check(now).waits_for in EVICTED
+        ]
         if waiting:
-            idlest = min(waiting, key=lambda each: (WAITS.index(each.state.who), each.state.since))
+            idlest = min(
+                waiting, key=lambda each: (EVICTED.index(each.state.waits_for), each.state.since)
+            )
             self._open.discard(idlest)
             idlest.cut()
             return
         new.transport.write(FULL)
         new.transport.close()
 
-    def _look(self, loop: asyncio.AbstractEventLoop) -> None:
+    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
         now = loop.time()
         for connection in list(self._open):
-            state = connection.look(now)
-            if now - state.since > self._limits.get(state.who, float("inf")):
+            state = connection.check(now)
+            if now - state.since > self._limits.get(state.waits_for, float("inf")):
                 connection.cut()
-        self._timer = loop.call_later(LOOKING, self._look, loop) if self._open else None
+        self._timer = loop.call_later(CHECKING, self._check, loop) if self._open else None

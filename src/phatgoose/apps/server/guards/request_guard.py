@@ -1,4 +1,4 @@
-"""What comes in: only from those who are let in, only JSON, in time, and never too much at once."""
+"""Middleware: bodies are JSON, complete in time, and bounded in size."""
 
 from __future__ import annotations
 
@@ -16,48 +16,48 @@ from .access_control import AccessControl
 
 __all__ = ["BODY", "CLIENT", "RequestBody", "RequestGuard"]
 
-CLIENT = "phatgoose.client"  # in a request's scope: who sends it
-BODY = "phatgoose.body"  # and what was sent
+CLIENT = "phatgoose.client"  # key of a request's scope: who sends it
+BODY = "phatgoose.body"  # and its RequestBody
 AT_ONCE = 64  # bodies of the greatest size that are held together
-DRAINED = 1  # times the greatest size that is read of a body nobody wants, to answer in peace
+DRAINED = 1  # greatest sizes of a refused body that are read, so that the client sees the answer
 DRAINING = 1.0  # seconds for that
 
 
 class RequestBody:
-    """A request's body, counted as long as it is held."""
+    """A request's body; the guard counts its bytes while it is held."""
 
-    def __init__(self, gate: RequestGuard) -> None:
-        self._gate, self._size = gate, 0
+    def __init__(self, guard: RequestGuard) -> None:
+        self._guard, self._size = guard, 0
         self._pieces: list[bytes] = []
 
     def add(self, piece: bytes) -> None:
-        """Hold `piece` too. Raises ApiError when there is no room for it."""
+        """Append `piece`. Raises ApiError when there is no room for it."""
         self._size += len(piece)
-        self._gate.held += len(piece)
+        self._guard.held += len(piece)
         self._pieces.append(piece)
-        if self._size > self._gate.most:
-            raise self._gate.too_large()
-        if self._gate.held > AT_ONCE * self._gate.most:
+        if self._size > self._guard.most:
+            raise self._guard.too_large()
+        if self._guard.held > AT_ONCE * self._guard.most:
             raise busy("Too many requests are being read; try again in a while.")
 
     @property
     def content(self) -> bytes:
-        """All of it."""
+        """The whole body."""
         return b"".join(self._pieces)
 
     def release(self) -> None:
-        """Let go of it."""
-        self._gate.held -= self._size
+        """Free it."""
+        self._guard.held -= self._size
         self._pieces, self._size = [], 0
 
 
 class IncomingBody:
-    """What is still to come of a request's body."""
+    """The part of a request's body that is still to be received."""
 
     def __init__(self, receive: Receive) -> None:
         self._receive = receive
         self.is_over = False  # nothing more will come
-        self.is_gone = False  # nor will anybody read the answer
+        self.is_gone = False  # the client has disconnected
 
     async def piece(self) -> bytes:
         """The next piece."""
@@ -69,25 +69,25 @@ class IncomingBody:
 
 
 class RequestGuard:
-    """Hands requests on once they are let in and have come as a whole.
+    """Passes a request to `app` once it is allowed and its body is complete.
 
-    Bodies have at most `most` bytes and come within so many `seconds`; those of POST are JSON and
-    say so, which no page can make a browser send elsewhere without asking. What they are and who
-    sends them stands in the request's scope.
+    A body has at most `most` bytes and arrives within `seconds`. A POST must declare a JSON content
+    type, which a page can't make a browser send to another server without asking it. The request's
+    scope has its client and its body.
     """
 
-    def __init__(self, app: ASGIApp, doors: AccessControl, most: int, seconds: float) -> None:
-        self._app, self._doors, self.most, self._seconds = app, doors, most, seconds
+    def __init__(self, app: ASGIApp, access: AccessControl, most: int, seconds: float) -> None:
+        self._app, self._access, self.most, self._seconds = app, access, most, seconds
         self.held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand the request on, or answer it with what is wrong."""
+        """Pass the request on, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         body, coming = RequestBody(self), IncomingBody(receive)
         try:
-            scope[CLIENT] = self._doors.check(scope)
+            scope[CLIENT] = self._access.check(scope)
             if scope["method"] == "POST":
                 scope[BODY] = body
                 await self._read(scope, coming, body)
@@ -105,9 +105,7 @@ class RequestGuard:
 
     async def _read(self, scope: Scope, coming: IncomingBody, body: RequestBody) -> None:
         if not _says_json(scope):
-            raise ApiError(
-                415, "The body must be JSON, and 'Content-Type: application/json' say so."
-            )
+            raise ApiError(415, "The body must be JSON with 'Content-Type: application/json'.")
         if _announced(scope) > self.most:
             raise self.too_large()
 
@@ -118,11 +116,11 @@ class RequestGuard:
         try:
             await asyncio.wait_for(all_of_it(), self._seconds)
         except asyncio.TimeoutError:
-            message = f"The request didn't come within {self._seconds:g} seconds."
+            message = f"The request didn't arrive within {self._seconds:g} seconds."
             raise ApiError(408, message, code="timeout") from None
 
     async def _drain(self, coming: IncomingBody) -> None:
-        """Read on for a while: whoever is still sending would miss the answer."""
+        """Read on for a while: a client that is still sending would miss the answer."""
 
         async def some_of_it() -> None:
             left = DRAINED * self.most
@@ -133,7 +131,7 @@ class RequestGuard:
             await asyncio.wait_for(some_of_it(), DRAINING)
 
     def too_large(self) -> ApiError:
-        """What to say to more bytes than are read."""
+        """The error for a larger body."""
         return ApiError(413, f"The request has more than {self.most} bytes.", code="too_large")
 
 
@@ -144,6 +142,6 @@ def _says_json(scope: Mapping[str, Any]) -> bool:
 
 
 def _announced(scope: Mapping[str, Any]) -> int:
-    """The bytes that the header promises, 0 where it has no sensible number."""
+    """The Content-Length, 0 where it is not a number."""
     length = dict(scope["headers"]).get(b"content-length", b"0").lstrip(b"0") or b"0"
     return int(length[:20]) if length.isdigit() else 0  # 20 digits are too many in any case

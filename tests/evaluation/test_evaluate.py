@@ -4,179 +4,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from scipy.stats import binomtest
 
-from oracle import naively_routed
 from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError, PhatgooseError, TaskError
 from phatgoose.evaluation.evaluate import evaluate, metrics_of
 from phatgoose.evaluation.intervals import Sample
-from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.evaluation.metrics import metric
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
-from tiny import logits_of, make_model
-
-CHOICE_TASK = Task(
-    "choose",
-    test=(
-        Example("is it?", "yes", ("yes", "no")),
-        Example("which of the three letters is it", "b", ("a", "b", "c")),
-        Example("one", "certainly not", ("certainly not", "perhaps", "no", "y")),
-        Example("ends in space ", "maybe", ("maybe", "mayhem")),
-        Example("a far longer input that makes other rows need padding", "no", ("no", "nope")),
-    ),
-)
-
-
-def naive_scores(model, base, example: Example) -> list[float]:
-    """The mean log-likelihood per target token, </s> included: one whole pass per choice."""
-    scores = []
-    prompt = base.tokenizer(example.input)["input_ids"]
-    for choice in example.choices:
-        if base.is_encoder_decoder:
-            target = [*base.tokenizer(choice, add_special_tokens=False)["input_ids"], 1]
-            decoded = torch.tensor([[0, *target[:-1]]])
-            logits = logits_of(model, torch.tensor([prompt]), decoder_input_ids=decoded)[0]
-        else:
-            space = "" if example.input.endswith(" ") else " "
-            target = [*base.tokenizer(space + choice)["input_ids"], 1]
-            logits = logits_of(model, torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
-        rows = logits.log_softmax(dim=-1)
-        scores.append(sum(rows[t, token].item() for t, token in enumerate(target)) / len(target))
-    return scores
-
-
-def greedy_text(model, base, text: str, tokens: int) -> str:
-    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False
-    )[0]
-    start = 0 if base.is_encoder_decoder else ids.shape[1]
-    return base.tokenizer.decode(output[start:], skip_special_tokens=True).strip()
-
-
-def open_task(base, tokens: int) -> Task:
-    """A task without choices whose targets are what the plain model answers, but for one."""
-    texts = ("a", "some longer text", "b c d")
-    right = [Example(text, greedy_text(base.model, base, text, tokens)) for text in texts]
-    return Task("open", test=(*right, Example("something else", "never this")))
-
-
-def with_targets(task: Task, predictions, right: int) -> Task:
-    """The task with targets such that the first `right` predictions are right, the others wrong."""
-    examples = [
-        replace(e, target=p.answer if i < right else next(c for c in e.choices if c != p.answer))
-        for i, (e, p) in enumerate(zip(task.test, predictions, strict=True))
-    ]
-    return replace(task, test=tuple(examples))
-
-
-def inputs_of(task: Task, evaluation) -> list[tuple[float, ...]]:
-    return [prediction.scores for prediction in evaluation.scores[0].predictions]
-
-
-@pytest.mark.parametrize("budget", [1, 90, 4096])
-def test_rank_classification_is_the_naive_one(base, budget):
-    score = evaluate(base, CHOICE_TASK, token_budget=budget).scores[0]
-    right = 0
-    for example, prediction in zip(CHOICE_TASK.test, score.predictions, strict=True):
-        wanted = naive_scores(base.model, base, example)
-        assert prediction.scores == pytest.approx(wanted, abs=1e-4)
-        assert prediction.answer == example.choices[wanted.index(max(wanted))]
-        assert prediction.correct == (prediction.answer == example.target)
-        right += prediction.correct
-    assert (score.score, score.n) == (right / 5, 5)
-    assert score.metric == "rank classification accuracy"
-
-
-@pytest.mark.parametrize("budget", [1, 4096])
-def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch, budget):
-    wanted = evaluate(llama, CHOICE_TASK).scores[0].predictions
-    monkeypatch.setattr("phatgoose.evaluation.likelihood.can_pack", lambda _: False)
-    got = evaluate(llama, CHOICE_TASK, token_budget=budget).scores[0].predictions
-    for one, other in zip(got, wanted, strict=True):
-        assert one.scores == pytest.approx(other.scores, abs=1e-5)
-
-
-def test_a_prompt_without_tokens_is_refused(llama):
-    with pytest.raises(EvaluationError, match="no tokens"):
-        list(choice_log_likelihoods(llama.model, [([], [[7], [9]])], 0, 100))
-
-
-def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):
-    with naively_routed(base.model, pool.experts, k=2):
-        wanted = [naive_scores(base.model, base, example) for example in CHOICE_TASK.test]
-    score = evaluate(compose(pool, base), CHOICE_TASK).scores[0]
-    for prediction, scores in zip(score.predictions, wanted, strict=True):
-        assert prediction.scores == pytest.approx(scores, abs=1e-4)
-
-
-def test_choices_of_a_single_token_need_no_second_pass(base):
-    prompt = base.tokenizer("is it?")["input_ids"]
-    ((index, scores),) = choice_log_likelihoods(base.model, [(prompt, [[7], [9], [1]])], 0, 100)
-    if base.is_encoder_decoder:
-        start = torch.tensor([[0]])
-        row = logits_of(base.model, torch.tensor([prompt]), decoder_input_ids=start)[0, -1]
-    else:
-        row = logits_of(base.model, torch.tensor([prompt]))[0, -1]
-    assert index == 0
-    assert scores == pytest.approx(row.log_softmax(-1)[[7, 9, 1]].tolist(), abs=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["t5"], indirect=True)
-def test_a_decoder_reads_choices_of_similar_length_together(base):
-    prompt, shapes = base.tokenizer("is it?")["input_ids"], []
-    choices = [[token] * length for token, length in enumerate((9, 1, 8, 2, 1), start=3)]
-    base.model.get_decoder().register_forward_pre_hook(
-        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
-    )
-    list(choice_log_likelihoods(base.model, [(prompt, choices)], 0, 100))
-    assert shapes == [(2, 9), (1, 2), (2, 1)]
-
-
-def test_the_order_of_choices_changes_no_score(llama):
-    turned = replace(
-        CHOICE_TASK, test=tuple(replace(e, choices=e.choices[::-1]) for e in CHOICE_TASK.test)
-    )
-    one, other = (evaluate(llama, task).scores[0].predictions for task in (CHOICE_TASK, turned))
-    for prediction, reversed_ in zip(one, other, strict=True):
-        assert reversed_.scores[::-1] == pytest.approx(prediction.scores, abs=1e-5)
-        assert reversed_.answer == prediction.answer
-
-
-def test_ties_are_counted_and_the_first_choice_is_taken(llama):
-    llama.model.lm_head.weight.data.zero_()  # all tokens equally likely
-    examples = (
-        Example("x", "cd", ("ab", "cd")),
-        Example("y", "ef", ("ef", "gh")),
-        Example("longer", "ef", ("ij", "ef", "gh")),
-    )
-    score = evaluate(llama, Task("ties", test=examples)).scores[0]
-    assert [prediction.answer for prediction in score.predictions] == ["ab", "ef", "ij"]
-    assert (score.ties, score.n) == (3, 3)
-    assert score.score == pytest.approx(1 / 3)
-
-
-def test_no_tie_is_counted_where_there_is_none(llama):
-    assert evaluate(llama, CHOICE_TASK).scores[0].ties == 0
-
-
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_choice_listed_twice_ties_with_itself(base, packed, monkeypatch):
-    if not packed:
-        monkeypatch.setattr("phatgoose.evaluation.likelihood.can_pack", lambda _: False)
-    first = evaluate(base, CHOICE_TASK).scores[0].predictions
-    twice = tuple(
-        replace(e, choices=(*e.choices, p.answer))
-        for e, p in zip(CHOICE_TASK.test, first, strict=True)
-    )
-    score = evaluate(base, replace(CHOICE_TASK, test=twice)).scores[0]
-    assert [p.answer for p in score.predictions] == [p.answer for p in first]
-    assert score.ties == score.n
+from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, open_task, with_targets
+from tiny import make_model
 
 
 def test_any_reference_is_a_right_answer(llama):
@@ -187,15 +27,6 @@ def test_any_reference_is_a_right_answer(llama):
         replace(e, references=(e.target, p.answer)) for e, p in zip(wrong.test, first, strict=True)
     )
     assert evaluate(llama, replace(wrong, test=references)).scores[0].score == 1
-
-
-@pytest.mark.parametrize("budget", [1, 4096])
-def test_open_tasks_are_scored_by_generation_and_exact_match(base, budget):
-    task = open_task(base, tokens=5)
-    score = evaluate(base, task, max_new_tokens=5, token_budget=budget).scores[0]
-    assert [p.answer for p in score.predictions[:3]] == [e.target for e in task.test[:3]]
-    assert [p.correct for p in score.predictions] == [True, True, True, False]
-    assert (score.metric, score.score, score.ties) == ("exact match", 0.75, 0)
 
 
 def test_exact_match_takes_any_reference_and_no_part_of_one(llama):
@@ -339,13 +170,6 @@ def test_a_routed_model_knows_its_tokenizer(llama, llama_pool):
     assert inputs_of(CHOICE_TASK, with_own) == inputs_of(CHOICE_TASK, given)
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "t5"], indirect=True)
-def test_dropout_plays_no_part(base):
-    base.model.train()
-    one, other = (inputs_of(CHOICE_TASK, evaluate(base, CHOICE_TASK)) for _ in range(2))
-    assert one == other
-
-
 # Tasks that say how they are scored
 
 
@@ -419,22 +243,6 @@ def test_the_metrics_that_tasks_without_any_have_can_be_named(llama):
         assert [p.marks for p in usual.predictions] == [
             ((float(p.correct),),) for p in usual.predictions
         ]
-
-
-@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-def test_a_task_bounds_its_own_answers(base):
-    examples = tuple(Example(text, "x") for text in ("a", "some longer text", "b c d"))
-    tasks = [
-        Task("own", test=examples, max_new_tokens=2),
-        Task("the rest", test=examples),
-        Task("long", test=examples, max_new_tokens=9),
-    ]
-    scores = evaluate(base, tasks, max_new_tokens=4).scores
-    for score, tokens in zip(scores, (2, 4, 9), strict=True):
-        answers = [prediction.answer for prediction in score.predictions]
-        assert answers == [greedy_text(base.model, base, e.input, tokens) for e in examples]
-    usual = evaluate(base, tasks[1]).scores[0].predictions[0].answer
-    assert usual == greedy_text(base.model, base, "a", 64)
 
 
 @pytest.mark.parametrize(

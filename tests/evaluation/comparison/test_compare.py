@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,20 @@ import numpy as np
 import pytest
 import torch
 
-from phatgoose.base.loading import Base, load_base
+from comparisons import (
+    CHOOSE,
+    EXPERTS,
+    PICK,
+    REFERENCES,
+    ROUTERS,
+    SUITES,
+    TASKS,
+    TOKENS,
+    cells_of,
+    with_first,
+    write_rows,
+)
+from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import (
     ConfigError,
@@ -28,263 +40,16 @@ from phatgoose.errors import (
     WrongBaseError,
 )
 from phatgoose.evaluation.comparison import cells as module
-from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.evaluation.comparison.result_store import ResultStore
-from phatgoose.evaluation.comparison.tables import Comparison
 from phatgoose.evaluation.evaluate import evaluate, score
 from phatgoose.evaluation.intervals import Interval
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.save import save
+from phatgoose.routing.compose import compose
 from phatgoose.tasks.suites.entries import Entry, Suite
-from phatgoose.tasks.suites.registry import open_suite
-from phatgoose.tasks.task import Example, Task
-from routed_models import with_embeddings
-from tiny import logits_of, make_ids, make_model, make_tokenizer
-from toy_embedders import use_toy_embedder
+from tiny import logits_of, make_ids
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
-
-ROUTERS = [name for name in METHODS if name not in ("base", "best-individual", "oracle")]
-EXPERTS = ("e0", "e1", "e2")
-REFERENCES = ("an expert", "a pool", "a routed model", "a base")
-SUITES = {"mixed": ("choose", "pick", "say"), "plain": ("choose", "count")}
-TASKS = ("choose", "pick", "say", "count")
-TOKENS = 4  # of generated answers where a task says nothing
-TOML = """
-name = "mixed"
-
-[[tasks]]
-file = "plain/choose.jsonl"
-
-[[tasks]]
-file = "pick.jsonl"
-metrics = ["accuracy"]
-
-[[tasks]]
-file = "say.jsonl"
-metrics = ["rouge-l", "bleu"]
-max_new_tokens = 8
-"""
-WORDS = ("good", "bad", "so so", "none")
-CHOOSE = [{"input": f"Film {i} is", "target": WORDS[i % 4], "choices": WORDS} for i in range(9)]
-PICK = [
-    {"input": f"{i} + {i % 3}: odd?", "target": "no", "choices": ["yes", "no"]} for i in range(7)
-]
-SAY = [f"Tell me of {word}:" for word in (*WORDS, "more")]
-COUNT = [f"{i} + 1 =" for i in range(3)]
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({**row, "split": "test"}) + "\n" for row in rows))
-    return path
-
-
-def answers_of(inputs: Sequence[str], tokens: int, base: Base, pool: Pool) -> list[dict[str, Any]]:
-    """Rows whose targets are what one model after the other answers: all score more than 0."""
-    rows = []
-    turns = ({"k": 1}, {"router": "merged"}, {"router": "single", "expert": "e1"}, {"k": 2}, {})
-    for text, options in zip(inputs, turns, strict=False):
-        model = compose(pool, base, **options)
-        task = Task("t", test=(Example(text, "x"),))
-        answer = evaluate(model, task, max_new_tokens=tokens).scores[0].predictions[0].answer
-        rows.append({"input": text, "target": answer, "references": [answer, "something else"]})
-        detach(base.model)
-    return rows
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a comparison is made of."""
-
-    base: Path
-    pool: Pool
-    suites: tuple[Path | str, ...]
-    references: dict[str, Path | str]
-
-    def run(self, out: Path, methods: Any = "all", **options: Any) -> Comparison:
-        """The comparison of `methods`, with all else as it stands here unless `options` say so."""
-        given = {"base": load_base(self.base, dtype="float32"), "max_new_tokens": TOKENS, **options}
-        suites = given.pop("suites", self.suites)
-        return compare(given.pop("pool", self.pool), suites, methods, out=out, **given)
-
-
-@pytest.fixture(scope="module")
-def setting(base_folders, pool_of, tmp_path_factory) -> Setting:
-    """Three experts; two suites, a TOML file and a folder, that share a dataset; references."""
-    folder, pool = tmp_path_factory.mktemp("setting"), pool_of("llama", (4, 4, 4))
-    base = load_base(base_folders["llama"], dtype="float32")
-    write_rows(folder / "plain" / "choose.jsonl", CHOOSE)
-    write_rows(folder / "plain" / "count.jsonl", answers_of(COUNT, TOKENS, base, pool))
-    write_rows(folder / "pick.jsonl", PICK)
-    write_rows(folder / "say.jsonl", answers_of(SAY, 8, base, pool))
-    (folder / "suite.toml").write_text(TOML)
-    save(compose(pool.select(["e0", "e2"]), base, router="arrow", k=1), folder / "routed")
-    make_model("llama", seed=1).save_pretrained(folder / "other")
-    make_tokenizer(final_eos=False).save_pretrained(folder / "other")
-    experts = pool.experts[0].directory.parent
-    places = (experts / "e1", str(experts), folder / "routed", folder / "other")
-    return Setting(
-        base_folders["llama"],
-        with_embeddings(pool),
-        (folder / "suite.toml", str(folder / "plain")),
-        dict(zip(REFERENCES, places, strict=True)),
-    )
-
-
-@dataclass(frozen=True)
-class Done:
-    """A finished comparison and where it is."""
-
-    folder: Path
-    comparison: Comparison
-
-
-@pytest.fixture(scope="module")
-def done(setting, tmp_path_factory) -> Done:
-    """All methods and references on everything."""
-    folder = tmp_path_factory.mktemp("done")
-    with pytest.MonkeyPatch.context() as patch:
-        use_toy_embedder(patch)
-        return Done(folder, setting.run(folder, references=setting.references))
-
-
-@pytest.fixture
-def out(done, tmp_path) -> Path:
-    """A copy of the finished comparison's folder, to go on with."""
-    return shutil.copytree(done.folder, tmp_path / "out")
-
-
-@pytest.fixture
-def tasks(setting) -> dict[str, Task]:
-    loaded = [task for suite in setting.suites for task in open_suite(suite).load()]
-    return {task.name: task for task in loaded}
-
-
-@pytest.fixture
-def computed(monkeypatch) -> list[tuple[str, str]]:
-    """(router, expert or base; dataset) of every cell that is computed from here on."""
-    cells = []
-
-    def watched(model, task, *arguments):
-        parts = getattr(model, "phatgoose", None)
-        router = "base" if parts is None else parts.routing.router
-        cells.append((parts.experts[0] if router == "single" else router, task.name))
-        return score(model, task, *arguments)
-
-    monkeypatch.setattr(module, "score", watched)
-    return cells
-
-
-def cells_of(*rows: str, tasks: Sequence[str] = TASKS) -> list[tuple[str, str]]:
-    return [(row, task) for row in rows for task in tasks]
-
-
-def by_hand(row: str, setting: Setting, base: Base) -> Any:
-    """The model of a row, composed without `compare`."""
-    if row in ROUTERS:
-        return compose(setting.pool, base, router=row, k=2)
-    if row in EXPERTS:
-        return compose(setting.pool, base, router="single", expert=row)
-    place = setting.references.get(row)
-    return {
-        "base": lambda: base,
-        "an expert": lambda: compose(place, base, router="single"),
-        "a pool": lambda: compose(place, base),
-        "a routed model": lambda: load(place, base),
-        "a base": lambda: load_base(place, dtype="float32"),
-    }[row]()
-
-
-def with_first(pool: Pool, **parts: Any) -> Pool:
-    """The pool with other `parts` in its first expert."""
-    first, *rest = pool.experts
-    return Pool((replace(first, **parts), *rest))
-
-
-def stored_in(folder: Path) -> list[dict[str, Any]]:
-    """The cells in results.jsonl."""
-    return [json.loads(line) for line in (folder / "results.jsonl").read_bytes().splitlines()]
-
-
-# Cells
-
-
-@pytest.mark.parametrize("row", ["base", *ROUTERS, *REFERENCES, *EXPERTS])
-def test_a_cell_is_what_evaluate_says_of_the_model_composed_by_hand(
-    done, setting, tasks, llama, row
-):
-    model = by_hand(row, setting, llama)
-    results = (done.comparison.experts if row in EXPERTS else done.comparison.results)[row]
-    stored = stored_in(done.folder)
-    assert list(results) == list(TASKS)
-    for name, result in results.items():
-        (score,) = evaluate(model, tasks[name], max_new_tokens=TOKENS).scores
-        for part in ("task", "metric", "score", "n", "low", "high", "ties"):
-            assert getattr(result, part) == getattr(score, part), (name, part)
-        assert result.sample.by_metric == score.by_metric
-        answers = [prediction.answer for prediction in score.predictions]
-        records = [line["result"] for line in stored if line["key"]["task"] == name]
-        assert answers in [record["answers"] for record in records]
-
-
-def test_the_models_of_the_test_differ(done):
-    means = [row["all datasets"].mean for row in done.comparison.summaries.values()]
-    assert len(set(means)) >= len(means) - 3
-    assert all(any(row[task].score for row in done.comparison.results.values()) for task in TASKS)
-    results = done.comparison.results["phatgoose"]
-    assert results["say"].metric == "ROUGE-L + BLEU"
-    assert results["count"].metric == "exact match"
-    assert results["choose"].metric == results["pick"].metric == "rank classification accuracy"
-
-
-def test_no_cell_is_computed_twice(done):
-    keys = [json.dumps(line["key"], sort_keys=True) for line in stored_in(done.folder)]
-    rows = 1 + len(ROUTERS) + len(EXPERTS) + 2  # of the references, two are rows already
-    assert len(keys) == len(set(keys)) == rows * len(TASKS)
-
-
-def test_a_sequence_to_sequence_base_is_compared_alike(
-    setting, tasks, base_folders, pool_of, tmp_path
-):
-    pool, base = pool_of("t5", (4, 4)), load_base(base_folders["t5"], dtype="float32")
-    plain = setting.suites[1]
-    methods = ["base", "merged", "phatgoose", "oracle"]
-    comparison = setting.run(tmp_path, methods, pool=pool, base=base, suites=plain, limit=4)
-    for row, options in (
-        ("base", None),
-        ("merged", {"router": "merged"}),
-        ("phatgoose", {"k": 2}),
-        ("e1", {"router": "single", "expert": "e1"}),
-    ):
-        model = compose(pool, base, **options) if options else base
-        for name in ("choose", "count"):
-            (score,) = evaluate(model, tasks[name], limit=4, max_new_tokens=TOKENS).scores
-            rows = {**comparison.results, **comparison.experts}
-            assert rows[row][name].score == score.score
-            assert (rows[row][name].low, rows[row][name].high) == (score.low, score.high)
-        if options:
-            detach(base.model)
-
-
-@pytest.mark.filterwarnings("ignore:.* cut to [237] tokens")
-def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
-    routing, formatting = Routing(k=1, eps=0.5), Formatting(max_input_tokens=3)
-    options = {"routing": routing, "formatting": formatting, "max_new_tokens": 2, "token_budget": 9}
-    methods = ["uniform-top-k", "phatgoose"]
-    comparison = setting.run(tmp_path, methods, suites=setting.suites[1], **options)
-    for row in methods:
-        model = compose(setting.pool, llama, router=row, k=1, eps=0.5)
-        for name in ("choose", "count"):
-            (alone,) = evaluate(
-                model, tasks[name], formatting=formatting, max_new_tokens=2, token_budget=9
-            ).scores
-            marks = [list(prediction.marks[0]) for prediction in alone.predictions]
-            assert comparison.results[row][name].sample.statistics[0].tolist() == marks
-        detach(llama.model)
 
 
 # What follows from them

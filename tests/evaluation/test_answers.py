@@ -1,0 +1,74 @@
+"""Answers: the best choice or generated text."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.tasks.task import Example, Task
+from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, open_task
+
+
+def test_ties_are_counted_and_the_first_choice_is_taken(llama):
+    llama.model.lm_head.weight.data.zero_()  # all tokens equally likely
+    examples = (
+        Example("x", "cd", ("ab", "cd")),
+        Example("y", "ef", ("ef", "gh")),
+        Example("longer", "ef", ("ij", "ef", "gh")),
+    )
+    score = evaluate(llama, Task("ties", test=examples)).scores[0]
+    assert [prediction.answer for prediction in score.predictions] == ["ab", "ef", "ij"]
+    assert (score.ties, score.n) == (3, 3)
+    assert score.score == pytest.approx(1 / 3)
+
+
+def test_no_tie_is_counted_where_there_is_none(llama):
+    assert evaluate(llama, CHOICE_TASK).scores[0].ties == 0
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_choice_listed_twice_ties_with_itself(base, packed, monkeypatch):
+    if not packed:
+        monkeypatch.setattr("phatgoose.evaluation.likelihood.can_pack", lambda _: False)
+    first = evaluate(base, CHOICE_TASK).scores[0].predictions
+    twice = tuple(
+        replace(e, choices=(*e.choices, p.answer))
+        for e, p in zip(CHOICE_TASK.test, first, strict=True)
+    )
+    score = evaluate(base, replace(CHOICE_TASK, test=twice)).scores[0]
+    assert [p.answer for p in score.predictions] == [p.answer for p in first]
+    assert score.ties == score.n
+
+
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_open_tasks_are_scored_by_generation_and_exact_match(base, budget):
+    task = open_task(base, tokens=5)
+    score = evaluate(base, task, max_new_tokens=5, token_budget=budget).scores[0]
+    assert [p.answer for p in score.predictions[:3]] == [e.target for e in task.test[:3]]
+    assert [p.correct for p in score.predictions] == [True, True, True, False]
+    assert (score.metric, score.score, score.ties) == ("exact match", 0.75, 0)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5"], indirect=True)
+def test_dropout_plays_no_part(base):
+    base.model.train()
+    one, other = (inputs_of(CHOICE_TASK, evaluate(base, CHOICE_TASK)) for _ in range(2))
+    assert one == other
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+def test_a_task_bounds_its_own_answers(base):
+    examples = tuple(Example(text, "x") for text in ("a", "some longer text", "b c d"))
+    tasks = [
+        Task("own", test=examples, max_new_tokens=2),
+        Task("the rest", test=examples),
+        Task("long", test=examples, max_new_tokens=9),
+    ]
+    scores = evaluate(base, tasks, max_new_tokens=4).scores
+    for score, tokens in zip(scores, (2, 4, 9), strict=True):
+        answers = [prediction.answer for prediction in score.predictions]
+        assert answers == [greedy_text(base.model, base, e.input, tokens) for e in examples]
+    usual = evaluate(base, tasks[1]).scores[0].predictions[0].answer
+    assert usual == greedy_text(base.model, base, "a", 64)

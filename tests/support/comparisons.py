@@ -1,0 +1,122 @@
+"""Small comparisons: experts, suites and references, and their cells by hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from phatgoose.base.loading import Base, load_base
+from phatgoose.evaluation.comparison.compare import compare
+from phatgoose.evaluation.comparison.methods import METHODS
+from phatgoose.evaluation.comparison.tables import Comparison
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.saved.load import load
+from phatgoose.tasks.task import Example, Task
+
+ROUTERS = [name for name in METHODS if name not in ("base", "best-individual", "oracle")]
+EXPERTS = ("e0", "e1", "e2")
+REFERENCES = ("an expert", "a pool", "a routed model", "a base")
+SUITES = {"mixed": ("choose", "pick", "say"), "plain": ("choose", "count")}
+TASKS = ("choose", "pick", "say", "count")
+TOKENS = 4  # of generated answers where a task says nothing
+TOML = """
+name = "mixed"
+
+[[tasks]]
+file = "plain/choose.jsonl"
+
+[[tasks]]
+file = "pick.jsonl"
+metrics = ["accuracy"]
+
+[[tasks]]
+file = "say.jsonl"
+metrics = ["rouge-l", "bleu"]
+max_new_tokens = 8
+"""
+WORDS = ("good", "bad", "so so", "none")
+CHOOSE = [{"input": f"Film {i} is", "target": WORDS[i % 4], "choices": WORDS} for i in range(9)]
+PICK = [
+    {"input": f"{i} + {i % 3}: odd?", "target": "no", "choices": ["yes", "no"]} for i in range(7)
+]
+SAY = [f"Tell me of {word}:" for word in (*WORDS, "more")]
+COUNT = [f"{i} + 1 =" for i in range(3)]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({**row, "split": "test"}) + "\n" for row in rows))
+    return path
+
+
+def answers_of(inputs: Sequence[str], tokens: int, base: Base, pool: Pool) -> list[dict[str, Any]]:
+    """Rows whose targets are what one model after the other answers: all score more than 0."""
+    rows = []
+    turns = ({"k": 1}, {"router": "merged"}, {"router": "single", "expert": "e1"}, {"k": 2}, {})
+    for text, options in zip(inputs, turns, strict=False):
+        model = compose(pool, base, **options)
+        task = Task("t", test=(Example(text, "x"),))
+        answer = evaluate(model, task, max_new_tokens=tokens).scores[0].predictions[0].answer
+        rows.append({"input": text, "target": answer, "references": [answer, "something else"]})
+        detach(base.model)
+    return rows
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a comparison is made of."""
+
+    base: Path
+    pool: Pool
+    suites: tuple[Path | str, ...]
+    references: dict[str, Path | str]
+
+    def run(self, out: Path, methods: Any = "all", **options: Any) -> Comparison:
+        """The comparison of `methods`, with all else as it stands here unless `options` say so."""
+        given = {"base": load_base(self.base, dtype="float32"), "max_new_tokens": TOKENS, **options}
+        suites = given.pop("suites", self.suites)
+        return compare(given.pop("pool", self.pool), suites, methods, out=out, **given)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished comparison and where it is."""
+
+    folder: Path
+    comparison: Comparison
+
+
+def cells_of(*rows: str, tasks: Sequence[str] = TASKS) -> list[tuple[str, str]]:
+    return [(row, task) for row in rows for task in tasks]
+
+
+def by_hand(row: str, setting: Setting, base: Base) -> Any:
+    """The model of a row, composed without `compare`."""
+    if row in ROUTERS:
+        return compose(setting.pool, base, router=row, k=2)
+    if row in EXPERTS:
+        return compose(setting.pool, base, router="single", expert=row)
+    place = setting.references.get(row)
+    return {
+        "base": lambda: base,
+        "an expert": lambda: compose(place, base, router="single"),
+        "a pool": lambda: compose(place, base),
+        "a routed model": lambda: load(place, base),
+        "a base": lambda: load_base(place, dtype="float32"),
+    }[row]()
+
+
+def with_first(pool: Pool, **parts: Any) -> Pool:
+    """The pool with other `parts` in its first expert."""
+    first, *rest = pool.experts
+    return Pool((replace(first, **parts), *rest))
+
+
+def stored_in(folder: Path) -> list[dict[str, Any]]:
+    """The cells in results.jsonl."""
+    return [json.loads(line) for line in (folder / "results.jsonl").read_bytes().splitlines()]

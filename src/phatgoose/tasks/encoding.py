@@ -9,7 +9,7 @@ What is too long is cut by one rule, here alone (`Formatting.truncation`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +24,7 @@ from ..base.positions import Positions, positions_of
 from ..config import Formatting
 from ..errors import TaskError
 from .cuts import Cut, Cuts, kept
-from .task import Span
+from .task import Example, Span
 
 __all__ = [
     "IGNORED",
@@ -115,6 +115,10 @@ class Encoder:
         answer = self.target(input_text, target)
         prompt = self.fitted(input_text, passage, followed_by=len(answer))
         return TokenPair(prompt.tokens, answer, prompt.cut)
+
+    def pairs(self, examples: Iterable[Example]) -> list[TokenPair]:
+        """Prompts and targets of `examples`."""
+        return [self.pair(each.input, each.target, each.passage) for each in examples]
 
     def prompt(self, text: str) -> list[int]:
         """The tokens of an input of which no field is known; see `fitted`."""

@@ -1,9 +1,8 @@
-"""The folder that receives experts: a directory, or anything fsspec has a name for (s3://…, gs://…).
+"""Where experts go: a directory, or a URL that fsspec can open (s3://…, gs://…).
 
-Experts are always trained in a directory. With a URL that is one of this machine, and what has
-become complete is copied up at set moments: each checkpoint when it is finished, the trained
-adapter, the expert. An unfinished expert is copied down before its training goes on, so it can go
-on anywhere.
+Experts are always trained in a directory. For a URL that is a temporary one, and each part is
+copied up as soon as it is complete: checkpoints, the trained adapter, the expert. An unfinished
+expert is copied down before its training resumes, so it can resume on any machine.
 """
 
 from __future__ import annotations
@@ -24,14 +23,14 @@ from ..errors import ConfigError, ExpertError
 from ..experts.expert import LAYOUT, Expert
 from .unfinished import discard_work, wait_for_work, work_of
 
-__all__ = ["ExpertFolder", "Place", "TrainedExpert", "expert_folder"]
+__all__ = ["Destination", "ExpertFolder", "TrainedExpert", "expert_folder"]
 
 SNAPSHOT = "snapshot.json"  # the files of unfinished work and their sizes, written last
 
 
 @dataclass(frozen=True)
 class TrainedExpert:
-    """A finished expert as far as its training is reported: its name, place and metrics."""
+    """What is reported of a finished expert: its name, where it is, and its metrics."""
 
     name: str
     place: str
@@ -48,28 +47,28 @@ class ExpertFolder(Protocol):
         """True when something of that name is there already."""
 
     def finished(self, name: str) -> TrainedExpert:
-        """The expert `name`, which is there. Raises ExpertError when it can't be read."""
+        """The finished expert `name`. Raises ExpertError when it can't be read."""
 
-    def training(self, name: str, patience: float) -> AbstractContextManager[Place]:
-        """A context with the place to train `name` in; when it ends well the expert is here.
+    def training(self, name: str, patience: float) -> AbstractContextManager[Destination]:
+        """A context with the directory to train `name` in; the expert is here when it ends well.
 
-        A worker that was lost may hold its unfinished work for up to `patience` seconds more.
+        A lost worker's lock on unfinished work is waited for, up to `patience` seconds.
         """
 
     def portable(self) -> ExpertFolder:
-        """The same folder, for a process with another working directory."""
+        """The same folder for another process, which may have another working directory."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """The directory to train an expert in, and what to call when a part of it is complete."""
+class Destination:
+    """The directory to train an expert in; `on_saved` is to be called when a part is complete."""
 
     out: Path
-    kept: Callable[[], None]
+    on_saved: Callable[[], None]
 
 
 def expert_folder(out: str | Path) -> ExpertFolder:
-    """The folder `out`, a path or a URL. Raises ConfigError for a URL that can't be used."""
+    """The folder at `out`, a path or a URL. Raises ConfigError for a URL that can't be used."""
     if "://" not in str(out):
         return LocalFolder(Path(out))
     try:
@@ -94,16 +93,16 @@ class LocalFolder:
         return (self.path / name).exists()
 
     def finished(self, name: str) -> TrainedExpert:
-        """The expert `name`; what a run that was killed late left beside it is removed."""
+        """The expert `name`; unfinished work left beside it is removed."""
         discard_work(self.path / name)
         expert = Expert.load(self.path / name)
         return TrainedExpert(expert.name, self.place(name), expert.info.metrics)
 
     @contextmanager
-    def training(self, name: str, patience: float) -> Iterator[Place]:
-        """The directory itself; nothing is to be done when a part is complete."""
+    def training(self, name: str, patience: float) -> Iterator[Destination]:
+        """The directory itself, where complete parts stay."""
         wait_for_work(self.path / name, patience)
-        yield Place(self.path / name, lambda: None)
+        yield Destination(self.path / name, lambda: None)
 
     def portable(self) -> LocalFolder:
         """The same by its absolute path."""
@@ -112,7 +111,7 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of a file system of fsspec's."""
+    """A folder of one of fsspec's file systems."""
 
     url: str
     files: Any  # an fsspec file system
@@ -123,11 +122,11 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def has(self, name: str) -> bool:
-        """True when the expert is there as a whole: its description is copied last."""
+        """True when the whole expert is there: its description is copied last."""
         return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
 
     def finished(self, name: str) -> TrainedExpert:
-        """The expert `name` as its description tells."""
+        """The expert `name`, from its description alone."""
         place = f"{self.root}/{name}/{LAYOUT.info}"
         try:
             metrics = json.loads(self.files.cat_file(place))["metrics"]
@@ -136,15 +135,15 @@ class RemoteFolder:
         return TrainedExpert(name, self.place(name), metrics)
 
     @contextmanager
-    def training(self, name: str, patience: float) -> Iterator[Place]:
-        """A directory of this machine that holds what was kept of the expert's training so far."""
+    def training(self, name: str, patience: float) -> Iterator[Destination]:
+        """A temporary directory with what was copied up of the expert's unfinished training."""
         above = f"{self.root}/.{name}.work"
         with tempfile.TemporaryDirectory(prefix="phatgoose-") as scratch:
             out = Path(scratch) / name
             work = work_of(out)
             try:
                 self._fetch(above, work)
-                yield Place(out, lambda: self._keep(work, above))
+                yield Destination(out, lambda: self._keep(work, above))
                 self._send(out, f"{self.root}/{name}")
                 if self.files.exists(above):
                     self.files.rm(above, recursive=True)
@@ -156,7 +155,7 @@ class RemoteFolder:
         return self
 
     def _fetch(self, above: str, work: Path) -> None:
-        """Copy unfinished work down; nothing where its snapshot or a file of it isn't whole."""
+        """Copy unfinished work down, or nothing when its snapshot or a file of it is incomplete."""
         try:
             listed = json.loads(self.files.cat_file(f"{above}/{SNAPSHOT}"))
         except (FileNotFoundError, ValueError, RecursionError):
@@ -174,7 +173,7 @@ class RemoteFolder:
                 return
 
     def _keep(self, work: Path, above: str) -> None:
-        """Copy up what is new in `work`, then its list; then remove what is no longer in it."""
+        """Copy up what is new in `work`, then the list of its files; then remove what it lost."""
         sizes = {
             str(path.relative_to(work)): path.stat().st_size
             for path in sorted(work.rglob("*"))
@@ -190,7 +189,7 @@ class RemoteFolder:
             self.files.rm_file(f"{above}/{file}")
 
     def _sizes(self, above: str) -> dict[str, int]:
-        """Sizes of the files kept so far, by their path in the work."""
+        """Sizes of the files copied up so far, by their path in the work."""
         if not self.files.exists(above):
             return {}
         self.files.invalidate_cache()
@@ -205,7 +204,7 @@ class RemoteFolder:
             self._put_whole(path, f"{place}/{path.name}")
 
     def _put_whole(self, path: Path, place: str) -> None:
-        """Copy a file up under a name that can't be guessed, then give it its own."""
+        """Copy a file up under a random name, then rename it."""
         unfinished = f"{place}.unfinished-{secrets.token_hex(8)}"
         self._put(path, unfinished)
         self.files.mv(unfinished, place)
@@ -216,6 +215,6 @@ class RemoteFolder:
 
 
 def _is_inside(file: str) -> bool:
-    """True for a path that stays below the folder that it is taken from."""
+    """True for a relative path that stays inside its folder."""
     path = PurePosixPath(file)
     return not path.is_absolute() and ".." not in path.parts

@@ -1,4 +1,4 @@
-"""The experts of a pool, each trained as one job: again from its last checkpoint if it is lost."""
+"""The experts of a pool, each trained as one job that resumes when its worker is lost."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..jobs import BaseLocation, Engine, LocalEngine, absolute
 from ..tasks.suites.training_tasks import TrainingTask
 from .destination import ExpertFolder, TrainedExpert, expert_folder
-from .loop import Watcher
+from .progress import TrainingCallback
 from .train_expert import train_expert
 
 __all__ = ["ExpertJob", "train_experts"]
 
-PATIENCE = 60.0  # seconds that a lost worker on another machine may hold its unfinished work
+PATIENCE = 60.0  # seconds to wait for the lock of a lost worker on another machine
 
-Trainer = Callable[["ExpertJob"], TrainedExpert]
+TrainJob = Callable[["ExpertJob"], TrainedExpert]
 
 
 @dataclass(frozen=True)
 class ExpertJob:
-    """The job of one expert. `resume` and `restart` are those of `train_expert`."""
+    """The job of training one expert; `resume` and `restart` as in `train_expert`."""
 
     task: TrainingTask
     training: Training
@@ -41,7 +41,7 @@ class ExpertJob:
 
     @property
     def group(self) -> str:
-        """Its own: experts share nothing but the base, which every worker has."""
+        """Its own: experts share only the base, which every worker has."""
         return self.name
 
     @property
@@ -51,7 +51,7 @@ class ExpertJob:
         return self.training.steps + (0 if gates.joint else gates.gate_steps)
 
     def again(self) -> ExpertJob:
-        """The same expert, continued from what was kept of it."""
+        """The same expert, resumed from its last checkpoint."""
         return replace(self, resume=True, restart=False)
 
 
@@ -67,9 +67,9 @@ def train_experts(
 ) -> Iterator[TrainedExpert]:
     """The finished experts of `jobs` in the folder or fsspec URL `out`, each as soon as it is done.
 
-    Those that are in `out` already come first. `engine` trains the others, None in this process
-    one after the other; every expert is the same whichever it is. `dtype` is for a base given by
-    name. Raises what `train_expert` raises, once one expert can't be trained.
+    Those that are in `out` already come first. `engine` trains the others; None trains them in this
+    process, one after the other. Every engine makes the same experts. `dtype` is for a base given
+    by name. Raises what `train_expert` raises as soon as one expert can't be trained.
     """
     engine = engine or LocalEngine()
     folder = expert_folder(out)
@@ -95,7 +95,7 @@ def train_experts(
 
 @dataclass(frozen=True)
 class _ExpertWorkshop:
-    """What experts are trained with: a base, a folder, and settings that all of them share."""
+    """Trains experts on one base, into one folder, with settings that all of them share."""
 
     base: Base | BaseLocation | str
     dtype: str
@@ -105,7 +105,7 @@ class _ExpertWorkshop:
     patience: float
 
     @contextmanager
-    def open(self, tell: Callable[[int], None]) -> Iterator[Trainer]:
+    def open(self, tell: Callable[[int], None]) -> Iterator[TrainJob]:
         """A function that trains experts; the base is loaded once."""
         base = self.base
         if isinstance(base, BaseLocation):
@@ -116,11 +116,11 @@ class _ExpertWorkshop:
         def train(job: ExpertJob) -> TrainedExpert:
             if job.resume and self.folder.has(job.name):
                 return self.folder.finished(job.name)
-            with self.folder.training(job.name, self.patience) as place:
+            with self.folder.training(job.name, self.patience) as destination:
                 expert = train_expert(
                     base,
                     job.task.load(),
-                    out=place.out,
+                    out=destination.out,
                     name=job.name,
                     peft=self.peft,
                     training=job.training,
@@ -128,14 +128,14 @@ class _ExpertWorkshop:
                     formatting=self.formatting,
                     resume=job.resume,
                     restart=job.restart,
-                    watcher=_Watcher(tell, place.kept),
+                    callback=_Forwarded(tell, destination.on_saved),
                 )
             return TrainedExpert(expert.name, self.folder.place(job.name), expert.info.metrics)
 
         yield train
 
     def portable(self) -> _ExpertWorkshop:
-        """The same by the place of the base."""
+        """The same with the base by its location."""
         base = self.base
         if isinstance(base, Base):
             base = BaseLocation.of(base)
@@ -145,16 +145,14 @@ class _ExpertWorkshop:
 
 
 @dataclass(frozen=True)
-class _Watcher(Watcher):
-    """Hands on what training tells."""
+class _Forwarded(TrainingCallback):
+    """Passes a training's events on to two functions."""
 
-    tell: Callable[[int], None]
-    keep: Callable[[], None]
+    steps: Callable[[int], None]
+    saved: Callable[[], None]
 
-    def advanced(self, steps: int) -> None:
-        """So many more steps."""
-        self.tell(steps)
+    def on_steps(self, count: int) -> None:
+        self.steps(count)
 
-    def kept(self) -> None:
-        """A part is complete."""
-        self.keep()
+    def on_saved(self) -> None:
+        self.saved()

@@ -1,6 +1,6 @@
-"""The processes that train one expert together, as `accelerate launch` or torchrun start them.
+"""The processes that train one expert together, started by `accelerate launch` or torchrun.
 
-Each takes its share of every batch; the first alone writes, and the others wait for it. A process
+Each takes its share of every batch. Only the first one writes; the others wait for it. A process
 that was started alone is the first of one.
 """
 
@@ -15,12 +15,12 @@ __all__ = ["count", "is_first", "join", "rank", "wait_for_all"]
 
 
 def count() -> int:
-    """How many processes there are."""
+    """The number of processes."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this one is, from 0."""
+    """The number of this process, from 0."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
@@ -30,13 +30,13 @@ def is_first() -> bool:
 
 
 def join() -> None:
-    """Connect with the others, and make this process's own GPU the current one. Twice is fine."""
+    """Connect to the others, and make this process's GPU the current one; may be called again."""
     if count() > 1:
         _state()
 
 
 def wait_for_all() -> None:
-    """Come back when all processes have called this."""
+    """Return when all processes have called this."""
     if count() > 1:
         _state().wait_for_everyone()
 

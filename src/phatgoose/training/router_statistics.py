@@ -1,7 +1,7 @@
-"""Statistics: what a contributor may share beside gates, for other routers (METHOD section 3.3).
+"""Statistics for other routers, which a contributor may share beside gates (paper section 4.2).
 
-Mean activations serve average-activation, embeddings of training inputs serve retrieval. They are
-measured when an expert is trained, or later for one that exists.
+Mean activations are for Average Activation, embeddings of training inputs for Retrieval. They are
+measured when an expert is trained, or later.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ..tasks.collating import Collator
 from ..tasks.cuts import Cuts
 from ..tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
 from ..tasks.encoding import Encoder, TokenPair, batches_of_tokens
-from ..tasks.task import Task
+from ..tasks.task import Example, Task
 
 __all__ = [
     "Statistics",
@@ -60,12 +60,11 @@ def measure(
 ) -> Expert:
     """The expert with mean activations and embeddings measured on `task`, its directory rewritten.
 
-    `task` should be the data that the expert was trained on: its training split is measured (a
-    random sample of at most `examples`; embeddings at most 1000), as METHOD sections 3.3 and 5
-    describe. `seed` (of the sample, and of the validation split that is set apart) and `formatting`
-    default to what the expert records of its training, so that the same numbers come out as then.
-    What isn't asked for stays as it was; adapter and gates stay the same bytes and numbers; the
-    model card is written anew.
+    `task` should be the data that the expert was trained on. A random sample of its training split
+    is measured: at most `examples`, for embeddings at most 1000. `seed` (of the sample and of the
+    validation split) and `formatting` default to what the expert records of its training, which
+    gives the same numbers as then. What isn't asked for stays unchanged, as do adapter and gates;
+    the model card is written anew.
 
     Raises ConfigError when nothing is asked for or embedding isn't possible, WrongBaseError when
     `base` isn't the expert's, ExpertError when the directory holds foreign files, which rewriting
@@ -83,7 +82,9 @@ def measure(
     recorded = expert.info.hyperparameters
     if seed is None:
         seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
-    encoder = Encoder.of(base, formatting or _recorded_formatting(expert))
+    if formatting is None:
+        formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
+    encoder = Encoder.of(base, formatting)
     found = statistics_of(base, expert.modules, task.with_validation(seed), encoder, settings, seed)
     found.cuts.tell(task.name)
     measured = replace(
@@ -109,7 +110,7 @@ def measure(
 class Statistics:
     """What was measured, None where it wasn't asked for: `means` by site, `embeddings` in rows.
 
-    `cuts` tells what was cut of the inputs whose means were taken.
+    `cuts` counts the inputs that were cut before their means were taken.
     """
 
     means: Mapping[str, Tensor] | None = None
@@ -133,13 +134,11 @@ def statistics_of(
     means, embeddings, cuts = None, None, Cuts()
     count = settings.statistics_examples
     if settings.embeddings:
-        chosen = _sample(range(len(task.train)), min(count, MOST_EMBEDDINGS), seed)
-        examples = [task.train[i] for i in chosen]
+        examples = _sample(task.train, min(count, MOST_EMBEDDINGS), seed)
         truncation = encoder.formatting.truncation
         embeddings = embed_examples(examples, settings.embedder, truncation)
     if settings.means:
-        examples = [task.train[i] for i in _sample(range(len(task.train)), count, seed)]
-        pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
+        pairs = encoder.pairs(_sample(task.train, count, seed))
         cuts = encoder.cuts(pairs)
         sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
         collator = Collator(base.model, base.tokenizer.pad_token_id)
@@ -167,8 +166,8 @@ def mean_activations(
 ) -> dict[str, Tensor]:
     """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
 
-    Teacher forcing: prompt and right target are passed in one go, padding left out (METHOD section
-    5, Average Activation; the released code keeps only the last generated step in the decoder).
+    Prompt and right target are passed in one go (teacher forcing), and padding is left out (paper
+    section 4.2, Average Activation). The released code keeps only the decoder's last step.
     """
     totals: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -197,15 +196,10 @@ def mean_activations(
     return {site: (totals[site] / counts[site]).float().cpu() for site in sites}
 
 
-def _sample(indices: range, count: int, seed: int) -> list[int]:
-    """At most `count` of the indices, the same ones for the same seed, in order."""
-    return sorted(random.Random(seed).sample(indices, min(count, len(indices))))
-
-
-def _recorded_formatting(expert: Expert) -> Formatting | None:
-    """The formatting an expert was trained with, as far as it records one."""
-    where = f"Expert {expert.name!r}, hyperparameters"
-    return recorded_formatting(expert.info.hyperparameters, where)
+def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
+    """At most `count` of `examples`, in order, the same for the same seed."""
+    chosen = random.Random(seed).sample(range(len(examples)), min(count, len(examples)))
+    return [examples[i] for i in sorted(chosen)]
 
 
 def _refuse_foreign_files(directory: Path) -> None:

@@ -1,6 +1,6 @@
-"""Unfinished training: the folder beside a result in which a run works, locks, and resumes.
+"""Unfinished training: the folder beside its result in which a run works, locked, and can resume.
 
-Its name starts with a dot, so nothing takes it for a finished result.
+The folder's name starts with a dot, so that nothing takes it for a finished result.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def open_work(
 ) -> Iterator[Path]:
     """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
 
-    `identity` tells the run apart: base, data and settings. While the context is open no other
-    process can have the folder; a process that is killed gives it up. Raises ExpertError when there
-    is unfinished work and neither `resume` nor `restart` is asked for, another process is at it, or
-    the folder can't be written; ConfigError when the work to resume has another identity. Of
-    several processes of one training (`training.processes`) the first has it for all of them.
+    `identity` is what a run must share to resume the work: base, data and settings. The folder is
+    locked while the context is open, or until the process is killed; of several processes of one
+    training (`processes`) the first holds the lock. Raises ExpertError when there is unfinished
+    work and neither `resume` nor `restart` is set, another process holds the lock, or the folder
+    can't be written; ConfigError when the work to resume has another identity.
     """
     work = work_of(out)
     if not processes.is_first():
@@ -70,14 +70,14 @@ def open_work(
 
 
 def discard_work(out: Path) -> None:
-    """Remove what a run that was killed between finishing `out` and tidying up left beside it."""
+    """Remove the work that a run left beside `out`, killed after finishing it."""
     shutil.rmtree(work_of(out), ignore_errors=True)
 
 
 def wait_for_work(out: Path, seconds: float) -> None:
-    """Come back when no process is at work on `out`, or after so many `seconds`.
+    """Return when no process is at work on `out`, or after so many `seconds`.
 
-    A process on another machine that has lost its connection takes a moment to notice.
+    A process on another machine needs a moment to notice that its connection is lost.
     """
     lock = work_of(out) / LOCK
     if seconds > 0 and lock.exists():
@@ -91,7 +91,7 @@ def work_of(out: Path) -> Path:
 
 
 def _refuse_links(work: Path) -> None:
-    """Raise ExpertError when `work` is a symbolic link or holds one: none of ours does."""
+    """Raise ExpertError when `work` is or holds a symbolic link, which no run makes."""
     for path in (work, *(work.rglob("*") if not work.is_symlink() else ())):
         if path.is_symlink():
             raise ExpertError(f"{path} is a symbolic link, which no unfinished work is; remove it.")

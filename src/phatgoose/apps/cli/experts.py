@@ -198,7 +198,7 @@ def _measured(
     settings: Mapping[str, Any],
 ) -> Speed:
     """The speed of training here, measured. Raises ConfigError when one was given as well."""
-    from ...training.planning.trial import measure_speed
+    from ...training.planning.speed import measure_speed
 
     for name, value in speeds.items():
         if value is not None:

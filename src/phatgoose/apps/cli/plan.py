@@ -17,7 +17,8 @@ from ...errors import ConfigError
 from ..console.printing import say, show
 
 if TYPE_CHECKING:
-    from ...training.planning.plan import Plan, PlannedTask
+    from ...training.planning.costs import PlannedTask
+    from ...training.planning.plan import Plan
     from ...training.planning.schedule import Schedule
 
 __all__ = [

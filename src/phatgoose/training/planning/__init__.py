@@ -1,8 +1,8 @@
-"""Planning: what a training run will cost in time and memory.
+"""Planning: what a training run will cost in time, memory and disk.
 
-plan.py      plan_training
-sizes.py     numbers of parameters, from the base's config
-speed.py     how fast a worker trains
-trial.py     that speed, measured
-schedule.py  a plan over several workers
+plan.py     plan_training: the costs of many experts, with what was assumed
+costs.py    the costs of one expert
+sizes.py    numbers of parameters, from the base's config
+speed.py    how fast a worker trains, given or measured
+schedule.py a plan spread over workers
 """

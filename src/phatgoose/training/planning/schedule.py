@@ -1,4 +1,4 @@
-"""A training plan spread over workers: how long it takes, and what the machines must have."""
+"""A training plan spread over workers: how long it takes, and what the machines need."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ __all__ = ["Schedule", "schedule"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """How `workers` workers get through a plan's experts, the next one to whoever is free.
+    """How `workers` workers train a plan's experts, each free worker taking the next one.
 
-    `seconds` is from the start until the last expert is finished, `share` the part of the workers'
-    time in which they train. `memory_bytes` is one worker's; `gpus` is what they take together.
-    `working_bytes` is the room for the checkpoints of all experts in training, `disk_bytes` for the
-    finished ones.
+    `seconds` is the time until the last expert is finished, `share` the part of the workers' time
+    spent training. `memory_bytes` is one worker's, `gpus` all workers' together. `working_bytes` is
+    the size of the unfinished work of all experts in training, `disk_bytes` of the finished ones.
     """
 
     workers: int
@@ -32,9 +31,9 @@ class Schedule:
 
 
 def schedule(plan: Plan, workers: int, gpus_per_worker: float = 0.0) -> Schedule:
-    """The schedule of `plan` on so many workers, experts in order, as the engine gives them out.
+    """The schedule of `plan` on so many workers, which take experts in the plan's order.
 
-    Raises ConfigError for less than one worker, or less than no GPU.
+    Raises ConfigError for fewer than one worker or a negative number of GPUs.
     """
     if workers < 1:
         raise ConfigError(f"workers is {workers!r}, but must be at least 1.")

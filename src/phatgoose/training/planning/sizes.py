@@ -1,4 +1,4 @@
-"""Numbers of parameters of a base and of its experts, told by the base's config alone."""
+"""Numbers of parameters of a base and of its experts, from the base's config alone."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ...base.loading import load_skeleton
 from ...base.sites import find_sites
 from ...config import Peft
 from ...errors import BaseModelError
-from ..new_modules.placement import parameters_at, placed_sites
+from ..new_modules.registry import parameters_at, placed_sites
 
 __all__ = ["KNOWN_BASES", "Shapes"]
 
-# The bases of the recipes, for machines that have no config of theirs.
+# The bases of the recipes, for machines that lack their configs.
 KNOWN_BASES: dict[str, PreTrainedConfig] = {
     "google/t5-xl-lm-adapt": T5Config(
         d_model=2048,
@@ -45,8 +45,8 @@ class Shapes:
 
     `expert` and `gates` are those of one expert at `sites` sites. `prompt` and `target` are those
     of the base's linear layers that a prompt's and a target's token passes: logits are computed for
-    targets only, and an encoder-decoder model reads prompts in its encoder. `base` is all of the
-    base's parameters, `features` what goes into and comes out of the sites for one token, and
+    targets only, and an encoder-decoder model reads prompts in its encoder. `base` counts all of
+    the base's parameters, `features` the inputs and outputs of the sites for one token, and
     `vocabulary` its logits. `from_table` says that the base was found in KNOWN_BASES.
     """
 

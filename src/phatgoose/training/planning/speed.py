@@ -1,19 +1,38 @@
-"""How fast a worker trains, told or measured."""
+"""How fast a worker trains: given, or measured by training on a few batches."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
-__all__ = ["Speed"]
+import torch
+
+from ...base.loading import load_base
+from ...config import Formatting, GateTraining, Peft, Training
+from ...errors import TaskError
+from ...tasks.encoding import Encoder
+from ...tasks.suites.training_tasks import TrainingTask
+from ..progress import TrainingCallback
+from ..train_expert import train_expert
+
+__all__ = ["Speed", "measure_speed"]
+
+STEPS = 6  # of the expert and of the gates each; the first is a warm-up and isn't counted
+MICRO_BATCHES = 2  # in a batch of the trial, at most
+VALIDATED = 16  # examples
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast a worker is: tokens a second, without padding, of each kind of work.
+    """The speed of a worker: tokens per second, without padding, of each kind of work.
 
-    `expert` and `gates` are trained tokens, `forward` those of validation and statistics.
-    `start_seconds` go by until its base is loaded. `memory_bytes` is the most that it took; None
-    means that it was not measured.
+    `expert` and `gates` are trained tokens, `forward` those of validation and statistics. Loading
+    the base takes `start_seconds`. `memory_bytes` is the peak; None means that it wasn't measured.
     """
 
     expert: float
@@ -36,3 +55,87 @@ class Speed:
             f"Time is at {self.expert:.0f} tokens a second of an expert, {self.gates:.0f} of gates "
             f"and {self.forward:.0f} of validation and statistics, measured here on a few batches."
         )
+
+
+def measure_speed(
+    base: str,
+    tasks: Sequence[TrainingTask],
+    *,
+    peft: Peft | None = None,
+    training: Training | None = None,
+    gate_training: GateTraining | None = None,
+    formatting: Formatting | None = None,
+    dtype: str = "auto",
+) -> Speed:
+    """The speed of one worker like this machine, on the first of `tasks` with data here.
+
+    A throw-away expert is trained with the given settings, but STEPS steps, batches of at most
+    MICRO_BATCHES micro-batches and no statistics. Raises TaskError when no task has its data on
+    this machine, and what loading the base and training raise.
+    """
+    training, gates = training or Training(), gate_training or GateTraining()
+    found = next((task for task in tasks if task.origin != "hub"), None)
+    if found is None:
+        raise TaskError("No task has its data on this machine, so no speed can be measured here.")
+    task = found.load().with_validation(training.seed)
+    batch = min(training.batch_size, MICRO_BATCHES * training.micro_batch_size)
+    task = replace(task, validation=task.validation[:VALIDATED])
+    begun = time.perf_counter()
+    loaded = load_base(base, dtype=dtype)
+    start = time.perf_counter() - begun
+    clock = _Clock()
+    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
+        expert = train_expert(
+            loaded,
+            task,
+            out=Path(folder) / "trial",
+            peft=peft,
+            training=replace(training, steps=STEPS, batch_size=batch, eval_every=STEPS),
+            gate_training=replace(gates, gate_steps=STEPS, means=False, embeddings=False),
+            formatting=formatting,
+            callback=clock,
+        )
+    metrics = expert.info.metrics
+    encoder = Encoder.of(loaded, formatting or Formatting())
+    validated = sum(pair.length for pair in encoder.pairs(task.validation))
+    steps = clock.stages[0]
+
+    def rate(kind: str, times: Sequence[float]) -> float:
+        counted = metrics[f"{kind}_tokens"] * (STEPS - 1) / STEPS
+        return float(counted / (times[-1] - times[0]))
+
+    expert_rate = rate("expert", steps)
+    return Speed(
+        expert=expert_rate,
+        gates=expert_rate if gates.joint else rate("gate", clock.stages[1]),
+        forward=validated / (clock.saved_at - steps[-1]),
+        start_seconds=start,
+        memory_bytes=_most_memory(),
+    )
+
+
+@dataclass
+class _Clock(TrainingCallback):
+    """When each step of the expert and of its gates ended, and when the expert was saved."""
+
+    stages: list[list[float]] = field(default_factory=list)
+    saved_at: float = 0.0
+
+    def on_steps(self, count: int) -> None:
+        """Begin a stage when no step is done yet; else note the time of one step."""
+        if count == 0:
+            self.stages.append([])
+        else:
+            self.stages[-1].append(time.perf_counter())
+
+    def on_saved(self) -> None:
+        """Note the first time, which is after the expert's validation."""
+        self.saved_at = self.saved_at or time.perf_counter()
+
+
+def _most_memory() -> int:
+    """The peak memory of this process in bytes: of its GPU if there is one, else of the machine."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

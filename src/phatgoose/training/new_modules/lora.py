@@ -1,0 +1,96 @@
+"""New LoRAs, as PEFT makes them, at every site (paper section 3).
+
+They are saved in the base's dtype: exactly the numbers that were validated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from ...base.loading import Base
+from ...base.sites import Site
+from ...config import Lora
+from ..gates import openness
+from ..joint_gates import new_gate, take_gates
+from .fresh import ADAPTER, FreshExpert, peft_options, save_peft, under_peft
+
+__all__ = ["count_lora", "lora_sites", "new_lora"]
+
+
+def lora_sites(model: PreTrainedModel, lora: Lora) -> None:
+    """None: every site."""
+
+
+def count_lora(model: PreTrainedModel, lora: Lora, sites: Iterable[Site]) -> int:
+    """The number of trained parameters at `sites`: those of A and B."""
+    return sum(lora.rank * (site.in_features + site.out_features) for site in sites)
+
+
+@contextmanager
+def new_lora(
+    base: Base, lora: Lora, sites: dict[str, Site], *, joint: bool
+) -> Iterator[FreshExpert]:
+    """`base` with new LoRAs at `sites` while the context is open."""
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        **peft_options(base, sites),
+    )
+    with under_peft(base, config) as model:
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                _use_master_copies(layer, lora.init_std, joint=joint)
+
+        def gates() -> dict[str, Tensor]:
+            return take_gates({s: base.model.get_submodule(s).lora_A[ADAPTER] for s in sites})
+
+        yield FreshExpert(
+            model, gates, lambda folder: save_peft(model, base, folder, base.model.dtype)
+        )
+
+
+class _MasterLinear(nn.Linear):
+    """A linear layer whose float32 weight is cast to the dtype of its input."""
+
+    def forward(self, u: Tensor) -> Tensor:
+        return functional.linear(u, self.weight.to(u.dtype))
+
+
+class _JointlyGatedLinear(_MasterLinear):
+    """A LoRA's A whose output passes the module's joint gate.
+
+    PEFT then computes `W u + scale * B A u * sigmoid(v . u)`, since the sigmoid is one number a
+    token: B (A u * sigmoid) is B A u * sigmoid.
+    """
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device) -> None:
+        super().__init__(in_features, out_features, bias=False, device="meta")
+        self.gate = new_gate(in_features, device)
+
+    def forward(self, u: Tensor) -> Tensor:
+        return openness(u, self.gate) * super().forward(u)
+
+
+def _use_master_copies(layer: LoraLayer, init_std: float, *, joint: bool) -> None:
+    """Float32 A ~ N(0, init_std^2) and B = 0 that are cast in the forward pass, not the input."""
+    layer.cast_input_dtype_enabled = False
+    for factors in (layer.lora_A, layer.lora_B):
+        plain = factors[ADAPTER]
+        shape, device = (plain.in_features, plain.out_features), plain.weight.device
+        master = (
+            _JointlyGatedLinear(*shape, device)
+            if joint and factors is layer.lora_A
+            else _MasterLinear(*shape, bias=False, device="meta")
+        )
+        master.weight = nn.Parameter(plain.weight.detach().float())
+        factors[ADAPTER] = master
+    nn.init.normal_(layer.lora_A[ADAPTER].weight, std=init_std)
+    nn.init.zeros_(layer.lora_B[ADAPTER].weight)

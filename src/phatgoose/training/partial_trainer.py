@@ -1,0 +1,175 @@
+"""transformers' Trainer for a model of which a small part is trained: it saves only that part.
+
+The loss is the mean negative log-likelihood of the target tokens of a whole optimiser batch. (The
+released code averages per micro-batch first, which weighs tokens by the batch that they happen to
+fall in.) Logits are computed at target positions only.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback
+
+from ..errors import ExpertError
+from ..tasks.collating import target_logits
+from ..tasks.encoding import IGNORED, TokenPair
+from . import processes
+from .progress import TrainingCallback
+
+__all__ = ["OrderedSampler", "PartialTrainer", "ValidateLastStep", "newest_checkpoint"]
+
+TRAINABLE = "trainable.safetensors"
+COMPLETE = "complete"  # written last: a checkpoint without it was cut short
+
+
+class OrderedSampler(Sampler[int]):
+    """Every index that a run will visit, fixed beforehand, so that a resumed run sees the same.
+
+    The data is shuffled anew for each pass. Inside an optimiser batch examples are sorted by
+    length, which changes no gradient but saves padding in the micro-batches.
+    """
+
+    def __init__(self, pairs: Sequence[TokenPair], batch: int, steps: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        order: list[int] = []
+        while len(order) < batch * steps:
+            order += torch.randperm(len(pairs), generator=generator).tolist()
+        self.indices: list[int] = []
+        for start in range(0, batch * steps, batch):
+            chunk = order[start : start + batch]
+            self.indices += sorted(chunk, key=lambda index: pairs[index].length)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
+    """A Trainer that saves and restores only the parameters that want gradients."""
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
+
+    def __init__(
+        self, *, order: OrderedSampler, callback: TrainingCallback, **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        self._order, self._callback = order, callback
+        self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
+        self._loss_shifts_labels = False  # the collator's labels stand where they are predicted
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        return self._order
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The summed negative log-likelihood over the number of target tokens in the batch.
+
+        The batch is that of all processes. Gradients are averaged over processes, hence the factor.
+        """
+        logits, labels = target_logits(model, inputs), inputs["labels"]
+        total = nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        count = labels.ne(IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        loss = total * processes.count() / count
+        return (loss, {"logits": logits}) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The mean loss over all target tokens, whatever the batches."""
+        self.model.eval()
+        total = tokens = 0.0
+        with torch.no_grad():
+            for batch in self._share_of(eval_dataset or self.eval_dataset):
+                inputs = self._prepare_inputs(batch)
+                loss = self.compute_loss(self.model, inputs, num_items_in_batch=processes.count())
+                total += float(loss)
+                tokens += float(inputs["labels"].ne(IGNORED).sum())
+        if processes.count() > 1:
+            sums = torch.tensor([total, tokens], dtype=torch.float64, device=self.args.device)
+            total, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / tokens}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _share_of(self, pairs: Sequence[TokenPair]) -> DataLoader[TokenPair]:
+        """Batches of this process's share of `pairs`, none of them twice."""
+        share: Any = pairs[processes.rank() :: processes.count()]
+        size = self.args.per_device_eval_batch_size
+        return DataLoader(share, batch_size=size, collate_fn=self.data_collator)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_trainable(self.model), folder / TRAINABLE)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:  # torch has no OSError for a full disk
+            reason = str(error).splitlines()[0]
+            raise ExpertError(f"Checkpoint {folder} can't be written: {reason}") from error
+        processes.wait_for_all()  # each has written its random state
+        if processes.is_first():
+            (folder / COMPLETE).write_text(json.dumps({"step": self.state.global_step}))
+            self._callback.on_saved()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self._restore(Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        self._restore(Path(self.state.best_model_checkpoint))
+
+    def _restore(self, folder: Path) -> None:
+        kept = load_file(folder / TRAINABLE)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(kept[name])
+
+
+def _trainable(model: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: parameter.detach().contiguous()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+class ValidateLastStep(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
+    """Makes the last step a candidate even if it isn't a multiple of the validation interval."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Ask for a validation and a checkpoint at the end."""
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = control.should_save = True
+
+
+def newest_checkpoint(work: Path) -> str | None:
+    """The newest complete checkpoint in `work`, None without one; incomplete ones are removed."""
+    complete = {}
+    for folder in work.glob("checkpoint-*"):
+        if (folder / COMPLETE).is_file():
+            complete[int(folder.name.split("-")[1])] = folder
+        elif processes.is_first():
+            shutil.rmtree(folder)
+    return str(complete[max(complete)]) if complete else None

@@ -1,0 +1,203 @@
+"""What training one expert costs in time, memory and disk, counted beforehand.
+
+Time is a count of floating-point operations over a speed. LoRA training with a frozen base takes 4
+operations for each parameter of a linear layer and each token that passes it: 2 (multiply, add) in
+the forward pass, and 2 in the backward pass through the activations. Full training needs 2 more,
+for the gradients of the weights. Validation and statistics take the forward 2. Left out are adapter
+and gates (2 % of T5-XL's), attention scores (they grow with the square of the length), padding, the
+optimiser, reading data, and sentence embeddings.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from ...config import Formatting, GateTraining, Training
+from ...experts.expert import MOST_EMBEDDINGS
+from ...tasks.encoding import Encoder
+from ...tasks.suites.training_tasks import TrainingTask
+from ...tasks.task import Task
+from .sizes import Shapes
+from .speed import Speed
+
+__all__ = ["EMBEDDING_DIMS", "MEASURED", "SAMPLE", "TFLOPS", "TOKENS_PER_WORD", "TRAINED"]
+__all__ += ["CostModel", "PlannedTask"]
+
+TFLOPS = 100.0  # sustained by an A100- or H100-class GPU in bfloat16; assumed, not measured
+TRAINED, MEASURED = 4, 2  # operations per parameter and token: see above
+SAMPLE = 200  # examples whose tokens are counted
+TOKENS_PER_WORD = 1.3
+EMBEDDING_DIMS = 384  # of the default embedder, all-MiniLM-L6-v2
+FLOAT32 = 4
+CHECKPOINTS = 3  # the best and the last one, while the next is written
+CHECKPOINT_COPIES = 3  # a parameter and its two moments in AdamW
+TRAINABLE_COPIES = 4  # the same and its gradient
+LOGIT_BYTES = 10  # of one logit: bfloat16, float32, its gradient
+RUNTIME_BYTES = 600_000_000  # of torch, transformers and what they load
+
+
+@dataclass(frozen=True)
+class PlannedTask:
+    """What training one expert will cost.
+
+    `examples` is the number of training examples, `counted` in the data or else from the suite's
+    list; None means unknown. `trained` sequences go forward and back, `measured` ones (validation,
+    statistics) forward only; `tokens` counts both. `prompt_tokens` and `target_tokens` are means
+    per sequence. `lengths` says how they are known: "measured" on a sample, estimated from its
+    "words", or the "limits" to which sequences are cut, an upper bound. `disk_bytes` is the size of
+    the expert's directory.
+    """
+
+    name: str
+    source: str
+    place: str
+    examples: int | None
+    counted: bool
+    steps: int
+    gate_steps: int
+    trained: int
+    measured: int
+    prompt_tokens: float
+    target_tokens: float
+    lengths: str
+    tokens: int
+    seconds: float
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    """Mean tokens of a sequence; `basis` is how they are known (`PlannedTask.lengths`)."""
+
+    prompt: float
+    target: float
+    basis: str
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The costs of training with certain settings; what is the same for all tasks.
+
+    `itemsize` is the bytes of one stored number. `encoder` None means that the base's tokenizer
+    isn't on this machine; `speed` None that time follows from `tflops`.
+    """
+
+    shapes: Shapes
+    training: Training
+    gate_training: GateTraining
+    formatting: Formatting
+    encoder: Encoder | None
+    itemsize: int
+    tflops: float
+    speed: Speed | None
+
+    @property
+    def working_bytes(self) -> int:
+        """The size of unfinished work: checkpoints (with joint gates) and the trained adapter."""
+        joint = self.shapes.gates if self.gate_training.joint else 0
+        held = CHECKPOINTS * CHECKPOINT_COPIES * FLOAT32 * (self.shapes.expert + joint)
+        return held + self.itemsize * self.shapes.expert
+
+    def memory_bytes(self, tasks: Sequence[PlannedTask]) -> int:
+        """The memory of a process: measured, or else counted for the task of the longest sequences.
+
+        Counted are the base, trained parameters with gradients and moments, and what the backward
+        pass needs of one micro-batch: every site's input and output, and the logits.
+        """
+        if self.speed is not None and self.speed.memory_bytes is not None:
+            return self.speed.memory_bytes
+        shapes, rows = self.shapes, min(self.training.micro_batch_size, self.training.batch_size)
+        trained = shapes.expert + (shapes.gates if self.gate_training.joint else 0)
+        length = max((task.prompt_tokens + task.target_tokens for task in tasks), default=0.0)
+        target = max((task.target_tokens for task in tasks), default=0.0)
+        activations = rows * length * shapes.features * self.itemsize
+        logits = rows * target * shapes.vocabulary * LOGIT_BYTES
+        held = self.itemsize * shapes.base + TRAINABLE_COPIES * FLOAT32 * trained
+        return RUNTIME_BYTES + held + round(activations + logits)
+
+    def plan(self, task: TrainingTask, data: Task | None) -> PlannedTask:
+        """The costs of one task; `data` is None where it can't be read here."""
+        training, gates, shapes = self.training, self.gate_training, self.shapes
+        examples = task.entry.train_examples if data is None else len(data.train)
+        lengths = self._lengths(data)
+        length = lengths.prompt + lengths.target
+        gate_steps = 0 if gates.joint else gates.gate_steps
+        trained = training.batch_size * (training.steps + gate_steps)
+        measured = self._validated(data) + (self._sampled(examples) if gates.means else 0)
+        operations = lengths.prompt * shapes.prompt + lengths.target * shapes.target
+        if self.speed is None:
+            work = (TRAINED * trained + MEASURED * measured) * operations
+            seconds = work / (self.tflops * 1e12)
+        else:
+            speed, batch = self.speed, training.batch_size
+            expert, gate = batch * training.steps, batch * gate_steps
+            seconds = length * (
+                expert / speed.expert + gate / speed.gates + measured / speed.forward
+            )
+        return PlannedTask(
+            name=task.name,
+            source=task.entry.source or task.named,
+            place=task.origin,
+            examples=examples,
+            counted=data is not None,
+            steps=training.steps,
+            gate_steps=gate_steps,
+            trained=trained,
+            measured=measured,
+            prompt_tokens=lengths.prompt,
+            target_tokens=lengths.target,
+            lengths=lengths.basis,
+            tokens=round((trained + measured) * length),
+            seconds=seconds,
+            disk_bytes=self._disk(examples),
+        )
+
+    def _validated(self, data: Task | None) -> int:
+        """Sequences of all validations: every `eval_every` steps, and after the last step."""
+        most = self.training.eval_examples
+        count = most if data is None else min(most, len(data.validation))
+        return count * math.ceil(self.training.steps / self.training.eval_every)
+
+    def _sampled(self, examples: int | None) -> int:
+        most = self.gate_training.statistics_examples
+        return most if examples is None else min(most, examples)
+
+    def _disk(self, examples: int | None) -> int:
+        """Bytes of adapter, gates, means and embeddings; the JSON beside them is small."""
+        vectors = 1 + self.gate_training.means
+        size = self.itemsize * self.shapes.expert + FLOAT32 * self.shapes.gates * vectors
+        if self.gate_training.embeddings:
+            size += FLOAT32 * EMBEDDING_DIMS * min(MOST_EMBEDDINGS, self._sampled(examples))
+        return size
+
+    def _lengths(self, data: Task | None) -> _Lengths:
+        """Mean tokens of a sequence of `data`, as well as they can be known."""
+        limits = self.formatting
+        if data is None:
+            return _Lengths(limits.max_input_tokens, limits.max_target_tokens, "limits")
+        count = min(SAMPLE, len(data.train))
+        sample = random.Random(self.training.seed).sample(data.train, count)
+        if self.encoder is None:
+            return _Lengths(
+                _by_words([row.input for row in sample], limits.max_input_tokens),
+                _by_words([row.target for row in sample], limits.max_target_tokens),
+                "words",
+            )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about targets that are cut: training will warn
+            pairs = self.encoder.pairs(sample)
+        return _Lengths(
+            fmean(len(pair.prompt) for pair in pairs),
+            fmean(len(pair.target) for pair in pairs),
+            "measured",
+        )
+
+
+def _by_words(texts: Sequence[str], most: int) -> float:
+    """Mean tokens of a text, estimated from its words, with one for the end of the sequence."""
+    return fmean(min(most, TOKENS_PER_WORD * len(text.split()) + 1) for text in texts)

@@ -1,0 +1,106 @@
+"""One training run: an expert's base, data and settings, and where the expert goes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..base.loading import Base, load_base
+from ..config import Formatting, GateTraining, Peft, Training
+from ..errors import ExpertError
+from ..experts.expert import Expert
+from ..experts.expert_info import check_name
+from ..tasks.collating import Collator
+from ..tasks.encoding import Encoder
+from ..tasks.task import Task
+from . import processes
+from .progress import TrainingCallback
+from .unfinished import discard_work, work_of
+
+__all__ = ["TrainingRun", "finished_expert"]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The training of the expert `name`, to be written to `out`.
+
+    `task` has a validation split; `digest` is that of the task as it was given.
+    """
+
+    base: Base
+    task: Task
+    digest: str
+    encoder: Encoder
+    training: Training
+    gate_training: GateTraining
+    out: Path
+    name: str
+    callback: TrainingCallback
+
+    @classmethod
+    def of(
+        cls,
+        base: Base | str,
+        task: Task,
+        out: Path,
+        *,
+        training: Training | None,
+        gate_training: GateTraining | None,
+        formatting: Formatting | None,
+        name: str | None,
+        callback: TrainingCallback | None = None,
+    ) -> TrainingRun:
+        """The run with these settings, None for defaults; a base given by name is loaded.
+
+        Raises ExpertError for a name that can't be an expert's, TaskError when the task can't be
+        used.
+        """
+        check_name(name or out.name)
+        processes.join()
+        training = training or Training()
+        base = load_base(base) if isinstance(base, str) else base
+        return cls(
+            base=base,
+            task=task.with_validation(training.seed),
+            digest=task.digest,
+            encoder=Encoder.of(base, formatting),
+            training=training,
+            gate_training=gate_training or GateTraining(),
+            out=out,
+            name=name or out.name,
+            callback=callback or TrainingCallback(),
+        )
+
+    @property
+    def work(self) -> Path:
+        """The folder of its unfinished work."""
+        return work_of(self.out)
+
+    @property
+    def collator(self) -> Collator:
+        """Makes batches of its token pairs."""
+        return Collator(self.base.model, self.base.tokenizer.pad_token_id, packs=True)
+
+    def identity(self, *shape: Peft, **more: str) -> dict[str, Any]:
+        """What tells unfinished work of this run from that of others, for `open_work`."""
+        settings = (*shape, self.training, self.gate_training, self.encoder.formatting)
+        return {
+            "base": self.base.fingerprint,
+            **more,
+            "task": self.digest,
+            "settings": [asdict(each) for each in settings],
+        }
+
+
+def finished_expert(out: Path, *, resume: bool) -> Expert | None:
+    """The expert that an earlier run finished at `out`, None where nothing is.
+
+    Raises ExpertError when something is there and not to be resumed.
+    """
+    if not out.exists():
+        return None
+    if not resume:
+        raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
+    discard_work(out)
+    return Expert.load(out)

@@ -24,7 +24,8 @@ from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.training.new_modules.placement import placed_sites, scales_input
+from phatgoose.training.new_modules.ia3 import scales_input
+from phatgoose.training.new_modules.registry import placed_sites
 from tiny import make_adapter
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}

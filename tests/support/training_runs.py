@@ -114,7 +114,7 @@ def interrupted(monkeypatch, base, out: Path, function: str, call: int, **option
     assert not out.exists()
 
 
-PASS = "phatgoose.training.loop.target_logits"
+PASS = "phatgoose.training.partial_trainer.target_logits"
 KILLS = {
     "in a LoRA step": (PASS, 8),
     "before a checkpoint's optimiser state": ("torch.save", 1),

@@ -356,7 +356,7 @@ def interrupt_after(monkeypatch, passes: int) -> None:
             raise KeyboardInterrupt
         return target_logits(model, batch)
 
-    monkeypatch.setattr("phatgoose.training.loop.target_logits", counted)
+    monkeypatch.setattr("phatgoose.training.partial_trainer.target_logits", counted)
 
 
 def test_an_interrupted_gate_training_resumes_to_the_same_bits(

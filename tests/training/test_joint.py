@@ -18,7 +18,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as training_module
 from phatgoose.training.gates import train_gates
 from phatgoose.training.loop import fit
-from phatgoose.training.new_modules.fresh import fresh_expert
+from phatgoose.training.new_modules.registry import fresh_expert
 from phatgoose.training.router_statistics import at_full_strength
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from training_runs import (

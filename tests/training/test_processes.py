@@ -18,8 +18,9 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
+from phatgoose.training import processes
 from phatgoose.training.loop import _micro_batch
-from phatgoose.training.train_expert import processes, train_expert
+from phatgoose.training.train_expert import train_expert
 
 ANSWERS = ("yes", "no, never", "perhaps")
 ROWS = [Example(f"Number {i}{'!' * (i % 5)}:", ANSWERS[i % 3]) for i in range(23)]

@@ -139,7 +139,7 @@ def test_the_last_step_is_validated_whatever_the_interval(llama, tmp_path, caplo
 def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
     task = Task("liar", words("yes", "yes", "yes", "yes"), validation=words("no", "maybe"))
     training = replace(TRAINING, steps=10, learning_rate=0.1)
-    with caplog.at_level(logging.INFO, "phatgoose.training.loop"):
+    with caplog.at_level(logging.INFO, "phatgoose.training.progress"):
         expert = train(llama, tmp_path / "liar", task, training)
     logged = re.findall(r"step (\d+) of 10, validation loss ([\d.]+)", caplog.text)
     losses = {int(step): float(loss) for step, loss in logged}

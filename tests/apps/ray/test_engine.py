@@ -28,7 +28,7 @@ from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.suites.training_tasks import open_tasks
-from phatgoose.training.loop import COMPLETE
+from phatgoose.training.partial_trainer import COMPLETE
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
 
 ray = pytest.importorskip("ray", reason="needs the extra 'ray'")

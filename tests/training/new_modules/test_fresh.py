@@ -24,12 +24,8 @@ from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training import gates as gates_module
 from phatgoose.training.gates import GatedLinear, gated, train_gates
-from phatgoose.training.new_modules.fresh import fresh_expert
-from phatgoose.training.new_modules.placement import (
-    parameters_at,
-    placed_sites,
-    scales_input,
-)
+from phatgoose.training.new_modules.ia3 import scales_input
+from phatgoose.training.new_modules.registry import fresh_expert, parameters_at, placed_sites
 from phatgoose.training.planning.plan import plan_training
 from phatgoose.training.router_statistics import at_full_strength
 from tiny import assert_same_logits, logits_of, make_ids, peft_model

@@ -14,8 +14,7 @@ from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training.planning.plan import plan_training
 from phatgoose.training.planning.schedule import schedule
 from phatgoose.training.planning.sizes import Shapes
-from phatgoose.training.planning.speed import Speed
-from phatgoose.training.planning.trial import measure_speed
+from phatgoose.training.planning.speed import Speed, measure_speed
 
 SETTINGS = {
     "peft": Lora(rank=2),

@@ -24,7 +24,7 @@ from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import peak_memory, ratio, side_by_side
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.tasks.encoding import contiguous_head
+from phatgoose.tasks.target_logits import contiguous_head
 from routed_speed import prefill
 
 __all__ = ["arrow_of_peft", "measure_arrow"]

@@ -32,7 +32,8 @@ from floors import Work
 from measuring import Timing, ratio
 from phatgoose.base.loading import Base, quiet_loading
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.tasks.encoding import IGNORED, Encoder, TokenPair
+from phatgoose.tasks.collating import IGNORED
+from phatgoose.tasks.encoding import Encoder, TokenPair
 from phatgoose.tasks.task import Task
 from phatgoose.training import gates
 from phatgoose.training import train_expert as training

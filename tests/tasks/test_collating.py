@@ -1,27 +1,37 @@
-"""Batches of pairs: where targets stand, and what is padding."""
+"""Batches: within their budget, padded on the right side."""
 
 from __future__ import annotations
 
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from phatgoose.tasks.collating import Collator, target_logits
-from phatgoose.tasks.encoding import IGNORED
-from tiny import assert_same_logits, logits_of, pairs_of
-from training_runs import TASK
+from phatgoose.tasks.collating import batches_of_tokens, pad_left, pad_right, position_ids
 
 
-def test_targets_stand_where_they_are_predicted(base):
-    pairs = pairs_of(base, TASK)
-    batch = Collator(base.model, 0)(pairs)
-    with torch.no_grad():
-        logits = target_logits(base.model, batch)
-    assert logits.shape[:2] == batch["labels"].shape
-    for pair, row, labels in zip(pairs, logits, batch["labels"], strict=True):
-        if base.is_encoder_decoder:
-            target = torch.tensor([[0, *pair.target[:-1]]])
-            wanted = logits_of(base.model, torch.tensor([pair.prompt]), decoder_input_ids=target)[0]
-        else:
-            ids = torch.tensor([pair.prompt + pair.target])
-            wanted = logits_of(base.model, ids)[0, len(pair.prompt) - 1 : -1]
-        assert labels[labels != IGNORED].tolist() == pair.target
-        assert_same_logits(row[labels != IGNORED], wanted)
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 120))
+def test_batches_visit_each_row_once_within_the_budget(lengths, budget):
+    batches = list(batches_of_tokens(lengths, budget))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        padded = len(batch) * max(lengths[index] for index in batch)
+        assert padded <= budget or len(batch) == 1
+
+
+def test_batches_hold_rows_of_similar_length_longest_first():
+    assert list(batches_of_tokens([1, 9, 2, 10], 20)) == [[3, 1], [2, 0]]
+
+
+def test_rows_are_padded_on_the_side_that_was_asked_for():
+    assert pad_left([[5], [6, 7]], 0).tolist() == [[0, 5], [6, 7]]
+    assert pad_right([[5], [6, 7]], 0).tolist() == [[5, 0], [6, 7]]
+
+
+def test_positions_count_real_tokens_only():
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
+    positions = position_ids(mask)
+    assert positions[0, 2:].tolist() == [0, 1]
+    assert positions[1, :3].tolist() == [0, 1, 2]
+    assert positions[2].tolist() == [0, 1, 2, 3]
+    assert (positions >= 0).all()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phatgoose.tasks.cuts import CUTS, Cut, Cuts, kept, recorded_share
+from phatgoose.tasks.cuts import CUTS, Cut, Cuts, cut_tokens, recorded_share
 
 TRUNCATIONS = ("middle", "left", "right")
 
@@ -16,7 +16,7 @@ TRUNCATIONS = ("middle", "left", "right")
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 50), st.sampled_from(TRUNCATIONS))
 def test_as_much_is_kept_as_there_is_room_in_order(count, room, truncation):
-    left = kept(range(count), room, truncation)
+    left = cut_tokens(range(count), room, truncation)
     assert len(left) == min(count, room)
     assert left == sorted(set(left))
     if truncation != "right" and left:
@@ -26,7 +26,7 @@ def test_as_much_is_kept_as_there_is_room_in_order(count, room, truncation):
 
 
 def test_a_middle_cut_keeps_a_quarter_before_it_and_three_quarters_behind():
-    assert kept(range(100), 8, "middle") == [0, 1, *range(94, 100)]
+    assert cut_tokens(range(100), 8, "middle") == [0, 1, *range(94, 100)]
 
 
 def some(cut: int, inputs: int) -> Cuts:
@@ -35,7 +35,7 @@ def some(cut: int, inputs: int) -> Cuts:
 
 def test_what_was_cut_is_told_in_one_line(caplog):
     with caplog.at_level(logging.INFO, "phatgoose"):
-        some(12, 400).tell("reviews")
+        some(12, 400).report("reviews")
     line = "reviews: 12 of 400 inputs (3 %) cut to 512 tokens, by 86 in the median"
     assert caplog.messages == [line]
 
@@ -43,20 +43,20 @@ def test_what_was_cut_is_told_in_one_line(caplog):
 def test_from_a_tenth_on_it_is_a_warning():
     told = r"reviews: 40 of 400 inputs \(10 %\) cut to 512 tokens, by 100 in the median\."
     with pytest.warns(UserWarning, match=told):
-        some(40, 400).tell("reviews")
+        some(40, 400).report("reviews")
     with pytest.warns(UserWarning, match=r"it: 1 of 1 input \(100 %\)"):
-        some(1, 1).tell("it")
+        some(1, 1).report("it")
 
 
 def test_nothing_is_told_when_nothing_was_cut(caplog):
     with caplog.at_level(logging.INFO):
-        some(0, 400).tell("reviews")
-        Cuts().tell("reviews")
+        some(0, 400).report("reviews")
+        Cuts().report("reviews")
     assert not caplog.messages
 
 
 def test_less_than_half_a_per_cent_is_not_called_none():
-    assert "1 of 400 inputs (under 1 %)" in some(1, 400).told()
+    assert "1 of 400 inputs (under 1 %)" in some(1, 400).text()
 
 
 def test_inputs_beyond_what_the_base_was_made_for_are_told():
@@ -64,7 +64,7 @@ def test_inputs_beyond_what_the_base_was_made_for_are_told():
     with pytest.warns(
         UserWarning, match="it: 2 of 3 inputs and their answers are longer than the 2048"
     ):
-        cuts.tell("it")
+        cuts.report("it")
 
 
 def test_an_expert_s_metrics_tell_the_share_again():

@@ -1,13 +1,10 @@
-"""Prompts and targets as tokens, cut where asked, and batches within their budget."""
+"""Prompts and targets as tokens, cut where asked."""
 
 from __future__ import annotations
 
 import warnings
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,13 +12,7 @@ from phatgoose.base.positions import Positions
 from phatgoose.config import Formatting
 from phatgoose.errors import TaskError
 from phatgoose.tasks.cuts import Cut
-from phatgoose.tasks.encoding import (
-    Encoder,
-    batches_of_tokens,
-    pad_left,
-    pad_right,
-    position_ids,
-)
+from phatgoose.tasks.encoding import Encoder
 from tiny import make_tokenizer, with_added
 
 EOS = 1
@@ -304,31 +295,3 @@ def test_a_tokenizer_without_an_end_of_sequence_is_refused():
     tokenizer.eos_token = None
     with pytest.raises(TaskError, match="no end-of-sequence token"):
         Encoder(tokenizer, is_encoder_decoder=False)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 120))
-def test_batches_visit_each_row_once_within_the_budget(lengths, budget):
-    batches = list(batches_of_tokens(lengths, budget))
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    for batch in batches:
-        padded = len(batch) * max(lengths[index] for index in batch)
-        assert padded <= budget or len(batch) == 1
-
-
-def test_batches_hold_rows_of_similar_length_longest_first():
-    assert list(batches_of_tokens([1, 9, 2, 10], 20)) == [[3, 1], [2, 0]]
-
-
-def test_rows_are_padded_on_the_side_that_was_asked_for():
-    assert pad_left([[5], [6, 7]], 0).tolist() == [[0, 5], [6, 7]]
-    assert pad_right([[5], [6, 7]], 0).tolist() == [[5, 0], [6, 7]]
-
-
-def test_positions_count_real_tokens_only():
-    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 0], [1, 1, 1, 1]])
-    positions = position_ids(mask)
-    assert positions[0, 2:].tolist() == [0, 1]
-    assert positions[1, :3].tolist() == [0, 1, 2]
-    assert positions[2].tolist() == [0, 1, 2, 3]
-    assert (positions >= 0).all()

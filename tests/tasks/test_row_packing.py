@@ -12,21 +12,14 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from phatgoose.base.sites import find_sites
 from phatgoose.base.token_masks import watch_inputs
-from phatgoose.tasks.row_packing import (
-    Text,
-    can_pack,
-    head_at,
-    pack,
-    packed_batches,
-    quick_backward,
-)
+from phatgoose.tasks.row_packing import BranchedText, can_pack, pack_rows, packed_batches
 from tiny import make_model
 
 TEXTS = (
-    Text([5, 6, 7], [[8, 9], [10], []]),
-    Text([11]),
-    Text([12, 13], [[14, 15, 16]]),
-    Text([17, 18, 19, 20, 21]),
+    BranchedText([5, 6, 7], [[8, 9], [10], []]),
+    BranchedText([11]),
+    BranchedText([12, 13], [[14, 15, 16]]),
+    BranchedText([17, 18, 19, 20, 21]),
 )
 
 
@@ -71,7 +64,7 @@ def test_a_batch_is_not_filled_at_the_price_of_long_rows():
 def test_logits_are_those_of_each_text_alone(kind, implementation):
     model = make_model(kind)
     model.set_attn_implementation(implementation)
-    packed = pack([[TEXTS[0], TEXTS[1]], [TEXTS[2], TEXTS[3]]], 0, torch.float32)
+    packed = pack_rows([[TEXTS[0], TEXTS[1]], [TEXTS[2], TEXTS[3]]], 0, torch.float32)
     with torch.no_grad():
         logits = model(**packed.inputs, use_cache=False).logits.flatten(0, 1)
         for text, start in zip(TEXTS, packed.starts.tolist(), strict=True):
@@ -86,7 +79,7 @@ def test_logits_are_those_of_each_text_alone(kind, implementation):
 
 def test_padding_is_known_by_not_seeing_itself():
     model = make_model("llama")
-    packed = pack([[TEXTS[0]], [TEXTS[1], TEXTS[1]]], 0, torch.float32)
+    packed = pack_rows([[TEXTS[0]], [TEXTS[1], TEXTS[1]]], 0, torch.float32)
     sites, seen = find_sites(model), []
     watched = watch_inputs(model, sites, lambda site, u, real: seen.append(real))
     with watched, torch.no_grad():
@@ -97,15 +90,6 @@ def test_padding_is_known_by_not_seeing_itself():
     assert logits.isfinite().all()
 
 
-def test_the_head_sees_the_asked_for_places_only():
-    model, ids = make_model("llama"), torch.tensor([[4, 5, 6], [7, 8, 9]])
-    whole = model(ids).logits
-    with head_at(model, torch.tensor([5, 0, 0])):
-        some = model(ids).logits
-    torch.testing.assert_close(some[0], whole.flatten(0, 1)[[5, 0, 0]], atol=1e-5, rtol=1e-5)
-    assert model(ids).logits.shape == whole.shape
-
-
 def test_models_are_packed_only_where_every_layer_obeys_the_mask():
     assert all(can_pack(make_model(kind)) for kind in ("llama", "gpt2", "qwen2"))
     assert not can_pack(make_model("t5"))
@@ -114,14 +98,6 @@ def test_models_are_packed_only_where_every_layer_obeys_the_mask():
     other = make_model("llama")
     other.config._attn_implementation = "flex_attention"
     assert not can_pack(other)
-
-
-@pytest.mark.parametrize(("columns", "inside"), [(256, "eager"), (257, "sdpa")])
-def test_attention_is_plain_in_short_rows_and_as_before_afterwards(columns, inside):
-    model = make_model("llama")
-    with quick_backward(model, columns):
-        assert model.config._attn_implementation == inside
-    assert model.config._attn_implementation == "sdpa"
 
 
 def make_sliding(window: int | None) -> MistralForCausalLM:

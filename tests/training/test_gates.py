@@ -12,8 +12,9 @@ from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.routing.compose import compose
-from phatgoose.tasks.collating import Collator, target_logits
+from phatgoose.tasks.collating import Collator
 from phatgoose.tasks.encoding import TokenPair
+from phatgoose.tasks.target_logits import target_logits
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import gates as gates_module
 from phatgoose.training import router_statistics as statistics_module

@@ -26,8 +26,8 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach, record, watch
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.tasks.collating import Collator
-from phatgoose.tasks.encoding import TokenPair, pad_left, pad_right
+from phatgoose.tasks.collating import Collator, pad_left, pad_right
+from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.router_statistics import mean_activations
 from tiny import assert_same_logits, make_ids, make_tokenizer

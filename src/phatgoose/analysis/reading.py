@@ -17,7 +17,8 @@ from ..base.offloading import input_device
 from ..base.sites import Stream
 from ..routing.compose import serving, watch
 from ..routing.recording import SitePass
-from ..tasks.encoding import Encoder, TokenPair, batches_of_tokens, pad_right
+from ..tasks.collating import batches_of_tokens, pad_right
+from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Example
 
 __all__ = ["Observer", "pass_through", "read_examples"]

@@ -63,7 +63,7 @@ def answer(
     encoder = Encoder.for_model(model, tokenizer, formatting)
     asked = Example(prompt, "")
     questions = questions_to_answer(encoder, [asked], sampling.max_new_tokens)
-    questions.cuts.tell("the prompt")
+    questions.cuts.report("the prompt")
     ids = torch.tensor([questions.rows[0][0]], device=input_device(model))
     torch.manual_seed(sampling.seed)
     choice = (

@@ -24,8 +24,9 @@ from ..experts.pool import Pool
 from ..routing.composition import Composition, composition_of
 from ..routing.open_model import compose_pool, is_routed
 from ..routing.saved.load import load
-from ..tasks.cuts import kept
-from ..tasks.encoding import Encoder, added_tokens, pad_left, pad_right
+from ..tasks.collating import pad_left, pad_right
+from ..tasks.cuts import cut_tokens
+from ..tasks.encoding import Encoder, added_tokens
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -171,7 +172,7 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         body = tokens[len(before) : len(tokens) - len(after)]
         after = after if self.backend == "seq2seq" else []  # an answer goes on from there
         most = min(room, self.arguments.max_input_tokens or room)
-        left = kept(body, max(most - len(before) - len(after), 1), self.arguments.truncation)
+        left = cut_tokens(body, max(most - len(before) - len(after), 1), self.arguments.truncation)
         if len(left) < len(body):
             warnings.warn(
                 f"Contexts that are too long are cut (truncation {self.arguments.truncation}).",

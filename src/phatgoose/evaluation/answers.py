@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from ..base.offloading import input_device
 from ..errors import EvaluationError
 from ..files.quoting import one_line
+from ..tasks.collating import batches_of_tokens, pad_left, pad_right
 from ..tasks.cuts import Cuts
-from ..tasks.encoding import Encoder, batches_of_tokens, pad_left, pad_right
+from ..tasks.encoding import Encoder
 from ..tasks.task import Example
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
 

@@ -212,7 +212,7 @@ def score_tasks(
     for task in [tasks] if isinstance(tasks, Task) else tasks:
         chosen = EvaluationSet.of(task, settings)
         questions = chosen.questions(encoder)
-        questions.cuts.tell(task.name)
+        questions.cuts.report(task.name)
         scores.append(score(model, chosen, questions))
     if not scores:
         raise EvaluationError("No task was given to evaluate on.")

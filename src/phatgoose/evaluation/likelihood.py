@@ -17,15 +17,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ..base.offloading import input_device
 from ..errors import EvaluationError
-from ..tasks.encoding import (
-    IGNORED,
-    batches_of_tokens,
-    contiguous_head,
-    pad_left,
-    pad_right,
-    position_ids,
-)
-from ..tasks.row_packing import Text, can_pack, head_at, pack, packed_batches
+from ..tasks.collating import IGNORED, batches_of_tokens, pad_left, pad_right, position_ids
+from ..tasks.row_packing import BranchedText, can_pack, pack_rows, packed_batches
+from ..tasks.target_logits import contiguous_head, head_at
 
 __all__ = ["BeforePass", "ChoicePrompt", "choice_log_likelihoods"]
 
@@ -69,9 +63,9 @@ def _packed(
     before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
     """All in one pass a batch; the last token of a choice is predicted, not read."""
-    texts = [Text(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
+    texts = [BranchedText(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
     for batch in packed_batches([text.length for text in texts], budget):
-        packed = pack([[texts[i] for i in row] for row in batch], pad, model.dtype)
+        packed = pack_rows([[texts[i] for i in row] for row in batch], pad, model.dtype)
         order = [i for row in batch for i in row]
         before_pass([order[owner] for owner in packed.owners.flatten().tolist()])
         runs = [  # of each text the stem's last token and the branches: what predicts a target

@@ -1,37 +1,43 @@
-"""Batches of token pairs as model inputs, and the logits that predict their targets."""
+"""Batches as model inputs: token pairs collated, rows padded, rows grouped by length."""
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
-from peft import PeftModel
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from .encoding import IGNORED, TokenPair, pad_left, pad_right, position_ids
-from .row_packing import Text, can_pack, head_at, pack, packed_batches, quick_backward
+from .encoding import TokenPair
+from .row_packing import BranchedText, can_pack, pack_rows, packed_batches
 
-__all__ = ["Collator", "target_logits"]
+__all__ = [
+    "IGNORED",
+    "Collator",
+    "batches_of_tokens",
+    "pad_left",
+    "pad_right",
+    "position_ids",
+]
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
 
 
 class Collator:
-    """Batches of token pairs as model inputs, for one kind of model.
+    """Collates token pairs into inputs for one kind of model.
 
     Causal models get prompt and target in one left-padded row, so that all targets end in the last
-    columns; sequence-to-sequence models get them apart. `labels` is [rows, longest target] in both
-    cases, right-aligned or left-aligned accordingly, IGNORED where there is no target token.
-    With `packs`, pairs share rows where the model can be packed: `labels` [1, tokens] are then all
-    target tokens, `places` [tokens] where they are predicted, in any order of the pairs.
+    columns; sequence-to-sequence models get them separately. `labels` is [rows, longest target],
+    aligned right or left accordingly, IGNORED where there is no target token. With `packs`, pairs
+    share rows where the model can be packed: `labels` [1, tokens] then holds all target tokens and
+    `places` [tokens] the positions that predict them, in any order of the pairs.
     """
 
     def __init__(self, model: PreTrainedModel, pad_token_id: int, *, packs: bool = False) -> None:
         self._pad, self._dtype = pad_token_id, model.dtype
-        # Trainer cuts batches by rows where it finds several GPUs; places count all rows.
+        # On several GPUs Trainer splits batches by rows, but places count all rows.
         self._packs = packs and can_pack(model) and torch.cuda.device_count() < 2
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
         self._start: int = getattr(model.config, "decoder_start_token_id", None) or 0
@@ -45,10 +51,10 @@ class Collator:
         return self._seq2seq(pairs) if self._is_encoder_decoder else self._causal(pairs)
 
     def _packed(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
-        """Nothing goes on from a target's last token, so it is a label only."""
-        texts = [Text((pair.prompt + pair.target)[:-1]) for pair in pairs]
+        """A target's last token predicts nothing, so it is only a label."""
+        texts = [BranchedText((pair.prompt + pair.target)[:-1]) for pair in pairs]
         (rows,) = packed_batches([text.length for text in texts], sys.maxsize)
-        packed = pack([[texts[i] for i in row] for row in rows], self._pad, self._dtype)
+        packed = pack_rows([[texts[i] for i in row] for row in rows], self._pad, self._dtype)
         places, labels = list[int](), list[int]()
         for index, start in zip(
             [i for row in rows for i in row], packed.starts.tolist(), strict=True
@@ -82,33 +88,35 @@ class Collator:
         }
 
 
-def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The logits that predict `batch["labels"]`: its shape and the vocabulary's.
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """The rows as one [rows, longest] tensor, padded with `value` on the left."""
+    longest = max((len(row) for row in rows), default=0)
+    return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
 
-    `batch` comes from `Collator`. Causal models that can be packed compute no others, and those
-    that can (`logits_to_keep`) few.
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """The rows as one [rows, longest] tensor, padded with `value` on the right."""
+    longest = max((len(row) for row in rows), default=0)
+    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions [rows, columns] that count real tokens only, so padding does not shift a text."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def batches_of_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Batches of indices of rows of similar length, each at most `budget` tokens when padded.
+
+    Every row comes once, a row longer than the budget alone. The longest come first, so that memory
+    runs out early or never.
     """
-    inputs: dict[str, Any] = {
-        key: value for key, value in batch.items() if key not in ("labels", "places")
-    }
-    if "places" in batch:
-        inner, columns = _unwrapped(model), batch["input_ids"].shape[1]
-        with head_at(inner, batch["places"]), quick_backward(inner, columns):
-            return _logits(model, inputs)
-    if "decoder_input_ids" in batch:
-        return _logits(model, inputs)
-    kept = batch["labels"].shape[1] + 1
-    if "logits_to_keep" in inspect.signature(_unwrapped(model).forward).parameters:
-        inputs["logits_to_keep"] = kept
-    return _logits(model, inputs)[:, -kept:-1]
-
-
-def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-    logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside what trains on several devices or with PEFT's layers."""
-    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch

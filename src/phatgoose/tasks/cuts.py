@@ -1,4 +1,4 @@
-"""Inputs that are too long: what is kept of them, and how it is told that some was not."""
+"""How inputs that are too long are shortened, and how that is counted and reported."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any, TypeVar
 
 from ..files.quoting import one_line
 
-__all__ = ["CUTS", "Cut", "Cuts", "kept", "recorded_share"]
+__all__ = ["CUTS", "Cut", "Cuts", "cut_tokens", "recorded_share"]
 
 CUTS = ("inputs", "inputs_cut", "inputs_cut_to", "inputs_cut_by")  # in an expert's metrics
-WARN_FROM = 0.1  # share of cut inputs from which on it is a warning
-HEAD_SHARE = 4  # middle: a quarter of the room is the head's, the tail has the rest
+WARN_FROM = 0.1  # warn from this share of cut inputs on
+HEAD_SHARE = 4  # truncation middle: the head gets a quarter of the room, the tail the rest
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
-def kept(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
-    """At most `room` of the tokens; `truncation` says which end or middle is lost."""
+def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
+    """At most `room` of the tokens; `truncation` says which part goes (middle, left or right)."""
     if len(tokens) <= room:
         return list(tokens)
     head = {"left": 0, "right": room}.get(truncation, room // HEAD_SHARE)
@@ -31,7 +31,7 @@ def kept(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
 
 @dataclass(frozen=True)
 class Cut:
-    """One input that was cut to `most` tokens and lost `lost` of them."""
+    """One input cut to `most` tokens, which removed `lost` tokens."""
 
     most: int
     lost: int
@@ -41,8 +41,8 @@ class Cut:
 class Cuts:
     """How many of a task's `inputs` were `cut`, to `most` tokens, losing `median` in the median.
 
-    `beyond` counts the inputs that are longer, with what follows them, than the `trained` positions
-    that a base with rotary positions was made for. It takes them, but nobody knows how well.
+    `beyond` counts the inputs that are longer, with their answers, than the `trained` length of a
+    base with rotary positions. Such a base accepts them, with unknown quality.
     """
 
     inputs: int = 0
@@ -56,7 +56,7 @@ class Cuts:
     def of(
         cls, cuts: Sequence[Cut | None], lengths: Sequence[int] = (), trained: int | None = None
     ) -> Cuts:
-        """What `cuts`, None for a whole input, come to; `lengths` are held against `trained`."""
+        """The summary of `cuts`, None for a whole input; `lengths` are compared with `trained`."""
         found = [cut for cut in cuts if cut is not None]
         beyond = sum(length > trained for length in lengths) if trained is not None else 0
         return cls(
@@ -73,38 +73,38 @@ class Cuts:
         """The share of the inputs that were cut."""
         return self.cut / self.inputs if self.inputs else 0.0
 
-    def told(self) -> str:
-        """In words, such as "12 of 400 inputs (3 %) cut to 512 tokens, by 87 in the median"."""
+    def text(self) -> str:
+        """In words: "12 of 400 inputs (3 %) cut to 512 tokens, by 87 in the median"."""
         return (
             f"{self.cut} of {self.inputs} input{'' if self.inputs == 1 else 's'} "
             f"({_percent(self.share)}) cut to {self.most} tokens, by {self.median} in the median"
         )
 
-    def tell(self, task: str) -> None:
-        """Log what was cut of `task` in one line, or warn from a tenth on; nothing if nothing was.
+    def report(self, task: str) -> None:
+        """Log the cuts of `task` in one line, or warn from a tenth of its inputs on.
 
-        Always warns of inputs beyond what the base was made for.
+        Always warns of inputs beyond the trained length of the base.
         """
         if self.cut and self.share < WARN_FROM:
-            logger.info("%s: %s", one_line(task), self.told())
+            logger.info("%s: %s", one_line(task), self.text())
         elif self.cut:
-            warnings.warn(f"{one_line(task)}: {self.told()}.", stacklevel=2)
+            warnings.warn(f"{one_line(task)}: {self.text()}.", stacklevel=2)
         if self.beyond:
             warnings.warn(
                 f"{one_line(task)}: {self.beyond} of {self.inputs} inputs and their answers are "
-                f"longer than the {self.trained} tokens that the base was made for; lower "
+                f"longer than the {self.trained} tokens that the base was trained for; lower "
                 f"max_input_tokens.",
                 stacklevel=2,
             )
 
     def record(self) -> dict[str, int]:
-        """What an expert keeps of it among its metrics, by the names in CUTS."""
+        """The counts that an expert records among its metrics, by the names in CUTS."""
         values = (self.inputs, self.cut, self.most, self.median)
         return dict(zip(CUTS, values if self.cut else values[:2], strict=False))
 
 
 def recorded_share(metrics: Mapping[str, Any]) -> str | None:
-    """The share of inputs that were cut, in words, among an expert's metrics; None if not there."""
+    """The share of cut inputs in an expert's metrics, in words; None if not recorded."""
     inputs, cut = (metrics.get(name) for name in CUTS[:2])
     if type(inputs) is not int or type(cut) is not int or not 0 <= cut <= inputs or not inputs:
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..base.loading import quiet_loading
 from ..errors import ConfigError
 from ..files.quoting import first_line, shortened
-from .cuts import kept
+from .cuts import cut_tokens
 from .task import Example
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def _as_much_as_is_read(text: str, model: SentenceTransformer, truncation: str) 
     places = encoded["offset_mapping"]
     if len(places) <= room:
         return text
-    left = kept(range(len(places)), room, truncation)
+    left = cut_tokens(range(len(places)), room, truncation)
     head = sum(i == at for i, at in enumerate(left))
     end, start = places[head - 1][1] if head else 0, places[left[head]][0]
     before, after = text[:end], text[start:]

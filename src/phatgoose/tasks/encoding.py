@@ -9,37 +9,27 @@ What is too long is cut by one rule, here alone (`Formatting.truncation`).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base
 from ..base.positions import Positions, positions_of
 from ..config import Formatting
 from ..errors import TaskError
-from .cuts import Cut, Cuts, kept
+from .cuts import Cut, Cuts, cut_tokens
 from .task import Example, Span
 
 __all__ = [
-    "IGNORED",
     "Encoder",
     "Prompt",
     "TokenPair",
     "added_tokens",
-    "batches_of_tokens",
-    "contiguous_head",
-    "pad_left",
-    "pad_right",
-    "position_ids",
 ]
 
-IGNORED = -100  # the label that torch's cross-entropy leaves out
 SPACES = ("Ġ", "▁", " ")  # how vocabularies write a space at a token's beginning
 CONTEXT = 48  # characters before an answer that decide which tokens it has
 
@@ -210,8 +200,8 @@ class Encoder:
             first, end = (inside[0], inside[-1] + 1) if inside else (0, 0)
             space = room - (len(tokens) - (end - first))
             if space > 0:
-                return [*tokens[:first], *kept(tokens[first:end], space, how), *tokens[end:]]
-        return kept(tokens, room, how)
+                return [*tokens[:first], *cut_tokens(tokens[first:end], space, how), *tokens[end:]]
+        return cut_tokens(tokens, room, how)
 
     def _wrapped(self, tokens: list[int], text: str | None = None) -> list[int]:
         """A prompt of `tokens`, or of the `text` that they are the whole of."""
@@ -290,51 +280,3 @@ def _end_of(text: str) -> str:
         return text
     end = text[-CONTEXT:]
     return end.partition(" ")[2].lstrip(" ") or end
-
-
-@contextmanager
-def contiguous_head(model: nn.Module) -> Iterator[None]:
-    """Hand the output layer of `model` contiguous rows while the context is open.
-
-    Logits asked for at the last positions only reach it as a strided view, for which torch copies
-    the whole output matrix once per row: a quarter of a training step (SmolLM2, 8 x 128 tokens).
-    """
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    handle = head.register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """The rows as one [rows, longest] tensor, filled up with `value` on the left."""
-    longest = max((len(row) for row in rows), default=0)
-    return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
-
-
-def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """The rows as one [rows, longest] tensor, filled up with `value` on the right."""
-    longest = max((len(row) for row in rows), default=0)
-    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
-
-
-def position_ids(attention_mask: Tensor) -> Tensor:
-    """Positions that count real tokens only, [rows, columns]: padding does not shift a text."""
-    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-
-
-def batches_of_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Index lists that visit every row once, of similar length, at most `budget` tokens padded.
-
-    Rows longer than the budget come alone. Longest first, so that memory runs out early or never.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
-    batch: list[int] = []
-    for index in order:
-        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch

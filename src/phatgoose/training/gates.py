@@ -152,7 +152,7 @@ def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
         pairs = run.encoder.pairs(run.task.train)
         cuts = run.encoder.cuts(pairs)
         if processes.is_first() and not record.cuts_told:
-            cuts.tell(run.task.name)
+            cuts.report(run.task.name)
         metrics = {key: value for key, value in metrics.items() if key not in CUTS} | cuts.record()
         with gated(run.base.model, modules) as layers:
             report = _fit_gates(run, layers, pairs)

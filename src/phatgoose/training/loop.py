@@ -17,7 +17,8 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from ..config import Training
 from ..errors import ConfigError
 from ..tasks.collating import Collator
-from ..tasks.encoding import TokenPair, contiguous_head
+from ..tasks.encoding import TokenPair
+from ..tasks.target_logits import contiguous_head
 from . import processes
 from .partial_trainer import (
     OrderedSampler,

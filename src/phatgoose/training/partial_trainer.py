@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ExpertError
-from ..tasks.collating import target_logits
-from ..tasks.encoding import IGNORED, TokenPair
+from ..tasks.collating import IGNORED
+from ..tasks.encoding import TokenPair
+from ..tasks.target_logits import target_logits
 from . import processes
 from .progress import TrainingCallback
 

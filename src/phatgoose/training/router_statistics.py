@@ -29,10 +29,10 @@ from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert
 from ..experts.input_format import recorded_formatting
 from ..experts.kinds.kind import SiteModule
 from ..files.quoting import one_line
-from ..tasks.collating import Collator
+from ..tasks.collating import Collator, batches_of_tokens
 from ..tasks.cuts import Cuts
 from ..tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
-from ..tasks.encoding import Encoder, TokenPair, batches_of_tokens
+from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Example, Task
 
 __all__ = [
@@ -86,7 +86,7 @@ def measure(
         formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
     encoder = Encoder.of(base, formatting)
     found = statistics_of(base, expert.modules, task.with_validation(seed), encoder, settings, seed)
-    found.cuts.tell(task.name)
+    found.cuts.report(task.name)
     measured = replace(
         expert,
         means=expert.means if found.means is None else found.means,

@@ -103,7 +103,7 @@ def _train_adapter(run: TrainingRun, peft: Peft) -> Path:
     )
     cuts = run.encoder.cuts(train)
     if processes.is_first():
-        cuts.tell(task.name)
+        cuts.report(task.name)
     torch.manual_seed(training.seed)
     with fresh_expert(run.base, peft, joint=run.gate_training.joint) as fresh:
         report = fit(

@@ -135,5 +135,5 @@ def explain(
     encoder = Encoder.for_model(model, tokenizer, formatting)
     pair = encoder.pair(prompt, given)
     if not told:
-        encoder.cuts([pair]).tell("the prompt")
+        encoder.cuts([pair]).report("the prompt")
     return Explanation(trace(model, encoder, pair), given, layer, kind)

@@ -219,7 +219,7 @@ def _tell_of_inputs(
     """Tell what is cut of the datasets, and which experts were trained on inputs of other form."""
     encoder = Encoder.of(base, formatting)
     for name, dataset in datasets.items():
-        dataset.questions(encoder).cuts.tell(name)
+        dataset.questions(encoder).cuts.report(name)
     records = [record for row in rows if row.pool is not None for record in row.pool.records()]
     distinct = {json.dumps(record, sort_keys=True): record for record in records}
     warn_of_other_formatting(distinct.values(), formatting)

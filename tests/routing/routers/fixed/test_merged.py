@@ -17,7 +17,7 @@ from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight, 
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.stacks.site_stack import LoraStack
-from phatgoose.tasks.encoding import pad_left, pad_right
+from phatgoose.tasks.collating import pad_left, pad_right
 from tiny import assert_same_logits, logits_of, make_ids
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base

@@ -20,8 +20,8 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.per_input.lookup import LookedUpRouter, Lookup
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from phatgoose.tasks.collating import pad_left, pad_right, position_ids
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
-from phatgoose.tasks.encoding import pad_left, pad_right, position_ids
 from phatgoose.tasks.task import Example, Task
 from routed_models import SCORES, compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids

@@ -15,7 +15,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.fixed.unscored import UniformRouter
 from phatgoose.routing.routers.per_token.scored import ScoredRouter, standardise
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.tasks.encoding import pad_left, pad_right
+from phatgoose.tasks.collating import pad_left, pad_right
 from routed_models import compose_by
 from tiny import assert_same_logits, logits_of, make_ids
 

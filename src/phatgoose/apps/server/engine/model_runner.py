@@ -22,7 +22,9 @@ from ....base.positions import positions_of
 from ....base.sites import ROUTED
 from ....routing.compose import watch
 from ....routing.routers.per_input.lookup import PromptReader
-from ....tasks.encoding import added_tokens, contiguous_head, position_ids
+from ....tasks.collating import position_ids
+from ....tasks.encoding import added_tokens
+from ....tasks.target_logits import contiguous_head
 from .caches import Cache
 
 __all__ = ["ModelRunner"]

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ....analysis.traces import TraceKeeper, TraceStream
-from ....tasks.encoding import pad_left
+from ....tasks.collating import pad_left
 from .caches import Cache
 from .decoding import TokenScores, token_scores
 from .model_runner import ModelRunner

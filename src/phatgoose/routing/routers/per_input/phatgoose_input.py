@@ -21,7 +21,8 @@ from ....base.token_masks import watch_inputs
 from ....config import Formatting
 from ....errors import RoutingError
 from ....experts.pool import Pool
-from ....tasks.encoding import Encoder, batches_of_tokens, pad_right
+from ....tasks.collating import batches_of_tokens, pad_right
+from ....tasks.encoding import Encoder
 from ....tasks.task import Example
 from ...recording import unwatched
 from ..per_token.affinities import CentredRouter, affinity_vectors

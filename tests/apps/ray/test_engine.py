@@ -134,7 +134,7 @@ def test_a_lost_worker_is_replaced_and_its_job_done_again(cluster, caplog):
     assert sorted(job.name for job in done) == sorted(job.name for job in jobs)
     assert {job.name: tries for job, (_, tries) in done.items() if tries > 1} == {"deadly": 2}
     assert bar.n == sum(job.size for job in jobs)
-    assert "A worker was lost at deadly; another goes on with it." in caplog.text
+    assert "A worker was lost at deadly; another continues." in caplog.text
 
 
 def test_what_a_job_raises_is_raised_here_and_a_job_that_only_kills_is_given_up(cluster):

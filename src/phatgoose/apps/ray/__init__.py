@@ -1,9 +1,9 @@
-"""Many machines: jobs on a Ray cluster. Needs the extra 'ray'.
+"""Jobs on a Ray cluster of one or many machines. Needs the extra 'ray'.
 
-connection.py  The connection with a Ray cluster; the one module that imports Ray
-engine.py      The engine on Ray: workers that are hired, given jobs, and replaced when they are los
-replicas.py    The server's application on Ray Serve: several replicas of it behind one address
-worker.py      A worker: a Ray actor that opens a workshop once and does one job after the other wit
+connection.py  The connection to a Ray cluster; the only module that imports Ray
+engine.py      The engine: starts workers, assigns jobs to them, and replaces lost workers
+worker.py      A Ray actor that opens a workshop once and does one job after another with it
+replicas.py    The server's application on Ray Serve: several replicas behind one address
 """
 
 from .connection import connected

@@ -1,4 +1,4 @@
-"""The connection with a Ray cluster; the one module that imports Ray."""
+"""The connection to a Ray cluster; the only module that imports Ray."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 from ...errors import ConfigError, EngineError
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster
-# A worker is as urgent as the command that it works for; Ray would put it behind everything else.
+# Ray would give workers a lower priority than the command that they work for.
 os.environ.setdefault("RAY_worker_niceness", "0")
-# What a worker told to leave GPUs alone would otherwise be warned of.
+# Otherwise Ray warns in every worker that uses no GPU.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 try:
@@ -24,17 +24,16 @@ except ImportError as error:
 __all__ = ["connected", "ray"]
 
 OBJECT_STORE = 256 * 2**20  # bytes; datasets pass through it, models and experts don't
-HANDED_ON = ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TOKENIZERS_PARALLELISM")
+PASSED_ON = ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TOKENIZERS_PARALLELISM")
 OURS = "PHATGOOSE_"
 
 
 @contextmanager
 def connected(address: str | None = None) -> Iterator[None]:
-    """Connected with the cluster at `address`, or with one of this machine that ends with it.
+    """Connect to the cluster at `address`; without one, to a new cluster of this machine alone.
 
-    `address` is HOST:PORT, ray://HOST:PORT or "auto" (the cluster that this machine is part of). A
-    connection that exists already is used and left as it is. Raises EngineError when no cluster
-    answers there.
+    `address` is HOST:PORT, ray://HOST:PORT or "auto" (the cluster that this machine is part of). An
+    existing connection is used and left open. Raises EngineError when no cluster answers.
     """
     if ray.is_initialized():
         yield
@@ -60,9 +59,9 @@ def connected(address: str | None = None) -> Iterator[None]:
 
 
 def _environment() -> dict[str, str]:
-    """The variables of this process that its workers on other machines should have too."""
+    """The variables of this process that workers on other machines should have too."""
     return {
         name: value
         for name, value in os.environ.items()
-        if name in HANDED_ON or name.startswith(OURS)
+        if name in PASSED_ON or name.startswith(OURS)
     }

@@ -1,8 +1,8 @@
-"""The engine on Ray: workers that are hired, given jobs, and replaced when they are lost.
+"""The engine: starts workers, assigns jobs to them, and replaces lost workers.
 
-A job whose worker is lost (its process was killed, its machine went away) is given to another,
-`again`. Nothing but the job's own folder is needed for that. This process alone knows what is done;
-if it dies its workers end, and what they have finished is found by whoever gives the jobs anew.
+When a worker is lost (its process was killed, its machine went away), its job's `again` is assigned
+to another one, which needs only the job's own folder. If this process dies, its workers end; the
+next run of the same jobs finds what they have finished.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ __all__ = ["RayEngine", "job_for"]
 
 logger = logging.getLogger(__name__)
 
-MOMENT = 0.5  # seconds between two looks at how far jobs are
-MOST_LOSSES = 3  # of workers at one job, on machines that stayed, without its getting any further
+POLLING = 0.5  # seconds between two updates of the progress bar
+MOST_LOSSES = 3  # of workers at one job without progress, on machines that are still there
 STARTING = "a worker that was starting"
-WAITING = 30.0  # seconds without any worker after which it is worth a line
+WAITING = 30.0  # seconds without any worker after which the log says so
 
 
 @dataclass
 class RayEngine:
-    """Jobs on the cluster that this process is connected with (see `connected`).
+    """Runs jobs on the cluster that this process is connected to (see `connected`).
 
-    `workers` None: as many as fit. `gpus_per_worker` may be a fraction; None means one where the
+    `workers` None means as many as fit. `gpus_per_worker` may be a fraction; None means one if the
     cluster has any. `cpus_per_worker` (None: 1) is also the number of a worker's threads.
     """
 
@@ -48,20 +48,20 @@ class RayEngine:
     ) -> Generator[tuple[AnyJob, AnyResult], None, None]:
         """(job, result) of each of `jobs` as soon as it is done, in any order.
 
-        Raises what a job raises, and EngineError when no machine has room for a worker or jobs lose
-        one worker after the other.
+        Raises what a job raises, and EngineError when no machine has room for a worker or a job
+        loses one worker after another.
         """
         if not jobs:
             return
-        crew = _Crew(self, ray.put(workshop.portable()), list(jobs), bar)
+        run = _Run(self, ray.put(workshop.portable()), list(jobs), bar)
         try:
-            while crew.unfinished:
-                yield from crew.turn()
+            while run.is_unfinished:
+                yield from run.step()
         finally:
-            crew.dismiss()
+            run.stop()
 
     def needs(self) -> dict[str, float]:
-        """What one worker takes of a machine, as Ray counts it."""
+        """The resources that one worker needs, as Ray counts them."""
         gpus = self.gpus_per_worker
         if gpus is None:
             gpus = 1.0 if any("GPU" in node["Resources"] for node in _machines()) else 0.0
@@ -69,7 +69,7 @@ class RayEngine:
         return {"CPU": cpus, "GPU": gpus}
 
     def room(self) -> int:
-        """How many workers there are to be. Raises EngineError when no machine is large enough."""
+        """The number of workers. Raises EngineError when no machine is large enough."""
         needs = self.needs()
         fit = _fitting(needs)
         if not fit:
@@ -79,9 +79,10 @@ class RayEngine:
 
 
 def job_for(group: str | None, taken: Iterable[str | None], left: Sequence[Any]) -> Any:
-    """The job of `left`, which has some, for a worker at `group` while others are at `taken`.
+    """The job of `left`, which isn't empty, for a worker of `group`, while others are at `taken`.
 
-    The first of its own group, else of the group with the most jobs that aren't another's next.
+    The first of its own group, else of the group with the most jobs, not counting one for each
+    worker that is at that group.
     """
     sizes = Counter(job.group for job in left)
     for other in taken:
@@ -92,7 +93,7 @@ def job_for(group: str | None, taken: Iterable[str | None], left: Sequence[Any])
 
 
 def _fitting(needs: Mapping[str, float]) -> int:
-    """How many workers that need so much have room on the machines that are there now."""
+    """How many workers with these needs fit on the machines that are there now."""
     wanted = {name: amount for name, amount in needs.items() if amount}
     return sum(
         min(
@@ -108,148 +109,149 @@ def _machines() -> list[dict[str, Any]]:
 
 
 @dataclass(eq=False)
-class _Hand:
-    """One worker as seen from here: its actor, what it was asked last, and where it is."""
+class _WorkerHandle:
+    """One worker as this process sees it."""
 
     actor: Any
-    asked: Any  # reference of the answer that is waited for, None while it has nothing to do
+    answer: Any  # reference to the answer that is waited for, None while the worker is idle
     job: Any = None
     machine: str | None = None  # None until its workshop is open
     group: str | None = None
-    shown: int = 0  # units of its job that the bar has
-    progress: Any = None
+    shown: int = 0  # units of its job that the bar shows
+    progress: Any = None  # reference to the units that it was asked for
 
 
-class _Crew:
+class _Run:
     """The workers of one run and the jobs that are left."""
 
     def __init__(self, engine: RayEngine, workshop: Any, jobs: list[Any], bar: Any) -> None:
         self._engine, self._workshop, self._bar = engine, workshop, bar
-        self._left, self._count = jobs, len(jobs)
-        self._hands: list[_Hand] = []
+        self._left = jobs
+        self._workers: list[_WorkerHandle] = []
         self._losses: Counter[str] = Counter()
         self._furthest: Counter[str] = Counter()  # units of a job that were done when it was lost
         self._needs = engine.needs()
-        engine.room()  # that there are machines for it at all is told at once
+        engine.room()  # raises at once if no machine is large enough
         self._seen = time.monotonic()
 
     @property
-    def unfinished(self) -> bool:
-        """True while a job is left or at work."""
-        return bool(self._left) or any(hand.job is not None for hand in self._hands)
+    def is_unfinished(self) -> bool:
+        """True while a job is left or running."""
+        return bool(self._left) or any(worker.job is not None for worker in self._workers)
 
-    def turn(self) -> Generator[tuple[Any, Any], None, None]:
-        """Hire, give jobs, wait a moment; the results that have come."""
-        self._hire()
-        self._give()
-        waiting = {hand.asked: hand for hand in self._hands if hand.asked is not None}
+    def step(self) -> Generator[tuple[Any, Any], None, None]:
+        """Start workers, assign jobs and wait briefly; yields the results that have come."""
+        self._start_workers()
+        self._assign()
+        waiting = {each.answer: each for each in self._workers if each.answer is not None}
         if not waiting:  # all machines are gone; others may come
-            time.sleep(MOMENT)
-        for reference in _answers(list(waiting)):
-            yield from self._answered(waiting[reference])
-        self._look()
+            time.sleep(POLLING)
+        for reference in _ready(list(waiting)):
+            yield from self._receive(waiting[reference])
+        self._update_bar()
 
-    def dismiss(self) -> None:
+    def stop(self) -> None:
         """End all workers, whatever they are doing."""
-        for hand in self._hands:
-            ray.kill(hand.actor)
+        for worker in self._workers:
+            ray.kill(worker.actor)
 
-    def _hire(self) -> None:
-        """New workers while there are jobs for them and room."""
-        busy = sum(hand.job is not None for hand in self._hands)
+    def _start_workers(self) -> None:
+        """Start workers while there are jobs for them and room."""
+        busy = sum(worker.job is not None for worker in self._workers)
         room = self._engine.workers or _fitting(self._needs)  # machines come and go
         wanted = min(room, busy + len(self._left))
-        while len(self._hands) < wanted:
+        while len(self._workers) < wanted:
             actor = start_worker(self._workshop, cpus=self._needs["CPU"], gpus=self._needs["GPU"])
-            self._hands.append(_Hand(actor, actor.open.remote()))
+            self._workers.append(_WorkerHandle(actor, actor.open.remote()))
 
-    def _give(self) -> None:
-        """A job to each worker that has none, of the group it is at or else of the fullest."""
-        for hand in self._hands:
-            if hand.asked is not None or not self._left:
+    def _assign(self) -> None:
+        """Give each idle worker a job (see `job_for`)."""
+        for worker in self._workers:
+            if worker.answer is not None or not self._left:
                 continue
-            taken = [other.group for other in self._hands if other.job is not None]
-            hand.job = job_for(hand.group, taken, self._left)
-            self._left.remove(hand.job)
-            hand.group, hand.shown, hand.progress = hand.job.group, 0, None
-            hand.asked = hand.actor.do.remote(hand.job)
+            taken = [other.group for other in self._workers if other.job is not None]
+            worker.job = job_for(worker.group, taken, self._left)
+            self._left.remove(worker.job)
+            worker.group, worker.shown, worker.progress = worker.job.group, 0, None
+            worker.answer = worker.actor.do.remote(worker.job)
 
-    def _answered(self, hand: _Hand) -> Generator[tuple[Any, Any], None, None]:
-        """What `hand` was asked for has come, or will never come."""
+    def _receive(self, worker: _WorkerHandle) -> Generator[tuple[Any, Any], None, None]:
+        """Take the answer of `worker`, or replace it if it was lost."""
         try:
-            answer = ray.get(hand.asked)
+            answer = ray.get(worker.answer)
         except ray.exceptions.RayTaskError as error:
             raise _cause(error) from None
         except ray.exceptions.RayError as error:
-            self._lose(hand, error)
+            self._drop(worker, error)
             return
-        hand.asked = None
-        if hand.machine is None:
-            hand.machine, self._seen = answer, time.monotonic()
+        worker.answer = None
+        if worker.machine is None:
+            worker.machine, self._seen = answer, time.monotonic()
             self._losses[STARTING] = 0
             return
-        job, hand.job = hand.job, None
-        self._bar.update(job.size - hand.shown)
+        job, worker.job = worker.job, None
+        self._bar.update(job.size - worker.shown)
         yield job, answer
 
-    def _lose(self, hand: _Hand, error: Exception) -> None:
-        """Give up a worker; its job goes back to the others."""
-        ray.kill(hand.actor)
-        self._hands.remove(hand)
-        self._bar.update(-hand.shown)
-        what = STARTING if hand.job is None else hand.job.name
-        if hand.job is not None:
-            self._left.insert(0, hand.job.again())
-        if hand.shown > self._furthest[what]:
-            self._furthest[what], self._losses[what] = hand.shown, 0
-        elif hand.machine is None or hand.machine in {m["NodeID"] for m in _machines()}:
+    def _drop(self, worker: _WorkerHandle, error: Exception) -> None:
+        """Remove a lost worker; its job goes back to the others."""
+        ray.kill(worker.actor)
+        self._workers.remove(worker)
+        self._bar.update(-worker.shown)
+        what = STARTING if worker.job is None else worker.job.name
+        if worker.job is not None:
+            self._left.insert(0, worker.job.again())
+        if worker.shown > self._furthest[what]:
+            self._furthest[what], self._losses[what] = worker.shown, 0
+        elif worker.machine is None or worker.machine in {m["NodeID"] for m in _machines()}:
             self._losses[what] += 1
         reason = str(error).strip().splitlines()[0]
         if self._losses[what] >= MOST_LOSSES:
             raise EngineError(
                 f"{MOST_LOSSES} workers were lost at {what} (out of memory?): {reason}"
             )
-        logger.warning("A worker was lost at %s; another goes on with it. (%s)", what, reason)
+        logger.warning("A worker was lost at %s; another continues. (%s)", what, reason)
 
-    def _look(self) -> None:
-        """Move the bar by what workers have done of their jobs so far."""
+    def _update_bar(self) -> None:
+        """Show what workers have done of their jobs, and warn while there is no worker."""
         now = time.monotonic()
-        for hand in self._hands:
-            if hand.machine is not None:
+        for worker in self._workers:
+            if worker.machine is not None:
                 self._seen = now
-            if hand.job is None:
+            if worker.job is None:
                 continue
-            if hand.progress is not None and ray.wait([hand.progress], timeout=0)[0]:
-                self._show(hand)
-            elif hand.progress is None:
-                hand.progress = hand.actor.units.options(concurrency_group=PROGRESS).remote()
-        names = ", ".join(hand.job.name for hand in self._hands if hand.job is not None)
+            if worker.progress is None:
+                units = worker.actor.units.options(concurrency_group=PROGRESS)
+                worker.progress = units.remote()
+            elif ray.wait([worker.progress], timeout=0)[0]:
+                self._show(worker)
+        names = ", ".join(each.job.name for each in self._workers if each.job is not None)
         self._bar.set_description(names[:40] or "waiting for workers")
         if now - self._seen > WAITING:
             logger.warning("No worker was ready for the last %.0f s; still waiting.", WAITING)
             self._seen = now
 
-    def _show(self, hand: _Hand) -> None:
+    def _show(self, worker: _WorkerHandle) -> None:
         try:
-            units = min(ray.get(hand.progress), hand.job.size)
-        except ray.exceptions.RayError:  # it is lost, which its job's answer will tell
+            units = min(ray.get(worker.progress), worker.job.size)
+        except ray.exceptions.RayError:  # it is lost, which `_receive` will see
             return
-        hand.progress = None
-        if units > hand.shown:
-            self._bar.update(units - hand.shown)
-            hand.shown = units
+        worker.progress = None
+        if units > worker.shown:
+            self._bar.update(units - worker.shown)
+            worker.shown = units
 
 
-def _answers(asked: list[Any]) -> list[Any]:
-    """Those of the references `asked` whose answers have come after a moment."""
-    if not asked:
+def _ready(references: list[Any]) -> list[Any]:
+    """Those of the `references` whose answers come within a moment."""
+    if not references:
         return []
-    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=MOMENT)
+    ready, _ = ray.wait(references, num_returns=len(references), timeout=POLLING)
     return list(ready)
 
 
 def _cause(error: Any) -> Exception:
-    """What a job raised over there, as if it had been raised here."""
+    """The error that a job raised in its worker, to raise it here."""
     cause = error.cause
     if isinstance(cause, PhatgooseError):
         return cause

@@ -1,4 +1,4 @@
-"""The server's application on Ray Serve: several replicas of it behind one address."""
+"""The server's application on Ray Serve: several replicas behind one address."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["replicated", "run_replicas"]
 
 NAME = "phatgoose"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-AT_WORK = 256  # requests being computed in a replica beside those in its queue, at most
+RUNNING = 256  # most requests that a replica computes besides those in its queue
 
 
 @contextmanager
@@ -41,21 +41,21 @@ def replicated(
     gpus_per_replica: float = 0.0,
     cpus_per_replica: float = 1.0,
 ) -> Iterator[None]:
-    """So many replicas of the server's application at one address while the context is open.
+    """Run replicas of the server's application behind one address while the context is open.
 
-    Each opens all models and has a queue and limits of its own; a replica that dies is replaced,
-    and its unfinished requests fail. Raises EngineError when they can't be started.
+    Each opens all models and has its own queue and limits. A replica that dies is replaced, and its
+    unfinished requests fail. Raises EngineError when the replicas can't be started.
     """
-    here = [_elsewhere(model) for model in models]
+    portable = [_portable(model) for model in models]
 
     def build() -> Any:
-        return create_app(here, serving, api_keys, hosts)
+        return create_app(portable, serving, api_keys, hosts)
 
     deployment = serve.deployment(
         name=NAME,
         num_replicas=replicas,
-        # The application turns away what its queue has no room for, so Ray must not hold it back.
-        max_ongoing_requests=serving.max_queue + AT_WORK,
+        # The application refuses what its queue has no room for, so Ray need not limit requests.
+        max_ongoing_requests=serving.max_queue + RUNNING,
         graceful_shutdown_timeout_s=serving.shutdown_timeout,
         ray_actor_options={"num_cpus": cpus_per_replica, "num_gpus": gpus_per_replica},
     )(serve.ingress(build)())
@@ -73,21 +73,21 @@ def replicated(
 
 
 def run_replicas(*arguments: Any, **options: Any) -> None:
-    """As `replicated`, until SIGTERM or SIGINT. Must be called in the main thread."""
-    told = threading.Event()
+    """Run `replicated` until SIGTERM or SIGINT. Must be called in the main thread."""
+    stopped = threading.Event()
     with replicated(*arguments, **options):
-        before = {number: signal.signal(number, lambda *_: told.set()) for number in SIGNALS}
+        before = {number: signal.signal(number, lambda *_: stopped.set()) for number in SIGNALS}
         try:
-            while not told.is_set():  # in short waits: a signal doesn't end a long one everywhere
+            while not stopped.is_set():  # a long wait isn't ended by a signal on every platform
                 with suppress(InterruptedError):
-                    told.wait(1.0)
+                    stopped.wait(1.0)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
 
-def _elsewhere(model: ServedModel) -> ServedModel:
-    """The model by places that are found from any working directory."""
+def _portable(model: ServedModel) -> ServedModel:
+    """The model with paths that are valid in any working directory."""
     base = None if model.base is None else absolute(model.base)
     scores = None if model.scores is None else absolute(model.scores)
     return replace(model, place=absolute(model.place), base=base, scores=scores)

@@ -1,4 +1,4 @@
-"""A worker: a Ray actor that opens a workshop once and does one job after the other with it."""
+"""A Ray actor that opens a workshop once and does one job after another with it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .connection import ray
 
 __all__ = ["Worker", "start_worker"]
 
-PROGRESS = "progress"  # asked for while a job runs, hence in a thread of its own
+PROGRESS = "progress"  # the thread that answers `units` while a job runs
 
 
 class Worker:
-    """What runs in the worker's process."""
+    """The actor."""
 
     def __init__(self, workshop: list[Any], folder: str) -> None:
         self._workshop, self._units = workshop, 0
-        with suppress(OSError):  # a machine that lacks the folder gets by with absolute paths
+        with suppress(OSError):  # a machine without the folder needs absolute paths
             os.chdir(folder)
 
     def open(self) -> str:
-        """Open the workshop; answers the id of the machine, as Ray calls it."""
-        # Unpacked here and not by Ray, which would take what goes wrong for a worker that was lost.
+        """Open the workshop; returns Ray's id of the machine."""
+        # Fetched here: when Ray fetches it, it takes any error for a lost worker.
         workshop: Workshop[Any, Any] = ray.get(self._workshop[0])
         self._context = workshop.open(self._tell)
         self._work = self._context.__enter__()
@@ -36,7 +36,7 @@ class Worker:
         return self._work(job)
 
     def units(self) -> int:
-        """How much of the present job is done."""
+        """How many units of the current job are done."""
         return self._units
 
     def _tell(self, units: int) -> None:
@@ -44,9 +44,9 @@ class Worker:
 
 
 def start_worker(workshop: Any, *, gpus: float, cpus: float) -> Any:
-    """A handle of a new worker, which starts when the cluster has room. `workshop` is a reference.
+    """A handle to a new worker, which starts when the cluster has room. `workshop` is a reference.
 
-    Ray would start a worker that died anew, but not tell what it was doing: so that is left to us.
+    Ray could restart a lost worker, but wouldn't say which job it had; so the engine replaces it.
     """
     actor = ray.remote(
         num_gpus=gpus,

@@ -1,8 +1,8 @@
 """Settings, as frozen dataclasses: one place for names, defaults, help texts and checks.
 
 The command line derives its flags from these classes and recipes (TOML) fill them, so a setting
-exists exactly once. Defaults are the paper's (section 3 of METHOD; Muqeeth et al. 2024, section 4.1
-and the released code) unless the help text says otherwise.
+exists exactly once. Defaults are the paper's (Muqeeth et al. 2024, section 4.1, and the released
+code) unless the help text says otherwise.
 """
 
 from __future__ import annotations
@@ -45,29 +45,29 @@ __all__ = [
 Config = TypeVar("Config")
 
 TASK_FILES = (".csv", ".jsonl")
-# What `suites.registry.SUITES` knows by name; in a recipe these words are no file names.
+# The names in `tasks.suites.registry.SUITES`: a recipe must not take them for files.
 SUITE_NAMES = ("t0hi", "t0ho", "flan", "bbh", "bbl", "bbh-23", "bbl-24")
 ACTIVATIONS = ("relu", "gelu", "silu")
 PLACEMENTS = ("houlsby", "pfeiffer")
-SEEDS = 1 << 32  # what numpy takes, which Trainer seeds too
+SEEDS = 1 << 32  # numpy accepts no larger ones, and Trainer seeds numpy too
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 TRUNCATIONS = ("middle", "left", "right")
 
-# Help texts of settings that several kinds of expert have, and that are one flag therefore.
+# Help texts of settings that several kinds of expert share, as one flag.
 SITES = (
-    "Regular expression that a site's module path must match (search); default: every linear layer "
-    "of every block (lora), keys, values and the feed-forward network's last layer as PEFT chooses "
-    "them for the base's kind (ia3), the layers that the placement names (bottleneck)."
+    "Regular expression to search for in a site's module path. Default: every linear layer of "
+    "every block (lora); keys, values and the last feed-forward layer, as PEFT selects them for "
+    "the base's architecture (ia3); the layers of the placement (bottleneck)."
 )
 INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and U start at zero."
 
 
 class Settings:
-    """What all classes of settings share: each value is of a type that its field is annotated with.
+    """Base of all settings: checks each value against the type of its field.
 
-    They are frozen dataclasses whose fields are `Annotated[type, help text]`. Numbers of other
-    makes (numpy's) become Python's, and whole ones given for a float become floats. Subclasses
-    check ranges in their own `__post_init__`, after this one.
+    Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`. Numbers of
+    other libraries (numpy's) become Python's, and integers given for a float become floats.
+    Subclasses check ranges in their own `__post_init__`, after this one.
     """
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Lora(Settings):
-    """The shape of a LoRA expert: W u + (alpha / rank) B A u at every site (METHOD section 3.1)."""
+    """The shape of a LoRA expert: W u + (alpha / rank) B A u at every site (paper section 3)."""
 
     rank: Annotated[int, "Rank r of each LoRA module."] = 16
     alpha: Annotated[float, "LoRA alpha; the update is scaled by alpha / rank."] = 1.0
@@ -100,8 +100,8 @@ class IA3(Settings):
     sites: Annotated[str | None, SITES] = None
     feedforward: Annotated[
         str | None,
-        "Which of them have their input scaled, not their output (regular expression, search); "
-        "default: PEFT's choice (the last layer of the feed-forward network).",
+        "Regular expression to search for: these sites scale their input instead of their output. "
+        "Default: PEFT's choice (the last feed-forward layer).",
     ] = None
 
 
@@ -111,12 +111,12 @@ class Bottleneck(Settings):
 
     placement: Annotated[
         str,
-        "houlsby (after attention and feed-forward network of each block) or pfeiffer (after "
-        "the latter only).",
+        "houlsby (after attention and after the feed-forward network of each block) or pfeiffer "
+        "(only after the latter).",
     ] = "houlsby"
     size: Annotated[int, "Size of the bottleneck."] = 64
     activation: Annotated[str, "Activation f in the bottleneck: relu, gelu or silu."] = "relu"
-    scale: Annotated[float, "The adapter's output is scaled by this."] = 1.0
+    scale: Annotated[float, "Factor on the adapter's output."] = 1.0
     init_std: Annotated[float, INIT_STD] = 0.01
     sites: Annotated[str | None, SITES] = None
 
@@ -136,19 +136,19 @@ KIND_NAMES = {"lora": "LoRA", "ia3": "(IA)³", "bottleneck": "bottleneck"}  # fo
 
 @dataclass(frozen=True)
 class Training(Settings):
-    """How an expert is trained (METHOD section 3.1)."""
+    """How an expert is trained (paper section 4.1)."""
 
     steps: Annotated[int, "Optimiser steps."] = 1000
     batch_size: Annotated[int, "Sequences per optimiser step."] = 1024
-    micro_batch_size: Annotated[int, "Sequences per forward pass; the rest is accumulated."] = 8
+    micro_batch_size: Annotated[int, "Sequences per forward pass, accumulated."] = 8
     learning_rate: Annotated[float, "AdamW learning rate."] = 5e-3
-    warmup_ratio: Annotated[float, "Share of the steps with a rising learning rate."] = 0.06
+    warmup_ratio: Annotated[float, "Share of the steps in which the learning rate rises."] = 0.06
     weight_decay: Annotated[float, "AdamW weight decay."] = 0.0
     max_grad_norm: Annotated[float, "Gradient clipping by global norm."] = 1.0
     eval_every: Annotated[
-        int, "Validate, keep a checkpoint and remember the best one, every so many steps."
+        int, "Steps between validations; each saves a checkpoint, and the best one wins."
     ] = 100
-    eval_examples: Annotated[int, "At most so many validation examples are used."] = 500
+    eval_examples: Annotated[int, "Maximum validation examples to use."] = 500
     seed: Annotated[int, "Seed of initialisation, data order and validation split."] = 0
 
     def __post_init__(self) -> None:
@@ -164,26 +164,27 @@ class Training(Settings):
 
 @dataclass(frozen=True)
 class GateTraining(Settings):
-    """How the gates are trained (METHOD section 3.2), and what else is measured for other routers.
+    """How the gates are trained (paper section 3), and which statistics other routers get.
 
-    Batch size, warm-up, clipping, weight decay and seed are those of `Training`, as in the paper.
+    Batch size, warm-up, clipping, weight decay and seed are those of `Training` (paper section
+    4.1).
     """
 
     joint: Annotated[
         bool,
-        "Train gates together with the expert in one go, instead of after it (Appendix A); steps "
-        "and learning rate are then the expert's.",
+        "Train gates together with the expert instead of after it (paper appendix A), for the "
+        "expert's steps and at its learning rate.",
     ] = False
     gate_steps: Annotated[int, "Optimiser steps of gate training."] = 100
     gate_learning_rate: Annotated[
-        float | None, "Learning rate of gate training; default: that of the expert."
+        float | None, "Learning rate of gate training; default: the expert's."
     ] = None
     statistics_examples: Annotated[
-        int, "Training examples measured for mean activations and embeddings."
+        int, "Training examples to measure for mean activations and embeddings."
     ] = 1000
-    means: Annotated[bool, "Measure each site's mean activation (for average-activation)."] = True
+    means: Annotated[bool, "Measure mean activations (for router average-activation)."] = True
     embeddings: Annotated[
-        bool, "Embed training inputs (for retrieval; needs the extra 'retrieval')."
+        bool, "Embed training inputs (for router retrieval; needs the extra 'retrieval')."
     ] = False
     embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = (
         "sentence-transformers/all-MiniLM-L6-v2"
@@ -206,14 +207,15 @@ class GateTraining(Settings):
 class Formatting(Settings):
     """How an example becomes tokens."""
 
-    max_input_tokens: Annotated[int, "Longer inputs are cut to so many tokens."] = 512
+    max_input_tokens: Annotated[int, "Maximum tokens of an input; longer ones are cut."] = 512
     truncation: Annotated[
         str,
-        "What such a cut takes away: middle (of a template's longest field where it is known, else "
-        "of the input; three times as much is kept behind as before), left or right (the paper's).",
+        "Which part of a long input to cut: middle (of the template's longest field if known, else "
+        "of the input; keeps three times as much after the cut as before), left, or right (as in "
+        "the paper).",
     ] = "middle"
     max_target_tokens: Annotated[
-        int, "Targets are cut on the right to so many tokens, with a warning."
+        int, "Maximum tokens of a target; longer ones are cut on the right, with a warning."
     ] = 512
     chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
 
@@ -226,7 +228,7 @@ class Formatting(Settings):
 
 @dataclass(frozen=True)
 class Routing(Settings):
-    """How a routed model chooses experts (METHOD section 4)."""
+    """How a routed model chooses experts (paper sections 3 and 4.2)."""
 
     router: Annotated[
         str,
@@ -235,19 +237,19 @@ class Routing(Settings):
     ] = "phatgoose"
     k: Annotated[int, "Experts per token at each site."] = 2
     kernel: Annotated[str, "auto, reference, concat, gather, grouped, native or triton."] = "auto"
-    eps: Annotated[float, "Added to var(u) under the root when u is standardised."] = 1e-5
-    expert: Annotated[str | None, "The expert of router single."] = None
-    arrow: Annotated[str, "Form of router arrow: svd (the paper's), peft or mttl."] = "svd"
+    eps: Annotated[float, "Added to var(u) under the root when standardising activations u."] = 1e-5
+    expert: Annotated[str | None, "Expert to use with router single."] = None
+    arrow: Annotated[str, "Variant of router arrow: svd (the paper's), peft or mttl."] = "svd"
     router_seed: Annotated[int, "Seed of router random."] = 0
     stand_in: Annotated[
-        bool, "Let experts without gates join: their Arrow vector stands in, which is a guess."
+        bool, "Use the Arrow vector of an expert that has no gates, which is a guess."
     ] = False
     affinity: Annotated[
-        str, "How gates or means meet activations: standardised (paper), raw, trimmed or centred."
+        str, "How gates or means score activations: standardised (paper), raw, trimmed or centred."
     ] = "standardised"
-    router_temperature: Annotated[float, "Divides affinities before the softmax over the k."] = 1.0
+    router_temperature: Annotated[float, "Divides affinities before the softmax."] = 1.0
     retrieval_embedder: Annotated[
-        str | None, "Router retrieval's embedder, to be named where it isn't the default one."
+        str | None, "Embedder of router retrieval, where it isn't the default one."
     ] = None
 
     def __post_init__(self) -> None:
@@ -262,24 +264,24 @@ class Routing(Settings):
 class Serving(Settings):
     """The limits of `phatgoose serve` (docs/serving.md)."""
 
-    max_tokens: Annotated[int, "Tokens to generate for one answer at most."] = 1024
-    max_choices: Annotated[int, "Answers to one request at most (its prompts times its n)."] = 64
-    max_queue: Annotated[int, "Answers that may wait; further requests are turned away."] = 256
-    max_client_queue: Annotated[int, "Answers of one client that may wait."] = 128
+    max_tokens: Annotated[int, "Maximum tokens to generate for one answer."] = 1024
+    max_choices: Annotated[int, "Maximum answers to one request (its prompts times its n)."] = 64
+    max_queue: Annotated[int, "Maximum answers that wait; further requests are refused."] = 256
+    max_client_queue: Annotated[int, "Maximum answers of one client that wait."] = 128
     max_batch_tokens: Annotated[
-        int, "Tokens of all answers computed together, prompts, answers and padding included."
+        int, "Maximum tokens to compute together, prompts, answers and padding included."
     ] = 16384
     max_routings: Annotated[
-        int, "Routings kept in memory that requests asked for, beside the models served by name."
+        int, "Requested routings to keep in memory, beside the served models."
     ] = 8
-    max_body: Annotated[int, "Bytes of a request at most."] = 1 << 20
-    max_connections: Annotated[int, "Connections at once."] = 1000
+    max_body: Annotated[int, "Maximum bytes of a request."] = 1 << 20
+    max_connections: Annotated[int, "Maximum open connections."] = 1000
     read_timeout: Annotated[
-        int, "Seconds in which a request must have come, its headers and its body each."
+        int, "Seconds for a request's headers, and again for its body, to arrive."
     ] = 20
-    timeout: Annotated[int, "Seconds a request may take, its wait included."] = 300
+    timeout: Annotated[int, "Maximum seconds per request, waiting included."] = 300
     shutdown_timeout: Annotated[
-        int, "Seconds that running requests are given when the server is told to stop."
+        int, "Seconds for running requests to finish after a signal to stop."
     ] = 30
 
     def __post_init__(self) -> None:
@@ -291,7 +293,7 @@ class Serving(Settings):
 
 @dataclass(frozen=True)
 class Setting:
-    """One field of a config class, as the command line and the recipes see it."""
+    """One field of a config class, for the command line and the recipes."""
 
     name: str
     type: Any
@@ -300,7 +302,7 @@ class Setting:
 
 
 def settings_of(config: type) -> tuple[Setting, ...]:
-    """The settings of a config class in the order of its fields."""
+    """The settings of a config class, in field order."""
     return _read_off(config)
 
 
@@ -315,9 +317,9 @@ def _read_off(config: type) -> tuple[Setting, ...]:
 
 
 def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """A `config` filled from `values`; fields that `values` lacks keep their default.
+    """A `config` filled from `values`; missing fields keep their default.
 
-    Raises ConfigError for an unknown key or a value that `config` refuses, naming `where` it stood.
+    Raises ConfigError, naming `where`, for an unknown key or a value that `config` refuses.
     """
     known = [setting.name for setting in settings_of(config)]
     for key in values:
@@ -346,7 +348,7 @@ def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
 
 
 def _typed(setting: Setting, value: Any) -> Any:
-    """`value` as one of the types of `setting`. Raises ConfigError when it is of none of them."""
+    """`value` as one of the types of `setting`. Raises ConfigError where none fits."""
     kinds = get_args(setting.type) or (setting.type,)
     if isinstance(value, bool | NoneType) and type(value) in kinds:
         return value
@@ -362,7 +364,7 @@ def _typed(setting: Setting, value: Any) -> Any:
 
 
 def _finite(name: str, value: Real) -> float:
-    """`value` as a float. Raises ConfigError for infinity, NaN and what is too large."""
+    """`value` as a float. Raises ConfigError for infinity, NaN and too large integers."""
     try:
         number = float(value)
     except OverflowError:

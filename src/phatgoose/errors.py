@@ -1,4 +1,4 @@
-"""Everything phatgoose raises on purpose, as one tree.
+"""Every error that phatgoose raises on purpose, as one tree.
 
 PhatgooseError
   + ConfigError       a setting, recipe key or command-line value that can't be used
@@ -7,12 +7,12 @@ PhatgooseError
   + ExpertError       an expert directory or adapter that is missing, damaged or unsupported
     x WrongBaseError  an expert that was trained on another base model
   + PoolError         a collection of experts that doesn't fit together
-  + RoutingError      a routed model asked for something it can't do
+  + RoutingError      something that a routed model can't do
   + EvaluationError   a score that can't be computed
-  + EngineError       workers that can't be had, or that are lost for good
+  + EngineError       workers that can't be started, or that stay lost
 
-Each message is one sentence or two in the user's terms: what was got, what was wanted, what to do.
-The command line prints it on one line and exits with status 2.
+Each message is one or two sentences in the user's terms: what was found, what was wanted, what to
+do. The command line prints it on one line and exits with status 2.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PoolError(PhatgooseError):
 
 
 class RoutingError(PhatgooseError):
-    """A routed model asked for something it can't do."""
+    """Something that a routed model can't do."""
 
 
 class EvaluationError(PhatgooseError):
@@ -68,4 +68,4 @@ class EvaluationError(PhatgooseError):
 
 
 class EngineError(PhatgooseError):
-    """Workers that can't be had, or that are lost for good."""
+    """Workers that can't be started, or that stay lost."""

@@ -1,7 +1,7 @@
 """The expert directory: an adapter, untouched, with gates and statistics in files beside it.
 
-The format is specified in docs/format.md. Everything is safetensors or JSON; nothing is pickled. A
-directory is written elsewhere first and renamed into place, so one that exists is complete.
+docs/format.md specifies the format. Everything is safetensors or JSON; nothing is pickled. A
+directory is written under another name and renamed, so that one that exists is complete.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ EXPERT_FILES = (*ADAPTER_FILES, *asdict(LAYOUT).values())  # every name that one
 class Expert:
     """One expert: what its adapter does, its gates and its statistics, by site name.
 
-    `directory` holds the adapter files; all `modules` are of one kind. `gates` and `means`
-    map a site to a float32 vector of its input size n and are empty when there are none;
-    `embeddings` is None or [examples, dims], of rows of length 1 made by `info.embedder`.
+    `directory` holds the adapter's files; all `modules` are of one kind. `gates` and `means` map a
+    site to a float32 vector of its input size n, and are empty when there are none; `embeddings` is
+    None or [examples, dims], rows of length 1 made by `info.embedder`.
 
-    The tensors of an expert that was loaded are views of its files, mapped into memory: their bytes
-    are read when used, and take memory of this process until `release`. They must not be written
-    to; `dataclasses.replace` makes an expert with other ones.
+    The tensors of a loaded expert are views of its files, mapped into memory: bytes are read when
+    used, and take memory until `release`. Don't write to them; `dataclasses.replace` makes an
+    expert with other tensors.
     """
 
     info: ExpertInfo
@@ -74,7 +74,7 @@ class Expert:
     def name(self) -> str:
         """The expert's name, unique within a pool: the one in `phatgoose.json`.
 
-        It stays when the directory is saved elsewhere or renamed; no other name finds the expert.
+        It doesn't change with the directory's name, and no other name finds the expert.
         """
         return self.info.name
 
@@ -90,7 +90,7 @@ class Expert:
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
 
     def release(self) -> None:
-        """Give back the memory that bytes read from its files take, until they are used again."""
+        """Free the memory of bytes read from its files; they are read again when used."""
         for file in self.files.values():
             file.release()
 
@@ -111,9 +111,9 @@ class Expert:
     ) -> Expert:
         """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
-        `base` defaults to what the adapter's own config names, without a fingerprint; `name` to the
-        name of the adapter's folder, and the expert keeps it wherever it is saved. Raises
-        ExpertError when the adapter can't be used or a vector doesn't fit its site.
+        `base` defaults to the one that the adapter's config names, without a fingerprint, `name` to
+        the name of the adapter's folder. Raises ExpertError when the adapter can't be used or a
+        vector doesn't fit its site.
         """
         directory = Path(adapter_dir)
         named = named_base(directory)
@@ -139,9 +139,9 @@ class Expert:
 
     @classmethod
     def load(cls, directory: str | Path) -> Expert:
-        """The expert in `directory`, fully checked (hashes, shapes, finiteness).
+        """The expert in `directory`, fully checked: hashes, shapes, finiteness.
 
-        Raises ExpertError naming the expert, the site, what was got and what was wanted.
+        Raises ExpertError with the expert, the site, what was got and what was wanted.
         """
         directory = Path(directory)
         expert = _read(directory)
@@ -151,10 +151,9 @@ class Expert:
         return expert
 
     def save(self, directory: str | Path, *, overwrite: bool = False) -> Expert:
-        """Write a complete directory, and return the expert as loaded from it.
+        """Write a complete directory or none, and return the expert as loaded from it.
 
-        Written beside its destination and renamed into place. Raises ExpertError when `directory`
-        exists (unless `overwrite`) or can't be written.
+        Raises ExpertError when `directory` exists (unless `overwrite`) or can't be written.
         """
         target = Path(directory)
         if target.exists() and not overwrite:
@@ -189,7 +188,7 @@ class Expert:
 
 
 def check_expert(directory: str | Path) -> list[str]:
-    """Everything that is wrong with the expert in `directory`, in words; empty when nothing is."""
+    """All problems of the expert in `directory`, a sentence each; empty when it is sound."""
     try:
         return list(_problems(_read(Path(directory))))
     except ExpertError as error:
@@ -197,7 +196,7 @@ def check_expert(directory: str | Path) -> list[str]:
 
 
 def base_named_in(directory: Path) -> str | None:
-    """The base that the expert or the plain adapter in `directory` names, if any.
+    """The base that the expert or plain adapter in `directory` names, None when it names none.
 
     Raises ExpertError when it is neither.
     """
@@ -293,7 +292,7 @@ def _vector_problems(expert: Expert) -> Iterator[str]:
 
 
 def _not_finite(expert: Expert) -> Iterator[str]:
-    """Vectors that hold a NaN or an infinity; files are looked at when they are read."""
+    """Vectors with a NaN or an infinity; those in files are checked when they are read."""
     for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
         for site, vector in vectors.items():
             if not is_finite(vector):

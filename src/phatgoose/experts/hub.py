@@ -2,7 +2,7 @@
 
 A reference is `hub:owner/name[/folder][@revision]`: a repository, a folder in it if it holds
 several experts, and a branch, tag or commit. Files come through huggingface_hub's cache, so what
-was fetched once is there offline. Only files that an expert consists of are ever fetched.
+was fetched once is available offline. Only an expert's files are ever fetched.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ REFERENCE = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[A-Za-z0-9][\w.-]*)*)(@(?P<revision>[^@\s]+))?"
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MOST_OF_A_REASON = 300  # characters; some of its errors are a page
+MOST_OF_A_REASON = 300  # characters; some errors are a page long
 
 
 @dataclass(frozen=True)
 class HubReference:
-    """Where an expert, or a folder of them, is on the Hub; `revision` None is the default branch.
+    """The location of an expert or a folder of them on the Hub; `revision` None: default branch.
 
     `folder` is inside the repository, "" for its root.
     """
@@ -50,7 +50,7 @@ class HubReference:
 
     @classmethod
     def parse(cls, text: str) -> HubReference:
-        """The reference that `text` is, with or without `hub:`. Raises ExpertError if none."""
+        """The reference in `text`, with or without `hub:`. Raises ExpertError if it is none."""
         found = REFERENCE.fullmatch(text.removeprefix(PREFIX))
         if found is None:
             raise ExpertError(
@@ -61,7 +61,7 @@ class HubReference:
 
     @staticmethod
     def is_one(place: str | Path) -> bool:
-        """True when `place` is meant as a reference: it begins with `hub:`."""
+        """True when `place` begins with `hub:`, so that it is meant as a reference."""
         return str(place).startswith(PREFIX)
 
     @property
@@ -75,7 +75,7 @@ class HubReference:
 
 
 def local_folder(place: str | Path) -> Path:
-    """The folder that `place` stands for: itself, or the local copy of what is on the Hub.
+    """The folder at `place`: itself, or the local copy of a reference to the Hub.
 
     Raises ExpertError when a reference can't be read or fetched.
     """
@@ -85,7 +85,7 @@ def local_folder(place: str | Path) -> Path:
 def reference_of(directory: Path) -> HubReference | None:
     """The pinned reference to a folder in huggingface_hub's cache, None for other folders.
 
-    A folder that only looks like that cache, elsewhere, says nothing of where it comes from.
+    A folder elsewhere that only looks like the cache has no reference.
     """
     cache, place = Path(constants.HF_HUB_CACHE).resolve(), directory.resolve()
     if not place.is_relative_to(cache):
@@ -145,10 +145,10 @@ def push(
 ) -> HubReference:
     """The pinned reference to the expert in `directory`, published as one commit.
 
-    Adapter, gates, statistics, embeddings and card go together, and what an earlier version had
-    beyond them is deleted by the same commit; other files of the repository stay. The repository is
-    made when it doesn't exist, `private` or not. A revision in `reference` is the branch. Raises
-    ExpertError when the expert is not in order or the Hub refuses.
+    The commit has adapter, gates, statistics, embeddings and card, and deletes such files of an
+    earlier version; other files of the repository stay. A missing repository is created, `private`
+    or not. A revision in `reference` is the branch. Raises ExpertError when the expert is damaged
+    or the Hub refuses.
     """
     directory = Path(directory)
     expert = Expert.load(directory)
@@ -172,7 +172,7 @@ def push(
 
 
 def _no_single_expert(reference: HubReference, fetched: Path) -> str:
-    """What to say when the folder itself is no expert, but may hold some."""
+    """The message for a folder that is no expert, but may hold some."""
     inner = sorted(path.parent.name for path in fetched.glob(f"*/{LAYOUT.info}"))
     if not inner:
         return (
@@ -185,7 +185,7 @@ def _no_single_expert(reference: HubReference, fetched: Path) -> str:
 
 @contextmanager
 def _reported(what: str) -> Iterator[None]:
-    """Whatever huggingface_hub raises, as one ExpertError that begins with `what`.
+    """Turns whatever huggingface_hub raises into an ExpertError that begins with `what`.
 
     Its errors derive from OSError, ValueError and RuntimeError, and those of its HTTP client from
     Exception alone.

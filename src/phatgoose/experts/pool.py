@@ -30,7 +30,7 @@ __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
 MANIFEST_VERSION = 1
 LONGEST_PATH = 1000  # characters
 STAND_IN = ", or allow stand-ins for gates (--stand-in)"
-REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add it
+REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add them
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Pool:
     def open(cls, source: str | Path | Sequence[str | Path]) -> Pool:
         """The pool in `source`.
 
-        `source` is a folder of expert directories, one expert directory, what the Hub has of either
-        ("hub:owner/name@revision"), a list of such places, or a manifest written by
-        `write_manifest` (experts are then checked against their recorded hashes). Every expert is
-        read and fully checked once. Raises PoolError when there is no expert, two share a name, or
-        bases differ; ExpertError for a bad expert.
+        `source` is a folder of expert directories, one expert directory, a reference to either on
+        the Hub ("hub:owner/name@revision"), a list of these, or a manifest written by
+        `write_manifest`, against whose hashes the experts are then checked. Every expert is read
+        and fully checked once. Raises PoolError when there is no expert, two share a name, or bases
+        differ; ExpertError for a bad expert.
         """
         if isinstance(source, str | Path) and Path(source).suffix == ".json":
             return cls._of(_read_manifest(Path(source)))
@@ -93,7 +93,7 @@ class Pool:
 
     @property
     def _anchor(self) -> Expert:
-        """The expert whose base the others are held against: the first that has a fingerprint."""
+        """The expert with whose base the others' are compared: the first that has a fingerprint."""
         known = (expert for expert in self.experts if expert.info.base.fingerprint)
         return next(known, self.experts[0])
 
@@ -110,8 +110,8 @@ class Pool:
     ) -> Pool:
         """The pool of the experts named in `keep` (None: all), without those in `leave_out`.
 
-        Names are the experts' own (`Expert.name`), whatever their directories are called. Raises
-        PoolError for a name that the pool lacks, and when no expert is left.
+        Names are `Expert.name`, not those of directories. Raises PoolError for an unknown name, and
+        when no expert is left.
         """
         if isinstance(keep, str) or isinstance(leave_out, str):
             raise PoolError("keep and leave_out must be lists of names.")
@@ -127,7 +127,7 @@ class Pool:
         return Pool(tuple(chosen))
 
     def _unknown(self, name: str) -> str:
-        """What to say of a `name` that no expert has; maybe it is a directory's."""
+        """The message for a `name` that no expert has; it may be a directory's."""
         held = [expert.name for expert in self.experts if expert.directory.name == name]
         hint = f" The directory {name!r} holds the expert {held[0]!r}." if held else ""
         named = [
@@ -139,14 +139,14 @@ class Pool:
         return f"The pool has no expert {name!r}; it has {', '.join(named)}.{hint}"
 
     def release(self) -> None:
-        """Give the memory back that the bytes read from the experts' files take (`Expert`)."""
+        """Free the memory of bytes read from the experts' files (see `Expert`)."""
         for expert in self.experts:
             expert.release()
 
     def vectors(self, kind: str, site: str) -> Tensor:
-        """The experts' gates (`kind` "gates") or mean activations ("means") at `site`, [E, n].
+        """The gates (`kind` "gates") or mean activations ("means") at `site`, [E, n].
 
-        Rows belong to the experts that act at `site`, in order, all of which must have them.
+        Rows are the experts that act at `site`, in order; all of them must have the vector.
         """
         return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
 
@@ -157,9 +157,9 @@ class Pool:
             raise PoolError(_missing(without, kind))
 
     def records(self) -> list[dict[str, Any]]:
-        """One record per expert: name, place, the hashes of its files and its inputs' form.
+        """One record per expert: name, path, the hashes of its files and its inputs' formatting.
 
-        The place of an expert from the Hub is its reference there, pinned to a commit.
+        The path of an expert from the Hub is its reference there, pinned to a commit.
         """
         return [
             {
@@ -195,7 +195,7 @@ class Pool:
 
 
 def _expert_directories(place: Path) -> Iterator[Path]:
-    """`place` if it is an expert, else the experts directly in it, by name."""
+    """`place` if it is an expert, else the experts directly in it, sorted by name."""
     if not place.is_dir():
         raise PoolError(f"{place} does not exist or is no folder; wanted a folder of experts.")
     if (place / LAYOUT.info).is_file():
@@ -240,12 +240,12 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
 
 
 def _loaded(directories: Sequence[Path]) -> Iterator[Expert]:
-    """The experts in `directories`, in order; several are read at a time."""
+    """The experts in `directories`, in order; several are read at once."""
     return ahead(Expert.load, directories)
 
 
 def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
-    """Raise ExpertError unless `expert`, whose files are as it says, is the one of the record."""
+    """Raise ExpertError unless `expert`, whose own hashes are checked, has those of `record`."""
     files = adapter_files(expert.directory)
     config_sha256 = sha256_of(expert.directory / files.config)
     for file, key, found in (
@@ -262,7 +262,7 @@ def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
 
 
 def _missing(without: Sequence[str], kind: str) -> str:
-    """What to say of the experts that lack gates (`kind` "gates") or means."""
+    """The message for experts that lack gates (`kind` "gates") or means."""
     many = len(without) > 1
     return (
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "

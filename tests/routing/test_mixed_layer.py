@@ -21,7 +21,7 @@ from phatgoose.base.sites import Site
 from phatgoose.config import ACTIVATIONS
 from phatgoose.errors import ExpertError, PoolError
 from phatgoose.evaluation.comparison.methods import lacking
-from phatgoose.experts.applied import ModifiedLinear, put_in
+from phatgoose.experts.applied import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.bottleneck import BottleneckLayers
 from phatgoose.experts.kinds.ia3 import ScalingVector
@@ -81,7 +81,7 @@ def test_a_pool_forced_to_one_expert_is_that_expert_alone(base, mixed_pool, name
     plain = logits_of(base.model, ids)
     expert = next(expert for expert in mixed_pool.experts if expert.name == name)
     if expert.kind == "bottleneck":
-        with put_in(base.model, expert.modules, ModifiedLinear):
+        with applied(base.model, expert.modules, ModifiedLinear):
             wanted = logits_of(base.model, ids)
     else:
         wanted = logits_of(peft_model(base, expert.directory), ids)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.experts.applied import applied
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import train_expert as training_module
-from phatgoose.training.gates import gated
+from phatgoose.training.gates import GatedLinear
 from phatgoose.training.loop import fit
 from phatgoose.training.train_expert import train_expert
 from tiny import logits_of
@@ -131,7 +132,7 @@ def kill_self():
 
 def gated_loss(base, expert: Expert, examples) -> float:
     """The loss of the base with the saved expert behind its saved gates."""
-    with gated(base.model, expert.modules) as layers:
+    with applied(base.model, expert.modules, GatedLinear) as layers:
         for site, layer in layers.items():
             layer.gate.data.copy_(expert.gates[site])
         return target_nll(base.model, base, examples).mean().item()

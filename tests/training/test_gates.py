@@ -10,6 +10,7 @@ from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
 from phatgoose.experts.adapter import read_modules
+from phatgoose.experts.applied import ModifiedLinear, applied
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.collating import Collator
@@ -18,9 +19,9 @@ from phatgoose.tasks.target_logits import target_logits
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import gates as gates_module
 from phatgoose.training import router_statistics as statistics_module
-from phatgoose.training.gates import GatedLinear, gated, train_gates
+from phatgoose.training.gates import GatedLinear, train_gates
 from phatgoose.training.loop import fit
-from phatgoose.training.router_statistics import at_full_strength, mean_activations
+from phatgoose.training.router_statistics import mean_activations
 from tiny import logits_of, make_adapter, make_ids, pairs_of
 
 TASK = Task(
@@ -115,7 +116,7 @@ def test_the_gradient_of_a_gate_agrees_with_finite_differences():
 def test_gates_of_a_whole_model_agree_with_finite_differences(base, kind, tmp_path):
     lora = read_modules(make_adapter(base, tmp_path / "adapter"))
     name = list(lora)[-1]
-    with gated(base.model, lora) as layers:
+    with applied(base.model, lora, GatedLinear) as layers:
         layer, ids = layers[name], make_ids()
         inputs = {"decoder_input_ids": ids} if base.is_encoder_decoder else {}
 
@@ -137,9 +138,9 @@ def test_gated_layers_leave_with_their_context_even_after_an_error(base, tmp_pat
     lora = read_modules(make_adapter(base, tmp_path / "adapter"))
     modules = dict(base.model.named_modules())
     name = next(iter(lora))
-    with gated(base.model, lora) as layers:
+    with applied(base.model, lora, GatedLinear) as layers:
         assert base.model.get_submodule(name) is layers[name]
-    with suppress(LookupError), gated(base.model, lora):
+    with suppress(LookupError), applied(base.model, lora, GatedLinear):
         raise LookupError
     assert dict(base.model.named_modules()) == modules
 
@@ -303,7 +304,7 @@ def test_the_means_of_an_expert_are_measured_with_it_and_without_gates(base, tmp
     expert = train_gates(
         base, folder, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
     )
-    with at_full_strength(base.model, expert.lora):
+    with applied(base.model, expert.lora, ModifiedLinear):
         assert_same_means(expert.means, naive_means(base.model, expert.lora, pairs_of(base, TASK)))
 
 
@@ -313,7 +314,7 @@ def test_means_of_a_sample_come_from_that_many_examples(llama, adapter, tmp_path
         llama, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=settings
     )
     site = next(iter(expert.means))
-    with at_full_strength(llama.model, expert.lora):
+    with applied(llama.model, expert.lora, ModifiedLinear):
         singles = [naive_means(llama.model, [site], [pair])[site] for pair in pairs_of(llama, TASK)]
     gaps = [(expert.means[site] - single).abs().max().item() for single in singles]
     assert sorted(gaps)[0] < 1e-5 < sorted(gaps)[1]

@@ -14,12 +14,13 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, TaskError, WrongBaseError
 from phatgoose.experts.adapter import read_modules
+from phatgoose.experts.applied import ModifiedLinear, applied
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import router_statistics as statistics_module
 from phatgoose.training.gates import train_gates
-from phatgoose.training.router_statistics import at_full_strength, measure
+from phatgoose.training.router_statistics import measure
 from phatgoose.training.train_expert import train_expert
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from toy_embedders import embed
@@ -166,7 +167,7 @@ def test_only_training_examples_are_measured(llama, tmp_path, monkeypatch):
 def test_the_expert_at_full_strength_is_the_peft_model(base, tmp_path):
     folder, ids = make_adapter(base, tmp_path / "adapter"), make_ids()
     plain = logits_of(base.model, ids)
-    with at_full_strength(base.model, read_modules(folder)):
+    with applied(base.model, read_modules(folder), ModifiedLinear):
         got = logits_of(base.model, ids)
     assert_same_logits(got, logits_of(peft_model(base, folder), ids))
     assert torch.equal(logits_of(base.model, ids), plain)
@@ -175,7 +176,7 @@ def test_the_expert_at_full_strength_is_the_peft_model(base, tmp_path):
 def test_full_strength_ends_with_its_context_even_after_an_error(llama, tmp_path):
     lora, ids = read_modules(make_adapter(llama, tmp_path / "adapter")), make_ids()
     plain = logits_of(llama.model, ids)
-    with pytest.raises(LookupError), at_full_strength(llama.model, lora):
+    with pytest.raises(LookupError), applied(llama.model, lora, ModifiedLinear):
         raise LookupError
     assert torch.equal(logits_of(llama.model, ids), plain)
 

@@ -13,7 +13,7 @@ from ..base.sites import WrappedLinear, find_sites, linear_shape, replace_module
 from .adapter import check_fit
 from .kinds.kind import SiteModule
 
-__all__ = ["ModifiedLinear", "put_in"]
+__all__ = ["ModifiedLinear", "applied", "replaced"]
 
 Layer = TypeVar("Layer", bound="ModifiedLinear")
 
@@ -35,22 +35,27 @@ class ModifiedLinear(WrappedLinear):
 
 
 @contextmanager
-def put_in(
-    model: PreTrainedModel,
-    modules: Mapping[str, SiteModule],
-    layer: type[Layer],
+def applied(
+    model: PreTrainedModel, modules: Mapping[str, SiteModule], layer: type[Layer]
 ) -> Iterator[dict[str, Layer]]:
     """`layer`s with an expert's modules, by site, inside `model` while the context is open.
 
     Raises ExpertError when a site or its shape doesn't fit the model.
     """
     check_fit("adapter", modules, find_sites(model))
-    originals = {name: model.get_submodule(name) for name in modules}
-    layers = {name: layer(originals[name], modules[name]) for name in modules}
-    try:
-        for name, each in layers.items():
-            replace_module(model, name, each)
+    layers = {site: layer(model.get_submodule(site), each) for site, each in modules.items()}
+    with replaced(model, layers):
         yield layers
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`layers` in the place of submodules of `model`, by name, while the context is open."""
+    originals = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+        yield
     finally:
         for name, original in originals.items():
             replace_module(model, name, original)

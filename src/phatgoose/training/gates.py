@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..base.fingerprint import check_base
 from ..base.loading import Base
@@ -22,7 +20,7 @@ from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Training
 from ..errors import ConfigError
 from ..experts.adapter import adapter_files, check_fit, read_modules
-from ..experts.applied import ModifiedLinear, put_in
+from ..experts.applied import ModifiedLinear, applied
 from ..experts.expert import LAYOUT, Expert
 from ..experts.kinds.kind import SiteModule
 from ..files.regular_file import sha256_of
@@ -35,7 +33,7 @@ from .router_statistics import statistics_of
 from .run import TrainingRun, finished_expert
 from .unfinished import open_work
 
-__all__ = ["GatedLinear", "Record", "add_gates", "gated", "openness", "train_gates"]
+__all__ = ["GatedLinear", "Record", "add_gates", "openness", "train_gates"]
 
 GATE_CHECKPOINT_EVERY = 25
 
@@ -60,16 +58,6 @@ class GatedLinear(ModifiedLinear):
     def strength(self, u: Tensor) -> Tensor:
         """How far the gate is open for u [.., n], [.., 1]."""
         return openness(u, self.gate)
-
-
-def gated(
-    model: PreTrainedModel, modules: Mapping[str, SiteModule]
-) -> AbstractContextManager[dict[str, GatedLinear]]:
-    """The expert's sites as gated layers inside `model`, by name, while the context is open.
-
-    Raises ExpertError when a site or its shape doesn't fit the model.
-    """
-    return put_in(model, modules, GatedLinear)
 
 
 def train_gates(
@@ -154,7 +142,7 @@ def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
         if processes.is_first() and not record.cuts_told:
             cuts.report(run.task.name)
         metrics = {key: value for key, value in metrics.items() if key not in CUTS} | cuts.record()
-        with gated(run.base.model, modules) as layers:
+        with applied(run.base.model, modules, GatedLinear) as layers:
             report = _fit_gates(run, layers, pairs)
             gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
         known = {key: value for key, value in asdict(report).items() if value is not None}

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from ..base.sites import Site, find_sites
 from ..base.token_masks import watch_inputs
 from ..config import Formatting, GateTraining
 from ..errors import ConfigError, ExpertError
-from ..experts.applied import ModifiedLinear, put_in
+from ..experts.applied import ModifiedLinear, applied
 from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert
 from ..experts.input_format import recorded_formatting
 from ..experts.kinds.kind import SiteModule
@@ -37,7 +36,6 @@ from ..tasks.task import Example, Task
 
 __all__ = [
     "Statistics",
-    "at_full_strength",
     "mean_activations",
     "measure",
     "statistics_of",
@@ -142,19 +140,9 @@ def statistics_of(
         cuts = encoder.cuts(pairs)
         sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
         collator = Collator(base.model, base.tokenizer.pad_token_id)
-        with at_full_strength(base.model, modules):
+        with applied(base.model, modules, ModifiedLinear):
             means = mean_activations(base.model, sites, pairs, collator, task.name)
     return Statistics(means, embeddings, cuts)
-
-
-def at_full_strength(
-    model: PreTrainedModel, modules: Mapping[str, SiteModule]
-) -> AbstractContextManager[dict[str, ModifiedLinear]]:
-    """The expert at its sites in `model`, ungated, while the context is open.
-
-    Raises ExpertError when a site or its shape doesn't fit the model.
-    """
-    return put_in(model, modules, ModifiedLinear)
 
 
 def mean_activations(

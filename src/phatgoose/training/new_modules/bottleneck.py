@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ...base.loading import Base
-from ...base.sites import Site, WrappedLinear, replace_module
+from ...base.sites import Site, WrappedLinear
 from ...config import Bottleneck
+from ...experts.applied import replaced
 from ...experts.kinds.bottleneck import BottleneckLayers, write_bottleneck
 from ..gates import openness
 from ..joint_gates import new_gate, take_gates
@@ -50,24 +51,18 @@ def new_bottleneck(
     base: Base, bottleneck: Bottleneck, sites: dict[str, Site], *, joint: bool
 ) -> Iterator[FreshExpert]:
     """`base` with new bottleneck adapters at `sites` while the context is open."""
-    originals = {site: base.model.get_submodule(site) for site in sites}
     base.model.requires_grad_(False)
     layers = {
-        site: _BottleneckLinear(originals[site], sites[site], bottleneck, joint=joint)
-        for site in sites
+        name: _BottleneckLinear(base.model.get_submodule(name), site, bottleneck, joint=joint)
+        for name, site in sites.items()
     }
 
     def save(folder: Path) -> None:
         trained = {site: layer.layers(base.model.dtype) for site, layer in layers.items()}
         write_bottleneck(folder, trained, {"base": base.id})
 
-    try:
-        for site, layer in layers.items():
-            replace_module(base.model, site, layer)
+    with replaced(base.model, layers):
         yield FreshExpert(base.model, lambda: take_gates(layers), save)
-    finally:
-        for site, original in originals.items():
-            replace_module(base.model, site, original)
 
 
 class _BottleneckLinear(WrappedLinear):

@@ -14,12 +14,12 @@ from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import GateTraining
 from phatgoose.errors import ConfigError
+from phatgoose.experts.applied import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as training_module
 from phatgoose.training.gates import train_gates
 from phatgoose.training.loop import fit
 from phatgoose.training.new_modules.registry import fresh_expert
-from phatgoose.training.router_statistics import at_full_strength
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from training_runs import (
     ADAPTER,
@@ -202,7 +202,7 @@ def test_the_saved_expert_behind_its_gates_has_the_validated_loss(base, tmp_path
     expert = train(base, tmp_path / "echo", training=training)
     loss = gated_loss(base, expert, TASK.validation)
     assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
-    with at_full_strength(base.model, expert.lora):
+    with applied(base.model, expert.lora, ModifiedLinear):
         assert target_nll(base.model, base, TASK.validation).mean().item() != pytest.approx(loss)
 
 
@@ -214,7 +214,7 @@ def test_the_adapter_is_plain_lora_and_the_gates_are_ours(base, tmp_path):
     assert all(gate.any() for gate in expert.gates.values())
     ids = make_ids()
     got = logits_of(peft_model(base, expert.directory), ids)  # warnings are errors
-    with at_full_strength(base.model, expert.lora):
+    with applied(base.model, expert.lora, ModifiedLinear):
         assert_same_logits(got, logits_of(base.model, ids))
 
 

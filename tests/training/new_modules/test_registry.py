@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from command_line import BASE, TRAIN, open_row, review, write_rows
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
-from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft
+from phatgoose.config import IA3, KIND_NAMES, PEFT_KINDS, Bottleneck, GateTraining, Lora, Peft
 from phatgoose.errors import ConfigError
+from phatgoose.experts.adapter import KINDS
+from phatgoose.experts.applied import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.bottleneck import BottleneckLayers
@@ -23,11 +25,15 @@ from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training import gates as gates_module
-from phatgoose.training.gates import GatedLinear, gated, train_gates
+from phatgoose.training.gates import GatedLinear, train_gates
 from phatgoose.training.new_modules.ia3 import scales_input
-from phatgoose.training.new_modules.registry import fresh_expert, parameters_at, placed_sites
+from phatgoose.training.new_modules.registry import (
+    NEW_MODULES,
+    fresh_expert,
+    parameters_at,
+    placed_sites,
+)
 from phatgoose.training.planning.plan import plan_training
-from phatgoose.training.router_statistics import at_full_strength
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     GATES,
@@ -141,7 +147,7 @@ def test_an_expert_is_trained_saved_and_is_what_was_validated(base, shape, tmp_p
     assert expert.gates.keys() == expert.means.keys() == expert.modules.keys()
     assert expert.modules.keys() == placed_sites(base.model, SHAPES[shape]).keys()
     assert all(gate.any() for gate in expert.gates.values())
-    with at_full_strength(base.model, expert.modules):
+    with applied(base.model, expert.modules, ModifiedLinear):
         got = logits_of(base.model, make_ids())
         loss = target_nll(base.model, base, TASK.validation).mean().item()
     assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
@@ -183,7 +189,7 @@ def test_precision_under_a_base_in_bfloat16(base_folders, shape, tmp_path):
     base = load_base(base_folders["llama"], dtype="bfloat16")
     without_dropout(base.model)
     expert = train(base, tmp_path / "echo", SHAPES[shape])
-    with at_full_strength(base.model, expert.modules):
+    with applied(base.model, expert.modules, ModifiedLinear):
         loss = target_nll(base.model, base, TASK.validation).mean().item()
     assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=0.03)
     (dtype,) = {
@@ -278,7 +284,7 @@ def test_a_gate_of_any_kind_looks_at_the_unscaled_input(llama, tmp_path):
     seen = []
     original = llama.model.get_submodule(site)
     handle = original.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    with gated(llama.model, {site: expert.modules[site]}) as layers:
+    with applied(llama.model, {site: expert.modules[site]}, GatedLinear) as layers:
         layers[site].gate.data.fill_(0.1)
         layers[site].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         logits_of(llama.model, make_ids())
@@ -290,6 +296,11 @@ def test_a_gate_of_any_kind_looks_at_the_unscaled_input(llama, tmp_path):
 
 
 # --- the command line ---
+
+
+def test_every_kind_of_expert_stands_in_every_registry():
+    assert {name: kind.config for name, kind in KINDS.items()} == PEFT_KINDS
+    assert KINDS.keys() == NEW_MODULES.keys() == KIND_NAMES.keys()
 
 
 @pytest.fixture

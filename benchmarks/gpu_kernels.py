@@ -39,7 +39,7 @@ from phatgoose.routing.kernels.triton_gpu import (
     triton_gpu,
 )
 from phatgoose.routing.routers.decision import highest
-from phatgoose.routing.routers.per_token.scored import ScoredRouter, standardise
+from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
 
 SHAPES = {  # inputs and outputs of the linears in a block
     "t5-xl": ((2048, 2048), (2048, 5120), (5120, 2048)),

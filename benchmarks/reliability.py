@@ -48,7 +48,7 @@ from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.hub import pull
 from phatgoose.experts.importing import adapter as importing  # noqa: F401  loaded before forking
 from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.tensors import Packed, read_packed
+from phatgoose.routing.saved.tensors import SavedModel, read_saved
 from phatgoose.training import gates  # noqa: F401  loaded before forking
 from tiny import make_model, make_tokenizer
 
@@ -118,10 +118,10 @@ def routed_of(folder: Path) -> Any:
     return contents(folder)
 
 
-def changed_of(folder: Path, is_as_before: Callable[[Packed], bool]) -> Any:
+def changed_of(folder: Path, is_as_before: Callable[[SavedModel], bool]) -> Any:
     """The experts and the hashes of all tensors of a routed model that loads, if it changed."""
     load(folder / "routed")
-    packed = read_packed(folder / "routed")
+    packed = read_saved(folder / "routed")
     if is_as_before(packed):
         return None
     found = {name: tensor.flatten().view(torch.uint8) for name, tensor in packed.tensors.items()}
@@ -169,7 +169,7 @@ def trials(world: Path) -> dict[str, Trial]:
     compose = f"compose {experts} {data} --out OUT"
     compare = f"compare {experts} --suites {suite} --limit 6 {data} --out OUT"
 
-    def change(words: str, before: str, is_as_before: Callable[[Packed], bool]) -> Trial:
+    def change(words: str, before: str, is_as_before: Callable[[SavedModel], bool]) -> Trial:
         command = of(words, "routed")
         return Trial(command, command, lambda f: changed_of(f, is_as_before), world / before)
 

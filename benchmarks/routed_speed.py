@@ -15,8 +15,9 @@ from floors import Work
 from measuring import Timing, ratio, side_by_side
 from phatgoose.base.sites import Site
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.per_token.scored import ScoredRouter, standardise
-from phatgoose.routing.stacks.site_stack import LoraStack, SiteStack
+from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
+from phatgoose.routing.stacks.lora import LoraStack
+from phatgoose.routing.stacks.site_stack import SiteStack
 
 __all__ = ["decoder", "prefill", "random_layer"]
 

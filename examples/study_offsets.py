@@ -25,8 +25,8 @@ from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.routers.per_token.scored import VectorRouter
-from phatgoose.routing.routers.registry import make_router, router_vectors
+from phatgoose.routing.routers.per_token.vector_router import VectorRouter
+from phatgoose.routing.routers.router import RouterSite, router_of
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
 
@@ -35,10 +35,9 @@ EXAMPLES = 15  # of each dataset
 
 def routers_of(pool: Pool, affinity: str) -> dict[str, VectorRouter]:
     """PHATGOOSE's router at each site, with this affinity."""
-    routing = Routing(affinity=affinity)
-    rows = torch.arange(len(pool))
+    router, rows = router_of(Routing(affinity=affinity)), torch.arange(len(pool))
     return {
-        site: make_router(site, rows, len(pool), routing, router_vectors(pool, site, routing), None)
+        site: router.at(RouterSite(site, rows, len(pool), router.state_at(pool, site), None))
         for site in pool.sites
     }
 

@@ -48,6 +48,9 @@ TASK_FILES = (".csv", ".jsonl")
 # The names in `tasks.suites.registry.SUITES`: a recipe must not take them for files.
 SUITE_NAMES = ("t0hi", "t0ho", "flan", "bbh", "bbl", "bbh-23", "bbl-24")
 ACTIVATIONS = ("relu", "gelu", "silu")
+PAPER = "standardised"
+AFFINITIES = (PAPER, "raw", "trimmed", "centred")
+ARROW_FORMS = ("svd", "peft", "mttl")
 PLACEMENTS = ("houlsby", "pfeiffer")
 SEEDS = 1 << 32  # numpy accepts no larger ones, and Trainer seeds numpy too
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -255,6 +258,8 @@ class Routing(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         _require(self.k >= 1, "k", self.k, "at least 1")
+        require_one_of(ARROW_FORMS, "arrow", self.arrow)
+        require_one_of(AFFINITIES, "affinity", self.affinity)
         for name in ("eps", "router_temperature"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         _require_seed("router_seed", self.router_seed)

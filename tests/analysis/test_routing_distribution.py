@@ -11,7 +11,7 @@ from oracle import token_weights
 from phatgoose.analysis.routing_distribution import MEASURES
 from phatgoose.analysis.site_labels import site_label
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, record, watch
+from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.task import Example

@@ -10,9 +10,10 @@ from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, record
+from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.kernels.choice import KERNELS
+from phatgoose.routing.recording import record
 from phatgoose.routing.stacks.site_stack import stack_of
 from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model
 

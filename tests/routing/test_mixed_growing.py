@@ -17,7 +17,7 @@ from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.segments import add_to_packed, compact, pack, remove_from_packed
+from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
 
 LORAS, OTHERS = ["lora0", "lora7"], ["ia32", "bottleneck3", "bottleneck4", "biased1"]
 
@@ -56,12 +56,12 @@ def test_experts_of_any_kind_leave(llama, eight, left, router):
 
 def test_a_packed_mixed_model_grows_shrinks_and_is_compacted(llama, eight, tmp_path):
     place, first = tmp_path / "packed", ["lora0", "lora7", "bottleneck3"]
-    pack(ordered(eight, first), place, copy.deepcopy(llama))
+    save_pool(ordered(eight, first), place, copy.deepcopy(llama))
     second = ["ia32", "bottleneck4", "biased1", "bottleneck5"]
-    add_to_packed(place, ordered(eight, second))
+    add_to_saved(place, ordered(eight, second))
     wanted = composed("phatgoose", ordered(eight, [*first, *second]), llama)
     assert_same_models(load(place, copy.deepcopy(llama)), wanted)
-    remove_from_packed(place, ["bottleneck3", "lora7"])
+    remove_from_saved(place, ["bottleneck3", "lora7"])
     wanted = composed("phatgoose", ordered(eight, ["lora0", *second]), llama)
     assert_same_models(load(place, copy.deepcopy(llama)), wanted)
     compact(place)
@@ -70,15 +70,15 @@ def test_a_packed_mixed_model_grows_shrinks_and_is_compacted(llama, eight, tmp_p
 
 def test_a_pool_without_loras_is_packed_and_grows(llama, eight, tmp_path):
     place = tmp_path / "packed"
-    pack(ordered(eight, ["ia32", "ia36"]), place, copy.deepcopy(llama))
-    add_to_packed(place, ordered(eight, ["lora0"]))
+    save_pool(ordered(eight, ["ia32", "ia36"]), place, copy.deepcopy(llama))
+    add_to_saved(place, ordered(eight, ["lora0"]))
     wanted = composed("phatgoose", ordered(eight, ["ia32", "ia36", "lora0"]), llama)
     assert_same_models(load(place, copy.deepcopy(llama)), wanted)
 
 
 def test_int8_is_for_the_factors_of_loras(llama, eight, tmp_path):
     place = tmp_path / "packed"
-    pack(eight, place, copy.deepcopy(llama), stored="int8")
+    save_pool(eight, place, copy.deepcopy(llama), stored="int8")
     loaded = load(place, copy.deepcopy(llama))
     wanted = composed("phatgoose", eight, llama)
     for site, layer in loaded.phatgoose.layers.items():
@@ -90,13 +90,13 @@ def test_int8_is_for_the_factors_of_loras(llama, eight, tmp_path):
 
 
 def test_sizes_are_held_against_what_is_there(llama, eight, tmp_path):
-    pack(ordered(eight, ["lora0", "bottleneck3"]), tmp_path / "packed", copy.deepcopy(llama))
+    save_pool(ordered(eight, ["lora0", "bottleneck3"]), tmp_path / "packed", copy.deepcopy(llama))
     site = "model.layers.0.self_attn.k_proj"
     ia3 = eight.select(["ia32"]).experts[0]
     modules = {site: ScalingVector(torch.ones(96), on_input=False)}
     gates = {site: ia3.gates[site]}
     odd = Expert(ia3.info, ia3.directory, modules, gates, {})
     with pytest.raises(ExpertError, match=r"'ia32', site .* maps 32 to 96 features, .* 32 to 32"):
-        add_to_packed(tmp_path / "packed", Pool((odd,)))
+        add_to_saved(tmp_path / "packed", Pool((odd,)))
     with pytest.raises(ExpertError, match=r"maps 32 to 96 features, the base model 32 to 32"):
         check_fit("ia32", modules, find_sites(llama.model))

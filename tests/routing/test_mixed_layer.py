@@ -27,8 +27,8 @@ from phatgoose.experts.kinds.bottleneck import BottleneckLayers
 from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, record, serving
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import announcing, composition_of
 from phatgoose.routing.kernels.bottlenecks import (
     all_bottlenecks,
     choose_bottleneck,
@@ -37,8 +37,8 @@ from phatgoose.routing.kernels.bottlenecks import (
 )
 from phatgoose.routing.kernels.weighted_rows import reference_rows, weighted_rows
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.mixed_layer import MixedLinear
-from phatgoose.routing.routers.fixed.unscored import UniformRouter
+from phatgoose.routing.recording import record
+from phatgoose.routing.routers.fixed.merged import UniformRouter
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
@@ -147,7 +147,7 @@ def test_any_stack_of_modules_is_their_sum(seed, tokens):
         range(len(modules))
     )
     router = UniformRouter(len(modules), len(modules) + 1)
-    layer = MixedLinear(base, Site("site", n, d, "decoder"), stack, router, "auto")
+    layer = RoutedLinear(base, Site("site", n, d, "decoder"), stack, router, "auto")
     weights = dict.fromkeys(range(len(modules)), 1 / (len(modules) + 1))
     experts = [Holder({"site": module}) for module in modules]
     wanted = torch.stack([mixed_output(base, t, experts, weights, "site") for t in u])
@@ -202,7 +202,7 @@ def test_random_routing_starts_anew_for_each_task(llama, llama_mixed):
     pool = llama_mixed.select(["ia32", "bottleneck3", "biased1"])
     model, ids, got = compose(pool, llama, router="random", k=1), make_ids(), []
     for _ in range(2):
-        with serving(model, "task", []):
+        with announcing(model, "task", []):
             got.append(logits_of(model, ids))
     assert torch.equal(*got)
     assert not torch.equal(logits_of(model, ids), got[0])
@@ -242,11 +242,10 @@ def test_a_loaded_mixed_model_has_the_same_tensors(llama, llama_mixed, tmp_path)
 
 def test_plain_loras_keep_their_fast_layer(llama, llama_mixed):
     layers = composition_of(compose(llama_mixed, llama)).layers
-    kinds = {site: type(layer) for site, layer in layers.items()}
-    assert set(kinds.values()) == {MixedLinear}  # there is a LoRA with biases at every site
+    assert not any(layer.is_plain for layer in layers.values())  # a LoRA with biases everywhere
     detach(llama.model)
     layers = composition_of(compose(llama_mixed, llama, leave_out=["biased1"])).layers
-    plain = {site for site, layer in layers.items() if type(layer) is RoutedLinear}
+    plain = {site for site, layer in layers.items() if layer.is_plain}
     assert {site.rpartition(".")[2] for site in plain} == {"q_proj", "up_proj", "gate_proj"}
 
 

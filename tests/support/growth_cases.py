@@ -20,7 +20,8 @@ from phatgoose.experts.pool import Pool
 from phatgoose.files.regular_file import sha256_of
 from phatgoose.routing.compose import compose, record
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.per_token.scored import VectorRouter
+from phatgoose.routing.recording import record
+from phatgoose.routing.routers.per_token.vector_router import VectorRouter
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids, write_expert
 

@@ -23,8 +23,9 @@ from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, record, watch
+from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.recording import record, watch
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.collating import Collator, pad_left, pad_right
 from phatgoose.tasks.encoding import TokenPair

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 
 from architectures import Tiny, make_tiny
 from phatgoose.base.sites import Site
-from phatgoose.routing.compose import compose, record
+from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight
-from phatgoose.routing.routers.fixed.unscored import UniformRouter
-from phatgoose.routing.routers.per_token.scored import (
-    ArrowRouter,
-    ScoredRouter,
-    UniformTopKRouter,
-    standardise,
-)
-from phatgoose.routing.stacks.site_stack import LoraStack, SiteStack
+from phatgoose.routing.recording import record
+from phatgoose.routing.routers.fixed.merged import UniformRouter
+from phatgoose.routing.routers.per_token.arrow import ArrowRouter
+from phatgoose.routing.routers.per_token.uniform_top_k import UniformTopKRouter
+from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
+from phatgoose.routing.stacks.lora import LoraStack
+from phatgoose.routing.stacks.site_stack import SiteStack
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
@@ -40,7 +39,11 @@ each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.fixture(autouse=True)
 def _forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees the graphs of another; the eager layers use the kernels that graphs do."""
-    for user in ("routing.kernels.choice", "routing.layers", "routing.routers.per_token.scored"):
+    for user in (
+        "routing.kernels.choice",
+        "routing.layers",
+        "routing.routers.per_token.vector_router",
+    ):
         monkeypatch.setattr(f"phatgoose.{user}.runs_natively", lambda *_: False)
     torch._dynamo.reset()
     yield

@@ -15,7 +15,7 @@ from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.experts.hub import push
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.segments import add_to_packed, remove_from_packed
+from phatgoose.routing.saved.segments import add_to_saved, remove_from_saved
 from phatgoose.training.destination import expert_folder
 from phatgoose.training.unfinished import open_work
 
@@ -26,13 +26,13 @@ def test_a_received_routed_folder_writes_through_no_link(llama, llama_pool, tmp_
     save(compose(first, llama), folder)
     for name in (".routed.json.unfinished", f".segment-{os.getpid()}.safetensors", ".segment"):
         (folder / name).symlink_to(victim)
-    add_to_packed(folder, llama_pool.select(["e2"]))
-    remove_from_packed(folder, ["e0"])
+    add_to_saved(folder, llama_pool.select(["e2"]))
+    remove_from_saved(folder, ["e0"])
     assert victim.read_text() == KEPT
     (folder / ".lock").unlink()
     (folder / ".lock").symlink_to(victim)
     with pytest.raises(RoutingError, match="symbolic links"):
-        remove_from_packed(folder, ["e1"])
+        remove_from_saved(folder, ["e1"])
     assert victim.read_text() == KEPT
 
 

@@ -39,13 +39,12 @@ from phatgoose.config import Routing
 from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import detach, routed_layer, stack_at
-from phatgoose.routing.composition import composition_of
+from phatgoose.routing.composition import Composition, composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.routers.per_input.lookup import TaskTable
-from phatgoose.routing.routers.registry import router_vectors
+from phatgoose.routing.routers.per_input.oracle import TaskTable
 from phatgoose.routing.saved.load import load
-from phatgoose.routing.saved.segments import add_to_packed, compact, pack, remove_from_packed
-from phatgoose.routing.saved.tensors import read_packed
+from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
+from phatgoose.routing.saved.tensors import read_saved
 from phatgoose.routing.stacks.site_stack import SiteStack
 from routed_models import SCORES, with_embeddings
 from tiny import VOCABULARY, logits_of, make_ids, write_expert
@@ -94,10 +93,10 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of oracle's k
             fresh = copy.deepcopy(base)
-            pack(first, folder, fresh, routing=routing, scores=SCORES, stored=stored)
+            save_pool(first, folder, fresh, routing=routing, scores=SCORES, stored=stored)
         if kind in GROWN:
-            add_to_packed(folder, pool.select(pool.names[half:]))
-            remove_from_packed(folder, [pool.names[-1]])
+            add_to_saved(folder, pool.select(pool.names[half:]))
+            remove_from_saved(folder, [pool.names[-1]])
             _rename_second(folder)
     write_expert(base, place, "more", seed=9)
     return place
@@ -163,8 +162,8 @@ def load_and_run(folder: Path, base: Base, more: Pool) -> None:
 
 def change(folder: Path, base: Base, more: Pool) -> None:
     """Let an expert join and another leave the model in `folder`, and write it anew."""
-    add_to_packed(folder, more)
-    names = remove_from_packed(folder, [read_packed(folder).names[0]]).names
+    add_to_saved(folder, more)
+    names = remove_from_saved(folder, [read_saved(folder).names[0]]).names
     assert compact(folder).names == names
     load_and_run(folder, base, more)
 
@@ -192,7 +191,7 @@ def test_a_damaged_folder_runs_or_is_one_line(strangers, bases, done, rehash, ki
             record_hashes(folder)
         before = sorted(path.name for path in folder.parent.rglob("*"))
         with watched() as events, told():
-            read_packed(folder)
+            read_saved(folder)
         assert unexpected(events, folder) == []
         assert sorted(path.name for path in folder.parent.rglob("*")) == before
         with told():
@@ -285,7 +284,7 @@ def test_tensors_that_are_not_what_kernels_take_them_for_are_refused(folder, bas
     tamper(folder, begin + site.removeprefix("experts."), change, file)
     message = complaint(folder, bases["float32"])
     assert re.search(said, message)
-    for act in (lambda: remove_from_packed(folder, ["e0"]), lambda: compact(folder)):
+    for act in (lambda: remove_from_saved(folder, ["e0"]), lambda: compact(folder)):
         with pytest.raises(RoutingError, match=said):
             act()
 
@@ -347,7 +346,7 @@ def test_sizes_that_agree_with_each_other_but_not_with_the_base_are_refused(fold
     site = next(name for name in tensors if name.startswith("B.")).removeprefix("B.")
     for file in (FIRST, SECOND):
         tamper(folder, f"B.{site}", lambda t: t[..., :5], file)
-    assert read_packed(folder).sites
+    assert read_saved(folder).sites
     assert "wanted [P" in complaint(folder, bases["float32"])
 
 
@@ -475,12 +474,13 @@ def test_what_is_stacked_in_memory_is_checked_too(bases, llama_pool, how):
     model = copy.deepcopy(bases["float32"].model)
     site = next(iter(find_sites(model).values()))
     layer, stack = model.get_submodule(site.name), stack_at(model, site.name, llama_pool)
-    vectors = router_vectors(llama_pool, site.name, Routing())
-    rest = (None, len(llama_pool))
-    assert routed_layer(layer, site, stack, Routing(), vectors, *rest)
+    parts = Composition(llama_pool.base, None, llama_pool.names, [], Routing())
+    vectors = parts.router.state_at(llama_pool, site.name)["vectors"]
+    assert routed_layer(layer, site, stack, {"vectors": vectors}, parts)
     changed, others = STACKS[how](stack, vectors)
+    state = {} if others is None else {"vectors": others}
     with pytest.raises(RoutingError, match=f"Experts at {site.name}"):
-        routed_layer(layer, site, changed, Routing(), others, *rest)
+        routed_layer(layer, site, changed, state, parts)
 
 
 @pytest.mark.parametrize("command", ["add", "remove", "compact"])

@@ -238,7 +238,7 @@ def _traces(
     scoring = settings.scoring
     chosen = task.evaluation_examples(scoring.limit, scoring.seed)[: settings.traced]
     traces = []
-    with serving(model, task.name, chosen, scoring.formatting) as before_pass:
+    with announcing(model, task.name, chosen, scoring.formatting) as before_pass:
         for index, example in enumerate(chosen):
             before_pass([index])
             pair = encoder.pair(example.input, example.target, example.passage)

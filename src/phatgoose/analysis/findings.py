@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from ..routing.composition import composition_of
-from ..routing.layers import ChoosingLayer
-from ..routing.routers.per_token.scored import ArrowRouter, VectorRouter
+from ..routing.layers import RoutedLinear
+from ..routing.routers.per_token.arrow import ArrowRouter
+from ..routing.routers.per_token.vector_router import VectorRouter
 from .measures import effective_experts
 from .routing_distribution import RoutingDistribution
 
@@ -147,7 +148,7 @@ def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     size = len(parts.experts)
     total, met = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, size)
     for layer in parts.layers.values():
-        if not (isinstance(layer, ChoosingLayer) and isinstance(layer.router, VectorRouter)):
+        if not (isinstance(layer, RoutedLinear) and isinstance(layer.router, VectorRouter)):
             return None
         unit = torch.nn.functional.normalize(layer.router.vectors.float().cpu(), dim=1)
         cosines = unit @ unit.T

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..experts.pool import Pool
-from ..routing.stacks.site_stack import BottleneckStack, LoraStack, ScalingStack, stack_of
+from ..routing.stacks.bottleneck import BottleneckStack
+from ..routing.stacks.ia3 import ScalingStack
+from ..routing.stacks.lora import LoraStack
+from ..routing.stacks.site_stack import stack_of
 
 __all__ = ["Duplicate", "cosines", "near_duplicates"]
 

@@ -52,7 +52,7 @@ def read_examples(
     router oracle and no score of `task`.
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
-    with serving(model, task, examples, encoder.formatting) as before_pass:
+    with announcing(model, task, examples, encoder.formatting) as before_pass:
         bar = tqdm(total=len(pairs), desc=f"routing of {task}", disable=None, leave=False)
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..base.sites import Stream
 from ..errors import RoutingError
 from ..routing.composition import composition_of
-from ..routing.recording import SitePass
 from ..routing.routers.decision import highest
+from ..routing.watching import SitePass
 from ..tasks.encoding import Encoder, TokenPair
 from .reading import Observer, pass_through
 from .routing_distribution import PARTS

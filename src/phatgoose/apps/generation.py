@@ -13,8 +13,8 @@ from ..base.offloading import input_device
 from ..config import Formatting
 from ..errors import TaskError
 from ..evaluation.answers import questions_to_answer
-from ..routing.compose import record as record_routing
 from ..routing.recording import Recording
+from ..routing.recording import record as record_routing
 from ..tasks.encoding import Encoder
 from ..tasks.task import Example
 

@@ -22,7 +22,7 @@ from ..config import Formatting
 from ..errors import EvaluationError
 from ..experts.input_format import warn_of_other_formatting
 from ..files.atomic import write_text
-from ..routing.compose import serving
+from ..routing.composition import announcing
 from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder
 from ..tasks.task import Example, Task
@@ -223,7 +223,7 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
     """The score of `model` on an evaluation set, whose `questions` are encoded for it."""
     model.eval()
     name, formatting = chosen.name, questions.encoder.formatting
-    with serving(model, name, chosen.examples, formatting) as before_pass:
+    with announcing(model, name, chosen.examples, formatting) as before_pass:
         answers = answers_to(questions, model, chosen.settings.token_budget, name, before_pass)
     return replace(_task_score(chosen, answers), cuts=questions.cuts)
 

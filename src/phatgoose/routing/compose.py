@@ -1,10 +1,9 @@
-"""The routed model: a transformers model whose linear layers pick their experts for every token."""
+"""Composing: a base model and a pool become one transformers model that routes every token."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,55 +17,21 @@ from ..base.fingerprint import BaseReference, check_base, fingerprint, quantisat
 from ..base.loading import Base, load_base
 from ..base.offloading import check_in_place, execution_device
 from ..base.sites import ROUTED, Site, find_sites, replace_module
-from ..config import Formatting, Routing
+from ..config import Routing, from_mapping
 from ..errors import RoutingError
 from ..experts.adapter import check_fit
 from ..experts.pool import Pool
 from ..files.prefetch import ahead
-from ..tasks.task import Example
 from .composition import Composition, composition_of
 from .kernels.choice import check_kernel
-from .kernels.mixed import mixed_factors
-from .layers import (
-    ChoosingLayer,
-    FoldedLinear,
-    RoutedLayer,
-    RoutedLinear,
-    folded_weight,
-    is_cheaper_folded,
-)
-from .mixed_layer import MixedLinear
-from .recording import Recording, Watcher, watching
-from .routers.fixed.unscored import RandomRouter
-from .routers.per_input.lookup import Lookup
-from .routers.per_token.scored import ArrowRouter, ScoredRouter
-from .routers.registry import (
-    MERGED,
-    check_routing,
-    columns_of,
-    make_lookup,
-    make_router,
-    narrow_pool,
-    router_vectors,
-    warn_of_untrained,
-)
+from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
+from .routers.router import RouterSite, check_routing, router_of, warn_of_constant_vectors
 from .routers.scores import Scores, read_scores
 from .saved.save import save_pretrained
-from .soundness import check_stack
+from .soundness import check_site
 from .stacks.site_stack import SiteStack, stack_of
 
-__all__ = [
-    "Composition",
-    "Preparation",
-    "compose",
-    "composition_of",
-    "detach",
-    "prepare",
-    "record",
-    "routed_layers",
-    "serving",
-    "watch",
-]
+__all__ = ["Preparation", "compose", "detach", "install", "prepare", "routed_layers"]
 
 READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
@@ -75,121 +40,101 @@ def compose(
     pool: Pool | str | Path,
     base: Base | PreTrainedModel | str | None = None,
     *,
-    router: str = "phatgoose",
-    k: int = 2,
-    kernel: str = "auto",
+    routing: Routing | None = None,
     keep: Iterable[str] | None = None,
     leave_out: Iterable[str] | None = None,
-    eps: float = 1e-5,
-    expert: str | None = None,
     scores: Scores | str | Path | None = None,
-    arrow: str = "svd",
-    router_seed: int = 0,
-    stand_in: bool = False,
-    affinity: str = "standardised",
-    router_temperature: float = 1.0,
-    retrieval_embedder: str | None = None,
+    **settings: Any,
 ) -> PreTrainedModel:
     """The base model of `pool` with routed linears: still a PreTrainedModel, changed in place.
 
     `base` is a name, a loaded `Base` or a transformers model; None loads the one the pool was
-    trained on. `router` is one of `routers.registry.ROUTERS`; `k` experts act per token, lowered
-    with a warning when the pool has fewer. `keep` and `leave_out` select experts by name. `kernel`
-    is "auto" or a name in `kernels.choice.KERNELS`. For router single, `expert` names it; for
-    oracle and best-individual, `scores` are those of the single experts (expert -> task -> score,
-    or the comparison.json of a comparison); for arrow, `arrow` is its form
-    (`per_token.arrow`); for random, `router_seed` its seed. With `stand_in`,
-    experts without gates join routers phatgoose and uniform-top-k, with a warning that names them
-    (`per_token.stand_in`). `affinity` is how routers phatgoose and average-activation hold
-    vectors against activations (`per_token.affinities`); `router_temperature` divides the
-    affinities of scored routers before their softmax. For retrieval, `retrieval_embedder` names
-    the sentence embedder where the experts record another than the default one
-    (`embeddings.usable_embedder`). Undo with `detach`.
+    trained on. `routing` says how experts are chosen, and `settings` are fields of it by name:
+    `compose(pool, router="arrow", k=3)`; None and no settings are PHATGOOSE with k = 2. `keep` and
+    `leave_out` select experts by name. Routers oracle and best-individual need the `scores` of the
+    single experts: expert -> task -> score, or the comparison.json of a comparison. Undo with
+    `detach`.
 
     Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
-    unknown router or kernel, RoutingError when the base is routed already.
+    unknown setting, router or kernel, RoutingError when the base is routed already.
     """
-    routing = Routing(
-        *(router, k, kernel, eps, expert, arrow, router_seed, stand_in),
-        *(affinity, router_temperature, retrieval_embedder),
-    )
+    if settings:
+        routing = from_mapping(Routing, {**vars(routing or Routing()), **settings}, "compose")
     prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
-    pool, found = prepared.pool, prepared.base
-    layers = {layer.site.name: layer for layer in routed_layers(prepared)}
-    parts = Composition(
-        base=found.reference,
-        tokenizer=found.tokenizer,
-        experts=pool.names,
-        records=pool.records(),
-        routing=routing,
-        layers=layers,
-        lookup=prepared.lookup,
-    )
-    return install(found.model, parts)
+    parts = prepared.parts
+    parts.layers = {layer.site.name: layer for layer in routed_layers(prepared)}
+    return install(prepared.model, parts)
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """What routed layers are made of: a pool that fits its base, and what its router needs."""
+    """A pool that fits its base, with what its router needs; `parts` has no layers yet."""
 
     pool: Pool
-    base: ResolvedBase
-    routing: Routing
+    model: PreTrainedModel
     sites: Mapping[str, Site]
-    lookup: Lookup | None
+    parts: Composition
 
 
 def prepare(
     pool: Pool | str | Path,
     base: Base | PreTrainedModel | str | None,
-    routing: Routing,
+    routing: Routing | None,
     *,
     scores: Scores | str | Path | None = None,
     keep: Iterable[str] | None = None,
     leave_out: Iterable[str] | None = None,
 ) -> Preparation:
-    """`pool` and `base`, opened and held against each other: the first half of `compose`."""
+    """`pool` and `base`, opened and checked against each other: the first half of `compose`."""
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     pool = pool.select(keep, leave_out)
-    check_routing(routing, pool)
-    check_kernel(routing.kernel)
+    router = router_of(routing or Routing())
+    check_routing(router, pool)
+    check_kernel(router.routing.kernel)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
-    pool = narrow_pool(pool, routing, scores)
+    pool = router.narrow(pool, scores)
     found = resolve_base(base, pool.base)
     check_base(pool.base, found.reference)
-    lookup = make_lookup(pool, routing, scores, found.tokenizer)
+    lookup = router.lookup_of(pool, scores, found.tokenizer)
     sites = find_sites(found.model)
     for each in pool.experts:
         check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
-    return Preparation(pool, found, routing, sites, lookup)
+    parts = Composition(
+        base=found.reference,
+        tokenizer=found.tokenizer,
+        experts=pool.names,
+        records=pool.records(),
+        routing=router.routing,
+        lookup=lookup,
+    )
+    return Preparation(pool, found.model, sites, parts)
 
 
 def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
     """The layers that take the places of the base's, site by site.
 
-    What is read of the experts' files is given back on the way, so that stacks are what memory
-    goes to.
+    What was read of the experts' files is released on the way, so that memory goes to the stacks.
     """
-    pool, model, routing = prepared.pool, prepared.base.model, prepared.routing
-    flat, read = {}, 0
+    pool, model, router = prepared.pool, prepared.model, prepared.parts.router
+    constant, read = {}, 0
     stacks = ahead(lambda name: stack_at(model, name, pool), pool.sites)
-    rows = ahead(lambda name: router_vectors(pool, name, routing), pool.sites)
-    for name, stack, vectors in zip(pool.sites, stacks, rows, strict=True):
-        if vectors is not None:
-            flat[name] = ~vectors.any(dim=-1)
+    states = ahead(lambda name: router.state_at(pool, name), pool.sites)
+    for name, stack, state in zip(pool.sites, stacks, states, strict=True):
+        if "vectors" in state:
+            constant[name] = ~state["vectors"].any(dim=-1)
         original, site = model.get_submodule(name), prepared.sites[name]
-        yield routed_layer(original, site, stack, routing, vectors, prepared.lookup, len(pool))
+        yield routed_layer(original, site, stack, state, prepared.parts)
         read += sum(tensor.nbytes for tensor in stack.tensors().values())
         if read > READ_AT_ONCE:
             pool.release()
             read = 0
     pool.release()
-    warn_of_untrained(pool, routing.router, flat)
+    warn_of_constant_vectors(pool, router, constant)
 
 
 def stack_at(model: PreTrainedModel, site: str, pool: Pool) -> SiteStack:
-    """The modules of the experts of `pool` at a `site` of `model`, in the type and place of it."""
+    """The stack of the experts of `pool` at a `site` of `model`, in its type and on its device."""
     layer = model.get_submodule(site)
     return stack_of(pool, site, dtype_at(layer, model), execution_device(layer))
 
@@ -204,33 +149,25 @@ def routed_layer(
     original: Any,
     site: Site,
     stack: SiteStack,
-    routing: Routing,
-    vectors: Tensor | None,
-    lookup: Lookup | None,
-    pool_size: int,
+    state: Mapping[str, Tensor],
+    parts: Composition,
     *,
     may_fold: bool = True,
 ) -> RoutedLayer:
-    """The layer that takes the place of `original` at `site`, ready to be installed."""
-    plain = stack.plain_lora
-    if plain and may_fold and routing.router == MERGED and is_cheaper_folded(original, plain):
-        folded = folded_weight(original, plain, pool_size)
-        return FoldedLinear(original, site, folded, stack.experts, pool_size)
-    check_stack(
-        stack,
-        site.name,
-        (site.in_features, site.out_features),
-        pool_size,
-        vectors,
-        columns_of(routing, site.in_features),
-    )
-    router = make_router(site.name, stack.experts, pool_size, routing, vectors, lookup)
-    router.to(execution_device(original), stack.dtype)
-    product = mixed_factors if routing.router == "arrow" and routing.arrow == "mttl" else None
-    if plain is None:
-        return MixedLinear(original, site, stack, router, routing.kernel, product)
-    one_call = type(router) in (ScoredRouter, ArrowRouter)
-    return RoutedLinear(original, site, stack, router, routing.kernel, product, one_call=one_call)
+    """The layer of a model of these `parts` that takes the place of `original` at `site`.
+
+    `state` are the router's tensors there (`Router.state_at`). With `may_fold` the mean of all
+    experts is folded into the weight where that is cheaper.
+    """
+    router, plain, size = parts.router, stack.plain_lora, len(parts.experts)
+    if plain and may_fold and router.folds and is_cheaper_folded(original, plain):
+        return FoldedLinear(
+            original, site, folded_weight(original, plain, size), stack.experts, size
+        )
+    check_site(stack, site, size, state, router.form)
+    module = router.at(RouterSite(site.name, stack.experts, size, state, parts.lookup))
+    module.to(execution_device(original), stack.dtype)
+    return RoutedLinear(original, site, stack, module, parts.routing.kernel, router.product)
 
 
 def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
@@ -258,57 +195,6 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
     del model.save_pretrained  # the model's own is its class's
     delattr(model, ROUTED)
     return model
-
-
-@contextmanager
-def record(model: PreTrainedModel) -> Iterator[Recording]:
-    """A `Recording` that fills with every routing decision of `model` while the context is open.
-
-    Only calls of this thread are recorded. Raises RoutingError when `model` is not routed.
-    """
-    recording = Recording(composition_of(model).experts)
-    with watch(model, recording.add):
-        yield recording
-
-
-@contextmanager
-def watch(model: PreTrainedModel, watcher: Watcher) -> Iterator[None]:
-    """Tell `watcher` every routing decision of `model` in this thread while the context is open.
-
-    A compiled model runs uncompiled meanwhile. Raises RoutingError when `model` is not routed.
-    """
-    with watching(model, composition_of(model).layers, watcher):
-        yield
-
-
-@contextmanager
-def serving(
-    model: PreTrainedModel,
-    task: str,
-    examples: Sequence[Example],
-    formatting: Formatting | None = None,
-) -> Iterator[Callable[[Sequence[int]], None]]:
-    """A function to call before each pass through `model` with the rows' indices in `examples`.
-
-    It is what routers need that go by whole inputs (retrieval; phatgoose-input, which reads them as
-    `formatting` has it) or tasks (oracle, by the name `task`), and makes random ones start anew.
-    Does nothing to other models, routed or not. Raises RoutingError when router oracle has no score
-    of `task`.
-    """
-    parts = getattr(model, ROUTED, None)
-    lookup = parts.lookup if parts is not None else None
-    for layer in parts.layers.values() if parts is not None else ():
-        if isinstance(layer, ChoosingLayer) and isinstance(layer.router, RandomRouter):
-            layer.router.restart()
-    if lookup is None:
-        yield lambda _: None
-        return
-    lookup.begin_task(task)
-    experts = lookup.find(examples, formatting)
-    try:
-        yield lambda rows: lookup.serve(experts[list(rows)])
-    finally:
-        lookup.serve(None)
 
 
 @dataclass(frozen=True)

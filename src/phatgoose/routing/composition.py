@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.fingerprint import BaseReference
 from ..base.sites import ROUTED
-from ..config import Routing
+from ..config import Formatting, Routing
 from ..errors import RoutingError
-from .layers import RoutedLayer
-from .routers.per_input.lookup import Lookup
+from ..tasks.task import Example
+from .layers import RoutedLayer, RoutedLinear
+from .routers.lookup import Lookup
+from .routers.router import Router, router_of
 
-__all__ = ["Composition", "composition_of"]
+__all__ = ["Composition", "announcing", "composition_of"]
 
 
 @dataclass
@@ -30,8 +35,13 @@ class Composition:
     experts: tuple[str, ...]
     records: list[dict[str, Any]]
     routing: Routing
-    layers: dict[str, RoutedLayer]
+    layers: dict[str, RoutedLayer] = field(default_factory=dict)
     lookup: Lookup | None = None
+
+    @cached_property
+    def router(self) -> Router:
+        """The router that `routing` asks for."""
+        return router_of(self.routing)
 
 
 def composition_of(model: PreTrainedModel) -> Composition:
@@ -40,3 +50,33 @@ def composition_of(model: PreTrainedModel) -> Composition:
     if not isinstance(parts, Composition):
         raise RoutingError("This model is not routed; make one with compose(pool).")
     return parts
+
+
+@contextmanager
+def announcing(
+    model: PreTrainedModel,
+    task: str,
+    examples: Sequence[Example],
+    formatting: Formatting | None = None,
+) -> Iterator[Callable[[Sequence[int]], None]]:
+    """A function to call before each pass through `model` with the rows' indices in `examples`.
+
+    Routers that choose for whole inputs need it: retrieval and phatgoose-input (which reads inputs
+    as `formatting` has it) go by `examples`, oracle by the name `task`; random ones start anew.
+    Other models, routed or not, run as usual. Raises RoutingError when router oracle has no score
+    of `task`.
+    """
+    parts = getattr(model, ROUTED, None)
+    lookup = parts.lookup if parts is not None else None
+    for layer in parts.layers.values() if parts is not None else ():
+        if isinstance(layer, RoutedLinear):
+            layer.router.restart()
+    if lookup is None:
+        yield lambda _: None
+        return
+    lookup.begin_task(task)
+    experts = lookup.find(examples, formatting)
+    try:
+        yield lambda rows: lookup.serve(experts[list(rows)])
+    finally:
+        lookup.serve(None)

@@ -1,8 +1,18 @@
 """The layers of a routed model: linear ones that add their experts' updates.
 
-W u + sum over z in E_t of w_z B_z A_z u                                     (METHOD section 4)
+With w_z the weights of a token, zero for experts that it didn't choose, u the input, W and b the
+site's own weight and bias (Muqeeth et al. 2024, section 3, for LoRAs; the rest is ours):
 
-Sites at which other modules than LoRAs act have layers of their own (`mixed`).
+    y₀ = W (u ⊙ (1 + Σ w_z (l_z - 1))) + b                     z: (IA)³ on the input
+    y  = y₀ ⊙ (1 + Σ w_z (l_z - 1))                            z: (IA)³ on the output
+       + Σ w_z (B_z A_z u + bias_z)                            z: LoRA, scale folded in
+       + Σ w_z (U_z f_z(D_z y₀ + b_z) + c_z)                   z: bottleneck adapter
+
+One softmax weighs all experts of the site, whatever their kind. LoRAs read the input as it came and
+adapters the output before anything is added to it, which is what each was trained on; every expert
+adds its own change, weighted, and none reads another's. (Scaling the input is the exception: to
+leave it out for the others would take a second product with W.) With one expert of weight 1 this is
+that expert alone.
 """
 
 from __future__ import annotations
@@ -19,27 +29,22 @@ from ..base.sites import Site
 from ..errors import RoutingError
 from .kernels.choice import Kernel, choose_kernel
 from .kernels.native import add_routed, runs_natively
-from .recording import watches_over
 from .routers.decision import RoutingDecision
-from .stacks.site_stack import LoraStack, SiteStack
+from .routers.router import SiteRouter
+from .stacks.lora import LoraStack
+from .stacks.site_stack import SiteStack
+from .watching import watches_over
 
-__all__ = [
-    "ChoosingLayer",
-    "FoldedLinear",
-    "RoutedLayer",
-    "RoutedLinear",
-    "folded_weight",
-    "is_cheaper_folded",
-]
+__all__ = ["FoldedLinear", "RoutedLayer", "RoutedLinear", "folded_weight", "is_cheaper_folded"]
 
 
 class RoutedLayer(nn.Module):
-    """What all layers of a routed model share: their site, its experts, and the base's layer there.
+    """The frame of the layers of a routed model: a site, its experts, and the base's layer there.
 
     `experts` [E] are the pool's indices of the experts that act here. The base's layer, `base`, is
-    no submodule: its parameters are this layer's own, in one dictionary under their own names. So
-    state dicts are those of the base, and whoever moves, offloads or trains parameters (accelerate,
-    for one) finds them where they were.
+    no submodule: its parameters are this layer's own, under their own names. So state dicts are
+    those of the base, and code that moves, offloads or trains parameters (accelerate, for one)
+    finds them where they were.
     """
 
     base: Any
@@ -75,18 +80,50 @@ class RoutedLayer(nn.Module):
         self.base._load_from_state_dict(*arguments)
 
 
-class ChoosingLayer(RoutedLayer):
-    """A routed layer with a router that chooses among its experts for every token."""
+class RoutedLinear(RoutedLayer):
+    """A linear layer (of any make) with experts of any kinds and a router that chooses among them.
 
-    router: Any  # a module, of one of the routers
+    Experts and router are buffers that stay out of the model's state dict; those of the stack have
+    the names that `SiteStack.tensors` gives them.
+    """
+
+    router: Any  # a SiteRouter
+    A: Tensor
+    B: Tensor
+
+    def __init__(
+        self,
+        base: nn.Module,
+        site: Site,
+        stack: SiteStack,
+        router: SiteRouter,
+        kernel: str = "auto",
+        product: Kernel | None = None,
+    ) -> None:
+        """`product` takes the place of `kernel` where another function than the sum is wanted."""
+        super().__init__(base, site, stack.experts)
+        self.router, self.kernel, self.product = router, kernel, product
+        self.parts = {name: tuple(part.tensors()) for name, part in stack.parts.items()}
+        for name, tensor in stack.tensors().items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.is_plain = stack.plain_lora is not None
+        if not self.is_plain:
+            for part, rows in stack.rows().items():
+                place = torch.full((len(stack.experts),), -1, device=rows.device)
+                place[rows] = torch.arange(len(rows), device=rows.device)
+                self.register_buffer(f"{part}_place", place, persistent=False)
+        own_sum = product is None and kernel in ("auto", "native")
+        self.one_call = self.is_plain and own_sum and router.one_call
+        self.room: dict[str, Tensor] = {}  # what A and B begin, where they have grown
 
     @property
     def stack(self) -> SiteStack:
         """The experts' modules as they are now."""
-        raise NotImplementedError
+        held = {name: getattr(self, name) for names in self.parts.values() for name in names}
+        return SiteStack.of(held, self.experts)
 
     def choose(self, u: Tensor) -> RoutingDecision:
-        """The experts of each token of u [.., n] and their weights; who watches is told."""
+        """The experts of each token of u [.., n] and their weights, told to whoever watches."""
         tokens = u.reshape(-1, u.shape[-1])
         decision: RoutingDecision = self.router(tokens)
         if watches := watches_over(self, self.site):
@@ -97,61 +134,14 @@ class ChoosingLayer(RoutedLayer):
                 )
         return decision
 
-
-class RoutedLinear(ChoosingLayer):
-    """A linear layer (of any make) with a pool of LoRA experts and a router.
-
-    Experts and router are buffers that stay out of the model's state dict.
-    """
-
-    A: Tensor
-    B: Tensor
-
-    def __init__(
-        self,
-        base: nn.Module,
-        site: Site,
-        stack: SiteStack,
-        router: nn.Module,
-        kernel: str,
-        product: Kernel | None = None,
-        *,
-        one_call: bool = False,
-    ) -> None:
-        """`stack` holds LoRAs only, without biases: RoutingError for another.
-
-        `product` takes the place of the kernels where another function than theirs is wanted.
-
-        `one_call` says that the router is nothing but the top k of an affinity, which the native
-        kernel can find and add up in one call.
-        """
-        super().__init__(base, site, stack.experts)
-        loras = stack.plain_lora
-        if loras is None:
-            raise RoutingError(f"Not all experts at {site.name} are plain LoRAs.")
-        self.register_buffer("A", loras.A, persistent=False)
-        self.register_buffer("B", loras.B, persistent=False)
-        self.router = router
-        self.kernel = kernel
-        self.product = product
-        self.one_call = one_call and product is None and kernel in ("auto", "native")
-        self.room: dict[str, Tensor] = {}  # what A and B begin, where they have grown
-
-    @property
-    def stack(self) -> SiteStack:
-        """The experts' factors as they are now."""
-        return SiteStack(self.experts, LoraStack(self.A, self.B))
-
     def forward(self, u: Tensor) -> Tensor:
-        """[.., n] to [.., d]."""
+        """[.., n] to [.., d]; the formula above."""
+        if not self.is_plain:
+            return self._all_parts(u)
         y: Tensor = self.base(u)
         if self.one_call and self._added_in_one_call(y, u):
             return y
-        decision = self.choose(u)
-        tokens = u.reshape(-1, u.shape[-1])
-        arguments = (tokens.to(self.A.dtype), decision.experts)
-        kernel = self.product or choose_kernel(self.kernel, *arguments, self.A, self.B)
-        delta = kernel(*arguments, decision.weights, self.A, self.B)
+        delta = self._loras(u, LoraStack(self.A, self.B), self.choose(u))
         return y + delta.view(y.shape).to(y.dtype)
 
     def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
@@ -168,12 +158,45 @@ class RoutedLinear(ChoosingLayer):
         add_routed(y, u, vectors, A, B, router.k, router.eps)
         return True
 
+    def _all_parts(self, u: Tensor) -> Tensor:
+        """`forward` where others than plain LoRAs act."""
+        stack, decision = self.stack, self.choose(u)
+        scaled = u
+        if stack.input_scaling is not None:
+            factor = stack.input_scaling.factor(self._among("input_scaling", decision))
+            scaled = (u * factor.view(u.shape)).to(u.dtype)
+        first: Tensor = self.base(scaled)
+        y0 = first.reshape(-1, first.shape[-1])
+        y = y0
+        if stack.output_scaling is not None:
+            chosen = self._among("output_scaling", decision)
+            y = (y0 * stack.output_scaling.factor(chosen)).to(y0.dtype)
+        if stack.lora is not None:
+            y = y + self._loras(u, stack.lora, self._among("lora", decision)).to(y.dtype)
+        if stack.bottleneck is not None:
+            added = stack.bottleneck.added(y0, self._among("bottleneck", decision))
+            y = y + added.to(y.dtype)
+        return y.view(first.shape)
+
+    def _among(self, part: str, decision: RoutingDecision) -> RoutingDecision:
+        """The decision among the experts of one part; weights are 0 where it fell on others."""
+        place = getattr(self, f"{part}_place")[decision.experts]
+        return RoutingDecision(place.clamp(min=0), decision.weights * (place >= 0))
+
+    def _loras(self, u: Tensor, loras: LoraStack, chosen: RoutingDecision) -> Tensor:
+        """What the LoRAs add for every token of u [.., n], [T, d]."""
+        tokens = u.reshape(-1, u.shape[-1]).to(loras.A.dtype)
+        kernel = self.product or choose_kernel(
+            self.kernel, tokens, chosen.experts, loras.A, loras.B
+        )
+        return loras.added(tokens, chosen, kernel)
+
 
 class FoldedLinear(RoutedLayer):
     """A linear layer with the mean of its experts' updates inside its weight.
 
-    The base layer is kept for `detach`. In bfloat16 the sum of weight and update is rounded once,
-    where a factored update would be rounded apart.
+    `detach` brings the base layer back. In bfloat16 the sum of weight and update is rounded once; a
+    factored update would be rounded on its own.
     """
 
     folded: Tensor

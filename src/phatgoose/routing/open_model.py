@@ -1,9 +1,9 @@
-"""Whatever stands for a model, opened: a routed model's folder, a pool, an expert, a base."""
+"""Opening whatever stands for a model: a routed model's folder, a pool, an expert, a base."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -86,7 +86,7 @@ def compose_pool(
 ) -> PreTrainedModel:
     """`pool` composed by `routing` with `base`, or with the base that it names, in `dtype`."""
     base = loaded_base(pool, base, dtype)
-    return compose(pool, base, scores=scores, **asdict(routing or Routing()))
+    return compose(pool, base, scores=scores, routing=routing)
 
 
 def loaded_base(pool: Pool, base: Base | str | None = None, dtype: str = "auto") -> Base:

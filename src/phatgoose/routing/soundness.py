@@ -1,10 +1,9 @@
-"""Whether the tensors of a routed site are what layers, routers and kernels take them for.
+"""Checks that the tensors of a routed site are what layers, routers and kernels take them for.
 
-Asked of every stack that becomes a layer, against its site, and of every file of a routed model,
-against the others: kernels get addresses and believe sizes, and a file may come from anywhere.
-Letters as in docs/format.md: E experts of a site, n inputs, d outputs, r rank, m size of a
-bottleneck; P, I, O, N those of its experts that are LoRAs, scale inputs, scale outputs, are
-bottlenecks; v columns of a router's vectors, w of those that experts vote with.
+Every stack that becomes a layer is checked against its site, and every file of a routed model
+against the others: kernels get addresses and trust sizes, and a file may come from anywhere.
+Letters as in docs/format.md: E experts of a site, n inputs, v = n + 1, d outputs, r rank, m size of
+a bottleneck; P, I, O, N its experts that are LoRAs, scale inputs, scale outputs, are bottlenecks.
 """
 
 from __future__ import annotations
@@ -15,18 +14,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..base.sites import Site
 from ..config import ACTIVATIONS
 from ..errors import RoutingError
 from ..files.tensor_file import FLOATS
 from .stacks.site_stack import PARTS, SiteStack
 
-__all__ = ["LARGEST", "SCALES", "SITE_TENSORS", "check_lookup", "check_stack", "check_tensors"]
+__all__ = ["LARGEST", "SCALES", "SITE_TENSORS", "check_lookup", "check_site", "check_tensors"]
 
 LARGEST = 127  # of whole numbers in int8
 SCALES = {"A": "A_scale", "B": "B_scale"}
 INDICES, FACTORS = (torch.int64,), (*FLOATS, torch.int8)
-OPTIONAL = ("B_bias", "lora_rows")
-SHARED = "ndvwc"  # letters that stand for one size in all files
+SHARED = "ndvc"  # letters that stand for one size in all files
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,7 @@ class Form:
 
 SITE_TENSORS = {
     "experts": Form("E", INDICES),
-    "vectors": Form("Ev"),
-    "votes": Form("Ew"),
+    "votes": Form("Ev"),
     "folded": Form("dn"),
     "A": Form("Prn", FACTORS),
     "A_scale": Form("Pr"),
@@ -62,41 +60,47 @@ SITE_TENSORS = {
 LOOKUP_TENSORS = {"embeddings": Form("Mc"), "owners": Form("M", INDICES)}
 
 
-def check_stack(
+def check_site(
     stack: SiteStack,
-    site: str,
-    shape: tuple[int, int],
+    site: Site,
     pool_size: int,
-    vectors: Tensor | None = None,
-    columns: int | None = None,
+    state: Mapping[str, Tensor],
+    form: Mapping[str, str],
 ) -> None:
-    """Raise RoutingError unless `stack`, of experts of a pool, can act at a site of this shape.
+    """Raise RoutingError unless `stack`, of experts of a pool, can act at `site`.
 
-    `shape` is (n, d) of the base's layer, `vectors` what the site's router scores with, of so many
-    `columns`; None where it doesn't score.
+    `state` are the router's tensors there, which `form` gives letters for (`Router.form`).
     """
-    if (vectors is None) != (columns is None):
-        has, wants = ("no", "some") if vectors is None else ("some", "none")
-        raise RoutingError(f"Experts at {site} have {has} vectors, but their router wants {wants}.")
-    held = {"experts": stack.experts, **stack.tensors()}
-    sizes = dict(zip("nd", shape, strict=True))
-    if vectors is not None and columns is not None:
-        held["vectors"], sizes["v"] = vectors, columns
-    check_tensors(f"Experts at {site}", held, pool_size, sizes)
+    where = f"Experts at {site.name}"
+    held = {"experts": stack.experts, **stack.tensors(), **state}
+    sizes = {"n": site.in_features, "v": site.in_features + 1, "d": site.out_features}
+    check_tensors(where, held, pool_size, sizes, form)
 
 
 def check_tensors(
-    where: str, held: Mapping[str, Tensor], pool_size: int, sizes: Mapping[str, int]
+    where: str,
+    held: Mapping[str, Tensor],
+    pool_size: int,
+    sizes: Mapping[str, int],
+    form: Mapping[str, str],
 ) -> dict[str, int]:
     """The sizes of one site's tensors, by letter, which belong together and to known `sizes`.
 
-    `held` are named as in SITE_TENSORS; indices of experts are below `pool_size`. Only sizes that
-    all files share come back. Raises RoutingError that begins with `where`, naming the tensor, what
-    was got and what was wanted.
+    `held` are named as in SITE_TENSORS, or in `form`: the router's, all of which must be there
+    unless the experts are folded. Indices of experts are below `pool_size`. Only sizes that all
+    files share come back. Raises RoutingError that begins with `where`, naming the tensor, what was
+    got and what was wanted.
     """
     if "experts" not in held:
         raise RoutingError(f"{where}: there are {_named(held)}, but no list of experts.")
-    found = _sizes_of(where, held, SITE_TENSORS, sizes)
+    missing = [name for name in form if name not in held and "folded" not in held]
+    if missing:
+        raise RoutingError(f"{where}: there are stacks, but no {missing[0]} for the router.")
+    forms = {**SITE_TENSORS, **{name: Form(letters) for name, letters in form.items()}}
+    unknown = sorted(held.keys() - forms.keys())
+    if unknown:
+        raise RoutingError(f"{where}: there are {', '.join(unknown)}, which no router wants.")
+    found = _sizes_of(where, held, forms, sizes)
     _check_range(where, "experts", held["experts"], pool_size, ascending=True)
     _check_columns(where, found)
     _check_parts(where, held)
@@ -142,25 +146,22 @@ def _sizes_of(
 
 
 def _check_columns(where: str, sizes: Mapping[str, int]) -> None:
-    n = sizes.get("n")
-    for name, columns, wanted in (
-        ("vectors have", sizes.get("v"), (n, n and n + 1)),
-        ("votes have", sizes.get("w"), (n and n + 1,)),
-    ):
-        if None not in (n, columns) and columns not in wanted:
-            raise RoutingError(f"{where}: {name} {columns} columns for {n} inputs.")
+    n, v = sizes.get("n"), sizes.get("v")
+    if n is not None and v not in (None, n + 1):
+        raise RoutingError(f"{where}: {v} columns for {n} inputs; wanted one more than inputs.")
 
 
 def _check_parts(where: str, held: Mapping[str, Tensor]) -> None:
     """Parts are whole, and each expert is in one part once; or all are folded into one matrix."""
     rows: list[Tensor] = []
-    for names in PARTS.values():
-        present = [name for name in names.values() if name in held]
-        missing = [name for name in names.values() if name not in (*present, *OPTIONAL)]
+    for part in PARTS.values():
+        present = [name for name in part.names.values() if name in held]
+        optional = [part.names[field] for field in part.optional]
+        missing = [name for name in part.names.values() if name not in (*present, *optional)]
         if present and missing:
             raise RoutingError(f"{where}: there is {present[0]}, but no {missing[0]}.")
         if present:
-            own = held.get(names["rows"])
+            own = held.get(part.names["rows"])
             rows.append(torch.arange(held["A"].shape[0]) if own is None else own.cpu())
     E = held["experts"].shape[0]
     if "folded" in held and not rows:

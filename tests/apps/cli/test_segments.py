@@ -12,7 +12,7 @@ import pytest
 from command_line import Outcome, run
 from growth_cases import write_small_experts
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.routing.saved.tensors import read_packed
+from phatgoose.routing.saved.tensors import read_saved
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_a_routed_models_folder_is_changed_by_commands(phat, folder):
     assert (done.code, done.out) == (0, "3 experts at 14 sites in 2 files -> routed\n")
     done = phat("compact", "routed", "--stored", "bfloat16")
     assert (done.code, done.out) == (0, "3 experts at 14 sites in 1 file -> routed\n")
-    assert read_packed(folder / "routed").names == ("x0000", "x0002", "x0003")
+    assert read_saved(folder / "routed").names == ("x0000", "x0002", "x0003")
     assert phat("generate", "routed", "Hello", "--max-new-tokens", "2").code == 0
 
 

@@ -99,7 +99,7 @@ DECISIVE = (
     *("routing.layers", "routing.kernels.choice", "routing.kernels.concat"),
     *("routing.kernels.gather", "routing.kernels.mixed", "routing.kernels.reference"),
     *("routing.routers.registry", "routing.routers.per_token.arrow", "routing.routers.decision"),
-    *("routing.routers.per_input.lookup", "routing.routers.per_token.scored"),
+    *("routing.routers.per_input.lookup", "routing.routers.per_token.vector_router"),
     *("routing.routers.fixed.unscored", "tasks.embeddings", "routing.routers.scores", "config"),
     *("tasks.encoding", "evaluation.likelihood", "tasks.row_packing", "evaluation.answers"),
     *("evaluation.metrics", "evaluation.intervals", "tasks.task"),

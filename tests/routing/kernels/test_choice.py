@@ -11,7 +11,8 @@ from kernel_problems import DIFFERENTIABLE, ON_CPUS, Problem, make_problem
 from phatgoose.errors import ConfigError
 from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import add_routed, runs_natively, top_experts
-from phatgoose.routing.routers.per_token.scored import ArrowRouter, ScoredRouter
+from phatgoose.routing.routers.per_token.arrow import ArrowRouter
+from phatgoose.routing.routers.per_token.vector_router import ScoredRouter
 
 native_module = importlib.import_module(
     "phatgoose.routing.kernels.native"

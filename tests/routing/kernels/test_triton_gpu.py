@@ -28,7 +28,8 @@ from phatgoose.routing.kernels.triton_gpu import (
     top_experts,
     triton_gpu,
 )
-from phatgoose.routing.routers.per_token.scored import ArrowRouter, ScoredRouter
+from phatgoose.routing.routers.per_token.arrow import ArrowRouter
+from phatgoose.routing.routers.per_token.vector_router import ScoredRouter
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 module = importlib.import_module("phatgoose.routing.kernels.triton_gpu")
@@ -203,12 +204,12 @@ def test_a_routed_model_gives_the_same_logits_through_triton(llama_pool, monkeyp
     plain = compose(llama_pool, make_model("llama"), kernel="reference")
     wanted = logits_of(plain, ids, attention_mask=mask)
     for place in (
-        "phatgoose.routing.routers.per_token.scored.runs_natively",
+        "phatgoose.routing.routers.per_token.vector_router.runs_natively",
         "phatgoose.routing.layers.runs_natively",
     ):
         monkeypatch.setattr(place, lambda *_: False)
     monkeypatch.setattr(
-        "phatgoose.routing.routers.per_token.scored.runs_on_triton", lambda *_: True
+        "phatgoose.routing.routers.per_token.vector_router.runs_on_triton", lambda *_: True
     )
     model = compose(llama_pool, make_model("llama"), kernel="triton").to(DEVICE)
     got = logits_of(model, ids.to(DEVICE), attention_mask=mask.to(DEVICE))

@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import record
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.kernels.native import runs_natively
 from phatgoose.routing.kernels.native import top_experts as by_native
 from phatgoose.routing.kernels.triton_gpu import top_experts as by_triton
+from phatgoose.routing.recording import record
 from phatgoose.routing.routers.decision import highest
 from phatgoose.routing.routers.per_token.affinities import CentredRouter, RawRouter
-from phatgoose.routing.routers.per_token.scored import (
-    ArrowRouter,
+from phatgoose.routing.routers.per_token.arrow import ArrowRouter
+from phatgoose.routing.routers.per_token.uniform_top_k import UniformTopKRouter
+from phatgoose.routing.routers.per_token.vector_router import (
     ScoredRouter,
-    UniformTopKRouter,
     VectorRouter,
     standardise,
 )

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from phatgoose.base.loading import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, record
+from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import RoutedLinear
+from phatgoose.routing.recording import record
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved import save as saving
 from phatgoose.routing.saved.load import load

@@ -37,8 +37,8 @@ from phatgoose.routing.growing import remove_experts
 from phatgoose.routing.saved import segments as storing
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.saved.segments import add_to_packed, compact, pack, remove_from_packed
-from phatgoose.routing.saved.tensors import dequantised, quantised, read_packed
+from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
+from phatgoose.routing.saved.tensors import dequantised, quantised, read_saved
 from routed_models import SCORES, with_embeddings
 from tiny import logits_of, make_ids
 
@@ -54,7 +54,7 @@ def uneven(loaded_bases, tmp_path_factory) -> Pool:
 @pytest.fixture
 def packed(llama, uneven, tmp_path) -> Path:
     """A folder of e0 and e1, packed."""
-    pack(uneven.select(["e0", "e1"]), tmp_path / "packed", copy.deepcopy(llama))
+    save_pool(uneven.select(["e0", "e1"]), tmp_path / "packed", copy.deepcopy(llama))
     return tmp_path / "packed"
 
 
@@ -76,7 +76,7 @@ def test_packing_writes_what_composing_and_saving_does(
     routing = Routing(router=router, expert="e2" if router == "single" else None)
     model = compose(pool, copy.deepcopy(llama), scores=SCORES, **asdict(routing))
     save(model, tmp_path / "saved")
-    pack(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing, scores=SCORES)
+    save_pool(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing, scores=SCORES)
     folders = (tmp_path / "saved", tmp_path / "packed")
     one, other = (json.loads((folder / "routed.json").read_text()) for folder in folders)
     assert one | {"weights_sha256": ""} == other | {"weights_sha256": ""}
@@ -92,10 +92,10 @@ def test_a_packed_model_grows_by_files_of_the_new_experts(
 ):
     pool = with_embeddings(uneven) if router == "retrieval" else uneven
     folder, routing = tmp_path / "packed", Routing(router=router)
-    pack(pool.select(["e0", "e1"]), folder, copy.deepcopy(llama), routing=routing)
+    save_pool(pool.select(["e0", "e1"]), folder, copy.deepcopy(llama), routing=routing)
     before = (folder / "routed.safetensors").stat()
-    add_to_packed(folder, pool.select(["e2"]))
-    assert add_to_packed(folder, pool.select(["e3"])).names == NAMES
+    add_to_saved(folder, pool.select(["e2"]))
+    assert add_to_saved(folder, pool.select(["e3"])).names == NAMES
     assert (folder / "routed.safetensors").stat() == before
     assert len(files_of(folder)) == 4
     wanted = composed(router, uneven, llama)
@@ -113,26 +113,26 @@ def test_a_packed_model_shrinks_by_its_description(
 ):
     pool = with_embeddings(uneven) if router == "retrieval" else uneven
     folder, routing = tmp_path / "packed", Routing(router=router)
-    pack(pool.select(["e0", "e1", "e2"]), folder, copy.deepcopy(llama), routing=routing)
-    add_to_packed(folder, pool.select(["e3"]))
+    save_pool(pool.select(["e0", "e1", "e2"]), folder, copy.deepcopy(llama), routing=routing)
+    add_to_saved(folder, pool.select(["e3"]))
     files = {name: (folder / name).stat() for name in files_of(folder) if "json" not in name}
     for name in NAMES:
         if name not in left:
-            remove_from_packed(folder, [name])
+            remove_from_saved(folder, [name])
     assert all((folder / name).stat() == was for name, was in files.items())
     wanted = compose(pool.select(left), copy.deepcopy(llama), **asdict(routing))
     assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
     assert compact(folder).names == tuple(left)
     assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
     remaining = [e for e in pool.experts if e.name not in left]
-    add_to_packed(folder, Pool(tuple(remaining)))
+    add_to_saved(folder, Pool(tuple(remaining)))
     order = Pool((*pool.select(left).experts, *remaining))
     wanted = compose(order, copy.deepcopy(llama), **asdict(routing))
     assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
 
 
 def test_what_is_in_one_file_is_mapped_and_not_copied(llama, packed):
-    first = read_packed(packed).tensors
+    first = read_saved(packed).tensors
     name = next(name for name in first if name.startswith("A."))
     assert first[name].untyped_storage().nbytes() == (packed / "routed.safetensors").stat().st_size
     assert {first[name].untyped_storage().data_ptr() for name in first if name[1] == "."} == {
@@ -142,37 +142,37 @@ def test_what_is_in_one_file_is_mapped_and_not_copied(llama, packed):
 
 def test_folded_experts_are_packed_and_stay_what_they_are(llama, pool_of, tmp_path):
     pool, routing = pool_of("llama", (24, 9, 20)), Routing(router="merged")
-    pack(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing)
+    save_pool(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing)
     wanted = compose(pool, copy.deepcopy(llama), router="merged")
     model = load(tmp_path / "packed", copy.deepcopy(llama))
     assert torch.equal(logits_of(model, make_ids()), logits_of(wanted, make_ids()))
     with pytest.raises(RoutingError, match="folded"):
-        remove_from_packed(tmp_path / "packed", ["e0"])
+        remove_from_saved(tmp_path / "packed", ["e0"])
     with pytest.raises(RoutingError, match="folded"):
-        add_to_packed(tmp_path / "packed", renamed(pool_of("llama").select(["e0"]), "new"))
+        add_to_saved(tmp_path / "packed", renamed(pool_of("llama").select(["e0"]), "new"))
 
 
 def test_what_can_not_join_or_leave_changes_nothing(llama, uneven, pool_of, packed):
     before = {name: (packed / name).read_bytes() for name in files_of(packed)}
     with pytest.raises(PoolError, match="'e1' is there already"):
-        add_to_packed(packed, uneven.select(["e1"]))
+        add_to_saved(packed, uneven.select(["e1"]))
     with pytest.raises(WrongBaseError):
-        add_to_packed(packed, renamed(Pool(pool_of("t5").experts[:1]), "new"))
+        add_to_saved(packed, renamed(Pool(pool_of("t5").experts[:1]), "new"))
     with pytest.raises(PoolError, match="no expert 'e2'"):
-        remove_from_packed(packed, ["e2"])
+        remove_from_saved(packed, ["e2"])
     with pytest.raises(PoolError, match="No expert would be left"):
-        remove_from_packed(packed, ["e0", "e1"])
+        remove_from_saved(packed, ["e0", "e1"])
     expert = uneven.experts[2]
     wide = {
         site: replace(factors, A=torch.cat([factors.A, factors.A], dim=1))
         for site, factors in expert.lora.items()
     }
     with pytest.raises(ExpertError, match=r"'e2', site .* maps 96 to 32 features, .* 48 to 32"):
-        add_to_packed(packed, Pool((replace(expert, modules=wide),)))
+        add_to_saved(packed, Pool((replace(expert, modules=wide),)))
     with pytest.raises(ConfigError, match="float32, bfloat16, float16, int8, not in 'int4'"):
         compact(packed, stored="int4")
     with FileLock(packed / ".lock"), pytest.raises(RoutingError, match="Another process"):
-        add_to_packed(packed, uneven.select(["e2"]))
+        add_to_saved(packed, uneven.select(["e2"]))
     with pytest.raises(RoutingError, match="holds no routed model"):
         compact(packed.parent / "nowhere")
     assert {name: (packed / name).read_bytes() for name in files_of(packed)} == before
@@ -185,10 +185,10 @@ def test_an_interrupted_addition_is_none(llama, uneven, packed, monkeypatch, ste
 
     monkeypatch.setattr(storing, step, interrupted)
     with pytest.raises(KeyboardInterrupt):
-        add_to_packed(packed, uneven.select(["e2", "e3"]))
+        add_to_saved(packed, uneven.select(["e2", "e3"]))
     monkeypatch.undo()
-    assert read_packed(packed).names == ("e0", "e1")
-    add_to_packed(packed, uneven.select(["e2", "e3"]))
+    assert read_saved(packed).names == ("e0", "e1")
+    add_to_saved(packed, uneven.select(["e2", "e3"]))
     assert_same_models(load(packed, copy.deepcopy(llama)), composed("phatgoose", uneven, llama))
     compact(packed)
     assert len(files_of(packed)) == 2  # what was left behind is gone too
@@ -200,7 +200,7 @@ def edit(folder: Path, **changes: object) -> None:
 
 
 def test_a_damaged_description_is_told(uneven, packed):
-    add_to_packed(packed, uneven.select(["e2"]))
+    add_to_saved(packed, uneven.select(["e2"]))
     segments = json.loads((packed / "routed.json").read_text())["segments"]
     for changes in (
         {"segments": segments[:1]},
@@ -216,14 +216,14 @@ def test_a_damaged_description_is_told(uneven, packed):
         text = (packed / "routed.json").read_text()
         edit(packed, **changes)
         with pytest.raises(RoutingError, match=r"routed\.json is not a valid description"):
-            read_packed(packed)
+            read_saved(packed)
         (packed / "routed.json").write_text(text)
     other = next(path for path in packed.iterdir() if path.name.startswith("routed-"))
     content = bytearray(other.read_bytes())
     content[-1] ^= 1
     other.write_bytes(content)
     with pytest.raises(RoutingError, match="was changed after it was written"):
-        read_packed(packed)
+        read_saved(packed)
 
 
 @settings(max_examples=30, deadline=None)
@@ -243,11 +243,11 @@ def test_int8_is_off_by_half_a_step_at_most(seed, size):
 @pytest.mark.parametrize("stored", ["int8", "bfloat16", "float16", "float32"])
 def test_experts_are_stored_in_the_type_asked_for(llama, uneven, tmp_path, stored):
     folder = tmp_path / "packed"
-    pack(uneven.select(["e0", "e1"]), folder, copy.deepcopy(llama), stored=stored)
-    add_to_packed(folder, uneven.select(["e2", "e3"]))
+    save_pool(uneven.select(["e0", "e1"]), folder, copy.deepcopy(llama), stored=stored)
+    add_to_saved(folder, uneven.select(["e2", "e3"]))
     kinds = {
         tensor.dtype
-        for segment in read_packed(folder).segments
+        for segment in read_saved(folder).segments
         for name, tensor in segment.tensors.items()
         if name.startswith(("A.", "B."))
     }
@@ -265,7 +265,7 @@ def test_experts_are_stored_in_the_type_asked_for(llama, uneven, tmp_path, store
 def test_bfloat16_loses_nothing_under_a_base_in_bfloat16(llama, uneven, tmp_path):
     base = load_base(llama.id, dtype="bfloat16")
     wanted = logits_of(compose(uneven, copy.deepcopy(base)), make_ids())
-    pack(uneven, tmp_path / "packed", copy.deepcopy(base), stored="bfloat16")
+    save_pool(uneven, tmp_path / "packed", copy.deepcopy(base), stored="bfloat16")
     loaded = load(tmp_path / "packed", copy.deepcopy(base))
     assert torch.equal(logits_of(loaded, make_ids()), wanted)
 
@@ -276,7 +276,7 @@ def test_a_pool_that_is_packed_and_loaded_is_never_in_memory(llama, tmp_path):
     size = sum(e.directory.joinpath(ADAPTER_WEIGHTS).stat().st_size for e in pool.experts)
     base, ids = copy.deepcopy(llama), make_ids(tokens=3)
     with own_memory() as taken:
-        pack(pool, tmp_path / "packed", base)
+        save_pool(pool, tmp_path / "packed", base)
     assert taken.peak < 0.4 * size
     with own_memory() as taken:
         model = load(tmp_path / "packed", base)
@@ -329,11 +329,11 @@ def test_a_thousand_experts_are_opened_composed_packed_and_found_again(llama, tm
     assert len(pool) == 1000
     model = compose(pool, copy.deepcopy(llama))
     wanted = logits_of(model, make_ids())
-    pack(pool.select(leave_out=["x0999"]), tmp_path / "packed", copy.deepcopy(llama))
-    add_to_packed(tmp_path / "packed", pool.select(["x0999"]))
+    save_pool(pool.select(leave_out=["x0999"]), tmp_path / "packed", copy.deepcopy(llama))
+    add_to_saved(tmp_path / "packed", pool.select(["x0999"]))
     loaded = load(tmp_path / "packed", copy.deepcopy(llama))
     assert torch.equal(logits_of(loaded, make_ids()), wanted)
     gone = [f"x{z:04}" for z in range(1000) if z % 3]
     remove_experts(loaded, gone)
-    remove_from_packed(tmp_path / "packed", gone)
+    remove_from_saved(tmp_path / "packed", gone)
     assert_same_models(load(tmp_path / "packed", copy.deepcopy(llama)), loaded)

@@ -126,14 +126,14 @@ def compose(
     from ...base.loading import load_base
     from ...experts.pool import Pool
     from ...routing.open_model import loaded_base
-    from ...routing.routers.registry import USE_K
-    from ...routing.saved.segments import pack
+    from ...routing.routers.registry import spec_of
+    from ...routing.saved.segments import save_pool
 
     opened = Pool.open(pool[0] if len(pool) == 1 else pool).select(keep, leave_out)
     name = base or recipe.base
     loaded = load_base(name, dtype=dtype) if name else loaded_base(opened, dtype=dtype)
-    packed = pack(opened, out, loaded, routing=routing, scores=scores, stored=stored)
-    k = f", k = {routing.k}" if routing.router in USE_K else ""
+    packed = save_pool(opened, out, loaded, routing=routing, scores=scores, stored=stored)
+    k = f", k = {routing.k}" if spec_of(routing.router).uses_k else ""
     say(
         f"{len(packed.names)} experts at {len(packed.sites)} sites, router {routing.router}{k} "
         f"-> {out}"

@@ -10,7 +10,7 @@ import typer
 from ..console.printing import say
 
 if TYPE_CHECKING:
-    from ...routing.saved.tensors import Packed
+    from ...routing.saved.tensors import SavedModel
 
 __all__ = ["StoredOption", "register"]
 
@@ -42,10 +42,10 @@ def add(
 ) -> None:
     """Add experts: one more file, of these experts only."""
     from ...experts.pool import Pool
-    from ...routing.saved.segments import add_to_packed
+    from ...routing.saved.segments import add_to_saved
 
     pool = Pool.open(places[0] if len(places) == 1 else places)
-    _tell(add_to_packed(model, pool), model)
+    _tell(add_to_saved(model, pool), model)
 
 
 def remove(
@@ -53,9 +53,9 @@ def remove(
     names: Annotated[list[str], typer.Argument(help="The experts' names.")],
 ) -> None:
     """Remove experts: from the description; compact takes them out of the files."""
-    from ...routing.saved.segments import remove_from_packed
+    from ...routing.saved.segments import remove_from_saved
 
-    _tell(remove_from_packed(model, names), model)
+    _tell(remove_from_saved(model, names), model)
 
 
 def compact(model: ModelArgument, stored: StoredOption = None) -> None:
@@ -65,7 +65,7 @@ def compact(model: ModelArgument, stored: StoredOption = None) -> None:
     _tell(rewrite(model, stored=stored), model)
 
 
-def _tell(packed: Packed, model: Path) -> None:
+def _tell(packed: SavedModel, model: Path) -> None:
     files = len(packed.segments)
     say(
         f"{len(packed.names)} experts at {len(packed.sites)} sites in {files} "

@@ -1,9 +1,11 @@
 """Routers: which experts act on a token at a site, and with which weights.
 
-registry.py  every router by its name
+registry.py  every router as one record
+router.py    what a router is, for a model and at a site
 decision.py  what a router answers, and the rule for ties
+lookup.py    which expert serves each whole input
 scores.py    every expert's score on every task
 per_token/   routers that choose for every token
-per_input/   routers that choose for a whole input
+per_input/   routers that choose one expert for a whole input
 fixed/       the same experts for everything
 """

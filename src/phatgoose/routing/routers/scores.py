@@ -1,8 +1,4 @@
-"""Scores of every single expert on every task, and who is best (METHOD section 5).
-
-Oracle takes the best expert of each task, Best Individual the one with the best mean over all
-tasks. Both know the answers beforehand, so neither is zero-shot.
-"""
+"""Scores of every single expert on every task, which Oracle and Best Individual choose by."""
 
 from __future__ import annotations
 
@@ -10,10 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ...errors import PoolError
+from ...config import Routing
+from ...errors import ConfigError, PoolError
 from ...files.strict_json import read_json_object
 
-__all__ = ["Scores", "best_expert", "best_expert_by_task", "read_scores"]
+__all__ = ["Scores", "best_expert", "best_expert_by_task", "given_scores", "read_scores"]
 
 Scores = Mapping[str, Mapping[str, float]]  # expert -> task -> score
 EXPERTS = "experts"  # the key under which a comparison's JSON file holds them
@@ -42,6 +39,16 @@ def read_scores(path: str | Path) -> Scores:
             f"{path} holds no scores of single experts; wanted the comparison.json of a 'phatgoose "
             f"compare' that ran every single expert."
         ) from error
+
+
+def given_scores(scores: Scores | None, routing: Routing) -> Scores:
+    """`scores`, which the router can't do without. Raises ConfigError when there are none."""
+    if scores is None:
+        raise ConfigError(
+            f"Router {routing.router} needs the scores of every single expert: those of a finished "
+            f"'phatgoose compare' (--scores comparison.json)."
+        )
+    return scores
 
 
 def best_expert(scores: Scores, names: Sequence[str]) -> str:

@@ -1,8 +1,8 @@
-"""Saved routed models: a folder with a description and the experts' tensors.
+"""Saved routed models: a folder with a description and the experts' tensors (docs/format.md).
 
 description.py  routed.json
 tensors.py      the tensors, in one file or several
 save.py         write a routed model
 load.py         read one
-segments.py     change one without writing it anew
+segments.py     write one larger than memory; add and remove experts
 """

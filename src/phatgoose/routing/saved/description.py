@@ -1,4 +1,4 @@
-"""routed.json, what describes a routed model in its folder: read strictly, as from a stranger."""
+"""routed.json: the description of a saved routed model, read strictly, as from a stranger."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ += ["routing_record"]
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
 VERSIONS = (1, 2)  # 2 has segments
-NAMED_ANEW = "retrieval_embedder"  # by whoever loads the model: a file's word loads nothing
+NAMED_ANEW = "retrieval_embedder"  # by the user who loads the model: a file can't have one loaded
 HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
 
 

@@ -1,4 +1,4 @@
-"""Writing routed models: to a folder of their own, or to the one that `save_pretrained` is given.
+"""Saving routed models, to a folder of their own or the one that `save_pretrained` is given.
 
 Both write the same files (docs/format.md): the stacked experts and their router, and a description
 that names the base. The base's weights are not in them.
@@ -22,14 +22,10 @@ from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
 from ...files.quoting import reason
 from ...files.regular_file import sha256_of
 from ..composition import Composition, composition_of
-from ..layers import ChoosingLayer, FoldedLinear, RoutedLayer
-from ..routers.per_input.lookup import Lookup, Retriever, TaskTable
-from ..routers.per_input.phatgoose_input import GateVote
-from ..routers.per_token.scored import VectorRouter
+from ..layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .description import ROUTED_INFO, ROUTED_WEIGHTS, routing_record
-from .tensors import EMBEDDINGS, OWNERS, VOTES
 
-__all__ = ["layer_tensors", "lookup_info", "lookup_tensors", "save", "save_pretrained"]
+__all__ = ["described", "layer_tensors", "save", "save_pretrained"]
 
 FORMAT_VERSION = 1
 OTHERS = ("config.json", "adapter_config.json")  # of models that from_pretrained would find
@@ -48,7 +44,7 @@ def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = Fal
         raise RoutingError(f"{target} exists already; choose another place or allow overwriting.")
     with new_directory(target, RoutingError, overwrite=overwrite) as work:
         save_file(_tensors(parts), work / ROUTED_WEIGHTS)
-        (work / ROUTED_INFO).write_text(_described(parts, work), encoding="utf-8")
+        (work / ROUTED_INFO).write_text(described(parts, work), encoding="utf-8")
 
 
 def save_pretrained(
@@ -87,7 +83,7 @@ def save_pretrained(
             save_file(_tensors(parts), unfinished)
     except WRITING_ERRORS as error:
         raise RoutingError(f"{target} can't be written: {reason(error)}.") from error
-    write_text(target / ROUTED_INFO, _described(parts, target), RoutingError)
+    write_text(target / ROUTED_INFO, described(parts, target), RoutingError)
 
 
 def _check_base(model: PreTrainedModel, parts: Composition) -> None:
@@ -105,7 +101,7 @@ def _check_base(model: PreTrainedModel, parts: Composition) -> None:
         )
 
 
-def _described(parts: Composition, folder: Path) -> str:
+def described(parts: Composition, folder: Path) -> str:
     """The content of routed.json beside the weights in `folder`."""
     info = {
         "format_version": FORMAT_VERSION,
@@ -113,14 +109,14 @@ def _described(parts: Composition, folder: Path) -> str:
         "routing": routing_record(parts.routing),
         "experts": parts.records,
         "weights_sha256": sha256_of(folder / ROUTED_WEIGHTS),
-        "lookup": lookup_info(parts.lookup),
+        "lookup": parts.lookup.info() if parts.lookup else {},
     }
     return json.dumps(info, indent=2) + "\n"
 
 
 def _tensors(parts: Composition) -> dict[str, Tensor]:
     tensors = {f"experts.{name}": layer.experts for name, layer in parts.layers.items()}
-    tensors |= lookup_tensors(parts.lookup)
+    tensors |= parts.lookup.tensors() if parts.lookup else {}
     for layer in parts.layers.values():
         tensors |= layer_tensors(layer)
     return {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
@@ -128,27 +124,9 @@ def _tensors(parts: Composition) -> dict[str, Tensor]:
 
 def layer_tensors(layer: RoutedLayer) -> dict[str, Tensor]:
     """What is kept of a layer beside the indices of its experts, by name."""
-    name, tensors = layer.site.name, {}
+    held: dict[str, Tensor] = {}
     if isinstance(layer, FoldedLinear):
-        tensors[f"folded.{name}"] = layer.folded
-    if isinstance(layer, ChoosingLayer):
-        tensors |= {f"{kind}.{name}": tensor for kind, tensor in layer.stack.tensors().items()}
-        if isinstance(layer.router, VectorRouter):
-            tensors[f"vectors.{name}"] = layer.router.vectors
-    return tensors
-
-
-def lookup_tensors(lookup: Lookup | None) -> dict[str, Tensor]:
-    """The tensors that a looked-up router keeps, by name."""
-    if isinstance(lookup, GateVote):
-        return {f"{VOTES}{site}": rows for site, (rows, _) in lookup.votes.items()}
-    if not isinstance(lookup, Retriever):
-        return {}
-    return {EMBEDDINGS: lookup.embeddings, OWNERS: lookup.owners}
-
-
-def lookup_info(lookup: Lookup | None) -> dict[str, Any]:
-    """What a looked-up router keeps beside its tensors."""
-    if isinstance(lookup, Retriever):
-        return {"embedder": lookup.embedder}
-    return {"experts_by_task": lookup.experts} if isinstance(lookup, TaskTable) else {}
+        held = {"folded": layer.folded}
+    elif isinstance(layer, RoutedLinear):
+        held = {**layer.stack.tensors(), **layer.router.state()}
+    return {f"{name}.{layer.site.name}": tensor for name, tensor in held.items()}

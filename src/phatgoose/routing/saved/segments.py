@@ -1,8 +1,8 @@
-"""Packed models made of pools larger than memory, and changed without being written anew.
+"""Saved models made of pools larger than memory, and changed without being rewritten.
 
-Adding writes one more file, of the new experts only; removing writes none. Either counts from the
-moment in which the description is replaced: a process that is killed before that has done nothing
-(the file that it may leave behind is nobody's, and goes when the folder is compacted).
+Adding writes one more file, of the new experts only; removing writes none. Either takes effect when
+the description is replaced: a process that is killed before has changed nothing (a file that it may
+leave behind belongs to no model, and goes when the folder is compacted).
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,15 @@ from ...files.left_overs import clear_left_overs, temporary_file
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
 from ..growing import check_growth, check_removal
-from ..routers.registry import embeddings_of, router_vectors
+from ..routers.per_input.retrieval import EMBEDDINGS, OWNERS, embeddings_of
+from ..routers.router import router_of
 from ..routers.scores import Scores
 from ..stacks.site_stack import stack_of
-from .description import ROUTED_INFO, ROUTED_WEIGHTS, routing_record
-from .load import check_router_of
-from .save import layer_tensors, lookup_info, lookup_tensors
-from .tensors import EMBEDDINGS, FACTORS, OWNERS, Packed, quantised, read_packed
+from .description import ROUTED_INFO, ROUTED_WEIGHTS
+from .save import described, layer_tensors
+from .tensors import FACTORS, SavedModel, quantised, read_saved
 
-__all__ = ["STORED", "add_to_packed", "compact", "pack", "remove_from_packed"]
+__all__ = ["STORED", "add_to_saved", "compact", "remove_from_saved", "save_pool"]
 
 STORED: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -56,7 +55,7 @@ SIDES = {
 LOCK = ".lock"
 
 
-def pack(
+def save_pool(
     pool: Pool | str | Path,
     directory: str | Path,
     base: Base | PreTrainedModel | str | None = None,
@@ -67,12 +66,12 @@ def pack(
     leave_out: Iterable[str] | None = None,
     stored: str | None = None,
     overwrite: bool = False,
-) -> Packed:
+) -> SavedModel:
     """What `save(compose(pool, …), directory)` writes, without the pool ever being in memory.
 
     Sites are stacked and written one by one, and read when used (`load` maps the file), so the pool
     may be larger than memory. `stored` is the type of the experts' factors in the file, one of
-    STORED: None is that of the base, which loses nothing. Returns it as `read_packed` does.
+    STORED: None is that of the base, which loses nothing. Returns it as `read_saved` does.
 
     Raises what `compose` and `save` do, and ConfigError for an unknown type.
     """
@@ -80,33 +79,23 @@ def pack(
     if target.exists() and not overwrite:
         raise RoutingError(f"{target} exists already; choose another place or allow overwriting.")
     kind = _stored(stored)
-    prepared = prepare(
-        pool, base, routing or Routing(), scores=scores, keep=keep, leave_out=leave_out
-    )
-    pool = prepared.pool
+    prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
+    pool, parts = prepared.pool, prepared.parts
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from _indices(pool)
-        yield from lookup_tensors(prepared.lookup).items()
+        yield from (parts.lookup.tensors() if parts.lookup else {}).items()
         for layer in routed_layers(prepared):
             yield from _as_stored(layer_tensors(layer), kind)
 
     with new_directory(target, RoutingError, overwrite=overwrite) as work:
         write_tensors(work / ROUTED_WEIGHTS, tensors(), _header(pool.sites))
-        info = {
-            "format_version": 1,
-            "base": asdict(prepared.base.reference),
-            "routing": routing_record(prepared.routing),
-            "experts": pool.records(),
-            "weights_sha256": TensorFile(work / ROUTED_WEIGHTS).sha256(),
-            "lookup": lookup_info(prepared.lookup),
-        }
-        (work / ROUTED_INFO).write_text(json.dumps(info, indent=2) + "\n", encoding="utf-8")
-    return read_packed(target)
+        (work / ROUTED_INFO).write_text(described(parts, work), encoding="utf-8")
+    return read_saved(target)
 
 
-def add_to_packed(directory: str | Path, pool: Pool | str | Path) -> Packed:
-    """The packed model in `directory` with the experts of `pool` too, after its own.
+def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
+    """The saved model in `directory` with the experts of `pool` too, after its own.
 
     They are stored as the others are. Raises what `growing.add_experts` does; ExpertError when one
     doesn't fit the stacks that are there, RoutingError when the folder is damaged, can't be
@@ -114,67 +103,65 @@ def add_to_packed(directory: str | Path, pool: Pool | str | Path) -> Packed:
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     with _changing(Path(directory)) as folder:
-        packed = read_packed(folder)
-        routing, first = packed.routing, packed.segments[0].tensors
-        check_router_of(packed)
-        check_growth(routing, packed.names, pool)
-        _check_unfolded(packed)
-        check_base(pool.base, packed.base)
-        _check_sizes(packed, pool)
+        saved = read_saved(folder)
+        router, first = router_of(saved.routing), saved.segments[0].tensors
+        check_growth(router, saved.names, pool)
+        _check_unfolded(saved)
+        check_base(pool.base, saved.base)
+        _check_sizes(saved, pool)
         kind = _kind_of(first)
-        vectors_kind = next((t.dtype for n, t in first.items() if n.startswith("vectors.")), None)
+        kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
         computed = kind if kind not in (None, torch.int8) else torch.float32
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             yield from _indices(pool)
-            yield from _embeddings(packed, pool)
+            yield from _embeddings(saved, pool)
             for site in pool.sites:
                 held = stack_of(pool, site, computed, torch.device("cpu")).tensors()
                 held = {f"{name}.{site}": tensor for name, tensor in held.items()}
-                vectors = router_vectors(pool, site, routing)
-                if vectors is not None:
-                    held[f"vectors.{site}"] = vectors.to(vectors_kind)
+                for name, tensor in router.state_at(pool, site).items():
+                    held[f"{name}.{site}"] = tensor.to(kinds[name])
                 yield from _as_stored(held, kind)
                 pool.release()
 
         segment = _write_segment(folder, tensors(), _header(pool.sites), len(pool))
         _describe(
             folder,
-            packed,
-            segments=[*_segments(packed), segment],
-            experts=[*packed.info["experts"], *pool.records()],
+            saved,
+            segments=[*_segments(saved), segment],
+            experts=[*saved.info["experts"], *pool.records()],
         )
-        return read_packed(folder)
+        return read_saved(folder)
 
 
-def remove_from_packed(directory: str | Path, names: Iterable[str]) -> Packed:
-    """The packed model in `directory` without the experts of these `names`.
+def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel:
+    """The saved model in `directory` without the experts of these `names`.
 
     Their rows stay in its files, unused, until `compact`. Raises what `growing.remove_experts`
-    does, and RoutingError as `add_to_packed`.
+    does, and RoutingError as `add_to_saved`.
     """
     with _changing(Path(directory)) as folder:
-        packed = read_packed(folder)
-        left = check_removal(packed.routing, packed.names, names)
-        _check_unfolded(packed)
-        stay = {packed.left[z] for z in left}
-        gone = [z for z in range(len(packed.info["experts"])) if z not in stay]
-        _describe(folder, packed, segments=_segments(packed), removed=gone)
-        return read_packed(folder)
+        saved = read_saved(folder)
+        left = check_removal(router_of(saved.routing), saved.names, names)
+        _check_unfolded(saved)
+        stay = {saved.left[z] for z in left}
+        gone = [z for z in range(len(saved.info["experts"])) if z not in stay]
+        _describe(folder, saved, segments=_segments(saved), removed=gone)
+        return read_saved(folder)
 
 
-def compact(directory: str | Path, *, stored: str | None = None) -> Packed:
-    """The packed model in `directory` in one file again, of the experts that are left only.
+def compact(directory: str | Path, *, stored: str | None = None) -> SavedModel:
+    """The saved model in `directory` in one file again, of the experts that are left only.
 
-    `stored` is the type of the experts' factors from now on (see `pack`), None the one they have.
-    Stacks are joined and written site by site. Raises RoutingError as `add_to_packed`, ConfigError
+    `stored` is the type of the experts' factors from now on, None the one they have.
+    Stacks are joined and written site by site. Raises RoutingError as `add_to_saved`, ConfigError
     for an unknown type.
     """
     wanted = _stored(stored)
     with _changing(Path(directory)) as folder:
-        packed = read_packed(folder)
-        held = packed.tensors
-        kind = wanted or _kind_of(packed.segments[0].tensors)
+        saved = read_saved(folder)
+        held = saved.tensors
+        kind = wanted or _kind_of(saved.segments[0].tensors)
         small = [name for name in held if name.startswith(("experts.", "lookup."))]
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -182,12 +169,12 @@ def compact(directory: str | Path, *, stored: str | None = None) -> Packed:
             for name in held:
                 if name not in small:
                     yield from _as_stored({name: held[name]}, kind)
-                    for segment in packed.segments:
+                    for segment in saved.segments:
                         segment.tensors.release()
 
-        segment = _write_segment(folder, tensors(), _header(packed.sites), len(packed.left))
-        _describe(folder, packed, segments=[segment], experts=packed.records, removed=[])
-        found = read_packed(folder)
+        segment = _write_segment(folder, tensors(), _header(saved.sites), len(saved.left))
+        _describe(folder, saved, segments=[segment], experts=saved.records, removed=[])
+        found = read_saved(folder)
         known = {entry["file"] for entry in _segments(found)}
         for path in folder.iterdir():
             if path.suffix == ".safetensors" and path.name not in known:
@@ -222,16 +209,16 @@ def _write_segment(
     return {"file": file, "sha256": sha256, "experts": experts}
 
 
-def _describe(folder: Path, packed: Packed, **changes: Any) -> None:
-    info = {key: value for key, value in packed.info.items() if key != "weights_sha256"}
+def _describe(folder: Path, saved: SavedModel, **changes: Any) -> None:
+    info = {key: value for key, value in saved.info.items() if key != "weights_sha256"}
     content = {**info, "format_version": 2, **changes}
     write_text(folder / ROUTED_INFO, json.dumps(content, indent=2) + "\n", RoutingError)
 
 
-def _segments(packed: Packed) -> list[dict[str, Any]]:
-    if packed.info["format_version"] > 1:
-        return list(packed.info["segments"])
-    count, sha256 = len(packed.info["experts"]), packed.info["weights_sha256"]
+def _segments(saved: SavedModel) -> list[dict[str, Any]]:
+    if saved.info["format_version"] > 1:
+        return list(saved.info["segments"])
+    count, sha256 = len(saved.info["experts"]), saved.info["weights_sha256"]
     return [{"file": ROUTED_WEIGHTS, "sha256": sha256, "experts": count}]
 
 
@@ -255,9 +242,9 @@ def _as_stored(
             yield name, tensor.to(kind)
 
 
-def _embeddings(packed: Packed, pool: Pool) -> Iterator[tuple[str, Tensor]]:
+def _embeddings(saved: SavedModel, pool: Pool) -> Iterator[tuple[str, Tensor]]:
     """The embeddings of the experts of `pool`, where the router looks inputs up by them."""
-    embedder = packed.info.get("lookup", {}).get("embedder")
+    embedder = saved.info.get("lookup", {}).get("embedder")
     if embedder is None:
         return
     found = embeddings_of(pool, embedder)
@@ -265,18 +252,18 @@ def _embeddings(packed: Packed, pool: Pool) -> Iterator[tuple[str, Tensor]]:
     yield OWNERS, found.owners
 
 
-def _check_unfolded(packed: Packed) -> None:
-    if any(name.startswith("folded.") for name in packed.segments[0].tensors):
+def _check_unfolded(saved: SavedModel) -> None:
+    if any(name.startswith("folded.") for name in saved.segments[0].tensors):
         raise RoutingError(
             "The merged experts are folded into the base's weights and can't be told apart any "
             "more; compose the pool anew."
         )
 
 
-def _check_sizes(packed: Packed, pool: Pool) -> None:
+def _check_sizes(saved: SavedModel, pool: Pool) -> None:
     """Raise ExpertError unless the experts of `pool` map what those that are there map."""
     sizes: dict[str, dict[str, int]] = {"inputs": {}, "outputs": {}}
-    for segment in packed.segments:
+    for segment in saved.segments:
         for name, tensor in segment.tensors.items():
             part, _, site = name.partition(".")
             if part in SIDES:

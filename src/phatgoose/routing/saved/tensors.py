@@ -1,8 +1,8 @@
-"""The tensors of a packed routed model: one file, or several that hold experts added later.
+"""A saved routed model's tensors: one file, or several that hold experts added later.
 
-A segment is a file of stacks and vectors, by site, of some of the experts; together the segments
-are the pool, in order. Experts that were removed are left out here, while their rows stay in the
-files until these are compacted. What lies in one segment as it is used is mapped, never copied.
+A segment is a file of stacks and router tensors, by site, of some of the experts; together the
+segments are the pool, in order. Experts that were removed are left out here, while their rows stay
+in the files until these are compacted. A tensor of one segment is mapped, never copied.
 
 Factors may be stored in int8: each row of A and B as whole numbers from -127 to 127 times the
 row's largest magnitude / 127, so that every number is off by at most 1/254 of it.
@@ -25,41 +25,32 @@ from ...errors import ExpertError, RoutingError
 from ...files.prefetch import ahead
 from ...files.quoting import one_line, shortened
 from ...files.tensor_file import TensorFile
+from ..kernels.choice import check_kernel
+from ..routers.per_input.phatgoose_input import VOTES
+from ..routers.per_input.retrieval import EMBEDDINGS, OWNERS
+from ..routers.router import router_of
 from ..soundness import LARGEST, SCALES, SITE_TENSORS, check_lookup, check_tensors
-from ..stacks.rows import joined, kept, used_rank
+from ..stacks.rows import joined, take_rows
 from ..stacks.site_stack import TENSORS, SiteStack, joined_stacks, kept_stack
 from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_info, routing_in
 
-__all__ = [
-    "EMBEDDINGS",
-    "FACTORS",
-    "OWNERS",
-    "VOTES",
-    "Packed",
-    "PackedTensors",
-    "Segment",
-    "dequantised",
-    "quantised",
-    "read_packed",
-]
+__all__ = ["FACTORS", "SavedModel", "SavedTensors", "Segment", "quantised", "read_saved"]
 
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
-EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"
-VOTES = "lookup.votes."  # before a site's name
 FACTORS = ("A", "B")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A file of a packed model; `first` is the index of its first expert, of `experts`."""
+    """A file of a saved model; `first` is the index of its first expert, of `experts`."""
 
     tensors: TensorFile
     first: int
     experts: int
 
 
-class PackedTensors(Mapping[str, Tensor]):
-    """All tensors of a packed model by name, as one file of the experts that are left has them."""
+class SavedTensors(Mapping[str, Tensor]):
+    """All tensors of a saved model by name, as one file of the experts that are left has them."""
 
     def __init__(self, segments: Sequence[Segment], left: Sequence[int]) -> None:
         """`left` are the indices of the experts that are left, in order."""
@@ -68,21 +59,26 @@ class PackedTensors(Mapping[str, Tensor]):
         self._place = torch.full((count,), -1)
         self._place[list(left)] = torch.arange(len(left))
         self._rows = {}  # by site, where experts that act there were removed
-        self._ranks: dict[str, int] = {}
         gone = set()
-        for name in self._all_names():
+        names = [
+            name for name in self._all_names() if name.partition(".")[0] not in SCALES.values()
+        ]
+        for name in names:
             kind, _, site = name.partition(".")
             if kind == "experts" and len(left) < count:
                 stay = (self._place[self._counted(name)] >= 0).nonzero().flatten()
                 self._rows[site] = stay
                 if not len(stay):
                     gone.add(site)
-        names = (name for name in self._all_names() if name.partition(".")[2] not in gone)
-        self._mixed = {site: None for site in self._mixed_sites() if site not in gone}
-        self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a mixed site's stack, by name
-        plain = (name for name in names if not self._is_of_mixed_stack(name))
-        mixed = (f"{kind}.{site}" for site in self._mixed for kind in self._stack(site))
-        self._names = dict.fromkeys((*plain, *mixed))
+        parts = [(kind, site) for kind, _, site in (n.partition(".") for n in names)]
+        parts = [(kind, site) for kind, site in parts if site not in gone]
+        mixed = {site for kind, site in parts if kind in TENSORS and kind not in FACTORS}
+        self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a site and its stack, by name
+        self._names: dict[str, None] = {}
+        for kind, site in parts:
+            # Which tensors a stack of several kinds has depends on the experts that are left.
+            held = self._stack(site) if kind in TENSORS and site in mixed else (kind,)
+            self._names |= {f"{name}.{site}": None for name in held}
         self._latest = ("", {})
 
     def __iter__(self) -> Iterator[str]:
@@ -98,36 +94,21 @@ class PackedTensors(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         kind, _, site = name.partition(".")
+        if kind in TENSORS:
+            return self._stack(site)[kind]
         if name == EMBEDDINGS:
             return self._joined(name)[self._place[self._counted(OWNERS)] >= 0]
         if name == OWNERS or kind == "experts":
             place = self._place[self._counted(name)]
             return place[place >= 0]
-        if self._is_of_mixed_stack(name):
-            return self._stack(site)[kind]
         tensor = self._joined(name)
-        if site not in self._rows:
-            return tensor
-        tensor = kept(tensor, self._rows[site])
-        return tensor[:, : self._rank(site)].contiguous() if kind in FACTORS else tensor
+        return take_rows(tensor, self._rows[site]) if site in self._rows else tensor
 
     def _all_names(self) -> dict[str, None]:
-        names = (name for segment in self._segments for name in segment.tensors)
-        return dict.fromkeys(
-            name for name in names if name.partition(".")[0] not in SCALES.values()
-        )
-
-    def _mixed_sites(self) -> dict[str, None]:
-        """Sites at which others than plain LoRAs act, by what there is beside A and B."""
-        parts = (name.partition(".") for name in self._all_names())
-        return {site: None for kind, _, site in parts if kind in TENSORS and kind not in FACTORS}
-
-    def _is_of_mixed_stack(self, name: str) -> bool:
-        kind, _, site = name.partition(".")
-        return kind in TENSORS and site in self._mixed
+        return dict.fromkeys(name for segment in self._segments for name in segment.tensors)
 
     def _stack(self, site: str) -> dict[str, Tensor]:
-        """The tensors of the stack at a mixed `site`, whose rows are no experts' of the site."""
+        """The tensors of the stack at `site`."""
         if self._latest[0] != site:
             stacks = []
             for segment in self._segments:
@@ -137,31 +118,24 @@ class PackedTensors(Mapping[str, Tensor]):
                 names = (kind for kind in TENSORS if f"{kind}.{site}" in file)
                 held = {kind: dequantised(file, f"{kind}.{site}") for kind in names}
                 stacks.append(SiteStack.of(held, file[f"experts.{site}"]))
-            stack = joined_stacks(stacks) if len(stacks) > 1 else stacks[0]
+            stack = joined_stacks(stacks)
             if site in self._rows:
                 stack = kept_stack(stack, self._rows[site])
             self._latest = (site, stack.tensors())
         return self._latest[1]
 
     def _joined(self, name: str) -> Tensor:
-        files = (segment.tensors for segment in self._segments)
-        return joined([dequantised(file, name) for file in files if name in file])
+        return joined([s.tensors[name] for s in self._segments if name in s.tensors])
 
     def _counted(self, name: str) -> Tensor:
         """Indices of experts, those of each segment counting on from the segment before."""
         held = (s for s in self._segments if name in s.tensors)
         return joined([segment.tensors[name] + segment.first for segment in held])
 
-    def _rank(self, site: str) -> int:
-        if site not in self._ranks:
-            held = [self._joined(f"{kind}.{site}") for kind in FACTORS]
-            self._ranks[site] = used_rank([kept(factor, self._rows[site]) for factor in held])
-        return self._ranks[site]
-
 
 @dataclass(frozen=True)
-class Packed:
-    """A packed model as it lies in its folder: its description, segments, and who is left.
+class SavedModel:
+    """A saved model as it lies in its folder: description, segments, and the experts that are left.
 
     `left` are indices into the description's experts, in order.
     """
@@ -172,7 +146,7 @@ class Packed:
 
     @property
     def base(self) -> BaseReference:
-        """The base that it was made of."""
+        """The base it was made of."""
         return base_in(self.info)
 
     @property
@@ -197,19 +171,21 @@ class Packed:
         return tuple(n.removeprefix(begin) for n in self.tensors if n.startswith(begin))
 
     @property
-    def tensors(self) -> PackedTensors:
+    def tensors(self) -> SavedTensors:
         """All tensors of the experts that are left."""
-        return PackedTensors(self.segments, self.left)
+        return SavedTensors(self.segments, self.left)
 
 
-def read_packed(directory: Path) -> Packed:
-    """The packed model in `directory`, every file checked: its hash, finiteness, and each tensor.
+def read_saved(directory: Path) -> SavedModel:
+    """The saved model in `directory`, every file checked: its hash, finiteness, and each tensor.
 
-    Tensors are held against the description and each other (`soundness`); a base is not at hand.
-    Raises RoutingError when anything is missing or damaged.
+    Tensors are checked against the description and each other (`soundness`), without a base. Raises
+    RoutingError when anything is missing or damaged, ConfigError for a router or kernel that
+    isn't known.
     """
     path = directory / ROUTED_INFO
     info = read_info(path)
+    form = _form(routing_in(info))
     count = len(info["experts"])
     try:
         entries = _entries(info, count)
@@ -229,14 +205,14 @@ def read_packed(directory: Path) -> Packed:
     segments, first, sizes = [], 0, _Sizes({}, {})
     for entry in entries:
         file = files[entry.file, entry.sha256]
-        sizes = _checked(file, entry.experts, sizes)
+        sizes = _checked(file, entry.experts, sizes, form)
         segments.append(Segment(file, first, entry.experts))
         first += entry.experts
-    return Packed(info, tuple(segments), left)
+    return SavedModel(info, tuple(segments), left)
 
 
 class _Entry(NamedTuple):
-    """A file of a packed model as its description names it."""
+    """A file of a saved model as its description names it."""
 
     file: str
     sha256: str
@@ -277,7 +253,13 @@ class _Sizes(NamedTuple):
     lookup: dict[str, int]
 
 
-def _checked(file: TensorFile, experts: int, known: _Sizes) -> _Sizes:
+def _form(routing: Routing) -> Mapping[str, str]:
+    """The form of what the router of `routing` keeps at a site. Raises ConfigError."""
+    check_kernel(routing.kernel)
+    return router_of(routing).form
+
+
+def _checked(file: TensorFile, experts: int, known: _Sizes, form: Mapping[str, str]) -> _Sizes:
     """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = {}
     lookup = {}
@@ -290,18 +272,16 @@ def _checked(file: TensorFile, experts: int, known: _Sizes) -> _Sizes:
             kind, site = "votes", name.removeprefix(VOTES)
         elif kind == "votes":
             kind = ""
-        if kind not in SITE_TENSORS or not site:
+        if kind not in (*SITE_TENSORS, *form) or not site:
             raise RoutingError(
                 f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."
             )
         by_site.setdefault(site, {})[kind] = file[name]
     sites = dict(known.sites)
     for site, held in by_site.items():
-        where, before = f"{file.path}, {site}", sites.get(site)
-        sites[site] = check_tensors(where, held, experts, before or {})
-        for letter, kind in (("v", "vectors"), ("w", "votes")):
-            if before is not None and (letter in before) != (kind in held):
-                raise RoutingError(f"{where}: some files have {kind} of this site, some have none.")
+        sites[site] = check_tensors(
+            f"{file.path}, {site}", held, experts, sites.get(site, {}), form
+        )
     if lookup:
         return _Sizes(sites, check_lookup(str(file.path), lookup, experts, known.lookup))
     return _Sizes(sites, known.lookup)

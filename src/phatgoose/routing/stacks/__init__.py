@@ -1,5 +1,9 @@
-"""Stacks: the modules of all experts at one site, in one tensor a part.
+"""Stacks: the modules of all experts at one site, in a few tensors.
 
-site_stack.py  SiteStack and its parts
-rows.py        experts' rows, joined and taken out
+part.py        what the parts of a stack have in common
+lora.py        LoRAs
+ia3.py         (IA)³ vectors
+bottleneck.py  bottleneck adapters
+site_stack.py  all parts of a site
+rows.py        rows of experts, joined and taken out
 """

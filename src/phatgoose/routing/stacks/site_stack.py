@@ -1,8 +1,7 @@
-"""All experts' modules at one site, stacked kind by kind.
+"""All experts' modules at one site, stacked part by part.
 
-Rows of a part belong to the rows of the whole stack that its `rows` name: an expert's module is in
-one part, at one place. Glossary: E experts of the part, r rank, m size of a bottleneck, n inputs, d
-outputs of the site.
+An expert's module is in one part. Glossary: E experts of the part, r rank, m size of a bottleneck,
+n inputs, d outputs of the site.
 """
 
 from __future__ import annotations
@@ -13,73 +12,30 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from ...config import ACTIVATIONS
 from ...experts.kinds.bottleneck import BottleneckLayers
+from ...experts.kinds.lora import LoraFactors
 from ...experts.kinds.ia3 import ScalingVector
 from ...experts.kinds.kind import SiteModule
-from ...experts.kinds.lora import LoraFactors
 from ...experts.pool import Pool
-from .rows import filled_up
+from .bottleneck import BottleneckStack
+from .ia3 import InputScalingStack, OutputScalingStack
+from .lora import LoraStack
+from .part import Part
+from .rows import joined, take_rows, used_width, widened
 
-__all__ = ["PARTS", "TENSORS", "BottleneckStack", "LoraStack", "ScalingStack", "SiteStack"]
-__all__ += ["joined_stacks", "kept_stack", "stack_modules", "stack_of"]
+__all__ = ["COMPUTED", "PARTS", "TENSORS", "SiteStack", "joined_stacks", "kept_stack"]
+__all__ += ["stack_modules", "stack_of"]
 
-
-@dataclass(frozen=True)
-class LoraStack:
-    """LoRAs. Ranks that differ are filled up with zeros, which changes no number."""
-
-    A: Tensor  # [E, r, n]
-    B: Tensor  # [E, r, d], transposed, scale folded in
-    bias: Tensor | None = None  # [E, d], scale folded in; None when no expert has one
-    rows: Tensor | None = None  # [E] int64; None: all rows of the stack are LoRAs
-
-
-@dataclass(frozen=True)
-class ScalingStack:
-    """(IA)³ vectors, as what they differ from 1 by: l - 1, in float32."""
-
-    deltas: Tensor  # [E, n] or [E, d]
-    rows: Tensor  # [E] int64
-
-
-@dataclass(frozen=True)
-class BottleneckStack:
-    """Bottleneck adapters. Sizes that differ are filled up with zeros, which changes no number."""
-
-    down: Tensor  # [E, m, d]
-    down_bias: Tensor  # [E, m]
-    up: Tensor  # [E, m, d], transposed, scale folded in
-    up_bias: Tensor  # [E, d], scale folded in
-    activations: Tensor  # [E] int64, indices into ACTIVATIONS
-    rows: Tensor  # [E] int64
-
-
-# Each part's fields, and the names of their tensors beside those of other parts.
-PARTS = {
-    "lora": {"A": "A", "B": "B", "bias": "B_bias", "rows": "lora_rows"},
-    "input_scaling": {"deltas": "input_deltas", "rows": "input_rows"},
-    "output_scaling": {"deltas": "output_deltas", "rows": "output_rows"},
-    "bottleneck": {
-        "down": "down",
-        "down_bias": "down_bias",
-        "up": "up",
-        "up_bias": "up_bias",
-        "activations": "activations",
-        "rows": "bottleneck_rows",
-    },
-}
-COMPUTED = ("A", "B", "B_bias", "down", "down_bias", "up", "up_bias")  # in the model's type
-SIZED = ("A", "B", "down", "up", "down_bias")  # by rank or size of the bottleneck, second
-TENSORS = tuple(name for names in PARTS.values() for name in names.values())
-STACKS: dict[str, Any] = {
+PARTS: dict[str, Any] = {
     "lora": LoraStack,
-    "input_scaling": ScalingStack,
-    "output_scaling": ScalingStack,
+    "input_scaling": InputScalingStack,
+    "output_scaling": OutputScalingStack,
     "bottleneck": BottleneckStack,
 }
+TENSORS = tuple(name for part in PARTS.values() for name in part.names.values())
+COMPUTED = tuple(part.names[field] for part in PARTS.values() for field in part.computed)
+SIZED = tuple(part.names[field] for part in PARTS.values() for field in part.sized)
 
 
 @dataclass(frozen=True)
@@ -91,26 +47,27 @@ class SiteStack:
 
     experts: Tensor  # [E] int64
     lora: LoraStack | None = None
-    input_scaling: ScalingStack | None = None
-    output_scaling: ScalingStack | None = None
+    input_scaling: InputScalingStack | None = None
+    output_scaling: OutputScalingStack | None = None
     bottleneck: BottleneckStack | None = None
+
+    @property
+    def parts(self) -> dict[str, Part]:
+        """The parts that are there, by name."""
+        held = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in held.items() if part is not None}
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors but `experts`, under the names TENSORS."""
-        held: dict[str, Tensor] = {}
-        for part, names in PARTS.items():
-            for field, name in names.items():
-                tensor = getattr(getattr(self, part), field, None)
-                held |= {} if tensor is None else {name: tensor}
-        return held
+        return {name: t for part in self.parts.values() for name, t in part.tensors().items()}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], experts: Tensor) -> SiteStack:
         """The stack that `tensors` gave these names."""
         parts = {}
-        for part, names in PARTS.items():
-            held = {f: tensors[name] for f, name in names.items() if name in tensors}
-            parts[part] = STACKS[part](**held) if held else None
+        for name, part in PARTS.items():
+            held = {field: tensors[n] for field, n in part.names.items() if n in tensors}
+            parts[name] = part(**held) if held else None
         return cls(experts, **parts)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> SiteStack:
@@ -130,11 +87,8 @@ class SiteStack:
     def rows(self) -> dict[str, Tensor]:
         """The rows of each part that is there."""
         every = torch.arange(len(self.experts), device=self.experts.device)
-        held = {part: getattr(self, part) for part in PARTS}
         return {
-            part: every if stack.rows is None else stack.rows
-            for part, stack in held.items()
-            if stack is not None
+            name: every if part.rows is None else part.rows for name, part in self.parts.items()
         }
 
     @property
@@ -158,10 +112,10 @@ def stack_modules(
     outputs = {row: m for row, m in scalings.items() if not m.on_input}
     return SiteStack(
         torch.tensor(experts, device=device),
-        _stack_loras(loras, dtype, device, alone=len(loras) == len(modules)) if loras else None,
-        _stack_scalings(inputs, device) if inputs else None,
-        _stack_scalings(outputs, device) if outputs else None,
-        _stack_bottlenecks(bottlenecks, dtype, device) if bottlenecks else None,
+        LoraStack.of(loras, dtype, device, len(modules)) if loras else None,
+        InputScalingStack.of(inputs, device) if inputs else None,
+        OutputScalingStack.of(outputs, device) if outputs else None,
+        BottleneckStack.of(bottlenecks, dtype, device) if bottlenecks else None,
     )
 
 
@@ -173,26 +127,28 @@ def stack_of(pool: Pool, site: str, dtype: torch.dtype, device: torch.device) ->
 
 
 def joined_stacks(stacks: Sequence[SiteStack]) -> SiteStack:
-    """The stack of all experts of several stacks of one site, in order."""
+    """The stack of all experts of several stacks of one site, in order; the one stack itself."""
+    if len(stacks) == 1:
+        return stacks[0]
     experts = torch.cat([stack.experts for stack in stacks])
     tensors: dict[str, Tensor] = {}
-    for part, names in PARTS.items():
+    for name, part in PARTS.items():
         held, rows, first = [], [], 0
         for stack in stacks:
-            if getattr(stack, part) is not None:
-                held.append(getattr(stack, part))
-                rows.append(stack.rows()[part] + first)
+            if name in stack.parts:
+                held.append(stack.parts[name])
+                rows.append(stack.rows()[name] + first)
             first += len(stack.experts)
         if not held:
             continue
-        for field, name in names.items():
-            tensors |= _joined_field(held, field, name)
-        if sum(map(len, rows)) < len(experts) or part != "lora":
-            tensors[names["rows"]] = torch.cat(rows)
+        for field in part.names:
+            tensors |= _joined_field(held, field)
+        if sum(map(len, rows)) < len(experts) or "rows" not in part.optional:
+            tensors[part.names["rows"]] = torch.cat(rows)
     return SiteStack.of(tensors, experts)
 
 
-def _joined_field(parts: Sequence[Any], field: str, name: str) -> dict[str, Tensor]:
+def _joined_field(parts: Sequence[Any], field: str) -> dict[str, Tensor]:
     """One field of several parts of a kind, filled up where it is sized; {} if none has it."""
     held = [getattr(part, field) for part in parts]
     known = [tensor for tensor in held if tensor is not None]
@@ -200,16 +156,14 @@ def _joined_field(parts: Sequence[Any], field: str, name: str) -> dict[str, Tens
         return {}
     width = max(tensor.shape[1] for tensor in known) if known[0].dim() > 1 else 0
     filled = [
-        known[0].new_zeros(len(part.A), width) if tensor is None else _widened(tensor, width)
+        known[0].new_zeros(len(part.A), width)  # biases of LoRAs that have none
+        if tensor is None
+        else widened(tensor, width)
+        if width
+        else tensor
         for part, tensor in zip(parts, held, strict=True)
     ]
-    return {name: torch.cat(filled)}
-
-
-def _widened(tensor: Tensor, width: int) -> Tensor:
-    """A tensor [E, r, ..] with zeros up to `width` in its second dimension; others as they are."""
-    missing = width - tensor.shape[1] if tensor.dim() > 1 else 0
-    return functional.pad(tensor, (*[0, 0] * (tensor.dim() - 2), 0, missing)) if missing else tensor
+    return {parts[0].names[field]: joined(filled)}
 
 
 def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
@@ -217,19 +171,17 @@ def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
     place = torch.full((len(stack.experts),), -1, device=rows.device)
     place[rows] = torch.arange(len(rows), device=rows.device)
     tensors: dict[str, Tensor] = {}
-    for part, own in stack.rows().items():
-        places = place[own]
+    for name, own in stack.rows().items():
+        part, places = stack.parts[name], place[own]
         stay = (places >= 0).nonzero().flatten()
         if not len(stay):
             continue
-        names = PARTS[part]
-        held = {
-            name: stack.tensors()[name][stay] for name in names.values() if name in stack.tensors()
-        }
-        held[names["rows"]] = places[stay]
+        held = {n: take_rows(tensor, stay) for n, tensor in part.tensors().items()}
+        if len(stay) == len(rows) and "rows" in part.optional:
+            held.pop(part.names["rows"], None)
+        else:
+            held[part.names["rows"]] = places[stay]
         tensors |= _narrowed(held)
-    if "lora_rows" in tensors and len(tensors["lora_rows"]) == len(rows):
-        del tensors["lora_rows"]
     if "B_bias" in tensors and not tensors["B_bias"].any():
         del tensors["B_bias"]
     return SiteStack.of(tensors, stack.experts[rows])
@@ -240,65 +192,5 @@ def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     sized = {name: tensor for name, tensor in tensors.items() if name in SIZED}
     if not sized:
         return tensors
-    width = next(iter(sized.values())).shape[1]
-    while width > 1 and not any(tensor[:, width - 1].any() for tensor in sized.values()):
-        width -= 1
+    width = used_width(list(sized.values()))
     return tensors | {name: tensor[:, :width].contiguous() for name, tensor in sized.items()}
-
-
-def _stack_loras(
-    loras: Mapping[int, LoraFactors], dtype: torch.dtype, device: torch.device, *, alone: bool
-) -> LoraStack:
-    """The stack of LoRAs by their rows in the whole stack, of which they are all if `alone`."""
-    modules = list(loras.values())
-    rank = max(lora.A.shape[0] for lora in modules)
-    A = torch.cat([filled_up(lora.A[None], rank) for lora in modules])
-    B = torch.cat([filled_up(lora.B.T[None], rank) for lora in modules])
-    bias = None
-    if any(lora.bias is not None for lora in modules):
-        zeros = torch.zeros(B.shape[2])
-        bias = torch.stack([zeros if lora.bias is None else lora.bias for lora in modules])
-    scales = torch.tensor([lora.scale for lora in modules])
-    if bool((scales != 1).any()):
-        B = B.float() * scales[:, None, None]
-        bias = None if bias is None else bias.float() * scales[:, None]
-    return LoraStack(
-        A.to(device, dtype),
-        B.to(device, dtype),
-        None if bias is None else bias.to(device, dtype),
-        None if alone else _rows(loras, device),
-    )
-
-
-def _stack_scalings(scalings: Mapping[int, ScalingVector], device: torch.device) -> ScalingStack:
-    deltas = torch.stack([scaling.vector.float() - 1 for scaling in scalings.values()])
-    return ScalingStack(deltas.to(device), _rows(scalings, device))
-
-
-def _stack_bottlenecks(
-    bottlenecks: Mapping[int, BottleneckLayers], dtype: torch.dtype, device: torch.device
-) -> BottleneckStack:
-    modules = list(bottlenecks.values())
-    E, size, d = len(modules), max(m.down.shape[0] for m in modules), modules[0].up.shape[0]
-    stack = BottleneckStack(
-        down=torch.zeros(E, size, d, dtype=dtype, device=device),
-        down_bias=torch.zeros(E, size, dtype=dtype, device=device),
-        up=torch.zeros(E, size, d, dtype=dtype, device=device),
-        up_bias=torch.zeros(E, d, dtype=dtype, device=device),
-        activations=torch.tensor([ACTIVATIONS.index(m.activation) for m in modules], device=device),
-        rows=_rows(bottlenecks, device),
-    )
-    for i, module in enumerate(modules):
-        own = module.down.shape[0]
-        stack.down[i, :own], stack.down_bias[i, :own] = module.down, module.down_bias
-        stack.up[i, :own] = _scaled(module.up, module.scale).T
-        stack.up_bias[i] = _scaled(module.up_bias, module.scale)
-    return stack
-
-
-def _scaled(tensor: Tensor, scale: float) -> Tensor:
-    return tensor if scale == 1 else scale * tensor.float()
-
-
-def _rows(modules: Mapping[int, SiteModule], device: torch.device) -> Tensor:
-    return torch.tensor(list(modules), device=device)

@@ -11,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 
 from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, record
+from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight, is_cheaper_folded
+from phatgoose.routing.recording import record
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.stacks.site_stack import LoraStack

@@ -15,9 +15,11 @@ from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, record, serving
-from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.per_input.lookup import LookedUpRouter, Lookup
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import announcing, composition_of
+from phatgoose.routing.recording import record
+from phatgoose.routing.routers.lookup import Lookup
+from phatgoose.routing.routers.per_input.looked_up import LookedUpRouter
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.collating import pad_left, pad_right, position_ids
@@ -216,7 +218,7 @@ def test_after_an_evaluation_prompts_are_read_again(base, pool):
     wanted = passed(base, model, *batch_of(base, PROMPTS))
     evaluate(model, CHOOSING)
     assert torch.equal(passed(base, model, *batch_of(base, PROMPTS)), wanted)
-    with serving(model, "any", CHOOSING.test) as before_pass:
+    with announcing(model, "any", CHOOSING.test) as before_pass:
         before_pass([0])
     assert torch.equal(passed(base, model, *batch_of(base, PROMPTS)), wanted)
 
@@ -225,7 +227,7 @@ def test_after_an_evaluation_prompts_are_read_again(base, pool):
 def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "phatgoose.routing.routers.per_input.lookup.embed_texts",
+        "phatgoose.routing.routers.per_input.retrieval.embed_texts",
         lambda texts, embedder, _: seen.append((list(texts), embedder)) or toy_embed(texts),
     )
     evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)

@@ -12,10 +12,11 @@ from phatgoose.errors import PoolError, RoutingError
 from phatgoose.evaluation.comparison.methods import lacking, rows_of
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, detach, record, watch
+from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import remove_experts
-from phatgoose.routing.routers.per_token.scored import standardise
+from phatgoose.routing.recording import record, watch
+from phatgoose.routing.routers.per_token.vector_router import standardise
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task

@@ -7,15 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phatgoose.config import Routing
+from phatgoose.config import AFFINITIES, Routing
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.comparison.methods import rows_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.routers.per_token.affinities import AFFINITIES
-from phatgoose.routing.routers.registry import make_router, router_vectors
+from phatgoose.routing.routers.router import RouterSite, router_of
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from tiny import logits_of, make_ids
@@ -30,10 +29,13 @@ def three(pool_of):
 
 
 def affinities_of(pool: Pool, site: str, u: torch.Tensor, **settings) -> torch.Tensor:
-    routing = Routing(**settings)
-    vectors = router_vectors(pool, site, routing)
-    router = make_router(site, torch.arange(len(pool)), len(pool), routing, vectors, None)
-    return router.affinities(u)
+    return router_at(pool, site, Routing(**settings)).affinities(u)
+
+
+def router_at(pool: Pool, site: str, routing: Routing):
+    router = router_of(routing)
+    state = router.state_at(pool, site)
+    return router.at(RouterSite(site, torch.arange(len(pool)), len(pool), state, None))
 
 
 def standard(rows: torch.Tensor) -> torch.Tensor:
@@ -92,8 +94,7 @@ def test_a_temperature_divides_every_affinity_and_moves_no_choice(three, case, r
 def test_the_top_k_of_the_affinities_act_with_their_softmax(three, case, affinity):
     site, _, _, u = case
     routing = Routing(affinity=affinity, router_temperature=0.7)
-    vectors = router_vectors(three, site, routing)
-    router = make_router(site, torch.arange(3), 3, routing, vectors, None)
+    router = router_at(three, site, routing)
     with torch.no_grad():
         decision = router(u)
     best = router.affinities(u).topk(2)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phatgoose.base.loading import load_base
+from phatgoose.config import ARROW_FORMS
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora import LoraFactors
@@ -26,8 +27,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.kernels.mixed import mixed_factors
-from phatgoose.routing.routers.per_token.arrow import ARROW_VARIANTS, arrow_vector
-from phatgoose.routing.routers.per_token.scored import ArrowRouter
+from phatgoose.routing.routers.per_token.arrow import ArrowRouter, arrow_vector
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids
@@ -77,7 +77,7 @@ def test_the_vector_is_the_first_right_singular_one_of_the_product(lora, dtype):
         torch.testing.assert_close(aligned, V[0], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", ARROW_VARIANTS)
+@pytest.mark.parametrize("variant", ARROW_FORMS)
 def test_an_update_of_zero_has_no_vector(variant):
     lora = factors(4, 9, 7)
     for A, B in ((lora.A, 0 * lora.B), (0 * lora.A, lora.B)):
@@ -320,7 +320,7 @@ def test_mixed_factors_are_those_of_the_formula_in_values_and_gradients(size):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("variant", ARROW_VARIANTS)
+@pytest.mark.parametrize("variant", ARROW_FORMS)
 def test_the_form_is_kept_in_the_folder(llama, spread, tmp_path: Path, variant):
     ids = make_ids()
     model = compose(spread("llama"), llama, router="arrow", arrow=variant, k=1)

@@ -12,8 +12,8 @@ from phatgoose.errors import ConfigError, PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.fixed.unscored import UniformRouter
-from phatgoose.routing.routers.per_token.scored import ScoredRouter, standardise
+from phatgoose.routing.routers.fixed.merged import UniformRouter
+from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.collating import pad_left, pad_right
 from routed_models import compose_by

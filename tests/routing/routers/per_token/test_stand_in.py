@@ -14,8 +14,8 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.per_token.arrow import arrow_vector
-from phatgoose.routing.routers.per_token.scored import standardise
 from phatgoose.routing.routers.per_token.stand_in import gates_or_stand_ins
+from phatgoose.routing.routers.per_token.vector_router import standardise
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from tiny import logits_of, make_ids

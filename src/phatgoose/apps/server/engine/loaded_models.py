@@ -23,9 +23,9 @@ from ....config import Routing
 from ....errors import BaseModelError, ConfigError, RoutingError
 from ....experts.pool import Pool
 from ....routing.composition import Composition, composition_of
-from ....routing.layers import ChoosingLayer
+from ....routing.layers import RoutedLinear
 from ....routing.open_model import compose_pool, is_pool, is_routed
-from ....routing.routers.registry import ROUTERS, USE_K
+from ....routing.routers.registry import ROUTERS, spec_of
 from ....routing.saved.description import HASHES
 from ....routing.saved.load import base_of, load
 from ....tasks.embeddings import without_downloads
@@ -166,7 +166,8 @@ class LoadedModel:
         routing = self.routing
         if override.router is not None and override.router != routing.router:
             routing = replace(routing, router=override.router, expert=None)
-        k = min(override.k or routing.k, len(pool)) if routing.router in USE_K else self.routing.k
+        uses_k = spec_of(routing.router).uses_k
+        k = min(override.k or routing.k, len(pool)) if uses_k else self.routing.k
         return replace(routing, k=k), pool
 
 
@@ -286,7 +287,7 @@ class LoadedModels:
                 continue
             for name, layer in parts.layers.items():
                 twin_layer = other.layers[name]
-                if not isinstance(layer, ChoosingLayer) or type(layer) is not type(twin_layer):
+                if not isinstance(layer, RoutedLinear) or type(layer) is not type(twin_layer):
                     continue
                 if layer.stack.dtype == twin_layer.stack.dtype:
                     for tensor in layer.stack.tensors():

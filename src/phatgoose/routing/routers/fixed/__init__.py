@@ -1,4 +1,6 @@
-"""Routers that don't look at their input.
+"""Routers that don't look at their input: the same experts for everything.
 
-unscored.py  Routers that do not look at the token: the same weights for all, or chance
+merged.py           the mean of all updates
+single.py           one expert, named by the user
+best_individual.py  the expert with the best mean score
 """

@@ -1,8 +1,8 @@
-"""One expert for a whole input, chosen by gates: router phatgoose-input.
+"""PHATGOOSE per input: one expert for a whole input, chosen by gates.
 
 Not in the paper, which chooses for every token at every site anew. In docs/study.md a pool of weak
-experts is served better by one of them alone, and gates find it without an embedder. The symbols
-are those of `per_token.affinities`.
+experts does better with one of them alone, and gates find it without an embedder. The symbols are
+those of `per_token.affinities`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,45 @@ from ....experts.pool import Pool
 from ....tasks.collating import batches_of_tokens, pad_right
 from ....tasks.encoding import Encoder
 from ....tasks.task import Example
-from ...recording import unwatched
+from ...watching import unwatched
+from ..lookup import Lookup, SavedLookup
 from ..per_token.affinities import CentredRouter, affinity_vectors
-from .lookup import NOBODY, PromptReader
+from ..scores import Scores
+from .looked_up import NOBODY, LookedUp
+from .prompt_reader import PromptReader
 
-__all__ = ["GateVote", "Votes"]
+__all__ = ["VOTES", "GateVote", "PhatgooseInput", "Votes"]
+
+VOTES = "lookup.votes."  # before a site's name, in files
 
 BATCH_TOKENS = 1024  # of a pass that reads prompts, padding included: little padding, few passes
 Votes = Mapping[str, tuple[Tensor, Tensor]]  # by site: vectors [E, n + 1], experts [E] (indices)
+
+
+class PhatgooseInput(LookedUp):
+    """Router phatgoose-input."""
+
+    def lookup_of(
+        self, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Lookup:
+        """The gates' votes. Raises ConfigError without `tokenizer`."""
+        votes = GateVote.votes_of(pool)
+        return GateVote(votes, len(pool), self.routing.eps, self.needed(tokenizer))
+
+    def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
+        """The same, from a saved model. Raises RoutingError when a site's votes are missing."""
+        votes = {}
+        for site, n in saved.inputs.items():
+            rows, experts = saved.tensors.get(f"{VOTES}{site}"), saved.tensors[f"experts.{site}"]
+            wanted = (len(experts), n + 1)
+            if rows is None or rows.shape != wanted:
+                got = "none" if rows is None else list(rows.shape)
+                raise RoutingError(
+                    f"Router {self.spec.name} needs votes at {site} of shape {list(wanted)}, got "
+                    f"{got}."
+                )
+            votes[site] = rows, experts
+        return GateVote(votes, saved.experts, self.routing.eps, self.needed(tokenizer))
 
 
 class GateVote(PromptReader):
@@ -51,6 +82,10 @@ class GateVote(PromptReader):
         super().__init__(tokenizer)
         self.votes, self.pool_size, self.eps = votes, pool_size, eps
         self._routers = {site: CentredRouter(rows, 1, eps) for site, (rows, _) in votes.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The vectors that each site votes with."""
+        return {f"{VOTES}{site}": rows for site, (rows, _) in self.votes.items()}
 
     @staticmethod
     def votes_of(pool: Pool) -> Votes:
@@ -97,7 +132,7 @@ class GateVote(PromptReader):
         sites = {name: layer.site for name, layer in layers.items()}
         poll = _Poll(self._routers, self.votes, self.pool_size)
         found, device = torch.empty(len(prompts), self.pool_size), input_device(model)
-        with self._nobody_at_work(), unwatched(), watch_inputs(model, sites, poll.add):
+        with self._base_alone(), unwatched(), watch_inputs(model, sites, poll.add):
             for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
                 ids = pad_right([prompts[row] for row in rows], 0)
                 mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)
@@ -107,8 +142,8 @@ class GateVote(PromptReader):
         return found
 
     @contextmanager
-    def _nobody_at_work(self) -> Iterator[None]:
-        """No expert serves the passes of this thread while the context is open."""
+    def _base_alone(self) -> Iterator[None]:
+        """No expert acts in the passes of this thread while the context is open."""
         rows, announced = self._turn.rows, self._turn.announced
         self.serve(torch.tensor([NOBODY]))
         try:

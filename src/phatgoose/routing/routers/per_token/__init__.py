@@ -1,7 +1,11 @@
 """Routers that choose experts for every token, at every site.
 
-affinities.py  Other ways to hold gates (or mean activations) against activations than the paper's
-arrow.py       Arrow's vectors: the direction in which an expert stretches its input most (METHOD se
-scored.py      Routers that score every token against one vector per expert (METHOD sections 4 and 5
-stand_in.py    Stand-ins for gates that nobody trained, so that their experts can join a pool of gat
+vector_router.py       the frame: one vector per expert, the top k of an affinity
+affinities.py          four ways to score activations against gates or means
+phatgoose.py           gates: the paper's method
+stand_in.py            what stands in for gates that nobody trained
+average_activation.py  mean training activations
+arrow.py               the direction that an expert stretches most
+uniform_top_k.py       PHATGOOSE's experts, equal weights
+random_experts.py      chance
 """

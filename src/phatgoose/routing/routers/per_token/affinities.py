@@ -1,9 +1,9 @@
-"""Other ways to hold gates (or mean activations) against activations than the paper's.
+"""Affinities: four ways to score activations against gates or mean activations.
 
-docs/study.md compares them. The symbols are those of `per_token.scored`. Besides, M is the
-mean activation of the pool at a site [n], the mean over experts of the means that they share.
+docs/study.md compares them. The symbols are those of `per_token.vector_router`. M is the mean
+activation of the pool at a site [n]: the mean over experts of the means that they share.
 
-standardised  v̄ᵀū, over √n: METHOD section 4
+standardised  v̄ᵀū, over √n: the paper's (section 3)
 raw           vᵀu, what the gate's sigmoid was trained on, so the gates' norms count
 trimmed       v̄ᵀū without the features in which M is largest: both are standardised over the others
 centred       v̄ᵀ(u - M) over the deviation of u, over √n: how far u is from the usual activation
@@ -12,27 +12,21 @@ centred       v̄ᵀ(u - M) over the deviation of u, over √n: how far u is fro
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from ....config import PAPER
+from ....errors import ConfigError
 from ....experts.pool import Pool
 from ..decision import highest
-from .scored import ScoredRouter, VectorRouter, products, standardise
+from ..router import RouterSite, SiteRouter, check_needs
+from .vector_router import ScoredByVectors, ScoredRouter, VectorRouter, products, standardise
 
-__all__ = [
-    "AFFINITIES",
-    "NEED_MEANS",
-    "PAPER",
-    "CentredRouter",
-    "RawRouter",
-    "TrimmedRouter",
-    "affinity_router",
-    "affinity_vectors",
-]
+__all__ = ["AffinityRouting", "CentredRouter", "RawRouter", "TrimmedRouter", "affinity_vectors"]
 
-PAPER = "standardised"
-AFFINITIES = (PAPER, "raw", "trimmed", "centred")
 NEED_MEANS = ("trimmed", "centred")
 TRIMMED = 0.01  # the share of a site's features that is left out
 
@@ -51,7 +45,7 @@ class TrimmedRouter(ScoredRouter):
     m is their number. `vectors` [E, n] are 0 in the features left out, standardised in the others.
     """
 
-    fused = False
+    fused = one_call = False
 
     def affinities(self, u: Tensor) -> Tensor:
         """α/√m for every token and expert, float32 [T, E]."""
@@ -69,7 +63,7 @@ class CentredRouter(ScoredRouter):
     `vectors` [E, n + 1] are standardised, with -v̄ᵀM in the last column.
     """
 
-    fused = False
+    fused = one_call = False
 
     def affinities(self, u: Tensor) -> Tensor:
         """What the softmax is taken of, for every token and expert, float32 [T, E]."""
@@ -99,16 +93,54 @@ def affinity_vectors(pool: Pool, site: str, kind: str, affinity: str) -> Tensor:
     return torch.cat([standardised, -(standardised @ mean)[:, None]], dim=1)
 
 
-def affinity_router(vectors: Tensor, affinity: str, k: int, eps: float) -> VectorRouter:
-    """The router of `affinity`, which scores with `vectors` as `affinity_vectors` made them."""
-    if affinity == "raw":
-        return RawRouter(vectors, k)
-    kinds = {"trimmed": TrimmedRouter, "centred": CentredRouter}
-    return kinds.get(affinity, ScoredRouter)(vectors, k, eps)
+class AffinityRouting(ScoredByVectors):
+    """The frame of the routers that score with one of the affinities."""
+
+    vectors: ClassVar[str]  # what of an expert is scored with: "gates" or "means"
+
+    def check(self, pool: Pool) -> None:
+        """Raise PoolError when experts lack the vectors, or the means that the affinity needs."""
+        super().check(pool)
+        if self.routing.affinity in NEED_MEANS:
+            check_needs(pool, ("means",), "")
+
+    def refuse_other_affinities(self, what: str) -> None:
+        """Raise ConfigError for another affinity than the paper's, which `what` can't have."""
+        if self.routing.affinity != PAPER:
+            raise ConfigError(
+                f"affinity is {self.routing.affinity!r}, but {what} can only be {PAPER}."
+            )
+
+    @property
+    def grows(self) -> str | None:
+        """Some affinities depend on the means of the whole pool."""
+        if self.routing.affinity in NEED_MEANS:
+            return (
+                f"Affinity {self.routing.affinity} depends on the means of the whole pool; compose "
+                f"it anew."
+            )
+        return super().grows
+
+    @property
+    def form(self) -> Mapping[str, str]:
+        """Vectors [E, n], for affinity centred [E, n + 1]."""
+        return {"vectors": "Ev" if self.routing.affinity == "centred" else "En"}
+
+    def vectors_at(self, pool: Pool, site: str) -> Tensor:
+        """The vectors as the affinity has them."""
+        return affinity_vectors(pool, site, self.vectors, self.routing.affinity)
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        """The router's module at one site."""
+        vectors, k, eps = site.state["vectors"], self.routing.k, self.routing.eps
+        if self.routing.affinity == "raw":
+            return RawRouter(vectors, k)
+        kinds = {"trimmed": TrimmedRouter, "centred": CentredRouter}
+        return kinds.get(self.routing.affinity, ScoredRouter)(vectors, k, eps)
 
 
 def _trimmed(vectors: Tensor, mean: Tensor) -> Tensor:
-    """`vectors` standardised over all features but those of the largest |mean|, 0 in these."""
+    """`vectors` standardised over the features of small |mean|; 0 in the others."""
     count = max(1, round(TRIMMED * len(mean)))
     left = torch.ones_like(mean, dtype=torch.bool)
     left[highest(mean.abs(), count)] = False

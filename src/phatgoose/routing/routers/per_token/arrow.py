@@ -1,11 +1,11 @@
-"""Arrow's vectors: the direction in which an expert stretches its input most (METHOD section 5).
+"""Arrow: an expert's vector is the direction in which it stretches its input most.
 
-Ostapenko et al. 2024. The vector is the first right singular vector of B A, found without ever
-forming the d x n product: with A^T = Q R, B A = (B R^T) Q^T, so the SVD of the small d x r matrix
-B R^T gives it; a second QR makes that r x r.
+Ostapenko et al. 2024; Muqeeth et al. 2024, section 4.2. The vector is the first right singular
+vector of B A, found without forming the d x n product: with Aᵀ = Q R, B A = (B Rᵀ) Qᵀ, so the SVD
+of the small d x r matrix B Rᵀ gives it; a second QR makes that r x r.
 
-Variants, chosen by the setting `arrow`:
-    svd   exact, top k, outputs mixed: the paper's form, and the default
+Forms, chosen by the setting `arrow`:
+    svd   exact vectors, top k, outputs mixed: the paper's form, and the default
     peft  as peft's create_arrow_model: 15 steps of power iteration from a random start, which may
           stop short of the exact vector when two singular values are close
     mttl  exact vectors, but as in mttl all experts take part (k is not used) and the factors are
@@ -17,26 +17,65 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ....errors import ConfigError
+from ....config import ARROW_FORMS, Routing, require_one_of
 from ....experts.kinds.lora import LoraFactors
+from ....experts.pool import Pool
+from ...kernels.mixed import mixed_factors
+from ..router import RouterSite, SiteRouter
+from .vector_router import ScoredByVectors, VectorRouter, products
 
-__all__ = ["ARROW_VARIANTS", "arrow_vector"]
+__all__ = ["Arrow", "ArrowRouter", "arrow_vector"]
 
-ARROW_VARIANTS = ("svd", "peft", "mttl")
 POWER_STEPS = 15
 SMALLEST = 1e-8
 
 
-def arrow_vector(lora: LoraFactors, variant: str = "svd", seed: int = 0) -> Tensor:
+class Arrow(ScoredByVectors):
+    """Router arrow."""
+
+    def __init__(self, routing: Routing) -> None:
+        super().__init__(routing)
+        self.mixes = routing.arrow == "mttl"
+        self.product = mixed_factors if self.mixes else None
+
+    @property
+    def uses_k(self) -> bool:
+        """False in mttl's form, in which all experts take part."""
+        return not self.mixes
+
+    def vectors_at(self, pool: Pool, site: str) -> Tensor:
+        """The experts' first right singular vectors, float32 [E, n]."""
+        factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
+        return torch.stack([arrow_vector(lora, self.routing.arrow) for lora in factors])
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        """The router's module at one site."""
+        vectors = site.state["vectors"]
+        return ArrowRouter(vectors, len(vectors) if self.mixes else self.routing.k)
+
+
+class ArrowRouter(VectorRouter):
+    """The top k of |vᵀu|, softmax of the same numbers over those k.
+
+    Only the line of v matters, not its sign. Neither side is standardised and nothing is scaled, as
+    in Ostapenko et al. 2024; the released code of PHATGOOSE divides by a temperature of 10 and √n.
+    """
+
+    fused = one_call = True
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """|vᵀu| for every token and expert, float32 [T, E]."""
+        return products(u, self.vectors).abs()
+
+
+def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
     """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero.
 
-    `seed` starts the power iteration of the variant "peft". Raises ConfigError for an unknown
-    variant.
+    `seed` starts the power iteration of the form "peft". Raises ConfigError for an unknown form.
     """
-    if variant not in ARROW_VARIANTS:
-        raise ConfigError(f"arrow is {variant!r}, but must be one of {', '.join(ARROW_VARIANTS)}.")
+    require_one_of(ARROW_FORMS, "arrow", form)
     A, B = lora.A.float(), lora.B.float()
-    if variant == "peft":
+    if form == "peft":
         return _power_iteration(A, B, seed)
     return _first_right_singular_vector(A, B)
 

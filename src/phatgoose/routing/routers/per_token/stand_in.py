@@ -1,11 +1,10 @@
 """Stand-ins for gates that nobody trained, so that their experts can join a pool of gated ones.
 
-Not in the paper. Without data an expert's update is all that is known of it, and Arrow's vector
-(`per_token.arrow`) is the direction it reacts to most. Two things of a gate are unknown:
-how it would be spread over the other directions, and on which side of zero it would open. The side
-is guessed to be the one on which the trained gates of the pool lie on average; in a pool without
-any, the one where the vector's largest entry is positive. Standardised like a gate, the stand-in
-then competes on equal terms. Experts with data are better served by `phatgoose gate`.
+Not in the paper. Without data only an expert's update is known, and Arrow's vector
+(`per_token.arrow`) is the direction it reacts to most. Two things about the gate stay unknown: its
+other directions, and its sign. The sign is guessed: the side on which the pool's trained gates lie
+on average or, without any, the one where the vector's largest entry is positive. Standardised like
+a gate, the stand-in competes on equal terms. With data, `phatgoose gate` does better.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from ....experts.pool import Pool
 from .arrow import arrow_vector
-from .scored import standardise
+from .vector_router import standardise
 
 __all__ = ["gates_or_stand_ins"]
 

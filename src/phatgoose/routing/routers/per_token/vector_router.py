@@ -1,25 +1,27 @@
-"""Routers that score every token against one vector per expert (METHOD sections 4 and 5).
+"""Routers that score every token against one vector per expert (paper, section 3).
 
-Glossary: u input activation [T, n], v an expert's vector [n], V all vectors of a site [E, n], alpha
+Glossary: u input activation [T, n], v an expert's vector [n], V all vectors of a site [E, n], α
 affinity, w weights, k experts per token. A bar (ū, v̄) means standardised over the n features.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from ....experts.pool import Pool
 from ...kernels.native import runs_natively, top_experts
 from ...kernels.triton_gpu import runs_on_triton
 from ...kernels.triton_gpu import top_experts as top_experts_on_gpu
 from ..decision import RoutingDecision, highest
+from ..router import Router, SiteRouter
 
-__all__ = ["ArrowRouter", "ScoredRouter", "UniformTopKRouter", "VectorRouter", "products"]
-__all__ += ["standardise"]
+__all__ = ["ScoredByVectors", "ScoredRouter", "VectorRouter", "products", "standardise"]
 
 # A vector that differs from a constant by less than this share of its largest entry (or whose
 # largest entry is below SMALLEST) has no direction worth the name: it is float32 noise.
@@ -30,9 +32,9 @@ SMALLEST = 1e-8
 def standardise(vectors: Tensor) -> Tensor:
     """Each row minus its mean over its (population) standard deviation; zeros if it is constant.
 
-    METHOD section 4; the released code's LayerNorm adds 1e-5 under the root, which damps weakly
-    trained gates. A constant row (a gate never trained) would explode here, so it becomes 0 and
-    scores 0 everywhere.
+    Paper, section 3. The released code's LayerNorm adds 1e-5 under the root, which damps weakly
+    trained gates. A constant row (a gate never trained) has no direction: it becomes 0 and scores 0
+    everywhere.
     """
     exact = vectors.double()
     variance, mean = torch.var_mean(exact, dim=-1, correction=0, keepdim=True)
@@ -52,18 +54,19 @@ def products(u: Tensor, vectors: Tensor) -> Tensor:
     return (tokens @ vectors.float().T)[: len(u)]
 
 
-class VectorRouter(nn.Module):
+class VectorRouter(SiteRouter):
     """The frame of all scored routers: the top k of some affinity, softmax over those k.
 
     Of experts with equal affinities the first in the pool's order are taken, on every path.
 
-    `vectors` are kept in the type of the model, like its weights; products and sums are float32.
-    Where `fused`, `kernels.native` computes the same in one go on CPUs, `triton_gpu` on
-    GPUs: v̄ᵀū over √n with `eps`, which is added to the variance of u, |vᵀu| with None.
+    `vectors` have the type of the model's weights; products and sums are float32. Where `fused`,
+    one call of `kernels.native` computes the same on CPUs and of `kernels.triton_gpu` on GPUs:
+    v̄ᵀū over √n with `eps`, which is added to the variance of u, |vᵀu| with None.
     """
 
-    vectors: Tensor
+    kept = ("vectors",)
     fused: ClassVar[bool] = False
+    vectors: Tensor
     eps: float | None = None
 
     def __init__(self, vectors: Tensor, k: int) -> None:
@@ -92,14 +95,14 @@ class VectorRouter(nn.Module):
 
 
 class ScoredRouter(VectorRouter):
-    """The top k of the affinities v̄ᵀū, softmax of α/√n over those k (METHOD section 4).
+    """The top k of the affinities v̄ᵀū, softmax of α/√n over those k (paper, section 3).
 
     The softmax over the chosen k alone equals the released code's softmax over all, cut to k and
     renormalised. Because v̄ sums to zero, v̄ᵀū = v̄ᵀu / sqrt(var(u) + eps): the native kernel needs
     no centring.
     """
 
-    fused = True
+    fused = one_call = True
     eps: float
 
     def __init__(self, vectors: Tensor, k: int, eps: float) -> None:
@@ -113,25 +116,19 @@ class ScoredRouter(VectorRouter):
         return products(standardised, self.vectors) / math.sqrt(u.shape[-1])
 
 
-class UniformTopKRouter(ScoredRouter):
-    """The same k experts as PHATGOOSE's, each with the weight 1/k: what the softmax is worth."""
+class ScoredByVectors(Router):
+    """The frame of routers that score with one vector per expert."""
 
-    def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]."""
-        decision = super().forward(u)
-        return RoutingDecision(decision.experts, torch.full_like(decision.weights, 1 / self.k))
+    @property
+    def form(self) -> Mapping[str, str]:
+        """One vector [E, n] at each site."""
+        return {"vectors": "En"}
 
+    def vectors_at(self, pool: Pool, site: str) -> Tensor:
+        """The vectors of the experts of `pool` that act at `site`, ready to score with."""
+        raise NotImplementedError
 
-class ArrowRouter(VectorRouter):
-    """The top k of |vᵀu|, softmax of the same numbers over those k (METHOD section 5, Arrow).
-
-    v is the first right singular vector of the expert's B A (`per_token.arrow`), of which
-    only the line matters, not the sign. Neither side is standardised and nothing is scaled, as in
-    Ostapenko et al. 2024; the released code of PHATGOOSE divides by a temperature of 10 and √n.
-    """
-
-    fused = True
-
-    def affinities(self, u: Tensor) -> Tensor:
-        """|vᵀu| for every token and expert, float32 [T, E]."""
-        return products(u, self.vectors).abs()
+    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+        """The vectors, divided by the temperature, which divides their products with anything."""
+        vectors, temperature = self.vectors_at(pool, site), self.routing.router_temperature
+        return {"vectors": vectors if temperature == 1 else vectors / temperature}

@@ -1,0 +1,110 @@
+"""Lookups: which expert serves each whole input, shared by all sites of a model.
+
+A `Lookup` holds the experts of the rows of the present batch, for each thread its own. Code that
+runs known examples announces them (`composition.announcing`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ...config import Formatting
+from ...experts.pool import Pool
+from ...tasks.task import Example
+
+__all__ = ["Lookup", "SavedLookup"]
+
+
+class _Turn(threading.local):
+    """The present batch of one thread."""
+
+    rows: Tensor | None = None  # as `Lookup.rows`
+    announced = False  # by somebody, rather than read
+    prompt: Tensor | None = None  # read last
+    length = 0  # of that prompt by now
+    depth = 0  # of calls inside calls of the model
+
+
+class Lookup:
+    """Which expert serves each row of the present batch; all sites of a model share one.
+
+    Every thread has a batch of its own. A copy, in memory or from a file, has none yet.
+    """
+
+    unknown = "Nothing has told the router yet what its inputs are."
+
+    def __init__(self) -> None:
+        self._turn = _Turn()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the threads' batches."""
+        return {name: value for name, value in self.__dict__.items() if name != "_turn"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore what `__getstate__` gave, with no batch."""
+        self.__dict__.update(state, _turn=_Turn())
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Indices in the pool [rows] for this thread's batch; None while nothing is known.
+
+        A single row serves batches of any size.
+        """
+        return self._turn.rows
+
+    def begin_task(self, name: str) -> None:
+        """The examples to come belong to the task called `name`."""
+
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
+        """The expert of each of `examples`, indices in the pool, int64 [examples].
+
+        `formatting` is how the model is given them (None: the default), for lookups that read
+        tokens.
+        """
+        raise NotImplementedError
+
+    def serve(self, experts: Tensor | None) -> None:
+        """Use `experts` for the rows of the passes to come, until told otherwise."""
+        self._turn.rows = experts
+
+    def attach(self, model: PreTrainedModel) -> None:
+        """Watch `model` for inputs that nobody announces."""
+
+    def detach(self) -> None:
+        """Stop watching."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that are saved with a model, by name (docs/format.md)."""
+        return {}
+
+    def info(self) -> dict[str, Any]:
+        """What is saved beside the tensors, as JSON."""
+        return {}
+
+    def grown(self, pool: Pool, first: int) -> Lookup:
+        """The lookup with the experts of `pool` too, which get indices from `first` on."""
+        return self
+
+    def shrunk(self, place: Tensor) -> Lookup:
+        """The lookup of the experts whose new index `place` [E] gives; -1 for those that leave."""
+        return self
+
+
+@dataclass(frozen=True)
+class SavedLookup:
+    """What a saved model holds of a lookup.
+
+    `info` is what `Lookup.info` gave, `tensors` all tensors of the model by name; `experts` counts
+    the pool and `inputs` gives n of every site.
+    """
+
+    info: Mapping[str, Any]
+    tensors: Mapping[str, Tensor]
+    experts: int
+    inputs: Mapping[str, int]

@@ -9,8 +9,9 @@ import phatgoose as pg
 from analysed import TASKS
 from phatgoose.analysis.agreement import DecisionFiles, agreement
 from phatgoose.base.sites import Site
-from phatgoose.routing.compose import compose, record
-from phatgoose.routing.recording import SitePass
+from phatgoose.routing.compose import compose
+from phatgoose.routing.recording import record
+from phatgoose.routing.watching import SitePass
 from phatgoose.tasks.encoding import Encoder
 
 

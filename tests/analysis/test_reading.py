@@ -7,9 +7,10 @@ import torch
 
 from analysed import encoder_of, new_tally, tallied
 from phatgoose.analysis.reading import pass_through
-from phatgoose.routing.compose import compose, record
+from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.recording import watches_over
+from phatgoose.routing.recording import record
+from phatgoose.routing.watching import watches_over
 from phatgoose.tasks.encoding import TokenPair
 
 

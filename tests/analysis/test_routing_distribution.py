@@ -13,6 +13,7 @@ from phatgoose.analysis.site_labels import site_label
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.recording import record, watch
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.task import Example
 from routed_models import compose_by

@@ -14,7 +14,8 @@ from phatgoose.analysis.site_labels import site_label
 from phatgoose.analysis.traces import _in_bytes, _pieces, trace
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose, record
+from phatgoose.routing.compose import compose
+from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
 
 

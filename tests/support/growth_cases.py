@@ -18,7 +18,7 @@ from phatgoose.experts.expert_info import ExpertInfo
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.files.regular_file import sha256_of
-from phatgoose.routing.compose import compose, record
+from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.per_token.vector_router import VectorRouter

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ...experts.kinds.bottleneck import BottleneckLayers
-from ...experts.kinds.lora import LoraFactors
 from ...experts.kinds.ia3 import ScalingVector
 from ...experts.kinds.kind import SiteModule
+from ...experts.kinds.lora import LoraFactors
 from ...experts.pool import Pool
 from .bottleneck import BottleneckStack
 from .ia3 import InputScalingStack, OutputScalingStack

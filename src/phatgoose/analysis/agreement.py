@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..base.sites import Stream
-from ..routing.recording import SitePass
+from ..routing.watching import SitePass
 from .reading import Observer
 
 __all__ = ["Agreement", "DecisionFiles", "agreement"]

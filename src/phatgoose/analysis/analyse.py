@@ -23,8 +23,8 @@ from ..evaluation.evaluate import (
     score_tasks,
 )
 from ..experts.pool import Pool
-from ..routing.compose import detach, serving
-from ..routing.composition import composition_of
+from ..routing.compose import detach
+from ..routing.composition import announcing, composition_of
 from ..routing.open_model import compose_pool, is_routed, loaded_base, open_model
 from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder

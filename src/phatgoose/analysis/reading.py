@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 
 from ..base.offloading import input_device
 from ..base.sites import Stream
-from ..routing.compose import serving, watch
-from ..routing.recording import SitePass
+from ..routing.composition import announcing
+from ..routing.recording import watch
+from ..routing.watching import SitePass
 from ..tasks.collating import batches_of_tokens, pad_right
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Example

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..base.sites import Stream
-from ..routing.recording import SitePass
+from ..routing.watching import SitePass
 from .reading import Observer
 from .site_labels import SiteLabel, site_label
 

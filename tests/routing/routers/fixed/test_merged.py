@@ -17,7 +17,7 @@ from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight, 
 from phatgoose.routing.recording import record
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.stacks.site_stack import LoraStack
+from phatgoose.routing.stacks.lora import LoraStack
 from phatgoose.tasks.collating import pad_left, pad_right
 from tiny import assert_same_logits, logits_of, make_ids
 

@@ -20,8 +20,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from ....analysis.traces import TraceKeeper
 from ....base.positions import positions_of
 from ....base.sites import ROUTED
-from ....routing.compose import watch
-from ....routing.routers.per_input.lookup import PromptReader
+from ....routing.recording import watch
+from ....routing.routers.per_input.prompt_reader import PromptReader
 from ....tasks.collating import position_ids
 from ....tasks.encoding import added_tokens
 from ....tasks.target_logits import contiguous_head

@@ -281,7 +281,7 @@ def test_a_target_is_cut_to_the_base_s_positions():
 
 def test_a_base_without_room_for_an_input_is_an_error():
     encoder = placed(Positions(8, 8))
-    with pytest.raises(TaskError, match="has 8 positions, and 8 of them are for the answer"):
+    with pytest.raises(TaskError, match="has 8 positions, and the answer takes 8 of them"):
         encoder.fitted("abc", followed_by=8)
 
 

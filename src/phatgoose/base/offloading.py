@@ -1,7 +1,7 @@
-"""Weights that come when they are needed: what accelerate's hooks keep elsewhere between passes.
+"""Weights that accelerate's hooks keep elsewhere between forward passes.
 
-Under a `device_map`, `cpu_offload` or `disk_offload` a layer's parameters lie on torch's meta
-device, without values, until its own forward pass.
+Under a `device_map`, `cpu_offload` or `disk_offload` a layer's parameters are on torch's meta
+device, without values, except during its own forward pass.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ..errors import BaseModelError, RoutingError
 __all__ = ["check_in_place", "execution_device", "input_device", "parameters_of"]
 
 NOWHERE = (
-    "The base model has no weights: they are on torch's meta device, and no hook of accelerate's "
-    "brings them in layer by layer. Load it with weights."
+    "The base model has no weights: they are on torch's meta device, and no hook of accelerate "
+    "loads them layer by layer. Load it with weights."
 )
 
 
 def execution_device(layer: Any) -> torch.device:
-    """Where `layer` computes: the device of its weight, or the one that this is brought to.
+    """The device on which `layer` computes: that of its weight, or the one its hook loads it to.
 
-    Raises BaseModelError for a layer whose weight is nowhere.
+    Raises BaseModelError for a layer whose weight has no values.
     """
     if has_offloaded_params(layer):
         return torch.device(layer._hf_hook.execution_device)
@@ -38,24 +38,24 @@ def execution_device(layer: Any) -> torch.device:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where `model` takes its inputs."""
+    """The device of the inputs of `model`."""
     device = model.device
     return execution_device(model.get_input_embeddings()) if device.type == "meta" else device
 
 
 def parameters_of(model: PreTrainedModel) -> Iterator[Tensor]:
-    """The parameters of `model`, each once, those that are kept elsewhere brought in one by one.
+    """The parameters of `model`, each once; offloaded ones are loaded one by one.
 
-    Raises BaseModelError for one that is nowhere.
+    Raises BaseModelError for one without values.
     """
     tied = model.all_tied_weights_keys
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
             yield parameter
-        elif name not in tied:  # whose other name has it, with or without values
+        elif name not in tied:  # a tied one comes under its other name
             place, _, own = name.rpartition(".")
             module: Any = model.get_submodule(place)
-            if not has_offloaded_params(module):  # a routed layer's are held for its base's layer
+            if not has_offloaded_params(module):  # a routed layer's hook is on its base layer
                 module = getattr(module, "base", module)
             if not has_offloaded_params(module):
                 raise BaseModelError(NOWHERE)
@@ -64,9 +64,9 @@ def parameters_of(model: PreTrainedModel) -> Iterator[Tensor]:
 
 
 def check_in_place(layers: Iterable[nn.Module]) -> None:
-    """Raise RoutingError if hooks of accelerate's were put on routed `layers`."""
+    """Raise RoutingError if any of the routed `layers` has hooks of accelerate."""
     if any(has_offloaded_params(layer) for layer in layers):
         raise RoutingError(
             "The routed model was offloaded by accelerate, so its experts can't be changed or "
-            "taken out; take the hooks off first (accelerate.hooks.remove_hook_from_submodules)."
+            "removed; remove the hooks first (accelerate.hooks.remove_hook_from_submodules)."
         )

@@ -1,4 +1,4 @@
-"""How many tokens a base model can tell apart by their places."""
+"""How many tokens a base model can distinguish by position."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from transformers import PreTrainedModel
 
 __all__ = ["Positions", "positions_of"]
 
-# What architectures call their table of positions, learned or computed once.
+# What architectures call their table of positions, learned or precomputed.
 TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
 
 
 @dataclass(frozen=True)
 class Positions:
-    """The tokens that fit into what reads prompts and into what reads answers; None: any number.
+    """How many tokens fit into the stack that reads prompts and the one that reads answers.
 
-    In a causal model both are one row, which has `prompt` places. `trained` is the length that a
-    model without a table was made for: it reads on, but nobody knows how well.
+    None means any number. In a causal model both share one row of `prompt` positions. `trained` is
+    the length that a model without a table was trained for: it accepts longer rows, with unknown
+    quality.
     """
 
     prompt: int | None = None
@@ -30,7 +31,7 @@ class Positions:
 def positions_of(model: PreTrainedModel) -> Positions:
     """The positions of `model`, routed or not, with weights or without.
 
-    Relative positions (T5) and ALiBi have no limit, rotary ones none but their training's.
+    Relative positions (T5) and ALiBi have no limit, rotary ones only that of their training.
     """
     if model.config.is_encoder_decoder:
         encoder, decoder = model.get_encoder(), model.get_decoder()
@@ -44,7 +45,7 @@ def positions_of(model: PreTrainedModel) -> Positions:
 
 
 def _places(stack: nn.Module) -> int | None:
-    """The places in the table of positions that `stack` has, None without one."""
+    """The size of the table of positions in `stack`, None without one."""
     for module in stack.modules():
         for name in TABLES:
             table: Any = getattr(module, name, None)
@@ -52,6 +53,6 @@ def _places(stack: nn.Module) -> int | None:
                 padding = table.padding_idx
                 unused = getattr(table, "offset", None) or (0 if padding is None else padding + 1)
                 return int(table.num_embeddings) - int(unused)
-            if isinstance(table, Tensor):  # sines and cosines, looked up by place
+            if isinstance(table, Tensor):  # precomputed sines and cosines
                 return len(table)
     return None

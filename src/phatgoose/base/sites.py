@@ -1,8 +1,8 @@
 """Sites: where in a base model an expert acts.
 
 A site is a linear layer inside one of the model's repeated blocks, named by its module path, such
-as `model.layers.0.self_attn.q_proj` (METHOD section 1: "for LoRA: every linear layer of every
-block"). Embeddings and output heads stand outside the blocks and are no sites.
+as `model.layers.0.self_attn.q_proj` (paper section 3: LoRA modifies every linear layer). Embeddings
+and output heads are outside the blocks and are not sites.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
     "replace_module",
 ]
 
-ROUTED = "phatgoose"  # the attribute by which a routed model is known; see composition.Composition
+ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.composition`
 Stream = Literal["encoder", "decoder"]
 
 CROSS_ATTENTION = re.compile(
@@ -39,8 +39,8 @@ CROSS_ATTENTION = re.compile(
 class Site:
     """A linear layer that experts may adapt.
 
-    `stream` says whose tokens it sees: "encoder" for an encoder's layers and for the keys and
-    values of cross-attention, "decoder" for all others (so always for causal models).
+    `stream` says whose tokens it sees: "encoder" for the encoder's layers and for keys and values
+    of cross-attention, "decoder" for all others (so always for causal models).
     """
 
     name: str
@@ -53,8 +53,8 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
     """All sites of `model` by name, in the model's order.
 
     `pattern` keeps only the sites whose name it matches (regular expression, `re.search`); None
-    keeps all. Raises ConfigError when the pattern isn't one or matches nothing, RoutingError when
-    the model is routed and its sites are taken.
+    keeps all. Raises ConfigError when the pattern is invalid or matches nothing, RoutingError when
+    the model is already routed.
     """
     if hasattr(model, ROUTED):
         raise RoutingError("This model is routed already; detach it first.")
@@ -80,10 +80,10 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a linear layer of any make. Raises ConfigError for other modules."""
+    """(inputs, outputs) of a linear layer of any library. Raises ConfigError for other modules."""
     shape = _shape_if_linear(module)
     if shape is None:
-        raise ConfigError(f"{type(module).__name__} is no linear layer.")
+        raise ConfigError(f"{type(module).__name__} is not a linear layer.")
     return shape
 
 
@@ -107,10 +107,10 @@ def _stream_of(name: str, model: PreTrainedModel) -> Stream:
 
 
 class WrappedLinear(nn.Module):
-    """A layer that stands in the place of a linear one and looks like it to its model.
+    """A layer that replaces a linear one, `base`, and looks like it to the model.
 
-    `weight`, `bias`, `in_features` and `out_features` are those of `base`, and so are its keys in
-    the model's state dict.
+    `weight`, `bias`, `in_features`, `out_features` and the keys in the model's state dict are those
+    of `base`.
     """
 
     def __init__(self, base: nn.Module, in_features: int, out_features: int) -> None:
@@ -122,7 +122,7 @@ class WrappedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight; some models look at its dtype."""
+        """The base layer's weight; some models read its dtype."""
         return self.base.weight  # type: ignore[return-value]
 
     @property
@@ -142,6 +142,6 @@ def _find_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` in the place of the submodule of `model` called `name`."""
+    """Replace the submodule `name` of `model` by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)

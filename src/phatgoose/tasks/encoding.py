@@ -1,9 +1,9 @@
-"""From examples to tokens: prompts, targets, and padded batches.
+"""From examples to tokens: prompts and targets.
 
-A prompt has the same tokens whatever answer follows it, and an answer those that it has in the text
-of both. A causal model reads prompt and target in one row; a sequence-to-sequence model reads the
-prompt in its encoder and the target in its decoder. Targets end with the end-of-sequence token.
-What is too long is cut by one rule, here alone (`Formatting.truncation`).
+A prompt has the same tokens whatever answer follows it, and an answer has the tokens that it has
+when tokenised together with its prompt. A causal model reads prompt and target in one row; a
+sequence-to-sequence model reads the prompt in its encoder and the target in its decoder. Targets
+end with the end-of-sequence token. All cutting to length happens here (`Formatting.truncation`).
 """
 
 from __future__ import annotations
@@ -23,20 +23,15 @@ from ..errors import TaskError
 from .cuts import Cut, Cuts, cut_tokens
 from .task import Example, Span
 
-__all__ = [
-    "Encoder",
-    "Prompt",
-    "TokenPair",
-    "added_tokens",
-]
+__all__ = ["Encoder", "Prompt", "TokenPair", "added_tokens"]
 
-SPACES = ("Ġ", "▁", " ")  # how vocabularies write a space at a token's beginning
-CONTEXT = 48  # characters before an answer that decide which tokens it has
+SPACES = ("Ġ", "▁", " ")  # how vocabularies write a token's leading space
+CONTEXT = 48  # characters before an answer that can influence its tokens
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised input; `cut` tells what it lost, None if it is whole."""
+    """A tokenised input; `cut` is None if it is whole."""
 
     tokens: list[int]
     cut: Cut | None = None
@@ -44,7 +39,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A tokenised prompt and target, padded nowhere; `cut` tells what the prompt lost, if any."""
+    """A tokenised prompt and target without padding; `cut` is None if the prompt is whole."""
 
     prompt: list[int]
     target: list[int]
@@ -52,14 +47,14 @@ class TokenPair:
 
     @property
     def length(self) -> int:
-        """Tokens of prompt and target together."""
+        """The number of tokens of prompt and target together."""
         return len(self.prompt) + len(self.target)
 
 
 class Encoder:
-    """Turns texts into tokens for one base model, whose `positions` are the most that it holds.
+    """Turns texts into tokens for one base model; `positions` limits their number.
 
-    Raises TaskError when a chat template is asked for and the base has none.
+    Raises TaskError when the formatting asks for a chat template and the base has none.
     """
 
     def __init__(
@@ -111,18 +106,18 @@ class Encoder:
         return [self.pair(each.input, each.target, each.passage) for each in examples]
 
     def prompt(self, text: str) -> list[int]:
-        """The tokens of an input of which no field is known; see `fitted`."""
+        """The tokens of an input without a known passage; see `fitted`."""
         return self.fitted(text).tokens
 
     def fitted(self, text: str, passage: Span | None = None, *, followed_by: int = 0) -> Prompt:
         """The tokens of an input, cut to `max_input_tokens` and to the base's positions.
 
-        In a causal model, `followed_by` of the positions are left to what comes after the input.
-        What the tokenizer adds stays (BOS, T5's final </s>) but for an end before a causal model's
-        answer, as do the words of a chat template, which count against positions only. Spaces at
-        the end are the answer's, where the tokenizer makes one token of a space and a word. With
-        truncation "middle" the `passage` loses its middle where that is enough, else the whole
-        text. Raises TaskError when nothing is left for an input.
+        In a causal model, `followed_by` positions stay free for what follows the input. Tokens that
+        the tokenizer adds stay (BOS, T5's final </s>), except an end before a causal model's
+        answer. So do the words of a chat template, which count against positions only. Trailing
+        spaces belong to the answer where the tokenizer makes one token of a space and a word. With
+        truncation "middle", the middle of `passage` goes if that is enough, else that of the whole
+        text. Raises TaskError when no position is left for the input.
         """
         text = self.prompt_text(text)
         tokens = self._tokens(text)
@@ -136,10 +131,10 @@ class Encoder:
     def target(self, input_text: str, text: str) -> list[int]:
         """The tokens of a target that follows `input_text`, end-of-sequence included.
 
-        A causal model's target is set off from the prompt by a space unless the prompt ends in
-        white space already or is wrapped in a chat template. Its tokens are those that it has in
-        the text of both. Warns where the tokenizer gives the prompt other ones there, and when the
-        target is cut, to `max_target_tokens` or to the base's positions.
+        A space separates a causal model's target from the prompt, unless the prompt ends in white
+        space or is wrapped in a chat template. The target has the tokens that it has when tokenised
+        together with the prompt. Warns where that would change the prompt's tokens, and when the
+        target is cut to `max_target_tokens` or to the base's positions.
         """
         prompt, space = self._apart(input_text)
         apart = self.is_encoder_decoder
@@ -159,26 +154,23 @@ class Encoder:
         return [*tokens[: min(most, len(tokens)) - 1], tokens[-1]]
 
     def prompt_text(self, context: str) -> str:
-        """What of `context` is the prompt's: spaces at its end may be the answer's (`fitted`)."""
+        """The prompt's part of `context`: trailing spaces may belong to the answer (`fitted`)."""
         return self._apart(context)[0]
 
     def continuation(self, context: str, text: str) -> list[int]:
-        """The tokens of `text` that follows `context` as it stands, without an end.
-
-        Warns as `target` does.
-        """
+        """The tokens of `text` right after `context`, without an end. Warns as `target` does."""
         if self.is_encoder_decoder:
             return self._tokens(text)
         prompt = self.prompt_text(context)
         return self._following(prompt, context[len(prompt) :] + text)
 
     def cuts(self, pairs: Sequence[TokenPair]) -> Cuts:
-        """What the prompts of `pairs` lost, and which pairs the base was not made for."""
+        """How the prompts of `pairs` were cut, and how many pairs exceed the trained length."""
         lengths = [pair.length for pair in pairs]
         return Cuts.of([pair.cut for pair in pairs], lengths, self.positions.trained)
 
     def _most(self, followed_by: int) -> int:
-        """The most tokens that a prompt may have; of one in a chat template, its text."""
+        """The maximum tokens of a prompt, or of its text in a chat template."""
         most, places = self.formatting.max_input_tokens, self.positions.prompt
         if places is None:
             return most
@@ -186,8 +178,8 @@ class Encoder:
             places -= followed_by
         if places <= self._around:
             raise TaskError(
-                f"The base has {self.positions.prompt} positions, and {followed_by} of them are "
-                f"for the answer, which leaves none for an input; ask for a shorter answer."
+                f"The base has {self.positions.prompt} positions, and the answer takes "
+                f"{followed_by} of them, which leaves none for an input; ask for a shorter answer."
             )
         return min(most, places - (self._around if self.formatting.chat else 0))
 
@@ -204,24 +196,24 @@ class Encoder:
         return cut_tokens(tokens, room, how)
 
     def _wrapped(self, tokens: list[int], text: str | None = None) -> list[int]:
-        """A prompt of `tokens`, or of the `text` that they are the whole of."""
+        """The prompt around `tokens`, which are all of `text` unless that is None."""
         if not self.formatting.chat:
             return [*self._before, *tokens, *self._after]
         return self._tokens(self._chat(self.tokenizer.decode(tokens) if text is None else text))
 
     @cached_property
     def _keeps_spaces(self) -> bool:
-        """Whether a space is always a token of its own, so that a prompt may end in it."""
+        """True when a space is always a token of its own, so that a prompt may end in one."""
         return not any(len(t) > 1 and t[0] in SPACES for t in self.tokenizer.get_vocab())
 
     @cached_property
     def _around(self) -> int:
-        """How many tokens stand around an input in its prompt."""
+        """The number of tokens that a prompt adds to its input."""
         return len(self._wrapped([]))
 
     @cached_property
     def _end_of_chat(self) -> str:
-        """What stands before an answer in a chat template."""
+        """The text before an answer in the chat template."""
         return _end_of(self._chat(""))
 
     def _chat(self, text: str) -> str:
@@ -231,14 +223,14 @@ class Encoder:
         )
 
     def _apart(self, text: str) -> tuple[str, str]:
-        """(the prompt's text, what sets an answer off from it)."""
+        """(the prompt's text, the white space between it and an answer)."""
         if self.is_encoder_decoder or self.formatting.chat:
             return text, ""
         prompt = text if self._keeps_spaces else text.rstrip(" ") or text
         return prompt, text[len(prompt) :] or ("" if prompt[-1:].isspace() else " ")
 
     def _following(self, prompt: str, text: str) -> list[int]:
-        """The tokens of what follows a prompt, as they are in the text of both."""
+        """The tokens of `text` after `prompt`, tokenised together."""
         end = self._end_of_chat if self.formatting.chat else _end_of(prompt)
         context, joined = self._encoded([end, end + text])["input_ids"]
         if joined[: len(context)] == context:
@@ -246,8 +238,8 @@ class Encoder:
         last = end[len(end.rstrip()) :] or end[-1:]
         warnings.warn(
             f"After a prompt that ends in {last!r}, the tokenizer makes other tokens of prompt and "
-            f"answer together than of each; the model reads those of each. Prompts that end in no "
-            f"white space, or in a single one, do without.",
+            f"answer together than of each separately; the model reads the separate ones. Prompts "
+            f"that end without white space, or in a single space, avoid this.",
             stacklevel=3,
         )
         return self._tokens(text)
@@ -256,7 +248,7 @@ class Encoder:
         return list(self._encoded(text)["input_ids"])
 
     def _encoded(self, text: str | list[str], **options: Any) -> Any:
-        """What the tokenizer makes of `text` alone; how long it is, is our own business."""
+        """The tokenizer's output for `text` alone; its warnings about length don't apply."""
         return self.tokenizer(text, add_special_tokens=False, verbose=False, **options)
 
 
@@ -265,7 +257,8 @@ def added_tokens(
 ) -> tuple[list[int], list[int]]:
     """(tokens, tokens) that the tokenizer adds before and after a prompt.
 
-    Those after it, such as an end of sequence, are for encoders: a causal model goes on from there.
+    A causal model continues the prompt, so for it those after it, such as an end of sequence, are
+    left out.
     """
     whole = list(tokenizer("a")["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -275,7 +268,7 @@ def added_tokens(
 
 
 def _end_of(text: str) -> str:
-    """The last words of `text`: enough of it to see how what follows is tokenised."""
+    """The last words of `text`, enough to decide the tokens of what follows."""
     if len(text) <= CONTEXT:
         return text
     end = text[-CONTEXT:]

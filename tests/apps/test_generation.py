@@ -4,7 +4,7 @@ from rich.color import Color, ColorSystem
 from transformers import pipeline
 
 from oracle import naively_routed
-from phatgoose.apps.generation import COLOURS
+from phatgoose.apps.console.colours import COLOURS
 from phatgoose.routing.compose import compose
 from tiny import logits_of, make_ids
 

@@ -17,12 +17,9 @@ from ..routing.recording import Recording
 from ..routing.recording import record as record_routing
 from ..tasks.encoding import Encoder
 from ..tasks.task import Example
+from .console.colours import coloured
 
-__all__ = ["Answer", "Sampling", "answer", "coloured", "expert_style"]
-
-# Paul Tol's "bright" colours: colour-blind readers can tell them apart, and so can terminals of 16
-# colours, where each of them falls on another one.
-COLOURS = ("#EE6677", "#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
+__all__ = ["Answer", "Sampling", "answer", "recorded_tokens"]
 
 
 @dataclass(frozen=True)
@@ -84,30 +81,23 @@ def answer(
     return Answer(text, tokens, start, recording)
 
 
-def coloured(result: Answer, tokenizer: PreTrainedTokenizerBase) -> Text:
+def recorded_tokens(result: Answer, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The tokens of a recorded answer, each in the colour of its top expert, with a legend.
 
-    An expert's share in a token is its weight averaged over all sites. The last token generated was
-    never routed (nothing follows it) and stays uncoloured.
+    An expert's share in a token is its weight averaged over all sites. The last generated token was
+    never routed, because nothing follows it, and stays uncoloured.
     """
     if result.recording is None:
         return Text(result.text)
     names = result.recording.experts
     top = result.recording.by_token().argmax(dim=-1).tolist()
-    text = Text()
-    for position, token in enumerate(result.tokens):
-        if token in tokenizer.all_special_ids:
-            continue
-        style = expert_style(top[position]) if position < len(top) else ""
-        weight = " bold" if position >= result.prompt_length else ""
-        text.append(tokenizer.decode([token]), style=style + weight)
-    text.append("\n\n")
-    for index in sorted(set(top)):
-        text.append(f" {names[index]} ", style=f"reverse {expert_style(index)}")
-        text.append(" ")
-    return text
-
-
-def expert_style(expert: int) -> str:
-    """A colour per expert; after seven the colours come again, underlined."""
-    return COLOURS[expert % len(COLOURS)] + (" underline" if expert >= len(COLOURS) else "")
+    tokens = (
+        (
+            tokenizer.decode([token]),
+            top[position] if position < len(top) else None,
+            position >= result.prompt_length,
+        )
+        for position, token in enumerate(result.tokens)
+        if token not in tokenizer.all_special_ids
+    )
+    return coloured(tokens, {index: names[index] for index in sorted(set(top))})

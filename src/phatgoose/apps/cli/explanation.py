@@ -1,4 +1,4 @@
-"""One prompt explained: who served each of its tokens, for the terminal and as JSON."""
+"""One prompt explained: the experts behind each token, for the terminal and as JSON."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...analysis.measures import heaviest
 from ...analysis.routing_distribution import PARTS
 from ...analysis.traces import Trace, TraceStream, trace
 from ...config import Formatting
 from ...errors import TaskError
 from ...tasks.encoding import Encoder
-from ..generation import Sampling, answer, expert_style
+from ..console.colours import coloured, expert_style
+from ..generation import Sampling, answer
 
 __all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A text's way through a model, seen at the sites of one `layer` and `kind` (None: all)."""
+    """The trace of a text through a model, at the sites of one `layer` and `kind` (None: all)."""
 
     trace: Trace
     answer: str
@@ -33,22 +35,17 @@ class Explanation:
     def coloured(self) -> Iterator[Text]:
         """For each stack that has such sites: its tokens in the colours of their first experts.
 
-        Bold tokens are the answer. A legend tells the share of each expert in all tokens.
+        Bold tokens are the answer. A legend has the share of each expert in all tokens.
         """
         for stream, shares in self._views():
-            text = Text()
-            top = shares.argmax(axis=1)
-            for token, part, expert in zip(stream.tokens, stream.parts, top, strict=True):
-                style = expert_style(int(expert)) + (" bold" if part else "")
-                text.append(_printable(token), style=style)
-            text.append("\n\n")
-            mean = shares.mean(axis=0)
-            for expert in np.argsort(-mean, kind="stable"):
-                if (top == expert).any():
-                    label = f" {self.trace.experts[expert]} {100 * mean[expert]:.0f} % "
-                    text.append(label, style=f"reverse {expert_style(int(expert))}")
-                    text.append(" ")
-            yield text
+            top, mean = shares.argmax(axis=1), shares.mean(axis=0)
+            labels = {
+                z: f"{self.trace.experts[z]} {100 * mean[z]:.0f} %"
+                for z in np.argsort(-mean, kind="stable").tolist()
+                if (top == z).any()
+            }
+            texts, bold = map(_printable, stream.tokens), map(bool, stream.parts)
+            yield coloured(zip(texts, top.tolist(), bold, strict=True), labels)
 
     def table(self, most: int = 3) -> Iterator[Table]:
         """For each such stack: a row per token with its `most` experts of greatest weight."""
@@ -57,7 +54,7 @@ class Explanation:
             for column in ("token", "part", *map(str, range(1, most + 1)), "others"):
                 table.add_column(column, no_wrap=True)
             for token, part, row in zip(stream.tokens, stream.parts, shares, strict=True):
-                best = _best(row, most)
+                best = heaviest(row, most)
                 cells = [
                     Text(f"{self.trace.experts[z]} {row[z]:.2f}", expert_style(z)) for z in best
                 ]
@@ -79,7 +76,8 @@ class Explanation:
                     "part": PARTS[part],
                     "token": token,
                     "experts": {
-                        self.trace.experts[z]: round(float(row[z]), 4) for z in _best(row, len(row))
+                        self.trace.experts[z]: round(float(row[z]), 4)
+                        for z in heaviest(row, len(row))
                     },
                 }
                 for stream, shares in self._views()
@@ -104,12 +102,6 @@ def _printable(token: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in token)
 
 
-def _best(row: Any, most: int) -> list[int]:
-    """The experts of greatest weight, at most so many, none of weight 0."""
-    ranked = np.argsort(-row, kind="stable")[:most]
-    return [int(z) for z in ranked if row[z] > 0]
-
-
 def explain(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -129,11 +121,11 @@ def explain(
     """
     if not prompt:
         raise TaskError("The prompt is empty.")
-    told = given is None  # by `answer`
-    if given is None:
-        given = answer(model, tokenizer, prompt, formatting, Sampling(max_new_tokens)).text
+    text = given
+    if text is None:
+        text = answer(model, tokenizer, prompt, formatting, Sampling(max_new_tokens)).text
     encoder = Encoder.for_model(model, tokenizer, formatting)
-    pair = encoder.pair(prompt, given)
-    if not told:
+    pair = encoder.pair(prompt, text)
+    if given is not None:  # `answer` has told it already
         encoder.cuts([pair]).report("the prompt")
-    return Explanation(trace(model, encoder, pair), given, layer, kind)
+    return Explanation(trace(model, encoder, pair), text, layer, kind)

@@ -1,118 +1,164 @@
-"""Command-line flags derived from the config dataclasses: defined once, described once.
+"""Command-line flags from annotations: a command takes objects, typer shows one flag per field.
 
-A command function takes its settings as keyword-only parameters annotated with config classes. The
-decorator `with_settings` shows typer one flag per field instead, and hands the function filled
-config objects: defaults, overlaid by the recipe, overlaid by what stands on the command line.
+`Annotated[type, "help"]` is the flag of a parameter, of a field of an option group (options.py) and
+of a setting (config.py), named after it. Settings are their defaults, overlaid by the recipe,
+overlaid by the command line.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
 from ...config import PEFT_KINDS, Peft, Setting, from_mapping, settings_of
 from ...errors import ConfigError
-from .recipe import RECIPE_TABLES, Recipe, read_recipe
+from .recipe import RECIPE_OPTIONS, RECIPE_TABLES, Recipe, read_recipe
 
-__all__ = ["RecipeOption", "shape_of", "with_settings"]
+__all__ = ["Shapes", "Without", "flag_of", "with_flags"]
 
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
-
-RecipeOption = Annotated[
-    Optional[Path],  # noqa: UP045  typer reads annotations at run time, on Python 3.10 too
-    typer.Option("--recipe", help="TOML file with settings; flags given here win over it."),
-]
+RECIPE = Annotated[Path | None, "TOML file with settings; flags given here win over it."]
 
 
-def with_settings(
-    *configs: type, without: tuple[str, ...] = ()
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that shows each config parameter of a command as one flag per field.
+@dataclass(frozen=True)
+class Shapes:
+    """The shape that an expert of each kind would have, and the flags that were given."""
 
-    The decorated function must take `recipe` (a `Recipe`) and one keyword parameter per config,
-    named as in `RECIPE_TABLES`. If it takes `given` too, it gets the names of the settings that
-    the recipe or the command line gave; `flagged` are those of the command line alone. A field
-    that several configs share is one flag, which goes to all of them. Fields named in `without`
-    get no flag.
+    by_kind: Mapping[str, Peft]
+    flags: frozenset[str]
+
+    def of(self, kind: str) -> Peft:
+        """The shape of this kind. Raises ConfigError for flags that are another kind's."""
+        if kind not in self.by_kind:
+            raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(self.by_kind)}.")
+        for name in sorted(self.flags):
+            owners = [k for k, config in PEFT_KINDS.items() if hasattr(config, name)]
+            if owners and kind not in owners:
+                flag = flag_of(name)
+                raise ConfigError(f"{flag} is for --peft {owners[0]}; the experts are {kind}.")
+        return self.by_kind[kind]
+
+
+@dataclass(frozen=True)
+class Without:
+    """Annotates a class of settings some of whose settings get no flag."""
+
+    names: tuple[str, ...]
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as typer takes it: with one flag per field in place of each dataclass.
+
+    Classes of settings are parameters named as in `RECIPE_TABLES`; `Shapes` stands for those of all
+    kinds of expert. A command with settings has --recipe, which also gives the options in
+    `RECIPE_OPTIONS` their default. A setting that several classes share is one flag and goes to all
+    of them. A parameter `given` receives the names of the settings in recipe and command line.
     """
-    shown = {
-        config: [setting for setting in settings_of(config) if setting.name not in without]
-        for config in configs
-    }
+    parts = _Parameters(inspect.signature(command, eval_str=True))
 
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        fields = {config: {setting.name for setting in shown[config]} for config in configs}
-        tables = {TABLE_OF[config] for config in configs}
-        signature = inspect.signature(command, eval_str=True)
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        command(**parts.filled(arguments))
 
-        @functools.wraps(command)
-        def run(**arguments: Any) -> None:
-            path = arguments.pop("recipe", None)
-            recipe = read_recipe(path) if path else Recipe()
-            values_of = {name: arguments.pop(name) for name in set().union(*fields.values())}
-            flags = {name: value for name, value in values_of.items() if value is not None}
-            given: set[str] = set()
-            for config in configs:
-                table = TABLE_OF[config]
-                own = {name: value for name, value in flags.items() if name in fields[config]}
-                values = {**recipe.tables.get(table, {}), **own}
-                arguments[table] = from_mapping(config, values, "command line")
-                given |= values.keys()
-            if "given" in signature.parameters:
-                arguments["given"] = frozenset(given)
-            if "flagged" in signature.parameters:
-                arguments["flagged"] = frozenset(flags)
-            command(recipe=recipe, **arguments)
-
-        ours = {*tables, "recipe", "given", "flagged"}
-        own = [p for p in signature.parameters.values() if p.name not in ours]
-        recipe_parameter = inspect.Parameter(
-            "recipe", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=RecipeOption
-        )
-        listed = [(setting, TABLE_OF[config]) for config in configs for setting in shown[config]]
-        flags = list({setting.name: _flag(setting, table) for setting, table in listed}.values())
-        run.__signature__ = signature.replace(  # type: ignore[attr-defined]
-            parameters=[*own, recipe_parameter, *flags]
-        )
-        run.__annotations__ = {p.name: p.annotation for p in [*own, recipe_parameter, *flags]}
-        return run
-
-    return decorate
+    shown = list(parts.shown())
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run
 
 
-def shape_of(kind: str, shapes: dict[str, Peft], flagged: frozenset[str]) -> Peft:
-    """The shape of an expert of this kind. Raises ConfigError for flags that are another kind's."""
-    if kind not in shapes:
-        raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(shapes)}.")
-    owners = {
-        setting.name: [k for k, config in PEFT_KINDS.items() if hasattr(config, setting.name)]
-        for config in PEFT_KINDS.values()
-        for setting in settings_of(config)
-    }
-    for name in sorted(flagged & owners.keys()):
-        if kind not in owners[name]:
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is for --peft {owners[name][0]}; the experts are {kind}.")
-    return shapes[kind]
+class _Parameters:
+    """A command's parameters: its own options, groups of them, and settings by table."""
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.own: list[inspect.Parameter] = []
+        self.groups: dict[str, Any] = {}
+        self.configs: dict[str, Any] = {}
+        self.settings: dict[str, list[Setting]] = {}
+        self.shapes: str | None = None
+        self.takes_given = "given" in signature.parameters
+        for name, parameter in signature.parameters.items():
+            kind, *details = get_args(parameter.annotation) or (parameter.annotation,)
+            hidden = details[0].names if details and isinstance(details[0], Without) else ()
+            if kind is Shapes:
+                self.shapes = name
+                self.configs |= PEFT_KINDS
+            elif kind in TABLE_OF:
+                self.configs[name] = kind
+                self.settings[name] = [s for s in settings_of(kind) if s.name not in hidden]
+            elif is_dataclass(kind):
+                self.groups[name] = kind
+                self.own += _fields_of(kind)
+            elif name != "given":
+                self.own.append(_option(name, parameter.annotation, parameter.default))
+        for table, config in self.configs.items():
+            self.settings.setdefault(table, list(settings_of(config)))
+
+    def shown(self) -> Iterator[inspect.Parameter]:
+        """What typer is shown."""
+        yield from self.own
+        if self.configs:
+            yield _option("recipe", RECIPE, None)
+        tabled = [(s, table) for table in self.configs for s in self.settings[table]]
+        yield from {s.name: _setting_flag(s, table) for s, table in tabled}.values()
+
+    def filled(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the command is called with, from the `arguments` that typer parsed."""
+        path = arguments.pop("recipe", None)
+        recipe = read_recipe(path) if path else Recipe()
+        names = {setting.name for each in self.settings.values() for setting in each}
+        flags = {name: arguments.pop(name) for name in names}
+        flags = {name: value for name, value in flags.items() if value is not None}
+        objects: dict[str, Any] = {}
+        given: set[str] = set()
+        for table, config in self.configs.items():
+            typed = {s.name: flags[s.name] for s in self.settings[table] if s.name in flags}
+            values = {**recipe.tables.get(table, {}), **typed}
+            objects[table] = from_mapping(config, values, "command line")
+            given |= values.keys()
+        for name in RECIPE_OPTIONS & arguments.keys():
+            arguments[name] = arguments[name] or getattr(recipe, name)
+        for name, group in self.groups.items():
+            objects[name] = group(**{f.name: arguments.pop(f.name) for f in fields(group)})
+        if self.shapes:
+            shapes = {kind: objects.pop(kind) for kind in PEFT_KINDS}
+            objects[self.shapes] = Shapes(shapes, frozenset(flags))
+        if self.takes_given:
+            objects["given"] = frozenset(given)
+        return {**arguments, **objects}
 
 
-def _flag(setting: Setting, panel: str) -> inspect.Parameter:
-    """One optional flag; None means that it was not given."""
+def flag_of(name: str) -> str:
+    """The flag of the setting or option with this name."""
+    return "--" + name.replace("_", "-")
+
+
+def _fields_of(group: Any) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return (_option(field.name, hints[field.name], field.default) for field in fields(group))
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    """A parameter whose help text, if that is its annotation, makes a flag of it."""
+    kind, *details = get_args(annotation) or (annotation,)
+    if details and isinstance(details[0], str):
+        flag = flag_of(name)
+        flags = f"{flag}/--no-{flag[2:]}" if kind is bool and default else flag
+        annotation = Annotated[kind, typer.Option(flags, help=details[0])]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
+
+
+def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
+    """The flag of a setting; None means that it was not given."""
     kind = next(option for option in get_args(setting.type) or (setting.type,) if option)
     shown = "" if setting.default is None else f" (default: {setting.default})"
-    flag = "--" + setting.name.replace("_", "-")
-    names = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
-    return inspect.Parameter(
-        setting.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[
-            Optional[kind],  # noqa: UP045
-            typer.Option(names, help=setting.help + shown, rich_help_panel=f"Settings: {panel}"),
-        ],
-    )
+    flag = flag_of(setting.name)
+    flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    option = typer.Option(flags, help=setting.help + shown, rich_help_panel=f"Settings: {panel}")
+    return _option(setting.name, Annotated[kind | None, option], None)

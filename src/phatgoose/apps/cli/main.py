@@ -1,4 +1,4 @@
-"""The command's frame: the app, and how errors, warnings and interruptions reach the user."""
+"""The `phatgoose` command: its subcommands, and how errors and warnings reach the user."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -16,6 +17,7 @@ from ... import __version__
 from ...errors import PhatgooseError
 from ..console.printing import PlainFormatter, complain, say
 from . import analysis, comparison, experts, routed, segments, serving, sharing
+from .flags import with_flags
 
 __all__ = ["app", "main"]
 
@@ -28,18 +30,39 @@ analyse, serve.
 INTERRUPTED = 130
 
 app = typer.Typer(
-    help=HELP,
-    invoke_without_command=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+    help=HELP, invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False
 )
-experts.register(app)
-sharing.register(app)
-routed.register(app)
-segments.register(app)
-comparison.register(app)
-analysis.register(app)
-serving.register(app)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "train": experts.train,
+    "gate": experts.gate,
+    "measure": experts.measure,
+    "check": experts.check,
+    "import": sharing.import_command,
+    "push": sharing.push,
+    "pull": sharing.pull,
+    "pool": routed.pool,
+    "compose": routed.compose,
+    "generate": routed.generate,
+    "evaluate": routed.evaluate,
+    "demo": routed.demo,
+    "add": segments.add,
+    "remove": segments.remove,
+    "compact": segments.compact,
+    "compare": comparison.compare,
+    "lm-eval": comparison.lm_eval,
+    "analyse": analysis.analyse,
+    "explain": analysis.explain,
+    "serve": serving.serve,
+}
+OTHERS_WORDS = {  # of a command that hands all its words on
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+    "help_option_names": [],
+}
+for name, command in COMMANDS.items():
+    app.command(name, context_settings=OTHERS_WORDS if name == "lm-eval" else None)(
+        with_flags(command)
+    )
 
 
 def _show_version(wanted: bool) -> None:
@@ -84,9 +107,9 @@ def _failed(message: str) -> int:
 
 
 def _quieten() -> None:
-    """Warnings as one line each, our own log lines as they are, no advice of other libraries.
+    """Show each warning on one line, our own log lines, and no advice of other libraries.
 
-    Names of files that are no UTF-8 are printed as escapes.
+    File names that are no UTF-8 are printed with escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

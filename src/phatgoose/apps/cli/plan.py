@@ -4,87 +4,105 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.table import Table
 from rich.text import Text
 
 from ...config import KIND_NAMES
 from ...errors import ConfigError
 from ..console.printing import say, show
+from .flags import flag_of
+from .options import EngineOptions
 
 if TYPE_CHECKING:
+    from ...tasks.suites.training_tasks import TrainingTask
     from ...training.planning.costs import PlannedTask
     from ...training.planning.plan import Plan
     from ...training.planning.schedule import Schedule
 
-__all__ = [
-    "JsonOption",
-    "MeasureOption",
-    "PlanOption",
-    "TflopsOption",
-    "TokensPerSecondOption",
-    "refuse_without_plan",
-    "show_plan",
-]
-
-# typer reads annotations at run time, on Python 3.10 too: hence Optional instead of "| None".
-PlanOption = Annotated[
-    bool,
-    typer.Option(
-        "--plan",
-        help="Train nothing and download nothing: tell steps, time, memory and disk; "
-        "--workers and --gpus-per-worker describe a cluster.",
-    ),
-]
-MeasureOption = Annotated[
-    bool,
-    typer.Option(
-        "--measure",
-        help="With --plan: train a few batches here for the speed and the memory of a worker.",
-    ),
-]
-TflopsOption = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option(
-        "--tflops",
-        help="With --plan: speed kept up, in 10^12 operations a second (default: 100, assumed of "
-        "an A100- or H100-class GPU in bfloat16).",
-    ),
-]
-TokensPerSecondOption = Annotated[
-    Optional[float],  # noqa: UP045
-    typer.Option(
-        "--tokens-per-second",
-        help="With --plan: speed as training reports it, instead of --tflops.",
-    ),
-]
-JsonOption = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--json", help="With --plan: write it here too."),
-]
+__all__ = ["PlanOptions", "plan_experts"]
 
 WIDE = 180  # columns where nobody's terminal says otherwise
 TOTALS = ("steps", "sequences", "tokens", "seconds", "disk_bytes")
-PLACES = {"file": "", "copy": " (copy)", "hub": " (Hub)"}
+ORIGINS = {"file": "", "copy": " (copy)", "hub": " (Hub)"}
 
 
-def refuse_without_plan(options: Mapping[str, object]) -> None:
-    """Raise ConfigError for a flag of --plan that was given without it."""
-    for name, value in options.items():
-        if value is not None and value is not False:  # 0 was given, too
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(f"{flag} is for --plan, which was not given.")
+@dataclass(frozen=True)
+class PlanOptions:
+    """What is planned instead of trained, and at which speed."""
+
+    plan: Annotated[
+        bool,
+        "Train nothing and download nothing: tell steps, time, memory and disk; "
+        "--workers and --gpus-per-worker describe a cluster.",
+    ] = False
+    tflops: Annotated[
+        float | None,
+        "With --plan: speed kept up, in 10^12 operations a second (default: 100, assumed "
+        "of an A100- or H100-class GPU in bfloat16).",
+    ] = None
+    tokens_per_second: Annotated[
+        float | None, "With --plan: speed as training reports it, instead of --tflops."
+    ] = None
+    measure: Annotated[
+        bool, "With --plan: train a few batches here for the speed and the memory of a worker."
+    ] = False
+    json: Annotated[Path | None, "With --plan: write it here too."] = None
+
+    def check(self) -> None:
+        """Raise ConfigError for an option of --plan without it, and for two answers about speed."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not self.plan and value is not None and value is not False:  # 0 was given, too
+                raise ConfigError(f"{flag_of(field.name)} is for --plan, which was not given.")
+        for name in ("tflops", "tokens_per_second") if self.measure else ():
+            if getattr(self, name) is not None:
+                flag = flag_of(name)
+                raise ConfigError(f"{flag} tells a speed, and --measure finds one: choose.")
 
 
-def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None) -> None:
-    """Print `plan`, which leaves out `finished` experts, and how it is `spread` over workers.
+def plan_experts(
+    options: PlanOptions,
+    engine: EngineOptions,
+    base: str,
+    tasks: list[TrainingTask],
+    finished: int,
+    settings: Mapping[str, Any],
+) -> None:
+    """Print what training on `tasks` with `settings` takes; `finished` experts are left out.
 
-    Both are written to `path` as JSON, if any.
+    It is written to `options.json` too, if given.
     """
+    from ...training.planning.plan import plan_training
+    from ...training.planning.schedule import schedule
+    from ...training.planning.speed import measure_speed
+
+    plan = plan_training(
+        base,
+        tasks,
+        **settings,
+        tflops=options.tflops,
+        tokens_per_second=options.tokens_per_second,
+        speed=measure_speed(base, tasks, **settings) if options.measure else None,
+    )
+    spread = schedule(plan, engine.workers or 1, engine.gpus_per_worker or 0.0)
+    show(_table(plan), width=WIDE)
+    kept = [f"{finished} experts are finished and not counted."] if finished else []
+    for line in (_expert(plan), _spread(spread, _largest_bound(plan)), *kept, *plan.notes):
+        show(line, width=WIDE)
+    if options.json is not None:
+        from ...files.atomic import write_text
+
+        totals = {name: getattr(plan, name) for name in TOTALS}
+        record = {**asdict(plan), "totals": totals, "schedule": asdict(spread)}
+        write_text(options.json, json.dumps(record, indent=2) + "\n", ConfigError)
+        say(f"plan -> {options.json}")
+
+
+def _table(plan: Plan) -> Table:
     count = len(plan.tasks)
     table = Table(title=f"{count} experts to train on {plan.base}")
     table.add_column("expert", no_wrap=True)
@@ -94,7 +112,7 @@ def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None)
     for task in plan.tasks:
         table.add_row(*map(Text, _cells(task)))
     table.add_section()
-    bound = max(map(_bound, plan.tasks), default="")
+    bound = _largest_bound(plan)
     sums = (
         f"{plan.sequences:,}",
         bound + _amount(plan.tokens),
@@ -102,26 +120,16 @@ def show_plan(plan: Plan, spread: Schedule, *, finished: int, path: Path | None)
         _size(plan.disk_bytes),
     )
     table.add_row("total", f"{count} tasks", "", f"{plan.steps:,}", *sums)
-    show(table, width=WIDE)
-    expert = (
+    return table
+
+
+def _expert(plan: Plan) -> str:
+    """What one expert is, in words."""
+    return (
         f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {KIND_NAMES[plan.peft]} "
         f"parameters (kept in {plan.dtype}), {plan.gate_parameters:,} gate parameters. Checkpoints "
         f"while it trains: up to {_size(plan.working_bytes)}."
     )
-    at_once = _spread(spread, bound)
-    kept = [f"{finished} experts are finished and not counted."] if finished else []
-    for line in (expert, at_once, *kept, *plan.notes):
-        show(line, width=WIDE)
-    if path is not None:
-        from ...files.atomic import write_text
-
-        write_text(path, json.dumps(_record(plan, spread), indent=2) + "\n", ConfigError)
-        say(f"plan -> {path}")
-
-
-def _record(plan: Plan, spread: Schedule) -> dict[str, object]:
-    totals = {name: getattr(plan, name) for name in TOTALS}
-    return {**asdict(plan), "totals": totals, "schedule": asdict(spread)}
 
 
 def _spread(spread: Schedule, bound: str) -> str:
@@ -142,7 +150,7 @@ def _cells(task: PlannedTask) -> tuple[str, ...]:
     bound = _bound(task)
     return (
         task.name,
-        task.source + PLACES[task.place],
+        task.source + ORIGINS[task.place],
         f"{'~' if listed else ''}{examples}",
         f"{task.steps:,} + {task.gate_steps:,}",
         f"{task.trained + task.measured:,}",
@@ -155,6 +163,10 @@ def _cells(task: PlannedTask) -> tuple[str, ...]:
 def _bound(task: PlannedTask) -> str:
     """What stands before numbers that are upper bounds."""
     return "≤ " if task.lengths == "limits" else ""
+
+
+def _largest_bound(plan: Plan) -> str:
+    return max(map(_bound, plan.tasks), default="")
 
 
 def _duration(seconds: float) -> str:

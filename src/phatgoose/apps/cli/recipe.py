@@ -23,15 +23,15 @@ from ...errors import ConfigError
 from ...files.quoting import shortened
 from ...files.strict_toml import read_toml
 
-__all__ = ["RECIPE_TABLES", "Recipe", "read_recipe"]
+__all__ = ["RECIPE_OPTIONS", "RECIPE_TABLES", "Recipe", "read_recipe"]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A TOML recipe: one table per config class, and the tasks to run it on.
 
-    `peft` is the kind of expert to train, a name in PEFT_KINDS. `data` and
-    `templates` are the folders of `suites.registry.Sources`.
+    `peft` is the kind of expert to train, a name in PEFT_KINDS. `data` and `templates` are the
+    folders of `tasks.suites.entries.Sources`.
     """
 
     base: str | None = None
@@ -51,6 +51,7 @@ RECIPE_TABLES = {
     "serving": Serving,
 }
 FOLDERS = ("data", "templates")
+RECIPE_OPTIONS = frozenset({"base", "tasks", "peft", *FOLDERS})  # what stands above the tables
 
 
 def read_recipe(path: str | Path) -> Recipe:
@@ -61,7 +62,7 @@ def read_recipe(path: str | Path) -> Recipe:
     """
     path = Path(path)
     content = read_toml(path, "Recipe", ConfigError)
-    known = {"base", "tasks", "peft", *FOLDERS, *RECIPE_TABLES}
+    known = {*RECIPE_OPTIONS, *RECIPE_TABLES}
     for key in content:
         if key not in known:
             raise ConfigError(

@@ -3,63 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..console.printing import say
+from .options import PoolArgument, StoredOption, open_pool
 
 if TYPE_CHECKING:
     from ...routing.saved.tensors import SavedModel
 
-__all__ = ["StoredOption", "register"]
+__all__ = ["add", "compact", "remove"]
 
-StoredOption = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option(
-        "--stored",
-        help="Type of the experts' factors in the file: float32, bfloat16, float16 or int8; "
-        "default: the type that they are computed in.",
-    ),
-]
-ModelArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]
+FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Add the commands that change a routed model's folder to `app`."""
-    app.command("add", help="Add experts to a routed model's folder.")(add)
-    app.command("remove", help="Remove experts from a routed model's folder.")(remove)
-    app.command("compact", help="Write a routed model's folder anew, without what was removed.")(
-        compact
-    )
-
-
-def add(
-    model: ModelArgument,
-    places: Annotated[
-        list[Path], typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest.")
-    ],
-) -> None:
-    """Add experts: one more file, of these experts only."""
-    from ...experts.pool import Pool
+def add(model: FolderArgument, places: PoolArgument) -> None:
+    """Add experts to a routed model's folder."""
     from ...routing.saved.segments import add_to_saved
 
-    pool = Pool.open(places[0] if len(places) == 1 else places)
-    _tell(add_to_saved(model, pool), model)
+    _tell(add_to_saved(model, open_pool(places)), model)
 
 
 def remove(
-    model: ModelArgument,
-    names: Annotated[list[str], typer.Argument(help="The experts' names.")],
+    model: FolderArgument, names: Annotated[list[str], typer.Argument(help="The experts' names.")]
 ) -> None:
-    """Remove experts: from the description; compact takes them out of the files."""
+    """Remove experts from a routed model's folder.
+
+    They stay in its files until it is compacted.
+    """
     from ...routing.saved.segments import remove_from_saved
 
     _tell(remove_from_saved(model, names), model)
 
 
-def compact(model: ModelArgument, stored: StoredOption = None) -> None:
-    """Write the experts that are left into one file, in another type if told."""
+def compact(model: FolderArgument, stored: StoredOption = None) -> None:
+    """Write a routed model's folder anew, without what was removed."""
     from ...routing.saved.segments import compact as rewrite
 
     _tell(rewrite(model, stored=stored), model)

@@ -3,59 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...config import KIND_NAMES
 from ..console.printing import say
-from .experts import BaseOption
+from .options import BaseOption, ExpertName, ExpertOut
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
 
-__all__ = ["register"]
-
-NameOption = Annotated[
-    Optional[str],  # noqa: UP045  typer reads annotations at run time, on Python 3.10 too
-    typer.Option("--name", help="The expert's name; default: the name of --out."),
-]
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands of sharing to `app`."""
-    app.command(
-        "import", help="Make an expert, without gates yet, of a LoRA, (IA)³ or bottleneck adapter."
-    )(import_command)
-    app.command("push", help="Publish an expert on the Hub, as one commit.")(push)
-    app.command("pull", help="Fetch an expert from the Hub.")(pull)
+__all__ = ["import_command", "pull", "push"]
 
 
 def import_command(
     source: Annotated[
         str, typer.Argument(help="Folder of the adapter, or its Hub id (OWNER/NAME@REVISION).")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
+    out: ExpertOut,
     base: BaseOption = None,
-    name: NameOption = None,
+    name: ExpertName = None,
     allow_loss: Annotated[
-        Optional[float],  # noqa: UP045
-        typer.Option(
-            "--allow-loss",
-            help="Approximate adapters that are no LoRA (LoHa, LoKr, …) by one that may lose this "
-            "share of each update, such as 0.01.",
-        ),
+        float | None,
+        "Approximate adapters that are no LoRA (LoHa, LoKr, …) by one that may lose this "
+        "share of each update, such as 0.01.",
     ] = None,
     fingerprint: Annotated[
         bool,
-        typer.Option(
-            "--fingerprint",
-            help="Load the base's weights and record their fingerprint: you vouch that the adapter "
-            "was trained on them.",
-        ),
+        "Load the base's weights and record their fingerprint: you vouch that the adapter "
+        "was trained on them.",
     ] = False,
 ) -> None:
-    """Import an adapter, or say by name what about it can't be routed."""
+    """Make an expert, without gates yet, of a LoRA, (IA)³ or bottleneck adapter."""
     from ...experts.importing.adapter import import_adapter
 
     expert = import_adapter(
@@ -67,7 +47,7 @@ def import_command(
 
 
 def _imported(expert: Expert) -> str:
-    """What an import came to, on one line."""
+    """The result of an import, on one line."""
     text = f"{expert.name}: {len(expert.modules)} sites, {KIND_NAMES[expert.kind]}"
     sizes = sorted({module.size for module in expert.modules.values() if module.size is not None})
     if sizes:
@@ -86,15 +66,13 @@ def push(
     reference: Annotated[
         str, typer.Argument(help="OWNER/NAME on the Hub; /FOLDER inside it and @BRANCH if wanted.")
     ],
-    private: Annotated[
-        bool, typer.Option("--private", help="Make the repository private if it is new.")
-    ] = False,
-    message: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option("--message", help="The commit's message."),
-    ] = None,
+    private: Annotated[bool, "Make the repository private if it is new."] = False,
+    message: Annotated[str | None, "The commit's message."] = None,
 ) -> None:
-    """Publish an expert; the token is huggingface_hub's (HF_TOKEN or 'hf auth login')."""
+    """Publish an expert on the Hub, as one commit.
+
+    The token is huggingface_hub's (HF_TOKEN or 'hf auth login').
+    """
     from ...experts.hub import push as publish
 
     say(f"{expert} -> {publish(expert, reference, private=private, message=message)}")
@@ -104,9 +82,9 @@ def pull(
     reference: Annotated[
         str, typer.Argument(help="OWNER/NAME on the Hub, with /FOLDER and @REVISION if wanted.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="The expert directory to write.")],
+    out: ExpertOut,
 ) -> None:
-    """Fetch an expert and check it."""
+    """Fetch an expert from the Hub."""
     from ...experts.hub import pull as fetch
 
     expert = fetch(reference, out)

@@ -1,5 +1,6 @@
 """What a person reads in a terminal.
 
 printing.py  prints text that can't harm the terminal
-tables.py    tables of comparisons and analyses
+tables.py    tables of pools, scores, comparisons and analyses
+colours.py   tokens in the colours of their experts
 """

@@ -1,19 +1,68 @@
-"""Tables of comparisons and analyses for the terminal."""
+"""Tables of pools, scores, comparisons and analyses for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
 from ...analysis.kl_to_oracle import ORACLE
 from ...analysis.measures import effective_experts, heaviest
+from ...analysis.near_duplicates import Duplicate
 from ...analysis.result import Analysis
+from ...config import KIND_NAMES
 from ...evaluation.comparison.methods import METHODS
 from ...evaluation.comparison.tables import ANCHOR, Comparison, Result
+from ...evaluation.evaluate import Evaluation
+from ...experts.pool import Pool
 
-__all__ = ["datasets_table", "differences_table", "means_table", "routers_table"]
+__all__ = ["datasets_table", "differences_table", "duplicates_table", "means_table"]
+__all__ += ["pool_table", "routers_table", "scores_table"]
+
+
+def pool_table(pool: Pool) -> Table:
+    """A row per expert: its kind, the sizes of its modules, and what it shares."""
+    table = Table(title=f"{len(pool)} experts for {pool.base.id}")
+    for column in ("expert", "kind", "sites", "sizes", "gates", "means", "embeddings", "folder"):
+        table.add_column(column, overflow="fold", no_wrap=column == "kind")
+    for expert in pool.experts:
+        sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
+        table.add_row(
+            expert.name,
+            KIND_NAMES[expert.kind],
+            str(len(expert.modules)),
+            "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
+            *("yes" if part else "no" for part in (expert.gates, expert.means)),
+            "no" if expert.embeddings is None else str(len(expert.embeddings)),
+            str(expert.directory),
+        )
+    return table
+
+
+def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> Table:
+    """A row per pair of experts that are nearly the same."""
+    table = Table(title=f"{len(pairs)} pairs with a cosine of {threshold:g} or more")
+    for column in ("expert", "expert", "cosine", "files"):
+        table.add_column(column, overflow="fold")
+    for pair in pairs:
+        files = "identical" if pair.identical else "differ"
+        table.add_row(pair.one, pair.other, f"{pair.cosine:.4f}", files)
+    return table
+
+
+def scores_table(evaluation: Evaluation, title: str) -> Table:
+    """A row per task: its metric, its score with the interval, n and ties; and the mean."""
+    table = Table(title=title)
+    for column in ("task", "metric", "score", "95 % interval", "n", "ties"):
+        table.add_column(column)
+    for score in evaluation.scores:
+        interval = f"{score.low:.3f} to {score.high:.3f}"
+        cells = (score.task, score.metric, f"{score.score:.3f}", interval)
+        table.add_row(*cells, str(score.n), str(score.ties))
+    table.add_section()
+    table.add_row("mean", "", f"{evaluation.mean:.3f}", "", "", "")
+    return table
 
 
 def means_table(comparison: Comparison) -> Table:

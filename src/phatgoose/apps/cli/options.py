@@ -1,0 +1,261 @@
+"""Options that several commands share, in groups: each option is defined and described once.
+
+A command takes a group as one parameter (`flags.with_flags`) and hands it on whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...errors import ConfigError
+
+if TYPE_CHECKING:
+    from ...base.loading import Base
+    from ...config import Routing
+    from ...experts.pool import Pool
+    from ...jobs import Engine
+    from ...routing.open_model import OpenedModel
+    from ...tasks.suites.entries import Sources
+    from ...tasks.task import Task
+
+__all__ = [
+    "BaseOption",
+    "BaseOptions",
+    "EngineOptions",
+    "ExpertName",
+    "ExpertOut",
+    "ModelArgument",
+    "ModelOptions",
+    "PoolArgument",
+    "RayOptions",
+    "ReplicaOptions",
+    "RestartOptions",
+    "ScoringOptions",
+    "SourceOptions",
+    "StoredOption",
+    "TaskOption",
+    "TemplateOptions",
+    "open_pool",
+    "split",
+]
+
+PoolArgument = Annotated[
+    list[Path], typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest.")
+]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        help="A routed model's folder, a pool (folder, hub:OWNER/NAME or manifest), or a base "
+        "model alone."
+    ),
+]
+ExpertOut = Annotated[Path, "The expert directory to write."]
+ExpertName = Annotated[str | None, "The expert's name; default: the name of --out."]
+TaskOption = Annotated[str, "The data it was trained on."]
+BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (embedded)."]
+StoredOption = Annotated[
+    str | None,
+    "Type of the experts' factors in the file: float32, bfloat16, float16 or int8; "
+    "default: the type that they are computed in.",
+]
+
+
+def open_pool(places: list[Path]) -> Pool:
+    """The pool in these places (`PoolArgument`)."""
+    from ...experts.pool import Pool
+
+    return Pool.open(places[0] if len(places) == 1 else places)
+
+
+def split(values: list[str] | None) -> list[str]:
+    """The names in the values of an option that may be repeated or hold commas."""
+    return [name for value in values or [] for name in value.split(",") if name]
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """Which base model, computed in which type."""
+
+    base: BaseOption = None
+    dtype: Annotated[str, "auto, bfloat16, float16 or float32."] = "auto"
+
+    def load(self, default: str) -> Base:
+        """The base, by `default` the one of this name."""
+        from ...base.loading import load_base
+
+        return load_base(self.base or default, dtype=self.dtype)
+
+    def load_for(self, pool: Pool) -> Base:
+        """The base, by default the one that `pool` names."""
+        from ...routing.open_model import loaded_base
+
+        return loaded_base(pool, self.base, self.dtype)
+
+
+@dataclass(frozen=True)
+class ModelOptions(BaseOptions):
+    """How a model is opened: its base, and which experts of a pool take part."""
+
+    keep: Annotated[list[str] | None, "Use this expert only (repeatable)."] = None
+    leave_out: Annotated[list[str] | None, "Do without this expert (repeatable)."] = None
+    scores: Annotated[
+        Path | None, "comparison.json of a compare: for oracle and best-individual."
+    ] = None
+
+    def open(self, model: str, routing: Routing) -> OpenedModel:
+        """The routed model, the pool routed by `routing`, or the base at `model`."""
+        from ...routing.open_model import open_model
+
+        return open_model(
+            model,
+            self.base,
+            dtype=self.dtype,
+            routing=routing,
+            keep=self.keep,
+            leave_out=self.leave_out,
+            scores=self.scores,
+        )
+
+
+@dataclass(frozen=True)
+class TemplateOptions:
+    """How the rows of a task become examples."""
+
+    template: Annotated[str | None, "jinja2 template 'input ||| target' over a row's fields."] = (
+        None
+    )
+    choices: Annotated[str | None, "jinja2 template of the answer choices, 'yes ||| no'."] = None
+
+    def load(self, source: str) -> Task:
+        """The task in a file, or hub:DATASET."""
+        from ...tasks.loading import load_task
+
+        return load_task(source, template=self.template, choices=self.choices)
+
+
+@dataclass(frozen=True)
+class SourceOptions:
+    """Where the files of suites are."""
+
+    data: Annotated[Path | None, "Folder of copies of Hub datasets; default: the Hub itself."] = (
+        None
+    )
+    templates: Annotated[Path | None, "Folder of promptsource templates, for P3 datasets."] = None
+
+    @property
+    def sources(self) -> Sources:
+        """The same for `tasks.suites`."""
+        from ...tasks.suites.entries import Sources
+
+        return Sources(self.data, self.templates)
+
+
+@dataclass(frozen=True)
+class ScoringOptions:
+    """Which examples are scored, and how long answers may be; named as `evaluate` names them."""
+
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", min=1, help="Use so many examples of a task, drawn by --seed."),
+    ] = None
+    seed: Annotated[int, "Seed of the draw."] = 0
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Tokens of a generated answer at most, where a task says nothing."
+        ),
+    ] = 64
+
+
+@dataclass(frozen=True)
+class RestartOptions:
+    """What becomes of unfinished training."""
+
+    resume: Annotated[bool, "Continue unfinished work."] = False
+    restart: Annotated[bool, "Throw unfinished work away."] = False
+
+
+@dataclass(frozen=True)
+class RayOptions:
+    """Where work is done."""
+
+    engine: Annotated[str, "local (this process) or ray (needs the extra 'ray')."] = "local"
+    address: Annotated[
+        str | None,
+        "With --engine ray: a running cluster, HOST:PORT or auto; default: this machine.",
+    ] = None
+    gpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            "--gpus-per-worker",
+            min=0,
+            help="With --engine ray: 0.5 lets two workers share a GPU; default: 1 where there are "
+            "any.",
+        ),
+    ] = None
+    cpus_per_worker: Annotated[
+        float | None,
+        typer.Option(
+            "--cpus-per-worker",
+            min=0,
+            help="With --engine ray: cores, and so threads, of a worker (default: 1).",
+        ),
+    ] = None
+
+    def check(self) -> None:
+        """Raise ConfigError for an unknown engine, or an option of Ray's without Ray."""
+        if self.engine not in ("local", "ray"):
+            raise ConfigError(f"--engine is {self.engine!r}, but must be local or ray.")
+        for field in fields(self) if self.engine == "local" else ():
+            if field.name != "engine" and getattr(self, field.name) is not None:
+                flag = "--" + field.name.replace("_", "-")
+                raise ConfigError(f"{flag} is for --engine ray, which was not given.")
+
+
+@dataclass(frozen=True)
+class EngineOptions(RayOptions):
+    """Where jobs are done."""
+
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers", min=1, help="With --engine ray: so many workers; default: all that fit."
+        ),
+    ] = None
+
+    @contextmanager
+    def open(self) -> Iterator[Engine]:
+        """The engine, connected while the context is open.
+
+        Raises what `check` does, and EngineError when the engine can't be reached.
+        """
+        self.check()
+        if self.engine == "ray":
+            from ..ray import RayEngine, connected
+
+            with connected(self.address):
+                yield RayEngine(self.workers, self.gpus_per_worker, self.cpus_per_worker)
+            return
+        from ...jobs import LocalEngine
+
+        yield LocalEngine()
+
+
+@dataclass(frozen=True)
+class ReplicaOptions(RayOptions):
+    """Where copies of a server run."""
+
+    replicas: Annotated[
+        int | None,
+        typer.Option(
+            "--replicas",
+            min=1,
+            help="With --engine ray: so many copies of the server (default: 1).",
+        ),
+    ] = None

@@ -192,7 +192,7 @@ BAD_INPUTS = {
     ),
     "unknown router": (
         ["compose", "experts", "--out", "new", "--router", "best", *BASE],
-        "router is 'best', but must be one of phatgoose",
+        "router is 'best', but must be one of ",
     ),
     "unknown kernel": (
         ["compose", "experts", "--out", "new", "--kernel", "fast", *BASE],

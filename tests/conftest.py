@@ -6,6 +6,7 @@ import copy
 import gc
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -16,13 +17,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from command_line import Outcome, run
+from command_line import Outcome, open_row, review, run, write_rows
 from links import KEPT
 from paths import GOLDEN
 from phatgoose.base.loading import Base, load_base
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.suites.training_tasks import TrainingTask, open_tasks
 from suite_data import write_hub
 from tiny import (
     KINDS,
@@ -158,6 +160,37 @@ def hub_copies(tmp_path_factory, _frozen) -> Sources:
     places = write_hub(tmp_path_factory.mktemp("hub"))
     datasets.enable_progress_bars()
     return places
+
+
+@pytest.fixture
+def planned_here(
+    tmp_path: Path, base_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The current folder: a tiny base, and files to plan a training on."""
+    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(20)])
+    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(30)])
+    write_rows(tmp_path / "single.jsonl", [open_row(0)])
+    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def three_tasks(tmp_path: Path) -> list[TrainingTask]:
+    """Three tasks of twenty rows, in files."""
+    for name in ("one", "two", "three"):
+        write_rows(tmp_path / f"{name}.jsonl", [open_row(i) for i in range(20)])
+    return open_tasks([str(tmp_path / f"{name}.jsonl") for name in ("one", "two", "three")])
+
+
+@pytest.fixture
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any connection is a failure."""
+
+    def connect(self, address):
+        pytest.fail(f"a plan connects to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 import phatgoose
-from phatgoose import errors
 from phatgoose.base import loading
 
 SOURCE = Path(phatgoose.__file__).parent
@@ -277,28 +276,6 @@ def test_an_unknown_name_of_the_root_is_an_attribute_error():
 def test_the_version_is_that_of_the_project_file():
     project = (SOURCE.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.+)"$', project, re.M).group(1) == phatgoose.__version__
-
-
-def drawn_tree() -> dict[str, str]:
-    """Each error's parent, as errors.py draws them: by indentation."""
-    parents: dict[str, str] = {}
-    above: list[tuple[int, str]] = []
-    for line in errors.__doc__.splitlines():
-        found = re.match(r"( *)(?:[+x] )?([A-Z]\w*Error)\b(?:  +\S|$)", line)
-        if not found:
-            continue
-        depth, name = len(found.group(1)), found.group(2)
-        above = [(d, n) for d, n in above if d < depth]
-        parents[name] = above[-1][1] if above else "Exception"
-        above.append((depth, name))
-    return parents
-
-
-def test_the_errors_are_one_tree_and_it_is_drawn_right():
-    classes = {name: thing for name, thing in vars(errors).items() if isinstance(thing, type)}
-    assert set(classes) == set(errors.__all__)
-    assert drawn_tree() == {name: thing.__bases__[0].__name__ for name, thing in classes.items()}
-    assert all(issubclass(thing, errors.PhatgooseError) for thing in classes.values())
 
 
 @each_module

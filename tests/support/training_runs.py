@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft, Training
 from phatgoose.experts.applied import applied
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.task import Example, Task
@@ -136,3 +136,11 @@ def gated_loss(base, expert: Expert, examples) -> float:
         for site, layer in layers.items():
             layer.gate.data.copy_(expert.gates[site])
         return target_nll(base.model, base, examples).mean().item()
+
+
+SHAPES: dict[str, Peft] = {
+    "ia3": IA3(),
+    "houlsby": Bottleneck(size=5, activation="gelu", scale=2.0),
+    "pfeiffer": Bottleneck(placement="pfeiffer", size=3),
+}
+each_shape = pytest.mark.parametrize("shape", SHAPES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,12 @@ import pytest
 from safetensors.torch import load_file
 
 from phatgoose.base.loading import Base
-from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
-from phatgoose.jobs import absolute
-from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training.destination import SNAPSHOT, RemoteFolder, expert_folder
-from phatgoose.training.pool_jobs import ExpertJob, _ExpertWorkshop, train_experts
-
-LORA = Lora(rank=2)
-TRAINING = Training(steps=4, batch_size=4, micro_batch_size=4, eval_every=1)
-GATES = GateTraining(gate_steps=2, statistics_examples=4)
-
-
-@pytest.fixture
-def job(tmp_path) -> ExpertJob:
-    rows = [{"input": f"Number {i}:", "target": ("yes", "no")[i % 2]} for i in range(12)]
-    file = tmp_path / "numbers.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (task,) = open_tasks([str(file)])
-    return ExpertJob(task, TRAINING, GATES)
+from phatgoose.training.pool_jobs import ExpertJob, train_experts
+from training_jobs import LORA
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -136,29 +120,3 @@ def test_an_expert_is_there_when_its_description_is(tmp_path):
 def test_a_folder_that_nothing_can_open_is_refused():
     with pytest.raises(ConfigError, match=r"nowhere://experts can't be used as a folder"):
         expert_folder("nowhere://experts")
-
-
-def test_a_task_file_is_read_here_and_comes_along(job, tmp_path):
-    task = job.task.load()
-    moved = job.task.portable()
-    (tmp_path / "numbers.jsonl").unlink()
-    assert moved.load().digest == task.digest
-
-
-def test_what_goes_elsewhere_knows_no_working_directory(base_folders, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "base").symlink_to(base_folders["llama"])
-    workshop = _ExpertWorkshop("base", "float32", expert_folder("out"), LORA, None, 0.0)
-    there = workshop.portable()
-    assert there.folder.path == tmp_path / "out"
-    monkeypatch.chdir("/")
-    assert there.base.load().id == "base"
-
-
-def test_names_stay_names_whatever_folders_are_here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for name in ("smollm2", "mine"):
-        (tmp_path / name).mkdir()
-    assert absolute("mine") == str(tmp_path / "mine")
-    names = ("smollm2", "hub:me/mine", "me/theirs")
-    assert tuple(map(absolute, names)) == names

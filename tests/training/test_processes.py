@@ -14,12 +14,10 @@ from safetensors.torch import load_file
 
 from phatgoose.base.loading import Base, load_base
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import processes
-from phatgoose.training.loop import _micro_batch
 from phatgoose.training.train_expert import train_expert
 
 ANSWERS = ("yes", "no, never", "perhaps")
@@ -72,16 +70,6 @@ def test_two_processes_train_the_expert_of_one(base_folders, llama, tmp_path, jo
         for name, tensor in wanted.items():
             largest = float(tensor.abs().max())
             torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-3 * largest)
-
-
-def test_a_process_takes_an_equal_share_of_a_batch_or_says_why_not(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("RANK", "1")
-    assert (processes.count(), processes.rank(), processes.is_first()) == (3, 1, False)
-    assert _micro_batch(Training(batch_size=12, micro_batch_size=8)) == 4
-    assert _micro_batch(Training(batch_size=30, micro_batch_size=8)) == 5
-    with pytest.raises(ConfigError, match="batch_size is 16, but must be a multiple of the 3"):
-        _micro_batch(Training(batch_size=16))
 
 
 def test_one_process_is_the_first_of_one_and_waits_for_nobody():

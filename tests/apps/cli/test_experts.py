@@ -1,4 +1,4 @@
-"""The command line of joint and multitask training and of measuring statistics."""
+"""`phatgoose train`, `gate` and `measure`: jointly, on several tasks, every kind of expert."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from command_line import BASE, TRAIN, Outcome, open_row, review, snapshot, write_rows
+from phatgoose.config import Lora
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.training import router_statistics as statistics_module
 from toy_embedders import embed
@@ -172,3 +173,72 @@ def test_bad_measurements_are_told_in_one_line_and_change_nothing(trained, here,
 def test_the_flags_of_both_modes_are_in_the_help(phat):
     shown = phat("train", "--help").out
     assert all(flag in shown for flag in ("--multitask", "--mixture-most", "--joint"))
+
+
+@pytest.fixture
+def tasks_here(base_folders, tmp_path, monkeypatch) -> Path:
+    """The current folder: two tasks and a tiny base."""
+    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
+    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(30)])
+    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def without_rank() -> list[object]:
+    """TRAIN without --rank and its value."""
+    flags = list(TRAIN)
+    at = flags.index("--rank")
+    return flags[:at] + flags[at + 2 :]
+
+
+def test_a_mixed_pool_from_the_command_line(tasks_here, phat):
+    flags = without_rank()
+    assert phat("train", "reviews.jsonl", *TRAIN).code == 0
+    (tasks_here / "r.toml").write_text('peft = "ia3"\n[bottleneck]\nsize = 3\n')
+    recipe = ["--recipe", "r.toml"]
+    assert phat("train", "counting.jsonl", *recipe, *flags).code == 0
+    bottleneck = ["--peft", "bottleneck", "--placement", "pfeiffer", "--activation", "silu"]
+    (tasks_here / "reviews.jsonl").rename(tasks_here / "again.jsonl")
+    trained = phat("train", "again.jsonl", *recipe, *bottleneck, *flags)
+    assert (trained.code, trained.err) == (0, "")
+    expert = Expert.load(tasks_here / "new" / "again")
+    assert {(m.size, m.activation) for m in expert.modules.values()} == {(3, "silu")}
+    checked = phat("check", "new/again", "new/counting", "new/reviews")
+    assert "again, bottleneck, 2 sites, gates: yes, means: yes" in checked.out
+    assert "counting, (IA)³, 6 sites" in checked.out
+    assert "reviews, LoRA, 14 sites" in checked.out
+    listed = phat("pool", "new", "--out", "pool.json")
+    assert all(kind in listed.out for kind in ("bottleneck", "(IA)³", "LoRA"))
+    composed = phat("compose", "pool.json", "--out", "routed", *BASE)
+    assert (composed.code, composed.err) == (0, "")
+    asked = phat("generate", "routed", "Good?", "--show-experts", "--max-new-tokens", "2", *BASE)
+    assert asked.code == 0, asked.err
+    scored = phat("evaluate", "routed", "--task", "again.jsonl", *BASE)
+    assert (scored.code, scored.err) == (0, "")
+    arrow = phat("compose", "new", "--router", "arrow", "--out", "arrow", *BASE)
+    assert arrow.code == 2
+    assert "none in 'again' (bottleneck), 'counting' (ia3)" in arrow.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "complaint"),
+    [
+        (["--peft", "dora"], "--peft is 'dora', but must be one of lora, ia3, bottleneck"),
+        (["--peft", "ia3", "--rank", "4"], "--rank is for --peft lora; the experts are ia3"),
+        (["--size", "4"], "--size is for --peft bottleneck; the experts are lora"),
+        (["--peft", "ia3", "--init-std", "1"], "--init-std is for --peft lora"),
+        (["--peft", "ia3", "--sites", "nothing"], "matches 'nothing'"),
+    ],
+)
+def test_settings_of_another_kind_are_refused(tasks_here, phat, flags, complaint):
+    outcome = phat("train", "reviews.jsonl", *BASE, "--out", "new", *flags)
+    assert outcome.code == 2
+    assert complaint in outcome.err
+    assert not (tasks_here / "new").exists()
+
+
+def test_a_lora_is_what_train_makes_when_nothing_is_said(tasks_here, phat):
+    assert phat("train", "reviews.jsonl", *TRAIN).code == 0
+    assert Expert.load(tasks_here / "new" / "reviews").kind == "lora"
+    assert Lora().rank == 16

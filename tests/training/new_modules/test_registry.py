@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +10,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from command_line import BASE, TRAIN, open_row, review, write_rows
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
-from phatgoose.config import IA3, KIND_NAMES, PEFT_KINDS, Bottleneck, GateTraining, Lora, Peft
+from phatgoose.config import IA3, KIND_NAMES, PEFT_KINDS, Bottleneck, GateTraining, Peft
 from phatgoose.errors import ConfigError
 from phatgoose.experts.adapter import KINDS
 from phatgoose.experts.applied import ModifiedLinear, applied
@@ -23,7 +21,6 @@ from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.bottleneck import BottleneckLayers
 from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.kinds.lora import LoraFactors
-from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training import gates as gates_module
 from phatgoose.training.gates import GatedLinear, train_gates
 from phatgoose.training.new_modules.ia3 import scales_input
@@ -33,13 +30,14 @@ from phatgoose.training.new_modules.registry import (
     parameters_at,
     placed_sites,
 )
-from phatgoose.training.planning.plan import plan_training
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     GATES,
     PASS,
+    SHAPES,
     TASK,
     TRAINING,
+    each_shape,
     gated_loss,
     interrupted,
     target_nll,
@@ -47,12 +45,6 @@ from training_runs import (
 )
 from training_runs import train as train_default
 
-SHAPES: dict[str, Peft] = {
-    "ia3": IA3(),
-    "houlsby": Bottleneck(size=5, activation="gelu", scale=2.0),
-    "pfeiffer": Bottleneck(placement="pfeiffer", size=3),
-}
-each_shape = pytest.mark.parametrize("shape", SHAPES)
 ON_TWO_KINDS = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 ENDS = {  # the ends of the sites' names at which each kind acts
     "llama": {
@@ -301,91 +293,3 @@ def test_a_gate_of_any_kind_looks_at_the_unscaled_input(llama, tmp_path):
 def test_every_kind_of_expert_stands_in_every_registry():
     assert {name: kind.config for name, kind in KINDS.items()} == PEFT_KINDS
     assert KINDS.keys() == NEW_MODULES.keys() == KIND_NAMES.keys()
-
-
-@pytest.fixture
-def here(base_folders, tmp_path, monkeypatch) -> Path:
-    """The current folder: two tasks and a tiny base."""
-    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
-    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(30)])
-    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def without_rank() -> list[object]:
-    """TRAIN without --rank and its value."""
-    flags = list(TRAIN)
-    at = flags.index("--rank")
-    return flags[:at] + flags[at + 2 :]
-
-
-def test_a_mixed_pool_from_the_command_line(here, phat):
-    flags = without_rank()
-    assert phat("train", "reviews.jsonl", *TRAIN).code == 0
-    (here / "r.toml").write_text('peft = "ia3"\n[bottleneck]\nsize = 3\n')
-    recipe = ["--recipe", "r.toml"]
-    assert phat("train", "counting.jsonl", *recipe, *flags).code == 0
-    bottleneck = ["--peft", "bottleneck", "--placement", "pfeiffer", "--activation", "silu"]
-    (here / "reviews.jsonl").rename(here / "again.jsonl")
-    trained = phat("train", "again.jsonl", *recipe, *bottleneck, *flags)
-    assert (trained.code, trained.err) == (0, "")
-    expert = Expert.load(here / "new" / "again")
-    assert {(m.size, m.activation) for m in expert.modules.values()} == {(3, "silu")}
-    checked = phat("check", "new/again", "new/counting", "new/reviews")
-    assert "again, bottleneck, 2 sites, gates: yes, means: yes" in checked.out
-    assert "counting, (IA)³, 6 sites" in checked.out
-    assert "reviews, LoRA, 14 sites" in checked.out
-    listed = phat("pool", "new", "--out", "pool.json")
-    assert all(kind in listed.out for kind in ("bottleneck", "(IA)³", "LoRA"))
-    composed = phat("compose", "pool.json", "--out", "routed", *BASE)
-    assert (composed.code, composed.err) == (0, "")
-    asked = phat("generate", "routed", "Good?", "--show-experts", "--max-new-tokens", "2", *BASE)
-    assert asked.code == 0, asked.err
-    scored = phat("evaluate", "routed", "--task", "again.jsonl", *BASE)
-    assert (scored.code, scored.err) == (0, "")
-    arrow = phat("compose", "new", "--router", "arrow", "--out", "arrow", *BASE)
-    assert arrow.code == 2
-    assert "none in 'again' (bottleneck), 'counting' (ia3)" in arrow.err
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (["--peft", "dora"], "--peft is 'dora', but must be one of lora, ia3, bottleneck"),
-        (["--peft", "ia3", "--rank", "4"], "--rank is for --peft lora; the experts are ia3"),
-        (["--size", "4"], "--size is for --peft bottleneck; the experts are lora"),
-        (["--peft", "ia3", "--init-std", "1"], "--init-std is for --peft lora"),
-        (["--peft", "ia3", "--sites", "nothing"], "matches 'nothing'"),
-    ],
-)
-def test_settings_of_another_kind_are_refused(here, phat, flags, complaint):
-    outcome = phat("train", "reviews.jsonl", *BASE, "--out", "new", *flags)
-    assert outcome.code == 2
-    assert complaint in outcome.err
-    assert not (here / "new").exists()
-
-
-@each_shape
-def test_a_plan_counts_the_parameters_of_each_kind(here, base_folders, shape):
-    base, tasks = str(base_folders["llama"]), open_tasks(["reviews.jsonl"])
-    plan = plan_training(base, tasks, peft=SHAPES[shape], dtype="bfloat16")
-    model = load_base(base, dtype="float32").model
-    sites = placed_sites(model, SHAPES[shape])
-    counts = {
-        "ia3": 2 * (32 + 32 + 48),
-        "houlsby": 4 * (2 * 5 * 32 + 5 + 32),
-        "pfeiffer": 2 * (2 * 3 * 32 + 3 + 32),
-    }
-    assert (plan.sites, plan.expert_parameters) == (len(sites), counts[shape])
-    assert plan.gate_parameters == sum(site.in_features for site in sites.values())
-    assert plan.dtype == ("float32" if shape == "ia3" else "bfloat16")
-    itemsize = 4 if shape == "ia3" else 2
-    vectors = 2 * 4 * plan.gate_parameters
-    assert plan.tasks[0].disk_bytes == itemsize * plan.expert_parameters + vectors
-
-
-def test_a_lora_is_what_train_makes_when_nothing_is_said(here, phat):
-    assert phat("train", "reviews.jsonl", *TRAIN).code == 0
-    assert Expert.load(here / "new" / "reviews").kind == "lora"
-    assert Lora().rank == 16

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 import shutil
-import socket
 from pathlib import Path
 from statistics import fmean
 
 import pytest
 from safetensors.torch import load_file
 
-from command_line import open_row, refused, review, snapshot, write_rows
-from phatgoose.apps.cli.plan import _duration, _size
-from phatgoose.base.loading import load_base, load_skeleton
+from command_line import write_rows
+from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError, ConfigError, TaskError
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training.planning.plan import plan_training
-from phatgoose.training.planning.sizes import KNOWN_BASES, Shapes
+from phatgoose.training.planning.sizes import Shapes
 from phatgoose.training.train_expert import train_expert
 from tiny import make_tokenizer
 
@@ -30,27 +27,7 @@ T5_XL = "google/t5-xl-lm-adapt"
 PER_ROW = {"peft": Lora(rank=2), "training": Training(steps=5, batch_size=4, eval_every=2)}
 GATES = GateTraining(gate_steps=3, statistics_examples=6)
 
-pytestmark = pytest.mark.usefixtures("_frozen")
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    """Any connection is a failure."""
-
-    def connect(self, address):
-        pytest.fail(f"a plan connects to {address}")
-
-    monkeypatch.setattr(socket.socket, "connect", connect)
-
-
-@pytest.fixture
-def here(tmp_path, base_folders, monkeypatch) -> Path:
-    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(20)])
-    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(30)])
-    write_rows(tmp_path / "single.jsonl", [open_row(0)])
-    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("_frozen", "_offline")
 
 
 def everything(plan):
@@ -110,28 +87,10 @@ def test_the_known_examples_of_a_suite_are_told_as_the_suites():
     assert [(task.examples, task.counted) for task in plan.tasks] == [(5452, False), (None, False)]
 
 
-def test_the_table_of_known_bases_gives_what_their_configs_give():
-    known = KNOWN_BASES["smollm2"]
-    model = load_skeleton(known)
-    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
-    shapes = Shapes.of("smollm2", Lora())  # from its config where the package is installed
-    assert (shapes.sites, shapes.expert) == (210, 4_884_480)
-    assert shapes.target - shapes.prompt == known.vocab_size * known.hidden_size
-    if shapes.from_table:
-        pytest.skip("smollm2 is not installed: there is only the table")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("phatgoose.base.loading.smollm2_folder", _nowhere)
-        assert Shapes.of("smollm2", Lora()) == dataclasses.replace(shapes, from_table=True)
-
-
-def _nowhere() -> Path:
-    raise BaseModelError("not here")
-
-
 # --- small ones ---
 
 
-def test_a_plan_counts_what_training_will_do(here, kind, base_folders):
+def test_a_plan_counts_what_training_will_do(planned_here, kind, base_folders):
     folder = str(base_folders[kind])
     plan = plan_training(
         folder, open_tasks(["counting.jsonl"]), **PER_ROW, gate_training=GATES, dtype="float32"
@@ -160,7 +119,7 @@ def test_a_plan_counts_what_training_will_do(here, kind, base_folders):
     assert expert.info.task["train_examples"] == task.examples
 
 
-def test_checkpoints_are_as_large_as_planned(here, base_folders, monkeypatch):
+def test_checkpoints_are_as_large_as_planned(planned_here, base_folders, monkeypatch):
     sizes = []
     real = shutil.rmtree
 
@@ -180,7 +139,7 @@ def test_checkpoints_are_as_large_as_planned(here, base_folders, monkeypatch):
     assert max(sizes) == pytest.approx((plan.working_bytes - adapter) / 3, rel=0.05)
 
 
-def test_settings_change_the_plan_as_they_change_training(here):
+def test_settings_change_the_plan_as_they_change_training(planned_here):
     tasks = open_tasks(["counting.jsonl"])
 
     def planned(**options):
@@ -204,12 +163,12 @@ def test_settings_change_the_plan_as_they_change_training(here):
     assert (short.prompt_tokens, short.target_tokens) == (4, 1)
 
 
-def test_without_a_tokenizer_lengths_are_told_by_words(here):
-    folder = here / "bare"
+def test_without_a_tokenizer_lengths_are_told_by_words(planned_here):
+    folder = planned_here / "bare"
     folder.mkdir()
-    shutil.copy(here / "tiny-base" / "config.json", folder)  # weights aren't needed either
+    shutil.copy(planned_here / "tiny-base" / "config.json", folder)  # weights aren't needed either
     rows = [{"input": "one two three", "target": "four"} for _ in range(5)]
-    tasks = open_tasks([str(write_rows(here / "words.jsonl", rows))])
+    tasks = open_tasks([str(write_rows(planned_here / "words.jsonl", rows))])
     plan = plan_training(str(folder), tasks)
     (task,) = plan.tasks
     assert (task.prompt_tokens, task.target_tokens) == (pytest.approx(4.9), pytest.approx(2.3))
@@ -217,7 +176,7 @@ def test_without_a_tokenizer_lengths_are_told_by_words(here):
     assert any("1.3 a word" in note for note in plan.notes)
 
 
-def test_copies_are_counted_and_those_that_are_missing_are_told(here, hub_copies):
+def test_copies_are_counted_and_those_that_are_missing_are_told(planned_here, hub_copies):
     plan = plan_training(
         "tiny-base", open_tasks(["t0hi/samsum", "t0hi/trec"], hub_copies), **PER_ROW
     )
@@ -227,7 +186,7 @@ def test_copies_are_counted_and_those_that_are_missing_are_told(here, hub_copies
     assert any(re.search("1 copies can't be read, .*trec isn't there", n) for n in plan.notes)
 
 
-def test_a_plan_is_refused_for_what_could_not_be_trained(here):
+def test_a_plan_is_refused_for_what_could_not_be_trained(planned_here):
     tasks = open_tasks(["counting.jsonl"])
     with pytest.raises(BaseModelError, match=r"'nobody/nothing'.*config.json at hand"):
         plan_training("nobody/nothing", tasks)
@@ -244,82 +203,6 @@ def test_a_plan_is_refused_for_what_could_not_be_trained(here):
         plan_training("tiny-base", tasks, dtype="int3")
 
 
-def test_nothing_is_planned_for_no_task(here):
+def test_nothing_is_planned_for_no_task(planned_here):
     plan = plan_training("tiny-base", [])
     assert (plan.steps, plan.tokens, plan.seconds, plan.disk_bytes) == (0, 0, 0, 0)
-
-
-# --- the command ---
-
-
-def test_the_command_prints_a_plan_and_writes_nothing_else(here, phat):
-    before = snapshot(here)
-    flags = ["--steps", 10, "--batch-size", 4, "--tflops", 2, "--dtype", "float32"]
-    tasks = ["counting.jsonl", "reviews.jsonl", "t0hi/trec", "hub:a/b"]
-    outcome = phat("train", *tasks, "--base", "tiny-base", *flags, "--plan")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert snapshot(here) == before
-    assert "4 experts to train on tiny-base" in outcome.out
-    rows = {
-        line.split("│")[1].strip(): [cell.strip() for cell in line.split("│")[2:-1]]
-        for line in outcome.out.splitlines()
-        if line.startswith("│")
-    }
-    assert list(rows) == ["counting", "reviews", "trec", "a--b", "total"]
-    assert rows["counting"][:3] == ["counting.jsonl", "18", "10 + 100"]
-    assert rows["trec"][:2] == ["CogComp/trec, prompts of P3 (Hub)", "~5,452"]
-    assert rows["a--b"][:2] == ["hub:a/b (Hub)", "?"]
-    assert rows["a--b"][4].startswith("≤")
-    assert rows["total"][0] == "4 tasks"
-    assert "at 2 TFLOP/s" in outcome.out
-    assert "For 2 of 4 tasks" in outcome.out
-
-
-def test_a_plan_is_written_as_json(here, phat):
-    flags = ["--base", "tiny-base", "--steps", 10, "--tokens-per-second", 50]
-    outcome = phat("train", "counting.jsonl", *flags, "--plan", "--json", "out/plan.json")
-    assert outcome.code == 0, outcome.err
-    assert "plan -> out/plan.json" in outcome.out
-    record = json.loads((here / "out" / "plan.json").read_text())
-    assert [task["name"] for task in record["tasks"]] == ["counting"]
-    assert record["totals"]["tokens"] == record["tasks"][0]["tokens"]
-    assert record["sites"] == 14
-
-
-def test_a_mixture_is_planned_as_one_expert(here, phat):
-    flags = ["--base", "tiny-base", "--multitask", "all", "--mixture-most", 10, "--plan"]
-    outcome = phat("train", "counting.jsonl", "reviews.jsonl", *flags)
-    assert "1 experts to train" in outcome.out
-    assert re.search(r"│ all +│ mixture of 2 tasks +│ +20 │", outcome.out)
-
-
-def test_finished_experts_are_left_out_when_resumed(here, phat):
-    (here / "experts" / "counting").mkdir(parents=True)
-    arguments = ["train", "counting.jsonl", "reviews.jsonl", "--base", "tiny-base", "--plan"]
-    refused(phat(*arguments), "experts/counting exists already")
-    outcome = phat(*arguments, "--resume")
-    assert "1 experts to train" in outcome.out
-    assert "1 experts are finished" in outcome.out
-
-
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (["--tflops", "3"], "--tflops is for --plan"),
-        (["--tokens-per-second", "0"], "--tokens-per-second is for --plan"),
-        (["--json", "p.json"], "--json is for --plan"),
-        (["--plan", "--tflops", "-1"], "tflops is -1.0"),
-        (["--plan", "--tokens-per-second", "0"], "tokens_per_second is 0.0"),
-        (["--plan", "--base", "nobody/nothing"], "config.json at hand"),
-        (["--plan", "--json", "single.jsonl/p.json"], "can't be written"),
-    ],
-)
-def test_bad_plans_are_told_in_one_line(here, phat, flags, complaint):
-    refused(phat("train", "counting.jsonl", "--base", "tiny-base", *flags), complaint)
-
-
-def test_times_and_sizes_are_told_in_fitting_units():
-    seconds = [0, 89, 90, 5400, 359_999, 864_000]
-    told = ["0 s", "89 s", "1.5 min", "1.5 h", "100.0 h", "10.0 days"]
-    assert [_duration(value) for value in seconds] == told
-    assert [_size(value) for value in (7, 1000, 80_650_000)] == ["7 B", "1.0 kB", "80.7 MB"]

@@ -1,0 +1,32 @@
+"""Speeds: given to a plan, or measured by a short trial."""
+
+from __future__ import annotations
+
+import pytest
+
+from phatgoose.errors import TaskError
+from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.training.planning.plan import plan_training
+from phatgoose.training.planning.speed import Speed, measure_speed
+from training_jobs import SETTINGS
+
+
+def test_a_measured_speed_is_used_stage_by_stage(three_tasks, base_folders):
+    speed = Speed(100.0, 50.0, 200.0, start_seconds=3.0, memory_bytes=12345)
+    plan = plan_training(str(base_folders["llama"]), three_tasks, **SETTINGS, speed=speed)
+    task = plan.tasks[0]
+    length = task.prompt_tokens + task.target_tokens
+    wanted = length * (4 * 20 / 100 + 4 * 5 / 50 + task.measured / 200)
+    assert task.seconds == pytest.approx(wanted)
+    assert (plan.memory_bytes, plan.start_seconds) == (12345, 3.0)
+    assert any("100 tokens a second of an expert, 50 of gates" in note for note in plan.notes)
+    assert not any("counted" in note for note in plan.notes)
+
+
+def test_a_speed_is_measured_on_the_first_task_with_data(three_tasks, base_folders):
+    speed = measure_speed(str(base_folders["llama"]), three_tasks, **SETTINGS, dtype="float32")
+    rates = (speed.expert, speed.gates, speed.forward, speed.start_seconds)
+    assert all(0 < rate < 1e7 for rate in rates)
+    assert speed.memory_bytes > 50e6
+    with pytest.raises(TaskError, match="no speed can be measured"):
+        measure_speed(str(base_folders["llama"]), open_tasks(["t0hi/trec"]), **SETTINGS)

@@ -23,7 +23,7 @@ from bench import Bench, Sizes, twin
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import peak_memory, ratio, side_by_side
-from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.tasks.target_logits import contiguous_head
 from routed_speed import prefill
 
@@ -87,7 +87,7 @@ def arrow_of_peft(model: PreTrainedModel, experts: list[Path], k: int) -> PeftMo
     ]
     (known,) = config.task_adapter_names
     for z in range(1, len(experts)):
-        _add(layers, known, f"task_{z}", load_file(experts[z] / LAYOUT.adapter_weights))
+        _add(layers, known, f"task_{z}", load_file(experts[z] / ADAPTER_WEIGHTS))
     for _, layer in layers:
         for router in layer.lora_arrow.values():
             router.task_adapter_names = [f"task_{z}" for z in range(len(experts))]

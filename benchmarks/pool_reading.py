@@ -14,6 +14,7 @@ from bench import Bench, Sizes, twin
 from findings import Finding, at_most, row
 from measuring import peak_memory, ratio, side_by_side
 from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.routing.composition import composition_of
 
 __all__ = ["measure_reading"]
@@ -41,9 +42,7 @@ def measure_reading(bench: Bench) -> Iterator[Finding]:
     pg.save(model := pg.compose(pg.Pool.open(folders), base, k=sizes.k), packed, overwrite=True)
     stacked = _stacked_bytes(model)
     pg.detach(model)
-    files = [
-        folder / name for folder in folders for name in (LAYOUT.adapter_weights, LAYOUT.vectors)
-    ]
+    files = [folder / name for folder in folders for name in (ADAPTER_WEIGHTS, LAYOUT.vectors)]
     contenders = {"bytes": lambda: read_bytes(files), "compose": compose, "load": load}
     timings = side_by_side(contenders, sizes.rounds)
     seconds = {name: timing.median for name, timing in timings.items()}

@@ -47,6 +47,7 @@ from phatgoose.evaluation.comparison import (  # noqa: F401  loaded before forki
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.hub import pull
 from phatgoose.experts.importing import adapter as importing  # noqa: F401  loaded before forking
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.tensors import SavedModel, read_saved
 from phatgoose.training import gates  # noqa: F401  loaded before forking
@@ -107,7 +108,7 @@ def weights_of(expert: Path) -> Any:
     if problems:
         raise ValueError(problems[0])
     found = contents(expert) or {}
-    return {file: found.get(file) for file in (LAYOUT.adapter_weights, LAYOUT.vectors)}
+    return {file: found.get(file) for file in (ADAPTER_WEIGHTS, LAYOUT.vectors)}
 
 
 def routed_of(folder: Path) -> Any:

@@ -36,6 +36,7 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.jobs import Engine, LocalEngine
 from phatgoose.tasks.suites.training_tasks import TrainingTask
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
@@ -43,7 +44,7 @@ from plan_check import write_tasks
 from report import circumstances
 
 METHODS = ("base", "merged", "arrow", "phatgoose", "oracle")
-TENSORS = (LAYOUT.adapter_weights, LAYOUT.vectors)
+TENSORS = (ADAPTER_WEIGHTS, LAYOUT.vectors)
 PATIENCE = 600  # seconds for one run of the command
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 
 __all__ = ["random_pool"]
@@ -50,10 +51,10 @@ def _write(base: Base, place: Path, rank: int, seed: int) -> None:
     }
     adapter = place.with_name(f".{place.name}.adapter")
     adapter.mkdir(parents=True, exist_ok=True)
-    (adapter / LAYOUT.adapter_config).write_text(json.dumps(config))
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(config))
     save_file(
         {name: tensor.to(base.model.dtype) for name, tensor in tensors.items()},
-        adapter / LAYOUT.adapter_weights,
+        adapter / ADAPTER_WEIGHTS,
     )
     gates = {site.name: normal(site.in_features) for site in sites.values()}
     means = {site.name: normal(site.in_features) for site in sites.values()}

@@ -80,7 +80,7 @@ class Expert:
 
     @property
     def kind(self) -> str:
-        """lora, ia3 or bottleneck."""
+        """The name of its kind, a key of `adapter.KINDS`."""
         return next(iter(self.modules.values())).kind
 
     @cached_property

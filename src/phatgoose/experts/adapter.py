@@ -96,8 +96,8 @@ def check_fit(
 ) -> None:
     """Raise ExpertError unless the modules of expert `name` fit the base, which has `sites`.
 
-    `vectors` are its gates and means, if any, by what one of them is called. The base alone tells
-    the size of those whose module doesn't see the site's input.
+    `vectors` are its gates and means, if any, by what one of them is called in messages. Only here
+    are those checked whose module doesn't see the site's input.
     """
     for site, module in modules.items():
         if site not in sites:

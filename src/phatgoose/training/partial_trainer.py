@@ -67,7 +67,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         super().__init__(**arguments)
         self._order, self._callback = order, callback
         self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
-        self._loss_shifts_labels = False  # the collator's labels stand where they are predicted
+        self._loss_shifts_labels = False  # the collator's labels are at the positions that predict them
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order
@@ -94,7 +94,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The mean loss over all target tokens, whatever the batches."""
+        """The mean loss over all target tokens, independent of the batches."""
         self.model.eval()
         total = tokens = 0.0
         with torch.no_grad():

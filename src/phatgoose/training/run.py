@@ -83,7 +83,7 @@ class TrainingRun:
         return Collator(self.base.model, self.base.tokenizer.pad_token_id, packs=True)
 
     def identity(self, *shape: Peft, **more: str) -> dict[str, Any]:
-        """What tells unfinished work of this run from that of others, for `open_work`."""
+        """What unfinished work must share to be resumed by this run, for `open_work`."""
         settings = (*shape, self.training, self.gate_training, self.encoder.formatting)
         return {
             "base": self.base.fingerprint,

@@ -136,11 +136,12 @@ def resolved_modules(
         for name in sorted(left):
             raise tensor_refusal(name, folder, ADAPTER_WEIGHTS)
     except ExpertError as error:
-        told = str(error).startswith(str(folder))
-        raise error if told else ExpertError(f"{folder} can't be imported. {error}") from error
+        if str(error).startswith(str(folder)):
+            raise
+        raise ExpertError(f"{folder} can't be imported. {error}") from error
     try:
         return modules, _same(read_modules(folder), modules)
-    except ExpertError:  # its tensors have older names; PEFT's answer above stands
+    except ExpertError:  # its tensors have older names, which only PEFT can read
         return modules, False
 
 

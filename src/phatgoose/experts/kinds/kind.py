@@ -80,8 +80,8 @@ class Kind:
     `config` holds the settings of a new expert of this kind. `read` makes modules by site of an
     adapter's directory (for messages), configuration and tensors, and raises ExpertError when they
     don't fit each other; `write` puts modules by site into a folder, and what it is given beside
-    them into the configuration. `title` begins the model card's first sentence. `peft_type` tells
-    apart the kinds that share PEFT's files; None means that PEFT doesn't have this kind.
+    them into the configuration. `title` begins the model card's first sentence. `peft_type` is
+    PEFT's name for the kind, by which those that share its files differ; None: PEFT has none.
     """
 
     module: type[SiteModule]

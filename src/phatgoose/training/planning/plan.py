@@ -190,11 +190,11 @@ def _notes(
     if costs.speed is None:
         notes.append(
             f"Time is {TRAINED} operations for each linear parameter and trained token, {MEASURED} "
-            f"for validation and statistics, at {costs.tflops:g} TFLOP/s kept up; "
+            f"for validation and statistics, at {costs.tflops:g} TFLOP/s sustained; "
             f"{TFLOPS:g} is assumed of an A100- or H100-class GPU in bfloat16, not measured."
         )
     else:
-        notes.append(costs.speed.told())
+        notes.append(costs.speed.note())
     if costs.speed is None or costs.speed.memory_bytes is None:
         notes.append(
             "Memory is counted, not measured: base, trained parameters with gradients and moments, "

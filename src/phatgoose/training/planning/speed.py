@@ -43,12 +43,12 @@ class Speed:
 
     @classmethod
     def of(cls, tokens_per_second: float) -> Speed:
-        """The speed of a worker that trains so many tokens a second."""
+        """The speed of a worker that trains `tokens_per_second`."""
         forward = 2 * tokens_per_second  # the way back costs as much again
         return cls(tokens_per_second, tokens_per_second, forward)
 
-    def told(self) -> str:
-        """How it is known, in a sentence."""
+    def note(self) -> str:
+        """How the speed is known, in a sentence."""
         if self.memory_bytes is None:
             return f"Time is at {self.expert:g} trained tokens a second, as given."
         return (

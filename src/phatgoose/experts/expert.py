@@ -283,7 +283,7 @@ def _vector_problems(expert: Expert) -> Iterator[str]:
             yield f"Expert {expert.name!r}, site {site}: the {missing} is missing there."
         for site in sorted(vectors.keys() & expert.modules.keys()):
             vector, n = vectors[site], expert.modules[site].in_features
-            wanted = (vector.numel() if n is None else n,)  # where it is None, `check_fit` compares it with the base
+            wanted = (vector.numel() if n is None else n,)  # if None, `check_fit` asks the base
             if tuple(vector.shape) != wanted or vector.dtype != torch.float32:
                 yield (
                     f"Expert {expert.name!r}, site {site}: the {kind} has shape "

@@ -67,7 +67,7 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         super().__init__(**arguments)
         self._order, self._callback = order, callback
         self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
-        self._loss_shifts_labels = False  # the collator's labels are at the positions that predict them
+        self._loss_shifts_labels = False  # each label is at the position that predicts it
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         return self._order

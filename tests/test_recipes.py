@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def shrink(monkeypatch: pytest.MonkeyPatch, suite: str, names: tuple[str, ...]) 
     """Let the suite have these of its datasets only."""
     full = open_suite(suite)
     small = Suite(suite, tuple(full.entry(name) for name in names))
-    monkeypatch.setitem(SUITES, suite, lambda: small)
+    monkeypatch.setitem(SUITES, suite, replace(SUITES[suite], open=lambda: small))
 
 
 @each_of_the_papers

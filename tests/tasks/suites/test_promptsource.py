@@ -15,10 +15,10 @@ from phatgoose.errors import TaskError
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.promptsource import (
     PromptTemplate,
-    Rendered,
     read_templates,
     templates_folder,
 )
+from phatgoose.tasks.task import Example
 
 FILE = """
 dataset: fruit
@@ -172,7 +172,7 @@ def test_input_target_and_choices_are_stripped():
     assert rendered(" Taste of\n{{fruit}}?  |||\n{{answer_choices[label]}} ", row, "sour|||sweet ")
     assert rendered(
         " Taste of\n{{fruit}}?  |||\n{{answer_choices[label]}} ", row, " sour|||sweet "
-    ) == Rendered("Taste of\na lemon?", "sour", ("sour", "sweet"))
+    ) == Example("Taste of\na lemon?", "sour", ("sour", "sweet"))
 
 
 def test_choices_are_rendered_from_the_row():
@@ -182,18 +182,18 @@ def test_choices_are_rendered_from_the_row():
         row,
         "{{options | join('|||')}}",
     )
-    assert made == Rendered("Pick: red, blue", "blue", ("red", "blue"))
+    assert made == Example("Pick: red, blue", "blue", ("red", "blue"))
 
 
 def test_no_choices_are_none_for_the_template():
-    assert rendered("{{answer_choices is none}} ||| x", {}) == Rendered("True", "x")
+    assert rendered("{{answer_choices is none}} ||| x", {}) == Example("True", "x")
 
 
 def test_several_targets():
     made = rendered("Name a primary colour. ||| {{all | join(' ||| ')}}", {"all": ["red", "blue"]})
-    assert made == Rendered("Name a primary colour.", "red", (), ("red", "blue"))
+    assert made == Example("Name a primary colour.", "red", (), ("red", "blue"))
     made = rendered("Q ||| red ||| ||| blue |||", {})
-    assert made == Rendered("Q", "red", (), ("red", "blue"))
+    assert made == Example("Q", "red", (), ("red", "blue"))
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_separators_in_a_row_do_not_split():
     made = rendered(
         "{{text}} {{deep.x[0].y}} {{deep.t[0]}}{{n}} ||| {{list[0]}}", row, "{{list | join('|||')}}"
     )
-    assert made == Rendered("a ||| b f|||g h|||3", "c ||| d", ("c ||| d", "e"))
+    assert made == Example("a ||| b f|||g h|||3", "c ||| d", ("c ||| d", "e"))
     assert row["list"] == ["c ||| d", "e"]
 
 
@@ -229,13 +229,13 @@ def test_separators_in_a_row_do_not_split():
 def test_whatever_texts_a_row_has_they_come_back(row):
     row = {key: f"<{value}>" for key, value in row.items()}
     made = rendered("{{a}}/{{answer_choices[0]}} ||| {{c}}", row, "{{b}} ||| {{c}}")
-    assert made == Rendered(f"{row['a']}/{row['b']}", row["c"], (row["b"], row["c"]))
+    assert made == Example(f"{row['a']}/{row['b']}", row["c"], (row["b"], row["c"]))
 
 
 def test_templates_do_not_change_the_row():
     row = {"items": ["a"]}
     made = rendered("{% set _ = items.append('b') %}{{items | length}} ||| x", row)
-    assert made == Rendered("2", "x")
+    assert made == Example("2", "x")
     assert row == {"items": ["a"]}
 
 
@@ -286,7 +286,7 @@ def test_choice_works_in_loops_and_choices():
         {},
         "{{['b'] | choice}}",
     )
-    assert made == Rendered("aa", "b", ("b",))
+    assert made == Example("aa", "b", ("b",))
 
 
 def test_most_frequent_and_zip():
@@ -296,7 +296,7 @@ def test_most_frequent_and_zip():
         "{% for v, n in zip(votes, names) %}{{v}}{{n}};{% endfor %}",
         row,
     )
-    assert made == Rendered("no,yes None", "nop;yesq;")
+    assert made == Example("no,yes None", "nop;yesq;")
 
 
 @pytest.mark.parametrize(

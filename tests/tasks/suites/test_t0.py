@@ -14,7 +14,7 @@ import pytest
 from p3_records import P3, RECORDS, needs_p3
 from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
-from phatgoose.tasks.suites import t0
+from phatgoose.tasks.suites import p3, t0
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.t0 import t0_held_in, t0_held_out
 from phatgoose.tasks.task import Example
@@ -81,7 +81,7 @@ def served(monkeypatch):
             requests.append((dataset, config, split))
             return splits[split]
 
-        monkeypatch.setattr(t0, "read_rows", read_rows)
+        monkeypatch.setattr(p3, "read_rows", read_rows)
         return requests
 
     return serve
@@ -542,7 +542,7 @@ def records_of(table):
 def test_real_held_in_tasks(table, monkeypatch):
     rows = [records_of(table)] * 10_013
     monkeypatch.setattr(
-        t0, "read_rows", lambda *request: rows if table.get("set_apart") else rows[:13]
+        p3, "read_rows", lambda *request: rows if table.get("set_apart") else rows[:13]
     )
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
@@ -550,7 +550,7 @@ def test_real_held_in_tasks(table, monkeypatch):
     for example in task.validation:
         assert bool(example.choices) == (task.metrics == ("accuracy",))
         assert example.answers
-    templates = t0._templates(t0._HeldIn(**t0._tupled(table)), Sources(templates=P3))
+    templates = t0._HeldIn(**t0._tupled(table)).prompt_templates(Sources(templates=P3))
     assert len(templates) == table["train_templates"]
     assert 0 < len(task.train) <= 13 * len(templates)
 
@@ -560,7 +560,7 @@ def test_real_held_in_tasks(table, monkeypatch):
 @pytest.mark.parametrize("name", HELD_OUT.split())
 def test_real_held_out_tasks(name, monkeypatch, tmp_path):
     table = {table["name"]: table for table in t0._tables()["held_out"]}[name]
-    monkeypatch.setattr(t0, "read_rows", lambda *request: [records_of(table)])
+    monkeypatch.setattr(p3, "read_rows", lambda *request: [records_of(table)])
     task = read(name, Sources(data=tmp_path, templates=P3))
     counts = dict(zip(HELD_OUT.split(), (10, 4, 8, 10, 5, 15, 5, 15, 15, 15, 10), strict=True))
     assert len(task.test) == counts[name]  # the counts that the released code notes

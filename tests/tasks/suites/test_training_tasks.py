@@ -13,7 +13,7 @@ from command_line import FLAGS, open_row, refused, review, snapshot, write_rows
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.multitask import mixture
-from phatgoose.tasks.suites import t0
+from phatgoose.tasks.suites import p3
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training import pool_jobs as training_module
 
@@ -136,7 +136,7 @@ def events(monkeypatch) -> list[str]:
     """What is read and trained, in order; a task that outlives its training is told too."""
     seen: list[str] = []
     trained: list[weakref.ref] = []
-    real_rows, real_train = t0.read_rows, training_module.train_expert
+    real_rows, real_train = p3.read_rows, training_module.train_expert
 
     def read_rows(sources, dataset, config, split):
         seen.append(f"read {dataset.split('/')[-1]} {split}")
@@ -149,7 +149,7 @@ def events(monkeypatch) -> list[str]:
         seen.append(f"train {task.name}")
         return real_train(base, task, **options)
 
-    monkeypatch.setattr(t0, "read_rows", read_rows)
+    monkeypatch.setattr(p3, "read_rows", read_rows)
     monkeypatch.setattr(training_module, "train_expert", train_expert)
     return seen
 

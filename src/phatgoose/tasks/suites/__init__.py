@@ -1,15 +1,16 @@
 """Suites: the paper's lists of datasets to train and evaluate on, and one's own.
 
-bigbench.py        BIG-bench Hard and Lite as the paper evaluates on them (Muqeeth et al. 2024, sect
-bigbench.toml
-entries.py         What a suite is: named datasets that are not loaded yet, and where their files ar
-flan.py            The paper's FLAN pool: 166 datasets (Muqeeth et al. 2024, section 4.1 and the rel
-flan.toml
-hub.py             Rows of datasets from the Hugging Face Hub, or from local copies of their reposit
-local.py           Suites of one's own: a folder of task files, or a TOML file that lists them
-promptsource.py    Prompt templates in promptsource's files, read and rendered without the package
-registry.py        Suites: the paper's lists of datasets to train and evaluate on, and one's own
-t0.py              The T0 suites: 36 datasets to train experts on (held-in) and 11 to evaluate on (h
-t0.toml
-training_tasks.py  What may be named to train on: a suite, one dataset of it, a task file, a dataset
+registry.py        the suites known by name, and how any suite is opened
+entries.py         Suite, Entry, Sources: datasets not loaded yet, and where their files are
+t0.py              t0hi and t0ho: T0 held-in and held-out, in P3's prompts
+t0.toml            their datasets
+flan.py            flan: 166 datasets, T0 held-in among them
+flan.toml          the other 130
+bigbench.py        bbh and bbl: BIG-bench Hard and Lite
+bigbench.toml      their tasks
+local.py           one's own: a folder of task files, or a TOML file that lists them
+training_tasks.py  what a user can name to train on: suites, parts of them, files
+p3.py              examples from rows and prompt templates
+promptsource.py    P3's prompt templates
+hub.py             rows of a dataset from the Hub, or from a local copy of its files
 """

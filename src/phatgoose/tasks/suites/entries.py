@@ -1,4 +1,4 @@
-"""What a suite is: named datasets that are not loaded yet, and where their files are."""
+"""A suite: named datasets that are not loaded yet, and where their files are."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["Entry", "Sources", "Suite"]
 class Sources:
     """Where a suite's files are.
 
-    `data` is a folder that holds copies of Hub datasets, each in the layout of its repository, at
+    `data` is a folder with copies of Hub datasets, each in the layout of its repository, at
     `data/OWNER/NAME` or `data/NAME`; None reads from the Hub (or its cache). `templates` is a
-    folder of promptsource templates (`DATASET/CONFIG/templates.yaml`); None takes those of the
+    folder of promptsource templates (`DATASET/CONFIG/templates.yaml`); None uses those of the
     installed package promptsource.
     """
 
@@ -31,9 +31,9 @@ class Entry:
     """One dataset of a suite.
 
     `read` loads it. `metrics` and `max_new_tokens` are those of the task that `read` returns.
-    `micro_batch_size` is what the paper's code takes per forward pass when it trains on this
-    dataset, `train_examples` how many examples that training has as far as known without loading;
-    None where there is none. `source` says in words where the data come from.
+    `micro_batch_size` is the paper's code's for training on this dataset, `train_examples` the
+    number of training examples if known without loading; None means unknown. `source` says in
+    words where the data come from.
     """
 
     name: str

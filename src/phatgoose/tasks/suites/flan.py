@@ -1,15 +1,15 @@
 """The paper's FLAN pool: 166 datasets (Muqeeth et al. 2024, section 4.1 and the released code).
 
 36 T0 held-in datasets, 36 of Flan 2021, 75 task categories of Super-NaturalInstructions and 19
-more, 7 of them from P3. Those that do not come from P3 have their prompts already (zero-shot, with
-and without options), in the authors' data set r-three/Phatgoose_flanv2_offline. flan.toml lists
-all but the first 36.
+more, 7 of them from P3. Those that are not from P3 contain their prompts (zero-shot, with and
+without options), in the authors' dataset r-three/Phatgoose_flanv2_offline. flan.toml lists all but
+the first 36.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .t0 import held_in_entry, t0_held_in
 __all__ = ["flan"]
 
 METRICS = ("rouge-l",)
-ZERO_SHOT = ("zs_noopt", "zs_opt")  # the released code trains and validates on these alone
+ZERO_SHOT = ("zs_noopt", "zs_opt")  # the released code trains and validates only on these
 SPLIT_SEED = 1234
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 10_000
@@ -37,9 +37,9 @@ def flan() -> Suite:
     """The suite "flan": 166 tasks with a train and a validation split, in the paper's code's order.
 
     The 36 + 7 of P3 are as in `t0_held_in` (the released code validates wsc, copa, hellaswag and
-    wic on every row in every original-task template). Of the others, examples are the zero-shot
-    rows, those without input or target left out; validation is a tenth of them (10 000 at most),
-    drawn with a fixed seed, and training the rest (500 000 at most): the released code's very rows.
+    wic on every row in every original-task template). The others use the zero-shot rows that have
+    an input and a target. A tenth of them (10 000 at most), drawn with a fixed seed, is validation,
+    the rest (500 000 at most) training: the same rows as in the released code.
     """
     table = read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
     prompted = {
@@ -59,61 +59,53 @@ def flan() -> Suite:
 
 
 def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
+    """The entry of a dataset whose rows are prompts, in a folder of the repository `dataset`."""
     most = row["max_length"] - 1  # it counts the decoder's start token
-    read = _Prompted(row["name"], dataset, f"FLANV2/{row['path']}", most)
+    folder = f"FLANV2/{row['path']}"
+    task = Task(row["name"], source=f"{dataset}, {folder}", metrics=METRICS, max_new_tokens=most)
+
+    def read(sources: Sources) -> Task:
+        return _split(task, list(_zero_shot_examples(sources, dataset, folder)))
+
     return Entry(
-        row["name"],
+        task.name,
         read,
         metrics=METRICS,
         max_new_tokens=most,
         micro_batch_size=row["micro_batch_size"],
-        source=read.source,
+        source=task.source,
     )
 
 
-@dataclass(frozen=True)
-class _Prompted:
-    """Reads one dataset whose rows are prompts already, in a folder of the repository `dataset`."""
+def _split(task: Task, examples: list[Example]) -> Task:
+    """`task` with the examples divided into training and validation."""
+    order = np.random.RandomState(SPLIT_SEED).permutation(len(examples))
+    count = min(int(len(examples) * VALIDATION_SHARE), VALIDATION_MOST)
+    train = order[count:]
+    if len(train) > TRAIN_MOST:
+        generator = np.random.default_rng(TRAIN_SEED)
+        train = train[generator.choice(len(train), size=TRAIN_MOST, replace=False)]
+    return replace(
+        task,
+        train=tuple(examples[i] for i in train),
+        validation=tuple(examples[i] for i in order[:count]),
+        validation_origin=f"{count} of {len(examples)} examples, seed {SPLIT_SEED}",
+    )
 
-    name: str
-    dataset: str
-    folder: str
-    max_new_tokens: int
 
-    @property
-    def source(self) -> str:
-        """Where the data come from, in words."""
-        return f"{self.dataset}, {self.folder}"
-
-    def __call__(self, sources: Sources) -> Task:
-        examples = list(self._examples(read_rows(sources, self.dataset, self.folder, "train")))
-        if not examples:
-            raise TaskError(f"{self.folder} of dataset {self.dataset} has no zero-shot examples.")
-        order = np.random.RandomState(SPLIT_SEED).permutation(len(examples))
-        count = min(int(len(examples) * VALIDATION_SHARE), VALIDATION_MOST)
-        train = order[count:]
-        if len(train) > TRAIN_MOST:
-            generator = np.random.default_rng(TRAIN_SEED)
-            train = train[generator.choice(len(train), size=TRAIN_MOST, replace=False)]
-        return Task(
-            self.name,
-            train=tuple(examples[i] for i in train),
-            validation=tuple(examples[i] for i in order[:count]),
-            source=self.source,
-            validation_origin=f"{count} of {len(examples)} examples, seed {SPLIT_SEED}",
-            metrics=METRICS,
-            max_new_tokens=self.max_new_tokens,
-        )
-
-    def _examples(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[Example]:
-        for number, row in enumerate(rows, 1):
-            try:
-                kind, text, target = row["_template_type"], row["inputs"], row["targets"]
-            except KeyError as error:
-                raise TaskError(
-                    f"{self.folder} of dataset {self.dataset}, row {number}: field {error} is "
-                    f"missing; the fields there are {', '.join(row)}."
-                ) from error
-            zero_shot = any(name in (kind or "") for name in ZERO_SHOT)
-            if zero_shot and (text or "").strip() and (target or "").strip():
-                yield Example(text, target)
+def _zero_shot_examples(sources: Sources, dataset: str, folder: str) -> Iterator[Example]:
+    found = False
+    for number, row in enumerate(read_rows(sources, dataset, folder, "train"), 1):
+        try:
+            kind, text, target = row["_template_type"], row["inputs"], row["targets"]
+        except KeyError as error:
+            raise TaskError(
+                f"{folder} of dataset {dataset}, row {number}: field {error} is missing; the "
+                f"fields there are {', '.join(row)}."
+            ) from error
+        zero_shot = any(name in (kind or "") for name in ZERO_SHOT)
+        if zero_shot and (text or "").strip() and (target or "").strip():
+            found = True
+            yield Example(text, target)
+    if not found:
+        raise TaskError(f"{folder} of dataset {dataset} has no zero-shot examples.")

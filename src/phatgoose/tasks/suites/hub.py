@@ -22,15 +22,15 @@ from .entries import Sources
 __all__ = ["read_rows"]
 
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own export of datasets that need a script
-NEEDS_A_SCRIPT = re.compile(r"\bscripts?\b|trust_remote_code")  # what datasets then says
+NEEDS_A_SCRIPT = re.compile(r"\bscripts?\b|trust_remote_code")  # in errors of `datasets`
 SHARD = re.compile(r"-\d{5}-of-\d{5}(-[0-9a-f]{16})?$")
-# Which file names stand for a split when none equals its name (as `datasets` reads folders).
+# File names that mean a split when none equals its name, as in `datasets`.
 ALIASES = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
-# The first of these formats that is there is read; `datasets` has a reader for each.
+# The first of these formats that is present is read; `datasets` has a reader for each.
 FORMATS = {
     "parquet": (".parquet",),
     "arrow": (".arrow",),
@@ -46,14 +46,13 @@ def read_rows(
     """The rows of one split of the Hub dataset `dataset` ("OWNER/NAME" or "NAME").
 
     With `sources.data` they come from `data/OWNER/NAME` or `data/NAME`: parquet, arrow, JSON Lines
-    or CSV files as the README's `configs` declare them or in folders and files named after
-    configuration and split, or what `Dataset.save_to_disk` wrote. Without, they come from the Hub;
-    datasets that need a script are taken from the Hub's parquet export. `config` is a
+    or CSV files that the README's `configs` declare or that are in folders and files named after
+    configuration and split, or what `Dataset.save_to_disk` wrote. Without it they come from the
+    Hub, those of datasets that need a script from the Hub's parquet export. `config` is a
     configuration's name, or a folder inside the repository; None is the default one.
 
-    The rows are read when asked for (`rows[i]`, or iterate); class labels stay numbers. Raises
-    TaskError for a missing library, dataset, configuration or split, and for a file that can't be
-    read.
+    Rows are read on access (`rows[i]`, or iterate); class labels stay numbers. Raises TaskError for
+    a missing library, dataset, configuration or split, and for a file that can't be read.
     """
     request = _Request(dataset, config, split)
     if sources.data is not None:
@@ -76,7 +75,7 @@ def read_rows(
 
 @dataclass(frozen=True)
 class _Request:
-    """What is wanted, and how messages call it."""
+    """The requested split; `str` is its name in messages."""
 
     dataset: str
     config: str | None
@@ -110,8 +109,8 @@ def _local_copy(data: Path, request: _Request) -> Path:
 
 
 def _download(request: _Request, revision: str, patterns: list[str]) -> Path:
-    """A folder with those files of the dataset's repository that match `patterns`."""
-    from huggingface_hub import snapshot_download  # slow to import, and needed here alone
+    """A folder with the files of the dataset's repository that match `patterns`."""
+    from huggingface_hub import snapshot_download  # slow to import, and needed only here
 
     try:
         folder = snapshot_download(
@@ -131,7 +130,7 @@ def _download(request: _Request, revision: str, patterns: list[str]) -> Path:
 
 
 def _read_folder(root: Path, request: _Request) -> Sequence[Mapping[str, Any]]:
-    """The rows in a folder that has the layout of a Hub repository, or that was saved to disk."""
+    """The rows in a folder with the layout of a Hub repository or of `save_to_disk`."""
     library = datasets_library(request)
     saved = _saved_dataset(root / (request.config or ""), request)
     if saved is not None:
@@ -157,9 +156,9 @@ def _read_files(
         if kind == "arrow":
             parts = [library.Dataset.from_file(file) for file in files]
             return _rows(library.concatenate_datasets(parts))
-        escaped = [glob.escape(file) for file in files]  # datasets takes names for patterns
+        escaped = [glob.escape(file) for file in files]  # datasets treats names as patterns
         return _rows(getattr(library.Dataset, f"from_{kind}")(escaped))
-    except Exception as error:  # readers raise their own kinds, and wrap those of pyarrow
+    except Exception as error:  # readers raise their own errors, which wrap pyarrow's
         reason = _reason(error.__cause__ if isinstance(error.__cause__, Exception) else error)
         where = files[0] if len(files) == 1 else f"one of {files[0]} to {files[-1]}"
         raise TaskError(
@@ -168,7 +167,7 @@ def _read_files(
 
 
 def _saved_dataset(folder: Path, request: _Request) -> Path | None:
-    """The folder that `save_to_disk` wrote for the split; None if `folder` isn't of that kind."""
+    """The folder that `save_to_disk` wrote for the split; None if it did not write `folder`."""
     if (folder / "dataset_dict.json").is_file():
         if (folder / request.split / "state.json").is_file():
             return folder / request.split
@@ -190,7 +189,7 @@ def _files(root: Path, request: _Request) -> list[Path]:
         return _declared_files(root, declared[name], request)
     folder = root
     if request.config is not None:
-        places = [root / request.config, root / "default"]  # the Hub's export renames the only one
+        places = [root / request.config, root / "default"]  # the Hub's export renames a single one
         folders = [place for place in places if place.is_dir()]
         folders += [root] if request.config == "default" else []
         if not folders:
@@ -210,7 +209,7 @@ def _declared_configs(root: Path, request: _Request) -> Mapping[str, Mapping[str
         return {}
     try:
         return _header_configs(readme, readme.stat().st_mtime_ns)
-    except Exception as error:  # YAML that is broken, or that is something else than configs
+    except Exception as error:  # broken YAML, or something other than configs
         raise TaskError(
             f"{request}: the header of {readme} can't be read: {_reason(error)}."
         ) from error
@@ -218,14 +217,14 @@ def _declared_configs(root: Path, request: _Request) -> Mapping[str, Mapping[str
 
 @lru_cache(maxsize=8)  # with hundreds of configurations it takes seconds
 def _header_configs(readme: Path, modified: int) -> Mapping[str, Mapping[str, Any]]:
-    from huggingface_hub import metadata_load  # slow to import, and needed here alone
+    from huggingface_hub import metadata_load  # slow to import, and needed only here
 
     header = metadata_load(readme) or {}
     return {str(config["config_name"]): config for config in header.get("configs") or []}
 
 
 def _default_of(declared: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The configuration meant when none is named; None when that isn't clear."""
+    """The default configuration; None when that isn't clear."""
     marked = [name for name, config in declared.items() if config.get("default")]
     if marked or "default" in declared:
         return [*marked, "default"][0]
@@ -260,7 +259,7 @@ def _declared_files(root: Path, config: Mapping[str, Any], request: _Request) ->
 
 
 def _named_files(folder: Path, request: _Request) -> list[Path]:
-    """The files of `folder` whose own or whose folders' names say that they hold the split."""
+    """The files in `folder` that hold the split by their own or their folders' names."""
     endings = {ending for kind in FORMATS.values() for ending in kind}
     files = [
         path
@@ -292,7 +291,7 @@ def _named_files(folder: Path, request: _Request) -> list[Path]:
 
 
 def _groups(folder: Path, files: list[Path], fits: Callable[[str], bool]) -> dict[str, list[Path]]:
-    """The files with a name that fits, by what stands above that name: a configuration, or ""."""
+    """The files with a fitting name, by the path above that name: a configuration, or ""."""
     groups: dict[str, list[Path]] = {}
     for path in files:
         relative = path.relative_to(folder)
@@ -305,7 +304,7 @@ def _groups(folder: Path, files: list[Path], fits: Callable[[str], bool]) -> dic
 
 
 def _missing_split(request: _Request, folder: Path, there: set[str]) -> TaskError:
-    """The error for a split that `folder` doesn't have, naming what is there instead."""
+    """The error for a split that `folder` lacks, naming what is there instead."""
     if there:
         return TaskError(f"{request} isn't in {folder}; there are {', '.join(sorted(there)[:8])}.")
     return TaskError(

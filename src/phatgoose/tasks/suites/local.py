@@ -1,4 +1,4 @@
-"""Suites of one's own: a folder of task files, or a TOML file that lists them."""
+"""One's own suites: a folder of task files, or a TOML file that lists them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def local_suite(path: str | Path) -> Suite:
     every input) and, for each task, a table `[[tasks]]` with `file` (relative to the TOML file) and
     optionally `name`, `metrics`, `max_new_tokens` and a `suffix` of its own.
 
-    Task files are read when an entry is. Raises TaskError, naming file and key, for a path that is
-    neither, a suite without tasks, a task file that doesn't exist, an unknown key, a value of the
-    wrong type or two tasks of one name. Whether a metric exists is for evaluation to say.
+    An entry reads its task file when it is read itself. Raises TaskError, naming file and key, for
+    a path that is neither, a suite without tasks, a task file that doesn't exist, an unknown key, a
+    value of the wrong type or two tasks with one name. Evaluation checks that the metrics exist.
     """
     path = Path(path)
     suite = _folder_suite(path) if path.is_dir() else _toml_suite(path)

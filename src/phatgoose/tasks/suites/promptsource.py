@@ -1,10 +1,10 @@
 """Prompt templates in promptsource's files, read and rendered without the package.
 
-A template is a jinja2 text, `input ||| target`, filled from a row of its dataset. What it renders
-is what promptsource 0.2.3's `Template.apply` gives, which the paper's code calls, down to the
-truncation of long fields (Bach et al. 2022, "PromptSource"). We differ in three points: a `|||` in
-a row never splits, also where it stands in a list, a dict or an answer choice; the filter `choice`
-draws the same element for the same row; and jinja2 runs in its sandbox.
+A template is a jinja2 text, `input ||| target`, filled from a row of its dataset. It renders what
+`Template.apply` of promptsource 0.2.3 gives, which the paper's code calls, including the truncation
+of long fields (Bach et al. 2022, "PromptSource"). We differ in three points: a `|||` in a row never
+splits, not even in a list, a dict or an answer choice; the filter `choice` draws the same element
+for the same row; and jinja2 runs in its sandbox.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib.util
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import TaskError
-from ..task import Span
+from ..task import Example
 from ..templates import SEPARATOR, TEMPLATE_FAILURES, longest_field
 from .entries import Sources
 
-__all__ = ["PromptTemplate", "Rendered", "read_templates", "templates_folder"]
+__all__ = ["PromptTemplate", "read_templates", "templates_folder"]
 
 FILE_NAME = "templates.yaml"
-# promptsource's own stand-in for a separator inside a row: some templates name it.
+# promptsource's own substitute for a separator inside a row: some templates name it.
 PROTECTED = "3ed2dface8203c4c9dfb1a5dc58e41e0"
 LONGEST_VALUE = 2048  # characters of each expression, where promptsource cuts by default
 DRAWS = "draws of this row"  # a name that no template can spell
@@ -44,30 +44,14 @@ HOW_TO_GET = (
 
 
 @dataclass(frozen=True)
-class Rendered:
-    """One row in a template's words.
-
-    `target` is the first of the right answers, `references` are all of them where a template gives
-    several, empty otherwise. `choices` is empty for a template without answer choices, `passage` is
-    that of `tasks.task.Example`.
-    """
-
-    input: str
-    target: str
-    choices: tuple[str, ...] = ()
-    references: tuple[str, ...] = ()
-    passage: Span | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
 class PromptTemplate:
     """A prompt template of promptsource.
 
     `jinja` renders to `input ||| target`, or `input ||| target ||| target...` where several are
     right. `answer_choices` renders to `choice ||| choice...`; None is an open-ended template.
-    `original_task` says that the prompt asks for what the dataset was made for, `choices_in_prompt`
-    that the input lists the choices (None: not said). `metrics` and `languages` are promptsource's
-    own labels.
+    `original_task` says that the prompt poses the dataset's original task, `choices_in_prompt` that
+    the input lists the choices (None: unknown). `metrics` and `languages` are promptsource's own
+    labels.
     """
 
     name: str
@@ -86,13 +70,15 @@ class PromptTemplate:
             names |= find_undeclared_variables(ENVIRONMENT.parse(source))
         return frozenset(names - {"answer_choices"} - ENVIRONMENT.globals.keys())
 
-    def render(self, row: Mapping[str, Any]) -> Rendered | None:
-        """The row's input, target and choices; None where the template has none for such a row.
+    def render(self, row: Mapping[str, Any]) -> Example | None:
+        """The row's example; None where the template gives no input or no target.
 
-        Templates render to nothing on purpose (a prompt for one kind of question only), or lack an
-        input or a target for a row. The paper's code trains and scores on "<NO INPUT>" and
-        "<NO LABEL>" instead (p3.py:133-143); we leave such pairs out. The same row gives the same
-        text every time. Raises TaskError when an expression fails on the row.
+        The target is the first of the right answers; the references are all of them where a
+        template gives several, empty otherwise. Templates render to nothing on purpose (a prompt
+        only for one kind of question), or lack an input or a target for a row. The paper's code
+        trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its p3.py, lines 133 to 143); we
+        leave such pairs out. The same row always gives the same text. Raises TaskError when an
+        expression fails on the row.
         """
         if "answer_choices" in row:
             raise TaskError(f"Template {self.name!r}: a row has a field answer_choices of its own.")
@@ -110,15 +96,15 @@ class PromptTemplate:
             return None
         references = tuple(part for part in parts[1:] if part) if len(parts) > 2 else ()
         passage = longest_field(row, parts[0], _shortened)
-        return Rendered(parts[0], parts[1], tuple(choices or ()), references, passage)
+        return Example(parts[0], parts[1], tuple(choices or ()), references, passage)
 
 
 def read_templates(folder: Path, dataset: str, config: str | None) -> tuple[PromptTemplate, ...]:
     """The templates in `folder/DATASET/CONFIG/templates.yaml`, sorted by name as promptsource does.
 
     Without `config` the file is `folder/DATASET/templates.yaml`. Raises TaskError, naming the file,
-    when it is missing, isn't such a file, has a tag other than promptsource's two, or a template
-    that isn't valid jinja2.
+    when it is missing, has another format, a tag other than promptsource's two, or a template that
+    isn't valid jinja2.
     """
     file = folder / dataset / (config or "") / FILE_NAME
     if not file.is_file():
@@ -156,7 +142,7 @@ def templates_folder(sources: Sources) -> Path:
 
 
 class _Draws:
-    """What the filter `choice` draws for one row: random, but the same each time."""
+    """The draws of the filter `choice` for one row: random, but repeatable."""
 
     def __init__(self, name: str, row: Mapping[str, Any]) -> None:
         self._name, self._row = name, row
@@ -175,7 +161,7 @@ def _choice(context: Context, items: Sequence[Any]) -> Any:
 
 
 def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
-    """Those of `items` that occur most often, in order; None when there are none."""
+    """The most frequent of `items`, in order; None when there are none."""
     counts = Counter(items)
     if not counts:
         return None
@@ -201,12 +187,12 @@ def _compiled(source: str) -> Template:
 
 @lru_cache(maxsize=2048)
 def _truncating(jinja: str) -> str:
-    """The template with each expression cut, in the very way in which promptsource writes it."""
+    """The template with each expression truncated, exactly as promptsource writes it."""
     return jinja.replace("}}", f" | string | truncate({LONGEST_VALUE}) }}}}")
 
 
 def _shortened(value: str) -> str:
-    """A value as an expression shows it that does nothing else with it."""
+    """A value as a plain expression prints it."""
     return do_truncate(ENVIRONMENT, value, LONGEST_VALUE)
 
 
@@ -215,7 +201,7 @@ def _split(text: str) -> list[str]:
 
 
 def _protect(value: Any) -> Any:
-    """A copy of a row's value whose texts can't be taken for several parts of a template."""
+    """A copy of a row's value in which no text contains a separator."""
     if isinstance(value, str):
         return value.replace(SEPARATOR, PROTECTED)
     if isinstance(value, Mapping):

@@ -19,7 +19,6 @@ from .registry import SUITES, open_suite
 
 __all__ = ["Origin", "TrainingTask", "open_tasks"]
 
-TRAINABLE = ("t0hi", "flan")  # experts must not have seen the other suites
 HUB = "hub:"
 
 Origin = Literal["file", "copy", "hub"]
@@ -120,15 +119,16 @@ def _of_suite(name: str, sources: Sources) -> list[TrainingTask]:
 
 def _trainable(name: str) -> Suite:
     """The suite `name`. Raises TaskError where it is unknown or only to evaluate on."""
-    if name in SUITES and name not in TRAINABLE:
+    trainable = [known for known, record in SUITES.items() if record.trainable]
+    if name in SUITES and name not in trainable:
         raise TaskError(
-            f"Suite {name} is only for evaluation; suites to train on are {', '.join(TRAINABLE)}."
+            f"Suite {name} is only for evaluation; suites to train on are {', '.join(trainable)}."
         )
     is_local = name.endswith(".toml") or (name and Path(name).is_dir())
     if name not in SUITES and not is_local:
         raise TaskError(
             f"{name!r} is nothing to train on; wanted a task file (.jsonl, .csv), hub:DATASET, "
-            f"{' or '.join(TRAINABLE)}, one of their datasets such as {TRAINABLE[0]}/ag_news, a "
+            f"{' or '.join(trainable)}, one of their datasets such as {trainable[0]}/ag_news, a "
             f"suite file (.toml) or a folder of task files."
         )
     return open_suite(name)

@@ -23,9 +23,9 @@ from ..evaluation.evaluate import (
     score_tasks,
 )
 from ..experts.pool import Pool
-from ..routing.compose import detach
+from ..routing.compose import compose, detach
 from ..routing.composition import announcing, composition_of
-from ..routing.open_model import compose_pool, is_routed, loaded_base, open_model
+from ..routing.open_model import is_routed, loaded_base, open_model
 from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder
 from ..tasks.task import Task
@@ -162,7 +162,7 @@ def _subject(
         members = pool if without is None else pool.select(leave_out=[without])
         expert = routing.expert if router == "single" else None
         chosen = replace(routing, router=router, expert=expert)
-        model = compose_pool(members, loaded, routing=chosen, scores=scores)
+        model = compose(members, loaded, routing=chosen, scores=scores)
         try:
             yield model
         finally:

@@ -75,10 +75,12 @@ def test_comments_docstrings_and_layout_do_not_count(version_with, package, uned
     ("file", "old", "new"),
     [
         ("evaluation/evaluate.py", "TOKEN_BUDGET = 4096", "TOKEN_BUDGET = 4097"),
-        ("routing/compose.py", "k: int = 2", "k: int = 3"),
+        ("routing/compose.py", "READ_AT_ONCE = 2**26", "READ_AT_ONCE = 2**25"),
         ("evaluation/intervals.py", "REPLICATES = 2000", "REPLICATES = 1000"),
         ("routing/kernels/mixed.py", "import torch\n", "import torch as pytorch\n"),
-        ("routing/routers/per_token/scored.py", "def standardise(", "def standardize("),
+        ("routing/routers/per_token/vector_router.py", "def standardise(", "def standardize("),
+        ("routing/routers/per_token/phatgoose.py", "class Phatgoose(", "class PHATGOOSE("),
+        ("routing/routers/fixed/merged.py", "class Merged(", "class MergedExperts("),
     ],
 )
 def test_a_change_of_what_the_code_does_counts(version_with, unedited, file, old, new):
@@ -99,8 +101,9 @@ DECISIVE = (
     *("routing.layers", "routing.kernels.choice", "routing.kernels.concat"),
     *("routing.kernels.gather", "routing.kernels.mixed", "routing.kernels.reference"),
     *("routing.routers.registry", "routing.routers.per_token.arrow", "routing.routers.decision"),
-    *("routing.routers.per_input.lookup", "routing.routers.per_token.vector_router"),
-    *("routing.routers.fixed.unscored", "tasks.embeddings", "routing.routers.scores", "config"),
+    *("routing.routers.lookup", "routing.routers.per_token.vector_router"),
+    *("routing.routers.fixed.merged", "routing.routers.per_token.random_experts"),
+    *("routing.routers.per_input.oracle", "tasks.embeddings", "routing.routers.scores", "config"),
     *("tasks.encoding", "evaluation.likelihood", "tasks.row_packing", "evaluation.answers"),
     *("evaluation.metrics", "evaluation.intervals", "tasks.task"),
 )

@@ -12,7 +12,7 @@ from ...analysis.measures import effective_experts, heaviest
 from ...analysis.near_duplicates import Duplicate
 from ...analysis.result import Analysis
 from ...config import KIND_NAMES
-from ...evaluation.comparison.methods import METHODS
+from ...evaluation.comparison.methods import label_of
 from ...evaluation.comparison.tables import ANCHOR, Comparison, Result
 from ...evaluation.evaluate import Evaluation
 from ...experts.pool import Pool
@@ -131,7 +131,7 @@ def routers_table(analysis: Analysis) -> Table:
             weight = router.distributions[dataset].whole("weight")
             score = router.scores.get(dataset)
             cells = [
-                METHODS.get(name, name),
+                label_of(name),
                 dataset,
                 f"{100 * score.score:.1f} %" if score else "",
                 f"{effective_experts(weight):.1f}",

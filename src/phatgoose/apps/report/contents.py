@@ -15,7 +15,7 @@ from ...analysis.measures import concentration, effective_experts, load
 from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.result import Analysis, RouterAnalysis
 from ...analysis.routing_distribution import PARTS, Measure
-from ...evaluation.comparison.methods import METHODS
+from ...evaluation.comparison.methods import label_of
 from ...evaluation.comparison.tables import in_per_cent
 from .figures import (
     Point,
@@ -27,7 +27,7 @@ from .figures import (
     usage_bars,
 )
 
-__all__ = ["PageFigure", "Section", "label_of", "sections_of"]
+__all__ = ["PageFigure", "Section", "sections_of"]
 
 
 Array = NDArray[np.float64]
@@ -73,11 +73,6 @@ class Section:
     tables: Sequence[Table] = ()
     figures: Sequence[PageFigure] = ()
     groups: Sequence[Group] = field(default=())
-
-
-def label_of(router: str) -> str:
-    """A router's name in tables."""
-    return METHODS.get(router, router)
 
 
 def sections_of(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> list[Section]:

@@ -9,9 +9,10 @@ from ... import __version__
 from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.result import Analysis
 from ...errors import EvaluationError
+from ...evaluation.comparison.methods import label_of
 from ...files.atomic import write_text
 from .assets import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
-from .contents import label_of, sections_of
+from .contents import sections_of
 from .figures import dataset_matrix, heat_maps, pool_size_figure, usage_bars, write_png
 
 __all__ = ["REPORT", "report_page", "write_report"]

@@ -17,7 +17,7 @@ from ...routing.open_model import OpenedModel
 from ...tasks.encoding import Encoder
 from ..evaluate import EvaluationSet, score
 from .code_version import code_version
-from .methods import Row, RowPlace
+from .rows import Row, RowLocation
 
 __all__ = ["Cell", "CellWorkshop", "cell_of"]
 
@@ -92,7 +92,7 @@ class CellWorkshop:
 
     def portable(self) -> CellWorkshopElsewhere:
         """The same by the places of base and experts."""
-        rows = {name: row.elsewhere() for name, row in self.rows.items()}
+        rows = {name: row.portable() for name, row in self.rows.items()}
         return CellWorkshopElsewhere(
             BaseLocation.of(self.base), rows, self.datasets, code_version()
         )
@@ -103,7 +103,7 @@ class CellWorkshopElsewhere:
     """A `CellWorkshop` for another process, which loads base and experts itself, each once."""
 
     base: BaseLocation
-    rows: Mapping[str, RowPlace]
+    rows: Mapping[str, RowLocation]
     datasets: Mapping[str, EvaluationSet]
     code: str
 

@@ -1,7 +1,7 @@
-"""The version of the code that decides what a score is: results of another one are old.
+"""The version of the code that decides what a score is: results of another version are outdated.
 
-It is a hash of definitions, wherever they stand, so that files can be moved, split and joined, and
-comments, docstrings and layout changed, while finished results stay valid.
+It is a hash of definitions, wherever they stand. Finished results stay valid when files are moved,
+split or joined, and when comments, docstrings or layout change.
 """
 
 from __future__ import annotations
@@ -13,11 +13,17 @@ from functools import cache
 from pathlib import Path
 
 from ... import __version__
+from ...routing.routers.registry import ROUTERS
 
 __all__ = ["code_version"]
 
 PACKAGE = Path(__file__).parents[2]
-SCORING = ("evaluation.evaluate", "routing.open_model")  # these, and all that they import
+HOMES = [spec.home.rpartition(".")[0] for spec in ROUTERS.values() if isinstance(spec.home, str)]
+SCORING = (  # these, and all that they import; the registry imports routers by name
+    "evaluation.evaluate",
+    "routing.open_model",
+    *(f"routing.routers.{home}" for home in HOMES),
+)
 
 
 @cache
@@ -66,7 +72,7 @@ def _definitions(module: str) -> Iterator[str]:
 
 
 class _Essence(ast.NodeTransformer):
-    """Takes out what doesn't decide a score: docstrings, imports of our own and `__all__`."""
+    """Removes what doesn't decide a score: docstrings, imports of our own and `__all__`."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, replace
@@ -22,9 +21,9 @@ from ...base.fingerprint import check_base
 from ...base.loading import Base
 from ...base.sites import ROUTED
 from ...config import Formatting, Routing
-from ...errors import ConfigError, PoolError, RoutingError, TaskError
+from ...errors import ConfigError, RoutingError, TaskError
 from ...experts.input_format import warn_of_other_formatting
-from ...experts.pool import REMEDIES, Pool
+from ...experts.pool import Pool
 from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
 from ...routing.routers.scores import Scores, best_expert, best_expert_by_task
@@ -35,15 +34,14 @@ from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSetti
 from ..intervals import Sample
 from .cells import Cell, CellWorkshop, cell_of
 from .code_version import code_version
-from .methods import DERIVED, METHODS, SHARED, Row, lacking, reference_row, rows_of, single_rows
+from .methods import DERIVED, METHODS, runnable_methods
 from .result_store import ResultStore
+from .rows import Row, reference_row, rows_of, single_rows
 from .tables import Comparison, Result, write_tables
 
 __all__ = ["compare"]
 
 RESULTS = "results.jsonl"
-NEEDED = {"lora": "LoRA factors"}  # for people, where SHARED's own word isn't
-EVERY = "all"  # stands for every method that the pool has what it takes for
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +82,7 @@ def compare(
     """
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     routing = routing or Routing()
-    wanted, notes = _wanted_methods(pool, methods, routing)
+    wanted, notes = runnable_methods(pool, methods, routing)
     settings = ScoringSettings(
         formatting or Formatting(), limit, seed, max_new_tokens, token_budget
     )
@@ -120,56 +118,6 @@ def compare(
     comparison = _with_derived(comparison, wanted, experts, pool)
     write_tables(comparison, Path(out))
     return comparison
-
-
-def _wanted_methods(
-    pool: Pool, methods: Iterable[str] | str, routing: Routing
-) -> tuple[list[str], list[str]]:
-    """(names of the methods to run, notes on what was left out).
-
-    Raises ConfigError for an unknown name, PoolError for a named one that can't be run.
-    """
-    wanted = [methods] if isinstance(methods, str) else list(methods)
-    for name in wanted:
-        if name not in (EVERY, *METHODS):
-            raise ConfigError(
-                f"Method {name!r} is unknown; known are {EVERY}, {', '.join(METHODS)}."
-            )
-    found = lacking(pool, stand_in=routing.stand_in)
-    without = {name: experts for name, experts in found.items() if experts}
-    if EVERY not in wanted:
-        for name in wanted:
-            if name in without:
-                raise PoolError(_refusal(name, without[name][0]))
-        return wanted, []
-    notes = [_note(name, experts) for name, experts in without.items()]
-    for note in notes:
-        warnings.warn(note, stacklevel=3)
-    return [name for name in METHODS if name not in without], notes
-
-
-def _refusal(method: str, expert: str) -> str:
-    """Why `method`, asked for by name, can't be run with `expert`."""
-    needed, command = _needed(method)
-    remedy = f"run 'phatgoose {command}' on it or " if command else ""
-    return f"Expert {expert!r} has no {needed}, which method {method} needs; {remedy}leave it out."
-
-
-def _note(method: str, experts: Sequence[str]) -> str:
-    """Why `method`, one of all, was left out."""
-    needed, command = _needed(method)
-    remedy = f" (run 'phatgoose {command}' first)" if command else ""
-    return (
-        f"{METHODS[method]} was left out: {', '.join(experts)} can't be routed by it without "
-        f"{needed}{remedy}."
-    )
-
-
-def _needed(method: str) -> tuple[str, str | None]:
-    """(what `method` needs beside adapters, the command that makes it if there is one)."""
-    parts = SHARED[method]
-    commands = [REMEDIES[part] for part in parts if part in REMEDIES]
-    return " and ".join(NEEDED.get(part, part) for part in parts), (*commands, None)[0]
 
 
 def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:

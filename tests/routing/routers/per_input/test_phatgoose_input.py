@@ -9,7 +9,8 @@ import torch
 
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import PoolError, RoutingError
-from phatgoose.evaluation.comparison.methods import lacking, rows_of
+from phatgoose.evaluation.comparison.methods import lacking
+from phatgoose.evaluation.comparison.rows import rows_of
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach

@@ -9,7 +9,7 @@ import torch
 
 from phatgoose.config import AFFINITIES, Routing
 from phatgoose.errors import ConfigError, PoolError, RoutingError
-from phatgoose.evaluation.comparison.methods import rows_of
+from phatgoose.evaluation.comparison.rows import rows_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of

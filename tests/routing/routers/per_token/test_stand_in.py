@@ -9,7 +9,8 @@ import torch
 
 from phatgoose.config import Routing
 from phatgoose.errors import PoolError
-from phatgoose.evaluation.comparison.methods import lacking, rows_of
+from phatgoose.evaluation.comparison.methods import lacking
+from phatgoose.evaluation.comparison.rows import rows_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of

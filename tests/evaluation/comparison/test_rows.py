@@ -1,0 +1,250 @@
+"""The rows of a comparison: what each composes, and what tells its results from others'."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+
+from phatgoose.base.loading import load_base
+from phatgoose.config import Routing
+from phatgoose.errors import BaseModelError, ConfigError, WrongBaseError
+from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
+from phatgoose.evaluation.comparison.rows import Row, reference_row, rows_of, single_rows
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.saved.save import save
+from routed_models import with_embeddings
+from tiny import logits_of, make_ids, make_model, make_tokenizer
+
+ROUTING = Routing(k=2)
+COMPOSED = [name for name in METHODS if name not in ("base", *DERIVED)]
+
+
+@pytest.fixture
+def three(pool_of: Callable[..., Pool]) -> Pool:
+    """Three experts of the tiny Llama with all that any router needs."""
+    return with_embeddings(pool_of("llama", (4, 4, 4)))
+
+
+def row_of(name: str, pool: Pool, **settings: object) -> Row:
+    (row,) = rows_of(pool, [name], replace(ROUTING, **settings))
+    return row
+
+
+def changed(pool: Pool, index: int, **parts: object) -> Pool:
+    """The pool with another `parts` in one expert, whose adapter stays."""
+    experts = list(pool.experts)
+    experts[index] = replace(experts[index], **parts)
+    return Pool(tuple(experts))
+
+
+def test_rows_stand_in_the_order_of_the_table_without_those_derived(three):
+    rows = rows_of(three, ["oracle", "phatgoose", "merged", "base"], ROUTING)
+    assert [(row.name, row.label) for row in rows] == [
+        ("base", "Base model"),
+        ("merged", "Merged Experts"),
+        ("phatgoose", "PHATGOOSE"),
+    ]
+    everything = rows_of(three, list(METHODS), ROUTING)
+    assert [row.name for row in everything] == ["base", *COMPOSED]
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_a_method_composes_the_pool_by_its_router(three, llama, name):
+    routing = Routing("oracle", 1, "reference", 1e-3, "e0", "peft", 5)
+    (row,) = rows_of(three, [name], routing)
+    with row.model(llama) as opened:
+        parts = composition_of(opened.model)
+        assert parts.routing == replace(routing, router=name, expert=None)
+        assert parts.experts == three.names
+        assert opened.tokenizer is llama.tokenizer
+    assert not hasattr(llama.model, "phatgoose")
+
+
+def test_the_base_row_is_the_base_as_it_is(three, llama):
+    with row_of("base", three).model(llama) as opened:
+        assert opened.model is llama.model
+        assert not hasattr(opened.model, "phatgoose")
+
+
+def test_single_rows_are_the_experts_alone(three, llama):
+    rows = single_rows(three)
+    assert [row.name for row in rows] == ["e0", "e1", "e2"]
+    for row in rows:
+        with row.model(llama) as opened:
+            assert composition_of(opened.model).experts == (row.name,)
+
+
+def test_the_base_is_the_same_bit_by_bit_afterwards_also_after_an_error(three, llama):
+    ids = make_ids(2)
+    before = logits_of(llama.model, ids)
+    for row in (*rows_of(three, list(METHODS), ROUTING), *single_rows(three)):
+        with pytest.raises(KeyboardInterrupt), row.model(llama):
+            raise KeyboardInterrupt
+        assert torch.equal(logits_of(llama.model, ids), before)
+
+
+# What tells results apart
+
+
+def test_every_row_has_an_identity_of_its_own(three):
+    rows = [*rows_of(three, list(METHODS), ROUTING), *single_rows(three)]
+    identities = {json.dumps(row.identity, sort_keys=True) for row in rows}
+    assert len(identities) == len(rows) == 12
+
+
+@pytest.mark.parametrize(
+    ("settings", "matter_to"),
+    [
+        ({"k": 1}, {"random", "average-activation", "arrow", "uniform-top-k", "phatgoose"}),
+        ({"eps": 1e-3}, {"average-activation", "uniform-top-k", "phatgoose", "phatgoose-input"}),
+        ({"affinity": "raw"}, {"average-activation", "phatgoose"}),
+        ({"router_temperature": 2.0}, {"average-activation", "arrow", "phatgoose"}),
+        ({"arrow": "mttl"}, {"arrow"}),
+        ({"router_seed": 1}, {"random"}),
+        ({"kernel": "reference"}, set(COMPOSED)),
+        ({"router": "merged", "expert": "e1"}, set()),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_a_setting_matters_to_the_rows_that_use_it(three, settings, matter_to):
+    differ = {
+        name
+        for name in ("base", *COMPOSED)
+        if row_of(name, three).identity != row_of(name, three, **settings).identity
+    }
+    assert differ == matter_to
+
+
+@pytest.mark.parametrize(
+    ("part", "matter_to"),
+    [
+        ("gates", {"phatgoose", "phatgoose-input", "uniform-top-k"}),
+        ("means", {"average-activation", "phatgoose-input"}),
+        ("embeddings", {"retrieval"}),
+        ("embedder", {"retrieval"}),
+        ("scale", {*COMPOSED, "e1"}),
+        ("name", {"e1"}),  # that row is gone; all others stand
+        ("order", set(COMPOSED)),
+    ],
+)
+def test_a_part_of_an_expert_matters_to_the_rows_that_use_it(three, part, matter_to):
+    expert = three.experts[1]
+    if part in ("gates", "means"):
+        vectors = dict(getattr(expert, part))
+        site = sorted(vectors)[3]
+        other = changed(three, 1, **{part: {**vectors, site: vectors[site] + 1e-6}})
+    elif part == "embeddings":
+        other = changed(three, 1, embeddings=expert.embeddings.flip(0).roll(1, -1))
+    elif part == "embedder":
+        other = changed(three, 1, info=replace(expert.info, embedder="other"))
+    elif part == "name":
+        other = changed(three, 1, info=replace(expert.info, name="e9"))
+    elif part == "scale":  # adapter_config.json's lora_alpha: the weights' file stays the same
+        modules = {s: replace(each, scale=3 * each.scale) for s, each in expert.lora.items()}
+        other = changed(three, 1, modules=modules)
+    else:
+        other = Pool(three.experts[::-1])
+    rows, others = (
+        {row.name: row.identity for row in (*rows_of(p, list(METHODS), ROUTING), *single_rows(p))}
+        for p in (three, other)
+    )
+    assert {name for name in rows if others.get(name) != rows[name]} == matter_to
+
+
+def test_an_expert_alone_is_the_same_whatever_pool_it_is_in(three):
+    wanted = {row.name: row.identity for row in single_rows(three)}
+    smaller = {row.name: row.identity for row in single_rows(three.select(["e2", "e0"]))}
+    assert smaller == {name: wanted[name] for name in ("e0", "e2")}
+
+
+def test_an_expert_read_again_is_the_same(three):
+    again = Pool(tuple(Expert.load(expert.directory) for expert in three.experts))
+    names = ["phatgoose", "arrow", "average-activation", "merged"]
+    for one, other in zip(*(rows_of(p, names, ROUTING) for p in (three, again)), strict=True):
+        assert one.identity == other.identity
+
+
+# References
+
+
+def test_an_expert_directory_stands_alone(three, llama):
+    row = reference_row("mine", three.experts[1].directory, ROUTING)
+    assert (row.name, row.label) == ("mine", "mine")
+    assert row.identity == single_rows(three)[1].identity
+    with row.model(llama) as opened:
+        parts = composition_of(opened.model)
+        assert (parts.experts, parts.routing.router) == (("e1",), "single")
+
+
+def test_a_pool_is_routed_as_phatgoose_with_the_same_settings(three, llama, tmp_path):
+    three.write_manifest(tmp_path / "pool.json")
+    for place in (three.experts[0].directory.parent, tmp_path / "pool.json"):
+        row = reference_row("joint", place, replace(ROUTING, router="arrow", k=1))
+        assert row.identity == row_of("phatgoose", three, k=1).identity
+        with row.model(llama) as opened:
+            parts = composition_of(opened.model)
+            assert (parts.routing.router, parts.routing.k) == ("phatgoose", 1)
+            assert parts.experts == three.names
+
+
+def test_a_routed_folder_is_opened_with_the_settings_it_was_saved_with(three, llama, tmp_path):
+    save(compose(three, llama, router="arrow", k=1), tmp_path / "routed")
+    detach(llama.model)
+    row = reference_row("saved", str(tmp_path / "routed"), ROUTING)
+    with row.model(llama) as opened:
+        assert opened.model is llama.model
+        routing = composition_of(opened.model).routing
+        assert (routing.router, routing.k) == ("arrow", 1)
+    assert not hasattr(llama.model, "phatgoose")
+
+
+@pytest.mark.parametrize(
+    "settings", [{"k": 1}, {"eps": 1e-2}, {"router": "uniform-top-k"}, {"leave_out": ["e0"]}]
+)
+def test_routed_folders_that_differ_have_other_identities(three, llama, tmp_path, settings):
+    identities = []
+    for number, options in enumerate(({}, settings)):
+        save(compose(three, llama, **options), tmp_path / str(number))
+        detach(llama.model)
+        identities.append(reference_row("r", tmp_path / str(number), ROUTING).identity)
+    assert identities[0] != identities[1]
+    assert identities[0] == reference_row("other", tmp_path / "0", ROUTING).identity
+
+
+def test_another_base_is_loaded_in_the_precision_of_the_comparison(base_folders, llama, tmp_path):
+    make_model("llama", seed=1).save_pretrained(tmp_path)
+    make_tokenizer(final_eos=False).save_pretrained(tmp_path)
+    row = reference_row("other", tmp_path, ROUTING)
+    same = reference_row("same", base_folders["llama"], ROUTING)
+    assert row.identity == {"model": load_base(tmp_path).fingerprint}
+    assert same.identity == {"model": llama.fingerprint} != row.identity
+    for dtype in ("float32", "bfloat16"):
+        base = load_base(base_folders["llama"], dtype=dtype)
+        with row.model(base) as opened:
+            assert opened.model is not base.model
+            assert opened.model.dtype == base.model.dtype
+
+
+@pytest.mark.parametrize("label", ["phatgoose", "base", "oracle"])
+def test_a_label_that_is_a_methods_name_is_refused(three, label):
+    with pytest.raises(ConfigError, match=f"can't be called '{label}'"):
+        reference_row(label, three.experts[0].directory, ROUTING)
+
+
+def test_a_place_that_is_nothing_is_told():
+    with pytest.raises(BaseModelError, match=r"\./nowhere"):
+        reference_row("x", "./nowhere", ROUTING)
+
+
+def test_a_reference_for_another_base_is_refused(three, base_folders):
+    row = reference_row("foreign", three.experts[0].directory, ROUTING)
+    other = load_base(base_folders["qwen2"], dtype="float32")
+    with pytest.raises(WrongBaseError), row.model(other):
+        pass

@@ -28,9 +28,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from phatgoose.routing.kernels.choice import KERNELS, Kernel
-from phatgoose.routing.kernels.concat import concat
-from phatgoose.routing.kernels.gather import gather
 from phatgoose.routing.kernels.grouped import grouped, is_one_call
+from phatgoose.routing.kernels.plain import concat, gather
 from phatgoose.routing.kernels.triton_gpu import (
     in_blocks,
     one_by_one,

@@ -77,7 +77,7 @@ def test_comments_docstrings_and_layout_do_not_count(version_with, package, uned
         ("evaluation/evaluate.py", "TOKEN_BUDGET = 4096", "TOKEN_BUDGET = 4097"),
         ("routing/compose.py", "READ_AT_ONCE = 2**26", "READ_AT_ONCE = 2**25"),
         ("evaluation/intervals.py", "REPLICATES = 2000", "REPLICATES = 1000"),
-        ("routing/kernels/mixed.py", "import torch\n", "import torch as pytorch\n"),
+        ("routing/kernels/plain.py", "import torch\n", "import torch as pytorch\n"),
         ("routing/routers/per_token/vector_router.py", "def standardise(", "def standardize("),
         ("routing/routers/per_token/phatgoose.py", "class Phatgoose(", "class PHATGOOSE("),
         ("routing/routers/fixed/merged.py", "class Merged(", "class MergedExperts("),
@@ -98,8 +98,7 @@ def test_code_that_no_score_depends_on_does_not_count(version_with, unedited, fi
 DECISIVE = (
     *("evaluation.evaluate", "routing.open_model", "routing.compose", "routing.saved.load"),
     *("experts.pool", "experts.expert", "experts.kinds.peft_files", "base.loading", "base.sites"),
-    *("routing.layers", "routing.kernels.choice", "routing.kernels.concat"),
-    *("routing.kernels.gather", "routing.kernels.mixed", "routing.kernels.reference"),
+    *("routing.layers", "routing.kernels.choice", "routing.kernels.plain"),
     *("routing.routers.registry", "routing.routers.per_token.arrow", "routing.routers.decision"),
     *("routing.routers.lookup", "routing.routers.per_token.vector_router"),
     *("routing.routers.fixed.merged", "routing.routers.per_token.random_experts"),

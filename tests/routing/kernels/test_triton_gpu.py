@@ -19,8 +19,7 @@ from kernel_problems import Problem, make_problem
 from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
-from phatgoose.routing.kernels.concat import concat
-from phatgoose.routing.kernels.reference import reference
+from phatgoose.routing.kernels.plain import concat, reference
 from phatgoose.routing.kernels.triton_gpu import (
     in_blocks,
     one_by_one,

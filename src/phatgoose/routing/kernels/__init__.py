@@ -1,11 +1,8 @@
 """Kernels: the routed product, sum over z of w_z B_z A_z u, as one signature with several bodies.
 
 choice.py           the signature, and which kernel serves
-reference.py        a loop that reads like the paper
-concat.py           all experts side by side
-gather.py           each token's own factors
+plain.py            plain torch: a loop like the paper, concatenated, gathered, mttl's
 grouped.py          tokens sorted by expert
-mixed.py            mttl's product of mixed factors
 weighted_rows.py    weighted sums of vectors: biases, (IA)³
 bottlenecks.py      the routed bottleneck
 sizes.py            whether tensors belong together

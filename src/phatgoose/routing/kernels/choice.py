@@ -1,6 +1,6 @@
 """The routed LoRA product, sum over z of w_z B_z A_z u: one signature, several bodies.
 
-Glossary (METHOD section 2): T tokens, n inputs, d outputs, E experts, k chosen per token, r rank.
+Glossary: T tokens, n inputs, d outputs, E experts, k chosen per token, r rank.
 
 Every kernel is a function `(u, experts, weights, A, B) -> delta` of
     u        [T, n]     input activations
@@ -28,25 +28,12 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from .concat import concat
-from .gather import gather
 from .grouped import grouped, is_one_call
 from .native import native, runs_natively
-from .reference import reference
+from .plain import concat, gather, reference
 from .triton_gpu import runs_on_triton, triton_gpu
 
-__all__ = [
-    "KERNELS",
-    "Kernel",
-    "check_kernel",
-    "choose_kernel",
-    "concat",
-    "gather",
-    "grouped",
-    "native",
-    "reference",
-    "triton_gpu",
-]
+__all__ = ["KERNELS", "Kernel", "check_kernel", "choose_kernel"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -26,7 +26,7 @@ from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.kernels.mixed import mixed_factors
+from phatgoose.routing.kernels.plain import mixed_factors
 from phatgoose.routing.routers.per_token.arrow import ArrowRouter, arrow_vector
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save

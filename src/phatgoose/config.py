@@ -233,11 +233,7 @@ class Formatting(Settings):
 class Routing(Settings):
     """How a routed model chooses experts (paper sections 3 and 4.2)."""
 
-    router: Annotated[
-        str,
-        "phatgoose, phatgoose-input, average-activation, arrow, uniform-top-k, retrieval, merged, "
-        "random, single, oracle or best-individual.",
-    ] = "phatgoose"
+    router: Annotated[str, "Which router chooses experts."] = "phatgoose"
     k: Annotated[int, "Experts per token at each site."] = 2
     kernel: Annotated[str, "auto, reference, concat, gather, grouped, native or triton."] = "auto"
     eps: Annotated[float, "Added to var(u) under the root when standardising activations u."] = 1e-5

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,3 +206,34 @@ def make_targets_of(document: Path) -> list[str]:
 def test_make_targets_that_are_named_exist(document, target):
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert re.search(rf"^{re.escape(target)}:", makefile, re.M)
+
+
+MODULE = re.compile(r"`(phatgoose(?:\.\w+)+)")
+SOURCE_FILE = re.compile(r"`(?:src/phatgoose/)?((?:[a-z_0-9*]+/)+[a-z_0-9*]+\.(?:py|cpp|toml))`")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_names_of_modules_and_files_are_there(document):
+    text = prose_of(document)
+    for name in MODULE.findall(text):
+        if not name.endswith((".json", ".safetensors", ".png")):
+            pkgutil.resolve_name(name)
+    for file in SOURCE_FILE.findall(text):
+        found = [*ROOT.glob(file), *(ROOT / "src" / "phatgoose").glob(f"**/{file}")]
+        assert found, f"{document.name}: {file}"
+
+
+def test_the_papers_sections_are_mapped_to_files_that_exist():
+    table = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    table = table.partition("## The paper, and where it is")[2].partition("\n## ")[0]
+    named = re.findall(r"`(\w[\w/]+\.py)`", table)
+    assert len(named) > 20
+    for file in named:
+        assert (ROOT / "src" / "phatgoose" / file).is_file(), file
+
+
+def test_the_drawing_of_imports_is_up_to_date():
+    program = ROOT / "docs" / "import_graph.py"
+    drawn = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert drawn.stdout in page, "run: python docs/import_graph.py --write"

@@ -1,4 +1,4 @@
-"""Draw which of the package's entries import which, as mermaid, between two marks in docs/design.md.
+"""Draw which entries of the package import which, as mermaid, between two marks in design.md.
 
     python docs/import_graph.py           prints the graph
     python docs/import_graph.py --write   puts it into docs/design.md, where a test compares it

@@ -60,7 +60,7 @@ class Pool:
                 f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
                 f"expert directories, each with a {LAYOUT.info}."
             )
-        return cls._of(_loaded(directories))
+        return cls._of(ahead(Expert.load, directories))
 
     @classmethod
     def _of(cls, experts: Iterable[Expert]) -> Pool:
@@ -234,14 +234,9 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
         local_folder(named if HubReference.is_one(named) else path.parent / named)
         for named, _ in places
     ]
-    for expert, (_, record) in zip(_loaded(directories), places, strict=True):
+    for expert, (_, record) in zip(ahead(Expert.load, directories), places, strict=True):
         _check_hashes(expert, record)
         yield expert
-
-
-def _loaded(directories: Sequence[Path]) -> Iterator[Expert]:
-    """The experts in `directories`, in order; several are read at once."""
-    return ahead(Expert.load, directories)
 
 
 def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:

@@ -138,20 +138,16 @@ def _arguments(
 
 def _report(trainer: Trainer, train_loss: float, bar: ProgressBar, steps: int) -> FitReport:
     best = trainer.state.best_metric
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return FitReport(
         steps=steps,
-        train_loss=_last_logged(trainer, "loss", train_loss),
+        train_loss=float(logged[-1] if logged else train_loss),
         validation_loss=None if best is None else float(best),
         best_step=trainer.state.best_global_step if best is not None else None,
         tokens=bar.tokens,
         seconds=round(bar.seconds, 1),
         tokens_per_second=round(bar.tokens_per_second, 1),
     )
-
-
-def _last_logged(trainer: Trainer, key: str, default: float) -> float:
-    logged = [entry[key] for entry in trainer.state.log_history if key in entry]
-    return float(logged[-1] if logged else default)
 
 
 def _micro_batch(training: Training) -> int:

@@ -120,7 +120,8 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(_trainable(self.model), folder / TRAINABLE)
+        trained = {name: p.detach().contiguous() for name, p in self._trained()}
+        save_file(trained, folder / TRAINABLE)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
@@ -143,17 +144,11 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def _restore(self, folder: Path) -> None:
         kept = load_file(folder / TRAINABLE)
         with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(kept[name])
+            for name, parameter in self._trained():
+                parameter.copy_(kept[name])
 
-
-def _trainable(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: parameter.detach().contiguous()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return (named for named in self.model.named_parameters() if named[1].requires_grad)
 
 
 class ValidateLastStep(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

@@ -128,7 +128,7 @@ class _ExpertWorkshop:
                     formatting=self.formatting,
                     resume=job.resume,
                     restart=job.restart,
-                    callback=_Forwarded(tell, destination.on_saved),
+                    callback=TrainingCallback(tell, destination.on_saved),
                 )
             return TrainedExpert(expert.name, self.folder.place(job.name), expert.info.metrics)
 
@@ -142,17 +142,3 @@ class _ExpertWorkshop:
         elif isinstance(base, str):
             base = BaseLocation(absolute(base), self.dtype, BaseReference(base))
         return replace(self, base=base, folder=self.folder.portable())
-
-
-@dataclass(frozen=True)
-class _Forwarded(TrainingCallback):
-    """Passes a training's events on to two functions."""
-
-    steps: Callable[[int], None]
-    saved: Callable[[], None]
-
-    def on_steps(self, count: int) -> None:
-        self.steps(count)
-
-    def on_saved(self) -> None:
-        self.saved()

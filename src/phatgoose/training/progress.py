@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +20,17 @@ __all__ = ["ProgressBar", "TrainingCallback"]
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class TrainingCallback:
-    """Callback for training progress; this base class ignores every event."""
+    """Functions that hear of training progress; the defaults ignore it.
 
-    def on_steps(self, count: int) -> None:
-        """`count` more optimiser steps are done. Each training begins with those done earlier."""
+    `on_steps` gets the number of optimiser steps just done, at the beginning of a training those of
+    earlier runs. `on_saved` is called when a checkpoint or another part of the unfinished work is
+    complete on the disk.
+    """
 
-    def on_saved(self) -> None:
-        """A checkpoint or another part of the unfinished work is complete on the disk."""
+    on_steps: Callable[[int], None] = lambda count: None
+    on_saved: Callable[[], None] = lambda: None
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped

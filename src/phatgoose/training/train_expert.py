@@ -22,6 +22,7 @@ from ..tasks.cuts import Cuts
 from ..tasks.task import Task
 from . import processes
 from .gates import Record, add_gates
+from .joint_gates import take_gates
 from .loop import FitReport, fit
 from .new_modules.fresh import FreshExpert
 from .new_modules.registry import fresh_expert, parameters_at
@@ -119,7 +120,7 @@ def _train_adapter(run: TrainingRun, peft: Peft) -> Path:
             label=f"{task.name}: expert",
             callback=run.callback,
         )
-        gates = fresh.take_gates() if run.gate_training.joint else None
+        gates = take_gates(fresh.parts) if run.gate_training.joint else None
         if processes.is_first():
             if gates is not None:
                 save_file(gates, work / JOINT_GATES)

@@ -44,7 +44,7 @@ from ..kinds.peft_files import (
 )
 from .peft_skeleton import Target, resolve
 from .refusals import CONVERTIBLE, tensor_refusal
-from .to_lora import Conversion, convert
+from .to_lora import convert
 
 __all__ = ["import_adapter", "resolved_modules"]
 
@@ -95,7 +95,11 @@ def import_adapter(
     with tempfile.TemporaryDirectory() as work:
         if lossy and allow_loss is not None:
             conversion = convert(folder, base, allow_loss, revision=revision)
-            record |= _loss_record(str(config["peft_type"]), conversion)
+            record |= {
+                "converted_from": str(config["peft_type"]),
+                "kept_of_update": round(conversion.kept, 6),
+                "kept_at_worst_site": round(conversion.least, 6),
+            }
             adapter = _write_adapter(Path(work), conversion.factors, config)
         else:
             modules, untouched = resolved_modules(folder, base, revision)
@@ -277,12 +281,3 @@ def _alike(one: object, other: object) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other)
     return one == other
-
-
-def _loss_record(kind: str, conversion: Conversion) -> dict[str, Any]:
-    """What an expert records about an approximation."""
-    return {
-        "converted_from": kind,
-        "kept_of_update": round(conversion.kept, 6),
-        "kept_at_worst_site": round(conversion.least, 6),
-    }

@@ -67,11 +67,6 @@ class BottleneckLayers(SiteModule):
         """The size m of the bottleneck."""
         return self.down.shape[0]
 
-    @property
-    def settings(self) -> object:
-        """Activation and scale."""
-        return (self.activation, self.scale)
-
     def at(self, weight: Tensor) -> BottleneckLayers:
         """The same in the dtype and on the device of `weight`, with the scale folded in."""
         up, up_bias = ((self.scale * t.float()).to(weight) for t in (self.up, self.up_bias))

@@ -43,11 +43,6 @@ class ScalingVector(SiteModule):
         """The size d of the site's output, None where the input is scaled."""
         return None if self.on_input else len(self.vector)
 
-    @property
-    def settings(self) -> object:
-        """Whether the input is scaled."""
-        return self.on_input
-
     def at(self, weight: Tensor) -> ScalingVector:
         """The same on the device of `weight`, in float32: a bfloat16 is far too coarse around 1."""
         return ScalingVector(self.vector.to(weight.device, torch.float32), self.on_input)

@@ -42,9 +42,10 @@ class SiteModule(ABC):
         return None
 
     @property
-    @abstractmethod
     def settings(self) -> object:
-        """Everything but the tensors that its output depends on."""
+        """Its fields that are no tensors: one value, or a tuple of several."""
+        held = tuple(v for v in vars(self).values() if v is not None and not isinstance(v, Tensor))
+        return held if len(held) > 1 else held[0]
 
     @abstractmethod
     def at(self, weight: Tensor) -> SiteModule:

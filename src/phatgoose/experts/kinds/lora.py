@@ -51,11 +51,6 @@ class LoraFactors(SiteModule):
         """The rank r."""
         return self.A.shape[0]
 
-    @property
-    def settings(self) -> object:
-        """The scale."""
-        return self.scale
-
     def at(self, weight: Tensor) -> LoraFactors:
         """The same in the dtype and on the device of `weight`, with the scale folded in."""
         B = (self.scale * self.B.float()).to(weight)

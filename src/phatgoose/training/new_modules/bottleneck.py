@@ -21,23 +21,18 @@ from ...config import Bottleneck
 from ...experts.applied import replaced
 from ...experts.kinds.bottleneck import BottleneckLayers, write_bottleneck
 from ..gates import openness
-from ..joint_gates import new_gate, take_gates
+from ..joint_gates import new_gate
 from .fresh import FreshExpert
 
-__all__ = ["bottleneck_sites", "count_bottleneck", "new_bottleneck"]
+__all__ = ["OUTPUTS", "count_bottleneck", "new_bottleneck"]
 
 # The last linear layers of attention and of feed-forward networks, by their names in transformers.
 ATTENTION_OUTPUT = r"(?i:[^.]*att[^.]*)\.(o|o_proj|out_proj|c_proj|dense)$"
 FEEDFORWARD_OUTPUT = r"\.(wo|down_proj|fc2|fc_out|dense_4h_to_h|w2)$|\bmlp\.c_proj$"
-OUTPUTS = {
+OUTPUTS = {  # patterns of sites by placement
     "houlsby": f"{ATTENTION_OUTPUT}|{FEEDFORWARD_OUTPUT}",
     "pfeiffer": FEEDFORWARD_OUTPUT,
 }
-
-
-def bottleneck_sites(model: PreTrainedModel, bottleneck: Bottleneck) -> str:
-    """A pattern for the sites of the placement that the settings name."""
-    return OUTPUTS[bottleneck.placement]
 
 
 def count_bottleneck(model: PreTrainedModel, bottleneck: Bottleneck, sites: Iterable[Site]) -> int:
@@ -62,7 +57,7 @@ def new_bottleneck(
         write_bottleneck(folder, trained, {"base": base.id})
 
     with replaced(base.model, layers):
-        yield FreshExpert(base.model, lambda: take_gates(layers), save)
+        yield FreshExpert(base.model, layers, save)
 
 
 class _BottleneckLinear(WrappedLinear):

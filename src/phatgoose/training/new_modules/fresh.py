@@ -8,7 +8,7 @@ base path is upcast. (PEFT's default casts every activation up; docs/design.md h
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -30,25 +30,23 @@ ADAPTER = "default"  # PEFT's name for the one adapter of a model
 
 @dataclass(frozen=True)
 class FreshExpert:
-    """An expert in training: `model` is trained, then its files are written.
+    """An expert in training: `model` is trained, then `save` writes its files to a folder.
 
-    `take_gates` returns jointly trained gates by site and removes them from the model; `save`,
-    which comes last, writes the adapter's files to a folder.
+    `parts` are the modules by site that hold joint gates, which have to be taken before saving.
     """
 
     model: nn.Module
-    take_gates: Callable[[], dict[str, Tensor]]
+    parts: Mapping[str, nn.Module]
     save: Callable[[Path], None]
 
 
 @dataclass(frozen=True)
 class NewModules:
-    """How new modules of one kind are made. Settings are of the kind's class in `config`.
+    """How new modules of one kind are made.
 
-    `default_sites` returns a pattern for the sites of a model where modules act unless the settings
-    say otherwise, None for all; `count` the number of trained parameters at some sites, without
-    gates; `create` a context in which a base holds the modules. `dtype` is the type they are stored
-    in, None for the base's.
+    `default_sites` is the pattern of sites of a model for settings that name none, None for all
+    sites; `count` the number of trained parameters at some sites, without gates; `create` a context
+    in which a base holds the modules. `dtype` is the type they are stored in, None for the base's.
     """
 
     default_sites: Callable[[PreTrainedModel, Any], str | None]

@@ -28,7 +28,7 @@ from ...config import IA3
 from ...errors import ConfigError
 from ...experts.kinds.ia3 import ScalingVector
 from ..gates import openness
-from ..joint_gates import new_gate, take_gates
+from ..joint_gates import new_gate
 from .fresh import ADAPTER, FreshExpert, peft_options, save_peft, under_peft
 
 __all__ = ["count_ia3", "ia3_sites", "new_ia3", "scales_input"]
@@ -82,9 +82,7 @@ def new_ia3(base: Base, ia3: IA3, sites: dict[str, Site], *, joint: bool) -> Ite
         model.peft_config[ADAPTER].target_modules = sorted(sites)
         model.peft_config[ADAPTER].feedforward_modules = inputs
         yield FreshExpert(
-            model,
-            lambda: take_gates(layers),
-            lambda folder: save_peft(model, base, folder, torch.float32),
+            model, layers, lambda folder: save_peft(model, base, folder, torch.float32)
         )
 
 

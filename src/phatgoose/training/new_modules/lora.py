@@ -19,14 +19,10 @@ from ...base.loading import Base
 from ...base.sites import Site
 from ...config import Lora
 from ..gates import openness
-from ..joint_gates import new_gate, take_gates
+from ..joint_gates import new_gate
 from .fresh import ADAPTER, FreshExpert, peft_options, save_peft, under_peft
 
-__all__ = ["count_lora", "lora_sites", "new_lora"]
-
-
-def lora_sites(model: PreTrainedModel, lora: Lora) -> None:
-    """None: every site."""
+__all__ = ["count_lora", "new_lora"]
 
 
 def count_lora(model: PreTrainedModel, lora: Lora, sites: Iterable[Site]) -> int:
@@ -48,12 +44,9 @@ def new_lora(
         for layer in model.modules():
             if isinstance(layer, LoraLayer):
                 _use_master_copies(layer, lora.init_std, joint=joint)
-
-        def gates() -> dict[str, Tensor]:
-            return take_gates({s: base.model.get_submodule(s).lora_A[ADAPTER] for s in sites})
-
+        parts = {site: base.model.get_submodule(site).lora_A[ADAPTER] for site in sites}
         yield FreshExpert(
-            model, gates, lambda folder: save_peft(model, base, folder, base.model.dtype)
+            model, parts, lambda folder: save_peft(model, base, folder, base.model.dtype)
         )
 
 

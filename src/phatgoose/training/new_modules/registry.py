@@ -12,18 +12,20 @@ from ...base.sites import Site, find_sites
 from ...config import Peft
 from ...errors import ConfigError
 from ...experts.adapter import kind_for
-from .bottleneck import bottleneck_sites, count_bottleneck, new_bottleneck
+from .bottleneck import OUTPUTS, count_bottleneck, new_bottleneck
 from .fresh import FreshExpert, NewModules
 from .ia3 import count_ia3, ia3_sites, new_ia3
-from .lora import count_lora, lora_sites, new_lora
+from .lora import count_lora, new_lora
 
 __all__ = ["NEW_MODULES", "fresh_expert", "modules_for", "parameters_at", "placed_sites"]
 
 # By the names of `experts.adapter.KINDS`; a new kind is added here.
 NEW_MODULES: dict[str, NewModules] = {
-    "lora": NewModules(lora_sites, count_lora, new_lora),
+    "lora": NewModules(lambda model, lora: None, count_lora, new_lora),
     "ia3": NewModules(ia3_sites, count_ia3, new_ia3, torch.float32),
-    "bottleneck": NewModules(bottleneck_sites, count_bottleneck, new_bottleneck),
+    "bottleneck": NewModules(
+        lambda model, shape: OUTPUTS[shape.placement], count_bottleneck, new_bottleneck
+    ),
 }
 
 

@@ -93,7 +93,7 @@ def measure_speed(
             training=replace(training, steps=STEPS, batch_size=batch, eval_every=STEPS),
             gate_training=replace(gates, gate_steps=STEPS, means=False, embeddings=False),
             formatting=formatting,
-            callback=clock,
+            callback=TrainingCallback(clock.steps, clock.saved),
         )
     metrics = expert.info.metrics
     encoder = Encoder.of(loaded, formatting or Formatting())
@@ -115,22 +115,20 @@ def measure_speed(
 
 
 @dataclass
-class _Clock(TrainingCallback):
+class _Clock:
     """When each step of the expert and of its gates ended, and when the expert was saved."""
 
     stages: list[list[float]] = field(default_factory=list)
     saved_at: float = 0.0
 
-    def on_steps(self, count: int) -> None:
-        """Begin a stage when no step is done yet; else note the time of one step."""
-        if count == 0:
+    def steps(self, count: int) -> None:
+        if count == 0:  # a stage begins
             self.stages.append([])
         else:
             self.stages[-1].append(time.perf_counter())
 
-    def on_saved(self) -> None:
-        """Note the first time, which is after the expert's validation."""
-        self.saved_at = self.saved_at or time.perf_counter()
+    def saved(self) -> None:
+        self.saved_at = self.saved_at or time.perf_counter()  # first after the expert's validation
 
 
 def _most_memory() -> int:

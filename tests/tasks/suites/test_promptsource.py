@@ -67,7 +67,7 @@ def rendered(jinja, row, choices=None, name="test"):
 
 
 def test_reads_every_field_and_sorts_by_name(folder):
-    first, second = read_templates(folder(), "fruit", None)
+    first, second = read_templates(folder(), "fruit")
     assert first == PromptTemplate("Any fruit", "Name a fruit. ||| {{fruit}}")
     assert second == PromptTemplate(
         "taste",
@@ -82,9 +82,9 @@ def test_reads_every_field_and_sorts_by_name(folder):
 
 def test_configurations_are_folders(folder):
     root = folder(config="big")
-    assert len(read_templates(root, "fruit", "big")) == 2
+    assert len(read_templates(root, "fruit/big")) == 2
     with pytest.raises(TaskError, match=r"fruit.templates\.yaml does not exist; .*pip install"):
-        read_templates(root, "fruit", None)
+        read_templates(root, "fruit")
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_other_tags_are_refused(folder, tag):
     with pytest.raises(
         TaskError, match=r"fruit.templates\.yaml can't be read: could not determine"
     ):
-        read_templates(root, "fruit", None)
+        read_templates(root, "fruit")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_other_tags_are_refused(folder, tag):
 )
 def test_broken_files_are_refused_by_name(folder, text, reason):
     with pytest.raises(TaskError) as caught:
-        read_templates(folder(text), "fruit", None)
+        read_templates(folder(text), "fruit")
     assert reason in str(caught.value)
     assert "templates.yaml" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -138,7 +138,7 @@ def test_files_that_are_not_text_are_refused(folder):
     root = folder()
     (root / "fruit/templates.yaml").write_bytes(b"templates: \xff\xfe")
     with pytest.raises(TaskError, match="can't be read"):
-        read_templates(root, "fruit", None)
+        read_templates(root, "fruit")
 
 
 def test_folder_given(tmp_path):
@@ -349,8 +349,7 @@ def test_there_is_a_record_for_every_real_file():
 @needs_p3
 @pytest.mark.parametrize("path", RECORDS)
 def test_real_templates(path):
-    dataset, _, config = path.partition("/")
-    templates = read_templates(P3, dataset, config or None)
+    templates = read_templates(P3, path)
     assert len({template.name for template in templates}) == len(templates)
     filled = 0
     for template in templates:

@@ -142,7 +142,7 @@ def test_selection_splits_and_limits():
         500_000: 1,
     }
     assert all("/" in table["hub"] for tables in t0._tables().values() for table in tables)
-    generated = {name for name, table in datasets.items() if table["metrics"] != ["accuracy"]}
+    generated = {name for name, table in datasets.items() if "metrics" in table}
     assert {name for name, table in datasets.items() if "references" in table} == generated
 
 
@@ -531,9 +531,10 @@ def test_local_copies_in_the_hubs_layout(written, tmp_path):
 
 
 def records_of(table):
-    if not table.get("templates"):
+    if "prompt" in table:
         return {"text": "What is the capital of Peru ?", "coarse_label": 4, "fine_label": 32}
-    return RECORDS[table["templates"]]
+    folder = table["hub"].split("/")[-1]
+    return RECORDS[f"{folder}/{table['config']}" if "config" in table else folder]
 
 
 @pytest.mark.real

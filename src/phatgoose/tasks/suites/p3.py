@@ -26,15 +26,14 @@ Row = Mapping[str, Any]
 class P3Dataset:
     """A dataset with P3's prompts.
 
-    `templates` is the folder of its promptsource file; empty where `prompt` (in the same notation)
-    and `prompt_choices` replace it. `ignored` names templates that are never used. `rename` maps
-    field names in some copies of the dataset to those in the templates.
+    `prompt` (in promptsource's notation) and `prompt_choices`, where given, replace promptsource's
+    templates. `ignored` names templates that are never used. `rename` maps field names in some
+    copies of the dataset to those in the templates.
     """
 
     name: str
     hub: str
     config: str | None = None
-    templates: str = ""
     ignored: tuple[str, ...] = ()
     rename: Mapping[str, str] = field(default_factory=dict)
     prompt: str = ""
@@ -45,13 +44,17 @@ class P3Dataset:
         """Where the data come from, in words."""
         return f"{self.hub}, prompts of P3"
 
+    @property
+    def templates(self) -> str:
+        """The folder of its templates in promptsource: DATASET or DATASET/CONFIG."""
+        return "/".join(filter(None, (self.hub.split("/")[-1], self.config)))
+
     def prompt_templates(self, sources: Sources) -> list[PromptTemplate]:
         """The templates without the ignored ones, sorted by name."""
         if self.prompt:
             choices = "|||".join(self.prompt_choices)
             return [PromptTemplate(self.name, self.prompt, choices, original_task=True)]
-        path, _, config = self.templates.partition("/")
-        templates = read_templates(templates_folder(sources), path, config or None)
+        templates = read_templates(templates_folder(sources), self.templates)
         return without(templates, self.ignored, self)
 
     def rows(

@@ -99,14 +99,14 @@ class PromptTemplate:
         return Example(parts[0], parts[1], tuple(choices or ()), references, passage)
 
 
-def read_templates(folder: Path, dataset: str, config: str | None) -> tuple[PromptTemplate, ...]:
-    """The templates in `folder/DATASET/CONFIG/templates.yaml`, sorted by name as promptsource does.
+def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
+    """The templates of `dataset` ("NAME" or "NAME/CONFIG"), sorted by name as promptsource does.
 
-    Without `config` the file is `folder/DATASET/templates.yaml`. Raises TaskError, naming the file,
-    when it is missing, has another format, a tag other than promptsource's two, or a template that
-    isn't valid jinja2.
+    They are in `folder/NAME/CONFIG/templates.yaml`. Raises TaskError, naming the file, when it is
+    missing, has another format, a tag other than promptsource's two, or a template that isn't valid
+    jinja2.
     """
-    file = folder / dataset / (config or "") / FILE_NAME
+    file = folder / dataset / FILE_NAME
     if not file.is_file():
         raise TaskError(f"Template file {file} does not exist; {HOW_TO_GET}")
     try:

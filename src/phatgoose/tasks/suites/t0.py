@@ -85,7 +85,7 @@ class _HeldIn(P3Dataset):
     the path to a row's accepted answers, which generated text is compared with.
     """
 
-    metrics: tuple[str, ...]
+    metrics: tuple[str, ...] = ACCURACY
     micro_batch_size: int
     train_rows: int
     train_templates: int
@@ -108,7 +108,7 @@ class _HeldIn(P3Dataset):
 class _HeldOut(P3Dataset):
     """A dataset to evaluate on. `manual` says how to get it where the Hub doesn't have it."""
 
-    split: str
+    split: str = "validation"
     manual: str = ""
 
 

@@ -11,5 +11,5 @@ compose.py      compose and detach
 recording.py    every decision about a text
 growing.py      experts that join and leave
 saved/          routed models in folders
-open_model.py   whatever stands for a model, opened
+open_model.py   a model from a routed folder, a pool, an expert or a base
 """

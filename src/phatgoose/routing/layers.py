@@ -123,7 +123,7 @@ class RoutedLinear(RoutedLayer):
         return SiteStack.of(held, self.experts)
 
     def choose(self, u: Tensor) -> RoutingDecision:
-        """The experts of each token of u [.., n] and their weights, told to whoever watches."""
+        """The experts of each token of u [.., n] and their weights; calls the watches back."""
         tokens = u.reshape(-1, u.shape[-1])
         decision: RoutingDecision = self.router(tokens)
         if watches := watches_over(self, self.site):

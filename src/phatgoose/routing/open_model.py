@@ -1,4 +1,4 @@
-"""Opening whatever stands for a model: a routed model's folder, a pool, an expert, a base."""
+"""Opening a model from any place: a routed model's folder, a pool, an expert, a base."""
 
 from __future__ import annotations
 

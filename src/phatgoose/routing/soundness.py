@@ -128,7 +128,7 @@ def check_lookup(
 def _sizes_of(
     where: str, held: Mapping[str, Tensor], forms: Mapping[str, Form], sizes: Mapping[str, int]
 ) -> dict[str, int]:
-    """The size that each letter stands for, the same wherever it stands, and never 0."""
+    """The size of each letter, which is the same in all tensors and never 0."""
     found = dict(sizes)
     for name, tensor in held.items():
         form = forms[name]

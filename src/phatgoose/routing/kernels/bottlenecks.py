@@ -40,9 +40,9 @@ BottleneckKernel = Callable[..., Tensor]
 
 
 def choose_bottleneck(y: Tensor, experts: Tensor, down: Tensor) -> BottleneckKernel:
-    """The faster body: side by side while at most twice as many experts are there as are chosen.
+    """The faster body: side by side while at most half of the experts are left out.
 
-    Off the CPU and under torch.compile always that, since the other one reads counts back.
+    Always that off the CPU and under torch.compile, since the other one reads counts back.
     """
     may_read_counts = y.device.type == "cpu" and not torch.compiler.is_compiling()
     few = len(down) <= 2 * experts.shape[1]

@@ -1,10 +1,10 @@
-"""A library of C++, compiled on this machine and kept where nobody else can write.
+"""Compiling a C++ library on this machine, and caching it where only its user can write.
 
-What is loaded runs with all rights of its user. So a library is taken from the cache only if it
-lies in a folder of the user's own that others can't enter, is a file of the user's own that others
-can't write to, and has the SHA-256 that its name ends with; and what is loaded is the very file
-that was looked at, not whatever its name may lead to by then. A damaged one is built anew. Where
-the cache is not private, the library is built for this process alone, in a temporary folder.
+A loaded library has all rights of its user. So one is taken from the cache only if it is in a
+folder of the user's that others can't enter, is a file of the user's that others can't write to,
+and has the SHA-256 that its name ends with; and the file that was checked is the one loaded,
+whatever its name leads to by then. A damaged one is rebuilt. Where the cache is not private, the
+library is built for this process alone, in a temporary folder.
 """
 
 from __future__ import annotations

@@ -1,14 +1,12 @@
 """The routed product and the top-k of scored routers in C++, for CPUs: `native.cpp` beside this.
 
-It is built once per machine, in about two seconds, by the C++ compiler that is found there (`$CXX`,
-else c++), and kept in the user's cache (`building`). Where there is no compiler nothing is lost but
-speed: one line says so, and the other kernels serve. `PHATGOOSE_NATIVE=0` in the environment turns
-it off without a word.
+The machine's C++ compiler (`$CXX`, else c++) builds it once, in about two seconds, into the user's
+cache (`building`). Without a compiler the other kernels serve, more slowly, and one line says so.
+`PHATGOOSE_NATIVE=0` in the environment turns it off.
 
-The library is called through ctypes on contiguous CPU tensors, and believes what it is told of
-their sizes. So each call is held against the tensors' own types, places and shapes here, and
-indices against the number of experts in C++, before anything is read. It runs on torch's own OpenMP
-threads: the runtime that torch has loaded already serves it too.
+The library takes addresses of contiguous CPU tensors through ctypes and trusts their sizes. So each
+call first checks the tensors' types, devices and shapes here, and indices in C++. It runs on
+torch's own OpenMP threads.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """The routed product and the top-k of scored routers in Triton, for GPUs without gradients.
 
-The programs stand in `triton_programs` beside this. Triton comes with torch's builds for GPUs;
-where it is absent nothing is lost but speed: the other kernels serve. Under `TRITON_INTERPRET=1`,
-set before Triton is first imported, it runs the same programs on the CPU, slowly: for tests.
+The programs are in `triton_programs`. Triton comes with torch's builds for GPUs; without it the
+other kernels serve, more slowly. Under `TRITON_INTERPRET=1`, set before Triton is first imported,
+the same programs run on the CPU, for tests.
 
-Few tokens are multiplied one by one, each with its own experts' factors; many are put into blocks
-of one expert each, on the device, whose number is bounded by the shapes alone. So nothing ever
-waits for the device, and calls can be captured in a CUDA graph.
+Few tokens are multiplied one by one, each with its own experts' factors; many are grouped on the
+device into blocks of one expert each, whose number the shapes bound. So no call waits for the
+device, and calls can be captured in a CUDA graph.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def score_experts(
 def choose_experts(scores, experts, weights, E, k, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr):
     """The k highest scores of one token, the first of equals first, and their softmax.
 
-    NaN counts as the lowest number there is, so that no choice ever falls outside the E experts.
+    NaN counts as the lowest number, so that every choice is one of the E experts.
     """
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
@@ -178,7 +178,7 @@ def place_pairs(
 ):
     """The pairs of each block in `rows` [blocks, BLOCK_T], its expert in `owners` [blocks].
 
-    Both are counted from 1; what stays 0 is nobody's.
+    Both count from 1; 0 marks an empty place.
     """
     pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     wanted = tl.load(weights + pair, mask=pair < pairs, other=0.0) != 0.0

@@ -70,11 +70,11 @@ class Lookup:
         raise NotImplementedError
 
     def serve(self, experts: Tensor | None) -> None:
-        """Use `experts` for the rows of the passes to come, until told otherwise."""
+        """Use `experts` for the rows of the next passes, until the next call."""
         self._turn.rows = experts
 
     def attach(self, model: PreTrainedModel) -> None:
-        """Watch `model` for inputs that nobody announces."""
+        """Watch `model` for inputs that are not announced."""
 
     def detach(self) -> None:
         """Stop watching."""

@@ -155,10 +155,12 @@ def check_routing(router: Router, pool: Pool) -> None:
     warn_of_lowered_k(router, len(pool), f"the pool has {len(pool)} experts", stacklevel=4)
 
 
-def warn_of_lowered_k(router: Router, size: int, told: str, stacklevel: int) -> None:
+def warn_of_lowered_k(router: Router, size: int, reason: str, stacklevel: int) -> None:
     """Warn when `k` exceeds the `size` of the pool."""
     if router.uses_k and router.routing.k > size:
-        warnings.warn(f"k is {router.routing.k}, but {told}; k is lowered.", stacklevel=stacklevel)
+        warnings.warn(
+            f"k is {router.routing.k}, but {reason}; k is lowered.", stacklevel=stacklevel
+        )
 
 
 def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:

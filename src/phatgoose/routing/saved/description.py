@@ -81,7 +81,7 @@ def routing_record(routing: Routing) -> dict[str, Any]:
 def _check_experts(records: Any) -> None:
     """Raise ValueError or ExpertError unless `records` are those of experts with names that differ.
 
-    Paths are told to nobody unasked, and may be whatever a file system has.
+    Paths may be anything that a file system allows.
     """
     if not isinstance(records, list) or not records:
         raise ValueError(f"experts is {shortened(records)}, not a list of some")

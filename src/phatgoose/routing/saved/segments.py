@@ -184,7 +184,7 @@ def compact(directory: str | Path, *, stored: str | None = None) -> SavedModel:
 
 @contextmanager
 def _changing(folder: Path) -> Iterator[Path]:
-    """`folder`, which no other process changes meanwhile; what can't be written is told."""
+    """`folder`, locked against other processes; RoutingError where it can't be written."""
     if not (folder / ROUTED_INFO).is_file():
         raise RoutingError(f"{folder} holds no routed model: {ROUTED_INFO} can't be read.")
     try:
@@ -199,7 +199,7 @@ def _changing(folder: Path) -> Iterator[Path]:
 def _write_segment(
     folder: Path, tensors: Iterator[tuple[str, Tensor]], header: int, experts: int
 ) -> dict[str, Any]:
-    """The description's entry of a segment, which is in its place then and nobody's yet."""
+    """Write a segment that no description names yet; its entry for one."""
     clear_left_overs(folder / ROUTED_WEIGHTS)
     with temporary_file(folder / ROUTED_WEIGHTS) as unfinished:
         write_tensors(unfinished, tensors, header)

@@ -229,9 +229,9 @@ def _entries(info: Mapping[str, Any], count: int) -> list[_Entry]:
         named = SEGMENT_FILE.fullmatch(entry.file) and isinstance(entry.sha256, str)
         if not named or type(entry.experts) is not int or entry.experts < 1:
             raise ValueError(f"segment {shortened(tuple(entry))}")
-    told = sum(entry.experts for entry in entries)
-    if told != count:
-        raise ValueError(f"{told} experts in segments, {count} described")
+    held = sum(entry.experts for entry in entries)
+    if held != count:
+        raise ValueError(f"{held} experts in segments, {count} described")
     return entries
 
 

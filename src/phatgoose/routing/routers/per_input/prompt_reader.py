@@ -1,4 +1,4 @@
-"""Lookups that go by prompts: where nobody announces them, they read those that pass the model."""
+"""Lookups that choose by prompts: announced ones, or those that pass through the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _uncompiled(hook: Callable[..., None]) -> Callable[..., None]:
 
 
 class PromptReader(Lookup):
-    """A lookup that goes by prompts and, where nobody announces them, reads those that pass."""
+    """A lookup that chooses by prompts; it reads those that pass where none are announced."""
 
     name = "this router"
 

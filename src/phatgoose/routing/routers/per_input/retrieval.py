@@ -115,7 +115,7 @@ class Retriever(PromptReader):
         return self.owners[(queries @ self.embeddings.T).argmax(dim=-1)]
 
     def of_prompts(self, texts: Sequence[str]) -> Tensor:
-        """The expert of each prompt, whose answer choices nobody knows, int64 [texts]."""
+        """The expert of each prompt, without answer choices, int64 [texts]."""
         return self.nearest([retrieval_text(text, ()) for text in texts])
 
     def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:

@@ -3,7 +3,7 @@
 At every site and for every token, an expert's affinity is the product of its gate and the token's
 activation, both standardised; the k experts with the highest affinities act, weighted by the
 softmax of their affinities over √n. Settings extend that: other affinities (`affinities`), a
-temperature, and stand-ins for gates that nobody trained (`stand_in`).
+temperature, and stand-ins for missing gates (`stand_in`).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Phatgoose(AffinityRouting):
         return super().grows
 
     def vectors_at(self, pool: Pool, site: str) -> Tensor:
-        """Gates, standardised or as the affinity has them, or what stands in for them."""
+        """Gates, standardised or as the affinity has them, or their stand-ins."""
         if self.routing.stand_in:
             return gates_or_stand_ins(pool, site)
         return super().vectors_at(pool, site)

@@ -1,4 +1,4 @@
-"""Stand-ins for gates that nobody trained, so that their experts can join a pool of gated ones.
+"""Stand-ins for missing gates, so that experts without gates can join a pool of gated ones.
 
 Not in the paper. Without data only an expert's update is known, and Arrow's vector
 (`per_token.arrow`) is the direction it reacts to most. Two things about the gate stay unknown: its

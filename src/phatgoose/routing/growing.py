@@ -29,7 +29,7 @@ from .routers.router import Router, warn_of_lowered_k
 from .stacks.rows import appended, joined, take_rows
 from .stacks.site_stack import SiteStack, joined_stacks, kept_stack
 
-__all__ = ["add_experts", "check_growth", "check_removal", "remove_experts"]
+__all__ = ["add_experts", "check_growth", "check_removal", "check_unfolded", "remove_experts"]
 
 
 def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedModel:
@@ -42,7 +42,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     parts = composition_of(model)
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     check_growth(parts.router, parts.experts, pool)
-    _check_unfolded(parts)
+    check_unfolded(_has_folded(parts))
     check_in_place(parts.layers.values())
     check_base(pool.base, parts.base)
     detach(model)
@@ -81,7 +81,7 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
     """
     parts = composition_of(model)
     left = check_removal(parts.router, parts.experts, names)
-    _check_unfolded(parts)
+    check_unfolded(_has_folded(parts))
     check_in_place(parts.layers.values())
     place = torch.full((len(parts.experts),), -1)
     place[left] = torch.arange(len(left))  # of each expert among those that stay, or -1
@@ -132,12 +132,17 @@ def _check_router(router: Router) -> None:
         raise RoutingError(router.grows)
 
 
-def _check_unfolded(parts: Composition) -> None:
-    if any(isinstance(layer, FoldedLinear) for layer in parts.layers.values()):
+def check_unfolded(folded: bool) -> None:
+    """Raise RoutingError when the experts of a model are `folded` into the base's weights."""
+    if folded:
         raise RoutingError(
-            "The merged experts are folded into the base's weights and can't be told apart any "
-            "more; compose the pool anew."
+            "The merged experts are folded into the base's weights and can't be separated any more; "
+            "compose the pool anew."
         )
+
+
+def _has_folded(parts: Composition) -> bool:
+    return any(isinstance(layer, FoldedLinear) for layer in parts.layers.values())
 
 
 def _grown(

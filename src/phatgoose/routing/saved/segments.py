@@ -28,7 +28,7 @@ from ...files.atomic import new_directory, write_text
 from ...files.left_overs import clear_left_overs, temporary_file
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
-from ..growing import check_growth, check_removal
+from ..growing import check_growth, check_removal, check_unfolded
 from ..routers.per_input.retrieval import EMBEDDINGS, OWNERS, embeddings_of
 from ..routers.router import router_of
 from ..routers.scores import Scores
@@ -106,7 +106,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         saved = read_saved(folder)
         router, first = router_of(saved.routing), saved.segments[0].tensors
         check_growth(router, saved.names, pool)
-        _check_unfolded(saved)
+        check_unfolded(_has_folded(saved))
         check_base(pool.base, saved.base)
         _check_sizes(saved, pool)
         kind = _kind_of(first)
@@ -143,7 +143,7 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
         left = check_removal(router_of(saved.routing), saved.names, names)
-        _check_unfolded(saved)
+        check_unfolded(_has_folded(saved))
         stay = {saved.left[z] for z in left}
         gone = [z for z in range(len(saved.info["experts"])) if z not in stay]
         _describe(folder, saved, segments=_segments(saved), removed=gone)
@@ -252,12 +252,8 @@ def _embeddings(saved: SavedModel, pool: Pool) -> Iterator[tuple[str, Tensor]]:
     yield OWNERS, found.owners
 
 
-def _check_unfolded(saved: SavedModel) -> None:
-    if any(name.startswith("folded.") for name in saved.segments[0].tensors):
-        raise RoutingError(
-            "The merged experts are folded into the base's weights and can't be told apart any "
-            "more; compose the pool anew."
-        )
+def _has_folded(saved: SavedModel) -> bool:
+    return any(name.startswith("folded.") for name in saved.segments[0].tensors)
 
 
 def _check_sizes(saved: SavedModel, pool: Pool) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -65,18 +65,40 @@ SITES = (
 INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and U start at zero."
 
 
+@dataclass(frozen=True)
+class Limit:
+    """What a setting must be, in words and as a test. A setting that is None passes."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+AT_LEAST_1 = Limit("at least 1", lambda value: value >= 1)
+POSITIVE = Limit("above 0", lambda value: value > 0)
+NOT_NEGATIVE = Limit("0 or more", lambda value: value >= 0)
+RATIO = Limit("from 0 to 1", lambda value: 0 <= value <= 1)
+SEED = Limit(f"from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
+
+
+def one_of(known: Sequence[str]) -> Limit:
+    """The limit of a setting that must be one of the `known` names."""
+    return Limit(f"one of {', '.join(known)}", lambda value: value in known)
+
+
 class Settings:
     """Base of all settings: checks each value against the type of its field.
 
-    Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`. Numbers of
-    other libraries (numpy's) become Python's, and integers given for a float become floats.
-    Subclasses check ranges in their own `__post_init__`, after this one.
+    Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`, with a `Limit`
+    as a third part where not every value will do. Numbers of other libraries (numpy's) become
+    Python's, and integers given for a float become floats.
     """
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value of the wrong type, or a number that is not finite."""
+        """Raise ConfigError for a value of the wrong type, not finite, or beyond its limit."""
         for setting in settings_of(type(self)):
             value = _typed(setting, getattr(self, setting.name))
+            if setting.limit is not None and value is not None:
+                _require(setting.limit.holds(value), setting.name, value, setting.limit.words)
             object.__setattr__(self, setting.name, value)
 
 
@@ -84,16 +106,10 @@ class Settings:
 class Lora(Settings):
     """The shape of a LoRA expert: W u + (alpha / rank) B A u at every site (paper section 3)."""
 
-    rank: Annotated[int, "Rank r of each LoRA module."] = 16
-    alpha: Annotated[float, "LoRA alpha; the update is scaled by alpha / rank."] = 1.0
-    init_std: Annotated[float, INIT_STD] = 0.01
+    rank: Annotated[int, "Rank r of each LoRA module.", AT_LEAST_1] = 16
+    alpha: Annotated[float, "LoRA alpha; the update is scaled by alpha / rank.", POSITIVE] = 1.0
+    init_std: Annotated[float, INIT_STD, POSITIVE] = 0.01
     sites: Annotated[str | None, SITES] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.rank >= 1, "rank", self.rank, "at least 1")
-        _require(self.alpha > 0, "alpha", self.alpha, "above 0")
-        _require(self.init_std > 0, "init_std", self.init_std, "above 0")
 
 
 @dataclass(frozen=True)
@@ -116,20 +132,15 @@ class Bottleneck(Settings):
         str,
         "houlsby (after attention and after the feed-forward network of each block) or pfeiffer "
         "(only after the latter).",
+        one_of(PLACEMENTS),
     ] = "houlsby"
-    size: Annotated[int, "Size of the bottleneck."] = 64
-    activation: Annotated[str, "Activation f in the bottleneck: relu, gelu or silu."] = "relu"
-    scale: Annotated[float, "Factor on the adapter's output."] = 1.0
-    init_std: Annotated[float, INIT_STD] = 0.01
+    size: Annotated[int, "Size of the bottleneck.", AT_LEAST_1] = 64
+    activation: Annotated[
+        str, "Activation f in the bottleneck: relu, gelu or silu.", one_of(ACTIVATIONS)
+    ] = "relu"
+    scale: Annotated[float, "Factor on the adapter's output.", POSITIVE] = 1.0
+    init_std: Annotated[float, INIT_STD, POSITIVE] = 0.01
     sites: Annotated[str | None, SITES] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_one_of(PLACEMENTS, "placement", self.placement)
-        require_one_of(ACTIVATIONS, "activation", self.activation)
-        _require(self.size >= 1, "size", self.size, "at least 1")
-        _require(self.scale > 0, "scale", self.scale, "above 0")
-        _require(self.init_std > 0, "init_std", self.init_std, "above 0")
 
 
 Peft = Lora | IA3 | Bottleneck
@@ -141,28 +152,22 @@ KIND_NAMES = {"lora": "LoRA", "ia3": "(IA)³", "bottleneck": "bottleneck"}  # fo
 class Training(Settings):
     """How an expert is trained (paper section 4.1)."""
 
-    steps: Annotated[int, "Optimiser steps."] = 1000
-    batch_size: Annotated[int, "Sequences per optimiser step."] = 1024
-    micro_batch_size: Annotated[int, "Sequences per forward pass, accumulated."] = 8
-    learning_rate: Annotated[float, "AdamW learning rate."] = 5e-3
-    warmup_ratio: Annotated[float, "Share of the steps in which the learning rate rises."] = 0.06
-    weight_decay: Annotated[float, "AdamW weight decay."] = 0.0
-    max_grad_norm: Annotated[float, "Gradient clipping by global norm."] = 1.0
+    steps: Annotated[int, "Optimiser steps.", AT_LEAST_1] = 1000
+    batch_size: Annotated[int, "Sequences per optimiser step.", AT_LEAST_1] = 1024
+    micro_batch_size: Annotated[int, "Sequences per forward pass, accumulated.", AT_LEAST_1] = 8
+    learning_rate: Annotated[float, "AdamW learning rate.", POSITIVE] = 5e-3
+    warmup_ratio: Annotated[
+        float, "Share of the steps in which the learning rate rises.", RATIO
+    ] = 0.06
+    weight_decay: Annotated[float, "AdamW weight decay.", NOT_NEGATIVE] = 0.0
+    max_grad_norm: Annotated[float, "Gradient clipping by global norm.", POSITIVE] = 1.0
     eval_every: Annotated[
-        int, "Steps between validations; each saves a checkpoint, and the best one wins."
+        int,
+        "Steps between validations; each saves a checkpoint, and the best one wins.",
+        AT_LEAST_1,
     ] = 100
-    eval_examples: Annotated[int, "Maximum validation examples to use."] = 500
-    seed: Annotated[int, "Seed of initialisation, data order and validation split."] = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("steps", "batch_size", "micro_batch_size", "eval_every", "eval_examples"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio", self.warmup_ratio, "from 0 to 1")
-        _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
-        _require(self.max_grad_norm > 0, "max_grad_norm", self.max_grad_norm, "above 0")
-        _require_seed("seed", self.seed)
+    eval_examples: Annotated[int, "Maximum validation examples to use.", AT_LEAST_1] = 500
+    seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
 
 
 @dataclass(frozen=True)
@@ -178,12 +183,12 @@ class GateTraining(Settings):
         "Train gates together with the expert instead of after it (paper appendix A), for the "
         "expert's steps and at its learning rate.",
     ] = False
-    gate_steps: Annotated[int, "Optimiser steps of gate training."] = 100
+    gate_steps: Annotated[int, "Optimiser steps of gate training.", AT_LEAST_1] = 100
     gate_learning_rate: Annotated[
-        float | None, "Learning rate of gate training; default: the expert's."
+        float | None, "Learning rate of gate training; default: the expert's.", POSITIVE
     ] = None
     statistics_examples: Annotated[
-        int, "Training examples to measure for mean activations and embeddings."
+        int, "Training examples to measure for mean activations and embeddings.", AT_LEAST_1
     ] = 1000
     means: Annotated[bool, "Measure mean activations (for router average-activation)."] = True
     embeddings: Annotated[
@@ -193,40 +198,27 @@ class GateTraining(Settings):
         "sentence-transformers/all-MiniLM-L6-v2"
     )
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.gate_steps >= 1, "gate_steps", self.gate_steps, "at least 1")
-        _require(
-            self.statistics_examples >= 1,
-            "statistics_examples",
-            self.statistics_examples,
-            "at least 1",
-        )
-        rate = self.gate_learning_rate
-        _require(rate is None or rate > 0, "gate_learning_rate", rate, "above 0")
-
 
 @dataclass(frozen=True)
 class Formatting(Settings):
     """How an example becomes tokens."""
 
-    max_input_tokens: Annotated[int, "Maximum tokens of an input; longer ones are cut."] = 512
+    max_input_tokens: Annotated[
+        int, "Maximum tokens of an input; longer ones are cut.", AT_LEAST_1
+    ] = 512
     truncation: Annotated[
         str,
         "Which part of a long input to cut: middle (of the template's longest field if known, else "
         "of the input; keeps three times as much after the cut as before), left, or right (as in "
         "the paper).",
+        one_of(TRUNCATIONS),
     ] = "middle"
     max_target_tokens: Annotated[
-        int, "Maximum tokens of a target; longer ones are cut on the right, with a warning."
+        int,
+        "Maximum tokens of a target; longer ones are cut on the right, with a warning.",
+        AT_LEAST_1,
     ] = 512
     chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("max_input_tokens", "max_target_tokens"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require_one_of(TRUNCATIONS, "truncation", self.truncation)
 
 
 @dataclass(frozen=True)
@@ -234,62 +226,59 @@ class Routing(Settings):
     """How a routed model chooses experts (paper sections 3 and 4.2)."""
 
     router: Annotated[str, "Which router chooses experts."] = "phatgoose"
-    k: Annotated[int, "Experts per token at each site."] = 2
+    k: Annotated[int, "Experts per token at each site.", AT_LEAST_1] = 2
     kernel: Annotated[str, "auto, reference, concat, gather, grouped, native or triton."] = "auto"
-    eps: Annotated[float, "Added to var(u) under the root when standardising activations u."] = 1e-5
+    eps: Annotated[
+        float, "Added to var(u) under the root when standardising activations u.", POSITIVE
+    ] = 1e-5
     expert: Annotated[str | None, "Expert to use with router single."] = None
-    arrow: Annotated[str, "Variant of router arrow: svd (the paper's), peft or mttl."] = "svd"
-    router_seed: Annotated[int, "Seed of router random."] = 0
+    arrow: Annotated[
+        str, "Variant of router arrow: svd (the paper's), peft or mttl.", one_of(ARROW_FORMS)
+    ] = "svd"
+    router_seed: Annotated[int, "Seed of router random.", SEED] = 0
     stand_in: Annotated[
         bool, "Use the Arrow vector of an expert that has no gates, which is a guess."
     ] = False
     affinity: Annotated[
-        str, "How gates or means score activations: standardised (paper), raw, trimmed or centred."
+        str,
+        "How gates or means score activations: standardised (paper), raw, trimmed or centred.",
+        one_of(AFFINITIES),
     ] = "standardised"
-    router_temperature: Annotated[float, "Divides affinities before the softmax."] = 1.0
+    router_temperature: Annotated[float, "Divides affinities before the softmax.", POSITIVE] = 1.0
     retrieval_embedder: Annotated[
         str | None, "Embedder of router retrieval, where it isn't the default one."
     ] = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.k >= 1, "k", self.k, "at least 1")
-        require_one_of(ARROW_FORMS, "arrow", self.arrow)
-        require_one_of(AFFINITIES, "affinity", self.affinity)
-        for name in ("eps", "router_temperature"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
-        _require_seed("router_seed", self.router_seed)
 
 
 @dataclass(frozen=True)
 class Serving(Settings):
     """The limits of `phatgoose serve` (docs/serving.md)."""
 
-    max_tokens: Annotated[int, "Maximum tokens to generate for one answer."] = 1024
-    max_choices: Annotated[int, "Maximum answers to one request (its prompts times its n)."] = 64
-    max_queue: Annotated[int, "Maximum answers that wait; further requests are refused."] = 256
-    max_client_queue: Annotated[int, "Maximum answers of one client that wait."] = 128
+    max_tokens: Annotated[int, "Maximum tokens to generate for one answer.", AT_LEAST_1] = 1024
+    max_choices: Annotated[
+        int, "Maximum answers to one request (its prompts times its n).", AT_LEAST_1
+    ] = 64
+    max_queue: Annotated[
+        int, "Maximum answers that wait; further requests are refused.", AT_LEAST_1
+    ] = 256
+    max_client_queue: Annotated[int, "Maximum answers of one client that wait.", AT_LEAST_1] = 128
     max_batch_tokens: Annotated[
-        int, "Maximum tokens to compute together, prompts, answers and padding included."
+        int,
+        "Maximum tokens to compute together, prompts, answers and padding included.",
+        AT_LEAST_1,
     ] = 16384
     max_routings: Annotated[
-        int, "Requested routings to keep in memory, beside the served models."
+        int, "Requested routings to keep in memory, beside the served models.", AT_LEAST_1
     ] = 8
-    max_body: Annotated[int, "Maximum bytes of a request."] = 1 << 20
-    max_connections: Annotated[int, "Maximum open connections."] = 1000
+    max_body: Annotated[int, "Maximum bytes of a request.", AT_LEAST_1] = 1 << 20
+    max_connections: Annotated[int, "Maximum open connections.", AT_LEAST_1] = 1000
     read_timeout: Annotated[
-        int, "Seconds for a request's headers, and again for its body, to arrive."
+        int, "Seconds for a request's headers, and again for its body, to arrive.", AT_LEAST_1
     ] = 20
-    timeout: Annotated[int, "Maximum seconds per request, waiting included."] = 300
+    timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
     shutdown_timeout: Annotated[
-        int, "Seconds for running requests to finish after a signal to stop."
+        int, "Seconds for running requests to finish after a signal to stop.", AT_LEAST_1
     ] = 30
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for setting in dataclasses.fields(self):
-            value = getattr(self, setting.name)
-            _require(value >= 1, setting.name, value, "at least 1")
 
 
 @dataclass(frozen=True)
@@ -300,6 +289,7 @@ class Setting:
     type: Any
     help: str
     default: Any
+    limit: Limit | None = None
 
 
 def settings_of(config: type) -> tuple[Setting, ...]:
@@ -312,8 +302,8 @@ def _read_off(config: type) -> tuple[Setting, ...]:
     hints = get_type_hints(config, include_extras=True)
     settings = []
     for item in dataclasses.fields(config):
-        annotated, help_text = get_args(hints[item.name])
-        settings.append(Setting(item.name, annotated, help_text, item.default))
+        annotated, help_text, *limit = get_args(hints[item.name])
+        settings.append(Setting(item.name, annotated, help_text, item.default, *limit))
     return tuple(settings)
 
 
@@ -335,10 +325,6 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
 def _require(holds: bool, name: str, got: object, wanted: str) -> None:
     if not holds:
         raise ConfigError(f"{name} is {got!r}, but must be {wanted}.")
-
-
-def _require_seed(name: str, got: int) -> None:
-    _require(0 <= got < SEEDS, name, got, f"from 0 to {SEEDS - 1}")
 
 
 def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:

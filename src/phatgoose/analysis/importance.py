@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..evaluation.evaluate import Evaluation
-from ..evaluation.intervals import Interval, Sample, dataset_replicates, interval_of
+from ..evaluation.intervals import Interval, dataset_replicates, interval_of
 
 __all__ = ["Effect", "leave_one_out"]
 
@@ -35,24 +35,14 @@ def leave_one_out(
     effects = []
     for expert in experts:
         reduced = without(expert)
-        samples = {"all": _samples(everyone), "less": _samples(reduced)}
-        replicates = dataset_replicates(samples)
-        effects.append(
-            Effect(
-                expert,
-                everyone.mean - reduced.mean,
-                interval_of(replicates["all"] - replicates["less"]),
-                {
-                    one.task: one.score - other.score
-                    for one, other in zip(everyone.scores, reduced.scores, strict=True)
-                },
-            )
+        both = {"all": everyone.scores, "less": reduced.scores}
+        replicates = dataset_replicates(
+            {name: [score.sample for score in scores] for name, scores in both.items()}
         )
+        by_task = {
+            one.task: one.score - other.score
+            for one, other in zip(everyone.scores, reduced.scores, strict=True)
+        }
+        interval = interval_of(replicates["all"] - replicates["less"])
+        effects.append(Effect(expert, everyone.mean - reduced.mean, interval, by_task))
     return sorted(effects, key=lambda effect: effect.mean, reverse=True)
-
-
-def _samples(evaluation: Evaluation) -> list[Sample]:
-    return [
-        Sample.of(tuple(score.by_metric), [prediction.marks for prediction in score.predictions])
-        for score in evaluation.scores
-    ]

@@ -18,7 +18,7 @@ from ..base.sites import Stream
 from ..routing.composition import announcing
 from ..routing.recording import watch
 from ..routing.watching import SitePass
-from ..tasks.collating import batches_of_tokens, pad_right
+from ..tasks.collating import Collator, batches_of_tokens, pad_right
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.task import Example
 
@@ -69,8 +69,7 @@ def pass_through(
     observers: Sequence[Observer],
 ) -> None:
     """One pass of `pairs` through the routed `model`, in rows padded on the right."""
-    make = _seq2seq if encoder.is_encoder_decoder else _causal
-    inputs, parts = make(model, pairs, encoder.tokenizer.pad_token_id)
+    inputs, parts = _inputs(model, encoder, pairs)
     for observer in observers:
         observer.begin_pass(parts)
 
@@ -87,34 +86,19 @@ def pass_through(
         observer.end_pass()
 
 
-def _causal(
-    _: PreTrainedModel, pairs: Sequence[TokenPair], pad: int
+def _inputs(
+    model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair]
 ) -> tuple[dict[str, Tensor], dict[Stream, Tensor]]:
-    """(inputs, parts by stream) of prompt and target in one row."""
+    """(inputs, parts by stream): prompt and target in one row, or in encoder and decoder."""
+    pad = encoder.tokenizer.pad_token_id
+    if encoder.is_encoder_decoder:
+        inputs = Collator(model, pad)(pairs)
+        del inputs["labels"]
+        prompts, targets = inputs["input_ids"], inputs["decoder_input_ids"]
+        return inputs, {"encoder": torch.zeros_like(prompts), "decoder": torch.ones_like(targets)}
     rows = [pair.prompt + pair.target[:-1] for pair in pairs]
     parts = [[0] * len(pair.prompt) + [1] * (len(pair.target) - 1) for pair in pairs]
-    inputs = {
-        "input_ids": pad_right(rows, pad),
-        "attention_mask": pad_right([[1] * len(row) for row in rows], 0),
+    mask = pad_right([[1] * len(row) for row in rows], 0)
+    return {"input_ids": pad_right(rows, pad), "attention_mask": mask}, {
+        "decoder": pad_right(parts, 0)
     }
-    return inputs, {"decoder": pad_right(parts, 0)}
-
-
-def _seq2seq(
-    model: PreTrainedModel, pairs: Sequence[TokenPair], pad: int
-) -> tuple[dict[str, Tensor], dict[Stream, Tensor]]:
-    """(inputs, parts by stream): the prompt in the encoder, the target in the decoder."""
-    prompts = [pair.prompt for pair in pairs]
-    start = model.config.decoder_start_token_id
-    targets = [[start, *pair.target[:-1]] for pair in pairs]
-    inputs = {
-        "input_ids": pad_right(prompts, pad),
-        "attention_mask": pad_right([[1] * len(row) for row in prompts], 0),
-        "decoder_input_ids": pad_right(targets, pad),
-        "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
-    }
-    parts: dict[Stream, Tensor] = {
-        "encoder": torch.zeros_like(inputs["input_ids"]),
-        "decoder": torch.ones_like(inputs["decoder_input_ids"]),
-    }
-    return inputs, parts

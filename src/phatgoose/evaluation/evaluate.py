@@ -131,6 +131,11 @@ class TaskScore:
     cuts: Cuts = field(default_factory=Cuts)
     predictions: tuple[Prediction, ...] = ()
 
+    @property
+    def sample(self) -> Sample:
+        """The answers' statistics, from the predictions."""
+        return Sample.of(tuple(self.by_metric), [each.marks for each in self.predictions])
+
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         """Plain data for JSON."""
         record = asdict(self if predictions else replace(self, predictions=()))

@@ -1,7 +1,7 @@
-"""Intervals by resampling: how far a score may move with other examples or other datasets.
+"""Intervals by resampling: how far a score moves with other examples or other datasets.
 
-Everything here is a reweighting of per-example statistics (`evaluation.metrics`), so that models
-scored on the same examples are resampled alike and their differences can be compared in pairs.
+A resample reweights per-example statistics (`evaluation.metrics`). Models scored on the same
+examples are resampled alike, so their differences can be compared in pairs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Interval:
-    """A range that holds a score with confidence CONFIDENCE."""
+    """A range that contains a score with confidence CONFIDENCE."""
 
     low: float
     high: float
@@ -90,21 +90,21 @@ def dataset_replicates(
     """For each model the mean over datasets in so many resamples, [replicates].
 
     `samples[model]` has one sample per dataset, the same datasets and examples for all models. A
-    resample draws the datasets with replacement, and for every dataset drawn its examples: both
-    other datasets of the kind and other examples are allowed for. All models share the draws.
+    resample draws the datasets with replacement, and for every dataset drawn its examples, so it
+    covers both the choice of datasets and that of examples. All models share the draws.
     """
     generator = np.random.default_rng(seed)
     count = len(next(iter(samples.values())))
     drawn = generator.integers(count, size=(replicates, count))  # which dataset in which slot
     values = {model: np.zeros((replicates, count)) for model in samples}
     for dataset in range(count):
-        places = drawn == dataset
-        if not places.any():
+        slots = drawn == dataset
+        if not slots.any():
             continue
         n = next(iter(samples.values()))[dataset].n
-        weights = _draws(generator, int(places.sum()), n)
+        weights = _draws(generator, int(slots.sum()), n)
         for model, rows in samples.items():
-            values[model][places] = rows[dataset].replicates(weights)
+            values[model][slots] = rows[dataset].replicates(weights)
     return {model: rows.mean(axis=1) for model, rows in values.items()}
 
 

@@ -1,8 +1,8 @@
-"""Log-likelihoods of answer choices: each prompt is computed once, whatever the number of choices.
+"""Log-likelihoods of answer choices; each prompt is computed once, whatever its number of choices.
 
-A causal model reads a prompt and all its choices in one row, each choice blind to the others
-(`packing`). One that can't be told what to see keeps the prompt's keys and values, a
-sequence-to-sequence model the encoder's output, and these are then expanded over the choices.
+A causal model reads a prompt and all its choices in one row, and no choice sees another
+(`tasks.row_packing`). Where the attention mask can't express that, the prompt's keys and values
+are kept and expanded over the choices; a sequence-to-sequence model keeps the encoder's output.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ def choice_log_likelihoods(
 
     The end-of-sequence token counts as a target token (the paper's released code). A batch holds at
     most `budget` tokens of prompts and choices together, padding included. `before_pass` is called
-    before each pass through the model with indices in `rows`, as many tokens for each: one for
-    each row of the batch, or where rows are packed one for each token. A choice that a row has
-    twice is computed once, so that it ties with itself. Raises EvaluationError for a causal model's
-    prompt without tokens.
+    before each pass with indices in `rows`: one for each row of the batch, or one for each token
+    where rows are packed. A choice that a row has twice is computed once, so that it ties with
+    itself. Raises EvaluationError for a causal model's prompt without tokens.
     """
     if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
@@ -62,13 +61,13 @@ def _packed(
     budget: int,
     before_pass: BeforePass,
 ) -> Iterator[tuple[int, list[float]]]:
-    """All in one pass a batch; the last token of a choice is predicted, not read."""
+    """One pass for each batch; the last token of a choice is predicted, not read."""
     texts = [BranchedText(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
     for batch in packed_batches([text.length for text in texts], budget):
         packed = pack_rows([[texts[i] for i in row] for row in batch], pad, model.dtype)
         order = [i for row in batch for i in row]
         before_pass([order[owner] for owner in packed.owners.flatten().tolist()])
-        runs = [  # of each text the stem's last token and the branches: what predicts a target
+        runs = [  # what predicts a target: the stem's last token of each text, and its branches
             torch.arange(start + len(texts[i].stem) - 1, start + texts[i].length)
             for i, start in zip(order, packed.starts.tolist(), strict=True)
         ]
@@ -83,8 +82,8 @@ def _means(
 ) -> Iterator[tuple[int, list[float]]]:
     """(index, means) from the logits [places, vocabulary] of texts, one text after the other.
 
-    The first of a text predicts the first token of all its choices, those after it the rest of the
-    first choice, and so on.
+    The first place of a text predicts the first token of all its choices, the next ones the rest of
+    the first choice, and so on.
     """
     places, labels, lengths, begin = list[int](), list[int](), list[int](), 0
     for each in choices:
@@ -188,7 +187,7 @@ def _score_seq2seq(
 
 
 def _of_similar_length(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Groups of indices, each index once; the shortest of a group has two thirds of the longest."""
+    """Groups of indices, each once; in a group no length is below two thirds of the longest."""
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     group = order[:1]
     for index in order[1:]:
@@ -219,7 +218,7 @@ def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _cache_argument(model: PreTrainedModel) -> str:
-    """What this transformers release calls the keys and values a model is handed."""
+    """The name of the argument for keys and values in this transformers release."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

@@ -1,4 +1,4 @@
-"""Metrics: what an answer is worth beside the accepted ones, from 0 to 1.
+"""Metrics: how well an answer matches the accepted ones, from 0 to 1.
 
 A metric turns every example into a few numbers whose sum over any set of examples is all that the
 set's score depends on:
@@ -7,12 +7,12 @@ set's score depends on:
     score      = metric.combine(statistics.sum(0), n)       # statistics [n, s], score []
     resampled  = metric.combine(weights @ statistics, n)    # weights [b, n], rows sum to n -> [b]
 
-so that a bootstrap is one matrix product, also of corpus BLEU, which is no mean over examples.
+so that a bootstrap is one matrix product, even for corpus BLEU, which is no mean over examples.
 
-They follow the paper's released code (its src/data/metrics.py, which calls the `evaluate` library)
-up to these differences: it rounds every score to 3 decimals; it compares generated answers without
-removing white space; its ROUGE-L is the middle of 1000 random resamples rather than the mean; its
-BLEU is that of tensorflow/nmt, without smoothing and with the shortest reference's length.
+They follow the paper's released code (its src/data/metrics.py, which calls the `evaluate` library),
+which differs in this: it rounds every score to 3 decimals; it compares generated answers with the
+white space around them; its ROUGE-L is the middle of 1000 random resamples rather than the mean;
+its BLEU is that of tensorflow/nmt, without smoothing and with the shortest reference's length.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 class Metric:
     """One way to score answers.
 
-    `name` is its key in METRICS, `label` what tables call it. `measure` takes a prediction and the
+    `name` is its key in METRICS, `label` its name in tables. `measure` takes a prediction and the
     accepted answers and returns the example's s statistics; it raises EvaluationError when no
     answer is accepted or a bare text is given for the sequence of them. `combine` takes summed
     statistics [..., s] and the number of examples in each sum ([...] or one for all, at least 1,
@@ -87,7 +87,7 @@ def _mean(totals: Array, n: Array | int) -> Array:
 
 
 def _identical(prediction: str, reference: str) -> float:
-    """1 for the same text, character for character: for choices, which are picked, not written."""
+    """1 for the same text, character for character: for choices, which are not written."""
     return prediction == reference
 
 

@@ -11,7 +11,7 @@ from matplotlib.colors import to_rgb
 
 from phatgoose.analysis.kl_to_oracle import correlation
 from phatgoose.analysis.pool_sizes import PoolSizeCurve
-from phatgoose.apps.report import EXPLORER_CSS, asset
+from phatgoose.apps.report.assets import EXPLORER_CSS, asset
 from phatgoose.apps.report.figures import (
     COLOURS,
     Point,

@@ -30,7 +30,7 @@ from ...training.train_expert import train_expert
 from ..console.printing import show
 from ..console.tables import datasets_table, routers_table
 from ..generation import Sampling, answer, recorded_tokens
-from ..report import write_report
+from ..report.page import write_report
 
 __all__ = ["run_demo"]
 

@@ -1,28 +1,12 @@
-"""The report page of an analysis (`phatgoose analyse`).
+"""The report of an analysis: one page, its numbers and figures (`phatgoose analyse`).
 
-assets.py          The files that pages are made of, as text
-contents.py        What the report's page says: its tables and figures, section by section
-explorer.css
-explorer.js
-figures.py         Figures of an analysis: who served which tokens, and what came of it
-page.py            The report of an analysis: a page that needs no network, its numbers and figures
-report.css
-report.html.jinja
-report.js
+page.py            writes the report's page and files
+contents.py        the page's sections: their tables and figures
+figures.py         figures of an analysis
+assets.py          reads the files that pages are made of
+report.html.jinja  the page's template
+report.css         its style
+report.js          its script
+explorer.js        the token explorer, for any page
+explorer.css       its style
 """
-
-from __future__ import annotations
-
-from .assets import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
-from .page import REPORT, report_page, write_report
-
-__all__ = [
-    "EXPLORER_CSS",
-    "EXPLORER_JS",
-    "REPORT",
-    "asset",
-    "inline_json",
-    "render",
-    "report_page",
-    "write_report",
-]

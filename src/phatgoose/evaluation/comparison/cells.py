@@ -1,4 +1,4 @@
-"""Cells of a comparison: one model on one dataset, scored where an engine has a worker."""
+"""Cells of a comparison: one row on one dataset, scored by a worker of an engine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What it is called in messages."""
+        """Its name in messages."""
         return f"{self.row} on {self.dataset}"
 
     @property
@@ -44,7 +44,7 @@ class Cell:
         return self.row
 
     def again(self) -> Cell:
-        """The same cell: what was lost of it left nothing behind."""
+        """The same cell: nothing is left of an attempt that failed."""
         return self
 
 
@@ -63,7 +63,7 @@ def cell_of(row: Row, dataset: EvaluationSet, base: Base) -> Cell:
 
 @dataclass(frozen=True)
 class CellWorkshop:
-    """What cells are scored with: a base, and rows and datasets by name."""
+    """Scores cells with a base, from rows and datasets by name."""
 
     base: Base
     rows: Mapping[str, Row]
@@ -71,9 +71,10 @@ class CellWorkshop:
 
     @contextmanager
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
-        """A function that scores cells; a row stays composed until a cell of another one comes.
+        """A function that scores a cell and returns its result as it is stored.
 
-        It gives a cell's result as it is stored. The base is as it was when the context closes.
+        A row stays composed until a cell of another row comes. Closing the context restores the
+        base.
         """
         with ExitStack() as composed:
             at: str | None = None
@@ -90,16 +91,14 @@ class CellWorkshop:
 
             yield score
 
-    def portable(self) -> CellWorkshopElsewhere:
-        """The same by the places of base and experts."""
+    def portable(self) -> PortableCellWorkshop:
+        """The workshop for another process, by the locations of base and experts."""
         rows = {name: row.portable() for name, row in self.rows.items()}
-        return CellWorkshopElsewhere(
-            BaseLocation.of(self.base), rows, self.datasets, code_version()
-        )
+        return PortableCellWorkshop(BaseLocation.of(self.base), rows, self.datasets, code_version())
 
 
 @dataclass(frozen=True)
-class CellWorkshopElsewhere:
+class PortableCellWorkshop:
     """A `CellWorkshop` for another process, which loads base and experts itself, each once."""
 
     base: BaseLocation
@@ -109,19 +108,19 @@ class CellWorkshopElsewhere:
 
     @contextmanager
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
-        """As `CellWorkshop.open`. Raises EvaluationError when the code here is another one."""
+        """As `CellWorkshop`. Raises EvaluationError when the code here has another version."""
         if self.code != code_version():
             raise EvaluationError(
                 f"A worker runs phatgoose {code_version()}, but the comparison was begun with "
                 f"{self.code}; install the same version on all machines."
             )
         loaded: dict[str, Expert] = {}
-        rows = {name: place.open(loaded) for name, place in self.rows.items()}
+        rows = {name: row.open(loaded) for name, row in self.rows.items()}
         workshop = CellWorkshop(self.base.load(), rows, self.datasets)
         with workshop.open(tell) as score:
             yield score
 
-    def portable(self) -> CellWorkshopElsewhere:
+    def portable(self) -> PortableCellWorkshop:
         """Itself."""
         return self
 

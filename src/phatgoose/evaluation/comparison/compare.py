@@ -1,8 +1,7 @@
-"""Methods beside each other on whole suites, the way the paper's Table 1 does it.
+"""Methods beside each other on whole suites, as in the paper's Table 1.
 
-Every finished cell (one model on one dataset) is kept in a results store, so that a comparison can
-be stopped, continued, and extended by methods, experts or suites without computing or mixing up
-anything twice.
+Every finished cell (one row on one dataset) is kept in a result store. A comparison can be stopped,
+continued, and extended by methods, experts or suites, and no cell is computed twice.
 """
 
 from __future__ import annotations
@@ -65,18 +64,18 @@ def compare(
 ) -> Comparison:
     """Scores of `methods` over `pool` on `suites`, with intervals and differences in pairs.
 
-    `methods` are names in `comparison.methods.METHODS`; "all" stands for those that the pool has
-    what it takes for, with a note on the others. Oracle and best-individual run every single expert
-    once. `references` adds further models by label: an expert (such as a multitask one), another
-    pool (such as one of jointly trained experts), a routed model, a base by Hub id or path.
-    `suites` are names in `suites.registry.SUITES`, folders of task files, suite files or `Suite`s,
-    whose files are found by `sources`. `limit` draws so many examples of each dataset, the same
-    ones for all methods. `routing` gives k and the other settings of the routers. `engine` scores
-    the cells, None in this process; whichever it is, the results are the same.
+    `methods` are names in `comparison.methods.METHODS`; "all" stands for those whose needs the pool
+    meets, with a note on the others. Oracle and best-individual run every single expert once.
+    `references` adds further models by label: an expert (such as a multitask one), another pool
+    (such as one of jointly trained experts), a routed model, a base by Hub id or path. `suites` are
+    names in `suites.registry.SUITES`, folders of task files, suite files or `Suite`s, whose files
+    are found by `sources`. `limit` draws so many examples of each dataset, the same ones for all
+    methods. `routing` gives k and the other settings of the routers. `engine` scores the cells;
+    None scores them in this process, with the same results.
 
-    Finished cells are kept in `out`/results.jsonl and reused; the tables are written to
+    Finished cells are kept in `out`/results.jsonl and reused. The tables are written to
     `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, PoolError for one
-    that the pool lacks something for, WrongBaseError for experts of another base, EvaluationError
+    whose needs the pool doesn't meet, WrongBaseError for experts of another base, EvaluationError
     while another process writes to `out`, and what opening pools, suites and models and scoring
     them raise.
     """
@@ -92,7 +91,7 @@ def compare(
     rows += [reference_row(label, place, routing) for label, place in (references or {}).items()]
     singles = single_rows(pool) if set(DERIVED) & set(wanted) else []
     _check(base, rows, singles)
-    _tell_of_inputs(base, (*rows, *singles), datasets, settings.formatting)
+    _report_inputs(base, (*rows, *singles), datasets, settings.formatting)
     with ResultStore.alone(Path(out) / RESULTS) as store:
         results = _run([*rows, *singles], datasets, base, store, engine or LocalEngine())
     experts: Scores = {
@@ -121,10 +120,10 @@ def compare(
 
 
 def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
-    """Refuse what can't be compared before hours go into the rest of it.
+    """Refuse what can't be compared, before hours of computing.
 
-    That is a routed base, an empty comparison, an expert that is called like another row, and
-    experts of another base.
+    That is a routed base, an empty comparison, an expert with the name of another row, and experts
+    of another base.
     """
     if hasattr(base.model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
@@ -161,10 +160,10 @@ def _load(
     return columns, datasets
 
 
-def _tell_of_inputs(
+def _report_inputs(
     base: Base, rows: Sequence[Row], datasets: Mapping[str, EvaluationSet], formatting: Formatting
 ) -> None:
-    """Tell what is cut of the datasets, and which experts were trained on inputs of other form."""
+    """Log what is cut of the inputs; warn of experts trained on inputs of another form."""
     encoder = Encoder.of(base, formatting)
     for name, dataset in datasets.items():
         dataset.questions(encoder).cuts.report(name)
@@ -200,7 +199,7 @@ def _run(
 
 
 def _distinct(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells without those whose result another one will be: two rows may be one model."""
+    """The cells without those of the same key: two rows may be one model."""
     return list({json.dumps(cell.key, sort_keys=True): cell for cell in cells}.values())
 
 

@@ -1,4 +1,4 @@
-"""Finished results in a file of JSON lines: appended one by one, found again by their key."""
+"""Finished results in a file of JSON lines, appended one by one and found by their key."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LOCK = ".lock"
 
 
 class ResultStore:
-    """Results by key in the JSON Lines file `path`, which is made when the first one is added.
+    """Results by key in the JSON Lines file `path`, which the first result creates.
 
     A key is any JSON object; equal content means equal key. Every result is on the disk when `add`
-    returns, so work that is cut off at any moment loses only what it was doing. Reading changes
-    nothing: a last line that was cut off is dropped from the file when the next result is added.
-    Raises EvaluationError when the file can't be read or written, is a symbolic link, or a line in
-    it is no result.
+    returns, so an interruption loses only the result being computed. Reading changes nothing: a
+    last line that was cut off is dropped from the file when the next result is added. Raises
+    EvaluationError when the file can't be read or written, is a symbolic link, or has a line that
+    is no result.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -47,9 +47,9 @@ class ResultStore:
     @classmethod
     @contextmanager
     def alone(cls, path: str | Path) -> Iterator[ResultStore]:
-        """The store at `path`, to which no other process adds while the context is open.
+        """The store at `path`, locked against other processes while the context is open.
 
-        Raises EvaluationError when one does already, and as opening the store does.
+        Raises EvaluationError when another process has locked it, and as opening the store does.
         """
         folder = Path(path).parent
         lock = FileLock(folder / LOCK)
@@ -99,7 +99,7 @@ class ResultStore:
         return len(self._results)
 
     def _complete_lines(self) -> Iterator[str]:
-        """The file's lines, without one that has no end: it was cut off while it was written."""
+        """The file's lines, without a last one that was cut off while it was written."""
         if self.path.is_symlink():
             raise EvaluationError(f"{self.path} is a symbolic link; results go to a file itself.")
         if not self.path.exists():

@@ -136,8 +136,8 @@ def check_unfolded(folded: bool) -> None:
     """Raise RoutingError when the experts of a model are `folded` into the base's weights."""
     if folded:
         raise RoutingError(
-            "The merged experts are folded into the base's weights and can't be separated any more; "
-            "compose the pool anew."
+            "The merged experts are folded into the base's weights and can't be separated any "
+            "more; compose the pool anew."
         )
 
 

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import phatgoose as pg
-from bench import Bench, Sizes, twin
+from bench import Bench, Sizes
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import peak_memory, ratio, side_by_side
+from phatgoose.base.loading import twin
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.tasks.target_logits import contiguous_head
 from routed_speed import prefill

@@ -1,13 +1,10 @@
-"""What the rows share: sizes, the base model, pools of random experts, and models made of them."""
+"""What all measurements share: sizes, the base model, random experts and routed models."""
 
 from __future__ import annotations
 
-import copy
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -16,11 +13,11 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import phatgoose as pg
-from phatgoose.base.loading import Base, load_base
+from phatgoose.base.loading import Base, load_base, twin
 from phatgoose.experts.expert import LAYOUT
 from synthetic import random_pool
 
-__all__ = ["FULL", "SMOKE", "Bench", "Sizes", "twin", "words"]
+__all__ = ["FULL", "SMOKE", "Bench", "Sizes", "words"]
 
 DTYPE = torch.bfloat16
 VOCABULARY = (
@@ -31,7 +28,7 @@ VOCABULARY = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; `pools` are numbers of experts, E."""
+    """How much is measured; `pools` are numbers of experts E."""
 
     rounds: int = 7
     base: str = "smollm2"
@@ -79,7 +76,7 @@ SMOKE = Sizes(
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how much is measured; what is loaded once serves all rows."""
+    """Where and how much is measured; models are loaded once for all rows of the table."""
 
     sizes: Sizes
     pools: Path
@@ -87,12 +84,12 @@ class Bench:
 
     @cached_property
     def base(self) -> Base:
-        """The base model in bfloat16, never changed: routed models are made of twins of it."""
+        """The base model in bfloat16, never changed: routed models are made from twins of it."""
         return load_base(self.base_name, dtype="bfloat16", device="cpu")
 
     @property
     def base_name(self) -> str:
-        """What `load_base` finds it by; the tiny one is made on first use."""
+        """Its name for `load_base`; the tiny one is created on first use."""
         folder = self.pools / "tiny-base"
         if self.sizes.base != "tiny":
             return self.sizes.base
@@ -101,7 +98,7 @@ class Bench:
         return str(folder)
 
     def experts(self, count: int) -> list[Path]:
-        """The folders of `count` random experts for the base, which stay for the next run."""
+        """The folders of `count` random experts for the base, kept for the next run."""
         folder = self.pools / self.sizes.base
         places = [folder / f"e{z:04}" for z in range(count)]
         if not all((place / LAYOUT.info).is_file() for place in places):
@@ -109,9 +106,9 @@ class Bench:
         return places
 
     def routed(self, count: int, **options: str) -> PreTrainedModel:
-        """A twin of the base that is routed among `count` experts, by PHATGOOSE unless told.
+        """A twin of the base routed among `count` experts, by PHATGOOSE unless `options` say more.
 
-        It is kept for the rows to come.
+        It is kept for the next rows.
         """
         key = (count, *sorted(options.items()))
         if key not in self._routed:
@@ -120,18 +117,11 @@ class Bench:
         return self._routed[key]
 
     def prompts(self, rows: int, columns: int) -> dict[str, Tensor]:
-        """A batch of random tokens, all of them real."""
+        """A batch of random tokens without padding."""
         generator = torch.Generator().manual_seed(0)
         most = self.base.model.config.vocab_size
         tokens = torch.randint(3, most, (rows, columns), generator=generator)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-
-
-def twin(base: Base) -> Base:
-    """The base once more, to be changed: other modules, the same weights."""
-    model = base.model
-    tensors: Sequence[Tensor] = list(chain(model.parameters(), model.buffers()))
-    return replace(base, model=copy.deepcopy(model, {id(tensor): tensor for tensor in tensors}))
 
 
 def words(generator: random.Random, count: int) -> str:

@@ -1,4 +1,4 @@
-"""Arithmetic floors: multiply-adds counted from shapes, one token at a time (METHOD section 2).
+"""Arithmetic floors: multiply-adds counted from shapes, one token at a time.
 
 Glossary: n inputs, d outputs, E experts, k chosen per token, r rank.
 """

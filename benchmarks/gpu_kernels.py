@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -39,6 +38,7 @@ from phatgoose.routing.kernels.triton_gpu import (
 )
 from phatgoose.routing.routers.decision import highest
 from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
+from report import circumstances
 
 SHAPES = {  # inputs and outputs of the linears in a block
     "t5-xl": ((2048, 2048), (2048, 5120), (5120, 2048)),
@@ -214,19 +214,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def commit() -> str:
-    """The commit that is checked out, or "unknown" outside of git."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
-
-
 def main() -> None:
     """Measure, print and write."""
     settings = arguments()
     if not torch.cuda.is_available():
         sys.exit("gpu_kernels.py measures on a GPU, and torch finds none (torch.cuda) here.")
     name = torch.cuda.get_device_name()
-    facts = {"device": name, "torch": torch.__version__, "commit": commit()}
+    facts = {"device": name, "torch": torch.__version__, "commit": circumstances()["commit"]}
     facts |= {key: str(value) for key, value in vars(settings).items()}
     settings.dtype = getattr(torch, settings.dtype)
     print(f"{name}, torch {torch.__version__}, {settings.dtype}, k {settings.k}; times in µs")

@@ -1,4 +1,4 @@
-"""How things are measured: side by side in one process, in turns; memory in one of its own."""
+"""Measuring times side by side in one process, in turns, and memory in a fresh process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ __all__ = [
     "Ratio",
     "Timing",
     "clocked",
+    "in_turns",
     "linear_fit",
     "peak_memory",
     "ratio",
@@ -38,7 +39,7 @@ HERE, MAIN = Path(__file__).resolve().parent, "run"  # which imports every subje
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one contender, one entry a round."""
+    """Seconds of one contender, one entry per round."""
 
     seconds: tuple[float, ...]
 
@@ -59,10 +60,10 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that something took on top of what the process held before it.
+    """The most bytes that an action added to its process.
 
-    `peak` is the most that was resident (VmHWM), pages of mapped files among it, which the system
-    may drop at will; `own` the most without those, as seen every two milliseconds.
+    `peak` is resident memory (VmHWM), including pages of mapped files, which the system may drop at
+    will; `own` excludes those and is sampled every two milliseconds.
     """
 
     peak: int
@@ -72,21 +73,29 @@ class Memory:
 def side_by_side(
     contenders: Mapping[str, Callable[[], object]], rounds: int, *, calls: int = 1, warm: int = 1
 ) -> dict[str, Timing]:
-    """The time of one call of each contender: A B C A B C …, after `warm` rounds that don't count.
+    """The time of one call of each contender, in turns (A B C A B C …), after `warm` rounds.
 
-    A round's entry is the mean over `calls` calls in a row, for what is too short for the clock.
+    A round's entry is the mean over `calls` calls, for actions that are too short for the clock.
     """
+    clocks = {name: partial(clocked, action, calls) for name, action in contenders.items()}
+    return in_turns(clocks, rounds, warm=warm)
+
+
+def in_turns(
+    contenders: Mapping[str, Callable[[], float]], rounds: int, *, warm: int = 1
+) -> dict[str, Timing]:
+    """The seconds that each contender returns, in turns, after `warm` rounds that don't count."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(warm + rounds):
         for name, contender in contenders.items():
-            spent = clocked(contender, calls)
+            spent = contender()
             if turn >= warm:
                 seconds[name].append(spent)
     return {name: Timing(tuple(entries)) for name, entries in seconds.items()}
 
 
 def clocked(action: Callable[[], object], calls: int = 1) -> float:
-    """The seconds that `action` takes on average, Python's cyclic collector out of the way."""
+    """The mean seconds of `action`, without Python's garbage collector."""
     gc.collect()
     gc.disable()
     try:
@@ -105,10 +114,10 @@ def ratio(one: Timing, other: Timing) -> Ratio:
 
 
 def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> Memory:
-    """What the action that `prepare(*arguments)` returns takes at most, in a fresh process.
+    """The memory of the action that `prepare(*arguments)` returns, in a fresh process.
 
-    `prepare` is a function of a module; what it holds already is not counted. Raises
-    BrokenProcessPool when the process was killed, as it is when memory runs out.
+    `prepare` is a function of a module; memory that it takes itself is not counted. Raises
+    BrokenProcessPool when the process is killed, as when memory runs out.
     """
     threads = torch.get_num_threads()
     with ProcessPoolExecutor(1, _forkserver(), torch.set_num_threads, (threads,)) as process:
@@ -117,9 +126,9 @@ def peak_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -
 
 @cache
 def _forkserver() -> ForkServerContext:
-    """Processes that begin as copies of one that has imported everything, and run nothing.
+    """A context whose processes are copies of one that has imported everything and run nothing.
 
-    The path is handed on in the environment: before Python 3.13 it isn't otherwise.
+    They get sys.path from the environment: before Python 3.13 there is no other way.
     """
     paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
@@ -131,10 +140,10 @@ def _forkserver() -> ForkServerContext:
 def _measure(prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]) -> Memory:
     action = prepare(*arguments)
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # freed memory would hide what is taken
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # freed memory would hide new one
     if trim is not None:
         trim(0)
-    RESET.write_text("5")  # the highest so far is forgotten
+    RESET.write_text("5")  # resets the highest value
     before, own_before = _status("VmRSS"), _status("RssAnon")
     highest, done = [own_before], threading.Event()
 

@@ -9,10 +9,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from bench import DTYPE, Bench, twin
+from bench import DTYPE, Bench
 from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import Timing, ratio, side_by_side
+from phatgoose.base.loading import twin
 from phatgoose.base.sites import Site
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
@@ -176,7 +177,7 @@ def random_layer(n: int, d: int, experts: int, rank: int, k: int) -> RoutedLinea
     stack = SiteStack(torch.arange(experts), loras)
     router = ScoredRouter(standardise(torch.randn(experts, n, generator=generator)), k, 1e-5)
     router.to(DTYPE)
-    layer = RoutedLinear(base, Site("layer", n, d, "decoder"), stack, router, "auto", one_call=True)
+    layer = RoutedLinear(base, Site("layer", n, d, "decoder"), stack, router)
     return layer.requires_grad_(False)
 
 

@@ -26,11 +26,11 @@ from transformers import (
 )
 
 import phatgoose as pg
-from bench import Bench, Sizes, twin, words
+from bench import Bench, Sizes, words
 from findings import Finding, at_least, at_most, row
 from floors import Work
-from measuring import Timing, ratio
-from phatgoose.base.loading import Base, quiet_loading
+from measuring import Timing, in_turns, ratio
+from phatgoose.base.loading import Base, quiet_loading, twin
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.tasks.collating import IGNORED
 from phatgoose.tasks.encoding import Encoder, TokenPair
@@ -67,7 +67,7 @@ def measure_lora_training(bench: Bench) -> Iterator[Finding]:
         name: partial(_peft_seconds, model, pairs, bench) for name, model in bases.items()
     }
     contenders["phatgoose"] = lambda: _fits(bench.base, task, sizes)[0].stepping
-    timings = _in_turns(contenders, sizes.rounds)
+    timings = in_turns(contenders, sizes.rounds)
     for name in bases:
         padded, real, targets = _padded_tokens(pairs, sizes.training_batch)
         work = Work.of(bench.base.model, sizes.rank)
@@ -217,17 +217,6 @@ class _StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is unty
     def on_step_end(self, *_: Any, **__: Any) -> None:
         """Stop it."""
         self.seconds += time.perf_counter() - self._begun
-
-
-def _in_turns(contenders: dict[str, Callable[[], float]], rounds: int) -> dict[str, Timing]:
-    """Like `side_by_side`, for contenders that keep their own time and say it."""
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(1 + rounds):
-        for name, contender in contenders.items():
-            spent = contender()
-            if turn:
-                seconds[name].append(spent)
-    return {name: Timing(tuple(entries)) for name, entries in seconds.items()}
 
 
 def _task(examples: int, validation: int = 1) -> Task:

@@ -1,17 +1,16 @@
-"""Strangers at one server: how long it is silent, what it forgets, who waits for whom.
+"""Hostile and greedy clients at one server: whether it stays responsive, and who waits for whom.
 
-    python benchmarks/serving_doors.py --smoke          # a tiny model, a minute
-    python benchmarks/serving_doors.py POOL --out doors.json
+    python benchmarks/serving_robustness.py --smoke          # a tiny model, a minute
+    python benchmarks/serving_robustness.py POOL --out doors.json
 
-`phatgoose serve` runs in a process of its own and everything is sent to 127.0.0.1. Bodies of 1 MiB
-that are costly to read, connections that send half a request, a client that asks for 16 answers of
-1,000 tokens again and again beside others that ask for one of 16, requests one after the other on
-one connection, and SIGTERM while 20 answers stream. All the while somebody asks /healthz.
+`phatgoose serve` runs in its own process; everything is sent to 127.0.0.1. It gets bodies of 1 MiB
+that are costly to parse, connections that send half a request, a client that asks for 16 answers of
+1,000 tokens again and again beside others that ask for one of 16, requests one after another on one
+connection, and SIGTERM while 20 answers stream. Meanwhile /healthz is polled.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import http.client
 import json
@@ -33,7 +32,8 @@ from urllib.parse import urlsplit
 
 import openai
 
-from serving_load import Memory, machine, prompt_of, server, tiny_pool
+from report import circumstances
+from server_process import Memory, arguments, prompt_of, served_pool, server, write
 
 MIB = 1 << 20
 KEYS = ["greedy", *(f"polite{number}" for number in range(4))]
@@ -43,7 +43,7 @@ GIVE_UP = 90  # seconds after which a silent server is called dead
 
 
 def request_of(body: bytes, key: str = KEYS[0]) -> bytes:
-    """A completion's request as it goes over the wire; "" stands for endless chunks of a byte."""
+    """A completion request's bytes; an empty body stands for endless chunks of one byte."""
     length = f"Content-Length: {len(body)}" if body else "Transfer-Encoding: chunked"
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
@@ -80,7 +80,7 @@ def hostile_bodies() -> dict[str, bytes]:
 
 
 class Prober:
-    """Somebody who asks /healthz ten times a second on new connections."""
+    """Polls /healthz ten times a second on new connections."""
 
     def __init__(self, address: str) -> None:
         self._address, self._over = address, threading.Event()
@@ -106,8 +106,8 @@ class Prober:
             self.seconds.append(time.perf_counter() - begun)
 
     @property
-    def told(self) -> dict[str, Any]:
-        """What /healthz was like."""
+    def summary(self) -> dict[str, Any]:
+        """How /healthz answered."""
         return {
             "asked": len(self.seconds),
             "failed": self.failed,
@@ -153,14 +153,14 @@ def bodies(address: str, pid: int) -> dict[str, Any]:
             "statuses": sorted({status for status, _ in answers}),
             "longest_answer": max(size for _, size in answers),
             "seconds": round(time.perf_counter() - begun, 2),
-            "healthz": prober.told,
+            "healthz": prober.summary,
             "mib_more": max(0, most - (before >> 20)),
         }
     return found
 
 
 def at_once(works: list[Callable[[], None]]) -> None:
-    """Do all of `works`, each in a thread."""
+    """Run all of `works`, each in a thread."""
     threads = [threading.Thread(target=work) for work in works]
     for thread in threads:
         thread.start()
@@ -169,7 +169,7 @@ def at_once(works: list[Callable[[], None]]) -> None:
 
 
 def half_open(address: str, number: int, log: Path) -> dict[str, Any]:
-    """So many connections that send half a request and wait."""
+    """Open `number` connections that send half a request and wait."""
     lines = len(log.read_text().splitlines())
     sockets, refused, begun = [], 0, time.perf_counter()
     with Prober(address) as prober:
@@ -191,7 +191,7 @@ def half_open(address: str, number: int, log: Path) -> dict[str, Any]:
         "seconds_to_open": round(opened, 2),
         "open_at_the_end": left,
         "seconds": round(time.perf_counter() - begun, 1),
-        "healthz": prober.told,
+        "healthz": prober.summary,
         "log_lines": len(log.read_text().splitlines()) - lines,
     }
 
@@ -236,7 +236,7 @@ def fairness(address: str, tokens: int, rounds: int) -> dict[str, Any]:
 
 
 async def polite_ones(address: str, rounds: int, greedy: int | None = None) -> dict[str, Any]:
-    """Four clients' waits; meanwhile another asks for 16 answers of `greedy` tokens at a time."""
+    """Four clients' waits, while another asks for 16 answers of `greedy` tokens at a time."""
     waits: list[float] = []
     lost: list[str] = []
     made = 0
@@ -291,7 +291,7 @@ async def polite_ones(address: str, rounds: int, greedy: int | None = None) -> d
 
 
 def stopped_at_work(address: str, pid: int, number: int = 20) -> dict[str, Any]:
-    """SIGTERM while so many answers stream: how many came to their end."""
+    """Send SIGTERM while `number` answers stream; counts how many were finished."""
     streams, ready = [0] * number, threading.Barrier(number + 1)
     body = {"model": "pool", "prompt": "a", "max_tokens": 200, "stream": True, "ignore_eos": True}
 
@@ -314,7 +314,7 @@ def stopped_at_work(address: str, pid: int, number: int = 20) -> dict[str, Any]:
 
 
 def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) -> dict[str, Any]:
-    """Everything that is found, ready to be written down."""
+    """All results, ready for JSON."""
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
@@ -335,7 +335,7 @@ def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) ->
 
 
 def faults(found: dict[str, Any]) -> list[str]:
-    """What should not have happened, whatever the machine."""
+    """What must not happen on any machine."""
     told = [f"/healthz failed beside {name}" for name, got in healths(found) if got["failed"]]
     for kind, got in found.get("polite clients", {}).items():
         told += [f"a polite client's request was lost {kind}: {error}" for error in got["lost"]]
@@ -348,33 +348,25 @@ def faults(found: dict[str, Any]) -> list[str]:
 
 
 def healths(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """What was sent, and how /healthz was meanwhile."""
+    """What was sent, and how /healthz answered meanwhile."""
     measured = {**found.get("bodies", {}), "half-open connections": found.get("half open")}
     return [(name, got["healthz"]) for name, got in measured.items() if got]
 
 
 def main() -> None:
-    """Measure, print, write everything down."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("pool", nargs="?", help="a pool; not needed with --smoke")
-    parser.add_argument("--smoke", action="store_true", help="a tiny model")
+    """Measure, print, write everything to a file."""
+    parser = arguments(__doc__)
     parser.add_argument("--only", default="latency,bodies,connections,fairness,sigterm")
     parser.add_argument("--greedy", type=int, default=1000, help="tokens of a greedy answer")
     parser.add_argument("--rounds", type=int, default=8, help="requests of each polite client")
     parser.add_argument("--idle", type=int, default=1200, help="half-open connections")
-    parser.add_argument("--out", type=Path, help="write everything to this JSON file")
     given = parser.parse_args()
-    if not (given.pool or given.smoke):
-        parser.error("name a pool, or say --smoke")
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4 * given.idle + 1024), hard))
-    with tempfile.TemporaryDirectory() as folder:
-        place = tiny_pool(Path(folder)) if given.smoke else given.pool
+    with served_pool(parser, given) as place:
         parts = set(given.only.split(","))
-        found = {**machine(), **measure(place, parts, given.greedy, given.rounds, given.idle)}
-    print(json.dumps(found, indent=2))
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        found = measure(place, parts, given.greedy, given.rounds, given.idle)
+    write({**circumstances(), **found}, given.out)
     if wrong := faults(found):
         sys.exit("\n".join(wrong))
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base.fingerprint import BaseReference, same_base
 from ..errors import ExpertError, PoolError
 from ..files.atomic import write_text
-from ..files.prefetch import ahead
+from ..files.prefetch import prefetch
 from ..files.quoting import one_line, shortened
 from ..files.regular_file import sha256_of
 from ..files.strict_json import read_json_object
@@ -60,7 +60,7 @@ class Pool:
                 f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
                 f"expert directories, each with a {LAYOUT.info}."
             )
-        return cls._of(ahead(Expert.load, directories))
+        return cls._of(prefetch(Expert.load, directories))
 
     @classmethod
     def _of(cls, experts: Iterable[Expert]) -> Pool:
@@ -234,7 +234,7 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
         local_folder(named if HubReference.is_one(named) else path.parent / named)
         for named, _ in places
     ]
-    for expert, (_, record) in zip(ahead(Expert.load, directories), places, strict=True):
+    for expert, (_, record) in zip(prefetch(Expert.load, directories), places, strict=True):
         _check_hashes(expert, record)
         yield expert
 

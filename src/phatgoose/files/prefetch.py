@@ -9,13 +9,13 @@ from typing import TypeVar
 
 import torch
 
-__all__ = ["ahead"]
+__all__ = ["prefetch"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def ahead(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`function` of every item, in order, computed in as many threads as torch has.
 
     At most that many results wait to be taken, which bounds the memory. The first error, in the

@@ -21,7 +21,7 @@ from ..config import Routing, from_mapping
 from ..errors import RoutingError
 from ..experts.adapter import check_fit
 from ..experts.pool import Pool
-from ..files.prefetch import ahead
+from ..files.prefetch import prefetch
 from .composition import Composition, composition_of
 from .kernels.choice import check_kernel
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
@@ -118,8 +118,8 @@ def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:
     """
     pool, model, router = prepared.pool, prepared.model, prepared.parts.router
     constant, read = {}, 0
-    stacks = ahead(lambda name: stack_at(model, name, pool), pool.sites)
-    states = ahead(lambda name: router.state_at(pool, name), pool.sites)
+    stacks = prefetch(lambda name: stack_at(model, name, pool), pool.sites)
+    states = prefetch(lambda name: router.state_at(pool, name), pool.sites)
     for name, stack, state in zip(pool.sites, stacks, states, strict=True):
         if "vectors" in state:
             constant[name] = ~state["vectors"].any(dim=-1)

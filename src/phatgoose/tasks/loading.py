@@ -15,7 +15,7 @@ from ..files.quoting import first_line, one_line
 from .task import Example, Task
 from .templates import SEPARATOR, RowTemplate, longest_field
 
-__all__ = ["datasets_library", "default_name", "load_task"]
+__all__ = ["SPLITS", "datasets_library", "default_name", "load_task"]
 
 SPLITS = ("train", "validation", "test")
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # each with its place, for messages

@@ -22,7 +22,7 @@ from torch import Tensor
 from ...base.fingerprint import BaseReference
 from ...config import Routing
 from ...errors import ExpertError, RoutingError
-from ...files.prefetch import ahead
+from ...files.prefetch import prefetch
 from ...files.quoting import one_line, shortened
 from ...files.tensor_file import TensorFile
 from ..kernels.choice import check_kernel
@@ -238,7 +238,7 @@ def _entries(info: Mapping[str, Any], count: int) -> list[_Entry]:
 def _read_weights(path: Path, sha256: str) -> TensorFile:
     try:
         tensors = TensorFile(path)
-        _, found = ahead(lambda look: look(), (tensors.check_finite, tensors.sha256))
+        _, found = prefetch(lambda look: look(), (tensors.check_finite, tensors.sha256))
     except ExpertError as error:
         raise RoutingError(str(error)) from error
     if found != sha256:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from ...config import TASK_FILES
 from ...errors import TaskError
 from ...files.quoting import shortened
 from ...files.strict_toml import read_toml
-from ..loading import load_task
-from ..task import Example, Task
+from ..loading import SPLITS, load_task
+from ..task import Task
 from .entries import Entry, Sources, Suite
 
 __all__ = ["local_suite"]
@@ -46,38 +46,29 @@ def local_suite(path: str | Path) -> Suite:
     return suite
 
 
-@dataclass(frozen=True)
-class _TaskFile:
-    """Reads one task file; `suffix` is appended to every input."""
+def _entry(
+    file: Path,
+    name: str,
+    metrics: tuple[str, ...] = (),
+    max_new_tokens: int | None = None,
+    suffix: str = "",
+) -> Entry:
+    """The entry of one task file; `suffix` is appended to every input."""
 
-    name: str
-    file: Path
-    metrics: tuple[str, ...] = ()
-    max_new_tokens: int | None = None
-    suffix: str = ""
+    def read(_: Sources) -> Task:
+        task = load_task(file, name=name)
+        splits: dict[str, Any] = {
+            split: tuple(replace(each, input=each.input + suffix) for each in getattr(task, split))
+            for split in SPLITS
+        }
+        return replace(task, **splits, metrics=metrics, max_new_tokens=max_new_tokens)
 
-    def __call__(self, sources: Sources) -> Task:
-        task = load_task(self.file, name=self.name)
-        return replace(
-            task,
-            train=self._prompted(task.train),
-            validation=self._prompted(task.validation),
-            test=self._prompted(task.test),
-            metrics=self.metrics,
-            max_new_tokens=self.max_new_tokens,
-        )
-
-    def _prompted(self, examples: tuple[Example, ...]) -> tuple[Example, ...]:
-        return tuple(replace(example, input=example.input + self.suffix) for example in examples)
-
-
-def _entry(task: _TaskFile) -> Entry:
-    return Entry(task.name, task, task.metrics, task.max_new_tokens, source=str(task.file))
+    return Entry(name, read, metrics, max_new_tokens, source=str(file))
 
 
 def _folder_suite(folder: Path) -> Suite:
     files = sorted(file for file in folder.iterdir() if file.suffix in TASK_FILES)
-    return Suite(folder.resolve().name, tuple(_entry(_TaskFile(file.stem, file)) for file in files))
+    return Suite(folder.resolve().name, tuple(_entry(file, file.stem) for file in files))
 
 
 def _toml_suite(path: Path) -> Suite:
@@ -93,14 +84,14 @@ def _toml_suite(path: Path) -> Suite:
     return Suite(
         name,
         tuple(
-            _entry(_task_file(table, f"{path}, task {number}", path.parent, suffix))
+            _listed_entry(table, f"{path}, task {number}", path.parent, suffix)
             for number, table in enumerate(tables, 1)
         ),
     )
 
 
-def _task_file(table: Mapping[str, Any], where: str, folder: Path, suffix: str) -> _TaskFile:
-    """The task of one table [[tasks]], checked."""
+def _listed_entry(table: Mapping[str, Any], where: str, folder: Path, suffix: str) -> Entry:
+    """The entry of one table [[tasks]], checked."""
     _require_known(table, TASK_KEYS, where)
     file = folder / _text(table, "file", where)
     if file.suffix not in TASK_FILES:
@@ -117,9 +108,9 @@ def _task_file(table: Mapping[str, Any], where: str, folder: Path, suffix: str) 
         raise TaskError(
             f"{where}: max_new_tokens is {shortened(most)}, but must be a whole number above 0."
         )
-    return _TaskFile(
-        _text(table, "name", where, file.stem),
+    return _entry(
         file,
+        _text(table, "name", where, file.stem),
         tuple(metrics),
         most,
         _text(table, "suffix", where, suffix),

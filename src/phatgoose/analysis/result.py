@@ -26,7 +26,7 @@ from .kl_to_oracle import (
     oracle_distribution,
 )
 from .measures import concentration, effective_experts, entropy, load, overlap
-from .routing_distribution import PARTS, RoutingDistribution
+from .routing_distribution import PARTS, Measure, RoutingDistribution
 from .traces import Trace
 
 __all__ = ["Analysis", "RouterAnalysis"]
@@ -45,6 +45,14 @@ class RouterAnalysis:
     findings: tuple[Finding, ...] = ()
     traces: Mapping[str, Sequence[Trace]] = field(default_factory=dict)
     similarity: NDArray[Any] | None = None
+
+    def by_dataset(self, measure: Measure = "weight") -> dict[str, NDArray[np.float64]]:
+        """The whole-model distribution on each dataset, [E]."""
+        return {name: found.whole(measure) for name, found in self.distributions.items()}
+
+    def mean(self, measure: Measure = "weight") -> NDArray[np.float64]:
+        """Its unweighted mean over datasets, [E]."""
+        return np.asarray(np.mean(list(self.by_dataset(measure).values()), axis=0))
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ class Analysis:
 
     def overlaps(self, router: str) -> NDArray[np.float64]:
         """Overlap of a router's distributions on every two datasets, by weight, [D, D]."""
-        whole = [self.routers[router].distributions[name].whole("weight") for name in self.datasets]
+        whole = self.routers[router].by_dataset().values()
         return np.array([[overlap(p, q) for q in whole] for p in whole])
 
     def to_dict(self) -> dict[str, Any]:

@@ -150,10 +150,7 @@ def _score_causal(
     positions = position_ids(mask)[:, -inputs.shape[1] :]
     announce(owner.tolist())
     rest = model(
-        input_ids=inputs,
-        attention_mask=mask,
-        **held,
-        **_passes(model, position_ids=positions),
+        input_ids=inputs, attention_mask=mask, **held, **_passes(model, position_ids=positions)
     )
     return _mean_log_likelihood(torch.cat([start, rest.logits], dim=1), labels)
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from ...analysis.kl_to_oracle import ORACLE
 from ...analysis.measures import concentration, effective_experts, load
 from ...analysis.pool_sizes import PoolSizeCurve
-from ...analysis.result import Analysis, RouterAnalysis
-from ...analysis.routing_distribution import PARTS, Measure
+from ...analysis.result import Analysis
+from ...analysis.routing_distribution import PARTS
 from ...evaluation.comparison.methods import label_of
 from ...evaluation.comparison.tables import in_per_cent
 from .figures import (
@@ -111,7 +111,7 @@ def _scores(analysis: Analysis) -> Section | None:
 
 
 def _usage(analysis: Analysis) -> Section:
-    shares = {label_of(name): _mean(router, "weight") for name, router in analysis.routers.items()}
+    shares = {label_of(name): router.mean() for name, router in analysis.routers.items()}
     figure = PageFigure.of(
         usage_bars(shares, analysis.experts),
         "usage",
@@ -133,15 +133,15 @@ def _usage_table(analysis: Analysis) -> Table:
     rows = []
     highest = math.log(max(2, len(analysis.experts)))  # one expert alone has no entropy anyway
     for name, router in analysis.routers.items():
-        first = _mean(router, "first")
+        first, weight = router.mean("first"), router.mean()
         top = int(first.argmax())
         entropies = [found.token_entropy() for found in router.distributions.values()]
         rows.append(
             [
                 label_of(name),
-                f"{effective_experts(_mean(router, 'weight')):.1f}",
-                f"{effective_experts(_mean(router, 'probability')):.1f}",
-                f"{concentration(_mean(router, 'weight')):.3f}",
+                f"{effective_experts(weight):.1f}",
+                f"{effective_experts(router.mean('probability')):.1f}",
+                f"{concentration(weight):.3f}",
                 f"{analysis.experts[top]} {100 * first[top]:.0f} % (load {load(first)[top]:.1f})",
                 f"{100 * (1 - float(np.mean(entropies)) / highest):.1f} %",
             ]
@@ -184,13 +184,6 @@ def _summary(weight: Array, analysis: Analysis) -> str:
     top = int(weight.argmax())
     share = weight[top] / weight.sum()
     return f"{effective_experts(weight):.1f}, {analysis.experts[top]} {100 * share:.0f} %"
-
-
-def _mean(router: RouterAnalysis, measure: Measure) -> Array:
-    """Unweighted mean over datasets, [E]."""
-    return np.asarray(
-        np.mean([found.whole(measure) for found in router.distributions.values()], axis=0)
-    )
 
 
 def _agreement_table(analysis: Analysis) -> Iterator[Table]:
@@ -274,8 +267,7 @@ def _datasets(analysis: Analysis) -> Section:
     figures: list[PageFigure] = []
     tables: list[Table] = []
     for index, (name, router) in enumerate(analysis.routers.items()):
-        shares = {d: router.distributions[d].whole("weight") for d in analysis.datasets}
-        figure = dataset_matrix(shares, analysis.experts, oracle=analysis.oracle)
+        figure = dataset_matrix(router.by_dataset(), analysis.experts, oracle=analysis.oracle)
         ring = " A ring marks Oracle's expert." if analysis.oracle else ""
         caption = f"{label_of(name)}: share of each expert on each dataset.{ring}"
         figures.append(PageFigure.of(figure, f"datasets-{index}", caption))

@@ -1,20 +1,19 @@
-"""Figures of an analysis: who served which tokens, and what came of it.
+"""Figures of an analysis: which experts served which tokens, and how that goes with the scores.
 
 Colours are safe for colour-blind readers: cividis for amounts, Okabe and Ito's and a wine red for
-routers, which differ in their markers too. Every function returns a figure, which `write_png` and
+routers, which differ in their markers too. Every function returns a figure that `write_png` and
 `svg_of` draw.
 """
 
 from __future__ import annotations
 
-import functools
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -60,16 +59,7 @@ STYLE = {
 MOST_EXPERTS = 40  # more rows or columns than this are hard to read in a page
 
 Array = NDArray[np.float64]
-Drawing = TypeVar("Drawing", bound=Callable[..., Figure])
-
-
-def _styled(draw: Drawing) -> Drawing:
-    @functools.wraps(draw)
-    def run(*arguments: Any, **options: Any) -> Figure:
-        with matplotlib.rc_context(STYLE):
-            return draw(*arguments, **options)
-
-    return run  # type: ignore[return-value]
+styled = matplotlib.rc_context(STYLE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +71,7 @@ class Point:
     score: float
 
 
-@_styled
+@styled
 def heat_maps(
     distributions: Mapping[str, RoutingDistribution],
     *,
@@ -91,10 +81,10 @@ def heat_maps(
 ) -> Figure:
     """The paper's Figure 3: experts down, layers across, a row of panels for each dataset.
 
-    Encoder and decoder stand beside each other, and beside them the expert that Oracle takes, where
-    `oracle` tells (by dataset). A cell is the mean of `measure` over the layer's tokens and sites.
-    Of more than `most` experts those with the highest cells are shown; the axis tells how much of
-    the whole the others have.
+    Encoder and decoder stand beside each other, and beside them Oracle's expert, where `oracle`
+    has it (by dataset). A cell is the mean of `measure` over the layer's tokens and sites. Of more
+    than `most` experts those with the highest cells are shown; the axis says how much of the whole
+    the others have.
     """
     oracle = oracle or {}
     grids = {name: _grids(found, measure) for name, found in distributions.items()}
@@ -105,7 +95,7 @@ def heat_maps(
     stacks = list(next(iter(grids.values())))
     widths = [grid.shape[1] for grid in next(iter(grids.values())).values()]
     widths += [1.5] if oracle else []
-    height = 0.8 + len(shown.labels) * (0.2 if len(shown.labels) <= 12 else 0.135)
+    height = 0.8 + len(shown.labels) * (0.2 if shown.is_few else 0.135)
     width = 1.3 + 0.07 * max(map(len, shown.labels)) + max(2.5, 0.16 * sum(widths))
     figure = Figure(figsize=(width, 0.3 + height * len(grids)), layout="constrained")
     panels = figure.subplots(
@@ -121,15 +111,14 @@ def heat_maps(
             only = np.array([[expert == oracle.get(name)] for expert in experts], float)
             _heat_map(row[-1], shown.of(only), 1.0)
             row[-1].set_xticks([0], ["Oracle"])
-        size = 9 if len(shown.labels) <= 12 else 7
-        row[0].set_yticks(range(len(shown.labels)), shown.labels, fontsize=size)
+        row[0].set_yticks(range(len(shown.labels)), shown.labels, fontsize=shown.font_size)
         row[0].set_title(name, loc="left", fontsize=10)
         row[0].set_ylabel(shown.said(distributions[name].whole(measure)), fontsize=8)
     figure.colorbar(image, ax=panels, label=f"mean {measure}", pad=0.01, aspect=30, shrink=0.9)
     return figure
 
 
-@_styled
+@styled
 def usage_bars(
     shares: Mapping[str, Array], experts: Sequence[str], *, most: int = MOST_EXPERTS
 ) -> Figure:
@@ -150,13 +139,13 @@ def usage_bars(
         panel.xaxis.set_major_formatter(PercentFormatter(1))
         panel.xaxis.set_major_locator(MaxNLocator(4))
         panel.set_xlabel(shown.said(values).replace(" with", "\nwith"), fontsize=8)
-    panels[0].set_yticks(range(count), shown.labels, fontsize=9 if count <= 12 else 7)
+    panels[0].set_yticks(range(count), shown.labels, fontsize=shown.font_size)
     panels[0].set_ylim(count - 0.5, -0.5)
     figure.supxlabel("share of the weight", fontsize=9)
     return figure
 
 
-@_styled
+@styled
 def dataset_matrix(
     shares: Mapping[str, Array],
     experts: Sequence[str],
@@ -168,8 +157,7 @@ def dataset_matrix(
     oracle = oracle or {}
     values = np.array(list(shares.values()))
     shown = _shown(experts, values.max(axis=0), most, set(oracle.values()))
-    grid = shown.of(values.T).T
-    few = grid.shape[1] <= 12
+    grid, few = shown.of(values.T).T, shown.is_few
     width = 2.2 + grid.shape[1] * (0.55 if few else 0.17)
     figure = Figure(figsize=(width, 1.6 + 0.3 * len(grid)), layout="constrained")
     panel = figure.subplots()
@@ -180,22 +168,14 @@ def dataset_matrix(
         rotation=45 if few else 90,
         ha="right" if few else "center",
         rotation_mode="anchor" if few else "default",
-        fontsize=9 if few else 7,
+        fontsize=shown.font_size,
     )
     panel.set_yticks(range(len(grid)), list(shares))
     for row, dataset in enumerate(shares):
         for column in range(grid.shape[1]) if few else ():
             bright = grid[row, column] > 0.45 * grid.max()
-            text = f"{100 * grid[row, column]:.0f}"
-            panel.text(
-                column,
-                row,
-                text,
-                ha="center",
-                va="center",
-                fontsize=8,
-                color="black" if bright else "white",
-            )
+            text, colour = f"{100 * grid[row, column]:.0f}", "black" if bright else "white"
+            panel.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
         if dataset in oracle:
             at = shown.labels.index(oracle[dataset])
             for colour, width in (("white", 4.0), ("black", 2.0)):  # seen on any cell
@@ -213,7 +193,7 @@ def dataset_matrix(
     return figure
 
 
-@_styled
+@styled
 def divergence_scatter(
     points: Mapping[str, Sequence[Point]], correlations: Mapping[str, Correlation]
 ) -> Figure:
@@ -241,7 +221,7 @@ def divergence_scatter(
     return figure
 
 
-@_styled
+@styled
 def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
     """Mean score against the number of experts, a line per router; a point is a pool."""
     figure = Figure(figsize=(6.2, 3.6), layout="constrained")
@@ -269,14 +249,14 @@ def write_png(figure: Figure, path: str | Path) -> None:
         figure.savefig(unfinished, format="png", dpi=150, facecolor="white")
 
 
+@styled
 def svg_of(figure: Figure, name: str, label: str) -> str:
     """`figure` as an `<svg>` element for a page: transparent, in the page's text colour and font.
 
-    `name` keeps its ids apart from other figures', `label` is read to those who can't see it.
+    `name` begins its ids, which no other figure of the page may use; `label` is for screen readers.
     """
     drawn = io.StringIO()
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(drawn, format="svg", dpi=150, transparent=True, metadata={"Date": None})
+    figure.savefig(drawn, format="svg", dpi=150, transparent=True, metadata={"Date": None})
     svg = drawn.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
@@ -289,17 +269,27 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
 
 @dataclass(frozen=True)
 class _Shown:
-    """Which experts get a row, and what the rows are called."""
+    """The experts that get a row, and the rows' labels."""
 
     labels: list[str]
     rows: list[int]
+
+    @property
+    def is_few(self) -> bool:
+        """True where there is space for large text."""
+        return len(self.rows) <= 12
+
+    @property
+    def font_size(self) -> int:
+        """That of the labels."""
+        return 9 if self.is_few else 7
 
     def of(self, values: Array) -> Array:
         """The rows of `values` [E, ..] that are shown."""
         return np.asarray(values[self.rows])
 
     def said(self, shares: Array) -> str:
-        """How many experts are left out, and what part of `shares` [E] they have."""
+        """How many experts are left out, and their part of `shares` [E]."""
         count = len(shares) - len(self.rows)
         left = 1 - shares[self.rows].sum() / shares.sum()
         return f"not shown: {count} experts with {left:.0%} of the weight" if count else ""
@@ -308,9 +298,9 @@ class _Shown:
 def _shown(
     experts: Sequence[str], peaks: Array, most: int, wanted: set[str], *, ordered: bool = False
 ) -> _Shown:
-    """At most `most` experts, those of the highest `peaks` and the `wanted`, in the pool's order.
+    """At most `most` experts: the `wanted`, then those of the highest `peaks`, in the pool's order.
 
-    With `ordered` they stand by their peaks.
+    With `ordered` they are in the order of their peaks.
     """
     ranked = sorted(range(len(experts)), key=lambda z: (experts[z] not in wanted, -peaks[z]))
     rows = sorted(ranked[:most], key=lambda z: -peaks[z] if ordered else z)

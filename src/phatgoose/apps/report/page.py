@@ -38,7 +38,7 @@ def write_report(
         for name, router in analysis.routers.items():
             layers = heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
             write_png(layers, folder / FIGURES / f"layers-{name}.png")
-            shares = {d: found.whole("weight") for d, found in router.distributions.items()}
+            shares = router.by_dataset()
             matrix = dataset_matrix(shares, analysis.experts, oracle=analysis.oracle, most=everyone)
             write_png(matrix, folder / FIGURES / f"datasets-{name}.png")
             bars = usage_bars(shares, analysis.experts, most=everyone)

@@ -139,9 +139,7 @@ def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
 
 
 def _load(
-    suites: Iterable[Suite | str | Path],
-    sources: Sources | None,
-    settings: ScoringSettings,
+    suites: Iterable[Suite | str | Path], sources: Sources | None, settings: ScoringSettings
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, EvaluationSet]]:
     """(datasets' names by suite, datasets by name); raises TaskError for names that clash."""
     columns: dict[str, tuple[str, ...]] = {}

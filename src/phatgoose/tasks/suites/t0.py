@@ -45,7 +45,7 @@ def t0_held_in() -> Suite:
 
 
 def held_in_entry(table: Mapping[str, Any]) -> Entry:
-    """The entry of a dataset to train on, described as in t0.toml's tables [[held_in]]."""
+    """The entry of a dataset to train on, described as in t0.toml's table held_in."""
     dataset = _HeldIn(**_tupled(table))
     return Entry(
         dataset.name,

@@ -36,7 +36,7 @@ def pool(pool_of):
 @pytest.fixture(scope="module")
 def app(pool):
     app = serving.app_of(pool, Serving(max_tokens=64), api_keys=["secret"])
-    for served in app.state.service.models:
+    for served in app.state.service.models.values():
         served.runner.tokenizer.chat_template = serving.CHAT_TEMPLATE
     return app
 

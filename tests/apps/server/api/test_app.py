@@ -164,7 +164,7 @@ def test_stop_ends_an_answer(client):
 def chat(pool):
     """A client of a server whose base has a chat template."""
     app = serving.app_of(pool)
-    for served in app.state.service.models:
+    for served in app.state.service.models.values():
         served.runner.tokenizer.chat_template = serving.CHAT_TEMPLATE
     with serving.client_of(app) as client:
         yield client
@@ -197,7 +197,7 @@ def test_a_chat_is_the_completion_of_its_template(chat):
 
 def test_without_a_limit_a_chat_takes_what_the_server_gives(pool):
     app = serving.app_of(pool, Serving(max_tokens=9))
-    for served in app.state.service.models:
+    for served in app.state.service.models.values():
         served.runner.tokenizer.chat_template = serving.CHAT_TEMPLATE
         served.runner.ends = frozenset()
     with serving.client_of(app) as client:
@@ -301,21 +301,25 @@ def test_routings_that_cannot_be_had_are_refused(client):
 
 
 def test_routings_are_kept_and_make_room_for_each_other(app, client):
-    models = app.state.service.models
+    goose, routings = app.state.service.models["goose"], app.state.service.routings
+
+    def acquire(k):
+        return client.portal.call(routings.acquire, goose, RoutingOverride(k=k), "somebody", 30)
+
     for k in (1, 3, 4, 1):
         ask(client, **GREEDY, k=k)
-    assert len(models._overridden) == 2
-    goose = models.get("goose")
-    one, other = (models.acquire(goose, RoutingOverride(k=k)) for k in (1, 3))
-    assert models.acquire(goose, RoutingOverride(k=1)).runner is one.runner
-    assert models.acquire(goose, RoutingOverride(k=2)).runner is goose.runner
-    models.release(one)
+    assert len(routings.composed) == 2
+    one, other = acquire(1), acquire(3)
+    again = acquire(1)
+    assert again.runner is one.runner
+    assert acquire(2).runner is goose.runner
+    again.release()
     error = error_of(client, 429, **GREEDY, k=4)
     assert "routings" in error["message"]
-    for use in (one, other):
-        models.release(use)
+    for each in (one, other):
+        each.release()
     ask(client, **GREEDY, k=4)
-    layers = [use.runner.model.phatgoose.layers for use in models._overridden.values()]
+    layers = [runner.model.phatgoose.layers for runner in routings.composed]
     for name, layer in goose.parts.layers.items():
         assert all(each[name].A is layer.A for each in layers)  # in memory once
 
@@ -455,7 +459,7 @@ def test_keys_are_read_from_a_list():
 
 
 def endless(app):
-    for served in app.state.service.models:
+    for served in app.state.service.models.values():
         served.runner.ends = frozenset()
     return app
 
@@ -499,7 +503,7 @@ def test_a_full_queue_turns_requests_away(pool):
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_goes_away_frees_its_place(pool, stream):
     app = endless(serving.app_of(pool))
-    engine, models = app.state.service.engine, app.state.service.models
+    engine, routings = app.state.service.engine, app.state.service.routings
 
     def post(client, **body):
         headers = {"Content-Type": "application/json"}
@@ -519,7 +523,7 @@ def test_a_client_that_goes_away_frees_its_place(pool, stream):
             client.close()
             serving.until(lambda: row.is_cancelled)
         serving.until(lambda: engine.running == engine.waiting == 0)
-        serving.until(lambda: all(use.requests == 0 for use in models._overridden.values()))
+        serving.until(lambda: routings.requests == 0)
         post(client, **GREEDY)
         with client.getresponse() as reply:
             assert reply.status == 200

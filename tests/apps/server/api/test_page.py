@@ -23,7 +23,7 @@ def chromium():
 
 def app_of(pool, *, chat=False, **options):
     app = serving.app_of(pool, Serving(max_tokens=500), **options)
-    for served in app.state.service.models:
+    for served in app.state.service.models.values():
         served.runner.ends = frozenset()
         served.runner.tokenizer.chat_template = serving.CHAT_TEMPLATE if chat else None
     return app

@@ -18,7 +18,7 @@ from phatgoose.apps.server.api import request_parsing, service
 from phatgoose.apps.server.api.request_parsing import parsed
 from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
 from phatgoose.apps.server.api_errors import ApiError, without_paths
-from phatgoose.apps.server.engine.loaded_models import RoutingOverride
+from phatgoose.apps.server.engine.loaded_models import LoadedModel
 from phatgoose.apps.server.guards import connection_guard, request_guard
 from phatgoose.apps.server.guards.access_control import AccessControl, host_of
 from phatgoose.apps.server.guards.connection_guard import ConnectionGuard
@@ -162,7 +162,7 @@ def test_what_cannot_fit_is_refused_before_it_is_read(client, app, monkeypatch):
     def read(*_, **__):
         raise AssertionError("the prompt was read")
 
-    tokenizer = app.state.service.models.get("goose").runner.tokenizer
+    tokenizer = app.state.service.models["goose"].runner.tokenizer
     for name in ("__call__", "decode"):
         monkeypatch.setattr(type(tokenizer), name, read)
     for prompt in ("a" * 40_000, [5] * 3000, ["a", "a" * 40_000]):
@@ -650,16 +650,16 @@ async def look_at_connections(monkeypatch):
 
 def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
     """Its own client may have two on their way, all of them so many; what is there goes on."""
-    models = guarded.app.state.service.models
+    routings = guarded.app.state.service.routings
 
     def ask(key, **change):
         headers = {"Authorization": f"Bearer {key}"}
         return guarded.post(PATH, json={**GREEDY, **change}, headers=headers)
 
-    with held(monkeypatch, models, "acquire") as (called, go_on):
+    with held(monkeypatch, LoadedModel, "compose") as (called, go_on):
         begun = [in_a_thread(ask, "secret", k=k) for k in (1, 1, 3)]
         assert called.wait(30)
-        serving.until(lambda: len(guarded.app.state.service._composer._pending) == 2)
+        serving.until(lambda: routings.unfinished == 2)
         assert ask("other").status_code == 200
         assert ask("secret").status_code == 200
         refused = ask("secret", k=4)
@@ -670,34 +670,35 @@ def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
             thread.join()
             assert found[0].status_code == 200
     assert ask("secret", k=4).status_code == 200
-    serving.until(lambda: all(use.requests == 0 for use in models._overridden.values()))
-    assert len(models._overridden) == 3
+    serving.until(lambda: routings.requests == 0)
+    assert len(routings.composed) == 3
 
 
 def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
     app = serving.app_of(pool, Serving(timeout=1))
-    models = app.state.service.models
+    routings = app.state.service.routings
     with serving.client_of(app) as client:
-        with held(monkeypatch, models, "acquire") as (_, go_on):
+        with held(monkeypatch, LoadedModel, "compose") as (_, go_on):
             reply = client.post(PATH, json={**GREEDY, "k": 1})
             assert reply.status_code == 504
             assert client.post(PATH, json=GREEDY).status_code == 200
             go_on.set()
-        serving.until(lambda: models._overridden and not app.state.service._composer._pending)
-        serving.until(lambda: all(use.requests == 0 for use in models._overridden.values()))
+        serving.until(lambda: routings.composed and not routings.unfinished)
+        serving.until(lambda: routings.requests == 0)
         assert client.post(PATH, json={**GREEDY, "k": 1}).status_code == 200
 
 
 def test_a_routing_that_fails_fails_for_all_who_wait(client, app, monkeypatch):
-    models = app.state.service.models
+    routings = app.state.service.routings
+    before = len(routings.composed)
 
     def fails(*_):
         raise ConfigError("nothing at /home/me/experts")
 
     with monkeypatch.context() as patch:
-        patch.setattr(models, "acquire", fails)
+        patch.setattr(LoadedModel, "compose", fails)
         reply = client.post(PATH, json={**GREEDY, "k": 1})
         assert reply.status_code == 400
         assert reply.json()["error"]["message"] == "nothing at experts"
-    assert models.ready(models.get("goose"), RoutingOverride(k=1)) is None
+    assert (len(routings.composed), routings.unfinished) == (before, 0)
     assert client.post(PATH, json={**GREEDY, "k": 1}).status_code == 200

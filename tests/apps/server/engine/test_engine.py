@@ -644,7 +644,7 @@ def test_a_stopped_engine_fails_what_is_left(runner_of):
 
 def test_weights_of_a_base_are_in_memory_once(pool_of):
     app = serving.app_of(pool_of("llama"))
-    goose, mean = (served.runner.model for served in app.state.service.models)
+    goose, mean = (served.runner.model for served in app.state.service.models.values())
     assert goose is not mean
     pairs = zip(goose.parameters(), mean.parameters(), strict=True)
     assert all(one is other for one, other in pairs)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from .... import __version__
 from ....config import Serving
-from ..engine.loaded_models import LoadedModels
+from ..engine.loaded_models import load_models
 from ..guards.access_control import AccessControl
 from ..guards.request_guard import RequestGuard
 from ..metrics import CONTENT_TYPE_LATEST, MetricsMiddleware
@@ -38,7 +38,7 @@ def create_app(
     machine (`AccessControl`). Raises what opening a model does.
     """
     limits = serving or Serving()
-    service = Service(LoadedModels(models, limits.max_routings), limits)
+    service = Service(load_models(models), limits)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

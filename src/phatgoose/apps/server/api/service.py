@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TypeVar
 
 import anyio
@@ -14,9 +15,9 @@ from ....config import Serving
 from ....errors import PhatgooseError
 from ....files.quoting import shortened
 from ..api_errors import ApiError, bad_request, for_clients, without_paths
-from ..engine.background_composer import BackgroundComposer
 from ..engine.generation_engine import GenerationEngine
-from ..engine.loaded_models import LoadedModel, LoadedModels
+from ..engine.loaded_models import LoadedModel
+from ..engine.routing_cache import RoutingCache
 from ..guards.request_guard import BODY, CLIENT
 from ..metrics import Metrics
 from .pending_reply import EventStream, PendingReply, whole_answer
@@ -39,12 +40,12 @@ Wanted = TypeVar("Wanted", CompletionRequest, ChatRequest)
 class Service:
     """The models, the engine that computes their answers, and the limits for both."""
 
-    def __init__(self, models: LoadedModels, limits: Serving) -> None:
+    def __init__(self, models: Mapping[str, LoadedModel], limits: Serving) -> None:
         self.models, self.limits = models, limits
         self.metrics = Metrics()
         self.engine = GenerationEngine(limits, self.metrics)
         self.begun = int(time.time())
-        self._composer = BackgroundComposer(models, limits.max_routings)
+        self.routings = RoutingCache(models, limits.max_routings)
         self._parsers = anyio.CapacityLimiter(PARSERS)
         self._readers = anyio.CapacityLimiter(READERS)
 
@@ -55,11 +56,11 @@ class Service:
     def stop(self) -> None:
         """Stop computing, and wait a while for routings being composed."""
         self.engine.stop()
-        self._composer.stop(self.limits.shutdown_timeout)
+        self.routings.stop(self.limits.shutdown_timeout)
 
     def cards(self) -> list[ModelCard]:
         """The cards of all models."""
-        return [self.card(loaded) for loaded in self.models]
+        return [self.card(loaded) for loaded in self.models.values()]
 
     def card(self, loaded: LoadedModel) -> ModelCard:
         """What clients are told about a model."""
@@ -80,7 +81,7 @@ class Service:
         """The model called `name`. Raises ApiError when there is none."""
         loaded = self.models.get(name)
         if loaded is None:
-            known = ", ".join(each.settings.name for each in self.models)
+            known = ", ".join(self.models)
             raise ApiError(
                 404,
                 f"There is no model {shortened(name, SHOWN)}; there are {known}.",
@@ -105,22 +106,22 @@ class Service:
         _check_routing(request, loaded)
         seconds = self.limits.timeout
         try:
-            use = await self._composer.acquire(loaded, request.override, client, seconds)
+            runner, release = await self.routings.acquire(loaded, request.override, client, seconds)
         except PhatgooseError as error:
             raise bad_request(for_clients(error), "router") from error
         try:
-            prepare = RequestPreparer(use.runner, self.limits).prepare
+            prepare = RequestPreparer(runner, self.limits).prepare
             prepared = await anyio.to_thread.run_sync(prepare, request, limiter=self._readers)
             builder = builder_of(prepared)
 
             def done() -> None:
-                self.models.release(use)
+                release()
                 usage = builder.usage
                 self.metrics.used(request.model, usage.prompt_tokens, usage.completion_tokens)
 
             reply = PendingReply(self.engine, builder, client, seconds, done)
         except BaseException:
-            self.models.release(use)
+            release()
             raise
         if request.stream:
             return EventStream(reply)

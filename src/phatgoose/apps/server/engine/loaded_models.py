@@ -1,15 +1,11 @@
-"""The served models, and the routings that requests ask for.
+"""The served models.
 
-All routings over one base share its weights, and those of the same experts their stacked factors. A
-request's own routing is composed when it is first asked for and cached; the least recently used one
-that no request needs is evicted.
+All routings over one base share its weights, and those of the same experts their stacked factors.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -28,12 +24,11 @@ from ....routing.open_model import compose_pool, is_pool, is_routed
 from ....routing.routers.registry import ROUTERS, spec_of
 from ....routing.saved.description import HASHES
 from ....routing.saved.load import base_of, load
-from ....tasks.embeddings import without_downloads
-from ..api_errors import busy
 from ..settings import ServedModel
 from .model_runner import ModelRunner
 
-__all__ = ["REQUESTABLE_ROUTERS", "LoadedModel", "LoadedModels", "ModelUse", "RoutingOverride"]
+__all__ = ["REQUESTABLE_ROUTERS", "LoadedModel", "RoutingOverride", "load_models"]
+__all__ += ["share_factors"]
 
 BY_TASK = "oracle"  # chooses by a task's name, which a request doesn't have
 REQUESTABLE_ROUTERS = tuple(name for name in ROUTERS if name != BY_TASK)
@@ -49,7 +44,7 @@ class RoutingOverride:
     leave_out: tuple[str, ...] | None = None
 
 
-class Bases:
+class _Bases:
     """Base models, each loaded once."""
 
     def __init__(self) -> None:
@@ -73,7 +68,7 @@ class LoadedModel:
     `parts` is None for a base alone.
     """
 
-    def __init__(self, settings: ServedModel, bases: Bases) -> None:
+    def __init__(self, settings: ServedModel, bases: _Bases) -> None:
         """Raises what opening a model does, and ConfigError for settings that it can't have."""
         self.settings = settings
         self._check()
@@ -176,119 +171,30 @@ def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
     return tuple(record.get(key) for key in ("name", *HASHES))
 
 
-@dataclass
-class ModelUse:
-    """A composed model and how many requests need it."""
+def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
+    """All models by name, opened. Raises what opening a model does."""
+    bases = _Bases()
+    models: dict[str, LoadedModel] = {}
+    for settings in served:
+        loaded = LoadedModel(settings, bases)
+        share_factors(loaded.runner.model, [each.runner.model for each in models.values()])
+        models[settings.name] = loaded
+    pools = [each.pool for each in models.values() if is_pool(each.settings.place)]
+    for loaded in models.values():
+        loaded.find_experts(pools)
+    return models
 
-    runner: ModelRunner
-    requests: int = 0
 
-
-Key = tuple[str, Routing, tuple[str, ...]]
-
-
-class LoadedModels:
-    """All served models by name, and the cache of routings that requests asked for.
-
-    `ready`, `acquire`, `keep` and `release` may be called from any thread.
-    """
-
-    def __init__(self, served: Sequence[ServedModel], most_overridden: int) -> None:
-        """Open every model. Raises what opening does."""
-        bases = Bases()
-        self._most = most_overridden
-        self._lock = threading.Lock()
-        self._composing = threading.Lock()  # one at a time: it takes all cores anyway
-        self._overridden: OrderedDict[Key, ModelUse] = OrderedDict()
-        self._loaded: dict[str, LoadedModel] = {}
-        for settings in served:
-            self._loaded[settings.name] = LoadedModel(settings, bases)
-            self._share_factors(self._loaded[settings.name].runner.model)
-        pools = [each.pool for each in self if is_pool(each.settings.place)]
-        for each in self:
-            each.find_experts(pools)
-
-    def __iter__(self) -> Iterator[LoadedModel]:
-        return iter(self._loaded.values())
-
-    def get(self, name: str) -> LoadedModel | None:
-        """The model called `name`, None if there is none."""
-        return self._loaded.get(name)
-
-    def ready(self, loaded: LoadedModel, override: RoutingOverride) -> ModelUse | None:
-        """`loaded` with `override` applied, if it is cached: kept until its `release`. Else None.
-
-        May be slow, since a pool may have to be opened. Raises PhatgooseError for an impossible
-        override.
-        """
-        if override == RoutingOverride():
-            return ModelUse(loaded.runner)
-        routing, pool = loaded.overridden(override)
-        names = loaded.parts.experts if loaded.parts is not None else ()
-        if (routing, pool.names) == (loaded.routing, names):
-            return ModelUse(loaded.runner)
-        return self._take((loaded.settings.name, routing, pool.names))
-
-    def acquire(self, loaded: LoadedModel, override: RoutingOverride) -> ModelUse:
-        """`loaded` with `override` applied, composed if it isn't cached: kept until its `release`.
-
-        Raises PhatgooseError for an impossible override, ApiError when too many are in use.
-        """
-        with self._composing:
-            if (ready := self.ready(loaded, override)) is not None:
-                return ready
-            routing, pool = loaded.overridden(override)
-            self._make_room()
-            with without_downloads():  # a client must not make others wait for the network
-                model = loaded.compose(pool, routing)
-            self._share_factors(model)
-            use = ModelUse(ModelRunner(model, loaded.base.tokenizer), 1)
-            with self._lock:
-                self._overridden[loaded.settings.name, routing, pool.names] = use
-        return use
-
-    def keep(self, use: ModelUse) -> None:
-        """Count one more request that needs `use`, until its `release`."""
-        with self._lock:
-            use.requests += 1
-
-    def release(self, use: ModelUse) -> None:
-        """Count one request less that needs `use`."""
-        with self._lock:
-            use.requests -= 1
-
-    def _take(self, key: Key) -> ModelUse | None:
-        with self._lock:
-            use = self._overridden.get(key)
-            if use is not None:
-                use.requests += 1
-                self._overridden.move_to_end(key)
-            return use
-
-    def _make_room(self) -> None:
-        with self._lock:
-            idle = [key for key, use in self._overridden.items() if use.requests == 0]
-            if len(self._overridden) < self._most:
-                return
-            if not idle:
-                raise busy("Too many different routings are in use; try again in a while.", 5)
-            del self._overridden[idle[0]]
-
-    def _share_factors(self, model: PreTrainedModel) -> None:
-        """Let `model` share the stacked factors of a model of the same experts, if there is one."""
-        parts = getattr(model, ROUTED, None)
-        with self._lock:
-            runners = [
-                *(s.runner for s in self),
-                *(use.runner for use in self._overridden.values()),
-            ]
-        for other in (getattr(runner.model, ROUTED, None) for runner in runners):
-            if parts is None or other is None or other is parts or other.records != parts.records:
+def share_factors(model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> None:
+    """Let `model` use the stacked factors of those of `others` that have the same experts."""
+    parts = getattr(model, ROUTED, None)
+    for other in (getattr(each, ROUTED, None) for each in others):
+        if parts is None or other is None or other.records != parts.records:
+            continue
+        for name, layer in parts.layers.items():
+            twin_layer = other.layers[name]
+            if not isinstance(layer, RoutedLinear) or type(layer) is not type(twin_layer):
                 continue
-            for name, layer in parts.layers.items():
-                twin_layer = other.layers[name]
-                if not isinstance(layer, RoutedLinear) or type(layer) is not type(twin_layer):
-                    continue
-                if layer.stack.dtype == twin_layer.stack.dtype:
-                    for tensor in layer.stack.tensors():
-                        setattr(layer, tensor, getattr(twin_layer, tensor))
+            if layer.stack.dtype == twin_layer.stack.dtype:
+                for tensor in layer.stack.tensors():
+                    setattr(layer, tensor, getattr(twin_layer, tensor))

@@ -324,7 +324,7 @@ def test_routers_that_need_the_whole_example_are_refused(llama_pool, tmp_path):
     scores = {f"e{z}": {"my_task": z / 4} for z in range(4)}
     model = compose(llama_pool, router="oracle", scores=scores)
     save(model, tmp_path / "routed")
-    with pytest.raises(ConfigError, match="Router oracle goes by whole examples"):
+    with pytest.raises(ConfigError, match="Router oracle needs whole examples"):
         PhatgooseLM(pool=str(tmp_path / "routed"))
 
 

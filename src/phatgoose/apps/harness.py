@@ -3,7 +3,7 @@
     lm_eval --model phatgoose --model_args pool=experts,router=phatgoose,k=2 --tasks my_task
 
 lm_eval finds `PhatgooseLM` by our entry point in its group "lm_eval.models". Its releases up to
-0.4.13 don't read that group yet; under those, `main` is the same command and knows the model.
+0.4.13 don't read that group; `main` is the same command for them, and knows the model.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ __all__ = ["ModelArguments", "PhatgooseLM", "main"]
 
 MODEL = "phatgoose"
 WHERE = "model_args"
-DELIMITER = " "  # what the harness puts before a choice unless the task says otherwise
+DELIMITER = " "  # the harness puts it before a choice unless the task has its own
 ROUTING = tuple(setting.name for setting in settings_of(Routing))
-SETTLED = {*ROUTING, "keep", "leave_out", "scores"}  # what a saved routed model was made with
-SETTLED -= {"retrieval_embedder"}
+FIXED = {*ROUTING, "keep", "leave_out", "scores"} - {"retrieval_embedder"}  # of a saved model
 NAMES = ("pool", "base", "expert", "keep", "leave_out")
 
 Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, and their tokens
@@ -51,14 +50,14 @@ Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, a
 
 @dataclass(frozen=True)
 class ModelArguments(Routing):
-    """What `--model_args` takes: a routing, and where and how the model is opened.
+    """The arguments in `--model_args`: a routing, and where and how the model is opened.
 
-    lm_eval's flags --batch_size, --max_batch_size and --device come here too.
+    lm_eval's flags --batch_size, --max_batch_size and --device are merged into them.
     """
 
     pool: Annotated[str, "Folder of experts, manifest, or folder of a saved routed model."] = ""
     keep: Annotated[str | None, "Use these experts only: names joined by '+'."] = None
-    leave_out: Annotated[str | None, "Do without these experts: names joined by '+'."] = None
+    leave_out: Annotated[str | None, "Use all experts but these: names joined by '+'."] = None
     scores: Annotated[str | None, "comparison.json of a compare, for best-individual."] = None
     base: Annotated[str | None, "The base model, where it is not under its recorded name."] = None
     dtype: Annotated[str, "auto, bfloat16, float16 or float32."] = "auto"
@@ -87,7 +86,7 @@ class ModelArguments(Routing):
         """
         digits = {key: str(values[key]) for key in NAMES if type(values.get(key)) is int}
         arguments = from_mapping(cls, {**values, **digits}, WHERE)
-        given = sorted(SETTLED & values.keys())
+        given = sorted(FIXED & values.keys())
         if given and is_routed(arguments.pool):
             raise ConfigError(
                 f"{WHERE}: {arguments.pool} is a saved routed model, made with its own "
@@ -102,14 +101,15 @@ class ModelArguments(Routing):
 
 
 class PhatgooseLM(HFLM):  # type: ignore[misc]
-    """A routed model as the harness's language model; `ModelArguments` says what it takes.
+    """A routed model as the harness's language model, opened by `ModelArguments`.
 
-    Context and continuation are tokenised and cut as in `phatgoose.evaluate`, but for the few-shot
-    contexts' sake to what the model holds unless `max_input_tokens` is given. Log-likelihoods are
-    computed in float32. With `add_eos` they are those of `phatgoose.evaluate`, summed.
+    Context and continuation are tokenised and cut as in `phatgoose.evaluate`. Without
+    `max_input_tokens` contexts are cut to the model's positions only, because few-shot contexts are
+    long. Log-likelihoods are computed in float32. With `add_eos` they are those of
+    `phatgoose.evaluate`, summed.
 
-    Raises ConfigError for arguments that can't be used and for routers that look whole inputs up,
-    and whatever opening the model raises.
+    Raises ConfigError for unusable arguments and for routers that look whole inputs up, and what
+    opening the model raises.
     """
 
     def __init__(self, **arguments: Any) -> None:
@@ -146,15 +146,15 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm_eval writes into its results: base, routing, experts and their hashes too."""
+        """What lm_eval writes into its results, with base, routing, experts and their hashes."""
         parts = composition_of(self.model)
         ours = {"base": asdict(parts.base), "routing": asdict(parts.routing)}
         return {**super().get_model_info(), MODEL: {**ours, "experts": parts.records}}
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """The tokens of a context and of what follows it.
+        """The tokens of a context and of its continuation.
 
-        In a decoder that reads it alone, a target starts without the task's delimiter.
+        A target that a decoder reads alone starts without the task's delimiter.
         """
         if self.backend == "seq2seq":
             target = self._encoder.continuation(context, continuation.removeprefix(DELIMITER))
@@ -164,7 +164,7 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         return self._context(self._encoder.prompt_text(context), room), target
 
     def _context(self, text: str, room: int) -> list[int]:
-        """The tokens of a context, at most `room` and `max_input_tokens`: special ones stay."""
+        """The tokens of a context, at most `room` and `max_input_tokens`; special ones are kept."""
         tokens: list[int] = self.tok_encode(text)
         before = self._before if tokens[: len(self._before)] == self._before else []
         end = len(tokens) - len(self._after)
@@ -187,14 +187,14 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(tokens, mask) of contexts that text is generated after, cut like any."""
+        """(tokens, mask) of contexts to generate after, cut as in `_context`."""
         room = left_truncate_len or self.max_length
         rows = [self._context(self._encoder.prompt_text(text), room) for text in strings]
         pad = pad_left if padding_side == "left" else pad_right
         return pad(rows, self.tokenizer.pad_token_id), pad([[1] * len(row) for row in rows], 0)
 
     def _loglikelihood_tokens(self, requests: Sequence[Request], **options: Any) -> Any:
-        """(log-likelihood, is greedy) of each request; the pieces of a running text stay open."""
+        """(log-likelihood, is greedy) of each request; pieces of a running text get no end."""
         if self.arguments.add_eos:
             eos = self.eot_token_id
             requests = [
@@ -236,7 +236,7 @@ def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
 
 
 def _present(device: str | None) -> str | None:
-    """`device`, or None for a GPU on a machine without: lm_eval names cuda:0 unless it is told."""
+    """`device`, or None for a GPU on a machine without one: lm_eval's default is cuda:0."""
     missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
     return None if missing else device
 
@@ -244,8 +244,8 @@ def _present(device: str | None) -> str | None:
 def _refuse_lookup(parts: Composition) -> None:
     if parts.lookup is not None:
         raise ConfigError(
-            f"Router {parts.routing.router} goes by whole examples, which lm_eval hands over in "
-            f"pieces; score it with 'phatgoose evaluate', or take another router."
+            f"Router {parts.routing.router} needs whole examples, which lm_eval hands over in "
+            f"pieces; score it with 'phatgoose evaluate', or use another router."
         )
 
 

@@ -18,7 +18,7 @@ from ...config import Formatting
 from ...errors import TaskError
 from ...tasks.encoding import Encoder
 from ..console.colours import coloured, expert_style
-from ..generation import Sampling, answer
+from ..generation import Sampling, generate
 
 __all__ = ["Explanation", "explain"]
 
@@ -123,9 +123,9 @@ def explain(
         raise TaskError("The prompt is empty.")
     text = given
     if text is None:
-        text = answer(model, tokenizer, prompt, formatting, Sampling(max_new_tokens)).text
+        text = generate(model, tokenizer, prompt, formatting, Sampling(max_new_tokens)).text
     encoder = Encoder.for_model(model, tokenizer, formatting)
     pair = encoder.pair(prompt, text)
-    if given is not None:  # `answer` has told it already
+    if given is not None:  # `generate` has reported them already
         encoder.cuts([pair]).report("the prompt")
     return Explanation(trace(model, encoder, pair), text, layer, kind)

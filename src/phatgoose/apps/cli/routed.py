@@ -85,13 +85,12 @@ def generate(
     formatting: Formatting,
 ) -> None:
     """Generate text with a routed model."""
-    from ..generation import Sampling, answer, recorded_tokens
+    from ..generation import Sampling, recorded_tokens
+    from ..generation import generate as run
 
     opened = opening.open(model, routing)
     sampling = Sampling(max_new_tokens, temperature if sample else None, seed)
-    result = answer(
-        opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts
-    )
+    result = run(opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts)
     if result.recording is None:
         show(result.text, wrap=False)
     else:

@@ -1,8 +1,8 @@
-"""What the commands print: the one place where text of others reaches the user's terminal.
+"""What the commands print: the one place where strangers' text reaches the user's terminal.
 
-Names of experts, tasks, folders and tokens are others' words. No control character of theirs gets
-through (an escape sequence could rewrite the screen, or the line above), and nothing of them is
-taken for rich's markup.
+Names of experts, tasks and folders, and tokens, may come from strangers. Their control characters
+are escaped (they could rewrite the screen, or the line above), and none of their text is taken for
+rich's markup.
 """
 
 from __future__ import annotations
@@ -18,14 +18,20 @@ from rich.text import Text
 
 __all__ = ["PlainFormatter", "complain", "plain", "say", "show"]
 
-# Control characters, what is no character, line ends of Unicode, and what turns the direction.
+# Control characters, surrogates, Unicode line ends, and marks that turn the text direction.
 STEERING = ("Cc", "Cs", "Zl", "Zp")
 TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def harmless(text: str) -> str:
-    """`text` with Python's escapes in the place of what could steer a terminal."""
-    return "".join(map(_harmless, text))
+    """`text` with what could steer a terminal replaced by Python's escapes."""
+    return "".join(repr(c)[1:-1] if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) in STEERING or character in TURNING
 
 
 def plain(text: object) -> str:
@@ -45,10 +51,10 @@ def complain(kind: str, message: object, style: str) -> None:
 
 
 def show(*things: RenderableType, wrap: bool = True, width: int | None = None) -> None:
-    """Print texts, tables and whatever else rich can, one below the other, without markup.
+    """Print texts, tables and other renderables of rich, one below the other, without markup.
 
-    `wrap` False leaves long lines to the terminal. `width` is that of a file in columns; a terminal
-    knows its own.
+    `wrap` False leaves long lines to the terminal. `width` is the number of columns where output
+    goes to a file; a terminal has its own.
     """
     console = Console(markup=False, emoji=False, highlight=False)
     if width is not None and not console.is_terminal:
@@ -59,7 +65,7 @@ def show(*things: RenderableType, wrap: bool = True, width: int | None = None) -
 
 @dataclass(frozen=True)
 class _Harmless:
-    """A renderable of rich's whose text is harmless, wherever in it that stands."""
+    """A renderable of rich's, all of whose text is harmless."""
 
     thing: RenderableType
 
@@ -69,13 +75,8 @@ class _Harmless:
 
 
 class PlainFormatter(logging.Formatter):
-    """Log records as lines that are harmless."""
+    """Formats log records as harmless lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record, its traceback if any, with escapes for what could steer a terminal."""
+        """The record and its traceback, if any, with escapes for what could steer a terminal."""
         return harmless(super().format(record))
-
-
-def _harmless(character: str) -> str:
-    steers = unicodedata.category(character) in STEERING or character in TURNING
-    return character if character in "\n\t" or not steers else repr(character)[1:-1]

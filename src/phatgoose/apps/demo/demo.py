@@ -29,7 +29,7 @@ from ...tasks.task import Task
 from ...training.train_expert import train_expert
 from ..console.printing import show
 from ..console.tables import datasets_table, routers_table
-from ..generation import Sampling, answer, recorded_tokens
+from ..generation import Sampling, generate, recorded_tokens
 from ..report.page import write_report
 
 __all__ = ["run_demo"]
@@ -65,7 +65,7 @@ def run_demo(base_name: str, out: Path) -> None:
     show(datasets_table(compare(pool, [_suite(unseen)], base=base, out=out)))
     show(_step("4. A routed answer", ", each token in the colour of its top expert"))
     model = compose(pool, base)
-    routed = answer(model, base.tokenizer, PROMPT, sampling=Sampling(12), record=True)
+    routed = generate(model, base.tokenizer, PROMPT, sampling=Sampling(12), record=True)
     show(recorded_tokens(routed, base.tokenizer))
     show(_step("5. Where the tokens of each unseen task went"))
     analysis = analyse(model, unseen, tokenizer=base.tokenizer, limit=READ, score=False)

@@ -11,7 +11,6 @@ import pytest
 from phatgoose.apps.cli.recipe import RECIPE_TABLES, read_recipe
 from phatgoose.config import (
     IA3,
-    SUITE_NAMES,
     Bottleneck,
     Formatting,
     GateTraining,
@@ -23,7 +22,6 @@ from phatgoose.config import (
     settings_of,
 )
 from phatgoose.errors import ConfigError
-from phatgoose.tasks.suites.registry import SUITES
 
 CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 
@@ -246,10 +244,6 @@ def test_suites_in_a_recipe_are_no_paths(tmp_path):
         "flan/niv2_misc",
         *(str(tmp_path / task) for task in tasks[2:]),
     )
-
-
-def test_the_names_of_suites_are_those_that_are_known():
-    assert set(SUITE_NAMES) == set(SUITES)
 
 
 def test_folders_in_a_recipe_are_relative_to_it(tmp_path):

@@ -24,7 +24,6 @@ __all__ = [
     "KIND_NAMES",
     "PEFT_KINDS",
     "PLACEMENTS",
-    "SUITE_NAMES",
     "TASK_FILES",
     "TRUNCATIONS",
     "Bottleneck",
@@ -45,8 +44,6 @@ __all__ = [
 Config = TypeVar("Config")
 
 TASK_FILES = (".csv", ".jsonl")
-# The names in `tasks.suites.registry.SUITES`: a recipe must not take them for files.
-SUITE_NAMES = ("t0hi", "t0ho", "flan", "bbh", "bbl", "bbh-23", "bbl-24")
 ACTIVATIONS = ("relu", "gelu", "silu")
 PAPER = "standardised"
 AFFINITIES = (PAPER, "raw", "trimmed", "centred")

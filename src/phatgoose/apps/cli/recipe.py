@@ -9,7 +9,6 @@ from typing import Any
 
 from ...config import (
     PEFT_KINDS,
-    SUITE_NAMES,
     TASK_FILES,
     Formatting,
     GateTraining,
@@ -94,5 +93,7 @@ def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
 
 def _relative_to(folder: Path, task: str) -> str:
     """`task` as it is when it names a suite or a Hub dataset or is absolute, else in `folder`."""
-    in_suite = task.split("/")[0] in SUITE_NAMES and not task.endswith(TASK_FILES)
+    from ...tasks.suites.registry import SUITES  # loads numpy, which reading settings needn't
+
+    in_suite = task.split("/")[0] in SUITES and not task.endswith(TASK_FILES)
     return task if in_suite or task.startswith("hub:") else str(folder / task)

@@ -26,7 +26,6 @@ class SuiteRecord:
     trainable: bool = False
 
 
-# `config.SUITE_NAMES` repeats the names, since config imports nothing; a test compares them.
 SUITES: dict[str, SuiteRecord] = {
     "t0hi": SuiteRecord(t0.t0_held_in, trainable=True),
     "t0ho": SuiteRecord(t0.t0_held_out),

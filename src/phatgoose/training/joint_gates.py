@@ -1,8 +1,7 @@
-"""Joint gates: trained together with the expert in one go (paper Appendix A).
+"""Joint gates: trained together with the expert (paper Appendix A), for comparison with `gates`.
 
-The paper rejects this for gates trained after the expert (`gates`); it is here as a comparison. A
-joint gate is part of the new module at its site (`new_modules`): the module acts at the strength
-sigmoid(v . u), as behind a gate trained later, and both are trained at once.
+A joint gate v is part of the new module at its site (`new_modules`), which acts at the strength
+sigmoid(v . u), as it does behind a gate trained later.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What every kind of expert has: modules at its sites, two files, and a record that names them.
+"""What every kind of expert has: modules at its sites, two files, and a record.
 
-Glossary, for all kinds: u input of a site's linear layer [.., n], y its output [.., d], W and b its
-weight and bias, σ the strength at which a module acts (1, or [.., 1] for each token). At strength 1
-a module acts as it was trained; at strength 0 the base acts alone.
+Glossary: u input of a site's linear layer [.., n], y its output [.., d], W and b its weight and
+bias, σ the strength at which a module acts (1, or [.., 1] for each token): at 1 as it was trained,
+at 0 not at all.
 """
 
 from __future__ import annotations
@@ -53,18 +53,14 @@ class SiteModule(ABC):
 
     @abstractmethod
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-        """The output [.., d] of the linear layer `base` for u under this module.
-
-        Only a module that came from `at` may be applied.
-        """
+        """The output [.., d] of the layer `base` for u under this module, which came from `at`."""
 
 
 @dataclass(frozen=True)
 class AdapterFiles:
-    """The two files of an adapter: their names, and how they are read.
+    """The two files of an adapter: their names, and their readers, which raise ExpertError.
 
-    `base_key` is where the configuration names the base. Both readers take the adapter's directory
-    and raise ExpertError.
+    `base_key` is where the configuration names the base.
     """
 
     config: str
@@ -78,11 +74,10 @@ class AdapterFiles:
 class Kind:
     """A kind of expert.
 
-    `config` holds the settings of a new expert of this kind. `read` makes modules by site of an
-    adapter's directory (for messages), configuration and tensors, and raises ExpertError when they
-    don't fit each other; `write` puts modules by site into a folder, and what it is given beside
-    them into the configuration. `title` begins the model card's first sentence. `peft_type` is
-    PEFT's name for the kind, by which those that share its files differ; None: PEFT has none.
+    `config` holds the settings of a new expert. `read` makes modules by site of an adapter's
+    directory (for messages), configuration and tensors, or raises ExpertError; `write` puts modules
+    by site, and further entries of the configuration, into a folder. `title` begins the model card.
+    `peft_type` is PEFT's name for a kind in its files, None for one in files of its own.
     """
 
     module: type[SiteModule]

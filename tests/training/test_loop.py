@@ -13,8 +13,8 @@ from torch import Tensor
 from phatgoose.config import Training
 from phatgoose.errors import ConfigError
 from phatgoose.tasks.task import Task
+from phatgoose.training import processes
 from phatgoose.training.loop import _micro_batch
-from phatgoose.training.train_expert import processes
 from tiny import peft_model
 from training_runs import (
     TASK,

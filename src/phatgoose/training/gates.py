@@ -184,16 +184,13 @@ def _fit_gates(
     steps, rate = run.gate_training.gate_steps, run.gate_training.gate_learning_rate
     return fit(
         run.base.model,
+        run=run,
+        stage="gates",
         train=pairs,
         validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
-        collator=run.collator,
-        training=run.training,
         steps=steps,
         learning_rate=rate or run.training.learning_rate,
-        work=run.work / "gates",
         checkpoint_every=min(GATE_CHECKPOINT_EVERY, steps),
-        label=f"{run.task.name}: gates",
-        callback=run.callback,
     )
 
 

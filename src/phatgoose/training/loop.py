@@ -20,13 +20,9 @@ from ..tasks.collating import Collator
 from ..tasks.encoding import TokenPair
 from ..tasks.target_logits import contiguous_head
 from . import processes
-from .partial_trainer import (
-    OrderedSampler,
-    PartialTrainer,
-    ValidateLastStep,
-    newest_checkpoint,
-)
-from .progress import ProgressBar, TrainingCallback
+from .partial_trainer import PartialTrainer, ValidateLastStep, newest_checkpoint, visiting_order
+from .progress import ProgressBar
+from .run import TrainingRun
 
 __all__ = ["FitReport", "fit"]
 
@@ -51,28 +47,26 @@ class FitReport:
 def fit(
     model: nn.Module,
     *,
+    run: TrainingRun,
+    stage: str,
     train: Sequence[TokenPair],
     validation: Sequence[TokenPair],
-    collator: Collator,
-    training: Training,
     steps: int,
     learning_rate: float,
-    work: Path,
     checkpoint_every: int,
-    label: str,
-    callback: TrainingCallback | None = None,
 ) -> FitReport:
     """Train the trainable parameters of `model` in place; with validation, end on the best ones.
 
-    Checkpoints go to `work` every `checkpoint_every` steps. Training continues from the newest
-    complete one in `work`, to the same result. With an empty `validation` the last state stays.
-    Several processes (`training.processes`) take turns at the micro-batches of each batch, and the
-    first one writes.
+    This is a `stage` of `run`, "expert" or "gates". Checkpoints go to the work folder's folder of
+    that name; training continues from the newest complete one, to the same result. With an empty
+    `validation` the last state stays. Several processes (`training.processes`) take turns at the
+    micro-batches of each batch, and the first one writes.
     """
-    callback = callback or TrainingCallback()
-    order = OrderedSampler(train, training.batch_size, steps, training.seed)
+    base, training, work = run.base, run.training, run.work / stage
+    order = visiting_order(train, training.batch_size, steps, training.seed)
     lengths = [pair.length for pair in train]
-    bar = ProgressBar(label, lengths, order.indices, training.batch_size, callback)
+    label = f"{run.task.name}: {stage}"
+    bar = ProgressBar(label, lengths, order, training.batch_size, run.callback)
     arguments = _arguments(
         training, steps, learning_rate, work, checkpoint_every, select=bool(validation)
     )
@@ -81,10 +75,10 @@ def fit(
         args=arguments,
         train_dataset=train,
         eval_dataset=validation or None,
-        data_collator=collator,
+        data_collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True),
         callbacks=[bar, ValidateLastStep()] if validation else [bar],
         order=order,
-        callback=callback,
+        callback=run.callback,
     )
     trainer.remove_callback(PrinterCallback)  # the progress bar shows the same numbers
     with warnings.catch_warnings(), contiguous_head(model):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ExpertError
@@ -26,34 +26,27 @@ from ..tasks.target_logits import target_logits
 from . import processes
 from .progress import TrainingCallback
 
-__all__ = ["OrderedSampler", "PartialTrainer", "ValidateLastStep", "newest_checkpoint"]
+__all__ = ["PartialTrainer", "ValidateLastStep", "newest_checkpoint", "visiting_order"]
 
 TRAINABLE = "trainable.safetensors"
 COMPLETE = "complete"  # written last: a checkpoint without it was cut short
 
 
-class OrderedSampler(Sampler[int]):
-    """Every index that a run will visit, fixed beforehand, so that a resumed run sees the same.
+def visiting_order(pairs: Sequence[TokenPair], batch: int, steps: int, seed: int) -> list[int]:
+    """Every index of `pairs` that a run will visit, so that a resumed run visits the same ones.
 
     The data is shuffled anew for each pass. Inside an optimiser batch examples are sorted by
     length, which changes no gradient but saves padding in the micro-batches.
     """
-
-    def __init__(self, pairs: Sequence[TokenPair], batch: int, steps: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        order: list[int] = []
-        while len(order) < batch * steps:
-            order += torch.randperm(len(pairs), generator=generator).tolist()
-        self.indices: list[int] = []
-        for start in range(0, batch * steps, batch):
-            chunk = order[start : start + batch]
-            self.indices += sorted(chunk, key=lambda index: pairs[index].length)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-    def __len__(self) -> int:
-        return len(self.indices)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled: list[int] = []
+    while len(shuffled) < batch * steps:
+        shuffled += torch.randperm(len(pairs), generator=generator).tolist()
+    order: list[int] = []
+    for start in range(0, batch * steps, batch):
+        chunk = shuffled[start : start + batch]
+        order += sorted(chunk, key=lambda index: pairs[index].length)
+    return order
 
 
 class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
@@ -61,15 +54,13 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
 
-    def __init__(
-        self, *, order: OrderedSampler, callback: TrainingCallback, **arguments: Any
-    ) -> None:
+    def __init__(self, *, order: list[int], callback: TrainingCallback, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._order, self._callback = order, callback
         self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
         self._loss_shifts_labels = False  # each label is at the position that predicts it
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> list[int]:
         return self._order
 
     def compute_loss(

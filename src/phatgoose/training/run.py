@@ -11,7 +11,6 @@ from ..config import Formatting, GateTraining, Peft, Training
 from ..errors import ExpertError
 from ..experts.expert import Expert
 from ..experts.expert_info import check_name
-from ..tasks.collating import Collator
 from ..tasks.encoding import Encoder
 from ..tasks.task import Task
 from . import processes
@@ -76,11 +75,6 @@ class TrainingRun:
     def work(self) -> Path:
         """The folder of its unfinished work."""
         return work_of(self.out)
-
-    @property
-    def collator(self) -> Collator:
-        """Makes batches of its token pairs."""
-        return Collator(self.base.model, self.base.tokenizer.pad_token_id, packs=True)
 
     def identity(self, *shape: Peft, **more: str) -> dict[str, Any]:
         """What unfinished work must share to be resumed by this run, for `open_work`."""

@@ -109,16 +109,13 @@ def _train_adapter(run: TrainingRun, peft: Peft) -> Path:
     with fresh_expert(run.base, peft, joint=run.gate_training.joint) as fresh:
         report = fit(
             fresh.model,
+            run=run,
+            stage="expert",
             train=train,
             validation=validation,
-            collator=run.collator,
-            training=training,
             steps=training.steps,
             learning_rate=training.learning_rate,
-            work=work / "expert",
             checkpoint_every=min(training.eval_every, training.steps),
-            label=f"{task.name}: expert",
-            callback=run.callback,
         )
         gates = take_gates(fresh.parts) if run.gate_training.joint else None
         if processes.is_first():

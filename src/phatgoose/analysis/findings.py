@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -39,17 +42,17 @@ class Finding:
 
 
 def findings_of(
-    profiles: Mapping[str, RoutingDistribution], similarity: NDArray[Any] | None = None
+    distributions: Mapping[str, RoutingDistribution], similarity: NDArray[Any] | None = None
 ) -> list[Finding]:
-    """What looks wrong in one router's `profiles` (by dataset) and vectors, worst first.
+    """What looks wrong in one router's `distributions` (by dataset) and vectors, worst first.
 
     `similarity` [E, E] is that of `vector_similarity`. None means a router that doesn't compare
     experts, about which nothing is found.
     """
-    together = _sum(list(profiles.values()))
-    if together is None or len(together.experts) < 2 or similarity is None:
+    if not distributions or similarity is None or len(similarity) < 2:
         return []
-    where = f"on {len(profiles)} dataset{'s' if len(profiles) > 1 else ''}"
+    together = functools.reduce(operator.add, distributions.values())
+    where = f"on {len(distributions)} dataset{'s' if len(distributions) > 1 else ''}"
     return [
         *_dominant(together, where),
         *_losers(together, where),
@@ -58,83 +61,57 @@ def findings_of(
     ]
 
 
-def _sum(profiles: Sequence[RoutingDistribution]) -> RoutingDistribution | None:
-    total = profiles[0] if profiles else None
-    for profile in profiles[1:]:
-        total = total + profile if total is not None else profile
-    return total
-
-
-def _dominant(profile: RoutingDistribution, where: str) -> list[Finding]:
-    first = profile.whole("first")
+def _dominant(found: RoutingDistribution, where: str) -> Iterator[Finding]:
+    first = found.whole("first")
     best = int(first.argmax())
-    if first[best] <= DOMINANT:
-        return []
-    name = profile.experts[best]
-    others = effective_experts(profile.whole("weight"))
-    return [
-        Finding(
+    if first[best] > DOMINANT:
+        name, worth = found.experts[best], effective_experts(found.whole("weight"))
+        yield Finding(
             "takes-everything",
             f"{name} is the first choice of {first[best]:.0%} of all decisions {where} (the "
-            f"weights are worth {others:.1f} experts): the pool is routed almost as {name} alone. "
+            f"weights are worth {worth:.1f} experts): the pool is routed almost as {name} alone. "
             f"Compare with --router single --expert {name}, or look at its gate.",
             (name,),
         )
-    ]
 
 
-def _losers(profile: RoutingDistribution, where: str) -> list[Finding]:
-    found = []
-    first, chosen = profile.whole("first"), profile.whole("chosen")
-    for index, name in enumerate(profile.experts):
-        acts = [site for site, rows in profile.sums["probability"].items() if rows[:, index].any()]
+def _losers(found: RoutingDistribution, where: str) -> Iterator[Finding]:
+    first, chosen, tokens = found.whole("first"), found.whole("chosen"), found.passed()
+    for index, name in enumerate(found.experts):
+        acts = sum(bool(rows[:, index].any()) for rows in found.sums["probability"].values())
         if acts and first[index] == 0:
-            tokens = profile.passed()
             seconds = f"among the chosen in {chosen[index]:.1%} of decisions"
-            found.append(
-                Finding(
-                    "never-wins",
-                    f"{name} is never the first choice {where} ({tokens:,} tokens at {len(acts)} "
-                    f"sites), and is {seconds if chosen[index] else 'never chosen at all'}. Its "
-                    f"gate may be untrained, or its data far from these; train the gate anew "
-                    f"(phatgoose gate) or --leave-out {name}.",
-                    (name,),
-                )
+            yield Finding(
+                "never-wins",
+                f"{name} is never the first choice {where} ({tokens:,} tokens at {acts} sites), "
+                f"and is {seconds if chosen[index] else 'never chosen at all'}. Its gate may be "
+                f"untrained, or its data far from these; train the gate anew (phatgoose gate) or "
+                f"--leave-out {name}.",
+                (name,),
             )
-    return found
 
 
-def _undecided(profile: RoutingDistribution) -> list[Finding]:
-    highest = math.log(len(profile.experts))
-    share = profile.token_entropy() / highest
-    if share <= UNDECIDED:
-        return []
-    return [
-        Finding(
+def _undecided(found: RoutingDistribution) -> Iterator[Finding]:
+    share = found.token_entropy() / math.log(len(found.experts))
+    if share > UNDECIDED:
+        yield Finding(
             "undecided",
             f"The router hardly tells the experts apart: a token's distribution has {share:.1%} of "
             f"the greatest entropy, so the chosen ones are weighted almost alike and close calls "
             f"decide who is chosen.",
         )
-    ]
 
 
-def _duplicates(experts: Sequence[str], similarity: NDArray[Any]) -> list[Finding]:
-    found = []
-    for one in range(len(experts)):
-        for other in range(one + 1, len(experts)):
-            if similarity[one, other] > DUPLICATE:
-                names = (experts[one], experts[other])
-                found.append(
-                    Finding(
-                        "near-duplicates",
-                        f"{names[0]} and {names[1]} have nearly the same vectors (mean cosine "
-                        f"{similarity[one, other]:.3f} over sites): they take each other's places "
-                        f"among the k. Leave one out.",
-                        names,
-                    )
-                )
-    return found
+def _duplicates(experts: Sequence[str], similarity: NDArray[Any]) -> Iterator[Finding]:
+    for (i, one), (j, other) in combinations(enumerate(experts), 2):
+        if similarity[i, j] > DUPLICATE:
+            yield Finding(
+                "near-duplicates",
+                f"{one} and {other} have nearly the same vectors (mean cosine "
+                f"{similarity[i, j]:.3f} over sites): they take each other's places among the k. "
+                f"Leave one out.",
+                (one, other),
+            )
 
 
 def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["SiteLabel", "site_label"]
+__all__ = ["SiteLabel", "layers_and_kinds", "site_label"]
 
 STACKS = ("encoder", "decoder")
 
@@ -38,3 +39,10 @@ def site_label(site: str) -> SiteLabel:
         return SiteLabel(stack, -1, site)
     kind = [part for part in parts[numbers[0] + 1 :] if not part.isdigit() and part != "layer"]
     return SiteLabel(stack, int(parts[numbers[0]]), ".".join(kind) or site)
+
+
+def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]:
+    """(names of the layers, kinds) that occur in `labels`, each once and in order."""
+    found = list(labels)
+    layers = dict.fromkeys(label.layer_name for label in found)
+    return list(layers), list(dict.fromkeys(label.kind for label in found))

@@ -23,7 +23,7 @@ from ..routing.watching import SitePass
 from ..tasks.encoding import Encoder, TokenPair
 from .reading import Observer, pass_through
 from .routing_distribution import PARTS
-from .site_labels import SiteLabel, site_label
+from .site_labels import SiteLabel, layers_and_kinds, site_label
 
 __all__ = ["Trace", "TraceKeeper", "TraceStream", "join_streams", "trace"]
 
@@ -59,8 +59,7 @@ class TraceStream:
         """
         sites = self._sites(layer, kind)
         if not sites:
-            layers = dict.fromkeys(site.layer_name for site in self.sites)
-            kinds = dict.fromkeys(site.kind for site in self.sites)
+            layers, kinds = layers_and_kinds(self.sites)
             raise RoutingError(
                 f"No site has layer {layer or '(any)'} and kind {kind or '(any)'}; layers are "
                 f"{', '.join(layers)}, kinds {', '.join(kinds)}."
@@ -109,8 +108,7 @@ class TraceStream:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        layers = list(dict.fromkeys(site.layer_name for site in self.sites))
-        kinds = list(dict.fromkeys(site.kind for site in self.sites))
+        layers, kinds = layers_and_kinds(self.sites)
         return {
             "name": self.name,
             "layers": layers,

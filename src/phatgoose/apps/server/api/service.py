@@ -10,7 +10,7 @@ import anyio
 from fastapi import Request
 from starlette.responses import Response
 
-from ....analysis.site_labels import site_label
+from ....analysis.site_labels import layers_and_kinds, site_label
 from ....config import Serving
 from ....errors import PhatgooseError
 from ....files.quoting import shortened
@@ -131,11 +131,8 @@ class Service:
 def _sites_of(loaded: LoadedModel) -> Sites | None:
     if loaded.parts is None:
         return None
-    labels = [site_label(site) for site in loaded.parts.layers]
-    return Sites(
-        layers=list(dict.fromkeys(label.layer_name for label in labels)),
-        kinds=list(dict.fromkeys(label.kind for label in labels)),
-    )
+    layers, kinds = layers_and_kinds(map(site_label, loaded.parts.layers))
+    return Sites(layers=layers, kinds=kinds)
 
 
 def _check_routing(request: CompletionRequest | ChatRequest, loaded: LoadedModel) -> None:

@@ -9,4 +9,4 @@ from phatgoose.routing.routers.registry import ROUTERS
 def test_there_is_a_method_for_every_router_and_the_base():
     assert set(METHODS) == {"base", *ROUTERS} - {"single"}
     assert list(METHODS)[-2:] == list(DERIVED)
-    assert list(METHODS)[-4:-2] == ["phatgoose", "phatgoose-input"]
+    assert list(METHODS).index("phatgoose") < list(METHODS).index("phatgoose-input")

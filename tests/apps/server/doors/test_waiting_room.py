@@ -230,10 +230,10 @@ def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, owner,
 
 def test_bodies_are_counted_together_and_let_go():
     gate = RequestGuard(None, AccessControl(), 100, 1)
-    full = [RequestBody(gate) for _ in range(AT_ONCE)]
+    full = [RequestBody(gate, None) for _ in range(AT_ONCE)]
     for body in full:
         body.add(b"x" * 100)
-    another = RequestBody(gate)
+    another = RequestBody(gate, None)
     with pytest.raises(ApiError) as refused:
         another.add(b"x")
     assert refused.value.status_code == 429

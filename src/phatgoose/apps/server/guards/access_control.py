@@ -6,12 +6,15 @@ import hashlib
 import hmac
 import ipaddress
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
 
 from ..api_errors import ApiError
 
-__all__ = ["ANY_HOST", "LOOPBACK", "OPEN", "AccessControl", "host_of"]
+__all__ = ["AccessControl", "host_of"]
 
 ANY_HOST = "*"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -36,18 +39,20 @@ class AccessControl:
         self._hosts = {*LOOPBACK, *names, *own}
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
-    def check(self, scope: Mapping[str, Any]) -> str:
+    def check(self, scope: Scope) -> str:
         """The client, by key or by address. Raises ApiError if the request is not allowed."""
-        self._check_host(scope)
-        self._check_origin(scope)
+        headers = Headers(scope=scope)
+        hosts = headers.getlist("host")
+        self._check_hosts(hosts)
+        if scope["method"] not in SAFE:
+            self._check_origins(headers.getlist("origin"), hosts)
         if not self._digests or scope["path"] in OPEN:
             return f"address {_network_of(scope.get('client'))}"
-        return f"key {self._known(_key_of(scope))}"
+        return f"key {self._known(_key_of(headers))}"
 
-    def _check_host(self, scope: Mapping[str, Any]) -> None:
+    def _check_hosts(self, hosts: Sequence[str]) -> None:
         """A page whose name was made to resolve here (DNS rebinding) asks for that name."""
-        for value in _headers(scope, b"host"):
-            name = host_of(value)
+        for name in map(host_of, hosts):
             if not (self._any or name in self._hosts or (self._addresses and _is_address(name))):
                 raise ApiError(
                     403,
@@ -56,14 +61,12 @@ class AccessControl:
                     code="unknown_host",
                 )
 
-    def _check_origin(self, scope: Mapping[str, Any]) -> None:
+    def _check_origins(self, origins: Sequence[str], hosts: Sequence[str]) -> None:
         """A browser names the page that asks; pages of other servers may only read."""
-        hosts = [value.lower() for value in _headers(scope, b"host")]
-        for value in _headers(scope, b"origin"):
-            if scope["method"] not in SAFE and value.partition("://")[2].lower() not in hosts:
-                raise ApiError(
-                    403, "Pages of other servers may not use this one.", code="foreign_origin"
-                )
+        own = [host.lower() for host in hosts]
+        if any(origin.partition("://")[2].lower() not in own for origin in origins):
+            message = "Pages of other servers may not use this one."
+            raise ApiError(403, message, code="foreign_origin")
 
     def _known(self, key: str | None) -> str:
         """A name for the client who has `key`.
@@ -108,13 +111,9 @@ def _network_of(client: Sequence[Any] | None) -> str:
     return str(ipaddress.ip_network((name.partition("%")[0], NETWORK), strict=False))
 
 
-def _key_of(scope: Mapping[str, Any]) -> str | None:
-    for value in _headers(scope, b"authorization"):
+def _key_of(headers: Headers) -> str | None:
+    for value in headers.getlist("authorization"):
         scheme, _, key = value.partition(" ")
         if scheme.lower() == "bearer":
             return key.strip()
     return None
-
-
-def _headers(scope: Mapping[str, Any], name: bytes) -> list[str]:
-    return [value.decode("latin-1") for key, value in scope["headers"] if key == name]

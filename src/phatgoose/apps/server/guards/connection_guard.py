@@ -137,11 +137,8 @@ class ConnectionGuard:
 
     def __init__(self, most: int, seconds: float) -> None:
         self._most = most
-        reading = {
-            HEAD: seconds,
-            BODY: seconds + 5,
-        }  # a late body is answered first, by RequestGuard
-        self._limits = {**reading, READER: WRITING, CLOSING: WRITING}
+        self._limits = {HEAD: seconds, READER: WRITING, CLOSING: WRITING}
+        self._limits[BODY] = seconds + 5  # RequestGuard answers a late one first
         self._open: set[GuardedConnection] = set()
         self._timer: asyncio.TimerHandle | None = None
 
@@ -165,14 +162,14 @@ class ConnectionGuard:
         self._open.discard(connection)
 
     def _make_room(self, new: GuardedConnection) -> None:
-        now = new.loop.time()
-        waiting = [
-            each for each in self._open if each is not new and each.check(now).waits_for in EVICTED
-        ]
-        if waiting:
-            idlest = min(
-                waiting, key=lambda each: (EVICTED.index(each.state.waits_for), each.state.since)
-            )
+        states = {each: each.check(new.loop.time()) for each in self._open - {new}}
+        ranks = {
+            each: (EVICTED.index(state.waits_for), state.since)
+            for each, state in states.items()
+            if state.waits_for in EVICTED
+        }
+        if ranks:
+            idlest = min(ranks, key=lambda each: ranks[each])
             self._open.discard(idlest)
             idlest.cut()
             return

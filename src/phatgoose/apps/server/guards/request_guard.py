@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -26,12 +25,24 @@ DRAINING = 1.0  # seconds for that
 class RequestBody:
     """A request's body; the guard counts its bytes while it is held."""
 
-    def __init__(self, guard: RequestGuard) -> None:
-        self._guard, self._size = guard, 0
+    def __init__(self, guard: RequestGuard, receive: Receive) -> None:
+        self._guard, self._receive, self._size = guard, receive, 0
         self._pieces: list[bytes] = []
+        self._is_over = False  # nothing more will come
+        self.is_gone = False  # the client has disconnected
+
+    @property
+    def content(self) -> bytes:
+        """All that was read."""
+        return b"".join(self._pieces)
+
+    async def read(self) -> None:
+        """Read all of it. Raises ApiError when there is no room for it."""
+        while not self._is_over:
+            self.add(await self._piece())
 
     def add(self, piece: bytes) -> None:
-        """Append `piece`. Raises ApiError when there is no room for it."""
+        """Hold `piece`. Raises ApiError when there is no room for it."""
         self._size += len(piece)
         self._guard.held += len(piece)
         self._pieces.append(piece)
@@ -40,30 +51,21 @@ class RequestBody:
         if self._guard.held > AT_ONCE * self._guard.most:
             raise busy("Too many requests are being read; try again in a while.")
 
-    @property
-    def content(self) -> bytes:
-        """The whole body."""
-        return b"".join(self._pieces)
+    async def drain(self) -> None:
+        """Read on without holding it: a client that is still sending would miss the answer."""
+        left = DRAINED * self._guard.most
+        while left > 0 and not self._is_over:
+            left -= len(await self._piece())
 
     def release(self) -> None:
-        """Free it."""
+        """Free what is held."""
         self._guard.held -= self._size
         self._pieces, self._size = [], 0
 
-
-class IncomingBody:
-    """The part of a request's body that is still to be received."""
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self.is_over = False  # nothing more will come
-        self.is_gone = False  # the client has disconnected
-
-    async def piece(self) -> bytes:
-        """The next piece."""
+    async def _piece(self) -> bytes:
         message = await self._receive()
         self.is_gone = message["type"] == "http.disconnect"
-        self.is_over = not message.get("more_body", False)
+        self._is_over = not message.get("more_body", False)
         found: bytes = message.get("body", b"")
         return found
 
@@ -85,63 +87,39 @@ class RequestGuard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        body, coming = RequestBody(self), IncomingBody(receive)
+        body = RequestBody(self, receive)
         try:
             scope[CLIENT] = self._access.check(scope)
             if scope["method"] == "POST":
                 scope[BODY] = body
-                await self._read(scope, coming, body)
+                await self._read(scope, body)
         except ApiError as refusal:
             body.release()
-            await self._drain(coming)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(body.drain(), DRAINING)
             headers = {**(refusal.headers or {}), "Connection": "close"}
             await JSONResponse(refusal.body, refusal.status_code, headers)(scope, receive, send)
             return
         try:
-            if not coming.is_gone:
+            if not body.is_gone:
                 await self._app(scope, receive, send)
         finally:
             body.release()
 
-    async def _read(self, scope: Scope, coming: IncomingBody, body: RequestBody) -> None:
-        if not _says_json(scope):
+    async def _read(self, scope: Scope, body: RequestBody) -> None:
+        headers = Headers(scope=scope)
+        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+        if not re.fullmatch(r"application/([\w.-]+\+)?json", kind, re.ASCII):
             raise ApiError(415, "The body must be JSON with 'Content-Type: application/json'.")
-        if _announced(scope) > self.most:
+        length = headers.get("content-length", "").lstrip("0")[:20]  # 20 digits are too many anyway
+        if length.isdecimal() and int(length) > self.most:
             raise self.too_large()
-
-        async def all_of_it() -> None:
-            while not coming.is_over:
-                body.add(await coming.piece())
-
         try:
-            await asyncio.wait_for(all_of_it(), self._seconds)
+            await asyncio.wait_for(body.read(), self._seconds)
         except asyncio.TimeoutError:
             message = f"The request didn't arrive within {self._seconds:g} seconds."
             raise ApiError(408, message, code="timeout") from None
 
-    async def _drain(self, coming: IncomingBody) -> None:
-        """Read on for a while: a client that is still sending would miss the answer."""
-
-        async def some_of_it() -> None:
-            left = DRAINED * self.most
-            while left > 0 and not coming.is_over:
-                left -= len(await coming.piece())
-
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(some_of_it(), DRAINING)
-
     def too_large(self) -> ApiError:
         """The error for a larger body."""
         return ApiError(413, f"The request has more than {self.most} bytes.", code="too_large")
-
-
-def _says_json(scope: Mapping[str, Any]) -> bool:
-    found = dict(scope["headers"]).get(b"content-type", b"").decode("latin-1").lower()
-    kind: str = found.partition(";")[0].strip()
-    return kind == "application/json" or bool(re.fullmatch(r"application/[\w.-]+\+json", kind))
-
-
-def _announced(scope: Mapping[str, Any]) -> int:
-    """The Content-Length, 0 where it is not a number."""
-    length = dict(scope["headers"]).get(b"content-length", b"0").lstrip(b"0") or b"0"
-    return int(length[:20]) if length.isdigit() else 0  # 20 digits are too many in any case

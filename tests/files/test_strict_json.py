@@ -12,7 +12,7 @@ from phatgoose.files.strict_json import read_json_object
     ("text", "reason"),
     [
         ('{"a": 1, "a": 2}', "'a' appears twice"),
-        ('{"a": NaN}', "NaN is no JSON number"),
+        ('{"a": NaN}', "NaN is not a JSON number"),
         ("[" * 100_000, "nested too deeply"),
         ("[]", "wanted an object"),
         (b"\xff\xfe", "not valid JSON"),

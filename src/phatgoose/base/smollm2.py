@@ -25,8 +25,8 @@ def smollm2_folder() -> Path:
 
     Raises BaseModelError when a package is missing.
     """
-    told = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(told) if os.path.isabs(told) else Path.home() / ".cache"  # as XDG specifies
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    cache = Path(named) if os.path.isabs(named) else Path.home() / ".cache"  # as XDG specifies
     folder = cache / "phatgoose" / "bases" / "smollm2-135m-instruct"
     if folder.is_dir():
         return folder

@@ -138,5 +138,7 @@ def _plain(pattern: str) -> re.Pattern[str]:
 
 def _reason(error: Exception) -> str:
     """What RE2 says; its messages are bytes."""
-    told = error.args[0] if error.args else error
-    return told.decode("utf-8", "backslashreplace") if isinstance(told, bytes) else str(told)
+    message = error.args[0] if error.args else error
+    return (
+        message.decode("utf-8", "backslashreplace") if isinstance(message, bytes) else str(message)
+    )

@@ -32,7 +32,7 @@ def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
     except (OSError, RuntimeError, ValueError) as problem:  # a loop of links, a name with a NUL
         raise error(f"{path} can't be read: {reason(problem)}.") from problem
     if not stat.S_ISREG(mode):
-        raise error(f"{path} is no regular file.")
+        raise error(f"{path} is not a regular file.")
     if not any(place.is_relative_to(known) for known in (folder, *_blobs_of(folder))):
         raise error(f"{path} is a symbolic link that leads out of its folder; copy the file there.")
     return path

@@ -103,16 +103,16 @@ def usable_embedder(recorded: str, named: str | None = None) -> str:
     its word; the user must have `named` any other one too. Raises ConfigError when that is missing
     or names another one than the record.
     """
-    told = f"The experts' embeddings were made by {shortened(recorded)}"
+    origin = f"The experts' embeddings were made by {shortened(recorded)}"
     if named is None and recorded != DEFAULT_EMBEDDER:
         raise ConfigError(
-            f"{told}, and only the default embedder is loaded on a record's word. If you trust "
+            f"{origin}, and only the default embedder is loaded on a record's word. If you trust "
             f"that one, name it (--retrieval-embedder); otherwise run 'phatgoose measure' on the "
             f"experts, or use another router, such as phatgoose-input."
         )
     if named not in (None, recorded):
         raise ConfigError(
-            f"{told}, and can't be searched with {shortened(named)}; name the former."
+            f"{origin}, and can't be searched with {shortened(named)}; name the former."
         )
     return recorded
 
@@ -153,8 +153,8 @@ def load_embedder(embedder: str) -> SentenceTransformer:
                 model_kwargs={"use_safetensors": True},
             )
     except (OSError, ValueError) as error:
-        told = first_line(error)
-        raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {told}") from error
+        reason = first_line(error)
+        raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {reason}") from error
 
 
 def _folder_of(embedder: str) -> str:

@@ -90,8 +90,8 @@ def test_templates_are_for_files_and_the_hub(here):
 
 
 BAD_SOURCES = [
-    ("t1hi", "'t1hi' is nothing to train on; wanted a task file"),
-    ("t1hi/ag_news", "'t1hi/ag_news' is nothing to train on"),
+    ("t1hi", "'t1hi' can't be trained on; wanted a task file"),
+    ("t1hi/ag_news", "'t1hi/ag_news' can't be trained on"),
     ("t0hi/ag_new", "Suite t0hi has no dataset 'ag_new'; it has ag_news"),
     ("t0hi/", "Suite t0hi has no dataset ''"),
     ("some.toml/reviews", "Suite some has no dataset 'reviews'; it has numbers"),
@@ -99,8 +99,8 @@ BAD_SOURCES = [
     ("nowhere.jsonl", "Task file nowhere.jsonl does not exist"),
     ("t0ho", "Suite t0ho is only for evaluation"),
     ("bbh/snarks", "Suite bbh is only for evaluation"),
-    ("notes.txt", "'notes.txt' is nothing to train on"),
-    ("", "'' is nothing to train on"),
+    ("notes.txt", "'notes.txt' can't be trained on"),
+    ("", "'' can't be trained on"),
 ]
 
 

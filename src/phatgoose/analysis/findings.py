@@ -96,9 +96,9 @@ def _undecided(found: RoutingDistribution) -> Iterator[Finding]:
     if share > UNDECIDED:
         yield Finding(
             "undecided",
-            f"The router hardly tells the experts apart: a token's distribution has {share:.1%} of "
-            f"the greatest entropy, so the chosen ones are weighted almost alike and close calls "
-            f"decide who is chosen.",
+            f"The router hardly distinguishes the experts: a token's distribution has {share:.1%} "
+            f"of the greatest entropy, so the chosen ones are weighted almost alike and close "
+            f"calls decide who is chosen.",
         )
 
 

@@ -73,11 +73,11 @@ def pass_through(
     for observer in observers:
         observer.begin_pass(parts)
 
-    def tell(passed: SitePass) -> None:
+    def notify(passed: SitePass) -> None:
         for observer in observers:
             observer.add(passed)
 
-    with watch(model, tell), torch.inference_mode():
+    with watch(model, notify), torch.inference_mode():
         # Without its head: a causal model's logits, a vocabulary for each token, are most work.
         reader = model if encoder.is_encoder_decoder else model.base_model
         device = input_device(model)

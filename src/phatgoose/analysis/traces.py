@@ -94,8 +94,8 @@ class TraceStream:
     def without_experts(self, token: str, part: int) -> TraceStream:
         """One token of this stream that no expert served."""
         shape = (1, *self.experts.shape[1:])
-        nobody = {"experts": np.zeros(shape, np.uint16), "weights": np.zeros(shape, np.uint8)}
-        return replace(self, tokens=(token,), parts=(part,), **nobody)  # type: ignore[arg-type]
+        no_expert = {"experts": np.zeros(shape, np.uint16), "weights": np.zeros(shape, np.uint8)}
+        return replace(self, tokens=(token,), parts=(part,), **no_expert)  # type: ignore[arg-type]
 
     def tokens_dict(self) -> dict[str, Any]:
         """The tokens alone, as plain data that the token explorer can append."""

@@ -5,5 +5,5 @@ answers.py     its answers: the best choice, or generated text
 likelihood.py  log-likelihoods of answer choices
 metrics.py     how well an answer matches the accepted ones
 intervals.py   how far a score moves with other examples or datasets
-comparison/    methods beside each other on suites
+comparison/    methods side by side on suites
 """

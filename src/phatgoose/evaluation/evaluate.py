@@ -236,7 +236,7 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
     """The metrics that score `task` on `examples`: its own, or those that fit the examples.
 
-    Raises EvaluationError for an unknown one, for rank classification without choices or beside a
+    Raises EvaluationError for an unknown one, for rank classification without choices or with a
     metric of generated answers, and for a task without metrics that has both kinds of examples.
     """
     with_choices = {bool(example.choices) for example in examples}

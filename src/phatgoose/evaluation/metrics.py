@@ -76,7 +76,7 @@ def _best(score: Callable[[str, str], float]) -> Measure:
 def _checked(references: Sequence[str]) -> Sequence[str]:
     if isinstance(references, str) or not references:
         raise EvaluationError(
-            f"An answer is scored beside a sequence of one or more texts, got {references!r}."
+            f"An answer is compared with a sequence of one or more texts, got {references!r}."
         )
     return references
 
@@ -179,7 +179,7 @@ METRICS: dict[str, Metric] = {
     for each in (
         Metric("accuracy", "rank classification accuracy", _best(_identical), _mean),
         Metric("exact-match", "exact match", _best(_identical_stripped), _mean),
-        # One measure under two names: SQuAD's own, beside F1, and its rule applied to other tasks.
+        # One measure under two names: SQuAD's own, beside F1, and the same rule on other tasks.
         Metric("normalised-exact-match", "normalised exact match", _best(_squad_exact), _mean),
         Metric("squad-exact-match", "SQuAD exact match", _best(_squad_exact), _mean),
         Metric("squad-f1", "SQuAD F1", _best(_squad_f1), _mean),

@@ -103,7 +103,7 @@ def test_the_command_tells_what_a_cluster_takes(three_tasks, base_folders, tmp_p
     spread = json.loads((tmp_path / "plan.json").read_text())["schedule"]
     assert (spread["workers"], spread["gpus"]) == (2, 1.0)
     done = phat(*common, "--measure", "--tflops", 3)
-    assert (done.code, "--tflops tells a speed, and --measure finds one" in done.err) == (2, True)
+    assert (done.code, "--tflops gives a speed, and --measure finds one" in done.err) == (2, True)
 
 
 def test_flags_of_a_cluster_need_one(three_tasks, base_folders, phat):

@@ -101,7 +101,7 @@ def train(
 
 
 def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
-    """Read the user's own task files once, so that mistakes in them are told before training."""
+    """Read the user's own task files once, so that mistakes in them show before training."""
     for task in tasks:
         if task.origin == "file":
             task.load().with_validation(seed)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PlanOptions", "plan_experts"]
 
-WIDE = 180  # columns where nobody's terminal says otherwise
+WIDE = 180  # columns where output goes to a file
 TOTALS = ("steps", "sequences", "tokens", "seconds", "disk_bytes")
 ORIGINS = {"file": "", "copy": " (copy)", "hub": " (Hub)"}
 
@@ -36,7 +36,7 @@ class PlanOptions:
 
     plan: Annotated[
         bool,
-        "Train nothing and download nothing: tell steps, time, memory and disk; "
+        "Train nothing and download nothing: print steps, time, memory and disk; "
         "--workers and --gpus-per-worker describe a cluster.",
     ] = False
     tflops: Annotated[
@@ -61,7 +61,7 @@ class PlanOptions:
         for name in ("tflops", "tokens_per_second") if self.measure else ():
             if getattr(self, name) is not None:
                 flag = flag_of(name)
-                raise ConfigError(f"{flag} tells a speed, and --measure finds one: choose.")
+                raise ConfigError(f"{flag} gives a speed, and --measure finds one: choose.")
 
 
 def plan_experts(

@@ -46,8 +46,8 @@ def say(text: object, *, err: bool = False) -> None:
 
 def complain(kind: str, message: object, style: str) -> None:
     """Print "kind: message" on one line of the standard error, `kind` in rich's `style`."""
-    told = Text.assemble((f"{kind}:", style), f" {harmless(' '.join(str(message).split()))}")
-    Console(stderr=True, soft_wrap=True, highlight=False).print(told)
+    line = Text.assemble((f"{kind}:", style), f" {harmless(' '.join(str(message).split()))}")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
 
 
 def show(*things: RenderableType, wrap: bool = True, width: int | None = None) -> None:

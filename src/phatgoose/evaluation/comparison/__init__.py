@@ -1,4 +1,4 @@
-"""Methods beside each other on whole suites, as in the paper's Table 1.
+"""Methods side by side on whole suites, as in the paper's Table 1.
 
 compare.py       runs every method on every dataset
 methods.py       the methods, and what each needs of the experts

@@ -1,4 +1,4 @@
-"""Methods beside each other on whole suites, as in the paper's Table 1.
+"""Methods side by side on whole suites, as in the paper's Table 1.
 
 Every finished cell (one row on one dataset) is kept in a result store. A comparison can be stopped,
 continued, and extended by methods, experts or suites, and no cell is computed twice.

@@ -95,7 +95,7 @@ def _note(method: str, experts: list[str]) -> str:
 
 
 def _needs(method: str) -> tuple[str, str | None]:
-    """(what `method` needs beside adapters, the command that makes it if there is one)."""
+    """(what `method` needs but adapters, the command that makes it if there is one)."""
     needs = ROUTERS[method].needs
     commands = [REMEDIES[need] for need in needs if need in REMEDIES]
     return " and ".join(NAMES.get(need, need) for need in needs), (*commands, None)[0]

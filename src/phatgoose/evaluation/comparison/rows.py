@@ -95,7 +95,7 @@ class RowLocation:
         if row.identity != self.row.identity:
             raise PoolError(
                 f"{self.row.label}: the experts that this worker finds at {self.experts[0]} and "
-                f"beside it are not those that the comparison was begun with."
+                f"the other places are not those that the comparison was begun with."
             )
         return row
 

@@ -66,7 +66,7 @@ def rendered(jinja, row, choices=None, name="test"):
 # --- reading ---
 
 
-def test_reads_every_field_and_sorts_by_name(folder):
+def test_reads_templates_and_sorts_them_by_name(folder):
     first, second = read_templates(folder(), "fruit")
     assert first == PromptTemplate("Any fruit", "Name a fruit. ||| {{fruit}}")
     assert second == PromptTemplate(
@@ -74,9 +74,6 @@ def test_reads_every_field_and_sorts_by_name(folder):
         "How does {{fruit}} taste? ||| {{answer_choices[label]}}",
         "sour ||| sweet",
         original_task=True,
-        choices_in_prompt=False,
-        metrics=("Accuracy",),
-        languages=("en",),
     )
 
 
@@ -117,8 +114,6 @@ def test_other_tags_are_refused(folder, tag):
         ("templates: {a: {name: n, jinja: 3}}", "template 'n': jinja and answer_choices must be"),
         ("templates: {a: {name: n, jinja: x, answer_choices: [y]}}", "answer_choices must be"),
         ("templates: {a: {name: n, jinja: x, metadata: 3}}", "metadata must be fields, got 3"),
-        ("templates: {a: {name: n, jinja: x, metadata: {metrics: y}}}", "must be lists, got 'y'"),
-        ("templates: {a: {name: n, jinja: x, metadata: {languages: 3}}}", "must be lists, got 3"),
         ("templates: {a: {name: n, jinja: '{{x'}}", "template 'n' is not valid jinja2"),
         ("templates: {a: {name: n, jinja: '{{x | nofilter}}'}}", "nofilter"),
         ("templates: {a: {name: n, jinja: x, answer_choices: '{% if %}'}}", "not valid jinja2"),

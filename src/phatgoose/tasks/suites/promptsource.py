@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -49,18 +49,13 @@ class PromptTemplate:
 
     `jinja` renders to `input ||| target`, or `input ||| target ||| target...` where several are
     right. `answer_choices` renders to `choice ||| choice...`; None is an open-ended template.
-    `original_task` says that the prompt poses the dataset's original task, `choices_in_prompt` that
-    the input lists the choices (None: unknown). `metrics` and `languages` are promptsource's own
-    labels.
+    `original_task` says that the prompt poses the dataset's original task.
     """
 
     name: str
     jinja: str
     answer_choices: str | None = None
     original_task: bool = False
-    choices_in_prompt: bool | None = None
-    metrics: tuple[str, ...] = ()
-    languages: tuple[str, ...] = ()
 
     @cached_property
     def fields(self) -> frozenset[str]:
@@ -244,9 +239,6 @@ def _template(node: Any, file: Path) -> PromptTemplate:
         jinja,
         choices or None,
         original_task=bool(metadata.get("original_task")),
-        choices_in_prompt=metadata.get("choices_in_prompt"),
-        metrics=_labels(metadata.get("metrics"), where),
-        languages=_labels(metadata.get("languages"), where),
     )
     try:
         for source in (template.answer_choices or "", _truncating(template.jinja)):
@@ -254,9 +246,3 @@ def _template(node: Any, file: Path) -> PromptTemplate:
     except TemplateError as error:
         raise TaskError(f"{where} is not valid jinja2: {error}.") from error
     return template
-
-
-def _labels(value: Any, where: str) -> tuple[str, ...]:
-    if not isinstance(value, Iterable | None) or isinstance(value, str):
-        raise TaskError(f"{where}: metrics and languages must be lists, got {value!r:.60}.")
-    return tuple(str(label) for label in value or ())

@@ -329,7 +329,7 @@ def _heat_map(panel: Axes, grid: Array, highest: float) -> Any:
 
 def _said(found: Correlation) -> str:
     if found.pearson is None:
-        return f"n = {found.n}: correlation undefined"
+        return f"n = {found.n}: no correlation is defined"
     text = f"r = {found.pearson:.2f}"
     if found.pearson_interval is not None:
         low, high = found.pearson_interval.low, found.pearson_interval.high

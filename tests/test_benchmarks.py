@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
+import runpy
 import sys
+import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from peft import ArrowConfig, create_arrow_model
 
+from command_line import Outcome
 from paths import ROOT
 
 pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
@@ -32,26 +35,34 @@ ROWS = {
 FLOORLESS = ("memory", "packed")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    quiet = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(RUN), "--threads", "1", *arguments]
-    return subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **quiet}, check=False
-    )
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., Outcome]:
+    """`run(*arguments)`: the program, in this process, which has imported what it measures."""
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the program adds to it
+
+    def program(*arguments: object) -> Outcome:
+        words = [str(RUN), "--threads", "1", *map(str, arguments)]
+        with monkeypatch.context() as patch, warnings.catch_warnings():
+            patch.setattr(sys, "argv", words)
+            with pytest.raises(SystemExit) as caught:
+                runpy.run_path(str(RUN), run_name="__main__")
+        streams = capsys.readouterr()
+        return Outcome(caught.value.code, streams.out, streams.err)
+
+    return program
 
 
-def test_every_row_is_measured_told_and_written_down(tmp_path):
+def test_every_row_is_measured_told_and_written_down(run, tmp_path):
     # One test, not five on a shared run: each of xdist's workers would do that run anew.
-    done = run(
-        "--smoke", "--rounds", "1", "--pools", str(tmp_path / "pools"), "--out", str(tmp_path)
-    )
-    assert done.returncode == 0, done.stderr
+    done = run("--smoke", "--rounds", 1, "--pools", tmp_path / "pools", "--out", tmp_path)
+    assert done.code == 0, done.err
     (written,) = tmp_path.glob("*-smoke.json")
     rows = json.loads(written.read_text(encoding="utf-8"))
     assert {name: len(row["findings"]) for name, row in rows.items()} == ROWS
     for name, row in rows.items():
         check_row(name, row)
-    check_table(done.stdout, rows)
+    check_table(done.out, rows)
     check_that_prompts_are_computed_once(rows["ranking"])
     (figure,) = tmp_path.glob("*-growth.png")
     assert figure.read_bytes().startswith(b"\x89PNG")
@@ -114,7 +125,7 @@ def test_the_arrow_model_made_quickly_is_pefts_own(monkeypatch, tmp_path):
     assert quick.state_dict().keys() == own.state_dict().keys()
 
 
-def test_an_unknown_row_is_refused_by_name():
+def test_an_unknown_row_is_refused_by_name(run):
     done = run("--rows", "prefill,nothing")
-    assert done.returncode == 2
-    assert "no row 'nothing'; there are prefill" in done.stderr
+    assert done.code == 2
+    assert "no row 'nothing'; there are prefill" in done.err

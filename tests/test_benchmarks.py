@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import runpy
-import sys
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +12,7 @@ from peft import ArrowConfig, create_arrow_model
 
 from command_line import Outcome
 from paths import ROOT
+from programs import run_program
 
 pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 
@@ -36,19 +33,13 @@ FLOORLESS = ("memory", "packed")
 
 
 @pytest.fixture
-def run(monkeypatch, capsys) -> Callable[..., Outcome]:
-    """`run(*arguments)`: the program, in this process, which has imported what it measures."""
-    monkeypatch.syspath_prepend(str(RUN.parent))
-    monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))  # the program adds to it
+def run(capsys) -> Callable[..., Outcome]:
+    """`run(*arguments)`: what the program prints and answers."""
 
     def program(*arguments: object) -> Outcome:
-        words = [str(RUN), "--threads", "1", *map(str, arguments)]
-        with monkeypatch.context() as patch, warnings.catch_warnings():
-            patch.setattr(sys, "argv", words)
-            with pytest.raises(SystemExit) as caught:
-                runpy.run_path(str(RUN), run_name="__main__")
+        code = run_program(RUN, "--threads", 1, *arguments)
         streams = capsys.readouterr()
-        return Outcome(caught.value.code, streams.out, streams.err)
+        return Outcome(code, streams.out, streams.err)
 
     return program
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -116,18 +114,6 @@ def interrupted(monkeypatch, base, out: Path, function: str, call: int, **option
 
 
 PASS = "phatgoose.training.partial_trainer.target_logits"
-KILLS = {
-    "in a LoRA step": (PASS, 8),
-    "before a checkpoint's optimiser state": ("torch.save", 1),
-    "before the adapter is in place": ("os.rename", 1),
-    "in a gate step": (PASS, 12),
-    "in the middle of the expert's files": ("phatgoose.experts.expert.model_card", 1),
-    "before the expert is in place": ("os.rename", 2),
-}
-
-
-def kill_self():
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def gated_loss(base, expert: Expert, examples) -> float:

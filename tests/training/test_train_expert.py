@@ -1,15 +1,12 @@
 import logging
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from paths import SUPPORT
+from forked import forked, kill_self, needs_fork
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting
@@ -23,7 +20,6 @@ from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
     GATES,
-    KILLS,
     LORA,
     PASS,
     TASK,
@@ -259,36 +255,27 @@ def test_resuming_without_any_work_starts_it(llama, tmp_path, whole):
     assert_same_expert(train(llama, tmp_path / "echo", resume=True), whole)
 
 
-KILLED = """
-import gc, os, sys
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from phatgoose.base.loading import load_base
-from training_runs import KILLS, kill_self, on_call, train
-base = load_base(sys.argv[2], dtype="float32")
-gc.freeze()
-for number, (function, call) in enumerate(KILLS.values()):
-    child = os.fork()
-    if child == 0:
+KILLS = {
+    "in a LoRA step": (PASS, 8),
+    "before a checkpoint's optimiser state": ("torch.save", 1),
+    "before the adapter is in place": ("os.rename", 1),
+    "in a gate step": (PASS, 12),
+    "in the middle of the expert's files": ("phatgoose.experts.expert.model_card", 1),
+    "before the expert is in place": ("os.rename", 2),
+}
+
+
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize(("function", "call"), KILLS.values(), ids=KILLS)
+def test_a_killed_run_never_looks_finished_and_can_be_resumed(
+    llama, tmp_path, whole, function, call
+):
+    def train_and_die() -> None:
         setattr(*on_call(function, call, kill_self))
-        train(base, Path(sys.argv[3]) / f"cut{number}")
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
+        train(llama, tmp_path / "cut")
 
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork and SIGKILL")
-def test_a_killed_run_never_looks_finished_and_can_be_resumed(llama, tmp_path, whole):
-    arguments = [SUPPORT, llama.id, tmp_path]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(KILLS)
+    assert forked(train_and_die) == -signal.SIGKILL
     with pytest.raises(PoolError, match="No expert was found"):
         Pool.open(tmp_path)
-    for number in range(len(KILLS)):
-        assert_same_expert(train(llama, tmp_path / f"cut{number}", resume=True), whole)
+    assert_same_expert(train(llama, tmp_path / "cut", resume=True), whole)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
-import sys
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from comparisons import (
     with_first,
     write_rows,
 )
+from forked import forked, kill_self, needs_fork
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import (
@@ -206,40 +207,25 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(
     assert files(tmp_path) == uninterrupted
 
 
-KILLED = """
-import os, signal, sys
-from types import SimpleNamespace
-import torch
-from phatgoose.evaluation.comparison import cells, compare as comparison, result_store as results
-from phatgoose.base.loading import load_base
-
-torch.set_num_threads(1)
-base, experts, suite, out, code = sys.argv[1:]
-cells.time = SimpleNamespace(monotonic=lambda: 0.0)
-cells.code_version = lambda: code
-add = results.ResultStore.add
-
-def add_or_die(store, key, result):
-    add(store, key, result)
-    if len(store) == 4:
-        os.truncate(store.path, store.path.stat().st_size - 40)  # it was not written to its end
-        os.kill(os.getpid(), signal.SIGKILL)
-
-results.ResultStore.add = add_or_die
-loaded = load_base(base, dtype="float32")
-options = {"out": out, "base": loaded, "limit": 2, "max_new_tokens": 4}
-comparison.compare(experts, suite, ["base", "phatgoose", "oracle"], **options)
-"""
-
-
+@needs_fork
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.usefixtures("no_time")
 def test_a_killed_comparison_goes_on_where_it_stopped(setting, tmp_path, computed):
     plain, whole, out = setting.suites[1], tmp_path / "whole", tmp_path / "out"
     setting.run(whole, SMALL, suites=plain, limit=2)
-    places = (setting.base, setting.references["a pool"], plain, out, module.code_version())
-    command = [sys.executable, "-c", KILLED, *map(str, places)]
-    killed = subprocess.run(command, capture_output=True, timeout=120)
-    assert killed.returncode == -9, killed.stderr.decode()
+    add = ResultStore.add
+
+    def add_or_die(store: ResultStore, *cell: Any) -> None:
+        add(store, *cell)
+        if len(store) == 4:
+            os.truncate(store.path, store.path.stat().st_size - 40)  # not written to its end
+            kill_self()
+
+    def compare_and_die() -> None:
+        ResultStore.add = add_or_die
+        setting.run(out, SMALL, pool=setting.references["a pool"], suites=plain, limit=2)
+
+    assert forked(compare_and_die) == -signal.SIGKILL
     assert (out / "results.jsonl").read_bytes().count(b"\n") == 3
     computed.clear()
     with pytest.warns(UserWarning, match="the last result was cut off"):

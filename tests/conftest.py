@@ -8,19 +8,27 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from functools import cache
+from contextlib import suppress
+from functools import cache, lru_cache
 from pathlib import Path
 
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is imported, so before torch is
+# All three are read on import, the first when torch imports triton.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TQDM_DISABLE", "1")
 
+import jinja2
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from command_line import Outcome, open_row, review, run, write_rows
 from links import KEPT
 from paths import GOLDEN
 from phatgoose.base.loading import Base, load_base
+from phatgoose.base.smollm2 import smollm2_folder
+from phatgoose.errors import BaseModelError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.suites.entries import Sources
@@ -73,6 +81,26 @@ def base(kind: str, loaded_bases: dict[str, Base]) -> Base:
 def llama(loaded_bases: dict[str, Base]) -> Base:
     """A fresh tiny Llama, float32, for tests that need one base only."""
     return copy.deepcopy(loaded_bases["llama"])
+
+
+@pytest.fixture(scope="session")
+def _converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that holds the embedded base where its packages are there: converted once a run."""
+    own = tmp_path_factory.getbasetemp()
+    cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "converted"
+    cache.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patch, FileLock(cache / "lock"):
+        patch.setenv("XDG_CACHE_HOME", str(cache))
+        with suppress(BaseModelError):
+            smollm2_folder()
+    return cache
+
+
+@pytest.fixture
+def smollm2_cache(_converted: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of `_converted`, as the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(_converted))
+    return _converted
 
 
 MakeExpert = Callable[..., Expert]
@@ -204,3 +232,11 @@ def _imported_for_good() -> None:
     """Modules are no garbage: a Trainer looks through all of them each time, 0.2 s for torch's."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _templates_compiled_once() -> Iterator[None]:
+    """PEFT writes a model card beside every adapter and compiles its template each time, 40 ms."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jinja2.Environment, "compile", lru_cache(64)(jinja2.Environment.compile))
+        yield

@@ -111,6 +111,7 @@ def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
 
 
 @pytest.mark.real
+@pytest.mark.usefixtures("smollm2_cache")
 @pytest.mark.skipif(not SHARED_DATA.is_dir(), reason="needs ../shared/data")
 def test_eight_experts_on_real_data_are_planned(phat, tmp_path):
     recipe = RECIPES / "smollm2-eight-experts.toml"

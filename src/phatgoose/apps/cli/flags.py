@@ -1,8 +1,8 @@
 """Command-line flags from annotations: a command takes objects, typer shows one flag per field.
 
 `Annotated[type, "help"]` is the flag of a parameter, of a field of an option group (options.py) and
-of a setting (config.py), named after it. Settings are their defaults, overlaid by the recipe,
-overlaid by the command line.
+of a setting (config.py), named after it; {"min": 1} may follow the help text. Settings are their
+defaults, overlaid by the recipe, overlaid by the command line.
 """
 
 from __future__ import annotations
@@ -145,12 +145,13 @@ def _fields_of(group: Any) -> Iterator[inspect.Parameter]:
 
 
 def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    """A parameter whose help text, if that is its annotation, makes a flag of it."""
+    """A parameter, which is a flag if its annotation is a help text and a range of values."""
     kind, *details = get_args(annotation) or (annotation,)
     if details and isinstance(details[0], str):
         flag = flag_of(name)
         flags = f"{flag}/--no-{flag[2:]}" if kind is bool and default else flag
-        annotation = Annotated[kind, typer.Option(flags, help=details[0])]
+        limits: dict[str, Any] = details[1] if details[1:] else {}
+        annotation = Annotated[kind, typer.Option(flags, help=details[0], **limits)]
     keyword = inspect.Parameter.KEYWORD_ONLY
     return inspect.Parameter(name, keyword, default=default, annotation=annotation)
 

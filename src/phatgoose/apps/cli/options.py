@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...errors import ConfigError
+from .flags import flag_of
 
 if TYPE_CHECKING:
     from ...base.loading import Base
@@ -112,15 +113,7 @@ class ModelOptions(BaseOptions):
         """The routed model, the pool routed by `routing`, or the base at `model`."""
         from ...routing.open_model import open_model
 
-        return open_model(
-            model,
-            self.base,
-            dtype=self.dtype,
-            routing=routing,
-            keep=self.keep,
-            leave_out=self.leave_out,
-            scores=self.scores,
-        )
+        return open_model(model, routing=routing, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -136,7 +129,7 @@ class TemplateOptions:
         """The task in a file, or hub:DATASET."""
         from ...tasks.loading import load_task
 
-        return load_task(source, template=self.template, choices=self.choices)
+        return load_task(source, **vars(self))
 
 
 @dataclass(frozen=True)
@@ -153,23 +146,19 @@ class SourceOptions:
         """The same for `tasks.suites`."""
         from ...tasks.suites.entries import Sources
 
-        return Sources(self.data, self.templates)
+        return Sources(**vars(self))
 
 
 @dataclass(frozen=True)
 class ScoringOptions:
     """Which examples are scored, and how long answers may be; named as `evaluate` names them."""
 
-    limit: Annotated[
-        int | None,
-        typer.Option("--limit", min=1, help="Use so many examples of a task, drawn by --seed."),
-    ] = None
+    limit: Annotated[int | None, "Use so many examples of a task, drawn by --seed.", {"min": 1}] = (
+        None
+    )
     seed: Annotated[int, "Seed of the draw."] = 0
     max_new_tokens: Annotated[
-        int,
-        typer.Option(
-            min=1, help="Tokens of a generated answer at most, where a task says nothing."
-        ),
+        int, "Tokens of a generated answer at most, where a task says nothing.", {"min": 1}
     ] = 64
 
 
@@ -192,20 +181,13 @@ class RayOptions:
     ] = None
     gpus_per_worker: Annotated[
         float | None,
-        typer.Option(
-            "--gpus-per-worker",
-            min=0,
-            help="With --engine ray: 0.5 lets two workers share a GPU; default: 1 where there are "
-            "any.",
-        ),
+        "With --engine ray: 0.5 lets two workers share a GPU; default: 1 where there are any.",
+        {"min": 0},
     ] = None
     cpus_per_worker: Annotated[
         float | None,
-        typer.Option(
-            "--cpus-per-worker",
-            min=0,
-            help="With --engine ray: cores, and so threads, of a worker (default: 1).",
-        ),
+        "With --engine ray: cores, and so threads, of a worker (default: 1).",
+        {"min": 0},
     ] = None
 
     def check(self) -> None:
@@ -214,8 +196,9 @@ class RayOptions:
             raise ConfigError(f"--engine is {self.engine!r}, but must be local or ray.")
         for field in fields(self) if self.engine == "local" else ():
             if field.name != "engine" and getattr(self, field.name) is not None:
-                flag = "--" + field.name.replace("_", "-")
-                raise ConfigError(f"{flag} is for --engine ray, which was not given.")
+                raise ConfigError(
+                    f"{flag_of(field.name)} is for --engine ray, which was not given."
+                )
 
 
 @dataclass(frozen=True)
@@ -223,10 +206,7 @@ class EngineOptions(RayOptions):
     """Where jobs are done."""
 
     workers: Annotated[
-        int | None,
-        typer.Option(
-            "--workers", min=1, help="With --engine ray: so many workers; default: all that fit."
-        ),
+        int | None, "With --engine ray: so many workers; default: all that fit.", {"min": 1}
     ] = None
 
     @contextmanager
@@ -252,10 +232,5 @@ class ReplicaOptions(RayOptions):
     """Where copies of a server run."""
 
     replicas: Annotated[
-        int | None,
-        typer.Option(
-            "--replicas",
-            min=1,
-            help="With --engine ray: so many copies of the server (default: 1).",
-        ),
+        int | None, "With --engine ray: so many copies of the server (default: 1).", {"min": 1}
     ] = None

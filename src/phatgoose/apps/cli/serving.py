@@ -25,7 +25,7 @@ def serve(
         ),
     ],
     host: Annotated[str, "Address to listen at."] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
+    port: Annotated[int, "Port to listen at.", {"min": 1, "max": 65535}] = 8000,
     api_key: Annotated[
         list[str] | None,
         "Let in those who have this key only (repeatable). Other processes can see it "

@@ -22,7 +22,7 @@ __all__ = ["CONTENT_TYPE_LATEST", "Metrics", "MetricsMiddleware"]
 UNROUTED = "other"  # the path under which requests to unknown paths are counted
 
 SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Metrics:
@@ -48,33 +48,33 @@ class Metrics:
         )
         self._waiting = Gauge("phatgoose_waiting", "Answers in the queue.", registry=registry)
         self._running = Gauge("phatgoose_running", "Answers being computed.", registry=registry)
-        self._rows = Histogram(
+        self._batch = Histogram(
             "phatgoose_batch_rows",
             "Answers in a batch when it read prompts or made a step.",
-            buckets=ROWS,
+            buckets=SIZES,
             registry=registry,
         )
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
+    def count_request(self, path: str, status: int, seconds: float) -> None:
         """Count an answered request."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def used(self, model: str, prompt: int, generated: int) -> None:
+    def count_tokens(self, model: str, prompt: int, generated: int) -> None:
         """Count the tokens of an answer."""
         self._prompt.labels(model).inc(prompt)
         self._generated.labels(model).inc(generated)
 
-    def load(self, waiting: int, running: int) -> None:
+    def set_load(self, waiting: int, running: int) -> None:
         """Set how many answers wait and are computed now."""
         self._waiting.set(waiting)
         self._running.set(running)
 
-    def computed(self, rows: int) -> None:
-        """Count a step of a batch."""
-        self._rows.observe(rows)
+    def count_batch(self, size: int) -> None:
+        """Count a step of a batch of that size."""
+        self._batch.observe(size)
 
-    def text(self) -> bytes:
+    def exposition(self) -> bytes:
         """All metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
@@ -106,4 +106,4 @@ class MetricsMiddleware:
         finally:
             known = scope["path"] if scope["path"] in self._paths else UNROUTED
             path = str(getattr(scope.get("route"), "path", known))
-            self._metrics.answered(path, status, time.perf_counter() - begun)
+            self._metrics.count_request(path, status, time.perf_counter() - begun)

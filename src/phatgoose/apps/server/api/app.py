@@ -110,7 +110,7 @@ def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
         responses={**refused, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
-        return Response(service.metrics.text(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     @router.get("/v1/models", summary="What is served", responses=refused)
     async def models() -> ModelList:

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
@@ -78,12 +77,11 @@ def install_errors(app: FastAPI) -> None:
 
 
 def _refused(_: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, ApiError):
-        return JSONResponse(error.body, error.status_code, error.headers)
-    if isinstance(error, HTTPException):
-        body = error_body(error.status_code, str(error.detail))
-        return JSONResponse(body, error.status_code, error.headers)
-    return _failed(_, error)
+    if not isinstance(error, HTTPException):
+        return _failed(_, error)
+    told = error_body(error.status_code, str(error.detail))
+    body = error.body if isinstance(error, ApiError) else told
+    return JSONResponse(body, error.status_code, error.headers)
 
 
 def _failed(_: Request, error: Exception) -> JSONResponse:
@@ -94,24 +92,19 @@ def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
     """FastAPI's schema with our request bodies and without its own validation errors."""
 
     def schema() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            found = get_openapi(
-                title=app.title,
-                version=app.version,
-                description=app.description,
-                routes=app.routes,
-            )
-            for path in found["paths"].values():
-                for operation in path.values():
-                    operation["responses"].pop("422", None)
-            for name in ("HTTPValidationError", "ValidationError"):
-                found["components"]["schemas"].pop(name, None)
-            _, bodies = models_json_schema(
-                [(CompletionRequest, "validation"), (ChatRequest, "validation")],
-                ref_template=PLACE,
-            )
-            found["components"]["schemas"].update(bodies["$defs"])
-            app.openapi_schema = found
-        return app.openapi_schema
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        found = FastAPI.openapi(app)
+        for path in found["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        models = found["components"]["schemas"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            models.pop(name, None)
+        _, bodies = models_json_schema(
+            [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=PLACE
+        )
+        models.update(bodies["$defs"])
+        return found
 
     return schema

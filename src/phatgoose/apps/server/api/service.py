@@ -117,7 +117,9 @@ class Service:
             def done() -> None:
                 release()
                 usage = builder.usage
-                self.metrics.used(request.model, usage.prompt_tokens, usage.completion_tokens)
+                self.metrics.count_tokens(
+                    request.model, usage.prompt_tokens, usage.completion_tokens
+                )
 
             reply = PendingReply(self.engine, builder, client, seconds, done)
         except BaseException:

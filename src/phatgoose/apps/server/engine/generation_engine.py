@@ -210,7 +210,7 @@ class GenerationEngine:
         if batch not in self._batches:
             self._batches.append(batch)
         size = len(batch.sequences) + len(joining)
-        self._metrics.computed(size)
+        self._metrics.count_batch(size)
         try:
             work()
         except Exception as error:
@@ -219,7 +219,7 @@ class GenerationEngine:
             _fail(concerned, for_clients(error) if isinstance(error, PhatgooseError) else FAILED)
 
     def _update_metrics(self) -> None:
-        self._metrics.load(self.waiting, self.running)
+        self._metrics.set_load(self.waiting, self.running)
 
 
 def _padded(sequences: Sequence[ActiveSequence]) -> int:

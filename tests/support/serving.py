@@ -115,3 +115,30 @@ def generated(pool: Pool, prompt: list[int], tokens: int, **options: Any) -> lis
 def folder_of(pool: Pool) -> Path:
     """Where the experts of `pool` lie side by side."""
     return pool.experts[0].directory.parent
+
+
+@contextmanager
+def blocked(monkeypatch, owner, name):
+    """A function that waits until it is let go: yields (it was called, let it go on)."""
+    called, go_on = threading.Event(), threading.Event()
+    original = getattr(owner, name)
+
+    def waits(*arguments, **options):
+        called.set()
+        assert go_on.wait(30)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, waits)
+    try:
+        yield called, go_on
+    finally:
+        go_on.set()
+        monkeypatch.setattr(owner, name, original)
+
+
+def in_a_thread(work, *arguments, **options):
+    """(thread, list that its result comes into)"""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(work(*arguments, **options)))
+    thread.start()
+    return thread, found

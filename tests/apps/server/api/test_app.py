@@ -5,30 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import threading
-from contextlib import closing
-from http.client import HTTPConnection
 
 import pytest
 
 import serving
-from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
-from phatgoose.apps.server.engine.loaded_models import RoutingOverride
+from phatgoose.apps.server import create_app, served_models
 from phatgoose.base.loading import load_base
-from phatgoose.config import Routing, Serving
-from phatgoose.errors import ConfigError
-from phatgoose.experts.pool import Pool
+from phatgoose.config import Serving
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
 
 PROMPT = "to be or not"
+
+
 GREEDY = {"model": "goose", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+
+
 CHAT = {"model": "goose", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
-LONG = {**GREEDY, "max_tokens": 1000}
-
-
-@pytest.fixture(scope="module")
-def pool(pool_of):
-    return pool_of("llama")
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +61,6 @@ def events(client, path="/v1/completions", **body):
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-# --- answers --------------------------------------------------------------------------------------
 
 
 def test_a_greedy_completion_is_what_generate_gives(client, pool, tokenizer):
@@ -157,9 +147,6 @@ def test_stop_ends_an_answer(client):
         assert choice["finish_reason"] == "stop"
 
 
-# --- chat -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def chat(pool):
     """A client of a server whose base has a chat template."""
@@ -214,9 +201,6 @@ def test_what_a_template_refuses_is_told(chat, client):
     assert "no chat template" in error["message"]
     error = error_of(chat, path=path, **CHAT, top_logprobs=3)
     assert error["param"] == "top_logprobs"
-
-
-# --- routing --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -300,30 +284,6 @@ def test_routings_that_cannot_be_had_are_refused(client):
     assert "mlp.up_proj" in error_of(client, **GREEDY, routing={"kind": "wq"})["message"]
 
 
-def test_routings_are_kept_and_make_room_for_each_other(app, client):
-    goose, routings = app.state.service.models["goose"], app.state.service.routings
-
-    def acquire(k):
-        return client.portal.call(routings.acquire, goose, RoutingOverride(k=k), "somebody", 30)
-
-    for k in (1, 3, 4, 1):
-        ask(client, **GREEDY, k=k)
-    assert len(routings.composed) == 2
-    one, other = acquire(1), acquire(3)
-    again = acquire(1)
-    assert again.runner is one.runner
-    assert acquire(2).runner is goose.runner
-    again.release()
-    error = error_of(client, 429, **GREEDY, k=4)
-    assert "routings" in error["message"]
-    for each in (one, other):
-        each.release()
-    ask(client, **GREEDY, k=4)
-    layers = [runner.model.phatgoose.layers for runner in routings.composed]
-    for name, layer in goose.parts.layers.items():
-        assert all(each[name].A is layer.A for each in layers)  # in memory once
-
-
 def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer):
     save(compose(pool, load_base(pool.base.id, dtype="float32"), k=1), tmp_path / "routed")
     places = [str(tmp_path / "routed"), f"base={pool.base.id}", f"pool={serving.folder_of(pool)}"]
@@ -341,29 +301,6 @@ def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer
         assert client.get("/v1/models/base").json()["router"] is None
 
 
-def test_what_a_saved_model_says_of_its_experts_places_is_opened_for_nobody(
-    pool, tmp_path, monkeypatch
-):
-    """It may come from a stranger, and who asks to reroute it may be one."""
-    save(compose(pool, load_base(pool.base.id, dtype="float32"), k=1), tmp_path / "routed")
-    info = json.loads((tmp_path / "routed" / "routed.json").read_text())
-    info["experts"][0]["path"] = "hub:stranger/expert"
-    (tmp_path / "routed" / "routed.json").write_text(json.dumps(info))
-    other = pool.select(leave_out=[pool.names[0]])
-    other.write_manifest(tmp_path / "fewer.json")
-    places = [str(tmp_path / "routed"), str(tmp_path / "fewer.json")]
-    app = create_app(served_models(places, dtype="float32"))
-    with serving.client_of(app) as client:
-        opened = []
-        monkeypatch.setattr(Pool, "open", opened.append)
-        asked = {**GREEDY, "model": "routed"}
-        for change in ({"k": 2}, {"keep": [pool.names[1]]}, {"router": "merged"}):
-            message = error_of(client, **asked, **change)["message"]
-            assert "only while a pool with its experts" in message
-        ask(client, **asked)
-    assert opened == []
-
-
 def test_an_encoder_decoder_model_is_served(pool_of, base_folders):
     pool = pool_of("t5")
     app = serving.app_of(pool)
@@ -375,9 +312,6 @@ def test_an_encoder_decoder_model_is_served(pool_of, base_folders):
         streams = [token["stream"] for token in choice["routing"]["tokens"]]
         assert streams.count("encoder") == len(tokenizer(PROMPT)["input_ids"])
         assert "encoder-decoder" in error_of(client, **GREEDY, echo=True)["message"]
-
-
-# --- refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -450,34 +384,10 @@ def test_keys_let_in_and_keep_out(pool):
         assert "security" not in schema["paths"]["/healthz"]["get"]
 
 
-def test_keys_are_read_from_a_list():
-    assert keys_of(" a, b,,") == ("a", "b")
-    assert keys_of(None) == ()
-
-
-# --- time and company -----------------------------------------------------------------------------
-
-
 def endless(app):
     for served in app.state.service.models.values():
         served.runner.ends = frozenset()
     return app
-
-
-def test_a_request_that_takes_too_long_is_ended(pool):
-    app = endless(serving.app_of(pool, Serving(timeout=1, max_tokens=2000)))
-    engine, wish = app.state.service.engine, {**LONG, "max_tokens": 1990}
-    with serving.client_of(app) as client:
-        with serving.held(2):
-            assert error_of(client, 504, **wish)["code"] == "timeout"
-        serving.until(lambda: engine.running == 0)
-        with (
-            serving.held(2),
-            client.stream("POST", "/v1/completions", json={**wish, "stream": True}) as reply,
-        ):
-            lines = [line for line in reply.iter_lines() if line]
-        assert json.loads(lines[-1].removeprefix("data: "))["error"]["code"] == "timeout"
-        serving.until(lambda: engine.running == 0)
 
 
 def test_a_full_queue_turns_requests_away(pool):
@@ -498,94 +408,3 @@ def test_a_full_queue_turns_requests_away(pool):
             assert client.get("/healthz").json()["waiting"] == 2
         for thread in threads:
             thread.join()
-
-
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_goes_away_frees_its_place(pool, stream):
-    app = endless(serving.app_of(pool))
-    engine, routings = app.state.service.engine, app.state.service.routings
-
-    def post(client, **body):
-        headers = {"Content-Type": "application/json"}
-        client.request("POST", "/v1/completions", json.dumps(body), headers)
-
-    with (
-        serving.running(app) as address,
-        closing(HTTPConnection(address.removeprefix("http://"), timeout=60)) as client,
-    ):
-        with serving.held(2):
-            post(client, **LONG, stream=stream, k=1)
-            if stream:
-                with client.getresponse() as reply:
-                    assert reply.readline().startswith(b"data: ")
-            serving.until(lambda: engine.running == 1)
-            (row,) = [row for batch in engine._batches for row in batch.sequences]
-            client.close()
-            serving.until(lambda: row.is_cancelled)
-        serving.until(lambda: engine.running == engine.waiting == 0)
-        serving.until(lambda: routings.requests == 0)
-        post(client, **GREEDY)
-        with client.getresponse() as reply:
-            assert reply.status == 200
-
-
-def test_metrics_count_what_happened(pool):
-    with serving.client_of(serving.app_of(pool)) as client:
-        ask(client, **GREEDY)
-        events(client, **GREEDY)
-        error_of(client, **{**GREEDY, "n": -1})
-        client.get("/nowhere")
-        reply = client.get("/metrics")
-        assert reply.headers["content-type"].startswith("text/plain")
-        lines = reply.text.splitlines()
-    path = 'path="/v1/completions"'
-    assert f'phatgoose_requests_total{{{path},status="200"}} 2.0' in lines
-    assert f'phatgoose_requests_total{{{path},status="400"}} 1.0' in lines
-    assert 'phatgoose_requests_total{path="other",status="404"} 1.0' in lines
-    assert 'phatgoose_generated_tokens_total{model="goose"} 12.0' in lines
-    assert "phatgoose_running 0.0" in lines
-    assert f"phatgoose_request_seconds_count{{{path}}} 3.0" in lines
-
-
-# --- what is served -------------------------------------------------------------------------------
-
-
-def test_places_name_models_and_their_routing(tmp_path):
-    odd = tmp_path / "a=b?c"
-    odd.mkdir()
-    models = served_models(
-        ["x/experts", "mine=pool.json", "hub:me/x@v1", str(odd), "arrow=experts?router=arrow&k=3"],
-        routing=Routing(eps=1e-3),
-    )
-    assert [(model.name, model.place) for model in models] == [
-        ("experts", "x/experts"),
-        ("mine", "pool.json"),
-        ("me/x@v1", "hub:me/x@v1"),
-        ("a=b?c", str(odd)),
-        ("arrow", "experts"),
-    ]
-    assert [model.routing for model in models[:4]] == [Routing(eps=1e-3)] * 4
-    assert models[4].routing == Routing("arrow", 3, eps=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("places", "said"),
-    [
-        ([], "no model"),
-        (["a/x", "b/x"], "NAME=PLACE"),
-        (["x?router"], "router=NAME"),
-        (["x?k=two"], "k is 'two'"),
-        (["x?rooter=arrow"], "unknown setting 'rooter'"),
-    ],
-    ids=str,
-)
-def test_places_that_make_no_sense_are_refused(places, said):
-    with pytest.raises(ConfigError, match=said):
-        served_models(places)
-
-
-def test_settings_that_a_model_cannot_have_are_refused(pool):
-    with pytest.raises(ConfigError, match="is not a pool"):
-        create_app([ServedModel("b", pool.base.id, Routing())])
-    with pytest.raises(ConfigError, match="oracle"):
-        create_app([ServedModel("b", str(serving.folder_of(pool)), Routing("oracle"))])

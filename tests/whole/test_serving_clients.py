@@ -1,30 +1,21 @@
-"""The server as its clients see it: openai, lm_eval, schemathesis, and a process of its own."""
+"""The server as its clients see it: openai, lm_eval and schemathesis."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
 
 import serving
-from paths import ROOT
-from phatgoose.apps.server import ServedModel, create_app, run
 from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
-from phatgoose.errors import ConfigError, PhatgooseError
 from phatgoose.routing.compose import compose
 
 PROMPT = "to be or not"
+
+
 FUZZ = int(os.environ.get("PHATGOOSE_FUZZ", "15"))  # requests made up for each path and mode
 
 
@@ -45,9 +36,6 @@ def app(pool):
 def address(app):
     with serving.running(app) as address:
         yield address
-
-
-# --- the openai package ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -113,9 +101,6 @@ def test_openai_raises_its_own_errors(client, address):
         stranger.models.list()
 
 
-# --- lm_eval --------------------------------------------------------------------------------------
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("output_type", "concurrent"),
@@ -176,10 +161,14 @@ doc_to_text: "{{{{input}}}}"
 doc_to_target: target
 {more}
 """
+
+
 CHOICES = """
 doc_to_choice: choices
 metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
+
+
 OPEN = """
 generation_kwargs: {until: ["zzz"], max_gen_toks: 6}
 metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
@@ -201,9 +190,6 @@ def write_task(folder: Path, output_type: str) -> Path:
     text = TASK.format(folder=folder, output_type=output_type, more=more)
     (folder / "served_task.yaml").write_text(text)
     return folder
-
-
-# --- schemathesis ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])
@@ -260,82 +246,3 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(
         fuzz()
     record_testsuite_property(f"requests, {mode}", count)  # --junitxml tells
     assert count >= 30
-
-
-# --- a process ------------------------------------------------------------------------------------
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-def test_the_command_serves_and_ends_in_peace(pool):
-    """One process: it answers, and on SIGTERM finishes what it has begun and exits with 0."""
-    port = free_port()
-    source = str(ROOT / "src")
-    words = ["-m", "phatgoose", "serve", str(serving.folder_of(pool)), "--port", str(port)]
-    words += ["--dtype", "float32", "--max-tokens", "200", "--allow-host", "goose.example"]
-    environment = {**os.environ, "PYTHONPATH": source, "PHATGOOSE_API_KEYS": "k1,k2"}
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        body = {"model": "experts", "prompt": "a", "max_tokens": 200, "stream": True}
-        said = process.stderr.readline()  # written when the models are open
-        assert said == f"serving experts at http://127.0.0.1:{port}\n"
-        reply = posted(f"http://127.0.0.1:{port}", body)
-        for host, status in (("goose.example", 200), ("evil.example", 403)):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            connection.request("GET", "/healthz", headers={"Host": host})
-            assert connection.getresponse().status == status
-            connection.close()
-        first = reply.readline()
-        process.send_signal(signal.SIGTERM)
-        lines = [first, *reply.read().splitlines()]
-        assert b"data: [DONE]" in lines
-        assert process.wait(60) == 0
-    finally:
-        process.kill()
-        process.stderr.close()
-
-
-def posted(address, body):
-    """The server's reply to `body`, which may begin to listen a moment later."""
-    headers = {"Content-Type": "application/json", "Authorization": "Bearer k2"}
-    content = json.dumps(body).encode()
-    request = urllib.request.Request(f"{address}/v1/completions", content, headers)
-    for _ in range(600):
-        try:
-            return urllib.request.urlopen(request, timeout=60)
-        except urllib.error.HTTPError:
-            raise
-        except urllib.error.URLError:
-            time.sleep(0.1)
-    pytest.fail("nobody listens")
-
-
-def test_a_port_that_is_taken_is_told(app):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=f"Can't listen at 127.0.0.1, port {port}"):
-            run(app, "127.0.0.1", port, Serving())
-
-
-def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("phatgoose.apps.server")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "fastapi", None)
-    with pytest.raises(ConfigError, match=r"pip install 'phatgoose\[serve\]'"):
-        import phatgoose.apps.server  # noqa: F401
-
-
-def test_models_that_cannot_be_opened_are_told_before_anything_listens(tmp_path):
-    with pytest.raises(PhatgooseError):
-        create_app([ServedModel("x", str(tmp_path / "nothing.json"))])

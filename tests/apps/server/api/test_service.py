@@ -1,0 +1,38 @@
+"""What the routes call."""
+
+from __future__ import annotations
+
+import pytest
+
+import serving
+from phatgoose.apps.server.api import service
+
+GREEDY = {"model": "goose", "prompt": "to be", "max_tokens": 3, "temperature": 0}
+
+
+PATH = "/v1/completions"
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"), [(service, "parsed"), (service.RequestPreparer, "completion_prompts")]
+)
+def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, owner, step):
+    with serving.blocked(monkeypatch, owner, step) as (called, go_on):
+        large = {**GREEDY, "user": "x" * 20_000}
+        thread, found = serving.in_a_thread(client.post, PATH, json=large)
+        assert called.wait(30)
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/v1/models").status_code == 200
+        go_on.set()
+        thread.join()
+    assert found[0].status_code == 200
+
+
+def test_no_local_path_is_told(client, pool, app, monkeypatch):
+    assert "/" in pool.base.id
+    cards = client.get("/v1/models").json()["data"]
+    assert {card["base"] for card in cards} == {pool.base.id.rpartition("/")[2]}
+    reply = client.post(PATH, json={**GREEDY, "router": "retrieval"}).json()
+    assert "embeddings" in reply["error"]["message"]
+    assert str(serving.folder_of(pool)) not in str(reply)
+    assert "/tmp" not in str(reply)

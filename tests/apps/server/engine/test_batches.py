@@ -1,0 +1,125 @@
+"""Sequences that join, leave and share a batch get what they would get alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import MistralConfig, MistralForCausalLM
+
+from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
+from phatgoose.apps.server.engine.batches import Batch
+from phatgoose.apps.server.engine.decoding import Decoding
+from phatgoose.apps.server.engine.model_runner import ModelRunner
+from tiny import VOCABULARY
+
+
+def test_a_row_alone_gets_what_generate_gives(runner_of, kind):
+    runner = runner_of(kind)
+    for seed in range(2):
+        row = alone(runner, prompt_of(seed))
+        assert row.generated == by_generate(runner, prompt_of(seed), 12)
+        assert row.finish == "length"
+
+
+def test_rows_together_get_what_each_gets_alone(runner_of, kind):
+    runner, batch = runner_of(kind), Batch(runner_of(kind))
+    rows = [
+        row_of(runner, prompt_of(seed), replace(GREEDY, max_tokens=2 + 4 * (seed % 3)))
+        for seed in range(5)
+    ]
+    batch.join(rows)
+    finish(batch)
+    for seed, row in enumerate(rows):
+        assert row.generated == by_generate(runner, prompt_of(seed), 2 + 4 * (seed % 3))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_rows_may_join_and_leave_between_any_two_steps(runner_of, kind):
+    runner, batch = runner_of(kind), Batch(runner_of(kind))
+    lengths = [9, 2, 14, 5, 7, 1]
+    rows = [
+        row_of(runner, prompt_of(i), replace(GREEDY, max_tokens=n)) for i, n in enumerate(lengths)
+    ]
+    batch.join(rows[:2])
+    batch.step()
+    batch.step()  # the second leaves
+    batch.join(rows[2:3])  # longer than what is there
+    batch.step()
+    batch.join(rows[3:])
+    batch.step()
+    assert [row.finish for row in rows] == [None, "length", None, None, None, "length"]
+    finish(batch)
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        assert row.generated == by_generate(runner, prompt_of(i), n)
+
+
+def test_sliding_windows_slide_in_batches_too():
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
+    ids = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
+    config = MistralConfig(vocab_size=VOCABULARY, **small, **heads, **ids)
+    runner = ModelRunner(MistralForCausalLM(config).eval(), TOKENIZER)
+    runner.ends = frozenset()
+    batch, rows = (
+        Batch(runner),
+        [row_of(runner, prompt_of(seed, 20 - 7 * seed)) for seed in range(3)],
+    )
+    batch.join(rows[:1])
+    batch.step()
+    batch.join(rows[1:])
+    finish(batch)
+    for seed, row in enumerate(rows):
+        assert row.generated == by_generate(runner, prompt_of(seed, 20 - 7 * seed), 12)
+
+
+def test_an_encoder_decoder_batch_takes_no_joiners(runner_of):
+    runner = runner_of("t5")
+    batch = Batch(runner)
+    assert batch.is_open
+    batch.join([row_of(runner, prompt_of(0))])
+    assert not batch.is_open
+
+
+@pytest.mark.parametrize("router", ["average-activation", "arrow", "merged", "retrieval", "single"])
+def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
+    runner = runner_of("llama", router)
+    batch = Batch(runner)
+    experts = runner.experts_of([prompt_of(seed) for seed in range(4)])
+    rows = [row_of(runner, prompt_of(seed), expert=experts[seed]) for seed in range(4)]
+    batch.join(rows[:2])
+    batch.step()
+    batch.join(rows[2:])
+    finish(batch)
+    for seed, row in enumerate(rows):
+        runner.model.phatgoose.lookup and runner.model.phatgoose.lookup.serve(None)
+        assert row.generated == by_generate(runner, prompt_of(seed), 12)
+
+
+def test_columns_that_nobody_needs_are_dropped(runner_of):
+    batch = Batch(runner_of())
+    batch.join(
+        [
+            row_of(runner_of(), prompt_of(0, 40), replace(GREEDY, max_tokens=2)),
+            row_of(runner_of(), prompt_of(1, 4)),
+        ]
+    )
+    assert batch._mask.shape == (2, 40)
+    batch.step()
+    assert batch._mask.shape == (1, 5)
+    assert batch._cache.get_seq_length() == 5
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
+    runner = runner_of()
+    wishes = [Decoding(10, 0.9, 0.95, seed) for seed in range(4)]
+    single = [alone(runner, prompt_of(2), wish).generated for wish in wishes]
+    assert len({tuple(tokens) for tokens in single}) == 4
+    assert alone(runner, prompt_of(2), wishes[0]).generated == single[0]
+    batch = Batch(runner)
+    rows = [row_of(runner, prompt_of(2), wish) for wish in wishes]
+    batch.join([row_of(runner, prompt_of(7)), *rows])
+    finish(batch)
+    assert [row.generated for row in rows] == single

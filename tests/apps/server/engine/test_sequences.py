@@ -1,0 +1,117 @@
+"""What an answer reports while it is generated, and where it ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from batched import GREEDY, alone, finish, prompt_of, row_of
+from phatgoose.analysis.traces import trace
+from phatgoose.apps.server.engine.batches import Batch
+from phatgoose.apps.server.engine.decoding import Decoding
+from phatgoose.tasks.encoding import Encoder
+
+
+def test_log_probabilities_are_those_of_one_pass(runner_of, kind):
+    runner = runner_of(kind)
+    wish = Decoding(5, 0.0, logprobs=3, echo=kind != "t5")
+    rows = [row_of(runner, prompt_of(seed), wish) for seed in (1, 2)]
+    batch = Batch(runner)
+    batch.join(rows)
+    finish(batch)
+    for seed, row in zip((1, 2), rows, strict=True):
+        told = row.deliver.tokens
+        if kind == "t5":
+            ids = torch.tensor([[0, *row.generated]])
+            logits = runner.model(torch.tensor([prompt_of(seed)]), decoder_input_ids=ids).logits[0]
+            targets = row.generated
+        else:
+            ids = torch.tensor([[*prompt_of(seed), *row.generated]])
+            logits, targets = runner.model(ids).logits[0], ids[0, 1:].tolist()
+            assert told[0].logprob is None
+            told = told[1:]
+        wanted = logits[:-1].float().log_softmax(-1)
+        assert len(told) == len(targets)
+        for token, target, scores in zip(told, targets, wanted, strict=True):
+            assert token.logprob == pytest.approx(scores[target].item(), abs=2e-4)
+            best = scores.topk(3).values.tolist()
+            assert [p for _, p in token.top] == pytest.approx(best, abs=2e-4)
+
+
+def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of):
+    runner = runner_of()
+    whole = alone(runner, prompt_of(1)).generated
+    runner.ends = frozenset([whole[3]])
+    try:
+        row = alone(runner, prompt_of(1), replace(GREEDY, logprobs=0))
+        ignoring = alone(runner, prompt_of(1), replace(GREEDY, ignores_end=True))
+    finally:
+        runner.ends = frozenset()
+    assert ignoring.generated == whole
+    assert row.generated == whole[: whole.index(whole[3]) + 1]
+    assert row.finish == "stop"
+    assert len(row.deliver.tokens) == len(row.generated)
+
+
+def test_a_stop_cuts_the_text_and_nothing_of_it_is_told_before(runner_of):
+    runner = runner_of()
+    whole = alone(runner, prompt_of(4), replace(GREEDY, max_tokens=30)).deliver.text
+    assert len(whole) > 8
+    stop = whole[5:8]
+    row = alone(runner, prompt_of(4), replace(GREEDY, max_tokens=30, stop=(stop, "zzz")))
+    assert row.finish == "stop"
+    assert row.deliver.text == whole[: whole.index(stop)]
+    assert len(row.deliver.tokens) < len(row.generated)
+
+
+def test_an_answer_of_no_tokens_ends_at_once(runner_of):
+    row = alone(runner_of(), prompt_of(1), Decoding(0, logprobs=1, echo=True))
+    assert row.finish == "length"
+    assert row.generated == []
+    assert len(row.deliver.tokens) == len(prompt_of(1))
+
+
+def test_routing_is_that_of_one_pass(runner_of, kind):
+    """Prompt and answer traced at once, as `explain` does, from rows that shared a batch."""
+    runner = runner_of(kind)
+    texts = ["to be, or not", "who?"]
+    encoder = Encoder(runner.tokenizer, is_encoder_decoder=kind == "t5")
+    prompts = [encoder.prompt(text) for text in texts]
+    rows = [row_of(runner, prompt, Decoding(6, 0.0, routing=True)) for prompt in prompts]
+    batch = Batch(runner)
+    batch.join([*rows, row_of(runner, prompt_of(5))])
+    finish(batch)
+    for text, row in zip(texts, rows, strict=True):
+        names = [stream.name for stream in row.deliver.routing]
+        assert set(names) == ({"encoder", "decoder"} if kind == "t5" else {"decoder"})
+        got = [s for s in row.deliver.routing if s.name == "decoder"]
+        experts = np.concatenate([s.experts for s in got])
+        weights = np.concatenate([s.weights for s in got])
+        assert weights[-1].max() == 0  # the last token never passed the model
+        if kind != "t5":
+            assert "".join(t for s in got for t in s.tokens) == text + "".join(row.shown)
+            assert [p for s in got for p in s.parts] == [0] * len(row.prompt) + [1] * 6
+        fixed = FixedEncoder(encoder, row)
+        wanted = {s.name: s for s in trace(runner.model, fixed, fixed.pair(text, "")).streams}[
+            "decoder"
+        ]
+        count = len(wanted.experts)
+        assert (experts[:count] == wanted.experts).mean() > 0.98
+        assert np.abs(weights[:count].astype(int) - wanted.weights).max() <= 255
+        same = experts[:count] == wanted.experts
+        assert np.abs(weights[:count].astype(int) - wanted.weights)[same].mean() < 1
+
+
+class FixedEncoder:
+    """An encoder whose pair is a row's prompt and answer."""
+
+    def __init__(self, encoder, row):
+        self.tokenizer, self.is_encoder_decoder = encoder.tokenizer, encoder.is_encoder_decoder
+        self._pair = encoder.pair("a", "b")
+        self._pair = replace(self._pair, prompt=list(row.prompt), target=list(row.generated))
+
+    def pair(self, *_):
+        return self._pair

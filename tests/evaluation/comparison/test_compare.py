@@ -47,6 +47,7 @@ from phatgoose.evaluation.evaluate import evaluate, score
 from phatgoose.evaluation.intervals import Interval
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
+from phatgoose.routing.routers.registry import ROUTERS as REGISTRY
 from phatgoose.tasks.suites.entries import Entry, Suite
 from tiny import logits_of, make_ids
 
@@ -287,14 +288,14 @@ def test_one_more_expert_leaves_single_experts_and_the_base(setting, out, comput
 
 def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
     setting.run(out, routing=Routing(k=1), suites=setting.suites[1])
-    rows = [name for name, spec in ROUTERS.items() if "k" in spec.settings]
+    rows = [name for name, spec in REGISTRY.items() if "k" in spec.settings]
     assert computed == cells_of(*rows, tasks=SUITES["plain"])
 
 
 def test_other_gates_leave_what_does_not_depend_on_them(setting, out, computed):
     gates = {site: -gate for site, gate in setting.pool.experts[0].gates.items()}
     setting.run(out, pool=with_first(setting.pool, gates=gates), suites=setting.suites[1])
-    rows = [name for name, spec in ROUTERS.items() if "gates" in spec.needs]
+    rows = [name for name, spec in REGISTRY.items() if "gates" in spec.needs]
     assert computed == cells_of(*rows, tasks=SUITES["plain"])
 
 
@@ -396,7 +397,7 @@ def test_all_methods_score_the_same_examples(setting, tasks, tmp_path, monkeypat
 
 @pytest.mark.parametrize(("part", "nothing"), [("embeddings", None), ("means", {}), ("gates", {})])
 def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, nothing):
-    left_out = [name for name, spec in ROUTERS.items() if part in spec.needs]
+    left_out = [name for name, spec in REGISTRY.items() if part in spec.needs]
     pool = with_first(setting.pool, **{part: nothing})
     with pytest.warns(UserWarning, match="was left out: e0 can't be routed by it") as caught:
         comparison = setting.run(tmp_path, pool=pool, suites=setting.suites[1], limit=1)

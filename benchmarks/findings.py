@@ -30,10 +30,10 @@ class Target:
 class Finding:
     """One line of the table.
 
-    `measured` is in `unit` ("×" for ratios). `floor` is the arithmetic floor, in the same unit:
-    what it would come to if multiply-adds were all there is (`floors`), None where there are none.
-    `target` is None for what is told for comparison. `spread` is the lowest and the highest of a
-    round. `note` says what the line's reader must know; `details` are the numbers behind it.
+    `measured` is in `unit` ("×" for ratios). `floor` is the arithmetic floor in the same unit: the
+    value if only multiply-adds took time (`floors`); None where there are none. `target` is None
+    for a mere comparison. `spread` is the lowest and highest round. `note` is for the reader of the
+    table; `details` are the underlying numbers.
     """
 
     case: str

@@ -264,7 +264,7 @@ def record_of(sizes: Sizes, runs: list[Times], kills: Kills | None) -> dict[str,
 
 
 def main() -> None:
-    """Time the engines, kill, and tell."""
+    """Time the engines, run the kill test, and print the results."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", default="smollm2")
     parser.add_argument("--experts", type=int, default=4)

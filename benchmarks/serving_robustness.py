@@ -336,15 +336,15 @@ def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) ->
 
 def faults(found: dict[str, Any]) -> list[str]:
     """What must not happen on any machine."""
-    told = [f"/healthz failed beside {name}" for name, got in healths(found) if got["failed"]]
+    wrong = [f"/healthz failed beside {name}" for name, got in healths(found) if got["failed"]]
     for kind, got in found.get("polite clients", {}).items():
-        told += [f"a polite client's request was lost {kind}: {error}" for error in got["lost"]]
+        wrong += [f"a polite client's request was lost {kind}: {error}" for error in got["lost"]]
     streams = found.get("sigterm", {"streams": 0, "finished": 0})
     if streams["finished"] < streams["streams"]:
-        told.append(f"{streams['finished']} of {streams['streams']} streams were finished")
+        wrong.append(f"{streams['finished']} of {streams['streams']} streams were finished")
     if found.get("half open", {}).get("open_at_the_end"):
-        told.append("half-open connections stayed")
-    return told
+        wrong.append("half-open connections stayed")
+    return wrong
 
 
 def healths(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

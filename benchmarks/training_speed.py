@@ -133,10 +133,10 @@ class TimedFit:
 
 
 def _fits(base: Base, task: Task, sizes: Sizes, gate_steps: int = 1) -> tuple[TimedFit, TimedFit]:
-    """The two training loops of `train_expert`, LoRA and gates, each watched from outside.
+    """The two training loops of `train_expert`, LoRA and gates, timed from outside.
 
-    The LoRA's sees every row once, and so do the gates' where they have as many steps. Seconds are
-    told by the tokens per second reported, since those reported are rounded.
+    The LoRA's sees every row once, and so does the gates' if it has as many steps. Seconds are
+    computed from the reported tokens per second, since the reported seconds are rounded.
     """
     runs: list[TimedFit] = []
 

@@ -38,21 +38,21 @@ TASKS = Path(__file__).parent / "tasks"
 TRAINED = ("sentiment", "entailment", "arithmetic", "ordering", "category")
 UNSEEN = ("hotel_feedback", "true_or_false", "word_problems", "which_first", "odd_one_out")
 SEED = 0
-THREADS = 2  # the same number everywhere, so that one machine gives the same numbers each time
+THREADS = 2  # fixed, so that results are the same each time on one machine
 LORA = Lora(rank=16, alpha=16.0)
 TRAINING = Training(
     steps=32, batch_size=8, learning_rate=2e-3, eval_every=32, eval_examples=16, seed=SEED
 )
 GATES = GateTraining(gate_steps=16, gate_learning_rate=5e-3, statistics_examples=32)
 EVALUATED = 60  # examples of each unseen task
-READ = 16  # examples of each whose tokens are followed
+READ = 16  # examples of each whose routing is analysed
 PROMPT = "Nina saw seven ducks and two herons. Is a heron a bird, a fruit or a tool? Answer:"
 
 
 def run_demo(base_name: str, out: Path) -> None:
-    """Train, compare, route and draw; leave experts, tables, routed model and figure in `out`.
+    """Train, compare and route; write experts, tables, report and routed model to `out`.
 
-    Experts that `out` holds already are kept, so an interrupted demo goes on where it stopped.
+    Experts that `out` already has are kept, so an interrupted demo continues where it stopped.
     """
     begun = time.monotonic()
     torch.set_num_threads(THREADS)

@@ -79,8 +79,8 @@ def install_errors(app: FastAPI) -> None:
 def _refused(_: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
         return _failed(_, error)
-    told = error_body(error.status_code, str(error.detail))
-    body = error.body if isinstance(error, ApiError) else told
+    plain = error_body(error.status_code, str(error.detail))
+    body = error.body if isinstance(error, ApiError) else plain
     return JSONResponse(body, error.status_code, error.headers)
 
 

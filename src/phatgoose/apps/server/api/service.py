@@ -63,7 +63,7 @@ class Service:
         return [self.card(loaded) for loaded in self.models.values()]
 
     def card(self, loaded: LoadedModel) -> ModelCard:
-        """What clients are told about a model."""
+        """What clients can read about a model."""
         parts, runner = loaded.parts, loaded.runner
         return ModelCard(
             id=loaded.settings.name,

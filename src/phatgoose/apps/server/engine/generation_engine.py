@@ -26,7 +26,7 @@ from .sequences import ActiveSequence, Failure
 __all__ = ["GenerationEngine"]
 
 MOST_READ = 2048  # prompt tokens read between two steps, unless a single prompt is longer
-SHARE = 3  # a client may hold so many times the tokens that are left free: alone three quarters
+SHARE = 3  # a client may hold three times the tokens left free: alone three quarters of all
 FAILED = "The answer could not be computed; the server's log says more."
 STOPPED = "The server was stopped."
 

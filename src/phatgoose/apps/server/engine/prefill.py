@@ -18,7 +18,7 @@ from .sequences import ANSWER, PROMPT, ActiveSequence
 
 __all__ = ["ReadPrompts", "encoded_rows", "keeper_for", "read_prompts"]
 
-# At most so many logits at a time where prompts are scored; longer ones are read in several passes.
+# Most logits in one pass where prompts are scored; longer prompts are read in several passes.
 MOST_LOGITS = 1 << 26
 
 

@@ -1,12 +1,12 @@
 """Routed models behind an HTTP interface that speaks OpenAI's protocol (docs/serving.md).
 
-settings.py        What a server serves, as plain values that travel between processes
-api/               The protocol: requests and responses in OpenAI's form
-guards/            Who may use the server, how much a request may send, and how long it may take
-engine/            One thread that generates all answers, in batches
-api_errors.py      Errors in the form that OpenAI's clients know
-metrics.py         What Prometheus reads at /metrics
-uvicorn_server.py  The application under uvicorn
+settings.py        what a server serves, as plain values that travel between processes
+api/               requests and responses in OpenAI's form
+guards/            who may use the server, how much a request may send, how long it may take
+engine/            one thread that generates all answers, in batches
+api_errors.py      errors in the form that OpenAI's clients know
+metrics.py         what Prometheus reads at /metrics
+uvicorn_server.py  the application under uvicorn
 """
 
 from __future__ import annotations

@@ -17,8 +17,6 @@ from transformers import PreTrainedModel
 
 from ..routing.composition import composition_of
 from ..routing.layers import RoutedLinear
-from ..routing.routers.per_token.arrow import ArrowRouter
-from ..routing.routers.per_token.vector_router import VectorRouter
 from .measures import effective_experts
 from .routing_distribution import RoutingDistribution
 
@@ -125,14 +123,12 @@ def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     size = len(parts.experts)
     total, met = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, size)
     for layer in parts.layers.values():
-        if not (isinstance(layer, RoutedLinear) and isinstance(layer.router, VectorRouter)):
+        if not (isinstance(layer, RoutedLinear) and "vectors" in layer.router.kept):
             return None
         unit = torch.nn.functional.normalize(layer.router.vectors.float().cpu(), dim=1)
         cosines = unit @ unit.T
         experts = layer.experts.cpu()
         rows = experts[:, None]
-        total[rows, experts] += (
-            cosines.abs() if isinstance(layer.router, ArrowRouter) else cosines
-        ).double()
+        total[rows, experts] += (cosines.abs() if layer.router.unsigned else cosines).double()
         met[rows, experts] += 1
     return np.asarray((total / met.clamp(min=1)).numpy())

@@ -33,6 +33,7 @@ class SiteRouter(nn.Module):
     """
 
     kept: ClassVar[tuple[str, ...]] = ()
+    unsigned: ClassVar[bool] = False  # only the lines of its vectors matter, not their signs
     one_call: ClassVar[bool] = False
 
     def forward(self, u: Tensor) -> RoutingDecision:

@@ -61,7 +61,7 @@ class ArrowRouter(VectorRouter):
     in Ostapenko et al. 2024; the released code of PHATGOOSE divides by a temperature of 10 and √n.
     """
 
-    fused = one_call = True
+    fused = one_call = unsigned = True
 
     def affinities(self, u: Tensor) -> Tensor:
         """|vᵀu| for every token and expert, float32 [T, E]."""

@@ -20,10 +20,10 @@ class RouterSpec:
     """One router: its names, what it needs, and where its code is.
 
     `needs` are the attributes of every `Expert` that it can't do without (gates, means, embeddings,
-    lora), `given` what the user hands over (scores, expert), `settings` the fields of `Routing`
-    that its results depend on. A router that `grows` can take experts in, or leave some out,
-    without being composed anew. `home` is its `Router`: the class, or "folder.module.Class" below
-    this package.
+    lora), `given` what the user or an evaluation hands over (scores, expert, task), `settings` the
+    fields of `Routing` that its results depend on. A router that `grows` can take experts in, or
+    leave some out, without being composed anew. `home` is its `Router`: the class, or
+    "folder.module.Class" below this package.
     """
 
     name: str
@@ -125,7 +125,7 @@ _ALL = (
         "Oracle",
         "for every task the expert with the best score on it",
         "per_input.oracle.Oracle",
-        given=("scores",),
+        given=("scores", "task"),
         grows=False,
     ),
     RouterSpec(

@@ -30,8 +30,8 @@ from .model_runner import ModelRunner
 __all__ = ["REQUESTABLE_ROUTERS", "LoadedModel", "RoutingOverride", "load_models"]
 __all__ += ["share_factors"]
 
-BY_TASK = "oracle"  # chooses by a task's name, which a request doesn't have
-REQUESTABLE_ROUTERS = tuple(name for name in ROUTERS if name != BY_TASK)
+REQUESTABLE_ROUTERS = tuple(name for name, spec in ROUTERS.items() if "task" not in spec.given)
+BY_TASK = "Router {} chooses by a task's name, which no request has."
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,9 @@ class LoadedModel:
                 f"{settings.place} is not a pool: a routed model has its own router and experts, "
                 f"and a base alone has none. Serve the pool to choose them."
             )
-        if settings.routing and settings.routing.router == BY_TASK:
-            raise ConfigError(f"Router {BY_TASK} chooses by a task's name, which no request has.")
+        router = settings.routing.router if settings.routing else None
+        if router and "task" in spec_of(router).given:
+            raise ConfigError(BY_TASK.format(router))
 
     @property
     def _embedder(self) -> str | None:
@@ -155,8 +156,8 @@ class LoadedModel:
         """
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
-        if override.router == BY_TASK:
-            raise RoutingError(f"Router {BY_TASK} chooses by a task's name, which no request has.")
+        if override.router and "task" in spec_of(override.router).given:
+            raise RoutingError(BY_TASK.format(override.router))
         pool = self.pool.select(override.keep, override.leave_out)
         routing = self.routing
         if override.router is not None and override.router != routing.router:

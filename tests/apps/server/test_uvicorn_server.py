@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import http.client
 import json
+import multiprocessing
 import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
+import warnings
 
 import pytest
 
 import serving
-from paths import ROOT
+from phatgoose.apps.cli import main
 from phatgoose.apps.server import ServedModel, create_app, run
 from phatgoose.apps.server.uvicorn_server import _connections
 from phatgoose.config import Serving
@@ -60,37 +60,43 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
+def command(words: list[str], stderr: int) -> None:
+    """What a process does whose command line is `words`."""
+    os.environ["PHATGOOSE_API_KEYS"] = "k1,k2"
+    os.dup2(stderr, 2)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    warnings.simplefilter("default")
+    main(words)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_the_command_serves_and_ends_in_peace(pool):
     """One process: it answers, and on SIGTERM finishes what it has begun and exits with 0."""
     port = free_port()
-    source = str(ROOT / "src")
-    words = ["-m", "phatgoose", "serve", str(serving.folder_of(pool)), "--port", str(port)]
-    words += ["--dtype", "float32", "--max-tokens", "200", "--allow-host", "goose.example"]
-    environment = {**os.environ, "PYTHONPATH": source, "PHATGOOSE_API_KEYS": "k1,k2"}
-    process = subprocess.Popen(
-        [sys.executable, *words],
-        env=environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    words = ["serve", str(serving.folder_of(pool)), "--port", str(port), "--dtype", "float32"]
+    words += ["--max-tokens", "200", "--allow-host", "goose.example"]
+    stderr, written = os.pipe()
+    process = multiprocessing.get_context("fork").Process(target=command, args=(words, written))
+    process.start()
+    os.close(written)
     try:
         body = {"model": "experts", "prompt": "a", "max_tokens": 200, "stream": True}
-        said = process.stderr.readline()  # written when the models are open
-        assert said == f"serving experts at http://127.0.0.1:{port}\n"
-        reply = posted(f"http://127.0.0.1:{port}", body)
-        for host, status in (("goose.example", 200), ("evil.example", 403)):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-            connection.request("GET", "/healthz", headers={"Host": host})
-            assert connection.getresponse().status == status
-            connection.close()
-        first = reply.readline()
-        process.send_signal(signal.SIGTERM)
-        lines = [first, *reply.read().splitlines()]
-        assert b"data: [DONE]" in lines
-        assert process.wait(60) == 0
+        with os.fdopen(stderr) as told:  # written when the models are open
+            assert told.readline() == f"serving experts at http://127.0.0.1:{port}\n"
+            reply = posted(f"http://127.0.0.1:{port}", body)
+            for host, status in (("goose.example", 200), ("evil.example", 403)):
+                connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                connection.request("GET", "/healthz", headers={"Host": host})
+                assert connection.getresponse().status == status
+                connection.close()
+            first = reply.readline()
+            process.terminate()
+            lines = [first, *reply.read().splitlines()]
+            assert b"data: [DONE]" in lines
+            process.join(60)
+            assert process.exitcode == 0
     finally:
         process.kill()
-        process.stderr.close()
 
 
 def posted(address, body):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
@@ -26,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Task
 
@@ -93,22 +97,38 @@ def make_adapter(
     base: Base, folder: Path, *, rank: int = 4, seed: int = 0, **options: object
 ) -> Path:
     """A PEFT LoRA adapter of random factors at every site of `base`, written to `folder`."""
-    key = repr((base.reference, rank, seed, sorted(options.items())))
+    key = repr((base.reference, rank, sorted(options.items())))
     if key not in ADAPTERS:
-        _write_by_peft(base, folder, rank, seed, options)
-        ADAPTERS[key] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, content in ADAPTERS[key].items():
-        (folder / name).write_bytes(content)
+        ADAPTERS[key] = _written_by_peft(base, folder, rank, options)
+    ADAPTERS[key].write(folder, seed)
     return folder
 
 
-ADAPTERS: dict[str, dict[str, bytes]] = {}  # peft's files by what was asked for: it takes its time
+@dataclass(frozen=True)
+class Written:
+    """The files that PEFT wrote, and its tensors, of which some are to be drawn in this order."""
+
+    files: dict[str, bytes]
+    tensors: dict[str, torch.Tensor]
+    drawn: tuple[str, ...]
+
+    def write(self, folder: Path, seed: int) -> None:
+        """The same adapter in `folder`, with other factors."""
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {
+            name: torch.randn(self.tensors[name].shape, generator=generator) * 0.2
+            for name in self.drawn
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in self.files.items():
+            (folder / name).write_bytes(content)
+        save_file(self.tensors | drawn, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
-def _write_by_peft(
-    base: Base, folder: Path, rank: int, seed: int, options: dict[str, object]
-) -> None:
+ADAPTERS: dict[str, Written] = {}  # by what was asked of PEFT, which takes its time
+
+
+def _written_by_peft(base: Base, folder: Path, rank: int, options: dict[str, object]) -> Written:
     sites = find_sites(base.model)
     conv = isinstance(base.model.get_submodule(next(iter(sites))), Conv1D)
     settings = {
@@ -119,19 +139,27 @@ def _write_by_peft(
         "fan_in_fan_out": conv,
         **options,
     }
-    fresh = load_base(base.id, dtype="float32")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*lora_bias.*")  # those of layers without any
-        model = get_peft_model(fresh.model, LoraConfig(**settings))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    with warnings.catch_warnings():
+        model = get_peft_model(_fresh(base.id, "float32"), LoraConfig(**settings))
         warnings.filterwarnings("ignore", message="(?s).*lora_B.bias.*")  # peft looks for matrices
         model.save_pretrained(folder, save_embedding_layers=False)
+    tensors = load_file(folder / ADAPTER_WEIGHTS)
+    names = [name.replace(".default", "") for name, _ in model.named_parameters()]
+    drawn = tuple(name for name in names if "lora_" in name and name in tensors)
+    (folder / ADAPTER_WEIGHTS).unlink()
+    return Written({path.name: path.read_bytes() for path in folder.iterdir()}, tensors, drawn)
+
+
+def _fresh(base: str, dtype: str) -> PreTrainedModel:
+    """A model of one's own: a copy of one that was loaded, which is far quicker than loading."""
+    if (base, dtype) not in LOADED:
+        LOADED[base, dtype] = load_base(base, dtype=dtype).model
+    return copy.deepcopy(LOADED[base, dtype])
+
+
+LOADED: dict[tuple[str, str], PreTrainedModel] = {}
 
 
 def write_expert(
@@ -174,11 +202,10 @@ def assert_same_logits(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def peft_model(base: Base, folder: Path, dtype: str = "float32") -> PreTrainedModel:
     """A fresh copy of `base` under the adapter in `folder`, as PEFT itself loads it."""
-    fresh = load_base(base.id, dtype=dtype).model
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 under transformers 5.24
         warnings.filterwarnings("ignore", message="(?s).*lora_(bias|B.bias).*")
-        return PeftModel.from_pretrained(fresh, folder)
+        return PeftModel.from_pretrained(_fresh(base.id, dtype), folder)
 
 
 def with_added(before: list[str], after: list[str]) -> PreTrainedTokenizerFast:

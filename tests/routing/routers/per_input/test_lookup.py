@@ -75,12 +75,12 @@ def passed(base, model, ids: Tensor, mask: Tensor) -> Tensor:
 
 def by_single(base, pool: Pool, names, run) -> list:
     """`run(model, place)` for each of the names, with that expert alone."""
-    results = []
-    for place, name in enumerate(names):
+    results = {}
+    for name in dict.fromkeys(names):
         model = compose(pool, base, router="single", expert=name)
-        results.append(run(model, place))
+        results |= {place: run(model, place) for place in range(len(names)) if names[place] == name}
         detach(model)
-    return results
+    return [results[place] for place in range(len(names))]
 
 
 # Retrieval

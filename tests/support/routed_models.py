@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from transformers import (
     PreTrainedModel,
 )
@@ -47,3 +48,17 @@ def of_task(model: PreTrainedModel, task: str) -> PreTrainedModel:
     if composition_of(model).lookup is not None:
         composition_of(model).lookup.begin_task(task)
     return model
+
+
+def with_vectors(pool: Pool, name: str, value: float) -> Pool:
+    """The pool with constant gates and means for the expert `name`."""
+
+    def constant(vectors):
+        return {site: torch.full_like(v, value) for site, v in vectors.items()}
+
+    return Pool(
+        tuple(
+            replace(e, gates=constant(e.gates), means=constant(e.means)) if e.name == name else e
+            for e in pool.experts
+        )
+    )

@@ -227,3 +227,7 @@ def pairs_of(base: Base, task: Task) -> list[TokenPair]:
         )
         for e in task.train
     ]
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

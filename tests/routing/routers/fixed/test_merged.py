@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,12 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight, is_cheaper_folded
 from phatgoose.routing.recording import record
+from phatgoose.routing.routers.fixed.merged import UniformRouter
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.stacks.lora import LoraStack
 from phatgoose.tasks.collating import pad_left, pad_right
-from tiny import assert_same_logits, logits_of, make_ids
+from tiny import assert_same_logits, logits_of, make_ids, random
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base
 SITE = "model.layers.0.self_attn.q_proj"
@@ -286,3 +288,34 @@ def test_saved_and_loaded_the_mean_is_still_over_the_whole_pool(llama, make_expe
     (one, usage), (other, again) = recordings
     assert torch.equal(one, other)
     assert all(torch.equal(usage[site], again[site]) for site in pool.sites)
+
+
+def test_merged_is_the_exact_mean_of_all_products(base, pool):
+    ids = make_ids()
+    got = logits_of(compose(pool, base, router="merged"), ids)
+    merged = load_base(base.id, dtype="float32").model
+    for site in pool.sites:
+        loras = [expert.lora[site] for expert in pool.experts]
+        mean = sum(lora.scale * lora.B.double() @ lora.A.double() for lora in loras) / len(loras)
+        layer = merged.get_submodule(site)
+        layer.weight.data += mean.T if isinstance(layer, Conv1D) else mean
+    assert_same_logits(got, logits_of(merged, ids))
+
+
+def test_merged_is_not_the_mean_of_the_factors(llama, llama_pool):
+    u = random(1, 32)
+    loras = [expert.lora[SITE] for expert in llama_pool.experts]
+    A, B = (torch.stack([getattr(lora, side) for lora in loras]).mean(0) for side in "AB")
+    layer = composition_of(compose(llama_pool, llama, router="merged")).layers[SITE]
+    assert not torch.allclose(layer(u) - layer.base(u), loras[0].scale * u @ A.T @ B.T, atol=1e-3)
+
+
+def test_merged_needs_no_vectors(llama, llama_pool):
+    bare = Pool(tuple(replace(expert, gates={}, means={}) for expert in llama_pool.experts))
+    compose(bare, llama, router="merged")
+
+
+def test_a_uniform_router_gives_all_experts_the_same_weight():
+    decision = UniformRouter(2, 2)(random(3, 8))
+    assert torch.equal(decision.experts, torch.tensor([[0, 1]] * 3))
+    assert torch.equal(decision.weights, torch.tensor([[0.5, 0.5]] * 3))

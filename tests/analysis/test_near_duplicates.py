@@ -8,19 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from growth_cases import uneven_pool
+from mixed_experts import (
+    renamed,
+)
 from phatgoose.analysis import near_duplicates as duplicates
 from phatgoose.analysis.near_duplicates import cosines, near_duplicates
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-
-
-@pytest.fixture(scope="module")
-def uneven(loaded_bases, tmp_path_factory) -> Pool:
-    """`uneven_pool` for the tiny Llama."""
-    return uneven_pool(loaded_bases["llama"], tmp_path_factory.mktemp("uneven"))
 
 
 def twin(expert: Expert, name: str, change) -> Expert:
@@ -95,3 +91,14 @@ def test_an_update_of_zero_is_like_no_other(uneven):
 def test_a_threshold_that_is_none_is_refused(uneven, threshold):
     with pytest.raises(ConfigError, match="above 0 and at most 1"):
         near_duplicates(uneven, threshold)
+
+
+def test_near_duplicates_are_found_among_all_kinds(llama_mixed):
+    twins = [renamed(llama_mixed.select([name]).experts[0], "twin") for name in ("ia32", "biased1")]
+    for twin in twins:
+        twin = replace(twin, info=replace(twin.info, adapter_sha256="another"))
+        (found,) = near_duplicates(Pool((*llama_mixed.experts, twin)))
+        assert (found.other, found.identical) == ("twin", False)
+    same = cosines(llama_mixed)
+    assert same[2, 3] == same[0, 2] == 0  # of different kinds
+    assert 0 < abs(float(same[3, 4])) < 0.9

@@ -9,52 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from odd_files import one_line_of
 from phatgoose.apps.cli import main
 from phatgoose.base.fingerprint import BaseReference
-from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import MANIFEST_VERSION, Pool
 from phatgoose.routing.compose import compose
-from phatgoose.routing.stacks.site_stack import stack_of
-from tiny import make_adapter
-
-QUERY = "model.layers.0.self_attn.q_proj"
-DOWN = "model.layers.1.mlp.down_proj"
-BASE = BaseReference("tiny", None, "sha256:ab")
-
-
-@pytest.fixture(scope="module")
-def adapters(base_folders, tmp_path_factory) -> dict[str, Path]:
-    """Adapters of three ranks; the one of rank 2 acts on queries only."""
-    base = load_base(base_folders["llama"], dtype="float32")
-    folder = tmp_path_factory.mktemp("adapters")
-    return {
-        "four": make_adapter(base, folder / "four", rank=4, seed=1),
-        "six": make_adapter(base, folder / "six", rank=6, seed=2, use_rslora=True),
-        "two": make_adapter(base, folder / "two", rank=2, seed=3, target_modules=["q_proj"]),
-    }
-
-
-@pytest.fixture
-def write(adapters, tmp_path):
-    """A function that writes an expert: `write(name, adapter, **what from_peft takes)`."""
-
-    def expert(name: str, adapter: str = "four", *, place: str = "pool", **options: Any) -> Path:
-        plain = Expert.from_peft(adapters[adapter], {}, name=name)
-        gates = {site: torch.ones(lora.A.shape[1]) for site, lora in plain.lora.items()}
-        for vector in gates.values():
-            vector[: len(name)] = 2.0
-        options = {"gates": gates, "base": BASE, **options}
-        made = Expert.from_peft(adapters[adapter], name=name, **options)
-        return made.save(tmp_path / place / name).directory
-
-    return expert
+from tiny import TINY_BASE
 
 
 def complaint_about(source: Any, kind: type[PhatgooseError] = PoolError) -> str:
@@ -76,7 +41,7 @@ def test_a_folder_of_experts_is_a_pool_in_the_order_of_names(write, tmp_path):
     pool = Pool.open(tmp_path / "pool")
     assert pool.names == ("a", "b", "c")
     assert len(pool) == 3
-    assert pool.base == BASE
+    assert pool.base == TINY_BASE
 
 
 def test_one_expert_is_a_pool(write):
@@ -152,14 +117,14 @@ def test_one_base_name_with_two_fingerprints_is_refused(write, tmp_path):
 
 def test_two_base_names_with_one_fingerprint_are_one_base(write, tmp_path):
     write("a")
-    write("b", base=dataclasses.replace(BASE, id="copy/of-tiny"))
+    write("b", base=dataclasses.replace(TINY_BASE, id="copy/of-tiny"))
     assert Pool.open(tmp_path / "pool").names == ("a", "b")
 
 
 def test_an_expert_without_fingerprint_joins_by_the_name_of_its_base(write, tmp_path):
     write("a", base=BaseReference("tiny"))
     write("b")
-    assert Pool.open(tmp_path / "pool").base == BASE
+    assert Pool.open(tmp_path / "pool").base == TINY_BASE
 
 
 def test_an_expert_without_fingerprint_can_not_hide_that_two_others_differ(write, tmp_path):
@@ -201,7 +166,7 @@ def test_a_bad_selection_is_refused_with_the_reason(write, tmp_path, options, co
 
 
 def test_an_expert_keeps_the_name_it_has_wherever_it_is_saved(adapters, tmp_path):
-    made = Expert.from_peft(adapters["two"], {}, base=BASE)
+    made = Expert.from_peft(adapters["two"], {}, base=TINY_BASE)
     made.save(tmp_path / "elsewhere")
     made.save(tmp_path / "other" / "two")
     pool = Pool.open(tmp_path / "elsewhere")
@@ -214,38 +179,6 @@ def test_an_expert_keeps_the_name_it_has_wherever_it_is_saved(adapters, tmp_path
     )
     with pytest.raises(PoolError, match=r"no expert 'x'; it has two\.$"):
         Pool.open(tmp_path / "other").select(leave_out=["x"])
-
-
-def test_a_stack_of_mixed_ranks_is_filled_up_with_zeros(write, tmp_path):
-    write("four", "four")
-    write("six", "six")
-    pool = Pool.open(tmp_path / "pool")
-    stack = stack_of(pool, DOWN, torch.float32, torch.device("cpu")).lora
-    assert stack_of(pool, DOWN, torch.float32, torch.device("cpu")).experts.tolist() == [0, 1]
-    assert stack.A.shape == (2, 6, 48)
-    assert stack.B.shape == (2, 6, 32)
-    assert not stack.A[0, 4:].any()
-    assert not stack.B[0, 4:].any()
-    for row, expert in enumerate(pool.experts):
-        lora = expert.lora[DOWN]
-        update = lora.scale * lora.B @ lora.A
-        assert torch.allclose(stack.B[row].T @ stack.A[row], update, atol=1e-6)
-
-
-def test_a_stack_holds_only_the_experts_that_act_at_the_site(write, tmp_path):
-    write("a", "two")
-    write("b", "four")
-    pool = Pool.open(tmp_path / "pool")
-    cpu = torch.device("cpu")
-    assert stack_of(pool, DOWN, torch.float32, cpu).experts.tolist() == [1]
-    assert stack_of(pool, QUERY, torch.float32, cpu).experts.tolist() == [0, 1]
-    assert pool.vectors("gates", DOWN).tolist() == [pool.experts[1].gates[DOWN].tolist()]
-    assert pool.vectors("gates", QUERY).shape == (2, 32)
-
-
-def test_a_stack_comes_in_the_dtype_asked_for(write):
-    stack = stack_of(Pool.open(write("a")), QUERY, torch.bfloat16, torch.device("cpu")).lora
-    assert (stack.A.dtype, stack.B.dtype) == (torch.bfloat16, torch.bfloat16)
 
 
 @pytest.mark.parametrize(

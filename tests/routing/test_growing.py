@@ -8,7 +8,8 @@ import warnings
 import pytest
 import torch
 
-from growth_cases import NAMES, ROUTERS, assert_same_models, composed, uneven_pool
+from growth_cases import NAMES, ROUTERS, assert_same_models, composed
+from mixed_experts import LORAS, OTHERS, ordered
 from phatgoose.errors import ExpertError, PoolError, RoutingError, WrongBaseError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
@@ -17,15 +18,8 @@ from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.stacks.rows import GROWTH
 from routed_models import compose_by, with_embeddings
 from tiny import logits_of, make_ids, make_model
-
-
-@pytest.fixture(scope="module")
-def uneven(loaded_bases, tmp_path_factory) -> Pool:
-    """`uneven_pool` for the tiny Llama."""
-    return uneven_pool(loaded_bases["llama"], tmp_path_factory.mktemp("uneven"))
 
 
 @pytest.mark.parametrize("router", ROUTERS)
@@ -66,20 +60,6 @@ def test_the_base_comes_back_bit_for_bit(llama, uneven):
     remove_experts(model, ["e0"])
     assert torch.equal(logits_of(detach(model), ids), wanted)
     assert not any(isinstance(module, RoutedLinear) for module in model.modules())
-
-
-def test_growth_is_copied_now_and_then_only(llama, make_expert):
-    experts = [make_expert(llama, f"x{z}", seed=z) for z in range(8)]
-    model = composed("phatgoose", Pool(tuple(experts[:4])), llama)
-    places = []
-    for expert in experts[4:]:
-        add_experts(model, Pool((expert,)))
-        layer = next(iter(composition_of(model).layers.values()))
-        places.append(layer.A.data_ptr())
-        assert len(layer.room["A"]) <= GROWTH * 8
-    assert places[0] == places[1] == places[2]  # room for 7 was made when the fifth came
-    assert places[3] != places[2]
-    assert_same_models(model, composed("phatgoose", Pool(tuple(experts)), llama))
 
 
 def test_a_grown_model_is_saved_and_loaded(llama, uneven, tmp_path):
@@ -144,3 +124,24 @@ def test_folded_experts_can_not_be_told_apart(llama, pool_of):
         remove_experts(model, ["e0"])
     with pytest.raises(RoutingError, match="not routed"):
         remove_experts(make_model("llama"), ["e0"])
+
+
+@pytest.mark.parametrize(
+    "steps", [[LORAS, OTHERS], [OTHERS, LORAS], [["ia32"], ["lora0"], ["bottleneck5"], ["ia36"]]]
+)
+def test_experts_of_other_kinds_join(llama, llama_mixed, steps):
+    model = composed("phatgoose", ordered(llama_mixed, steps[0]), llama)
+    for step in steps[1:]:
+        add_experts(model, ordered(llama_mixed, step))
+    names = [name for step in steps for name in step]
+    assert_same_models(model, composed("phatgoose", ordered(llama_mixed, names), llama))
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "merged"])
+@pytest.mark.parametrize(
+    "left", [LORAS, ["ia32", "ia36"], ["bottleneck4", "lora0"], ["biased1", "ia36", "lora7"]]
+)
+def test_experts_of_any_kind_leave(llama, llama_mixed, left, router):
+    model = composed(router, llama_mixed, llama)
+    remove_experts(model, [name for name in llama_mixed.names if name not in left])
+    assert_same_models(model, composed(router, llama_mixed.select(left), llama))

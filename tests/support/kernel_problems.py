@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phatgoose.config import ACTIVATIONS
 from phatgoose.routing.kernels.choice import KERNELS
 
 ON_CPUS = [name for name in KERNELS if name != "triton"]  # which has its own file, test_triton.py
@@ -53,3 +54,16 @@ def make_problem(T=5, E=4, k=2, r=3, n=7, d=9, *, dtype=torch.float32, strided=F
     experts = torch.rand(T, E, generator=generator).argsort(dim=-1)[:, :k]
     weights = torch.rand(T, k, generator=generator).softmax(dim=-1)
     return Problem(u, experts, weights, normal(E, r, n), normal(E, r, d), normal(T, d))
+
+
+def bottleneck_arguments(seed: int, tokens: int, experts: int, k: int, m: int, d: int):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).requires_grad_()
+
+    chosen = torch.rand(tokens, experts, generator=generator).topk(k).indices
+    weights = torch.rand(tokens, k, generator=generator).add(0.1).requires_grad_()
+    activations = torch.randint(0, len(ACTIVATIONS), (experts,), generator=generator)
+    tensors = (normal(experts, m, d), normal(experts, m), normal(experts, m, d))
+    return (normal(tokens, d), chosen, weights, *tensors, normal(experts, d), activations)

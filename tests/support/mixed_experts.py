@@ -5,8 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from peft import IA3Config, TaskType, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -182,3 +184,24 @@ def naively_mixed(
     finally:
         for handle in handles:
             handle.remove()
+
+
+LORAS, OTHERS = ["lora0", "lora7"], ["ia32", "bottleneck3", "bottleneck4", "biased1"]
+
+
+def ordered(pool: Pool, names: list[str]) -> Pool:
+    experts = {expert.name: expert for expert in pool.experts}
+    return Pool(tuple(experts[name] for name in names))
+
+
+PRECISE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+CPU = torch.device("cpu")
+
+
+each_kind = pytest.mark.parametrize("kind", ["llama", "t5", "gpt2"])
+
+
+def renamed(expert: Expert, name: str) -> Expert:
+    return replace(expert, info=replace(expert.info, name=name))

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import Expert
@@ -231,3 +232,6 @@ def pairs_of(base: Base, task: Task) -> list[TokenPair]:
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+TINY_BASE = BaseReference("tiny", None, "sha256:ab")

@@ -1,5 +1,3 @@
-import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,26 +13,10 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.routing.saved import save as saving
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from routed_models import compose_by, of_task
 from tiny import logits_of, make_ids, make_model
-
-
-@pytest.fixture
-def saved(llama, llama_pool, tmp_path):
-    """A folder with the routed tiny Llama."""
-    save(compose(llama_pool, llama), tmp_path / "routed")
-    detach(llama.model)
-    return tmp_path / "routed"
-
-
-def edit_info(folder, change):
-    path = folder / "routed.json"
-    info = json.loads(path.read_text())
-    change(info)
-    path.write_text(json.dumps(info))
 
 
 def gone(pool: Pool) -> Pool:
@@ -122,21 +104,6 @@ def test_a_loaded_model_can_be_saved_again(saved, tmp_path):
     assert all(torch.equal(first[key], again[key]) for key in first)
 
 
-def test_the_base_is_not_saved(llama, saved):
-    routed = sum(tensor.numel() for tensor in load_file(saved / "routed.safetensors").values())
-    embedding = llama.model.get_input_embeddings().weight
-    assert not any(
-        tensor.shape == embedding.shape
-        for tensor in load_file(saved / "routed.safetensors").values()
-    )
-    assert routed > 0
-    assert sorted(path.name for path in saved.iterdir()) == ["routed.json", "routed.safetensors"]
-
-
-def test_saving_leaves_nothing_else_behind(saved):
-    assert [path.name for path in saved.parent.iterdir() if "routed" in path.name] == ["routed"]
-
-
 def test_another_base_is_refused(saved):
     other = make_model("llama", seed=1)
     with pytest.raises(WrongBaseError, match="fingerprint"):
@@ -166,79 +133,3 @@ def test_missing_weights_are_told(saved):
 def test_a_missing_folder_is_told(tmp_path):
     with pytest.raises(RoutingError, match="nowhere"):
         load(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"format_version": 1}'])
-def test_a_damaged_description_is_told(saved, content):
-    (saved / "routed.json").write_text(content)
-    with pytest.raises(RoutingError, match=r"routed\.json"):
-        load(saved)
-
-
-@pytest.mark.parametrize("key", ["base", "routing", "experts", "weights_sha256"])
-def test_an_incomplete_description_is_told(saved, key):
-    edit_info(saved, lambda info: info.pop(key))
-    with pytest.raises(RoutingError, match=r"routed\.json"):
-        load(saved)
-
-
-def test_an_unknown_format_version_is_refused(saved):
-    edit_info(saved, lambda info: info.update(format_version=99))
-    with pytest.raises(RoutingError, match="99"):
-        load(saved)
-
-
-def test_a_plain_model_is_not_saved(llama, tmp_path):
-    with pytest.raises(RoutingError, match="not routed"):
-        save(llama.model, tmp_path / "routed")
-    assert not (tmp_path / "routed").exists()
-
-
-def test_nothing_is_overwritten_unless_asked_for(llama, llama_pool, saved):
-    content = (saved / "routed.json").read_text()
-    model = compose(llama_pool, llama, k=1)
-    with pytest.raises(RoutingError, match="exists already"):
-        save(model, saved)
-    assert (saved / "routed.json").read_text() == content
-    save(model, saved, overwrite=True)
-    assert composition_of(load(saved, dtype="float32")).routing.k == 1
-
-
-@pytest.mark.parametrize("step", ["save_file", "sha256_of"])
-def test_a_failed_overwrite_keeps_the_old_folder(llama, llama_pool, saved, monkeypatch, step):
-    model = compose(llama_pool, llama, k=1)
-
-    def fail(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(saving, step, fail)
-    with pytest.raises(KeyboardInterrupt):
-        save(model, saved, overwrite=True)
-    monkeypatch.undo()
-    assert composition_of(load(saved, dtype="float32")).routing.k == 2
-
-
-@pytest.mark.parametrize("failing", [1, 2])
-def test_an_overwrite_that_fails_at_the_end_keeps_the_old_folder(
-    llama, llama_pool, saved, monkeypatch, failing
-):
-    model = compose(llama_pool, llama, k=1)
-    rename, calls = os.rename, []
-
-    def interrupted(*paths):
-        calls.append(paths)
-        if len(calls) == failing:
-            raise KeyboardInterrupt
-        rename(*paths)
-
-    monkeypatch.setattr("os.rename", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        save(model, saved, overwrite=True)
-    monkeypatch.undo()
-    assert composition_of(load(saved, dtype="float32")).routing.k == 2
-
-
-def test_a_place_that_cannot_be_written_is_told(llama, llama_pool, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RoutingError, match="can't be written"):
-        save(compose(llama_pool, llama), tmp_path / "file" / "routed")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from phatgoose.errors import RoutingError
@@ -16,6 +18,7 @@ from phatgoose.files.atomic import new_file
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import remove_experts
+from phatgoose.routing.saved import save as saving
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from tiny import logits_of, make_ids
@@ -164,3 +167,74 @@ def test_a_copy_writes_itself(model, tmp_path):
         assert composition_of(load(tmp_path / str(number), detach(copied))).experts[1] == "e2"
     model.save_pretrained(tmp_path / "model")
     assert composition_of(load(tmp_path / "model", detach(model))).experts[1] == "e1"
+
+
+def test_the_base_is_not_saved(llama, saved):
+    routed = sum(tensor.numel() for tensor in load_file(saved / "routed.safetensors").values())
+    embedding = llama.model.get_input_embeddings().weight
+    assert not any(
+        tensor.shape == embedding.shape
+        for tensor in load_file(saved / "routed.safetensors").values()
+    )
+    assert routed > 0
+    assert sorted(path.name for path in saved.iterdir()) == ["routed.json", "routed.safetensors"]
+
+
+def test_saving_leaves_nothing_else_behind(saved):
+    assert [path.name for path in saved.parent.iterdir() if "routed" in path.name] == ["routed"]
+
+
+def test_a_plain_model_is_not_saved(llama, tmp_path):
+    with pytest.raises(RoutingError, match="not routed"):
+        save(llama.model, tmp_path / "routed")
+    assert not (tmp_path / "routed").exists()
+
+
+def test_nothing_is_overwritten_unless_asked_for(llama, llama_pool, saved):
+    content = (saved / "routed.json").read_text()
+    model = compose(llama_pool, llama, k=1)
+    with pytest.raises(RoutingError, match="exists already"):
+        save(model, saved)
+    assert (saved / "routed.json").read_text() == content
+    save(model, saved, overwrite=True)
+    assert composition_of(load(saved, dtype="float32")).routing.k == 1
+
+
+@pytest.mark.parametrize("step", ["save_file", "sha256_of"])
+def test_a_failed_overwrite_keeps_the_old_folder(llama, llama_pool, saved, monkeypatch, step):
+    model = compose(llama_pool, llama, k=1)
+
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(saving, step, fail)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, saved, overwrite=True)
+    monkeypatch.undo()
+    assert composition_of(load(saved, dtype="float32")).routing.k == 2
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_an_overwrite_that_fails_at_the_end_keeps_the_old_folder(
+    llama, llama_pool, saved, monkeypatch, failing
+):
+    model = compose(llama_pool, llama, k=1)
+    rename, calls = os.rename, []
+
+    def interrupted(*paths):
+        calls.append(paths)
+        if len(calls) == failing:
+            raise KeyboardInterrupt
+        rename(*paths)
+
+    monkeypatch.setattr("os.rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save(model, saved, overwrite=True)
+    monkeypatch.undo()
+    assert composition_of(load(saved, dtype="float32")).routing.k == 2
+
+
+def test_a_place_that_cannot_be_written_is_told(llama, llama_pool, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RoutingError, match="can't be written"):
+        save(compose(llama_pool, llama), tmp_path / "file" / "routed")

@@ -1,0 +1,179 @@
+"""Pools of several kinds of expert: each alone is itself, together they are the mixture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mixed_experts import (
+    PRECISE,
+    each_kind,
+    mixed_output,
+    naively_mixed,
+    renamed,
+)
+from oracle import token_weights
+from phatgoose.base.loading import load_base
+from phatgoose.errors import ExpertError, PoolError
+from phatgoose.evaluation.comparison.methods import lacking
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import announcing, composition_of
+from phatgoose.routing.recording import record
+from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from routed_models import compose_by, of_task
+from tiny import assert_same_logits, logits_of, make_ids
+
+KINDS = ("llama", "t5", "gpt2")
+
+
+@each_kind
+@pytest.mark.parametrize("k", [1, 2, 8])
+def test_every_layer_is_the_mixture_written_out(base, mixed_pool, k):
+    model, experts = compose(mixed_pool, base, k=k), mixed_pool.experts
+    parts = set()
+    for site, layer in composition_of(model).layers.items():
+        u = torch.randn(2, 3, layer.in_features, generator=torch.Generator().manual_seed(k))
+        wanted = [
+            mixed_output(layer.base, t, experts, token_weights(t, experts, site, k), site)
+            for t in u.flatten(0, 1)
+        ]
+        torch.testing.assert_close(layer(u).flatten(0, 1), torch.stack(wanted).float(), **PRECISE)
+        parts.add(frozenset(layer.stack.rows()))
+    assert {"lora", "input_scaling", "bottleneck"} in parts
+    assert {"lora", "output_scaling"} in parts
+
+
+@each_kind
+def test_the_whole_model_is_the_naively_mixed_one(base, mixed_pool):
+    ids = make_ids(rows=2, tokens=4)
+    with naively_mixed(base.model, mixed_pool.experts, k=3):
+        wanted = logits_of(base.model, ids)
+    assert_same_logits(logits_of(compose(mixed_pool, base, k=3), ids), wanted)
+
+
+@each_kind
+def test_merged_is_the_mean_of_what_each_adds(base, mixed_pool):
+    model = compose(mixed_pool, base, router="merged")
+    experts = mixed_pool.experts
+    for site, layer in composition_of(model).layers.items():
+        u = torch.randn(1, layer.in_features, generator=torch.Generator().manual_seed(0))
+        weights = {z: 1 / 8 for z, expert in enumerate(experts) if site in expert.modules}
+        wanted = mixed_output(layer.base, u[0], experts, weights, site)
+        torch.testing.assert_close(layer(u)[0], wanted.float(), **PRECISE)
+
+
+@pytest.mark.usefixtures("toy_embedder")
+@pytest.mark.parametrize("router", [router for router in ROUTERS if router != "arrow"])
+def test_every_router_but_arrow_routes_a_mixed_pool(llama, llama_mixed, router, tmp_path):
+    four = llama_mixed.select(["lora0", "ia32", "bottleneck3", "biased1"]).experts
+    pool = Pool(tuple(renamed(expert, f"e{z}") for z, expert in enumerate(four)))
+    ids = make_ids()
+    plain = logits_of(llama.model, ids)
+    model = compose_by(router, pool, llama)
+    got = logits_of(model, ids)
+    assert not torch.allclose(got, plain, atol=1e-3)
+    with record(model) as recording:
+        watched = logits_of(model, ids)
+    if router != "random":  # which draws anew
+        assert_same_logits(watched, got)
+    assert set(recording.usage()) == set(composition_of(model).layers)
+    save(model, tmp_path / "routed")
+    detach(model)
+    assert torch.equal(logits_of(llama.model, ids), plain)
+    loaded = of_task(load(tmp_path / "routed", llama), "second")
+    assert_same_logits(logits_of(loaded, ids), got)
+
+
+def test_random_routing_starts_anew_for_each_task(llama, llama_mixed):
+    pool = llama_mixed.select(["ia32", "bottleneck3", "biased1"])
+    model, ids, got = compose(pool, llama, router="random", k=1), make_ids(), []
+    for _ in range(2):
+        with announcing(model, "task", []):
+            got.append(logits_of(model, ids))
+    assert torch.equal(*got)
+    assert not torch.equal(logits_of(model, ids), got[0])
+
+
+def test_a_loaded_mixed_model_has_the_same_tensors(llama, llama_mixed, tmp_path):
+    model = compose(llama_mixed, llama)
+    layers = {s: each.stack.tensors() for s, each in composition_of(model).layers.items()}
+    save(model, tmp_path / "routed")
+    detach(model)
+    loaded = composition_of(load(tmp_path / "routed", llama)).layers
+    assert loaded.keys() == layers.keys()
+    for site, tensors in layers.items():
+        got = loaded[site].stack.tensors()
+        assert got.keys() == tensors.keys()
+        assert all(torch.equal(got[name], tensors[name]) for name in tensors)
+        assert all(got[name].dtype == tensors[name].dtype for name in tensors)
+
+
+def test_plain_loras_keep_their_fast_layer(llama, llama_mixed):
+    layers = composition_of(compose(llama_mixed, llama)).layers
+    assert not any(layer.is_plain for layer in layers.values())  # a LoRA with biases everywhere
+    detach(llama.model)
+    layers = composition_of(compose(llama_mixed, llama, leave_out=["biased1"])).layers
+    plain = {site for site, layer in layers.items() if layer.is_plain}
+    assert {site.rpartition(".")[2] for site in plain} == {"q_proj", "up_proj", "gate_proj"}
+
+
+def test_arrow_names_the_experts_that_have_no_factors(llama, llama_mixed):
+    with pytest.raises(PoolError, match=r"'ia32' \(ia3\), 'bottleneck3' \(bottleneck\)"):
+        compose(llama_mixed, llama, router="arrow")
+    loras = llama_mixed.select(["lora0", "biased1", "lora7"])
+    assert not hasattr(llama.model, "phatgoose")
+    compose(loras, llama, router="arrow")
+    assert lacking(llama_mixed)["arrow"] == [e.name for e in llama_mixed.experts if not e.lora]
+
+
+def test_stand_ins_are_for_loras(llama, llama_mixed):
+    bare = tuple(replace(expert, gates={}) for expert in llama_mixed.experts[:3])
+    with pytest.raises(PoolError, match=r"none in 'ia32' \(ia3\)"):
+        compose(Pool(bare), llama, stand_in=True)
+
+
+def test_a_gate_of_the_wrong_size_is_refused_where_only_the_base_can_tell(llama, llama_mixed):
+    expert = llama_mixed.select(["ia32"]).experts[0]
+    site = next(s for s, module in expert.modules.items() if not module.on_input)
+    wrong = replace(expert, gates={**expert.gates, site: torch.ones(7)})
+    with pytest.raises(ExpertError, match=rf"site {site}: the gate has shape \(7,\)"):
+        compose(Pool((wrong,)), llama, k=1)
+
+
+def test_padding_is_routed_like_any_token(llama, llama_mixed):
+    model, ids = compose(llama_mixed, llama), make_ids()
+    layer, seen = composition_of(model).layers["model.layers.0.mlp.down_proj"], []
+    layer.register_forward_hook(lambda layer, args, y: seen.append((args[0], y)))
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    logits_of(model, ids, attention_mask=mask)
+    ((u, y),) = seen
+    with torch.no_grad():
+        assert torch.equal(y, layer(u))
+    assert not torch.allclose(y, layer.base(u), atol=1e-2)
+
+
+@each_kind
+def test_bfloat16_stays_close(kind, base, mixed_pool):
+    layers = composition_of(compose(mixed_pool, load_base(base.id, dtype="bfloat16"))).layers
+    for site, layer in layers.items():
+        u = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+        experts = mixed_pool.experts
+        wanted = torch.stack(
+            [
+                mixed_output(layer.base, t, experts, token_weights(t, experts, site, 2), site)
+                for t in u
+            ]
+        )
+        got = layer(u)
+        assert got.dtype == torch.bfloat16
+        slack = 6 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
+        torch.testing.assert_close(got.double(), wanted, rtol=0, atol=slack)
+
+
+# --- the products ---

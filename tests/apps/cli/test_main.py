@@ -538,10 +538,9 @@ def test_the_console_script_tells_an_error_in_one_line(tmp_path):
     script = Path(sys.executable).parent / "phatgoose"
     if not script.exists():
         pytest.skip("the package is not installed with its console script")
-    (tmp_path / "none").mkdir()
-    outcome = process(str(script), "pool", "none", cwd=tmp_path)
+    outcome = process(str(script), "train", "--recipe", "nowhere.toml", cwd=tmp_path)
     assert outcome.code == 2
-    assert re.fullmatch(r"error: No expert was found in none[^\n]*\n", outcome.err)
+    assert re.fullmatch(r"error: Recipe nowhere\.toml can't be read[^\n]*\n", outcome.err)
     assert outcome.out == ""
 
 

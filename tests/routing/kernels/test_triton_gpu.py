@@ -1,4 +1,4 @@
-"""The Triton kernel: on a CPU through Triton's interpreter, which conftest.py asks for.
+"""The Triton kernel: on a CPU through Triton's interpreter, which tests/conftest.py asks for.
 
 On a machine with a GPU, all of it runs there under `TRITON_INTERPRET=0`.
 """

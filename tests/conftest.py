@@ -1,4 +1,4 @@
-"""What must be set before anything is imported; the fixtures are in tests/support/shared_fixtures.py."""
+"""What must be set before anything is imported. Fixtures: tests/support/shared_fixtures.py."""
 
 from __future__ import annotations
 

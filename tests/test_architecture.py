@@ -7,6 +7,7 @@ import graphlib
 import inspect
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,8 +50,12 @@ def name_of(path: Path) -> str:
 
 
 MODULES = {name_of(path): path for path in sorted(SOURCE.rglob("*.py"))}
-TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
-each_module = pytest.mark.parametrize("module", sorted(MODULES))
+
+
+@cache
+def tree_of(module: str) -> ast.Module:
+    """The syntax tree of a module."""
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
 def absolute(module: str, node: ast.ImportFrom) -> str:
@@ -66,7 +71,7 @@ def absolute(module: str, node: ast.ImportFrom) -> str:
 
 def imports_of(module: str) -> Iterator[tuple[str, int]]:
     """(module of ours that is imported, line), also inside functions."""
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 if alias.name.split(".")[0] == "phatgoose":
@@ -144,7 +149,7 @@ def test_every_folder_says_what_it_is_for_and_lists_its_entries(folder):
 
 
 def test_the_root_imports_ours_for_type_checkers_only():
-    for node in TREES["phatgoose"].body:
+    for node in tree_of("phatgoose").body:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: importing phatgoose must load nothing"
 
@@ -162,74 +167,98 @@ def test_modules_do_not_import_each_other_in_circles():
         pytest.fail(f"these modules import each other in a circle: {error.args[1]}")
 
 
-@each_module
-def test_terminals_are_the_business_of_apps_alone(module):
+# Each rule yields what breaks it in a module.
+
+
+def no_terminal(module: str) -> Iterator[str]:
+    """Terminals are the business of apps alone."""
     if module.split(".")[0] in {"apps", "__main__"}:
         return
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(tree_of(module)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        assert not {name.split(".")[0] for name in names} & {"typer", "click", "rich"}
-    assert calls_of(TREES[module], "print") == []
+        for name in {name.split(".")[0] for name in names} & {"typer", "click", "rich"}:
+            yield f"line {node.lineno} imports {name}, which is for apps"
+    for line in calls_of(tree_of(module), "print"):
+        yield f"line {line} prints, which is for apps"
 
 
-@each_module
-def test_no_file_is_too_long(module):
+def short_file(module: str) -> Iterator[str]:
+    """A file has at most MOST_LINES_OF_A_FILE lines."""
     lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
-    assert lines <= MOST_LINES_OF_A_FILE, "make it a folder of the same name with the same imports"
+    if lines > MOST_LINES_OF_A_FILE:
+        yield f"{lines} lines: make it a folder of the same name with the same imports"
 
 
-@each_module
-def test_no_function_is_too_long(module):
-    for function in functions_of(TREES[module]):
+def short_functions(module: str) -> Iterator[str]:
+    """A function has at most MOST_LINES_OF_A_FUNCTION lines without its docstring."""
+    for function in functions_of(tree_of(module)):
         body = function.body[1:] if ast.get_docstring(function) else function.body
         lines = function.end_lineno - body[0].lineno + 1 if body else 0
-        assert lines <= MOST_LINES_OF_A_FUNCTION, f"{function.name} has {lines} lines"
+        if lines > MOST_LINES_OF_A_FUNCTION:
+            yield f"{function.name} has {lines} lines"
 
 
-@each_module
-def test_everything_public_has_a_docstring(module):
-    assert ast.get_docstring(TREES[module]) or not TREES[module].body
-    for thing in public_things(TREES[module]):
-        assert ast.get_docstring(thing), f"{module}.{thing.name} (line {thing.lineno})"
+def documented(module: str) -> Iterator[str]:
+    """Everything public has a docstring."""
+    tree = tree_of(module)
+    if tree.body and not ast.get_docstring(tree):
+        yield "no docstring"
+    for thing in public_things(tree):
+        if not ast.get_docstring(thing):
+            yield f"{thing.name} (line {thing.lineno}) has no docstring"
 
 
-@each_module
-def test_nothing_is_left_to_assert(module):
-    lines = [node.lineno for node in ast.walk(TREES[module]) if isinstance(node, ast.Assert)]
-    assert lines == [], "python -O leaves asserts out; raise one of the errors in errors.py"
+def no_assert(module: str) -> Iterator[str]:
+    """Nothing is left to assert."""
+    for node in ast.walk(tree_of(module)):
+        if isinstance(node, ast.Assert):
+            yield f"line {node.lineno}: python -O leaves asserts out; raise an error of errors.py"
 
 
 LOADERS = {"from_pretrained", "from_config", "SentenceTransformer"}  # and HFLM's constructor
 
 
-@each_module
-def test_whatever_loads_a_model_is_told_to_run_no_code_of_its_own(module):
-    for node in ast.walk(TREES[module]):
+def no_code_of_others(module: str) -> Iterator[str]:
+    """Whatever loads a model is told to run no code of its own."""
+    for node in ast.walk(tree_of(module)):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func).rpartition(".")[2]
         if name not in LOADERS and "pretrained" not in {word.arg for word in node.keywords}:
             continue
         given = {word.arg: ast.unparse(word.value) for word in node.keywords}
-        told = given.get("trust_remote_code") == "False" or given.get(None) == "NO_CODE"
-        assert told, f"{name} in line {node.lineno}: say trust_remote_code=False"
+        if given.get("trust_remote_code") != "False" and given.get(None) != "NO_CODE":
+            yield f"{name} in line {node.lineno}: say trust_remote_code=False"
 
 
-def test_the_settings_that_forbid_code_forbid_it():
-    assert loading.NO_CODE == {"trust_remote_code": False}
+def pickle_uses(tree: ast.AST) -> list[str]:
+    """Imports of pickling modules and calls that unpickle."""
+    found = []
+    for node in ast.walk(tree):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        pickling = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+        loaders = {"torch.load", "torch.save", "numpy.load", "np.load"}
+        loaders |= {"pandas.read_pickle", "pd.read_pickle"}
+        found += [n for n in names if n.split(".")[0] in pickling or n in loaders]
+    return found
 
 
-@each_module
-def test_nothing_is_unpickled(module):
-    calls = [ast.unparse(n.func) for n in ast.walk(TREES[module]) if isinstance(n, ast.Call)]
-    readers = ("torch.load", "pickle.load", "pickle.loads", "joblib.load", "pd.read_pickle")
-    assert [call for call in calls if call in readers] == []
+def nothing_unpickled(module: str) -> Iterator[str]:
+    """Nothing is ever unpickled."""
+    for use in pickle_uses(tree_of(module)):
+        yield f"{use} runs code that a file may hold"
 
 
-@each_module
-def test_every_module_exports_what_it_defines(module):
-    tree = TREES[module]
+def exports(module: str) -> Iterator[str]:
+    """A module says what is public, and has it."""
+    tree = tree_of(module)
     exported: set[str] = set()
     defined: set[str] = set()
     for node in ast.walk(tree):
@@ -244,9 +273,39 @@ def test_every_module_exports_what_it_defines(module):
             defined.add(node.id)
         elif isinstance(node, ast.Import | ast.ImportFrom):
             defined |= {alias.asname or alias.name for alias in node.names}
-    assert exported <= defined
-    if module != "__main__" and MODULES[module].name != "__init__.py":
-        assert exported, "say in __all__ what is public"
+    if exported - defined:
+        yield f"{exported - defined} are in __all__ and nowhere else"
+    if module != "__main__" and MODULES[module].name != "__init__.py" and not exported:
+        yield "say in __all__ what is public"
+
+
+def errors_in_one_place(module: str) -> Iterator[str]:
+    """Errors are defined in errors.py."""
+    for node in ast.walk(tree_of(module)):
+        is_error = isinstance(node, ast.ClassDef) and any(
+            "Error" in ast.unparse(b) for b in node.bases
+        )
+        if is_error and module != "errors":
+            yield f"{node.name} (line {node.lineno}): errors are defined in errors.py"
+
+
+RULES = (no_terminal, short_file, short_functions, documented, no_assert, no_code_of_others)
+RULES += (nothing_unpickled, exports, errors_in_one_place)
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_keeps_all_rules(module):
+    complaints = [complaint for rule in RULES for complaint in rule(module)]
+    assert not complaints, "; ".join(complaints)
+
+
+def test_the_search_for_pickles_finds_some():
+    code = "import pickle\nfrom torch import load\ntorch.load(x)\ndef f():\n  from dill import y"
+    assert pickle_uses(ast.parse(code)) == ["pickle", "torch.load", "dill", "dill.y", "torch.load"]
+
+
+def test_the_settings_that_forbid_code_forbid_it():
+    assert loading.NO_CODE == {"trust_remote_code": False}
 
 
 def test_no_module_is_a_drawer_for_odds_and_ends():
@@ -276,10 +335,3 @@ def test_an_unknown_name_of_the_root_is_an_attribute_error():
 def test_the_version_is_that_of_the_project_file():
     project = (SOURCE.parent.parent / "pyproject.toml").read_text(encoding="utf-8")
     assert re.search(r'^version = "(.+)"$', project, re.M).group(1) == phatgoose.__version__
-
-
-@each_module
-def test_errors_are_defined_in_one_place(module):
-    classes = (node for node in ast.walk(TREES[module]) if isinstance(node, ast.ClassDef))
-    raised = [c.name for c in classes if any("Error" in ast.unparse(b) for b in c.bases)]
-    assert module == "errors" or raised == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shutil
@@ -18,7 +17,6 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-import phatgoose
 from paths import GOLDEN
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
@@ -30,7 +28,6 @@ from phatgoose.files.left_overs import clear_left_overs
 from phatgoose.files.regular_file import sha256_of
 from tiny import make_adapter
 
-SOURCE = Path(phatgoose.__file__).parent
 SITE = "model.layers.0.self_attn.q_proj"
 REFERENCE = BaseReference("tiny", None, "sha256:ab")
 
@@ -550,30 +547,3 @@ def test_the_golden_expert_is_written_again_with_the_same_names_and_values(tmp_p
     for file in (LAYOUT.vectors, LAYOUT.embeddings):
         one, other = load_file(GOLDEN / file), load_file(again / file)
         assert same_bits(one, other)
-
-
-def pickle_uses(tree: ast.AST) -> list[str]:
-    """Imports of pickling modules and calls that unpickle."""
-    found = []
-    for node in ast.walk(tree):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Attribute):
-            names = [ast.unparse(node)]
-        pickling = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-        loaders = {"torch.load", "torch.save", "numpy.load", "np.load", "pandas.read_pickle"}
-        found += [n for n in names if n.split(".")[0] in pickling or n in loaders]
-    return found
-
-
-def test_the_search_for_pickles_finds_some():
-    code = "import pickle\nfrom torch import load\ntorch.load(x)\ndef f():\n  from dill import y"
-    assert pickle_uses(ast.parse(code)) == ["pickle", "torch.load", "dill", "dill.y", "torch.load"]
-
-
-@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: p.name)
-def test_nothing_is_ever_unpickled(path):
-    assert pickle_uses(ast.parse(path.read_text(encoding="utf-8"))) == []

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
-from fake_hub import FakeHub, serving_hub
+from fake_hub import contents, pushed_now, serving_hub, use_hub
 from mixed_experts import make_kind
 from paths import GOLDEN
-from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError
-from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push, reference_of
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.bottleneck import BOTTLENECK_CONFIG
@@ -25,45 +23,12 @@ from phatgoose.files.regular_file import sha256_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import is_pool
-from routed_models import with_embeddings
 from tiny import logits_of, make_adapter, make_ids
 
 # huggingface_hub 2.4 hands its own HTTP client an argument that this one advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "phatgoose.json")
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch) -> Iterator[FakeHub]:
-    """A hub of one's own with an empty cache, online."""
-    with serving_hub() as served:
-        use_hub(served, tmp_path / "cache", monkeypatch)
-        yield served
-
-
-def use_hub(hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT, HF_HUB_CACHE, … would do; huggingface_hub reads them when imported."""
-    files = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-
-
-@pytest.fixture
-def experts(llama_pool, tmp_path) -> list[Path]:
-    """Directories of two experts of the tiny Llama, the first with embeddings."""
-    first = with_embeddings(llama_pool).experts[0]
-    return [
-        first.save(tmp_path / "e0").directory,
-        llama_pool.experts[1].save(tmp_path / "e1").directory,
-    ]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize(
@@ -88,24 +53,24 @@ def test_what_is_no_reference_is_refused_with_the_form(text):
         HubReference.parse(text)
 
 
-def test_a_pushed_expert_is_one_commit_of_all_its_files(hub, experts):
-    pushed = push(experts[0], "me/reviews")
+def test_a_pushed_expert_is_one_commit_of_all_its_files(hub, pair):
+    pushed = push(pair[0], "me/reviews")
     repository = hub.repositories["me/reviews"]
     assert pushed.is_pinned
     assert pushed == HubReference("me/reviews", "", repository.branches["main"])
     assert repository.messages == ["initial commit", "Expert e0"]
     files = repository.commits[pushed.revision]
-    assert {name: files[name] for name in files if name != ".gitattributes"} == contents(experts[0])
+    assert {name: files[name] for name in files if name != ".gitattributes"} == contents(pair[0])
     assert LAYOUT.embeddings in files
 
 
-def test_pulling_gives_the_same_bytes(hub, experts, tmp_path):
-    pushed = push(experts[0], "me/reviews")
+def test_pulling_gives_the_same_bytes(hub, pair, tmp_path):
+    pushed = push(pair[0], "me/reviews")
     for reference in (pushed, "me/reviews", "hub:me/reviews@main"):
         out = tmp_path / "pulled" / str(reference).replace("/", "-")
         expert = pull(reference, out)
         assert (expert.name, expert.directory) == ("e0", out)
-        assert contents(out) == contents(experts[0])
+        assert contents(out) == contents(pair[0])
         assert not any(path.is_symlink() for path in out.iterdir())
 
 
@@ -121,38 +86,34 @@ def test_a_bottleneck_expert_is_pushed_and_pulled(hub, llama, tmp_path):
     assert Pool.open(tmp_path / "pool.json").experts[0].kind == "bottleneck"
 
 
-def test_a_second_push_takes_away_what_the_expert_no_longer_has(hub, experts):
-    push(experts[0], "me/reviews")
+def test_a_second_push_takes_away_what_the_expert_no_longer_has(hub, pair):
+    push(pair[0], "me/reviews")
     hub.add(
         "me/reviews", {**hub.repositories["me/reviews"].commits[pushed_now(hub)], "notes": b"x"}
     )
-    later = push(experts[1], "me/reviews", message="Without embeddings")
+    later = push(pair[1], "me/reviews", message="Without embeddings")
     repository = hub.repositories["me/reviews"]
     files = repository.commits[later.revision]
-    assert set(files) == {".gitattributes", "notes", *contents(experts[1])}
+    assert set(files) == {".gitattributes", "notes", *contents(pair[1])}
     assert LAYOUT.embeddings not in files
     assert repository.messages[-1] == "Without embeddings"
 
 
-def pushed_now(hub: FakeHub) -> str:
-    return hub.repositories["me/reviews"].branches["main"]
-
-
-def test_pushing_the_same_again_makes_no_commit_worth_the_name(hub, experts):
-    first = push(experts[0], "me/reviews")
-    again = push(experts[0], "me/reviews")
+def test_pushing_the_same_again_makes_no_commit_worth_the_name(hub, pair):
+    first = push(pair[0], "me/reviews")
+    again = push(pair[0], "me/reviews")
     commits = hub.repositories["me/reviews"].commits
     assert commits[first.revision] == commits[again.revision]
 
 
-def test_a_private_repository_is_made_private(hub, experts):
-    push(experts[0], "me/secret", private=True)
+def test_a_private_repository_is_made_private(hub, pair):
+    push(pair[0], "me/secret", private=True)
     assert hub.repositories["me/secret"].private
 
 
-def test_an_expert_in_a_folder_of_a_repository(hub, experts, tmp_path):
-    push(experts[0], "me/pool/first")
-    pinned = push(experts[1], "me/pool/second")
+def test_an_expert_in_a_folder_of_a_repository(hub, pair, tmp_path):
+    push(pair[0], "me/pool/first")
+    pinned = push(pair[1], "me/pool/second")
     assert {"first/phatgoose.json", "second/phatgoose.json"} <= set(
         hub.repositories["me/pool"].commits[pinned.revision]
     )
@@ -163,36 +124,36 @@ def test_an_expert_in_a_folder_of_a_repository(hub, experts, tmp_path):
         pull("me/pool", tmp_path / "no")
 
 
-def test_a_damaged_expert_is_not_pushed(hub, experts):
-    (experts[0] / LAYOUT.vectors).write_bytes(b"damaged")
+def test_a_damaged_expert_is_not_pushed(hub, pair):
+    (pair[0] / LAYOUT.vectors).write_bytes(b"damaged")
     with pytest.raises(ExpertError):
-        push(experts[0], "me/reviews")
+        push(pair[0], "me/reviews")
     assert hub.requests == []
 
 
 @pytest.mark.parametrize("moment", ["preupload", "PUT /objects", "/commit/"])
-def test_a_push_that_the_hub_refuses_is_told_and_changes_nothing(hub, experts, moment):
+def test_a_push_that_the_hub_refuses_is_told_and_changes_nothing(hub, pair, moment):
     hub.add("me/reviews", {"notes": b"x"})
     before = dict(hub.repositories["me/reviews"].commits)
     hub.fail_on = moment
     with pytest.raises(ExpertError, match=r"can't be pushed to hub:me/reviews") as caught:
-        push(experts[0], "me/reviews")
+        push(pair[0], "me/reviews")
     assert "\n" not in str(caught.value)
     assert hub.repositories["me/reviews"].commits == before
     hub.fail_on = None
-    push(experts[0], "me/reviews")
+    push(pair[0], "me/reviews")
 
 
-def test_a_repository_that_can_not_be_made_is_told(hub, experts):
+def test_a_repository_that_can_not_be_made_is_told(hub, pair):
     hub.fail_on = "repos/create"
     with pytest.raises(ExpertError, match=r"can't be pushed to hub:me/reviews.*403"):
-        push(experts[0], "me/reviews")
+        push(pair[0], "me/reviews")
     assert hub.repositories == {}
 
 
 @pytest.mark.parametrize("moment", ["/api/models/", ADAPTER_WEIGHTS])
-def test_a_pull_that_the_hub_refuses_is_told_and_leaves_nothing(hub, experts, tmp_path, moment):
-    push(experts[0], "me/reviews")
+def test_a_pull_that_the_hub_refuses_is_told_and_leaves_nothing(hub, pair, tmp_path, moment):
+    push(pair[0], "me/reviews")
     hub.fail_on = moment
     with pytest.raises(ExpertError, match=r"hub:me/reviews can't be fetched"):
         pull("me/reviews", tmp_path / "pulled")
@@ -202,16 +163,16 @@ def test_a_pull_that_the_hub_refuses_is_told_and_leaves_nothing(hub, experts, tm
 
 
 @pytest.mark.parametrize("reference", ["me/nothing", "me/reviews@nowhere", "me/reviews/folder"])
-def test_what_the_hub_lacks_is_told_in_one_line(hub, experts, tmp_path, reference):
-    push(experts[0], "me/reviews")
+def test_what_the_hub_lacks_is_told_in_one_line(hub, pair, tmp_path, reference):
+    push(pair[0], "me/reviews")
     with pytest.raises(ExpertError) as caught:
         pull(reference, tmp_path / "pulled")
     assert str(HubReference.parse(reference)) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_an_expert_damaged_on_the_hub_is_not_pulled(hub, experts, tmp_path):
-    files = contents(experts[0])
+def test_an_expert_damaged_on_the_hub_is_not_pulled(hub, pair, tmp_path):
+    files = contents(pair[0])
     hub.add("me/bad", {**files, LAYOUT.vectors: files[LAYOUT.vectors][:-4]})
     with pytest.raises(ExpertError):
         pull("me/bad", tmp_path / "pulled")
@@ -241,16 +202,16 @@ def test_pickled_weights_on_the_hub_are_refused_unread(hub, llama, tmp_path):
     assert not list((tmp_path / "cache").rglob("*.bin"))
 
 
-def test_nothing_but_an_experts_files_is_fetched(hub, experts, tmp_path):
-    files = {**contents(experts[0]), "evil.py": b"import os", "a/b.safetensors": b"x"}
+def test_nothing_but_an_experts_files_is_fetched(hub, pair, tmp_path):
+    files = {**contents(pair[0]), "evil.py": b"import os", "a/b.safetensors": b"x"}
     hub.add("me/reviews", files)
     folder = fetch(HubReference("me/reviews"))
-    assert {path.name for path in folder.rglob("*") if path.is_file()} == set(contents(experts[0]))
+    assert {path.name for path in folder.rglob("*") if path.is_file()} == set(contents(pair[0]))
 
 
 @pytest.mark.parametrize("name", ["../../../phatgoose.json", "x/../../../README.md", "/README.md"])
-def test_a_hub_can_not_make_files_outside_the_cache(hub, experts, tmp_path, name):
-    hub.add("me/evil", {**contents(experts[0]), name: b"{}"})
+def test_a_hub_can_not_make_files_outside_the_cache(hub, pair, tmp_path, name):
+    hub.add("me/evil", {**contents(pair[0]), name: b"{}"})
     before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
     with pytest.raises(ExpertError):
         Pool.open("hub:me/evil")
@@ -261,23 +222,23 @@ def test_a_hub_can_not_make_files_outside_the_cache(hub, experts, tmp_path, name
         assert any(path.resolve().is_relative_to(place.resolve()) for place in inside), path
 
 
-def test_hub_references_stand_wherever_a_folder_does(hub, experts, llama, tmp_path):
-    push(experts[0], "me/reviews")
-    pool = Pool.open(["hub:me/reviews", experts[1]])
+def test_hub_references_stand_wherever_a_folder_does(hub, pair, llama, tmp_path):
+    push(pair[0], "me/reviews")
+    pool = Pool.open(["hub:me/reviews", pair[1]])
     assert pool.names == ("e0", "e1")
     assert is_pool("hub:me/reviews")
-    local = compose(Pool.open(experts), llama, router="phatgoose")
+    local = compose(Pool.open(pair), llama, router="phatgoose")
     wanted = logits_of(local, make_ids())
     detach(local)
     shared = compose(pool, llama, router="phatgoose")
     assert (logits_of(shared, make_ids()) == wanted).all()
     paths = [record["path"] for record in composition_of(shared).records]
     assert paths[0] == f"hub:me/reviews@{pushed_now(hub)}"
-    assert paths[1] == str(experts[1])
+    assert paths[1] == str(pair[1])
 
 
-def test_a_manifest_pins_the_commit_and_every_hash(hub, experts, tmp_path):
-    pinned = [push(folder, f"me/{folder.name}") for folder in experts]
+def test_a_manifest_pins_the_commit_and_every_hash(hub, pair, tmp_path):
+    pinned = [push(folder, f"me/{folder.name}") for folder in pair]
     Pool.open(["hub:me/e0@main", "hub:me/e1"]).write_manifest(tmp_path / "pool.json")
     written = json.loads((tmp_path / "pool.json").read_text())
     assert [expert["path"] for expert in written["experts"]] == [str(each) for each in pinned]
@@ -287,21 +248,21 @@ def test_a_manifest_pins_the_commit_and_every_hash(hub, experts, tmp_path):
         for part in ("config", "adapter", "vectors")
     )
     assert written["base"]["fingerprint"] is not None
-    push(experts[1], "me/e0")  # what the branch means has changed; the manifest's meaning has not
+    push(pair[1], "me/e0")  # what the branch means has changed; the manifest's meaning has not
     shutil.rmtree(tmp_path / "cache")
     elsewhere = tmp_path / "another" / "machine" / "pool.json"
     elsewhere.parent.mkdir(parents=True)
     shutil.copyfile(tmp_path / "pool.json", elsewhere)
     again = Pool.open(elsewhere)
-    for expert, folder in zip(again.experts, experts, strict=True):
+    for expert, folder in zip(again.experts, pair, strict=True):
         assert contents(expert.directory) == contents(folder)
     again.write_manifest(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "pool.json").read_bytes()
 
 
 @pytest.mark.parametrize("part", ["config", "adapter", "vectors", "embeddings"])
-def test_a_manifest_notices_that_the_hub_gave_other_bytes(hub, experts, tmp_path, part):
-    push(experts[0], "me/e0")
+def test_a_manifest_notices_that_the_hub_gave_other_bytes(hub, pair, tmp_path, part):
+    push(pair[0], "me/e0")
     Pool.open("hub:me/e0").write_manifest(tmp_path / "pool.json")
     content = json.loads((tmp_path / "pool.json").read_text())
     content["experts"][0][f"{part}_sha256"] = "0" * 64
@@ -310,8 +271,8 @@ def test_a_manifest_notices_that_the_hub_gave_other_bytes(hub, experts, tmp_path
         Pool.open(tmp_path / "pool.json")
 
 
-def test_what_was_fetched_once_is_there_offline(hub, experts, tmp_path, monkeypatch):
-    pinned = push(experts[0], "me/e0")
+def test_what_was_fetched_once_is_there_offline(hub, pair, tmp_path, monkeypatch):
+    pinned = push(pair[0], "me/e0")
     Pool.open("hub:me/e0").write_manifest(tmp_path / "pool.json")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     hub.requests.clear()
@@ -322,10 +283,10 @@ def test_what_was_fetched_once_is_there_offline(hub, experts, tmp_path, monkeypa
     assert hub.requests == []
 
 
-def test_a_hub_that_is_gone_leaves_what_was_fetched(experts, tmp_path, monkeypatch):
+def test_a_hub_that_is_gone_leaves_what_was_fetched(pair, tmp_path, monkeypatch):
     with serving_hub() as hub:
         use_hub(hub, tmp_path / "cache", monkeypatch)
-        push(experts[0], "me/e0")
+        push(pair[0], "me/e0")
         Pool.open("hub:me/e0")
     assert Pool.open("hub:me/e0").names == ("e0",)
     with pytest.raises(ExpertError, match="can't be fetched"):
@@ -341,26 +302,6 @@ def test_folders_of_the_cache_know_their_reference(tmp_path, monkeypatch):
     assert reference_of(tmp_path / "models--me--x" / "snapshots" / "main") is None
     assert reference_of(tmp_path) is None
     assert local_folder(tmp_path) == tmp_path
-
-
-def test_the_commands_push_pull_and_import(hub, experts, llama, tmp_path, capsys):
-    def phatgoose(*arguments: object) -> str:
-        with pytest.raises(SystemExit) as caught:
-            main([str(argument) for argument in arguments])
-        streams = capsys.readouterr()
-        assert (caught.value.code, streams.err) == (0, ""), streams.err
-        return streams.out
-
-    told = phatgoose("push", experts[0], "me/reviews")
-    assert told.strip().endswith(f"-> hub:me/reviews@{pushed_now(hub)}")
-    assert "e0: 14 sites" in phatgoose("pull", "me/reviews", "--out", tmp_path / "pulled")
-    assert contents(tmp_path / "pulled") == contents(experts[0])
-    assert "e0" in phatgoose("pool", "hub:me/reviews", "--out", tmp_path / "pool.json")
-    hub.add("you/lora", contents(make_adapter(llama, tmp_path / "adapter")))
-    told = phatgoose("import", "you/lora", "--base", llama.id, "--out", tmp_path / "theirs")
-    assert "theirs: 14 sites, LoRA of rank 4" in told
-    assert "phatgoose gate" in told
-    assert Expert.load(tmp_path / "theirs").gates == {}
 
 
 def test_a_folder_that_looks_like_the_hubs_cache_is_not_from_the_hub(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from command_line import Outcome, open_row, review, run, write_rows
+from fake_hub import FakeHub, serving_hub, use_hub
 from growth_cases import uneven_pool
 from links import KEPT
 from mixed_experts import mixed_pool_for
@@ -31,6 +32,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.training_tasks import TrainingTask, open_tasks
+from routed_models import with_embeddings
 from suite_data import write_hub
 from tiny import (
     KINDS,
@@ -212,6 +214,24 @@ def toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
 def golden_copy(tmp_path: Path) -> Path:
     """A copy of the golden expert, to damage."""
     return shutil.copytree(GOLDEN, tmp_path / "golden")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub of one's own with an empty cache, online."""
+    with serving_hub() as served:
+        use_hub(served, tmp_path / "cache", monkeypatch)
+        yield served
+
+
+@pytest.fixture
+def pair(llama_pool: Pool, tmp_path: Path) -> list[Path]:
+    """Directories of two experts of the tiny Llama, the first with embeddings."""
+    first = with_embeddings(llama_pool).experts[0]
+    return [
+        first.save(tmp_path / "e0").directory,
+        llama_pool.experts[1].save(tmp_path / "e1").directory,
+    ]
 
 
 @pytest.fixture

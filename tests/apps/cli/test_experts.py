@@ -8,15 +8,27 @@ from pathlib import Path
 
 import pytest
 
-from command_line import BASE, TRAIN, Outcome, open_row, review, snapshot, write_rows
+from command_line import (
+    BASE,
+    FLAGS,
+    GATE_FLAGS,
+    TRAIN,
+    open_row,
+    refused,
+    review,
+    snapshot,
+    write_rows,
+)
+from phatgoose.base.loading import load_base
 from phatgoose.config import Lora
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.training import router_statistics as statistics_module
+from tiny import make_adapter
 from toy_embedders import embed
 
 
 @pytest.fixture
-def here(base_folders, tmp_path, monkeypatch) -> Path:
+def untrained(base_folders, tmp_path, monkeypatch) -> Path:
     """The current folder: two tasks and a tiny base."""
     write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
     write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(30)])
@@ -26,36 +38,30 @@ def here(base_folders, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def trained(here, phat) -> Path:
+def trained(untrained, phat) -> Path:
     """One trained expert in the current folder."""
     assert phat("train", "reviews.jsonl", *TRAIN, "--joint").code == 0
-    return here / "new" / "reviews"
+    return untrained / "new" / "reviews"
 
 
-def refused(outcome: Outcome, complaint: str) -> None:
-    assert outcome.code == 2
-    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
-    assert complaint in outcome.err
-
-
-def test_joint_trains_expert_and_gates_in_one_go(here, phat):
+def test_joint_trains_expert_and_gates_in_one_go(untrained, phat):
     outcome = phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--joint")
     assert outcome.code == 0, outcome.err
     assert outcome.out.count("gates: trained jointly -> new/") == 2
-    expert = Expert.load(here / "new" / "reviews")
+    expert = Expert.load(untrained / "new" / "reviews")
     assert expert.info.hyperparameters["joint"] is True
     assert all(gate.any() for gate in expert.gates.values())
     pooled = phat("compose", "new", "--out", "routed", *BASE)
     assert pooled.code == 0, pooled.err
 
 
-def test_joint_can_stand_in_a_recipe_and_be_taken_back(here, phat):
-    (here / "r.toml").write_text("[gates]\njoint = true\n")
+def test_joint_can_stand_in_a_recipe_and_be_taken_back(untrained, phat):
+    (untrained / "r.toml").write_text("[gates]\njoint = true\n")
     assert phat("train", "reviews.jsonl", "--recipe", "r.toml", *TRAIN).code == 0
-    assert Expert.load(here / "new" / "reviews").info.hyperparameters["joint"] is True
+    assert Expert.load(untrained / "new" / "reviews").info.hyperparameters["joint"] is True
     options = ["--recipe", "r.toml", "--no-joint", *TRAIN]
     assert phat("train", "counting.jsonl", *options).code == 0
-    assert Expert.load(here / "new" / "counting").info.hyperparameters["joint"] is False
+    assert Expert.load(untrained / "new" / "counting").info.hyperparameters["joint"] is False
 
 
 def test_joint_is_refused_for_an_adapter_that_exists(trained, phat):
@@ -64,33 +70,33 @@ def test_joint_is_refused_for_an_adapter_that_exists(trained, phat):
     assert not Path("again").exists()
 
 
-def test_multitask_trains_one_expert_on_all_tasks(here, phat):
+def test_multitask_trains_one_expert_on_all_tasks(untrained, phat):
     outcome = phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--multitask", "all")
     assert outcome.code == 0, outcome.err
     assert outcome.out.startswith("[1/1] all: validation loss")
-    assert [path.name for path in (here / "new").iterdir()] == ["all"]
-    record = Expert.load(here / "new" / "all").info.task
+    assert [path.name for path in (untrained / "new").iterdir()] == ["all"]
+    record = Expert.load(untrained / "new" / "all").info.task
     assert record["name"] == "all"
     assert record["source"] == "mixture of reviews.jsonl (11), counting.jsonl (27)"
     assert record["validation_examples"] == 4
 
 
-def test_a_mixture_can_be_capped_and_trained_jointly(here, phat):
+def test_a_mixture_can_be_capped_and_trained_jointly(untrained, phat):
     modes = ["--multitask", "all", "--mixture-most", 5, "--joint"]
     outcome = phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, *modes)
     assert outcome.code == 0, outcome.err
-    expert = Expert.load(here / "new" / "all")
+    expert = Expert.load(untrained / "new" / "all")
     assert expert.info.task["source"] == "mixture of reviews.jsonl (5), counting.jsonl (5)"
     assert all(gate.any() for gate in expert.gates.values())
 
 
-def test_a_finished_mixture_is_kept_when_resumed(here, phat):
+def test_a_finished_mixture_is_kept_when_resumed(untrained, phat):
     arguments = ["train", "reviews.jsonl", "counting.jsonl", *TRAIN, "--multitask", "all"]
     assert phat(*arguments).code == 0
-    before = snapshot(here / "new")
+    before = snapshot(untrained / "new")
     refused(phat(*arguments), "new/all exists already")
     assert phat(*arguments, "--resume").code == 0
-    assert snapshot(here / "new") == before
+    assert snapshot(untrained / "new") == before
 
 
 @pytest.mark.parametrize(
@@ -102,18 +108,18 @@ def test_a_finished_mixture_is_kept_when_resumed(here, phat):
         (["--multitask", ""], "'' can't name an expert"),
     ],
 )
-def test_bad_mixtures_are_refused_before_anything_is_written(here, phat, flags, complaint):
+def test_bad_mixtures_are_refused_before_anything_is_written(untrained, phat, flags, complaint):
     refused(phat("train", "reviews.jsonl", "counting.jsonl", *TRAIN, *flags), complaint)
-    assert not (here / "new").exists()
+    assert not (untrained / "new").exists()
 
 
-def test_a_file_whose_name_no_expert_can_have_is_refused_before_training(here, phat):
+def test_a_file_whose_name_no_expert_can_have_is_refused_before_training(untrained, phat):
     shutil.copy("reviews.jsonl", "my reviews.jsonl")
     refused(phat("train", "my reviews.jsonl", *TRAIN), "'my reviews' can't name an expert")
-    assert not (here / "new").exists()
+    assert not (untrained / "new").exists()
 
 
-def test_training_on_inputs_that_are_cut_is_told_and_shown(here, phat):
+def test_training_on_inputs_that_are_cut_is_told_and_shown(untrained, phat):
     outcome = phat("train", "reviews.jsonl", *TRAIN, "--max-input-tokens", 5)
     assert outcome.code == 0
     told = re.search(
@@ -127,10 +133,10 @@ def test_training_on_inputs_that_are_cut_is_told_and_shown(here, phat):
     assert "cut to 5 tokens" in again.err
 
 
-def test_measure_adds_statistics_to_an_expert(here, phat, monkeypatch):
+def test_measure_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_examples", embed)
     assert phat("train", "reviews.jsonl", *TRAIN, "--no-means").code == 0
-    trained = here / "new" / "reviews"
+    trained = untrained / "new" / "reviews"
     before = Expert.load(trained)
     assert not before.means
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 3]
@@ -156,9 +162,9 @@ def test_measure_leaves_out_what_is_not_wanted(trained, phat, monkeypatch, left_
     assert (after.embeddings is not None) == (left_out == "means")
 
 
-def test_bad_measurements_are_told_in_one_line_and_change_nothing(trained, here, phat):
-    write_rows(here / "single.jsonl", [review(0)])
-    before = snapshot(here)
+def test_bad_measurements_are_told_in_one_line_and_change_nothing(trained, untrained, phat):
+    write_rows(untrained / "single.jsonl", [review(0)])
+    before = snapshot(untrained)
     given = ["measure", "new/reviews", "--task", "reviews.jsonl", "--dtype", "float32"]
     refused(phat(*given, "--no-means", "--no-embeddings"), "nothing to measure")
     refused(phat(*given, "--statistics-examples", 0), "statistics_examples is 0")
@@ -167,22 +173,12 @@ def test_bad_measurements_are_told_in_one_line_and_change_nothing(trained, here,
     refused(phat("measure", "none", *given[2:]), "none is no expert directory")
     refused(phat("measure", "tiny-base", *given[2:]), f"{LAYOUT.info} is missing")
     refused(phat(*given, "--base", "./nowhere"), "'./nowhere'")
-    assert snapshot(here) == before
+    assert snapshot(untrained) == before
 
 
 def test_the_flags_of_both_modes_are_in_the_help(phat):
     shown = phat("train", "--help").out
     assert all(flag in shown for flag in ("--multitask", "--mixture-most", "--joint"))
-
-
-@pytest.fixture
-def tasks_here(base_folders, tmp_path, monkeypatch) -> Path:
-    """The current folder: two tasks and a tiny base."""
-    write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(12)])
-    write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(30)])
-    shutil.copytree(base_folders["llama"], tmp_path / "tiny-base")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def without_rank() -> list[object]:
@@ -192,17 +188,17 @@ def without_rank() -> list[object]:
     return flags[:at] + flags[at + 2 :]
 
 
-def test_a_mixed_pool_from_the_command_line(tasks_here, phat):
+def test_a_mixed_pool_from_the_command_line(untrained, phat):
     flags = without_rank()
     assert phat("train", "reviews.jsonl", *TRAIN).code == 0
-    (tasks_here / "r.toml").write_text('peft = "ia3"\n[bottleneck]\nsize = 3\n')
+    (untrained / "r.toml").write_text('peft = "ia3"\n[bottleneck]\nsize = 3\n')
     recipe = ["--recipe", "r.toml"]
     assert phat("train", "counting.jsonl", *recipe, *flags).code == 0
     bottleneck = ["--peft", "bottleneck", "--placement", "pfeiffer", "--activation", "silu"]
-    (tasks_here / "reviews.jsonl").rename(tasks_here / "again.jsonl")
+    (untrained / "reviews.jsonl").rename(untrained / "again.jsonl")
     trained = phat("train", "again.jsonl", *recipe, *bottleneck, *flags)
     assert (trained.code, trained.err) == (0, "")
-    expert = Expert.load(tasks_here / "new" / "again")
+    expert = Expert.load(untrained / "new" / "again")
     assert {(m.size, m.activation) for m in expert.modules.values()} == {(3, "silu")}
     checked = phat("check", "new/again", "new/counting", "new/reviews")
     assert "again, bottleneck, 2 sites, gates: yes, means: yes" in checked.out
@@ -231,14 +227,77 @@ def test_a_mixed_pool_from_the_command_line(tasks_here, phat):
         (["--peft", "ia3", "--sites", "nothing"], "matches 'nothing'"),
     ],
 )
-def test_settings_of_another_kind_are_refused(tasks_here, phat, flags, complaint):
+def test_settings_of_another_kind_are_refused(untrained, phat, flags, complaint):
     outcome = phat("train", "reviews.jsonl", *BASE, "--out", "new", *flags)
     assert outcome.code == 2
     assert complaint in outcome.err
-    assert not (tasks_here / "new").exists()
+    assert not (untrained / "new").exists()
 
 
-def test_a_lora_is_what_train_makes_when_nothing_is_said(tasks_here, phat):
+def test_a_lora_is_what_train_makes_when_nothing_is_said(untrained, phat):
     assert phat("train", "reviews.jsonl", *TRAIN).code == 0
-    assert Expert.load(tasks_here / "new" / "reviews").kind == "lora"
+    assert Expert.load(untrained / "new" / "reviews").kind == "lora"
     assert Lora().rank == 16
+
+
+def test_train_makes_complete_experts_with_the_settings_given(workshop):
+    expert = Expert.load(workshop / "experts" / "reviews")
+    wanted = {"rank": 2, "steps": 2, "gate_steps": 2, "batch_size": 4, "alpha": 1.0}
+    assert wanted.items() <= dict(expert.info.hyperparameters).items()
+    assert {lora.A.shape[0] for lora in expert.lora.values()} == {2}
+    assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
+    names = sorted(path.name for path in (workshop / "experts").iterdir())
+    assert names == ["counting", "reviews"]
+
+
+def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
+    (here / "recipes").mkdir()
+    (here / "recipes" / "mine.toml").write_text(
+        'base = "tiny-base"\ntasks = ["../reviews.jsonl"]\n'
+        "[lora]\nrank = 3\nalpha = 6\n[training]\nsteps = 1\nbatch_size = 2\n"
+        "[gates]\ngate_steps = 1\nmeans = false\n"
+    )
+    options = ["--recipe", "recipes/mine.toml", "--out", "new", "--steps", 2, "--dtype", "float32"]
+    outcome = phat("train", *options)
+    assert outcome.code == 0, outcome.err
+    expert = Expert.load(here / "new" / "reviews")
+    assert expert.info.base.id == "tiny-base"
+    assert not expert.means
+    got = expert.info.hyperparameters
+    wanted = {"rank": 3, "alpha": 6.0, "steps": 2, "batch_size": 2, "gate_steps": 1}
+    assert {key: got[key] for key in wanted} == wanted
+
+
+def test_switches_on_the_command_line_win_over_a_recipe(here, phat):
+    (here / "r.toml").write_text("[gates]\nmeans = false\n")
+    options = ["--recipe", "r.toml", "--means", "--base", "tiny-base", "--out", "new", *FLAGS]
+    assert phat("train", "reviews.jsonl", *options).code == 0
+    assert Expert.load(here / "new" / "reviews").means
+
+
+def test_train_with_resume_keeps_what_is_finished(here, phat):
+    before = snapshot(here / "experts")
+    options = ["--base", "tiny-base", "--out", "experts", "--resume", *FLAGS]
+    assert phat("train", "reviews.jsonl", "counting.jsonl", *options).code == 0
+    assert snapshot(here / "experts") == before
+
+
+def test_a_run_that_was_refused_can_be_repeated_with_better_settings(here, phat):
+    refused = phat("train", "reviews.jsonl", *TRAIN, "--sites", "nothing")
+    assert refused.code == 2
+    repeated = phat("train", "reviews.jsonl", *TRAIN, "--sites", "q_proj")
+    assert repeated.code == 0, repeated.err
+    assert len(Expert.load(here / "new" / "reviews").lora) == 2
+
+
+def test_gate_turns_an_ordinary_adapter_into_an_expert(here, phat):
+    base = load_base("tiny-base", dtype="float32")
+    make_adapter(base, here / "adapter")
+    outcome = phat(
+        "gate", "adapter", "--task", "reviews.jsonl", "--out", "experts/mine", *BASE, *GATE_FLAGS
+    )
+    assert outcome.code == 0, outcome.err
+    assert "mine: gates at 14 sites -> experts/mine" in outcome.out
+    expert = Expert.load(here / "experts" / "mine")
+    assert expert.info.base.fingerprint == base.fingerprint
+    assert any(gate.any() for gate in expert.gates.values())

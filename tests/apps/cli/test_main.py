@@ -8,7 +8,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from safetensors.torch import load_file, save_file
 import phatgoose
 from command_line import (
     BASE,
-    FLAGS,
     GATE_FLAGS,
     TRAIN,
     Outcome,
@@ -30,51 +28,13 @@ from command_line import (
     snapshot,
     write_rows,
 )
-from phatgoose.apps.cli import app, main
-from phatgoose.base.loading import load_base
-from phatgoose.config import (
-    IA3,
-    Bottleneck,
-    Formatting,
-    GateTraining,
-    Lora,
-    Routing,
-    Training,
-    settings_of,
-)
+from phatgoose.apps.cli import app
 from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.files.regular_file import sha256_of
-from tiny import make_adapter, make_model, make_tokenizer
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SITE = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(scope="module")
-def workshop(base_folders, tmp_path_factory) -> Path:
-    """A folder with two trained experts, what they were trained on, and a pool of damaged ones."""
-    folder = tmp_path_factory.mktemp("workshop")
-    write_rows(folder / "reviews.jsonl", [review(i) for i in range(8)])
-    write_rows(folder / "counting.jsonl", [open_row(i) for i in range(8)])
-    write_rows(folder / "unseen.jsonl", [review(i) for i in range(20, 26)])
-    shutil.copytree(base_folders["llama"], folder / "tiny-base")
-    make_model("llama", seed=1).save_pretrained(folder / "other-base")
-    make_tokenizer(final_eos=False).save_pretrained(folder / "other-base")
-    tasks = [str(folder / name) for name in ("reviews.jsonl", "counting.jsonl")]
-    arguments = ["--base", str(folder / "tiny-base"), "--out", str(folder / "experts"), *FLAGS]
-    with warnings.catch_warnings(), pytest.raises(SystemExit) as caught:
-        main(["train", *tasks, *arguments])
-    assert caught.value.code == 0
-    return folder
-
-
-@pytest.fixture
-def here(workshop, tmp_path, monkeypatch) -> Path:
-    """A copy of the workshop, as the current folder."""
-    folder = shutil.copytree(workshop, tmp_path / "here")
-    monkeypatch.chdir(folder)
-    return folder
 
 
 def change_vectors(expert: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
@@ -325,16 +285,6 @@ def test_several_problems_are_told_in_a_line_each(damaged_workshop, phat):
     assert [line.split(":")[0] for line in outcome.err.splitlines()] == ["error", "error"]
 
 
-def test_train_makes_complete_experts_with_the_settings_given(workshop):
-    expert = Expert.load(workshop / "experts" / "reviews")
-    wanted = {"rank": 2, "steps": 2, "gate_steps": 2, "batch_size": 4, "alpha": 1.0}
-    assert wanted.items() <= dict(expert.info.hyperparameters).items()
-    assert {lora.A.shape[0] for lora in expert.lora.values()} == {2}
-    assert expert.gates.keys() == expert.means.keys() == expert.lora.keys()
-    names = sorted(path.name for path in (workshop / "experts").iterdir())
-    assert names == ["counting", "reviews"]
-
-
 def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, phat):
     checked = phat("check", "experts/reviews", "experts/counting")
     assert checked.code == 0
@@ -366,141 +316,6 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
     assert f"{row['score']:.3f}" in scored.out
     for outcome in (checked, pooled, composed, answered, scored):
         assert outcome.err == ""
-
-
-@pytest.mark.parametrize("model", ["experts", "tiny-base", "experts/reviews"])
-def test_evaluate_takes_a_pool_or_a_base_or_one_expert(here, phat, model):
-    options = ["--k", 1] if model == "experts/reviews" else []
-    outcome = phat("evaluate", model, "--task", "counting.jsonl", "--limit", 3, *options)
-    assert (outcome.code, outcome.err) == (0, "")
-    assert "exact match" in outcome.out
-
-
-def test_generate_shows_the_experts_behind_the_tokens(here, phat):
-    outcome = phat("generate", "experts", "Film", "--show-experts", "--max-new-tokens", 3, *BASE)
-    assert outcome.code == 0
-    assert "reviews" in outcome.out or "counting" in outcome.out
-
-
-def test_sampling_with_one_seed_gives_one_answer(here, phat):
-    sample = ["generate", "experts", "Film", "--sample", "--max-new-tokens", 12, *BASE]
-    answers = [phat(*sample, "--seed", seed).out for seed in (1, 1, 2)]
-    assert answers[0] == answers[1] != answers[2]
-
-
-def test_experts_are_kept_and_left_out_by_name(here, phat):
-    outcome = phat("compose", "experts", "--out", "a", "--keep", "reviews", "--k", 1, *BASE)
-    assert outcome.out.startswith("1 experts")
-    outcome = phat("compose", "experts", "--out", "b", "--leave-out", "reviews", "--k", 1, *BASE)
-    assert outcome.out.startswith("1 experts")
-    kept = [json.loads((here / name / "routed.json").read_text())["experts"] for name in "ab"]
-    assert [row["name"] for rows in kept for row in rows] == ["reviews", "counting"]
-
-
-def test_a_k_above_the_pool_is_lowered_with_a_warning_of_one_line(here, phat):
-    outcome = phat("compose", "experts", "--out", "routed", "--k", 9, *BASE)
-    assert outcome.code == 0
-    assert re.fullmatch(r"warning: k is 9, but the pool has 2 experts[^\n]*\n", outcome.err)
-    assert phat("generate", "routed", "Film", "--max-new-tokens", 2, *BASE).code == 0
-
-
-def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
-    (here / "recipes").mkdir()
-    (here / "recipes" / "mine.toml").write_text(
-        'base = "tiny-base"\ntasks = ["../reviews.jsonl"]\n'
-        "[lora]\nrank = 3\nalpha = 6\n[training]\nsteps = 1\nbatch_size = 2\n"
-        "[gates]\ngate_steps = 1\nmeans = false\n"
-    )
-    options = ["--recipe", "recipes/mine.toml", "--out", "new", "--steps", 2, "--dtype", "float32"]
-    outcome = phat("train", *options)
-    assert outcome.code == 0, outcome.err
-    expert = Expert.load(here / "new" / "reviews")
-    assert expert.info.base.id == "tiny-base"
-    assert not expert.means
-    got = expert.info.hyperparameters
-    wanted = {"rank": 3, "alpha": 6.0, "steps": 2, "batch_size": 2, "gate_steps": 1}
-    assert {key: got[key] for key in wanted} == wanted
-
-
-def test_switches_on_the_command_line_win_over_a_recipe(here, phat):
-    (here / "r.toml").write_text("[gates]\nmeans = false\n")
-    options = ["--recipe", "r.toml", "--means", "--base", "tiny-base", "--out", "new", *FLAGS]
-    assert phat("train", "reviews.jsonl", *options).code == 0
-    assert Expert.load(here / "new" / "reviews").means
-
-
-def test_train_with_resume_keeps_what_is_finished(here, phat):
-    before = snapshot(here / "experts")
-    options = ["--base", "tiny-base", "--out", "experts", "--resume", *FLAGS]
-    assert phat("train", "reviews.jsonl", "counting.jsonl", *options).code == 0
-    assert snapshot(here / "experts") == before
-
-
-def test_a_run_that_was_refused_can_be_repeated_with_better_settings(here, phat):
-    refused = phat("train", "reviews.jsonl", *TRAIN, "--sites", "nothing")
-    assert refused.code == 2
-    repeated = phat("train", "reviews.jsonl", *TRAIN, "--sites", "q_proj")
-    assert repeated.code == 0, repeated.err
-    assert len(Expert.load(here / "new" / "reviews").lora) == 2
-
-
-def test_gate_turns_an_ordinary_adapter_into_an_expert(here, phat):
-    base = load_base("tiny-base", dtype="float32")
-    make_adapter(base, here / "adapter")
-    outcome = phat(
-        "gate", "adapter", "--task", "reviews.jsonl", "--out", "experts/mine", *BASE, *GATE_FLAGS
-    )
-    assert outcome.code == 0, outcome.err
-    assert "mine: gates at 14 sites -> experts/mine" in outcome.out
-    expert = Expert.load(here / "experts" / "mine")
-    assert expert.info.base.fingerprint == base.fingerprint
-    assert any(gate.any() for gate in expert.gates.values())
-
-
-def test_templates_serve_rows_of_any_fields(here, phat):
-    write_rows(here / "raw.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(6)])
-    outcome = phat(
-        "evaluate", "experts", "--task", "raw.jsonl", *BASE,
-        "--template", "{{ text }} is ||| {{ answer_choices[label] }}", "--choices", "good ||| bad",
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.err
-    assert "rank classification" in outcome.out
-
-
-@pytest.mark.parametrize(
-    ("command", "configs"),
-    [
-        ("train", (Lora, IA3, Bottleneck, Training, GateTraining, Formatting)),
-        ("gate", (Training, GateTraining, Formatting)),
-        ("compose", (Routing,)),
-        ("generate", (Routing, Formatting)),
-        ("evaluate", (Routing, Formatting)),
-    ],
-)
-def test_every_setting_is_a_flag_with_its_help(command, configs):
-    parameters = {p.name: p for p in COMMANDS[command].params}
-    wanted = [setting for config in configs for setting in settings_of(config)]
-    assert "--recipe" in parameters["recipe"].opts
-    for setting in wanted:
-        parameter = parameters[setting.name]
-        assert f"--{setting.name.replace('_', '-')}" in parameter.opts
-        assert setting.help in parameter.help
-        if isinstance(setting.default, bool):
-            assert f"--no-{setting.name.replace('_', '-')}" in parameter.secondary_opts
-
-
-def test_every_command_and_option_has_a_help_text():
-    for name, command in COMMANDS.items():
-        assert command.help, name
-        for parameter in command.params:
-            assert parameter.help, f"{name} {parameter.name}"
-
-
-@pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_every_command_explains_itself(command, phat):
-    outcome = phat(command, "--help")
-    assert (outcome.code, outcome.err) == (0, "")
-    assert f"phatgoose {command}" in outcome.out or f" {command} " in outcome.out
 
 
 def test_the_version_is_the_packages(phat):

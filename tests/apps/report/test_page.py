@@ -79,26 +79,6 @@ def test_numbers_and_figures_lie_beside_the_page(few):
     assert {"layers-phatgoose.png", "datasets-arrow.png", "pool-sizes.png"} <= names
 
 
-def test_texts_cannot_break_out_of_the_page():
-    hostile = "</script><img src=x onerror=alert(1)>\u2028<!--"
-    packed = inline_json({"tokens": [hostile]})
-    assert "<" not in packed
-    assert json.loads(packed) == {"tokens": [hostile]}
-
-
-def test_an_analysis_without_scores_or_oracle_has_a_page_too(tmp_path):
-    analysis = make_analysis(3, layers=2)
-    bare = {
-        name: replace(router, scores={}, findings=(), traces={})
-        for name, router in analysis.routers.items()
-    }
-    found = replace(analysis, routers=bare, oracle={}, effects=(), agreements={})
-    page = write_report(found, tmp_path / "new" / "folder").read_text(encoding="utf-8")
-    assert "How far from Oracle" not in page
-    assert "Token by token" not in page
-    assert "Experts by layer" in page
-
-
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(EvaluationError, match="can't be written"):

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from changed_adapters import complaint_about
+from golden_sites import DOWN, QUERY
 from mixed_experts import make_bottleneck
 from paths import GOLDENS
 from phatgoose.errors import ExpertError
@@ -24,10 +26,8 @@ from phatgoose.experts.kinds.bottleneck import (
     BottleneckLayers,
     write_bottleneck,
 )
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 
 GOLDEN = GOLDENS / "bottleneck"
-QUERY, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 
 
 @pytest.fixture
@@ -38,14 +38,6 @@ def adapter(tmp_path) -> Path:
     for file in (BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS):
         shutil.copyfile(GOLDEN / file, folder / file)
     return folder
-
-
-def complaint_about(adapter: Path) -> str:
-    with pytest.raises(ExpertError) as caught:
-        read_modules(adapter)
-    assert str(adapter) in str(caught.value)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def change(adapter: Path, how: Callable[[dict[str, Tensor]], object]) -> None:
@@ -69,14 +61,6 @@ def test_the_golden_directory_is_read_as_it_was_written():
     wanted = y + 0.5 * (inner @ query.up.T + query.up_bias)
     torch.testing.assert_close(query.at(y).apply(nn.Identity(), y), wanted)
     assert base_named_in(GOLDEN) == "example/base"
-
-
-def test_the_golden_ia3_is_read_as_it_was_written():
-    expert = Expert.load(GOLDENS / "ia3")
-    assert expert.kind == "ia3"
-    assert expert.modules[QUERY].vector.tolist() == [0.5, 0.75, 1.0]
-    assert expert.modules[DOWN].vector.tolist() == [-0.5, -0.25, 0.0, 0.25, 0.5, 0.75]
-    assert {site: m.on_input for site, m in expert.modules.items()} == {QUERY: False, DOWN: True}
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "ia3"])
@@ -161,19 +145,6 @@ def test_layers_of_unlike_settings_are_no_adapter(tmp_path):
     del layers["b"]
     write_bottleneck(tmp_path, layers, {"base": "base"})
     assert torch.equal(read_modules(tmp_path)["a"].up, parts[2])
-
-
-@pytest.mark.parametrize("shape", [(3,), (2, 3), (3, 1, 1)])
-def test_an_ia3_tensor_of_another_shape_is_refused(tmp_path, shape):
-    folder = shutil.copytree(GOLDENS / "ia3", tmp_path / "mine")
-    tensors = load_file(folder / ADAPTER_WEIGHTS)
-    tensors[f"base_model.model.{QUERY}.ia3_l"] = torch.ones(shape)
-    save_file(tensors, folder / ADAPTER_WEIGHTS)
-    assert f"site {QUERY}: wanted a vector" in complaint_about(folder)
-    tensors["base_model.model.x.lora_A.weight"] = torch.ones(2, 2)
-    del tensors[f"base_model.model.{QUERY}.ia3_l"]
-    save_file(tensors, folder / ADAPTER_WEIGHTS)
-    assert "'base_model.model.x.lora_A.weight'" in complaint_about(folder)
 
 
 def test_a_bare_bottleneck_adapter_is_imported(llama, base_folders, tmp_path):

@@ -1,0 +1,56 @@
+"""Settings as flags, and the help of every command."""
+
+from __future__ import annotations
+
+import pytest
+import typer
+
+from phatgoose.apps.cli import app
+from phatgoose.config import (
+    IA3,
+    Bottleneck,
+    Formatting,
+    GateTraining,
+    Lora,
+    Routing,
+    Training,
+    settings_of,
+)
+
+COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("command", "configs"),
+    [
+        ("train", (Lora, IA3, Bottleneck, Training, GateTraining, Formatting)),
+        ("gate", (Training, GateTraining, Formatting)),
+        ("compose", (Routing,)),
+        ("generate", (Routing, Formatting)),
+        ("evaluate", (Routing, Formatting)),
+    ],
+)
+def test_every_setting_is_a_flag_with_its_help(command, configs):
+    parameters = {p.name: p for p in COMMANDS[command].params}
+    wanted = [setting for config in configs for setting in settings_of(config)]
+    assert "--recipe" in parameters["recipe"].opts
+    for setting in wanted:
+        parameter = parameters[setting.name]
+        assert f"--{setting.name.replace('_', '-')}" in parameter.opts
+        assert setting.help in parameter.help
+        if isinstance(setting.default, bool):
+            assert f"--no-{setting.name.replace('_', '-')}" in parameter.secondary_opts
+
+
+def test_every_command_and_option_has_a_help_text():
+    for name, command in COMMANDS.items():
+        assert command.help, name
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_explains_itself(command, phat):
+    outcome = phat(command, "--help")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert f"phatgoose {command}" in outcome.out or f" {command} " in outcome.out

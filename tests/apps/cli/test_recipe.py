@@ -1,0 +1,101 @@
+"""Recipes: what they may hold, and what is relative to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from phatgoose.apps.cli.recipe import read_recipe
+from phatgoose.errors import ConfigError
+
+
+def write_recipe(folder: Path, text: str) -> Path:
+    path = folder / "recipe.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_recipe_gives_base_tasks_and_tables(tmp_path):
+    recipe = read_recipe(
+        write_recipe(tmp_path, 'base = "b"\ntasks = ["t.jsonl"]\n[lora]\nrank = 3\n[routing]\nk=1')
+    )
+    assert recipe.base == "b"
+    assert recipe.tables == {"lora": {"rank": 3}, "routing": {"k": 1}}
+
+
+def test_task_paths_in_a_recipe_are_relative_to_it(tmp_path):
+    absolute = tmp_path / "elsewhere" / "d.jsonl"
+    path = write_recipe(
+        tmp_path, f'tasks = ["a.jsonl", "../b.csv", "hub:owner/c@main", "{absolute}"]'
+    )
+    assert read_recipe(path).tasks == (
+        str(tmp_path / "a.jsonl"),
+        str(tmp_path / "../b.csv"),
+        "hub:owner/c@main",
+        str(absolute),
+    )
+
+
+def test_an_empty_recipe_changes_nothing(tmp_path):
+    recipe = read_recipe(write_recipe(tmp_path, ""))
+    assert (recipe.base, recipe.tasks, recipe.tables) == (None, (), {})
+
+
+def test_suites_in_a_recipe_are_no_paths(tmp_path):
+    tasks = ["t0hi", "flan/niv2_misc", "./t0hi", "t0hi/own.jsonl", "mine", "mine.toml/one"]
+    assert read_recipe(write_recipe(tmp_path, f"tasks = {tasks}")).tasks == (
+        "t0hi",
+        "flan/niv2_misc",
+        *(str(tmp_path / task) for task in tasks[2:]),
+    )
+
+
+def test_folders_in_a_recipe_are_relative_to_it(tmp_path):
+    recipe = read_recipe(write_recipe(tmp_path, 'data = "../hub"\ntemplates = "/p3"'))
+    assert recipe.data == tmp_path / "../hub"
+    assert recipe.templates == Path("/p3")
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("base = ", "not valid TOML"),
+        ("bass = 'x'", "unknown key 'bass'"),
+        ("[training]\nstep = 3", r"\[training\]: unknown setting 'step'"),
+        ("[training]\nsteps = 'three'", "steps is 'three'"),
+        ("[lora]\nrank = 0", "rank is 0"),
+        ("lora = 3", "lora must be a table"),
+        ("base = 3", "base is 3"),
+        ("tasks = 'a.jsonl'", "tasks must be a list"),
+        ("tasks = [1]", "tasks must be a list"),
+        ("data = 3", "data is 3"),
+        ("templates = []", "templates is"),
+        ("peft = 'dora'", "peft is 'dora', but must be one of lora, ia3, bottleneck"),
+        ("peft = []", "peft is"),
+        ("[ia3]\nrank = 4", r"\[ia3\]: unknown setting 'rank'; known are sites, feedforward"),
+        ("[bottleneck]\nactivation = 'tanh'", "activation is 'tanh'"),
+    ],
+)
+def test_a_bad_recipe_is_refused_with_the_reason(tmp_path, text, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        read_recipe(write_recipe(tmp_path, text))
+
+
+def test_a_value_out_of_range_in_a_recipe_names_the_recipe(tmp_path):
+    path = write_recipe(tmp_path, "[lora]\nrank = 0")
+    with pytest.raises(ConfigError) as caught:
+        read_recipe(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_missing_recipe_is_refused_by_name(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.toml can't be read"):
+        read_recipe(tmp_path / "nowhere.toml")
+
+
+def test_a_recipe_that_is_no_text_is_refused(tmp_path):
+    path = tmp_path / "binary.toml"
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        read_recipe(path)

@@ -1,0 +1,59 @@
+"""`phatgoose pool`, `compose`, `generate` and `evaluate`."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from command_line import (
+    BASE,
+    write_rows,
+)
+
+
+@pytest.mark.parametrize("model", ["experts", "tiny-base", "experts/reviews"])
+def test_evaluate_takes_a_pool_or_a_base_or_one_expert(here, phat, model):
+    options = ["--k", 1] if model == "experts/reviews" else []
+    outcome = phat("evaluate", model, "--task", "counting.jsonl", "--limit", 3, *options)
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "exact match" in outcome.out
+
+
+def test_generate_shows_the_experts_behind_the_tokens(here, phat):
+    outcome = phat("generate", "experts", "Film", "--show-experts", "--max-new-tokens", 3, *BASE)
+    assert outcome.code == 0
+    assert "reviews" in outcome.out or "counting" in outcome.out
+
+
+def test_sampling_with_one_seed_gives_one_answer(here, phat):
+    sample = ["generate", "experts", "Film", "--sample", "--max-new-tokens", 12, *BASE]
+    answers = [phat(*sample, "--seed", seed).out for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_experts_are_kept_and_left_out_by_name(here, phat):
+    outcome = phat("compose", "experts", "--out", "a", "--keep", "reviews", "--k", 1, *BASE)
+    assert outcome.out.startswith("1 experts")
+    outcome = phat("compose", "experts", "--out", "b", "--leave-out", "reviews", "--k", 1, *BASE)
+    assert outcome.out.startswith("1 experts")
+    kept = [json.loads((here / name / "routed.json").read_text())["experts"] for name in "ab"]
+    assert [row["name"] for rows in kept for row in rows] == ["reviews", "counting"]
+
+
+def test_a_k_above_the_pool_is_lowered_with_a_warning_of_one_line(here, phat):
+    outcome = phat("compose", "experts", "--out", "routed", "--k", 9, *BASE)
+    assert outcome.code == 0
+    assert re.fullmatch(r"warning: k is 9, but the pool has 2 experts[^\n]*\n", outcome.err)
+    assert phat("generate", "routed", "Film", "--max-new-tokens", 2, *BASE).code == 0
+
+
+def test_templates_serve_rows_of_any_fields(here, phat):
+    write_rows(here / "raw.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(6)])
+    outcome = phat(
+        "evaluate", "experts", "--task", "raw.jsonl", *BASE,
+        "--template", "{{ text }} is ||| {{ answer_choices[label] }}", "--choices", "good ||| bad",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome.err
+    assert "rank classification" in outcome.out

@@ -1,0 +1,50 @@
+"""The tables that commands print."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+from rich.console import Console
+
+from made_comparison import EXPERTS, RIGHT, made_comparison
+from phatgoose.apps.console.tables import datasets_table, differences_table, means_table
+
+
+def printed(table) -> list[list[str]]:
+    """The cells of a table's rows, as a wide terminal shows them."""
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    lines = [line for line in console.file.getvalue().splitlines() if line.startswith(("│", "┃"))]
+    return [
+        [cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in lines
+    ]
+
+
+def test_means_have_a_row_per_method_and_a_column_per_suite():
+    comparison = made_comparison()
+    head, *rows = printed(means_table(comparison))
+    assert head == ["method", "one (2)", "two (2)", "all datasets (3)"]
+    assert [row[0] for row in rows] == [comparison.title(name) for name in comparison.results]
+    summary = comparison.summaries["base"]["one"]
+    assert rows[0][1] == summary.in_per_cent
+    assert summary.in_per_cent.startswith(f"{100 * summary.mean:.1f} [")
+
+
+def test_differences_are_to_phatgoose_and_absent_without_it_or_others():
+    comparison = made_comparison()
+    head, *rows = printed(differences_table(comparison))
+    assert head == ["method", "one", "two", "all datasets"]
+    assert [row[0] for row in rows] == [
+        comparison.title(name) for name in comparison.results if name != "phatgoose"
+    ]
+    results = comparison.results
+    for left in ({"base": results["base"]}, {"phatgoose": results["phatgoose"]}):
+        assert differences_table(replace(comparison, results=left)) is None
+
+
+def test_datasets_have_a_row_per_expert_and_method():
+    head, *rows = printed(datasets_table(made_comparison()))
+    assert head == ["model", "a", "b", "c", "mean"]
+    assert len(rows) == len(EXPERTS) + len(RIGHT) + 2
+    assert rows[0][:2] == ["e0", "25 ±50"]

@@ -1,0 +1,29 @@
+"""Results computed ahead of those who take them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phatgoose.files.prefetch import prefetch
+
+
+def test_results_come_in_the_order_of_their_items_and_few_wait_to_be_taken():
+    started = []
+
+    def square(number: int) -> int:
+        started.append(number)
+        return number * number
+
+    results = prefetch(square, range(20))
+    assert next(results) == 0
+    assert len(started) <= torch.get_num_threads() + 1
+    assert list(results) == [number * number for number in range(1, 20)]
+
+
+def test_an_error_is_raised_in_its_place():
+    results = prefetch(lambda number: 1 // number, [1, 0, 1])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert list(results) == []

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import phatgoose
+from paths import ROOT
 from phatgoose.base import loading
 
 SOURCE = Path(phatgoose.__file__).parent
@@ -152,6 +153,25 @@ def test_the_root_imports_ours_for_type_checkers_only():
     for node in tree_of("phatgoose").body:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: importing phatgoose must load nothing"
+
+
+# Modules whose public functions are tested in another module's file, and why.
+TESTED_ELSEWHERE = {
+    "apps.ray.connection": "in test_engine, on a cluster",
+    "apps.ray.worker": "in test_engine, on a cluster",
+    "routing.kernels.triton_programs": "in test_triton_gpu, which calls them",
+}
+
+
+def test_every_module_has_a_test_file_of_its_name_in_the_folder_of_its_name():
+    wanted = {
+        ROOT / "tests" / path.relative_to(SOURCE).with_name(f"test_{path.name}"): module
+        for module, path in MODULES.items()
+        if any(isinstance(n, Function) and n.name[0] != "_" for n in tree_of(module).body)
+        and path.stem not in ("__init__", "__main__")
+    }
+    missing = {module for path, module in wanted.items() if not path.is_file()}
+    assert missing == set(TESTED_ELSEWHERE), "see TESTED_ELSEWHERE"
 
 
 def test_the_search_for_imports_sees_those_inside_functions():

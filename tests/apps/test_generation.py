@@ -1,3 +1,7 @@
+"""Generation through routed models, against one token at a time."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 from rich.color import Color, ColorSystem

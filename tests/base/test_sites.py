@@ -1,3 +1,7 @@
+"""Sites: the linear layers that experts act at."""
+
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import nn

@@ -1,3 +1,7 @@
+"""Evaluation: examples drawn, scored and written down."""
+
+from __future__ import annotations
+
 import json
 import math
 from dataclasses import replace

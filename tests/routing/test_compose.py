@@ -1,3 +1,7 @@
+"""Composed models: every layer is the mixture of the method, and the base comes back."""
+
+from __future__ import annotations
+
 import copy
 import io
 from dataclasses import replace
@@ -13,7 +17,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.kernels.choice import KERNELS
-from phatgoose.routing.recording import record
 from phatgoose.routing.stacks.site_stack import stack_of
 from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model
 
@@ -332,12 +335,6 @@ def test_composing_twice_is_refused(llama, llama_pool):
     compose(llama_pool, llama)
     with pytest.raises(RoutingError, match="routed already"):
         compose(llama_pool, llama)
-
-
-@pytest.mark.parametrize("wants_routed", [detach, composition_of, lambda m: record(m).__enter__()])
-def test_a_plain_model_is_not_routed(llama, wants_routed):
-    with pytest.raises(RoutingError, match="not routed"):
-        wants_routed(llama.model)
 
 
 def test_another_base_of_the_same_shape_is_refused(llama_pool):

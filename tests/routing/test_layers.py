@@ -20,7 +20,7 @@ from phatgoose.errors import ExpertError, PoolError
 from phatgoose.evaluation.comparison.methods import lacking
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.composition import announcing, composition_of
+from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.load import load
@@ -87,16 +87,6 @@ def test_every_router_but_arrow_routes_a_mixed_pool(llama, llama_mixed, router, 
     assert torch.equal(logits_of(llama.model, ids), plain)
     loaded = of_task(load(tmp_path / "routed", llama), "second")
     assert_same_logits(logits_of(loaded, ids), got)
-
-
-def test_random_routing_starts_anew_for_each_task(llama, llama_mixed):
-    pool = llama_mixed.select(["ia32", "bottleneck3", "biased1"])
-    model, ids, got = compose(pool, llama, router="random", k=1), make_ids(), []
-    for _ in range(2):
-        with announcing(model, "task", []):
-            got.append(logits_of(model, ids))
-    assert torch.equal(*got)
-    assert not torch.equal(logits_of(model, ids), got[0])
 
 
 def test_a_loaded_mixed_model_has_the_same_tensors(llama, llama_mixed, tmp_path):

@@ -67,3 +67,17 @@ def bottleneck_arguments(seed: int, tokens: int, experts: int, k: int, m: int, d
     activations = torch.randint(0, len(ACTIVATIONS), (experts,), generator=generator)
     tensors = (normal(experts, m, d), normal(experts, m), normal(experts, m, d))
     return (normal(tokens, d), chosen, weights, *tensors, normal(experts, d), activations)
+
+
+ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4}  # in units of the dtype's eps
+
+
+def magnitudes(x: Tensor) -> Tensor:
+    """What sums of these come to without cancellation: roundings are relative to that."""
+    return x.double().abs()
+
+
+def assert_close(got: Tensor, wanted: Tensor, size: Tensor, dtype: torch.dtype) -> None:
+    assert got.shape == wanted.shape
+    eps = torch.finfo(dtype).eps * ROUNDINGS[dtype]
+    assert ((got.double() - wanted).abs() <= eps * size).all()

@@ -1,3 +1,7 @@
+"""Gates: trained after an expert, and nothing else with them."""
+
+from __future__ import annotations
+
 from contextlib import suppress
 from dataclasses import replace
 

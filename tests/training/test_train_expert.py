@@ -1,3 +1,7 @@
+"""Experts: trained, interrupted and resumed to the same bits."""
+
+from __future__ import annotations
+
 import logging
 import signal
 from dataclasses import replace
@@ -10,22 +14,18 @@ from forked import forked, kill_self, needs_fork
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting
-from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError, TaskError
-from phatgoose.experts.expert import Expert
+from phatgoose.errors import ExpertError, PhatgooseError, PoolError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training import train_expert as training_module
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
-    GATES,
     LORA,
     PASS,
     TASK,
     TRAINING,
     assert_same_expert,
-    interrupt,
     interrupted,
     on_call,
     spying_on_fit,
@@ -63,13 +63,6 @@ def test_peft_loads_the_expert_and_computes_as_the_trained_model_did(base, tmp_p
     assert_same_logits(logits_of(peft_model(base, expert.directory), ids), seen[0])
 
 
-@pytest.fixture(scope="module")
-def whole(base_folders, tmp_path_factory) -> Expert:
-    """The expert of an uninterrupted training of the tiny Llama."""
-    base = load_base(base_folders["llama"], dtype="float32")
-    return train(base, tmp_path_factory.mktemp("whole") / "whole")
-
-
 def test_a_finished_expert_is_complete_and_leaves_no_work_behind(llama, tmp_path):
     expert = train(llama, tmp_path / "echo")
     assert expert.lora.keys() == expert.gates.keys() == expert.means.keys()
@@ -96,16 +89,6 @@ def test_training_lowers_the_loss(llama, tmp_path):
     before = target_nll(llama.model, llama, TASK.train).mean()
     after = target_nll(peft_model(llama, expert.directory), llama, TASK.train).mean()
     assert after < 0.5 * before
-
-
-def test_a_base_is_as_it_was_after_training(base, tmp_path):
-    weights = {key: value.clone() for key, value in base.model.state_dict().items()}
-    modules, attributes = dict(base.model.named_modules()), set(vars(base.model))
-    train(base, tmp_path / "first", Task("other", words("x", "y", "z")))
-    assert dict(base.model.named_modules()) == modules
-    assert set(vars(base.model)) - attributes <= {"_is_accelerate_prepared"}  # accelerate's mark
-    assert all(torch.equal(base.model.state_dict()[key], weights[key]) for key in weights)
-    assert not base.model.training
 
 
 def test_an_expert_does_not_depend_on_what_its_base_served_before(llama, tmp_path, whole):
@@ -142,23 +125,6 @@ def test_experts_can_act_on_chosen_sites(llama, tmp_path):
     assert expert.gates.keys() == find_sites(llama.model, "self_attn").keys()
 
 
-def test_lora_starts_as_the_method_says(llama, tmp_path, monkeypatch):
-    started = {}
-
-    def start(model, **arguments):
-        named = model.named_parameters()
-        started.update({name: p.detach().clone() for name, p in named if p.requires_grad})
-        raise LookupError
-
-    monkeypatch.setattr(training_module, "fit", start)
-    with pytest.raises(LookupError):
-        train(llama, tmp_path / "echo", peft=replace(LORA, rank=16))
-    A, B = (torch.cat([p.flatten() for n, p in started.items() if f"lora_{s}" in n]) for s in "AB")
-    assert A.std().item() == pytest.approx(0.01, rel=0.05)
-    assert not B.any()
-    assert len(started) == 2 * len(find_sites(llama.model))
-
-
 def test_training_needs_two_examples(llama, tmp_path):
     with pytest.raises(TaskError, match="at least two"):
         train(llama, tmp_path / "echo", Task("tiny", words("a")))
@@ -191,17 +157,6 @@ def test_a_resumed_run_skips_what_is_done(llama, tmp_path, monkeypatch):
     assert not passes
 
 
-def test_a_checkpoint_cut_short_is_dropped(llama, tmp_path, monkeypatch):
-    training = replace(TRAINING, eval_every=1)
-    whole = train(llama, tmp_path / "whole", training=training)
-    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=10, training=training)
-    newest = tmp_path / ".cut.work" / "expert" / "checkpoint-3"
-    (newest / "complete").unlink()
-    (newest / "trainable.safetensors").write_bytes(b"torn")
-    resumed = train(llama, tmp_path / "cut", training=training, resume=True)
-    assert_same_expert(resumed, whole)
-
-
 def test_unfinished_work_is_an_error_unless_resumed_or_restarted(
     llama, tmp_path, monkeypatch, whole
 ):
@@ -212,43 +167,10 @@ def test_unfinished_work_is_an_error_unless_resumed_or_restarted(
     assert_same_expert(train(llama, tmp_path / "cut", restart=True), whole)
 
 
-@pytest.mark.parametrize(
-    "other",
-    [
-        {"peft": replace(LORA, rank=3)},
-        {"training": replace(TRAINING, learning_rate=0.5)},
-        {"gate_training": replace(GATES, gate_steps=3)},
-        {"task": replace(TASK, train=words("quite", "other", "data"))},
-    ],
-    ids=["lora", "training", "gates", "data"],
-)
-def test_work_with_other_settings_or_data_is_not_resumed(llama, tmp_path, monkeypatch, other):
-    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
-    with pytest.raises(ConfigError, match="other settings, data or another base"):
-        train(llama, tmp_path / "cut", resume=True, **other)
-
-
-def test_work_on_another_base_is_not_resumed(llama, base_folders, tmp_path, monkeypatch):
-    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
-    with pytest.raises(ConfigError, match="another base"):
-        train(load_base(base_folders["qwen2"], dtype="float32"), tmp_path / "cut", resume=True)
-
-
 def test_restarting_with_other_settings_uses_them(llama, tmp_path, monkeypatch):
     interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
     expert = train(llama, tmp_path / "cut", peft=replace(LORA, rank=3), restart=True)
     assert {lora.A.shape[0] for lora in expert.lora.values()} == {3}
-
-
-def test_resuming_a_finished_run_loads_it(llama, monkeypatch, whole):
-    monkeypatch.setattr(*on_call(PASS, 1, interrupt))
-    assert_same_expert(train(llama, whole.directory, resume=True), whole)
-
-
-def test_an_existing_place_is_refused(llama, tmp_path):
-    (tmp_path / "echo").mkdir()
-    with pytest.raises(ExpertError, match="exists already"):
-        train(llama, tmp_path / "echo")
 
 
 def test_resuming_without_any_work_starts_it(llama, tmp_path, whole):

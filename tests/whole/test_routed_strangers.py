@@ -15,7 +15,6 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,18 +33,16 @@ from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
 from phatgoose.apps.cli import main
 from phatgoose.base.loading import Base, load_base
-from phatgoose.base.sites import find_sites
 from phatgoose.config import Routing
 from phatgoose.errors import PhatgooseError, RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import detach, routed_layer, stack_at
-from phatgoose.routing.composition import Composition, composition_of
+from phatgoose.routing.compose import detach
+from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.routers.per_input.oracle import TaskTable
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
 from phatgoose.routing.saved.tensors import read_saved
-from phatgoose.routing.stacks.site_stack import SiteStack
 from routed_models import SCORES, with_embeddings
 from tiny import VOCABULARY, logits_of, make_ids, write_expert
 from toy_embedders import use_toy_embedder
@@ -455,32 +452,6 @@ def test_a_link_out_of_the_folder_is_refused_unread(folder, bases, file):
     (folder / file).rename(folder.parent / file)
     (folder / file).symlink_to(folder.parent / file)
     assert f"{file} is a symbolic link that leads out" in complaint(folder, bases["float32"])
-
-
-STACKS: dict[str, Callable[[SiteStack, Tensor], tuple[SiteStack, Tensor | None]]] = {
-    "A narrowed": lambda s, v: (replace(s, lora=replace(s.lora, A=s.lora.A[..., :5])), v),
-    "B of another rank": lambda s, v: (replace(s, lora=replace(s.lora, B=s.lora.B[:, :1])), v),
-    "B widened": lambda s, v: (replace(s, lora=replace(s.lora, B=s.lora.B.repeat(1, 1, 9))), v),
-    "experts of another pool": lambda s, v: (replace(s, experts=s.experts + 1), v),
-    "fewer experts": lambda s, v: (replace(s, experts=s.experts[:1]), v),
-    "fewer vectors": lambda s, v: (s, v[:-1]),
-    "no vectors": lambda s, v: (s, None),
-    "nobody": lambda s, v: (SiteStack(s.experts), v),
-}
-
-
-@pytest.mark.parametrize("how", STACKS)
-def test_what_is_stacked_in_memory_is_checked_too(bases, llama_pool, how):
-    model = copy.deepcopy(bases["float32"].model)
-    site = next(iter(find_sites(model).values()))
-    layer, stack = model.get_submodule(site.name), stack_at(model, site.name, llama_pool)
-    parts = Composition(llama_pool.base, None, llama_pool.names, [], Routing())
-    vectors = parts.router.state_at(llama_pool, site.name)["vectors"]
-    assert routed_layer(layer, site, stack, {"vectors": vectors}, parts)
-    changed, others = STACKS[how](stack, vectors)
-    state = {} if others is None else {"vectors": others}
-    with pytest.raises(RoutingError, match=f"Experts at {site.name}"):
-        routed_layer(layer, site, changed, state, parts)
 
 
 @pytest.mark.parametrize("command", ["add", "remove", "compact"])

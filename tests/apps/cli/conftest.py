@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
+from collections.abc import Callable
+from dataclasses import astuple
 from pathlib import Path
 
 import pytest
 
-from command_line import FLAGS, open_row, review, write_rows
+from command_line import FLAGS, open_row, review, run, write_rows
 from phatgoose.apps.cli import main
+from phatgoose.experts.pool import Pool
+from routed_models import SCORES
 from tiny import make_model, make_tokenizer
 
 
@@ -37,3 +42,20 @@ def here(workshop: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     folder = shutil.copytree(workshop, tmp_path / "here")
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """`told(*arguments)`: the exit status of the command, and what it prints to either stream."""
+    return lambda *arguments: astuple(run(capsys, *arguments))
+
+
+@pytest.fixture
+def analysed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_pool: Pool) -> Path:
+    """The pool's folder; the current one has two task files, and scores of the experts."""
+    for name in ("first", "second"):
+        rows = [review(i, input=f"{name} {i} is") for i in range(4)]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    (tmp_path / "scores.json").write_text(json.dumps({"experts": SCORES}))
+    monkeypatch.chdir(tmp_path)
+    return llama_pool.experts[0].directory.parent

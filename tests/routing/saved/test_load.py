@@ -1,3 +1,7 @@
+"""Routed models come back from their folder as they were saved, or are refused."""
+
+from __future__ import annotations
+
 from dataclasses import replace
 from pathlib import Path
 

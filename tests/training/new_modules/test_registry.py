@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
-from phatgoose.config import IA3, KIND_NAMES, PEFT_KINDS, Bottleneck, GateTraining, Peft
-from phatgoose.errors import ConfigError
+from phatgoose.config import IA3, KIND_NAMES, PEFT_KINDS, GateTraining, Peft
 from phatgoose.experts.adapter import KINDS
 from phatgoose.experts.applied import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert, check_expert
@@ -86,23 +85,6 @@ def test_experts_act_where_the_papers_put_them(base, kind, shape):
         last = {"llama": "down_proj", "qwen2": "down_proj", "gpt2": "mlp.c_proj", "t5": "wo"}[kind]
         inputs = scales_input(base.model, IA3(), sites)
         assert inputs == {site for site in sites if site.endswith(f".{last}")}
-
-
-def test_sites_can_be_chosen_and_unknown_models_must_have_them_chosen(llama):
-    queries = IA3(sites="q_proj", feedforward="layers.1")
-    sites = placed_sites(llama.model, queries)
-    assert set(sites) == {f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)}
-    assert scales_input(llama.model, queries, sites) == {"model.layers.1.self_attn.q_proj"}
-    gates = Bottleneck(sites="gate_proj", size=2)
-    assert {site.rpartition(".")[2] for site in placed_sites(llama.model, gates)} == {"gate_proj"}
-    with pytest.raises(ConfigError, match="feedforward is"):
-        scales_input(llama.model, IA3(feedforward="("), sites)
-    llama.model.config.model_type = "new"
-    with pytest.raises(ConfigError, match="of type new isn't known to PEFT"):
-        placed_sites(llama.model, IA3())
-    llama.model.model.layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 4)) for _ in range(2))
-    with pytest.raises(ConfigError, match="isn't known; name the layers with sites"):
-        placed_sites(llama.model, Bottleneck())
 
 
 @each_shape

@@ -1,0 +1,52 @@
+"""Errors in OpenAI's form, and the schema that describes them."""
+
+from __future__ import annotations
+
+import pytest
+from fastapi import FastAPI, HTTPException
+from starlette.testclient import TestClient
+
+import serving  # noqa: F401  skips where the extra is missing
+from phatgoose.apps.server.api.openapi import body_of, install_errors, responses_of, streamed
+from phatgoose.apps.server.api.request_schema import ChatRequest
+
+
+@pytest.fixture
+def client():
+    app = FastAPI()
+    install_errors(app)
+
+    @app.get("/busy", responses=responses_of(429))
+    def busy() -> None:
+        raise HTTPException(429, "Later.", {"Retry-After": "3"})
+
+    @app.get("/broken")
+    def broken() -> None:
+        raise ValueError("a secret")
+
+    @app.post("/chat", responses=streamed(400), openapi_extra=body_of(ChatRequest))
+    def chat() -> None: ...
+
+    return TestClient(app, raise_server_exceptions=False)
+
+
+def test_every_error_has_openais_form_and_tells_nothing_of_the_inside(client):
+    busy, broken, missing = (client.get(path) for path in ("/busy", "/broken", "/nothing"))
+    assert (busy.status_code, busy.headers["retry-after"]) == (429, "3")
+    assert busy.json()["error"]["message"] == "Later."
+    assert (broken.status_code, missing.status_code) == (500, 404)
+    assert "secret" not in broken.text
+    assert set(missing.json()["error"]) == set(busy.json()["error"])
+
+
+def test_the_schema_has_the_bodies_and_errors_of_routes_and_none_of_fastapis_own(client):
+    schema = client.get("/openapi.json").json()
+    assert "Retry-After" in schema["paths"]["/busy"]["get"]["responses"]["429"]["headers"]
+    chat = schema["paths"]["/chat"]["post"]
+    assert chat["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith(
+        "ChatRequest"
+    )
+    assert "text/event-stream" in chat["responses"]["200"]["content"]
+    assert "ChatRequest" in schema["components"]["schemas"]
+    assert "HTTPValidationError" not in schema["components"]["schemas"]
+    assert "422" not in chat["responses"]

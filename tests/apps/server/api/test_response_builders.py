@@ -1,0 +1,49 @@
+"""Progress of answers, put into whole responses and chunks."""
+
+from __future__ import annotations
+
+import pytest
+
+from phatgoose.apps.server.api.request_preparation import PreparedRequest, RequestPreparer
+from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
+from phatgoose.apps.server.api.response_builders import builder_of
+from phatgoose.apps.server.engine.model_runner import ModelRunner
+from phatgoose.apps.server.engine.sequences import Progress
+from phatgoose.config import Serving
+from serving import CHAT_TEMPLATE
+
+PROGRESS = [
+    Progress(0, "one ", (), (), None, 1),
+    Progress(0, "two", (), (), "stop", 2),
+]
+
+
+@pytest.fixture
+def prepared(llama):
+    llama.tokenizer.chat_template = CHAT_TEMPLATE
+    preparer = RequestPreparer(ModelRunner(llama.model, llama.tokenizer), Serving())
+
+    def prepare(request) -> PreparedRequest:
+        return preparer.prepare(request)
+
+    return prepare
+
+
+def test_a_completion_is_its_pieces_joined(prepared):
+    request = prepared(CompletionRequest(model="goose", prompt="ab", max_tokens=4))
+    reply = builder_of(request).whole([PROGRESS]).model_dump()
+    (choice,) = reply["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("one two", "stop")
+    assert reply["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+    assert reply["id"].startswith("cmpl-")
+
+
+def test_a_chat_is_streamed_in_chunks_that_end_with_a_count(prepared):
+    messages = [{"role": "user", "content": "ab"}]
+    builder = builder_of(prepared(ChatRequest(model="goose", messages=messages, max_tokens=4)))
+    chunks = [*builder.opening(), *map(builder.chunk, PROGRESS)]
+    deltas = [choice.delta.content or "" for chunk in chunks for choice in chunk.choices]
+    assert "".join(deltas) == "one two"
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    assert {chunk.id for chunk in chunks} == {builder.closing().id}
+    assert builder.closing().usage.completion_tokens == 2

@@ -1,0 +1,65 @@
+"""Models opened from any place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from phatgoose.base.loading import load_base
+from phatgoose.config import Routing
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.open_model import is_pool, is_routed, loaded_base, open_model
+from phatgoose.routing.saved.save import save
+from tiny import logits_of, make_ids
+
+
+@pytest.fixture
+def places(llama, llama_pool, tmp_path):
+    """The same pool as a folder, a manifest and a routed model, one expert, and the base."""
+    model = compose(llama_pool, llama, router="arrow")
+    save(model, tmp_path / "routed")
+    wanted = logits_of(model, make_ids())
+    detach(model)
+    llama_pool.write_manifest(tmp_path / "pool.json")
+    expert = llama_pool.experts[0].directory
+    return {
+        "folder": expert.parent,
+        "manifest": tmp_path / "pool.json",
+        "routed": tmp_path / "routed",
+        "expert": expert,
+        "base": llama.id,
+    }, wanted
+
+
+def test_places_are_told_apart(places):
+    where, _ = places
+    assert [name for name, place in where.items() if is_routed(place)] == ["routed"]
+    assert [name for name, place in where.items() if is_pool(place)] == [
+        "folder",
+        "manifest",
+        "expert",
+    ]
+    assert is_pool("hub:me/pool")
+
+
+@pytest.mark.parametrize("name", ["folder", "manifest", "routed"])
+@pytest.mark.parametrize("given", [False, True], ids=["base as named", "base given"])
+def test_a_pool_and_its_routed_model_are_opened_alike(places, llama, name, given):
+    where, wanted = places
+    base = llama if given else None
+    opened = open_model(where[name], base, dtype="float32", routing=Routing("arrow"))
+    assert torch.equal(logits_of(opened.model, make_ids()), wanted)
+    assert opened.tokenizer.eos_token == llama.tokenizer.eos_token
+
+
+def test_a_base_is_opened_alone(places, llama):
+    where, wanted = places
+    got = logits_of(open_model(where["base"], dtype="float32").model, make_ids())
+    assert torch.equal(got, logits_of(llama.model, make_ids()))
+    assert not torch.equal(got, wanted)
+
+
+def test_a_base_that_is_loaded_is_not_loaded_again(llama, llama_pool):
+    assert loaded_base(llama_pool, llama) is llama
+    assert loaded_base(llama_pool, dtype="float32").id == llama_pool.base.id
+    assert load_base(llama.id, dtype="float32").id == loaded_base(llama_pool, llama.id).id

@@ -1,0 +1,56 @@
+"""A run: what it is told by, and what of an earlier one is kept."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from phatgoose.base.loading import load_base
+from phatgoose.errors import ConfigError, ExpertError
+from training_runs import (
+    GATES,
+    LORA,
+    PASS,
+    TASK,
+    TRAINING,
+    assert_same_expert,
+    interrupt,
+    interrupted,
+    on_call,
+    train,
+    words,
+)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"peft": replace(LORA, rank=3)},
+        {"training": replace(TRAINING, learning_rate=0.5)},
+        {"gate_training": replace(GATES, gate_steps=3)},
+        {"task": replace(TASK, train=words("quite", "other", "data"))},
+    ],
+    ids=["lora", "training", "gates", "data"],
+)
+def test_work_with_other_settings_or_data_is_not_resumed(llama, tmp_path, monkeypatch, other):
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
+    with pytest.raises(ConfigError, match="other settings, data or another base"):
+        train(llama, tmp_path / "cut", resume=True, **other)
+
+
+def test_work_on_another_base_is_not_resumed(llama, base_folders, tmp_path, monkeypatch):
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
+    with pytest.raises(ConfigError, match="another base"):
+        train(load_base(base_folders["qwen2"], dtype="float32"), tmp_path / "cut", resume=True)
+
+
+def test_resuming_a_finished_run_loads_it(llama, monkeypatch, whole):
+    monkeypatch.setattr(*on_call(PASS, 1, interrupt))
+    assert_same_expert(train(llama, whole.directory, resume=True), whole)
+
+
+def test_an_existing_place_is_refused(llama, tmp_path):
+    (tmp_path / "echo").mkdir()
+    with pytest.raises(ExpertError, match="exists already"):
+        train(llama, tmp_path / "echo")

@@ -17,3 +17,11 @@ def pytest_configure(config: pytest.Config) -> None:
     workers = getattr(config.option, "numprocesses", None)
     if not workers or hasattr(config, "workerinput"):
         config.pluginmanager.import_plugin("shared_fixtures")
+
+
+LONGEST = ("test_benchmarks.py", "test_smollm2.py", "test_recipes.py", "test_reliability.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files of the longest tests, so that no worker waits for one at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)

@@ -24,7 +24,7 @@ from phatgoose.errors import ConfigError
 
 CONFIGS = (Lora, IA3, Bottleneck, Training, GateTraining, Formatting, Routing, Serving)
 
-PAPER = [  # METHOD sections 3, 4 and 6; paper section 4.1 and the released code
+PAPER = [  # sections 3 and 4.1, and the released code
     (Lora, "rank", 16),
     (Lora, "alpha", 1.0),
     (Lora, "init_std", 0.01),

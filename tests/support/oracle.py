@@ -1,4 +1,4 @@
-"""The routing of section 3 of the paper, written out word by word, in float64 and one token at a time, for comparison.
+"""The routing of the paper's section 3 word by word, in float64, one token at a time: an oracle.
 
 `formula` is the same for all tokens at once, with gradients, where whole models are compared.
 """

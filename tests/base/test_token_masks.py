@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from contextlib import contextmanager
+from inspect import signature
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from transformers import StaticCache
 
 from phatgoose.base.sites import find_sites
 from phatgoose.base.token_masks import real_tokens, token_masks, watch_inputs
-from phatgoose.evaluation.likelihood import _cache_argument
 from tiny import logits_of, make_ids
 
 SITE = "layers.0.self_attn.q_proj"
@@ -73,9 +73,11 @@ def test_a_mask_as_long_as_a_static_cache_begins_at_the_tokens_it_is_about(llama
     cache = StaticCache(config=llama.model.config, max_cache_len=12)
     long = torch.zeros(2, 12, dtype=torch.long)
     long[:, :7], long[:, 7:9] = mask, torch.tensor([[1, 1], [0, 1]])
+    taken = signature(llama.model.forward).parameters
+    name = "cache" if "cache" in taken else "past_key_values"  # as transformers has it
     with seeing(llama.model, SITE) as seen, torch.no_grad():
         for part in (ids, make_ids(rows=2, tokens=2)):
-            llama.model(part, attention_mask=long, **{_cache_argument(llama.model): cache})
+            llama.model(part, attention_mask=long, **{name: cache})
     (_, first), (_, second) = only(seen)
     assert torch.equal(first, mask.bool())
     assert second.tolist() == [[True, True], [False, True]]

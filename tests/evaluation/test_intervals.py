@@ -70,7 +70,7 @@ def test_the_score_is_the_mean_over_the_metrics():
     assert isinstance(sample.score, float)
 
 
-@settings(deadline=None, derandomize=True, max_examples=30)
+@settings(derandomize=True, max_examples=30)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=4, max_size=4), min_size=1, max_size=5))
 @pytest.mark.parametrize("metrics", [["bleu"], ["rouge-l", "bleu"], ["accuracy"]], ids="+".join)
 def test_a_replicate_is_the_score_of_the_examples_drawn(metrics, draws):

@@ -150,7 +150,7 @@ def test_the_card_names_base_and_metrics(original):
     assert "sha256:ab" in card
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=32, max_size=32)
 )

@@ -47,7 +47,7 @@ def resident() -> int:
     return 1024 * int(line.split()[1])
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow])
 @given(tensors)
 def test_every_tensor_is_the_librarys(tmp_path_factory, wanted):
     path = tmp_path_factory.mktemp("files") / "a.safetensors"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from phatgoose.tasks.collating import batches_of_tokens, pad_left, pad_right, position_ids
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 120))
 def test_batches_visit_each_row_once_within_the_budget(lengths, budget):
     batches = list(batches_of_tokens(lengths, budget))

@@ -13,7 +13,7 @@ from phatgoose.tasks.cuts import CUTS, Cut, Cuts, cut_tokens, recorded_share
 TRUNCATIONS = ("middle", "left", "right")
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(0, 40), st.integers(0, 50), st.sampled_from(TRUNCATIONS))
 def test_as_much_is_kept_as_there_is_room_in_order(count, room, truncation):
     left = cut_tokens(range(count), room, truncation)

@@ -259,7 +259,7 @@ def test_line_separators_inside_strings_do_not_end_a_row(tmp_path):
     assert load_task(path).train == (example, example)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(TEXTS, TEXTS, st.lists(TEXTS, max_size=3)), min_size=1, max_size=4))
 def test_any_text_survives_jsonl(tmp_path_factory, rows):
     wanted = [Example(i, t, (t, *more) if more else ()) for i, t, more in rows]

@@ -29,7 +29,7 @@ def as_rows(lengths, batches):
     ]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 300))
 def test_every_text_is_in_one_batch_and_none_exceeds_the_budget(lengths, budget):
     batches = list(packed_batches(lengths, budget))

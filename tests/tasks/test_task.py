@@ -38,7 +38,7 @@ def test_a_made_validation_split_is_a_recorded_tenth():
     assert task.validation_origin == "4 of 40 training examples, seed 3"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(2, 80), st.integers(0, 5))
 def test_a_made_validation_split_takes_from_training_and_loses_nothing(count, seed):
     task = numbered(count)

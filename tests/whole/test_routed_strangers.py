@@ -167,7 +167,6 @@ def change(folder: Path, base: Base, more: Pool) -> None:
 
 @settings(
     max_examples=EXAMPLES,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(

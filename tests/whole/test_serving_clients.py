@@ -228,7 +228,6 @@ def test_nothing_that_the_schema_allows_or_forbids_breaks_the_server(
         )
         @settings(
             max_examples=FUZZ if operation.body else 3,
-            deadline=None,
             database=None,
             derandomize=True,
             suppress_health_check=list(HealthCheck),

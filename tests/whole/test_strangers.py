@@ -37,7 +37,6 @@ DAMAGES = damages(JSON_FILES, TENSOR_FILES, (LAYOUT.card,))
 
 @settings(
     max_examples=EXAMPLES,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(DAMAGES, st.booleans(), st.sampled_from(KINDS))

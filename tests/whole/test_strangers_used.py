@@ -97,7 +97,6 @@ def run(pool: Pool, base: Base, place: Path) -> None:
 
 @settings(
     max_examples=EXAMPLES,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(damages(JSON_FILES, TENSOR_FILES, (LAYOUT.card,)), st.booleans(), st.sampled_from(KINDS))

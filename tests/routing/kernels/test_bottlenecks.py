@@ -24,7 +24,7 @@ from phatgoose.routing.kernels.bottlenecks import (
     d=st.integers(1, 9),
     data=st.data(),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_bottleneck_bodies_have_the_values_and_gradients_of_the_loop(
     seed, tokens, experts, m, d, data
 ):

@@ -197,7 +197,7 @@ def test_threads_share_out_columns_without_a_gap(threads, sizes):
 
 @needs_native
 @pytest.mark.parametrize("router", [ScoredRouter, ArrowRouter])
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     T=st.integers(0, 9),
     E=st.integers(1, 40),

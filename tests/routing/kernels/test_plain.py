@@ -46,7 +46,7 @@ problems = st.integers(1, 5).flatmap(
 
 
 @pytest.mark.parametrize("name", ON_CPUS)
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(problem=problems)
 def test_every_kernel_equals_the_reference_in_values_and_gradients(name, problem):
     assert_equals_reference(problem, name)

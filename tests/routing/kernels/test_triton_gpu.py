@@ -76,7 +76,7 @@ problems = st.integers(1, 5).flatmap(
 
 @needs_triton
 @each_body
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(problem=problems)
 def test_both_bodies_equal_the_reference(body, problem):
     assert_equals_reference(problem, body)
@@ -147,7 +147,7 @@ def test_few_tokens_go_one_by_one_and_many_in_blocks(tokens, wanted, monkeypatch
 
 @needs_triton
 @pytest.mark.parametrize("router", [ScoredRouter, ArrowRouter])
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(
     T=st.integers(0, 20),
     E=st.integers(1, 70),

@@ -58,7 +58,7 @@ def flat(pool: Pool) -> Pool:
     return Pool(tuple(replace(e, gates=zeros(e.gates), means=zeros(e.means)) for e in pool.experts))
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(st.data(), st.integers(1, 70), st.integers(1, 4))
 def test_the_highest_of_each_row_are_found_first_of_equals_first(data, E, T):
     k = data.draw(st.integers(1, E))
@@ -75,7 +75,7 @@ def test_what_is_not_a_number_is_chosen_once():
 
 
 @each_router
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     kinds=st.lists(st.integers(0, 7), min_size=1, max_size=12),
     k=st.integers(1, 5),

@@ -18,7 +18,7 @@ def test_what_is_in_one_file_is_mapped_and_not_copied(llama, packed):
     }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32), st.floats(1e-6, 1e6))
 def test_int8_is_off_by_half_a_step_at_most(seed, size):
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ from phatgoose.routing.stacks.site_stack import stack_modules
 
 
 @given(seed=st.integers(0, 1000), tokens=st.integers(1, 5))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_any_stack_of_modules_is_their_sum(seed, tokens):
     generator = torch.Generator().manual_seed(seed)
 

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +15,14 @@ import pytest
 from p3_records import P3, RECORDS, needs_p3
 from phatgoose.errors import TaskError
 from phatgoose.evaluation.metrics import METRICS
+from phatgoose.files.strict_toml import read_toml
 from phatgoose.tasks.suites import p3, t0
 from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.suites.p3 import P3Dataset
 from phatgoose.tasks.suites.t0 import t0_held_in, t0_held_out
 from phatgoose.tasks.task import Example
+
+TABLES = read_toml(Path(t0.__file__).with_suffix(".toml"), "Suite", TaskError)
 
 # name, micro-batch, most new tokens (None where answers are ranked): the released code's table
 HELD_IN = """
@@ -131,7 +136,7 @@ def test_training_examples_are_rows_times_templates_up_to_the_limit():
 
 
 def test_selection_splits_and_limits():
-    datasets = {table["name"]: table for table in t0._tables()["held_in"]}
+    datasets = {table["name"]: table for table in TABLES["held_in"]}
     splits = {name: table.get("validation", "validation") for name, table in datasets.items()}
     tests = {"ag_news", "amazon_polarity", "yelp_review_full", "trec", "imdb", "dbpedia_14"}
     assert {name for name, split in splits.items() if split == "test"} == tests
@@ -141,7 +146,7 @@ def test_selection_splits_and_limits():
         10_000: 7,
         500_000: 1,
     }
-    assert all("/" in table["hub"] for tables in t0._tables().values() for table in tables)
+    assert all("/" in table["hub"] for tables in TABLES.values() for table in tables)
     generated = {name for name, table in datasets.items() if "metrics" in table}
     assert {name for name, table in datasets.items() if "references" in table} == generated
 
@@ -378,7 +383,7 @@ def test_held_out_tasks_have_every_row_in_every_original_template(written, serve
 
 
 def test_copa_leaves_four_templates_out(written, served):
-    names = [name for table in t0._tables()["held_out"] for name in table.get("ignored", ())]
+    names = [name for table in TABLES["held_out"] for name in table.get("ignored", ())]
     assert len(names) == 4
     jinja = "{{premise}} ||| {{answer_choices[label]}}"
     choices = "{{choice1}} ||| {{choice2}}"
@@ -539,7 +544,7 @@ def records_of(table):
 
 @pytest.mark.real
 @needs_p3
-@pytest.mark.parametrize("table", t0._tables()["held_in"], ids=lambda table: table["name"])
+@pytest.mark.parametrize("table", TABLES["held_in"], ids=lambda table: table["name"])
 def test_real_held_in_tasks(table, monkeypatch):
     rows = [records_of(table)] * 10_013
     monkeypatch.setattr(
@@ -551,7 +556,9 @@ def test_real_held_in_tasks(table, monkeypatch):
     for example in task.validation:
         assert bool(example.choices) == (task.metrics == ("accuracy",))
         assert example.answers
-    templates = t0._HeldIn(**t0._tupled(table)).prompt_templates(Sources(templates=P3))
+    fields = ("name", "hub", "config", "ignored", "prompt", "prompt_choices")
+    dataset = P3Dataset(**{key: table[key] for key in fields if key in table})
+    templates = dataset.prompt_templates(Sources(templates=P3))
     assert len(templates) == table["train_templates"]
     assert 0 < len(task.train) <= 13 * len(templates)
 
@@ -560,7 +567,7 @@ def test_real_held_in_tasks(table, monkeypatch):
 @needs_p3
 @pytest.mark.parametrize("name", HELD_OUT.split())
 def test_real_held_out_tasks(name, monkeypatch, tmp_path):
-    table = {table["name"]: table for table in t0._tables()["held_out"]}[name]
+    table = {table["name"]: table for table in TABLES["held_out"]}[name]
     monkeypatch.setattr(p3, "read_rows", lambda *request: [records_of(table)])
     task = read(name, Sources(data=tmp_path, templates=P3))
     counts = dict(zip(HELD_OUT.split(), (10, 4, 8, 10, 5, 15, 5, 15, 15, 15, 10), strict=True))

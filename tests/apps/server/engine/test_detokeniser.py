@@ -10,7 +10,7 @@ from phatgoose.apps.server.engine.detokeniser import Detokeniser, earliest, held
 
 
 @given(st.text(max_size=30), st.text(max_size=10))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_pieces_make_the_text_that_all_tokens_make(text, before):
     tokenizer = TOKENIZER
     given_before = tokenizer(before)["input_ids"]

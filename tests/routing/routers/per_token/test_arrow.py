@@ -58,7 +58,7 @@ shapes = st.builds(
 # The vectors
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=150, derandomize=True)
 @given(lora=shapes, dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_the_vector_is_the_first_right_singular_one_of_the_product(lora, dtype):
     lora = LoraFactors(lora.A.to(dtype), lora.B.to(dtype), lora.scale)
@@ -100,7 +100,7 @@ def peft_layer(experts: int, n: int, k: int = 2, seed: int = 0) -> ArrowLoraLine
     return ArrowLoraLinearLayer(n, config)
 
 
-@settings(max_examples=50, deadline=None, derandomize=True)
+@settings(max_examples=50, derandomize=True)
 @given(lora=shapes, seed=st.integers(0, 99), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
 def test_the_variant_of_peft_is_that_of_peft(lora, seed, dtype):
     A, B = lora.A.to(dtype), lora.B.to(dtype)
@@ -283,7 +283,7 @@ def test_no_kernel_changes_the_form_of_mttl(llama, llama_pool, kernel):
     assert torch.equal(logits_of(model, ids), wanted)
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     size=st.builds(
         SimpleNamespace,

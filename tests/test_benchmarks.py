@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 from collections.abc import Callable
 
 import pytest
@@ -33,8 +34,14 @@ FLOORLESS = ("memory", "packed")
 
 
 @pytest.fixture
-def run(capsys) -> Callable[..., Outcome]:
-    """`run(*arguments)`: what the program prints and answers."""
+def run(capsys, monkeypatch) -> Callable[..., Outcome]:
+    """`run(*arguments)`: what the program prints and answers.
+
+    Memory is measured in forks of this process; for numbers that count, they begin afresh.
+    """
+    monkeypatch.syspath_prepend(str(RUN.parent))
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr("measuring._forkserver", lambda: fork)
 
     def program(*arguments: object) -> Outcome:
         code = run_program(RUN, "--threads", 1, *arguments)
@@ -44,6 +51,7 @@ def run(capsys) -> Callable[..., Outcome]:
     return program
 
 
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_every_row_is_measured_told_and_written_down(run, tmp_path):
     # One test, not five on a shared run: each of xdist's workers would do that run anew.
     done = run("--smoke", "--rounds", 1, "--pools", tmp_path / "pools", "--out", tmp_path)

@@ -88,6 +88,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body needs not wait until its headers are acknowledged
 
     def __init__(self, hub: FakeHub, *given: Any) -> None:
         self.hub = hub

@@ -6,6 +6,7 @@ import copy
 import json
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -92,6 +93,16 @@ def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
                 parameter.normal_(std=0.2)
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+@cache
+def _made(kind: str) -> PreTrainedModel:
+    return make_model(kind)
+
+
+def copied_model(kind: str) -> PreTrainedModel:
+    """What `make_model` makes, copied: half the work."""
+    return copy.deepcopy(_made(kind))
 
 
 def make_adapter(

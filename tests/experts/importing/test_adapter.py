@@ -26,6 +26,7 @@ from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training.gates import train_gates
 from tiny import (
+    copied_model,
     logits_of,
     make_ids,
     make_model,
@@ -54,9 +55,9 @@ def outcome_of(case: Case, kind: str, base_folder: Path, folder: Path) -> tuple[
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", message=".*lora_bias")  # of layers that have no bias
-        wanted = logits_of(PeftModel.from_pretrained(make_model(kind), adapter), ids)
+        wanted = logits_of(PeftModel.from_pretrained(copied_model(kind), adapter), ids)
         warnings.filterwarnings("ignore", message=".*taking .* on trust")
-        routed = compose(Pool((expert,)), make_model(kind), router="single", k=1)
+        routed = compose(Pool((expert,)), copied_model(kind), router="single", k=1)
     lossy = case.allow_loss is not None
     difference = (logits_of(routed, ids) - wanted).abs().max() / wanted.abs().max()
     assert difference <= (LOSSY_TOLERANCE if lossy else TOLERANCE), f"{case.name} on {kind}"

@@ -87,12 +87,20 @@ def llama(loaded_bases: dict[str, Base]) -> Base:
 
 @pytest.fixture(scope="session")
 def _converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds the embedded base where its packages are there: converted once a run."""
+    """A cache that holds the embedded base where its packages are there: converted once a run.
+
+    transformers reads the whole file three times, and makes the table of names for each layer.
+    """
     own = tmp_path_factory.getbasetemp()
     cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "converted"
     cache.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch, FileLock(cache / "lock"):
         patch.setenv("XDG_CACHE_HOME", str(cache))
+        with suppress(ImportError):
+            import gguf
+
+            for name in ("GGUFReader", "get_tensor_name_map"):
+                patch.setattr(gguf, name, lru_cache(1)(getattr(gguf, name)))
         with suppress(BaseModelError):
             smollm2_folder()
     return cache

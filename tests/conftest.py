@@ -7,10 +7,11 @@ import os
 
 import pytest
 
-# All three are read on import, the first when torch imports triton.
+# All are read on import, the first when torch imports triton.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
+os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # a pool of threads for each tiny base
 
 gc.set_threshold(50_000, 20, 20)  # what is imported and collected is no garbage
 

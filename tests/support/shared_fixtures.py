@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import os
 import shutil
@@ -20,6 +19,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from command_line import Outcome, open_row, review, run, write_rows
+from copies import Original
 from fake_hub import FakeHub, serving_hub, use_hub
 from growth_cases import uneven_pool
 from links import KEPT
@@ -73,16 +73,22 @@ def loaded_bases(base_folders: dict[str, Path]) -> dict[str, Base]:
     return {kind: load_base(folder, dtype="float32") for kind, folder in base_folders.items()}
 
 
+@pytest.fixture(scope="session")
+def originals(loaded_bases: dict[str, Base]) -> dict[str, Original[Base]]:
+    """Each kind of base, to be copied."""
+    return {kind: Original(base) for kind, base in loaded_bases.items()}
+
+
 @pytest.fixture
-def base(kind: str, loaded_bases: dict[str, Base]) -> Base:
+def base(kind: str, originals: dict[str, Original[Base]]) -> Base:
     """A fresh base of the current kind, float32."""
-    return copy.deepcopy(loaded_bases[kind])
+    return originals[kind].copied()
 
 
 @pytest.fixture
-def llama(loaded_bases: dict[str, Base]) -> Base:
+def llama(originals: dict[str, Original[Base]]) -> Base:
     """A fresh tiny Llama, float32, for tests that need one base only."""
-    return copy.deepcopy(loaded_bases["llama"])
+    return originals["llama"].copied()
 
 
 @pytest.fixture(scope="session")

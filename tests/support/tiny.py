@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import warnings
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
+from copies import Original
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
@@ -96,13 +96,13 @@ def make_model(kind: str, seed: int = 0) -> PreTrainedModel:
 
 
 @cache
-def _made(kind: str) -> PreTrainedModel:
-    return make_model(kind)
+def _made(kind: str) -> Original[PreTrainedModel]:
+    return Original(make_model(kind))
 
 
 def copied_model(kind: str) -> PreTrainedModel:
-    """What `make_model` makes, copied: half the work."""
-    return copy.deepcopy(_made(kind))
+    """What `make_model` makes, copied: a fifth of the work."""
+    return _made(kind).copied()
 
 
 def make_adapter(
@@ -167,11 +167,11 @@ def _written_by_peft(base: Base, folder: Path, rank: int, options: dict[str, obj
 def _fresh(base: str, dtype: str) -> PreTrainedModel:
     """A model of one's own: a copy of one that was loaded, which is far quicker than loading."""
     if (base, dtype) not in LOADED:
-        LOADED[base, dtype] = load_base(base, dtype=dtype).model
-    return copy.deepcopy(LOADED[base, dtype])
+        LOADED[base, dtype] = Original(load_base(base, dtype=dtype).model)
+    return LOADED[base, dtype].copied()
 
 
-LOADED: dict[tuple[str, str], PreTrainedModel] = {}
+LOADED: dict[tuple[str, str], Original[PreTrainedModel]] = {}
 
 
 def write_expert(

@@ -18,10 +18,14 @@ Result = TypeVar("Result")
 def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`function` of every item, in order, computed in as many threads as torch has.
 
-    At most that many results wait to be taken, which bounds the memory. The first error, in the
-    order of items, is raised in its place; no further item is started.
+    At most that many results wait to be taken, which bounds the memory. With one thread each is
+    computed when it is taken: handing it over takes longer than a small one. The first error, in
+    the order of items, is raised in its place; no further item is started.
     """
     threads = torch.get_num_threads()
+    if threads == 1:
+        yield from map(function, items)
+        return
     waiting: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(threads) as workers:
         try:

@@ -161,17 +161,15 @@ def _corpus_bleu(counts: Array, n: Array | int) -> Array:
     such as answers of up to three words, scores 0 even where they are right. Examples are counted
     a whole number of times; a fraction raises EvaluationError.
     """
-    whole = np.rint(counts).astype(np.int64)
-    if not np.array_equal(whole, counts):
+    if not np.array_equal(np.rint(counts), counts):
         raise EvaluationError("BLEU needs whole counts: weigh examples by whole numbers, float64.")
-    scores = [_bleu_of(row) / 100 for row in whole.reshape(-1, whole.shape[-1]).tolist()]
-    return np.minimum(1.0, scores).reshape(whole.shape[:-1])  # exp(log(100)) is 100.00000000000004
-
-
-def _bleu_of(counts: list[int]) -> float:
-    *ngrams, sys_len, ref_len = counts
-    matches, totals = ngrams[:MAX_NGRAM_ORDER], ngrams[MAX_NGRAM_ORDER:]
-    return BLEU.compute_bleu(matches, totals, sys_len, ref_len, smooth_method="exp").score
+    ngrams, sys_len, ref_len = counts[..., :-2], counts[..., -2], counts[..., -1]
+    matches, totals = ngrams[..., :MAX_NGRAM_ORDER], ngrams[..., MAX_NGRAM_ORDER:]
+    halved = 0.5 ** (matches == 0).cumsum(axis=-1)  # the k-th order without a match has 1/2^k
+    precisions = np.where(matches > 0, matches, halved) / np.maximum(totals, 1)
+    brevity = np.exp(np.minimum(0, 1 - ref_len / np.maximum(sys_len, 1)))
+    scores = brevity * np.exp(np.log(precisions).mean(axis=-1))
+    return np.where(matches.any(axis=-1) & totals.all(axis=-1), scores, 0.0)
 
 
 METRICS: dict[str, Metric] = {

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ast
 import hashlib
 from collections.abc import Iterator
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 
 from ... import __version__
@@ -33,7 +34,9 @@ def code_version() -> str:
     They are the statements at the top of the scoring modules and of every module that these
     import, without imports of our own and `__all__`, each once and in no order.
     """
-    definitions = {text for module in _imported_by(SCORING) for text in _definitions(module)}
+    definitions = {
+        text for module in _imported_by(SCORING) for text in _contents(module).definitions
+    }
     digest = hashlib.sha256()
     for definition in sorted(definitions):
         digest.update(definition.encode())
@@ -56,19 +59,38 @@ def _imports(module: str) -> Iterator[str]:
     package = module.split(".")
     if _file(module).name != "__init__.py":
         package = package[:-1]
-    for node in ast.walk(_tree(module)):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            above = package[: len(package) - node.level + 1]
-            origin = ".".join([*above, *([node.module] if node.module else [])])
-            for name in (origin, *(f"{origin}.{alias.name}".lstrip(".") for alias in node.names)):
-                if name and _file(name).is_file():
-                    yield name
+    for level, source, names in _contents(module).imports:
+        above = package[: len(package) - level + 1]
+        origin = ".".join([*above, *([source] if source else [])])
+        for name in (origin, *(f"{origin}.{each}".lstrip(".") for each in names)):
+            if name and _file(name).is_file():
+                yield name
 
 
-def _definitions(module: str) -> Iterator[str]:
-    """The statements at the top of `module`, as text that no move changes."""
-    for statement in _Essence().visit(_tree(module)).body:
-        yield ast.dump(statement)
+@dataclass(frozen=True)
+class _Contents:
+    """What a file says: `imports` of our own as (level, module, names), and its `definitions`.
+
+    Definitions are the statements at its top, as text that no move changes.
+    """
+
+    imports: tuple[tuple[int, str | None, tuple[str, ...]], ...]
+    definitions: tuple[str, ...]
+
+
+def _contents(module: str) -> _Contents:
+    return _contents_of(_file(module).read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=1024)
+def _contents_of(text: str) -> _Contents:
+    tree = ast.parse(text)
+    imports = tuple(
+        (node.level, node.module, tuple(alias.name for alias in node.names))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+    )
+    return _Contents(imports, tuple(map(ast.dump, _Essence().visit(tree).body)))
 
 
 class _Essence(ast.NodeTransformer):
@@ -97,7 +119,3 @@ def _file(module: str) -> Path:
     place = PACKAGE.joinpath(*module.split("."))
     package = place / "__init__.py"
     return package if package.is_file() else place.with_suffix(".py")
-
-
-def _tree(module: str) -> ast.Module:
-    return ast.parse(_file(module).read_text(encoding="utf-8"))

@@ -245,6 +245,16 @@ class Routing(Settings):
     retrieval_embedder: Annotated[
         str | None, "Embedder of router retrieval, where it isn't the default one."
     ] = None
+    input_k: Annotated[
+        int | None,
+        "Experts per input, for routers that choose for whole inputs. Default: the router's own.",
+        AT_LEAST_1,
+    ] = None
+    input_temperature: Annotated[
+        float | None,
+        "Divides the scores of whole inputs before the softmax. Default: the router's own.",
+        POSITIVE,
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -190,7 +190,12 @@ def test_a_base_that_wants_static_caches_is_evaluated_with_experts():
 def one_by_one(name: str, prompts=PROMPTS, **options) -> torch.Tensor:
     """The answers that each prompt gets from the expert voted for, alone."""
     model = voting(name)
-    owners = composition_of(model).lookup.of_tokens([list(p) for p in prompts]).tolist()
+    owners = (
+        composition_of(model)
+        .lookup.of_tokens([list(p) for p in prompts])
+        .experts.flatten()
+        .tolist()
+    )
     assert len(set(owners)) > 1
     rows = []
     for owner, prompt in zip(owners, prompts, strict=True):

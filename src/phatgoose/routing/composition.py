@@ -61,8 +61,8 @@ def announcing(
 ) -> Iterator[Callable[[Sequence[int]], None]]:
     """A function to call before each pass through `model` with the rows' indices in `examples`.
 
-    Routers that choose for whole inputs need it: retrieval and phatgoose-input (which reads inputs
-    as `formatting` has it) go by `examples`, oracle by the name `task`; random ones start anew.
+    Routers that choose for whole inputs need it: those that read inputs (as `formatting` has them)
+    go by `examples`, oracle by the name `task`; random ones start anew.
     Other models, routed or not, run as usual. Raises RoutingError when router oracle has no score
     of `task`.
     """
@@ -75,8 +75,8 @@ def announcing(
         yield lambda _: None
         return
     lookup.begin_task(task)
-    experts = lookup.find(examples, formatting)
+    found = lookup.find(examples, formatting)
     try:
-        yield lambda rows: lookup.serve(experts[list(rows)])
+        yield lambda rows: lookup.serve(found.of(rows))
     finally:
         lookup.serve(None)

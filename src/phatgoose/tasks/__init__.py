@@ -10,5 +10,6 @@ cuts.py           how inputs that are too long are shortened
 collating.py      batches as model inputs
 row_packing.py    several texts in one row
 target_logits.py  the logits of target tokens only
+prompt_passes.py  what a model makes of prompts
 embeddings.py     sentence embeddings of inputs
 """

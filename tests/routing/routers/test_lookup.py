@@ -8,19 +8,20 @@ from threading import Thread
 import torch
 
 from phatgoose.routing.routers.lookup import Lookup
+from phatgoose.routing.routers.mixtures import Mixtures
 
 
 def test_a_batch_is_that_of_the_thread_that_announced_it():
     lookup, seen = Lookup(), []
-    lookup.serve(torch.tensor([1, 0]))
-    other = Thread(target=lambda: seen.append(lookup.rows))
+    lookup.serve(Mixtures.alone(torch.tensor([1, 0])))
+    other = Thread(target=lambda: seen.append(lookup.mixtures))
     other.start()
     other.join()
     assert seen == [None]
-    assert lookup.rows.tolist() == [1, 0]
+    assert lookup.mixtures.experts.tolist() == [[1], [0]]
 
 
 def test_a_copy_has_no_batch_yet():
     lookup = Lookup()
-    lookup.serve(torch.tensor([2]))
-    assert pickle.loads(pickle.dumps(lookup)).rows is None
+    lookup.serve(Mixtures.alone(torch.tensor([2])))
+    assert pickle.loads(pickle.dumps(lookup)).mixtures is None

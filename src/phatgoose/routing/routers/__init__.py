@@ -3,9 +3,10 @@
 registry.py  every router as one record
 router.py    what a router is, for a model and at a site
 decision.py  what a router answers, and the rule for ties
-lookup.py    which expert serves each whole input
+lookup.py    which experts serve each whole input
+mixtures.py  the experts of some inputs, with their weights
 scores.py    every expert's score on every task
 per_token/   routers that choose for every token
-per_input/   routers that choose one expert for a whole input
+per_input/   routers that choose experts for a whole input
 fixed/       the same experts for everything
 """

@@ -1,4 +1,4 @@
-"""Lookups: which expert serves each whole input, shared by all sites of a model.
+"""Lookups: which experts serve each whole input, shared by all sites of a model.
 
 A `Lookup` holds the experts of the rows of the present batch, for each thread its own. Code that
 runs known examples announces them (`composition.announcing`).
@@ -15,8 +15,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...config import Formatting
+from ...errors import RoutingError
 from ...experts.pool import Pool
 from ...tasks.task import Example
+from .mixtures import Mixtures
 
 __all__ = ["Lookup", "SavedLookup"]
 
@@ -24,7 +26,7 @@ __all__ = ["Lookup", "SavedLookup"]
 class _Turn(threading.local):
     """The present batch of one thread."""
 
-    rows: Tensor | None = None  # as `Lookup.rows`
+    mixtures: Mixtures | None = None  # as `Lookup.mixtures`
     announced = False  # by somebody, rather than read
     prompt: Tensor | None = None  # read last
     length = 0  # of that prompt by now
@@ -32,7 +34,7 @@ class _Turn(threading.local):
 
 
 class Lookup:
-    """Which expert serves each row of the present batch; all sites of a model share one.
+    """Which experts serve each row of the present batch; all sites of a model share one.
 
     Every thread has a batch of its own. A copy, in memory or from a file, has none yet.
     """
@@ -51,27 +53,41 @@ class Lookup:
         self.__dict__.update(state, _turn=_Turn())
 
     @property
-    def rows(self) -> Tensor | None:
-        """Indices in the pool [rows] for this thread's batch; None while nothing is known.
+    def mixtures(self) -> Mixtures | None:
+        """The experts of the rows of this thread's batch; None while nothing is known.
 
         A single row serves batches of any size.
         """
-        return self._turn.rows
+        return self._turn.mixtures
+
+    def of_each(self, u: Tensor) -> Mixtures:
+        """The experts of each token of u [T, n], on its device: T / rows tokens in turn for a row.
+
+        A row's beams and tokens stand together, so this holds for generation too. Raises
+        RoutingError when no expert is known, or T is no multiple of the rows.
+        """
+        known = self.mixtures
+        if known is None:
+            raise RoutingError(self.unknown)
+        if len(u) % len(known):
+            raise RoutingError(f"{len(u)} tokens can't be shared out to {len(known)} inputs.")
+        here = Mixtures(known.experts.to(u.device), known.weights.to(u.device))
+        return here.shared_out(len(u))
 
     def begin_task(self, name: str) -> None:
         """The examples to come belong to the task called `name`."""
 
-    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
-        """The expert of each of `examples`, indices in the pool, int64 [examples].
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
+        """The experts of each of `examples`.
 
         `formatting` is how the model is given them (None: the default), for lookups that read
         tokens.
         """
         raise NotImplementedError
 
-    def serve(self, experts: Tensor | None) -> None:
-        """Use `experts` for the rows of the next passes, until the next call."""
-        self._turn.rows = experts
+    def serve(self, mixtures: Mixtures | None) -> None:
+        """Use `mixtures` for the rows of the next passes, until the next call."""
+        self._turn.mixtures = mixtures
 
     def attach(self, model: PreTrainedModel) -> None:
         """Watch `model` for inputs that are not announced."""

@@ -22,8 +22,9 @@ class RouterSpec:
     `needs` are the attributes of every `Expert` that it can't do without (gates, means, embeddings,
     lora), `given` what the user or an evaluation hands over (scores, expert, task), `settings` the
     fields of `Routing` that its results depend on. A router that `grows` can take experts in, or
-    leave some out, without being composed anew. `home` is its `Router`: the class, or
-    "folder.module.Class" below this package.
+    leave some out, without being composed anew. One that chooses for whole inputs has its own
+    `input_k` and `input_temperature`, for settings of these names that are None. `home` is its
+    `Router`: the class, or "folder.module.Class" below this package.
     """
 
     name: str
@@ -34,6 +35,8 @@ class RouterSpec:
     given: tuple[str, ...] = ()
     settings: tuple[str, ...] = ()
     grows: bool = True
+    input_k: int = 1
+    input_temperature: float = 1.0
 
     @property
     def uses_k(self) -> bool:
@@ -50,6 +53,8 @@ class RouterSpec:
         return found
 
 
+INPUT = ("input_k", "input_temperature")  # settings of those that choose for whole inputs
+
 _ALL = (
     RouterSpec(
         "random",
@@ -64,6 +69,8 @@ _ALL = (
         "for every input the expert of the nearest training input",
         "per_input.retrieval.Retrieval",
         needs=("embeddings",),
+        settings=INPUT,
+        input_temperature=0.2,
     ),
     RouterSpec(
         "average-activation",
@@ -109,7 +116,7 @@ _ALL = (
         "for every input the expert whose gates its tokens fit best on average",
         "per_input.phatgoose_input.PhatgooseInput",
         needs=("gates", "means"),
-        settings=("eps",),
+        settings=("eps", *INPUT),
         grows=False,
     ),
     RouterSpec(

@@ -157,11 +157,14 @@ def check_routing(router: Router, pool: Pool) -> None:
 
 
 def warn_of_lowered_k(router: Router, size: int, reason: str, stacklevel: int) -> None:
-    """Warn when `k` exceeds the `size` of the pool."""
-    if router.uses_k and router.routing.k > size:
-        warnings.warn(
-            f"k is {router.routing.k}, but {reason}; k is lowered.", stacklevel=stacklevel
-        )
+    """Warn when `k` or `input_k`, where the router uses it, exceeds the `size` of the pool."""
+    uses = {"k": router.uses_k, "input_k": "input_k" in router.spec.settings}
+    for name, used in uses.items():
+        asked = getattr(router.routing, name)
+        if used and asked is not None and asked > size:
+            warnings.warn(
+                f"{name} is {asked}, but {reason}; {name} is lowered.", stacklevel=stacklevel
+            )
 
 
 def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:

@@ -157,9 +157,9 @@ def test_a_client_fills_its_part_of_the_queue_alone(runner_of):
 def test_the_engine_looks_no_expert_up(runner_of, toy_embedder, monkeypatch):
     """Whoever prepares a request has: an embedder may take minutes, and all others would wait."""
     runner = runner_of("llama", "retrieval")
-    (expert,) = runner.experts_of([prompt_of(1)])
+    (experts,) = runner.experts_of([prompt_of(1)])
     monkeypatch.setattr(runner._lookup, "of_tokens", raises(AssertionError("looked up")))
-    batch, row = Batch(runner), row_of(runner, prompt_of(1), expert=expert)
+    batch, row = Batch(runner), row_of(runner, prompt_of(1), experts=experts)
     batch.join([row])
     finish(batch)
     assert row.finish == "length"

@@ -7,13 +7,14 @@ import torch
 
 from phatgoose.errors import RoutingError
 from phatgoose.routing.routers.lookup import Lookup
+from phatgoose.routing.routers.mixtures import Mixtures
 from phatgoose.routing.routers.per_input.looked_up import LookedUpRouter
 
 
 class Fixed(Lookup):
     def __init__(self, *rows: int) -> None:
         super().__init__()
-        self.serve(torch.tensor(rows) if rows else None)
+        self.serve(Mixtures.alone(torch.tensor(rows)) if rows else None)
 
 
 def test_tokens_belong_to_the_rows_in_turn():
@@ -35,3 +36,23 @@ def test_tokens_that_do_not_fit_the_rows_are_told():
         LookedUpRouter(torch.tensor([0, 1]), 2, Fixed(1, 0, 1))(torch.zeros(7, 5))
     with pytest.raises(RoutingError, match="Nothing has told the router"):
         LookedUpRouter(torch.tensor([0, 1]), 2, Fixed())(torch.zeros(7, 5))
+
+
+def test_several_experts_of_a_row_act_with_its_weights():
+    lookup = Fixed()
+    experts, weights = torch.tensor([[3, 1], [0, 3]]), torch.tensor([[0.7, 0.3], [0.6, 0.4]])
+    lookup.serve(Mixtures(experts, weights))
+    router = LookedUpRouter(torch.tensor([0, 2, 3]), 4, lookup)
+    decision = router(torch.zeros(4, 5))
+    assert decision.experts[:, 0].tolist() == [2, 2, 0, 0]
+    absent = torch.tensor([[0.7, 0], [0.7, 0], [0.6, 0.4], [0.6, 0.4]])  # e1 isn't here
+    assert torch.equal(decision.weights, absent)
+    spread = torch.tensor([[0, 0, 0.7], [0, 0, 0.7], [0.6, 0, 0.4], [0.6, 0, 0.4]])
+    assert torch.equal(router.distribution(torch.zeros(4, 5)), spread)
+
+
+def test_one_that_is_absent_takes_nothing_from_the_first_of_the_site():
+    lookup = Fixed()
+    lookup.serve(Mixtures(torch.tensor([[0, 1]]), torch.tensor([[0.7, 0.3]])))
+    router = LookedUpRouter(torch.tensor([0, 2]), 3, lookup)
+    assert router.distribution(torch.zeros(1, 5)).tolist() == [[pytest.approx(0.7), 0]]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mixed_by_hand import adding
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import PoolError, RoutingError
 from phatgoose.evaluation.comparison.methods import lacking
@@ -79,7 +80,7 @@ def assert_as_alone(base, pool: Pool, owners, routed, formatting=None) -> None:
 def test_the_vote_is_the_mean_over_tokens_and_sites(base, pool):
     expected = [vote(base, pool, text) for text in PROMPTS]
     model = compose(pool, base, router="phatgoose-input")
-    found = composition_of(model).lookup.means(PROMPTS)
+    found = composition_of(model).lookup.scores(PROMPTS)
     detach(model)
     torch.testing.assert_close(
         found.double(), torch.tensor(expected).double(), atol=1e-3, rtol=1e-3
@@ -93,20 +94,20 @@ def test_inputs_are_read_as_the_evaluation_reads_them(base, pool):
     model = compose(pool, base, router="phatgoose-input")
     lookup = composition_of(model).lookup
     tokens = [base.tokenizer(p, truncation=True, max_length=3)["input_ids"] for p in PROMPTS]
-    expected = lookup.of_tokens(tokens)
-    assert not torch.allclose(lookup.means(PROMPTS, cut), lookup.means(PROMPTS))
-    assert torch.equal(lookup.find(CHOOSING.test, cut), expected)
+    expected = lookup.of_tokens(tokens).experts
+    assert not torch.allclose(lookup.scores(PROMPTS, cut), lookup.scores(PROMPTS))
+    assert torch.equal(lookup.find(CHOOSING.test, cut).experts, expected)
     with pytest.warns(UserWarning, match="cut to 3 tokens"):
         (score,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer, formatting=cut).scores
     detach(model)
     with pytest.warns(UserWarning, match="cut to 3 tokens"):
-        assert_as_alone(base, pool, expected.tolist(), score, cut)
+        assert_as_alone(base, pool, expected.flatten().tolist(), score, cut)
 
 
 @both_streams
 def test_each_input_gets_what_its_expert_alone_would_give(base, pool):
     model = compose(pool, base, router="phatgoose-input")
-    owners = composition_of(model).lookup.of_prompts(PROMPTS).tolist()
+    owners = composition_of(model).lookup.of_prompts(PROMPTS).experts.flatten().tolist()
     (routed,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer).scores
     detach(model)
     assert_as_alone(base, pool, owners, routed)
@@ -117,7 +118,7 @@ def test_prompts_that_nobody_announced_are_read_as_they_pass(base, pool):
     for text in PROMPTS[:3]:
         ids = torch.tensor([base.tokenizer(text)["input_ids"]])
         model = compose(pool, base, router="phatgoose-input")
-        (owner,) = composition_of(model).lookup.of_prompts([text]).tolist()
+        (owner,) = composition_of(model).lookup.of_prompts([text]).experts.flatten().tolist()
         with record(model) as recording:
             routed = logits_of(model, ids)
         assert recording.experts == pool.names
@@ -126,6 +127,22 @@ def test_prompts_that_nobody_announced_are_read_as_they_pass(base, pool):
         alone = logits_of(model, ids)
         detach(model)
         assert_same_logits(routed, alone)
+
+
+@both_streams
+def test_several_experts_are_mixed_by_the_softmax_of_their_votes(base, pool):
+    votes = [vote(base, pool, text) for text in PROMPTS]
+    rows = [torch.tensor([base.tokenizer(text)["input_ids"]]) for text in PROMPTS]
+    options = {"input_k": 2, "input_temperature": 0.1}
+    model = compose(pool, base, router="phatgoose-input", **options)
+    got = [logits_of(model, ids) for ids in rows]
+    detach(model)
+    for ids, affinities, logits in zip(rows, votes, got, strict=True):
+        best = sorted(range(4), key=lambda z: -affinities[z])[:2]
+        weights = (torch.tensor([affinities[z] for z in best]) / 0.1).softmax(0).tolist()
+        with adding(base, pool, {pool.names[z]: w for z, w in zip(best, weights, strict=True)}):
+            wanted = logits_of(base.model, ids)
+        torch.testing.assert_close(logits, wanted, atol=1e-3, rtol=1e-3)
 
 
 def test_padding_of_the_batch_is_masked_again_after_the_vote(llama, llama_pool):
@@ -145,11 +162,11 @@ def test_padding_of_the_batch_is_masked_again_after_the_vote(llama, llama_pool):
 
 def test_it_is_saved_and_loaded_and_does_not_grow(llama, llama_pool, tmp_path):
     model = compose(llama_pool, llama, router="phatgoose-input")
-    expected = composition_of(model).lookup.means(PROMPTS)
+    expected = composition_of(model).lookup.scores(PROMPTS)
     save(model, tmp_path / "routed")
     detach(model)
     again = load(tmp_path / "routed", llama)
-    assert torch.equal(composition_of(again).lookup.means(PROMPTS), expected)
+    assert torch.equal(composition_of(again).lookup.scores(PROMPTS), expected)
     with pytest.raises(RoutingError, match="made for the experts that it has"):
         remove_experts(again, llama_pool.names[:1])
     detach(again)

@@ -12,6 +12,7 @@ from phatgoose.errors import ConfigError, EvaluationError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import announcing, composition_of
+from phatgoose.routing.routers.mixtures import Mixtures
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import (
@@ -33,7 +34,9 @@ def test_the_next_batch_has_its_own_experts(base, pool):
     for texts in (PROMPTS[:2], PROMPTS[2:], PROMPTS[:1]):
         passed(base, model, *batch_of(base, texts))
         owners = OWNERS[PROMPTS.index(texts[0]) :][: len(texts)]
-        assert composition_of(model).lookup.rows.tolist() == [int(name[1]) for name in owners]
+        assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [
+            int(name[1]) for name in owners
+        ]
 
 
 @retrieving
@@ -42,13 +45,13 @@ def test_tokens_after_a_cached_prompt_keep_its_experts(base, pool):
     model = compose_by("retrieval", pool, base)
     ids, mask = batch_of(base, PROMPTS)
     whole = logits_of(model, ids, attention_mask=mask)
-    owners = composition_of(model).lookup.rows.tolist()
+    owners = composition_of(model).lookup.mixtures.experts.flatten().tolist()
     longer = torch.cat([mask, torch.ones(len(ids), 3).long()], dim=1)
     takes = inspect.signature(model.forward).parameters
     cache = {"cache" if "cache" in takes else "past_key_values": DynamicCache(config=model.config)}
     first = logits_of(model, ids, attention_mask=mask, use_cache=True, **cache)
     logits_of(model, make_ids(len(ids), 3), attention_mask=longer, use_cache=True, **cache)
-    assert composition_of(model).lookup.rows.tolist() == owners
+    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == owners
     assert_same_logits(first, whole)
 
 
@@ -78,7 +81,7 @@ def test_embedded_inputs_can_not_be_read(base, pool):
     embedded = model.get_input_embeddings()(make_ids(rows=2))
     with pytest.raises(RoutingError, match="pass input_ids"):
         model(inputs_embeds=embedded)
-    composition_of(model).lookup.serve(torch.tensor([1, 3]))
+    composition_of(model).lookup.serve(Mixtures.alone(torch.tensor([1, 3])))
     got = model(inputs_embeds=embedded).logits
     composition_of(model).lookup.serve(None)
     detach(model)
@@ -96,4 +99,4 @@ def test_an_evaluation_that_fails_leaves_the_router_reading(llama, llama_pool):
     with pytest.raises(EvaluationError, match="not numbers"):
         evaluate(model, CHOOSING)
     assert logits_of(model, batch_of(llama, PROMPTS[:1])[0]).shape == wanted.shape
-    assert composition_of(model).lookup.rows.tolist() == [0]
+    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [0]

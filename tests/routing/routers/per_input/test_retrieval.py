@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
+from mixed_by_hand import adding
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, PoolError
 from phatgoose.evaluation.evaluate import evaluate
@@ -17,6 +19,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from phatgoose.tasks.collating import pad_left, pad_right
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
 from phatgoose.tasks.task import Example
 from routed_models import compose_by, with_embeddings
@@ -65,7 +68,9 @@ def test_rows_without_a_mask_and_single_rows_are_read_too(base, pool):
     alone = [row[real.bool()][None] for row, real in zip(ids, mask, strict=True)]
     got = [logits_of(model, row) for row in alone]
     padded = logits_of(model, ids)
-    assert composition_of(model).lookup.rows.tolist() == [int(name[1]) for name in OWNERS]
+    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [
+        int(name[1]) for name in OWNERS
+    ]
     assert padded.shape[0] == len(PROMPTS)
     detach(model)
     wanted = by_single(base, pool, OWNERS, lambda model, i: logits_of(model, alone[i]))
@@ -226,7 +231,40 @@ def test_the_nearest_is_so_by_its_angle_however_long_an_embedding_is(llama, llam
     long = Pool((*some[:2], replace(some[2], embeddings=10 * some[2].embeddings), some[3]))
     model = compose(long, llama, router="retrieval")
     passed(llama, model, *batch_of(llama, PROMPTS))
-    assert composition_of(model).lookup.rows.tolist() == [int(name[1]) for name in OWNERS]
+    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [
+        int(name[1]) for name in OWNERS
+    ]
+
+
+@retrieving
+@both_streams
+@pytest.mark.parametrize("pad", [pad_left, pad_right])
+def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base, pool, pad):
+    model = compose_by("retrieval", pool, base, input_k=3, input_temperature=0.3)
+    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
+    ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
+    got = passed(base, model, ids, mask)
+    detach(model)
+    wanted = []
+    for text, row in zip(PROMPTS, rows, strict=True):
+        (query,) = toy_embed([f"Answer Choices: None, Instance: {text}"]).double()
+        nearest = {
+            expert.name: float((expert.embeddings.double() @ query).max())
+            for expert in with_embeddings(pool).experts
+        }
+        chosen = sorted(nearest, key=lambda name: -nearest[name])[:3]
+        powers = {name: math.exp(nearest[name] / 0.3) for name in chosen}
+        total = sum(powers.values())
+        with adding(base, pool, {name: power / total for name, power in powers.items()}):
+            alone = torch.tensor([row])
+            wanted.append(passed(base, base.model, alone, torch.ones_like(alone)))
+    assert_same_logits(got, torch.cat(wanted))
+
+
+def test_more_experts_an_input_than_there_are_is_told(llama, llama_pool, toy_embedder):
+    with pytest.warns(UserWarning, match="input_k is 9, but the pool has 4 experts"):
+        model = compose_by("retrieval", llama_pool, llama, input_k=9)
+    assert composition_of(model).lookup.of_prompts(PROMPTS).experts.shape == (5, 4)
 
 
 def has(package: str) -> bool:
@@ -265,4 +303,6 @@ def test_with_the_real_embedder_inputs_find_the_expert_of_their_subject(llama, l
         "e2": "Are apples good for you?",
     }
     passed(llama, model, *batch_of(llama, prompts.values()))
-    assert composition_of(model).lookup.rows.tolist() == [int(name[1]) for name in prompts]
+    assert composition_of(model).lookup.mixtures.experts.flatten().tolist() == [
+        int(name[1]) for name in prompts
+    ]

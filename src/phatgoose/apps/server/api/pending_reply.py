@@ -50,7 +50,7 @@ class PendingReply:
         runner, answers = builder.prepared.runner, builder.prepared.answers
         self._sequences = [
             ActiveSequence(
-                runner, each.prompt.tokens, each.decoding, deliver, choice, client, each.expert
+                runner, each.prompt.tokens, each.decoding, deliver, choice, client, each.experts
             )
             for choice, each in enumerate(answers)
         ]

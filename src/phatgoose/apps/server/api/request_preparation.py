@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ....config import Serving
 from ....errors import PhatgooseError
+from ....routing.routers.mixtures import Mixtures
 from ..api_errors import ApiError, bad_request, for_clients
 from ..engine.decoding import Decoding, seed_of
 from ..engine.model_runner import ModelRunner
@@ -33,11 +34,11 @@ class RequestPrompt:
 
 @dataclass(frozen=True)
 class PreparedAnswer:
-    """One answer to generate; `expert` is set by a router that picks experts by prompt."""
+    """One answer to generate; `experts` are set by a router that picks experts by prompt."""
 
     prompt: RequestPrompt
     decoding: Decoding
-    expert: int | None
+    experts: Mixtures | None
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class RequestPreparer:
             found = self._runner.experts_of([prompt.tokens for prompt in prompts])
         except PhatgooseError as error:
             raise ApiError(500, for_clients(error)) from error
-        experts = [expert for expert in found for _ in range(request.n or 1)]
+        experts = [each for each in found for _ in range(request.n or 1)]
         answers = list(map(PreparedAnswer, owners, decodings, experts))
         return PreparedRequest(request, self._runner, prompts, answers)
 

@@ -64,7 +64,7 @@ class Batch:
         runner, sequences = self.runner, self.sequences
         ids = torch.tensor([[each.generated[-1]] for each in sequences], device=runner.device)
         keeper = keeper_for(sequences)
-        runner.use_experts([each.expert for each in sequences])
+        runner.use_experts([each.experts for each in sequences])
         if self._encoded is not None:
             logits = runner.answer(ids, self._mask, self._encoded, self._cache, keeper)
         else:

@@ -21,6 +21,7 @@ from ....analysis.traces import TraceKeeper
 from ....base.positions import positions_of
 from ....base.sites import ROUTED
 from ....routing.recording import watch
+from ....routing.routers.mixtures import Mixtures
 from ....routing.routers.per_input.prompt_reader import PromptReader
 from ....tasks.collating import position_ids
 from ....tasks.encoding import added_tokens
@@ -109,20 +110,19 @@ class ModelRunner:
             found: BaseModelOutput = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
         return found
 
-    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[int | None]:
-        """The expert that a router which picks one by prompt has for each; None for other routers.
+    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Mixtures | None]:
+        """The experts that a router which picks by prompt has for each; None for other routers.
 
         May be slow (it may read each prompt with another model): not for the engine's thread.
         """
         if not isinstance(self._lookup, PromptReader):
             return [None] * len(prompts)
-        found: list[int | None] = self._lookup.of_tokens([list(each) for each in prompts]).tolist()
-        return found
+        return [*self._lookup.of_tokens([list(each) for each in prompts]).each()]
 
-    def use_experts(self, experts: Sequence[int | None]) -> None:
-        """Let the next pass use these experts, one a row, if the router picks them by prompt."""
+    def use_experts(self, experts: Sequence[Mixtures | None]) -> None:
+        """Let the next pass use these, one a row, if the router picks experts by prompt."""
         if isinstance(self._lookup, PromptReader):
-            self._lookup.serve(torch.tensor(experts))
+            self._lookup.serve(Mixtures.joined(each for each in experts if each is not None))
 
     def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
         with self._watched(keeper), contiguous_head(self.model):

@@ -42,7 +42,7 @@ def read_prompts(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> Re
     for each in sequences:
         sharing.setdefault(each.prompt, []).append(each)
     distinct = _DistinctPrompts(runner, list(sharing.values()))
-    runner.use_experts([group[0].expert for group in sharing.values()])
+    runner.use_experts([group[0].experts for group in sharing.values()])
     found = distinct.read_and_encode() if runner.is_encoder_decoder else distinct.read()
     row_of = {prompt: row for row, prompt in enumerate(sharing)}
     rows = torch.tensor([row_of[each.prompt] for each in sequences], device=runner.device)

@@ -9,6 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from ....analysis.traces import TraceStream
+from ....routing.routers.mixtures import Mixtures
 from .decoding import Decoding, Sampler, TokenScores, token_scores
 from .detokeniser import Detokeniser, earliest, held_back
 from .model_runner import ModelRunner
@@ -64,7 +65,7 @@ class ActiveSequence:
     """One answer: its prompt, the tokens generated so far, and who receives its events.
 
     `deliver` is called from the engine's thread, and no more once `is_cancelled` is set. `choice`
-    is the answer's number in its request, `client` who sent that, and `expert` the one that a
+    is the answer's number in its request, `client` who sent that, and `experts` those that a
     router which picks experts by prompt has found.
     """
 
@@ -76,10 +77,10 @@ class ActiveSequence:
         deliver: Callable[[Progress | Failure], None],
         choice: int = 0,
         client: str = "",
-        expert: int | None = None,
+        experts: Mixtures | None = None,
     ) -> None:
         self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
-        self.deliver, self.choice, self.client, self.expert = deliver, choice, client, expert
+        self.deliver, self.choice, self.client, self.experts = deliver, choice, client, experts
         self.is_cancelled = False
         self.finish: Finish | None = None
         self.generated: list[int] = []

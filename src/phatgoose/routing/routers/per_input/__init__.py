@@ -1,7 +1,8 @@
-"""Routers that choose one expert for a whole input.
+"""Routers that choose one expert, or several with weights, for a whole input.
 
-looked_up.py        the frame: the expert of each row of a batch
+looked_up.py        the frame: the experts of each row of a batch
 prompt_reader.py    lookups that read the prompts passing the model
+base_reader.py      those that go by what the base makes of a prompt
 retrieval.py        the nearest training input's expert
 oracle.py           the task's best expert
 phatgoose_input.py  the expert whose gates fit best on average

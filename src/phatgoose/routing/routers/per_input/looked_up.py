@@ -1,4 +1,4 @@
-"""The frame of routers that choose one expert for a whole input."""
+"""The frame of routers that choose experts for a whole input."""
 
 from __future__ import annotations
 
@@ -9,15 +9,26 @@ from transformers import PreTrainedTokenizerBase
 from ....errors import ConfigError, RoutingError
 from ..decision import RoutingDecision
 from ..lookup import Lookup
+from ..mixtures import NOBODY
 from ..router import Router, RouterSite, SiteRouter
 
-__all__ = ["NOBODY", "LookedUp", "LookedUpRouter"]
-
-NOBODY = -1  # stands in rows for no expert: the base's own output
+__all__ = ["LookedUp", "LookedUpRouter"]
 
 
 class LookedUp(Router):
-    """The frame of routers that choose one expert for a whole input."""
+    """The frame of routers that choose experts for a whole input."""
+
+    @property
+    def input_k(self) -> int:
+        """How many experts an input gets: the setting, or else the router's own number."""
+        asked = self.routing.input_k
+        return self.spec.input_k if asked is None else asked
+
+    @property
+    def input_temperature(self) -> float:
+        """What divides scores before the softmax: the setting, or else the router's own number."""
+        asked = self.routing.input_temperature
+        return self.spec.input_temperature if asked is None else asked
 
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""
@@ -35,36 +46,31 @@ class LookedUp(Router):
 
 
 class LookedUpRouter(SiteRouter):
-    """At one site: the expert that the shared `Lookup` holds for each row, alone."""
+    """At one site: the experts that the shared `Lookup` holds for each row, as it weighs them."""
 
     position: Tensor
 
     def __init__(self, experts: Tensor, pool_size: int, lookup: Lookup) -> None:
         """`experts` [E] are the pool's indices of the experts that act at the site."""
         super().__init__()
-        position = torch.full((pool_size + 1,), -1)  # the last one is NOBODY's
+        position = torch.full((pool_size + 1,), NOBODY)  # the last one is NOBODY's
         position[experts.cpu()] = torch.arange(len(experts))
         self.register_buffer("position", position, persistent=False)
         self.lookup = lookup
         self.experts = len(experts)
 
     def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]: T / rows tokens in turn for each row; k is 1.
+        """The decision for u [T, n], with the k of the lookup's mixtures.
 
-        A row's beams and tokens stand together, so this holds for generation too. The weight is 0
-        where the row's expert does not act at this site, and for NOBODY. Raises RoutingError when
-        no expert is known, or T is no multiple of the rows.
+        The weight is 0 where an expert of the row does not act at this site, and for NOBODY. Raises
+        as `Lookup.of_each` does.
         """
-        rows = self.lookup.rows
-        if rows is None:
-            raise RoutingError(self.lookup.unknown)
-        if len(u) % len(rows):
-            raise RoutingError(f"{len(u)} tokens can't be shared out to {len(rows)} inputs.")
-        experts = self.position[rows.to(u.device)].repeat_interleave(len(u) // len(rows))
-        return RoutingDecision(experts.clamp(min=0)[:, None], (experts >= 0).float()[:, None])
+        mixtures = self.lookup.of_each(u)
+        experts = self.position[mixtures.experts]
+        return RoutingDecision(experts.clamp(min=0), mixtures.weights * (experts >= 0))
 
     def distribution(self, u: Tensor) -> Tensor:
-        """1 for the row's expert, else 0, [T, E]; all 0 where it does not act at this site."""
+        """The weights of the row's experts, else 0, [T, E]; 0 for those absent at this site."""
         decision = self(u)
         zeros = torch.zeros(len(u), self.experts, device=u.device)
-        return zeros.scatter(1, decision.experts, decision.weights)
+        return zeros.scatter_add(1, decision.experts, decision.weights)

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....config import Formatting
@@ -18,6 +17,7 @@ from ....experts.pool import Pool
 from ....files.quoting import one_line
 from ....tasks.task import Example
 from ..lookup import Lookup, SavedLookup
+from ..mixtures import Mixtures
 from ..scores import Scores, best_expert_by_task, given_scores
 from .looked_up import LookedUp
 
@@ -58,14 +58,14 @@ class TaskTable(Lookup):
             raise RoutingError(
                 f"Router oracle has no scores for task {name!r}; it has them for {known}."
             )
-        self.serve(torch.tensor([self.experts[name]]))
+        self.serve(Mixtures.alone(torch.tensor([self.experts[name]])))
 
     def info(self) -> dict[str, Any]:
         """The experts of the tasks."""
         return {"experts_by_task": self.experts}
 
-    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
         """The expert of the present task, for each of `examples`."""
-        if self.rows is None:
+        if self.mixtures is None:
             raise RoutingError(self.unknown)
-        return self.rows.expand(len(examples))
+        return self.mixtures.shared_out(len(examples))

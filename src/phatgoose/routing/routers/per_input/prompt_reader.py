@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ....base.token_masks import cached_tokens, callable_parts, given_arguments, real_tokens
 from ....errors import RoutingError
 from ..lookup import Lookup
+from ..mixtures import Mixtures
 
 __all__ = ["PromptReader"]
 
@@ -35,17 +36,17 @@ class PromptReader(Lookup):
         self._model: PreTrainedModel | None = None
         self._handles: list[Any] = []
 
-    def of_prompts(self, texts: Sequence[str]) -> Tensor:
-        """The expert of each prompt, int64 [texts]."""
+    def of_prompts(self, texts: Sequence[str]) -> Mixtures:
+        """The experts of each prompt."""
         raise NotImplementedError
 
-    def of_tokens(self, prompts: Sequence[list[int]]) -> Tensor:
+    def of_tokens(self, prompts: Sequence[list[int]]) -> Mixtures:
         """The same of prompts given by their tokens; special ones are no part of the text."""
         return self.of_prompts(self.tokenizer.batch_decode(prompts, skip_special_tokens=True))
 
-    def serve(self, experts: Tensor | None) -> None:
-        """Use `experts` for the rows to come; None goes back to reading prompts."""
-        self._turn.rows, self._turn.announced = experts, experts is not None
+    def serve(self, mixtures: Mixtures | None) -> None:
+        """Use `mixtures` for the rows to come; None goes back to reading prompts."""
+        self._turn.mixtures, self._turn.announced = mixtures, mixtures is not None
 
     def attach(self, model: PreTrainedModel) -> None:
         """Look experts up for every new prompt that `model` is given."""
@@ -89,7 +90,7 @@ class PromptReader(Lookup):
         if not self._grew(ids):
             real = real_tokens(given)
             kept = zip(ids, torch.ones_like(ids).bool() if real is None else real, strict=True)
-            turn.rows = self.of_tokens([row[keep].tolist() for row, keep in kept])
+            turn.mixtures = self.of_tokens([row[keep].tolist() for row, keep in kept])
             turn.prompt = ids.cpu()
         turn.length = ids.shape[1]
 

@@ -1,7 +1,9 @@
 """Retrieval: for every input the expert of the nearest training input.
 
 Muqeeth et al. 2024, section 4.2; Jang et al. 2023. Experts share embeddings of up to 1000 of their
-training inputs (`training.router_statistics`); nearness is the cosine.
+training inputs (`training.router_statistics`); nearness is the cosine. With `input_k` above 1 the k
+experts that have the nearest training inputs act together, weighted by the softmax of these cosines
+over `input_temperature`: that is ours.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from ....tasks.embeddings import embed_texts, load_embedder, retrieval_text, usa
 from ....tasks.task import Example
 from ...stacks.rows import joined
 from ..lookup import Lookup, SavedLookup
+from ..mixtures import Mixtures
 from ..scores import Scores
 from .looked_up import LookedUp
 from .prompt_reader import PromptReader
@@ -45,7 +48,7 @@ class Retrieval(LookedUp):
         reads = self.needed(tokenizer)
         found = embeddings_of(pool)
         embedder = usable_embedder(found.embedder, self.routing.retrieval_embedder)
-        return Retriever(found.rows, found.owners, embedder, reads)
+        return self._retriever(found.rows, found.owners, embedder, reads)
 
     def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
         """The same, read from a saved model. Raises RoutingError when it isn't whole."""
@@ -55,11 +58,17 @@ class Retrieval(LookedUp):
         if EMBEDDINGS not in tensors or not len(tensors[OWNERS]):
             raise RoutingError("Router retrieval has no embeddings to look inputs up in.")
         embedder = usable_embedder(saved.info["embedder"], self.routing.retrieval_embedder)
-        return Retriever(tensors[EMBEDDINGS], tensors[OWNERS], embedder, reads)
+        return self._retriever(tensors[EMBEDDINGS], tensors[OWNERS], embedder, reads)
+
+    def _retriever(
+        self, rows: Tensor, owners: Tensor, embedder: str, tokenizer: PreTrainedTokenizerBase
+    ) -> Retriever:
+        k, temperature = self.input_k, self.input_temperature
+        return Retriever(rows, owners, embedder, tokenizer, k, temperature)
 
 
 class Retriever(PromptReader):
-    """The expert of the nearest stored training input, by cosine."""
+    """The experts that own the nearest stored training inputs, by cosine."""
 
     name = "retrieval"
 
@@ -69,15 +78,19 @@ class Retriever(PromptReader):
         owners: Tensor,
         embedder: str,
         tokenizer: PreTrainedTokenizerBase,
+        k: int = 1,
+        temperature: float = 1.0,
     ) -> None:
         """`embeddings` [M, dims] are unit vectors made by `embedder`, `owners` [M] their experts.
 
-        `tokenizer` is as `PromptReader` takes it. Loads the embedder, so that composing a
+        `tokenizer` is as `PromptReader` takes it. `k` experts serve an input, weighted by the
+        softmax of their cosines over `temperature`. Loads the embedder, so that composing a
         model waits for it, and not the first prompt. Raises ConfigError.
         """
         super().__init__(tokenizer)
         load_embedder(embedder)
         self.embeddings, self.owners, self.embedder = embeddings, owners, embedder
+        self.k, self.temperature = k, temperature
 
     def tensors(self) -> dict[str, Tensor]:
         """The embeddings and their owners."""
@@ -92,16 +105,21 @@ class Retriever(PromptReader):
         new = embeddings_of(pool, self.embedder)
         owners = joined([self.owners, new.owners + first])
         embeddings = joined([self.embeddings, new.rows])
-        return Retriever(embeddings, owners, self.embedder, self.tokenizer)
+        return self._of(embeddings, owners)
 
     def shrunk(self, place: Tensor) -> Retriever:
         """The retriever without the embeddings of experts that leave."""
         owners = place[self.owners]
         stay = owners >= 0
-        return Retriever(self.embeddings[stay], owners[stay], self.embedder, self.tokenizer)
+        return self._of(self.embeddings[stay], owners[stay])
 
-    def nearest(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
-        """The expert that owns the nearest embedding of each text, int64 [texts].
+    def _of(self, embeddings: Tensor, owners: Tensor) -> Retriever:
+        return Retriever(
+            embeddings, owners, self.embedder, self.tokenizer, self.k, self.temperature
+        )
+
+    def nearest(self, texts: Sequence[str], formatting: Formatting | None = None) -> Mixtures:
+        """The k experts that own the embeddings nearest to each text.
 
         Texts too long for the embedder are cut as `formatting` has it.
         """
@@ -112,14 +130,19 @@ class Retriever(PromptReader):
                 f"The experts' embeddings have {self.embeddings.shape[1]} columns, those of "
                 f"{self.embedder} {queries.shape[1]}; they are another embedder's."
             )
-        return self.owners[(queries @ self.embeddings.T).argmax(dim=-1)]
+        cosines = queries @ self.embeddings.T
+        if self.k == 1:
+            return Mixtures.alone(self.owners[cosines.argmax(dim=-1)])
+        best = torch.full((len(cosines), int(self.owners.max()) + 1), -torch.inf)
+        best = best.scatter_reduce(1, self.owners.expand_as(cosines), cosines, "amax")
+        return Mixtures.best(best, self.k, self.temperature)
 
-    def of_prompts(self, texts: Sequence[str]) -> Tensor:
-        """The expert of each prompt, without answer choices, int64 [texts]."""
+    def of_prompts(self, texts: Sequence[str]) -> Mixtures:
+        """The experts of each prompt, without answer choices."""
         return self.nearest([retrieval_text(text, ()) for text in texts])
 
-    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Tensor:
-        """The expert of each example; its answer choices are a part of the query."""
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
+        """The experts of each example; its answer choices are a part of the query."""
         texts = [retrieval_text(example.input, example.choices) for example in examples]
         return self.nearest(texts, formatting)
 

@@ -1,0 +1,64 @@
+"""Blocks: the layers that a prompt passes one after the other, and what comes out of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import RoutingError
+from .token_masks import token_masks
+
+__all__ = ["blocks_of", "prompt_stack", "watch_blocks"]
+
+
+def prompt_stack(model: PreTrainedModel) -> nn.Module:
+    """The part of `model` that reads prompts: an encoder, or a causal model without its head."""
+    stack: nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
+    return stack
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The blocks of the stack that reads prompts: a causal model's layers, or an encoder's.
+
+    Of several lists of modules in the stack, that with most modules inside. Raises RoutingError
+    when there is none.
+    """
+    lists = [each for each in prompt_stack(model).modules() if isinstance(each, nn.ModuleList)]
+    if not lists:
+        raise RoutingError(f"{type(model).__name__} has no list of blocks to read.")
+    largest = max(lists, key=lambda each: len(list(each.modules())))
+    return list(largest)
+
+
+@contextmanager
+def watch_blocks(
+    model: PreTrainedModel, indices: Sequence[int], see: Callable[[int, Tensor], None]
+) -> Iterator[None]:
+    """Call `see(index, hidden)` for each pass through each of these blocks in this context.
+
+    `hidden` [rows, tokens, n] is what the block puts out: the residual stream, before any norm at
+    the stack's end. Passes of other threads are not seen. Raises RoutingError when there is no
+    block of an index.
+    """
+    blocks = blocks_of(model) if indices else []
+    for index in indices:
+        if not 0 <= index < len(blocks):
+            raise RoutingError(f"There is no block {index}; there are 0 to {len(blocks) - 1}.")
+    with token_masks(model) as masks:
+
+        def watcher(index: int) -> Callable[..., None]:
+            def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
+                if masks.are_ours:
+                    see(index, output if isinstance(output, Tensor) else output[0])
+
+            return hook
+
+        handles = [blocks[index].register_forward_hook(watcher(index)) for index in indices]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,96 @@
+"""The frame of lookups that go by what the base alone makes of a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ....base.sites import Site
+from ....config import Formatting
+from ....errors import RoutingError
+from ....tasks.encoding import Encoder
+from ....tasks.prompt_passes import PromptReading, read_prompts
+from ....tasks.task import Example
+from ...watching import unwatched
+from ..mixtures import NOBODY, Mixtures
+from .prompt_reader import PromptReader
+
+__all__ = ["BaseReader", "routed_sites"]
+
+
+class BaseReader(PromptReader):
+    """A lookup that scores experts by activations of the base.
+
+    Every prompt passes through the model once with no expert at work, before it passes with its
+    experts. Subclasses say in `reading` what is taken from that pass; it gives a score for each
+    expert.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, k: int = 1, temperature: float = 1.0
+    ) -> None:
+        """`tokenizer` makes tokens of prompts; `k` and `temperature` are those of `mixed`."""
+        super().__init__(tokenizer)
+        self.k, self.temperature = k, temperature
+
+    def reading(self, model: PreTrainedModel) -> PromptReading:
+        """What reads the passes of one call; it finds scores [texts, pool_size]."""
+        raise NotImplementedError
+
+    def mixed(self, scores: Tensor) -> Mixtures:
+        """The experts for `scores` [texts, pool_size]: as `Mixtures.best` has it."""
+        return Mixtures.best(scores, self.k, self.temperature)
+
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
+        """The experts of each example, read as `formatting` has it; choices play no part."""
+        encoder = self._encoder(formatting)
+        return self.of_tokens(
+            [encoder.fitted(example.input, example.passage).tokens for example in examples]
+        )
+
+    def of_prompts(self, texts: Sequence[str]) -> Mixtures:
+        """The experts of each prompt. Raises RoutingError when not attached."""
+        return self.mixed(self.scores(texts))
+
+    def of_tokens(self, prompts: Sequence[list[int]]) -> Mixtures:
+        """The same of prompts given by their tokens, special ones included."""
+        return self.mixed(self._scores_of(prompts))
+
+    def scores(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
+        """The score of each prompt and expert, float32 [texts, pool_size]."""
+        encoder = self._encoder(formatting)
+        return self._scores_of([encoder.prompt(text) for text in texts])
+
+    def _encoder(self, formatting: Formatting | None) -> Encoder:
+        return Encoder.for_model(self._attached, self.tokenizer, formatting)
+
+    @property
+    def _attached(self) -> PreTrainedModel:
+        if self._model is None:
+            raise RoutingError(f"Router {self.name} reads prompts with a model; compose one.")
+        return self._model
+
+    def _scores_of(self, prompts: Sequence[list[int]]) -> Tensor:
+        with self._base_alone(), unwatched():
+            return read_prompts(self._attached, prompts, self.reading(self._attached))
+
+    @contextmanager
+    def _base_alone(self) -> Iterator[None]:
+        """No expert acts in the passes of this thread while the context is open."""
+        mixtures, announced = self._turn.mixtures, self._turn.announced
+        self.serve(Mixtures.alone(torch.tensor([NOBODY])))
+        try:
+            yield
+        finally:
+            self._turn.mixtures, self._turn.announced = mixtures, announced
+
+
+def routed_sites(model: PreTrainedModel, names: Iterable[str]) -> dict[str, Site]:
+    """The sites of these names of a routed `model`."""
+    layers: Mapping[str, Any] = {name: model.get_submodule(name) for name in names}
+    return {name: layer.site for name, layer in layers.items()}

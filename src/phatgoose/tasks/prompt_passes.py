@@ -1,0 +1,83 @@
+"""Passes of prompts through a model, for what it makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..base.blocks import prompt_stack, watch_blocks
+from ..base.offloading import input_device
+from ..base.sites import Site
+from ..base.token_masks import watch_inputs
+from .collating import batches_of_tokens, pad_right
+
+__all__ = ["PromptReading", "last_token", "mean_token", "read_prompts"]
+
+BATCH_TOKENS = 1024  # of a pass, padding included: little padding, few passes
+
+
+class PromptReading:
+    """What is taken from a model's passes of prompts: one subclass for each use.
+
+    `sites` are those whose inputs it sees (of the stack that reads prompts, see `base.blocks`),
+    `blocks` the indices of those whose outputs it sees.
+    """
+
+    sites: Mapping[str, Site] = {}
+    blocks: Sequence[int] = ()
+
+    def begin(self, mask: Tensor) -> None:
+        """A batch comes whose tokens are where `mask` [texts, columns] is 1; padding is right."""
+
+    def see_site(self, site: Site, u: Tensor) -> None:
+        """The input u [texts, columns, n] of a site; the last columns of shorter texts are void."""
+
+    def see_block(self, index: int, hidden: Tensor) -> None:
+        """The output [texts, columns, n] of a block."""
+
+    def found(self) -> Tensor:
+        """What the batch gave, [texts, ..], on the CPU; equally large for all batches."""
+        raise NotImplementedError
+
+
+@torch.no_grad()
+def read_prompts(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], reading: PromptReading
+) -> Tensor:
+    """What `reading` finds in each of the `prompts`, given by their tokens, [prompts, ..].
+
+    Each passes once, in batches of prompts of like length, through the encoder or all of a causal
+    model but its head.
+    """
+    stack, device = prompt_stack(model), input_device(model)
+    options = {} if model.config.is_encoder_decoder else {"use_cache": False}
+    order: list[int] = []
+    parts: list[Tensor] = []
+    with (
+        watch_inputs(model, reading.sites, lambda site, u, _: reading.see_site(site, u)),
+        watch_blocks(model, reading.blocks, reading.see_block),
+    ):
+        for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):
+            ids = pad_right([prompts[row] for row in rows], 0)
+            mask = pad_right([[1] * len(prompts[row]) for row in rows], 0).to(device)
+            reading.begin(mask)
+            stack(input_ids=ids.to(device), attention_mask=mask, **options)
+            order += rows
+            parts.append(reading.found())
+    found = torch.cat(parts)
+    return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+
+
+def last_token(activations: Tensor, mask: Tensor) -> Tensor:
+    """The activations [texts, columns, n] of each text's last token, [texts, n]."""
+    last = mask.sum(dim=1) - 1
+    return activations[torch.arange(len(last), device=last.device), last]
+
+
+def mean_token(activations: Tensor, mask: Tensor) -> Tensor:
+    """The activations' [texts, columns, n] mean over each text's tokens, float32 [texts, n]."""
+    shares = (mask / mask.sum(dim=1, keepdim=True)).float()
+    return torch.einsum("tc,tcn->tn", shares, activations.float())

@@ -1,0 +1,40 @@
+"""The blocks that a prompt passes, and what comes out of them."""
+
+from __future__ import annotations
+
+from threading import Thread
+
+import pytest
+import torch
+
+from phatgoose.base.blocks import blocks_of, prompt_stack, watch_blocks
+from phatgoose.errors import RoutingError
+from tiny import make_ids
+
+
+def test_the_blocks_are_those_that_read_the_prompt(base):
+    names = {id(module): name for name, module in base.model.named_modules()}
+    found = [names[id(block)] for block in blocks_of(base.model)]
+    assert len(found) == 2
+    assert all(name.endswith(f".{i}") for i, name in enumerate(found))
+    assert all(name.startswith("encoder") == base.is_encoder_decoder for name in found)
+
+
+@torch.no_grad()
+def test_what_a_block_puts_out_is_seen_in_this_thread_only(base):
+    seen, stack, ids = [], prompt_stack(base.model), make_ids(rows=2)
+    with watch_blocks(base.model, (0, 1), lambda index, hidden: seen.append((index, hidden))):
+        hidden = stack(input_ids=ids, output_hidden_states=True).hidden_states
+        other = Thread(target=lambda: stack(input_ids=ids))
+        other.start()
+        other.join()
+    assert [index for index, _ in seen] == [0, 1]
+    assert torch.equal(seen[0][1], hidden[1])
+    stack(input_ids=ids)
+    assert len(seen) == 2
+
+
+def test_a_block_that_is_not_there_is_refused(llama):
+    refused = pytest.raises(RoutingError, match="no block 2; there are 0 to 1")
+    with refused, watch_blocks(llama.model, (0, 2), print):
+        pass

@@ -32,7 +32,6 @@ DTYPE = ["--dtype", "float32"]
 FEW = [*DTYPE, "--steps", 2, "--gate-steps", 2, "--batch-size", 4, "--rank", 2, "--eval-every", 1]
 SHORT = ["--max-input-tokens", 48, "--max-target-tokens", 16, "--statistics-examples", 4]
 
-pytestmark = pytest.mark.usefixtures("_frozen")
 each_of_the_papers = pytest.mark.parametrize("name", sorted(THE_PAPERS))
 
 

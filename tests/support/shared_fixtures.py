@@ -262,15 +262,7 @@ def phat(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
 
 
 @pytest.fixture(scope="session")
-def _frozen() -> Iterator[None]:
-    """Accelerate collects garbage after each training: a second for what the libraries hold."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(scope="session")
-def hub_copies(tmp_path_factory, _frozen) -> Sources:
+def hub_copies(tmp_path_factory) -> Sources:
     """Where `write_hub` wrote its copies."""
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
@@ -316,9 +308,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _imported_for_good() -> None:
-    """Modules are no garbage: a Trainer looks through all of them each time, 0.2 s for torch's."""
+    """What lives between files of tests, such as imported modules, is no garbage.
+
+    A Trainer looks through all that isn't frozen each time, seconds for what the libraries hold.
+    """
     gc.collect()
     gc.freeze()
 

@@ -10,7 +10,7 @@ import pytest
 from command_line import refused, snapshot
 from phatgoose.apps.cli.plan import _duration, _size
 
-pytestmark = pytest.mark.usefixtures("_frozen", "_offline")
+pytestmark = pytest.mark.usefixtures("_offline")
 
 
 def test_the_command_prints_a_plan_and_writes_nothing_else(planned_here, phat):

@@ -27,7 +27,7 @@ T5_XL = "google/t5-xl-lm-adapt"
 PER_ROW = {"peft": Lora(rank=2), "training": Training(steps=5, batch_size=4, eval_every=2)}
 GATES = GateTraining(gate_steps=3, statistics_examples=6)
 
-pytestmark = pytest.mark.usefixtures("_frozen", "_offline")
+pytestmark = pytest.mark.usefixtures("_offline")
 
 
 def everything(plan):

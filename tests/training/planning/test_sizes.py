@@ -21,7 +21,7 @@ from training_runs import (
     each_shape,
 )
 
-pytestmark = pytest.mark.usefixtures("_frozen", "_offline")
+pytestmark = pytest.mark.usefixtures("_offline")
 
 
 @pytest.mark.usefixtures("smollm2_cache")

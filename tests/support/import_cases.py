@@ -17,10 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from tiny import (
-    make_model,
-    make_tokenizer,
-)
+from tiny import copied_model, make_tokenizer
 
 KINDS = ("t5", "llama", "gpt2", "qwen2")
 TARGETS = {  # attention and feed-forward layers that each kind has, by their short names
@@ -64,7 +61,7 @@ def write_case(case: Case, kind: str, base_folder: Path, folder: Path) -> Path:
 
     Raises NotInPeftError where PEFT has no such thing.
     """
-    base = make_model(kind)
+    base = copied_model(kind)
     base.name_or_path = str(base_folder)
     options = {"task_type": "SEQ_2_SEQ_LM" if kind == "t5" else "CAUSAL_LM"}
     if case.config is not peft.PromptTuningConfig:

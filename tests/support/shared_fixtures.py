@@ -130,7 +130,7 @@ def make_expert(tmp_path: Path) -> MakeExpert:
 
 @pytest.fixture(scope="session")
 def pool_of(
-    base_folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+    loaded_bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Pool]:
     """`pool_of(kind)`: four random experts, e0 to e3, for that base, made once.
 
@@ -139,11 +139,10 @@ def pool_of(
 
     @cache
     def make(kind: str, ranks: tuple[int, ...] = (4, 4, 4, 4)) -> Pool:
-        base = load_base(base_folders[kind], dtype="float32")
         folder = tmp_path_factory.mktemp(kind)
         return Pool(
             tuple(
-                write_expert(base, folder, f"e{z}", seed=z, rank=rank)
+                write_expert(loaded_bases[kind], folder, f"e{z}", seed=z, rank=rank)
                 for z, rank in enumerate(ranks)
             )
         )

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.training.pool_jobs import ExpertJob
 
 LORA = Lora(rank=2)
 TRAINING = Training(steps=4, batch_size=4, micro_batch_size=4, eval_every=1)
@@ -14,3 +19,12 @@ SETTINGS = {
     "training": Training(steps=20, batch_size=4, micro_batch_size=2, eval_every=10),
     "gate_training": GateTraining(gate_steps=5, statistics_examples=6),
 }
+
+
+def job_in(folder: Path) -> ExpertJob:
+    """The training of one expert on twelve rows of a file, which is written to `folder`."""
+    rows = [{"input": f"Number {i}:", "target": ("yes", "no")[i % 2]} for i in range(12)]
+    file = folder / "numbers.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (task,) = open_tasks([str(file)])
+    return ExpertJob(task, TRAINING, GATES)

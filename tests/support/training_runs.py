@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -39,6 +40,25 @@ ADAPTER = "adapter_model.safetensors"
 def train(base, out: Path, task: Task = TASK, training: Training = TRAINING, **options) -> Expert:
     settings = {"peft": LORA, "gate_training": GATES, **options}
     return train_expert(base, task, out=out, training=training, **settings)
+
+
+def trained(base, out: Path, by: Callable[..., Expert] = train, **options) -> Expert:
+    """What `by(base, out, **options)` makes, at `out`: trained at the first call, then copied.
+
+    For tests of an expert, not of its training.
+    """
+    key = repr((by.__module__, base.reference, base.model.dtype, out.name, sorted(options.items())))
+    if key in TRAINED:
+        out.mkdir(parents=True)
+        for name, content in TRAINED[key].items():
+            (out / name).write_bytes(content)
+        return Expert.load(out)
+    expert = by(base, out, **options)
+    TRAINED[key] = {path.name: path.read_bytes() for path in out.iterdir()}
+    return expert
+
+
+TRAINED: dict[str, dict[str, bytes]] = {}  # files by name, of what was trained with these options
 
 
 def target_nll(model, base, examples) -> Tensor:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from phatgoose.base.loading import load_base
 from phatgoose.experts.expert import Expert
-from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training.pool_jobs import ExpertJob
-from training_jobs import GATES, TRAINING
+from training_jobs import job_in
 from training_runs import train
 
 
 @pytest.fixture
 def job(tmp_path: Path) -> ExpertJob:
-    """The training of one expert on twelve rows of a file."""
-    rows = [{"input": f"Number {i}:", "target": ("yes", "no")[i % 2]} for i in range(12)]
-    file = tmp_path / "numbers.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (task,) = open_tasks([str(file)])
-    return ExpertJob(task, TRAINING, GATES)
+    """`job_in` a folder of one's own."""
+    return job_in(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.training.destination import SNAPSHOT, RemoteFolder, expert_folder
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
-from training_jobs import LORA
+from training_jobs import LORA, job_in
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -59,11 +59,18 @@ def interrupt_at(monkeypatch, copies: int) -> None:
     monkeypatch.setattr(RemoteFolder, "_keep", keep_or_die)
 
 
+@pytest.fixture(scope="module")
+def alone(originals, tmp_path_factory) -> tuple[Any, Path]:
+    """What an uninterrupted training on this machine tells, and where its expert is."""
+    folder = tmp_path_factory.mktemp("here")
+    (finished,) = train(originals["llama"].copied(), job_in(folder), str(folder))
+    return finished, folder / "numbers"
+
+
 @pytest.mark.parametrize("copies", [2, 5])  # in the middle of the expert, then of its gates
 def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
-    url, job, llama, tmp_path, monkeypatch, copies
+    url, job, llama, tmp_path, monkeypatch, copies, alone
 ):
-    (alone,) = train(llama, job, str(tmp_path / "here"))
     with monkeypatch.context() as patch:
         interrupt_at(patch, copies)
         with pytest.raises(MachineLostError):
@@ -73,10 +80,10 @@ def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
         train(llama, job, url)
     (trained,) = train(llama, job.again(), url)
     assert trained.place == f"{url}/numbers"
-    assert trained.metrics["expert_best_step"] == alone.metrics["expert_best_step"]
+    assert trained.metrics["expert_best_step"] == alone[0].metrics["expert_best_step"]
     assert names_in(url) == {"numbers"}
-    wanted = load_file(tmp_path / "here/numbers" / ADAPTER_WEIGHTS)
-    wanted |= load_file(tmp_path / "here/numbers" / LAYOUT.vectors)
+    wanted = load_file(alone[1] / ADAPTER_WEIGHTS)
+    wanted |= load_file(alone[1] / LAYOUT.vectors)
     got = tensors_of(url, "numbers", tmp_path / "fetched")
     assert wanted.keys() == got.keys()
     assert all(got[name].equal(tensor) for name, tensor in wanted.items())

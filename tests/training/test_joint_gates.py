@@ -34,6 +34,7 @@ from training_runs import (
     on_call,
     spying_on_fit,
     target_nll,
+    trained,
     without_dropout,
 )
 from training_runs import train as train_default
@@ -207,7 +208,7 @@ def test_the_saved_expert_behind_its_gates_has_the_validated_loss(base, tmp_path
 
 
 def test_the_adapter_is_plain_lora_and_the_gates_are_ours(base, tmp_path):
-    expert = train(base, tmp_path / "echo")
+    expert = trained(base, tmp_path / "echo", train)
     endings = {key.rpartition(".lora_")[2] for key in load_file(expert.directory / ADAPTER)}
     assert endings == {"A.weight", "B.weight"}
     assert expert.gates.keys() == expert.lora.keys() == find_sites(base.model).keys()
@@ -269,7 +270,7 @@ def test_gates_alone_cannot_be_trained_jointly(llama, tmp_path):
 def whole(base_folders, tmp_path_factory) -> Expert:
     """The expert of an uninterrupted joint training of the tiny Llama."""
     base = load_base(base_folders["llama"], dtype="float32")
-    return train(base, tmp_path_factory.mktemp("whole") / "whole")
+    return trained(base, tmp_path_factory.mktemp("whole") / "echo", train)
 
 
 # Four steps of two passes; after steps 2 and 4 one validation of one pass.
@@ -295,7 +296,7 @@ def test_a_resumed_run_ends_in_the_same_bits(llama, tmp_path, monkeypatch, whole
 
 @pytest.mark.parametrize("kind", ["gpt2", "t5"], indirect=True)  # with dropout
 def test_a_resumed_run_with_dropout_ends_in_the_same_bits(base, tmp_path, monkeypatch):
-    finished = train(base, tmp_path / "whole")
+    finished = trained(base, tmp_path / "whole" / "echo", train)
     interrupted(monkeypatch, base, tmp_path / "cut", PASS, call=8, gate_training=JOINT)
     assert_same_expert(train(base, tmp_path / "cut", resume=True), finished)
 

@@ -24,6 +24,7 @@ from phatgoose.training.router_statistics import measure
 from phatgoose.training.train_expert import train_expert
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from toy_embedders import embed
+from training_runs import trained
 
 TASK = Task("count", tuple(Example(f"count {i} and on", str(i)) for i in range(20)))
 TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, seed=3)
@@ -71,7 +72,7 @@ def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
 
 
 def test_measuring_changes_neither_adapter_nor_gates(llama, tmp_path):
-    expert = train(llama, tmp_path / "count")
+    expert = trained(llama, tmp_path / "count", train)
     before = files_of(expert.directory)
     got = measure(expert, llama, TASK, examples=5)
     after = files_of(expert.directory)
@@ -109,7 +110,7 @@ def test_experts_without_gates_and_record_can_be_measured(llama, tmp_path):
 
 def test_seed_and_formatting_are_those_of_training_unless_given(llama, tmp_path):
     with pytest.warns(UserWarning, match="count: .* of .* inputs .* cut to 6 tokens"):
-        trained = train_expert(
+        first = train_expert(
             llama,
             TASK,
             out=tmp_path / "count",
@@ -119,26 +120,26 @@ def test_seed_and_formatting_are_those_of_training_unless_given(llama, tmp_path)
         )
     options = {"examples": 5, "embeddings": False}
     with pytest.warns(UserWarning, match="count: 5 of 5 inputs .* cut to 6 tokens"):
-        again = measure(trained, llama, TASK, **options)
-    assert same(again.means, trained.means)
+        again = measure(first, llama, TASK, **options)
+    assert same(again.means, first.means)
     with pytest.warns(UserWarning, match="count: 5 of 5 inputs .* cut to 6 tokens"):
-        other = measure(trained, llama, TASK, seed=8, **options)
-    assert not same(other.means, trained.means)
-    longer = measure(trained, llama, TASK, formatting=Formatting(), **options)
-    assert not same(longer.means, trained.means)
+        other = measure(first, llama, TASK, seed=8, **options)
+    assert not same(other.means, first.means)
+    longer = measure(first, llama, TASK, formatting=Formatting(), **options)
+    assert not same(longer.means, first.means)
 
 
 def test_an_expert_that_records_no_truncation_is_measured_as_it_was_cut(llama, tmp_path):
     formatting = Formatting(max_input_tokens=6, truncation="right")
     with pytest.warns(UserWarning, match="cut to 6 tokens"):
-        trained = train(llama, tmp_path / "count", formatting=formatting, statistics_examples=5)
-    recorded = dict(trained.info.hyperparameters)
+        first = train(llama, tmp_path / "count", formatting=formatting, statistics_examples=5)
+    recorded = dict(first.info.hyperparameters)
     assert recorded.pop("truncation") == "right"
-    old = replace(trained, info=replace(trained.info, hyperparameters=recorded))
-    old = old.save(trained.directory, overwrite=True)
+    old = replace(first, info=replace(first.info, hyperparameters=recorded))
+    old = old.save(first.directory, overwrite=True)
     with pytest.warns(UserWarning, match="cut to 6 tokens"):
         measured = measure(old, llama, TASK, examples=5, embeddings=False)
-    assert same(measured.means, trained.means)
+    assert same(measured.means, first.means)
 
 
 def test_a_record_that_is_no_formatting_is_refused(llama, tmp_path):
@@ -156,7 +157,7 @@ def test_at_most_a_thousand_embeddings_are_kept(llama, tmp_path, monkeypatch):
 
 
 def test_only_training_examples_are_measured(llama, tmp_path, monkeypatch):
-    expert, seen = train(llama, tmp_path / "count"), []
+    expert, seen = trained(llama, tmp_path / "count", train), []
     monkeypatch.setattr(
         statistics_module, "embed_examples", lambda rows, *_: seen.extend(rows) or embed(rows)
     )
@@ -205,14 +206,14 @@ def refused(error: type[Exception], match: str, expert: Expert, *arguments, **op
 
 
 def test_nothing_to_measure_is_an_error(llama, tmp_path):
-    expert = train(llama, tmp_path / "count")
+    expert = trained(llama, tmp_path / "count", train)
     refused(ConfigError, "nothing to measure", expert, llama, TASK, means=False, embeddings=False)
     refused(ConfigError, "statistics_examples is 0", expert, llama, TASK, examples=0)
     refused(TaskError, "has 0 training examples", expert, llama, Task("empty"))
 
 
 def test_another_base_is_refused_and_an_unknown_one_taken_on_trust(llama, base_folders, tmp_path):
-    expert = train(llama, tmp_path / "count")
+    expert = trained(llama, tmp_path / "count", train)
     other = load_base(base_folders["llama"], dtype="float32")
     with torch.no_grad():
         next(other.model.parameters()).add_(1)
@@ -226,13 +227,13 @@ def test_another_base_is_refused_and_an_unknown_one_taken_on_trust(llama, base_f
 
 
 def test_foreign_files_are_not_lost(llama, tmp_path):
-    expert = train(llama, tmp_path / "count")
+    expert = trained(llama, tmp_path / "count", train)
     (expert.directory / "notes.txt").write_text("mine")
     refused(ExpertError, "also holds notes.txt", expert, llama, TASK)
 
 
 def test_what_fails_half_way_leaves_the_expert_as_it_was(llama, tmp_path, monkeypatch):
-    expert = train(llama, tmp_path / "count")
+    expert = trained(llama, tmp_path / "count", train)
 
     def fail(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -243,7 +244,7 @@ def test_what_fails_half_way_leaves_the_expert_as_it_was(llama, tmp_path, monkey
 
 
 def test_a_damaged_expert_is_refused(llama, tmp_path):
-    expert = train(llama, tmp_path / "count")
+    expert = trained(llama, tmp_path / "count", train)
     info = json.loads((expert.directory / LAYOUT.info).read_text())
     info["adapter_sha256"] = "0" * 64
     (expert.directory / LAYOUT.info).write_text(json.dumps(info))

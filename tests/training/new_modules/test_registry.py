@@ -40,6 +40,7 @@ from training_runs import (
     gated_loss,
     interrupted,
     target_nll,
+    trained,
     without_dropout,
 )
 from training_runs import train as train_default
@@ -92,29 +93,21 @@ def test_experts_act_where_the_papers_put_them(base, kind, shape):
 def test_only_the_experts_parameters_are_trained_and_they_start_at_nothing(base, shape, joint):
     ids = make_ids()
     wanted, modules = logits_of(base.model, ids), dict(base.model.named_modules())
+    sites, count = placed_sites(base.model, SHAPES[shape]), parameters_at(base.model, SHAPES[shape])
     with fresh_expert(base, SHAPES[shape], joint=joint) as fresh:
-        trained = [p for p in fresh.model.parameters() if p.requires_grad]
-        assert all(parameter.dtype == torch.float32 for parameter in trained)
-        sites = placed_sites_of(base, shape)
+        parameters = [p for p in fresh.model.parameters() if p.requires_grad]
+        assert all(parameter.dtype == torch.float32 for parameter in parameters)
         gates = sum(site.in_features for site in sites.values()) if joint else 0
-        assert sum(p.numel() for p in trained) == count_of(base, shape) + gates
+        assert sum(p.numel() for p in parameters) == count + gates
         assert_same_logits(logits_of(fresh.model.eval(), ids), wanted)
     assert dict(base.model.named_modules()) == modules
     assert torch.equal(logits_of(base.model, ids), wanted)
 
 
-def placed_sites_of(base, shape: str):
-    return placed_sites(load_base(base.id, dtype="float32").model, SHAPES[shape])
-
-
-def count_of(base, shape: str) -> int:
-    return parameters_at(load_base(base.id, dtype="float32").model, SHAPES[shape])
-
-
 @ON_TWO_KINDS
 @each_shape
 def test_an_expert_is_trained_saved_and_is_what_was_validated(base, shape, tmp_path):
-    expert = train(base, tmp_path / "echo", SHAPES[shape])
+    expert = trained(base, tmp_path / "echo", train, shape=SHAPES[shape])
     assert check_expert(expert.directory) == []
     assert expert.kind == ("ia3" if shape == "ia3" else "bottleneck")
     assert expert.info.hyperparameters["peft"] == expert.kind
@@ -231,12 +224,12 @@ def test_a_gate_scales_the_whole_change_and_alone_has_a_gradient(name):
 
 @each_shape
 def test_gate_training_hands_gates_alone_to_the_optimiser(llama, shape, tmp_path, monkeypatch):
-    bare = train(llama, tmp_path / "echo", SHAPES[shape])
+    bare = trained(llama, tmp_path / "echo", train, shape=SHAPES[shape])
     files = {path.name: path.read_bytes() for path in bare.directory.iterdir()}
-    trained, fit = [], gates_module.fit
+    handed, fit = [], gates_module.fit
 
     def spy(model, **arguments):
-        trained.extend(name for name, p in model.named_parameters() if p.requires_grad)
+        handed.extend(name for name, p in model.named_parameters() if p.requires_grad)
         return fit(model, **arguments)
 
     monkeypatch.setattr(gates_module, "fit", spy)
@@ -244,7 +237,7 @@ def test_gate_training_hands_gates_alone_to_the_optimiser(llama, shape, tmp_path
     gated_expert = train_gates(
         llama, bare.directory, TASK, out=tmp_path / "again", training=TRAINING, gate_training=GATES
     )
-    assert sorted(trained) == sorted(f"{site}.gate" for site in bare.modules)
+    assert sorted(handed) == sorted(f"{site}.gate" for site in bare.modules)
     after = llama.model.state_dict()
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert gated_expert.info.adapter_sha256 == bare.info.adapter_sha256
@@ -253,7 +246,7 @@ def test_gate_training_hands_gates_alone_to_the_optimiser(llama, shape, tmp_path
 
 def test_a_gate_of_any_kind_looks_at_the_unscaled_input(llama, tmp_path):
     """At one site all experts' gates and means must be of the same input."""
-    expert = train(llama, tmp_path / "echo", SHAPES["ia3"])
+    expert = trained(llama, tmp_path / "echo", train, shape=SHAPES["ia3"])
     site = next(s for s, module in expert.modules.items() if module.on_input)
     seen = []
     original = llama.model.get_submodule(site)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from mixed_by_hand import adding
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, PoolError
-from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.evaluation.evaluate import TaskScore, evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
@@ -106,20 +108,33 @@ def test_a_batch_is_generated_by_the_experts_of_its_prompts(base, pool, way):
     assert torch.equal(generate(model, ids, mask), wanted)  # nothing is left over
 
 
+@pytest.fixture(scope="module")
+def alone(originals, pool_of) -> Callable[..., list[TaskScore]]:
+    """`alone(kind, task, owners)`: the task's score by each of the owners alone, found once."""
+
+    def scores(kind, task, owners):
+        base, pool = originals[kind].copied(), pool_of(kind)
+        options = {"max_new_tokens": 6}
+        return by_single(base, pool, owners, lambda model, _: evaluate(model, task, **options))
+
+    return cache(lambda *asked: [evaluation.scores[0] for evaluation in scores(*asked)])
+
+
 @retrieving
 @pytest.mark.parametrize("budget", [1, 150, 4096])
 @both_streams
-def test_choices_are_ranked_by_the_expert_of_the_input_with_its_choices(base, pool, budget):
+def test_choices_are_ranked_by_the_expert_of_the_input_with_its_choices(
+    base, kind, pool, budget, alone
+):
     model = compose_by("retrieval", pool, base)
     (score,) = evaluate(model, CHOOSING, token_budget=budget).scores
-    detach(model)
-    single = by_single(base, pool, CHOSEN_OWNERS, lambda model, _: evaluate(model, CHOOSING))
+    single = alone(kind, CHOOSING, CHOSEN_OWNERS)
     for i, prediction in enumerate(score.predictions):
-        wanted = single[i].scores[0].predictions[i]
+        wanted = single[i].predictions[i]
         assert prediction.scores == pytest.approx(wanted.scores, abs=1e-4)
         assert prediction.answer == wanted.answer
         others = [
-            s.scores[0].predictions[i].scores
+            s.predictions[i].scores
             for name, s in zip(CHOSEN_OWNERS, single, strict=True)
             if name != CHOSEN_OWNERS[i]
         ]
@@ -129,14 +144,10 @@ def test_choices_are_ranked_by_the_expert_of_the_input_with_its_choices(base, po
 @retrieving
 @pytest.mark.parametrize("budget", [1, 70, 4096])
 @both_streams
-def test_open_tasks_are_answered_by_the_experts_of_their_inputs(base, pool, budget):
+def test_open_tasks_are_answered_by_the_experts_of_their_inputs(base, kind, pool, budget, alone):
     model = compose_by("retrieval", pool, base)
     answers = evaluate(model, OPEN, token_budget=budget, max_new_tokens=6).scores[0].predictions
-    detach(model)
-    single = by_single(
-        base, pool, OWNERS, lambda model, _: evaluate(model, OPEN, max_new_tokens=6).scores[0]
-    )
-    wanted = [score.predictions[i].answer for i, score in enumerate(single)]
+    wanted = [score.predictions[i].answer for i, score in enumerate(alone(kind, OPEN, OWNERS))]
     assert [prediction.answer for prediction in answers] == wanted
     assert len(set(wanted)) > 1
 

@@ -232,6 +232,11 @@ class Routing(Settings):
     arrow: Annotated[
         str, "Variant of router arrow: svd (the paper's), peft or mttl.", one_of(ARROW_FORMS)
     ] = "svd"
+    spectr_shortlist: Annotated[
+        int | None,
+        "Router spectr chooses among so many experts with the highest Arrow scores. Default: all.",
+        AT_LEAST_1,
+    ] = None
     router_seed: Annotated[int, "Seed of router random.", SEED] = 0
     stand_in: Annotated[
         bool, "Use the Arrow vector of an expert that has no gates, which is a guess."

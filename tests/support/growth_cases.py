@@ -29,6 +29,7 @@ ROUTERS = (
     "phatgoose",
     "average-activation",
     "arrow",
+    "spectr",
     "uniform-top-k",
     "retrieval",
     "merged",

@@ -23,8 +23,8 @@ from routed_models import with_embeddings
 from tiny import logits_of, make_ids, make_model, make_tokenizer
 
 ROUTING = Routing(k=2)
-COMPOSED = ["random", "retrieval", "average-activation", "arrow", "merged", "uniform-top-k"]
-COMPOSED += ["phatgoose", "phatgoose-input"]
+COMPOSED = ["random", "retrieval", "average-activation", "arrow", "spectr", "merged"]
+COMPOSED += ["uniform-top-k", "phatgoose", "phatgoose-input"]
 KNOWN = {"base", *COMPOSED, "e0", "e1", "e2"}  # to the tables below
 
 
@@ -104,11 +104,17 @@ def test_every_row_has_an_identity_of_its_own(three):
 @pytest.mark.parametrize(
     ("settings", "matter_to"),
     [
-        ({"k": 1}, {"random", "average-activation", "arrow", "uniform-top-k", "phatgoose"}),
+        (
+            {"k": 1},
+            {*["random", "average-activation", "arrow", "spectr", "uniform-top-k", "phatgoose"]},
+        ),
         ({"eps": 1e-3}, {"average-activation", "uniform-top-k", "phatgoose", "phatgoose-input"}),
         ({"affinity": "raw"}, {"average-activation", "phatgoose"}),
         ({"router_temperature": 2.0}, {"average-activation", "arrow", "phatgoose"}),
         ({"arrow": "mttl"}, {"arrow"}),
+        ({"spectr_shortlist": 2}, {"spectr"}),
+        ({"input_k": 2}, {"retrieval", "phatgoose-input"}),
+        ({"input_temperature": 2.0}, {"retrieval", "phatgoose-input"}),
         ({"router_seed": 1}, {"random"}),
         ({"kernel": "reference"}, set(COMPOSED)),
         ({"router": "merged", "expert": "e1"}, set()),

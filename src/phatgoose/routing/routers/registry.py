@@ -89,6 +89,14 @@ _ALL = (
         settings=("k", "arrow", "router_temperature"),
     ),
     RouterSpec(
+        "spectr",
+        "SpectR",
+        "the k experts whose updates look at most of the token's activation",
+        "per_token.spectr.Spectr",
+        needs=("lora",),
+        settings=("k", "spectr_shortlist"),
+    ),
+    RouterSpec(
         "merged",
         "Merged Experts",
         "the mean of all experts' updates",

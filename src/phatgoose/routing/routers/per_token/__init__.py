@@ -6,6 +6,7 @@ phatgoose.py           gates: the paper's method
 stand_in.py            stand-ins for missing gates
 average_activation.py  mean training activations
 arrow.py               the direction that an expert stretches most
+spectr.py              all directions that an expert looks at
 uniform_top_k.py       PHATGOOSE's experts, equal weights
 random_experts.py      chance
 """

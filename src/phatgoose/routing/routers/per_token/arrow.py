@@ -14,6 +14,8 @@ Forms, chosen by the setting `arrow`:
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from ...kernels.plain import mixed_factors
 from ..router import RouterSite, SiteRouter
 from .vector_router import ScoredByVectors, VectorRouter, products
 
-__all__ = ["Arrow", "ArrowRouter", "arrow_vector"]
+__all__ = ["Arrow", "ArrowRouter", "SmallSVD", "arrow_vector", "small_svd"]
 
 POWER_STEPS = 15
 SMALLEST = 1e-8
@@ -77,17 +79,29 @@ def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
     A, B = lora.A.float(), lora.B.float()
     if form == "peft":
         return _power_iteration(A, B, seed)
-    return _first_right_singular_vector(A, B)
+    small = small_svd(A, B)
+    direction = small.V[0] if small.values[0] > 0 else torch.zeros_like(small.V[0])
+    vector: Tensor = small.Q @ direction
+    return vector.float()
 
 
-def _first_right_singular_vector(A: Tensor, B: Tensor) -> Tensor:
+class SmallSVD(NamedTuple):
+    """The right half of an SVD of B A [d, n] of rank r, float64: its right vectors are V Qᵀ.
+
+    `values` [r], largest first; `V` [r, r] orthogonal; `Q` [n, r] with orthonormal columns.
+    """
+
+    values: Tensor
+    V: Tensor
+    Q: Tensor
+
+
+def small_svd(A: Tensor, B: Tensor) -> SmallSVD:
     """Of B A, for A [r, n] and B [d, r], by two QR decompositions and an SVD of r x r."""
     Q, R = torch.linalg.qr(A.double().T)  # [n, r], [r, r]
     small = torch.linalg.qr(B.double(), mode="r").R @ R.T  # [r, r]
-    _, singular_values, V = torch.linalg.svd(small)
-    direction = V[0] if singular_values[0] > 0 else torch.zeros_like(V[0])
-    vector: Tensor = Q @ direction
-    return vector.float()
+    _, values, V = torch.linalg.svd(small)
+    return SmallSVD(values, V, Q)
 
 
 def _power_iteration(A: Tensor, B: Tensor, seed: int) -> Tensor:

@@ -1,0 +1,189 @@
+"""SpectR beside an SVD of the whole B A, beside the released code's arithmetic; LAG's choice."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from mixed_experts import make_kind
+from phatgoose.errors import ConfigError, PoolError
+from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import remove_experts
+from phatgoose.routing.routers.per_token.spectr import SpectrRouter, right_singular_vectors
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.collating import pad_left, pad_right
+from tiny import assert_same_logits, logits_of, make_ids, random
+from topic_prompts import PROMPTS, both_streams, passed
+
+SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
+
+
+def factors(r: int, n: int, d: int, kept: int, seed: int) -> LoraFactors:
+    """Random factors of rank r whose product has the rank `kept`, or less."""
+    A, B = random(r, n, seed=seed), random(d, min(r, kept), seed=seed + 1)
+    return LoraFactors(A, B @ random(min(r, kept), r, seed=seed + 2), 2.0)
+
+
+def length_in(lora: LoraFactors, u: Tensor) -> Tensor:
+    """How long u [n] is in the row space of B A: by projecting, without any singular vector."""
+    product = lora.B.double() @ lora.A.double()
+    return (torch.linalg.pinv(product, rtol=1e-6) @ (product @ u.double())).norm()
+
+
+# The vectors
+
+
+@settings(max_examples=100, derandomize=True)
+@given(
+    r=st.integers(1, 8),
+    n=st.integers(1, 12),
+    d=st.integers(1, 12),
+    kept=st.integers(0, 8),
+    seed=st.integers(0, 99),
+)
+def test_they_measure_a_token_in_the_row_space_of_the_product(r, n, d, kept, seed):
+    lora, u = factors(r, n, d, kept, seed), random(n, seed=seed + 3)
+    rows = right_singular_vectors(lora)
+    assert rows.dtype == torch.float32
+    assert rows.shape[1] == n
+    torch.testing.assert_close((rows.double() @ u.double()).norm(), length_in(lora, u))
+
+
+def test_the_first_stretches_most_and_the_size_of_an_update_does_not_count():
+    lora = factors(4, 9, 7, 4, 0)
+    rows = right_singular_vectors(lora).double()
+    torch.testing.assert_close(rows @ rows.T, torch.eye(4).double(), atol=1e-6, rtol=0)
+    stretched = (lora.B.double() @ lora.A.double() @ rows.T).norm(dim=0)
+    assert stretched.tolist() == sorted(stretched.tolist(), reverse=True)
+    bigger = right_singular_vectors(LoraFactors(100 * lora.A, 100 * lora.B, 0.1)).double()
+    torch.testing.assert_close((bigger @ rows.T).abs(), torch.eye(4).double(), atol=1e-5, rtol=0)
+
+
+# The decision
+
+
+def released(pool: Pool, site: str, u: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The released code's routes [T, E] and update [T, d] for tokens u [T, n], float64."""
+    A, B = [], []
+    for expert in pool.experts:
+        lora = expert.lora[site]
+        U, S, Vh = torch.linalg.svd(lora.B.double() @ lora.A.double(), full_matrices=False)
+        rank = len(lora.A)
+        A.append(lora.scale * Vh[:rank])
+        B.append(U[:, :rank] * S[:rank])
+    inside = torch.stack([u.double() @ a.T for a in A])  # [E, T, r]
+    best = inside.norm(dim=-1).topk(k, dim=0).indices
+    routes = torch.zeros(len(A), len(u)).double().scatter(0, best, 1 / k)
+    mixed = torch.einsum("et,etr->tr", routes, inside)
+    factors_of_each = torch.einsum("et,edr->tdr", routes, torch.stack(B))
+    return routes.T, torch.einsum("tdr,tr->td", factors_of_each, mixed)
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_the_choice_and_the_weights_are_the_released_codes(llama, llama_pool, k):
+    u = random(30, 32)
+    wanted, _ = released(llama_pool, SITE, u, k)
+    layer = composition_of(compose(llama_pool, llama, router="spectr", k=k)).layers[SITE]
+    decision = layer.router(u)
+    got = torch.zeros(30, 4).scatter(1, decision.experts, decision.weights)
+    torch.testing.assert_close(got.double(), wanted)
+    assert k == 4 or len({tuple(row) for row in wanted.tolist()}) > 1
+
+
+def test_one_expert_adds_what_it_adds_in_the_released_code(llama, llama_pool):
+    u = random(30, 32)
+    _, wanted = released(llama_pool, SITE, u, 1)
+    plain = llama.model.get_submodule(SITE)(u)
+    layer = composition_of(compose(llama_pool, llama, router="spectr", k=1)).layers[SITE]
+    with torch.no_grad():
+        torch.testing.assert_close((layer(u) - plain).double(), wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_the_best_of_a_shortlist_are_those_of_lag():
+    directions = torch.linalg.qr(random(6, 9, 3))[0].transpose(1, 2)  # [6, 3, 9]
+    u = random(40, 9, seed=1)
+    decision = SpectrRouter(directions, 1, shortlist=2)(u)
+    free = SpectrRouter(directions, 1)(u)
+    for t in range(40):
+        first = sorted(range(6), key=lambda z: -abs(float(directions[z, 0] @ u[t])))[:2]
+        best = max(first, key=lambda z: float((directions[z] @ u[t]).norm()))
+        assert decision.experts[t].tolist() == [best]
+    assert not torch.equal(decision.experts, free.experts)
+    spread = SpectrRouter(directions, 1, shortlist=2).distribution(u)
+    assert (spread > 0).sum(dim=1).tolist() == [2] * 40
+    torch.testing.assert_close(spread.sum(dim=1), torch.ones(40))
+    every = SpectrRouter(directions, 2, shortlist=6)(u)
+    assert torch.equal(every.experts, SpectrRouter(directions, 2)(u).experts)
+    assert SpectrRouter(directions, 3, shortlist=1)(u).experts.shape == (40, 3)  # never below k
+
+
+def test_an_update_of_zero_is_chosen_last(llama, llama_pool):
+    first = llama_pool.experts[0]
+    lora = {s: LoraFactors(f.A, 0 * f.B, f.scale) for s, f in first.lora.items()}
+    pool = Pool((replace(first, modules=lora), *llama_pool.experts[1:]))
+    layer = composition_of(compose(pool, llama, router="spectr", k=3)).layers[SITE]
+    assert not (layer.router(random(20, 32)).experts == 0).any()
+
+
+# Whole models
+
+
+@both_streams
+@pytest.mark.parametrize("options", [{"k": 2}, {"k": 1, "spectr_shortlist": 2}])
+def test_padding_on_either_side_and_company_change_nothing(base, pool, options):
+    model = compose(pool, base, router="spectr", **options)
+    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
+    alone = [
+        passed(base, model, torch.tensor([row]), torch.ones(1, len(row)).long()) for row in rows
+    ]
+    for pad in (pad_left, pad_right):
+        ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
+        assert_same_logits(passed(base, model, ids, mask), torch.cat(alone))
+
+
+@both_streams
+def test_beams_are_those_of_each_prompt_alone(base, pool):
+    model = compose(pool, base, router="spectr")
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    pad = pad_right if base.is_encoder_decoder else pad_left
+    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
+    ids = pad(rows, 0)
+    got = model.generate(ids, attention_mask=ids.ne(0).long(), **options)[:, -6:]
+    for row, answer in zip(rows, got, strict=True):
+        alone = torch.tensor([row])
+        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert torch.equal(answer, wanted[0, -6:])
+
+
+def test_a_loaded_one_has_its_vectors_and_shortlist_and_shrinks(llama, uneven, tmp_path):
+    model = compose(uneven, llama, router="spectr", k=2, spectr_shortlist=3)
+    wanted = logits_of(model, make_ids(rows=2))
+    save(model, tmp_path / "routed")
+    detach(model)
+    loaded = load(tmp_path / "routed", llama)
+    assert composition_of(loaded).routing.spectr_shortlist == 3
+    assert torch.equal(logits_of(loaded, make_ids(rows=2)), wanted)
+    remove_experts(loaded, ["e2"])
+    left = logits_of(loaded, make_ids(rows=2))
+    fresh = copy.deepcopy(detach(loaded))
+    smaller = uneven.select(["e0", "e1", "e3"])
+    again = compose(smaller, fresh, router="spectr", k=2, spectr_shortlist=3)
+    assert_same_logits(left, logits_of(again, make_ids(rows=2)))
+
+
+def test_it_needs_loras_and_a_shortlist_of_one_at_least(llama, llama_pool, tmp_path):
+    other = make_kind("ia3", llama, tmp_path / "ia3")
+    with pytest.raises(PoolError, match="Router spectr needs the factors of LoRAs"):
+        compose(Pool((other, *llama_pool.experts)), llama, router="spectr")
+    with pytest.raises(ConfigError, match="spectr_shortlist is 0, but must be at least 1"):
+        compose(llama_pool, llama, router="spectr", spectr_shortlist=0)

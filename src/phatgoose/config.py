@@ -185,9 +185,12 @@ class GateTraining(Settings):
         float | None, "Learning rate of gate training; default: the expert's.", POSITIVE
     ] = None
     statistics_examples: Annotated[
-        int, "Training examples to measure for mean activations and embeddings.", AT_LEAST_1
+        int, "Training examples to measure for the statistics below.", AT_LEAST_1
     ] = 1000
     means: Annotated[bool, "Measure mean activations (for router average-activation)."] = True
+    readings: Annotated[
+        bool, "Measure how the base alone reads the prompts (for router discriminant)."
+    ] = True
     embeddings: Annotated[
         bool, "Embed training inputs (for router retrieval; needs the extra 'retrieval')."
     ] = False

@@ -57,11 +57,13 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 def test_what_is_measured_later_is_what_training_measures(base, tmp_path):
     wanted = train(base, tmp_path / "a" / "count", embeddings=True, statistics_examples=7)
-    bare = train(base, tmp_path / "b" / "count", means=False)
+    bare = train(base, tmp_path / "b" / "count", means=False, readings=False)
     assert not bare.means
+    assert not bare.readings
     assert bare.embeddings is None
     got = measure(bare.directory, base, TASK, examples=7)
     assert same(got.means, wanted.means)
+    assert same(got.readings, wanted.readings)
     assert torch.equal(got.embeddings, wanted.embeddings)
     assert len(got.embeddings) == 7
     assert got.info.embedder == wanted.info.embedder
@@ -207,7 +209,8 @@ def refused(error: type[Exception], match: str, expert: Expert, *arguments, **op
 
 def test_nothing_to_measure_is_an_error(llama, tmp_path):
     expert = trained(llama, tmp_path / "count", train)
-    refused(ConfigError, "nothing to measure", expert, llama, TASK, means=False, embeddings=False)
+    nothing = dict.fromkeys(("means", "readings", "embeddings"), False)
+    refused(ConfigError, "nothing to measure", expert, llama, TASK, **nothing)
     refused(ConfigError, "statistics_examples is 0", expert, llama, TASK, examples=0)
     refused(TaskError, "has 0 training examples", expert, llama, Task("empty"))
 

@@ -5,6 +5,7 @@ adapter.py      the registry of kinds; which one a directory holds, and whether 
 expert_info.py  what an expert says of itself: phatgoose.json
 expert.py       the expert directory
 card.py         its model card
+readings.py     what it shares of how the base reads its prompts
 applied.py      one expert alone on its base
 input_format.py how an expert's training inputs became tokens
 hub.py          experts on the Hugging Face Hub

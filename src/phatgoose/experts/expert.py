@@ -29,6 +29,7 @@ from .card import model_card
 from .expert_info import NAME, ExpertInfo, check_name, info_json, read_info
 from .kinds.kind import SiteModule, read_tensors
 from .kinds.lora import LoraFactors
+from .readings import readings_problems
 
 __all__ = ["EXPERT_FILES", "LAYOUT", "MOST_EMBEDDINGS", "Expert", "base_named_in", "check_expert"]
 
@@ -55,7 +56,8 @@ class Expert:
 
     `directory` holds the adapter's files; all `modules` are of one kind. `gates` and `means` map a
     site to a float32 vector of its input size n, and are empty when there are none; `embeddings` is
-    None or [examples, dims], rows of length 1 made by `info.embedder`.
+    None or [examples, dims], rows of length 1 made by `info.embedder`. `readings` are those of
+    `readings.readings_of`, empty when there are none.
 
     The tensors of a loaded expert are views of its files, mapped into memory: bytes are read when
     used, and take memory until `release`. Don't write to them; `dataclasses.replace` makes an
@@ -68,6 +70,7 @@ class Expert:
     gates: Mapping[str, Tensor]
     means: Mapping[str, Tensor]
     embeddings: Tensor | None = None
+    readings: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -104,6 +107,7 @@ class Expert:
         name: str | None = None,
         means: Mapping[str, Tensor] | None = None,
         embeddings: Tensor | None = None,
+        readings: Mapping[str, Tensor] | None = None,
         embedder: str | None = None,
         task: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
@@ -131,7 +135,13 @@ class Expert:
             embedder=embedder,
         )
         expert = cls(
-            info, directory, read_modules(directory), _plain(gates), _plain(means or {}), embeddings
+            info,
+            directory,
+            read_modules(directory),
+            _plain(gates),
+            _plain(means or {}),
+            embeddings,
+            _plain(readings or {}),
         )
         for problem in chain(_vector_problems(expert), _not_finite(expert)):
             raise ExpertError(problem)
@@ -171,6 +181,7 @@ class Expert:
         info = replace(self.info, vectors_sha256=None, embeddings_sha256=None)
         vectors = {f"gate.{site}": vector for site, vector in self.gates.items()}
         vectors |= {f"mean.{site}": vector for site, vector in self.means.items()}
+        vectors |= {f"reading.{part}": tensor for part, tensor in self.readings.items()}
         if vectors:
             # safetensors refuses tensors that share memory.
             save_file({key: each.clone() for key, each in vectors.items()}, work / LAYOUT.vectors)
@@ -218,9 +229,9 @@ def _read(directory: Path) -> Expert:
         files[LAYOUT.vectors] = read_tensors(directory / LAYOUT.vectors)
     vectors: Mapping[str, Tensor] = files.get(LAYOUT.vectors, {})
     for key in vectors:
-        if not key.startswith(("gate.", "mean.")):
+        if not key.startswith(("gate.", "mean.", "reading.")):
             raise ExpertError(
-                f"{directory / LAYOUT.vectors} holds {key!r}; wanted gate.* and mean.*."
+                f"{directory / LAYOUT.vectors} holds {key!r}; wanted gate.*, mean.* and reading.*."
             )
     embeddings = None
     if info.embeddings_sha256 is not None:
@@ -233,8 +244,8 @@ def _read(directory: Path) -> Expert:
     adapter = adapter_files(directory)
     weights = files[adapter.weights] = adapter.read_weights(directory)
     modules = read_modules(directory, weights)
-    gates, means = Group(vectors, "gate"), Group(vectors, "mean")
-    return Expert(info, directory, modules, gates, means, embeddings, files)
+    gates, means, readings = (Group(vectors, kind) for kind in ("gate", "mean", "reading"))
+    return Expert(info, directory, modules, gates, means, embeddings, readings, files)
 
 
 def _problems(expert: Expert) -> Iterator[str]:
@@ -275,6 +286,8 @@ def _are_unit_rows(rows: Tensor) -> bool:
 
 def _vector_problems(expert: Expert) -> Iterator[str]:
     """Vectors that lack a site, sites that lack a vector, and vectors of the wrong kind."""
+    for problem in readings_problems(expert.readings) if expert.readings else ():
+        yield f"Expert {expert.name!r}, readings: {problem}."
     for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):
         if not vectors:
             continue
@@ -297,3 +310,6 @@ def _not_finite(expert: Expert) -> Iterator[str]:
         for site, vector in vectors.items():
             if not is_finite(vector):
                 yield f"Expert {expert.name!r}, site {site}: the {kind} is not finite."
+    for part, tensor in expert.readings.items():
+        if not is_finite(tensor):
+            yield f"Expert {expert.name!r}, readings: {part} is not finite."

@@ -30,7 +30,8 @@ __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
 MANIFEST_VERSION = 1
 LONGEST_PATH = 1000  # characters
 STAND_IN = ", or allow stand-ins for gates (--stand-in)"
-REMEDIES = {"gates": "gate", "means": "measure", "embeddings": "measure"}  # commands that add them
+REMEDIES = {"gates": "gate", "means": "measure"}  # commands that add what is missing
+REMEDIES |= {"readings": "measure", "embeddings": "measure"}
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,7 @@ class Pool:
         return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
 
     def check_vectors(self, kind: str) -> None:
-        """Raise PoolError, naming them, when experts have no gates (`kind` "gates") or "means"."""
+        """Raise PoolError, naming them, when experts have no "gates", "means" or "readings"."""
         without = [expert.name for expert in self.experts if not getattr(expert, kind)]
         if without:
             raise PoolError(_missing(without, kind))
@@ -257,7 +258,7 @@ def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
 
 
 def _missing(without: Sequence[str], kind: str) -> str:
-    """The message for experts that lack gates (`kind` "gates") or means."""
+    """The message for experts that lack gates (`kind` "gates"), means or readings."""
     many = len(without) > 1
     return (
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "

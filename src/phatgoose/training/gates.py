@@ -158,6 +158,7 @@ def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
         base=run.base.reference,
         name=run.name,
         means=measured.means,
+        readings=measured.readings,
         embeddings=measured.embeddings,
         embedder=settings.embedder if settings.embeddings else None,
         task=_task_record(run.task),

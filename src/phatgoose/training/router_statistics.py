@@ -1,7 +1,8 @@
 """Statistics for other routers, which a contributor may share beside gates (paper section 4.2).
 
-Mean activations are for Average Activation, embeddings of training inputs for Retrieval. They are
-measured when an expert is trained, or later.
+Mean activations are for Average Activation, embeddings of training inputs for Retrieval, readings
+of prompts for router discriminant, which isn't the paper's. They are measured when an expert is
+trained, or later.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from ..experts.applied import ModifiedLinear, applied
 from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert
 from ..experts.input_format import recorded_formatting
 from ..experts.kinds.kind import SiteModule
+from ..experts.readings import read_prompts, readings_of
 from ..files.quoting import one_line
 from ..tasks.collating import Collator, batches_of_tokens
 from ..tasks.cuts import Cuts
@@ -51,12 +53,13 @@ def measure(
     *,
     examples: int = 1000,
     means: bool = True,
+    readings: bool = True,
     embeddings: bool = True,
     embedder: str = DEFAULT_EMBEDDER,
     seed: int | None = None,
     formatting: Formatting | None = None,
 ) -> Expert:
-    """The expert with mean activations and embeddings measured on `task`, its directory rewritten.
+    """The expert with its statistics measured on `task`, its directory rewritten.
 
     `task` should be the data that the expert was trained on. A random sample of its training split
     is measured: at most `examples`, for embeddings at most 1000. `seed` (of the sample and of the
@@ -69,10 +72,14 @@ def measure(
     would lose, TaskError when the task can't be used.
     """
     expert = expert if isinstance(expert, Expert) else Expert.load(expert)
-    if not (means or embeddings):
-        raise ConfigError("There is nothing to measure: ask for means, embeddings or both.")
+    if not (means or readings or embeddings):
+        raise ConfigError("There is nothing to measure: ask for means, readings or embeddings.")
     settings = GateTraining(
-        statistics_examples=examples, means=means, embeddings=embeddings, embedder=embedder
+        statistics_examples=examples,
+        means=means,
+        readings=readings,
+        embeddings=embeddings,
+        embedder=embedder,
     )
     _refuse_foreign_files(expert.directory)
     base = load_base(base) if isinstance(base, str) else base
@@ -88,6 +95,7 @@ def measure(
     measured = replace(
         expert,
         means=expert.means if found.means is None else found.means,
+        readings=expert.readings if found.readings is None else found.readings,
         embeddings=expert.embeddings if found.embeddings is None else found.embeddings,
     )
     info = replace(
@@ -97,6 +105,7 @@ def measure(
             **recorded,
             "statistics_examples": examples,
             "means": bool(measured.means),
+            "readings": bool(measured.readings),
             "embeddings": measured.embeddings is not None,
             **({"embedder": embedder} if embeddings else {}),
         },
@@ -108,10 +117,12 @@ def measure(
 class Statistics:
     """What was measured, None where it wasn't asked for: `means` by site, `embeddings` in rows.
 
-    `cuts` counts the inputs that were cut before their means were taken.
+    `readings` are those of `readings_of`; `cuts` counts the inputs that were cut before they were
+    passed through the base.
     """
 
     means: Mapping[str, Tensor] | None = None
+    readings: Mapping[str, Tensor] | None = None
     embeddings: Tensor | None = None
     cuts: Cuts = field(default_factory=Cuts)
 
@@ -126,23 +137,30 @@ def statistics_of(
 ) -> Statistics:
     """The statistics that `settings` asks for, of the expert `modules` on a sample of `task.train`.
 
-    Means are measured with the expert at full strength, as it acts when it is routed to. Raises
-    ExpertError when the expert doesn't fit the base, ConfigError when embedding isn't possible.
+    Means are measured with the expert at full strength, as it acts when it is routed to, readings
+    without it. Raises ExpertError when the expert doesn't fit the base, ConfigError when embedding
+    isn't possible.
     """
-    means, embeddings, cuts = None, None, Cuts()
+    means, readings, embeddings, cuts = None, None, None, Cuts()
     count = settings.statistics_examples
     if settings.embeddings:
         examples = _sample(task.train, min(count, MOST_EMBEDDINGS), seed)
         truncation = encoder.formatting.truncation
         embeddings = embed_examples(examples, settings.embedder, truncation)
-    if settings.means:
+    pairs = []
+    if settings.means or settings.readings:
         pairs = encoder.pairs(_sample(task.train, count, seed))
         cuts = encoder.cuts(pairs)
+    if settings.readings:
+        base.model.eval()
+        prompts = [pair.prompt for pair in pairs]
+        readings = readings_of(read_prompts(base.model, prompts, TOKEN_BUDGET, task.name))
+    if settings.means:
         sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
         collator = Collator(base.model, base.tokenizer.pad_token_id)
         with applied(base.model, modules, ModifiedLinear):
             means = mean_activations(base.model, sites, pairs, collator, task.name)
-    return Statistics(means, embeddings, cuts)
+    return Statistics(means, readings, embeddings, cuts)
 
 
 def mean_activations(

@@ -142,7 +142,8 @@ def test_measure_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 3]
     outcome = phat("measure", "new/reviews", *options)
     assert (outcome.code, outcome.err) == (0, "")
-    wanted = "reviews, LoRA, 14 sites, gates: yes, means: yes, embeddings: yes, inputs cut: 0 %"
+    wanted = "reviews, LoRA, 14 sites, gates: yes, means: yes, readings: yes, embeddings: yes"
+    wanted += ", inputs cut: 0 %"
     assert outcome.out == f"{wanted} -> new/reviews\n"
     assert f"new/reviews: {wanted}\n" in phat("check", "new/reviews").out
     after = Expert.load(trained)
@@ -166,7 +167,8 @@ def test_bad_measurements_are_told_in_one_line_and_change_nothing(trained, untra
     write_rows(untrained / "single.jsonl", [review(0)])
     before = snapshot(untrained)
     given = ["measure", "new/reviews", "--task", "reviews.jsonl", "--dtype", "float32"]
-    refused(phat(*given, "--no-means", "--no-embeddings"), "nothing to measure")
+    nothing = ("--no-means", "--no-readings", "--no-embeddings")
+    refused(phat(*given, *nothing), "nothing to measure")
     refused(phat(*given, "--statistics-examples", 0), "statistics_examples is 0")
     refused(phat(*given[:3], "nowhere.jsonl"), "nowhere.jsonl does not exist")
     refused(phat(*given[:3], "single.jsonl", "--no-embeddings"), "at least two")

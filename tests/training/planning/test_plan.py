@@ -55,7 +55,9 @@ def test_the_papers_pools_have_the_papers_numbers(suite, count):
     assert {task.trained for task in plan.tasks} == {1100 * 1024}
     assert {task.lengths for task in plan.tasks} == {"limits"}
     assert {task.place for task in plan.tasks} == {"hub"}
-    assert {task.disk_bytes for task in plan.tasks} == {2 * 35_389_440 + 2 * 4 * 1_032_192}
+    assert {task.disk_bytes for task in plan.tasks} == {
+        2 * 35_389_440 + 2 * 4 * 1_032_192 + 4 * 2 * 24 * 2048 * 18  # gates, means; readings
+    }
     assert all(math.isfinite(number) and number >= 0 for number in everything(plan))
     notes = " ".join(plan.notes)
     assert f"For {count} of {count} tasks, the tokens of a sequence are taken as the 512" in notes
@@ -68,7 +70,7 @@ def test_time_is_four_operations_for_each_parameter_that_a_token_passes():
         T5_XL,
         open_tasks(["t0hi/trec"]),
         training=Training(eval_examples=1, eval_every=1000),
-        gate_training=GateTraining(means=False),
+        gate_training=GateTraining(means=False, readings=False),
         formatting=Formatting(max_input_tokens=100, max_target_tokens=10),
         tflops=50,
     )
@@ -100,7 +102,8 @@ def test_a_plan_counts_what_training_will_do(planned_here, kind, base_folders):
     lengths = [len(encode(f"Count {i}:")["input_ids"]) for i in range(20)]
     assert (task.examples, task.counted, task.lengths) == (18, True, "measured")
     assert (task.steps, task.gate_steps, task.trained) == (5, 3, 4 * (5 + 3))
-    assert task.measured == 3 * 2 + 6  # after steps 2, 4 and 5, two examples; then statistics
+    # After steps 2, 4 and 5, two examples; then means and readings.
+    assert task.measured == 3 * 2 + 2 * 6
     assert task.prompt_tokens == pytest.approx(fmean(lengths), 0.1)
     length = task.prompt_tokens + task.target_tokens
     assert task.tokens == round((task.trained + task.measured) * length)
@@ -151,6 +154,9 @@ def test_settings_change_the_plan_as_they_change_training(planned_here):
     bare = planned(gate_training=dataclasses.replace(GATES, means=False))
     assert plain.tasks[0].disk_bytes - bare.tasks[0].disk_bytes == 4 * plain.gate_parameters
     assert plain.tasks[0].measured - bare.tasks[0].measured == 6
+    unread = planned(gate_training=dataclasses.replace(GATES, readings=False))
+    assert plain.tasks[0].disk_bytes - unread.tasks[0].disk_bytes == 4 * 2 * 2 * 32 * 18
+    assert plain.tasks[0].measured - unread.tasks[0].measured == 6
     kept = planned(gate_training=dataclasses.replace(GATES, embeddings=True))
     assert kept.tasks[0].disk_bytes - plain.tasks[0].disk_bytes == 4 * 384 * 6
     assert any("384 dimensions" in note for note in kept.notes)

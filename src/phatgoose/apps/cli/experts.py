@@ -191,6 +191,7 @@ def measure(
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
     task: TaskOption,
     means: Annotated[bool, "Measure each site's mean activation."] = True,
+    readings: Annotated[bool, "Measure how the base alone reads the prompts."] = True,
     embeddings: Annotated[bool, "Embed training inputs (needs the extra 'retrieval')."] = True,
     statistics_examples: Annotated[
         int, "Training examples measured."
@@ -215,6 +216,7 @@ def measure(
         data,
         examples=statistics_examples,
         means=means,
+        readings=readings,
         embeddings=embeddings,
         embedder=embedder,
     )
@@ -244,6 +246,7 @@ def _contents(expert: Expert) -> str:
     has = {
         "gates": bool(expert.gates),
         "means": bool(expert.means),
+        "readings": bool(expert.readings),
         "embeddings": expert.embeddings is not None,
     }
     answers = ", ".join(f"{part}: {'yes' if there else 'no'}" for part, there in has.items())

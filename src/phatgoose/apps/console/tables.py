@@ -24,7 +24,7 @@ __all__ += ["pool_table", "routers_table", "scores_table"]
 def pool_table(pool: Pool) -> Table:
     """A row per expert: its kind, the sizes of its modules, and what it shares."""
     table = Table(title=f"{len(pool)} experts for {pool.base.id}")
-    for column in ("expert", "kind", "sites", "sizes", "gates", "means", "embeddings", "folder"):
+    for column in ("expert", "kind", "sites", "sizes", "gates", "means", "readings", "embeddings", "folder"):
         table.add_column(column, overflow="fold", no_wrap=column == "kind")
     for expert in pool.experts:
         sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
@@ -33,7 +33,7 @@ def pool_table(pool: Pool) -> Table:
             KIND_NAMES[expert.kind],
             str(len(expert.modules)),
             "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
-            *("yes" if part else "no" for part in (expert.gates, expert.means)),
+            *("yes" if part else "no" for part in (expert.gates, expert.means, expert.readings)),
             "no" if expert.embeddings is None else str(len(expert.embeddings)),
             str(expert.directory),
         )

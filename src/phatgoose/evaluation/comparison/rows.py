@@ -162,7 +162,7 @@ def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
         tensors: dict[str, Tensor] = {}
         if part == "embeddings" and expert.embeddings is not None:
             tensors = {str(expert.info.embedder): expert.embeddings}
-        elif part in ("gates", "means"):
+        elif part in ("gates", "means", "readings"):
             tensors = dict(getattr(expert, part))
         for name in sorted(tensors):
             digest.update(name.encode() + tensors[name].float().numpy().tobytes())

@@ -128,7 +128,8 @@ class CostModel:
         length = lengths.prompt + lengths.target
         gate_steps = 0 if gates.joint else gates.gate_steps
         trained = training.batch_size * (training.steps + gate_steps)
-        measured = self._validated(data) + (self._sampled(examples) if gates.means else 0)
+        passes = gates.means + gates.readings
+        measured = self._validated(data) + passes * self._sampled(examples)
         operations = lengths.prompt * shapes.prompt + lengths.target * shapes.target
         if self.speed is None:
             work = (TRAINED * trained + MEASURED * measured) * operations
@@ -168,9 +169,10 @@ class CostModel:
         return most if examples is None else min(most, examples)
 
     def _disk(self, examples: int | None) -> int:
-        """Bytes of adapter, gates, means and embeddings; the JSON beside them is small."""
-        vectors = 1 + self.gate_training.means
-        size = self.itemsize * self.shapes.expert + FLOAT32 * self.shapes.gates * vectors
+        """Bytes of adapter, gates and statistics; the JSON beside them is small."""
+        settings, shapes = self.gate_training, self.shapes
+        vectors = shapes.gates * (1 + settings.means) + shapes.readings * settings.readings
+        size = self.itemsize * shapes.expert + FLOAT32 * vectors
         if self.gate_training.embeddings:
             size += FLOAT32 * EMBEDDING_DIMS * min(MOST_EMBEDDINGS, self._sampled(examples))
         return size

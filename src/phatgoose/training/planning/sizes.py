@@ -10,6 +10,7 @@ from ...base.loading import load_skeleton
 from ...base.sites import find_sites
 from ...config import Peft
 from ...errors import BaseModelError
+from ...experts.readings import readings_size
 from ..new_modules.registry import parameters_at, placed_sites
 
 __all__ = ["KNOWN_BASES", "Shapes"]
@@ -43,7 +44,8 @@ KNOWN_BASES: dict[str, PreTrainedConfig] = {
 class Shapes:
     """Numbers of parameters, and of the sites that they belong to.
 
-    `expert` and `gates` are those of one expert at `sites` sites. `prompt` and `target` are those
+    `expert` and `gates` are those of one expert at `sites` sites, `readings` the numbers that it
+    shares of how the base reads prompts. `prompt` and `target` are those
     of the base's linear layers that a prompt's and a target's token passes: logits are computed for
     targets only, and an encoder-decoder model reads prompts in its encoder. `base` counts all of
     the base's parameters, `features` the inputs and outputs of the sites for one token, and
@@ -53,6 +55,7 @@ class Shapes:
     sites: int
     expert: int
     gates: int
+    readings: int
     prompt: int
     target: int
     base: int
@@ -87,6 +90,7 @@ class Shapes:
             sites=len(chosen),
             expert=parameters_at(model, peft),
             gates=sum(site.in_features for site in chosen),
+            readings=readings_size(model.config),
             prompt=passed["encoder" if is_encoder_decoder else "decoder"],
             target=passed["decoder"] + (0 if head is None else head.weight.numel()),
             base=sum(parameter.numel() for parameter in model.parameters()),

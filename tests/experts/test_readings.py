@@ -15,11 +15,12 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.readings import (
     PLACES,
     RANK,
+    PromptStates,
     covariance,
-    read_prompts,
     readings_of,
     readings_size,
 )
+from phatgoose.tasks.prompt_passes import read_prompts
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 8]]
 
@@ -27,26 +28,31 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [5, 6, 8]]
 def made_readings(blocks: int = 2, size: int = 3, seed: int = 0) -> dict[str, torch.Tensor]:
     """Readings of five random prompts."""
     generator = torch.Generator().manual_seed(seed)
-    read = {place: torch.randn(5, blocks, size, generator=generator) for place in PLACES}
-    return readings_of(read)
+    return readings_of(torch.randn(5, len(PLACES), blocks, size, generator=generator))
 
 
-@pytest.mark.parametrize("budget", [1, 8, 100])
-def test_prompts_are_read_as_each_alone(base, budget):
-    read = read_prompts(base.model.eval(), PROMPTS, budget)
+def read_by(model) -> torch.Tensor:
+    return read_prompts(model.eval(), PROMPTS, PromptStates(model))
+
+
+@pytest.mark.parametrize("budget", [1, 8, 1024])
+def test_prompts_are_read_as_each_alone(base, budget, monkeypatch):
+    monkeypatch.setattr("phatgoose.tasks.prompt_passes.BATCH_TOKENS", budget)
+    read = read_by(base.model)
     stack = base.model
     if stack.config.is_encoder_decoder:
         stack = stack.get_encoder()
     for row, prompt in enumerate(PROMPTS):
         with torch.no_grad():
             output = stack(input_ids=torch.tensor([prompt]), output_hidden_states=True)
-        states = torch.cat(output.hidden_states[1:])  # [blocks, tokens, d]
-        torch.testing.assert_close(read["end"][row], states[:, -1], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(read["whole"][row], states.mean(dim=1), atol=1e-5, rtol=1e-4)
+        states = torch.cat(output.hidden_states[1:-1])  # [blocks, tokens, d]; the last is normed
+        wanted = torch.stack([states[:, -1], states.mean(dim=1)])
+        torch.testing.assert_close(read[row][:, :-1], wanted, atol=1e-5, rtol=1e-4)
+        assert read.shape[2] == len(states) + 1
 
 
 def test_a_base_says_how_many_numbers_its_readings_are(base):
-    readings = readings_of(read_prompts(base.model.eval(), PROMPTS, 100))
+    readings = readings_of(read_by(base.model))
     assert sum(part.numel() for part in readings.values()) == readings_size(base.model.config)
 
 
@@ -55,7 +61,7 @@ def test_a_base_says_how_many_numbers_its_readings_are(base):
 def test_the_covariance_that_is_shared_has_the_true_variances(prompts, size, rank, seed):
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(prompts, 2, size, generator=generator) * torch.arange(1, size + 1)
-    shared = covariance(readings_of({"end": values}, rank), "end")
+    shared = covariance(readings_of(torch.stack([values, -values], dim=1), rank), "whole")
     for block in range(2):
         wanted = torch.cov(values[:, block].double().T, correction=0).reshape(size, size)
         error = shared[block] - wanted

@@ -8,18 +8,16 @@ with them. Not in the paper.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from ..base.offloading import input_device
-from ..files.quoting import one_line
-from ..tasks.collating import batches_of_tokens, pad_right
+from ..base.blocks import blocks_of
+from ..tasks.prompt_passes import PromptReading, last_token, mean_token
 
-__all__ = ["PLACES", "RANK", "covariance", "read_prompts", "readings_of", "readings_problems"]
+__all__ = ["PLACES", "RANK", "PromptStates", "covariance", "readings_of", "readings_problems"]
 __all__ += ["readings_size"]
 
 PLACES = ("end", "whole")
@@ -27,50 +25,35 @@ PARTS = {"mean": 2, "factor": 3, "rest": 2}  # of a place, and how many dimensio
 RANK = 16  # of the covariance that is shared
 
 
-@torch.no_grad()
-def read_prompts(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], budget: int, label: str = ""
-) -> dict[str, Tensor]:
-    """What `model` makes of each prompt, by place: float32 [prompts, blocks, d].
+class PromptStates(PromptReading):
+    """Reads the output of every block in both places: [texts, 2, blocks, d], float32."""
 
-    `prompts` are lists of tokens, none empty; a pass takes at most `budget` of them where one
-    prompt is no longer. `label` stands before a progress bar. The blocks are those of the encoder where there is one; "end" is the output
-    of each for the prompt's last token, "whole" the mean over all of its tokens. What the last block
-    puts out may have passed the stack's final norm.
-    """
-    stack = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
-    device, lengths = input_device(model), [len(prompt) for prompt in prompts]
-    found: dict[str, Tensor] = {}
-    bar = tqdm(total=len(prompts), desc=f"{one_line(label)}: readings", unit="prompt", disable=None)
-    for rows in batches_of_tokens(lengths, budget):
-        ids = pad_right([prompts[row] for row in rows], 0).to(device)
-        mask = pad_right([[1] * lengths[row] for row in rows], 0).to(device)
-        states = stack(
-            input_ids=ids, attention_mask=mask, output_hidden_states=True, return_dict=True
-        ).hidden_states[1:]
-        ends = mask.sum(dim=1) - 1
-        shares = (mask / mask.sum(dim=1, keepdim=True)).float()[:, None]
-        index = torch.arange(len(rows), device=device)
-        for block, state in enumerate(states):
-            read = {"end": state[index, ends], "whole": (shares @ state.float())[:, 0]}
-            for place, values in read.items():
-                if place not in found:
-                    found[place] = torch.empty(len(prompts), len(states), state.shape[-1])
-                found[place][rows, block] = values.float().cpu()
-        bar.update(len(rows))
-    bar.close()
-    return found
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.blocks = range(len(blocks_of(model)))
+
+    def begin(self, mask: Tensor) -> None:
+        """A batch comes whose tokens are where `mask` [texts, columns] is 1."""
+        self._mask, self._states = mask, list[Tensor]()
+
+    def see_block(self, index: int, hidden: Tensor) -> None:
+        """Keep both places of `hidden` [texts, columns, d]."""
+        end, whole = last_token(hidden, self._mask).float(), mean_token(hidden, self._mask)
+        self._states.append(torch.stack([end, whole], dim=1).cpu())
+
+    def found(self) -> Tensor:
+        """The batch's states, in the order of PLACES and blocks."""
+        return torch.stack(self._states, dim=2)
 
 
-def readings_of(read: Mapping[str, Tensor], rank: int = RANK) -> dict[str, Tensor]:
-    """The readings to share, of what `read_prompts` gave, float32 by name.
+def readings_of(states: Tensor, rank: int = RANK) -> dict[str, Tensor]:
+    """The readings to share, of the `states` [prompts, 2, blocks, d] of prompts, float32 by name.
 
     For each place `PLACE.mean` [blocks, d], and the covariance over prompts, whose denominator is
     their number, as `PLACE.factor` [blocks, rank, d], its `rank` strongest directions times the
     root of their strength, and `PLACE.rest` [blocks, d], what these leave of its diagonal.
     """
     found = {}
-    for place, values in read.items():
+    for place, values in zip(PLACES, states.unbind(dim=1), strict=True):
         found[f"{place}.mean"] = values.mean(dim=0)
         centred = (values - values.mean(dim=0)).transpose(0, 1).double()  # [blocks, prompts, d]
         factors = torch.stack([_strongest(block, rank) for block in centred])
@@ -101,7 +84,7 @@ def readings_problems(readings: Mapping[str, Tensor]) -> list[str]:
     problems = []
     for name, tensor in readings.items():
         dimensions = PARTS[name.partition(".")[2]]
-        fits = tensor.dim() == dimensions and tensor.shape[::dimensions - 1] == (blocks, size)
+        fits = tensor.dim() == dimensions and tensor.shape[:: dimensions - 1] == (blocks, size)
         if not fits or tensor.dtype != torch.float32 or not tensor.numel():
             problems.append(
                 f"{name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, wanted "

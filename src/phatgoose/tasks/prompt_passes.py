@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base.blocks import prompt_stack, watch_blocks
 from ..base.offloading import input_device
 from ..base.sites import Site
 from ..base.token_masks import watch_inputs
+from ..files.quoting import one_line
 from .collating import batches_of_tokens, pad_right
 
 __all__ = ["PromptReading", "last_token", "mean_token", "read_prompts"]
@@ -45,18 +47,22 @@ class PromptReading:
 
 @torch.no_grad()
 def read_prompts(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], reading: PromptReading
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    reading: PromptReading,
+    label: str | None = None,
 ) -> Tensor:
     """What `reading` finds in each of the `prompts`, given by their tokens, [prompts, ..].
 
     Each passes once, in batches of prompts of like length, through the encoder or all of a causal
-    model but its head.
+    model but its head. A progress bar shows the `label`, if there is one.
     """
     stack, device = prompt_stack(model), input_device(model)
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}
     order: list[int] = []
     parts: list[Tensor] = []
     with (
+        _bar(len(prompts), label) as bar,
         watch_inputs(model, reading.sites, lambda site, u, _: reading.see_site(site, u)),
         watch_blocks(model, reading.blocks, reading.see_block),
     ):
@@ -67,8 +73,14 @@ def read_prompts(
             stack(input_ids=ids.to(device), attention_mask=mask, **options)
             order += rows
             parts.append(reading.found())
+            bar.update(len(rows))
     found = torch.cat(parts)
     return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
+
+
+def _bar(prompts: int, label: str | None) -> tqdm:  # type: ignore[type-arg]
+    hidden = True if label is None else None  # None: shown in a terminal only
+    return tqdm(total=prompts, desc=f"{one_line(label)}: readings", unit="prompt", disable=hidden)
 
 
 def last_token(activations: Tensor, mask: Tensor) -> Tensor:

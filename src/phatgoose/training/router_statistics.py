@@ -28,12 +28,13 @@ from ..experts.applied import ModifiedLinear, applied
 from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert
 from ..experts.input_format import recorded_formatting
 from ..experts.kinds.kind import SiteModule
-from ..experts.readings import read_prompts, readings_of
+from ..experts.readings import PromptStates, readings_of
 from ..files.quoting import one_line
 from ..tasks.collating import Collator, batches_of_tokens
 from ..tasks.cuts import Cuts
 from ..tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
 from ..tasks.encoding import Encoder, TokenPair
+from ..tasks.prompt_passes import read_prompts
 from ..tasks.task import Example, Task
 
 __all__ = [
@@ -154,7 +155,8 @@ def statistics_of(
     if settings.readings:
         base.model.eval()
         prompts = [pair.prompt for pair in pairs]
-        readings = readings_of(read_prompts(base.model, prompts, TOKEN_BUDGET, task.name))
+        states = read_prompts(base.model, prompts, PromptStates(base.model), task.name)
+        readings = readings_of(states)
     if settings.means:
         sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
         collator = Collator(base.model, base.tokenizer.pad_token_id)

@@ -24,7 +24,17 @@ __all__ += ["pool_table", "routers_table", "scores_table"]
 def pool_table(pool: Pool) -> Table:
     """A row per expert: its kind, the sizes of its modules, and what it shares."""
     table = Table(title=f"{len(pool)} experts for {pool.base.id}")
-    for column in ("expert", "kind", "sites", "sizes", "gates", "means", "readings", "embeddings", "folder"):
+    for column in (
+        "expert",
+        "kind",
+        "sites",
+        "sizes",
+        "gates",
+        "means",
+        "readings",
+        "embeddings",
+        "folder",
+    ):
         table.add_column(column, overflow="fold", no_wrap=column == "kind")
     for expert in pool.experts:
         sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})

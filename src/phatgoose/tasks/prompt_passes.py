@@ -78,7 +78,7 @@ def read_prompts(
     return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
 
 
-def _bar(prompts: int, label: str | None) -> tqdm:  # type: ignore[type-arg]
+def _bar(prompts: int, label: str | None) -> tqdm:
     hidden = True if label is None else None  # None: shown in a terminal only
     return tqdm(total=prompts, desc=f"{one_line(label)}: readings", unit="prompt", disable=hidden)
 

@@ -48,6 +48,7 @@ ACTIVATIONS = ("relu", "gelu", "silu")
 PAPER = "standardised"
 AFFINITIES = (PAPER, "raw", "trimmed", "centred")
 ARROW_FORMS = ("svd", "peft", "mttl")
+READING_PLACES = ("both", "end", "whole")
 PLACEMENTS = ("houlsby", "pfeiffer")
 SEEDS = 1 << 32  # numpy accepts no larger ones, and Trainer seeds numpy too
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -253,6 +254,21 @@ class Routing(Settings):
     retrieval_embedder: Annotated[
         str | None, "Embedder of router retrieval, where it isn't the default one."
     ] = None
+    reading_place: Annotated[
+        str,
+        "What router discriminant reads of a prompt: its end (last token), the whole (mean over "
+        "tokens), or both.",
+        one_of(READING_PLACES),
+    ] = "both"
+    reading_from: Annotated[
+        float, "The first block that it reads, as a share of the depth.", RATIO
+    ] = 0.0
+    reading_to: Annotated[
+        float, "The last block that it reads, as a share of the depth.", RATIO
+    ] = 1.0
+    shrinkage: Annotated[
+        float, "How far it shrinks the experts' covariance to its diagonal.", RATIO
+    ] = 0.3
     input_k: Annotated[
         int | None,
         "Experts per input, for routers that choose for whole inputs. Default: the router's own.",

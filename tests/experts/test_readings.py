@@ -16,7 +16,6 @@ from phatgoose.experts.readings import (
     PLACES,
     RANK,
     PromptStates,
-    covariance,
     readings_of,
     readings_size,
 )
@@ -29,6 +28,12 @@ def made_readings(blocks: int = 2, size: int = 3, seed: int = 0) -> dict[str, to
     """Readings of five random prompts."""
     generator = torch.Generator().manual_seed(seed)
     return readings_of(torch.randn(5, len(PLACES), blocks, size, generator=generator))
+
+
+def covariance(readings, place: str) -> torch.Tensor:
+    """The covariance that readings share of a place, as docs/format.md has it, [blocks, d, d]."""
+    factor = readings[f"{place}.factor"].double()
+    return factor.transpose(1, 2) @ factor + torch.diag_embed(readings[f"{place}.rest"].double())
 
 
 def read_by(model) -> torch.Tensor:

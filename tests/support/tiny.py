@@ -32,6 +32,7 @@ from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.readings import PLACES, readings_of
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Task
 
@@ -177,7 +178,7 @@ LOADED: dict[tuple[str, str], Original[PreTrainedModel]] = {}
 def write_expert(
     base: Base, folder: Path, name: str, *, seed: int = 0, **options: object
 ) -> Expert:
-    """A random expert of `make_adapter`, gates and means included, written below `folder`."""
+    """A random expert of `make_adapter` with gates, means and readings, written below `folder`."""
     adapter = make_adapter(base, folder / "adapters" / name, seed=seed, **options)
     generator = torch.Generator().manual_seed(seed + 1000)
     acts = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
@@ -189,7 +190,11 @@ def write_expert(
     gates, means = (
         {site: torch.randn(n, generator=generator) for site, n in sites.items()} for _ in range(2)
     )
-    expert = Expert.from_peft(adapter, gates, name=name, means=means, base=base)
+    config = base.model.config.get_text_config()
+    size = (5, len(PLACES), config.num_hidden_layers, config.hidden_size)
+    readings = readings_of(torch.randn(size, generator=generator))
+    shared = {"means": means, "readings": readings}
+    expert = Expert.from_peft(adapter, gates, name=name, base=base, **shared)
     return expert.save(folder / "experts" / name)
 
 

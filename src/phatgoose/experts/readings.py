@@ -17,7 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..base.blocks import blocks_of
 from ..tasks.prompt_passes import PromptReading, last_token, mean_token
 
-__all__ = ["PLACES", "RANK", "PromptStates", "covariance", "readings_of", "readings_problems"]
+__all__ = ["PLACES", "RANK", "PromptStates", "readings_of", "readings_problems"]
 __all__ += ["readings_size"]
 
 PLACES = ("end", "whole")
@@ -67,12 +67,6 @@ def readings_size(config: PreTrainedConfig) -> int:
     """How many numbers the readings of a base with this `config` are."""
     text = config.get_text_config()
     return len(PLACES) * int(text.num_hidden_layers) * int(text.hidden_size) * (2 + RANK)
-
-
-def covariance(readings: Mapping[str, Tensor], place: str) -> Tensor:
-    """The covariance that `readings` share of `place`, float64 [blocks, d, d]."""
-    factor = readings[f"{place}.factor"].double()
-    return factor.transpose(1, 2) @ factor + torch.diag_embed(readings[f"{place}.rest"].double())
 
 
 def readings_problems(readings: Mapping[str, Tensor]) -> list[str]:

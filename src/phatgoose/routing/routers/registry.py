@@ -54,6 +54,7 @@ class RouterSpec:
 
 
 INPUT = ("input_k", "input_temperature")  # settings of those that choose for whole inputs
+READING = ("reading_place", "reading_from", "reading_to", "shrinkage")
 
 _ALL = (
     RouterSpec(
@@ -126,6 +127,15 @@ _ALL = (
         needs=("gates", "means"),
         settings=("eps", *INPUT),
         grows=False,
+    ),
+    RouterSpec(
+        "discriminant",
+        "Discriminant",
+        "for every input the expert whose training prompts the base reads most like it",
+        "per_input.discriminant.Discriminant",
+        needs=("readings",),
+        settings=(*READING, *INPUT),
+        input_temperature=0.1,
     ),
     RouterSpec(
         "best-individual",

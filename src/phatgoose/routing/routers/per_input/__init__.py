@@ -6,4 +6,5 @@ base_reader.py      those that go by what the base makes of a prompt
 retrieval.py        the nearest training input's expert
 oracle.py           the task's best expert
 phatgoose_input.py  the expert whose gates fit best on average
+discriminant.py     the expert whose training prompts the base reads alike
 """

@@ -1,0 +1,193 @@
+"""Discriminant: the experts whose training prompts the base reads most like this one.
+
+Not in the paper. A decoder knows its task only when it has seen the whole prompt, so this router
+reads prompts with the base alone and chooses for the whole input. Experts share the mean and
+covariance of what each block of the base makes of their training prompts (`experts.readings`), and
+new prompts are told apart by Fisher's linear discriminant over them: directions in which prompts of
+one task differ count little, wording among them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ....base.blocks import blocks_of
+from ....config import Routing
+from ....errors import ConfigError, PoolError, RoutingError
+from ....experts.pool import Pool
+from ....experts.readings import PLACES, PromptStates
+from ....tasks.prompt_passes import PromptReading
+from ..lookup import Lookup, SavedLookup
+from ..scores import Scores
+from .base_reader import BaseReader
+from .looked_up import LookedUp
+
+__all__ = ["Discriminant", "PromptDiscriminant", "Readings", "readings_in"]
+
+READINGS = "lookup.readings."  # before a part's name, in files
+SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
+
+Readings = Mapping[str, Tensor]  # by part: [E, ..], the rest as `experts.readings` has it
+
+
+class Discriminant(LookedUp):
+    """Router discriminant."""
+
+    def check(self, pool: Pool) -> None:
+        """Raise PoolError when experts lack readings, or theirs are of other sizes."""
+        super().check(pool)
+        first = pool.experts[0]
+        wanted = {part: tensor.shape for part, tensor in first.readings.items()}
+        for expert in pool.experts:
+            for part, tensor in expert.readings.items():
+                if tensor.shape != wanted[part]:
+                    raise PoolError(
+                        f"Expert {expert.name!r} has readings {part} of shape "
+                        f"{tuple(tensor.shape)}, {first.name!r} of {tuple(wanted[part])}: they "
+                        f"can't be of one base; measure them again."
+                    )
+
+    def lookup_of(
+        self, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Lookup:
+        """The discriminant of the pool. Raises ConfigError without `tokenizer`."""
+        return self._reader(readings_in(pool), tokenizer)
+
+    def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
+        """The same, from a saved model."""
+        names = [name for name in saved.tensors if name.startswith(READINGS)]
+        readings = {name.removeprefix(READINGS): saved.tensors[name] for name in names}
+        return self._reader(readings, tokenizer)
+
+    def _reader(
+        self, readings: Readings, tokenizer: PreTrainedTokenizerBase | None
+    ) -> PromptDiscriminant:
+        asked = self.needed(tokenizer), self.input_k, self.input_temperature
+        return PromptDiscriminant(readings, self.routing, *asked)
+
+
+def readings_in(pool: Pool) -> Readings:
+    """The readings of all experts of `pool`, which have them, by part: [E, ..]."""
+    parts = pool.experts[0].readings
+    return {part: torch.stack([each.readings[part] for each in pool.experts]) for part in parts}
+
+
+class PromptDiscriminant(BaseReader):
+    """Scores an expert z by the discriminants of the blocks and places that are read, on average.
+
+    With x what a block makes of the prompt at a place, m_z the mean of the same over z's training
+    prompts, m and S the means over experts of the m_z and of their covariances, Σ = (1 - λ) S + λ
+    diag(S) for the shrinkage λ, and d_z = m_z - m:
+
+        s_z = (d_zᵀ Σ⁻¹ (x - m) - ½ d_zᵀ Σ⁻¹ d_z) / D,  D the mean over experts of d_zᵀ Σ⁻¹ d_z
+
+    The numerator is z's log-likelihood but for what all experts share. D makes blocks, places and
+    pools alike: prompts of z's own task score about ½, those of all tasks -½ on average.
+    """
+
+    name = "discriminant"
+
+    def __init__(
+        self,
+        readings: Readings,
+        routing: Routing,
+        tokenizer: PreTrainedTokenizerBase,
+        k: int = 1,
+        temperature: float = 1.0,
+    ) -> None:
+        """`readings` are those of all experts; of `routing` those settings of a discriminant count.
+
+        Raises ConfigError when no block lies between `reading_from` and `reading_to`.
+        """
+        super().__init__(tokenizer, k, temperature)
+        self.readings, self.routing = readings, routing
+        self.depth, self.size = readings["end.mean"].shape[1:]
+        self.blocks = _blocks_between(routing.reading_from, routing.reading_to, self.depth)
+        chosen = PLACES if routing.reading_place == "both" else (routing.reading_place,)
+        self.places = [PLACES.index(place) for place in chosen]
+        found = [[self._line(place, block) for block in self.blocks] for place in chosen]
+        self.slopes = torch.stack([torch.stack([slopes for slopes, _ in row]) for row in found])
+        self.offsets = torch.stack([torch.stack([offsets for _, offsets in row]) for row in found])
+
+    def _line(self, place: str, block: int) -> tuple[Tensor, Tensor]:
+        """The scores' slopes [d, E] and offsets [E] as functions of x at one place and block."""
+        means, factors, rests = (
+            self.readings[f"{place}.{part}"][:, block].double()
+            for part in ("mean", "factor", "rest")
+        )
+        rows = factors.flatten(0, 1)
+        shared = rows.T @ rows / len(means) + torch.diag(rests.mean(dim=0))
+        diagonal = shared.diagonal()
+        least = SMALLEST * diagonal.mean() + torch.finfo(torch.float32).tiny
+        shrinkage = self.routing.shrinkage
+        spread = (1 - shrinkage) * shared + torch.diag(shrinkage * diagonal + least)
+        centre = means.mean(dim=0)
+        away = means - centre  # d_z
+        slopes = torch.cholesky_solve(away.T, torch.linalg.cholesky(spread))
+        distances = (away * slopes.T).sum(dim=1)
+        scale = distances.mean().clamp(min=torch.finfo(torch.float32).tiny)
+        offsets = -0.5 * distances - centre @ slopes
+        return (slopes / scale).float(), (offsets / scale).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The readings of all experts."""
+        return {f"{READINGS}{part}": tensor for part, tensor in self.readings.items()}
+
+    def grown(self, pool: Pool, first: int) -> PromptDiscriminant:
+        """The discriminant of the experts of `pool` too. Raises PoolError when they don't fit."""
+        pool.check_vectors("readings")
+        new = readings_in(pool)
+        for part, tensor in self.readings.items():
+            if tensor.shape[1:] != new[part].shape[1:]:
+                raise PoolError(
+                    f"The new experts' readings {part} have shape {tuple(new[part].shape[1:])}, "
+                    f"those of the pool {tuple(tensor.shape[1:])}; measure them again."
+                )
+        return self._of({part: torch.cat([old, new[part]]) for part, old in self.readings.items()})
+
+    def shrunk(self, place: Tensor) -> PromptDiscriminant:
+        """The discriminant of the experts that stay."""
+        return self._of({part: tensor[place >= 0] for part, tensor in self.readings.items()})
+
+    def _of(self, readings: Readings) -> PromptDiscriminant:
+        return PromptDiscriminant(readings, self.routing, self.tokenizer, self.k, self.temperature)
+
+    def reading(self, model: PreTrainedModel) -> PromptReading:
+        """The discriminant at work. Raises RoutingError when `model` isn't what experts read."""
+        depth = len(blocks_of(model))
+        if depth != self.depth:
+            raise RoutingError(
+                f"Router {self.name} has readings of {self.depth} blocks; the model has {depth}."
+            )
+        return _Scored(self.blocks, self.places, self.slopes, self.offsets)
+
+
+class _Scored(PromptStates):
+    """The scores of a batch of prompts."""
+
+    def __init__(
+        self, blocks: Sequence[int], places: Sequence[int], slopes: Tensor, offsets: Tensor
+    ) -> None:
+        self.blocks = blocks
+        self._places, self._slopes, self._offsets = places, slopes, offsets
+
+    def found(self) -> Tensor:
+        """The mean of each prompt's and expert's scores over places and blocks, [texts, E]."""
+        states = super().found()[:, self._places]  # [texts, places, blocks, d]
+        scores = torch.einsum("tpbd,pbde->tpbe", states, self._slopes) + self._offsets
+        return scores.mean(dim=(1, 2))
+
+
+def _blocks_between(first: float, last: float, depth: int) -> list[int]:
+    """The blocks that lie, as shares of the `depth`, from `first` to `last`."""
+    blocks = [block for block in range(depth) if first <= (block + 1) / depth <= last]
+    if not blocks:
+        raise ConfigError(
+            f"No block of {depth} lies between reading_from {first:g} and reading_to {last:g}, as "
+            f"shares of the depth; choose them further apart."
+        )
+    return blocks

@@ -1,0 +1,209 @@
+"""Router discriminant, against Gaussian log-likelihoods by brute force."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+from phatgoose.base.blocks import blocks_of
+from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.readings import PLACES, PromptStates, readings_of
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.prompt_passes import read_prompts
+from phatgoose.tasks.task import Example, Task
+from routed_models import TOPICS
+from tiny import assert_same_logits, logits_of, make_ids
+
+PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
+SETTINGS = {  # by what they change: the places and blocks (of two) that are read, and the shrinkage
+    "all": ({}, PLACES, (0, 1), 0.3),
+    "end": ({"reading_place": "end"}, ("end",), (0, 1), 0.3),
+    "whole": ({"reading_place": "whole"}, ("whole",), (0, 1), 0.3),
+    "first": ({"reading_to": 0.5}, PLACES, (0,), 0.3),
+    "last": ({"reading_from": 0.6, "shrinkage": 0.9}, PLACES, (1,), 0.9),
+    "diagonal": ({"shrinkage": 1.0}, PLACES, (0, 1), 1.0),
+}
+
+both_streams = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+
+
+def states_of(base, text: str) -> dict[str, torch.Tensor]:
+    """What each block makes of a text at its end and as a whole, float64 [blocks, d] by place."""
+    seen: list[torch.Tensor] = []
+
+    def keep(_, __, output) -> None:
+        seen.append((output if isinstance(output, torch.Tensor) else output[0])[0].double())
+
+    handles = [block.register_forward_hook(keep) for block in blocks_of(base.model)]
+    stack = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
+    with torch.no_grad():
+        stack(input_ids=torch.tensor([base.tokenizer(text)["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    tokens = torch.stack(seen)
+    return {"end": tokens[:, -1], "whole": tokens.mean(dim=1)}
+
+
+def scores_by_hand(base, pool: Pool, text: str, places, blocks, shrinkage: float) -> torch.Tensor:
+    """The mean over places and blocks of log N(x; m_z, Σ) - log N(x; m, Σ), over D."""
+    states, found = states_of(base, text), []
+    for place in places:
+        for block in blocks:
+            means, spreads = [], []
+            for expert in pool.experts:
+                mean, factor, rest = (
+                    expert.readings[f"{place}.{part}"][block].double()
+                    for part in ("mean", "factor", "rest")
+                )
+                means.append(mean)
+                spreads.append(sum(torch.outer(row, row) for row in factor) + torch.diag(rest))
+            spread = torch.stack(spreads).mean(dim=0)
+            own = torch.diag(spread.diagonal())
+            spread = (1 - shrinkage) * spread + shrinkage * own
+            spread = spread + 1e-6 * own.trace() / len(own) * torch.eye(len(own))
+            centre = torch.stack(means).mean(dim=0)
+            x = states[place][block]
+            usual = MultivariateNormal(centre, spread).log_prob(x)
+            inverse = torch.linalg.inv(spread)
+            distance = torch.stack([(m - centre) @ inverse @ (m - centre) for m in means]).mean()
+            logs = torch.stack([MultivariateNormal(m, spread).log_prob(x) for m in means])
+            found.append((logs - usual) / distance)
+    return torch.stack(found).mean(dim=0)
+
+
+def trained_on(base, pool: Pool) -> Pool:
+    """The pool whose experts have read texts of one of TOPICS each."""
+    encoder, experts = Encoder.of(base), []
+    for expert, topic in zip(pool.experts, TOPICS, strict=False):
+        words = topic.split()
+        texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+        prompts = [encoder.prompt(text) for text in texts]
+        states = read_prompts(base.model.eval(), prompts, PromptStates(base.model))
+        experts.append(replace(expert, readings=readings_of(states)))
+    return Pool(tuple(experts))
+
+
+@both_streams
+@pytest.mark.parametrize("case", SETTINGS)
+def test_scores_are_gaussian_log_likelihoods(base, pool, case):
+    settings, places, blocks, shrinkage = SETTINGS[case]
+    wanted = torch.stack(
+        [scores_by_hand(base, pool, text, places, blocks, shrinkage) for text in PROMPTS]
+    )
+    model = compose(pool, base, router="discriminant", **settings)
+    got = composition_of(model).lookup.scores(PROMPTS)
+    torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
+
+
+@both_streams
+def test_prompts_of_a_task_go_to_its_expert(base, pool):
+    model = compose(trained_on(base, pool), base, router="discriminant")
+    mixtures = composition_of(model).lookup.of_prompts([text[:-2] for text in TOPICS])
+    assert mixtures.experts[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_training_prompts_score_a_half_for_their_expert(llama, llama_pool):
+    """On average over each expert's own prompts and over experts, by the definition of D."""
+    means = torch.stack([e.readings["end.mean"][0] for e in llama_pool.experts])
+    model = compose(llama_pool, llama, router="discriminant", reading_place="end", reading_to=0.5)
+    lookup = composition_of(model).lookup
+    scores = means @ lookup.slopes[0, 0] + lookup.offsets[0, 0]
+    assert scores.diagonal().mean().item() == pytest.approx(0.5, abs=1e-4)
+    assert (scores.sum() - scores.trace()).item() / 12 < 0
+
+
+@both_streams
+def test_a_batch_is_scored_as_its_rows_alone(base, pool):
+    lookup = composition_of(compose(pool, base, router="discriminant")).lookup
+    together = lookup.scores(PROMPTS)
+    alone = torch.cat([lookup.scores([text]) for text in PROMPTS])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
+
+
+@both_streams
+def test_several_experts_act_by_the_softmax_of_their_scores(base, pool):
+    model = compose(pool, base, router="discriminant", input_k=3, input_temperature=0.5)
+    lookup = composition_of(model).lookup
+    scores = lookup.scores(PROMPTS)
+    mixtures = lookup.of_prompts(PROMPTS)
+    top = scores.topk(3)
+    assert torch.equal(mixtures.experts, top.indices)
+    torch.testing.assert_close(mixtures.weights, (top.values / 0.5).softmax(dim=-1))
+
+
+@both_streams
+def test_an_evaluation_is_that_of_each_inputs_expert(base, pool):
+    task = Task(
+        "choosing",
+        test=tuple(Example(prompt, "yes", ("yes", "no, never", "plums")) for prompt in PROMPTS),
+    )
+    model = compose(pool, base, router="discriminant", input_k=1)
+    owners = composition_of(model).lookup.of_prompts(PROMPTS).experts[:, 0].tolist()
+    (routed,) = evaluate(model, task, tokenizer=base.tokenizer).scores
+    detach(model)
+    for place, owner in enumerate(owners):
+        single = compose(pool, base, router="single", expert=pool.names[owner])
+        (alone,) = evaluate(single, task, tokenizer=base.tokenizer).scores
+        detach(single)
+        torch.testing.assert_close(
+            torch.tensor(routed.predictions[place].scores),
+            torch.tensor(alone.predictions[place].scores),
+            atol=1e-4,
+            rtol=1e-4,
+        )
+
+
+def test_experts_join_and_leave(llama, llama_pool):
+    ids = make_ids(rows=3)
+    wanted = logits_of(compose(llama_pool, llama, router="discriminant"), ids)
+    detach(llama.model)
+    model = compose(llama_pool.select(["e0", "e1"]), llama, router="discriminant")
+    add_experts(model, llama_pool.select(["e2", "e3"]))
+    assert_same_logits(logits_of(model, ids), wanted)
+    remove_experts(model, ["e0"])
+    left = logits_of(model, ids)
+    detach(model)
+    rest = compose(llama_pool.select(["e1", "e2", "e3"]), llama, router="discriminant")
+    assert_same_logits(left, logits_of(rest, ids))
+
+
+def test_experts_without_readings_are_named(llama, llama_pool):
+    bare = replace(llama_pool.experts[1], readings={})
+    pool = Pool((llama_pool.experts[0], bare))
+    with pytest.raises(PoolError, match="'e1' has no readings: run 'phatgoose measure'"):
+        compose(pool, llama, router="discriminant")
+
+
+def test_readings_of_another_base_are_refused(llama, llama_pool):
+    first, second = llama_pool.experts[:2]
+    deep = {part: tensor[:1] for part, tensor in second.readings.items()}
+    with pytest.raises(PoolError, match=r"'e1' has readings end\.\w+ of shape \(1, .*'e0'"):
+        compose(Pool((first, replace(second, readings=deep))), llama, router="discriminant")
+    both = [replace(e, readings={p: t[:1] for p, t in e.readings.items()}) for e in (first, second)]
+    model = compose(Pool(tuple(both)), llama, router="discriminant")
+    with pytest.raises(RoutingError, match="readings of 1 blocks; the model has 2"):
+        composition_of(model).lookup.scores(PROMPTS)
+
+
+def test_a_range_without_blocks_is_refused(llama, llama_pool):
+    with pytest.raises(ConfigError, match=r"No block of 2 lies between reading_from 0\.6"):
+        compose(llama_pool, llama, router="discriminant", reading_from=0.6, reading_to=0.9)
+
+
+def test_experts_that_all_read_alike_score_nothing(llama, llama_pool):
+    """No direction tells them apart; nothing is divided by zero."""
+    shared = llama_pool.experts[0].readings
+    pool = Pool(tuple(replace(expert, readings=shared) for expert in llama_pool.experts))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lookup = composition_of(compose(pool, llama, router="discriminant")).lookup
+    assert not lookup.scores(PROMPTS).any()

@@ -28,7 +28,7 @@ from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.training.new_modules.ia3 import scales_input
 from phatgoose.training.new_modules.registry import placed_sites
-from tiny import make_adapter
+from tiny import make_adapter, make_readings
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}
 
@@ -98,7 +98,7 @@ MAKERS = {
 
 
 def make_kind(kind: str, base: Base, folder: Path, *, seed: int = 0, **options: object) -> Expert:
-    """A random expert of one of MAKERS with gates and means, below `folder`."""
+    """A random expert of one of MAKERS with gates, means and readings, below `folder`."""
     name = f"{kind}{seed}"
     adapter = MAKERS[kind](base, folder / "adapters" / name, seed=seed, **options)
     bare = Expert.from_peft(adapter, {}, name=name, base=base)
@@ -108,7 +108,8 @@ def make_kind(kind: str, base: Base, folder: Path, *, seed: int = 0, **options: 
         {s: torch.randn(sites[s].in_features, generator=generator) for s in bare.modules}
         for _ in range(2)
     )
-    expert = Expert.from_peft(adapter, gates, name=name, means=means, base=base)
+    shared = {"means": means, "readings": make_readings(base, generator)}
+    expert = Expert.from_peft(adapter, gates, name=name, base=base, **shared)
     return expert.save(folder / "experts" / name)
 
 

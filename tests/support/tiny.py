@@ -190,12 +190,16 @@ def write_expert(
     gates, means = (
         {site: torch.randn(n, generator=generator) for site, n in sites.items()} for _ in range(2)
     )
-    config = base.model.config.get_text_config()
-    size = (5, len(PLACES), config.num_hidden_layers, config.hidden_size)
-    readings = readings_of(torch.randn(size, generator=generator))
-    shared = {"means": means, "readings": readings}
+    shared = {"means": means, "readings": make_readings(base, generator)}
     expert = Expert.from_peft(adapter, gates, name=name, base=base, **shared)
     return expert.save(folder / "experts" / name)
+
+
+def make_readings(base: Base, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """The readings of five random prompts."""
+    config = base.model.config.get_text_config()
+    size = (5, len(PLACES), config.num_hidden_layers, config.hidden_size)
+    return readings_of(torch.randn(size, generator=generator))
 
 
 def make_ids(rows: int = 1, tokens: int = 7, seed: int = 0) -> torch.Tensor:

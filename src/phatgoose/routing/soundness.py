@@ -25,7 +25,8 @@ __all__ = ["LARGEST", "SCALES", "SITE_TENSORS", "check_lookup", "check_site", "c
 LARGEST = 127  # of whole numbers in int8
 SCALES = {"A": "A_scale", "B": "B_scale"}
 INDICES, FACTORS = (torch.int64,), (*FLOATS, torch.int8)
-SHARED = "ndvc"  # letters that stand for one size in all files
+OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
+SHARED = "ndvcbhf"  # letters that stand for one size in all files
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,6 @@ SITE_TENSORS = {
     "activations": Form("N", INDICES),
     "bottleneck_rows": Form("N", INDICES),
 }
-LOOKUP_TENSORS = {"embeddings": Form("Mc"), "owners": Form("M", INDICES)}
 
 
 def check_site(
@@ -115,13 +115,19 @@ def check_tensors(
 
 
 def check_lookup(
-    where: str, held: Mapping[str, Tensor], pool_size: int, sizes: Mapping[str, int]
+    where: str,
+    held: Mapping[str, Tensor],
+    pool_size: int,
+    sizes: Mapping[str, int],
+    form: Mapping[str, str],
 ) -> dict[str, int]:
-    """As `check_tensors`, of the `embeddings` and `owners` that a retriever looks experts up in."""
-    if held.keys() != LOOKUP_TENSORS.keys():
-        raise RoutingError(f"{where}: there are {_named(held)}; wanted embeddings and owners.")
-    found = _sizes_of(where, held, LOOKUP_TENSORS, sizes)
-    _check_range(where, "owners", held["owners"], pool_size)
+    """As `check_tensors`, of the tensors that a lookup saves (`Router.lookup_form`)."""
+    if held.keys() != form.keys():
+        raise RoutingError(f"{where}: there are {_named(held)}; wanted {' and '.join(form)}.")
+    forms = {name: Form(form[name], INDICES if name == OWNERS else FLOATS) for name in form}
+    found = _sizes_of(where, held, forms, {**sizes, "E": pool_size})
+    if OWNERS in held:
+        _check_range(where, OWNERS, held[OWNERS], pool_size)
     return {letter: size for letter, size in found.items() if letter in SHARED}
 
 

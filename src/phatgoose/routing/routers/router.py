@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -114,6 +114,23 @@ class Router:
 
     def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
         """The tensors that the router needs at `site`, made of the experts of `pool`, by name."""
+        return {}
+
+    @property
+    def lookup_form(self) -> Mapping[str, str]:
+        """The same of the lookup's own tensors, by what follows "lookup." in their names.
+
+        The first letter is E for tensors with a row for each expert, M for those with rows that
+        the indices "owners" [M] give to experts. (`phatgoose-input` saves its votes site by site.)
+        """
+        return {}
+
+    def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The rows of these tensors for the experts of `pool`, under their whole names.
+
+        `info` is what the lookup that they join saves beside its tensors. Raises PoolError when an
+        expert lacks what it needs.
+        """
         return {}
 
     def lookup_of(

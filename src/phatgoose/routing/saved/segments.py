@@ -29,7 +29,6 @@ from ...files.left_overs import clear_left_overs, temporary_file
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
 from ..growing import check_growth, check_removal, check_unfolded
-from ..routers.per_input.retrieval import EMBEDDINGS, OWNERS, embeddings_of
 from ..routers.router import router_of
 from ..routers.scores import Scores
 from ..stacks.site_stack import stack_of
@@ -109,13 +108,15 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         check_unfolded(_has_folded(saved))
         check_base(pool.base, saved.base)
         _check_sizes(saved, pool)
+        lookup_rows = router.lookup_rows(pool, saved.info.get("lookup", {}))
+        _check_rows(lookup_rows, first)
         kind = _kind_of(first)
         kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
         computed = kind if kind not in (None, torch.int8) else torch.float32
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             yield from _indices(pool)
-            yield from _embeddings(saved, pool)
+            yield from lookup_rows.items()
             for site in pool.sites:
                 held = stack_of(pool, site, computed, torch.device("cpu")).tensors()
                 held = {f"{name}.{site}": tensor for name, tensor in held.items()}
@@ -242,14 +243,15 @@ def _as_stored(
             yield name, tensor.to(kind)
 
 
-def _embeddings(saved: SavedModel, pool: Pool) -> Iterator[tuple[str, Tensor]]:
-    """The embeddings of the experts of `pool`, where the router looks inputs up by them."""
-    embedder = saved.info.get("lookup", {}).get("embedder")
-    if embedder is None:
-        return
-    found = embeddings_of(pool, embedder)
-    yield EMBEDDINGS, found.rows
-    yield OWNERS, found.owners
+def _check_rows(rows: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
+    """Raise ExpertError unless `rows` are of the sizes of those `held` by a lookup."""
+    for name, tensor in rows.items():
+        got, wanted = tuple(tensor.shape[1:]), tuple(held[name].shape[1:])
+        if got != wanted:
+            raise ExpertError(
+                f"The new experts have {name.removeprefix('lookup.')} of size {got}, those that "
+                f"are there {wanted}; measure them again."
+            )
 
 
 def _has_folded(saved: SavedModel) -> bool:

@@ -27,15 +27,15 @@ from ...files.quoting import one_line, shortened
 from ...files.tensor_file import TensorFile
 from ..kernels.choice import check_kernel
 from ..routers.per_input.phatgoose_input import VOTES
-from ..routers.per_input.retrieval import EMBEDDINGS, OWNERS
 from ..routers.router import router_of
-from ..soundness import LARGEST, SCALES, SITE_TENSORS, check_lookup, check_tensors
+from ..soundness import LARGEST, OWNERS, SCALES, SITE_TENSORS, check_lookup, check_tensors
 from ..stacks.rows import joined, take_rows
 from ..stacks.site_stack import TENSORS, SiteStack, joined_stacks, kept_stack
 from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_info, routing_in
 
 __all__ = ["FACTORS", "SavedModel", "SavedTensors", "Segment", "quantised", "read_saved"]
 
+OWNED = f"lookup.{OWNERS}"
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
 FACTORS = ("A", "B")
 
@@ -96,12 +96,13 @@ class SavedTensors(Mapping[str, Tensor]):
         kind, _, site = name.partition(".")
         if kind in TENSORS:
             return self._stack(site)[kind]
-        if name == EMBEDDINGS:
-            return self._joined(name)[self._place[self._counted(OWNERS)] >= 0]
-        if name == OWNERS or kind == "experts":
+        if name == OWNED or kind == "experts":
             place = self._place[self._counted(name)]
             return place[place >= 0]
         tensor = self._joined(name)
+        if kind == "lookup" and not name.startswith(VOTES):
+            owners = self._counted(OWNED) if OWNED in self._names else slice(None)
+            return tensor[self._place[owners] >= 0]
         return take_rows(tensor, self._rows[site]) if site in self._rows else tensor
 
     def _all_names(self) -> dict[str, None]:
@@ -185,7 +186,7 @@ def read_saved(directory: Path) -> SavedModel:
     """
     path = directory / ROUTED_INFO
     info = read_info(path)
-    form = _form(routing_in(info))
+    forms = _forms(routing_in(info))
     count = len(info["experts"])
     try:
         entries = _entries(info, count)
@@ -205,7 +206,7 @@ def read_saved(directory: Path) -> SavedModel:
     segments, first, sizes = [], 0, _Sizes({}, {})
     for entry in entries:
         file = files[entry.file, entry.sha256]
-        sizes = _checked(file, entry.experts, sizes, form)
+        sizes = _checked(file, entry.experts, sizes, forms)
         segments.append(Segment(file, first, entry.experts))
         first += entry.experts
     return SavedModel(info, tuple(segments), left)
@@ -253,26 +254,34 @@ class _Sizes(NamedTuple):
     lookup: dict[str, int]
 
 
-def _form(routing: Routing) -> Mapping[str, str]:
-    """The form of what the router of `routing` keeps at a site. Raises ConfigError."""
+class _Forms(NamedTuple):
+    """The forms of what a router keeps at a site, and of what its lookup saves."""
+
+    site: Mapping[str, str]
+    lookup: Mapping[str, str]
+
+
+def _forms(routing: Routing) -> _Forms:
+    """Those of the router of `routing`. Raises ConfigError."""
     check_kernel(routing.kernel)
-    return router_of(routing).form
+    router = router_of(routing)
+    return _Forms(router.form, router.lookup_form)
 
 
-def _checked(file: TensorFile, experts: int, known: _Sizes, form: Mapping[str, str]) -> _Sizes:
+def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _Sizes:
     """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = {}
     lookup = {}
     for name in file:
         kind, _, site = name.partition(".")
-        if name in (EMBEDDINGS, OWNERS):
+        if kind == "lookup" and site in forms.lookup:
             lookup[site] = file[name]
             continue
         if name.startswith(VOTES):
             kind, site = "votes", name.removeprefix(VOTES)
         elif kind == "votes":
             kind = ""
-        if kind not in (*SITE_TENSORS, *form) or not site:
+        if kind not in (*SITE_TENSORS, *forms.site) or not site:
             raise RoutingError(
                 f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."
             )
@@ -280,11 +289,12 @@ def _checked(file: TensorFile, experts: int, known: _Sizes, form: Mapping[str, s
     sites = dict(known.sites)
     for site, held in by_site.items():
         sites[site] = check_tensors(
-            f"{file.path}, {site}", held, experts, sites.get(site, {}), form
+            f"{file.path}, {site}", held, experts, sites.get(site, {}), forms.site
         )
-    if lookup:
-        return _Sizes(sites, check_lookup(str(file.path), lookup, experts, known.lookup))
-    return _Sizes(sites, known.lookup)
+    if not forms.lookup:
+        return _Sizes(sites, known.lookup)
+    found = check_lookup(str(file.path), lookup, experts, known.lookup, forms.lookup)
+    return _Sizes(sites, found)
 
 
 def quantised(kind: str, site: str, factor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ one task differ count little, wording among them.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,8 @@ from .looked_up import LookedUp
 
 __all__ = ["Discriminant", "PromptDiscriminant", "Readings", "readings_in"]
 
-READINGS = "lookup.readings."  # before a part's name, in files
+PREFIX = "readings."  # before a part's name, among the lookup's tensors
+READINGS = f"lookup.{PREFIX}"  # and in files
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 
 Readings = Mapping[str, Tensor]  # by part: [E, ..], the rest as `experts.readings` has it
@@ -51,6 +53,16 @@ class Discriminant(LookedUp):
                         f"can't be of one base; measure them again."
                     )
 
+    @property
+    def lookup_form(self) -> Mapping[str, str]:
+        """The readings of each expert: b blocks of size h, and f rows of a covariance's factor."""
+        letters = {"mean": "Ebh", "factor": "Ebfh", "rest": "Ebh"}
+        return {f"{PREFIX}{p}.{part}": letters[part] for p in PLACES for part in letters}
+
+    def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The readings of the experts of `pool`."""
+        return {f"{READINGS}{part}": tensor for part, tensor in readings_in(pool).items()}
+
     def lookup_of(
         self, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase | None
     ) -> Lookup:
@@ -59,7 +71,7 @@ class Discriminant(LookedUp):
 
     def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
         """The same, from a saved model."""
-        names = [name for name in saved.tensors if name.startswith(READINGS)]
+        names = [f"lookup.{name}" for name in self.lookup_form]
         readings = {name.removeprefix(READINGS): saved.tensors[name] for name in names}
         return self._reader(readings, tokenizer)
 

@@ -8,7 +8,7 @@ over `input_temperature`: that is ours.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,16 @@ EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"  # their names in file
 
 class Retrieval(LookedUp):
     """Router retrieval."""
+
+    @property
+    def lookup_form(self) -> Mapping[str, str]:
+        """Training inputs, and whose they are."""
+        return {"embeddings": "Mc", "owners": "M"}
+
+    def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """The embeddings of the experts of `pool`, made by the embedder of those they join."""
+        found = embeddings_of(pool, info.get("embedder"))
+        return {EMBEDDINGS: found.rows, OWNERS: found.owners}
 
     def lookup_of(
         self, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase | None

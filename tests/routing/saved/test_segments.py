@@ -290,7 +290,10 @@ def own_memory() -> Iterator[Memory]:
         memory.peak = max(memory.peak, own() - before)
 
 
-def test_a_thousand_experts_are_opened_composed_packed_and_found_again(llama, tmp_path):
+def test_a_thousand_experts_are_opened_composed_packed_and_found_again(
+    llama, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("phatgoose.files.prefetch.torch.get_num_threads", lambda: 2)
     pool = Pool.open(write_small_experts(llama, tmp_path / "experts", 1000, rank=1))
     assert len(pool) == 1000
     model = compose(pool, copy.deepcopy(llama))

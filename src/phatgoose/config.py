@@ -269,6 +269,12 @@ class Routing(Settings):
     shrinkage: Annotated[
         float, "How far it shrinks the experts' covariance to its diagonal.", RATIO
     ] = 0.3
+    prior: Annotated[
+        float,
+        "Router discriminant-phatgoose: how much an expert's share in the shortlist counts beside "
+        "its gates.",
+        NOT_NEGATIVE,
+    ] = 1.0
     input_k: Annotated[
         int | None,
         "Experts per input, for routers that choose for whole inputs. Default: the router's own.",

@@ -138,6 +138,16 @@ _ALL = (
         input_temperature=0.1,
     ),
     RouterSpec(
+        "discriminant-phatgoose",
+        "Discriminant + PHATGOOSE",
+        "the k experts whose gates fit best, of those that discriminant shortlists for the input",
+        "per_token.shortlisted.Shortlisted",
+        needs=("gates", "readings"),
+        settings=("k", "eps", "affinity", "router_temperature", "prior", *READING, *INPUT),
+        input_k=5,
+        input_temperature=0.1,
+    ),
+    RouterSpec(
         "best-individual",
         "Best Individual",
         "the one expert with the best mean score over all tasks",

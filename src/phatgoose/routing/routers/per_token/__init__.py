@@ -3,6 +3,7 @@
 vector_router.py       the frame: one vector per expert, the top k of an affinity
 affinities.py          four ways to score activations against gates or means
 phatgoose.py           gates: the paper's method
+shortlisted.py         gates, among the experts that fit the prompt
 stand_in.py            stand-ins for missing gates
 average_activation.py  mean training activations
 arrow.py               the direction that an expert stretches most

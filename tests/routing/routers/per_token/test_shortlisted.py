@@ -1,0 +1,100 @@
+"""Router discriminant-phatgoose: PHATGOOSE among the experts that a prompt's discriminant names."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.mixtures import Mixtures
+from phatgoose.routing.routers.per_token.vector_router import standardise
+from tiny import assert_same_logits, logits_of, make_ids, random
+
+NAME = "discriminant-phatgoose"
+both_streams = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+
+
+def by_hand(gates, u, shortlist, shares, k, prior) -> dict[int, float]:
+    """The weights of one token's experts, in plain numbers."""
+    bar = (u - u.mean()) / (u.var(correction=0) + 1e-5).sqrt()
+    scores = {
+        z: float(bar @ gates[z]) / math.sqrt(len(u)) + prior * math.log(share)
+        for z, share in zip(shortlist, shares, strict=True)
+    }
+    best = sorted(scores, key=lambda z: -scores[z])[:k]
+    total = sum(math.exp(scores[z]) for z in best)
+    return {z: math.exp(scores[z]) / total for z in best}
+
+
+@pytest.mark.parametrize("prior", [0.0, 1.0, 0.3])
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_gates_choose_within_each_rows_shortlist(llama, llama_pool, k, prior):
+    model = compose(llama_pool, llama, router=NAME, k=k, prior=prior)
+    shares = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]])
+    shortlists = torch.tensor([[3, 0, 2], [1, 2, 0]])
+    composition_of(model).lookup.serve(Mixtures(shortlists, shares))
+    for site, layer in composition_of(model).layers.items():
+        u = random(6, layer.in_features)  # three tokens of each row
+        decision = layer.router(u)
+        gates = standardise(torch.stack([e.gates[site] for e in llama_pool.experts]))
+        for token in range(6):
+            row = token // 3
+            given = shortlists[row].tolist(), shares[row].tolist()
+            wanted = by_hand(gates, u[token], *given, k, prior)
+            chosen = decision.experts[token].tolist(), decision.weights[token].tolist()
+            got = dict(zip(*chosen, strict=True))
+            assert got == pytest.approx(wanted, abs=1e-5)
+
+
+@both_streams
+def test_a_shortlist_of_all_without_prior_is_phatgoose(base, pool):
+    ids = make_ids(rows=3)
+    wanted = logits_of(compose(pool, base, router="phatgoose"), ids)
+    detach(base.model)
+    got = logits_of(compose(pool, base, router=NAME, input_k=4, prior=0.0), ids)
+    assert_same_logits(got, wanted)
+
+
+@both_streams
+def test_a_shortlist_of_one_is_the_discriminants_expert(base, pool):
+    ids = make_ids(rows=3)
+    wanted = logits_of(compose(pool, base, router="discriminant", input_k=1), ids)
+    detach(base.model)
+    got = logits_of(compose(pool, base, router=NAME, input_k=1), ids)
+    assert_same_logits(got, wanted)
+
+
+def test_experts_absent_at_a_site_get_no_weight(llama, llama_pool):
+    site = "model.layers.0.self_attn.q_proj"
+    first = llama_pool.experts[0]
+    without = replace(
+        first,
+        modules={name: module for name, module in first.modules.items() if name != site},
+        gates={name: gate for name, gate in first.gates.items() if name != site},
+    )
+    pool = Pool((without, *llama_pool.experts[1:]))
+    model = compose(pool, llama, router=NAME, k=2)
+    layer = composition_of(model).layers[site]
+    composition_of(model).lookup.serve(Mixtures(torch.tensor([[0, 2]]), torch.tensor([[0.9, 0.1]])))
+    decision = layer.router(random(3, layer.in_features))
+    assert decision.weights.tolist() == [[1.0, 0.0]] * 3
+    assert decision.experts[:, 0].tolist() == [1] * 3  # e2, the second that acts there
+    composition_of(model).lookup.serve(Mixtures.alone(torch.tensor([0])))
+    assert not layer.router(random(3, layer.in_features)).weights.any()
+    assert not layer.router.distribution(random(3, layer.in_features)).any()
+
+
+def test_the_distribution_is_the_whole_shortlists(llama, llama_pool):
+    model = compose(llama_pool, llama, router=NAME, k=1)
+    lookup = composition_of(model).lookup
+    lookup.serve(Mixtures(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.4]])))
+    layer = next(iter(composition_of(model).layers.values()))
+    shares = layer.router.distribution(random(5, layer.in_features))
+    torch.testing.assert_close(shares.sum(dim=-1), torch.ones(5))
+    assert not shares[:, [0, 2]].any()
+    assert (shares[:, [1, 3]] > 0).all()

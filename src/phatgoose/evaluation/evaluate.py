@@ -31,7 +31,7 @@ from .intervals import CONFIDENCE, Interval, Sample
 from .metrics import METRICS, metric
 
 __all__ = ["Evaluation", "EvaluationSet", "Prediction", "ScoringSettings", "TaskScore"]
-__all__ += ["evaluate", "metrics_of", "score", "score_tasks"]
+__all__ += ["evaluate", "metrics_of", "score", "score_tasks", "task_score"]
 
 TOKEN_BUDGET = 4096
 MAX_NEW_TOKENS = 64
@@ -109,6 +109,11 @@ class Prediction:
     correct: bool
     scores: tuple[float, ...] = ()
     marks: tuple[tuple[float, ...], ...] = ()
+
+    @property
+    def tied(self) -> bool:
+        """True where several choices score highest."""
+        return bool(self.scores) and self.scores.count(max(self.scores)) > 1
 
 
 @dataclass(frozen=True)
@@ -230,7 +235,7 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
     name, formatting = chosen.name, questions.encoder.formatting
     with announcing(model, name, chosen.examples, formatting) as before_pass:
         answers = answers_to(questions, model, chosen.settings.token_budget, name, before_pass)
-    return replace(_task_score(chosen, answers), cuts=questions.cuts)
+    return replace(task_score(chosen, answers), cuts=questions.cuts)
 
 
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
@@ -266,7 +271,8 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     return load_tokenizer(name)
 
 
-def _task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
+def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
+    """The score of these `answers` to the examples of an evaluation set."""
     metrics = chosen.metrics
     predictions = []
     for example, answer in zip(chosen.examples, answers, strict=True):
@@ -284,7 +290,7 @@ def _task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
         n=sample.n,
         low=interval.low,
         high=interval.high,
-        ties=sum(p.scores.count(max(p.scores)) > 1 for p in predictions if p.scores),
+        ties=sum(prediction.tied for prediction in predictions),
         by_metric=sample.by_metric,
         predictions=tuple(predictions),
     )

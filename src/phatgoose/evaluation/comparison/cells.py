@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from ...base.fingerprint import number_format
@@ -18,6 +18,7 @@ from ...tasks.encoding import Encoder
 from ..evaluate import EvaluationSet, score
 from .code_version import code_version
 from .rows import Row, RowLocation
+from .shared_answers import SharedAnswers
 
 __all__ = ["Cell", "CellWorkshop", "cell_of"]
 
@@ -68,6 +69,7 @@ class CellWorkshop:
     base: Base
     rows: Mapping[str, Row]
     datasets: Mapping[str, EvaluationSet]
+    shared: SharedAnswers = field(default_factory=SharedAnswers)
 
     @contextmanager
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
@@ -87,14 +89,15 @@ class CellWorkshop:
                     composed.close()
                     opened = composed.enter_context(self.rows[cell.row].model(self.base))
                     at = cell.row
-                return _score(opened, self.datasets[cell.dataset])
+                return _score(opened, self.datasets[cell.dataset], self.shared)
 
             yield score
 
     def portable(self) -> PortableCellWorkshop:
         """The workshop for another process, by the locations of base and experts."""
         rows = {name: row.portable() for name, row in self.rows.items()}
-        return PortableCellWorkshop(BaseLocation.of(self.base), rows, self.datasets, code_version())
+        base = BaseLocation.of(self.base)
+        return PortableCellWorkshop(base, rows, self.datasets, code_version(), self.shared)
 
 
 @dataclass(frozen=True)
@@ -105,6 +108,7 @@ class PortableCellWorkshop:
     rows: Mapping[str, RowLocation]
     datasets: Mapping[str, EvaluationSet]
     code: str
+    shared: SharedAnswers
 
     @contextmanager
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
@@ -116,7 +120,7 @@ class PortableCellWorkshop:
             )
         loaded: dict[str, Expert] = {}
         rows = {name: row.open(loaded) for name, row in self.rows.items()}
-        workshop = CellWorkshop(self.base.load(), rows, self.datasets)
+        workshop = CellWorkshop(self.base.load(), rows, self.datasets, self.shared)
         with workshop.open(tell) as score:
             yield score
 
@@ -125,15 +129,18 @@ class PortableCellWorkshop:
         return self
 
 
-def _score(opened: OpenedModel, dataset: EvaluationSet) -> dict[str, Any]:
-    """The result of one cell, as it is stored."""
+def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -> dict[str, Any]:
+    """The result of one cell, as it is stored; `tied` names examples with several best choices."""
     begun = time.monotonic()
     encoder = Encoder.for_model(opened.model, opened.tokenizer, dataset.settings.formatting)
-    found = score(opened.model, dataset, dataset.questions(encoder))
+    found = shared.score(opened, dataset, encoder)
+    if found is None:
+        found = score(opened.model, dataset, dataset.questions(encoder))
     return {
         **found.to_dict(),
         "metrics": list(dataset.metrics),
         "seconds": round(time.monotonic() - begun, 2),
         "answers": [prediction.answer for prediction in found.predictions],
+        "tied": [i for i, prediction in enumerate(found.predictions) if prediction.tied],
         "marks": [prediction.marks for prediction in found.predictions],
     }

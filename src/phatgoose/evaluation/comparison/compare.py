@@ -36,6 +36,7 @@ from .code_version import code_version
 from .methods import DERIVED, METHODS, runnable_methods
 from .result_store import ResultStore
 from .rows import Row, reference_row, rows_of, single_rows
+from .shared_answers import SharedAnswers, may_share
 from .tables import Comparison, Result, write_tables
 
 __all__ = ["compare"]
@@ -93,7 +94,7 @@ def compare(
     _check(base, rows, singles)
     _report_inputs(base, (*rows, *singles), datasets, settings.formatting)
     with ResultStore.alone(Path(out) / RESULTS) as store:
-        results = _run([*rows, *singles], datasets, base, store, engine or LocalEngine())
+        results = _run(rows, singles, datasets, base, store, engine or LocalEngine())
     experts: Scores = {
         row.name: {task: results[row.name][task].score for task in datasets} for row in singles
     }
@@ -172,28 +173,48 @@ def _report_inputs(
 
 def _run(
     rows: Sequence[Row],
+    singles: Sequence[Row],
     datasets: Mapping[str, EvaluationSet],
     base: Base,
     store: ResultStore,
     engine: Engine,
 ) -> dict[str, dict[str, Result]]:
-    """Every row's result on every dataset, computed by `engine` where the store has none."""
-    cells = [cell_of(row, dataset, base) for row in rows for dataset in datasets.values()]
-    missing = _distinct(cell for cell in cells if store.get(cell.key) is None)
-    finished = len(cells) - len(missing)
-    workshop = CellWorkshop(base, {row.name: row for row in rows}, datasets)
-    with (
-        tqdm(total=len(cells), initial=finished, desc="compare", unit="cell", disable=None) as bar,
-        closing(engine.run(workshop, missing, bar)) as results,
-    ):
-        for cell, result in results:
-            store.add(cell.key, result)
-            finished += 1
-            logger.info("[%d/%d] %s: %.3f", finished, len(cells), cell.name, result["score"])
-    found: dict[str, dict[str, Result]] = {row.name: {} for row in rows}
-    for cell in cells:
-        found[cell.row][cell.dataset] = _result(store.get(cell.key) or {})
-    return found
+    """Every row's result on every dataset, computed by `engine` where the store has none.
+
+    Rows that may leave inputs to single experts come last: these have answered by then.
+    """
+    every = {row.name: row for row in (*rows, *singles)}
+    cells = {
+        name: [cell_of(row, dataset, base) for dataset in datasets.values()]
+        for name, row in every.items()
+    }
+    missing = _distinct(
+        cell for each in cells.values() for cell in each if store.get(cell.key) is None
+    )
+    sharing = {name for name, row in every.items() if singles and may_share(row.identity)}
+    first = [cell for cell in missing if cell.row not in sharing]
+    last = [cell for cell in missing if cell.row in sharing]
+    total = sum(map(len, cells.values()))
+    finished = total - len(missing)
+    with tqdm(total=total, initial=finished, desc="compare", unit="cell", disable=None) as bar:
+        for part in (first, last):
+            known = {row.name: _stored(cells[row.name], store) for row in singles if part is last}
+            workshop = CellWorkshop(base, every, datasets, SharedAnswers(known))
+            with closing(engine.run(workshop, part, bar)) as results:
+                for cell, result in results:
+                    store.add(cell.key, result)
+                    finished += 1
+                    logger.info("[%d/%d] %s: %.3f", finished, total, cell.name, result["score"])
+    found = {name: _stored(each, store) for name, each in cells.items()}
+    return {
+        name: {dataset: _result(stored) for dataset, stored in each.items()}
+        for name, each in found.items()
+    }
+
+
+def _stored(cells: Iterable[Cell], store: ResultStore) -> dict[str, Mapping[str, Any]]:
+    """What the store has of `cells`, by dataset; all of them are there."""
+    return {cell.dataset: store.get(cell.key) or {} for cell in cells}
 
 
 def _distinct(cells: Iterable[Cell]) -> list[Cell]:

@@ -47,6 +47,11 @@ class Mixtures:
         experts = torch.cat([part.experts for part in held])
         return cls(experts, torch.cat([part.weights for part in held]))
 
+    def lone(self) -> Tensor | None:
+        """The expert of each row [rows], where each has one of weight 1; else None."""
+        alone = self.experts.shape[1] == 1 and bool((self.weights == 1).all())
+        return self.experts[:, 0] if alone and bool((self.experts >= 0).all()) else None
+
     def __len__(self) -> int:
         return len(self.experts)
 

@@ -1,0 +1,52 @@
+"""Answers that rows share: where one expert alone serves an input, it has answered already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from ...base.sites import ROUTED
+from ...routing.composition import Composition
+from ...routing.open_model import OpenedModel
+from ...tasks.encoding import Encoder
+from ..answers import Answer
+from ..evaluate import EvaluationSet, TaskScore, task_score
+
+__all__ = ["SharedAnswers", "may_share"]
+
+
+def may_share(settings: Mapping[str, Any]) -> bool:
+    """True for a row whose `settings` say that its router chooses for whole inputs."""
+    return "input_k" in settings
+
+
+@dataclass(frozen=True)
+class SharedAnswers:
+    """What single experts answered: by expert and dataset, the results as they are stored."""
+
+    results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def score(
+        self, opened: OpenedModel, dataset: EvaluationSet, encoder: Encoder
+    ) -> TaskScore | None:
+        """The score of a routed model that leaves each input to one expert, who has answered it.
+
+        None for other models, and where an expert's answers aren't known. What differs from scoring
+        the model itself is which inputs shared a batch, hence no more than rounding.
+        """
+        parts: Composition | None = getattr(opened.model, ROUTED, None)
+        if not self.results or parts is None or parts.lookup is None:
+            return None
+        chosen = parts.lookup.find(dataset.examples, encoder.formatting).lone()
+        if chosen is None:
+            return None
+        names = [parts.experts[z] for z in chosen.tolist()]
+        held = {name: self.results.get(name, {}).get(dataset.name) for name in set(names)}
+        if None in held.values():
+            return None
+        results = [held[name] or {} for name in names]
+        texts = [result["answers"][i] for i, result in enumerate(results)]
+        ties = sum(i in result["tied"] for i, result in enumerate(results))
+        found = task_score(dataset, [Answer(text) for text in texts])
+        return replace(found, ties=ties, cuts=dataset.questions(encoder).cuts)

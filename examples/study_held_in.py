@@ -1,10 +1,11 @@
 """Do the study's experts help at all? Each on its own task, beside the base and the routed pool.
 
-    python examples/study_held_in.py POOL SUITE OUT.jsonl LIMIT
+    python examples/study_held_in.py SUITE OUT.jsonl LIMIT ROUTERS POOL…
 
-A line for every task: its score alone (`base`), with its own expert (`own`) and routed over the
-whole pool (`phatgoose`), with n and 95 % intervals. Lines that are there are not computed again.
-At the end the means are told, and their differences with intervals over tasks drawn anew.
+A line for every task that has an expert: its score alone (`base`), with its own expert (`own`) and
+routed over the whole pool by each of ROUTERS, with n and 95 % intervals. Lines that are there are
+not computed again. At the end the means are told, and their differences with intervals over tasks
+drawn anew.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from phatgoose.base.loading import load_base
-from phatgoose.config import Formatting
+from phatgoose.config import Routing
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.intervals import interval_of
 from phatgoose.experts.pool import Pool
@@ -26,28 +27,22 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
 
-CUT = Formatting(truncation="right")  # as when docs/study.md was made
 
-
-def main(pool_at: str, suite_at: str, out: str, limit: str) -> None:
-    """Score every task of the suite three ways."""
-    pool, base = Pool.open(pool_at), load_base("smollm2")
-    tasks = [entry.read(Sources(None, None)) for entry in open_suite(suite_at).entries]
-    path = Path(out)
+def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None:
+    """Score every task of the suite that an expert was trained on."""
+    pool, base, path = Pool.open(pools), load_base("smollm2"), Path(out)
+    entries = [entry for entry in open_suite(suite_at).entries if entry.name in pool.names]
     done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     finished = {json.loads(line)["task"] for line in done}
-    for task in tqdm([task for task in tasks if task.name not in finished], unit="task"):
+    for entry in tqdm([entry for entry in entries if entry.name not in finished], unit="task"):
+        task = entry.read(Sources(None, None))
         record: dict[str, object] = {"task": task.name}
-        for label, router, expert in (
-            ("base", None, None),
-            ("own", "single", task.name),
-            ("phatgoose", "phatgoose", None),
-        ):
-            if router is None:
-                (score,) = evaluate(base, task, limit=int(limit), formatting=CUT).scores
-            else:
-                model = compose(pool, base, router=router, expert=expert)
-                (score,) = evaluate(model, task, limit=int(limit), formatting=CUT).scores
+        rows = {"base": None, "own": Routing(router="single", expert=task.name)}
+        rows |= {name: Routing(router=name) for name in routers.split(",")}
+        for label, routing in rows.items():
+            model = base.model if routing is None else compose(pool, base, routing=routing)
+            (score,) = evaluate(model, task, limit=int(limit), tokenizer=base.tokenizer).scores
+            if routing is not None:
                 detach(model)
             record |= {"metric": score.metric, "n": score.n}
             record[label] = [round(x, 4) for x in (score.score, score.low, score.high)]
@@ -60,7 +55,8 @@ def tell(records: list[dict[str, list[float]]]) -> None:
     """Print means over tasks in per cent and their differences in pairs."""
     scores = {
         label: 100 * np.array([r[label][0] for r in records])
-        for label in ("base", "own", "phatgoose")
+        for label in records[0]
+        if label not in ("task", "metric", "n")
     }
     drawn = np.random.default_rng(0).integers(len(records), size=(10_000, len(records)))
     for label, row in scores.items():

@@ -1,6 +1,6 @@
 """Affinities: four ways to score activations against gates or mean activations.
 
-docs/study.md compares them. The symbols are those of `per_token.vector_router`. M is the mean
+docs/first-study.md compares them. The symbols are those of `per_token.vector_router`. M is the mean
 activation of the pool at a site [n]: the mean over experts of the means that they share.
 
 standardised  v̄ᵀū, over √n: the paper's (section 3)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.sites import Stream
 from ..errors import RoutingError
-from ..routing.composition import composition_of
+from ..routing.composition import Composition, composition_of
 from ..routing.routers.decision import highest
 from ..routing.watching import SitePass
 from ..tasks.encoding import Encoder, TokenPair
@@ -122,11 +122,16 @@ class TraceStream:
 
 @dataclass(frozen=True)
 class Trace:
-    """Which experts served the tokens of one text."""
+    """Which experts served the tokens of one text.
+
+    `whole` are the experts that were chosen, or shortlisted, for the whole text, and their weights,
+    best first; empty for routers that choose for tokens alone.
+    """
 
     experts: tuple[str, ...]
     router: str
     streams: tuple[TraceStream, ...]
+    whole: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: what the token explorer reads."""
@@ -135,6 +140,7 @@ class Trace:
             "router": self.router,
             "experts": list(self.experts),
             "parts": list(PARTS),
+            "whole": [[expert, round(weight, 4)] for expert, weight in self.whole],
             "streams": [stream.to_dict() for stream in self.streams],
         }
 
@@ -173,7 +179,17 @@ def trace(
         for name, tokens, marks in _streams(model, encoder, pair)
         if name in passed
     )
-    return Trace(parts.experts, router or parts.routing.router, tuple(streams))
+    whole = _whole(parts)
+    return Trace(parts.experts, router or parts.routing.router, tuple(streams), whole)
+
+
+def _whole(parts: Composition) -> tuple[tuple[str, float], ...]:
+    """What the model's lookup holds for the one text that was passed."""
+    known = None if parts.lookup is None else parts.lookup.mixtures
+    if known is None:
+        return ()
+    chosen = zip(known.experts[0].tolist(), known.weights[0].tolist(), strict=True)
+    return tuple((parts.experts[z], weight) for z, weight in chosen)
 
 
 def _streams(

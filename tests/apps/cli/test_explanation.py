@@ -46,6 +46,22 @@ def test_a_prompt_is_explained(told, analysed, tmp_path):
     assert re.search(rf"I\s*│ prompt │ {first[0]} {first[1]:.2f}", out)
 
 
+@pytest.mark.parametrize("router", ["discriminant", "discriminant-phatgoose"])
+def test_what_is_chosen_for_the_whole_prompt_is_shown(told, analysed, tmp_path, router):
+    """It is chosen by the prompt alone, whatever answer stands after it."""
+    whole = []
+    for answer in ("yes", "apples, pears and plums; 1 + 2 = 3"):
+        options = ("--answer", answer, "--router", router, "--input-k", 2, "--dtype", "float32")
+        code, out, err = told("explain", analysed, "Is a heron?", *options, "--json", "told.json")
+        assert code == 0, err
+        trace = json.loads((tmp_path / "told.json").read_text())["trace"]
+        (first, one), (second, other) = trace["whole"]
+        assert f"for the whole prompt: {first} {one:.2f}, {second} {other:.2f}" in out
+        assert one + other == pytest.approx(1, abs=1e-3)
+        whole.append(trace["whole"])
+    assert whole[0] == whole[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

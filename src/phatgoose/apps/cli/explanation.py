@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,8 @@ from ...analysis.routing_distribution import PARTS
 from ...analysis.traces import Trace, TraceStream, trace
 from ...config import Formatting
 from ...errors import TaskError
+from ...routing.composition import composition_of
+from ...routing.routers.per_input.prompt_reader import PromptReader
 from ...tasks.encoding import Encoder
 from ..console.colours import coloured, expert_style
 from ..generation import Sampling, generate
@@ -35,8 +38,12 @@ class Explanation:
     def coloured(self) -> Iterator[Text]:
         """For each stack that has such sites: its tokens in the colours of their first experts.
 
-        Bold tokens are the answer. A legend has the share of each expert in all tokens.
+        Bold tokens are the answer. A legend has the share of each expert in all tokens. What was
+        chosen, or shortlisted, for the whole prompt comes first.
         """
+        if self.trace.whole:
+            told = ", ".join(f"{expert} {weight:.2f}" for expert, weight in self.trace.whole)
+            yield Text(f"for the whole prompt: {told}\n")
         for stream, shares in self._views():
             top, mean = shares.argmax(axis=1), shares.mean(axis=0)
             labels = {
@@ -128,4 +135,19 @@ def explain(
     pair = encoder.pair(prompt, text)
     if given is not None:  # `generate` has reported them already
         encoder.cuts([pair]).report("the prompt")
-    return Explanation(trace(model, encoder, pair), text, layer, kind)
+    with _read(model, pair.prompt):
+        return Explanation(trace(model, encoder, pair), text, layer, kind)
+
+
+@contextmanager
+def _read(model: PreTrainedModel, prompt: list[int]) -> Iterator[None]:
+    """Routers that choose for whole inputs go by the `prompt` alone, not by an answer after it."""
+    lookup = composition_of(model).lookup
+    if not isinstance(lookup, PromptReader):
+        yield
+        return
+    lookup.serve(lookup.of_tokens([prompt]))
+    try:
+        yield
+    finally:
+        lookup.serve(None)

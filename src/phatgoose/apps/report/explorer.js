@@ -21,6 +21,7 @@ class TokenExplorer {
     this.root = root;
     this.experts = trace.experts;
     this.partNames = trace.parts;
+    this.whole = trace.whole ?? []; // [expert, weight] of those chosen for the whole text
     this.streams = trace.streams.map((stream) => ({
       ...stream,
       tokens: [...stream.tokens],
@@ -94,8 +95,11 @@ class TokenExplorer {
     });
     this.details = make("div", {class: "tx-details", role: "region", "aria-label": "Experts of the token"});
     this.legend = make("div", {class: "tx-legend", role: "group", "aria-label": "Experts; press one to see its tokens alone"});
+    const chosen = this.whole.map(([expert, weight]) => `${expert} ${weight.toFixed(2)}`).join(", ");
+    this.chosen = make("p", {class: "tx-count"}, `For the whole text: ${chosen}`);
+    this.chosen.hidden = !this.whole.length;
     this.root.classList.add("tx");
-    this.root.replaceChildren(this.controls, make("div", {class: "tx-body"}, this.text, this.details), this.legend);
+    this.root.replaceChildren(this.controls, this.chosen, make("div", {class: "tx-body"}, this.text, this.details), this.legend);
     this.streamChoice.addEventListener("change", () => this.showStream(Number(this.streamChoice.value)));
     this.layerChoice.addEventListener("input", () => this.chooseView());
     this.kindChoice.addEventListener("change", () => this.chooseView());

@@ -49,6 +49,7 @@ PAPER = "standardised"
 AFFINITIES = (PAPER, "raw", "trimmed", "centred")
 ARROW_FORMS = ("svd", "peft", "mttl")
 READING_PLACES = ("both", "end", "whole")
+LOGO_READS = ("block", "site")
 PLACEMENTS = ("houlsby", "pfeiffer")
 SEEDS = 1 << 32  # numpy accepts no larger ones, and Trainer seeds numpy too
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -238,9 +239,17 @@ class Routing(Settings):
     ] = "svd"
     spectr_shortlist: Annotated[
         int | None,
-        "Router spectr chooses among so many experts with the highest Arrow scores. Default: all.",
+        "Router spectr chooses among so many by Arrow's scores; default: all.",
         AT_LEAST_1,
     ] = None
+    logo_reads: Annotated[
+        str,
+        "Router logo reads what enters its block, or its site: block, site.",
+        one_of(LOGO_READS),
+    ] = "block"
+    glider_lambda: Annotated[
+        float, "How much router glider makes of whole inputs, beside its gates.", NOT_NEGATIVE
+    ] = 3.0
     router_seed: Annotated[int, "Seed of router random.", SEED] = 0
     stand_in: Annotated[
         bool, "Use the Arrow vector of an expert that has no gates, which is a guess."
@@ -252,7 +261,7 @@ class Routing(Settings):
     ] = "standardised"
     router_temperature: Annotated[float, "Divides affinities before the softmax.", POSITIVE] = 1.0
     retrieval_embedder: Annotated[
-        str | None, "Embedder of router retrieval, where it isn't the default one."
+        str | None, "Embedder of routers that use one, where it isn't the default one."
     ] = None
     reading_place: Annotated[
         str,
@@ -270,20 +279,13 @@ class Routing(Settings):
         float, "How far it shrinks the experts' covariance to its diagonal.", RATIO
     ] = 0.3
     prior: Annotated[
-        float,
-        "Router discriminant-phatgoose: how much an expert's share in the shortlist counts beside "
-        "its gates.",
-        NOT_NEGATIVE,
+        float, "Router discriminant-phatgoose: how much shares count beside gates.", NOT_NEGATIVE
     ] = 1.0
     input_k: Annotated[
-        int | None,
-        "Experts per input, for routers that choose for whole inputs. Default: the router's own.",
-        AT_LEAST_1,
+        int | None, "Experts per input, where a router chooses so; default: its own.", AT_LEAST_1
     ] = None
     input_temperature: Annotated[
-        float | None,
-        "Divides the scores of whole inputs before the softmax. Default: the router's own.",
-        POSITIVE,
+        float | None, "Divides scores of inputs before their softmax; default: its own.", POSITIVE
     ] = None
 
 

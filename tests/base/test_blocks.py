@@ -23,15 +23,16 @@ def test_the_blocks_are_those_that_read_the_prompt(base):
 @torch.no_grad()
 def test_what_a_block_puts_out_is_seen_in_this_thread_only(base):
     seen, stack, ids = [], prompt_stack(base.model), make_ids(rows=2)
-    with watch_blocks(base.model, (0, 1), lambda index, hidden: seen.append((index, hidden))):
+    with watch_blocks(base.model, (-1, 0, 1), lambda *seeing: seen.append(seeing)):
         hidden = stack(input_ids=ids, output_hidden_states=True).hidden_states
         other = Thread(target=lambda: stack(input_ids=ids))
         other.start()
         other.join()
-    assert [index for index, _ in seen] == [0, 1]
-    assert torch.equal(seen[0][1], hidden[1])
+    assert [index for index, _ in seen] == [-1, 0, 1]
+    assert torch.equal(seen[0][1], hidden[0])
+    assert torch.equal(seen[1][1], hidden[1])
     stack(input_ids=ids)
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 def test_a_block_that_is_not_there_is_refused(llama):

@@ -32,9 +32,13 @@ ROUTERS = (
     "spectr",
     "uniform-top-k",
     "retrieval",
+    "centroid",
+    "glider",
+    "logo",
     "merged",
     "random",
 )
+EMBEDDED = ("retrieval", "centroid", "glider")
 NAMES = ("e0", "e1", "e2", "e3")
 
 
@@ -55,7 +59,7 @@ def composed(router: str, pool: Pool, base: Base, **options: object):
     given = {"router": router, "k": 2, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a k that is lowered
-        pool = with_embeddings(pool) if router == "retrieval" else pool
+        pool = with_embeddings(pool) if router in EMBEDDED else pool
         return compose(pool, copy.deepcopy(base), **given)
 
 

@@ -18,7 +18,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import open_model
-from phatgoose.routing.routers.per_input import retrieval as lookup
+from phatgoose.routing.routers.per_input import embedding_reader as lookup
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks import embeddings

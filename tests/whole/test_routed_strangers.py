@@ -49,7 +49,14 @@ from toy_embedders import use_toy_embedder
 
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "40"))
 INFO, FIRST, SECOND = "routed.json", "routed.safetensors", "routed-0123456789ab.safetensors"
-GROWN = ("plain", "mixed", "small", "retrieval")  # of two files each, the last expert removed
+GROWN = (
+    "plain",
+    "mixed",
+    "small",
+    "retrieval",
+    "spectr",
+    "glider",
+)  # of two files each, the last expert removed
 MADE = ("input", "oracle", "merged", "centred")  # of one file
 IDS = make_ids(rows=2)
 
@@ -76,6 +83,8 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
         "plain": (uneven, Routing()),
         "small": (uneven, Routing()),
         "retrieval": (uneven, Routing(router="retrieval")),
+        "spectr": (uneven, Routing(router="spectr", spectr_shortlist=2)),
+        "glider": (uneven, Routing(router="glider")),
         "mixed": (mixed, Routing()),
         "input": (uneven, Routing(router="phatgoose-input")),
         "oracle": (uneven, Routing(router="oracle")),
@@ -317,6 +326,11 @@ OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
     "negative owners": ("retrieval", "lookup.owners", lambda t: t - 1, "owners has numbers"),
     "fewer owners": ("retrieval", "lookup.owners", lambda t: t[:-1], SHAPE),
     "narrow embeddings": ("retrieval", "lookup.embeddings", lambda t: t[:, :4], SHAPE),
+    "narrow centroids": ("glider", "lookup.centroids", lambda t: t[:, :4], "centroids has shape"),
+    "fewer centroids": ("glider", "lookup.centroids", lambda t: t[:1], SHAPE),
+    "centroids of whole numbers": ("glider", "lookup.centroids", lambda t: t.long(), SHAPE),
+    "directions of more": ("spectr", "directions.", lambda t: torch.cat([t, t]), SHAPE),
+    "narrow directions": ("spectr", "directions.", lambda t: t[..., :4], SHAPE),
     "narrow votes": ("input", "lookup.votes.", lambda t: t[:, :4], "columns|votes at .* of shape"),
     "votes of fewer": ("input", "lookup.votes.", lambda t: t[:1], SHAPE),
     "a folded weight turned": ("merged", "folded.model.layers.0.mlp", lambda t: t.T, "folded into"),

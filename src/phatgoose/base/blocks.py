@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -40,12 +40,12 @@ def watch_blocks(
     """Call `see(index, hidden)` for each pass through each of these blocks in this context.
 
     `hidden` [rows, tokens, n] is what the block puts out: the residual stream, before any norm at
-    the stack's end. Passes of other threads are not seen. Raises RoutingError when there is no
-    block of an index.
+    the stack's end. Index -1 is what enters the first block. Passes of other threads are not seen.
+    Raises RoutingError when there is no block of an index.
     """
     blocks = blocks_of(model) if indices else []
     for index in indices:
-        if not 0 <= index < len(blocks):
+        if not -1 <= index < len(blocks):
             raise RoutingError(f"There is no block {index}; there are 0 to {len(blocks) - 1}.")
     with token_masks(model) as masks:
 
@@ -56,7 +56,16 @@ def watch_blocks(
 
             return hook
 
-        handles = [blocks[index].register_forward_hook(watcher(index)) for index in indices]
+        def enter(_: nn.Module, args: tuple[Tensor, ...], given: Mapping[str, Tensor]) -> None:
+            if masks.are_ours:
+                see(-1, args[0] if args else given["hidden_states"])
+
+        handles = [
+            blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+            if index == -1
+            else blocks[index].register_forward_hook(watcher(index))
+            for index in indices
+        ]
         try:
             yield
         finally:

@@ -25,7 +25,7 @@ class PromptReading:
     """What is taken from a model's passes of prompts: one subclass for each use.
 
     `sites` are those whose inputs it sees (of the stack that reads prompts, see `base.blocks`),
-    `blocks` the indices of those whose outputs it sees.
+    `blocks` the indices of those whose outputs it sees; -1 is what enters the first.
     """
 
     sites: Mapping[str, Site] = {}

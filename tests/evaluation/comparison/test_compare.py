@@ -420,7 +420,7 @@ def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, nothing):
         ({"embeddings": None}, "retrieval", "'e0' has no embeddings"),
         ({"means": {}}, "average-activation", "'e0' has no means"),
         ({"gates": {}}, "phatgoose", "'e0' has no gates"),
-        ({"means": {}}, "phatgoose-input", "'e0' has no gates and means"),
+        ({"means": {}}, "phatgoose-input", "'e0' has no means"),
     ],
 )
 def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, method, complaint):

@@ -23,8 +23,11 @@ from routed_models import with_embeddings
 from tiny import logits_of, make_ids, make_model, make_tokenizer
 
 ROUTING = Routing(k=2)
-COMPOSED = ["random", "retrieval", "average-activation", "arrow", "spectr", "merged"]
-COMPOSED += ["uniform-top-k", "phatgoose", "phatgoose-input"]
+COMPOSED = ["random", "retrieval", "centroid", "average-activation", "arrow", "spectr", "merged"]
+COMPOSED += ["uniform-top-k", "phatgoose", "phatgoose-input", "glider", "logo"]
+TOP_K = {"random", "average-activation", "arrow", "spectr", "uniform-top-k", "phatgoose", "glider"}
+GATED = {"phatgoose", "phatgoose-input", "uniform-top-k", "glider"}
+EMBEDDED = {"retrieval", "centroid", "glider"}
 KNOWN = {"base", *COMPOSED, "e0", "e1", "e2"}  # to the tables below
 
 
@@ -106,15 +109,27 @@ def test_every_row_has_an_identity_of_its_own(three):
     [
         (
             {"k": 1},
-            {*["random", "average-activation", "arrow", "spectr", "uniform-top-k", "phatgoose"]},
+            {
+                *[
+                    "random",
+                    "average-activation",
+                    "arrow",
+                    "spectr",
+                    "uniform-top-k",
+                    "phatgoose",
+                    "glider",
+                ]
+            },
         ),
-        ({"eps": 1e-3}, {"average-activation", "uniform-top-k", "phatgoose", "phatgoose-input"}),
+        ({"eps": 1e-3}, {"average-activation", *GATED}),
         ({"affinity": "raw"}, {"average-activation", "phatgoose"}),
-        ({"router_temperature": 2.0}, {"average-activation", "arrow", "phatgoose"}),
+        ({"router_temperature": 2.0}, {"average-activation", "arrow", "phatgoose", "glider"}),
         ({"arrow": "mttl"}, {"arrow"}),
         ({"spectr_shortlist": 2}, {"spectr"}),
-        ({"input_k": 2}, {"retrieval", "phatgoose-input"}),
-        ({"input_temperature": 2.0}, {"retrieval", "phatgoose-input"}),
+        ({"logo_reads": "site"}, {"logo"}),
+        ({"glider_lambda": 1.0}, {"glider"}),
+        ({"input_k": 2}, {"retrieval", "centroid", "phatgoose-input", "logo"}),
+        ({"input_temperature": 2.0}, {"retrieval", "centroid", "phatgoose-input"}),
         ({"router_seed": 1}, {"random"}),
         ({"kernel": "reference"}, set(COMPOSED)),
         ({"router": "merged", "expert": "e1"}, set()),
@@ -133,10 +148,10 @@ def test_a_setting_matters_to_the_rows_that_use_it(three, settings, matter_to):
 @pytest.mark.parametrize(
     ("part", "matter_to"),
     [
-        ("gates", {"phatgoose", "phatgoose-input", "uniform-top-k"}),
+        ("gates", GATED),
         ("means", {"average-activation", "phatgoose-input"}),
-        ("embeddings", {"retrieval"}),
-        ("embedder", {"retrieval"}),
+        ("embeddings", EMBEDDED),
+        ("embedder", EMBEDDED),
         ("scale", {*COMPOSED, "e1"}),
         ("name", {"e1"}),  # that row is gone; all others stand
         ("order", set(COMPOSED)),

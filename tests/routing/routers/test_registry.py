@@ -9,7 +9,6 @@ from oracle import token_weights
 from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.mixtures import Mixtures
 from phatgoose.routing.routers.per_input.prompt_reader import PromptReader
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.collating import pad_left, pad_right
@@ -28,7 +27,8 @@ def test_an_unknown_router_is_refused(llama, llama_pool):
 def test_weights_of_every_router_sum_to_one(llama, llama_pool, toy_embedder, router):
     model = compose_by(router, llama_pool, llama)
     if isinstance(composition_of(model).lookup, PromptReader):
-        composition_of(model).lookup.serve(Mixtures.alone(torch.tensor([3, 0, 1])))
+        lookup = composition_of(model).lookup
+        lookup.serve(lookup.of_prompts(("plums", "1 + 2", "WHO?")))
     for layer in composition_of(model).layers.values():
         decision = layer.router(random(6, layer.in_features))
         assert decision.experts.shape == decision.weights.shape

@@ -18,6 +18,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 from growth_cases import (
+    EMBEDDED,
     NAMES,
     ROUTERS,
     assert_same_models,
@@ -79,7 +80,7 @@ def test_packing_writes_what_composing_and_saving_does(
 def test_a_packed_model_grows_by_files_of_the_new_experts(
     llama, uneven, toy_embedder, tmp_path, router
 ):
-    pool = with_embeddings(uneven) if router == "retrieval" else uneven
+    pool = with_embeddings(uneven) if router in EMBEDDED else uneven
     folder, routing = tmp_path / "packed", Routing(router=router)
     save_pool(pool.select(["e0", "e1"]), folder, copy.deepcopy(llama), routing=routing)
     before = (folder / "routed.safetensors").stat()

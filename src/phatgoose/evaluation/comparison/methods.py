@@ -42,16 +42,15 @@ def runnable_methods(
             raise ConfigError(
                 f"Method {name!r} is unknown; known are {EVERY}, {', '.join(METHODS)}."
             )
-    found = lacking(pool, stand_in=routing.stand_in)
-    without = {name: experts for name, experts in found.items() if experts}
+    without = {name: lacks for name, lacks in _lacks(pool, routing.stand_in).items() if lacks}
     if EVERY in wanted:
-        notes = [_note(name, experts) for name, experts in without.items()]
+        notes = [_note(name, lacks) for name, lacks in without.items()]
         for note in notes:
             warnings.warn(note, stacklevel=3)
         return [name for name in METHODS if name not in without], notes
     for name in wanted:
         if name in without:
-            raise PoolError(_refusal(name, without[name][0]))
+            raise PoolError(_refusal(name, without[name]))
     return wanted, []
 
 
@@ -60,42 +59,52 @@ def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, list[str]]:
 
     With `stand_in` LoRAs need no gates, where gates are all that is needed.
     """
-
-    def lacks(expert: Expert, needs: tuple[str, ...]) -> bool:
-        for need in needs:
-            part = getattr(expert, need)
-            if stand_in and needs == ("gates",):  # made of the factors of LoRAs
-                part = part or expert.lora
-            if part is None or len(part) == 0:
-                return True
-        return False
-
-    return {
-        name: [expert.name for expert in pool.experts if lacks(expert, spec.needs)]
-        for name, spec in ROUTERS.items()
-        if spec.needs
-    }
+    return {name: list(lacks) for name, lacks in _lacks(pool, stand_in).items()}
 
 
-def _refusal(method: str, expert: str) -> str:
-    """Why `method`, asked for by name, can't be run with `expert`."""
-    needs, command = _needs(method)
+Lacks = dict[str, tuple[str, ...]]  # by the name of an expert, what it has not
+
+
+def _lacks(pool: Pool, stand_in: bool) -> dict[str, Lacks]:
+    """What the experts lack of each method's needs; those that lack nothing are not there."""
+
+    def lacks(expert: Expert, need: str, needs: tuple[str, ...]) -> bool:
+        part = getattr(expert, need)
+        if stand_in and needs == ("gates",):  # made of the factors of LoRAs
+            part = part or expert.lora
+        return part is None or len(part) == 0
+
+    found: dict[str, Lacks] = {}
+    for name, spec in ROUTERS.items():
+        if spec.needs:
+            missing = {
+                expert.name: tuple(n for n in spec.needs if lacks(expert, n, spec.needs))
+                for expert in pool.experts
+            }
+            found[name] = {expert: parts for expert, parts in missing.items() if parts}
+    return found
+
+
+def _refusal(method: str, lacks: Lacks) -> str:
+    """Why `method`, asked for by name, can't be run: what the first expert of `lacks` hasn't."""
+    expert, missing = next(iter(lacks.items()))
+    needs, command = _named(missing)
     remedy = f"run 'phatgoose {command}' on it or " if command else ""
     return f"Expert {expert!r} has no {needs}, which method {method} needs; {remedy}leave it out."
 
 
-def _note(method: str, experts: list[str]) -> str:
+def _note(method: str, lacks: Lacks) -> str:
     """Why `method`, one of all, was left out."""
-    needs, command = _needs(method)
+    every = {need for missing in lacks.values() for need in missing}
+    needs, command = _named(tuple(need for need in ROUTERS[method].needs if need in every))
     remedy = f" (run 'phatgoose {command}' first)" if command else ""
     return (
-        f"{METHODS[method]} was left out: {', '.join(experts)} can't be routed by it without "
+        f"{METHODS[method]} was left out: {', '.join(lacks)} can't be routed by it without "
         f"{needs}{remedy}."
     )
 
 
-def _needs(method: str) -> tuple[str, str | None]:
-    """(what `method` needs but adapters, the command that makes it if there is one)."""
-    needs = ROUTERS[method].needs
+def _named(needs: tuple[str, ...]) -> tuple[str, str | None]:
+    """(the `needs` for people, the command that makes the first of them if there is one)."""
     commands = [REMEDIES[need] for need in needs if need in REMEDIES]
     return " and ".join(NAMES.get(need, need) for need in needs), (*commands, None)[0]

@@ -14,6 +14,9 @@ from phatgoose.apps.server.engine.decoding import Decoding
 from phatgoose.apps.server.engine.model_runner import ModelRunner
 from tiny import VOCABULARY
 
+OTHERS = ("average-activation", "arrow", "spectr", "glider", "merged", "single")
+OTHERS += ("retrieval", "centroid", "logo")  # for whole inputs
+
 
 def test_a_row_alone_gets_what_generate_gives(runner_of, kind):
     runner = runner_of(kind)
@@ -83,7 +86,7 @@ def test_an_encoder_decoder_batch_takes_no_joiners(runner_of):
     assert not batch.is_open
 
 
-@pytest.mark.parametrize("router", ["average-activation", "arrow", "merged", "retrieval", "single"])
+@pytest.mark.parametrize("router", OTHERS)
 def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
     runner = runner_of("llama", router)
     batch = Batch(runner)

@@ -156,7 +156,7 @@ def test_open_tasks_are_answered_by_the_experts_of_their_inputs(base, kind, pool
 def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "phatgoose.routing.routers.per_input.retrieval.embed_texts",
+        "phatgoose.routing.routers.per_input.embedding_reader.embed_texts",
         lambda texts, embedder, _: seen.append((list(texts), embedder)) or toy_embed(texts),
     )
     evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)

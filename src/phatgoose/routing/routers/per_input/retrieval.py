@@ -8,28 +8,24 @@ over `input_temperature`: that is ours.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ....config import Formatting
-from ....errors import PoolError, RoutingError
-from ....experts.expert import Expert
+from ....errors import RoutingError
 from ....experts.pool import Pool
-from ....tasks.embeddings import embed_texts, load_embedder, retrieval_text, usable_embedder
-from ....tasks.task import Example
+from ....tasks.embeddings import usable_embedder
 from ...stacks.rows import joined
 from ..lookup import Lookup, SavedLookup
 from ..mixtures import Mixtures
 from ..scores import Scores
+from .embedding_reader import EmbeddingReader, embeddings_of
 from .looked_up import LookedUp
-from .prompt_reader import PromptReader
 
-__all__ = ["EMBEDDINGS", "OWNERS", "Embeddings", "Retrieval", "Retriever", "embeddings_of"]
+__all__ = ["EMBEDDINGS", "OWNERS", "Retrieval", "Retriever"]
 
 EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"  # their names in files
 
@@ -77,7 +73,7 @@ class Retrieval(LookedUp):
         return Retriever(rows, owners, embedder, tokenizer, k, temperature)
 
 
-class Retriever(PromptReader):
+class Retriever(EmbeddingReader):
     """The experts that own the nearest stored training inputs, by cosine."""
 
     name = "retrieval"
@@ -93,106 +89,35 @@ class Retriever(PromptReader):
     ) -> None:
         """`embeddings` [M, dims] are unit vectors made by `embedder`, `owners` [M] their experts.
 
-        `tokenizer` is as `PromptReader` takes it. `k` experts serve an input, weighted by the
-        softmax of their cosines over `temperature`. Loads the embedder, so that composing a
-        model waits for it, and not the first prompt. Raises ConfigError.
+        All else is as `EmbeddingReader` has it.
         """
-        super().__init__(tokenizer)
-        load_embedder(embedder)
-        self.embeddings, self.owners, self.embedder = embeddings, owners, embedder
-        self.k, self.temperature = k, temperature
+        super().__init__(embedder, embeddings.shape[1], tokenizer, k, temperature)
+        self.embeddings, self.owners = embeddings, owners
 
     def tensors(self) -> dict[str, Tensor]:
         """The embeddings and their owners."""
         return {EMBEDDINGS: self.embeddings, OWNERS: self.owners}
 
-    def info(self) -> dict[str, Any]:
-        """The embedder's name."""
-        return {"embedder": self.embedder}
-
     def grown(self, pool: Pool, first: int) -> Retriever:
         """The retriever with the embeddings of the experts of `pool` too."""
         new = embeddings_of(pool, self.embedder)
         owners = joined([self.owners, new.owners + first])
-        embeddings = joined([self.embeddings, new.rows])
-        return self._of(embeddings, owners)
+        return self._with(joined([self.embeddings, new.rows]), owners)
 
     def shrunk(self, place: Tensor) -> Retriever:
         """The retriever without the embeddings of experts that leave."""
         owners = place[self.owners]
         stay = owners >= 0
-        return self._of(self.embeddings[stay], owners[stay])
+        return self._with(self.embeddings[stay], owners[stay])
 
-    def _of(self, embeddings: Tensor, owners: Tensor) -> Retriever:
-        return Retriever(
-            embeddings, owners, self.embedder, self.tokenizer, self.k, self.temperature
-        )
+    def _with(self, rows: Tensor, owners: Tensor) -> Retriever:
+        return Retriever(rows, owners, self.embedder, self.tokenizer, self.k, self.temperature)
 
-    def nearest(self, texts: Sequence[str], formatting: Formatting | None = None) -> Mixtures:
-        """The k experts that own the embeddings nearest to each text.
-
-        Texts too long for the embedder are cut as `formatting` has it.
-        """
-        truncation = (formatting or Formatting()).truncation
-        queries = embed_texts(texts, self.embedder, truncation)
-        if queries.shape[1] != self.embeddings.shape[1]:
-            raise RoutingError(
-                f"The experts' embeddings have {self.embeddings.shape[1]} columns, those of "
-                f"{self.embedder} {queries.shape[1]}; they are another embedder's."
-            )
+    def nearest_to(self, queries: Tensor) -> Mixtures:
+        """The k experts that own the embeddings nearest to each of `queries` [texts, dims]."""
         cosines = queries @ self.embeddings.T
         if self.k == 1:
             return Mixtures.alone(self.owners[cosines.argmax(dim=-1)])
         best = torch.full((len(cosines), int(self.owners.max()) + 1), -torch.inf)
         best = best.scatter_reduce(1, self.owners.expand_as(cosines), cosines, "amax")
         return Mixtures.best(best, self.k, self.temperature)
-
-    def of_prompts(self, texts: Sequence[str]) -> Mixtures:
-        """The experts of each prompt, without answer choices."""
-        return self.nearest([retrieval_text(text, ()) for text in texts])
-
-    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
-        """The experts of each example; its answer choices are a part of the query."""
-        texts = [retrieval_text(example.input, example.choices) for example in examples]
-        return self.nearest(texts, formatting)
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Unit vectors of training inputs, `rows` [M, dims], by `embedder`, and their experts [M]."""
-
-    rows: Tensor
-    owners: Tensor
-    embedder: str
-
-
-def embeddings_of(pool: Pool, embedder: str | None = None) -> Embeddings:
-    """Those of all experts of `pool`; `owners` are indices in it.
-
-    Raises PoolError when an expert has none or they come from several embedders, or from another
-    than `embedder`.
-    """
-    rows = [_embeddings(expert) for expert in pool.experts]
-    kinds = {
-        (str(expert.info.embedder), row.shape[1])
-        for expert, row in zip(pool.experts, rows, strict=True)
-    }
-    if len(kinds) > 1:
-        raise PoolError(
-            f"The experts' embeddings come from several embedders and can't be compared: {kinds}."
-        )
-    found = kinds.pop()[0]
-    if embedder not in (None, found):
-        raise PoolError(f"The experts' embeddings come from {found}, those there from {embedder}.")
-    owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
-    unit = torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
-    return Embeddings(unit, owners, found)
-
-
-def _embeddings(expert: Expert) -> Tensor:
-    if expert.embeddings is None or expert.info.embedder is None:
-        lacks = "embeddings" if expert.embeddings is None else "record of its embedder"
-        raise PoolError(
-            f"Expert {expert.name!r} has no {lacks}; run 'phatgoose measure' on it or leave it out."
-        )
-    return expert.embeddings

@@ -8,6 +8,7 @@ stand_in.py            stand-ins for missing gates
 average_activation.py  mean training activations
 arrow.py               the direction that an expert stretches most
 spectr.py              all directions that an expert looks at
+glider.py              gates, and how near the whole input is to an expert's
 uniform_top_k.py       PHATGOOSE's experts, equal weights
 random_experts.py      chance
 """

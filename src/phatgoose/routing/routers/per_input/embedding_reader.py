@@ -1,0 +1,113 @@
+"""The frame of lookups that compare a prompt's embedding with those of training inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ....config import Formatting
+from ....errors import PoolError, RoutingError
+from ....experts.expert import Expert
+from ....experts.pool import Pool
+from ....tasks.embeddings import embed_texts, load_embedder, retrieval_text
+from ....tasks.task import Example
+from ..mixtures import Mixtures
+from .prompt_reader import PromptReader
+
+__all__ = ["EmbeddingReader", "Embeddings", "embeddings_of"]
+
+
+class EmbeddingReader(PromptReader):
+    """A lookup that goes by the embedding of each prompt; subclasses say how, in `nearest_to`."""
+
+    def __init__(
+        self,
+        embedder: str,
+        columns: int,
+        tokenizer: PreTrainedTokenizerBase,
+        k: int = 1,
+        temperature: float = 1.0,
+    ) -> None:
+        """`embedder` made what prompts are compared with, which has so many `columns`.
+
+        `tokenizer` is as `PromptReader` takes it. `k` experts serve an input, weighted by the
+        softmax of their scores over `temperature`. Loads the embedder, so that composing a model
+        waits for it, and not the first prompt. Raises ConfigError.
+        """
+        super().__init__(tokenizer)
+        load_embedder(embedder)
+        self.embedder, self.columns = embedder, columns
+        self.k, self.temperature = k, temperature
+
+    def nearest_to(self, queries: Tensor) -> Mixtures:
+        """The experts for inputs with these embeddings, unit vectors [texts, columns]."""
+        raise NotImplementedError
+
+    def info(self) -> dict[str, Any]:
+        """The embedder's name."""
+        return {"embedder": self.embedder}
+
+    def of_prompts(self, texts: Sequence[str]) -> Mixtures:
+        """The experts of each prompt, without answer choices."""
+        return self._of([retrieval_text(text, ()) for text in texts], Formatting())
+
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
+        """The experts of each example; its answer choices are a part of the query."""
+        texts = [retrieval_text(example.input, example.choices) for example in examples]
+        return self._of(texts, formatting or Formatting())
+
+    def _of(self, texts: Sequence[str], formatting: Formatting) -> Mixtures:
+        """The experts for `texts`; what is too long for the embedder is cut by `formatting`."""
+        queries = embed_texts(texts, self.embedder, formatting.truncation)
+        if queries.shape[1] != self.columns:
+            raise RoutingError(
+                f"The experts' embeddings have {self.columns} columns, those of {self.embedder} "
+                f"{queries.shape[1]}; they are another embedder's."
+            )
+        return self.nearest_to(queries)
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Unit vectors of training inputs, `rows` [M, dims], by `embedder`, and their experts [M]."""
+
+    rows: Tensor
+    owners: Tensor
+    embedder: str
+
+
+def embeddings_of(pool: Pool, embedder: str | None = None) -> Embeddings:
+    """Those of all experts of `pool`; `owners` are indices in it.
+
+    Raises PoolError when an expert has none or they come from several embedders, or from another
+    than `embedder`.
+    """
+    rows = [_embeddings(expert) for expert in pool.experts]
+    kinds = {
+        (str(expert.info.embedder), row.shape[1])
+        for expert, row in zip(pool.experts, rows, strict=True)
+    }
+    if len(kinds) > 1:
+        raise PoolError(
+            f"The experts' embeddings come from several embedders and can't be compared: {kinds}."
+        )
+    found = kinds.pop()[0]
+    if embedder not in (None, found):
+        raise PoolError(f"The experts' embeddings come from {found}, those there from {embedder}.")
+    owners = torch.arange(len(rows)).repeat_interleave(torch.tensor([len(row) for row in rows]))
+    unit = torch.nn.functional.normalize(torch.cat(rows).float(), dim=-1)
+    return Embeddings(unit, owners, found)
+
+
+def _embeddings(expert: Expert) -> Tensor:
+    if expert.embeddings is None or expert.info.embedder is None:
+        lacks = "embeddings" if expert.embeddings is None else "record of its embedder"
+        raise PoolError(
+            f"Expert {expert.name!r} has no {lacks}; run 'phatgoose measure' on it or leave it out."
+        )
+    return expert.embeddings

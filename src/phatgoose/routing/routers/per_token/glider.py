@@ -1,0 +1,110 @@
+"""GLIDER: PHATGOOSE's affinities, and how near the whole input is to each expert's training inputs.
+
+Li et al., EMNLP 2025. At every site and for every token
+
+    logit_z = v̄_zᵀū / √n + λ cos(embedding of the input, centroid of expert z),
+
+and the k experts with the highest logits act, weighted by the softmax over them. The first term is
+the gates' (`per_token.phatgoose`), the second is the same at all sites and for all tokens of an
+input.
+
+Published, the second term compares descriptions of tasks that a language model wrote, one for each
+expert's task and one for each evaluation task; the released code looks the latter up by the task's
+name and sets λ by evaluation suite, from 3 to 1000. That is not zero-shot. Here the prompt itself
+is embedded and held against the centroid of the expert's training inputs (`per_input.centroid`),
+with one λ for everything: 3, which the released scripts use for BIG-bench. `router_temperature`
+divides the whole logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ....errors import RoutingError
+from ....experts.pool import Pool
+from ..decision import RoutingDecision, highest
+from ..lookup import Lookup
+from ..mixtures import Mixtures
+from ..per_input.centroid import Centroid, CentroidReader
+from ..router import RouterSite, SiteRouter
+from .affinities import AffinityRouting
+from .vector_router import ScoredRouter
+
+__all__ = ["Glider", "GliderReader", "GliderRouter"]
+
+
+class GliderReader(CentroidReader):
+    """The cosines of an input to all centroids, in the place of weights."""
+
+    name = "glider"
+
+    def nearest_to(self, queries: Tensor) -> Mixtures:
+        """All experts for each of `queries` [texts, dims], with their cosines."""
+        cosines = queries @ self.centroids.T
+        return Mixtures(torch.arange(cosines.shape[1]).expand_as(cosines), cosines)
+
+
+class GliderRouter(SiteRouter):
+    """The top k of v̄ᵀū/√n + λ cos, softmax over those k."""
+
+    kept = ("vectors",)
+    acting: Tensor
+
+    def __init__(self, gates: ScoredRouter, experts: Tensor, lookup: Lookup, scale: float) -> None:
+        """`gates` score the experts of the site, [E] indices in the pool; `scale` is λ."""
+        super().__init__()
+        self.gates, self.lookup, self.scale = gates, lookup, scale
+        self.register_buffer("acting", experts, persistent=False)
+
+    @property
+    def vectors(self) -> Tensor:
+        """The gates, standardised, [E, n]."""
+        return self.gates.vectors
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """The logits of every token of u [T, n] and expert, float32 [T, E].
+
+        Raises as `Lookup.of_each` does.
+        """
+        cosines = self.lookup.of_each(u).weights[:, self.acting]
+        return self.gates.affinities(u) + self.scale * cosines
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n]."""
+        affinities = self.affinities(u)
+        experts = highest(affinities, self.gates.k)
+        return RoutingDecision(experts, affinities.gather(-1, experts).softmax(dim=-1))
+
+    def distribution(self, u: Tensor) -> Tensor:
+        """The softmax of the logits over all experts, before top-k, [T, E]."""
+        return self.affinities(u).softmax(dim=-1)
+
+
+class Glider(AffinityRouting, Centroid):
+    """Router glider."""
+
+    vectors = "gates"
+    reader: ClassVar[type[CentroidReader]] = GliderReader
+
+    def check(self, pool: Pool) -> None:
+        """Raise as router phatgoose does, and ConfigError for another affinity than the paper's."""
+        self.refuse_other_affinities("router glider")
+        super().check(pool)
+
+    @property
+    def form(self) -> Mapping[str, str]:
+        """The gates [E, n]."""
+        return {"vectors": "En"}
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        """The router's module at one site."""
+        if site.lookup is None:
+            raise RoutingError("Router glider has no centroids to hold inputs against.")
+        routing = self.routing
+        gates = ScoredRouter(site.state["vectors"], routing.k, routing.eps)
+        scale = routing.glider_lambda / routing.router_temperature
+        return GliderRouter(gates, site.experts, site.lookup, scale)

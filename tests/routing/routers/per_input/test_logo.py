@@ -1,0 +1,167 @@
+"""LoGo beside the released code's arithmetic, and whole models beside its mixtures by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mixed_by_hand import adding, logits_by_hand
+from mixed_experts import make_kind
+from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.collating import pad_left, pad_right
+from tiny import assert_same_logits, logits_of, make_ids
+from topic_prompts import CHOOSING, PROMPTS, both_streams, passed
+
+LAST_QUERY = {
+    "llama": "model.layers.1.self_attn.q_proj",
+    "t5": "encoder.block.1.layer.0.SelfAttention.q",
+}
+
+
+def metric(base, pool: Pool, site: str, text: str) -> Tensor:
+    """The released code's norms of one prompt, [experts], from hidden states; float64."""
+    stack = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
+    ids = torch.tensor([base.tokenizer(text)["input_ids"]])
+    with torch.no_grad():
+        entering = stack(input_ids=ids, output_hidden_states=True).hidden_states[1].double()
+    projections = []
+    for expert in pool.experts:
+        lora = expert.lora[site]
+        projections.append((entering @ lora.A.double().T) @ lora.B.double().T * lora.scale)
+    return torch.stack(projections, dim=1)[0, :, -1].norm(dim=-1)
+
+
+def shares(base, pool: Pool, site: str, text: str, k: int) -> dict[str, float]:
+    """The released code's multipliers, by name."""
+    top, chosen = metric(base, pool, site, text).topk(k)
+    weights = (top / top.sum()).tolist()
+    return {pool.names[z]: w for z, w in zip(chosen.tolist(), weights, strict=True)}
+
+
+def found(model, text: str, names) -> dict[str, float]:
+    mixtures = composition_of(model).lookup.of_prompts([text])
+    (experts,), (weights,) = mixtures.experts.tolist(), mixtures.weights.tolist()
+    return {names[z]: w for z, w in zip(experts, weights, strict=True)}
+
+
+@both_streams
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_experts_and_weights_are_those_of_the_released_code(base, kind, pool, k):
+    wanted = [shares(base, pool, LAST_QUERY[kind], text, k) for text in PROMPTS]
+    model = compose(pool, base, router="logo", input_k=k)
+    for text, expected in zip(PROMPTS, wanted, strict=True):
+        assert found(model, text, pool.names) == pytest.approx(expected, abs=1e-5)
+    assert k == 4 or len({tuple(each) for each in wanted}) > 1
+
+
+def test_read_at_the_site_it_measures_what_the_layer_is_given(llama, llama_pool):
+    seen: list[Tensor] = []
+    site = LAST_QUERY["llama"]
+    handle = llama.model.get_submodule(site).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0][0, -1])
+    )
+    for text in PROMPTS:
+        logits_of(llama.model, torch.tensor([llama.tokenizer(text)["input_ids"]]))
+    handle.remove()
+    model = compose(llama_pool, llama, router="logo", logo_reads="site")
+    got = composition_of(model).lookup.scores(PROMPTS)
+    for u, scores in zip(seen, got, strict=True):
+        for expert, score in zip(llama_pool.experts, scores.tolist(), strict=True):
+            lora = expert.lora[site]
+            update = lora.scale * lora.B.double() @ (lora.A.double() @ u.double())
+            assert score == pytest.approx(float(update.norm()), rel=1e-4)
+
+
+@both_streams
+@pytest.mark.parametrize("pad", [pad_left, pad_right])
+def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, kind, pool, pad):
+    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
+    wanted = []
+    for text, row in zip(PROMPTS, rows, strict=True):
+        ids = torch.tensor([row])
+        with adding(base, pool, shares(base, pool, LAST_QUERY[kind], text, 3)):
+            wanted.append(passed(base, base.model, ids, torch.ones_like(ids)))
+    model = compose(pool, base, router="logo", input_k=3)
+    ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
+    assert_same_logits(passed(base, model, ids, mask), torch.cat(wanted))
+
+
+@both_streams
+@pytest.mark.parametrize("cache", [True, False])
+def test_beams_are_those_of_each_prompt_alone(base, pool, cache):
+    model = compose(pool, base, router="logo", input_k=2)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    pad = pad_right if base.is_encoder_decoder else pad_left
+    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
+    ids = pad(rows, 0)
+    mask = pad([[1] * len(row) for row in rows], 0)
+    got = model.generate(ids, attention_mask=mask, use_cache=cache, **options)[:, -6:]
+    for row, answer in zip(rows, got, strict=True):
+        alone = torch.tensor([row])
+        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert torch.equal(answer, wanted[0, -6:])
+
+
+def test_experts_that_do_not_act_at_the_query_are_never_chosen(llama, uneven):
+    model = compose(uneven, llama, router="logo")  # e3 acts at no query; k is 20
+    lookup = composition_of(model).lookup
+    scores = lookup.scores(PROMPTS)
+    assert (scores[:, :3] > 0).all()
+    assert not scores[:, 3].any()
+    mixtures = lookup.of_prompts(PROMPTS)
+    assert (mixtures.experts[:, 3] == 3).all()
+    assert not mixtures.weights[:, 3].any()
+    torch.testing.assert_close(mixtures.weights.sum(dim=1), torch.ones(len(PROMPTS)))
+    (text,) = PROMPTS[:1]
+    weights = found(model, text, uneven.names)
+    ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
+    got = logits_of(model, ids)
+    detach(model)
+    assert_same_logits(got, logits_by_hand(llama, uneven, ids, weights))
+
+
+def test_without_a_query_the_first_site_of_the_last_block_is_read(llama, make_expert):
+    pool = Pool(
+        tuple(make_expert(llama, f"e{z}", seed=z, target_modules=["down_proj"]) for z in (0, 1))
+    )
+    model = compose(pool, llama, router="logo")
+    with pytest.raises(RoutingError, match=r"reads 32 features .* act on 48 at .*set logo_reads"):
+        composition_of(model).lookup.scores(PROMPTS)
+    detach(model)
+    model = compose(pool, llama, router="logo", logo_reads="site")
+    assert (composition_of(model).lookup.scores(PROMPTS) > 0).all()
+
+
+def test_it_is_saved_grows_and_shrinks(llama, uneven, tmp_path):
+    ids = make_ids(rows=2)
+    model = compose(uneven, llama, router="logo", input_k=2, logo_reads="site")
+    wanted, scores = logits_of(model, ids), composition_of(model).lookup.scores(PROMPTS)
+    marks = evaluate(model, CHOOSING).scores
+    save(model, tmp_path / "routed")
+    detach(model)
+    loaded = load(tmp_path / "routed", llama)
+    assert torch.equal(logits_of(loaded, ids), wanted)
+    assert evaluate(loaded, CHOOSING).scores == marks
+    remove_experts(loaded, ["e0", "e3"])
+    assert torch.equal(composition_of(loaded).lookup.scores(PROMPTS), scores[:, 1:3])
+    add_experts(loaded, uneven.select(["e0"]))
+    found = composition_of(loaded).lookup.scores(PROMPTS)
+    torch.testing.assert_close(found, scores[:, [1, 2, 0]])
+
+
+def test_it_needs_loras_and_a_tokenizer(llama, llama_pool, tmp_path):
+    with pytest.raises(ConfigError, match="logo_reads is 'end', but must be one of block, site"):
+        compose(llama_pool, llama, router="logo", logo_reads="end")
+    with pytest.raises(ConfigError, match="Router logo reads prompts"):
+        compose(llama_pool, llama.model, router="logo")
+    other = make_kind("ia3", llama, tmp_path / "ia3")
+    with pytest.raises(PoolError, match="Router logo needs the factors of LoRAs"):
+        compose(Pool((other, *llama_pool.experts)), llama, router="logo")

@@ -1,0 +1,160 @@
+"""GLIDER beside its formula, one token and one expert at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from oracle import EPS
+from phatgoose.config import Routing
+from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.segments import add_to_saved, remove_from_saved, save_pool
+from phatgoose.tasks.collating import pad_left, pad_right
+from routed_models import compose_by, with_embeddings
+from tiny import assert_same_logits, logits_of, make_ids, random
+from topic_prompts import CHOOSING, PROMPTS, both_streams, passed, retrieving
+from toy_embedders import toy_embed
+
+SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
+
+
+def cosines_of(pool, text: str) -> list[float]:
+    (query,) = toy_embed([f"Answer Choices: None, Instance: {text}"]).double()
+    means = [expert.embeddings.double().mean(dim=0) for expert in with_embeddings(pool).experts]
+    return [float(query @ mean / mean.norm()) for mean in means]
+
+
+def logits_by_hand(pool, u: Tensor, text: str, scale: float) -> dict[int, float]:
+    """The logits of the experts that act at SITE for one token u [n] of an input `text`."""
+    u = u.double()
+    u_bar = (u - u.mean()) / math.sqrt(u.var(unbiased=False) + EPS)
+    cosines, logits = cosines_of(pool, text), {}
+    for z, expert in enumerate(pool.experts):
+        if SITE in expert.modules:
+            gate = expert.gates[SITE].double()
+            v_bar = (gate - gate.mean()) / gate.std(unbiased=False)
+            logits[z] = float(v_bar @ u_bar) / math.sqrt(len(u)) + scale * cosines[z]
+    return logits
+
+
+def serve(model, texts) -> None:
+    lookup = composition_of(model).lookup
+    lookup.serve(lookup.of_prompts(texts))
+
+
+@retrieving
+@pytest.mark.parametrize(
+    ("options", "k", "scale", "temperature"),
+    [
+        ({}, 2, 3.0, 1.0),
+        ({"k": 3, "glider_lambda": 0.5}, 3, 0.5, 1.0),
+        ({"router_temperature": 2.0}, 2, 3.0, 2.0),
+        ({"k": 1, "glider_lambda": 100.0}, 1, 100.0, 1.0),
+    ],
+)
+def test_experts_and_weights_follow_the_formula(llama, uneven, options, k, scale, temperature):
+    model = compose_by("glider", uneven, llama, **options)
+    layer, u = composition_of(model).layers[SITE], random(6, 32)
+    serve(model, PROMPTS[:3])
+    decision = layer.router(u)
+    spread = layer.router.distribution(u)
+    assert set(layer.experts.tolist()) == {0, 1, 2}  # e3 acts at no query
+    for t in range(6):
+        logits = logits_by_hand(uneven, u[t], PROMPTS[t // 2], scale)
+        chosen = sorted(logits, key=lambda z: -logits[z])[:k]
+        assert layer.experts[decision.experts[t]].tolist() == chosen
+        wanted = (torch.tensor([logits[z] for z in chosen]) / temperature).softmax(dim=0)
+        torch.testing.assert_close(decision.weights[t], wanted, atol=1e-5, rtol=1e-5)
+        every = (torch.tensor([logits[z] for z in (0, 1, 2)]) / temperature).softmax(dim=0)
+        torch.testing.assert_close(spread[t], every, atol=1e-5, rtol=1e-5)
+
+
+@retrieving
+@both_streams
+def test_without_a_lambda_it_is_phatgoose(base, pool):
+    ids = torch.tensor([base.tokenizer(PROMPTS[0])["input_ids"]])
+    wanted = logits_of(compose(pool, base), ids)
+    detach(base.model)
+    assert_same_logits(logits_of(compose_by("glider", pool, base, glider_lambda=0.0), ids), wanted)
+
+
+@retrieving
+@both_streams
+def test_with_a_large_lambda_it_is_the_nearest_centroids_expert(base, pool):
+    ids = torch.tensor([base.tokenizer(PROMPTS[2])["input_ids"]])
+    wanted = logits_of(compose_by("centroid", pool, base, input_k=1), ids)
+    detach(base.model)
+    model = compose_by("glider", pool, base, k=1, glider_lambda=1e4)
+    assert_same_logits(logits_of(model, ids), wanted)
+
+
+@retrieving
+@both_streams
+def test_padding_on_either_side_and_company_change_nothing(base, pool):
+    model = compose_by("glider", pool, base)
+    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
+    alone = [
+        passed(base, model, torch.tensor([row]), torch.ones(1, len(row)).long()) for row in rows
+    ]
+    for pad in (pad_left, pad_right):
+        ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
+        assert_same_logits(passed(base, model, ids, mask), torch.cat(alone))
+
+
+@retrieving
+@both_streams
+def test_beams_are_those_of_each_prompt_alone(base, pool):
+    model = compose_by("glider", pool, base)
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    pad = pad_right if base.is_encoder_decoder else pad_left
+    rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
+    ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
+    got = model.generate(ids, attention_mask=mask, **options)[:, -6:]
+    for row, answer in zip(rows, got, strict=True):
+        alone = torch.tensor([row])
+        wanted = model.generate(alone, attention_mask=torch.ones_like(alone), **options)
+        assert torch.equal(answer, wanted[0, -6:])
+
+
+@retrieving
+def test_it_is_saved_grows_and_shrinks(llama, llama_pool, tmp_path):
+    pool, ids = with_embeddings(llama_pool), make_ids(rows=2)
+    whole = compose(pool, llama, router="glider", glider_lambda=2.0)
+    wanted, scores = logits_of(whole, ids), evaluate(whole, CHOOSING).scores
+    detach(whole)
+    model = compose(pool.select(["e0", "e1"]), llama, router="glider", glider_lambda=2.0)
+    add_experts(model, pool.select(["e2", "e3"]))
+    assert torch.equal(logits_of(model, ids), wanted)
+    save(model, tmp_path / "routed")
+    detach(model)
+    loaded = load(tmp_path / "routed", llama)
+    assert torch.equal(logits_of(loaded, ids), wanted)
+    assert evaluate(loaded, CHOOSING).scores == scores
+    remove_experts(loaded, ["e1"])
+    smaller = logits_of(loaded, ids)
+    detach(loaded)
+    folder, routing = tmp_path / "grown", Routing(router="glider", glider_lambda=2.0)
+    save_pool(pool.select(["e0", "e1"]), folder, llama, routing=routing)
+    add_to_saved(folder, pool.select(["e2", "e3"]))
+    remove_from_saved(folder, ["e1"])
+    assert torch.equal(logits_of(load(folder, llama), ids), smaller)
+
+
+@retrieving
+def test_it_needs_gates_embeddings_and_the_papers_affinity(llama, llama_pool):
+    with pytest.raises(PoolError, match="'e0' has no embeddings"):
+        compose(llama_pool, llama, router="glider")
+    with pytest.raises(ConfigError, match="router glider can only be standardised"):
+        compose(with_embeddings(llama_pool), llama, router="glider", affinity="raw")
+    model = compose_by("glider", llama_pool, llama)
+    with pytest.raises(RoutingError, match="Nothing has told the router"):
+        composition_of(model).layers[SITE].router(random(2, 32))

@@ -85,11 +85,11 @@ def _bar(prompts: int, label: str | None) -> tqdm:
 
 def last_token(activations: Tensor, mask: Tensor) -> Tensor:
     """The activations [texts, columns, n] of each text's last token, [texts, n]."""
-    last = mask.sum(dim=1) - 1
+    last = mask.to(activations.device).sum(dim=1) - 1  # blocks may be on several devices
     return activations[torch.arange(len(last), device=last.device), last]
 
 
 def mean_token(activations: Tensor, mask: Tensor) -> Tensor:
     """The activations' [texts, columns, n] mean over each text's tokens, float32 [texts, n]."""
-    shares = (mask / mask.sum(dim=1, keepdim=True)).float()
+    shares = (mask / mask.sum(dim=1, keepdim=True)).float().to(activations.device)
     return torch.einsum("tc,tcn->tn", shares, activations.float())

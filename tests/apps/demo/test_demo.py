@@ -48,7 +48,7 @@ def test_the_demo_leaves_experts_tables_a_figure_and_a_model_and_can_be_repeated
     for part in (*EXPERTS, "Base model", "PHATGOOSE", "Oracle *", "Done in"):
         assert part in shown.out
     comparison = json.loads((out / "comparison.json").read_text())
-    assert set(METHODS) - set(comparison["rows"]) == {"retrieval"}
+    assert set(METHODS) - set(comparison["rows"]) == {"retrieval", "centroid", "glider"}
     assert comparison["suites"] == {"unseen": list(UNSEEN)}
     assert {row["n"] for row in comparison["rows"]["phatgoose"]["datasets"].values()} == {3}
     assert sorted(comparison["experts"]) == sorted(EXPERTS)

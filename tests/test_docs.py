@@ -18,6 +18,7 @@ import typer
 
 from paths import ROOT
 from phatgoose.apps.cli import app
+from phatgoose.routing.routers.registry import ROUTERS
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
@@ -230,6 +231,14 @@ def test_the_papers_sections_are_mapped_to_files_that_exist():
     assert len(named) > 20
     for file in named:
         assert (ROOT / "src" / "phatgoose" / file).is_file(), file
+
+
+def test_every_router_is_in_the_page_of_routers():
+    page = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z-]+)` \|", page, flags=re.MULTILINE)
+    assert sorted(rows) == sorted(ROUTERS)
+    assert len(ROUTERS) == 17
+    assert "any of seventeen" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_drawing_of_imports_is_up_to_date():

@@ -21,6 +21,7 @@ from phatgoose.apps.cli import app
 from phatgoose.routing.routers.registry import ROUTERS
 
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
+KNOWN = sorted(ROUTERS)  # before an example of docs/extending.md adds its own
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 FENCE = re.compile(
@@ -236,8 +237,8 @@ def test_the_papers_sections_are_mapped_to_files_that_exist():
 def test_every_router_is_in_the_page_of_routers():
     page = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z-]+)` \|", page, flags=re.MULTILINE)
-    assert sorted(rows) == sorted(ROUTERS)
-    assert len(ROUTERS) == 17
+    assert sorted(rows) == KNOWN
+    assert len(KNOWN) == 17
     assert "any of seventeen" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -122,6 +122,8 @@ def test_examples_that_say_so_run(document, reader):
         if block.runs and block.kind == "python":
             padded = "\n" * (block.line - 1) + block.code  # so that a failure names its line
             exec(compile(padded, str(document), "exec"), namespace)
+    for added in ROUTERS.keys() - set(KNOWN):  # an example's router is nobody else's
+        del ROUTERS[added]
 
 
 def test_the_readme_has_an_example_that_runs():

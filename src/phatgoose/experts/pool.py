@@ -30,8 +30,8 @@ __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
 MANIFEST_VERSION = 1
 LONGEST_PATH = 1000  # characters
 STAND_IN = ", or allow stand-ins for gates (--stand-in)"
-REMEDIES = {"gates": "gate", "means": "measure"}  # commands that add what is missing
-REMEDIES |= {"readings": "measure", "embeddings": "measure"}
+REMEDIES = {"gates": "gate"}  # commands that add what is missing
+REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "measure")
 
 
 @dataclass(frozen=True)

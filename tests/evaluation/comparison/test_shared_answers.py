@@ -11,7 +11,6 @@ from phatgoose.evaluation.comparison.shared_answers import SharedAnswers
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
 from phatgoose.routing.compose import detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.open_model import OpenedModel
 from phatgoose.routing.routers.mixtures import NOBODY, Mixtures
 from phatgoose.tasks.encoding import Encoder
 
@@ -30,7 +29,7 @@ def test_shared_answers_are_those_of_the_model_itself(setting, tasks, llama, rou
     served = set()
     for name, task in tasks.items():
         chosen, encoder = of(task, llama)
-        found = SharedAnswers(known).score(OpenedModel(model, llama.tokenizer), chosen, encoder)
+        found = SharedAnswers(known).score(model, chosen, chosen.questions(encoder))
         wanted = score(model, chosen, chosen.questions(encoder))
         assert found is not None
         for part in ("task", "metric", "score", "n", "low", "high", "ties", "cuts"):
@@ -58,16 +57,17 @@ def result_of(model, task, base) -> dict:
 
 @pytest.mark.parametrize("router", ["phatgoose", "merged", "retrieval"])
 def test_other_models_and_unknown_answers_share_nothing(setting, tasks, llama, router):
-    opened = OpenedModel(by_hand(router, setting, llama), llama.tokenizer)
+    model = by_hand(router, setting, llama)
     chosen, encoder = of(tasks["choose"], llama)
+    questions = chosen.questions(encoder)
     everyones = {
         name: {"choose": {"answers": ["good"] * 9, "tied": []}} for name in setting.pool.names
     }
-    shares = SharedAnswers(everyones).score(opened, chosen, encoder) is not None
+    shares = SharedAnswers(everyones).score(model, chosen, questions) is not None
     assert shares == (router == "retrieval")
     elsewhere = {name: {"pick": result["choose"]} for name, result in everyones.items()}
     for unknown in ({}, elsewhere, {"somebody": everyones["e0"]}):
-        assert SharedAnswers(unknown).score(opened, chosen, encoder) is None
+        assert SharedAnswers(unknown).score(model, chosen, questions) is None
 
 
 def test_a_comparison_shares_where_single_experts_are_scored(setting, tmp_path, computed):

@@ -133,9 +133,10 @@ def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -
     """The result of one cell, as it is stored; `tied` names examples with several best choices."""
     begun = time.monotonic()
     encoder = Encoder.for_model(opened.model, opened.tokenizer, dataset.settings.formatting)
-    found = shared.score(opened, dataset, encoder)
+    questions = dataset.questions(encoder)
+    found = shared.score(opened.model, dataset, questions)
     if found is None:
-        found = score(opened.model, dataset, dataset.questions(encoder))
+        found = score(opened.model, dataset, questions)
     return {
         **found.to_dict(),
         "metrics": list(dataset.metrics),

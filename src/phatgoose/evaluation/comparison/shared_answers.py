@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ...base.sites import ROUTED
 from ...routing.composition import Composition
-from ...routing.open_model import OpenedModel
-from ...tasks.encoding import Encoder
-from ..answers import Answer
+from ...routing.routers.per_input.prompt_reader import PromptReader
+from ..answers import Answer, Questions
 from ..evaluate import EvaluationSet, TaskScore, task_score
 
 __all__ = ["SharedAnswers", "may_share"]
@@ -28,18 +29,20 @@ class SharedAnswers:
     results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
     def score(
-        self, opened: OpenedModel, dataset: EvaluationSet, encoder: Encoder
+        self, model: PreTrainedModel, dataset: EvaluationSet, questions: Questions
     ) -> TaskScore | None:
         """The score of a routed model that leaves each input to one expert, who has answered it.
 
         None for other models, and where an expert's answers aren't known. What differs from scoring
         the model itself is which inputs shared a batch, hence no more than rounding.
         """
-        parts: Composition | None = getattr(opened.model, ROUTED, None)
-        if not self.results or parts is None or parts.lookup is None:
+        parts: Composition | None = getattr(model, ROUTED, None)
+        lookup = parts.lookup if parts is not None else None
+        # More experts an input are scored by the model, which then reads the inputs itself.
+        if not self.results or not isinstance(lookup, PromptReader) or lookup.k > 1:
             return None
-        chosen = parts.lookup.find(dataset.examples, encoder.formatting).lone()
-        if chosen is None:
+        chosen = lookup.find(dataset.examples, questions.encoder.formatting).lone()
+        if parts is None or chosen is None:
             return None
         names = [parts.experts[z] for z in chosen.tolist()]
         held = {name: self.results.get(name, {}).get(dataset.name) for name in set(names)}
@@ -49,4 +52,4 @@ class SharedAnswers:
         texts = [result["answers"][i] for i, result in enumerate(results)]
         ties = sum(i in result["tied"] for i, result in enumerate(results))
         found = task_score(dataset, [Answer(text) for text in texts])
-        return replace(found, ties=ties, cuts=dataset.questions(encoder).cuts)
+        return replace(found, ties=ties, cuts=questions.cuts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ....base.sites import Site
 from ....config import Formatting
@@ -30,13 +30,6 @@ class BaseReader(PromptReader):
     experts. Subclasses say in `reading` what is taken from that pass; it gives a score for each
     expert.
     """
-
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, k: int = 1, temperature: float = 1.0
-    ) -> None:
-        """`tokenizer` makes tokens of prompts; `k` and `temperature` are those of `mixed`."""
-        super().__init__(tokenizer)
-        self.k, self.temperature = k, temperature
 
     def reading(self, model: PreTrainedModel) -> PromptReading:
         """What reads the passes of one call; it finds scores [texts, pool_size]."""

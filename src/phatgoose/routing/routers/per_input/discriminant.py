@@ -151,7 +151,6 @@ class PromptDiscriminant(BaseReader):
 
     def grown(self, pool: Pool, first: int) -> PromptDiscriminant:
         """The discriminant of the experts of `pool` too. Raises PoolError when they don't fit."""
-        pool.check_vectors("readings")
         new = readings_in(pool)
         for part, tensor in self.readings.items():
             if tensor.shape[1:] != new[part].shape[1:]:

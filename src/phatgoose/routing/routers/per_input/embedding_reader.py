@@ -35,14 +35,12 @@ class EmbeddingReader(PromptReader):
     ) -> None:
         """`embedder` made what prompts are compared with, which has so many `columns`.
 
-        `tokenizer` is as `PromptReader` takes it. `k` experts serve an input, weighted by the
-        softmax of their scores over `temperature`. Loads the embedder, so that composing a model
-        waits for it, and not the first prompt. Raises ConfigError.
+        All else is as `PromptReader` takes it. Loads the embedder, so that composing a model waits
+        for it, and not the first prompt. Raises ConfigError.
         """
-        super().__init__(tokenizer)
+        super().__init__(tokenizer, k, temperature)
         load_embedder(embedder)
         self.embedder, self.columns = embedder, columns
-        self.k, self.temperature = k, temperature
 
     def nearest_to(self, queries: Tensor) -> Mixtures:
         """The experts for inputs with these embeddings, unit vectors [texts, columns]."""

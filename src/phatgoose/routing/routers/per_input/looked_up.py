@@ -12,7 +12,7 @@ from ..lookup import Lookup
 from ..mixtures import NOBODY
 from ..router import Router, RouterSite, SiteRouter
 
-__all__ = ["LookedUp", "LookedUpRouter"]
+__all__ = ["LookedUp", "LookedUpRouter", "rows_at"]
 
 
 class LookedUp(Router):
@@ -53,9 +53,7 @@ class LookedUpRouter(SiteRouter):
     def __init__(self, experts: Tensor, pool_size: int, lookup: Lookup) -> None:
         """`experts` [E] are the pool's indices of the experts that act at the site."""
         super().__init__()
-        position = torch.full((pool_size + 1,), NOBODY)  # the last one is NOBODY's
-        position[experts.cpu()] = torch.arange(len(experts))
-        self.register_buffer("position", position, persistent=False)
+        self.register_buffer("position", rows_at(experts, pool_size), persistent=False)
         self.lookup = lookup
         self.experts = len(experts)
 
@@ -74,3 +72,14 @@ class LookedUpRouter(SiteRouter):
         decision = self(u)
         zeros = torch.zeros(len(u), self.experts, device=u.device)
         return zeros.scatter_add(1, decision.experts, decision.weights)
+
+
+def rows_at(experts: Tensor, pool_size: int) -> Tensor:
+    """The row in a site's stack of each index in the pool, int64 [pool_size + 1].
+
+    `experts` [E] are the indices of those that act at the site; the others have NOBODY, and so has
+    NOBODY itself, which is the last index.
+    """
+    rows = torch.full((pool_size + 1,), NOBODY)
+    rows[experts.cpu()] = torch.arange(len(experts))
+    return rows

@@ -29,10 +29,15 @@ class PromptReader(Lookup):
 
     name = "this router"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """`tokenizer` turns the prompts that pass through the model back into text."""
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, k: int = 1, temperature: float = 1.0
+    ) -> None:
+        """`tokenizer` turns the prompts that pass through the model back into text.
+
+        `k` experts serve an input, weighted by the softmax of their scores over `temperature`.
+        """
         super().__init__()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.k, self.temperature = tokenizer, k, temperature
         self._model: PreTrainedModel | None = None
         self._handles: list[Any] = []
 

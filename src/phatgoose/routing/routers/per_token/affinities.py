@@ -132,6 +132,10 @@ class AffinityRouting(ScoredByVectors):
 
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""
+        return self.scorer(site)
+
+    def scorer(self, site: RouterSite) -> VectorRouter:
+        """What scores with the affinity at one site."""
         vectors, k, eps = site.state["vectors"], self.routing.k, self.routing.eps
         if self.routing.affinity == "raw":
             return RawRouter(vectors, k)

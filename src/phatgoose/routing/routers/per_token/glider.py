@@ -24,13 +24,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ....config import Routing
 from ....errors import RoutingError
 from ....experts.pool import Pool
-from ..decision import RoutingDecision, highest
 from ..lookup import Lookup
 from ..mixtures import Mixtures
 from ..per_input.centroid import Centroid, CentroidReader
-from ..router import RouterSite, SiteRouter
+from ..router import RouterSite
 from .affinities import AffinityRouting
 from .vector_router import ScoredRouter
 
@@ -48,22 +48,17 @@ class GliderReader(CentroidReader):
         return Mixtures(torch.arange(cosines.shape[1]).expand_as(cosines), cosines)
 
 
-class GliderRouter(SiteRouter):
+class GliderRouter(ScoredRouter):
     """The top k of v̄ᵀū/√n + λ cos, softmax over those k."""
 
-    kept = ("vectors",)
+    fused = one_call = False
     acting: Tensor
 
-    def __init__(self, gates: ScoredRouter, experts: Tensor, lookup: Lookup, scale: float) -> None:
-        """`gates` score the experts of the site, [E] indices in the pool; `scale` is λ."""
-        super().__init__()
-        self.gates, self.lookup, self.scale = gates, lookup, scale
-        self.register_buffer("acting", experts, persistent=False)
-
-    @property
-    def vectors(self) -> Tensor:
-        """The gates, standardised, [E, n]."""
-        return self.gates.vectors
+    def __init__(self, site: RouterSite, routing: Routing, lookup: Lookup) -> None:
+        """`lookup` holds the cosines; the temperature divides λ, as it has divided the gates."""
+        super().__init__(site.state["vectors"], routing.k, routing.eps)
+        self.lookup, self.scale = lookup, routing.glider_lambda / routing.router_temperature
+        self.register_buffer("acting", site.experts, persistent=False)
 
     def affinities(self, u: Tensor) -> Tensor:
         """The logits of every token of u [T, n] and expert, float32 [T, E].
@@ -71,17 +66,7 @@ class GliderRouter(SiteRouter):
         Raises as `Lookup.of_each` does.
         """
         cosines = self.lookup.of_each(u).weights[:, self.acting]
-        return self.gates.affinities(u) + self.scale * cosines
-
-    def forward(self, u: Tensor) -> RoutingDecision:
-        """The decision for u [T, n]."""
-        affinities = self.affinities(u)
-        experts = highest(affinities, self.gates.k)
-        return RoutingDecision(experts, affinities.gather(-1, experts).softmax(dim=-1))
-
-    def distribution(self, u: Tensor) -> Tensor:
-        """The softmax of the logits over all experts, before top-k, [T, E]."""
-        return self.affinities(u).softmax(dim=-1)
+        return super().affinities(u) + self.scale * cosines
 
 
 class Glider(AffinityRouting, Centroid):
@@ -100,11 +85,8 @@ class Glider(AffinityRouting, Centroid):
         """The gates [E, n]."""
         return {"vectors": "En"}
 
-    def at(self, site: RouterSite) -> SiteRouter:
+    def at(self, site: RouterSite) -> GliderRouter:
         """The router's module at one site."""
         if site.lookup is None:
             raise RoutingError("Router glider has no centroids to hold inputs against.")
-        routing = self.routing
-        gates = ScoredRouter(site.state["vectors"], routing.k, routing.eps)
-        scale = routing.glider_lambda / routing.router_temperature
-        return GliderRouter(gates, site.experts, site.lookup, scale)
+        return GliderRouter(site, self.routing, site.lookup)

@@ -13,8 +13,8 @@ from torch import Tensor
 from ....errors import RoutingError
 from ..decision import RoutingDecision, highest
 from ..lookup import Lookup
-from ..mixtures import NOBODY
 from ..per_input.discriminant import Discriminant
+from ..per_input.looked_up import rows_at
 from ..router import RouterSite, SiteRouter
 from .phatgoose import Phatgoose
 from .vector_router import VectorRouter
@@ -29,12 +29,7 @@ class Shortlisted(Phatgoose, Discriminant):
         """The router's module at one site."""
         if site.lookup is None:
             raise RoutingError(f"Router {self.spec.name} has nothing to shortlist experts with.")
-        gates = Phatgoose.at(self, site)
-        if not isinstance(gates, VectorRouter):
-            raise RoutingError(
-                f"Router {self.spec.name} can't score with a {type(gates).__name__}."
-            )
-        return ShortlistedRouter(gates, site, site.lookup, self.routing.prior)
+        return ShortlistedRouter(self.scorer(site), site, site.lookup, self.routing.prior)
 
 
 class ShortlistedRouter(SiteRouter):
@@ -50,8 +45,7 @@ class ShortlistedRouter(SiteRouter):
     def __init__(self, gates: VectorRouter, site: RouterSite, lookup: Lookup, prior: float) -> None:
         """`gates` score the experts of `site`, for which `lookup` holds each row's shortlist."""
         super().__init__()
-        position = torch.full((site.pool_size + 1,), NOBODY)  # the last one is NOBODY's
-        position[site.experts.cpu()] = torch.arange(len(site.experts))
+        position = rows_at(site.experts, site.pool_size)
         self.register_buffer("position", position, persistent=False)
         self.gates, self.lookup, self.prior = gates, lookup, prior
 

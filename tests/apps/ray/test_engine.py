@@ -283,7 +283,7 @@ class CutShort:
     remote: bool = True
 
     def run(self, workshop: Any, jobs: Any, bar: Any) -> Iterator[Any]:
-        self.given = len(jobs)
+        self.given += len(jobs)
         results = self.engine.run(workshop, jobs, bar)
         for number, result in enumerate(results):
             if number == self.after:

@@ -197,7 +197,7 @@ def _run(
     total = sum(map(len, cells.values()))
     finished = total - len(missing)
     with tqdm(total=total, initial=finished, desc="compare", unit="cell", disable=None) as bar:
-        for part in (first, last):
+        for part in filter(None, (first, last)):
             known = {row.name: _stored(cells[row.name], store) for row in singles if part is last}
             workshop = CellWorkshop(base, every, datasets, SharedAnswers(known))
             with closing(engine.run(workshop, part, bar)) as results:

@@ -72,7 +72,9 @@ def check_row(name: str, row: dict) -> None:
     assert row["threads"] == 1
     for finding in row["findings"]:
         assert math.isfinite(finding["measured"]), finding
-        assert name == "growth" or finding["measured"] > 0, finding
+        # A tiny model's memory is noise around 0, and growth may be 0.
+        noise = name == "growth" or "memory" in finding["case"]
+        assert noise or finding["measured"] > 0, finding
         floorless = any(word in finding["case"] for word in FLOORLESS)
         assert floorless or finding["floor"] is not None, finding
 

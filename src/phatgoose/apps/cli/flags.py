@@ -1,7 +1,7 @@
 """Command-line flags from annotations: a command takes objects, typer shows one flag per field.
 
 `Annotated[type, "help"]` is the flag of a parameter, of a field of an option group (options.py) and
-of a setting (config.py), named after it; {"min": 1} may follow the help text. Settings are their
+of a setting (`config`), named after it; {"min": 1} may follow the help text. Settings are their
 defaults, overlaid by the recipe, overlaid by the command line.
 """
 

@@ -1,0 +1,82 @@
+"""How a routed model chooses experts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from .settings import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, RATIO, SEED, Settings, one_of
+
+__all__ = ["AFFINITIES", "ARROW_FORMS", "PAPER", "Routing"]
+
+PAPER = "standardised"
+AFFINITIES = (PAPER, "raw", "trimmed", "centred")
+ARROW_FORMS = ("svd", "peft", "mttl")
+READING_PLACES = ("both", "end", "whole")
+LOGO_READS = ("block", "site")
+
+
+@dataclass(frozen=True)
+class Routing(Settings):
+    """How a routed model chooses experts (paper sections 3 and 4.2)."""
+
+    router: Annotated[str, "Which router chooses experts."] = "phatgoose"
+    k: Annotated[int, "Experts per token at each site.", AT_LEAST_1] = 2
+    kernel: Annotated[str, "auto, reference, concat, gather, grouped, native or triton."] = "auto"
+    eps: Annotated[
+        float, "Added to var(u) under the root when standardising activations u.", POSITIVE
+    ] = 1e-5
+    expert: Annotated[str | None, "Expert to use with router single."] = None
+    arrow: Annotated[
+        str, "Variant of router arrow: svd (the paper's), peft or mttl.", one_of(ARROW_FORMS)
+    ] = "svd"
+    spectr_shortlist: Annotated[
+        int | None,
+        "Router spectr chooses among so many by Arrow's scores; default: all.",
+        AT_LEAST_1,
+    ] = None
+    logo_reads: Annotated[
+        str,
+        "Router logo reads what enters its block, or its site: block, site.",
+        one_of(LOGO_READS),
+    ] = "block"
+    glider_lambda: Annotated[
+        float, "How much router glider makes of whole inputs, beside its gates.", NOT_NEGATIVE
+    ] = 3.0
+    router_seed: Annotated[int, "Seed of router random.", SEED] = 0
+    stand_in: Annotated[
+        bool, "Use the Arrow vector of an expert that has no gates, which is a guess."
+    ] = False
+    affinity: Annotated[
+        str,
+        "How gates or means score activations: standardised (paper), raw, trimmed or centred.",
+        one_of(AFFINITIES),
+    ] = "standardised"
+    router_temperature: Annotated[float, "Divides affinities before the softmax.", POSITIVE] = 1.0
+    retrieval_embedder: Annotated[
+        str | None, "Embedder of routers that use one, where it isn't the default one."
+    ] = None
+    reading_place: Annotated[
+        str,
+        "What router discriminant reads of a prompt: its end (last token), the whole (mean over "
+        "tokens), or both.",
+        one_of(READING_PLACES),
+    ] = "both"
+    reading_from: Annotated[
+        float, "The first block that it reads, as a share of the depth.", RATIO
+    ] = 0.0
+    reading_to: Annotated[
+        float, "The last block that it reads, as a share of the depth.", RATIO
+    ] = 1.0
+    shrinkage: Annotated[
+        float, "How far it shrinks the experts' covariance to its diagonal.", RATIO
+    ] = 0.3
+    prior: Annotated[
+        float, "Router discriminant-phatgoose: how much shares count beside gates.", NOT_NEGATIVE
+    ] = 1.0
+    input_k: Annotated[
+        int | None, "Experts per input, where a router chooses so; default: its own.", AT_LEAST_1
+    ] = None
+    input_temperature: Annotated[
+        float | None, "Divides scores of inputs before their softmax; default: its own.", POSITIVE
+    ] = None

@@ -1,0 +1,89 @@
+"""How experts and gates are trained, and how examples become tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from .settings import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, RATIO, SEED, Settings, one_of
+
+__all__ = ["TASK_FILES", "TRUNCATIONS", "Formatting", "GateTraining", "Training"]
+
+TASK_FILES = (".csv", ".jsonl")
+TRUNCATIONS = ("middle", "left", "right")
+
+
+@dataclass(frozen=True)
+class Training(Settings):
+    """How an expert is trained (paper section 4.1)."""
+
+    steps: Annotated[int, "Optimiser steps.", AT_LEAST_1] = 1000
+    batch_size: Annotated[int, "Sequences per optimiser step.", AT_LEAST_1] = 1024
+    micro_batch_size: Annotated[int, "Sequences per forward pass, accumulated.", AT_LEAST_1] = 8
+    learning_rate: Annotated[float, "AdamW learning rate.", POSITIVE] = 5e-3
+    warmup_ratio: Annotated[
+        float, "Share of the steps in which the learning rate rises.", RATIO
+    ] = 0.06
+    weight_decay: Annotated[float, "AdamW weight decay.", NOT_NEGATIVE] = 0.0
+    max_grad_norm: Annotated[float, "Gradient clipping by global norm.", POSITIVE] = 1.0
+    eval_every: Annotated[
+        int,
+        "Steps between validations; each saves a checkpoint, and the best one wins.",
+        AT_LEAST_1,
+    ] = 100
+    eval_examples: Annotated[int, "Maximum validation examples to use.", AT_LEAST_1] = 500
+    seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
+
+
+@dataclass(frozen=True)
+class GateTraining(Settings):
+    """How the gates are trained (paper section 3), and which statistics other routers get.
+
+    Batch size, warm-up, clipping, weight decay and seed are those of `Training` (paper section
+    4.1).
+    """
+
+    joint: Annotated[
+        bool,
+        "Train gates together with the expert instead of after it (paper appendix A), for the "
+        "expert's steps and at its learning rate.",
+    ] = False
+    gate_steps: Annotated[int, "Optimiser steps of gate training.", AT_LEAST_1] = 100
+    gate_learning_rate: Annotated[
+        float | None, "Learning rate of gate training; default: the expert's.", POSITIVE
+    ] = None
+    statistics_examples: Annotated[
+        int, "Training examples to measure for the statistics below.", AT_LEAST_1
+    ] = 1000
+    means: Annotated[bool, "Measure mean activations (for router average-activation)."] = True
+    readings: Annotated[
+        bool, "Measure how the base alone reads the prompts (for router discriminant)."
+    ] = True
+    embeddings: Annotated[
+        bool, "Embed training inputs (for router retrieval; needs the extra 'retrieval')."
+    ] = False
+    embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = (
+        "sentence-transformers/all-MiniLM-L6-v2"
+    )
+
+
+@dataclass(frozen=True)
+class Formatting(Settings):
+    """How an example becomes tokens."""
+
+    max_input_tokens: Annotated[
+        int, "Maximum tokens of an input; longer ones are cut.", AT_LEAST_1
+    ] = 512
+    truncation: Annotated[
+        str,
+        "Which part of a long input to cut: middle (of the template's longest field if known, else "
+        "of the input; keeps three times as much after the cut as before), left, or right (as in "
+        "the paper).",
+        one_of(TRUNCATIONS),
+    ] = "middle"
+    max_target_tokens: Annotated[
+        int,
+        "Maximum tokens of a target; longer ones are cut on the right, with a warning.",
+        AT_LEAST_1,
+    ] = 512
+    chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False

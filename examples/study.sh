@@ -22,7 +22,7 @@ a=recipes/study-pool-a.toml
 b=recipes/study-pool-b.toml
 others=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose,phatgoose-input
 others+=,spectr,logo,centroid,glider
-ours=discriminant,discriminant-phatgoose
+ours=discriminant,discriminant-phatgoose,phatgoose-evidence
 suite() { local list; list=$(printf ",recipes/suites/study-%s.toml" "$@"); echo "${list:1}"; }
 compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
   local to=$1 limit=$2 suites=$3 rows=$4

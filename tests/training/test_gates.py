@@ -17,12 +17,11 @@ from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.applied import ModifiedLinear, applied
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.routing.compose import compose
-from phatgoose.tasks.collating import Collator
 from phatgoose.tasks.encoding import TokenPair
+from phatgoose.tasks.neutral_text import moments
 from phatgoose.tasks.target_logits import target_logits
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import gates as gates_module
-from phatgoose.training import router_statistics as statistics_module
 from phatgoose.training.gates import GatedLinear, train_gates
 from phatgoose.training.loop import fit
 from phatgoose.training.router_statistics import mean_activations
@@ -87,6 +86,48 @@ def test_the_gate_scales_the_update_and_never_the_base():
         torch.testing.assert_close(got, wanted)
     layer.gate.data.copy_(-1e4 * u[0])
     torch.testing.assert_close(layer(u[:1]), layer.base(u[:1]))
+
+
+def test_a_gate_on_standardised_inputs_is_the_same_gate_elsewhere():
+    layer, lora = make_gated_linear(0.2 * normal(8, seed=3))
+    mean, deviation = normal(8, seed=5), normal(8, seed=6).abs() + 0.1
+    layer.standardise(mean, deviation)
+    u = normal(6, 8, seed=2)
+    openness = torch.sigmoid((u - mean) / deviation @ layer.gate)
+    wanted = layer.base(u) + openness[:, None] * lora.scale * u @ lora.A.T @ lora.B.T
+    torch.testing.assert_close(layer(u), wanted)
+    shift = torch.logit(openness) - u @ layer.vector()  # what is left is the same for all tokens
+    torch.testing.assert_close(shift, shift[:1].expand(6), atol=1e-4, rtol=1e-4)
+
+
+def test_gates_are_trained_on_what_neutral_text_leaves_unusual(base, tmp_path):
+    adapter = make_adapter(base, tmp_path / "adapter")
+    raw, standardised = (
+        train_gates(
+            base,
+            adapter,
+            TASK,
+            out=tmp_path / inputs,
+            training=TRAINING,
+            gate_training=GateTraining(gate_steps=1, means=False, gate_inputs=inputs),
+        )
+        for inputs in ("raw", "standardised")
+    )
+    usual = moments(base.model, base.tokenizer, find_sites(base.model))
+    # AdamW's first step moves every number of a gate by the same, whatever it sees.
+    for site, gate in standardised.gates.items():
+        _, deviation = usual[site]
+        deviation = deviation.clamp(min=0.01 * deviation.mean())
+        moved = gate * deviation
+        sizes = moved[moved.abs() > 0.1 * moved.abs().max()].abs()
+        torch.testing.assert_close(sizes, sizes[:1].expand(len(sizes)), rtol=0.05, atol=0)
+    assert any(not torch.equal(raw.gates[site], standardised.gates[site]) for site in raw.gates)
+    assert standardised.info.hyperparameters["gate_inputs"] == "standardised"
+
+
+def test_joint_gates_see_raw_inputs_only():
+    with pytest.raises(ConfigError, match="joint gates see raw inputs; turn joint off"):
+        GateTraining(joint=True, gate_inputs="standardised")
 
 
 def test_the_gradient_of_a_gate_is_the_derivative_of_the_method():
@@ -297,9 +338,9 @@ def assert_same_means(got, wanted) -> None:
 
 
 def test_mean_activations_are_those_of_one_example_at_a_time(base, monkeypatch):
-    monkeypatch.setattr(statistics_module, "TOKEN_BUDGET", 40)  # batches of two or three
+    monkeypatch.setattr("phatgoose.tasks.prompt_passes.PAIR_TOKENS", 40)  # batches of two or three
     sites, pairs = find_sites(base.model), pairs_of(base, TASK)
-    got = mean_activations(base.model, sites, pairs, Collator(base.model, 0))
+    got = mean_activations(base.model, sites, pairs, 0)
     assert_same_means(got, naive_means(base.model, sites, pairs))
 
 

@@ -66,7 +66,7 @@ def base_of(name: str) -> Base:
 def voters(name: str) -> Pool:
     """The tiny experts with the means of PROMPTS, from which these differ in all directions."""
     base, pairs = tiny_of(name).base, [TokenPair(prompt, [9]) for prompt in PROMPTS]
-    means = mean_activations(base, find_sites(base), pairs, Collator(base, 0))
+    means = mean_activations(base, find_sites(base), pairs, 0)
     return Pool(tuple(replace(expert, means=means) for expert in tiny_of(name).pool.experts))
 
 
@@ -81,7 +81,7 @@ def in_thread(work) -> None:
 
 
 READERS = {"retrieval", "centroid", "glider", "phatgoose-input", "logo", "discriminant"}  # by hooks
-READERS |= {"discriminant-phatgoose"}
+READERS |= {"discriminant-phatgoose", "phatgoose-evidence"}
 
 
 @pytest.mark.parametrize("router", sorted({*ROUTERS} - READERS))
@@ -142,8 +142,8 @@ def test_means_are_those_of_each_example_alone(name):
     sites = find_sites(model)
     pairs = [TokenPair(prompt, [9] * (n + 1)) for n, prompt in enumerate(PROMPTS)]
     collator = Collator(model, 0)
-    got = mean_activations(model, sites, pairs, collator)
-    alone = [mean_activations(model, sites, [pair], collator) for pair in pairs]
+    got = mean_activations(model, sites, pairs, 0)
+    alone = [mean_activations(model, sites, [pair], 0) for pair in pairs]
     for site, mean in got.items():
         decodes = model.config.is_encoder_decoder and sites[site].stream == "decoder"
         mask = "decoder_attention_mask" if decodes else "attention_mask"

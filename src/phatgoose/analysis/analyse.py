@@ -26,6 +26,7 @@ from ..experts.pool import Pool
 from ..routing.compose import compose, detach
 from ..routing.composition import announcing, composition_of
 from ..routing.open_model import is_routed, loaded_base, open_model
+from ..routing.routers.automatic import settled
 from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder
 from ..tasks.task import Task
@@ -156,6 +157,9 @@ def _subject(
         return _composed_subject(source, routing, base, tokenizer)
     pool = source if isinstance(source, Pool) else Pool.open(source)
     loaded = loaded_base(pool, base)
+    asked = [replace(routing, router=name) for name in routers or (routing.router,)]
+    names = [settled(each, pool, loaded.model).router for each in asked]
+    routing = settled(routing, pool, loaded.model)
 
     @contextmanager
     def opened(router: str, without: str | None = None) -> Iterator[PreTrainedModel]:
@@ -170,7 +174,7 @@ def _subject(
 
     return _Subject(
         pool.names,
-        tuple(dict.fromkeys(routers or (routing.router,))),
+        tuple(dict.fromkeys(names)),
         routing,
         tokenizer or loaded.tokenizer,
         opened,

@@ -10,7 +10,7 @@ from .settings import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, RATIO, SEED, Settings,
 __all__ = ["AFFINITIES", "ARROW_FORMS", "PAPER", "Routing"]
 
 PAPER = "standardised"
-AFFINITIES = (PAPER, "raw", "trimmed", "centred")
+AFFINITIES = (PAPER, "raw", "trimmed", "centred", "calibrated")
 ARROW_FORMS = ("svd", "peft", "mttl")
 READING_PLACES = ("both", "end", "whole")
 LOGO_READS = ("block", "site")
@@ -49,7 +49,8 @@ class Routing(Settings):
     ] = False
     affinity: Annotated[
         str,
-        "How gates or means score activations: standardised (paper), raw, trimmed or centred.",
+        "How gates or means score activations: standardised (paper), raw, trimmed, centred or "
+        "calibrated (on neutral text).",
         one_of(AFFINITIES),
     ] = "standardised"
     router_temperature: Annotated[float, "Divides affinities before the softmax.", POSITIVE] = 1.0
@@ -72,7 +73,10 @@ class Routing(Settings):
         float, "How far it shrinks the experts' covariance to its diagonal.", RATIO
     ] = 0.3
     prior: Annotated[
-        float, "Router discriminant-phatgoose: how much shares count beside gates.", NOT_NEGATIVE
+        float,
+        "On a shortlist (discriminant-phatgoose, phatgoose-evidence): how much an expert's share "
+        "of the input counts beside its gates.",
+        NOT_NEGATIVE,
     ] = 1.0
     input_k: Annotated[
         int | None, "Experts per input, where a router chooses so; default: its own.", AT_LEAST_1

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from ..errors import ConfigError
 from .settings import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, RATIO, SEED, Settings, one_of
 
 __all__ = ["TASK_FILES", "TRUNCATIONS", "Formatting", "GateTraining", "Training"]
 
 TASK_FILES = (".csv", ".jsonl")
 TRUNCATIONS = ("middle", "left", "right")
+GATE_INPUTS = ("raw", "standardised")
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,12 @@ class GateTraining(Settings):
     gate_learning_rate: Annotated[
         float | None, "Learning rate of gate training; default: the expert's.", POSITIVE
     ] = None
+    gate_inputs: Annotated[
+        str,
+        "What gates are trained on: activations raw (paper), or standardised by the base's mean "
+        "and deviation over neutral text.",
+        one_of(GATE_INPUTS),
+    ] = "raw"
     statistics_examples: Annotated[
         int, "Training examples to measure for the statistics below.", AT_LEAST_1
     ] = 1000
@@ -65,6 +73,15 @@ class GateTraining(Settings):
     embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = (
         "sentence-transformers/all-MiniLM-L6-v2"
     )
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError as all settings do, and for joint gates on standardised inputs."""
+        super().__post_init__()
+        if self.joint and self.gate_inputs != "raw":
+            raise ConfigError(
+                f"gate_inputs is {self.gate_inputs!r}, but joint gates see raw inputs; turn joint "
+                f"off."
+            )
 
 
 @dataclass(frozen=True)

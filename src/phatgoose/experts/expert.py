@@ -92,6 +92,11 @@ class Expert:
         held = self.modules.items()
         return {site: module for site, module in held if isinstance(module, LoraFactors)}
 
+    def has(self, part: str) -> bool:
+        """True where it has the `part`: "gates", "means", "readings", "embeddings" or "lora"."""
+        held = getattr(self, part)
+        return held is not None and len(held) > 0
+
     def release(self) -> None:
         """Free the memory of bytes read from its files; they are read again when used."""
         for file in self.files.values():

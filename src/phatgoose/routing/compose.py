@@ -25,6 +25,8 @@ from ..files.prefetch import prefetch
 from .composition import Composition, composition_of
 from .kernels.choice import check_kernel
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
+from .routers.automatic import settled
+from .routers.registry import AUTO
 from .routers.router import RouterSite, check_routing, router_of, warn_of_constant_vectors
 from .routers.scores import Scores, read_scores
 from .saved.save import save_pretrained
@@ -89,12 +91,14 @@ def prepare(
     """`pool` and `base`, opened and checked against each other: the first half of `compose`."""
     pool = pool if isinstance(pool, Pool) else Pool.open(pool)
     pool = pool.select(keep, leave_out)
-    router = router_of(routing or Routing())
+    routing = routing or Routing()
+    found = resolve_base(base, pool.base) if routing.router == AUTO else None
+    router = router_of(settled(routing, pool, found.model) if found else routing)
     check_routing(router, pool)
     check_kernel(router.routing.kernel)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = router.narrow(pool, scores)
-    found = resolve_base(base, pool.base)
+    found = found or resolve_base(base, pool.base)
     check_base(pool.base, found.reference)
     lookup = router.lookup_of(pool, scores, found.tokenizer)
     sites = find_sites(found.model)
@@ -108,6 +112,7 @@ def prepare(
         routing=router.routing,
         lookup=lookup,
     )
+    parts.router.read_base(found.model, found.tokenizer, pool)
     return Preparation(pool, found.model, sites, parts)
 
 

@@ -11,5 +11,7 @@ collating.py      batches as model inputs
 row_packing.py    several texts in one row
 target_logits.py  the logits of target tokens only
 prompt_passes.py  what a model makes of prompts
+neutral_text.py   what a base makes of text as such
+neutral.txt       the text
 embeddings.py     sentence embeddings of inputs
 """

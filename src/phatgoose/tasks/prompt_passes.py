@@ -1,8 +1,8 @@
-"""Passes of prompts through a model, for what it makes of them."""
+"""Passes of prompts, alone or with their targets, through a model, for what it makes of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,11 +14,13 @@ from ..base.offloading import input_device
 from ..base.sites import Site
 from ..base.token_masks import watch_inputs
 from ..files.quoting import one_line
-from .collating import batches_of_tokens, pad_right
+from .collating import Collator, batches_of_tokens, pad_right
+from .encoding import TokenPair
 
-__all__ = ["PromptReading", "last_token", "mean_token", "read_prompts"]
+__all__ = ["PromptReading", "last_token", "mean_token", "read_pairs", "read_prompts"]
 
 BATCH_TOKENS = 1024  # of a pass, padding included: little padding, few passes
+PAIR_TOKENS = 4096  # the same with targets
 
 
 class PromptReading:
@@ -62,7 +64,7 @@ def read_prompts(
     order: list[int] = []
     parts: list[Tensor] = []
     with (
-        _bar(len(prompts), label) as bar,
+        _bar(len(prompts), label, "readings") as bar,
         watch_inputs(model, reading.sites, lambda site, u, _: reading.see_site(site, u)),
         watch_blocks(model, reading.blocks, reading.see_block),
     ):
@@ -78,9 +80,38 @@ def read_prompts(
     return torch.empty_like(found).index_copy_(0, torch.tensor(order), found)
 
 
-def _bar(prompts: int, label: str | None) -> tqdm:
+@torch.no_grad()
+def read_pairs(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    pairs: Sequence[TokenPair],
+    pad_token_id: int,
+    see: Callable[[Site, Tensor], None],
+    label: str | None = None,
+) -> None:
+    """Call `see(site, u)` with the inputs u [tokens, n] of `sites` for all real tokens of `pairs`.
+
+    Prompt and target pass in one go (teacher forcing), batch by batch; padding is left out. A
+    progress bar shows the `label`, if there is one.
+    """
+    collator, device = Collator(model, pad_token_id), input_device(model)
+    inner = model if model.config.is_encoder_decoder else model.base_model
+    model.eval()
+
+    def see_real(site: Site, u: Tensor, real: Tensor | None) -> None:
+        see(site, u.flatten(0, -2) if real is None else u[real])
+
+    with _bar(len(pairs), label, "means") as bar, watch_inputs(model, sites, see_real):
+        for rows in batches_of_tokens([pair.length for pair in pairs], PAIR_TOKENS):
+            inputs = collator([pairs[row] for row in rows])
+            inputs.pop("labels")
+            inner(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
+            bar.update(len(rows))
+
+
+def _bar(prompts: int, label: str | None, what: str) -> tqdm:
     hidden = True if label is None else None  # None: shown in a terminal only
-    return tqdm(total=prompts, desc=f"{one_line(label)}: readings", unit="prompt", disable=hidden)
+    return tqdm(total=prompts, desc=f"{one_line(label)}: {what}", unit="prompt", disable=hidden)
 
 
 def last_token(activations: Tensor, mask: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from ..experts.kinds.kind import SiteModule
 from ..files.regular_file import sha256_of
 from ..tasks.cuts import CUTS
 from ..tasks.encoding import TokenPair
+from ..tasks.neutral_text import moments
 from ..tasks.task import Task
 from . import processes
 from .loop import FitReport, fit
@@ -36,6 +37,7 @@ from .unfinished import open_work
 __all__ = ["GatedLinear", "Record", "add_gates", "openness", "train_gates"]
 
 GATE_CHECKPOINT_EVERY = 25
+SMALLEST_DEVIATION = 0.01  # of a site's mean deviation, for features that never change
 
 
 def openness(u: Tensor, v: Tensor) -> Tensor:
@@ -54,10 +56,25 @@ class GatedLinear(ModifiedLinear):
     def __init__(self, base: nn.Module, module: SiteModule) -> None:
         super().__init__(base, module)
         self.gate = nn.Parameter(torch.zeros(self.in_features, device=self.weight.device))
+        self._usual: tuple[Tensor, Tensor] | None = None
+
+    def standardise(self, mean: Tensor, deviation: Tensor) -> None:
+        """From now on the gate sees (u - mean) / deviation, [n] each, in place of u."""
+        device = self.gate.device
+        floor = SMALLEST_DEVIATION * deviation.mean()
+        self._usual = mean.to(device), deviation.clamp(min=floor).to(device)
 
     def strength(self, u: Tensor) -> Tensor:
         """How far the gate is open for u [.., n], [.., 1]."""
+        if self._usual is not None:
+            mean, deviation = self._usual
+            u = ((u.float() - mean) / deviation).to(u.dtype)
         return openness(u, self.gate)
+
+    def vector(self) -> Tensor:
+        """The gate v, on the CPU: what vᵀu adds to the sigmoid's argument, but for a constant."""
+        gate = self.gate.detach() if self._usual is None else self.gate.detach() / self._usual[1]
+        return gate.cpu()
 
 
 def train_gates(
@@ -142,9 +159,12 @@ def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
         if processes.is_first() and not record.cuts_told:
             cuts.report(run.task.name)
         metrics = {key: value for key, value in metrics.items() if key not in CUTS} | cuts.record()
+        usual = _usual_inputs(run, modules)
         with applied(run.base.model, modules, GatedLinear) as layers:
+            for site, (mean, deviation) in usual.items():
+                layers[site].standardise(mean, deviation)
             report = _fit_gates(run, layers, pairs)
-            gates = {site: layer.gate.detach().cpu() for site, layer in layers.items()}
+            gates = {site: layer.vector() for site, layer in layers.items()}
         known = {key: value for key, value in asdict(report).items() if value is not None}
         metrics |= {f"gate_{key}": value for key, value in known.items()}
     if not processes.is_first():
@@ -174,6 +194,20 @@ def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
     shutil.rmtree(run.work)
     processes.wait_for_all()
     return saved
+
+
+def _usual_inputs(
+    run: TrainingRun, modules: Mapping[str, SiteModule]
+) -> Mapping[str, tuple[Tensor, Tensor]]:
+    """What the sites of `modules` see of neutral text, by which inputs are to be standardised.
+
+    Not in the paper: a gate moves along what is large for every token, which tells no task. Empty
+    where gates are trained on raw inputs.
+    """
+    if run.gate_training.gate_inputs == "raw":
+        return {}
+    sites = {name: site for name, site in find_sites(run.base.model).items() if name in modules}
+    return moments(run.base.model, run.base.tokenizer, sites)
 
 
 def _fit_gates(

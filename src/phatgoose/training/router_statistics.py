@@ -8,20 +8,17 @@ trained, or later.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base.fingerprint import check_base
 from ..base.loading import Base, load_base
-from ..base.offloading import input_device
 from ..base.sites import Site, find_sites
-from ..base.token_masks import watch_inputs
 from ..config import Formatting, GateTraining
 from ..errors import ConfigError, ExpertError
 from ..experts.applied import ModifiedLinear, applied
@@ -29,12 +26,10 @@ from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert
 from ..experts.input_format import recorded_formatting
 from ..experts.kinds.kind import SiteModule
 from ..experts.readings import PromptStates, readings_of
-from ..files.quoting import one_line
-from ..tasks.collating import Collator, batches_of_tokens
 from ..tasks.cuts import Cuts
 from ..tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
 from ..tasks.encoding import Encoder, TokenPair
-from ..tasks.prompt_passes import read_prompts
+from ..tasks.prompt_passes import read_pairs, read_prompts
 from ..tasks.task import Example, Task
 
 __all__ = [
@@ -43,8 +38,6 @@ __all__ = [
     "measure",
     "statistics_of",
 ]
-
-TOKEN_BUDGET = 4096
 
 
 def measure(
@@ -159,9 +152,9 @@ def statistics_of(
         readings = readings_of(states)
     if settings.means:
         sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
-        collator = Collator(base.model, base.tokenizer.pad_token_id)
+        padding = base.tokenizer.pad_token_id
         with applied(base.model, modules, ModifiedLinear):
-            means = mean_activations(base.model, sites, pairs, collator, task.name)
+            means = mean_activations(base.model, sites, pairs, padding, task.name)
     return Statistics(means, readings, embeddings, cuts)
 
 
@@ -169,38 +162,22 @@ def mean_activations(
     model: PreTrainedModel,
     sites: Mapping[str, Site],
     pairs: Sequence[TokenPair],
-    collator: Collator,
+    pad_token_id: int,
     label: str = "",
 ) -> dict[str, Tensor]:
     """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
 
-    Prompt and right target are passed in one go (teacher forcing), and padding is left out (paper
-    section 4.2, Average Activation). The released code keeps only the decoder's last step.
+    Prompt and right target are passed in one go, and padding is left out (paper section 4.2,
+    Average Activation). The released code keeps only the decoder's last step.
     """
     totals: dict[str, Tensor] = {}
-    counts: dict[str, int] = {}
+    counts = Counter[str]()
 
-    def add(site: Site, u: Tensor, real: Tensor | None) -> None:
-        tokens = u.flatten(0, -2) if real is None else u[real]
-        totals[site.name] = totals.get(site.name, 0) + tokens.double().sum(dim=0)
-        counts[site.name] = counts.get(site.name, 0) + tokens.shape[0]
+    def add(site: Site, u: Tensor) -> None:
+        totals[site.name] = totals.get(site.name, 0) + u.double().sum(dim=0)
+        counts[site.name] += len(u)
 
-    lengths = [pair.length for pair in pairs]
-    with (
-        torch.no_grad(),
-        watch_inputs(model, sites, add),
-        tqdm(
-            total=len(pairs), desc=f"{one_line(label)}: means", unit="example", disable=None
-        ) as bar,
-    ):
-        model.eval()
-        for batch in batches_of_tokens(lengths, TOKEN_BUDGET):
-            inputs = collator([pairs[i] for i in batch])
-            inputs.pop("labels")
-            inner = model if model.config.is_encoder_decoder else model.base_model
-            device = input_device(model)
-            inner(**{key: value.to(device) for key, value in inputs.items()}, use_cache=False)
-            bar.update(len(batch))
+    read_pairs(model, sites, pairs, pad_token_id, add, label)
     return {site: (totals[site] / counts[site]).float().cpu() for site in sites}
 
 

@@ -243,13 +243,8 @@ def check(directories: Annotated[list[Path], typer.Argument(help="Expert directo
 
 def _contents(expert: Expert) -> str:
     """What an expert has, on one line."""
-    has = {
-        "gates": bool(expert.gates),
-        "means": bool(expert.means),
-        "readings": bool(expert.readings),
-        "embeddings": expert.embeddings is not None,
-    }
-    answers = ", ".join(f"{part}: {'yes' if there else 'no'}" for part, there in has.items())
+    parts = ("gates", "means", "readings", "embeddings")
+    answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
     share = recorded_share(expert.info.metrics)
     cut = f", inputs cut: {share}" if share is not None else ""
     return f"{expert.name}, {KIND_NAMES[expert.kind]}, {len(expert.modules)} sites, {answers}{cut}"

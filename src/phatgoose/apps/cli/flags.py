@@ -18,7 +18,7 @@ import typer
 
 from ...config import PEFT_KINDS, Peft, Setting, from_mapping, settings_of
 from ...errors import ConfigError
-from ...routing.routers.registry import ROUTERS
+from ...routing.routers.registry import AUTO, ROUTERS
 from .recipe import RECIPE_OPTIONS, RECIPE_TABLES, Recipe, read_recipe
 
 __all__ = ["Shapes", "Without", "flag_of", "with_flags"]
@@ -160,7 +160,7 @@ def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
     """The flag of a setting; None means that it was not given."""
     kind = next(option for option in get_args(setting.type) or (setting.type,) if option)
     shown = setting.help
-    shown += f" One of {', '.join(ROUTERS)}." if setting.name == "router" else ""
+    shown += f" One of {', '.join((AUTO, *ROUTERS))}." if setting.name == "router" else ""
     shown += "" if setting.default is None else f" (default: {setting.default})"
     flag = flag_of(setting.name)
     flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag

@@ -64,11 +64,10 @@ def compose(
     opened = open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
     packed = save_pool(opened, out, base, routing=routing, scores=opening.scores, stored=stored)
-    k = f", k = {routing.k}" if spec_of(routing.router).uses_k else ""
-    say(
-        f"{len(packed.names)} experts at {len(packed.sites)} sites, router {routing.router}{k} "
-        f"-> {out}"
-    )
+    used = packed.routing
+    k = f", k = {used.k}" if spec_of(used.router).uses_k else ""
+    experts = f"{len(packed.names)} experts at {len(packed.sites)} sites"
+    say(f"{experts}, router {used.router}{k} -> {out}")
 
 
 def generate(

@@ -43,7 +43,7 @@ def pool_table(pool: Pool) -> Table:
             KIND_NAMES[expert.kind],
             str(len(expert.modules)),
             "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
-            *("yes" if part else "no" for part in (expert.gates, expert.means, expert.readings)),
+            *("yes" if expert.has(part) else "no" for part in ("gates", "means", "readings")),
             "no" if expert.embeddings is None else str(len(expert.embeddings)),
             str(expert.directory),
         )

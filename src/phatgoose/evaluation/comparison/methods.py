@@ -69,10 +69,8 @@ def _lacks(pool: Pool, stand_in: bool) -> dict[str, Lacks]:
     """What the experts lack of each method's needs; those that lack nothing are not there."""
 
     def lacks(expert: Expert, need: str, needs: tuple[str, ...]) -> bool:
-        part = getattr(expert, need)
-        if stand_in and needs == ("gates",):  # made of the factors of LoRAs
-            part = part or expert.lora
-        return part is None or len(part) == 0
+        stand_ins = stand_in and needs == ("gates",)  # made of the factors of LoRAs
+        return not (expert.has(need) or (stand_ins and expert.has("lora")))
 
     found: dict[str, Lacks] = {}
     for name, spec in ROUTERS.items():

@@ -1,6 +1,7 @@
 """Routers: which experts act on a token at a site, and with which weights.
 
 registry.py  every router as one record
+automatic.py the router for who names none
 router.py    what a router is, for a model and at a site
 decision.py  what a router answers, and the rule for ties
 lookup.py    which experts serve each whole input

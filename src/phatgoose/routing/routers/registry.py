@@ -12,7 +12,9 @@ from typing import Any
 from ...errors import ConfigError
 from ...files.quoting import shortened
 
-__all__ = ["ROUTERS", "RouterSpec", "spec_of"]
+__all__ = ["AUTO", "ROUTERS", "RouterSpec", "spec_of"]
+
+AUTO = "auto"  # no router: `automatic` puts the name of one in its place
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,17 @@ _ALL = (
         grows=False,
     ),
     RouterSpec(
+        "phatgoose-evidence",
+        "PHATGOOSE with evidence",
+        "the k experts whose gates fit best, given how well they fit the whole prompt",
+        "per_token.shortlisted.ByEvidence",
+        needs=("gates", "means"),
+        settings=("k", "eps", "affinity", "router_temperature", "prior", *INPUT),
+        grows=False,
+        input_k=8,
+        input_temperature=0.05,
+    ),
+    RouterSpec(
         "glider",
         "GLIDER",
         "PHATGOOSE's scores, and how near the whole input is to each expert's training inputs",
@@ -168,7 +181,7 @@ _ALL = (
         "discriminant-phatgoose",
         "Discriminant + PHATGOOSE",
         "the k experts whose gates fit best, of those that discriminant shortlists for the input",
-        "per_token.shortlisted.Shortlisted",
+        "per_token.shortlisted.ByDiscriminant",
         needs=("gates", "readings"),
         settings=("k", "eps", "affinity", "router_temperature", "prior", *READING, *INPUT),
         input_k=5,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
 from ...errors import ConfigError, PoolError
@@ -99,6 +99,14 @@ class Router:
     def check(self, pool: Pool) -> None:
         """Raise PoolError, naming them, when experts of `pool` lack what the router needs."""
         check_needs(pool, self.spec.needs, f"Router {self.spec.name} needs")
+
+    def read_base(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
+    ) -> None:
+        """Look at the base that `pool` is composed with, before `state_at`; nothing by default.
+
+        Raises ConfigError without a `tokenizer` where one is needed.
+        """
 
     def narrow(self, pool: Pool, scores: Scores | None) -> Pool:
         """The experts of `pool` that can ever be chosen; all of them by default.

@@ -17,6 +17,8 @@ from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.routers.router import RouterSite, router_of
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.neutral_text import neutral_examples
 from tiny import logits_of, make_ids
 
 EPS = 1e-5
@@ -28,12 +30,13 @@ def three(pool_of):
     return pool_of("llama", (4, 4, 4))
 
 
-def affinities_of(pool: Pool, site: str, u: torch.Tensor, **settings) -> torch.Tensor:
-    return router_at(pool, site, Routing(**settings)).affinities(u)
+def affinities_of(base, pool: Pool, site: str, u: torch.Tensor, **settings) -> torch.Tensor:
+    return router_at(base, pool, site, Routing(**settings)).affinities(u)
 
 
-def router_at(pool: Pool, site: str, routing: Routing):
+def router_at(base, pool: Pool, site: str, routing: Routing):
     router = router_of(routing)
+    router.read_base(base.model, base.tokenizer, pool)
     state = router.state_at(pool, site)
     return router.at(RouterSite(site, torch.arange(len(pool)), len(pool), state, None))
 
@@ -52,49 +55,91 @@ def case(three):
     return site, gates, mean, u
 
 
-def test_raw_is_what_the_sigmoid_saw(three, case):
+def test_raw_is_what_the_sigmoid_saw(llama, three, case):
     site, gates, _, u = case
-    found = affinities_of(three, site, u, affinity="raw")
+    found = affinities_of(llama, three, site, u, affinity="raw")
     torch.testing.assert_close(found, u @ gates.T)
 
 
-def test_trimmed_leaves_out_the_features_of_the_largest_mean(three, case):
+def test_trimmed_leaves_out_the_features_of_the_largest_mean(llama, three, case):
     site, gates, mean, u = case
     n = u.shape[1]
     out = mean.abs().argsort(descending=True)[: max(1, round(0.01 * n))]
     left = torch.tensor([feature for feature in range(n) if feature not in out.tolist()])
     expected = standard(u[:, left]) @ standard(gates[:, left]).T / len(left) ** 0.5
-    found = affinities_of(three, site, u, affinity="trimmed")
+    found = affinities_of(llama, three, site, u, affinity="trimmed")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     far = u.clone()
     far[:, out] += 1000.0
-    torch.testing.assert_close(affinities_of(three, site, far, affinity="trimmed"), found)
+    torch.testing.assert_close(affinities_of(llama, three, site, far, affinity="trimmed"), found)
 
 
-def test_centred_is_zero_at_the_pools_usual_activation(three, case):
+def test_centred_is_zero_at_the_pools_usual_activation(llama, three, case):
     site, gates, mean, u = case
     scale = u.std(-1, correction=0, keepdim=True) * u.shape[1] ** 0.5
     expected = (u - mean) @ standard(gates).T / scale
-    found = affinities_of(three, site, u, affinity="centred")
+    found = affinities_of(llama, three, site, u, affinity="centred")
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-    at_mean = affinities_of(three, site, mean[None], affinity="centred")
+    at_mean = affinities_of(llama, three, site, mean[None], affinity="centred")
     torch.testing.assert_close(at_mean, torch.zeros_like(at_mean), atol=1e-4, rtol=0)
+
+
+def test_calibrated_is_the_papers_less_what_neutral_text_has_of_it(llama, three, case):
+    site, gates, _, u = case
+    seen = []
+    hook = llama.model.get_submodule(site).register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].flatten(0, -2))
+    )
+    for example in neutral_examples():
+        pair = Encoder.of(llama).pairs([example])[0]
+        logits_of(llama.model, torch.tensor([pair.prompt + pair.target]))
+    hook.remove()
+
+    def plain(tokens: torch.Tensor) -> torch.Tensor:
+        return standard(tokens) @ standard(gates).T / tokens.shape[1] ** 0.5
+
+    usual = plain(torch.cat(seen))
+    expected = (plain(u) - usual.mean(dim=0)) / usual.std(dim=0, correction=0)
+    found = affinities_of(llama, three, site, u, affinity="calibrated")
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+def test_calibrated_affinities_of_a_gate_never_trained_are_0(llama, three, case):
+    site, _, _, u = case
+    gates = {name: torch.zeros_like(gate) for name, gate in three.experts[0].gates.items()}
+    pool = Pool((replace(three.experts[0], gates=gates), *three.experts[1:]))
+    found = affinities_of(llama, pool, site, u, affinity="calibrated")
+    assert not found[:, 0].any()
+    assert found[:, 1:].isfinite().all()
+
+
+def test_calibrated_wants_a_tokenizer_and_the_base_to_stay(llama, three):
+    with pytest.raises(ConfigError, match="reads neutral text; hand the base over with its tok"):
+        compose(three, llama.model, affinity="calibrated")
+    model = compose(three.select(three.names[:2]), llama, affinity="calibrated")
+    with pytest.raises(RoutingError, match="measured with the base alone; compose the pool anew"):
+        add_experts(model, three.select(three.names[2:]))
+    detach(model)
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "average-activation", "arrow"])
 @pytest.mark.parametrize("affinity", AFFINITIES)
-def test_a_temperature_divides_every_affinity_and_moves_no_choice(three, case, router, affinity):
+def test_a_temperature_divides_every_affinity_and_moves_no_choice(
+    llama, three, case, router, affinity
+):
     site, _, _, u = case
-    one = affinities_of(three, site, u, router=router, affinity=affinity)
-    half = affinities_of(three, site, u, router=router, affinity=affinity, router_temperature=0.5)
+    one = affinities_of(llama, three, site, u, router=router, affinity=affinity)
+    half = affinities_of(
+        llama, three, site, u, router=router, affinity=affinity, router_temperature=0.5
+    )
     torch.testing.assert_close(half, 2 * one)
 
 
 @pytest.mark.parametrize("affinity", AFFINITIES)
-def test_the_top_k_of_the_affinities_act_with_their_softmax(three, case, affinity):
+def test_the_top_k_of_the_affinities_act_with_their_softmax(llama, three, case, affinity):
     site, _, _, u = case
     routing = Routing(affinity=affinity, router_temperature=0.7)
-    router = router_at(three, site, routing)
+    router = router_at(llama, three, site, routing)
     with torch.no_grad():
         decision = router(u)
     best = router.affinities(u).topk(2)

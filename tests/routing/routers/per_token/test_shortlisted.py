@@ -1,4 +1,4 @@
-"""Router discriminant-phatgoose: PHATGOOSE among the experts that a prompt's discriminant names."""
+"""PHATGOOSE among the experts that a prompt's discriminant, or its gates together, name."""
 
 from __future__ import annotations
 
@@ -51,21 +51,25 @@ def test_gates_choose_within_each_rows_shortlist(llama, llama_pool, k, prior):
             assert got == pytest.approx(wanted, abs=1e-5)
 
 
+@pytest.mark.parametrize("name", [NAME, "phatgoose-evidence"])
 @both_streams
-def test_a_shortlist_of_all_without_prior_is_phatgoose(base, pool):
+def test_a_shortlist_of_all_without_prior_is_phatgoose(base, pool, name):
     ids = make_ids(rows=3)
     wanted = logits_of(compose(pool, base, router="phatgoose"), ids)
     detach(base.model)
-    got = logits_of(compose(pool, base, router=NAME, input_k=4, prior=0.0), ids)
+    got = logits_of(compose(pool, base, router=name, input_k=4, prior=0.0), ids)
     assert_same_logits(got, wanted)
 
 
+@pytest.mark.parametrize(
+    ("name", "chooser"), [(NAME, "discriminant"), ("phatgoose-evidence", "phatgoose-input")]
+)
 @both_streams
-def test_a_shortlist_of_one_is_the_discriminants_expert(base, pool):
+def test_a_shortlist_of_one_is_the_expert_of_who_makes_it(base, pool, name, chooser):
     ids = make_ids(rows=3)
-    wanted = logits_of(compose(pool, base, router="discriminant", input_k=1), ids)
+    wanted = logits_of(compose(pool, base, router=chooser, input_k=1), ids)
     detach(base.model)
-    got = logits_of(compose(pool, base, router=NAME, input_k=1), ids)
+    got = logits_of(compose(pool, base, router=name, input_k=1), ids)
     assert_same_logits(got, wanted)
 
 

@@ -21,7 +21,7 @@ from ....experts.pool import Pool
 from ....routing.composition import Composition, composition_of
 from ....routing.layers import RoutedLinear
 from ....routing.open_model import compose_pool, is_pool, is_routed
-from ....routing.routers.registry import ROUTERS, spec_of
+from ....routing.routers.registry import AUTO, ROUTERS, spec_of
 from ....routing.saved.description import HASHES
 from ....routing.saved.load import base_of, load
 from ..settings import ServedModel
@@ -81,9 +81,9 @@ class LoadedModel:
             self.routing = self.parts.routing
         elif is_pool(place):
             self.base = bases.get(named or self.pool.base, settings.dtype)
-            self.routing = settings.routing or Routing()
-            model = self.compose(self.pool, self.routing)
+            model = self.compose(self.pool, settings.routing or Routing())
             self.parts = composition_of(model)
+            self.routing = self.parts.routing
         else:
             self.base = bases.get(named or BaseReference(place), settings.dtype)
             self.routing, self.parts = Routing(), None
@@ -108,7 +108,7 @@ class LoadedModel:
                 f"and a base alone has none. Serve the pool to choose them."
             )
         router = settings.routing.router if settings.routing else None
-        if router and "task" in spec_of(router).given:
+        if router not in (None, AUTO) and "task" in spec_of(router).given:
             raise ConfigError(BY_TASK.format(router))
 
     @property

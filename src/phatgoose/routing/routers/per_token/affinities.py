@@ -1,4 +1,4 @@
-"""Affinities: four ways to score activations against gates or mean activations.
+"""Affinities: five ways to score activations against gates or mean activations.
 
 docs/first-study.md compares them. The symbols are those of `per_token.vector_router`. M is the mean
 activation of the pool at a site [n]: the mean over experts of the means that they share.
@@ -7,6 +7,8 @@ standardised  v̄ᵀū, over √n: the paper's (section 3)
 raw           vᵀu, what the gate's sigmoid was trained on, so the gates' norms count
 trimmed       v̄ᵀū without the features in which M is largest: both are standardised over the others
 centred       v̄ᵀ(u - M) over the deviation of u, over √n: how far u is from the usual activation
+calibrated    (α - a) / s, α the paper's over √n, a and s its mean and deviation over neutral text,
+              by expert: none is favoured by text as such (SEQR, 2509.18093, does so with norms)
 """
 
 from __future__ import annotations
@@ -17,17 +19,22 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ....base.sites import find_sites
 from ....config import PAPER
 from ....errors import ConfigError
 from ....experts.pool import Pool
+from ....tasks.neutral_text import over_neutral_text
 from ..decision import highest
 from ..router import RouterSite, SiteRouter, check_needs
 from .vector_router import ScoredByVectors, ScoredRouter, VectorRouter, products, standardise
 
-__all__ = ["AffinityRouting", "CentredRouter", "RawRouter", "TrimmedRouter", "affinity_vectors"]
+__all__ = ["AffinityRouting", "CalibratedRouter", "CentredRouter", "RawRouter", "TrimmedRouter"]
+__all__ += ["affinity_vectors"]
 
 NEED_MEANS = ("trimmed", "centred")
+CALIBRATED = "calibrated"
 TRIMMED = 0.01  # the share of a site's features that is left out
 
 
@@ -75,6 +82,25 @@ class CentredRouter(ScoredRouter):
         return affinities / scale / math.sqrt(u.shape[-1])
 
 
+class CalibratedRouter(ScoredRouter):
+    """The top k of (α/√n - a) / s, softmax of the same over those k."""
+
+    kept = ("vectors", "usual", "spread")
+    fused = one_call = False
+    usual: Tensor
+    spread: Tensor
+
+    def __init__(self, state: Mapping[str, Tensor], k: int, eps: float) -> None:
+        """`state` are the standardised vectors, a as `usual` [E] and s as `spread` [E]."""
+        super().__init__(state["vectors"], k, eps)
+        for name in ("usual", "spread"):
+            self.register_buffer(name, state[name].float(), persistent=False)
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """What the softmax is taken of, for every token and expert, float32 [T, E]."""
+        return (super().affinities(u) - self.usual) / self.spread
+
+
 def affinity_vectors(pool: Pool, site: str, kind: str, affinity: str) -> Tensor:
     """What the router of `affinity` scores with at `site`: [E, n], for centred [E, n + 1].
 
@@ -97,6 +123,38 @@ class AffinityRouting(ScoredByVectors):
     """The frame of the routers that score with one of the affinities."""
 
     vectors: ClassVar[str]  # what of an expert is scored with: "gates" or "means"
+    calibration: Mapping[str, tuple[Tensor, Tensor]] = {}  # a and s [E] by site, where needed
+
+    def read_base(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, pool: Pool
+    ) -> None:
+        """Measure affinity calibrated's a and s. Raises ConfigError without a `tokenizer`."""
+        if self.routing.affinity != CALIBRATED:
+            return
+        if tokenizer is None:
+            raise ConfigError(
+                "Affinity calibrated reads neutral text; hand the base over with its tokenizer."
+            )
+        sites = {name: site for name, site in find_sites(model).items() if name in pool.sites}
+        vectors = {name: self.vectors_at(pool, name) for name in sites}
+
+        def affinities(name: str, u: Tensor) -> Tensor:
+            router = ScoredRouter(vectors[name], self.routing.k, self.routing.eps)
+            return router.to(u.device).affinities(u)
+
+        self.calibration = over_neutral_text(model, tokenizer, sites, affinities)
+
+    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+        """The vectors, and what calibrates their affinities.
+
+        The temperature divides vectors and a, hence (α - a) / s.
+        """
+        state = super().state_at(pool, site)
+        if self.routing.affinity == CALIBRATED:
+            (usual, spread), temperature = self.calibration[site], self.routing.router_temperature
+            spread = spread.masked_fill(spread == 0, 1.0)  # a constant vector scores 0 everywhere
+            state |= {"usual": usual / temperature, "spread": spread}
+        return state
 
     def check(self, pool: Pool) -> None:
         """Raise PoolError when experts lack the vectors, or the means that the affinity needs."""
@@ -119,12 +177,16 @@ class AffinityRouting(ScoredByVectors):
                 f"Affinity {self.routing.affinity} depends on the means of the whole pool; compose "
                 f"it anew."
             )
+        if self.routing.affinity == CALIBRATED:
+            return "Affinity calibrated is measured with the base alone; compose the pool anew."
         return super().grows
 
     @property
     def form(self) -> Mapping[str, str]:
-        """Vectors [E, n], for affinity centred [E, n + 1]."""
-        return {"vectors": "Ev" if self.routing.affinity == "centred" else "En"}
+        """Vectors [E, n], for affinity centred [E, n + 1]; for calibrated also a and s [E]."""
+        calibration = {"usual": "E", "spread": "E"}
+        more = calibration if self.routing.affinity == CALIBRATED else {}
+        return {"vectors": "Ev" if self.routing.affinity == "centred" else "En", **more}
 
     def vectors_at(self, pool: Pool, site: str) -> Tensor:
         """The vectors as the affinity has them."""
@@ -139,6 +201,8 @@ class AffinityRouting(ScoredByVectors):
         vectors, k, eps = site.state["vectors"], self.routing.k, self.routing.eps
         if self.routing.affinity == "raw":
             return RawRouter(vectors, k)
+        if self.routing.affinity == CALIBRATED:
+            return CalibratedRouter(site.state, k, eps)
         kinds = {"trimmed": TrimmedRouter, "centred": CentredRouter}
         return kinds.get(self.routing.affinity, ScoredRouter)(vectors, k, eps)
 

@@ -1,8 +1,10 @@
-"""Discriminant + PHATGOOSE: gates choose for every token, among the experts that fit its prompt.
+"""PHATGOOSE on a shortlist: gates choose for every token, among the experts that fit its prompt.
 
 Not in the paper. A token of a decoder's prompt doesn't know the task yet, its gates can't either;
-the base's reading of the whole prompt does (`per_input.discriminant`). So the discriminant
-shortlists `input_k` experts for each input, and at every site PHATGOOSE's k experts of them act.
+the base's reading of the whole prompt does. So a router that chooses for whole inputs shortlists
+`input_k` experts for each, and at every site PHATGOOSE's k experts of them act. Router
+discriminant-phatgoose goes by `per_input.discriminant`; router phatgoose-evidence by
+`per_input.phatgoose_input`: the gates' own affinities, added up over the prompt's tokens and sites.
 """
 
 from __future__ import annotations
@@ -15,21 +17,30 @@ from ..decision import RoutingDecision, highest
 from ..lookup import Lookup
 from ..per_input.discriminant import Discriminant
 from ..per_input.looked_up import rows_at
+from ..per_input.phatgoose_input import PhatgooseInput
 from ..router import RouterSite, SiteRouter
 from .phatgoose import Phatgoose
 from .vector_router import VectorRouter
 
-__all__ = ["Shortlisted", "ShortlistedRouter"]
+__all__ = ["ByDiscriminant", "ByEvidence", "Shortlisted", "ShortlistedRouter"]
 
 
-class Shortlisted(Phatgoose, Discriminant):
-    """Router discriminant-phatgoose."""
+class Shortlisted(Phatgoose):
+    """The frame of both routers: a `Lookup` shortlists, gates choose."""
 
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""
         if site.lookup is None:
             raise RoutingError(f"Router {self.spec.name} has nothing to shortlist experts with.")
         return ShortlistedRouter(self.scorer(site), site, site.lookup, self.routing.prior)
+
+
+class ByDiscriminant(Shortlisted, Discriminant):
+    """Router discriminant-phatgoose."""
+
+
+class ByEvidence(Shortlisted, PhatgooseInput):
+    """Router phatgoose-evidence."""
 
 
 class ShortlistedRouter(SiteRouter):

@@ -64,7 +64,7 @@ class VectorRouter(SiteRouter):
     v̄ᵀū over √n with `eps`, which is added to the variance of u, |vᵀu| with None.
     """
 
-    kept = ("vectors",)
+    kept: ClassVar[tuple[str, ...]] = ("vectors",)
     fused: ClassVar[bool] = False
     vectors: Tensor
     eps: float | None = None

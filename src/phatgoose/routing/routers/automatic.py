@@ -1,0 +1,40 @@
+"""Router auto: the first router of a list that a base and its experts allow (docs/routers.md)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+from transformers import PreTrainedModel
+
+from ...config import Routing
+from ...experts.pool import Pool
+from .registry import AUTO, ROUTERS
+
+__all__ = ["DECODER_ONLY", "ENCODER_DECODER", "settled"]
+
+# A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
+DECODER_ONLY = ("discriminant", "phatgoose", "average-activation", "logo", "merged")
+ENCODER_DECODER = ("phatgoose", "average-activation", "arrow", "merged")
+
+logger = logging.getLogger(__name__)
+
+
+def settled(routing: Routing, pool: Pool, model: PreTrainedModel) -> Routing:
+    """`routing` with the name of a router in the place of auto; any other as it is.
+
+    The router is the first of the base's kind whose needs every expert of `pool` meets; the last,
+    merged, needs nothing. The choice is logged.
+    """
+    if routing.router != AUTO:
+        return routing
+    order = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER_ONLY
+    name = next(name for name in order if _allows(pool, name))
+    passed = [f"{each} ({', '.join(ROUTERS[each].needs)})" for each in order[: order.index(name)]]
+    lacks = f"; not every expert has what these need: {', '.join(passed)}" if passed else ""
+    logger.info("Router auto is %s%s.", name, lacks)
+    return replace(routing, router=name)
+
+
+def _allows(pool: Pool, router: str) -> bool:
+    return all(expert.has(need) for expert in pool.experts for need in ROUTERS[router].needs)

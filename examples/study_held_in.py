@@ -2,10 +2,11 @@
 
     python examples/study_held_in.py SUITE OUT.jsonl LIMIT ROUTERS POOL…
 
-A line for every task that has an expert: its score alone (`base`), with its own expert (`own`) and
-routed over the whole pool by each of ROUTERS, with n and 95 % intervals. Lines that are there are
-not computed again. At the end the means are told, and their differences with intervals over tasks
-drawn anew.
+A line for every task that has an expert: the base's score (`base`), its own expert's (`own`) and
+those of the whole pool routed by each of ROUTERS (none if that is ""), with n and 95 % intervals,
+and the `gain` of own over base with its interval over examples in pairs. Lines that are there are
+not computed again. At the end a table is told, the means, and their differences with intervals over
+tasks drawn anew.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.evaluation.evaluate import evaluate
-from phatgoose.evaluation.intervals import interval_of
+from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.tasks.suites.entries import Sources
@@ -38,26 +39,40 @@ def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None
         task = entry.read(Sources(None, None))
         record: dict[str, object] = {"task": task.name}
         rows = {"base": None, "own": Routing(router="single", expert=task.name)}
-        rows |= {name: Routing(router=name) for name in routers.split(",")}
+        rows |= {name: Routing(router=name) for name in filter(None, routers.split(","))}
+        samples = {}
         for label, routing in rows.items():
             model = base.model if routing is None else compose(pool, base, routing=routing)
             (score,) = evaluate(model, task, limit=int(limit), tokenizer=base.tokenizer).scores
             if routing is not None:
                 detach(model)
             record |= {"metric": score.metric, "n": score.n}
+            samples[label] = score.sample
             record[label] = [round(x, 4) for x in (score.score, score.low, score.high)]
+        record["gain"] = gain(samples["own"], samples["base"])
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     tell([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
 
 
+def gain(own: Sample, base: Sample) -> list[float]:
+    """How much higher `own` scores, and the interval over the same examples drawn anew."""
+    drawn = dataset_replicates({"own": [own], "base": [base]})
+    interval = interval_of(drawn["own"] - drawn["base"])
+    return [round(x, 4) for x in (own.score - base.score, interval.low, interval.high)]
+
+
 def tell(records: list[dict[str, list[float]]]) -> None:
-    """Print means over tasks in per cent and their differences in pairs."""
-    scores = {
-        label: 100 * np.array([r[label][0] for r in records])
-        for label in records[0]
-        if label not in ("task", "metric", "n")
-    }
+    """Print a table of all tasks, means over them in per cent, and their differences in pairs."""
+    labels = [label for label in records[0] if label not in ("task", "metric", "n", "gain")]
+    print("| task | metric | " + " | ".join(labels) + " | gain |")
+    print("|---|---|" + "---|" * (len(labels) + 1))
+    for record in records:
+        cells = [f"{100 * record[label][0]:.0f}" for label in labels]
+        more, low, high = (100 * x for x in record["gain"])
+        cells.append(f"{more:+.0f} [{low:+.0f}, {high:+.0f}]" + ("" if low > 0 else " (not clear)"))
+        print(f"| {record['task']} | {record['metric']} | " + " | ".join(cells) + " |")
+    scores = {label: 100 * np.array([r[label][0] for r in records]) for label in labels}
     drawn = np.random.default_rng(0).integers(len(records), size=(10_000, len(records)))
     for label, row in scores.items():
         print(f"{label}: {row.mean():.1f} over {len(row)} tasks")

@@ -18,6 +18,7 @@ from ...errors import PhatgooseError
 from ..console.printing import PlainFormatter, complain, say
 from . import analysis, comparison, experts, routed, segments, serving, sharing
 from .flags import with_flags
+from .processor import set_threads
 
 __all__ = ["app", "main"]
 
@@ -84,6 +85,7 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 if all is well, 2 after a one-line error, 130 on Ctrl-C."""
+    set_threads()
     _quieten()
     try:
         code = app(args=arguments, standalone_mode=False)

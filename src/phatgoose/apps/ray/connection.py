@@ -25,6 +25,7 @@ __all__ = ["connected", "ray"]
 
 OBJECT_STORE = 256 * 2**20  # bytes; datasets pass through it, models and experts don't
 PASSED_ON = ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TOKENIZERS_PARALLELISM")
+PASSED_ON += ("OMP_WAIT_POLICY",)
 OURS = "PHATGOOSE_"
 
 

@@ -1,0 +1,86 @@
+"""Threads of the command: they sleep while they wait, and keep to a container's quota."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from phatgoose.apps.cli import processor
+from phatgoose.apps.cli.processor import quota, set_threads
+
+
+@pytest.fixture
+def group(tmp_path, monkeypatch):
+    """Writes a control group's file, of version 2 unless told otherwise."""
+    monkeypatch.setattr(processor, "CGROUP_2", tmp_path / "cpu.max")
+    older = (tmp_path / "cpu.cfs_quota_us", tmp_path / "cpu.cfs_period_us")
+    monkeypatch.setattr(processor, "CGROUP_1", older)
+
+    def write(*texts: str) -> None:
+        places = older if len(texts) == 2 else (tmp_path / "cpu.max",)
+        for text, path in zip(texts, places, strict=True):
+            path.write_text(text + "\n")
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("texts", "cores"),
+    [
+        (("max 100000",), None),
+        (("200000 100000",), 2),
+        (("150000 100000",), 2),  # rounded up
+        (("20000 100000",), 1),
+        (("-1", "100000"), None),
+        (("300000", "100000"), 3),
+        (("100000 0",), None),
+        (("who knows",), None),
+        (("x y",), None),
+    ],
+)
+def test_a_control_groups_quota_is_read_in_cores(group, texts, cores):
+    group(*texts)
+    assert quota() == cores
+
+
+def test_elsewhere_there_is_no_quota(group):
+    assert quota() is None
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """The variables, unset, and back as they were afterwards."""
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "")  # so that what is set is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    return os.environ
+
+
+def test_under_a_quota_there_are_no_more_threads(group, environment):
+    group("200000 100000")
+    set_threads()
+    assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("PASSIVE", "2")
+
+
+def test_without_one_the_number_is_torchs_own(group, environment):
+    group("900000 100000")  # more than there are
+    set_threads()
+    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert "OMP_NUM_THREADS" not in environment
+
+
+def test_what_the_user_set_stays(group, environment, monkeypatch):
+    group("200000 100000")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    set_threads()
+    assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("ACTIVE", "5")
+
+
+def test_the_command_line_loads_no_torch_before():
+    loads = "import sys, phatgoose.apps.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loads], check=False).returncode == 0

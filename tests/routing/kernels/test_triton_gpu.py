@@ -37,7 +37,12 @@ BODIES = [one_by_one, in_blocks]
 ROUNDINGS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}  # in units of the dtype's eps
 each_body = pytest.mark.parametrize("body", BODIES)
 each_dtype = pytest.mark.parametrize("dtype", list(ROUNDINGS))
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+without_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def needs_triton(test):
+    """The interpreter takes half a minute for these together."""
+    return pytest.mark.heavy(without_triton(test))
 
 
 def solve(body, problem: Problem) -> Tensor:

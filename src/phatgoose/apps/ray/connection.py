@@ -24,8 +24,13 @@ except ImportError as error:
 __all__ = ["connected", "ray"]
 
 OBJECT_STORE = 256 * 2**20  # bytes; datasets pass through it, models and experts don't
-PASSED_ON = ("PYTHONPATH", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TOKENIZERS_PARALLELISM")
-PASSED_ON += ("OMP_WAIT_POLICY",)
+PASSED_ON = (
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "OMP_WAIT_POLICY",
+    "PYTHONPATH",
+    "TOKENIZERS_PARALLELISM",
+)
 OURS = "PHATGOOSE_"
 
 

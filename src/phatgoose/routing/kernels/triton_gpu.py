@@ -25,7 +25,8 @@ from torch import Tensor
 from ...errors import ConfigError
 from .sizes import belong_together, misfit
 
-__all__ = ["in_blocks", "one_by_one", "runs_on_triton", "top_experts", "triton_gpu"]
+__all__ = ["computed_features", "in_blocks", "loaded_features", "one_by_one", "runs_on_triton"]
+__all__ += ["top_experts", "triton_gpu"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +34,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST = (8, 0)  # compute capability from which on all of DTYPES can be multiplied
 LEAST_PAIRS = 512  # below, an estimate: five launches more take longer than reading factors again
 PAIRS = 512  # counted and placed by one program
-FEATURES = 128  # of d, computed by one program
 FEW_RANKS = 4  # of one pair, computed by one program
-LOADED_BYTES = 256  # of each token and factor, at a time, by products of blocks
+FITTING = 64  # experts whose scores one program can hold and choose among
 
 
 def runs_on_triton(*tensors: Tensor) -> bool:
@@ -87,21 +87,31 @@ def top_experts(u: Tensor, vectors: Tensor, k: int, eps: float | None) -> tuple[
         raise misfit("triton", k, u=u, vectors=vectors)
     u, vectors = _contiguous(u, vectors)
     tokens, (E, n) = len(u), vectors.shape
-    scores = u.new_empty(tokens, E, dtype=torch.float32)
     experts = u.new_empty(tokens, k, dtype=torch.int64)
     weights = u.new_empty(tokens, k, dtype=torch.float32)
     if tokens == 0:
         return experts, weights
-    block_t, block_e = (16, 16) if tokens <= 16 else (32, _block(E, 16, 64))
-    row = _block(E)
+    block_t = 16 if tokens <= 16 else 32
+    settings = {
+        "STANDARDISED": eps is not None,
+        "WIDE": _is_interpreted(),
+        "BLOCK_T": block_t,
+        "BLOCK_N": loaded_features(u.itemsize, n),
+    }
+    grid = -(-tokens // block_t)
     with _programs_for(u) as programs:
-        programs.score_experts[(-(-tokens // block_t), -(-E // block_e))](
-            *(u, vectors, scores, tokens, n, E, eps or 0.0),
-            STANDARDISED=eps is not None,
-            WIDE=_is_interpreted(),
-            BLOCK_T=block_t,
-            BLOCK_E=block_e,
-            BLOCK_N=LOADED_BYTES // u.itemsize,
+        if E <= FITTING:
+            programs.score_and_choose[(grid,)](
+                *(u, vectors, experts, weights, tokens, n, E, k, eps or 0.0),
+                **settings,
+                BLOCK_E=_block(E, 16),
+                BLOCK_K=_block(k),
+            )
+            return experts, weights
+        block_e, row = 16 if tokens <= 16 else FITTING, _block(E)
+        scores = u.new_empty(tokens, E, dtype=torch.float32)
+        programs.score_experts[(grid, -(-E // block_e))](
+            *(u, vectors, scores, tokens, n, E, eps or 0.0), **settings, BLOCK_E=block_e
         )
         programs.choose_experts[(tokens,)](
             *(scores, experts, weights, E, k),
@@ -122,8 +132,9 @@ def one_by_one(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
         programs.shrink_pair[(tokens * k, -(-r // FEW_RANKS))](
             *(u, experts, weights, A, inner, k, r, n), BLOCK_R=FEW_RANKS, BLOCK_N=512
         )
-        programs.expand_token[(tokens, -(-d // FEATURES))](
-            *(inner, experts, weights, B, delta, k, r, d), BLOCK_R=16, BLOCK_D=FEATURES
+        features = computed_features(u.itemsize, d)
+        programs.expand_token[(tokens, -(-d // features))](
+            *(inner, experts, weights, B, delta, k, r, d), BLOCK_R=16, BLOCK_D=features
         )
     return delta
 
@@ -145,14 +156,15 @@ def in_blocks(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor)
             WIDE=wide,
             BLOCK_T=size,
             BLOCK_R=ranks,
-            BLOCK_N=LOADED_BYTES // u.itemsize,
+            BLOCK_N=loaded_features(u.itemsize, n),
         )
-        programs.expand_block[(len(owners), -(-d // FEATURES))](
+        features = computed_features(u.itemsize, d)
+        programs.expand_block[(len(owners), -(-d // features))](
             *(inner, owners, rows, B, parts, r, d),
             WIDE=wide,
             BLOCK_T=size,
             BLOCK_R=16,
-            BLOCK_D=FEATURES,
+            BLOCK_D=features,
         )
         programs.add_choices[(tokens, -(-d // 1024))](parts, weights, delta, k, d, BLOCK_D=1024)
     return delta
@@ -178,6 +190,20 @@ def _arrange(experts: Tensor, weights: Tensor, E: int, size: int) -> tuple[Tenso
             *(experts, weights, places, firsts, owners, rows, pairs), BLOCK_T=size, BLOCK=PAIRS
         )
     return owners, rows.view(most, size)
+
+
+def loaded_features(itemsize: int, n: int) -> int:
+    """The features of each token and factor that products of blocks load at a time, of n.
+
+    Chosen so that no program spills registers (tests/routing/kernels/test_triton_programs.py). Rows
+    that don't begin at multiples of 16 bytes are loaded number by number, into more registers.
+    """
+    return (512 // itemsize if n % 16 == 0 else 64) // itemsize
+
+
+def computed_features(itemsize: int, d: int) -> int:
+    """The features of d that one program computes; chosen in the same way."""
+    return (256 if d % 16 == 0 else 128) // itemsize
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:

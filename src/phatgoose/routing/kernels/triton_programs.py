@@ -3,7 +3,8 @@
 Glossary of `kernels.choice`. A *pair* is a token and one of its k experts, numbered t k + j; a
 *block* is some of one expert's pairs, multiplied together. Pointers are named after what they point
 at; all tensors are contiguous. Sums are float32, and so is `inner` [T k, r], which holds w A u.
-Offsets that grow with tokens or experts are 64-bit. WIDE has products taken in float32, which
+Offsets that grow with tokens or experts are 64-bit. Tensor cores multiply float32 as three products
+of tf32, which loses no more than float32's own sums. WIDE has products taken in float32, which
 changes no result: Triton's interpreter can't multiply bfloat16.
 """
 
@@ -18,10 +19,71 @@ __all__ = [
     "expand_block",
     "expand_token",
     "place_pairs",
+    "score_and_choose",
     "score_experts",
     "shrink_block",
     "shrink_pair",
 ]
+
+
+@triton.jit
+def _affinities(
+    u,
+    vectors,
+    token,
+    expert,
+    tokens,
+    n,
+    E,
+    eps,
+    STANDARDISED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Affinities of a block of tokens to a block of experts: v̄ᵀū/√n, or |vᵀu|.
+
+    The variance is summed around each token's first feature, which keeps it exact where activations
+    are far from zero. Rounding leaves v̄ a small mean; it is taken out with the mean of u.
+    """
+    products = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    if STANDARDISED:
+        first = tl.load(u + token * n, mask=token < tokens, other=0.0).to(tl.float32)
+        sums = tl.zeros((BLOCK_T,), tl.float32)
+        squares = tl.zeros((BLOCK_T,), tl.float32)
+        vector_sums = tl.zeros((BLOCK_E,), tl.float32)
+    for start in range(0, n, BLOCK_N):
+        feature = start + tl.arange(0, BLOCK_N)
+        inside = (token < tokens)[:, None] & (feature < n)[None, :]
+        x = tl.load(u + token[:, None] * n + feature[None, :], mask=inside, other=0.0)
+        known = (feature < n)[:, None] & (expert < E)[None, :]
+        v = tl.load(vectors + expert[None, :] * n + feature[:, None], mask=known, other=0.0)
+        if WIDE:
+            x, v = x.to(tl.float32), v.to(tl.float32)
+        products = tl.dot(x, v, products, input_precision="tf32x3")
+        if STANDARDISED:
+            shifted = tl.where(inside, x.to(tl.float32) - first[:, None], 0.0)
+            sums += tl.sum(shifted, 1)
+            squares += tl.sum(shifted * shifted, 1)
+            vector_sums += tl.sum(v.to(tl.float32), 0)
+    if STANDARDISED:
+        mean = sums / n
+        variance = tl.maximum(squares / n - mean * mean, 0.0)
+        products -= (mean + first)[:, None] * vector_sums[None, :]
+        products *= (1.0 / tl.sqrt((variance + eps) * n))[:, None]
+    else:
+        products = tl.abs(products)
+    return products
+
+
+@triton.jit
+def _choosable(scores, known):
+    """`scores` as the choice takes them: NaN counts as the lowest number, the unknown never wins.
+
+    So every choice is one of the E experts.
+    """
+    return tl.where(known, tl.where(scores > -3.4e38, scores, -3.4e38), float("-inf"))
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -39,55 +101,61 @@ def score_experts(
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Affinities [T, E] of some tokens to some experts: v̄ᵀū/√n, or |vᵀu| unless STANDARDISED.
-
-    The variance is summed around each token's first feature, which keeps it exact where activations
-    are far from zero. Rounding leaves v̄ a small mean; it is taken out with the mean of u.
-    """
+    """Affinities [T, E] of some tokens to some experts."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    products = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
-    if STANDARDISED:
-        first = tl.load(u + token * n, mask=token < tokens, other=0.0).to(tl.float32)
-        sums = tl.zeros((BLOCK_T,), tl.float32)
-        squares = tl.zeros((BLOCK_T,), tl.float32)
-        vector_sums = tl.zeros((BLOCK_E,), tl.float32)
-    for start in range(0, n, BLOCK_N):
-        feature = start + tl.arange(0, BLOCK_N)
-        inside = (token < tokens)[:, None] & (feature < n)[None, :]
-        x = tl.load(u + token[:, None] * n + feature[None, :], mask=inside, other=0.0)
-        known = (feature < n)[:, None] & (expert < E)[None, :]
-        v = tl.load(vectors + expert[None, :] * n + feature[:, None], mask=known, other=0.0)
-        if WIDE:
-            x, v = x.to(tl.float32), v.to(tl.float32)
-        products = tl.dot(x, v, products, input_precision="ieee")
-        if STANDARDISED:
-            shifted = tl.where(inside, x.to(tl.float32) - first[:, None], 0.0)
-            sums += tl.sum(shifted, 1)
-            squares += tl.sum(shifted * shifted, 1)
-            vector_sums += tl.sum(v.to(tl.float32), 0)
-    if STANDARDISED:
-        mean = sums / n
-        variance = tl.maximum(squares / n - mean * mean, 0.0)
-        products -= (mean + first)[:, None] * vector_sums[None, :]
-        products *= (1.0 / tl.sqrt((variance + eps) * n))[:, None]
-    else:
-        products = tl.abs(products)
+    products = _affinities(
+        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, WIDE, BLOCK_T, BLOCK_E, BLOCK_N
+    )
     written = (token < tokens)[:, None] & (expert < E)[None, :]
     tl.store(scores + token[:, None] * E + expert[None, :], products, mask=written)
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def score_and_choose(
+    u,
+    vectors,
+    experts,
+    weights,
+    tokens,
+    n,
+    E,
+    k,
+    eps,
+    STANDARDISED: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The k experts of the highest affinity of some tokens, and their softmax: E fits a block."""
+    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    expert = tl.arange(0, BLOCK_E)
+    products = _affinities(
+        u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, WIDE, BLOCK_T, BLOCK_E, BLOCK_N
+    )
+    left = _choosable(products, (expert < E)[None, :])
+    choice = tl.arange(0, BLOCK_K)
+    chosen = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
+    for j in range(k):
+        best = tl.argmax(left, 1)
+        tl.store(experts + token * k + j, best.to(tl.int64), mask=token < tokens)
+        chosen = tl.where(choice[None, :] == j, tl.max(left, 1)[:, None], chosen)
+        left = tl.where(expert[None, :] == best[:, None], float("-inf"), left)
+    powers = tl.exp(chosen - tl.max(chosen, 1)[:, None])
+    shares = powers / tl.sum(powers, 1)[:, None]
+    written = (token < tokens)[:, None] & (choice < k)[None, :]
+    tl.store(weights + token[:, None] * k + choice[None, :], shares, mask=written)
+
+
 @triton.jit
 def choose_experts(scores, experts, weights, E, k, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The k highest scores of one token, the first of equals first, and their softmax.
-
-    NaN counts as the lowest number, so that every choice is one of the E experts.
-    """
+    """The k highest scores of one token, the first of equals first, and their softmax."""
     token = tl.program_id(0).to(tl.int64)
     expert = tl.arange(0, BLOCK_E)
     left = tl.load(scores + token * E + expert, mask=expert < E, other=0.0)
-    left = tl.where(left > -3.4e38, left, -3.4e38)
-    left = tl.where(expert < E, left, float("-inf"))
+    left = _choosable(left, expert < E)
     choice = tl.arange(0, BLOCK_K)
     chosen = tl.full((BLOCK_K,), float("-inf"), tl.float32)
     for j in range(k):
@@ -224,7 +292,7 @@ def shrink_block(
         a = tl.load(a_rows + feature[:, None], mask=known, other=0.0)
         if WIDE:
             x, a = x.to(tl.float32), a.to(tl.float32)
-        products = tl.dot(x, a, products, input_precision="ieee")
+        products = tl.dot(x, a, products, input_precision="tf32x3")
     weight = tl.load(weights + pair, mask=pair >= 0, other=0.0)
     written = (pair >= 0)[:, None] & (rank < r)[None, :]
     places = inner + pair[:, None] * r + rank[None, :]
@@ -263,7 +331,7 @@ def expand_block(
         h = h.to(b.dtype)
         if WIDE:
             h, b = h.to(tl.float32), b.to(tl.float32)
-        products = tl.dot(h, b, products, input_precision="ieee")
+        products = tl.dot(h, b, products, input_precision="tf32x3")
     written = (pair >= 0)[:, None] & (feature < d)[None, :]
     places = parts + pair[:, None] * d + feature[None, :]
     tl.store(places, products.to(parts.dtype.element_ty), mask=written)

@@ -12,4 +12,5 @@ recording.py    every decision about a text
 growing.py      experts that join and leave
 saved/          routed models in folders
 open_model.py   a model from a routed folder, a pool, an expert or a base
+exporting/      a routed model becomes a PEFT adapter or a plain model
 """

@@ -7,7 +7,7 @@ processor.py    threads, before torch is loaded
 recipe.py       recipes: settings and tasks in a TOML file
 experts.py      commands of contributors: train, gate, measure, check
 plan.py         train --plan
-sharing.py      commands of sharing: import, push, pull
+sharing.py      commands of sharing: import, push, pull, export
 routed.py       commands of aggregators: pool, compose, generate, evaluate, demo
 segments.py     commands that change a routed model's folder: add, remove, compact
 comparison.py   commands of researchers: compare, lm-eval

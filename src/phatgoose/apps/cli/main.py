@@ -25,7 +25,7 @@ __all__ = ["app", "main"]
 HELP = """Many independently trained PEFT experts, routed per token and module into one model.
 
 Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate, compare,
-analyse, serve.
+analyse, serve, export.
 """
 
 INTERRUPTED = 130
@@ -43,6 +43,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "pull": sharing.pull,
     "pool": routed.pool,
     "compose": routed.compose,
+    "export": sharing.export,
     "generate": routed.generate,
     "evaluate": routed.evaluate,
     "demo": routed.demo,

@@ -1,4 +1,4 @@
-"""Commands of sharing: import, push, pull."""
+"""Commands of sharing: import, push, pull, export."""
 
 from __future__ import annotations
 
@@ -7,14 +7,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...config import KIND_NAMES
+from ...config import KIND_NAMES, Formatting, Routing
+from ...errors import ConfigError, RoutingError
 from ..console.printing import say
-from .options import BaseOption, ExpertName, ExpertOut
+from .options import (
+    BaseOption,
+    ExpertName,
+    ExpertOut,
+    ModelArgument,
+    ModelOptions,
+    TemplateOptions,
+)
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
+    from ...routing.exporting.export import Export
+    from ...routing.exporting.texts import Texts
 
-__all__ = ["import_command", "pull", "push"]
+__all__ = ["export", "import_command", "pull", "push"]
 
 
 def import_command(
@@ -89,3 +99,93 @@ def pull(
 
     expert = fetch(reference, out)
     say(f"{expert.name}: {len(expert.modules)} sites -> {out}")
+
+
+def export(
+    *,
+    model: ModelArgument,
+    out: Annotated[Path, "Folder of the adapter or the model."],
+    merged: Annotated[
+        bool, "Write the whole model with the updates in its weights, not an adapter."
+    ] = False,
+    rank: Annotated[
+        int | None, "Cut the adapter to this rank, by SVD; default: all of it.", {"min": 1}
+    ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        "Fix the mixture that the router chooses for this text (repeatable: their mean).",
+    ] = None,
+    task: Annotated[
+        str | None, "Fix the mean of the mixtures for the inputs of a file or hub:DATASET."
+    ] = None,
+    limit: Annotated[int, "Use so many inputs of --task, drawn by --seed.", {"min": 1}] = 100,
+    seed: Annotated[int, "Seed of the draw."] = 0,
+    template: TemplateOptions,
+    opening: ModelOptions,
+    routing: Routing,
+    formatting: Formatting,
+) -> None:
+    """Write a model of constant routing as a PEFT adapter, or as a plain model.
+
+    For PEFT, transformers, vLLM, llama.cpp, Ollama: docs/export.md. Routers merged, single and
+    best-individual are constant; of others --prompt or --task fixes a mixture.
+    """
+    if out.exists():
+        raise RoutingError(f"{out} exists already; choose another --out.")
+    if merged and rank is not None:
+        raise ConfigError("--rank is for adapters; leave it out with --merged.")
+    if prompt and task:
+        raise ConfigError("A mixture is fixed for prompts or for a task: give --prompt or --task.")
+    texts = _texts(prompt, task, limit, seed, template, formatting)
+    from ...routing.exporting.export import export as run
+    from ...routing.exporting.opening import open_routed
+
+    opened = open_routed(model, routing=routing, **vars(opening))
+    result = run(opened, out, texts=texts, merged=merged, rank=rank)
+    for line in _told(result):
+        say(line)
+
+
+def _texts(
+    prompt: list[str] | None,
+    task: str | None,
+    limit: int,
+    seed: int,
+    template: TemplateOptions,
+    formatting: Formatting,
+) -> Texts | None:
+    """What a mixture is fixed for, None for nothing."""
+    from ...routing.exporting.texts import Texts, prompt_texts
+
+    if prompt:
+        return prompt_texts(prompt, formatting)
+    if task is None:
+        return None
+    loaded = template.load(task)
+    return Texts(loaded.name, loaded.evaluation_examples(limit, seed), formatting)
+
+
+def _told(result: Export) -> list[str]:
+    """What was exported and what it lost, in lines."""
+    from ...routing.exporting.export import EXPORT_INFO
+
+    shares = sorted(result.shares.whole().items(), key=lambda pair: -pair[1])
+    mixture = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares if share)
+    sites = len(result.losses) or len(result.shares.by_site)
+    form = "merged model" if result.merged else f"PEFT LoRA of rank {result.rank}"
+    lines = [f"{form}, {sites} sites: {mixture} -> {result.folder}"]
+    worst = max(result.losses.items(), key=lambda pair: pair[1].lost, default=None)
+    if worst is not None and worst[1].lost:
+        site, loss = worst
+        lines.append(
+            f"lost by the cut (Frobenius norm): {result.lost:.2%} of all updates; most at {site}, "
+            f"{loss.lost:.4g} of {loss.norm:.4g}; every site in {EXPORT_INFO}"
+        )
+    near = result.fidelity
+    if near is not None:
+        lines.append(
+            f"beside the routed model, {near.tokens} tokens of {near.texts}: logits differ by "
+            f"{near.difference:.3g} in the mean, the greedy token is the same after "
+            f"{near.agreement:.1%}"
+        )
+    return lines

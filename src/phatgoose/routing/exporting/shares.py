@@ -1,0 +1,124 @@
+"""The constant share of each expert at each site: the routing's own, or that for some prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...errors import ConfigError, RoutingError
+from ..composition import Composition, composition_of
+from ..layers import FoldedLinear, RoutedLayer
+from ..recording import watch
+from ..routers.fixed.merged import UniformRouter
+from ..watching import SitePass
+from .texts import Inputs, Texts, passing, read_texts
+
+__all__ = ["Shares", "constant_shares", "shares_for", "shares_of"]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much each of `experts` adds at each site, whatever the input: float64 [E] by site.
+
+    `chosen_for` names the texts that the mixture was chosen for, None where routing is constant.
+    """
+
+    experts: tuple[str, ...]
+    by_site: Mapping[str, Tensor]
+    chosen_for: str | None = None
+
+    def whole(self) -> dict[str, float]:
+        """The mean over all sites, by expert."""
+        mean = torch.stack(list(self.by_site.values())).mean(dim=0)
+        return dict(zip(self.experts, mean.tolist(), strict=True))
+
+    def at(self, site: str) -> dict[str, float]:
+        """Those at one site that are not 0, by expert."""
+        shares = zip(self.experts, self.by_site[site].tolist(), strict=True)
+        return {name: share for name, share in shares if share}
+
+
+def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
+    """The shares of a routed `model`: constant ones, or else those for `texts`.
+
+    Raises RoutingError when the model is not routed, or its routing is not constant and there are
+    no texts; else as `shares_for` does.
+    """
+    parts = composition_of(model)
+    constant = constant_shares(parts)
+    if constant is not None:
+        return constant
+    if texts is None:
+        turn = "token" if parts.lookup is None else "input"
+        raise RoutingError(
+            f"Router {parts.routing.router} chooses anew for every {turn}, which no adapter can "
+            f"hold: fix its mixture with --prompt or --task, or route by merged or single."
+        )
+    if parts.tokenizer is None:
+        raise ConfigError("To fix a mixture for texts, hand the base over with its tokenizer.")
+    return shares_for(model, parts.tokenizer, texts)
+
+
+def constant_shares(parts: Composition) -> Shares | None:
+    """The shares where routing depends on no input, None where it does.
+
+    It is constant for routers merged, single and best-individual, and for any with one expert.
+    """
+    alone = len(parts.experts) == 1
+    weights = {}
+    for site, layer in parts.layers.items():
+        weight = 1.0 if alone else _weight_of_each(layer)
+        if weight is None:
+            return None
+        weights[site] = torch.zeros(len(parts.experts), dtype=torch.float64)
+        weights[site][layer.experts.cpu()] = weight
+    return Shares(parts.experts, weights)
+
+
+def _weight_of_each(layer: RoutedLayer) -> float | None:
+    """The weight of every expert of a layer, None where it depends on the input."""
+    if isinstance(layer, FoldedLinear):
+        return layer.weight_of_each
+    router = getattr(layer, "router", None)
+    return router.weight if isinstance(router, UniformRouter) else None
+
+
+def shares_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Shares:
+    """The mean weight of each expert over the tokens of each prompt, then over the prompts.
+
+    Every site has its own. For a router that chooses for whole inputs this is the mean of its
+    mixtures. A site that no token passes has 0. Raises as `read_texts` does.
+    """
+    parts = composition_of(model)
+    inputs = read_texts(model, tokenizer, texts)
+    totals = _nothing(parts)
+    for each in passing(model, texts, inputs):
+        for site, mean in _mean_weights(model, parts, each).items():
+            totals[site] += mean
+    shares = {site: total / len(inputs) for site, total in totals.items()}
+    return Shares(parts.experts, shares, chosen_for=texts.name)
+
+
+def _nothing(parts: Composition) -> dict[str, Tensor]:
+    """Zeros for every expert, by site."""
+    return {site: torch.zeros(len(parts.experts), dtype=torch.float64) for site in parts.layers}
+
+
+@torch.inference_mode()
+def _mean_weights(model: PreTrainedModel, parts: Composition, inputs: Inputs) -> dict[str, Tensor]:
+    """The mean weight of each expert over the tokens of one pass, float64 [E] by site."""
+    reader = model if model.config.is_encoder_decoder else model.base_model  # without its head
+    sums, tokens = _nothing(parts), dict.fromkeys(parts.layers, 0)
+
+    def add(passed: SitePass) -> None:
+        weights = passed.dense_weights(len(parts.experts))
+        sums[passed.site.name] += weights.double().sum(dim=0)
+        tokens[passed.site.name] += len(weights)
+
+    with watch(model, add):
+        reader(**inputs, use_cache=False)
+    return {site: total / max(tokens[site], 1) for site, total in sums.items()}

@@ -1,9 +1,12 @@
-"""`phatgoose import`, `push` and `pull`."""
+"""`phatgoose import`, `push`, `pull`, `export`, and pools of an owner on the Hub."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
+from command_line import BASE, refused
 from fake_hub import contents, pushed_now
 from phatgoose.apps.cli import main
 from phatgoose.experts.expert import Expert
@@ -31,3 +34,71 @@ def test_the_commands_push_pull_and_import(hub, pair, llama, tmp_path, capsys):
     assert "theirs: 14 sites, LoRA of rank 4" in told
     assert "phatgoose gate" in told
     assert Expert.load(tmp_path / "theirs").gates == {}
+
+
+@pytest.mark.filterwarnings("ignore:No fingerprint")
+def test_a_pool_comes_from_an_owner_in_one_command(hub, phat, llama, base_folders, tmp_path):
+    adapter = contents(make_adapter(llama, tmp_path / "adapter"))
+    config = json.loads(adapter["adapter_config.json"]) | {"base_model_name_or_path": "you/base"}
+    adapter["adapter_config.json"] = json.dumps(config).encode()
+    hub.add("you/base", contents(base_folders["llama"]))
+    hub.add("you/lora", adapter)
+    hub.add("you/pickled", {**adapter, "adapter_model.safetensors": b"x"})
+    outcome = phat("pool", "hub:you/*")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "2 of 2 can be routed on you/base" in outcome.out
+    assert "phatgoose pool 'hub:you/*' --import DIR" in outcome.out
+    outcome = phat("pool", "hub:you/*", "--import", tmp_path / "pool", "--out", tmp_path / "p.json")
+    assert outcome.code == 0, outcome.err
+    assert "1 of 2 can be routed on you/base" in outcome.out
+    assert "1 experts for you/base" in outcome.out
+    assert (tmp_path / "p.json").is_file()
+    refused(phat("pool", "hub:nobody/*"), "Nothing of hub:nobody/* can be routed on any base")
+    refused(phat("pool", "hub:you/*", "--base", "my/base"), "can be routed on my/base")
+    refused(phat("pool", "hub:you/*", "hub:me/x"), "stands alone")
+    refused(phat("pool", tmp_path / "pool", "--import", "x"), "are for 'hub:OWNER/*'")
+
+
+def test_a_pool_leaves_as_an_adapter_or_a_model(here, phat):
+    merged = ["export", "experts", "--router", "merged", *BASE]
+    outcome = phat(*merged, "--out", "adapter", "--rank", 1)
+    assert (outcome.code, outcome.err) == (0, "")
+    lines = outcome.out.splitlines()
+    assert lines[0].startswith("PEFT LoRA of rank 1, 14 sites: ")
+    assert "reviews 50.0 %" in lines[0]
+    assert "lost by the cut (Frobenius norm):" in outcome.out
+    assert "tokens of neutral text: logits differ by" in outcome.out
+    config = json.loads((here / "adapter" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (1, 1, {})
+    assert type(config["lora_alpha"]) is int  # as Ollama wants it
+    assert config["base_model_name_or_path"] == "tiny-base"
+    outcome = phat(*merged, "--out", "whole", "--merged")
+    assert outcome.out.startswith("merged model, 14 sites: ")
+    assert (here / "whole" / "tokenizer.json").is_file()
+    assert (here / "whole" / "model.safetensors").is_file()
+
+
+def test_a_mixture_is_fixed_for_prompts_or_a_task(here, phat):
+    for number, words in enumerate(
+        (
+            ["--prompt", "Film 3 is", "--prompt", "Count 2:"],
+            ["--task", "unseen.jsonl", "--limit", 2],
+        )
+    ):
+        outcome = phat("export", "experts", "--k", 1, "--out", f"a{number}", *words, *BASE)
+        assert outcome.code == 0, outcome.err
+        record = json.loads((here / f"a{number}" / "phatgoose_export.json").read_text())
+        assert record["chosen_for"] == ("the prompt", "unseen")[number]
+        assert sum(record["experts"].values()) == pytest.approx(1)
+        assert record["fidelity"]["texts"] == record["chosen_for"]
+
+
+def test_what_can_t_be_is_refused_in_one_line_and_nothing_is_left(here, phat):
+    before = set(here.iterdir())
+    start = ["export", "experts", "--out", "x"]
+    refused(phat(*start, "--k", 1, *BASE), "--prompt or --task, or route by merged or single")
+    refused(phat(*start, "--merged", "--rank", 2), "--rank is for adapters")
+    refused(phat(*start, "--prompt", "a", "--task", "b.jsonl"), "give --prompt or --task")
+    refused(phat("export", "tiny-base", "--out", "x", *BASE), "neither a routed model nor a pool")
+    refused(phat("export", "experts", "--out", "experts"), "exists already")
+    assert set(here.iterdir()) == before

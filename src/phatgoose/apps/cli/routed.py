@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ...config import Formatting, Routing
-from ...errors import RoutingError
+from ...errors import ConfigError, PoolError, RoutingError
 from ..console.printing import say, show
 from .options import (
     BaseOption,
@@ -25,16 +25,45 @@ __all__ = ["compose", "demo", "evaluate", "generate", "pool"]
 
 
 def pool(
-    places: PoolArgument,
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            help="Folders of experts, hub:OWNER/NAME, a manifest, or 'hub:OWNER/*' alone."
+        ),
+    ],
     out: Annotated[Path | None, "Write a manifest (.json) here."] = None,
     duplicates: Annotated[
         float | None, "List pairs of experts whose updates have at least this cosine, such as 0.99."
     ] = None,
+    import_: Annotated[
+        Path | None,
+        typer.Option(
+            "--import", help="With 'hub:OWNER/*': fetch what can be routed to this folder."
+        ),
+    ] = None,
+    base: Annotated[
+        str | None, "With 'hub:OWNER/*': the base to route on; default: the most common one."
+    ] = None,
 ) -> None:
-    """List a pool's experts; with --out write a manifest."""
+    """List a pool's experts; with --out write a manifest.
+
+    'hub:OWNER/*' lists what of an owner's repositories on the Hub can be routed on one base, and
+    why the rest can't.
+    """
     from ...analysis.near_duplicates import near_duplicates
+    from ...experts.importing.hub_owner import is_owner
     from ..console.tables import duplicates_table, pool_table
 
+    if any(map(is_owner, places)):
+        if len(places) > 1 or ((out or duplicates is not None) and import_ is None):
+            raise ConfigError(
+                "'hub:OWNER/*' stands alone; --out and --duplicates need its --import."
+            )
+        places = _from_owner(str(places[0]), import_, base)
+        if not places:
+            return
+    elif import_ or base:
+        raise ConfigError("--import and --base are for 'hub:OWNER/*', which was not given.")
     opened = open_pool(places)
     show(pool_table(opened))
     if duplicates is not None:
@@ -42,6 +71,27 @@ def pool(
     if out:
         opened.write_manifest(out)
         say(f"manifest -> {out}")
+
+
+def _from_owner(pattern: str, folder: Path | None, base: str | None) -> list[Path]:
+    """What an owner has, shown; the folder that it was fetched to, [] without one."""
+    from ...experts.importing.hub_owner import MOST_REPOSITORIES, import_listed, list_owner
+    from ..console.tables import owner_table
+
+    listing = list_owner(pattern, base)
+    able = bool(listing.routable)
+    if folder is not None and able:
+        listing = import_listed(listing, folder)
+    show(owner_table(listing), width=140)
+    if not listing.is_whole:
+        say(f"only the first {MOST_REPOSITORIES} repositories were looked at", err=True)
+    if not able:
+        raise PoolError(f"Nothing of {pattern} can be routed on {base or 'any base'}.")
+    if folder is not None:
+        say(f"{len(listing.routable)} experts -> {folder}")
+        return [folder]
+    say(f"to fetch what can be routed: phatgoose pool '{pattern}' --import DIR")
+    return []
 
 
 def compose(

@@ -15,10 +15,11 @@ from ...config import KIND_NAMES
 from ...evaluation.comparison.methods import label_of
 from ...evaluation.comparison.tables import ANCHOR, Comparison, Result
 from ...evaluation.evaluate import Evaluation
+from ...experts.importing.hub_owner import Listing
 from ...experts.pool import Pool
 
 __all__ = ["datasets_table", "differences_table", "duplicates_table", "means_table"]
-__all__ += ["pool_table", "routers_table", "scores_table"]
+__all__ += ["owner_table", "pool_table", "routers_table", "scores_table"]
 
 
 def pool_table(pool: Pool) -> Table:
@@ -47,6 +48,26 @@ def pool_table(pool: Pool) -> Table:
             "no" if expert.embeddings is None else str(len(expert.embeddings)),
             str(expert.directory),
         )
+    return table
+
+
+def owner_table(listing: Listing) -> Table:
+    """A row per expert or adapter of an owner: what it is, and why it can't be routed if so."""
+    others = f"; {listing.others} other repositories" if listing.others else ""
+    able = f"{len(listing.routable)} of {len(listing.found)} can be routed"
+    table = Table(title=f"{able} on {listing.base or 'no base'}{others}")
+    for column in ("repository", "form", "kind", "base", "MB", "routed"):
+        table.add_column(column, overflow="fold")
+    for each in listing.found:
+        cells = (
+            each.place,
+            "expert" if each.is_expert else "adapter",
+            KIND_NAMES.get(each.kind or "", ""),
+            each.base or "",
+            f"{each.size / 1e6:.1f}",
+            "yes" if each.refusal is None else f"no: {each.refusal}",
+        )
+        table.add_row(*map(Text, cells))
     return table
 
 

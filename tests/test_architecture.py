@@ -159,7 +159,6 @@ def test_the_root_imports_ours_for_type_checkers_only():
 TESTED_ELSEWHERE = {
     "apps.ray.connection": "in test_engine, on a cluster",
     "apps.ray.worker": "in test_engine, on a cluster",
-    "routing.kernels.triton_programs": "in test_triton_gpu, which calls them",
 }
 
 

@@ -1,10 +1,10 @@
 # Two commands from a fresh clone: `make demo` and `make test`. Everything lands in .venv.
 PYTHON ?= python3
 VENV   ?= .venv
-BIN     = $(VENV)/bin
+BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heavy bench lint types install install-dev clean
+.PHONY: demo test test-heavy test-server bench lint types dist image install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -15,6 +15,11 @@ test: install-dev
 test-heavy: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy
 
+# The server under a load of a few seconds and under hostile clients: it loses no request and stays responsive.
+test-server: install-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_load.py --smoke
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_robustness.py --smoke --rounds 2 --greedy 100 --only latency,bodies,fairness,sigterm
+
 bench: install-dev
 	$(BIN)/python benchmarks/run.py
 
@@ -24,6 +29,14 @@ lint: install-dev
 
 types: install-dev
 	$(BIN)/mypy
+
+dist: $(BIN)/python
+	$(PIP) install -q 'build>=1.2'
+	$(BIN)/python -m build --outdir dist
+
+image:
+	docker build -t phatgoose .
+	docker run --rm --entrypoint phatgoose phatgoose --version
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev

@@ -360,6 +360,22 @@ def test_the_console_script_tells_an_error_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("phatgoose com", ["compact", "compare", "compose"]),
+        ("phatgoose serve --max-b", ["--max-batch-tokens", "--max-body"]),
+    ],
+)
+def test_the_shell_completes_commands_and_flags(typed, offered, monkeypatch):
+    monkeypatch.setenv("_PHATGOOSE_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", typed)
+    monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+    program = "import sys; sys.argv[0] = 'phatgoose'; from phatgoose.apps.cli import main; main()"
+    outcome = process(sys.executable, "-c", program)
+    assert (outcome.code, sorted(outcome.out.split())) == (0, offered)
+
+
+@pytest.mark.parametrize(
     "code",
     ["import phatgoose", "from phatgoose.apps.cli import main; main(['--help'])"],
     ids=["import", "help"],

@@ -30,9 +30,7 @@ analyse, serve, export.
 
 INTERRUPTED = 130
 
-app = typer.Typer(
-    help=HELP, invoke_without_command=True, add_completion=False, pretty_exceptions_enable=False
-)
+app = typer.Typer(help=HELP, invoke_without_command=True, pretty_exceptions_enable=False)
 COMMANDS: dict[str, Callable[..., None]] = {
     "train": experts.train,
     "gate": experts.gate,

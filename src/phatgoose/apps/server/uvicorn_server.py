@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,6 +16,9 @@ from fastapi import FastAPI
 from ...config import Serving
 from ...errors import ConfigError
 from .guards.connection_guard import ConnectionGuard
+
+if sys.platform != "win32":
+    import resource
 
 __all__ = ["run", "server_of"]
 
@@ -55,6 +58,8 @@ def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
 
 def _connections(wanted: int) -> int:
     """The number of connections: `wanted`, or fewer if the process may not open so many files."""
+    if sys.platform == "win32":  # which sets no limit on sockets
+        return wanted
     used = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else FILES
     needed = used + FILES + BACKLOG
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import tempfile
 import time
@@ -19,6 +18,9 @@ from ...tasks.encoding import Encoder
 from ...tasks.suites.training_tasks import TrainingTask
 from ..progress import TrainingCallback
 from ..train_expert import train_expert
+
+if sys.platform != "win32":
+    import resource
 
 __all__ = ["Speed", "measure_speed"]
 
@@ -131,9 +133,14 @@ class _Clock:
         self.saved_at = self.saved_at or time.perf_counter()  # first after the expert's validation
 
 
-def _most_memory() -> int:
-    """The peak memory of this process in bytes: of its GPU if there is one, else of the machine."""
+def _most_memory() -> int | None:
+    """The peak memory of this process in bytes: of its GPU if there is one, else of the machine.
+
+    None on Windows, where Python isn't told.
+    """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
+    if sys.platform == "win32":
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heavy test-server bench lint types dist image install install-dev clean
+.PHONY: demo test test-heavy test-server bench lint types docs dist image install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -30,6 +30,9 @@ lint: install-dev
 types: install-dev
 	$(BIN)/mypy
 
+docs: $(VENV)/.installed-docs
+	$(BIN)/python -m mkdocs build --strict
+
 dist: $(BIN)/python
 	$(PIP) install -q 'build>=1.2'
 	$(BIN)/python -m build --outdir dist
@@ -53,5 +56,9 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -q -e '.[dev]'
 	touch $@
 
+$(VENV)/.installed-docs: $(BIN)/python pyproject.toml
+	$(PIP) install -q -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) demo build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) demo build dist site .pytest_cache .mypy_cache .ruff_cache

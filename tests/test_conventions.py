@@ -47,7 +47,7 @@ def targets_of(line: str) -> list[str]:
 
 
 def test_the_workflows_are_there():
-    assert [path.name for path in WORKFLOWS] == ["ci.yml", "release.yml"]
+    assert [path.name for path in WORKFLOWS] == ["ci.yml", "docs.yml", "release.yml"]
 
 
 @pytest.mark.parametrize("path", YAML_FILES, ids=lambda path: path.name)

@@ -9,13 +9,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import typer
+import yaml
 
+import phatgoose
 from paths import ROOT
 from phatgoose.apps.cli import app
 from phatgoose.routing.routers.registry import ROUTERS
@@ -112,16 +115,23 @@ def reader(base_folders, tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-RUNNABLE = [d for d in DOCUMENTS if any(b.runs and b.kind == "python" for b in blocks_of(d))]
+RUNNABLE = [d for d in DOCUMENTS if any(block.runs for block in blocks_of(d))]
 
 
 @pytest.mark.parametrize("document", RUNNABLE, ids=lambda document: document.name)
-def test_examples_that_say_so_run(document, reader):
+def test_examples_that_say_so_run(document, reader, phat):
     namespace: dict[str, object] = {"__name__": "example"}
-    for block in blocks_of(document):
-        if block.runs and block.kind == "python":
+    for block in (block for block in blocks_of(document) if block.runs):
+        if block.kind == "python":
             padded = "\n" * (block.line - 1) + block.code  # so that a failure names its line
-            exec(compile(padded, str(document), "exec"), namespace)
+            with warnings.catch_warnings():  # PEFT's, about transformers
+                warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+                exec(compile(padded, str(document), "exec"), namespace)
+            continue
+        for command in block.code.replace("\\\n", " ").splitlines():
+            assert command.startswith("phatgoose "), f"{command!r} of {document} isn't run here"
+            outcome = phat(*words_of(command))
+            assert outcome.code == 0, f"{command}: {outcome.err}"
     for added in ROUTERS.keys() - set(KNOWN):  # an example's router is nobody else's
         del ROUTERS[added]
 
@@ -164,7 +174,7 @@ def test_links_lead_to_files_and_headings_that_exist(document, link):
 def test_commands_in_blocks_can_be_given_as_they_stand(document, command):
     name, *words = words_of(command)
     if name.startswith("-"):
-        assert name in {"--help", "--version"}
+        assert name in {"--help", "--version", "--install-completion"}
         return
     assert name in COMMANDS
     if "--help" not in words:
@@ -249,3 +259,35 @@ def test_the_drawing_of_imports_is_up_to_date():
     drawn = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
     page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
     assert drawn.stdout in page, "run: python docs/import_graph.py --write"
+
+
+def test_the_pages_that_follow_from_the_code_are_up_to_date():
+    folder = ROOT / "docs" / "reference"
+    program = ROOT / "docs" / "reference_pages.py"
+    written = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    pages = [(folder / name).read_text(encoding="utf-8") for name in ("commands.md", "settings.md")]
+    assert written.stdout == "".join(pages), "run: python docs/reference_pages.py --write"
+
+
+def test_the_reference_has_every_name_of_the_package():
+    page = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^::: (\S+)$", page, re.M)
+    assert sorted(name.rpartition(".")[2] for name in shown) == sorted(phatgoose.__all__)
+    for name in shown:
+        assert pkgutil.resolve_name(name) is getattr(phatgoose, name.rpartition(".")[2])
+
+
+def pages_in(entry: object) -> list[str]:
+    """The pages of a part of the site's navigation."""
+    if isinstance(entry, str):
+        return [entry]
+    parts = entry.values() if isinstance(entry, dict) else entry
+    return [page for part in parts for page in pages_in(part)]  # type: ignore[union-attr]
+
+
+def test_every_document_is_in_the_sites_navigation():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    navigation = yaml.safe_load(text.partition("\nnav:\n")[2])
+    documents = [path.relative_to(ROOT / "docs") for path in ROOT.glob("docs/**/*.md")]
+    wanted = {str(path) for path in documents if path.parts[0] != "first-study"}
+    assert sorted(pages_in(navigation)) == sorted(wanted)

@@ -1,4 +1,4 @@
-"""Threads of the command: they sleep while they wait, and keep to a container's quota."""
+"""Threads of the command: they soon sleep while they wait, and keep to a container's quota."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from phatgoose.apps.cli import processor
-from phatgoose.apps.cli.processor import quota, set_threads
+from phatgoose.apps.cli.processor import SPINS, quota, set_threads
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_elsewhere_there_is_no_quota(group):
 @pytest.fixture
 def environment(monkeypatch):
     """The variables, unset, and back as they were afterwards."""
-    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS"):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"):
         monkeypatch.setenv(name, "")  # so that what is set is undone
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
@@ -63,13 +63,13 @@ def environment(monkeypatch):
 def test_under_a_quota_there_are_no_more_threads(group, environment):
     group("200000 100000")
     set_threads()
-    assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("PASSIVE", "2")
+    assert (environment["GOMP_SPINCOUNT"], environment["OMP_NUM_THREADS"]) == (SPINS, "2")
 
 
 def test_without_one_the_number_is_torchs_own(group, environment):
     group("900000 100000")  # more than there are
     set_threads()
-    assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert environment["GOMP_SPINCOUNT"] == SPINS
     assert "OMP_NUM_THREADS" not in environment
 
 
@@ -79,6 +79,7 @@ def test_what_the_user_set_stays(group, environment, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     set_threads()
     assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("ACTIVE", "5")
+    assert "GOMP_SPINCOUNT" not in environment
 
 
 def test_the_command_line_loads_no_torch_before():

@@ -1,8 +1,8 @@
-"""The processor: threads that sleep while they wait, and no more than the process may use.
+"""The processor: threads that soon sleep while they wait, and no more than the process may use.
 
-Both are read when torch is loaded, so they are set before. OpenMP's threads spin by default: beside
-another busy process a product then waits for a thread that isn't running, and takes many times as
-long. torch doesn't know a container's quota and starts a thread for every core of the machine.
+Both are read when torch is loaded, so they are set before. Threads of GNU's OpenMP spin for long by
+default: beside another busy process a product then waits for a thread that isn't running, and takes
+many times as long. Sleeping at once would cost a quarter of the speed alone (docs/performance.md). torch doesn't know a container's quota and starts a thread for every core of the machine.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 __all__ = ["quota", "set_threads"]
 
+SPINS = "20000"  # some tens of microseconds
 CGROUP_2 = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_1 = (
     Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"),
@@ -21,11 +22,12 @@ CGROUP_1 = (
 
 
 def set_threads() -> None:
-    """Set OpenMP's waiting policy and, under a quota, its number of threads.
+    """Set how long OpenMP's threads spin and, under a quota, their number.
 
     What the user has set stays.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     cores = quota()
     if cores is not None and cores < (os.cpu_count() or 1):
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))

@@ -25,6 +25,7 @@ __all__ = ["connected", "ray"]
 
 OBJECT_STORE = 256 * 2**20  # bytes; datasets pass through it, models and experts don't
 PASSED_ON = (
+    "GOMP_SPINCOUNT",
     "HF_ENDPOINT",
     "HF_HUB_OFFLINE",
     "OMP_WAIT_POLICY",

@@ -2,7 +2,8 @@
 
 Both are read when torch is loaded, so they are set before. Threads of GNU's OpenMP spin for long by
 default: beside another busy process a product then waits for a thread that isn't running, and takes
-many times as long. Sleeping at once would cost a quarter of the speed alone (docs/performance.md). torch doesn't know a container's quota and starts a thread for every core of the machine.
+many times as long. Sleeping at once would cost a quarter of the speed alone (docs/performance.md).
+torch doesn't know a container's quota and starts a thread for every core of the machine.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ demo: install
 	$(BIN)/phatgoose demo --out demo
 
 test: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-heavy: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy

@@ -23,9 +23,14 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("shared_fixtures")
 
 
-LONGEST = ("test_benchmarks.py", "test_smollm2.py", "test_recipes.py", "test_reliability.py")
+LONGEST = ("test_demo.py", "test_benchmarks.py", "test_page.py", "test_smollm2.py")
+LONGEST += ("test_reliability.py", "test_compile.py", "test_recipes.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the files of the longest tests, so that no worker waits for one at the end."""
-    items.sort(key=lambda item: item.path.name not in LONGEST)
+    """Begin with the files of the longest tests, so that no worker waits for one at the end.
+
+    `make test` has workers take files in this order (--no-loadscope-reorder).
+    """
+    place = {name: order for order, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.name, len(place)))

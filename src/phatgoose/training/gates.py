@@ -206,8 +206,7 @@ def _usual_inputs(
     """
     if run.gate_training.gate_inputs == "raw":
         return {}
-    sites = {name: site for name, site in find_sites(run.base.model).items() if name in modules}
-    return moments(run.base.model, run.base.tokenizer, sites)
+    return moments(run.base.model, run.base.tokenizer, modules)
 
 
 def _fit_gates(

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ....base.sites import find_sites
 from ....config import PAPER
 from ....errors import ConfigError
 from ....experts.pool import Pool
@@ -135,14 +134,13 @@ class AffinityRouting(ScoredByVectors):
             raise ConfigError(
                 "Affinity calibrated reads neutral text; hand the base over with its tokenizer."
             )
-        sites = {name: site for name, site in find_sites(model).items() if name in pool.sites}
-        vectors = {name: self.vectors_at(pool, name) for name in sites}
+        vectors = {name: self.vectors_at(pool, name) for name in pool.sites}
 
         def affinities(name: str, u: Tensor) -> Tensor:
             router = ScoredRouter(vectors[name], self.routing.k, self.routing.eps)
             return router.to(u.device).affinities(u)
 
-        self.calibration = over_neutral_text(model, tokenizer, sites, affinities)
+        self.calibration = over_neutral_text(model, tokenizer, vectors, affinities)
 
     def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
         """The vectors, and what calibrates their affinities.

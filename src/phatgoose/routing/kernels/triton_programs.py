@@ -78,12 +78,36 @@ def _affinities(
 
 
 @triton.jit
-def _choosable(scores, known):
-    """`scores` as the choice takes them: NaN counts as the lowest number, the unknown never wins.
+def _choose(
+    scores,
+    experts,
+    weights,
+    token,
+    tokens,
+    E,
+    k,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Store the k highest `scores` of some tokens, the first of equals first, and their softmax.
 
-    So every choice is one of the E experts.
+    NaN counts as the lowest number, so that every choice is one of the E experts.
     """
-    return tl.where(known, tl.where(scores > -3.4e38, scores, -3.4e38), float("-inf"))
+    expert = tl.arange(0, BLOCK_E)
+    left = tl.where(scores > -3.4e38, scores, -3.4e38)
+    left = tl.where((expert < E)[None, :], left, float("-inf"))
+    choice = tl.arange(0, BLOCK_K)
+    chosen = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
+    for j in range(k):
+        best = tl.argmax(left, 1)
+        tl.store(experts + token * k + j, best.to(tl.int64), mask=token < tokens)
+        chosen = tl.where(choice[None, :] == j, tl.max(left, 1)[:, None], chosen)
+        left = tl.where(expert[None, :] == best[:, None], float("-inf"), left)
+    powers = tl.exp(chosen - tl.max(chosen, 1)[:, None])
+    shares = powers / tl.sum(powers, 1)[:, None]
+    written = (token < tokens)[:, None] & (choice < k)[None, :]
+    tl.store(weights + token[:, None] * k + choice[None, :], shares, mask=written)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -135,36 +159,16 @@ def score_and_choose(
     products = _affinities(
         u, vectors, token, expert, tokens, n, E, eps, STANDARDISED, WIDE, BLOCK_T, BLOCK_E, BLOCK_N
     )
-    left = _choosable(products, (expert < E)[None, :])
-    choice = tl.arange(0, BLOCK_K)
-    chosen = tl.full((BLOCK_T, BLOCK_K), float("-inf"), tl.float32)
-    for j in range(k):
-        best = tl.argmax(left, 1)
-        tl.store(experts + token * k + j, best.to(tl.int64), mask=token < tokens)
-        chosen = tl.where(choice[None, :] == j, tl.max(left, 1)[:, None], chosen)
-        left = tl.where(expert[None, :] == best[:, None], float("-inf"), left)
-    powers = tl.exp(chosen - tl.max(chosen, 1)[:, None])
-    shares = powers / tl.sum(powers, 1)[:, None]
-    written = (token < tokens)[:, None] & (choice < k)[None, :]
-    tl.store(weights + token[:, None] * k + choice[None, :], shares, mask=written)
+    _choose(products, experts, weights, token, tokens, E, k, BLOCK_T, BLOCK_E, BLOCK_K)
 
 
 @triton.jit
 def choose_experts(scores, experts, weights, E, k, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The k highest scores of one token, the first of equals first, and their softmax."""
-    token = tl.program_id(0).to(tl.int64)
+    """The k highest scores of one token, and their softmax."""
+    token = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
     expert = tl.arange(0, BLOCK_E)
-    left = tl.load(scores + token * E + expert, mask=expert < E, other=0.0)
-    left = _choosable(left, expert < E)
-    choice = tl.arange(0, BLOCK_K)
-    chosen = tl.full((BLOCK_K,), float("-inf"), tl.float32)
-    for j in range(k):
-        best = tl.argmax(left, 0)
-        tl.store(experts + token * k + j, best.to(tl.int64))
-        chosen = tl.where(choice == j, tl.max(left, 0), chosen)
-        left = tl.where(expert == best, float("-inf"), left)
-    powers = tl.exp(chosen - tl.max(chosen, 0))
-    tl.store(weights + token * k + choice, powers / tl.sum(powers, 0), mask=choice < k)
+    row = tl.load(scores + token[:, None] * E + expert[None, :], mask=(expert < E)[None, :])
+    _choose(row, experts, weights, token, token + 1, E, k, 1, BLOCK_E, BLOCK_K)
 
 
 @triton.jit

@@ -21,7 +21,7 @@ test-server: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_robustness.py --smoke --rounds 2 --greedy 100 --only latency,bodies,fairness,sigterm
 
 bench: install-dev
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python benchmarks/run.py $(if $(DTYPE),--dtype $(DTYPE))
 
 lint: install-dev
 	$(BIN)/ruff check .

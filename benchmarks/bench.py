@@ -19,7 +19,6 @@ from synthetic import random_pool
 
 __all__ = ["FULL", "SMOKE", "Bench", "Sizes", "words"]
 
-DTYPE = torch.bfloat16
 VOCABULARY = (
     "the", "a", "green", "old", "ship", "tree", "rain", "went", "over", "under", "far", "home",
     "and", "then", "sang", "slowly",
@@ -28,9 +27,10 @@ VOCABULARY = (
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured; `pools` are numbers of experts E."""
+    """How much is measured, and in which type; `pools` are numbers of experts E."""
 
     rounds: int = 7
+    dtype: str = "bfloat16"
     base: str = "smollm2"
     rank: int = 16
     k: int = 2
@@ -49,6 +49,17 @@ class Sizes:
     growth: tuple[int, ...] = (8, 16, 32, 64, 128, 256, 512, 1024)
     growth_width: int = 2048
     calls: int = 10  # of one linear layer, in a row
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type as torch has it."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return found
+
+    @property
+    def stem(self) -> str:
+        """What names of files made for the base in this type begin with."""
+        return self.base if self.dtype == "bfloat16" else f"{self.base}-{self.dtype}"
 
 
 FULL = Sizes()
@@ -84,8 +95,8 @@ class Bench:
 
     @cached_property
     def base(self) -> Base:
-        """The base model in bfloat16, never changed: routed models are made from twins of it."""
-        return load_base(self.base_name, dtype="bfloat16", device="cpu")
+        """The base model, never changed: routed models are made from twins of it."""
+        return load_base(self.base_name, dtype=self.sizes.dtype, device="cpu")
 
     @property
     def base_name(self) -> str:
@@ -99,7 +110,7 @@ class Bench:
 
     def experts(self, count: int) -> list[Path]:
         """The folders of `count` random experts for the base, kept for the next run."""
-        folder = self.pools / self.sizes.base
+        folder = self.pools / self.sizes.stem
         places = [folder / f"e{z:04}" for z in range(count)]
         if not all((place / LAYOUT.info).is_file() for place in places):
             random_pool(self.base, folder, count, self.sizes.rank)
@@ -141,7 +152,7 @@ def _write_tiny_base(folder: Path) -> None:
         **special,
     )
     torch.manual_seed(0)
-    LlamaForCausalLM(config).to(DTYPE).save_pretrained(folder)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     known = {word: 3 + i for i, word in enumerate(VOCABULARY)}
     inner = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2, **known}, "<unk>"))
     inner.pre_tokenizer = pre_tokenizers.Whitespace()

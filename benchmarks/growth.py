@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from bench import DTYPE, Bench
+from bench import Bench, Sizes
 from findings import Finding, row
 from floors import Work
 from measuring import Timing, linear_fit, peak_memory, side_by_side
@@ -25,17 +25,16 @@ def measure_growth(bench: Bench) -> Iterator[Finding]:
     """One linear layer among 8 to 1024 experts, its parts alone and all of it."""
     sizes = bench.sizes
     width, tokens = sizes.growth_width, sizes.linear_tokens
-    u = torch.randn(tokens, width, dtype=DTYPE)
+    u = torch.randn(tokens, width, dtype=sizes.torch_dtype)
     medians: dict[str, list[float]] = {part: [] for part in PARTS}
     memory: dict[str, list[int]] = {"experts": [], "pass": []}
     for count in sizes.growth:
-        layer = random_layer(width, width, count, sizes.rank, sizes.k)
+        layer = random_layer(width, width, count, sizes)
         timings = side_by_side(_parts(layer, u), sizes.rounds, calls=sizes.calls)
         for part, timing in timings.items():
             medians[part].append(timing.median)
         memory["experts"].append(sum(b.numel() * b.element_size() for b in layer.buffers()))
-        shape = (width, count, sizes.rank, sizes.k)
-        memory["pass"].append(peak_memory(_first_pass, *shape, tokens).peak)
+        memory["pass"].append(peak_memory(_first_pass, count, sizes).peak)
     yield from _findings(bench, medians, memory)
 
 
@@ -51,7 +50,7 @@ def _findings(
     gates, _, straight = linear_fit(counts, medians["gates"])
     whole, _, _ = linear_fit(counts, added)
     lora, _, _ = linear_fit(counts, medians["lora"])
-    site = random_layer(sizes.growth_width, sizes.growth_width, 1, sizes.rank, 1).site
+    site = random_layer(sizes.growth_width, sizes.growth_width, 1, sizes).site
     work = Work.at([site], sizes.rank)
     what = f"{sizes.growth_width}→{sizes.growth_width}, {sizes.linear_tokens} tokens"
     span = f"E = {sizes.growth[0]} … {sizes.growth[-1]}"
@@ -94,9 +93,11 @@ def _parts(layer: RoutedLinear, u: Tensor) -> dict[str, Callable[[], object]]:
     }
 
 
-def _first_pass(width: int, experts: int, rank: int, k: int, tokens: int) -> Callable[[], object]:
+def _first_pass(experts: int, sizes: Sizes) -> Callable[[], object]:
     """An action in a process of its own: one pass, after one of two tokens."""
-    layer, u = random_layer(width, width, experts, rank, k), torch.randn(tokens, width, dtype=DTYPE)
+    width = sizes.growth_width
+    layer = random_layer(width, width, experts, sizes)
+    u = torch.randn(sizes.linear_tokens, width, dtype=sizes.torch_dtype)
     action = _parts(layer, u)["routed"]
     with torch.inference_mode():
         layer(u[:2])

@@ -31,7 +31,7 @@ def measure_reading(bench: Bench) -> Iterator[Finding]:
     """
     sizes = bench.sizes
     count = sizes.pools[-1]
-    folders, packed = bench.experts(count), bench.pools / f"{sizes.base}-{PACKED}"
+    folders, packed = bench.experts(count), bench.pools / f"{sizes.stem}-{PACKED}"
     base = twin(bench.base)
 
     def compose() -> None:
@@ -110,4 +110,4 @@ def _composing(sizes: Sizes, pools: Path) -> Callable[[], PreTrainedModel]:
 def _loading(sizes: Sizes, pools: Path) -> Callable[[], PreTrainedModel]:
     bench = Bench(sizes, pools)
     base = bench.base
-    return lambda: pg.load(pools / f"{sizes.base}-{PACKED}", base)
+    return lambda: pg.load(pools / f"{sizes.stem}-{PACKED}", base)

@@ -34,6 +34,7 @@ def circumstances() -> dict[str, Any]:
         "cpu": _cpu(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
         "load_before": [round(load, 2) for load in os.getloadavg()],
         "python": platform.python_version(),
         **{name: version(name) for name in LIBRARIES},
@@ -46,10 +47,10 @@ def table(found: Mapping[str, Sequence[Finding]], where: Mapping[str, Any]) -> s
     lines += [f"| {' | '.join(cells)} |" for cells in _cells(found)]
     lines += [
         "",
-        f"{where['cpu']}, {where['cores']} cores, {where['threads']} threads, bfloat16; commit "
-        f"{where['commit']}, {where['date'][:10]}; torch {where['torch']}, transformers "
-        f"{where['transformers']}, PEFT {where['peft']}, lm-eval {where['lm_eval']}. In brackets "
-        f"the lowest and highest of a round.",
+        f"{where['cpu']} ({where['capability']}), {where['cores']} cores, {where['threads']} "
+        f"threads, {where['dtype']}; commit {where['commit']}, {where['date'][:10]}; "
+        f"torch {where['torch']}, transformers {where['transformers']}, PEFT {where['peft']}, "
+        f"lm-eval {where['lm_eval']}. In brackets the lowest and highest of a round.",
     ]
     return "\n".join(lines)
 

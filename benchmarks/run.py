@@ -1,6 +1,6 @@
 """Measure every row of issue 4's table and print it: `make bench`.
 
-    python benchmarks/run.py [--rows prefill,linear] [--rounds 7] [--smoke]
+    python benchmarks/run.py [--rows prefill,linear] [--dtype float32] [--rounds 7] [--smoke]
 
 The numbers go to a JSON file and a figure in `--out`. Only a quiet machine gives numbers worth
 keeping; --smoke tries everything in tiny sizes, where they mean nothing.
@@ -39,11 +39,13 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
     sizes = SMOKE if options.smoke else FULL
-    bench = Bench(replace(sizes, rounds=options.rounds or sizes.rounds), options.pools)
-    where = circumstances()
+    sizes = replace(sizes, rounds=options.rounds or sizes.rounds, dtype=options.dtype)
+    bench = Bench(sizes, options.pools)
+    where = {**circumstances(), "dtype": sizes.dtype}
     found: dict[str, Sequence[Finding]] = {}
     failed = []
-    stem = f"{where['commit']}{'-smoke' if options.smoke else ''}"
+    type_ = "" if sizes.dtype == FULL.dtype else f"-{sizes.dtype}"
+    stem = f"{where['commit']}{type_}{'-smoke' if options.smoke else ''}"
     for name in options.rows:
         begun = time.perf_counter()
         try:
@@ -54,8 +56,8 @@ def main() -> int:
         print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
         write_json(options.out / f"{stem}.json", found, where)
     if "growth" in found:
-        caption = f"{found['growth'][0].case.split(':')[0]}, bfloat16, {where['threads']} threads, "
-        caption += f"{where['cpu']}, commit {where['commit']}"
+        caption = f"{found['growth'][0].case.split(':')[0]}, {sizes.dtype}, "
+        caption += f"{where['threads']} threads, {where['cpu']}, commit {where['commit']}"
         draw_growth(found["growth"][0].details, caption, options.out / f"{stem}-growth.png")
     print(table(found, where))
     if options.smoke:
@@ -69,6 +71,12 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--rows", type=_rows, default=list(ROWS), help=f"some of {','.join(ROWS)}; default: all"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default=FULL.dtype,
+        help="float32 is for machines without instructions for bfloat16",
     )
     parser.add_argument("--rounds", type=int, help=f"rounds that count; default: {FULL.rounds}")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, in seconds")

@@ -62,7 +62,7 @@ def measure_lora_training(bench: Bench) -> Iterator[Finding]:
     with quiet_loading():
         plain = AutoModelForCausalLM.from_pretrained(bench.base.model.name_or_path)
     # One line where both are of one type.
-    bases = {"bfloat16": bench.base.model, str(plain.dtype).removeprefix("torch."): plain}
+    bases = {sizes.dtype: bench.base.model, str(plain.dtype).removeprefix("torch."): plain}
     contenders: dict[str, Callable[[], float]] = {
         name: partial(_peft_seconds, model, pairs, bench) for name, model in bases.items()
     }

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import ArrowConfig, create_arrow_model
+from safetensors import safe_open
 
 from command_line import Outcome
 from paths import ROOT
@@ -65,6 +66,20 @@ def test_every_row_is_measured_told_and_written_down(run, tmp_path):
     check_that_prompts_are_computed_once(rows["ranking"])
     (figure,) = tmp_path.glob("*-growth.png")
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_another_type_has_its_own_pool_and_file(run, tmp_path):
+    places = ("--pools", tmp_path / "pools", "--out", tmp_path)
+    done = run("--smoke", "--rows", "linear,decoding", "--dtype", "float32", *places)
+    assert done.code == 0, done.err
+    assert "float32; commit" in done.out
+    (written,) = tmp_path.glob("*-float32-smoke.json")
+    rows = json.loads(written.read_text(encoding="utf-8"))
+    assert {row["dtype"] for row in rows.values()} == {"float32"}
+    (expert, *_) = (tmp_path / "pools" / "tiny-float32").rglob("*.safetensors")
+    with safe_open(expert, "pt") as file:
+        assert file.get_tensor(next(iter(file.keys()))).dtype == torch.float32
 
 
 def check_row(name: str, row: dict) -> None:

@@ -114,9 +114,7 @@ def launches(dtype: str) -> Iterator[Launch]:
                 yield Launch("shrink_block", blocks, aligned)
             blocks = {**wide, "BLOCK_T": T, "BLOCK_R": 16, **computed}
             yield Launch("expand_block", blocks, aligned)
-        yield Launch("shrink_pair", {"BLOCK_R": 4, "BLOCK_N": 512}, aligned)
-        yield Launch("expand_token", {"BLOCK_R": 16, **computed}, aligned)
-        yield Launch("add_choices", {"BLOCK_D": 1024}, aligned)
+        yield from launches_apart(computed, aligned)
     for E, K in itertools.product((128, 1024, 4096), (2, 64)):
         warps = min(max(E // 256, 1), 8)
         yield Launch("choose_experts", {"BLOCK_E": E, "BLOCK_K": K}, True, warps)
@@ -125,6 +123,16 @@ def launches(dtype: str) -> Iterator[Launch]:
         yield Launch("place_pairs", {"BLOCK_T": T, "BLOCK": 512}, True)
         for E in (16, 4096):
             yield Launch("arrange_experts", {"BLOCK_T": T, "BLOCK_E": E}, True)
+
+
+def launches_apart(computed: dict[str, int], aligned: bool) -> Iterator[Launch]:
+    """Those of the programs that take one pair or token each."""
+    for E, chooses in ((1, False), (64, True), (256, True), (4096, True)):
+        blocks = {"CHOOSES": chooses, "BLOCK_E": E, "BLOCK_R": 4, "BLOCK_N": 512}
+        yield Launch("shrink_pair", blocks, aligned)
+    for added in (True, False):
+        yield Launch("expand_token", {"ADDED": added, "BLOCK_R": 16, **computed}, aligned)
+        yield Launch("add_choices", {"ADDED": added, "BLOCK_D": 1024}, aligned)
 
 
 def largest(every: Iterator[Launch]) -> list[Launch]:

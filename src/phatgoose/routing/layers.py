@@ -27,8 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..base.sites import Site
 from ..errors import RoutingError
-from .kernels.choice import Kernel, choose_kernel
-from .kernels.native import add_routed, runs_natively
+from .kernels.choice import Kernel, choose_kernel, one_call
 from .routers.decision import RoutingDecision
 from .routers.router import SiteRouter
 from .stacks.lora import LoraStack
@@ -112,7 +111,7 @@ class RoutedLinear(RoutedLayer):
                 place = torch.full((len(stack.experts),), -1, device=rows.device)
                 place[rows] = torch.arange(len(rows), device=rows.device)
                 self.register_buffer(f"{part}_place", place, persistent=False)
-        own_sum = product is None and kernel in ("auto", "native")
+        own_sum = product is None and kernel in ("auto", "native", "triton")
         self.one_call = self.is_plain and own_sum and router.one_call
         self.room: dict[str, Tensor] = {}  # what A and B begin, where they have grown
 
@@ -145,17 +144,15 @@ class RoutedLinear(RoutedLayer):
         return y + delta.view(y.shape).to(y.dtype)
 
     def _added_in_one_call(self, y: Tensor, u: Tensor) -> bool:
-        """True where choosing and adding to y could be left to the native kernel as one."""
+        """True where choosing and adding to y could be left to the kernel as one."""
         router, A, B = self.router, self.A, self.B
-        vectors = router.vectors
-        if not (
-            u.is_contiguous()
-            and y.is_contiguous()
-            and runs_natively(y, u, vectors, A, B)
-            and not watches_over(self, self.site)
-        ):
+        vectors, k = router.vectors, router.k
+        if not y.is_contiguous():
             return False
-        add_routed(y, u, vectors, A, B, router.k, router.eps)
+        add_routed = one_call(self.kernel, y, u, vectors, A, B, k)
+        if add_routed is None or watches_over(self, self.site):
+            return False
+        add_routed(y, u, vectors, A, B, k, router.eps)
         return True
 
     def _all_parts(self, u: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernel_problems import Problem, make_problem
-from phatgoose.errors import ConfigError
+from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.routing.compose import compose
-from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
+from phatgoose.routing.kernels.choice import KERNELS, choose_kernel, one_call
 from phatgoose.routing.kernels.plain import concat, reference
 from phatgoose.routing.kernels.triton_gpu import (
+    add_routed,
     in_blocks,
     one_by_one,
     runs_on_triton,
@@ -177,6 +178,62 @@ def test_the_top_experts_are_those_of_the_formula(router, T, E, n, k, dtype, off
     assert all(len(set(row)) == plain.k for row in experts.tolist())
 
 
+added_to = st.builds(
+    make_problem,
+    T=st.integers(0, 6) | st.just(300),
+    E=st.integers(2, 5) | st.just(70),
+    k=st.integers(1, 2),
+    r=st.integers(1, 9),
+    n=st.integers(2, 70),
+    d=st.integers(1, 70),
+    dtype=st.sampled_from(list(ROUNDINGS)),
+    strided=st.booleans(),
+    seed=st.integers(0, 999),
+)
+
+
+@needs_triton
+@settings(max_examples=20, derandomize=True, deadline=None)
+@given(p=added_to, eps=st.sampled_from([None, 1e-5]))
+def test_one_call_adds_what_top_experts_and_the_product_come_to(p, eps):
+    (T, k), n, d = p.experts.shape, p.A.shape[2], p.B.shape[2]
+    y = p.cotangent.reshape(T, 1, d).to(DEVICE)
+    vectors = (n**0.5 * p.A[:, 0]).to(DEVICE)
+    u, A, B, got = *(x.to(DEVICE) for x in (p.u, p.A, p.B)), y.clone()
+    with torch.no_grad():
+        add_routed(got, u.view(T, 1, n) if u.is_contiguous() else u[:, None], vectors, A, B, k, eps)
+        p.experts, p.weights = (x.cpu() for x in top_experts(u, vectors, k, eps))
+    exact, scale = (
+        p.mapped(change).value_by("reference") + change(p.cotangent)
+        for change in (Tensor.double, lambda x: x.double().abs())
+    )
+    bound = torch.finfo(p.u.dtype).eps * ROUNDINGS[p.u.dtype] * scale
+    assert got.shape == y.shape
+    assert ((got.cpu().view(T, d).double() - exact).abs() <= bound).all()
+
+
+@needs_triton
+@pytest.mark.parametrize(("E", "k"), [(3, 3), (70, 5), (1030, 2)])
+def test_pairs_that_choose_for_themselves_choose_what_one_program_does(E, k):
+    u, vectors = torch.randn(4, 40, device=DEVICE), torch.randn(E, 40, device=DEVICE)
+    vectors[1], u[3] = vectors[0], float("nan")  # a tie, and no number at all
+    A, B = torch.ones(E, 1, 40, device=DEVICE), torch.eye(E, device=DEVICE)[:, None]
+    u = u.abs()
+    experts, weights = top_experts(u, vectors, k, 1e-5)
+    y = torch.zeros(4, E, device=DEVICE)
+    add_routed(y, u, vectors, A, B, k, 1e-5)
+    wanted = torch.zeros(4, E, device=DEVICE).scatter(1, experts, weights) * u.sum(1, keepdim=True)
+    torch.testing.assert_close(y[:3], wanted[:3])
+    assert torch.equal(y[3].isnan().nonzero().flatten(), experts[3].sort().values)
+
+
+@needs_triton
+def test_one_call_refuses_what_does_not_belong_together():
+    p = make_problem().mapped(lambda x: x.to(DEVICE))
+    with pytest.raises(RoutingError, match=r"y \[5, 8\]"):
+        add_routed(p.cotangent[:, :8], p.u, p.A[:, 0], p.A, p.B, 2, 1e-5)
+
+
 @needs_triton
 def test_eight_of_a_thousand_experts_are_found():
     u, vectors = torch.randn(5, 40), torch.randn(1030, 40)
@@ -202,21 +259,25 @@ def test_what_is_not_a_number_chooses_among_the_experts_all_the_same():
 
 
 @needs_triton
-def test_a_routed_model_gives_the_same_logits_through_triton(llama_pool, monkeypatch):
+@pytest.mark.parametrize("at_once", [True, False])
+def test_a_routed_model_gives_the_same_logits_through_triton(at_once, llama_pool, monkeypatch):
     ids = make_ids(rows=2, tokens=3)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     plain = compose(llama_pool, make_model("llama"), kernel="reference")
     wanted = logits_of(plain, ids, attention_mask=mask)
-    for place in (
-        "phatgoose.routing.routers.per_token.vector_router.runs_natively",
-        "phatgoose.routing.layers.runs_natively",
-    ):
-        monkeypatch.setattr(place, lambda *_: False)
-    monkeypatch.setattr(
-        "phatgoose.routing.routers.per_token.vector_router.runs_on_triton", lambda *_: True
-    )
+    scoring = "phatgoose.routing.routers.per_token.vector_router"
+    monkeypatch.setattr(f"{scoring}.runs_natively", lambda *_: False)
+    monkeypatch.setattr(f"{scoring}.runs_on_triton", lambda *_: True)
+    calls = []
+    if at_once:
+        on_a_gpu(monkeypatch)
+        monkeypatch.setattr(
+            "phatgoose.routing.kernels.choice.add_routed_on_gpu",
+            lambda *arguments: (calls.append(1), add_routed(*arguments)),
+        )
     model = compose(llama_pool, make_model("llama"), kernel="triton").to(DEVICE)
     got = logits_of(model, ids.to(DEVICE), attention_mask=mask.to(DEVICE))
+    assert len(calls) == at_once * len(model.phatgoose.layers)
     assert_same_logits(got.cpu(), wanted)
 
 
@@ -238,6 +299,17 @@ def test_auto_leaves_sums_over_all_experts_to_concat(monkeypatch):
     p = make_problem(T=64, E=8, k=8)
     on_a_gpu(monkeypatch)
     assert choose_kernel("auto", p.u, p.experts, p.A, p.B) is concat
+
+
+@pytest.mark.parametrize(
+    ("kernel", "k", "taken"),
+    [("auto", 2, True), ("triton", 8, True), ("auto", 8, False), ("concat", 2, False)],
+)
+def test_one_call_is_made_where_triton_would_be_taken(kernel, k, taken, monkeypatch):
+    p = make_problem(T=3, E=8)
+    on_a_gpu(monkeypatch)
+    call = one_call(kernel, p.cotangent, p.u, p.A[:, 0], p.A, p.B, k)
+    assert call is (add_routed if taken else None)
 
 
 def test_triton_is_never_chosen_by_itself_on_a_cpu():

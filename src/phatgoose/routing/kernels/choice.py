@@ -29,13 +29,15 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from .grouped import grouped, is_one_call
-from .native import native, runs_natively
+from .native import add_routed, native, runs_natively
 from .plain import concat, gather, reference
+from .triton_gpu import add_routed as add_routed_on_gpu
 from .triton_gpu import runs_on_triton, triton_gpu
 
-__all__ = ["KERNELS", "Kernel", "check_kernel", "choose_kernel"]
+__all__ = ["KERNELS", "AddRouted", "Kernel", "check_kernel", "choose_kernel", "one_call"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+AddRouted = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float | None], None]
 
 KERNELS: dict[str, Kernel] = {
     "reference": reference,
@@ -79,3 +81,18 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
     if 20 * k < E and tokens * k > 4 * E and (may_read_counts or is_one_call(A, B)):
         return grouped
     return concat
+
+
+def one_call(
+    name: str, y: Tensor, u: Tensor, vectors: Tensor, A: Tensor, B: Tensor, k: int
+) -> AddRouted | None:
+    """What adds the routed product to y and chooses experts in one call; None where nothing can.
+
+    `name` is a kernel's or "auto", which takes `native` on CPUs wherever it runs and `triton` on
+    GPUs where `choose_kernel` would.
+    """
+    tensors = (y, u, vectors, A, B)
+    if name in (AUTO, "native") and u.is_contiguous() and runs_natively(*tensors):
+        return add_routed
+    few = name == "triton" or (name == AUTO and 2 * k <= len(A))
+    return add_routed_on_gpu if few and runs_on_triton(*tensors) else None

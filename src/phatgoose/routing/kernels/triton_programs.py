@@ -28,20 +28,9 @@ __all__ = [
 
 @triton.jit
 def _affinities(
-    u,
-    vectors,
-    token,
-    expert,
-    tokens,
-    n,
-    E,
-    eps,
-    STANDARDISED: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    u, vectors, token, expert, tokens, n, E, eps, STANDARDISED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Affinities of a block of tokens to a block of experts: v̄ᵀū/√n, or |vᵀu|.
 
     The variance is summed around each token's first feature, which keeps it exact where activations
@@ -112,19 +101,9 @@ def _choose(
 
 @triton.jit(do_not_specialize=["tokens"])
 def score_experts(
-    u,
-    vectors,
-    scores,
-    tokens,
-    n,
-    E,
-    eps,
-    STANDARDISED: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    u, vectors, scores, tokens, n, E, eps, STANDARDISED: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Affinities [T, E] of some tokens to some experts."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -137,22 +116,10 @@ def score_experts(
 
 @triton.jit(do_not_specialize=["tokens"])
 def score_and_choose(
-    u,
-    vectors,
-    experts,
-    weights,
-    tokens,
-    n,
-    E,
-    k,
-    eps,
-    STANDARDISED: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    u, vectors, experts, weights, tokens, n, E, k, eps, STANDARDISED: tl.constexpr,
+    WIDE: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """The k experts of the highest affinity of some tokens, and their softmax: E fits a block."""
     token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     expert = tl.arange(0, BLOCK_E)
@@ -172,16 +139,45 @@ def choose_experts(scores, experts, weights, E, k, BLOCK_E: tl.constexpr, BLOCK_
 
 
 @triton.jit
+def _choice(scores, pair, E, k, BLOCK_E: tl.constexpr):
+    """One pair's expert and weight by its token's scores, as `_choose` has them."""
+    expert = tl.arange(0, BLOCK_E)
+    left = tl.load(scores + pair // k * E + expert, mask=expert < E, other=0.0)
+    left = tl.where(left > -3.4e38, left, -3.4e38)
+    left = tl.where(expert < E, left, float("-inf"))
+    highest = tl.max(left, 0)
+    own, power, total = tl.argmax(left, 0), 0.0, 0.0
+    for j in range(k):
+        best = tl.argmax(left, 0)
+        each = tl.exp(tl.max(left, 0) - highest)
+        own = tl.where(j == pair % k, best, own)
+        power = tl.where(j == pair % k, each, power)
+        total += each
+        left = tl.where(expert == best, float("-inf"), left)
+    return own.to(tl.int64), power / total
+
+
+@triton.jit
 def shrink_pair(
-    u, experts, weights, A, inner, k, r, n, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Some of the r numbers w A u of one pair."""
+    u, scores, experts, weights, A, inner, E, k, r, n, CHOOSES: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Some of the r numbers w A u of one pair.
+
+    Where it CHOOSES, each program of a token chooses by `scores` for itself, which saves a launch.
+    """
     pair = tl.program_id(0).to(tl.int64)
+    if CHOOSES:
+        expert, weight = _choice(scores, pair, E, k, BLOCK_E)
+        if tl.program_id(1) == 0:
+            tl.store(experts + pair, expert)
+            tl.store(weights + pair, weight)
+    else:
+        expert, weight = tl.load(experts + pair), tl.load(weights + pair)
+        if weight == 0.0:
+            return
     rank = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
-    weight = tl.load(weights + pair)
-    if weight == 0.0:
-        return
-    rows = (tl.load(experts + pair) * r + rank) * n
+    rows = (expert * r + rank) * n
     products = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
     for start in range(0, n, BLOCK_N):
         feature = start + tl.arange(0, BLOCK_N)
@@ -194,9 +190,19 @@ def shrink_pair(
 
 @triton.jit
 def expand_token(
-    inner, experts, weights, B, delta, k, r, d, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
+    inner,
+    experts,
+    weights,
+    B,
+    delta,
+    k,
+    r,
+    d,
+    ADDED: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """Some of the d numbers of one token's delta, summed over its choices."""
+    """Some of the d numbers of one token's delta, summed over its choices; or ADDED to it."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -211,6 +217,8 @@ def expand_token(
                 b_rows = B + (expert * r + rank)[:, None] * d
                 b = tl.load(b_rows + feature[None, :], mask=known, other=0.0)
                 total += tl.sum(h[:, None] * b.to(tl.float32), 0)
+    if ADDED:
+        total += tl.load(delta + token * d + feature, mask=feature < d, other=0.0).to(tl.float32)
     tl.store(delta + token * d + feature, total.to(delta.dtype.element_ty), mask=feature < d)
 
 
@@ -342,8 +350,8 @@ def expand_block(
 
 
 @triton.jit
-def add_choices(parts, weights, delta, k, d, BLOCK_D: tl.constexpr):
-    """Some of the d numbers of one token's delta, the sum of its pairs' parts."""
+def add_choices(parts, weights, delta, k, d, ADDED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Some of the d numbers of one token's delta, the sum of its pairs' parts; or ADDED to it."""
     token = tl.program_id(0).to(tl.int64)
     feature = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     total = tl.zeros((BLOCK_D,), tl.float32)
@@ -352,4 +360,6 @@ def add_choices(parts, weights, delta, k, d, BLOCK_D: tl.constexpr):
         if tl.load(weights + pair) != 0.0:
             part = tl.load(parts + pair * d + feature, mask=feature < d, other=0.0)
             total += part.to(tl.float32)
+    if ADDED:
+        total += tl.load(delta + token * d + feature, mask=feature < d, other=0.0).to(tl.float32)
     tl.store(delta + token * d + feature, total.to(delta.dtype.element_ty), mask=feature < d)

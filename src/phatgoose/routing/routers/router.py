@@ -29,7 +29,7 @@ class SiteRouter(nn.Module):
 
     `kept` names the buffers that belong to the routed model: they are saved with it and change when
     experts join or leave. `one_call` says that the router is nothing but the top k of an affinity,
-    so that the native kernel can choose experts and add their updates in one call.
+    so that a kernel can choose experts and add their updates in one call.
     """
 
     kept: ClassVar[tuple[str, ...]] = ()

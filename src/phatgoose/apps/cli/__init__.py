@@ -3,7 +3,6 @@
 main.py         all subcommands; how errors, warnings and interruptions reach the user
 flags.py        flags made of dataclasses
 options.py      options that several commands share
-processor.py    threads, before torch is loaded
 recipe.py       recipes: settings and tasks in a TOML file
 experts.py      commands of contributors: train, gate, measure, check
 plan.py         train --plan

@@ -16,9 +16,9 @@ from typer.exceptions import TyperException
 from ... import __version__
 from ...errors import PhatgooseError
 from ..console.printing import PlainFormatter, complain, say
+from ..processor import set_threads
 from . import analysis, comparison, experts, routed, segments, serving, sharing
 from .flags import with_flags
-from .processor import set_threads
 
 __all__ = ["app", "main"]
 

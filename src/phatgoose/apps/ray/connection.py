@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...errors import ConfigError, EngineError
+from ..processor import bound_spinning
 
+bound_spinning()  # workers get it, with the environment of this process or by `_environment`
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster
 # Ray would give workers a lower priority than the command that they work for.
 os.environ.setdefault("RAY_worker_niceness", "0")

@@ -12,6 +12,7 @@ from typing import Any
 from ...config import Serving
 from ...errors import ConfigError, EngineError
 from ...jobs import absolute
+from ..processor import keep_to
 from ..server import ServedModel, create_app
 from .connection import ray
 
@@ -49,6 +50,7 @@ def replicated(
     portable = [_portable(model) for model in models]
 
     def build() -> Any:
+        keep_to(cpus_per_replica)
         return create_app(portable, serving, api_keys, hosts)
 
     deployment = serve.deployment(

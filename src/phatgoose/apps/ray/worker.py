@@ -7,6 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 from ...jobs import Job, Workshop
+from ..processor import keep_to
 from .connection import ray
 
 __all__ = ["Worker", "start_worker"]
@@ -15,15 +16,16 @@ PROGRESS = "progress"  # the thread that answers `units` while a job runs
 
 
 class Worker:
-    """The actor."""
+    """The actor; torch has as many threads in it as it has `cpus`."""
 
-    def __init__(self, workshop: list[Any], folder: str) -> None:
-        self._workshop, self._units = workshop, 0
+    def __init__(self, workshop: list[Any], folder: str, cpus: float) -> None:
+        self._workshop, self._units, self._cpus = workshop, 0, cpus
         with suppress(OSError):  # a machine without the folder needs absolute paths
             os.chdir(folder)
 
     def open(self) -> str:
         """Open the workshop; returns Ray's id of the machine."""
+        keep_to(self._cpus)
         # Fetched here: when Ray fetches it, it takes any error for a lost worker.
         workshop: Workshop[Any, Any] = ray.get(self._workshop[0])
         self._context = workshop.open(self._tell)
@@ -54,4 +56,4 @@ def start_worker(workshop: Any, *, gpus: float, cpus: float) -> Any:
         max_restarts=0,
         concurrency_groups={PROGRESS: 1},
     )(Worker)
-    return actor.remote([workshop], os.getcwd())
+    return actor.remote([workshop], os.getcwd(), cpus)

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from phatgoose.apps.cli import processor
-from phatgoose.apps.cli.processor import SPINS, quota, set_threads
+from phatgoose.apps import processor
+from phatgoose.apps.processor import SPINS, keep_to, quota, set_threads, usable_cores
 
 
 @pytest.fixture
@@ -80,6 +81,41 @@ def test_what_the_user_set_stays(group, environment, monkeypatch):
     set_threads()
     assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("ACTIVE", "5")
     assert "GOMP_SPINCOUNT" not in environment
+
+
+@pytest.mark.parametrize(
+    ("affinity", "texts", "cores"),
+    [
+        ({0, 3}, ("max 100000",), 2),
+        ({0, 1, 2}, ("100000 100000",), 1),
+        ({5}, ("300000 100000",), 1),
+    ],
+)
+def test_a_process_may_use_what_affinity_and_quota_leave(
+    group, monkeypatch, affinity, texts, cores
+):
+    group(*texts)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity, raising=False)
+    assert usable_cores() == cores
+
+
+def test_where_there_is_no_affinity_all_cores_may_be_used(group, monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert usable_cores() == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "had", "usable", "threads"),
+    [(1.0, 8, 8, 1), (0.5, 8, 8, 1), (4.0, 8, 8, 4), (4.0, 8, 2, 2), (4.0, 3, 8, 3)],
+)
+def test_a_worker_keeps_to_the_cores_it_was_given(monkeypatch, given, had, usable, threads):
+    told = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: had)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(processor, "usable_cores", lambda: usable)
+    assert keep_to(given) == threads
+    assert told == [threads]
 
 
 def test_the_command_line_loads_no_torch_before():

@@ -1,0 +1,75 @@
+"""The processor: threads that soon sleep while they wait, and no more than the process may use.
+
+Both are read when torch is loaded, so the command sets them before. Threads of GNU's OpenMP spin
+for long by default: beside another busy process a product then waits for a thread that isn't
+running, and takes many times as long. Sleeping at once would cost a quarter of the speed alone
+(docs/performance.md). torch doesn't know a container's quota and starts a thread for every core of
+the machine. A worker of a cluster shares its machine with others and inherits what the command has
+set for itself: it keeps to the cores that it was given (`keep_to`).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+__all__ = ["bound_spinning", "keep_to", "quota", "set_threads", "usable_cores"]
+
+SPINS = "20000"  # some tens of microseconds
+CGROUP_2 = Path("/sys/fs/cgroup/cpu.max")
+CGROUP_1 = (
+    Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"),
+    Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us"),
+)
+
+
+def set_threads() -> None:
+    """Set how long OpenMP's threads spin and, under a quota, their number.
+
+    What the user has set stays.
+    """
+    bound_spinning()
+    cores = quota()
+    if cores is not None and cores < (os.cpu_count() or 1):
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
+
+
+def bound_spinning() -> None:
+    """Set how long OpenMP's threads spin, here and in processes to come, unless the user has."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def keep_to(cores: float) -> int:
+    """Have torch use no more threads than `cores`, which are this worker's, and return how many.
+
+    No more either than torch had, so than OMP_NUM_THREADS, nor than the process may use; at least
+    one. Loads torch.
+    """
+    import torch  # the command line must not load it
+
+    threads = max(1, min(int(cores), torch.get_num_threads(), usable_cores()))
+    torch.set_num_threads(threads)
+    return threads
+
+
+def usable_cores() -> int:
+    """The cores that this process may use: of the machine, by its affinity and by its quota."""
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    return min(allowed, quota() or allowed)
+
+
+def quota() -> int | None:
+    """The cores that the process's control group may use, rounded up; None without a limit."""
+    try:
+        if CGROUP_2.is_file():
+            most, period = CGROUP_2.read_text(encoding="ascii").split()
+        else:
+            most, period = (path.read_text(encoding="ascii").strip() for path in CGROUP_1)
+        return None if most in ("max", "-1") else max(1, math.ceil(int(most) / int(period)))
+    except (OSError, ValueError, ZeroDivisionError):  # other systems, or an unknown form
+        return None

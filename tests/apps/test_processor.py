@@ -84,17 +84,11 @@ def test_what_the_user_set_stays(group, environment, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("affinity", "texts", "cores"),
-    [
-        ({0, 3}, ("max 100000",), 2),
-        ({0, 1, 2}, ("100000 100000",), 1),
-        ({5}, ("300000 100000",), 1),
-    ],
+    ("affinity", "text", "cores"),
+    [({0, 3}, "max 100000", 2), ({0, 1, 2}, "100000 100000", 1), ({5}, "300000 100000", 1)],
 )
-def test_a_process_may_use_what_affinity_and_quota_leave(
-    group, monkeypatch, affinity, texts, cores
-):
-    group(*texts)
+def test_a_process_may_use_what_affinity_and_quota_leave(group, monkeypatch, affinity, text, cores):
+    group(text)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: affinity, raising=False)
     assert usable_cores() == cores
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from phatgoose.base.loading import load_base, load_skeleton
-from phatgoose.config import Lora
+from phatgoose.config import Formatting, Lora
 from phatgoose.errors import BaseModelError
+from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training.new_modules.registry import placed_sites
 from phatgoose.training.planning.plan import plan_training
@@ -53,9 +54,13 @@ def test_memory_grows_with_what_is_trained_at_once(three_tasks, base_folders):
 
     shapes = Shapes.of(base, SETTINGS["peft"])
     small, large = memory(micro_batch_size=2), memory(micro_batch_size=4)
-    task = plan_training(base, three_tasks, **SETTINGS, dtype="float32").tasks[0]
-    length = task.prompt_tokens + task.target_tokens
-    grown = 2 * (length * shapes.features * 4 + task.target_tokens * shapes.vocabulary * 10)
+    loaded, task = load_base(base, dtype="float32"), three_tasks[0].load().with_validation()
+    pairs = Encoder.of(loaded, Formatting()).pairs(task.train)
+    length, targets = (
+        sum(sorted(lengths)[-4:-2])  # a larger micro-batch has the third and the fourth too
+        for lengths in ([pair.length for pair in pairs], [len(pair.target) for pair in pairs])
+    )
+    grown = length * shapes.features * 4 + targets * shapes.vocabulary * 10
     assert large - small == pytest.approx(grown, abs=1)
     assert small > 4 * shapes.base + 16 * shapes.expert
 

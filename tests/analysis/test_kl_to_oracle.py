@@ -70,3 +70,13 @@ def test_three_pairs_have_coefficients_but_no_interval():
     found = correlation([1, 2, 3], [1, 2, 4])
     assert found.pearson == pytest.approx(pearsonr([1, 2, 3], [1, 2, 4]).statistic)
     assert found.pearson_interval is None
+
+
+def test_equal_values_share_the_mean_of_their_ranks():
+    x, y = [1, 1, 2, 3, 3, 3, 4], [5, 4, 4, 4, 2, 1, 1]
+    assert correlation(x, y).spearman == pytest.approx(spearmanr(x, y).statistic, rel=1e-12)
+
+
+def test_the_smallest_numbers_correlate_too():
+    found = correlation([0, 0, 5e-324, 5e-324], [1, 2, 3, 4])
+    assert found.pearson == pytest.approx(2 / math.sqrt(5))

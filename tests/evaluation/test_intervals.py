@@ -9,13 +9,16 @@ import pytest
 import sacrebleu
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest, norm
 
 from phatgoose.evaluation.intervals import (
     CONFIDENCE,
     Interval,
     Sample,
+    Z,
     dataset_replicates,
     interval_of,
+    wilson_interval,
 )
 from phatgoose.evaluation.metrics import METRICS
 
@@ -233,3 +236,32 @@ def test_intervals_of_a_mean_over_datasets_hold_the_truth_about_as_often_as_they
         interval = interval_of(replicates)
         held += interval.low <= 0.5 <= interval.high
     assert held / trials >= 0.90
+
+
+# Shares of right answers
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilsons_interval_is_that_of_newcombes_table(right, n, low, high):
+    """Newcombe 1998, "Two-sided confidence intervals for the single proportion", table I."""
+    found = wilson_interval(right, n)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=5e-5)
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_wilsons_interval_is_that_of_scipy(counts):
+    found = wilson_interval(*counts)
+    wanted = binomtest(*counts).proportion_ci(CONFIDENCE, method="wilson")
+    assert (found.low, found.high) == pytest.approx((wanted.low, wanted.high), rel=1e-9, abs=1e-12)
+
+
+def test_the_normal_quantile_is_that_of_scipy():
+    assert pytest.approx(norm.ppf((1 + CONFIDENCE) / 2), rel=1e-12) == Z

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from phatgoose.errors import EvaluationError
+from phatgoose.evaluation import metrics
 from phatgoose.evaluation.metrics import METRICS, Metric, metric
 
 Row = tuple[str, Sequence[str]]
@@ -128,7 +129,29 @@ def test_importing_the_metrics_is_light():
     code = "import sys, phatgoose.evaluation.metrics; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(ran.stdout.split())
-    assert not {"torch", "transformers", "nltk", "rouge_score", "pandas"} & loaded
+    assert not {"torch", "transformers", "nltk", "rouge_score", "sacrebleu", "pandas"} & loaded
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "package"),
+    [("rouge-l", "rouge_score", "rouge-score"), ("bleu", "sacrebleu", "sacrebleu")],
+)
+def test_without_its_package_a_metric_says_what_to_install(name, module, package, monkeypatch):
+    for loaded in [each for each in sys.modules if each.partition(".")[0] == module]:
+        monkeypatch.setitem(sys.modules, loaded, None)
+    monkeypatch.setattr(metrics, "_rouge_scorer", metrics._rouge_scorer.__wrapped__)
+    monkeypatch.setattr(metrics, "_bleu", metrics._bleu.__wrapped__)
+    wanted = rf"'{name}' needs {package}: pip install 'phatgoose\[metrics\]'"
+    with pytest.raises(EvaluationError, match=wanted):
+        METRICS[name].check_installed()
+    with pytest.raises(EvaluationError, match=wanted):
+        METRICS[name].measure("one", ["two"])
+    assert METRICS[name].combine(np.ones((1, 10)), 1).shape == (1,)  # what is stored is still read
+
+
+@each_metric
+def test_every_metric_is_installed_here(name):
+    METRICS[name].check_installed()
 
 
 # Accuracy and exact match

@@ -9,14 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import norm, pearsonr, spearmanr
 
 from ..errors import ConfigError, EvaluationError
-from ..evaluation.intervals import CONFIDENCE, Interval
+from ..evaluation.intervals import Interval, Z
 from ..routing.routers.scores import Scores, best_expert_by_task
 from .measures import as_distribution
 
@@ -115,14 +113,27 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
     n = len(first)
     if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
         return Correlation(n)
-    r, rho = _bounded(pearsonr(first, second)), _bounded(spearmanr(first, second))
+    r, rho = _pearson(first, second), _pearson(_ranks(first), _ranks(second))
     return Correlation(
         n, r, _fisher_interval(r, 1, n), rho, _fisher_interval(rho, 1 + rho**2 / 2, n)
     )
 
 
-def _bounded(result: Any) -> float:
-    return float(min(1.0, max(-1.0, result.statistic)))
+def _pearson(x: Array, y: Array) -> float:
+    """The cosine of what `x` and `y` are beside their means."""
+    return min(1.0, max(-1.0, float(_direction(x) @ _direction(y))))
+
+
+def _direction(values: Array) -> Array:
+    centred = values - values.mean()
+    scaled = centred / np.abs(centred).max()  # squares of the smallest numbers are 0
+    return np.asarray(scaled / np.linalg.norm(scaled))
+
+
+def _ranks(values: Array) -> Array:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((counts.cumsum() - (counts - 1) / 2)[places])
 
 
 def _fisher_interval(coefficient: float, variance: float, n: int) -> Interval | None:
@@ -130,6 +141,6 @@ def _fisher_interval(coefficient: float, variance: float, n: int) -> Interval | 
         return None
     if abs(coefficient) == 1:
         return Interval(coefficient, coefficient)
-    half = float(norm.ppf((1 + CONFIDENCE) / 2)) * math.sqrt(variance / (n - 3))
+    half = Z * math.sqrt(variance / (n - 3))
     centre = math.atanh(coefficient)
     return Interval(math.tanh(centre - half), math.tanh(centre + half))

@@ -13,7 +13,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import binomtest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base, load_tokenizer
@@ -27,7 +26,7 @@ from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder
 from ..tasks.task import Example, Task
 from .answers import Answer, Questions, answers_to, questions_to_answer, questions_to_rank
-from .intervals import CONFIDENCE, Interval, Sample
+from .intervals import CONFIDENCE, Interval, Sample, wilson_interval
 from .metrics import METRICS, metric
 
 __all__ = ["Evaluation", "EvaluationSet", "Prediction", "ScoringSettings", "TaskScore"]
@@ -241,15 +240,16 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
     """The metrics that score `task` on `examples`: its own, or those that fit the examples.
 
-    Raises EvaluationError for an unknown one, for rank classification without choices or with a
-    metric of generated answers, and for a task without metrics that has both kinds of examples.
+    Raises EvaluationError for an unknown one or one whose package isn't installed, for rank
+    classification without choices or with a metric of generated answers, and for a task without
+    metrics that has both kinds of examples.
     """
     with_choices = {bool(example.choices) for example in examples}
     if not task.metrics and len(with_choices) > 1:
         raise EvaluationError(f"Task {task.name!r} has examples with and without choices.")
     names = task.metrics or ((CHOSEN,) if True in with_choices else (WRITTEN,))
     for name in names:
-        metric(name)
+        metric(name).check_installed()
     if CHOSEN in names and len(names) > 1:
         raise EvaluationError(
             f"Task {task.name!r} is scored by {' and '.join(names)}, but an answer is either "
@@ -301,5 +301,4 @@ def _interval(sample: Sample) -> Interval:
     marks = sample.statistics[0]
     if len(sample.metrics) > 1 or marks.shape[1] > 1 or not ((marks == 0) | (marks == 1)).all():
         return sample.interval()
-    wilson = binomtest(int(marks.sum()), sample.n).proportion_ci(CONFIDENCE, method="wilson")
-    return Interval(float(wilson.low), float(wilson.high))
+    return wilson_interval(int(marks.sum()), sample.n)

@@ -1,13 +1,16 @@
-"""Intervals by resampling: how far a score moves with other examples or other datasets.
+"""Intervals: how far a score moves with other examples or other datasets.
 
-A resample reweights per-example statistics (`evaluation.metrics`). Models scored on the same
-examples are resampled alike, so their differences can be compared in pairs.
+Shares of right answers have Wilson's interval, everything else one by resampling. A resample
+reweights per-example statistics (`evaluation.metrics`). Models scored on the same examples are
+resampled alike, so their differences can be compared in pairs.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,11 @@ from numpy.typing import NDArray
 
 from .metrics import metric
 
-__all__ = ["CONFIDENCE", "Interval", "Sample", "dataset_replicates", "interval_of"]
+__all__ = ["CONFIDENCE", "Interval", "Sample", "Z", "dataset_replicates", "interval_of"]
+__all__ += ["wilson_interval"]
 
 CONFIDENCE = 0.95
+Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)  # standard errors to each side of a normal mean
 REPLICATES = 2000
 
 Array = NDArray[Any]
@@ -113,3 +118,11 @@ def interval_of(values: Array) -> Interval:
     outside = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(values, [outside, 100 - outside])
     return Interval(float(low), float(high))
+
+
+def wilson_interval(right: int, n: int) -> Interval:
+    """Wilson's score interval (1927) for `right` of `n` answers, without continuity correction."""
+    share, narrowed = right / n, 1 + Z**2 / n
+    centre = (share + Z**2 / (2 * n)) / narrowed
+    half = Z / narrowed * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2))
+    return Interval(0.0 if right == 0 else centre - half, 1.0 if right == n else centre + half)

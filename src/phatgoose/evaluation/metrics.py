@@ -23,11 +23,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from sacrebleu.metrics.bleu import BLEU, MAX_NGRAM_ORDER
 
 from ..errors import EvaluationError
 
@@ -38,6 +39,8 @@ Measure = Callable[[str, Sequence[str]], tuple[float, ...]]
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+MAX_NGRAM_ORDER = 4  # of BLEU
+ROUGE, SACREBLEU = "rouge_score", "sacrebleu"  # of the extra 'metrics'
 
 
 @dataclass(frozen=True)
@@ -48,13 +51,20 @@ class Metric:
     accepted answers and returns the example's s statistics; it raises EvaluationError when no
     answer is accepted or a bare text is given for the sequence of them. `combine` takes summed
     statistics [..., s] and the number of examples in each sum ([...] or one for all, at least 1,
-    repeated examples counted) and returns scores [...] in [0, 1].
+    repeated examples counted) and returns scores [...] in [0, 1]. `module` is what the extra
+    'metrics' has to be there for, None where `measure` needs nothing of it; `combine` never does.
     """
 
     name: str
     label: str
     measure: Measure
     combine: Callable[[Array, Array | int], Array]
+    module: str | None = None
+
+    def check_installed(self) -> None:
+        """Raise EvaluationError where `measure` lacks its package: before hours of answering."""
+        if self.module is not None and find_spec(self.module) is None:
+            raise _missing(self.name, self.module)
 
 
 def metric(name: str) -> Metric:
@@ -135,14 +145,27 @@ def _rouge_l(prediction: str, reference: str) -> float:
 
 @cache
 def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # brings nltk, pandas and sklearn: seconds
-
-    return RougeScorer(["rougeL"], use_stemmer=False)
+    scorers = _imported("rouge-l", ROUGE, "rouge_scorer")  # with nltk, pandas and sklearn: seconds
+    return scorers.RougeScorer(["rougeL"], use_stemmer=False)
 
 
 @cache
-def _bleu() -> BLEU:
-    return BLEU(effective_order=True)  # for its counts only, which the order doesn't change
+def _bleu() -> Any:
+    # For its counts only, which the order doesn't change.
+    return _imported("bleu", SACREBLEU, "metrics.bleu").BLEU(effective_order=True)
+
+
+def _imported(name: str, package: str, module: str) -> Any:
+    """The `module` of `package`, for the metric `name`."""
+    try:
+        return import_module(f"{package}.{module}")
+    except ImportError as error:
+        raise _missing(name, package) from error
+
+
+def _missing(name: str, package: str) -> EvaluationError:
+    wanted = package.replace("_", "-")
+    return EvaluationError(f"Metric {name!r} needs {wanted}: pip install 'phatgoose[metrics]'.")
 
 
 def _bleu_counts(prediction: str, references: Sequence[str]) -> tuple[float, ...]:
@@ -181,7 +204,7 @@ METRICS: dict[str, Metric] = {
         Metric("normalised-exact-match", "normalised exact match", _best(_squad_exact), _mean),
         Metric("squad-exact-match", "SQuAD exact match", _best(_squad_exact), _mean),
         Metric("squad-f1", "SQuAD F1", _best(_squad_f1), _mean),
-        Metric("rouge-l", "ROUGE-L", _best(_rouge_l), _mean),
-        Metric("bleu", "BLEU", _bleu_counts, _corpus_bleu),
+        Metric("rouge-l", "ROUGE-L", _best(_rouge_l), _mean, ROUGE),
+        Metric("bleu", "BLEU", _bleu_counts, _corpus_bleu, SACREBLEU),
     )
 }

@@ -23,7 +23,7 @@ from .task import Example
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["can_embed", "embed_examples", "embed_texts", "load_embedder"]
+__all__ = ["can_embed", "embed_examples", "embed_texts", "embedding_library", "load_embedder"]
 __all__ += ["retrieval_text", "usable_embedder", "without_downloads"]
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
@@ -127,14 +127,13 @@ def without_downloads() -> Iterator[None]:
         _offline.reset(before)
 
 
-@functools.cache
-def load_embedder(embedder: str) -> SentenceTransformer:
-    """The sentence embedder, loaded once per process, without running or unpickling its files.
+def embedding_library() -> Any:
+    """The library sentence-transformers, an optional extra.
 
-    `embedder` and errors are those of `embed_texts`.
+    Raises ConfigError where it isn't installed, or so old that it runs what a model's files name.
     """
     try:
-        import sentence_transformers  # an optional extra
+        import sentence_transformers
     except ImportError as error:
         raise ConfigError(
             "Embeddings need sentence-transformers: pip install 'phatgoose[retrieval]'."
@@ -144,9 +143,19 @@ def load_embedder(embedder: str) -> SentenceTransformer:
             f"sentence-transformers {sentence_transformers.__version__} runs the code that a local "
             f"model's files name; pip install 'sentence-transformers>={OLDEST}'."
         )
+    return sentence_transformers
+
+
+@functools.cache
+def load_embedder(embedder: str) -> SentenceTransformer:
+    """The sentence embedder, loaded once per process, without running or unpickling its files.
+
+    `embedder` and errors are those of `embed_texts`.
+    """
+    library = embedding_library()
     try:
         with quiet_loading():
-            return sentence_transformers.SentenceTransformer(
+            return library.SentenceTransformer(
                 _folder_of(embedder),
                 local_files_only=_offline.get(),
                 trust_remote_code=False,

@@ -11,6 +11,7 @@ from ..config import Formatting, GateTraining, Peft, Training
 from ..errors import ExpertError
 from ..experts.expert import Expert
 from ..experts.expert_info import check_name
+from ..tasks.embeddings import embedding_library
 from ..tasks.encoding import Encoder
 from ..tasks.task import Task
 from . import processes
@@ -52,10 +53,13 @@ class TrainingRun:
     ) -> TrainingRun:
         """The run with these settings, None for defaults; a base given by name is loaded.
 
-        Raises ExpertError for a name that can't be an expert's, TaskError when the task can't be
-        used.
+        Raises ExpertError for a name that can't be an expert's, ConfigError where embeddings are
+        wanted and their library is missing, TaskError when the task can't be used.
         """
         check_name(name or out.name)
+        gate_training = gate_training or GateTraining()
+        if gate_training.embeddings:
+            embedding_library()  # they are made last: of a training of hours, too
         processes.join()
         training = training or Training()
         base = load_base(base) if isinstance(base, str) else base
@@ -65,7 +69,7 @@ class TrainingRun:
             digest=task.digest,
             encoder=Encoder.of(base, formatting),
             training=training,
-            gate_training=gate_training or GateTraining(),
+            gate_training=gate_training,
             out=out,
             name=name or out.name,
             callback=callback or TrainingCallback(),

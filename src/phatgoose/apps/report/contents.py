@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ...analysis.kl_to_oracle import ORACLE
@@ -26,6 +26,9 @@ from .figures import (
     svg_of,
     usage_bars,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["PageFigure", "Section", "sections_of"]
 

@@ -15,17 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from ...analysis.kl_to_oracle import Correlation
 from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.routing_distribution import Measure, RoutingDistribution
+from ...errors import ConfigError
 from ...files.atomic import new_file
+
+try:
+    import matplotlib
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FixedLocator, MaxNLocator, PercentFormatter
+except ImportError as error:
+    raise ConfigError("Reports need matplotlib: pip install 'phatgoose[figures]'.") from error
 
 __all__ = [
     "Point",

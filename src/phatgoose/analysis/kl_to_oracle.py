@@ -125,9 +125,9 @@ def _pearson(x: Array, y: Array) -> float:
 
 
 def _direction(values: Array) -> Array:
-    centred = values - values.mean()
-    scaled = centred / np.abs(centred).max()  # squares of the smallest numbers are 0
-    return np.asarray(scaled / np.linalg.norm(scaled))
+    scaled = values / np.abs(values).max()  # squares of the smallest numbers would be 0
+    centred = scaled - scaled.mean()
+    return np.asarray(centred / np.linalg.norm(centred))
 
 
 def _ranks(values: Array) -> Array:

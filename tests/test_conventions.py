@@ -158,14 +158,17 @@ def test_the_image_is_built_of_files_that_exist_and_are_not_ignored():
 
 
 def test_the_image_has_all_that_the_package_is_built_of():
-    project = read_toml(ROOT / "pyproject.toml", "Project", PhatgooseError)["project"]
-    assert {project["readme"], *project["license-files"]} <= set(sources_of_the_image())
+    whole = read_toml(ROOT / "pyproject.toml", "Project", PhatgooseError)
+    project, wheel = whole["project"], whole["tool"]["hatch"]["build"]["targets"]["wheel"]
+    wanted = {project["readme"], *project["license-files"], wheel["hooks"]["custom"]["path"]}
+    assert wanted <= set(sources_of_the_image())
     assert {"serve", "smollm2"} <= set(project["optional-dependencies"])
 
 
 def test_the_image_is_pinned_has_no_rights_and_tells_its_health():
-    (base,) = re.findall(r"^FROM (.+)$", DOCKERFILE, re.M)
-    assert re.fullmatch(r"python:3\.\d+-slim@sha256:[0-9a-f]{64}", base)
+    base, *stages = re.findall(r"^FROM (.+)$", DOCKERFILE, re.M)
+    assert re.fullmatch(r"python:3\.\d+-slim@sha256:[0-9a-f]{64} AS python", base)
+    assert {stage.split()[0] for stage in stages} == {"python"}
     (user,) = re.findall(r"^USER (.+)$", DOCKERFILE, re.M)
     assert user not in {"root", "0"}
     assert "/healthz" in DOCKERFILE.partition("HEALTHCHECK")[2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,6 +14,7 @@ import pytest
 
 import phatgoose
 from paths import ROOT
+from phatgoose.routing.kernels.shipped import LEVELS
 
 WANTED = os.environ.get("CI") == "true" or os.environ.get("PHATGOOSE_TEST_WHEEL") == "1"
 
@@ -21,19 +23,24 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def pip(*arguments: str) -> None:
+def pip(*arguments: str, **environment: str) -> None:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}
+    )
     assert done.returncode == 0, done.stderr
+
+
+def built(folder: Path, **environment: str) -> Path:
+    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
+    pip("wheel", "--no-deps", *isolation, "--wheel-dir", str(folder), str(ROOT), **environment)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    isolation = ["--no-build-isolation"] if importlib.util.find_spec("hatchling") else []
-    pip("wheel", "--no-deps", *isolation, "--wheel-dir", str(folder), str(ROOT))
-    (built,) = folder.glob("*.whl")
-    return built
+    return built(tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,19 @@ def test_the_wheel_holds_every_file_of_the_package_and_nothing_else(wheel):
     info = f"phatgoose-{phatgoose.__version__}.dist-info/"
     assert {name for name in names if not name.startswith(info)} == wanted
     assert f"{info}licenses/LICENSE" in names
+
+
+@pytest.mark.skipif(
+    sys.platform == "win32" or shutil.which("c++") is None, reason="no C++ compiler"
+)
+def test_asked_to_the_wheel_carries_the_kernel_and_is_one_for_the_platform(wheel, tmp_path):
+    compiled = built(tmp_path, PHATGOOSE_BUILD_KERNEL="1")
+    assert compiled.name.startswith(f"phatgoose-{phatgoose.__version__}-py3-none-")
+    assert not compiled.stem.endswith("-any")
+    pure, names = (set(zipfile.ZipFile(path).namelist()) for path in (wheel, compiled))
+    more = {Path(name).name for name in names - pure}
+    assert "native-any.so" in more
+    assert more <= {f"native-{level.name}.so" for level in LEVELS}
 
 
 def test_the_installed_package_is_imported_from_where_it_was_put(installed, tmp_path):

@@ -8,6 +8,7 @@ bottlenecks.py      the routed bottleneck
 sizes.py            whether tensors belong together
 native.py           the product and top-k in C++
 native.cpp          their source
+shipped.py          compiled into wheels: which library runs here
 building.py         compiling it on this machine
 triton_gpu.py       the same for GPUs
 triton_programs.py  their programs

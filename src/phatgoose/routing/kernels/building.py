@@ -24,14 +24,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["FLAGS", "load_built"]
+from .shipped import OPTIMISED
+
+__all__ = ["FLAGS", "MORE_FLAGS", "load_built"]
 
 logger = logging.getLogger(__name__)
 
-FLAGS = (
-    *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fopenmp", "-shared", "-fPIC"),  # no -ffast-math: linking it turns subnormals off for all
-)
+FLAGS = (*OPTIMISED, "-march=native", "-fopenmp", "-shared")
 MORE_FLAGS = "PHATGOOSE_NATIVE_FLAGS"  # in the environment: for sanitizers (docs/reliability.md)
 SECONDS = 120  # for the compiler
 OF_OTHERS, WRITABLE = 0o077, 0o022  # what group and others may do: anything, write

@@ -1,4 +1,4 @@
-// Routing and the routed LoRA product for CPUs. Built by native.py on the user's machine.
+// Routing and the routed LoRA product for CPUs, as native.py calls them.
 //
 // Letters as in kernels/__init__.py: T tokens, n inputs, d outputs, E experts, k chosen per token,
 // r rank. All tensors are contiguous; products are of the tensors' type, sums are float32.
@@ -15,17 +15,20 @@
 
 namespace {
 
-typedef float f32x16 __attribute__((vector_size(64)));
-typedef uint16_t u16x16 __attribute__((vector_size(32)));
-typedef uint32_t u32x16 __attribute__((vector_size(64)));
+// Numbers of a register, and as many rows times four tokens as leave all sums in registers.
+#if defined(__AVX512F__)
+constexpr int LANES = 16, ROWS = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, ROWS = 2;
+#else
+constexpr int LANES = 4, ROWS = 2;
+#endif
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
 typedef int64_t index_t;
-
-struct bf16 {
-    uint16_t bits;
-};
-
+struct bf16 { uint16_t bits; };
 inline float to_float(float x) { return x; }
-
 inline float to_float(bf16 x) {
     uint32_t bits = uint32_t(x.bits) << 16;
     float value;
@@ -34,37 +37,33 @@ inline float to_float(bf16 x) {
 }
 
 inline void store(float* place, float x) { *place = x; }
-
 inline void store(bf16* place, float x) {  // rounds to the nearest, ties to even
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
     bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
     place->bits = is_nan ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
-
-inline f32x16 load16(const float* p) {
-    f32x16 v;
+inline floats load_some(const float* p) {
+    floats v;
     memcpy(&v, p, sizeof v);
     return v;
 }
-
-inline f32x16 load16(const bf16* p) {
-    u16x16 bits;
+inline floats load_some(const bf16* p) {
+    halves bits;
     memcpy(&bits, p, sizeof bits);
-    u32x16 wide = __builtin_convertvector(bits, u32x16) << 16;
-    f32x16 v;
+    words wide = __builtin_convertvector(bits, words) << 16;
+    floats v;
     memcpy(&v, &wide, sizeof v);
     return v;
 }
+inline void store_some(float* p, floats v) { memcpy(p, &v, sizeof v); }
 
-inline void store16(float* p, f32x16 v) { memcpy(p, &v, sizeof v); }
-
-inline float sum(f32x16 v) {
+inline float sum(floats v) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)v);
 #else
     float total = 0;
-    for (int i = 0; i < 16; i++) total += v[i];
+    for (int i = 0; i < LANES; i++) total += v[i];
     return total;
 #endif
 }
@@ -72,9 +71,9 @@ inline float sum(f32x16 v) {
 // out[m][i] = u_m . row_i for M tokens and R rows of n numbers each.
 template <class T, int M, int R>
 inline void dot_block(const T* const* u, const T* rows, index_t n, float* const* out) {
-    f32x16 total[M][R];
+    floats total[M][R];
     for (int m = 0; m < M; m++)
-        for (int i = 0; i < R; i++) total[m][i] = f32x16{};
+        for (int i = 0; i < R; i++) total[m][i] = floats{};
     index_t at = 0;
 #ifdef __AVX512BF16__
     if constexpr (sizeof(T) == sizeof(bf16)) {
@@ -84,16 +83,16 @@ inline void dot_block(const T* const* u, const T* rows, index_t n, float* const*
             for (int i = 0; i < R; i++) {
                 __m512bh b = (__m512bh)_mm512_loadu_si512(rows + i * n + at);
                 for (int m = 0; m < M; m++)
-                    total[m][i] = (f32x16)_mm512_dpbf16_ps((__m512)total[m][i], a[m], b);
+                    total[m][i] = (floats)_mm512_dpbf16_ps((__m512)total[m][i], a[m], b);
             }
         }
     }
 #endif
-    for (; at + 16 <= n; at += 16) {
-        f32x16 a[M];
-        for (int m = 0; m < M; m++) a[m] = load16(u[m] + at);
+    for (; at + LANES <= n; at += LANES) {
+        floats a[M];
+        for (int m = 0; m < M; m++) a[m] = load_some(u[m] + at);
         for (int i = 0; i < R; i++) {
-            f32x16 b = load16(rows + i * n + at);
+            floats b = load_some(rows + i * n + at);
             for (int m = 0; m < M; m++) total[m][i] += a[m] * b;
         }
     }
@@ -107,11 +106,12 @@ inline void dot_block(const T* const* u, const T* rows, index_t n, float* const*
 
 template <class T, int M>
 void dots(const T* const* u, const T* rows, index_t count, index_t n, float* const* out) {
+    constexpr int R = M == 4 ? ROWS : 4;
     float* place[M];
     index_t i = 0;
-    for (; i + 4 <= count; i += 4) {
+    for (; i + R <= count; i += R) {
         for (int m = 0; m < M; m++) place[m] = out[m] + i;
-        dot_block<T, M, 4>(u, rows + i * n, n, place);
+        dot_block<T, M, R>(u, rows + i * n, n, place);
     }
     for (; i < count; i++) {
         for (int m = 0; m < M; m++) place[m] = out[m] + i;
@@ -122,15 +122,15 @@ void dots(const T* const* u, const T* rows, index_t count, index_t n, float* con
 // 1 / sqrt(var(u) + eps), the population variance, in two passes.
 template <class T>
 float inverse_deviation(const T* u, index_t n, float eps) {
-    f32x16 total{};
+    floats total{};
     index_t at = 0;
-    for (; at + 16 <= n; at += 16) total += load16(u + at);
+    for (; at + LANES <= n; at += LANES) total += load_some(u + at);
     float mean = sum(total);
     for (index_t j = at; j < n; j++) mean += to_float(u[j]);
     mean /= n;
-    f32x16 squares{};
-    for (at = 0; at + 16 <= n; at += 16) {
-        f32x16 centred = load16(u + at) - mean;
+    floats squares{};
+    for (at = 0; at + LANES <= n; at += LANES) {
+        floats centred = load_some(u + at) - mean;
         squares += centred * centred;
     }
     float variance = sum(squares);
@@ -243,22 +243,22 @@ template <class T, int M>
 void expand(float* const* total, const float* const* c, const T* B, index_t r, index_t d,
             index_t columns) {
     index_t j = 0;
-    for (; j + 32 <= columns; j += 32) {
-        f32x16 left[M], right[M];
+    for (; j + 2 * LANES <= columns; j += 2 * LANES) {
+        floats left[M], right[M];
         for (int m = 0; m < M; m++) {
-            left[m] = load16(total[m] + j);
-            right[m] = load16(total[m] + j + 16);
+            left[m] = load_some(total[m] + j);
+            right[m] = load_some(total[m] + j + LANES);
         }
         for (index_t i = 0; i < r; i++) {
-            f32x16 b = load16(B + i * d + j), b_next = load16(B + i * d + j + 16);
+            floats b = load_some(B + i * d + j), b_next = load_some(B + i * d + j + LANES);
             for (int m = 0; m < M; m++) {
                 left[m] += c[m][i] * b;
                 right[m] += c[m][i] * b_next;
             }
         }
         for (int m = 0; m < M; m++) {
-            store16(total[m] + j, left[m]);
-            store16(total[m] + j + 16, right[m]);
+            store_some(total[m] + j, left[m]);
+            store_some(total[m] + j + LANES, right[m]);
         }
     }
     for (; j < columns; j++)
@@ -342,8 +342,8 @@ void update_one(T* y, const T* u, const index_t* experts, const float* weights, 
             const T* row = B + (experts[j] * r + i) * d;
             float scale = c[i] * weights[j];
             index_t at = 0;
-            for (; at + 16 <= d; at += 16)
-                store16(total + at, load16(total + at) + scale * load16(row + at));
+            for (; at + LANES <= d; at += LANES)
+                store_some(total + at, load_some(total + at) + scale * load_some(row + at));
             for (; at < d; at++) total[at] += scale * to_float(row[at]);
         }
     }

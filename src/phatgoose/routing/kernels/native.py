@@ -1,8 +1,9 @@
 """The routed product and the top-k of scored routers in C++, for CPUs: `native.cpp` beside this.
 
-The machine's C++ compiler (`$CXX`, else c++) builds it once, in about two seconds, into the user's
-cache (`building`). Without a compiler the other kernels serve, more slowly, and one line says so.
-`PHATGOOSE_NATIVE=0` in the environment turns it off.
+Wheels of a platform carry it compiled (`shipped`). Elsewhere, or with `PHATGOOSE_NATIVE=compile` in
+the environment, the machine's C++ compiler (`$CXX`, else c++) builds it once, in about two seconds,
+into the user's cache (`building`). Without a compiler the other kernels serve, more slowly, and one
+line says so. `PHATGOOSE_NATIVE=0` turns it off.
 
 The library takes addresses of contiguous CPU tensors through ctypes and trusts their sizes. So each
 call first checks the tensors' types, devices and shapes here, and indices in C++. It runs on
@@ -24,7 +25,8 @@ from torch import Tensor
 
 from ...errors import ConfigError, RoutingError
 from ...files.quoting import one_line
-from .building import load_built
+from .building import MORE_FLAGS, load_built
+from .shipped import load_shipped
 from .sizes import belong_together, misfit
 
 __all__ = ["add_routed", "native", "runs_natively", "top_experts"]
@@ -174,11 +176,16 @@ def _function(name: str, dtype: torch.dtype) -> ctypes._CFuncPtr:  # type: ignor
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The compiled library, None where it is turned off or, as one line says, can't be built."""
-    if os.environ.get("PHATGOOSE_NATIVE") == "0":
+    """The compiled library, None where it is turned off or, as one line says, can't be built.
+
+    That of the wheel comes first, unless it is to be compiled here, as flags of one's own want too.
+    """
+    told = os.environ.get("PHATGOOSE_NATIVE")
+    if told == "0":
         return None
+    compiled_here = told == "compile" or bool(os.environ.get(MORE_FLAGS))
     try:
-        return load_built(SOURCE)
+        return (None if compiled_here else load_shipped(SOURCE)) or load_built(SOURCE)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning("The native kernel can't be built, slower ones serve: %s.", one_line(error))
         return None

@@ -1,0 +1,110 @@
+"""Libraries that wheels carry: one for each level of processors, and which of them runs here.
+
+`hatch_build.py` runs this file where neither phatgoose nor torch is installed: it imports nothing
+of ours. Levels are libraries of their own, since the linker keeps only one copy of what C++ shares
+between objects, such as a vector's functions, and might keep one that older processors can't run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["LEVELS", "OPTIMISED", "compile_levels", "load_shipped"]
+
+# No -ffast-math: a library linked with it turns subnormal numbers off for the whole process.
+OPTIMISED = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+PROCESSORS = Path("/proc/cpuinfo")
+X86 = ("x86_64", "amd64")
+
+# OpenMP is asked for when compiling and not when linking. So the library names no runtime: it finds
+# that which torch has loaded for all, whatever its file is called. Named, a second one would come
+# in beside torch's, with threads of its own.
+if sys.platform == "darwin":
+    PARALLEL, LINKED = (
+        ["-Xpreprocessor", "-fopenmp"],
+        ["-dynamiclib", "-Wl,-undefined,dynamic_lookup"],
+    )
+else:
+    PARALLEL, LINKED = ["-fopenmp"], ["-shared"]
+
+
+@dataclass(frozen=True)
+class Level:
+    """Processors that have `needs`, as Linux names what a processor can: compiled with `flags`."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    needs: frozenset[str] = frozenset()
+
+
+V3 = frozenset(("cx16", "lahf_lm", "popcnt", "pni", "sse4_1", "sse4_2", "ssse3", "avx", "avx2"))
+V3 |= {"bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}
+V4 = V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
+ANY = Level("any")  # of the kind that the wheel is for
+LEVELS = (  # of x86-64, best first
+    Level("avx512-bf16", ("-march=x86-64-v4", "-mavx512bf16"), V4 | {"avx512_bf16"}),
+    Level("avx512", ("-march=x86-64-v4",), V4),
+    Level("avx2", ("-march=x86-64-v3",), V3),
+    ANY,
+)
+
+
+def compile_levels(source: Path, folder: Path, compiler: str = "c++") -> list[Path]:
+    """The libraries of the C++ file `source`, made in `folder`, for processors of this kind.
+
+    Raises OSError when there is no such compiler, and with its complaint when it fails.
+    """
+    levels = LEVELS if platform.machine().lower() in X86 else (ANY,)
+    made = []
+    with tempfile.TemporaryDirectory() as work:
+        for level in levels:
+            object_file = str(Path(work) / f"{level.name}.o")
+            library = folder / _name(source, level)
+            flags = (*OPTIMISED, *PARALLEL, *level.flags, "-Wno-psabi")
+            _run(compiler, *flags, "-c", str(source), "-o", object_file)
+            _run(compiler, *LINKED, object_file, "-o", str(library))
+            made.append(library)
+    return made
+
+
+def load_shipped(source: Path) -> ctypes.CDLL | None:
+    """The best library for this processor that lies beside `source`, None where none does.
+
+    None too where none of them can be loaded: a torch without OpenMP, say.
+    """
+    for level in _levels_here():
+        place = source.with_name(_name(source, level))
+        if place.is_file():
+            with suppress(OSError):
+                return ctypes.CDLL(str(place))
+    return None
+
+
+def _name(source: Path, level: Level) -> str:
+    return f"{source.stem}-{level.name}.so"
+
+
+def _levels_here() -> Iterator[Level]:
+    """The levels that this processor reaches, best first."""
+    can: set[str] = set()
+    with suppress(OSError):
+        for line in PROCESSORS.read_text(encoding="utf-8", errors="replace").splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "flags":
+                can = set(value.split())
+                break
+    return (level for level in LEVELS if level.needs <= can)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        raise OSError(f"{' '.join(command)} failed:\n{done.stderr}")

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -121,6 +122,9 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
     wanted = {"dtype": "float32", "experts": ["e0", "e1", "e2"], "limit": None, "seed": 0, "k": 2}
     assert wanted.items() <= settings.items()
     assert settings["code"] == module.code_version()
+    assert datetime.now(timezone.utc) - datetime.fromisoformat(settings["date"]) < timedelta(days=1)
+    assert settings["machine"].endswith(f", {os.cpu_count()} cores")
+    assert settings.keys() >= {"commit"}
 
 
 # The base
@@ -165,10 +169,16 @@ def test_a_base_that_is_routed_already_is_refused(setting, llama, tmp_path):
 SMALL = ("base", "phatgoose", "oracle")  # 5 rows on 4 datasets
 
 
+def stop_time(patch: pytest.MonkeyPatch) -> None:
+    """Nothing takes any time and all is made at once: so all files of two runs are the same."""
+    patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    where = {"date": "2026-11-26T10:00:00+00:00", "commit": None, "machine": "A Chip, 2 cores"}
+    patch.setattr("phatgoose.evaluation.comparison.compare.circumstances", lambda *_: where)
+
+
 @pytest.fixture
 def no_time(monkeypatch) -> None:
-    """Nothing takes any time, so that all files of two runs are the same."""
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
+    stop_time(monkeypatch)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -180,7 +190,7 @@ def uninterrupted(setting, tmp_path_factory) -> dict[str, bytes]:
     """The files of a small comparison that nothing came between."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
+        stop_time(patch)
         setting.run(folder, SMALL, limit=2)
     return files(folder)
 

@@ -155,6 +155,9 @@ def test_markdown_tells_how_all_was_scored(comparison):
     everything = replace(comparison, settings={**SETTINGS, "limit": None}).to_markdown()
     assert said.format("all examples") in everything.splitlines()
     assert "phatgoose 0.1.0" not in replace(comparison, settings={}).to_markdown()
+    where = {"date": "2026-11-26T10:00:00+00:00", "commit": None, "machine": "A Chip, 2 cores"}
+    made = replace(comparison, settings={**SETTINGS, **where}).to_markdown()
+    assert f"{said.format(drawn)[:-1]}, {where['date']}, A Chip, 2 cores." in made.splitlines()
 
 
 def test_markdown_tells_what_each_model_took_once(comparison):

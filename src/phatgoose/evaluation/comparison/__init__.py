@@ -6,6 +6,7 @@ rows.py          the model that each row composes
 cells.py         one row on one dataset, scored where an engine has a worker
 shared_answers.py  what single experts answered, for rows that leave inputs to them
 code_version.py  a hash of the code that decides what a score is
+circumstances.py  when, by which commit and on what machine
 result_store.py  finished results in a file of JSON lines
 tables.py        the finished comparison, as Markdown, CSV and JSON
 """

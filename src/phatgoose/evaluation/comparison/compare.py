@@ -32,6 +32,7 @@ from ...tasks.suites.registry import open_suite
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
 from .cells import Cell, CellWorkshop, cell_of
+from .circumstances import circumstances
 from .code_version import code_version
 from .methods import DERIVED, METHODS, runnable_methods
 from .result_store import ResultStore
@@ -113,6 +114,7 @@ def compare(
             "k": routing.k,
             "code": code_version(),
             "formatting": asdict(settings.formatting),
+            **circumstances(base.model.device, Path(out) / RESULTS),
         },
     )
     comparison = _with_derived(comparison, wanted, experts, pool)

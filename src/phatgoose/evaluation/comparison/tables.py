@@ -301,7 +301,9 @@ def _how(settings: Mapping[str, Any]) -> str:
     drawn = "all examples"
     if settings["limit"] is not None:
         drawn = f"at most {settings['limit']} examples a dataset, drawn by seed {settings['seed']}"
+    where = [settings[name] for name in ("commit", "date", "machine") if settings.get(name)]
     return (
         f"Base {settings['base']['id']} in {settings['dtype']}; experts: "
-        f"{len(settings['experts'])}; k = {settings['k']}; {drawn}; phatgoose {settings['code']}."
+        f"{len(settings['experts'])}; k = {settings['k']}; {drawn}; "
+        f"phatgoose {', '.join([settings['code'], *where])}."
     )

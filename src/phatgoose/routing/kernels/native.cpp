@@ -9,7 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <vector>
-#ifdef __AVX512F__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -19,7 +19,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int LANES = 16, ROWS = 4;
 #elif defined(__AVX__)
-constexpr int LANES = 8, ROWS = 2;
+constexpr int LANES = 8, ROWS = 3;
 #else
 constexpr int LANES = 4, ROWS = 2;
 #endif
@@ -61,6 +61,11 @@ inline void store_some(float* p, floats v) { memcpy(p, &v, sizeof v); }
 inline float sum(floats v) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)v);
+#elif defined(__AVX__)
+    __m256 all = (__m256)v;
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
 #else
     float total = 0;
     for (int i = 0; i < LANES; i++) total += v[i];
@@ -146,10 +151,8 @@ void choose(const float* affinity, index_t E, index_t k, float scale, index_t* e
         float x = affinity[e];
         if (!(x > weights[k - 1])) continue;
         index_t j = k - 1;
-        for (; j > 0 && x > weights[j - 1]; j--) {
-            experts[j] = experts[j - 1];
-            weights[j] = weights[j - 1];
-        }
+        for (; j > 0 && x > weights[j - 1]; j--)
+            experts[j] = experts[j - 1], weights[j] = weights[j - 1];
         experts[j] = e, weights[j] = x;
     }
     float highest = weights[0], total = 0;
@@ -251,10 +254,8 @@ void expand(float* const* total, const float* const* c, const T* B, index_t r, i
         }
         for (index_t i = 0; i < r; i++) {
             floats b = load_some(B + i * d + j), b_next = load_some(B + i * d + j + LANES);
-            for (int m = 0; m < M; m++) {
-                left[m] += c[m][i] * b;
-                right[m] += c[m][i] * b_next;
-            }
+            for (int m = 0; m < M; m++)
+                left[m] += c[m][i] * b, right[m] += c[m][i] * b_next;
         }
         for (int m = 0; m < M; m++) {
             store_some(total[m] + j, left[m]);
@@ -301,16 +302,19 @@ void update_some(T* y, const T* u, const index_t* experts, const float* weights,
             else dots<T, 1>(row, rows, r, n, out);
             for (index_t i = 0; i < count * r; i++) out[0][i] *= weights[pairs.place[q + i / r]];
         }
-        std::unique_ptr<float[]> sums(new float[(to - from) * tile]);
+        // In long rows sums of float32 go straight to y; else they stand together, in the cache.
+        const bool direct = sizeof(T) == sizeof(float) && tile > 256;
+        std::unique_ptr<float[]> own(direct ? nullptr : new float[(to - from) * tile]);
 #pragma omp for schedule(static)
         for (index_t first = 0; first < d; first += tile) {
-            index_t columns = std::min(tile, d - first);
-            std::fill_n(sums.get(), (to - from) * tile, 0.0f);
+            index_t columns = std::min(tile, d - first), step = direct ? d : tile;
+            float* sums = direct ? (float*)(y + from * d + first) : own.get();
+            if (!direct) std::fill_n(sums, (to - from) * tile, 0.0f);
             for (const auto& [e, q, count] : pairs.some) {
                 float* total[4];
                 const float* c[4];
                 for (int m = 0; m < count; m++) {
-                    total[m] = sums.get() + (pairs.place[q + m] / k - from) * tile;
+                    total[m] = sums + (pairs.place[q + m] / k - from) * step;
                     c[m] = inner.data() + (q + m) * r;
                 }
                 const T* rows = B + e * r * d + first;
@@ -318,11 +322,9 @@ void update_some(T* y, const T* u, const index_t* experts, const float* weights,
                 else if (count == 2) expand<T, 2>(total, c, rows, r, d, columns);
                 else expand<T, 1>(total, c, rows, r, d, columns);
             }
-            for (index_t t = from; t < to; t++) {
-                T* row = y + t * d + first;
-                for (index_t j = 0; j < columns; j++)
-                    store(row + j, to_float(row[j]) + sums[(t - from) * tile + j]);
-            }
+            for (index_t t = from; t < to && !direct; t++)
+                for (index_t j = 0, at = t * d + first; j < columns; j++)
+                    store(y + at + j, to_float(y[at + j]) + sums[(t - from) * tile + j]);
         }
     }
 }
@@ -359,10 +361,9 @@ void update(T* y, const T* u, const index_t* experts, const float* weights, cons
             const T* B, index_t tokens, index_t k, index_t E, index_t r, index_t n, index_t d,
             index_t threads) {
     if (tokens == 1) return update_one(y, u, experts, weights, A, B, k, r, n, d);
-    const index_t size = 1024;  // tokens at a time
-    for (index_t from = 0; from < tokens; from += size)
-        update_some(y, u, experts, weights, A, B, from, std::min(tokens, from + size), k, E, r,
-                    n, d, threads);
+    for (index_t from = 0; from < tokens; from += 1024)  // so many at a time
+        update_some(y, u, experts, weights, A, B, from, std::min(tokens, from + 1024), k, E, r, n,
+                    d, threads);
 }
 
 }  // namespace

@@ -1,8 +1,9 @@
 """Puts the compiled kernel into the wheel, if PHATGOOSE_BUILD_KERNEL=1 in the environment asks it.
 
-Then there must be a C++ compiler that knows OpenMP ($CXX, else c++), and the wheel is one for this
-platform and for any Python, as it is called through ctypes. Otherwise, and in an editable install,
-this does nothing: the wheel is pure, and the kernel is compiled where it first runs.
+Then there must be a C++ compiler with OpenMP ($CXX, else c++; on Linux GCC, whose OpenMP is torch's
+too), and the wheel is one for this platform and for any Python, as it is called through ctypes.
+Otherwise, and in an editable install, this does nothing: the wheel is pure, and the kernel is
+compiled where it first runs.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def source(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(building, "FLAGS", ("-shared", "-fPIC"))  # quick
+    monkeypatch.setattr(building, "FLAGS", ("-fPIC",))  # quick
     (tmp_path / "small.cpp").write_text(SOURCE)
     return tmp_path / "small.cpp"
 
@@ -185,6 +185,28 @@ def test_no_compiler_and_one_that_fails_are_told_in_one_line(source, tmp_path, m
     with pytest.raises(OSError, match=r"c\+\+ failed: .*small\.cpp") as caught:
         load_built(source)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(
+    not hasattr(ctypes.pythonapi, "GOMP_parallel"), reason="torch has no OpenMP like GNU's"
+)
+@pytest.mark.parametrize("is_clang", [False, True])
+def test_no_second_openmp_is_named_beside_torchs(source, folder, monkeypatch, is_clang):
+    run = building._run
+
+    def told(*command: str, folder: str | None = None) -> bytes:
+        asked = b"#define __clang__ 1\n" if is_clang and "-dM" in command else b""
+        return run(*command, folder=folder) + asked
+
+    monkeypatch.setattr(building, "_run", told)
+    monkeypatch.setattr(building, "FLAGS", ("-fPIC", "-fopenmp"))
+    source.write_text(
+        'extern "C" int answer() {\n    int total = 0;\n'
+        "#pragma omp parallel for reduction(+ : total)\n"
+        "    for (int i = 0; i < 42; i++) total++;\n    return total;\n}\n"
+    )
+    (kept,) = built(source, folder)
+    assert (b"libgomp" in kept.read_bytes()) == is_clang
 
 
 def test_more_flags_make_another_library(source, folder, monkeypatch):

@@ -24,13 +24,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from .shipped import OPTIMISED
+from .shipped import LINKED, OPTIMISED
 
 __all__ = ["FLAGS", "MORE_FLAGS", "load_built"]
 
 logger = logging.getLogger(__name__)
 
-FLAGS = (*OPTIMISED, "-march=native", "-fopenmp", "-shared")
+FLAGS = (*OPTIMISED, "-march=native", "-fopenmp")
 MORE_FLAGS = "PHATGOOSE_NATIVE_FLAGS"  # in the environment: for sanitizers (docs/reliability.md)
 SECONDS = 120  # for the compiler
 OF_OTHERS, WRITABLE = 0o077, 0o022  # what group and others may do: anything, write
@@ -49,21 +49,32 @@ def load_built(source: Path) -> ctypes.CDLL:
     compiler = shutil.which(command)
     if compiler is None:
         raise FileNotFoundError(f"there is no C++ compiler, {command!r}")
-    flags = (*FLAGS, *shlex.split(os.environ.get(MORE_FLAGS, "")))
+    more = shlex.split(os.environ.get(MORE_FLAGS, ""))
     macros = _run(compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull)
-    content = source.read_bytes() + macros + " ".join((compiler, *flags)).encode()
+    compiling, linking = (*FLAGS, *more, "-c"), (*LINKED, *_named_openmp(macros), *more)
+    content = source.read_bytes() + macros + " ".join((compiler, *compiling, *linking)).encode()
     begin = f"{source.stem}-{hashlib.sha256(content).hexdigest()[:16]}"
     with _cache() as cache:
         library = None if cache is None else _from(cache, begin)
         if library is not None:
             return library
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
-            built = Path(work) / f"{begin}.so"
-            _run(compiler, *flags, "-o", str(built), str(source), folder=work)
+            built, compiled = Path(work) / f"{begin}.so", str(Path(work) / f"{begin}.o")
+            _run(compiler, *compiling, "-o", compiled, str(source), folder=work)
+            _run(compiler, *linking, "-o", str(built), compiled, folder=work)
             if cache:
                 with suppress(OSError):  # a full disk, say
                     return _loaded(_keep(built.read_bytes(), cache, begin), cache)
             return _loaded(str(built))
+
+
+def _named_openmp(macros: bytes) -> tuple[str, ...]:
+    """What makes a library name the OpenMP of the compiler that has these `macros`.
+
+    Nothing where GNU's or one like it is loaded for all already, which is torch's (`shipped`).
+    """
+    is_there = hasattr(ctypes.pythonapi, "GOMP_parallel")
+    return () if is_there and b"__clang__" not in macros else ("-fopenmp",)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,12 @@ from .options import (
     TemplateOptions,
     split,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...base.loading import Base
+    from ...experts.pool import Pool
 
 __all__ = ["analyse", "explain"]
 
@@ -48,8 +54,6 @@ def analyse(
     """See where the tokens of tasks go: one page, numbers, figures."""
     from ...analysis.analyse import analyse as run
     from ...analysis.pool_sizes import pool_size_curves
-    from ...experts.pool import Pool
-    from ...routing.open_model import is_pool, is_routed
     from ...tasks.suites.registry import open_suite
     from ..console.tables import routers_table
     from ..report.page import write_report
@@ -59,22 +63,11 @@ def analyse(
     if not tasks:
         raise TaskError("Name what to read with --task or --suite.")
     curves = pool_size_curves(results) if results else []
-    routers = split(against)
-    if is_routed(model):
-        opened = opening.open(model, routing)
-        subject, base = opened.model, None
-    elif is_pool(model):
-        subject = Pool.open(model).select(opening.keep, opening.leave_out)
-        base = opening.load_for(subject)
-        routers = [routing.router, *routers]
-    else:
-        raise RoutingError(
-            f"{model} is neither a pool nor a routed model; a base alone routes nothing."
-        )
+    subject, base = _subject(model, opening, routing)
     analysis = run(
         subject,
         tasks,
-        routers=routers,
+        routers=split(against) if base is None else [routing.router, *split(against)],
         routing=routing,
         base=base,
         scores=opening.scores,
@@ -90,6 +83,23 @@ def analyse(
         for finding in found.findings:
             warnings.warn(f"{router}: {finding.message}", stacklevel=2)
     say(f"report -> {write_report(analysis, out, curves)}")
+
+
+def _subject(
+    model: str, opening: ModelOptions, routing: Routing
+) -> tuple[PreTrainedModel | Pool, Base | None]:
+    """What is analysed: a routed model, or a pool and the base of its experts."""
+    from ...experts.pool import Pool
+    from ...routing.open_model import is_pool, is_routed
+
+    if is_routed(model):
+        return opening.open(model, routing).model, None
+    if is_pool(model):
+        pool = Pool.open(model).select(opening.keep, opening.leave_out)
+        return pool, opening.load_for(pool)
+    raise RoutingError(
+        f"{model} is neither a pool nor a routed model; a base alone routes nothing."
+    )
 
 
 def explain(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...config import Routing, Serving, settings_of
 from ..console.printing import say
 from .options import ModelOptions, ReplicaOptions
+
+if TYPE_CHECKING:
+    from ..server.settings import ServedModel
 
 __all__ = ["serve"]
 
@@ -65,7 +69,20 @@ def serve(
         say("no API key is set: whoever reaches this address may use it", err=True)
     if app is not None:
         run(app, host, port, serving)
-        return
+    else:
+        _serve_on_ray(models, serving, keys, hosts, replicas, host, port)
+
+
+def _serve_on_ray(
+    models: Sequence[ServedModel],
+    serving: Serving,
+    keys: tuple[str, ...],
+    hosts: tuple[str, ...],
+    replicas: ReplicaOptions,
+    host: str,
+    port: int,
+) -> None:
+    """Serve by replicas on a Ray cluster until the process is told to end."""
     from ..ray import connected
     from ..ray.replicas import run_replicas
 

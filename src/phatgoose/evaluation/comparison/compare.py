@@ -106,20 +106,29 @@ def compare(
         experts={row.name: results[row.name] for row in singles},
         notes=tuple(notes),
         settings={
-            "base": asdict(base.reference),
-            "dtype": str(base.model.dtype).removeprefix("torch."),
-            "experts": list(pool.names),
-            "limit": limit,
-            "seed": seed,
-            "k": routing.k,
-            "code": code_version(),
-            "formatting": asdict(settings.formatting),
+            **_settings(base, pool, settings, routing),
             **circumstances(base.model.device, Path(out) / RESULTS),
         },
     )
     comparison = _with_derived(comparison, wanted, experts, pool)
     write_tables(comparison, Path(out))
     return comparison
+
+
+def _settings(
+    base: Base, pool: Pool, settings: ScoringSettings, routing: Routing
+) -> dict[str, Any]:
+    """How everything was scored, as plain data."""
+    return {
+        "base": asdict(base.reference),
+        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "experts": list(pool.names),
+        "limit": settings.limit,
+        "seed": settings.seed,
+        "k": routing.k,
+        "code": code_version(),
+        "formatting": asdict(settings.formatting),
+    }
 
 
 def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:

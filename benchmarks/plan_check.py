@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -25,7 +24,7 @@ from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.tasks.suites.training_tasks import TrainingTask, open_tasks
 from phatgoose.training.planning.plan import plan_training
 from phatgoose.training.planning.schedule import schedule
-from phatgoose.training.planning.speed import measure_speed
+from phatgoose.training.planning.speed import measure_speed, most_memory
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
 from report import circumstances
 
@@ -71,7 +70,8 @@ def train(
     begun = time.perf_counter()
     trained = list(train_experts(base, jobs, out=out, **settings))
     seconds = time.perf_counter() - begun
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = most_memory()
+    assert memory is not None
     return seconds, memory, [expert.metrics["expert_tokens_per_second"] for expert in trained]
 
 

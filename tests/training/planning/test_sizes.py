@@ -60,7 +60,7 @@ def test_memory_grows_with_what_is_trained_at_once(three_tasks, base_folders):
         sum(sorted(lengths)[-4:-2])  # a larger micro-batch has the third and the fourth too
         for lengths in ([pair.length for pair in pairs], [len(pair.target) for pair in pairs])
     )
-    grown = length * shapes.features * 4 + targets * shapes.vocabulary * 10
+    grown = 2 * length * shapes.features * 4 + targets * shapes.vocabulary * 10
     assert large - small == pytest.approx(grown, abs=1)
     assert small > 4 * shapes.base + 16 * shapes.expert
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from phatgoose.errors import TaskError
 from phatgoose.tasks.suites.training_tasks import open_tasks
 from phatgoose.training.planning.plan import plan_training
-from phatgoose.training.planning.speed import Speed, measure_speed
+from phatgoose.training.planning.speed import STATUS, Speed, measure_speed, most_memory
 from phatgoose.training.train_expert import train_expert
 from training_jobs import SETTINGS
 
@@ -51,6 +54,15 @@ def test_the_memory_is_that_of_the_longest_micro_batch_of_any_task(
     assert (quick.steps, once.steps, once.batch_size) == (6, 1, 2)
     words = [len(row.input.split()) for row in (*longest.train, *longest.validation)]
     assert words == [18, 16, 18, 16, 14, 12]
+
+
+@pytest.mark.skipif(not STATUS.is_file(), reason="needs Linux's /proc")
+def test_a_processs_memory_is_its_own_not_its_parents():
+    held = torch.ones(40_000_000)
+    code = "from phatgoose.training.planning.speed import most_memory; print(most_memory())"
+    started = [sys.executable, "-c", code]
+    child = subprocess.run(started, capture_output=True, text=True, check=True, close_fds=False)
+    assert 50e6 < int(child.stdout) < most_memory() - held.nbytes / 2
 
 
 def test_without_data_on_this_machine_no_speed_can_be_measured(base_folders):

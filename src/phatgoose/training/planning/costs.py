@@ -37,6 +37,7 @@ FLOAT32 = 4
 CHECKPOINTS = 3  # the best and the last one, while the next is written
 CHECKPOINT_COPIES = 3  # a parameter and its two moments in AdamW
 TRAINABLE_COPIES = 4  # the same and its gradient
+KEPT = 2  # times: norms, activation functions and rotations keep as much as the linears between
 LOGIT_BYTES = 10  # of one logit: bfloat16, float32, its gradient
 RUNTIME_BYTES = 600_000_000  # of torch, transformers and what they load
 
@@ -131,7 +132,8 @@ class CostModel:
         """The memory of a process: measured, or else counted for the longest sequences together.
 
         Counted are the base, trained parameters with gradients and moments, and what the backward
-        pass needs of one micro-batch: every site's input and output, and the logits.
+        pass needs of one micro-batch: every site's input and output, as much again for what lies
+        between them, and the logits. Attention's probabilities are left out.
         """
         if self.speed is not None and self.speed.memory_bytes is not None:
             return self.speed.memory_bytes
@@ -139,7 +141,7 @@ class CostModel:
         trained = shapes.expert + (shapes.gates if self.gate_training.joint else 0)
         tokens = max((task.micro_batch for task in tasks), default=0.0)
         targets = max((task.micro_batch_targets for task in tasks), default=0.0)
-        activations = tokens * shapes.features * self.itemsize
+        activations = KEPT * tokens * shapes.features * self.itemsize
         logits = targets * shapes.vocabulary * LOGIT_BYTES
         held = self.itemsize * shapes.base + TRAINABLE_COPIES * FLOAT32 * trained
         return RUNTIME_BYTES + held + round(activations + logits)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import tempfile
 import time
@@ -25,11 +26,12 @@ from ..train_expert import train_expert
 if sys.platform != "win32":
     import resource
 
-__all__ = ["Speed", "measure_speed"]
+__all__ = ["Speed", "measure_speed", "most_memory"]
 
 STEPS = 6  # of the expert and of the gates each; the first is a warm-up and isn't counted
 MICRO_BATCHES = 2  # in a batch of the trial, at most
 VALIDATED = 16  # examples
+STATUS = Path("/proc/self/status")  # Linux
 SAMPLE = 200  # examples of each task among which the longest are looked for
 
 
@@ -127,7 +129,7 @@ def measure_speed(
         gates=expert_rate if gates.joint else rate("gate", clock.stages[1]),
         forward=validated / (clock.saved_at - steps[-1]),
         start_seconds=start,
-        memory_bytes=_most_memory(),
+        memory_bytes=most_memory(),
     )
 
 
@@ -169,13 +171,18 @@ class _Clock:
         self.saved_at = self.saved_at or time.perf_counter()  # first after the expert's validation
 
 
-def _most_memory() -> int | None:
+def most_memory() -> int | None:
     """The peak memory of this process in bytes: of its GPU if there is one, else of the machine.
 
-    None on Windows, where Python isn't told.
+    None on Windows, where Python isn't told. (On Linux getrusage tells a new process what its
+    parent held when it was started, if that is more.)
     """
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
+    if STATUS.is_file():
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", STATUS.read_text(encoding="ascii"), re.M)
+        if found is not None:
+            return 1024 * int(found[1])
     if sys.platform == "win32":
         return None
     unit = 1 if sys.platform == "darwin" else 1024

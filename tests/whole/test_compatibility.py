@@ -2,7 +2,8 @@
 
 Each cell of the matrix does the same with a routed model and with its base under hooks that add the
 formula at every site (`oracle.naively_routed`). What a base can't do by itself stands in REFUSED in
-its own words, and is checked to be so. docs/compatibility.md holds the matrix as a table, which
+its own words, and is checked to be so, except where an older transformers can.
+docs/compatibility.md holds the matrix as a table, which
 `PYTHONPATH=tests/support python tests/whole/test_compatibility.py` prints.
 """
 
@@ -21,6 +22,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
@@ -221,6 +224,8 @@ OPERATIONS = {
     "reentrant checkpointing": Operation(partial(checkpointed, reentrant=True), gradients),
 }
 NO_LENGTH = "'PagedAttentionCache' object has no attribute 'get_seq_length'"
+# Python 3.10 has no later transformers than 5.20, whose bases do some of it.
+DOES_MORE = Version(transformers.__version__) < Version("5.21")
 REFUSED = {  # what bases can't do by themselves, in their words
     ("gpt_neox", "continuous batching"): (
         "PagedAttentionCache.update() missing 1 required positional argument: 'kwargs'"
@@ -254,11 +259,20 @@ def _quiet():
     logging.disable(logging.NOTSET)
 
 
+def succeeds(operation: Operation, tiny: Tiny) -> bool:
+    """True where the base can do it."""
+    try:
+        operation.run(tiny.base, tiny)
+    except Exception:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(("architecture", "name"), CELLS)
 def test_a_routed_model_does_what_its_base_does(architecture, name):
     tiny, operation = tiny_of(architecture), OPERATIONS[name]
     words = REFUSED.get((architecture, name))
-    if words is not None:
+    if words is not None and not (DOES_MORE and succeeds(operation, tiny)):
         for model in (tiny.base, tiny.routed):
             with pytest.raises(Exception, match=re.escape(words)):
                 operation.run(model, tiny)

@@ -146,6 +146,8 @@ class _Draws:
     def __call__(self, items: Sequence[Any]) -> Any:
         if self._random is None:  # most templates never draw
             self._random = random.Random(f"{self._name} {dict(self._row)!r}")
+        if len(items) == 0:
+            raise IndexError("cannot choose from an empty sequence")  # as Python does from 3.11 on
         return self._random.choice(items)
 
 

@@ -23,7 +23,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.import_plugin("shared_fixtures")
 
 
-LONGEST = ("test_demo.py", "test_benchmarks.py", "test_page.py", "test_smollm2.py")
+LONGEST = (
+    "test_core_install.py",
+    "test_demo.py",
+    "test_benchmarks.py",
+    "test_page.py",
+    "test_smollm2.py",
+)
 LONGEST += ("test_reliability.py", "test_compile.py", "test_recipes.py")
 
 

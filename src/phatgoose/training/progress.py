@@ -24,13 +24,14 @@ logger = logging.getLogger(__name__)
 class TrainingCallback:
     """Functions that hear of training progress; the defaults ignore it.
 
-    `on_steps` gets the number of optimiser steps just done, at the beginning of a training those of
+    `shows_bar` False leaves the progress bar to the caller. `on_steps` gets the number of optimiser steps just done, at the beginning of a training those of
     earlier runs. `on_saved` is called when a checkpoint or another part of the unfinished work is
     complete on the disk.
     """
 
     on_steps: Callable[[int], None] = lambda count: None
     on_saved: Callable[[], None] = lambda: None
+    shows_bar: bool = True
 
 
 class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
@@ -69,7 +70,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             initial=state.global_step,
             desc=one_line(self.label),
             unit="step",
-            disable=None if processes.is_first() else True,
+            disable=None if processes.is_first() and self._callback.shows_bar else True,
         )
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

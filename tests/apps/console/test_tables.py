@@ -43,8 +43,21 @@ def test_differences_are_to_phatgoose_and_absent_without_it_or_others():
         assert differences_table(replace(comparison, results=left)) is None
 
 
-def test_datasets_have_a_row_per_expert_and_method():
-    head, *rows = printed(datasets_table(made_comparison()))
+def test_datasets_have_a_row_for_the_base_then_each_expert_then_each_method():
+    comparison = made_comparison()
+    head, *rows = printed(datasets_table(comparison))
     assert head == ["model", "a", "b", "c", "mean"]
     assert len(rows) == len(EXPERTS) + len(RIGHT) + 2
-    assert rows[0][:2] == ["e0", "25 ±50"]
+    assert rows[0][0] == comparison.labels["base"]
+    assert rows[1][:2] == ["e0", "25 ±50"]
+
+
+def test_the_datasets_table_has_one_bold_row_phatgoose_or_the_one_asked_for():
+    comparison = made_comparison()
+    for asked, name in (((), "phatgoose"), (("base",), "base")):
+        table = datasets_table(comparison, *asked)
+        bold = [row.style == "bold" for row in table.rows]
+        titles = list(table.columns[0].cells)
+        assert [str(title) for title, is_bold in zip(titles, bold, strict=True) if is_bold] == [
+            comparison.title(name)
+        ]

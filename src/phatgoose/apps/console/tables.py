@@ -21,6 +21,8 @@ from ...experts.pool import Pool
 __all__ = ["datasets_table", "differences_table", "duplicates_table", "means_table"]
 __all__ += ["owner_table", "pool_table", "routers_table", "scores_table"]
 
+BASE = "base"  # the method that routes nothing
+
 
 def pool_table(pool: Pool) -> Table:
     """A row per expert: its kind, the sizes of its modules, and what it shares."""
@@ -119,16 +121,21 @@ def differences_table(comparison: Comparison) -> Table | None:
     return table
 
 
-def datasets_table(comparison: Comparison) -> Table:
-    """A row per single expert and method, a column per dataset: per cent ± half the interval."""
+def datasets_table(comparison: Comparison, bold: str = ANCHOR) -> Table:
+    """A row per model, a column per dataset: per cent ± half the interval.
+
+    The base comes first, then each single expert, then the other methods; row `bold` is bold.
+    """
     tasks = comparison.datasets
     columns = [*(task.replace("_", " ") for task in tasks), "mean"]
     table = _table(
         "zero-shot score in %, ± half the 95 % interval; * not zero-shot", "model", columns
     )
-    for row, results in {**comparison.experts, **comparison.results}.items():
+    first = {name: results for name, results in comparison.results.items() if name == BASE}
+    for row, results in {**first, **comparison.experts, **comparison.results}.items():
         mean = 100 * sum(results[task].score for task in tasks) / len(tasks)
-        _add(table, comparison, row, [*(_cell(results[task]) for task in tasks), f"{mean:.1f}"])
+        cells = [*(_cell(results[task]) for task in tasks), f"{mean:.1f}"]
+        _add(table, comparison, row, cells, bold)
     return table
 
 
@@ -144,8 +151,10 @@ def _table(title: str, first: str, columns: Iterable[str]) -> Table:
     return table
 
 
-def _add(table: Table, comparison: Comparison, row: str, cells: Iterable[str]) -> None:
-    style = "bold" if row == ANCHOR else ""
+def _add(
+    table: Table, comparison: Comparison, row: str, cells: Iterable[str], bold: str = ANCHOR
+) -> None:
+    style = "bold" if row == bold else ""
     table.add_row(Text(comparison.title(row)), *map(Text, cells), style=style)
 
 

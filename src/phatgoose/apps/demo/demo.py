@@ -1,9 +1,9 @@
 """The demo: the whole story on small tasks of our own, on a laptop, in minutes.
 
-It trains five experts with their gates, composes them, and compares the result with the base, each
-single expert and every other router on five tasks that no expert was trained on. Each of those asks
-for the skill of one training task in another domain, with other prompts and other answer words, so
-its score says whether routing carries a skill over. The texts in `tasks/` are original.
+It trains six experts with their gates, composes them, and compares the result with the base and
+each single expert on six tasks that no expert was trained on. Each of those asks for the skill of
+one training task in another domain and other words, so its score says whether routing carries a
+skill over.
 """
 
 from __future__ import annotations
@@ -14,66 +14,83 @@ from pathlib import Path
 
 import torch
 from rich.text import Text
+from tqdm.auto import tqdm
 
 from ...analysis.analyse import analyse
 from ...base.loading import Base, load_base
-from ...config import GateTraining, Lora, Training
+from ...config import GateTraining, Lora, Routing, Training
 from ...evaluation.comparison.compare import compare
+from ...evaluation.comparison.methods import METHODS, label_of
+from ...evaluation.comparison.tables import Comparison
 from ...experts.pool import Pool
 from ...routing.compose import compose
+from ...routing.routers.automatic import settled
+from ...routing.routers.registry import AUTO
 from ...routing.saved.save import save
 from ...tasks.embeddings import can_embed
-from ...tasks.loading import load_task
-from ...tasks.suites.entries import Entry, Suite
-from ...tasks.task import Task
+from ...training.progress import TrainingCallback
 from ...training.train_expert import train_expert
 from ..console.printing import show
 from ..console.tables import datasets_table, routers_table
 from ..generation import Sampling, generate, recorded_tokens
 from ..report.page import write_report
+from .gains import gains_of, lifts_of
+from .skills import SKILLS, trained_task, unseen_suite, unseen_tasks
 
 __all__ = ["run_demo"]
 
-TASKS = Path(__file__).parent / "tasks"
-TRAINED = ("sentiment", "entailment", "arithmetic", "ordering", "category")
-UNSEEN = ("hotel_feedback", "true_or_false", "word_problems", "which_first", "odd_one_out")
-SEED = 0
+ROUTER = AUTO  # the demo's router; PHATGOOSE stands beside it in the table
+BESIDE = ("base", "merged", "retrieval", "phatgoose", "oracle")
 THREADS = 2  # fixed, so that results are the same each time on one machine
 LORA = Lora(rank=16, alpha=16.0)
-TRAINING = Training(
-    steps=32, batch_size=8, learning_rate=2e-3, eval_every=32, eval_examples=16, seed=SEED
-)
+TRAINING = Training(steps=32, batch_size=8, learning_rate=2e-3, eval_every=32, eval_examples=16)
 GATES = GateTraining(gate_steps=16, gate_learning_rate=5e-3, statistics_examples=32)
 EVALUATED = 60  # examples of each unseen task
 READ = 16  # examples of each whose routing is analysed
-PROMPT = "Nina saw seven ducks and two herons. Is a heron a bird, a fruit or a tool? Answer:"
+ANSWER_TOKENS = 12  # of a written answer
+PROMPT = (
+    '"Quinn here. Can you keep three places in the pottery class on Friday?" Make an entry of it '
+    "in our format. Entry:"
+)
 
 
-def run_demo(base_name: str, out: Path) -> None:
+def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = False) -> None:
     """Train, compare and route; write experts, tables, report and routed model to `out`.
 
-    Experts that `out` already has are kept, so an interrupted demo continues where it stopped.
+    `seed` is that of the experts' training. The table has the base, each single expert, and a few
+    routers, or with `all_methods` every one. Experts and scores that `out` already has are kept, so
+    an interrupted demo continues where it stopped.
     """
     begun = time.monotonic()
     torch.set_num_threads(THREADS)
     show(_step("1. Base model", f" {base_name}"))
     base = load_base(base_name)
-    show(_step("2. Five experts with gates", ", each trained on one task"))
-    pool = _train_pool(base, out / "experts")
-    unseen = _unseen_tasks()
-    show(_step("3. Every method on unseen tasks", f", {EVALUATED} examples each"))
-    show(datasets_table(compare(pool, [_suite(unseen)], base=base, out=out)))
+    show(_step(f"2. {len(SKILLS)} experts with gates", ", each trained on one task"))
+    pool = _train_pool(base, out / "experts", seed)
+    routing = settled(Routing(router=ROUTER), pool, base.model)
+    unseen = unseen_tasks(EVALUATED)
+    show(_step("3. On tasks that none of them has seen", f", {EVALUATED} examples each"))
+    comparison = compare(
+        pool,
+        [unseen_suite(unseen)],
+        "all" if all_methods else _shown(routing.router),
+        base=base,
+        out=out,
+        max_new_tokens=ANSWER_TOKENS,
+    )
+    show(datasets_table(comparison, routing.router))
+    show(_verdict(comparison, routing.router))
     show(_step("4. A routed answer", ", each token in the colour of its top expert"))
-    model = compose(pool, base)
-    routed = generate(model, base.tokenizer, PROMPT, sampling=Sampling(12), record=True)
+    model = compose(pool, base, routing=routing)
+    sampling = Sampling(ANSWER_TOKENS)
+    routed = generate(model, base.tokenizer, PROMPT, sampling=sampling, record=True)
     show(recorded_tokens(routed, base.tokenizer))
     show(_step("5. Where the tokens of each unseen task went"))
     analysis = analyse(model, unseen, tokenizer=base.tokenizer, limit=READ, score=False)
     show(routers_table(analysis))
     report = write_report(analysis, out / "analysis")
     save(model, out / "routed", overwrite=True)
-    show(f"Report -> {report}   tables -> {out / 'comparison.md'}")
-    show(f"Routed model -> {out / 'routed'} (try: phatgoose generate {out / 'routed'} …)")
+    show(_ending(out, report), wrap=False)
     show(f"Done in {time.monotonic() - begun:.0f} s.")
 
 
@@ -81,30 +98,53 @@ def _step(title: str, rest: str = "") -> Text:
     return Text.assemble((title, "bold"), rest)
 
 
-def _train_pool(base: Base, folder: Path) -> Pool:
-    gates = replace(GATES, embeddings=can_embed())
-    for name in TRAINED:
-        expert = train_expert(
-            base,
-            load_task(TASKS / f"{name}.csv"),
-            out=folder / name,
-            peft=LORA,
-            training=TRAINING,
-            gate_training=gates,
-            resume=True,
-        )
-        loss = expert.info.metrics["expert_validation_loss"]
-        show(f"   {name}: validation loss {loss:.3f}")
-    return Pool.open([folder / name for name in TRAINED])
+def _shown(router: str) -> list[str]:
+    """The methods of the table, in its order; Retrieval needs a sentence embedder."""
+    wanted = {*BESIDE, router} - (set() if can_embed() else {"retrieval"})
+    return [name for name in METHODS if name in wanted]
 
 
-def _unseen_tasks() -> list[Task]:
-    tasks = (load_task(TASKS / f"{name}.csv") for name in UNSEEN)
-    return [replace(task, test=task.test[:EVALUATED]) for task in tasks]
+def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
+    """The experts of SKILLS, those that `folder` lacks trained behind one progress bar."""
+    training, gates = replace(TRAINING, seed=seed), replace(GATES, embeddings=can_embed())
+    missing = [name for name in SKILLS if not (folder / name).is_dir()]
+    steps = len(missing) * (training.steps + gates.gate_steps)
+    with tqdm(total=steps, desc="experts", unit="step", disable=None) as bar:
+        for name in SKILLS:
+            bar.set_postfix_str(name)
+            train_expert(
+                base,
+                trained_task(name),
+                out=folder / name,
+                peft=LORA,
+                training=training,
+                gate_training=gates,
+                resume=True,
+                callback=TrainingCallback(on_steps=bar.update, shows_bar=False),
+            )
+    return Pool.open([folder / name for name in SKILLS])
 
 
-def _suite(tasks: list[Task]) -> Suite:
-    def entry(task: Task) -> Entry:
-        return Entry(task.name, lambda _: task)
+def _verdict(comparison: Comparison, router: str) -> str:
+    """What the table says: each skill's lift, and the routed model against all others."""
+    lifts = ", ".join(f"{name} {lift:+.0f}" for name, lift in lifts_of(comparison, SKILLS).items())
+    gains = gains_of(comparison, router)
+    to_base = next(gain for gain in gains if gain.over == "base")
+    nearest = next(gain for gain in gains if gain.over != "base")
+    return (
+        f"Points of each expert above the base on the unseen task of its skill: {lifts}.\n"
+        f"{label_of(router)}, the demo's router, in points of the mean with 95 % intervals in "
+        f"pairs: {to_base.in_words}; {nearest.in_words}, the best single expert."
+    )
 
-    return Suite("unseen", tuple(map(entry, tasks)))
+
+def _ending(out: Path, report: Path) -> str:
+    """Where the results are, and three commands to go on with."""
+    return (
+        f"Report -> {report}   tables -> {out / 'comparison.md'}\n"
+        "Three commands to try next:\n"
+        f"  phatgoose generate {out / 'routed'} 'Card: \"Bonjour!\" Tray green or red?' "
+        "--show-experts\n"
+        f"  phatgoose demo --out {out} --all-methods\n"
+        f"  phatgoose train your-task.jsonl --recipe recipes/laptop.toml --out {out / 'experts'}"
+    )

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from tqdm import tqdm
 
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ConfigError, ExpertError
+from phatgoose.training.progress import TrainingCallback
 from training_runs import (
     GATES,
     LORA,
@@ -54,3 +56,21 @@ def test_an_existing_place_is_refused(llama, tmp_path):
     (tmp_path / "echo").mkdir()
     with pytest.raises(ExpertError, match="exists already"):
         train(llama, tmp_path / "echo")
+
+
+def test_no_bar_is_shown_beside_that_of_a_caller_who_has_one(llama, tmp_path, monkeypatch):
+    hidden = []
+
+    def bar(*_, disable, **others):
+        hidden.append(disable)
+        return tqdm(disable=True, **others)
+
+    for module in ("training.progress", "tasks.prompt_passes"):
+        monkeypatch.setattr(f"phatgoose.{module}.tqdm", bar)
+    done = []
+    callback = TrainingCallback(on_steps=done.append, shows_bar=False)
+    train(llama, tmp_path / "quiet", callback=callback)
+    assert sum(done) == TRAINING.steps + GATES.gate_steps
+    assert hidden == [True] * 4  # expert, gates, readings, means
+    train(llama, tmp_path / "own")
+    assert hidden[4:] == [None] * 4

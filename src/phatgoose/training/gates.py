@@ -170,8 +170,11 @@ def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
     if not processes.is_first():
         processes.wait_for_all()
         return Expert.load(run.out)
-    settings = run.gate_training
-    measured = statistics_of(run.base, modules, run.task, run.encoder, settings, run.training.seed)
+    settings, seed = run.gate_training, run.training.seed
+    bars = run.callback.shows_bar
+    measured = statistics_of(
+        run.base, modules, run.task, run.encoder, settings, seed, shows_bars=bars
+    )
     expert = Expert.from_peft(
         adapter,
         gates,

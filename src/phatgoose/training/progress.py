@@ -24,9 +24,9 @@ logger = logging.getLogger(__name__)
 class TrainingCallback:
     """Functions that hear of training progress; the defaults ignore it.
 
-    `shows_bar` False leaves the progress bar to the caller. `on_steps` gets the number of optimiser steps just done, at the beginning of a training those of
+    `on_steps` gets the number of optimiser steps just done, at the beginning of a training those of
     earlier runs. `on_saved` is called when a checkpoint or another part of the unfinished work is
-    complete on the disk.
+    complete on the disk. `shows_bar` False leaves the progress bar to the caller.
     """
 
     on_steps: Callable[[int], None] = lambda count: None

@@ -128,14 +128,17 @@ def statistics_of(
     encoder: Encoder,
     settings: GateTraining,
     seed: int,
+    *,
+    shows_bars: bool = True,
 ) -> Statistics:
     """The statistics that `settings` asks for, of the expert `modules` on a sample of `task.train`.
 
     Means are measured with the expert at full strength, as it acts when it is routed to, readings
-    without it. Raises ExpertError when the expert doesn't fit the base, ConfigError when embedding
-    isn't possible.
+    without it. `shows_bars` False shows no progress. Raises ExpertError when the expert doesn't fit
+    the base, ConfigError when embedding isn't possible.
     """
     means, readings, embeddings, cuts = None, None, None, Cuts()
+    label = task.name if shows_bars else None
     count = settings.statistics_examples
     if settings.embeddings:
         examples = _sample(task.train, min(count, MOST_EMBEDDINGS), seed)
@@ -148,13 +151,13 @@ def statistics_of(
     if settings.readings:
         base.model.eval()
         prompts = [pair.prompt for pair in pairs]
-        states = read_prompts(base.model, prompts, PromptStates(base.model), task.name)
+        states = read_prompts(base.model, prompts, PromptStates(base.model), label)
         readings = readings_of(states)
     if settings.means:
         sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
         padding = base.tokenizer.pad_token_id
         with applied(base.model, modules, ModifiedLinear):
-            means = mean_activations(base.model, sites, pairs, padding, task.name)
+            means = mean_activations(base.model, sites, pairs, padding, label)
     return Statistics(means, readings, embeddings, cuts)
 
 
@@ -163,7 +166,7 @@ def mean_activations(
     sites: Mapping[str, Site],
     pairs: Sequence[TokenPair],
     pad_token_id: int,
-    label: str = "",
+    label: str | None = None,
 ) -> dict[str, Tensor]:
     """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
 

@@ -21,7 +21,6 @@ from ...base.loading import Base, load_base
 from ...config import GateTraining, Lora, Routing, Training
 from ...evaluation.comparison.compare import compare
 from ...evaluation.comparison.methods import METHODS, label_of
-from ...evaluation.comparison.tables import Comparison
 from ...experts.pool import Pool
 from ...routing.compose import compose
 from ...routing.routers.automatic import settled
@@ -34,7 +33,7 @@ from ..console.printing import show
 from ..console.tables import datasets_table, routers_table
 from ..generation import Sampling, generate, recorded_tokens
 from ..report.page import write_report
-from .gains import gains_of, lifts_of
+from .gains import Gain, gains_of, lifts_of, write_gains
 from .skills import SKILLS, trained_task, unseen_suite, unseen_tasks
 
 __all__ = ["run_demo"]
@@ -79,7 +78,9 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
         max_new_tokens=ANSWER_TOKENS,
     )
     show(datasets_table(comparison, routing.router))
-    show(_verdict(comparison, routing.router))
+    gains, lifts = gains_of(comparison, routing.router), lifts_of(comparison, SKILLS)
+    write_gains(out / "gains.json", routing.router, gains, lifts)
+    show(_verdict(routing.router, gains, lifts))
     show(_step("4. A routed answer", ", each token in the colour of its top expert"))
     model = compose(pool, base, routing=routing)
     sampling = Sampling(ANSWER_TOKENS)
@@ -125,14 +126,13 @@ def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
     return Pool.open([folder / name for name in SKILLS])
 
 
-def _verdict(comparison: Comparison, router: str) -> str:
+def _verdict(router: str, gains: list[Gain], lifts: dict[str, float]) -> str:
     """What the table says: each skill's lift, and the routed model against all others."""
-    lifts = ", ".join(f"{name} {lift:+.0f}" for name, lift in lifts_of(comparison, SKILLS).items())
-    gains = gains_of(comparison, router)
+    lifted = ", ".join(f"{name} {lift:+.0f}" for name, lift in lifts.items())
     to_base = next(gain for gain in gains if gain.over == "base")
     nearest = next(gain for gain in gains if gain.over != "base")
     return (
-        f"Points of each expert above the base on the unseen task of its skill: {lifts}.\n"
+        f"Points of each expert above the base on the unseen task of its skill: {lifted}.\n"
         f"{label_of(router)}, the demo's router, in points of the mean with 95 % intervals in "
         f"pairs: {to_base.in_words}; {nearest.in_words}, the best single expert."
     )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
+from ...errors import EvaluationError
 from ...evaluation.comparison.tables import Comparison
 from ...evaluation.intervals import Interval, dataset_replicates, interval_of
+from ...files.atomic import write_text
 
-__all__ = ["Gain", "gains_of", "lifts_of"]
+__all__ = ["Gain", "gains_of", "lifts_of", "write_gains"]
 
 
 @dataclass(frozen=True)
@@ -52,3 +56,9 @@ def lifts_of(comparison: Comparison, skills: dict[str, str]) -> dict[str, float]
         name: 100 * (comparison.experts[name][task].score - base[task].score)
         for name, task in skills.items()
     }
+
+
+def write_gains(path: Path, row: str, gains: list[Gain], lifts: dict[str, float]) -> None:
+    """Write the gains of `row` and each expert's lift as JSON, in points."""
+    content = {"router": row, "lifts": lifts, "gains": [asdict(gain) for gain in gains]}
+    write_text(path, json.dumps(content, indent=2) + "\n", EvaluationError)

@@ -1,0 +1,102 @@
+"""The demo with several seeds, each in a folder of its own, and one page of their tables.
+
+    python benchmarks/demo_seeds.py --out runs/demo-seeds --seeds 0,1,2,3,4
+
+Seeds, experts and scores that the folder has already are kept: run it again to continue. The page
+is `tables.md` in that folder, written after every seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from phatgoose.apps.demo.demo import run_demo
+from phatgoose.apps.demo.skills import SKILLS
+from phatgoose.evaluation.comparison.methods import label_of
+
+
+def main() -> None:
+    """Run every seed, and write the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--base", default="smollm2")
+    parser.add_argument("--all-methods", action="store_true")
+    given = parser.parse_args()
+    seeds = [int(seed) for seed in given.seeds.split(",")]
+    for seed in seeds:
+        folder, begun = given.out / str(seed), time.monotonic()
+        run_demo(given.base, folder, seed=seed, all_methods=given.all_methods)
+        took = {"wall_s": time.monotonic() - begun, "processor_s": time.process_time()}
+        with (folder / "took.jsonl").open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(took) + "\n")
+        done = [each for each in seeds if (given.out / str(each) / "gains.json").is_file()]
+        (given.out / "tables.md").write_text(page(given.out, done), encoding="utf-8")
+
+
+def page(out: Path, seeds: list[int]) -> str:
+    """What the seeds have in common, then a table for each, in Markdown."""
+    found = {seed: _gains(out / str(seed)) for seed in seeds}
+    parts = [_summary(found)]
+    parts += [f"### Seed {seed}\n\n{_table(out / str(seed))}" for seed in seeds]
+    return "\n\n".join(parts) + "\n"
+
+
+def _gains(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "gains.json").read_text(encoding="utf-8"))
+
+
+def _summary(found: dict[int, dict[str, Any]]) -> str:
+    """A row a seed: each expert's lift, and the router's gains with their intervals."""
+    router = label_of(next(iter(found.values()))["router"])
+    lines = [
+        _line(["seed", *SKILLS, f"{router} over the base", "over the best single expert"]),
+        "|---" * (len(SKILLS) + 3) + "|",
+    ]
+    for seed, each in found.items():
+        base = next(gain for gain in each["gains"] if gain["over"] == "base")
+        nearest = next(gain for gain in each["gains"] if gain["over"] != "base")
+        lifts = [f"{each['lifts'][name]:+.0f}" for name in SKILLS]
+        lines.append(
+            _line([str(seed), *lifts, _points(base), f"{_points(nearest)} ({nearest['over']})"])
+        )
+    return "\n".join(lines)
+
+
+def _table(folder: Path) -> str:
+    """The demo's table of one seed."""
+    found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    tasks = list(SKILLS.values())
+    rows = {name: _scores(row) for name, row in found["rows"].items()}
+    models = {"base": rows.pop("base"), **found["experts"], **rows}
+    lines = [
+        _line(["", *(task.replace("_", " ") for task in tasks), "mean"]),
+        "|---" * (len(tasks) + 2) + "|",
+    ]
+    for name, scores in models.items():
+        star = " *" if name in found["choices"] else ""
+        mean = sum(scores[task] for task in tasks) / len(tasks)
+        cells = [f"{100 * scores[task]:.0f}" for task in tasks]
+        lines.append(_line([label_of(name) + star, *cells, f"{100 * mean:.1f}"]))
+    return "\n".join(lines)
+
+
+def _scores(row: dict[str, Any]) -> dict[str, float]:
+    return {task: result["score"] for task, result in row["datasets"].items()}
+
+
+def _points(gain: dict[str, Any]) -> str:
+    low, high = gain["interval"]["low"], gain["interval"]["high"]
+    return f"{gain['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+if __name__ == "__main__":
+    main()

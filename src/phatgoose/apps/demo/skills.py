@@ -2,7 +2,7 @@
 
 The unseen task is of another domain, with other texts and other wordings of the instruction, and
 for some skills other answer words. What an answer is called (which bird stands for which kind of
-message) is a convention of ours that no base can know; a house fine-tunes for its conventions. All
+request) is a convention of ours that no base can know; a house fine-tunes for its conventions. All
 texts in `tasks/` were written for this demo.
 """
 
@@ -20,9 +20,9 @@ __all__ = ["SKILLS", "TASKS", "trained_task", "unseen_suite", "unseen_tasks"]
 TASKS = Path(__file__).parent / "tasks"
 SKILLS = {  # the training task, which names the expert: the unseen task
     "sentiment": "hotel_feedback",
-    "triage": "library_desk",
     "archive": "evening_classes",
-    "postcards": "office_mail",
+    "helpers": "hotel_porter",
+    "dates": "family_papers",
     "bookings": "course_places",
     "village": "village_post",
 }

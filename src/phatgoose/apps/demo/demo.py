@@ -46,7 +46,7 @@ TRAINING = Training(steps=32, batch_size=8, learning_rate=2e-3, eval_every=32, e
 GATES = GateTraining(gate_steps=16, gate_learning_rate=5e-3, statistics_examples=32)
 EVALUATED = 60  # examples of each unseen task
 READ = 16  # examples of each whose routing is analysed
-ANSWER_TOKENS = 12  # of a written answer
+ANSWER_TOKENS = 10  # of a written answer: the longest right one and its end
 PROMPT = (
     '"Quinn here. Can you keep three places in the pottery class on Friday?" Make an entry of it '
     "in our format. Entry:"
@@ -143,8 +143,7 @@ def _ending(out: Path, report: Path) -> str:
     return (
         f"Report -> {report}   tables -> {out / 'comparison.md'}\n"
         "Three commands to try next:\n"
-        f"  phatgoose generate {out / 'routed'} 'Card: \"Bonjour!\" Tray green or red?' "
-        "--show-experts\n"
+        f"  phatgoose generate {out / 'routed'} 'The home of Tamsin:' --show-experts\n"
         f"  phatgoose demo --out {out} --all-methods\n"
         f"  phatgoose train your-task.jsonl --recipe recipes/laptop.toml --out {out / 'experts'}"
     )

@@ -178,7 +178,7 @@ def demo(
     seed: Annotated[int, "Seed of the experts' training."] = 0,
     all_methods: Annotated[bool, "Show every router in the table, not a few."] = False,
 ) -> None:
-    """Train six small experts, route them, score them on unseen tasks."""
+    """Train five small experts, route them, score them on unseen tasks."""
     from ..demo.demo import run_demo
 
     run_demo(base or "smollm2", out, seed=seed, all_methods=all_methods)

@@ -1,7 +1,7 @@
 """The demo: the whole story on small tasks of our own, on a laptop, in minutes.
 
-It trains six experts with their gates, composes them, and compares the result with the base and
-each single expert on six tasks that no expert was trained on. Each of those asks for the skill of
+It trains five experts with their gates, composes them, and compares the result with the base and
+each single expert on five tasks that no expert was trained on. Each of those asks for the skill of
 one training task in another domain and other words, so its score says whether routing carries a
 skill over.
 """

@@ -1,8 +1,8 @@
 """The demo's skills: each a task to train an expert on, and an unseen task that asks for it.
 
 The unseen task is of another domain, with other texts and other wordings of the instruction, and
-for some skills other answer words. What an answer is called (which code stands for which kind of
-request) is a convention of ours that no base can know; a house fine-tunes for its conventions. All
+for some skills other answer words. What an answer is called (which code stands for which topic) is
+a convention of ours that no base can know; a house fine-tunes for its conventions. All
 texts in `tasks/` were written for this demo.
 """
 
@@ -21,7 +21,6 @@ TASKS = Path(__file__).parent / "tasks"
 SKILLS = {  # the training task, which names the expert: the unseen task
     "sentiment": "hotel_feedback",
     "archive": "evening_classes",
-    "requests": "hotel_porter",
     "dates": "family_papers",
     "bookings": "course_places",
     "village": "village_post",

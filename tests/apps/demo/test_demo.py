@@ -70,18 +70,15 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     assert "<html" in (out / "analysis" / "report.html").read_text(encoding="utf-8")
     assert routed.experts == EXPERTS
     assert {record["hyperparameters"]["seed"] for record in routed.records} == {3}
+    every = phat(
+        "demo", "--base", base_folders["llama"], "--out", out, "--seed", 3, "--all-methods"
+    )
+    assert every.code == 0
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert set(METHODS) - set(comparison["rows"]) == {"retrieval", "centroid", "glider"}
     monkeypatch.setattr("phatgoose.evaluation.comparison.cells.score", None)  # all is there already
     again = phat("demo", "--base", base_folders["llama"], "--out", out, "--seed", 3)
     assert again.code == 0
-
-
-@pytest.mark.usefixtures("small")
-def test_with_all_methods_the_table_has_each_that_the_experts_allow(base_folders, phat, tmp_path):
-    out = tmp_path / "demo"
-    shown = phat("demo", "--base", base_folders["llama"], "--out", out, "--all-methods")
-    assert shown.code == 0
-    comparison = json.loads((out / "comparison.json").read_text())
-    assert set(METHODS) - set(comparison["rows"]) == {"retrieval", "centroid", "glider"}
 
 
 def test_gains_are_over_the_base_and_each_single_expert_the_smallest_first():

@@ -132,9 +132,9 @@ def _verdict(router: str, gains: list[Gain], lifts: dict[str, float]) -> str:
     to_base = next(gain for gain in gains if gain.over == "base")
     nearest = next(gain for gain in gains if gain.over != "base")
     return (
-        f"Points of each expert above the base on the unseen task of its skill: {lifted}.\n"
-        f"{label_of(router)}, the demo's router, in points of the mean with 95 % intervals in "
-        f"pairs: {to_base.in_words}; {nearest.in_words}, the best single expert."
+        f"Each expert's points above the base on the unseen task of its skill:\n  {lifted}\n"
+        f"{label_of(router)}, the demo's router: points of its mean, 95 % intervals in pairs:\n"
+        f"  {to_base.in_words} model\n  {nearest.in_words}, the best single expert"
     )
 
 

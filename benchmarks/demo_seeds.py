@@ -51,19 +51,27 @@ def _gains(folder: Path) -> dict[str, Any]:
 
 
 def _summary(found: dict[int, dict[str, Any]]) -> str:
-    """A row a seed: each expert's lift, and the router's gains with their intervals."""
+    """Two tables with a row a seed: each expert's lift, and the router's gains."""
     router = label_of(next(iter(found.values()))["router"])
+    over = ["base", *SKILLS]
     lines = [
-        _line(["seed", *SKILLS, f"{router} over the base", "over the best single expert"]),
-        "|---" * (len(SKILLS) + 3) + "|",
+        "Points of each expert above the base on the unseen task of its skill:",
+        "",
+        _line(["seed", *SKILLS]),
+        "|---" * (len(SKILLS) + 1) + "|",
+        *(
+            _line([str(seed), *(f"{each['lifts'][name]:+.0f}" for name in SKILLS)])
+            for seed, each in found.items()
+        ),
+        "",
+        f"Points of {router}'s mean above the others', with 95 % intervals in pairs:",
+        "",
+        _line(["seed", *over]),
+        "|---" * (len(over) + 1) + "|",
     ]
     for seed, each in found.items():
-        base = next(gain for gain in each["gains"] if gain["over"] == "base")
-        nearest = next(gain for gain in each["gains"] if gain["over"] != "base")
-        lifts = [f"{each['lifts'][name]:+.0f}" for name in SKILLS]
-        lines.append(
-            _line([str(seed), *lifts, _points(base), f"{_points(nearest)} ({nearest['over']})"])
-        )
+        gains = {gain["over"]: gain for gain in each["gains"]}
+        lines.append(_line([str(seed), *(_points(gains[name]) for name in over)]))
     return "\n".join(lines)
 
 

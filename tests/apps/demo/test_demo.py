@@ -40,7 +40,7 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     out = tmp_path / "demo"
     shown = phat("demo", "--base", base_folders["llama"], "--out", out, "--seed", 3)
     assert shown.code == 0
-    for part in (*EXPERTS, "Base model", "PHATGOOSE", "Oracle *", "the best single expert", "Done"):
+    for part in (*EXPERTS, "Base model", "PHATGOOSE", "Oracle *", "over sentiment", "Done"):
         assert part in shown.out
     assert f"Report -> {out / 'analysis' / 'report.html'}" in shown.out
     commands = [shlex.split(line) for line in shown.out.splitlines() if "  phatgoose " in line]

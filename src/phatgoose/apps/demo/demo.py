@@ -129,12 +129,12 @@ def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
 def _verdict(router: str, gains: list[Gain], lifts: dict[str, float]) -> str:
     """What the table says: each skill's lift, and the routed model against all others."""
     lifted = ", ".join(f"{name} {lift:+.0f}" for name, lift in lifts.items())
-    to_base = next(gain for gain in gains if gain.over == "base")
-    nearest = next(gain for gain in gains if gain.over != "base")
-    return (
-        f"Each expert's points above the base on the unseen task of its skill:\n  {lifted}\n"
-        f"{label_of(router)}, the demo's router: points of its mean, 95 % intervals in pairs:\n"
-        f"  {to_base.in_words} model\n  {nearest.in_words}, the best single expert"
+    return "\n".join(
+        [
+            f"Each expert's points above the base on the unseen task of its skill:\n  {lifted}",
+            f"{label_of(router)}, the demo's router: points of its mean, 95 % interval in pairs:",
+            *(f"  {gain.in_words}" for gain in gains),
+        ]
     )
 
 

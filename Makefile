@@ -37,7 +37,7 @@ types: install-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed-docs
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 dist: $(BIN)/python
 	$(PIP) install -q 'build>=1.2'

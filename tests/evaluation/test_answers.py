@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
@@ -72,3 +73,19 @@ def test_a_task_bounds_its_own_answers(base):
         assert answers == [greedy_text(base.model, base, e.input, tokens) for e in examples]
     usual = evaluate(base, tasks[1]).scores[0].predictions[0].answer
     assert usual == greedy_text(base.model, base, "a", 64)
+
+
+def test_the_head_gets_rows_that_lie_together_when_answers_are_written(llama):
+    layouts = []
+    head = llama.model.get_output_embeddings()
+    written = Task("written", train=tuple(Example(text, "x") for text in ("a b", "c d", "e f")))
+    answers = evaluate(llama, written, max_new_tokens=2).scores[0].predictions
+    with ExitStack() as stack:
+        hook = head.register_forward_hook(
+            lambda _, inputs, output: layouts.append((len(output), inputs[0].is_contiguous()))
+        )
+        stack.callback(hook.remove)
+        again = evaluate(llama, written, max_new_tokens=2).scores[0].predictions
+    assert {rows for rows, _ in layouts} == {3}
+    assert all(together for _, together in layouts)
+    assert again == answers

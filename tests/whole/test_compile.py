@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from architectures import Tiny, make_tiny
@@ -117,6 +118,10 @@ def small() -> Tiny:
     return Tiny(make_tiny("llama", num_hidden_layers=1))
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__) < Version("2.9"),
+    reason="graphs of torch 2.8 don't see what a thread has of its own",
+)
 def test_an_announced_expert_is_one_graph_with_the_rest(small):
     scores = {f"e{z}": {"one": z, "other": -z} for z in range(3)}
     model = compose(small.pool, small.base, router="oracle", scores=scores)

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
@@ -63,11 +63,13 @@ def test_measures_of_equals(pair):
 
 
 @given(two, st.floats(0.001, 0.9))
+@example((np.array([0, 0.5, 0.5]), np.array([0, 0.5, 0.5 - 1e-13])), 0.5)
 def test_pinsker_holds_after_smoothing(pair, smoothing):
     p, q = smoothed(pair[0], smoothing), smoothed(pair[1], smoothing)
     distance = 1 - overlap(p, q)
     assert kl_divergence(*pair, smoothing) >= 2 * distance**2 - 1e-9
-    assert jensenshannon(p, q) <= math.sqrt(math.log(2)) + 1e-9
+    with np.errstate(invalid="ignore"):  # scipy's sum for nearly equal ones may fall below 0
+        assert np.nan_to_num(jensenshannon(p, q)) <= math.sqrt(math.log(2)) + 1e-9
 
 
 @pytest.mark.parametrize("experts", [2, 8, 166])

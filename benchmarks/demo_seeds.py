@@ -16,7 +16,8 @@ from typing import Any
 
 from phatgoose.apps.demo.demo import run_demo
 from phatgoose.apps.demo.skills import SKILLS
-from phatgoose.evaluation.comparison.methods import label_of
+from phatgoose.evaluation.comparison.methods import BASE, label_of
+from phatgoose.evaluation.comparison.tables import markdown_table
 
 
 def main() -> None:
@@ -53,26 +54,23 @@ def _gains(folder: Path) -> dict[str, Any]:
 def _summary(found: dict[int, dict[str, Any]]) -> str:
     """Two tables with a row a seed: each expert's lift, and the router's gains."""
     router = label_of(next(iter(found.values()))["router"])
-    over = ["base", *SKILLS]
-    lines = [
-        "Points of each expert above the base on the unseen task of its skill:",
-        "",
-        _line(["seed", *SKILLS]),
-        "|---" * (len(SKILLS) + 1) + "|",
-        *(
-            _line([str(seed), *(f"{each['lifts'][name]:+.0f}" for name in SKILLS)])
-            for seed, each in found.items()
-        ),
-        "",
-        f"Points of {router}'s mean above the others', with 95 % intervals in pairs:",
-        "",
-        _line(["seed", *over]),
-        "|---" * (len(over) + 1) + "|",
+    over = [BASE, *SKILLS]
+    lifts = [
+        [str(seed), *(f"{each['lifts'][name]:+.0f}" for name in SKILLS)]
+        for seed, each in found.items()
     ]
+    gains = []
     for seed, each in found.items():
-        gains = {gain["over"]: gain for gain in each["gains"]}
-        lines.append(_line([str(seed), *(_points(gains[name]) for name in over)]))
-    return "\n".join(lines)
+        by_name = {gain["over"]: gain for gain in each["gains"]}
+        gains.append([str(seed), *(_points(by_name[name]) for name in over)])
+    return "\n".join(
+        [
+            "Points of each expert above the base on the unseen task of its skill:\n",
+            *markdown_table(["seed", *SKILLS], lifts),
+            f"\nPoints of {router}'s mean above the others', with 95 % intervals in pairs:\n",
+            *markdown_table(["seed", *over], gains),
+        ]
+    )
 
 
 def _table(folder: Path) -> str:
@@ -80,17 +78,16 @@ def _table(folder: Path) -> str:
     found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     tasks = list(SKILLS.values())
     rows = {name: _scores(row) for name, row in found["rows"].items()}
-    models = {"base": rows.pop("base"), **found["experts"], **rows}
-    lines = [
-        _line(["", *(task.replace("_", " ") for task in tasks), "mean"]),
-        "|---" * (len(tasks) + 2) + "|",
-    ]
+    models = {BASE: rows.pop(BASE), **found["experts"], **rows}
+    lines = []
     for name, scores in models.items():
         star = " *" if name in found["choices"] else ""
         mean = sum(scores[task] for task in tasks) / len(tasks)
         cells = [f"{100 * scores[task]:.0f}" for task in tasks]
-        lines.append(_line([label_of(name) + star, *cells, f"{100 * mean:.1f}"]))
-    return "\n".join(lines)
+        lines.append([label_of(name) + star, *cells, f"{100 * mean:.1f}"])
+    return "\n".join(
+        markdown_table(["", *(task.replace("_", " ") for task in tasks), "mean"], lines)
+    )
 
 
 def _scores(row: dict[str, Any]) -> dict[str, float]:
@@ -100,10 +97,6 @@ def _scores(row: dict[str, Any]) -> dict[str, float]:
 def _points(gain: dict[str, Any]) -> str:
     low, high = gain["interval"]["low"], gain["interval"]["high"]
     return f"{gain['difference']:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -16,22 +15,21 @@ from typing import Any
 import torch
 
 from findings import ROWS, Finding
+from phatgoose.evaluation.comparison.circumstances import chip_of, commit_of
 
 __all__ = ["circumstances", "table", "write_json"]
 
+PROJECT = Path(__file__).parents[1]
 LIBRARIES = ("torch", "transformers", "peft", "lm_eval")
 HEAD = ("what", "target", "measured", "floor", "")
 
 
 def circumstances() -> dict[str, Any]:
     """The machine, the commit and the libraries that numbers belong to."""
-    here = Path(__file__).parent
-    commit = _output("git", "-C", str(here), "rev-parse", "--short=9", "HEAD")
-    changed = _output("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": (commit or "unknown") + ("+changes" if changed else ""),
-        "cpu": _cpu(),
+        "commit": commit_of(PROJECT) or "unknown",
+        "cpu": chip_of(torch.device("cpu")),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "capability": torch.backends.cpu.get_cpu_capability(),
@@ -101,16 +99,3 @@ def _plain(finding: Finding) -> dict[str, Any]:
     met = finding.target.met_by(finding.measured) if finding.target else None
     target = str(finding.target) if finding.target else None
     return {**asdict(finding), "target": target, "met": met}
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(": ", 1)[1] for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip()

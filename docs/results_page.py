@@ -16,12 +16,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from phatgoose.evaluation.comparison.methods import METHODS
-from phatgoose.evaluation.comparison.tables import ANCHOR, Summary
+from phatgoose.evaluation.comparison.tables import ANCHOR, Summary, markdown_table
 from phatgoose.evaluation.intervals import Interval
 
 PAGE = Path(__file__).with_name("results.md")
@@ -94,10 +94,10 @@ def _of_base(name: str, kept: Sequence[Mapping[str, Any]]) -> str:
         for row in ordered
         if any(cells := [s.difference_in_points if s else "" for s in _across(columns, row)])
     ]
-    parts = [f"## {name}\n", *_table(["router", *titles], means), CHOSEN if chosen else ""]
+    parts = [f"## {name}\n", *markdown_table(["router", *titles], means), CHOSEN if chosen else ""]
     if differences:
         parts += [f"Difference to {rows[ANCHOR]} in points, in pairs:\n"]
-        parts += [*_table(["router", *titles], differences), ""]
+        parts += [*markdown_table(["router", *titles], differences), ""]
     return "\n".join(parts)
 
 
@@ -128,13 +128,7 @@ def _sources(kept: Sequence[Mapping[str, Any]]) -> str:
                 s["machine"],
             ]
         )
-    return "\n".join(["## Where they come from\n", *_table(head, rows), ""])
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield "|" + "---|" * len(head)
-    yield from (f"| {' | '.join(cells)} |" for cells in rows)
+    return "\n".join(["## Where they come from\n", *markdown_table(head, rows), ""])
 
 
 def kept_of(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from hypothesis import strategies as st
+from hypothesis.strategies import SearchStrategy
 from torch import Tensor
 
 from phatgoose.config import ACTIVATIONS
@@ -54,6 +57,17 @@ def make_problem(T=5, E=4, k=2, r=3, n=7, d=9, *, dtype=torch.float32, strided=F
     experts = torch.rand(T, E, generator=generator).argsort(dim=-1)[:, :k]
     weights = torch.rand(T, k, generator=generator).softmax(dim=-1)
     return Problem(u, experts, weights, normal(E, r, n), normal(E, r, d), normal(T, d))
+
+
+def problems_of(dtypes: Iterable[torch.dtype], **sizes: SearchStrategy[int]):
+    """Problems of any of `dtypes` and of these `sizes`, the arguments of `make_problem`."""
+    return st.builds(
+        make_problem,
+        dtype=st.sampled_from(list(dtypes)),
+        strided=st.booleans(),
+        seed=st.integers(0, 999),
+        **sizes,
+    )
 
 
 def bottleneck_arguments(seed: int, tokens: int, experts: int, k: int, m: int, d: int):

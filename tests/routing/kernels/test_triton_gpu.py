@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernel_problems import Problem, make_problem
+from kernel_problems import Problem, make_problem, problems_of
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.kernels.choice import KERNELS, choose_kernel, one_call
@@ -66,17 +66,14 @@ def assert_equals_reference(problem: Problem, body) -> None:
 
 
 problems = st.integers(1, 5).flatmap(
-    lambda E: st.builds(
-        make_problem,
+    lambda E: problems_of(
+        ROUNDINGS,
         T=st.integers(1, 6),
         E=st.just(E),
         k=st.integers(1, min(E, 3)),
         r=st.integers(1, 9) | st.integers(17, 20),
         n=st.integers(1, 70),
         d=st.integers(1, 150),
-        dtype=st.sampled_from(list(ROUNDINGS)),
-        strided=st.booleans(),
-        seed=st.integers(0, 999),
     )
 )
 
@@ -179,17 +176,14 @@ def test_the_top_experts_are_those_of_the_formula(router, T, E, n, k, dtype, off
     assert all(len(set(row)) == plain.k for row in experts.tolist())
 
 
-added_to = st.builds(
-    make_problem,
+added_to = problems_of(
+    ROUNDINGS,
     T=st.integers(0, 8),
     E=st.integers(2, 5) | st.just(70),
     k=st.integers(1, 2),
     r=st.integers(1, 9),
     n=st.integers(2, 70),
     d=st.integers(1, 70),
-    dtype=st.sampled_from(list(ROUNDINGS)),
-    strided=st.booleans(),
-    seed=st.integers(0, 999),
 )
 
 

@@ -12,7 +12,7 @@ from ...analysis.measures import effective_experts, heaviest
 from ...analysis.near_duplicates import Duplicate
 from ...analysis.result import Analysis
 from ...config import KIND_NAMES
-from ...evaluation.comparison.methods import label_of
+from ...evaluation.comparison.methods import BASE, label_of
 from ...evaluation.comparison.tables import ANCHOR, Comparison, Result
 from ...evaluation.evaluate import Evaluation
 from ...experts.importing.hub_owner import Listing
@@ -20,8 +20,6 @@ from ...experts.pool import Pool
 
 __all__ = ["datasets_table", "differences_table", "duplicates_table", "means_table"]
 __all__ += ["owner_table", "pool_table", "routers_table", "scores_table"]
-
-BASE = "base"  # the method that routes nothing
 
 
 def pool_table(pool: Pool) -> Table:

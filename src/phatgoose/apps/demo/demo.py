@@ -20,7 +20,7 @@ from ...analysis.analyse import analyse
 from ...base.loading import Base, load_base
 from ...config import GateTraining, Lora, Routing, Training
 from ...evaluation.comparison.compare import compare
-from ...evaluation.comparison.methods import METHODS, label_of
+from ...evaluation.comparison.methods import BASE, METHODS, label_of
 from ...experts.pool import Pool
 from ...routing.compose import compose
 from ...routing.routers.automatic import settled
@@ -39,7 +39,7 @@ from .skills import SKILLS, trained_task, unseen_suite, unseen_tasks
 __all__ = ["run_demo"]
 
 ROUTER = AUTO  # the demo's router; PHATGOOSE stands beside it in the table
-BESIDE = ("base", "merged", "retrieval", "phatgoose", "oracle")
+BESIDE = (BASE, "merged", "retrieval", "phatgoose", "oracle")
 THREADS = 2  # fixed, so that results are the same each time on one machine
 LORA = Lora(rank=16, alpha=16.0)
 TRAINING = Training(steps=32, batch_size=8, learning_rate=2e-3, eval_every=32, eval_examples=16)

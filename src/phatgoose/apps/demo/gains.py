@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...errors import EvaluationError
+from ...evaluation.comparison.methods import BASE
 from ...evaluation.comparison.tables import Comparison
 from ...evaluation.intervals import Interval, dataset_replicates, interval_of
 from ...files.atomic import write_text
@@ -34,7 +35,7 @@ def gains_of(comparison: Comparison, row: str) -> list[Gain]:
 
     Intervals resample the datasets and, within them, examples, for both models alike.
     """
-    models = {"base": comparison.results["base"], **comparison.experts}
+    models = {BASE: comparison.results[BASE], **comparison.experts}
     found = {**models, row: comparison.results[row]}
     tasks = comparison.datasets
     samples = {name: [results[task].sample for task in tasks] for name, results in found.items()}
@@ -51,7 +52,7 @@ def gains_of(comparison: Comparison, row: str) -> list[Gain]:
 
 def lifts_of(comparison: Comparison, skills: dict[str, str]) -> dict[str, float]:
     """For each expert of `skills`, how many points it is above the base on its unseen task."""
-    base = comparison.results["base"]
+    base = comparison.results[BASE]
     return {
         name: 100 * (comparison.experts[name][task].score - base[task].score)
         for name, task in skills.items()

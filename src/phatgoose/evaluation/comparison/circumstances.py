@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["circumstances"]
+__all__ = ["chip_of", "circumstances", "commit_of"]
 
 PACKAGE = Path(__file__).parents[2]
 PROCESSORS = Path("/proc/cpuinfo")
@@ -22,42 +22,46 @@ DIGITS = 9  # of a commit
 def circumstances(device: torch.device, results: Path) -> dict[str, str | None]:
     """`date`, `commit` and `machine` of a comparison on `device`, whose cells are in `results`.
 
-    The date, UTC, is that of the last finished cell. The commit is that of the checkout which this
-    package is part of, followed by "+changes" where its files differ; None where the package is
-    installed. The machine is its GPU or its processor, and the number of cores; workers elsewhere
-    may have other ones.
+    The date, UTC, is that of the last finished cell. The commit is that of this package, None where
+    it is installed. The machine is its GPU or its processor, and the number of cores; workers
+    elsewhere may have other ones.
     """
     finished = datetime.fromtimestamp(results.stat().st_mtime, timezone.utc)
     return {
         "date": finished.isoformat(timespec="seconds"),
-        "commit": _commit(),
-        "machine": f"{_chip(device)}, {os.cpu_count()} cores",
+        "commit": commit_of(PACKAGE),
+        "machine": f"{chip_of(device)}, {os.cpu_count()} cores",
     }
 
 
-def _commit() -> str | None:
-    if not _git("ls-files", "__init__.py"):  # no checkout, or one of somebody else's
+def commit_of(folder: Path) -> str | None:
+    """The commit of the checkout that `folder` is part of, with "+changes" where its files differ.
+
+    None where it is part of none, or there is no git.
+    """
+    if not _git(folder, "ls-files", "."):  # no checkout, or one of somebody else's
         return None
-    changed = _git("status", "--porcelain", "--untracked-files=no", ".")
-    head = _git("rev-parse", f"--short={DIGITS}", "HEAD")
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ".")
+    head = _git(folder, "rev-parse", f"--short={DIGITS}", "HEAD")
     return f"{head}+changes" if head and changed else head
 
 
-def _git(*words: str) -> str | None:
-    """What git says of the package's folder, None where it says nothing or there is no git."""
+def _git(folder: Path, *words: str) -> str | None:
+    """What git says of `folder`, None where it says nothing or there is no git."""
     git = shutil.which("git")
     if git is None:
         return None
     try:
         done = subprocess.run(
-            [git, "-C", str(PACKAGE), *words], capture_output=True, timeout=SECONDS, check=True
+            [git, "-C", str(folder), *words], capture_output=True, timeout=SECONDS, check=True
         )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.decode(errors="replace").strip() or None
 
 
-def _chip(device: torch.device) -> str:
+def chip_of(device: torch.device) -> str:
+    """The name of the GPU that `device` is, or of this machine's processor."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

@@ -11,11 +11,12 @@ from ...experts.expert import Expert
 from ...experts.pool import REMEDIES, Pool
 from ...routing.routers.registry import ROUTERS
 
-__all__ = ["DERIVED", "METHODS", "label_of", "lacking", "runnable_methods"]
+__all__ = ["BASE", "DERIVED", "METHODS", "label_of", "lacking", "runnable_methods"]
 
+BASE = "base"  # the method that routes nothing
 # In the order of the tables. A single expert is no method: Oracle and Best Individual choose one.
 METHODS = {
-    "base": "Base model",
+    BASE: "Base model",
     **{name: spec.label for name, spec in ROUTERS.items() if name != "single"},
 }
 # These follow from the single experts' results, which they know: they are not zero-shot.

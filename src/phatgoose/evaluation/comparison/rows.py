@@ -25,7 +25,7 @@ from ...routing.open_model import OpenedModel, is_pool, is_routed, open_model
 from ...routing.routers.per_token.affinities import NEED_MEANS
 from ...routing.routers.registry import spec_of
 from ...routing.saved.description import ROUTED_INFO
-from .methods import DERIVED, METHODS
+from .methods import BASE, DERIVED, METHODS
 
 __all__ = ["Row", "RowLocation", "pool_row", "reference_row", "rows_of", "single_rows"]
 
@@ -104,7 +104,7 @@ def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
     """The rows for those of `methods` that are not derived, in the order of METHODS."""
     rows = []
     for name, label in METHODS.items():
-        if name == "base" and name in methods:
+        if name == BASE and name in methods:
             rows.append(Row(name, label, {"model": "base"}))
         elif name in methods and name not in DERIVED:
             chosen = replace(routing, router=name, expert=None)

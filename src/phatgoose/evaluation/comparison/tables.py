@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,8 @@ from ...errors import EvaluationError
 from ...files.atomic import write_text
 from ..intervals import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
 
-__all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "in_per_cent", "write_tables"]
+__all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "in_per_cent"]
+__all__ += ["markdown_table", "write_tables"]
 
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
 ALL = "all datasets"  # the column over every suite's datasets, where there are several suites
@@ -194,9 +195,13 @@ class Comparison:
         yield "## Means over datasets, in per cent, with 95 % intervals"
         yield ""
         counts = [f"{column} ({len(tasks)})" for column, tasks in self.columns.items()]
-        yield from _header(["method", *counts])
-        for name, summaries in self.summaries.items():
-            yield _line([self._named(name), *(s.in_per_cent for s in summaries.values())])
+        yield from markdown_table(
+            ["method", *counts],
+            (
+                [self._named(name), *(summary.in_per_cent for summary in summaries.values())]
+                for name, summaries in self.summaries.items()
+            ),
+        )
         yield ""
         yield (
             "Intervals resample the datasets and, within each, its examples; all methods share the "
@@ -216,11 +221,14 @@ class Comparison:
             return
         yield f"## Difference to {self.labels[ANCHOR]}, in points, with 95 % intervals in pairs"
         yield ""
-        yield from _header(["method", *self.columns])
-        for name, summaries in self.summaries.items():
-            if name != ANCHOR:
-                cells = (summary.difference_in_points for summary in summaries.values())
-                yield _line([self._named(name), *cells])
+        yield from markdown_table(
+            ["method", *self.columns],
+            (
+                [self._named(name), *(each.difference_in_points for each in summaries.values())]
+                for name, summaries in self.summaries.items()
+                if name != ANCHOR
+            ),
+        )
 
     def _datasets(self) -> Iterator[str]:
         yield "## Per dataset, in per cent"
@@ -228,9 +236,13 @@ class Comparison:
         tasks = self.datasets
         rows = {**self.results, **self.experts}
         first = next(iter(rows.values()))
-        yield from _header(["method", *(f"{task} (n={first[task].n})" for task in tasks)])
-        for name, results in rows.items():
-            yield _line([self._named(name), *(results[task].in_per_cent for task in tasks)])
+        yield from markdown_table(
+            ["method", *(f"{task} (n={first[task].n})" for task in tasks)],
+            (
+                [self._named(name), *(results[task].in_per_cent for task in tasks)]
+                for name, results in rows.items()
+            ),
+        )
         yield ""
         yield _metrics({task: first[task].metric for task in tasks})
         for name, chosen in self.choices.items():
@@ -242,11 +254,16 @@ class Comparison:
     def _costs(self) -> Iterator[str]:
         yield "## Cells and seconds of scoring"
         yield ""
-        yield from _header(["model", "cells", "seconds"])
-        for name, results in {**self.results, **self.experts}.items():
-            if name not in self.choices:
-                seconds = sum(result.seconds for result in results.values())
-                yield _line([self._named(name), str(len(results)), f"{seconds:.0f}"])
+        rows = {**self.results, **self.experts}
+        seconds = {name: sum(each.seconds for each in rows[name].values()) for name in rows}
+        yield from markdown_table(
+            ["model", "cells", "seconds"],
+            (
+                [self._named(name), str(len(results)), f"{seconds[name]:.0f}"]
+                for name, results in rows.items()
+                if name not in self.choices
+            ),
+        )
 
     def _named(self, row: str) -> str:
         return f"**{self.title(row)}**" if row == ANCHOR else self.title(row)
@@ -278,12 +295,14 @@ def _summary(name: str, means: Mapping[str, float], replicates: Mapping[str, Any
     )
 
 
-def _header(cells: list[str]) -> Iterator[str]:
-    yield _line(cells)
-    yield "|" + "---|" * len(cells)
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table in Markdown."""
+    yield _line(head)
+    yield "|" + "---|" * len(head)
+    yield from map(_line, rows)
 
 
-def _line(cells: list[str]) -> str:
+def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -11,8 +11,6 @@ optimiser, reading data, and sentence embeddings.
 from __future__ import annotations
 
 import math
-import random
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -22,15 +20,15 @@ from ...experts.expert import MOST_EMBEDDINGS
 from ...tasks.encoding import Encoder
 from ...tasks.suites.training_tasks import TrainingTask
 from ...tasks.task import Task
+from .sample import pairs_of, sample_of
 from .sizes import Shapes
 from .speed import Speed
 
-__all__ = ["EMBEDDING_DIMS", "MEASURED", "SAMPLE", "TFLOPS", "TOKENS_PER_WORD", "TRAINED"]
+__all__ = ["EMBEDDING_DIMS", "MEASURED", "TFLOPS", "TOKENS_PER_WORD", "TRAINED"]
 __all__ += ["CostModel", "PlannedTask"]
 
 TFLOPS = 100.0  # sustained by an A100- or H100-class GPU in bfloat16; assumed, not measured
 TRAINED, MEASURED = 4, 2  # operations per parameter and token: see above
-SAMPLE = 200  # examples whose tokens are counted
 TOKENS_PER_WORD = 1.3
 EMBEDDING_DIMS = 384  # of the default embedder, all-MiniLM-L6-v2
 FLOAT32 = 4
@@ -212,17 +210,14 @@ class CostModel:
         limits = self.formatting
         if data is None:
             return _Lengths([limits.max_input_tokens], [limits.max_target_tokens], "limits")
-        count = min(SAMPLE, len(data.train))
-        sample = random.Random(self.training.seed).sample(data.train, count)
+        sample = sample_of(data, self.training.seed)
         if self.encoder is None:
             return _Lengths(
                 _by_words([row.input for row in sample], limits.max_input_tokens),
                 _by_words([row.target for row in sample], limits.max_target_tokens),
                 "words",
             )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about targets that are cut: training will warn
-            pairs = self.encoder.pairs(sample)
+        pairs = pairs_of(self.encoder, sample)
         return _Lengths(
             [len(pair.prompt) for pair in pairs],
             [len(pair.target) for pair in pairs],

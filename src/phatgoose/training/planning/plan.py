@@ -20,13 +20,13 @@ from ..new_modules.registry import modules_for
 from .costs import (
     EMBEDDING_DIMS,
     MEASURED,
-    SAMPLE,
     TFLOPS,
     TOKENS_PER_WORD,
     TRAINED,
     CostModel,
     PlannedTask,
 )
+from .sample import SAMPLE
 from .sizes import Shapes
 from .speed import Speed
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import random
 import re
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from ...tasks.suites.training_tasks import TrainingTask
 from ...tasks.task import Task
 from ..progress import TrainingCallback
 from ..train_expert import train_expert
+from .sample import pairs_of, sample_of
 
 if sys.platform != "win32":
     import resource
@@ -32,7 +31,6 @@ STEPS = 6  # of the expert and of the gates each; the first is a warm-up and isn
 MICRO_BATCHES = 2  # in a batch of the trial, at most
 VALIDATED = 16  # examples
 STATUS = Path("/proc/self/status")  # Linux
-SAMPLE = 200  # examples of each task among which the longest are looked for
 
 
 @dataclass(frozen=True)
@@ -141,10 +139,8 @@ def _longest(tasks: Sequence[TrainingTask], encoder: Encoder, rows: int, seed: i
     most, found = -1, None
     for each in tasks:
         task = each.load()
-        sample = random.Random(seed).sample(task.train, min(SAMPLE, len(task.train)))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about targets that are cut: training will warn
-            lengths = [pair.length for pair in encoder.pairs(sample)]
+        sample = sample_of(task, seed)
+        lengths = [pair.length for pair in pairs_of(encoder, sample)]
         order = sorted(range(len(sample)), key=lambda row: -lengths[row])
         if (total := sum(lengths[row] for row in order[:rows])) > most:
             longest = tuple(sample[row] for row in order[: 2 * rows])

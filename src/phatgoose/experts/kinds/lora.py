@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -20,7 +21,7 @@ from ...files.regex_guard import value_at
 from .kind import SiteModule, are_floats
 from .peft_files import ADAPTER_WEIGHTS, PEFT_PREFIX, site_of, write_adapter
 
-__all__ = ["LORA_ENDINGS", "LoraFactors", "read_lora", "write_lora"]
+__all__ = ["LORA_ENDINGS", "LoraFactors", "plus_product", "read_lora", "write_lora"]
 
 LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
 
@@ -60,8 +61,15 @@ class LoraFactors(SiteModule):
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
         """The base's output plus the update at this strength, [.., d]."""
         y: Tensor = base(u)
-        update = functional.linear(functional.linear(u, self.A), self.B, self.bias)
-        return y + strength * update
+        if self.bias is not None:
+            y = y + strength * self.bias
+        return plus_product(y, strength * functional.linear(u, self.A), self.B)
+
+
+def plus_product(y: Tensor, h: Tensor, B: Tensor) -> Tensor:
+    """The sum y + B h, [.., d], of h [.., r] and B [d, r], in one call that rounds once."""
+    total = torch.addmm(y.flatten(0, -2), h.flatten(0, -2), B.t())
+    return total.view_as(y)
 
 
 def read_lora(

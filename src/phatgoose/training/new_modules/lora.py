@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import LoraVariant
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 from ...base.loading import Base
 from ...base.sites import Site
 from ...config import Lora
+from ...experts.kinds.lora import plus_product
 from ..gates import openness
 from ..joint_gates import new_gate
 from .fresh import ADAPTER, FreshExpert, peft_options, save_peft, under_peft
@@ -72,9 +75,25 @@ class _JointlyGatedLinear(_MasterLinear):
         return openness(u, self.gate) * super().forward(u)
 
 
+class _AddedInOneCall(LoraVariant):  # type: ignore[misc]  # PEFT is untyped
+    """PEFT's LoRA, whose update is scaled where it is small and added by the product itself.
+
+    PEFT's own sum goes three more times over the output, and as often again in the backward pass.
+    """
+
+    @staticmethod
+    def forward(
+        module: LoraLayer, active_adapter: str, x: Tensor, result: Tensor, **_: Any
+    ) -> Tensor:
+        """`result` [.., d] of the base plus scale * B A x, for x [.., n]."""
+        h = module.scaling[active_adapter] * module.lora_A[active_adapter](x)
+        return plus_product(result, h, module.lora_B[active_adapter].weight.to(x.dtype))
+
+
 def _use_master_copies(layer: LoraLayer, init_std: float, *, joint: bool) -> None:
     """Float32 A ~ N(0, init_std^2) and B = 0 that are cast in the forward pass, not the input."""
     layer.cast_input_dtype_enabled = False
+    layer.lora_variant[ADAPTER] = _AddedInOneCall
     for factors in (layer.lora_A, layer.lora_B):
         plain = factors[ADAPTER]
         shape, device = (plain.in_features, plain.out_features), plain.weight.device

@@ -4,9 +4,10 @@
 #   examples/study.sh STEP
 #     data, rate                        what is needed before
 #     eight SEED                        the small pool, seeds 0 and 1, and its suite
-#     pool-a, pool-b                    training
+#     pool-a10, pool-a, pool-b          training
 #     held-in                           each expert on its own task, beside the base and the routed pool
-#     development, confirmation         CROSS: the half on which routers are chosen, and the other
+#     development, confirmation         CROSS with ten experts of A: the half on which routers are
+#                                       chosen, and the other
 #     others                            CROSS-B, T0HO, BBH and BBL
 #     pool-sizes                        4, 8 and 16 experts of pool A, three draws, and pools A and B
 # Everything lands in runs/study. Needs ../shared/data beside the project and the extra 'retrieval'.
@@ -23,6 +24,7 @@ b=recipes/study-pool-b.toml
 others=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose,phatgoose-input
 others+=,spectr,logo,centroid,glider
 ours=discriminant,discriminant-phatgoose,phatgoose-evidence
+a10=(rotten_tomatoes trec ag_news qasc xsum amazon_polarity cos_e hotpot_qa_closed_book sciq common_gen)
 suite() { local list; list=$(printf ",recipes/suites/study-%s.toml" "$@"); echo "${list:1}"; }
 compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
   local to=$1 limit=$2 suites=$3 rows=$4
@@ -52,13 +54,17 @@ eight)
     --resume "${engine[@]}"
   compare "eight-$seed-scores" 100 "$(suite eight)" $others,$ours,oracle,best-individual \
     "$out/eight-$seed" ;;
+pool-a10)
+  # shellcheck disable=SC2046
+  $phatgoose train $(printf "$data/%s.jsonl " "${a10[@]}") --recipe $a --out "$out/pool-a" --resume "${engine[@]}" ;;
 pool-a) $phatgoose train --recipe $a --out "$out/pool-a" --resume "${engine[@]}" ;;
 pool-b) $phatgoose train --recipe $b --out "$out/pool-b" --resume "${engine[@]}" ;;
 held-in)
   python examples/study_held_in.py recipes/suites/study-held-in.toml "$out/held-in.jsonl" 100 \
     phatgoose,$ours "$out/pool-a" ;;
 development | confirmation)
-  compare $step 100 "$(suite cross-$step)" $others,$ours,oracle,best-individual "$out/pool-a" ;;
+  compare $step 100 "$(suite cross-$step)" $others,$ours,oracle,best-individual \
+    "${a10[@]/#/$out/pool-a/}" ;;
 others)
   compare others 100 "$(suite t0ho)" $others,$ours "$out/pool-a"
   compare others 50 "$(suite bbh bbl)" $others,$ours "$out/pool-a"

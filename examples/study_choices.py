@@ -33,16 +33,18 @@ from phatgoose.tasks.suites.registry import open_suite
 
 THIRDS = {"first third": (0.0, 0.34), "second third": (0.34, 0.67), "last third": (0.67, 1.0)}
 SETTINGS = {
-    f"{place}, {where}, shrinkage {shrinkage:g}": Routing(
+    f"{place}, {where}, shrinkage {shrinkage:g}, task variance {variance:g}": Routing(
         router="discriminant",
         reading_place=place,
         reading_from=first,
         reading_to=last,
         shrinkage=shrinkage,
+        task_variance=variance,
     )
     for place in ("both", "whole", "end")
     for where, (first, last) in {"all blocks": (0.0, 1.0), **THIRDS}.items()
     for shrinkage in (0.1, 0.3, 0.9, 1.0)
+    for variance in (0.0, 0.1, 1.0)
 }
 
 

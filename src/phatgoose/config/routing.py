@@ -72,6 +72,12 @@ class Routing(Settings):
     shrinkage: Annotated[
         float, "How far it shrinks the experts' covariance to its diagonal.", RATIO
     ] = 0.3
+    task_variance: Annotated[
+        float,
+        "How far it takes a new task to lie from an expert's own, as a share of how far the "
+        "experts' tasks lie apart.",
+        NOT_NEGATIVE,
+    ] = 0.0
     prior: Annotated[
         float,
         "On a shortlist (discriminant-phatgoose, phatgoose-evidence): how much an expert's share "

@@ -56,7 +56,7 @@ class RouterSpec:
 
 
 INPUT = ("input_k", "input_temperature")  # settings of those that choose for whole inputs
-READING = ("reading_place", "reading_from", "reading_to", "shrinkage")
+READING = ("reading_place", "reading_from", "reading_to", "shrinkage", "task_variance")
 
 _ALL = (
     RouterSpec(

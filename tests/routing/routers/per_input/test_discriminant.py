@@ -24,13 +24,15 @@ from routed_models import TOPICS
 from tiny import assert_same_logits, logits_of, make_ids
 
 PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
-SETTINGS = {  # by what they change: the places and blocks (of two) that are read, and the shrinkage
-    "all": ({}, PLACES, (0, 1), 0.3),
-    "end": ({"reading_place": "end"}, ("end",), (0, 1), 0.3),
-    "whole": ({"reading_place": "whole"}, ("whole",), (0, 1), 0.3),
-    "first": ({"reading_to": 0.5}, PLACES, (0,), 0.3),
-    "last": ({"reading_from": 0.6, "shrinkage": 0.9}, PLACES, (1,), 0.9),
-    "diagonal": ({"shrinkage": 1.0}, PLACES, (0, 1), 1.0),
+# By what they change: the places and blocks (of two) that are read, shrinkage and task variance.
+SETTINGS = {
+    "all": ({}, PLACES, (0, 1), 0.3, 0.0),
+    "end": ({"reading_place": "end"}, ("end",), (0, 1), 0.3, 0.0),
+    "whole": ({"reading_place": "whole"}, ("whole",), (0, 1), 0.3, 0.0),
+    "first": ({"reading_to": 0.5}, PLACES, (0,), 0.3, 0.0),
+    "last": ({"reading_from": 0.6, "shrinkage": 0.9}, PLACES, (1,), 0.9, 0.0),
+    "diagonal": ({"shrinkage": 1.0}, PLACES, (0, 1), 1.0, 0.0),
+    "drawn": ({"task_variance": 0.5}, PLACES, (0, 1), 0.3, 0.5),
 }
 
 both_streams = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
@@ -53,7 +55,9 @@ def states_of(base, text: str) -> dict[str, torch.Tensor]:
     return {"end": tokens[:, -1], "whole": tokens.mean(dim=1)}
 
 
-def scores_by_hand(base, pool: Pool, text: str, places, blocks, shrinkage: float) -> torch.Tensor:
+def scores_by_hand(
+    base, pool: Pool, text: str, places, blocks, shrinkage: float, task_variance: float
+) -> torch.Tensor:
     """The mean over places and blocks of log N(x; m_z, Σ) - log N(x; m, Σ), over D."""
     states, found = states_of(base, text), []
     for place in places:
@@ -71,6 +75,8 @@ def scores_by_hand(base, pool: Pool, text: str, places, blocks, shrinkage: float
             spread = (1 - shrinkage) * spread + shrinkage * own
             spread = spread + 1e-6 * own.trace() / len(own) * torch.eye(len(own))
             centre = torch.stack(means).mean(dim=0)
+            between = torch.stack([torch.outer(m - centre, m - centre) for m in means])
+            spread = spread + task_variance * between.mean(dim=0)
             x = states[place][block]
             usual = MultivariateNormal(centre, spread).log_prob(x)
             inverse = torch.linalg.inv(spread)
@@ -95,10 +101,8 @@ def trained_on(base, pool: Pool) -> Pool:
 @both_streams
 @pytest.mark.parametrize("case", SETTINGS)
 def test_scores_are_gaussian_log_likelihoods(base, pool, case):
-    settings, places, blocks, shrinkage = SETTINGS[case]
-    wanted = torch.stack(
-        [scores_by_hand(base, pool, text, places, blocks, shrinkage) for text in PROMPTS]
-    )
+    settings, *how = SETTINGS[case]
+    wanted = torch.stack([scores_by_hand(base, pool, text, *how) for text in PROMPTS])
     model = compose(pool, base, router="discriminant", **settings)
     got = composition_of(model).lookup.scores(PROMPTS)
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)

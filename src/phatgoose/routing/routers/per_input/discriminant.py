@@ -92,13 +92,16 @@ class PromptDiscriminant(BaseReader):
     """Scores an expert z by the discriminants of the blocks and places that are read, on average.
 
     With x what a block makes of the prompt at a place, m_z the mean of the same over z's training
-    prompts, m and S the means over experts of the m_z and of their covariances, Σ = (1 - λ) S + λ
-    diag(S) for the shrinkage λ, and d_z = m_z - m:
+    prompts, m and S the means over experts of the m_z and of their covariances, d_z = m_z - m, B
+    the mean of d_z d_zᵀ, and Σ = (1 - λ) S + λ diag(S) + τ B for the shrinkage λ and the task
+    variance τ:
 
         s_z = (d_zᵀ Σ⁻¹ (x - m) - ½ d_zᵀ Σ⁻¹ d_z) / D,  D the mean over experts of d_zᵀ Σ⁻¹ d_z
 
     The numerator is z's log-likelihood but for what all experts share. D makes blocks, places and
-    pools alike: prompts of z's own task score about ½, those of all tasks -½ on average.
+    pools alike: prompts of z's own task score about ½, those of all tasks -½ on average. With τ the
+    mean of an unseen task is taken to lie around m_z, by a share of how far tasks lie around m, so
+    that what tells the experts' own tasks apart most can't outweigh everything else.
     """
 
     name = "discriminant"
@@ -139,6 +142,7 @@ class PromptDiscriminant(BaseReader):
         spread = (1 - shrinkage) * shared + torch.diag(shrinkage * diagonal + least)
         centre = means.mean(dim=0)
         away = means - centre  # d_z
+        spread += self.routing.task_variance / len(away) * away.T @ away
         slopes = torch.cholesky_solve(away.T, torch.linalg.cholesky(spread))
         distances = (away * slopes.T).sum(dim=1)
         scale = distances.mean().clamp(min=torch.finfo(torch.float32).tiny)

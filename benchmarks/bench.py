@@ -43,6 +43,7 @@ class Sizes:
     decoded_by_reference: int = 2
     ranked: int = 24
     ranked_batch: int = 8
+    compared: int = 6  # experts
     training_batch: int = 8
     training_steps: int = 3
     gate_steps: int = 3
@@ -76,6 +77,7 @@ SMOKE = Sizes(
     decoded_by_reference=1,
     ranked=4,
     ranked_batch=2,
+    compared=2,
     training_batch=2,
     training_steps=2,
     gate_steps=2,

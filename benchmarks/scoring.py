@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -16,9 +17,9 @@ from bench import Bench, words
 from findings import Finding, at_least, at_most, row
 from measuring import ratio, side_by_side
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Example
 
-__all__ = ["measure_ranking"]
+__all__ = ["measure_ranking", "ranked_rows", "requests_of"]
 
 # A word is a token here. Inputs and choices are about as long as in T0's held-out and BIG-bench's
 # tasks: the inputs' median and spread, the deciles of the longest choice.
@@ -33,7 +34,7 @@ def measure_ranking(bench: Bench) -> Iterator[Finding]:
     A batch of `evaluate` holds at most as many tokens as the longest rows of HFLM's batch.
     """
     sizes, base = bench.sizes, bench.base
-    task = _task(sizes.ranked)
+    task = pg.load_task(ranked_rows(sizes.ranked), name="ranking")
     encoder = Encoder.of(base)
     examples = task.evaluation_examples(None)
     prompts = [len(encoder.prompt(example.input)) for example in examples]
@@ -43,7 +44,7 @@ def measure_ranking(bench: Bench) -> Iterator[Finding]:
     ]
     longest = max(prompt + max(each) for prompt, each in zip(prompts, choices, strict=True))
     harness = HFLM(pretrained=base.model, tokenizer=base.tokenizer, batch_size=sizes.ranked_batch)
-    requests = _requests(examples)
+    requests = requests_of(examples)
 
     def ours() -> None:
         pg.evaluate(base, task, token_budget=sizes.ranked_batch * longest)
@@ -92,8 +93,8 @@ def counted(model: PreTrainedModel) -> Iterator[list[int]]:
         handle.remove()
 
 
-def _task(examples: int) -> Task:
-    """Random examples with different choices."""
+def ranked_rows(examples: int) -> list[dict[str, Any]]:
+    """Rows of a task of random examples with different choices."""
     generator = random.Random(0)
     rows = []
     for _ in range(examples):
@@ -104,10 +105,11 @@ def _task(examples: int) -> Task:
             choice = words(generator, length)
             choices += [choice] if choice not in choices else []
         rows.append({"input": text, "target": choices[0], "choices": choices, "split": "test"})
-    return pg.load_task(rows, name="ranking")
+    return rows
 
 
-def _requests(examples: list[Example]) -> list[Instance]:
+def requests_of(examples: Sequence[Example]) -> list[Instance]:
+    """What lm-evaluation-harness asks of a model for these examples."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return [
         Instance("loglikelihood", {}, (example.input, f" {choice}"), index)

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -73,36 +73,49 @@ def server(
     It requires one of `keys`, if there are any, writes its log to `log` (None: our stderr), and
     starts with a limit of so many open `files` (None: ours).
     """
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     if threads:
         environment["OMP_NUM_THREADS"] = str(threads)
     if keys:
         environment["PHATGOOSE_API_KEYS"] = ",".join(keys)
-    command = [sys.executable, "-m", "phatgoose", "serve", *places, "--port", str(port)]
+    command = [sys.executable, "-m", "phatgoose", "serve", *places]
     if files:
         command = ["bash", "-c", f'ulimit -Sn {files} && exec "$@"', "serve", *command]
+    with running(command, environment, health="healthz", log=log) as (address, process):
+        yield address, process.pid
+    if process.returncode != 0:
+        raise SystemExit(f"the server ended with {process.returncode}")
+
+
+@contextmanager
+def running(
+    command: Sequence[str], environment: Mapping[str, str], *, health: str, log: Path | None = None
+) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """(address, process) of the server that `command --port PORT` starts, once it is well.
+
+    `health` is the path that answers then.
+    """
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
     with open(log, "a") if log else nullcontext() as written:
-        process = subprocess.Popen(command, env=environment, stderr=written)
+        process = subprocess.Popen([*command, "--port", str(port)], env=environment, stderr=written)
     address = f"http://127.0.0.1:{port}"
     try:
-        while not is_well(address):
+        while not is_well(address, health):
             if process.poll() is not None:
                 raise SystemExit(f"the server ended with {process.returncode}")
             time.sleep(0.2)
-        yield address, process.pid
+        yield address, process
     finally:
         process.terminate()
-        if process.wait(60) != 0:
-            raise SystemExit(f"the server ended with {process.returncode}")
+        process.wait(60)
 
 
-def is_well(address: str) -> bool:
+def is_well(address: str, health: str = "healthz") -> bool:
     """True once the server answers."""
     try:
-        with urllib.request.urlopen(f"{address}/healthz", timeout=5) as reply:
+        with urllib.request.urlopen(f"{address}/{health}", timeout=5) as reply:
             return bool(reply.status == 200)
     except OSError:
         return False

@@ -26,12 +26,13 @@ ROWS = {
     "reference": 1,
     "arrow": 4,
     "ranking": 2,
+    "comparison": 1,
     "reading": 4,
     "training": 1,
     "gates": 1,
     "growth": 3,
 }
-FLOORLESS = ("memory", "packed")
+FLOORLESS = ("memory", "packed", "loop")
 
 
 @pytest.fixture

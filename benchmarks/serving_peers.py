@@ -1,0 +1,141 @@
+"""`phatgoose serve` beside `transformers serve`, on one base: tokens a second and the first token.
+
+    python benchmarks/serving_peers.py EXPERTS --out peers.json
+
+Three servers, each alone in its own process, in turns: transformers' with continuous batching, ours
+of the base, and ours of the routed pool. One client, and then eight at once, send greedy streaming
+requests; a client sends its next one when the last one has ended. Prompts differ, and are texts to
+go on with, so that hardly an answer ends early; tokens are those of the texts that came.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import openai
+
+from phatgoose.base.loading import load_base
+from phatgoose.experts.pool import Pool
+from report import circumstances
+from server_process import ROOT, arguments, prompt_of, running, served_pool, server, write
+
+CLIENTS = (1, 8)
+TELL = "Here is a long and detailed story. {} Nobody knew. One morning,"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The seconds until a request's first token and its end, and the text."""
+
+    first: float
+    seconds: float
+    text: str
+
+
+def main() -> None:
+    """Measure and write."""
+    parser = arguments(__doc__)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=24, help="of eight clients; of one a third")
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer")
+    given = parser.parse_args()
+    rounds, requests, tokens = (
+        (1, 8, 4) if given.smoke else (given.rounds, given.requests, given.tokens)
+    )
+    found: dict[str, list[dict[str, float]]] = {}
+    with served_pool(parser, given) as pool, tempfile.TemporaryDirectory() as work:
+        base = load_base(Pool.open(pool).base.id)
+        folder = str(Path(work) / "base")
+        base.model.save_pretrained(folder)
+        base.tokenizer.save_pretrained(folder)
+        servers: dict[str, Callable[[], AbstractContextManager[str]]] = {
+            "transformers serve": partial(_theirs, folder),
+            "phatgoose serve, base": partial(_ours, f"base={folder}"),
+            "phatgoose serve, routed": partial(_ours, f"base={pool}"),
+        }
+        for _ in range(rounds):
+            for name, start in servers.items():
+                with start() as address:
+                    model = folder if name == "transformers serve" else "base"
+                    once = asyncio.run(_round(address, model, requests, tokens, base.tokenizer))
+                    found.setdefault(name, []).append(once)
+    medians = {
+        name: {key: statistics.median(once[key] for once in runs) for key in runs[0]}
+        for name, runs in found.items()
+    }
+    write({**circumstances(), "medians": medians, "rounds": found}, given.out, "rounds")
+
+
+async def _round(
+    address: str, model: str, requests: int, tokens: int, tokenizer: Any
+) -> dict[str, float]:
+    """Of one server, by number of clients: tokens a second, median seconds to the first one."""
+    found = {}
+    async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="-", timeout=600) as client:
+        await _ask(client, model, 0, 2)  # whatever is done at the first request
+        for clients in CLIENTS:
+            numbers = iter(range(1, 1 + (requests if clients > 1 else max(1, requests // 3))))
+            answers: list[Answer] = []
+
+            async def work(numbers: Iterator[int] = numbers, into: list[Answer] = answers) -> None:
+                for number in numbers:
+                    into.append(await _ask(client, model, number, tokens))
+
+            begun = time.perf_counter()
+            await asyncio.gather(*(work() for _ in range(clients)))
+            seconds = time.perf_counter() - begun
+            made = sum(len(tokenizer(each.text)["input_ids"]) for each in answers)
+            found[f"tokens a second, {clients} clients"] = made / seconds
+            found[f"seconds to the first token, {clients} clients"] = statistics.median(
+                each.first for each in answers
+            )
+    return found
+
+
+async def _ask(client: openai.AsyncOpenAI, model: str, number: int, tokens: int) -> Answer:
+    """A streamed answer to one request."""
+    begun, first, parts = time.perf_counter(), 0.0, list[str]()
+    stream = await client.completions.create(
+        model=model,
+        prompt=TELL.format(prompt_of(number)),
+        max_tokens=tokens,
+        temperature=0,
+        stream=True,
+    )
+    async for chunk in stream:
+        if chunk.choices and chunk.choices[0].text:
+            first = first or time.perf_counter() - begun
+            parts.append(chunk.choices[0].text)
+    seconds = time.perf_counter() - begun
+    return Answer(first or seconds, seconds, "".join(parts))
+
+
+@contextmanager
+def _ours(place: str) -> Iterator[str]:
+    with server([place], threads=None) as (address, _):
+        yield address
+
+
+@contextmanager
+def _theirs(folder: str) -> Iterator[str]:
+    """The address of `transformers serve` of the base in `folder`."""
+    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", folder]
+    command += ["--continuous-batching", "--device", "cpu"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with running(command, environment, health="health") as (address, _):
+        yield address
+
+
+if __name__ == "__main__":
+    main()

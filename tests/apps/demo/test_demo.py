@@ -43,7 +43,8 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     for part in (*EXPERTS, "Base model", "PHATGOOSE", "Oracle *", "over sentiment", "Done"):
         assert part in shown.out
     assert f"Report -> {out / 'analysis' / 'report.html'}" in shown.out
-    commands = [shlex.split(line) for line in shown.out.splitlines() if "  phatgoose " in line]
+    told = shown.out.partition("Three commands to try next:\n")[2].splitlines()[:3]
+    commands = [shlex.split(line) for line in told]
     assert [command[1] for command in commands] == ["generate", "demo", "train"]
     comparison = json.loads((out / "comparison.json").read_text())
     routed = composition_of(load(out / "routed"))

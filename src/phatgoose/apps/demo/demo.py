@@ -8,6 +8,8 @@ skill over.
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +42,7 @@ __all__ = ["run_demo"]
 
 ROUTER = AUTO  # the demo's router; PHATGOOSE stands beside it in the table
 BESIDE = (BASE, "merged", "retrieval", "phatgoose", "oracle")
+COMMAND = "phatgoose"
 THREADS = 2  # fixed, so that results are the same each time on one machine
 LORA = Lora(rank=16, alpha=16.0)
 TRAINING = Training(steps=32, batch_size=8, learning_rate=2e-3, eval_every=32, eval_examples=16)
@@ -140,10 +143,12 @@ def _verdict(router: str, gains: list[Gain], lifts: dict[str, float]) -> str:
 
 def _ending(out: Path, report: Path) -> str:
     """Where the results are, and three commands to go on with."""
+    installed = Path(sys.executable).with_name(COMMAND)
+    program = COMMAND if shutil.which(COMMAND) else installed
     return (
         f"Report -> {report}   tables -> {out / 'comparison.md'}\n"
         "Three commands to try next:\n"
-        f"  phatgoose generate {out / 'routed'} 'The home of Tamsin:' --show-experts\n"
-        f"  phatgoose demo --out {out} --all-methods\n"
-        f"  phatgoose train your-task.jsonl --recipe recipes/laptop.toml --out {out / 'experts'}"
+        f"  {program} generate {out / 'routed'} 'The home of Tamsin:' --show-experts\n"
+        f"  {program} demo --out {out} --all-methods\n"
+        f"  {program} train your-task.jsonl --recipe recipes/laptop.toml --out {out / 'experts'}"
     )

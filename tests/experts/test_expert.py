@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -142,6 +143,21 @@ def test_gates_may_be_the_means_too(adapter, tmp_path):
     for site, vector in vectors.items():
         assert torch.equal(expert.gates[site], vector)
         assert torch.equal(expert.means[site], vector)
+
+
+def test_an_adapter_that_names_no_base_needs_one(adapter, tmp_path):
+    adapter = Path(shutil.copytree(adapter, tmp_path / "nameless"))
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    nameless = config | {"base_model_name_or_path": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(nameless))
+    with pytest.raises(ExpertError, match="doesn't name its base; give base"):
+        Expert.from_peft(adapter, {})
+    assert Expert.from_peft(adapter, {}, base=BaseReference("tiny")).info.base.id == "tiny"
+
+
+def test_embeddings_of_another_form_are_refused_before_anything_is_written(adapter):
+    with pytest.raises(ExpertError, match="each of length 1"):
+        Expert.from_peft(adapter, {}, embeddings=2 * torch.eye(3))
 
 
 def test_the_card_names_base_and_metrics(original):

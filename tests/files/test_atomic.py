@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from links import KEPT
@@ -37,6 +39,22 @@ def test_of_two_that_write_one_expert_the_first_stays_and_the_other_is_told(llam
     assert everything(tmp_path) == {"expert", *(f"expert/{p.name}" for p in target.iterdir())}
     assert "exists already" in told(lambda: second.save(target))
     assert second.save(target, overwrite=True).name == second.name
+
+
+def test_folders_in_a_new_directory_can_be_entered_by_others(tmp_path):
+    target = tmp_path / "new"
+    with new_directory(target, ExpertError) as work:
+        (work / "inner").mkdir()
+        (work / "inner" / "file").write_text("x")
+    modes = [path.stat().st_mode & 0o777 for path in (target, target / "inner")]
+    assert modes[0] == modes[1] == 0o777 & ~_mask()
+    assert (target / "inner" / "file").stat().st_mode & 0o777 == 0o666 & ~_mask()
+
+
+def _mask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def test_of_two_that_save_one_routed_model_the_first_stays(llama_pool, llama, tmp_path):

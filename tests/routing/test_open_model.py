@@ -7,6 +7,7 @@ import torch
 
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
+from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.open_model import is_pool, is_routed, loaded_base, open_model
 from phatgoose.routing.saved.save import save
@@ -50,6 +51,14 @@ def test_a_pool_and_its_routed_model_are_opened_alike(places, llama, name, given
     opened = open_model(where[name], base, dtype="float32", routing=Routing("arrow"))
     assert torch.equal(logits_of(opened.model, make_ids()), wanted)
     assert opened.tokenizer.eos_token == llama.tokenizer.eos_token
+
+
+@pytest.mark.parametrize("name", ["routed", "base"])
+@pytest.mark.parametrize("given", [{"keep": ["e0"]}, {"leave_out": ["e0"]}, {"scores": {"a": {}}}])
+def test_experts_are_chosen_of_pools_alone(places, llama, name, given):
+    where, _ = places
+    with pytest.raises(ConfigError, match="is not a pool"):
+        open_model(where[name], llama, **given)
 
 
 def test_a_base_is_opened_alone(places, llama):

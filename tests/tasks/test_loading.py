@@ -94,6 +94,11 @@ def test_a_mapping_of_splits_becomes_splits():
     assert (task.train, task.validation, task.test) == (EXAMPLES[:1], (), EXAMPLES[1:])
 
 
+def test_a_split_of_what_is_no_row_is_refused():
+    with pytest.raises(TaskError, match="train row 1: wanted a dict with fields, got 'text'"):
+        load_task({"train": ["text"]})
+
+
 def test_a_dataset_dict_becomes_splits():
     datasets = pytest.importorskip("datasets")
     parts = {"train": ROWS, "validation": ROWS[1:]}

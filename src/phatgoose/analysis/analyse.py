@@ -81,8 +81,10 @@ def analyse(
     settings = ReadingSettings(scoring, score, examples)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     subject = _subject(source, routers, routing or Routing(), base, tokenizer, scores)
-    if without_each and not (subject.is_pool and score):
-        raise ConfigError("Leaving experts out in turn needs a pool, and scores.")
+    if without_each and not (subject.is_pool and score and len(subject.experts) > 1):
+        raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
+    if without_each and subject.routers[0] == "single":
+        raise ConfigError("Router single can't do without its expert; name another one first.")
     datasets = tuple(task.name for task in tasks)
     oracle = oracle_experts(scores, subject.experts, datasets)
     found: dict[str, RouterAnalysis] = {}

@@ -265,10 +265,12 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
     if parts is not None and parts.tokenizer is not None:
         tokenizer: PreTrainedTokenizerBase = parts.tokenizer
         return tokenizer
-    name = parts.base.id if parts is not None else model.name_or_path
+    name, revision = model.name_or_path, None
+    if parts is not None:
+        name, revision = parts.base.id, parts.base.revision
     if not name:
         raise EvaluationError("The model doesn't say where it came from; pass its tokenizer.")
-    return load_tokenizer(name)
+    return load_tokenizer(name, revision=revision)
 
 
 def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:

@@ -121,11 +121,14 @@ class Expert:
         """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
         `base` defaults to the one that the adapter's config names, without a fingerprint, `name` to
-        the name of the adapter's folder. Raises ExpertError when the adapter can't be used or a
-        vector doesn't fit its site.
+        the name of the adapter's folder. Raises ExpertError when the adapter can't be used or names
+        no base where none is given, when a vector doesn't fit its site, and when embeddings aren't
+        what the format wants.
         """
         directory = Path(adapter_dir)
         named = named_base(directory)
+        if base is None and named is None:
+            raise ExpertError(f"The adapter in {directory} doesn't name its base; give base.")
         name = name or directory.resolve().name
         check_name(name)
         if isinstance(base, Base):
@@ -211,14 +214,15 @@ def check_expert(directory: str | Path) -> list[str]:
         return [str(error)]
 
 
-def base_named_in(directory: Path) -> str | None:
+def base_named_in(directory: Path) -> BaseReference | None:
     """The base that the expert or plain adapter in `directory` names, None when it names none.
 
     Raises ExpertError when it is neither.
     """
     if (directory / LAYOUT.info).is_file():
-        return read_info(directory / LAYOUT.info).base.id
-    return named_base(directory)
+        return read_info(directory / LAYOUT.info).base
+    named = named_base(directory)
+    return BaseReference(named) if named else None
 
 
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -274,12 +278,6 @@ def _problems(expert: Expert) -> Iterator[str]:
                 f"is {got[:12]}…, wanted {wanted[:12]}…."
             )
     yield from _vector_problems(expert)
-    rows = expert.embeddings
-    if rows is not None and not _are_unit_rows(rows):
-        yield (
-            f"Expert {info.name!r}: embeddings of shape {tuple(rows.shape)} and type {rows.dtype}; "
-            f"wanted float32, at most {MOST_EMBEDDINGS} rows, each of length 1."
-        )
 
 
 def _are_unit_rows(rows: Tensor) -> bool:
@@ -291,6 +289,12 @@ def _are_unit_rows(rows: Tensor) -> bool:
 
 def _vector_problems(expert: Expert) -> Iterator[str]:
     """Vectors that lack a site, sites that lack a vector, and vectors of the wrong kind."""
+    rows = expert.embeddings
+    if rows is not None and not _are_unit_rows(rows):
+        yield (
+            f"Expert {expert.name!r}: embeddings of shape {tuple(rows.shape)} and type "
+            f"{rows.dtype}; wanted float32, at most {MOST_EMBEDDINGS} rows, each of length 1."
+        )
     for problem in readings_problems(expert.readings) if expert.readings else ():
         yield f"Expert {expert.name!r}, readings: {problem}."
     for kind, vectors in (("gate", expert.gates), ("mean", expert.means)):

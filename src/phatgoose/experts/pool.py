@@ -17,7 +17,7 @@ from ..base.fingerprint import BaseReference, same_base
 from ..errors import ExpertError, PoolError
 from ..files.atomic import write_text
 from ..files.prefetch import prefetch
-from ..files.quoting import one_line, shortened
+from ..files.quoting import one_line, reason, shortened
 from ..files.regular_file import sha256_of
 from ..files.strict_json import read_json_object
 from .adapter import adapter_files
@@ -221,10 +221,10 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
             if not isinstance(named, str) or "\0" in named or len(named) > LONGEST_PATH:
                 raise TypeError(f"path is {shortened(named)}")
     except FileNotFoundError as error:
-        raise PoolError(f"Manifest {path} can't be read: {error.strerror}.") from error
+        raise PoolError(f"Manifest {path} can't be read: {reason(error)}.") from error
     except (PoolError, KeyError, TypeError) as error:
-        reason = one_line(error).removesuffix(".")
-        raise PoolError(f"{path} is no pool manifest: {reason}.") from error
+        why = one_line(error).removesuffix(".")
+        raise PoolError(f"{path} is no pool manifest: {why}.") from error
     if version != MANIFEST_VERSION:
         raise PoolError(
             f"{path}: manifest version {shortened(version)} is unknown, wanted {MANIFEST_VERSION}."

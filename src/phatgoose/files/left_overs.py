@@ -76,11 +76,10 @@ def clear_left_overs(target: Path) -> None:
 
 
 def open_to_readers(folder: Path) -> None:
-    """Give a temporary folder and its files the default modes of new ones."""
+    """Give a temporary folder and all in it the default modes of new ones."""
     mask = _mask()
-    folder.chmod(0o777 & ~mask)
-    for file in folder.iterdir():
-        file.chmod(0o666 & ~mask)
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _clear(path: Path, target: Path) -> None:

@@ -47,7 +47,7 @@ def sha256_of(path: Path) -> str:
                 digest.update(part)
         return digest.hexdigest()
     except OSError as error:
-        raise ExpertError(f"{path} can't be read: {error.strerror}.") from error
+        raise ExpertError(f"{path} can't be read: {reason(error)}.") from error
 
 
 def _blobs_of(folder: Path) -> tuple[Path, ...]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ExpertError, PhatgooseError
-from .quoting import one_line
+from .quoting import one_line, reason
 from .regular_file import regular_file
 
 __all__ = ["MOST_JSON_BYTES", "distinct_keys", "parse_file", "read_json_object"]
@@ -56,7 +56,7 @@ def parse_file(
     except FileNotFoundError:
         raise
     except OSError as problem:
-        raise error(f"{label} can't be read: {problem.strerror}.") from problem
+        raise error(f"{label} can't be read: {reason(problem)}.") from problem
     except RecursionError as problem:
         raise error(f"{label} is not valid {kind}: it is nested too deeply.") from problem
     except ValueError as problem:

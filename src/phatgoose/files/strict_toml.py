@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PhatgooseError
+from .quoting import reason
 from .strict_json import parse_file
 
 if sys.version_info >= (3, 11):
@@ -30,7 +31,7 @@ def read_toml(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, A
     try:
         return dict(parse_file(path, label, "TOML", MOST_TOML_BYTES, _parse, error))
     except FileNotFoundError as problem:
-        raise error(f"{label} can't be read: {problem.strerror}.") from problem
+        raise error(f"{label} can't be read: {reason(problem)}.") from problem
 
 
 def _parse(text: str) -> Any:

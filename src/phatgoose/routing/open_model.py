@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base, load_base
 from ..config import Routing
+from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
 from .compose import compose
@@ -55,11 +56,17 @@ def open_model(
     """The model at `place`: a routed one, a pool composed by `routing`, or a base model alone.
 
     `base`, a loaded one or a name, serves pools and routed models; None loads the one they name.
-    `keep`, `leave_out` and `scores` are those of `compose`; of `routing` a routed model takes the
-    embedder. Raises what loading or composing does.
+    `keep`, `leave_out` and `scores` are those of `compose`, for pools alone; of `routing` a routed
+    model takes the embedder. Raises ConfigError when another place is given them, and what loading
+    or composing does.
     """
-    base = load_base(base, dtype=dtype) if isinstance(base, str) else base
+    if (keep or leave_out or scores) and not is_pool(place):
+        raise ConfigError(
+            f"{place} is not a pool: a routed model has its own router and experts, and a base "
+            f"alone has none. Name the pool to choose them."
+        )
     if is_routed(place):
+        base = load_base(base, dtype=dtype) if isinstance(base, str) else base
         embedder = routing.retrieval_embedder if routing else None
         routed = load(place, base, dtype=dtype, retrieval_embedder=embedder)
     elif is_pool(place):
@@ -78,7 +85,7 @@ def open_model(
 
 def compose_pool(
     pool: Pool,
-    base: Base | None,
+    base: Base | str | None,
     *,
     dtype: str = "auto",
     routing: Routing | None = None,

@@ -146,12 +146,18 @@ def _read_memory(rows: Any, label: str = "memory") -> Rows:
             )
         for split in SPLITS:
             for number, row in enumerate(rows.get(split, ()), 1):
-                yield f"{label}, {split} row {number}", {"split": split, **row}
+                where = f"{label}, {split} row {number}"
+                yield where, {"split": split, **_fields(row, where)}
         return
     for number, row in enumerate(rows, 1):
-        if not isinstance(row, Mapping):
-            raise TaskError(f"{label}, row {number}: wanted a dict with fields, got {row!r:.40}.")
-        yield f"{label}, row {number}", row
+        where = f"{label}, row {number}"
+        yield where, _fields(row, where)
+
+
+def _fields(row: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(row, Mapping):
+        raise TaskError(f"{where}: wanted a dict with fields, got {row!r:.40}.")
+    return row
 
 
 def _example(row: Mapping[str, Any], where: str) -> Example:

@@ -7,7 +7,6 @@ trained, or later.
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from ..tasks.cuts import Cuts
 from ..tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.prompt_passes import read_pairs, read_prompts
-from ..tasks.task import Example, Task
+from ..tasks.task import Task, draw
 
 __all__ = [
     "Statistics",
@@ -141,12 +140,12 @@ def statistics_of(
     label = task.name if shows_bars else None
     count = settings.statistics_examples
     if settings.embeddings:
-        examples = _sample(task.train, min(count, MOST_EMBEDDINGS), seed)
+        examples = draw(task.train, min(count, MOST_EMBEDDINGS), seed)
         truncation = encoder.formatting.truncation
         embeddings = embed_examples(examples, settings.embedder, truncation)
     pairs = []
     if settings.means or settings.readings:
-        pairs = encoder.pairs(_sample(task.train, count, seed))
+        pairs = encoder.pairs(draw(task.train, count, seed))
         cuts = encoder.cuts(pairs)
     if settings.readings:
         base.model.eval()
@@ -182,12 +181,6 @@ def mean_activations(
 
     read_pairs(model, sites, pairs, pad_token_id, add, label)
     return {site: (totals[site] / counts[site]).float().cpu() for site in sites}
-
-
-def _sample(examples: Sequence[Example], count: int, seed: int) -> list[Example]:
-    """At most `count` of `examples`, in order, the same for the same seed."""
-    chosen = random.Random(seed).sample(range(len(examples)), min(count, len(examples)))
-    return [examples[i] for i in sorted(chosen)]
 
 
 def _refuse_foreign_files(directory: Path) -> None:

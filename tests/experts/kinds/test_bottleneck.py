@@ -60,7 +60,7 @@ def test_the_golden_directory_is_read_as_it_was_written():
     inner = nn.functional.gelu(y @ query.down.T + query.down_bias)
     wanted = y + 0.5 * (inner @ query.up.T + query.up_bias)
     torch.testing.assert_close(query.at(y).apply(nn.Identity(), y), wanted)
-    assert base_named_in(GOLDEN) == "example/base"
+    assert base_named_in(GOLDEN).id == "example/base"
 
 
 @pytest.mark.parametrize("kind", ["bottleneck", "ia3"])

@@ -319,8 +319,13 @@ def test_a_packed_mixed_model_grows_shrinks_and_is_compacted(llama, llama_mixed,
     remove_from_saved(place, ["bottleneck3", "lora7"])
     wanted = composed("phatgoose", ordered(llama_mixed, ["lora0", *second]), llama)
     assert_same_models(load(place, copy.deepcopy(llama)), wanted)
+    (place / "notes.safetensors").write_text("somebody else's")
     compact(place)
     assert_same_models(load(place, copy.deepcopy(llama)), wanted)
+    assert {path.name for path in place.glob("*.safetensors")} - {"notes.safetensors"} == {
+        entry["file"] for entry in json.loads((place / "routed.json").read_text())["segments"]
+    }
+    assert (place / "notes.safetensors").read_text() == "somebody else's"
 
 
 def test_a_pool_without_loras_is_packed_and_grows(llama, llama_mixed, tmp_path):

@@ -173,7 +173,7 @@ def gate(
 
     loaded = template.load(task)
     expert = train_gates(
-        base.load(base_named_in(adapter) or "smollm2"),
+        base.load(base_named_in(adapter)),
         adapter,
         loaded,
         out=out,
@@ -212,7 +212,7 @@ def measure(
     loaded, data = Expert.load(expert), template.load(task)
     measured = measure_expert(
         loaded,
-        base.load(loaded.info.base.id),
+        base.load(loaded.info.base),
         data,
         examples=statistics_examples,
         means=means,

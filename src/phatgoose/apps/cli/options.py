@@ -17,6 +17,7 @@ from ...errors import ConfigError
 from .flags import flag_of
 
 if TYPE_CHECKING:
+    from ...base.fingerprint import BaseReference
     from ...base.loading import Base
     from ...config import Routing
     from ...experts.pool import Pool
@@ -86,11 +87,14 @@ class BaseOptions:
     base: BaseOption = None
     dtype: Annotated[str, "auto, bfloat16, float16 or float32."] = "auto"
 
-    def load(self, default: str) -> Base:
-        """The base, by `default` the one of this name."""
+    def load(self, default: BaseReference | None) -> Base:
+        """The base, by `default` this one, and where that is None the embedded one."""
         from ...base.loading import load_base
 
-        return load_base(self.base or default, dtype=self.dtype)
+        name, revision = (default.id, default.revision) if default else ("smollm2", None)
+        if self.base:
+            name, revision = self.base, None
+        return load_base(name, dtype=self.dtype, revision=revision)
 
     def load_for(self, pool: Pool) -> Base:
         """The base, by default the one that `pool` names."""

@@ -11,6 +11,7 @@ from ...analysis.result import Analysis
 from ...errors import EvaluationError
 from ...evaluation.comparison.methods import label_of
 from ...files.atomic import write_text
+from ...files.quoting import reason
 from .assets import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
 from .contents import sections_of
 from .figures import dataset_matrix, heat_maps, pool_size_figure, usage_bars, write_png
@@ -46,7 +47,7 @@ def write_report(
         if curves:
             write_png(pool_size_figure(curves), folder / FIGURES / "pool-sizes.png")
     except OSError as error:
-        raise EvaluationError(f"{folder} can't be written: {error.strerror}.") from error
+        raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
     return folder / REPORT
 
 

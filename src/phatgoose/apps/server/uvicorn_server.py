@@ -15,6 +15,7 @@ from fastapi import FastAPI
 
 from ...config import Serving
 from ...errors import ConfigError
+from ...files.quoting import reason
 from .guards.connection_guard import ConnectionGuard
 
 if sys.platform != "win32":
@@ -76,7 +77,7 @@ def _listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        raise ConfigError(f"Can't listen at {host}, port {port}: {error.strerror}.") from error
+        raise ConfigError(f"Can't listen at {host}, port {port}: {reason(error)}.") from error
 
 
 @contextmanager

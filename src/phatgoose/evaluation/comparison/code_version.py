@@ -27,12 +27,16 @@ SCORING = (  # these, and all that they import; the registry imports routers by 
 )
 
 
+KERNEL = PACKAGE / "routing" / "kernels" / "native.cpp"
+
+
 @cache
 def code_version() -> str:
     """The release and a hash of all definitions that decide what a score is.
 
     They are the statements at the top of the scoring modules and of every module that these
-    import, without imports of our own and `__all__`, each once and in no order.
+    import, without imports of our own and `__all__`, each once and in no order; and the source of
+    the native kernel.
     """
     definitions = {
         text for module in _imported_by(SCORING) for text in _contents(module).definitions
@@ -40,6 +44,7 @@ def code_version() -> str:
     digest = hashlib.sha256()
     for definition in sorted(definitions):
         digest.update(definition.encode())
+    digest.update(KERNEL.read_bytes())
     return f"{__version__}+{digest.hexdigest()[:12]}"
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ...errors import EvaluationError
+from ...files.quoting import reason
 
 __all__ = ["ResultStore"]
 
@@ -61,7 +62,7 @@ class ResultStore:
                 f"Another process is adding results to {path}; wait, or choose another --out."
             ) from error
         except OSError as error:
-            raise EvaluationError(f"{folder} can't be written: {error.strerror}.") from error
+            raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
         try:
             yield cls(path)
         finally:
@@ -84,7 +85,7 @@ class ResultStore:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise EvaluationError(f"{self.path} can't be written: {error.strerror}.") from error
+            raise EvaluationError(f"{self.path} can't be written: {reason(error)}.") from error
         self._keep(key, result)
 
     def items(self) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:

@@ -203,7 +203,7 @@ def base_in(config: Mapping[str, Any], *, from_hub: bool) -> str:
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         raise ExpertError("The adapter doesn't name its base model; name it with --base.")
-    if from_hub and (os.path.isabs(named) or named.startswith(".") or Path(named).exists()):
+    if from_hub and (os.path.isabs(named) or named.startswith(".") or os.path.exists(named)):
         raise ExpertError(
             f"The adapter names its base by a path of its author's machine, {shortened(named)}; "
             f"name the base with --base."
@@ -252,7 +252,7 @@ def _with_biases(
     found = dict(modules)
     for name, bias in trained.items():
         plain = name.removeprefix(PEFT_PREFIX).replace(BASE_LAYER, ".")
-        site, lora = plain.removesuffix(".bias"), None
+        site = plain.removesuffix(".bias")
         if plain not in original or original[plain].shape != bias.shape:
             continue
         added, lora = bias.float() - original[plain], modules.get(site)

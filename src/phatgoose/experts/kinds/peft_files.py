@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import ExpertError
-from ...files.quoting import shortened
+from ...files.quoting import reason, shortened
 from ...files.regex_guard import check_config
 from ...files.strict_json import read_json_object
 from ...files.tensor_file import TensorFile
@@ -50,7 +50,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         return read_json_object(path)
     except FileNotFoundError as error:
         raise ExpertError(
-            f"{directory} is no PEFT adapter: {ADAPTER_CONFIG} can't be read ({error.strerror})."
+            f"{directory} is no PEFT adapter: {ADAPTER_CONFIG} can't be read ({reason(error)})."
         ) from error
 
 

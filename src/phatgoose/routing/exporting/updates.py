@@ -29,10 +29,7 @@ __all__ = ["AddedUpdate", "CutLoss", "Update", "cut", "fixed_update", "merged_la
 
 @dataclass(frozen=True)
 class Update:
-    """What experts at constant shares do at a site; parts that nobody has are None.
-
-    `lost` is the Frobenius norm of what a cut took off B A.
-    """
+    """What experts at constant shares do at a site; parts that nobody has are None."""
 
     A: Tensor  # [R, n]
     B: Tensor  # [d, R]

@@ -21,12 +21,12 @@ AUTO = "auto"  # no router: `automatic` puts the name of one in its place
 class RouterSpec:
     """One router: its names, what it needs, and where its code is.
 
-    `needs` are the attributes of every `Expert` that it can't do without (gates, means, embeddings,
-    lora), `given` what the user or an evaluation hands over (scores, expert, task), `settings` the
-    fields of `Routing` that its results depend on. A router that `grows` can take experts in, or
-    leave some out, without being composed anew. One that chooses for whole inputs has its own
-    `input_k` and `input_temperature`, for settings of these names that are None. `home` is its
-    `Router`: the class, or "folder.module.Class" below this package.
+    `needs` are the attributes of every `Expert` that it can't do without (gates, means, readings,
+    embeddings, lora), `given` what the user or an evaluation hands over (scores, expert, task),
+    `settings` the fields of `Routing` that its results depend on. A router that `grows` can take
+    experts in, or leave some out, without being composed anew. One that chooses for whole inputs
+    has its own `input_k` and `input_temperature`, for settings of these names that are None. `home`
+    is its `Router`: the class, or "folder.module.Class" below this package.
     """
 
     name: str

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...config import Routing
 from ...errors import ConfigError, PoolError
+from ...files.quoting import reason
 from ...files.strict_json import read_json_object
 
 __all__ = ["Scores", "best_expert", "best_expert_by_task", "given_scores", "read_scores"]
@@ -33,7 +34,7 @@ def read_scores(path: str | Path) -> Scores:
             raise ValueError("no finite scores")
         return found
     except OSError as error:
-        raise PoolError(f"Scores {path} can't be read: {error.strerror}.") from error
+        raise PoolError(f"Scores {path} can't be read: {reason(error)}.") from error
     except (PoolError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise PoolError(
             f"{path} holds no scores of single experts; wanted the comparison.json of a 'phatgoose "

@@ -26,6 +26,7 @@ from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.pool import Pool
 from ...files.atomic import new_directory, write_text
 from ...files.left_overs import clear_left_overs, temporary_file
+from ...files.quoting import reason
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
 from ..growing import check_growth, check_removal, check_unfolded
@@ -34,7 +35,7 @@ from ..routers.scores import Scores
 from ..stacks.site_stack import stack_of
 from .description import ROUTED_INFO, ROUTED_WEIGHTS
 from .save import described, layer_tensors
-from .tensors import FACTORS, SavedModel, quantised, read_saved
+from .tensors import FACTORS, SEGMENT_FILE, SavedModel, quantised, read_saved
 
 __all__ = ["STORED", "add_to_saved", "compact", "remove_from_saved", "save_pool"]
 
@@ -178,7 +179,7 @@ def compact(directory: str | Path, *, stored: str | None = None) -> SavedModel:
         found = read_saved(folder)
         known = {entry["file"] for entry in _segments(found)}
         for path in folder.iterdir():
-            if path.suffix == ".safetensors" and path.name not in known:
+            if SEGMENT_FILE.fullmatch(path.name) and path.name not in known:
                 path.unlink()
         return found
 
@@ -194,7 +195,7 @@ def _changing(folder: Path) -> Iterator[Path]:
     except Timeout as error:
         raise RoutingError(f"Another process is changing {folder}.") from error
     except OSError as error:
-        raise RoutingError(f"{folder} can't be written: {error.strerror or error}.") from error
+        raise RoutingError(f"{folder} can't be written: {reason(error)}.") from error
 
 
 def _write_segment(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +34,8 @@ from ..stacks.rows import joined, take_rows
 from ..stacks.site_stack import TENSORS, SiteStack, joined_stacks, kept_stack
 from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_info, routing_in
 
-__all__ = ["FACTORS", "SavedModel", "SavedTensors", "Segment", "quantised", "read_saved"]
+__all__ = ["FACTORS", "SEGMENT_FILE", "SavedModel", "SavedTensors", "Segment", "quantised"]
+__all__ += ["read_saved"]
 
 OWNED = f"lookup.{OWNERS}"
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
@@ -165,13 +167,13 @@ class SavedModel:
         """The names of the experts that are left."""
         return tuple(record["name"] for record in self.records)
 
-    @property
+    @cached_property
     def sites(self) -> tuple[str, ...]:
         """Where at least one of them acts."""
         begin = "experts."
         return tuple(n.removeprefix(begin) for n in self.tensors if n.startswith(begin))
 
-    @property
+    @cached_property
     def tensors(self) -> SavedTensors:
         """All tensors of the experts that are left."""
         return SavedTensors(self.segments, self.left)

@@ -143,6 +143,8 @@ def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:
         chosen = random.Random(SEED).sample(numbers, dataset.validation_rows)
         origin += f", {len(chosen)} of {len(numbers)} rows, seed {SEED}"
         numbers = sorted(chosen)
+    if not original:
+        raise TaskError(f"{dataset.name}: no template is marked as one of the original task's.")
     picker = Picker(dataset.name, dataset.references, generated=dataset.metrics != ACCURACY)
     train = picker.training(_train_pairs(train_rows, train_numbers, templates))
     validation = picker.graded(

@@ -19,8 +19,8 @@ from ...config import Formatting, GateTraining, Training
 from ...experts.expert import MOST_EMBEDDINGS
 from ...tasks.encoding import Encoder
 from ...tasks.suites.training_tasks import TrainingTask
-from ...tasks.task import Task
-from .sample import pairs_of, sample_of
+from ...tasks.task import Task, draw
+from .sample import SAMPLE, pairs_of
 from .sizes import Shapes
 from .speed import Speed
 
@@ -210,7 +210,7 @@ class CostModel:
         limits = self.formatting
         if data is None:
             return _Lengths([limits.max_input_tokens], [limits.max_target_tokens], "limits")
-        sample = sample_of(data, self.training.seed)
+        sample = draw(data.train, SAMPLE, self.training.seed)
         if self.encoder is None:
             return _Lengths(
                 _by_words([row.input for row in sample], limits.max_input_tokens),

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import warnings
 from collections.abc import Sequence
 
 from ...tasks.encoding import Encoder, TokenPair
-from ...tasks.task import Example, Task
+from ...tasks.task import Example
 
-__all__ = ["SAMPLE", "pairs_of", "sample_of"]
+__all__ = ["SAMPLE", "pairs_of"]
 
 SAMPLE = 200  # examples
-
-
-def sample_of(task: Task, seed: int) -> list[Example]:
-    """At most SAMPLE training examples, drawn by `seed`."""
-    return random.Random(seed).sample(task.train, min(SAMPLE, len(task.train)))
 
 
 def pairs_of(encoder: Encoder, examples: Sequence[Example]) -> list[TokenPair]:

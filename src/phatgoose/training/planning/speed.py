@@ -17,10 +17,10 @@ from ...config import Formatting, GateTraining, Peft, Training
 from ...errors import TaskError
 from ...tasks.encoding import Encoder
 from ...tasks.suites.training_tasks import TrainingTask
-from ...tasks.task import Task
+from ...tasks.task import Task, draw
 from ..progress import TrainingCallback
 from ..train_expert import train_expert
-from .sample import pairs_of, sample_of
+from .sample import SAMPLE, pairs_of
 
 if sys.platform != "win32":
     import resource
@@ -99,7 +99,9 @@ def measure_speed(
             out=Path(folder) / "trial",
             peft=peft,
             training=replace(training, steps=STEPS, batch_size=batch, eval_every=STEPS),
-            gate_training=replace(gates, gate_steps=STEPS, means=False, embeddings=False),
+            gate_training=replace(
+                gates, gate_steps=STEPS, means=False, readings=False, embeddings=False
+            ),
             formatting=formatting,
             callback=TrainingCallback(clock.steps, clock.saved),
         )
@@ -139,7 +141,7 @@ def _longest(tasks: Sequence[TrainingTask], encoder: Encoder, rows: int, seed: i
     most, found = -1, None
     for each in tasks:
         task = each.load()
-        sample = sample_of(task, seed)
+        sample = draw(task.train, SAMPLE, seed)
         lengths = [pair.length for pair in pairs_of(encoder, sample)]
         order = sorted(range(len(sample)), key=lambda row: -lengths[row])
         if (total := sum(lengths[row] for row in order[:rows])) > most:

@@ -85,7 +85,7 @@ class LoadedModel:
             self.parts = composition_of(model)
             self.routing = self.parts.routing
         else:
-            self.base = bases.get(named or BaseReference(place), settings.dtype)
+            self.base = bases.get(BaseReference(place), settings.dtype)
             self.routing, self.parts = Routing(), None
             model = twin(self.base).model
         if getattr(model, "_is_stateful", False):

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from .base.fingerprint import BaseReference, check_base
+from .base.fingerprint import BaseReference, check_base, dtype_name
 from .base.loading import Base, load_base
 from .base.smollm2 import SMOLLM2
 from .experts.hub import HubReference
@@ -109,7 +109,7 @@ class BaseLocation:
     @classmethod
     def of(cls, base: Base) -> BaseLocation:
         """The location of a loaded base."""
-        dtype = str(base.model.dtype).removeprefix("torch.")
+        dtype = dtype_name(base.model.dtype)
         return cls(absolute(base.id), dtype, base.reference)
 
     def load(self) -> Base:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..base.blocks import headless
 from ..base.offloading import input_device
 from ..base.sites import Stream
 from ..routing.composition import announcing
@@ -78,10 +79,8 @@ def pass_through(
             observer.add(passed)
 
     with watch(model, notify), torch.inference_mode():
-        # Without its head: a causal model's logits, a vocabulary for each token, are most work.
-        reader = model if encoder.is_encoder_decoder else model.base_model
         device = input_device(model)
-        reader(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=False)
+        headless(model)(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=False)
     for observer in observers:
         observer.end_pass()
 

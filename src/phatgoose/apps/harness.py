@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import torch
 from transformers import PreTrainedModel
 
+from ..base.fingerprint import dtype_name
 from ..base.loading import choose_dtype, load_base
 from ..config import Formatting, Routing, from_mapping, settings_of
 from ..errors import ConfigError
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
     """The routed model in a folder, or one composed of a pool."""
     device = _present(arguments.device)
-    dtype = str(choose_dtype(arguments.dtype, device)).removeprefix("torch.")
+    dtype = dtype_name(choose_dtype(arguments.dtype, device))
     base = load_base(arguments.base, dtype=dtype, device=device) if arguments.base else None
     if is_routed(arguments.pool):
         model = load(

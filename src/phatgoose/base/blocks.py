@@ -11,13 +11,22 @@ from transformers import PreTrainedModel
 from ..errors import RoutingError
 from .token_masks import token_masks
 
-__all__ = ["blocks_of", "prompt_stack", "watch_blocks"]
+__all__ = ["blocks_of", "headless", "prompt_stack", "watch_blocks"]
 
 
 def prompt_stack(model: PreTrainedModel) -> nn.Module:
     """The part of `model` that reads prompts: an encoder, or a causal model without its head."""
     stack: nn.Module = model.get_encoder() if model.config.is_encoder_decoder else model.base_model
     return stack
+
+
+def headless(model: PreTrainedModel) -> nn.Module:
+    """`model` for passes whose logits nobody wants: a causal model without its head.
+
+    The logits of a whole vocabulary for each token are most of the work of a small model.
+    """
+    whole: nn.Module = model if model.config.is_encoder_decoder else model.base_model
+    return whole
 
 
 def blocks_of(model: PreTrainedModel) -> list[nn.Module]:

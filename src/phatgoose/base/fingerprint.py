@@ -17,6 +17,7 @@ from .offloading import parameters_of
 __all__ = [
     "BaseReference",
     "check_base",
+    "dtype_name",
     "fingerprint",
     "number_format",
     "quantisation",
@@ -103,6 +104,11 @@ def quantisation(model: PreTrainedModel) -> str | None:
     """
     kinds = {_quantised_type(parameter) for parameter in model.parameters()} - {None}
     return ", ".join(sorted(map(str, kinds))) or None
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as settings name it, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def number_format(model: PreTrainedModel) -> str:

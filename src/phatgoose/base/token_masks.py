@@ -22,6 +22,7 @@ from .sites import Site, Stream
 
 __all__ = [
     "TokenMasks",
+    "cache_argument",
     "cached_tokens",
     "callable_parts",
     "given_arguments",
@@ -228,6 +229,11 @@ def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _N
         model.base_model: _WHOLE,
         model: _WHOLE,
     }
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name of the argument for keys and values in this transformers release."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def cached_tokens(given: Mapping[str, Any]) -> int | None:

@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from ..base.offloading import input_device
+from ..base.token_masks import cache_argument
 from ..errors import EvaluationError
 from ..tasks.collating import IGNORED, batches_of_tokens, pad_left, pad_right, position_ids
 from ..tasks.row_packing import BranchedText, can_pack, pack_rows, packed_batches
@@ -135,7 +136,7 @@ def _score_causal(
     real = pad_left([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
     passed = _passes(model, logits_to_keep=1, position_ids=position_ids(real))
     cache = DynamicCache(config=model.config)
-    held = {_cache_argument(model): cache, "use_cache": True}
+    held = {cache_argument(model): cache, "use_cache": True}
     announce(range(len(rows)))
     first = model(input_ids=prompts, attention_mask=real, **held, **passed)
     owner = _owners(rows, device)
@@ -212,11 +213,6 @@ def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     chosen = logits.float().log_softmax(dim=-1)
     chosen = chosen.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return (chosen * counted).sum(dim=-1) / counted.sum(dim=-1)
-
-
-def _cache_argument(model: PreTrainedModel) -> str:
-    """The name of the argument for keys and values in this transformers release."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _passes(model: PreTrainedModel, **arguments: Tensor | int) -> dict[str, Tensor | int]:

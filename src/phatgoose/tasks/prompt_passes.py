@@ -9,7 +9,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..base.blocks import prompt_stack, watch_blocks
+from ..base.blocks import headless, prompt_stack, watch_blocks
 from ..base.offloading import input_device
 from ..base.sites import Site
 from ..base.token_masks import watch_inputs
@@ -95,7 +95,7 @@ def read_pairs(
     progress bar shows the `label`, if there is one.
     """
     collator, device = Collator(model, pad_token_id), input_device(model)
-    inner = model if model.config.is_encoder_decoder else model.base_model
+    inner = headless(model)
     model.eval()
 
     def see_real(site: Site, u: Tensor, real: Tensor | None) -> None:

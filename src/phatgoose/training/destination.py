@@ -21,7 +21,7 @@ import fsspec
 
 from ..errors import ConfigError, ExpertError
 from ..experts.expert import LAYOUT, Expert
-from .unfinished import discard_work, wait_for_work, work_of
+from .unfinished import LOCK, discard_work, wait_for_work, work_of
 
 __all__ = ["Destination", "ExpertFolder", "TrainedExpert", "expert_folder"]
 
@@ -177,7 +177,7 @@ class RemoteFolder:
         sizes = {
             str(path.relative_to(work)): path.stat().st_size
             for path in sorted(work.rglob("*"))
-            if path.is_file() and path.name != "lock"
+            if path.is_file() and path.name != LOCK
         }
         known = self._sizes(above)
         for file, size in sizes.items():

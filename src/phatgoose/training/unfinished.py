@@ -19,7 +19,7 @@ from ..files.atomic import WRITING_ERRORS, write_text
 from ..files.quoting import reason
 from . import processes
 
-__all__ = ["discard_work", "open_work", "wait_for_work", "work_of"]
+__all__ = ["LOCK", "discard_work", "open_work", "wait_for_work", "work_of"]
 
 IDENTITY, LOCK = "run.json", "lock"
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ...base.fingerprint import check_base
+from ...base.fingerprint import check_base, dtype_name
 from ...base.loading import Base
 from ...base.sites import ROUTED
 from ...config import Formatting, Routing
@@ -121,7 +121,7 @@ def _settings(
     """How everything was scored, as plain data."""
     return {
         "base": asdict(base.reference),
-        "dtype": str(base.model.dtype).removeprefix("torch."),
+        "dtype": dtype_name(base.model.dtype),
         "experts": list(pool.names),
         "limit": settings.limit,
         "seed": settings.seed,

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...base.fingerprint import dtype_name
 from ...base.loading import Base, load_base
 from ...base.sites import ROUTED
 from ...config import Routing
@@ -58,7 +59,7 @@ class Row:
     def model(self, base: Base) -> Iterator[OpenedModel]:
         """The row's model while the context is open; `base` is as it was afterwards."""
         if self.pool is None and self.place is not None:
-            dtype = str(base.model.dtype).removeprefix("torch.")
+            dtype = dtype_name(base.model.dtype)
             given = base if is_routed(self.place) else None
             opened = open_model(self.place, given, dtype=dtype, routing=self.routing)
         elif self.pool is None or self.routing is None:

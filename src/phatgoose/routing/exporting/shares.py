@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ...base.blocks import headless
 from ...errors import ConfigError, RoutingError
 from ..composition import Composition, composition_of
 from ..layers import FoldedLinear, RoutedLayer
@@ -111,7 +112,6 @@ def _nothing(parts: Composition) -> dict[str, Tensor]:
 @torch.inference_mode()
 def _mean_weights(model: PreTrainedModel, parts: Composition, inputs: Inputs) -> dict[str, Tensor]:
     """The mean weight of each expert over the tokens of one pass, float64 [E] by site."""
-    reader = model if model.config.is_encoder_decoder else model.base_model  # without its head
     sums, tokens = _nothing(parts), dict.fromkeys(parts.layers, 0)
 
     def add(passed: SitePass) -> None:
@@ -120,5 +120,5 @@ def _mean_weights(model: PreTrainedModel, parts: Composition, inputs: Inputs) ->
         tokens[passed.site.name] += len(weights)
 
     with watch(model, add):
-        reader(**inputs, use_cache=False)
+        headless(model)(**inputs, use_cache=False)
     return {site: total / max(tokens[site], 1) for site, total in sums.items()}

@@ -26,7 +26,7 @@ from torch import Tensor
 from ...config import ACTIVATIONS
 from ...experts.kinds.bottleneck import ACTIVATION
 from .grouped import expert_products
-from .weighted_rows import weighted_rows
+from .weighted_rows import dense_weights, weighted_rows
 
 __all__ = [
     "BottleneckKernel",
@@ -80,8 +80,7 @@ def all_bottlenecks(
 ) -> Tensor:
     """The sum with every expert's bottleneck computed for every token, [T, E m] in between."""
     E, m, d = down.shape
-    dense = torch.zeros(len(y), E, dtype=weights.dtype, device=y.device)
-    dense = dense.scatter_add(1, experts, weights).to(y.dtype)  # [T, E]
+    dense = dense_weights(experts, weights, E).to(y.dtype)
     inner = (y @ down.reshape(E * m, d).T).view(-1, E, m) + down_bias
     inner = _activated(inner, activations.unsqueeze(-1)) * dense.unsqueeze(-1)
     return inner.view(-1, E * m) @ up.reshape(E * m, d) + dense @ up_bias

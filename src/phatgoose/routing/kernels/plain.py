@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .weighted_rows import dense_weights
+
 __all__ = ["concat", "gather", "mixed_factors", "reference"]
 
 
@@ -32,8 +34,7 @@ def concat(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
     """
     E, r, n = A.shape
     tokens = u.shape[0]
-    dense = torch.zeros(tokens, E, dtype=weights.dtype, device=u.device)
-    dense = dense.scatter_add(1, experts, weights)  # [T, E]
+    dense = dense_weights(experts, weights, E)
     inner = (u @ A.reshape(E * r, n).T).view(tokens, E, r)
     inner = inner * dense.to(u.dtype).unsqueeze(-1)
     return inner.view(tokens, E * r) @ B.reshape(E * r, -1)
@@ -62,8 +63,7 @@ def mixed_factors(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Ten
     """
     E, r, n = A.shape
     tokens = u.shape[0]
-    dense = torch.zeros(tokens, E, dtype=weights.dtype, device=u.device)
-    dense = dense.scatter_add(1, experts, weights).to(u.dtype)  # [T, E]
+    dense = dense_weights(experts, weights, E).to(u.dtype)
     inner = (u @ A.reshape(E * r, n).T).view(tokens, E, r)
     mixed = (dense.unsqueeze(1) @ inner).squeeze(1)  # [T, r]
     outer = dense.unsqueeze(-1) * mixed.unsqueeze(1)  # [T, E, r]

@@ -1,11 +1,16 @@
-"""Weighted sums of one vector per expert: (IA)³ scalings and biases."""
+"""Weights of chosen experts, and weighted sums of one vector per expert: scalings, biases."""
 
 from __future__ import annotations
 
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["reference_rows", "weighted_rows"]
+__all__ = ["dense_weights", "reference_rows", "weighted_rows"]
+
+
+def dense_weights(experts: Tensor, weights: Tensor, count: int) -> Tensor:
+    """The weights [T, k] of the chosen `experts` [T, k] as weights of all, [T, count]."""
+    return weights.new_zeros(len(experts), count).scatter_add(1, experts, weights)
 
 
 def reference_rows(experts: Tensor, weights: Tensor, rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
+from ...base.fingerprint import dtype_name
 from ...base.loading import choose_dtype, load_tokenizer
 from ...config import Formatting, GateTraining, Lora, Peft, Training
 from ...errors import BaseModelError, ConfigError, TaskError
@@ -128,7 +129,7 @@ def plan_training(
     return Plan(
         base=base,
         peft=kind_for(peft).name,
-        dtype=str(kept).removeprefix("torch."),
+        dtype=dtype_name(kept),
         sites=shapes.sites,
         expert_parameters=shapes.expert,
         gate_parameters=shapes.gates,

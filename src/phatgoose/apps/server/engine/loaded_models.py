@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ....base.fingerprint import BaseReference
+from ....base.fingerprint import BaseReference, dtype_name
 from ....base.loading import Base, choose_dtype, load_base, twin
 from ....base.sites import ROUTED
 from ....config import Routing
@@ -52,7 +52,7 @@ class _Bases:
 
     def get(self, wanted: BaseReference, dtype: str) -> Base:
         """The base `wanted` in `dtype`; one of the same name or fingerprint is loaded only once."""
-        dtype = str(choose_dtype(dtype)).removeprefix("torch.")
+        dtype = dtype_name(choose_dtype(dtype))
         for base, of in self._loaded:
             named = (base.id, base.revision) == (wanted.id, wanted.revision)
             if of == dtype and (named or base.fingerprint == wanted.fingerprint):

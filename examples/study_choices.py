@@ -55,13 +55,17 @@ def main(pool_at: str, suite_at: str, limit: str, results: str, out: str) -> Non
     tasks = open_suite(suite_at).load(Sources(None, None))
     datasets = [EvaluationSet.of(task, settings) for task in tasks]
     samples: dict[str, list[Sample]] = {name: [] for name in (*SETTINGS, "Oracle")}
+    states = [states_of(base, dataset) for dataset in datasets]
+    chosen = choices(pool, base, torch.cat(states))
+    first = 0
     with ResultStore.alone(Path(results)) as store:
-        for dataset in datasets:
+        for dataset, seen in zip(datasets, states, strict=True):
             marks = answers(store, pool, base, dataset)
-            states = states_of(base, dataset)
-            for name, chosen in choices(pool, base, states).items():
-                rows = [marks[z][i] for i, z in enumerate(chosen)]
+            for name, experts in chosen.items():
+                own = experts[first : first + len(seen)]
+                rows = [marks[z][i] for i, z in enumerate(own)]
                 samples[name].append(Sample.of(dataset.metrics, rows))
+            first += len(seen)
             alone = [Sample.of(dataset.metrics, each) for each in marks]
             samples["Oracle"].append(max(alone, key=lambda sample: sample.score))
     Path(out).write_text(table(samples), encoding="utf-8")

@@ -113,7 +113,7 @@ def test_what_looks_wrong_is_a_warning(told, analysed):
         (("POOL", *TASKS, "--against", "nothing"), "router is 'nothing'"),
         (("POOL", *TASKS, "--smoothing", "2"), "smoothing is 2.0"),
         (("POOL", *TASKS, "--results", "none.jsonl"), "none.jsonl don't exist"),
-        (("POOL", *TASKS, "--no-score", "--leave-one-out"), "needs a pool, and scores"),
+        (("POOL", *TASKS, "--no-score", "--leave-one-out"), "needs a pool of several"),
         (("POOL", *TASKS, "--scores", "first.jsonl"), "first.jsonl holds no scores"),
     ],
 )

@@ -151,7 +151,8 @@ def test_it_is_saved_grows_and_shrinks(llama, uneven, tmp_path):
     assert torch.equal(logits_of(loaded, ids), wanted)
     assert evaluate(loaded, CHOOSING).scores == marks
     remove_experts(loaded, ["e0", "e3"])
-    assert torch.equal(composition_of(loaded).lookup.scores(PROMPTS), scores[:, 1:3])
+    left = composition_of(loaded).lookup.scores(PROMPTS)
+    torch.testing.assert_close(left, scores[:, 1:3])  # sums of other lengths round otherwise
     add_experts(loaded, uneven.select(["e0"]))
     found = composition_of(loaded).lookup.scores(PROMPTS)
     torch.testing.assert_close(found, scores[:, [1, 2, 0]])

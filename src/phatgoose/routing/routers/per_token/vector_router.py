@@ -47,9 +47,12 @@ def standardise(vectors: Tensor) -> Tensor:
 def products(u: Tensor, vectors: Tensor) -> Tensor:
     """vᵀu for every token of u [T, n] and each of `vectors` [E, n], float32 [T, E].
 
-    Equal vectors get equal numbers, so that they are ties. For a single token BLAS has a way of its
-    own in which rounding depends on a vector's place, so one is multiplied as two are.
+    Equal vectors get equal numbers, so that they are ties. How BLAS rounds depends on a vector's
+    place (on a CPU in ways of each processor's own, on a GPU for a single token); so CPUs multiply
+    in float64, whose roundings float32 doesn't show, and GPUs one token as two.
     """
+    if u.device.type == "cpu":
+        return (u.double() @ vectors.double().T).float()
     tokens = u.float() if len(u) != 1 else u.float().expand(2, -1)
     return (tokens @ vectors.float().T)[: len(u)]
 

@@ -17,7 +17,7 @@ from phatgoose.base.loading import Base, load_base, twin
 from phatgoose.experts.expert import LAYOUT
 from synthetic import random_pool
 
-__all__ = ["FULL", "SMOKE", "Bench", "Sizes", "words"]
+__all__ = ["FULL", "SMOKE", "Bench", "Sizes", "words", "write_base"]
 
 VOCABULARY = (
     "the", "a", "green", "old", "ship", "tree", "rain", "went", "over", "under", "far", "home",
@@ -135,6 +135,13 @@ class Bench:
         most = self.base.model.config.vocab_size
         tokens = torch.randint(3, most, (rows, columns), generator=generator)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+
+def write_base(base: Base, folder: Path) -> str:
+    """`folder`, in which any library now finds the base and its tokenizer."""
+    base.model.save_pretrained(folder)
+    base.tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def words(generator: random.Random, count: int) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from lm_eval.models.huggingface import HFLM
 
 import phatgoose as pg
-from bench import Bench
+from bench import Bench, write_base
 from findings import Finding, at_least, row
 from measuring import ratio, side_by_side
 from scoring import ranked_rows, requests_of
@@ -33,7 +33,7 @@ def measure_comparison(bench: Bench) -> Iterator[Finding]:
     examples = pg.load_task(rows, name="ranking").evaluation_examples(None)
     requests = requests_of(examples)
     with tempfile.TemporaryDirectory() as work:
-        base, suite = _base_folder(bench, Path(work)), Path(work) / "suite"
+        base, suite = write_base(bench.base, Path(work) / "base"), Path(work) / "suite"
         suite.mkdir()
         (suite / "ranking.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
         rounds = min(sizes.rounds, MOST_ROUNDS)
@@ -63,13 +63,3 @@ def measure_comparison(bench: Bench) -> Iterator[Finding]:
         note=f"{60 * cells / timings['compare'].median:.0f} cells a minute",
         details={"seconds": {name: timing.median for name, timing in timings.items()}},
     )
-
-
-def _base_folder(bench: Bench, work: Path) -> str:
-    """The base as a folder that both can load."""
-    if bench.sizes.base == "tiny":
-        return bench.base_name
-    folder = str(work / "base")
-    bench.base.model.save_pretrained(folder)
-    bench.base.tokenizer.save_pretrained(folder)
-    return folder

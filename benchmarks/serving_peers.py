@@ -25,6 +25,7 @@ from typing import Any
 
 import openai
 
+from bench import write_base
 from phatgoose.base.loading import load_base
 from phatgoose.experts.pool import Pool
 from report import circumstances
@@ -36,10 +37,9 @@ TELL = "Here is a long and detailed story. {} Nobody knew. One morning,"
 
 @dataclass(frozen=True)
 class Answer:
-    """The seconds until a request's first token and its end, and the text."""
+    """The seconds until a request's first token, or its end where none came, and the text."""
 
     first: float
-    seconds: float
     text: str
 
 
@@ -56,9 +56,7 @@ def main() -> None:
     found: dict[str, list[dict[str, float]]] = {}
     with served_pool(parser, given) as pool, tempfile.TemporaryDirectory() as work:
         base = load_base(Pool.open(pool).base.id)
-        folder = str(Path(work) / "base")
-        base.model.save_pretrained(folder)
-        base.tokenizer.save_pretrained(folder)
+        folder = write_base(base, Path(work) / "base")
         servers: dict[str, Callable[[], AbstractContextManager[str]]] = {
             "transformers serve": partial(_theirs, folder),
             "phatgoose serve, base": partial(_ours, f"base={folder}"),
@@ -117,8 +115,7 @@ async def _ask(client: openai.AsyncOpenAI, model: str, number: int, tokens: int)
         if chunk.choices and chunk.choices[0].text:
             first = first or time.perf_counter() - begun
             parts.append(chunk.choices[0].text)
-    seconds = time.perf_counter() - begun
-    return Answer(first or seconds, seconds, "".join(parts))
+    return Answer(first or time.perf_counter() - begun, "".join(parts))
 
 
 @contextmanager

@@ -90,11 +90,11 @@ class BaseOptions:
     def load(self, default: BaseReference | None) -> Base:
         """The base, by `default` this one, and where that is None the embedded one."""
         from ...base.loading import load_base
+        from ...base.smollm2 import SMOLLM2
 
-        name, revision = (default.id, default.revision) if default else ("smollm2", None)
-        if self.base:
-            name, revision = self.base, None
-        return load_base(name, dtype=self.dtype, revision=revision)
+        if self.base or default is None:
+            return load_base(self.base or SMOLLM2, dtype=self.dtype)
+        return load_base(default.id, dtype=self.dtype, revision=default.revision)
 
     def load_for(self, pool: Pool) -> Base:
         """The base, by default the one that `pool` names."""

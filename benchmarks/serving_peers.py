@@ -5,7 +5,8 @@
 Three servers, each alone in its own process, in turns: transformers' with continuous batching, ours
 of the base, and ours of the routed pool. One client, and then eight at once, send greedy streaming
 requests; a client sends its next one when the last one has ended. Prompts differ, and are texts to
-go on with, so that hardly an answer ends early; tokens are those of the texts that came.
+go on with, so that hardly an answer of transformers' ends early; ours are told not to. Tokens are
+those of the texts that came.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from report import circumstances
 from server_process import ROOT, arguments, prompt_of, running, served_pool, server, write
 
 CLIENTS = (1, 8)
+OURS = "base"  # the name of our models
 TELL = "Here is a long and detailed story. {} Nobody knew. One morning,"
 
 
@@ -59,13 +61,13 @@ def main() -> None:
         folder = write_base(base, Path(work) / "base")
         servers: dict[str, Callable[[], AbstractContextManager[str]]] = {
             "transformers serve": partial(_theirs, folder),
-            "phatgoose serve, base": partial(_ours, f"base={folder}"),
-            "phatgoose serve, routed": partial(_ours, f"base={pool}"),
+            "phatgoose serve, base": partial(_ours, f"{OURS}={folder}"),
+            "phatgoose serve, routed": partial(_ours, f"{OURS}={pool}"),
         }
         for _ in range(rounds):
             for name, start in servers.items():
                 with start() as address:
-                    model = folder if name == "transformers serve" else "base"
+                    model = folder if name == "transformers serve" else OURS
                     once = asyncio.run(_round(address, model, requests, tokens, base.tokenizer))
                     found.setdefault(name, []).append(once)
     medians = {
@@ -110,6 +112,7 @@ async def _ask(client: openai.AsyncOpenAI, model: str, number: int, tokens: int)
         max_tokens=tokens,
         temperature=0,
         stream=True,
+        extra_body={"ignore_eos": True} if model == OURS else None,
     )
     async for chunk in stream:
         if chunk.choices and chunk.choices[0].text:

@@ -164,7 +164,7 @@ def _fits(base: Base, task: Task, sizes: Sizes, gate_steps: int = 1) -> tuple[Ti
             training=Training(
                 steps=steps, batch_size=rows, micro_batch_size=rows, learning_rate=1e-3
             ),
-            gate_training=GateTraining(gate_steps=gate_steps, means=False),
+            gate_training=GateTraining(gate_steps=gate_steps, means=False, readings=False),
         )
     lora, gate = runs
     return lora, gate

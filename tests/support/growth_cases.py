@@ -35,10 +35,11 @@ ROUTERS = (
     "centroid",
     "glider",
     "logo",
+    "joint-discriminant",
     "merged",
     "random",
 )
-EMBEDDED = ("retrieval", "centroid", "glider")
+EMBEDDED = ("retrieval", "centroid", "glider", "joint-discriminant")
 NAMES = ("e0", "e1", "e2", "e3")
 
 

@@ -81,7 +81,7 @@ def in_thread(work) -> None:
 
 
 READERS = {"retrieval", "centroid", "glider", "phatgoose-input", "logo", "discriminant"}  # by hooks
-READERS |= {"discriminant-phatgoose", "phatgoose-evidence"}
+READERS |= {"joint-discriminant", "discriminant-phatgoose", "phatgoose-evidence"}
 
 
 @pytest.mark.parametrize("router", sorted({*ROUTERS} - READERS))

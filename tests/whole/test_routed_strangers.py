@@ -56,6 +56,7 @@ GROWN = (
     "retrieval",
     "spectr",
     "glider",
+    "joint",
 )  # of two files each, the last expert removed
 MADE = ("input", "oracle", "merged", "centred")  # of one file
 IDS = make_ids(rows=2)
@@ -85,6 +86,7 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
         "retrieval": (uneven, Routing(router="retrieval")),
         "spectr": (uneven, Routing(router="spectr", spectr_shortlist=2)),
         "glider": (uneven, Routing(router="glider")),
+        "joint": (uneven, Routing(router="joint-discriminant")),
         "mixed": (mixed, Routing()),
         "input": (uneven, Routing(router="phatgoose-input")),
         "oracle": (uneven, Routing(router="oracle")),
@@ -328,6 +330,8 @@ OTHERS: dict[str, tuple[str, str, Callable[[Tensor], Tensor], str]] = {
     "narrow embeddings": ("retrieval", "lookup.embeddings", lambda t: t[:, :4], SHAPE),
     "narrow centroids": ("glider", "lookup.centroids", lambda t: t[:, :4], "centroids has shape"),
     "fewer centroids": ("glider", "lookup.centroids", lambda t: t[:1], SHAPE),
+    "narrow means of embeddings": ("joint", "lookup.embedded.mean", lambda t: t[:, :4], SHAPE),
+    "directions of fewer": ("joint", "lookup.embedded.factor", lambda t: t[:1], SHAPE),
     "centroids of whole numbers": ("glider", "lookup.centroids", lambda t: t.long(), SHAPE),
     "directions of more": ("spectr", "directions.", lambda t: torch.cat([t, t]), SHAPE),
     "narrow directions": ("spectr", "directions.", lambda t: t[..., :4], SHAPE),

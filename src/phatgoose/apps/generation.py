@@ -17,6 +17,7 @@ from ..evaluation.answers import questions_to_answer
 from ..routing.recording import Recording
 from ..routing.recording import record as record_routing
 from ..tasks.encoding import Encoder
+from ..tasks.target_logits import contiguous_head
 from ..tasks.task import Example
 from .console.colours import coloured
 
@@ -67,7 +68,8 @@ def generate(
     choice: dict[str, Any] = {"do_sample": False}
     if sampling.temperature is not None:
         choice = {"do_sample": True, "temperature": sampling.temperature}
-    with record_routing(model) if record else nullcontext() as recording:
+    recorder = record_routing(model) if record else nullcontext()
+    with contiguous_head(model), recorder as recording:
         tokens = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

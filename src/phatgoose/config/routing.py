@@ -78,6 +78,11 @@ class Routing(Settings):
         "experts' tasks lie apart.",
         NOT_NEGATIVE,
     ] = 0.0
+    embedding_share: Annotated[
+        float,
+        "How far router joint-discriminant goes by embeddings rather than by the base's readings.",
+        RATIO,
+    ] = 0.5
     prior: Annotated[
         float,
         "On a shortlist (discriminant-phatgoose, phatgoose-evidence): how much an expert's share "

@@ -17,7 +17,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..base.blocks import blocks_of
 from ..tasks.prompt_passes import PromptReading, last_token, mean_token
 
-__all__ = ["PLACES", "RANK", "PromptStates", "readings_of", "readings_problems", "readings_size"]
+__all__ = ["PLACES", "RANK", "PromptStates", "moments_of", "readings_of", "readings_problems"]
+__all__ += ["readings_size"]
 
 PLACES = ("end", "whole")
 PARTS = {"mean": 2, "factor": 3, "rest": 2}  # of a place, and how many dimensions each has
@@ -47,19 +48,26 @@ class PromptStates(PromptReading):
 def readings_of(states: Tensor, rank: int = RANK) -> dict[str, Tensor]:
     """The readings to share, of the `states` [prompts, 2, blocks, d] of prompts, float32 by name.
 
-    For each place `PLACE.mean` [blocks, d], and the covariance over prompts, whose denominator is
-    their number, as `PLACE.factor` [blocks, rank, d], its `rank` strongest directions times the
-    root of their strength, and `PLACE.rest` [blocks, d], what these leave of its diagonal.
+    For each place `PLACE.mean`, `PLACE.factor` and `PLACE.rest`, as `moments_of` has them.
     """
     found = {}
     for place, values in zip(PLACES, states.unbind(dim=1), strict=True):
-        found[f"{place}.mean"] = values.mean(dim=0)
-        centred = (values - values.mean(dim=0)).transpose(0, 1).double()  # [blocks, prompts, d]
-        factors = torch.stack([_strongest(block, rank) for block in centred])
-        variance = centred.square().mean(dim=1)
-        found[f"{place}.factor"] = factors.float()
-        found[f"{place}.rest"] = (variance - factors.square().sum(dim=1)).clamp(min=0).float()
+        found.update({f"{place}.{part}": each for part, each in moments_of(values, rank).items()})
     return found
+
+
+def moments_of(values: Tensor, rank: int = RANK) -> dict[str, Tensor]:
+    """Mean and covariance over prompts of `values` [prompts, blocks, d], float32 by part.
+
+    `mean` is [blocks, d]. The covariance, whose denominator is the number of prompts, is `factor`
+    [blocks, rank, d], its `rank` strongest directions times the root of their strength, and `rest`
+    [blocks, d], what these leave of its diagonal.
+    """
+    mean = values.mean(dim=0)
+    centred = (values - mean).transpose(0, 1).double()  # [blocks, prompts, d]
+    factors = torch.stack([_strongest(block, rank) for block in centred])
+    left = centred.square().mean(dim=1) - factors.square().sum(dim=1)
+    return {"mean": mean, "factor": factors.float(), "rest": left.clamp(min=0).float()}
 
 
 def readings_size(config: PreTrainedConfig) -> int:

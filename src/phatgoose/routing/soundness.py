@@ -26,7 +26,7 @@ LARGEST = 127  # of whole numbers in int8
 SCALES = {"A": "A_scale", "B": "B_scale"}
 INDICES, FACTORS = (torch.int64,), (*FLOATS, torch.int8)
 OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
-SHARED = "ndvcbhf"  # letters that stand for one size in all files
+SHARED = "ndvcbhfg"  # letters that stand for one size in all files
 
 
 @dataclass(frozen=True)

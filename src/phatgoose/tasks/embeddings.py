@@ -23,8 +23,8 @@ from .task import Example
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-__all__ = ["can_embed", "embed_examples", "embed_texts", "embedding_library", "load_embedder"]
-__all__ += ["retrieval_text", "usable_embedder", "without_downloads"]
+__all__ = ["DEFAULT_EMBEDDER", "can_embed", "embed_examples", "embed_texts", "embedding_library"]
+__all__ += ["load_embedder", "retrieval_text", "usable_embedder", "without_downloads"]
 
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 OLDEST = 6  # version of sentence-transformers; older ones run code that a model's files name

@@ -24,7 +24,12 @@ from tiny import make_model, make_tokenizer, write_expert
 SUITES = ["--suites", "a.toml,b"]
 BOTH = [*SUITES, "--methods", "base,phatgoose", "--dtype", "float32", "--max-new-tokens", "2"]
 LIMIT = ["--limit", "3"]
-EMBEDDED = ("retrieval", "centroid", "glider")  # these experts have no embeddings
+EMBEDDED = (
+    "retrieval",
+    "centroid",
+    "glider",
+    "joint-discriminant",
+)  # these experts have no embeddings
 RUN = [name for name in METHODS if name not in (*EMBEDDED, *DERIVED)]
 
 
@@ -136,7 +141,7 @@ def test_every_method_is_run_and_what_cannot_be_is_told_once(here, phat):
     assert outcome.err == "".join(
         f"warning: {label} was left out: e0, e1, e2 can't be routed by it without embeddings (run "
         f"'phatgoose measure' first).\n"
-        for label in ("Retrieval", "Centroid", "GLIDER")
+        for label in ("Retrieval", "Centroid", "GLIDER", "Joint Discriminant")
     )
     assert list(scores_in(Path("x"))) == [*RUN, *DERIVED]
     assert re.search(r"Oracle \*", outcome.out)

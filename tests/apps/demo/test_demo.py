@@ -67,7 +67,8 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     )
     assert every.code == 0
     comparison = json.loads((out / "comparison.json").read_text())
-    assert set(METHODS) - set(comparison["rows"]) == {"retrieval", "centroid", "glider"}
+    embedded = {"retrieval", "centroid", "glider", "joint-discriminant"}
+    assert set(METHODS) - set(comparison["rows"]) == embedded
     monkeypatch.setattr("phatgoose.evaluation.comparison.cells.score", None)  # all is there already
     again = phat("demo", "--base", base_folders["llama"], "--out", out, "--seed", 3)
     assert again.code == 0

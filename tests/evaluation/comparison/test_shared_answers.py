@@ -15,7 +15,12 @@ from phatgoose.routing.routers.mixtures import NOBODY, Mixtures
 from phatgoose.tasks.encoding import Encoder
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
-LEAVING = ("retrieval", "phatgoose-input", "discriminant")  # each input to one expert
+LEAVING = (
+    "retrieval",
+    "phatgoose-input",
+    "discriminant",
+    "joint-discriminant",
+)  # each input to one expert
 
 
 @pytest.mark.parametrize("router", LEAVING)

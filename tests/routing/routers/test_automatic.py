@@ -13,10 +13,12 @@ from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers import automatic
 from phatgoose.routing.routers.automatic import DECODER_ONLY, ENCODER_DECODER, settled
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
+from routed_models import with_embeddings
 
 BARE = {"gates": {}, "means": {}, "readings": {}, "embeddings": None}
 
@@ -27,18 +29,37 @@ def stripped(pool: Pool, *parts: str) -> Pool:
     return Pool((*pool.experts[:-1], replace(pool.experts[-1], **bare)))
 
 
+@pytest.fixture
+def embedded(llama_pool, monkeypatch) -> Pool:
+    """The pool, whose experts have embeddings of an embedder that is on this machine."""
+    monkeypatch.setattr(automatic, "can_embed", lambda: True)
+    return with_embeddings(llama_pool)
+
+
 @pytest.mark.parametrize(
     ("lacks", "wanted"),
     [
-        ((), "discriminant"),
+        ((), "joint-discriminant"),
+        (("embeddings",), "discriminant"),
         (("readings",), "phatgoose"),
         (("readings", "gates"), "average-activation"),
         (("readings", "gates", "means"), "logo"),
     ],
 )
-def test_a_decoder_gets_the_first_that_every_expert_allows(llama, llama_pool, lacks, wanted):
-    found = settled(Routing(router="auto", k=3), stripped(llama_pool, *lacks), llama.model)
+def test_a_decoder_gets_the_first_that_every_expert_allows(llama, embedded, lacks, wanted):
+    found = settled(Routing(router="auto", k=3), stripped(embedded, *lacks), llama.model)
     assert found == Routing(router=wanted, k=3)
+
+
+def test_an_embedder_that_would_have_to_be_loaded_from_elsewhere_is_passed(
+    llama, embedded, monkeypatch
+):
+    first, *rest = embedded.experts
+    other = replace(first, info=replace(first.info, embedder="them/theirs"))
+    routing = Routing(router="auto")
+    assert settled(routing, Pool((other, *rest)), llama.model).router == "discriminant"
+    monkeypatch.setattr(automatic, "can_embed", lambda: False)
+    assert settled(routing, embedded, llama.model).router == "discriminant"
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
@@ -50,7 +71,6 @@ def test_the_last_of_each_list_needs_nothing_and_none_needs_what_only_a_user_can
     for names in (DECODER_ONLY, ENCODER_DECODER):
         assert not ROUTERS[names[-1]].needs
         assert not any(ROUTERS[name].given for name in names)
-        assert not any("embeddings" in ROUTERS[name].needs for name in names)  # nor another model
 
 
 def test_any_other_router_stays(llama, llama_pool):
@@ -63,7 +83,8 @@ def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog
     model = compose(stripped(llama_pool, "readings"), llama, router="auto")
     assert composition_of(model).routing.router == "phatgoose"
     assert caplog.messages[-1] == (
-        "Router auto is phatgoose; not every expert has what these need: discriminant (readings)."
+        "Router auto is phatgoose; what these need isn't all there: joint-discriminant (readings, "
+        "embeddings), discriminant (readings)."
     )
     save(model, tmp_path / "routed")
     detach(model)

@@ -9,12 +9,21 @@ from transformers import PreTrainedModel
 
 from ...config import Routing
 from ...experts.pool import Pool
+from ...tasks.embeddings import DEFAULT_EMBEDDER, can_embed
 from .registry import AUTO, ROUTERS
 
 __all__ = ["DECODER_ONLY", "ENCODER_DECODER", "settled"]
 
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
-DECODER_ONLY = ("discriminant", "phatgoose", "average-activation", "logo", "merged")
+# Two kinds of reading come before one, where the embedder is on this machine.
+DECODER_ONLY = (
+    "joint-discriminant",
+    "discriminant",
+    "phatgoose",
+    "average-activation",
+    "logo",
+    "merged",
+)
 ENCODER_DECODER = ("phatgoose", "average-activation", "arrow", "merged")
 
 logger = logging.getLogger(__name__)
@@ -23,18 +32,27 @@ logger = logging.getLogger(__name__)
 def settled(routing: Routing, pool: Pool, model: PreTrainedModel) -> Routing:
     """`routing` with the name of a router in the place of auto; any other as it is.
 
-    The router is the first of the base's kind whose needs every expert of `pool` meets; the last,
-    merged, needs nothing. The choice is logged.
+    The router is the first of the base's kind whose needs every expert of `pool` meets, embeddings
+    only where their embedder is at hand without a download; the last, merged, needs nothing. The
+    choice is logged.
     """
     if routing.router != AUTO:
         return routing
     order = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER_ONLY
     name = next(name for name in order if _allows(pool, name))
     passed = [f"{each} ({', '.join(ROUTERS[each].needs)})" for each in order[: order.index(name)]]
-    lacks = f"; not every expert has what these need: {', '.join(passed)}" if passed else ""
+    lacks = f"; what these need isn't all there: {', '.join(passed)}" if passed else ""
     logger.info("Router auto is %s%s.", name, lacks)
     return replace(routing, router=name)
 
 
 def _allows(pool: Pool, router: str) -> bool:
-    return all(expert.has(need) for expert in pool.experts for need in ROUTERS[router].needs)
+    needs = ROUTERS[router].needs
+    if "embeddings" in needs and not _embeds_here(pool):
+        return False
+    return all(expert.has(need) for expert in pool.experts for need in needs)
+
+
+def _embeds_here(pool: Pool) -> bool:
+    """True where the embedder of all experts' embeddings is the one that needs no download."""
+    return can_embed() and {expert.info.embedder for expert in pool.experts} == {DEFAULT_EMBEDDER}

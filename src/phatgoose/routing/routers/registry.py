@@ -167,6 +167,15 @@ _ALL = (
         input_temperature=0.1,
     ),
     RouterSpec(
+        "joint-discriminant",
+        "Joint Discriminant",
+        "for every input the expert whose training prompts base and embedder read most like it",
+        "per_input.joint_discriminant.JointDiscriminant",
+        needs=("readings", "embeddings"),
+        settings=(*READING, "embedding_share", *INPUT),
+        input_temperature=0.1,
+    ),
+    RouterSpec(
         "phatgoose-evidence",
         "PHATGOOSE with evidence",
         "the k experts whose gates fit best, given how well they fit the whole prompt",

@@ -7,23 +7,20 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.distributions import MultivariateNormal
 
-from phatgoose.base.blocks import blocks_of
+from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import PLACES, PromptStates, readings_of
+from phatgoose.experts.readings import PLACES
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.prompt_passes import read_prompts
 from phatgoose.tasks.task import Example, Task
 from routed_models import TOPICS
 from tiny import assert_same_logits, logits_of, make_ids
+from topic_prompts import PROMPTS, both_streams
 
-PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
 # By what they change: the places and blocks (of two) that are read, shrinkage and task variance.
 SETTINGS = {
     "all": ({}, PLACES, (0, 1), 0.3, 0.0),
@@ -34,68 +31,6 @@ SETTINGS = {
     "diagonal": ({"shrinkage": 1.0}, PLACES, (0, 1), 1.0, 0.0),
     "drawn": ({"task_variance": 0.5}, PLACES, (0, 1), 0.3, 0.5),
 }
-
-both_streams = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
-
-
-def states_of(base, text: str) -> dict[str, torch.Tensor]:
-    """What each block makes of a text at its end and as a whole, float64 [blocks, d] by place."""
-    seen: list[torch.Tensor] = []
-
-    def keep(_, __, output) -> None:
-        seen.append((output if isinstance(output, torch.Tensor) else output[0])[0].double())
-
-    handles = [block.register_forward_hook(keep) for block in blocks_of(base.model)]
-    stack = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
-    with torch.no_grad():
-        stack(input_ids=torch.tensor([base.tokenizer(text)["input_ids"]]))
-    for handle in handles:
-        handle.remove()
-    tokens = torch.stack(seen)
-    return {"end": tokens[:, -1], "whole": tokens.mean(dim=1)}
-
-
-def scores_by_hand(
-    base, pool: Pool, text: str, places, blocks, shrinkage: float, task_variance: float
-) -> torch.Tensor:
-    """The mean over places and blocks of log N(x; m_z, Σ) - log N(x; m, Σ), over D."""
-    states, found = states_of(base, text), []
-    for place in places:
-        for block in blocks:
-            means, spreads = [], []
-            for expert in pool.experts:
-                mean, factor, rest = (
-                    expert.readings[f"{place}.{part}"][block].double()
-                    for part in ("mean", "factor", "rest")
-                )
-                means.append(mean)
-                spreads.append(sum(torch.outer(row, row) for row in factor) + torch.diag(rest))
-            spread = torch.stack(spreads).mean(dim=0)
-            own = torch.diag(spread.diagonal())
-            spread = (1 - shrinkage) * spread + shrinkage * own
-            spread = spread + 1e-6 * own.trace() / len(own) * torch.eye(len(own))
-            centre = torch.stack(means).mean(dim=0)
-            between = torch.stack([torch.outer(m - centre, m - centre) for m in means])
-            spread = spread + task_variance * between.mean(dim=0)
-            x = states[place][block]
-            usual = MultivariateNormal(centre, spread).log_prob(x)
-            inverse = torch.linalg.inv(spread)
-            distance = torch.stack([(m - centre) @ inverse @ (m - centre) for m in means]).mean()
-            logs = torch.stack([MultivariateNormal(m, spread).log_prob(x) for m in means])
-            found.append((logs - usual) / distance)
-    return torch.stack(found).mean(dim=0)
-
-
-def trained_on(base, pool: Pool) -> Pool:
-    """The pool whose experts have read texts of one of TOPICS each."""
-    encoder, experts = Encoder.of(base), []
-    for expert, topic in zip(pool.experts, TOPICS, strict=False):
-        words = topic.split()
-        texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
-        prompts = [encoder.prompt(text) for text in texts]
-        states = read_prompts(base.model.eval(), prompts, PromptStates(base.model))
-        experts.append(replace(expert, readings=readings_of(states)))
-    return Pool(tuple(experts))
 
 
 @both_streams

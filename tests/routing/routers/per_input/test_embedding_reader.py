@@ -17,7 +17,7 @@ from topic_prompts import PROMPTS
 from toy_embedders import toy_embed
 
 
-@pytest.mark.parametrize("router", ["retrieval", "centroid", "glider"])
+@pytest.mark.parametrize("router", ["retrieval", "centroid", "glider", "joint-discriminant"])
 def test_texts_are_embedded_as_training_inputs_are(
     llama, llama_pool, toy_embedder, monkeypatch, router
 ):

@@ -27,10 +27,12 @@ from ..scores import Scores
 from .base_reader import BaseReader
 from .looked_up import LookedUp
 
-__all__ = ["Discriminant", "PromptDiscriminant", "Readings", "readings_in"]
+__all__ = ["MOMENTS", "Discriminant", "PromptDiscriminant", "Readings", "joined_moments"]
+__all__ += ["line_of", "readings_in"]
 
 PREFIX = "readings."  # before a part's name, among the lookup's tensors
 READINGS = f"lookup.{PREFIX}"  # and in files
+MOMENTS = ("mean", "factor", "rest")
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 
 Readings = Mapping[str, Tensor]  # by part: [E, ..], the rest as `experts.readings` has it
@@ -56,8 +58,8 @@ class Discriminant(LookedUp):
     @property
     def lookup_form(self) -> Mapping[str, str]:
         """The readings of each expert: b blocks of size h, and f rows of a covariance's factor."""
-        letters = {"mean": "Ebh", "factor": "Ebfh", "rest": "Ebh"}
-        return {f"{PREFIX}{p}.{part}": letters[part] for p in PLACES for part in letters}
+        letters = dict(zip(MOMENTS, ("Ebh", "Ebfh", "Ebh"), strict=True))
+        return {f"{PREFIX}{p}.{part}": letters[part] for p in PLACES for part in MOMENTS}
 
     def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """The readings of the experts of `pool`."""
@@ -71,9 +73,12 @@ class Discriminant(LookedUp):
 
     def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
         """The same, from a saved model."""
-        names = [f"lookup.{name}" for name in self.lookup_form]
-        readings = {name.removeprefix(READINGS): saved.tensors[name] for name in names}
-        return self._reader(readings, tokenizer)
+        return self._reader(self.readings_from(saved), tokenizer)
+
+    def readings_from(self, saved: SavedLookup) -> Readings:
+        """The experts' readings in a saved model."""
+        parts = [f"{place}.{part}" for place in PLACES for part in MOMENTS]
+        return {part: saved.tensors[f"{READINGS}{part}"] for part in parts}
 
     def _reader(
         self, readings: Readings, tokenizer: PreTrainedTokenizerBase | None
@@ -86,6 +91,39 @@ def readings_in(pool: Pool) -> Readings:
     """The readings of all experts of `pool`, which have them, by part: [E, ..]."""
     parts = pool.experts[0].readings
     return {part: torch.stack([each.readings[part] for each in pool.experts]) for part in parts}
+
+
+def joined_moments(old: Readings, new: Readings, what: str = "readings") -> Readings:
+    """Those of all experts, old ones first. Raises PoolError when the `new` don't fit."""
+    for part, tensor in old.items():
+        if tensor.shape[1:] != new[part].shape[1:]:
+            raise PoolError(
+                f"The new experts' {what} {part} have shape {tuple(new[part].shape[1:])}, "
+                f"those of the pool {tuple(tensor.shape[1:])}; measure them again."
+            )
+    return {part: torch.cat([tensor, new[part]]) for part, tensor in old.items()}
+
+
+def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Tensor]:
+    """The slopes [d, E] and offsets [E] of s_z, as PromptDiscriminant has it, as functions of x.
+
+    `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
+    prompts (`experts.readings`); of `routing` count `shrinkage` and `task_variance`.
+    """
+    means, factors, rests = (moments[part].double() for part in MOMENTS)
+    rows = factors.flatten(0, 1)
+    shared = rows.T @ rows / len(means) + torch.diag(rests.mean(dim=0))
+    diagonal = shared.diagonal()
+    least = SMALLEST * diagonal.mean() + torch.finfo(torch.float32).tiny
+    spread = (1 - routing.shrinkage) * shared + torch.diag(routing.shrinkage * diagonal + least)
+    centre = means.mean(dim=0)
+    away = means - centre  # d_z
+    spread += routing.task_variance / len(away) * away.T @ away
+    slopes = torch.cholesky_solve(away.T, torch.linalg.cholesky(spread))
+    distances = (away * slopes.T).sum(dim=1)
+    scale = distances.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    offsets = -0.5 * distances - centre @ slopes
+    return (slopes / scale).float(), (offsets / scale).float()
 
 
 class PromptDiscriminant(BaseReader):
@@ -130,24 +168,8 @@ class PromptDiscriminant(BaseReader):
 
     def _line(self, place: str, block: int) -> tuple[Tensor, Tensor]:
         """The scores' slopes [d, E] and offsets [E] as functions of x at one place and block."""
-        means, factors, rests = (
-            self.readings[f"{place}.{part}"][:, block].double()
-            for part in ("mean", "factor", "rest")
-        )
-        rows = factors.flatten(0, 1)
-        shared = rows.T @ rows / len(means) + torch.diag(rests.mean(dim=0))
-        diagonal = shared.diagonal()
-        least = SMALLEST * diagonal.mean() + torch.finfo(torch.float32).tiny
-        shrinkage = self.routing.shrinkage
-        spread = (1 - shrinkage) * shared + torch.diag(shrinkage * diagonal + least)
-        centre = means.mean(dim=0)
-        away = means - centre  # d_z
-        spread += self.routing.task_variance / len(away) * away.T @ away
-        slopes = torch.cholesky_solve(away.T, torch.linalg.cholesky(spread))
-        distances = (away * slopes.T).sum(dim=1)
-        scale = distances.mean().clamp(min=torch.finfo(torch.float32).tiny)
-        offsets = -0.5 * distances - centre @ slopes
-        return (slopes / scale).float(), (offsets / scale).float()
+        moments = {part: self.readings[f"{place}.{part}"][:, block] for part in MOMENTS}
+        return line_of(moments, self.routing)
 
     def tensors(self) -> dict[str, Tensor]:
         """The readings of all experts."""
@@ -155,14 +177,7 @@ class PromptDiscriminant(BaseReader):
 
     def grown(self, pool: Pool, first: int) -> PromptDiscriminant:
         """The discriminant of the experts of `pool` too. Raises PoolError when they don't fit."""
-        new = readings_in(pool)
-        for part, tensor in self.readings.items():
-            if tensor.shape[1:] != new[part].shape[1:]:
-                raise PoolError(
-                    f"The new experts' readings {part} have shape {tuple(new[part].shape[1:])}, "
-                    f"those of the pool {tuple(tensor.shape[1:])}; measure them again."
-                )
-        return self._of({part: torch.cat([old, new[part]]) for part, old in self.readings.items()})
+        return self._of(joined_moments(self.readings, readings_in(pool)))
 
     def shrunk(self, place: Tensor) -> PromptDiscriminant:
         """The discriminant of the experts that stay."""

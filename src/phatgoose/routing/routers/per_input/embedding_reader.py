@@ -19,7 +19,33 @@ from ....tasks.task import Example
 from ..mixtures import Mixtures
 from .prompt_reader import PromptReader
 
-__all__ = ["EmbeddingReader", "Embeddings", "embeddings_of"]
+__all__ = ["EmbeddingReader", "Embeddings", "PromptEmbedder", "embeddings_of"]
+
+
+class PromptEmbedder:
+    """Embeds prompts as the training inputs of experts were."""
+
+    def __init__(self, name: str, columns: int) -> None:
+        """The embedder's `name`, and how many `columns` the experts' embeddings have.
+
+        Loads it, so that composing a model waits for that, and not the first prompt. Raises
+        ConfigError.
+        """
+        load_embedder(name)
+        self.name, self.columns = name, columns
+
+    def vectors(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
+        """Unit vectors [texts, columns]; what is too long for the embedder is cut by `formatting`.
+
+        Raises RoutingError where they have another number of columns, and as `embed_texts` does.
+        """
+        found = embed_texts(texts, self.name, (formatting or Formatting()).truncation)
+        if found.shape[1] != self.columns:
+            raise RoutingError(
+                f"The experts' embeddings have {self.columns} columns, those of {self.name} "
+                f"{found.shape[1]}; they are another embedder's."
+            )
+        return found
 
 
 class EmbeddingReader(PromptReader):
@@ -35,12 +61,15 @@ class EmbeddingReader(PromptReader):
     ) -> None:
         """`embedder` made what prompts are compared with, which has so many `columns`.
 
-        All else is as `PromptReader` takes it. Loads the embedder, so that composing a model waits
-        for it, and not the first prompt. Raises ConfigError.
+        All else is as `PromptReader` takes it. Raises as `PromptEmbedder` does.
         """
         super().__init__(tokenizer, k, temperature)
-        load_embedder(embedder)
-        self.embedder, self.columns = embedder, columns
+        self.prompts = PromptEmbedder(embedder, columns)
+
+    @property
+    def embedder(self) -> str:
+        """The embedder's name."""
+        return self.prompts.name
 
     def nearest_to(self, queries: Tensor) -> Mixtures:
         """The experts for inputs with these embeddings, unit vectors [texts, columns]."""
@@ -52,22 +81,15 @@ class EmbeddingReader(PromptReader):
 
     def of_prompts(self, texts: Sequence[str]) -> Mixtures:
         """The experts of each prompt, without answer choices."""
-        return self._of([retrieval_text(text, ()) for text in texts], Formatting())
+        return self._of([retrieval_text(text, ()) for text in texts])
 
     def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
         """The experts of each example; its answer choices are a part of the query."""
         texts = [retrieval_text(example.input, example.choices) for example in examples]
-        return self._of(texts, formatting or Formatting())
+        return self._of(texts, formatting)
 
-    def _of(self, texts: Sequence[str], formatting: Formatting) -> Mixtures:
-        """The experts for `texts`; what is too long for the embedder is cut by `formatting`."""
-        queries = embed_texts(texts, self.embedder, formatting.truncation)
-        if queries.shape[1] != self.columns:
-            raise RoutingError(
-                f"The experts' embeddings have {self.columns} columns, those of {self.embedder} "
-                f"{queries.shape[1]}; they are another embedder's."
-            )
-        return self.nearest_to(queries)
+    def _of(self, texts: Sequence[str], formatting: Formatting | None = None) -> Mixtures:
+        return self.nearest_to(self.prompts.vectors(texts, formatting))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,182 @@
+"""Joint discriminant: prompts as the base reads them, and as a sentence embedder does.
+
+Not in the paper. The base of router discriminant and the embedder of router retrieval err on
+different prompts: a small decoder takes one form of request for another, an embedder misses what
+is asked about a text for what the text is about. So both are read by the same discriminant: the
+embeddings of an expert's training inputs, which it shares for retrieval, have a mean and a
+covariance as its readings have, and an expert's score is the mean of both scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from ....config import Formatting, Routing
+from ....errors import RoutingError
+from ....experts.pool import Pool
+from ....experts.readings import moments_of
+from ....tasks.embeddings import retrieval_text, usable_embedder
+from ....tasks.task import Example
+from ..lookup import Lookup, SavedLookup
+from ..mixtures import Mixtures
+from ..scores import Scores
+from .discriminant import (
+    Discriminant,
+    PromptDiscriminant,
+    Readings,
+    joined_moments,
+    line_of,
+    readings_in,
+)
+from .embedding_reader import PromptEmbedder, embeddings_of
+
+__all__ = ["JointDiscriminant", "JointReader"]
+
+PREFIX = "embedded."  # before a part's name, among the lookup's tensors
+EMBEDDED = f"lookup.{PREFIX}"  # and in files
+FORM = {"mean": "Ec", "factor": "Egc", "rest": "Ec"}
+
+
+class JointDiscriminant(Discriminant):
+    """Router joint-discriminant."""
+
+    @property
+    def lookup_form(self) -> Mapping[str, str]:
+        """Readings, and mean and covariance of embeddings: c columns, g rows of a factor."""
+        return {**super().lookup_form, **{f"{PREFIX}{part}": FORM[part] for part in FORM}}
+
+    def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
+        """Both for the experts of `pool`, embedded by the embedder of those they join."""
+        moments, _ = _moments_in(pool, info.get("embedder"))
+        return {**super().lookup_rows(pool, info), **_named(moments)}
+
+    def lookup_of(
+        self, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase | None
+    ) -> Lookup:
+        """The discriminants of the pool, and the embedder of prompts.
+
+        Raises PoolError when an expert has no embeddings or two were made by different embedders,
+        ConfigError without `tokenizer`, or with an embedder that must be named or can't be loaded.
+        """
+        moments, recorded = _moments_in(pool)
+        return self._joint(readings_in(pool), moments, recorded, tokenizer)
+
+    def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
+        """The same, from a saved model. Raises RoutingError when it isn't whole."""
+        if "embedder" not in saved.info:
+            raise RoutingError(f"Router {self.spec.name} needs lookup.embedder in routed.json.")
+        moments = {part: saved.tensors[f"{EMBEDDED}{part}"] for part in FORM}
+        readings = self.readings_from(saved)
+        return self._joint(readings, moments, saved.info["embedder"], tokenizer)
+
+    def _joint(
+        self,
+        readings: Readings,
+        moments: Readings,
+        recorded: str,
+        tokenizer: PreTrainedTokenizerBase | None,
+    ) -> JointReader:
+        embedder = usable_embedder(recorded, self.routing.retrieval_embedder)
+        asked = self.needed(tokenizer), self.input_k, self.input_temperature
+        return JointReader(readings, moments, embedder, self.routing, *asked)
+
+
+class JointReader(PromptDiscriminant):
+    """Scores an expert by (1 - w) s_z of the base's readings + w s_z of embeddings.
+
+    s_z is that of `PromptDiscriminant`, and w the `embedding_share`.
+    """
+
+    name = "joint-discriminant"
+
+    def __init__(
+        self,
+        readings: Readings,
+        moments: Readings,
+        embedder: str,
+        routing: Routing,
+        tokenizer: PreTrainedTokenizerBase,
+        k: int = 1,
+        temperature: float = 1.0,
+    ) -> None:
+        """`moments` are those of the embeddings that `embedder` makes of training inputs.
+
+        By part, `mean` [E, c], `factor` [E, g, c] and `rest` [E, c]; all else is as
+        `PromptDiscriminant` has it. Raises as that does, and as `PromptEmbedder`.
+        """
+        super().__init__(readings, routing, tokenizer, k, temperature)
+        self.moments = moments
+        self.embedder = PromptEmbedder(embedder, moments["mean"].shape[1])
+        self.embedding_slopes, self.embedding_offsets = line_of(moments, routing)
+
+    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
+        """The experts of each example; its answer choices are a part of what is embedded."""
+        encoder = self._encoder(formatting)
+        prompts = [encoder.fitted(each.input, each.passage).tokens for each in examples]
+        texts = [retrieval_text(each.input, each.choices) for each in examples]
+        return self.mixed(self._joint(prompts, texts, formatting))
+
+    def of_tokens(self, prompts: Sequence[list[int]]) -> Mixtures:
+        """The experts of prompts given by their tokens; special ones are not embedded."""
+        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
+        return self.mixed(self._joint(prompts, [retrieval_text(text, ()) for text in texts]))
+
+    def scores(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
+        """The score of each prompt, without answer choices, and expert, float32 [texts, E]."""
+        encoder = self._encoder(formatting)
+        prompts = [encoder.prompt(text) for text in texts]
+        return self._joint(prompts, [retrieval_text(text, ()) for text in texts], formatting)
+
+    def _joint(
+        self,
+        prompts: Sequence[list[int]],
+        texts: Sequence[str],
+        formatting: Formatting | None = None,
+    ) -> Tensor:
+        """Both scores of each of `prompts`, whose text for the embedder is in `texts`."""
+        vectors = self.embedder.vectors(texts, formatting)
+        own = vectors @ self.embedding_slopes + self.embedding_offsets
+        return torch.lerp(self._scores_of(prompts), own, self.routing.embedding_share)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The readings of all experts, and what their embeddings are like."""
+        return {**super().tensors(), **_named(self.moments)}
+
+    def info(self) -> dict[str, Any]:
+        """The embedder's name."""
+        return {"embedder": self.embedder.name}
+
+    def grown(self, pool: Pool, first: int) -> JointReader:
+        """The reader of the experts of `pool` too. Raises PoolError when they don't fit."""
+        new, _ = _moments_in(pool, self.embedder.name)
+        readings = joined_moments(self.readings, readings_in(pool))
+        return self._with(readings, joined_moments(self.moments, new, "embeddings"))
+
+    def shrunk(self, place: Tensor) -> JointReader:
+        """The reader of the experts that stay."""
+        both = self.readings, self.moments
+        stay = ({part: rows[place >= 0] for part, rows in each.items()} for each in both)
+        return self._with(*stay)
+
+    def _with(self, readings: Readings, moments: Readings) -> JointReader:
+        how = self.routing, self.tokenizer, self.k, self.temperature
+        return JointReader(readings, moments, self.embedder.name, *how)
+
+
+def _moments_in(pool: Pool, embedder: str | None = None) -> tuple[Readings, str]:
+    """Mean and covariance of each expert's embeddings, by part [E, ..], and their embedder.
+
+    Raises as `embeddings_of` does.
+    """
+    found = embeddings_of(pool, embedder)
+    own = [moments_of(found.rows[found.owners == z][:, None]) for z in range(len(pool))]
+    return {part: torch.cat([each[part] for each in own]) for part in FORM}, found.embedder
+
+
+def _named(moments: Readings) -> dict[str, Tensor]:
+    return {f"{EMBEDDED}{part}": tensor for part, tensor in moments.items()}

@@ -1,0 +1,131 @@
+"""Router joint-discriminant, against Gaussian log-likelihoods by brute force."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from discriminants import gaussian_scores, scores_by_hand
+from phatgoose.errors import ConfigError, PoolError, RoutingError
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.readings import PLACES
+from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.growing import add_experts, remove_experts
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
+from phatgoose.tasks.embeddings import retrieval_text
+from phatgoose.tasks.task import Example
+from routed_models import with_embeddings
+from tiny import assert_same_logits, logits_of, make_ids
+from topic_prompts import PROMPTS, both_streams, retrieving
+from toy_embedders import toy_embed
+
+NAME = "joint-discriminant"
+CHOICES = ("yes", "no, never")
+
+pytestmark = retrieving
+
+
+def embedding_scores(pool: Pool, text: str, choices=(), **how: float) -> torch.Tensor:
+    """The scores by what experts embedded, whole covariances from the rows themselves."""
+    (query,) = toy_embed([retrieval_text(text, choices)]).double()
+    rows = [expert.embeddings.double() for expert in with_embeddings(pool).experts]
+    spreads = [torch.cov(own.T, correction=0) for own in rows]
+    return gaussian_scores(query, [own.mean(dim=0) for own in rows], spreads, **how)
+
+
+@both_streams
+@pytest.mark.parametrize(
+    ("settings", "share", "shrinkage"),
+    [
+        ({}, 0.5, 0.3),
+        ({"embedding_share": 0.0}, 0.0, 0.3),
+        ({"embedding_share": 0.8, "shrinkage": 0.9}, 0.8, 0.9),
+        ({"embedding_share": 1.0}, 1.0, 0.3),
+    ],
+)
+def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shrinkage):
+    model = compose(with_embeddings(pool), base, router=NAME, **settings)
+    lookup = composition_of(model).lookup
+    got = lookup.scores(PROMPTS)
+    for row, text in enumerate(PROMPTS):
+        read = scores_by_hand(base, pool, text, PLACES, (0, 1), shrinkage, 0.0)
+        embedded = embedding_scores(pool, text, shrinkage=shrinkage)
+        wanted = (1 - share) * read + share * embedded
+        torch.testing.assert_close(got[row].double(), wanted, atol=5e-4, rtol=2e-3)
+
+
+@both_streams
+def test_choices_of_examples_are_embedded_with_them(base, pool):
+    examples = [Example(text, "yes", CHOICES) for text in PROMPTS]
+    model = compose(with_embeddings(pool), base, router=NAME, embedding_share=1.0)
+    wanted = torch.stack([embedding_scores(pool, text, CHOICES) for text in PROMPTS])
+    found = composition_of(model).lookup.find(examples)
+    assert found.experts[:, 0].tolist() == wanted.argmax(dim=1).tolist()
+    # without the choices it is otherwise, so this test can fail
+    plain = torch.stack([embedding_scores(pool, text) for text in PROMPTS])
+    assert (plain - wanted).abs().max() > 0.1
+
+
+@both_streams
+def test_prompts_that_pass_the_model_are_read_as_their_texts(base, pool):
+    model = compose(with_embeddings(pool), base, router=NAME, input_k=2, input_temperature=0.4)
+    lookup = composition_of(model).lookup
+    ids = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
+    by_tokens, by_texts = lookup.of_tokens(ids), lookup.of_prompts(PROMPTS)
+    assert torch.equal(by_tokens.experts, by_texts.experts)
+    torch.testing.assert_close(by_tokens.weights, by_texts.weights)
+
+
+def test_experts_join_and_leave(llama, llama_pool):
+    ids, pool = make_ids(rows=3), with_embeddings(llama_pool)
+    wanted = logits_of(compose(pool, llama, router=NAME, input_k=2), ids)
+    detach(llama.model)
+    model = compose(pool.select(["e0", "e1"]), llama, router=NAME, input_k=2)
+    add_experts(model, pool.select(["e2", "e3"]))
+    assert_same_logits(logits_of(model, ids), wanted)
+    remove_experts(model, ["e0"])
+    left = logits_of(model, ids)
+    detach(model)
+    rest = compose(pool.select(["e1", "e2", "e3"]), llama, router=NAME, input_k=2)
+    assert_same_logits(left, logits_of(rest, ids))
+
+
+def test_a_saved_model_is_the_same(llama, llama_pool, tmp_path):
+    model = compose(with_embeddings(llama_pool), llama, router=NAME, embedding_share=0.7)
+    wanted = composition_of(model).lookup.scores(PROMPTS)
+    save(model, tmp_path / "routed")
+    detach(model)
+    again = load(tmp_path / "routed", llama)
+    assert torch.equal(composition_of(again).lookup.scores(PROMPTS), wanted)
+
+
+def test_a_folder_that_names_no_embedder_is_refused(llama, llama_pool, tmp_path):
+    save(compose(with_embeddings(llama_pool), llama, router=NAME), tmp_path / "routed")
+    detach(llama.model)
+    record = tmp_path / "routed" / "routed.json"
+    kept = json.loads(record.read_text())
+    record.write_text(json.dumps({**kept, "lookup": {}}))
+    with pytest.raises(RoutingError, match=r"joint-discriminant needs lookup\.embedder"):
+        load(tmp_path / "routed", llama)
+
+
+def test_experts_that_lack_either_are_named(llama, llama_pool):
+    with pytest.raises(PoolError, match="'e0' has no embeddings"):
+        compose(llama_pool, llama, router=NAME)
+    pool = with_embeddings(llama_pool)
+    bare = Pool((*pool.experts[:3], replace(pool.experts[3], readings={})))
+    with pytest.raises(PoolError, match="'e3' has no readings"):
+        compose(bare, llama, router=NAME)
+
+
+def test_a_strangers_embedder_must_be_named(llama, llama_pool):
+    experts = with_embeddings(llama_pool).experts
+    other = [replace(e, info=replace(e.info, embedder="them/theirs")) for e in experts]
+    with pytest.raises(ConfigError, match="--retrieval-embedder"):
+        compose(Pool(tuple(other)), llama, router=NAME)
+    compose(Pool(tuple(other)), llama, router=NAME, retrieval_embedder="them/theirs")

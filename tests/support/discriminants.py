@@ -1,0 +1,88 @@
+"""What discriminants score, by log-likelihoods of Gaussians, one prompt and expert at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.distributions import MultivariateNormal
+
+from phatgoose.base.blocks import blocks_of
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.readings import PromptStates, readings_of
+from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.prompt_passes import read_prompts
+from routed_models import TOPICS
+
+
+def states_of(base, text: str) -> dict[str, Tensor]:
+    """What each block makes of a text at its end and as a whole, float64 [blocks, d] by place."""
+    seen: list[Tensor] = []
+
+    def keep(_, __, output) -> None:
+        seen.append((output if isinstance(output, Tensor) else output[0])[0].double())
+
+    handles = [block.register_forward_hook(keep) for block in blocks_of(base.model)]
+    stack = base.model.get_encoder() if base.is_encoder_decoder else base.model.base_model
+    with torch.no_grad():
+        stack(input_ids=torch.tensor([base.tokenizer(text)["input_ids"]]))
+    for handle in handles:
+        handle.remove()
+    tokens = torch.stack(seen)
+    return {"end": tokens[:, -1], "whole": tokens.mean(dim=1)}
+
+
+def gaussian_scores(
+    x: Tensor,
+    means: Sequence[Tensor],
+    spreads: Sequence[Tensor],
+    shrinkage: float = 0.3,
+    task_variance: float = 0.0,
+) -> Tensor:
+    """log N(x; m_z, Σ) - log N(x; m, Σ), over D, of each expert's mean and covariance."""
+    spread = torch.stack(list(spreads)).mean(dim=0)
+    own = torch.diag(spread.diagonal())
+    spread = (1 - shrinkage) * spread + shrinkage * own
+    spread = spread + 1e-6 * own.trace() / len(own) * torch.eye(len(own))
+    centre = torch.stack(list(means)).mean(dim=0)
+    between = torch.stack([torch.outer(m - centre, m - centre) for m in means])
+    spread = spread + task_variance * between.mean(dim=0)
+    usual = MultivariateNormal(centre, spread).log_prob(x)
+    inverse = torch.linalg.inv(spread)
+    distance = torch.stack([(m - centre) @ inverse @ (m - centre) for m in means]).mean()
+    logs = torch.stack([MultivariateNormal(m, spread).log_prob(x) for m in means])
+    return (logs - usual) / distance
+
+
+def scores_by_hand(
+    base, pool: Pool, text: str, places, blocks, shrinkage: float, task_variance: float
+) -> Tensor:
+    """The mean over places and blocks of each expert's scores by its readings."""
+    states, found = states_of(base, text), []
+    for place in places:
+        for block in blocks:
+            means, spreads = [], []
+            for expert in pool.experts:
+                mean, factor, rest = (
+                    expert.readings[f"{place}.{part}"][block].double()
+                    for part in ("mean", "factor", "rest")
+                )
+                means.append(mean)
+                spreads.append(sum(torch.outer(row, row) for row in factor) + torch.diag(rest))
+            x = states[place][block]
+            found.append(gaussian_scores(x, means, spreads, shrinkage, task_variance))
+    return torch.stack(found).mean(dim=0)
+
+
+def trained_on(base, pool: Pool) -> Pool:
+    """The pool whose experts have read texts of one of TOPICS each."""
+    encoder, experts = Encoder.of(base), []
+    for expert, topic in zip(pool.experts, TOPICS, strict=False):
+        words = topic.split()
+        texts = [" ".join(words[i:] + words[:i]) for i in range(len(words))]
+        prompts = [encoder.prompt(text) for text in texts]
+        states = read_prompts(base.model.eval(), prompts, PromptStates(base.model))
+        experts.append(replace(expert, readings=readings_of(states)))
+    return Pool(tuple(experts))

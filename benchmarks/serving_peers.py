@@ -6,7 +6,7 @@ Three servers, each alone in its own process, in turns: transformers' with conti
 of the base, and ours of the routed pool. One client, and then eight at once, send greedy streaming
 requests; a client sends its next one when the last one has ended. Prompts differ, and are texts to
 go on with, so that hardly an answer of transformers' ends early; ours are told not to. Tokens are
-those of the texts that came.
+those that ours count (some have no text), and those of the texts that came from transformers'.
 """
 
 from __future__ import annotations
@@ -39,10 +39,14 @@ TELL = "Here is a long and detailed story. {} Nobody knew. One morning,"
 
 @dataclass(frozen=True)
 class Answer:
-    """The seconds until a request's first token, or its end where none came, and the text."""
+    """The seconds until a request's first text, or its end where none came, and the text.
+
+    `tokens` is how many the server says it made, where it does.
+    """
 
     first: float
     text: str
+    tokens: int | None
 
 
 def main() -> None:
@@ -95,7 +99,7 @@ async def _round(
             begun = time.perf_counter()
             await asyncio.gather(*(work() for _ in range(clients)))
             seconds = time.perf_counter() - begun
-            made = sum(len(tokenizer(each.text)["input_ids"]) for each in answers)
+            made = sum(each.tokens or len(tokenizer(each.text)["input_ids"]) for each in answers)
             found[f"tokens a second, {clients} clients"] = made / seconds
             found[f"seconds to the first token, {clients} clients"] = statistics.median(
                 each.first for each in answers
@@ -105,7 +109,8 @@ async def _round(
 
 async def _ask(client: openai.AsyncOpenAI, model: str, number: int, tokens: int) -> Answer:
     """A streamed answer to one request."""
-    begun, first, parts = time.perf_counter(), 0.0, list[str]()
+    begun, first, parts, made = time.perf_counter(), 0.0, list[str](), None
+    counted: dict[str, Any] = {"stream_options": {"include_usage": True}} if model == OURS else {}
     stream = await client.completions.create(
         model=model,
         prompt=TELL.format(prompt_of(number)),
@@ -113,12 +118,14 @@ async def _ask(client: openai.AsyncOpenAI, model: str, number: int, tokens: int)
         temperature=0,
         stream=True,
         extra_body={"ignore_eos": True} if model == OURS else None,
+        **counted,
     )
     async for chunk in stream:
+        made = chunk.usage.completion_tokens if chunk.usage else made
         if chunk.choices and chunk.choices[0].text:
             first = first or time.perf_counter() - begun
             parts.append(chunk.choices[0].text)
-    return Answer(first or time.perf_counter() - begun, "".join(parts))
+    return Answer(first or time.perf_counter() - begun, "".join(parts), made)
 
 
 @contextmanager

@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from phatgoose.tasks.collating import IGNORED, Collator
-from phatgoose.tasks.target_logits import head_at, quick_backward, target_logits
+from phatgoose.tasks.target_logits import (
+    contiguous_head,
+    head_at,
+    quick_backward,
+    target_logits,
+)
 from tiny import assert_same_logits, logits_of, make_model, pairs_of
 from training_runs import TASK
 
@@ -43,3 +48,20 @@ def test_attention_is_plain_in_short_rows_and_as_before_afterwards(columns, insi
     with quick_backward(model, columns):
         assert model.config._attn_implementation == inside
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_last_position_reaches_the_head_as_rows_of_its_own(rows):
+    """torch copies the whole output matrix for a view, even for a view of one row."""
+    model, ids = make_model("llama"), torch.arange(3, 3 + 5 * rows).reshape(rows, 5)
+    seen: list[tuple[int, ...]] = []
+    head = model.get_output_embeddings()
+    wanted = model(ids, logits_to_keep=1).logits
+    head.register_forward_hook(lambda _, args, __: seen.append(args[0].stride()))
+    model(ids, logits_to_keep=1)
+    with contiguous_head(model):
+        got = model(ids, logits_to_keep=1).logits
+    model(ids, logits_to_keep=1)
+    size = head.in_features
+    assert seen == [(5 * size, size, 1), (size, size, 1), (5 * size, size, 1)]
+    torch.testing.assert_close(got, wanted)

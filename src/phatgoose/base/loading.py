@@ -128,9 +128,10 @@ def load_skeleton(
 def load_tokenizer(
     name: str | Path, *, revision: str | None = None, offline: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer of the base model `name`; it always has a padding token.
+    """The tokenizer of the base model `name`.
 
-    Raises BaseModelError when there is none, or with `offline` none on this machine.
+    Where it has no padding token, the one that ends texts stands in, if there is one. Raises
+    BaseModelError when there is no tokenizer, or with `offline` none on this machine.
     """
     with _loading(name) as place:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from ..errors import BaseModelError
 from ..files.left_overs import clear_left_overs, temporary_folder
+from ..files.user_cache import user_cache
 
 __all__ = ["SMOLLM2", "smollm2_folder"]
 
@@ -25,9 +26,7 @@ def smollm2_folder() -> Path:
 
     Raises BaseModelError when a package is missing.
     """
-    named = os.environ.get("XDG_CACHE_HOME", "")
-    cache = Path(named) if os.path.isabs(named) else Path.home() / ".cache"  # as XDG specifies
-    folder = cache / "phatgoose" / "bases" / "smollm2-135m-instruct"
+    folder = user_cache() / "bases" / "smollm2-135m-instruct"
     if folder.is_dir():
         return folder
     source = _package_folder()

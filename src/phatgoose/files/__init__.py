@@ -9,4 +9,5 @@ tensor_file.py   safetensors files as views of their mapping
 prefetch.py      compute the next items while this one is used
 atomic.py        files and folders that appear by one rename
 left_overs.py    temporary names, and what killed runs left under them
+user_cache.py    where things made once for a user are kept
 """

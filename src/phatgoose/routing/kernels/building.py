@@ -24,6 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...files.user_cache import user_cache
 from .shipped import LINKED, OPTIMISED
 
 __all__ = ["FLAGS", "MORE_FLAGS", "load_built"]
@@ -87,14 +88,10 @@ class Cache:
 
 @contextmanager
 def _cache() -> Iterator[Cache | None]:
-    """The cache while the context is open; None, and one line, where there can't be one.
-
-    As XDG has it a relative XDG_CACHE_HOME counts for nothing.
-    """
-    told, folder = os.environ.get("XDG_CACHE_HOME", ""), None
+    """The cache while the context is open; None, and one line, where there can't be one."""
+    folder = None
     try:
-        home = Path(told) if os.path.isabs(told) else Path("~/.cache").expanduser()
-        place = home / "phatgoose" / "native"
+        place = user_cache() / "native"
         folder = _own_folder(place)
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody knows where ~ is
         logger.warning("The native kernel is built for this process alone: %s.", error)

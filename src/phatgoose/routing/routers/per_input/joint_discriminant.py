@@ -174,7 +174,8 @@ def _moments_in(pool: Pool, embedder: str | None = None) -> tuple[Readings, str]
     Raises as `embeddings_of` does.
     """
     found = embeddings_of(pool, embedder)
-    own = [moments_of(found.rows[found.owners == z][:, None]) for z in range(len(pool))]
+    rows = (found.rows[found.owners == z] for z in range(len(pool)))
+    own = [moments_of(each[:, None], dtype=torch.float32) for each in rows]  # of one block
     return {part: torch.cat([each[part] for each in own]) for part in FORM}, found.embedder
 
 

@@ -47,8 +47,8 @@ THREADS = 2  # fixed, so that results are the same each time on one machine
 LORA = Lora(rank=16, alpha=16.0)
 TRAINING = Training(steps=24, batch_size=8, learning_rate=3e-3, eval_every=24, eval_examples=16)
 GATES = GateTraining(gate_steps=12, gate_learning_rate=5e-3, statistics_examples=32)
-EVALUATED = 60  # examples of each unseen task
-READ = 16  # examples of each whose routing is analysed
+EVALUATED = 40  # examples of each unseen task
+READ = 8  # examples of each whose routing is analysed
 ANSWER_TOKENS = 10  # of a written answer: the longest right one and its end
 PROMPT = (
     '"Quinn here. Can you keep three places in the pottery class on Friday?" Make an entry of it '

@@ -124,3 +124,9 @@ class SavedLookup:
     tensors: Mapping[str, Tensor]
     experts: int
     inputs: Mapping[str, int]
+
+    def embedder_for(self, router: str) -> str:
+        """The embedder that made what is looked up. Raises RoutingError when none is named."""
+        if "embedder" not in self.info:
+            raise RoutingError(f"Router {router} needs lookup.embedder in routed.json.")
+        return str(self.info["embedder"])

@@ -41,10 +41,7 @@ class BaseReader(PromptReader):
 
     def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
         """The experts of each example, read as `formatting` has it; choices play no part."""
-        encoder = self._encoder(formatting)
-        return self.of_tokens(
-            [encoder.fitted(example.input, example.passage).tokens for example in examples]
-        )
+        return self.mixed(self.scores_of_examples(examples, formatting))
 
     def of_prompts(self, texts: Sequence[str]) -> Mixtures:
         """The experts of each prompt. Raises RoutingError when not attached."""
@@ -58,6 +55,15 @@ class BaseReader(PromptReader):
         """The score of each prompt and expert, float32 [texts, pool_size]."""
         encoder = self._encoder(formatting)
         return self._scores_of([encoder.prompt(text) for text in texts])
+
+    def scores_of_examples(
+        self, examples: Sequence[Example], formatting: Formatting | None = None
+    ) -> Tensor:
+        """The same of examples, read as `formatting` has it."""
+        encoder = self._encoder(formatting)
+        return self._scores_of(
+            [encoder.fitted(example.input, example.passage).tokens for example in examples]
+        )
 
     def _encoder(self, formatting: Formatting | None) -> Encoder:
         return Encoder.for_model(self._attached, self.tokenizer, formatting)

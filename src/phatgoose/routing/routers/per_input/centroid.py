@@ -99,14 +99,13 @@ class Centroid(LookedUp):
     def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
         """The same, read from a saved model. Raises RoutingError when it isn't whole."""
         name, rows = self.spec.name, saved.tensors.get(CENTROIDS)
-        if "embedder" not in saved.info:
-            raise RoutingError(f"Router {name} needs lookup.embedder in routed.json.")
+        recorded = saved.embedder_for(name)
         if rows is None or len(rows) != saved.experts:
             got = "none" if rows is None else len(rows)
             raise RoutingError(
                 f"Router {name} needs centroids of {saved.experts} experts, got {got}."
             )
-        return self._reader(rows, saved.info["embedder"], self.needed(tokenizer))
+        return self._reader(rows, recorded, self.needed(tokenizer))
 
     def _reader(
         self, rows: Tensor, recorded: str, tokenizer: PreTrainedTokenizerBase

@@ -20,19 +20,18 @@ from ....base.blocks import blocks_of
 from ....config import Routing
 from ....errors import ConfigError, PoolError, RoutingError
 from ....experts.pool import Pool
-from ....experts.readings import PLACES, PromptStates
+from ....experts.readings import PARTS, PLACES, PromptStates
 from ....tasks.prompt_passes import PromptReading
 from ..lookup import Lookup, SavedLookup
 from ..scores import Scores
 from .base_reader import BaseReader
 from .looked_up import LookedUp
 
-__all__ = ["MOMENTS", "Discriminant", "PromptDiscriminant", "Readings", "joined_moments"]
+__all__ = ["Discriminant", "PromptDiscriminant", "Readings", "joined_moments"]
 __all__ += ["line_of", "readings_in"]
 
 PREFIX = "readings."  # before a part's name, among the lookup's tensors
 READINGS = f"lookup.{PREFIX}"  # and in files
-MOMENTS = ("mean", "factor", "rest")
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 
 Readings = Mapping[str, Tensor]  # by part: [E, ..], the rest as `experts.readings` has it
@@ -58,8 +57,8 @@ class Discriminant(LookedUp):
     @property
     def lookup_form(self) -> Mapping[str, str]:
         """The readings of each expert: b blocks of size h, and f rows of a covariance's factor."""
-        letters = dict(zip(MOMENTS, ("Ebh", "Ebfh", "Ebh"), strict=True))
-        return {f"{PREFIX}{p}.{part}": letters[part] for p in PLACES for part in MOMENTS}
+        letters = {"mean": "Ebh", "factor": "Ebfh", "rest": "Ebh"}
+        return {f"{PREFIX}{p}.{part}": letters[part] for p in PLACES for part in letters}
 
     def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """The readings of the experts of `pool`."""
@@ -77,7 +76,7 @@ class Discriminant(LookedUp):
 
     def readings_from(self, saved: SavedLookup) -> Readings:
         """The experts' readings in a saved model."""
-        parts = [f"{place}.{part}" for place in PLACES for part in MOMENTS]
+        parts = [f"{place}.{part}" for place in PLACES for part in PARTS]
         return {part: saved.tensors[f"{READINGS}{part}"] for part in parts}
 
     def _reader(
@@ -110,7 +109,7 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
     prompts (`experts.readings`); of `routing` count `shrinkage` and `task_variance`.
     """
-    means, factors, rests = (moments[part].double() for part in MOMENTS)
+    means, factors, rests = (moments[part].double() for part in PARTS)
     rows = factors.flatten(0, 1)
     shared = rows.T @ rows / len(means) + torch.diag(rests.mean(dim=0))
     diagonal = shared.diagonal()
@@ -168,7 +167,7 @@ class PromptDiscriminant(BaseReader):
 
     def _line(self, place: str, block: int) -> tuple[Tensor, Tensor]:
         """The scores' slopes [d, E] and offsets [E] as functions of x at one place and block."""
-        moments = {part: self.readings[f"{place}.{part}"][:, block] for part in MOMENTS}
+        moments = {part: self.readings[f"{place}.{part}"][:, block] for part in PARTS}
         return line_of(moments, self.routing)
 
     def tensors(self) -> dict[str, Tensor]:

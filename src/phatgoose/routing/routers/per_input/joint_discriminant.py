@@ -17,7 +17,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ....config import Formatting, Routing
-from ....errors import RoutingError
 from ....experts.pool import Pool
 from ....experts.readings import moments_of
 from ....tasks.embeddings import retrieval_text, usable_embedder
@@ -68,11 +67,9 @@ class JointDiscriminant(Discriminant):
 
     def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
         """The same, from a saved model. Raises RoutingError when it isn't whole."""
-        if "embedder" not in saved.info:
-            raise RoutingError(f"Router {self.spec.name} needs lookup.embedder in routed.json.")
+        recorded = saved.embedder_for(self.spec.name)
         moments = {part: saved.tensors[f"{EMBEDDED}{part}"] for part in FORM}
-        readings = self.readings_from(saved)
-        return self._joint(readings, moments, saved.info["embedder"], tokenizer)
+        return self._joint(self.readings_from(saved), moments, recorded, tokenizer)
 
     def _joint(
         self,
@@ -111,37 +108,34 @@ class JointReader(PromptDiscriminant):
         """
         super().__init__(readings, routing, tokenizer, k, temperature)
         self.moments = moments
-        self.embedder = PromptEmbedder(embedder, moments["mean"].shape[1])
+        self.prompts = PromptEmbedder(embedder, moments["mean"].shape[1])
         self.embedding_slopes, self.embedding_offsets = line_of(moments, routing)
 
-    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
-        """The experts of each example; its answer choices are a part of what is embedded."""
-        encoder = self._encoder(formatting)
-        prompts = [encoder.fitted(each.input, each.passage).tokens for each in examples]
-        texts = [retrieval_text(each.input, each.choices) for each in examples]
-        return self.mixed(self._joint(prompts, texts, formatting))
+    def scores_of_examples(
+        self, examples: Sequence[Example], formatting: Formatting | None = None
+    ) -> Tensor:
+        """The scores of examples; their answer choices are a part of what is embedded."""
+        queries = [retrieval_text(each.input, each.choices) for each in examples]
+        return self._joined(super().scores_of_examples(examples, formatting), queries, formatting)
 
     def of_tokens(self, prompts: Sequence[list[int]]) -> Mixtures:
         """The experts of prompts given by their tokens; special ones are not embedded."""
         texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        return self.mixed(self._joint(prompts, [retrieval_text(text, ()) for text in texts]))
+        queries = [retrieval_text(text, ()) for text in texts]
+        return self.mixed(self._joined(self._scores_of(prompts), queries))
 
     def scores(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
         """The score of each prompt, without answer choices, and expert, float32 [texts, E]."""
-        encoder = self._encoder(formatting)
-        prompts = [encoder.prompt(text) for text in texts]
-        return self._joint(prompts, [retrieval_text(text, ()) for text in texts], formatting)
+        queries = [retrieval_text(text, ()) for text in texts]
+        return self._joined(super().scores(texts, formatting), queries, formatting)
 
-    def _joint(
-        self,
-        prompts: Sequence[list[int]],
-        texts: Sequence[str],
-        formatting: Formatting | None = None,
+    def _joined(
+        self, read: Tensor, queries: Sequence[str], formatting: Formatting | None = None
     ) -> Tensor:
-        """Both scores of each of `prompts`, whose text for the embedder is in `texts`."""
-        vectors = self.embedder.vectors(texts, formatting)
+        """The scores `read` by the base, joined with those of the embedded `queries`."""
+        vectors = self.prompts.vectors(queries, formatting)
         own = vectors @ self.embedding_slopes + self.embedding_offsets
-        return torch.lerp(self._scores_of(prompts), own, self.routing.embedding_share)
+        return torch.lerp(read, own, self.routing.embedding_share)
 
     def tensors(self) -> dict[str, Tensor]:
         """The readings of all experts, and what their embeddings are like."""
@@ -149,11 +143,11 @@ class JointReader(PromptDiscriminant):
 
     def info(self) -> dict[str, Any]:
         """The embedder's name."""
-        return {"embedder": self.embedder.name}
+        return {"embedder": self.prompts.name}
 
     def grown(self, pool: Pool, first: int) -> JointReader:
         """The reader of the experts of `pool` too. Raises PoolError when they don't fit."""
-        new, _ = _moments_in(pool, self.embedder.name)
+        new, _ = _moments_in(pool, self.prompts.name)
         readings = joined_moments(self.readings, readings_in(pool))
         return self._with(readings, joined_moments(self.moments, new, "embeddings"))
 
@@ -165,7 +159,7 @@ class JointReader(PromptDiscriminant):
 
     def _with(self, readings: Readings, moments: Readings) -> JointReader:
         how = self.routing, self.tokenizer, self.k, self.temperature
-        return JointReader(readings, moments, self.embedder.name, *how)
+        return JointReader(readings, moments, self.prompts.name, *how)
 
 
 def _moments_in(pool: Pool, embedder: str | None = None) -> tuple[Readings, str]:

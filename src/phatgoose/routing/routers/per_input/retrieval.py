@@ -58,12 +58,11 @@ class Retrieval(LookedUp):
 
     def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
         """The same, read from a saved model. Raises RoutingError when it isn't whole."""
-        if "embedder" not in saved.info:
-            raise RoutingError("Router retrieval needs lookup.embedder in routed.json.")
+        recorded = saved.embedder_for(self.spec.name)
         reads, tensors = self.needed(tokenizer), saved.tensors
         if EMBEDDINGS not in tensors or not len(tensors[OWNERS]):
             raise RoutingError("Router retrieval has no embeddings to look inputs up in.")
-        embedder = usable_embedder(saved.info["embedder"], self.routing.retrieval_embedder)
+        embedder = usable_embedder(recorded, self.routing.retrieval_embedder)
         return self._retriever(tensors[EMBEDDINGS], tensors[OWNERS], embedder, reads)
 
     def _retriever(

@@ -4,12 +4,14 @@
 #   examples/study.sh STEP
 #     data, rate                        what is needed before
 #     eight SEED                        the small pool, seeds 0 and 1, and its suite
-#     pool-a10, pool-a, pool-b          training
+#     pool-a10, pool-b15, pool-a, pool-b
+#                                       training: A10 is ten experts of A, B25 is A10 with fifteen of B
 #     held-in                           each expert on its own task, beside the base and the routed pool
-#     development, confirmation         CROSS with ten experts of A: the half on which routers are
-#                                       chosen, and the other
-#     others                            CROSS-B, T0HO, BBH and BBL
-#     pool-sizes                        4, 8 and 16 experts of pool A, three draws, and pools A and B
+#     development, confirmation         CROSS with A10: the half on which routers are chosen, and the
+#                                       other
+#     b25                               the confirmation half and CROSS-B with B25
+#     others                            T0HO, BBH and BBL with B25
+#     pool-sizes                        4, 8 and 16 experts of B25, three draws, and A10 (after b25)
 # Everything lands in runs/study. Needs ../shared/data beside the project and the extra 'retrieval'.
 # ENGINE='--engine ray --workers 2' examples/study.sh STEP trains and scores by two processes.
 set -euo pipefail
@@ -23,8 +25,12 @@ a=recipes/study-pool-a.toml
 b=recipes/study-pool-b.toml
 others=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatgoose,phatgoose-input
 others+=,spectr,logo,centroid,glider
-ours=discriminant,discriminant-phatgoose,phatgoose-evidence
+ours=discriminant,joint-discriminant,discriminant-phatgoose,phatgoose-evidence
+choice=recipes/study-choice.toml
 a10=(rotten_tomatoes trec ag_news qasc xsum amazon_polarity cos_e hotpot_qa_closed_book sciq common_gen)
+b15=(tomqa glue_mnli essential_terms mctaco_answer asdiv multirc_answerable tweet_emotion blimp subj)
+b15+=(question_typing creak clinc150_intent query_wellformedness evalution odd_man_out)
+b25=("${a10[@]/#/$out/pool-a/}" "${b15[@]/#/$out/pool-b/}")
 suite() { local list; list=$(printf ",recipes/suites/study-%s.toml" "$@"); echo "${list:1}"; }
 compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
   local to=$1 limit=$2 suites=$3 rows=$4
@@ -32,10 +38,16 @@ compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
   $phatgoose compare "$@" --suites "$suites" --limit "$limit" --seed 0 --methods "$rows" \
     --out "$out/$to" "${engine[@]}"
 }
-draw() {  # SEED SIZE POOL: the names of so many experts
-  python -c 'import os, random, sys
-seed, size, pool = sys.argv[1:]
-print(*sorted(random.Random(int(seed)).sample(sorted(os.listdir(pool)), int(size))))' "$@"
+with_choice() {  # as compare; then the router that was chosen, and Retrieval of as many experts
+  compare "$@"
+  local to=$1 limit=$2 suites=$3
+  shift 4
+  compare "$to-choice" "$limit" "$suites" discriminant,retrieval "$@" --recipe $choice
+}
+draw() {  # SEED SIZE EXPERT…: so many of the experts
+  python -c 'import random, sys
+seed, size, *experts = sys.argv[1:]
+print(*random.Random(int(seed)).sample(sorted(experts), int(size)), sep="\n")' "$@"
 }
 
 case $step in
@@ -57,29 +69,32 @@ eight)
 pool-a10)
   # shellcheck disable=SC2046
   $phatgoose train $(printf "$data/%s.jsonl " "${a10[@]}") --recipe $a --out "$out/pool-a" --resume "${engine[@]}" ;;
+pool-b15)
+  # shellcheck disable=SC2046
+  $phatgoose train $(printf "$data/%s.jsonl " "${b15[@]}") --recipe $b --out "$out/pool-b" --resume "${engine[@]}" ;;
 pool-a) $phatgoose train --recipe $a --out "$out/pool-a" --resume "${engine[@]}" ;;
 pool-b) $phatgoose train --recipe $b --out "$out/pool-b" --resume "${engine[@]}" ;;
 held-in)
   python examples/study_held_in.py recipes/suites/study-held-in.toml "$out/held-in.jsonl" 100 \
-    phatgoose,$ours "$out/pool-a" ;;
-development | confirmation)
-  compare $step 100 "$(suite cross-$step)" $others,$ours,oracle,best-individual \
+    phatgoose,joint-discriminant,$choice "${b25[@]}" ;;
+development) compare $step 100 "$(suite cross-development)" $others,$ours,oracle,best-individual \
     "${a10[@]/#/$out/pool-a/}" ;;
+confirmation) with_choice $step 100 "$(suite cross-confirmation)" \
+    $others,$ours,oracle,best-individual "${a10[@]/#/$out/pool-a/}" ;;
+b25) with_choice b25 100 "$(suite cross-confirmation cross-b)" $others,$ours,oracle,best-individual \
+    "${b25[@]}" ;;
 others)
-  compare others 100 "$(suite t0ho)" $others,$ours "$out/pool-a"
-  compare others 50 "$(suite bbh bbl)" $others,$ours "$out/pool-a"
-  compare others 100 "$(suite cross-b cross-confirmation)" $others,$ours "$out/pool-a" "$out/pool-b" ;;
-pool-sizes)
-  rows=merged,arrow,phatgoose,retrieval,$ours
+  rows=base,retrieval,average-activation,arrow,merged,phatgoose,discriminant,joint-discriminant
+  with_choice b25 100 "$(suite t0ho)" $rows "${b25[@]}"
+  with_choice b25 50 "$(suite bbh bbl)" $rows "${b25[@]}" ;;
+pool-sizes)  # single experts' answers are those of b25
+  rows=merged,arrow,phatgoose,retrieval,discriminant,joint-discriminant,oracle
   for size in 4 8 16; do
     for seed in 1 2 3; do
-      experts=$(draw $seed $size "$out/pool-a")
-      # shellcheck disable=SC2046
-      compare pool-sizes 100 "$(suite cross-confirmation)" $rows \
-        $(printf "$out/pool-a/%s " $experts)
+      mapfile -t experts < <(draw $seed $size "${b25[@]}")
+      with_choice b25 100 "$(suite cross-confirmation cross-b)" $rows "${experts[@]}"
     done
   done
-  compare pool-sizes 100 "$(suite cross-confirmation)" $rows "$out/pool-a"
-  compare pool-sizes 100 "$(suite cross-confirmation)" $rows "$out/pool-a" "$out/pool-b" ;;
+  with_choice b25 100 "$(suite cross-confirmation cross-b)" $rows "${a10[@]/#/$out/pool-a/}" ;;
 *) echo "no such step: $step" >&2; exit 2 ;;
 esac

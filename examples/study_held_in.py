@@ -3,7 +3,8 @@
     python examples/study_held_in.py SUITE OUT.jsonl LIMIT ROUTERS POOL…
 
 A line for every task that has an expert: the base's score (`base`), its own expert's (`own`) and
-those of the whole pool routed by each of ROUTERS (none if that is ""), with n and 95 % intervals,
+those of the whole pool routed by each of ROUTERS (names or recipes, with commas between; none if
+that is ""), with n and 95 % intervals,
 and the `gain` of own over base with its interval over examples in pairs. Lines that are there are
 not computed again. At the end a table is told, the means, and their differences with intervals over
 tasks drawn anew.
@@ -19,8 +20,9 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
+from phatgoose.apps.cli.recipe import read_recipe
 from phatgoose.base.loading import load_base
-from phatgoose.config import Routing
+from phatgoose.config import Routing, from_mapping
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
@@ -39,7 +41,7 @@ def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None
         task = entry.read(Sources(None, None))
         record: dict[str, object] = {"task": task.name}
         rows = {"base": None, "own": Routing(router="single", expert=task.name)}
-        rows |= {name: Routing(router=name) for name in filter(None, routers.split(","))}
+        rows |= {name: routing_of(name) for name in filter(None, routers.split(","))}
         samples = {}
         for label, routing in rows.items():
             model = base.model if routing is None else compose(pool, base, routing=routing)
@@ -53,6 +55,13 @@ def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
     tell([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+
+
+def routing_of(router: str) -> Routing:
+    """A router by its name with its usual settings, or by the [routing] of a recipe."""
+    if not router.endswith(".toml"):
+        return Routing(router=router)
+    return from_mapping(Routing, read_recipe(router).tables["routing"], router)
 
 
 def gain(own: Sample, base: Sample) -> list[float]:

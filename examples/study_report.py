@@ -26,8 +26,7 @@ from typing import Any
 
 from phatgoose.analysis.pool_sizes import pool_size_curves
 from phatgoose.apps.report.figures import pool_size_figure, write_png
-from phatgoose.config import Routing
-from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
+from phatgoose.evaluation.comparison.methods import DERIVED, METHODS, label_with_settings
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.comparison.tables import Summary
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
@@ -107,13 +106,7 @@ def _label(method: Mapping[str, Any]) -> Model:
         return METHODS["base"] if method.get("model") == "base" else f"other {method}"
     if router == "single":
         return f"expert {pool[0][:6]}"
-    usual = Routing()
-    changed = [
-        f"{name.replace('_', ' ')} {method[name]}"
-        for name in ("k", "affinity", "router_temperature", "arrow", "eps")
-        if name in method and method[name] != getattr(usual, name)
-    ]
-    return ", ".join([METHODS[router], *changed])
+    return label_with_settings(method)
 
 
 def write_variants(cells: Path, out: Path) -> None:

@@ -67,7 +67,7 @@ def test_cells_hold_no_answers_but_whatever_tables_need(report, results, tmp_pat
     assert table == (tmp_path / "results.md").read_text()
     rows = {line.split(" | ")[0]: line for line in table.splitlines()}
     assert "| 50 | 50 |" in rows["| PHATGOOSE"]
-    assert "+37.5 [" in rows["| PHATGOOSE, affinity centred"]
+    assert "+37.5 [" in rows["| PHATGOOSE, affinity = centred"]
     assert "-12.5 [" in rows["| Base model"]
     assert "| PHATGOOSE, 1 experts (draw 1)" in rows
     assert "| PHATGOOSE, 1 experts (draw 2)" in rows

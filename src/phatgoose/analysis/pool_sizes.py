@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import EvaluationError
-from ..evaluation.comparison.methods import METHODS
+from ..evaluation.comparison.methods import METHODS, label_with_settings
 from ..evaluation.comparison.result_store import ResultStore
 from ..evaluation.intervals import Sample
 
@@ -70,10 +70,8 @@ def _curve(
         scores[len(members)].append(sum(cells[cell] for cell in common) / len(common))
     if len(scores) < 2:
         return None
-    label = METHODS[method["router"]]
-    k = method.get("k")
     return PoolSizeCurve(
-        label if k in (None, 2) else f"{label}, k = {k}",
+        label_with_settings(method),
         tuple(sorted({task for task, _ in common})),
         {size: tuple(scores[size]) for size in sorted(scores)},
     )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
 
 from ...config import Routing
 from ...errors import ConfigError, PoolError
@@ -11,7 +13,15 @@ from ...experts.expert import Expert
 from ...experts.pool import REMEDIES, Pool
 from ...routing.routers.registry import ROUTERS
 
-__all__ = ["BASE", "DERIVED", "METHODS", "label_of", "lacking", "runnable_methods"]
+__all__ = [
+    "BASE",
+    "DERIVED",
+    "METHODS",
+    "label_of",
+    "label_with_settings",
+    "lacking",
+    "runnable_methods",
+]
 
 BASE = "base"  # the method that routes nothing
 # In the order of the tables. A single expert is no method: Oracle and Best Individual choose one.
@@ -28,6 +38,20 @@ NAMES = {"lora": "LoRA factors"}  # of needs, for people, where their own name s
 def label_of(router: str) -> str:
     """The name of a router in tables."""
     return METHODS.get(router, router)
+
+
+def label_with_settings(identity: Mapping[str, Any]) -> str:
+    """The name of the router of a row's `identity`, with every setting that isn't the usual one.
+
+    Such as "Discriminant, reading place = end, input k = 3".
+    """
+    usual = asdict(Routing()) | {"router": identity["router"]}
+    changed = [
+        f"{name.replace('_', ' ')} = {identity[name]}"
+        for name, value in usual.items()
+        if identity.get(name, value) != value
+    ]
+    return ", ".join([label_of(identity["router"]), *changed])
 
 
 def runnable_methods(

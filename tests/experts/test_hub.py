@@ -56,7 +56,6 @@ def test_what_is_no_reference_is_refused_with_the_form(text):
 def test_a_pushed_expert_is_one_commit_of_all_its_files(hub, pair):
     pushed = push(pair[0], "me/reviews")
     repository = hub.repositories["me/reviews"]
-    assert pushed.is_pinned
     assert pushed == HubReference("me/reviews", "", repository.branches["main"])
     assert repository.messages == ["initial commit", "Expert e0"]
     files = repository.commits[pushed.revision]

@@ -5,5 +5,4 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 GOLDENS = ROOT / "tests" / "golden"  # one expert directory of each kind
 GOLDEN = GOLDENS / "expert"
-SUPPORT = Path(__file__).parent
 SHARED = ROOT.parent / "shared"  # data of this project's machines, absent elsewhere

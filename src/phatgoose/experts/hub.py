@@ -64,11 +64,6 @@ class HubReference:
         """True when `place` begins with `hub:`, so that it is meant as a reference."""
         return str(place).startswith(PREFIX)
 
-    @property
-    def is_pinned(self) -> bool:
-        """True when the revision is a commit, so that the reference always means the same bytes."""
-        return COMMIT.fullmatch(self.revision or "") is not None
-
     def __str__(self) -> str:
         folder = f"/{self.folder}" if self.folder else ""
         return f"{PREFIX}{self.repo}{folder}" + (f"@{self.revision}" if self.revision else "")

@@ -18,7 +18,15 @@ from .routers.scores import Scores
 from .saved.description import ROUTED_INFO
 from .saved.load import load
 
-__all__ = ["OpenedModel", "compose_pool", "is_pool", "is_routed", "loaded_base", "open_model"]
+__all__ = [
+    "OpenedModel",
+    "compose_pool",
+    "is_pool",
+    "is_routed",
+    "loaded_base",
+    "open_model",
+    "require_pool",
+]
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,15 @@ def is_pool(place: str | Path) -> bool:
     return path.suffix == ".json" or (path.is_dir() and not is_model)
 
 
+def require_pool(place: str | Path) -> None:
+    """Raise ConfigError when `place`, whose experts or router are to be chosen, is not a pool."""
+    if not is_pool(place):
+        raise ConfigError(
+            f"{place} is not a pool: a routed model has its own router and experts, and a base "
+            f"alone has none. Name the pool to choose them."
+        )
+
+
 def open_model(
     place: str | Path,
     base: Base | str | None = None,
@@ -60,11 +77,8 @@ def open_model(
     model takes the embedder. Raises ConfigError when another place is given them, and what loading
     or composing does.
     """
-    if (keep or leave_out or scores) and not is_pool(place):
-        raise ConfigError(
-            f"{place} is not a pool: a routed model has its own router and experts, and a base "
-            f"alone has none. Name the pool to choose them."
-        )
+    if keep or leave_out or scores:
+        require_pool(place)
     if is_routed(place):
         base = load_base(base, dtype=dtype) if isinstance(base, str) else base
         embedder = routing.retrieval_embedder if routing else None

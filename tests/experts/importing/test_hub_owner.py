@@ -65,7 +65,7 @@ def test_a_listing_says_what_can_be_routed_and_why_the_rest_can_t(owned, pair):
     assert not [reason for reason in why.values() if reason and "/snapshots/" in reason]
     by_place = {each.place: each for each in listing.found}
     lora, expert = by_place["you/lora-a"], by_place["you/expert"]
-    assert (lora.kind, lora.is_expert, lora.reference.is_pinned) == ("lora", False, True)
+    assert (lora.kind, lora.is_expert, len(lora.reference.revision)) == ("lora", False, 40)
     assert (expert.kind, expert.is_expert) == ("lora", True)
     files = owned.repositories["you/lora-a"].commits[lora.reference.revision]
     assert lora.size == sum(len(data) for name, data in files.items() if name in EXPERT_FILES)

@@ -67,7 +67,8 @@ def runnable_methods(
             raise ConfigError(
                 f"Method {name!r} is unknown; known are {EVERY}, {', '.join(METHODS)}."
             )
-    without = {name: lacks for name, lacks in _lacks(pool, routing.stand_in).items() if lacks}
+    lacks_of = lacking(pool, stand_in=routing.stand_in)
+    without = {name: lacks for name, lacks in lacks_of.items() if lacks}
     if EVERY in wanted:
         notes = [_note(name, lacks) for name, lacks in without.items()]
         for note in notes:
@@ -79,19 +80,15 @@ def runnable_methods(
     return wanted, []
 
 
-def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, list[str]]:
-    """For each method that needs more than adapters, the experts that lack what it needs.
-
-    With `stand_in` LoRAs need no gates, where gates are all that is needed.
-    """
-    return {name: list(lacks) for name, lacks in _lacks(pool, stand_in).items()}
-
-
 Lacks = dict[str, tuple[str, ...]]  # by the name of an expert, what it has not
 
 
-def _lacks(pool: Pool, stand_in: bool) -> dict[str, Lacks]:
-    """What the experts lack of each method's needs; those that lack nothing are not there."""
+def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, Lacks]:
+    """For each method that needs more than adapters, what experts lack of its needs.
+
+    Experts that lack nothing are not there. With `stand_in` LoRAs need no gates, where gates are
+    all that is needed.
+    """
 
     def lacks(expert: Expert, need: str, needs: tuple[str, ...]) -> bool:
         stand_ins = stand_in and needs == ("gates",)  # made of the factors of LoRAs

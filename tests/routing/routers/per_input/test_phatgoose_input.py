@@ -176,7 +176,7 @@ def test_it_needs_gates_and_means_and_is_told_from_others(llama, llama_pool):
     first = llama_pool.experts[0]
     for part in ("gates", "means"):
         bare = Pool((replace(first, **{part: {}}), *llama_pool.experts[1:]))
-        assert lacking(bare)["phatgoose-input"] == [first.name]
+        assert lacking(bare)["phatgoose-input"] == {first.name: (part,)}
         with pytest.raises(PoolError, match=repr(first.name)):
             compose(bare, llama, router="phatgoose-input")
     (row,) = rows_of(llama_pool, ["phatgoose-input"], Routing())

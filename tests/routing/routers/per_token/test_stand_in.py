@@ -95,7 +95,7 @@ def test_a_pool_with_all_gates_is_routed_as_ever(three, llama):
 
 
 def test_a_comparison_counts_them_as_gated_and_keeps_their_cells_apart(two_gated):
-    assert lacking(two_gated)["phatgoose"] == ["e1"]
+    assert lacking(two_gated)["phatgoose"] == {"e1": ("gates",)}
     assert not lacking(two_gated, stand_in=True).get("phatgoose")
     rows = [
         rows_of(two_gated, ["phatgoose"], Routing(stand_in=stand_in))[0].identity

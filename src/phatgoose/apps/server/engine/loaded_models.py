@@ -20,7 +20,7 @@ from ....errors import BaseModelError, ConfigError, RoutingError
 from ....experts.pool import Pool
 from ....routing.composition import Composition, composition_of
 from ....routing.layers import RoutedLinear
-from ....routing.open_model import compose_pool, is_pool, is_routed
+from ....routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ....routing.routers.registry import AUTO, ROUTERS, spec_of
 from ....routing.saved.description import HASHES
 from ....routing.saved.load import base_of, load
@@ -102,11 +102,8 @@ class LoadedModel:
             None if settings.routing == embedder_alone and self._embedder else settings.routing
         )
         given = routing or settings.keep or settings.leave_out or settings.scores
-        if given and not is_pool(settings.place):
-            raise ConfigError(
-                f"{settings.place} is not a pool: a routed model has its own router and experts, "
-                f"and a base alone has none. Serve the pool to choose them."
-            )
+        if given:
+            require_pool(settings.place)
         router = settings.routing.router if settings.routing else None
         if router not in (None, AUTO) and "task" in spec_of(router).given:
             raise ConfigError(BY_TASK.format(router))

@@ -1,9 +1,9 @@
 """What docs/study holds of the study's comparisons: cells without answers, tables, figures.
 
     python examples/study_report.py cells OUT RESULTS…        cells of compare, without any answer
-    python examples/study_report.py variants CELLS OUT.md     every model against plain PHATGOOSE
+    python examples/study_report.py variants CELLS OUT.md     every model against plain PHATGOOSE,
+                                                              or another, whose label may follow
     python examples/study_report.py above-chance CELLS TASKS  datasets where something is above it
-    python examples/study_report.py oracle CELLS              Oracle, chosen on other examples too
     python examples/study_report.py figure CELLS OUT.png      every dataset, every model, as dots
     python examples/study_report.py sizes CELLS OUT.png       scores against the size of the pool
     python examples/study_report.py analysis JSON OUT.json    what `analyse` found over whole models
@@ -109,22 +109,25 @@ def _label(method: Mapping[str, Any]) -> Model:
     return label_with_settings(method)
 
 
-def write_variants(cells: Path, out: Path) -> None:
-    """Every model's mean, its difference to plain PHATGOOSE in pairs, and its datasets.
+def write_variants(cells: Path, out: Path, reference: str | Path = REFERENCE) -> None:
+    """Every model's mean, its difference to `reference` in pairs, and its datasets.
 
-    Where there is none, the first model stands in its place. Only datasets that all models were
-    scored on count.
+    Where there is no `reference`, the first model stands in its place. Only datasets that all
+    models were scored on count. Of single experts there are the two rows of `oracles`.
     """
-    scores = read_cells(cells)
-    tasks, reference = _common(scores), REFERENCE if REFERENCE in scores else next(iter(scores))
+    scores, reference = read_cells(cells), str(reference)
+    tasks = _common(scores)
     samples = {model: [row[task].sample for task in tasks] for model, row in scores.items()}
+    experts = [samples.pop(model) for model in scores if model.startswith("expert ")]
+    samples |= oracles(experts) if experts else {}
+    reference = reference if reference in samples else next(iter(samples))
     replicates = dataset_replicates(samples)
     means = {m: sum(s.score for s in row) / len(row) for m, row in samples.items()}
     lines = [
         f"| model | mean of {len(tasks)} | difference | {' | '.join(tasks)} |",
         f"|---|---|---|{'---|' * len(tasks)}",
     ]
-    for model in scores:
+    for model in samples:
         own, less = interval_of(replicates[model]), replicates[model] - replicates[reference]
         paired = (means[model] - means[reference], interval_of(less))
         summary = Summary(means[model], own, *(() if model == reference else paired))
@@ -134,6 +137,27 @@ def write_variants(cells: Path, out: Path) -> None:
         )
     out.write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(out.read_text(encoding="utf-8"))
+
+
+def oracles(experts: list[list[Sample]]) -> dict[Model, list[Sample]]:
+    """Each dataset's best expert, and the one that every second example says, scored on the others.
+
+    The best of many scores is too high where they differ by chance; on examples that it was not
+    chosen on it is not. `experts` has a list of samples, one a dataset, for each expert.
+    """
+    whole, halved = [], []
+    for row in zip(*experts, strict=True):
+        whole.append(max(row, key=lambda sample: sample.score))
+        odd, even = (max(row, key=lambda s: _every_second(s, half).score) for half in (1, 0))
+        statistics = tuple(stat.copy() for stat in odd.statistics)
+        for own, other in zip(statistics, even.statistics, strict=True):
+            own[1::2] = other[1::2]
+        halved.append(Sample(odd.metrics, statistics))
+    return {"Oracle *": whole, "Oracle, chosen on the other half *": halved}
+
+
+def _every_second(sample: Sample, first: int) -> Sample:
+    return Sample(sample.metrics, tuple(rows[first::2] for rows in sample.statistics))
 
 
 def tell_above_chance(cells: Path, tasks: Path) -> None:
@@ -146,34 +170,6 @@ def tell_above_chance(cells: Path, tasks: Path) -> None:
     for model, row in scores.items():
         every, some = ([row[task].sample.score for task in part] for part in (chance, above))
         print(f"{model}: all {100 * _mean(every):.1f}, above chance {100 * _mean(some):.1f}")
-
-
-def tell_oracle(cells: Path) -> None:
-    """Oracle as it is, and chosen on every second example and scored on the others, both ways.
-
-    The best of many scores is too high where they differ by chance; on examples that it was not
-    chosen on it is not.
-    """
-    found = list(ResultStore(cells).items())
-    routed = [_routed(key["method"]) for key, _ in found]
-    pool = next(experts for router, experts in routed if router == "merged")
-    halves: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
-    for (key, result), (router, experts) in zip(found, routed, strict=True):
-        if router == "single" and experts[0] in pool:
-            marks = (result["marks"], result["marks"][::2], result["marks"][1::2])
-            halves[key["task"]].append(
-                tuple(Sample.of(result["metrics"], part).score for part in marks)
-            )
-    whole = [max(score for score, _, _ in row) for row in halves.values()]
-    mean = [_mean([score for score, _, _ in row]) for row in halves.values()]
-    split = [
-        (max(row, key=lambda x: x[1])[2] + max(row, key=lambda x: x[2])[1]) / 2
-        for row in halves.values()
-    ]
-    print(
-        f"{len(halves)} datasets: Oracle {100 * _mean(whole):.1f}, chosen on the other half "
-        f"{100 * _mean(split):.1f}, mean of all experts {100 * _mean(mean):.1f}"
-    )
 
 
 def draw(cells: Path, out: Path) -> None:
@@ -237,7 +233,6 @@ def main(words: list[str]) -> int:
         "cells": write_cells,
         "variants": write_variants,
         "above-chance": tell_above_chance,
-        "oracle": tell_oracle,
         "figure": draw,
         "sizes": draw_sizes,
         "analysis": write_analysis,

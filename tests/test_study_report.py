@@ -118,12 +118,12 @@ def test_of_an_analysis_the_numbers_of_whole_models_are_kept(report, tmp_path):
 
 def test_oracle_is_chosen_on_other_examples_than_it_is_scored_on(report, tmp_path, capsys):
     store = ResultStore(tmp_path / "results.jsonl")
-    pool = ["aaaaaaaa", "bbbbbbbb"]
-    add(store, {"router": "merged", "pool": pool}, "t", [0, 0, 0, 0])
-    for expert, right in (("a", [1, 0, 1, 0]), ("b", [0, 1, 0, 0]), ("c", [1, 1, 1, 1])):
-        add(store, {"router": "single", "pool": [expert * 8]}, "t", right)  # c is of no pool
-    report["main"](["oracle", str(tmp_path / "results.jsonl")])
-    told = capsys.readouterr().out
-    assert told == (
-        "1 datasets: Oracle 50.0, chosen on the other half 0.0, mean of all experts 37.5\n"
-    )
+    add(store, {"model": "base"}, "t", [1, 0, 0, 0])
+    for expert, right in (("a", [1, 0, 1, 0]), ("b", [0, 1, 0, 0])):
+        add(store, {"router": "single", "pool": [expert * 8]}, "t", right)
+    report["main"](["variants", str(store.path), str(tmp_path / "t.md"), "Oracle *"])
+    rows = {line.split(" | ")[0]: line for line in (tmp_path / "t.md").read_text().splitlines()}
+    assert "| Oracle * | 50.0 [" in rows["| Oracle *"]
+    assert "| -50.0 [" in rows["| Oracle, chosen on the other half *"]
+    assert "| -25.0 [" in rows["| Base model"]
+    assert len(rows) == 5

@@ -6,7 +6,7 @@ import torch
 
 from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.routing.stacks.ia3 import OutputScalingStack
-from phatgoose.routing.stacks.part import rows_of
+from phatgoose.routing.stacks.part import row_tensor
 
 CPU = torch.device("cpu")
 
@@ -17,4 +17,4 @@ def test_a_part_has_the_tensors_of_its_rows_by_their_names_in_the_whole():
     tensors = part.tensors()
     assert set(tensors) == set(part.names.values())
     assert part.rows.tolist() == [1, 3]
-    assert rows_of(range(3), CPU).tolist() == [0, 1, 2]
+    assert row_tensor(range(3), CPU).tolist() == [0, 1, 2]

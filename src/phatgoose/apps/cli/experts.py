@@ -12,7 +12,7 @@ from ...config import KIND_NAMES, Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...tasks.cuts import recorded_share
 from ..console.printing import say
-from .flags import Shapes
+from .flags import ExpertShapes
 from .options import (
     BaseOptions,
     EngineOptions,
@@ -55,7 +55,7 @@ def train(
     unfinished: RestartOptions,
     engine: EngineOptions,
     plan: PlanOptions,
-    shapes: Shapes,
+    shapes: ExpertShapes,
     training: Training,
     gates: GateTraining,
     formatting: Formatting,

@@ -21,14 +21,14 @@ from ...errors import ConfigError
 from ...routing.routers.registry import AUTO, ROUTERS
 from .recipe import RECIPE_OPTIONS, RECIPE_TABLES, Recipe, read_recipe
 
-__all__ = ["Shapes", "Without", "flag_of", "with_flags"]
+__all__ = ["ExpertShapes", "Without", "flag_of", "with_flags"]
 
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
 RECIPE = Annotated[Path | None, "TOML file with settings; flags given here win over it."]
 
 
 @dataclass(frozen=True)
-class Shapes:
+class ExpertShapes:
     """The shape that an expert of each kind would have, and the flags that were given."""
 
     by_kind: Mapping[str, Peft]
@@ -56,8 +56,8 @@ class Without:
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """`command` as typer takes it: with one flag per field in place of each dataclass.
 
-    Classes of settings are parameters named as in `RECIPE_TABLES`; `Shapes` stands for those of all
-    kinds of expert. A command with settings has --recipe, which also gives the options in
+    Classes of settings are parameters named as in `RECIPE_TABLES`; `ExpertShapes` stands for those
+    of all kinds of expert. A command with settings has --recipe, which also gives the options in
     `RECIPE_OPTIONS` their default. A setting that several classes share is one flag and goes to all
     of them. A parameter `given` receives the names of the settings in recipe and command line.
     """
@@ -86,7 +86,7 @@ class _Parameters:
         for name, parameter in signature.parameters.items():
             kind, *details = get_args(parameter.annotation) or (parameter.annotation,)
             hidden = details[0].names if details and isinstance(details[0], Without) else ()
-            if kind is Shapes:
+            if kind is ExpertShapes:
                 self.shapes = name
                 self.configs |= PEFT_KINDS
             elif kind in TABLE_OF:
@@ -128,7 +128,7 @@ class _Parameters:
             objects[name] = group(**{f.name: arguments.pop(f.name) for f in fields(group)})
         if self.shapes:
             shapes = {kind: objects.pop(kind) for kind in PEFT_KINDS}
-            objects[self.shapes] = Shapes(shapes, frozenset(flags))
+            objects[self.shapes] = ExpertShapes(shapes, frozenset(flags))
         if self.takes_given:
             objects["given"] = frozenset(given)
         return {**arguments, **objects}

@@ -59,7 +59,7 @@ class PageFigure:
 
 
 @dataclass(frozen=True)
-class Group:
+class FigureGroup:
     """Figures that fold away together."""
 
     name: str
@@ -75,7 +75,7 @@ class Section:
     texts: Sequence[str] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[PageFigure] = ()
-    groups: Sequence[Group] = field(default=())
+    groups: Sequence[FigureGroup] = field(default=())
 
 
 def sections_of(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> list[Section]:
@@ -229,7 +229,7 @@ def _layers(analysis: Analysis) -> Section:
             figure = heat_maps({dataset: router.distributions[dataset]}, oracle=analysis.oracle)
             caption = f"{label_of(name)} on {dataset}: mean weight of each expert at each layer."
             figures.append(PageFigure.of(figure, f"layers-{index}-{len(figures)}", caption))
-        groups.append(Group(dataset, figures))
+        groups.append(FigureGroup(dataset, figures))
     return Section("layers", "Experts by layer", groups=groups)
 
 

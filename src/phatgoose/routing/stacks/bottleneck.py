@@ -13,7 +13,7 @@ from ...config import ACTIVATIONS
 from ...experts.kinds.bottleneck import BottleneckLayers
 from ..kernels.bottlenecks import choose_bottleneck
 from ..routers.decision import RoutingDecision
-from .part import Part, rows_of
+from .part import Part, row_tensor
 
 __all__ = ["BottleneckStack"]
 
@@ -52,7 +52,7 @@ class BottleneckStack(Part):
             up=torch.zeros(E, size, d, dtype=dtype, device=device),
             up_bias=torch.zeros(E, d, dtype=dtype, device=device),
             activations=torch.tensor(activations, device=device),
-            rows=rows_of(adapters, device),
+            rows=row_tensor(adapters, device),
         )
         for i, module in enumerate(modules):
             own = module.down.shape[0]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...experts.kinds.ia3 import ScalingVector
 from ..kernels.weighted_rows import weighted_rows
 from ..routers.decision import RoutingDecision
-from .part import Part, rows_of
+from .part import Part, row_tensor
 
 __all__ = ["InputScalingStack", "OutputScalingStack", "ScalingStack"]
 
@@ -30,7 +30,7 @@ class ScalingStack(Part):
     def of(cls: type[Kind], scalings: Mapping[int, ScalingVector], device: torch.device) -> Kind:
         """The stack of `scalings` by their rows in the whole stack."""
         deltas = torch.stack([scaling.vector.float() - 1 for scaling in scalings.values()])
-        return cls(deltas.to(device), rows_of(scalings, device))
+        return cls(deltas.to(device), row_tensor(scalings, device))
 
     def factor(self, chosen: RoutingDecision) -> Tensor:
         """1 + Σ w_z (l_z - 1) for every token, float32."""

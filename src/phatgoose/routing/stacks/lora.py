@@ -13,7 +13,7 @@ from ...experts.kinds.lora import LoraFactors
 from ..kernels.choice import Kernel
 from ..kernels.weighted_rows import weighted_rows
 from ..routers.decision import RoutingDecision
-from .part import Part, rows_of
+from .part import Part, row_tensor
 from .rows import widened
 
 __all__ = ["LoraStack"]
@@ -54,7 +54,7 @@ class LoraStack(Part):
             A.to(device, dtype),
             B.to(device, dtype),
             None if bias is None else bias.to(device, dtype),
-            None if len(loras) == total else rows_of(loras, device),
+            None if len(loras) == total else row_tensor(loras, device),
         )
 
     def added(self, u: Tensor, chosen: RoutingDecision, kernel: Kernel) -> Tensor:

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-__all__ = ["Part", "rows_of"]
+__all__ = ["Part", "row_tensor"]
 
 
 class Part:
@@ -31,6 +31,6 @@ class Part:
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
-def rows_of(rows: Iterable[int], device: torch.device) -> Tensor:
+def row_tensor(rows: Iterable[int], device: torch.device) -> Tensor:
     """Rows as a tensor, int64."""
     return torch.tensor(list(rows), device=device)

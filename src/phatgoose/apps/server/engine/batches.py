@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ....analysis.traces import TraceKeeper
 from .caches import drop_columns, join
 from .model_runner import ModelRunner
-from .prefill import encoded_rows, keeper_for, read_prompts
+from .prefill import encoded_rows, keeper_for, prefill
 from .sequences import ANSWER, ActiveSequence
 
 __all__ = ["Batch"]
@@ -43,7 +43,7 @@ class Batch:
 
     def join(self, newcomers: Sequence[ActiveSequence]) -> None:
         """Read the prompts of `newcomers`, take them in and choose the first token of each."""
-        read = read_prompts(self.runner, newcomers)
+        read = prefill(self.runner, newcomers)
         if self.sequences:
             join(self._cache, read.cache)
             columns = max(self._mask.shape[1], read.mask.shape[1])

@@ -16,14 +16,14 @@ from .decoding import TokenScores, token_scores
 from .model_runner import ModelRunner
 from .sequences import ANSWER, PROMPT, ActiveSequence
 
-__all__ = ["ReadPrompts", "encoded_rows", "keeper_for", "read_prompts"]
+__all__ = ["Prefilled", "encoded_rows", "keeper_for", "prefill"]
 
 # Most logits in one pass where prompts are scored; longer prompts are read in several passes.
 MOST_LOGITS = 1 << 26
 
 
 @dataclass
-class ReadPrompts:
+class Prefilled:
     """What reading the prompts of some sequences gave, in their order.
 
     `mask` [rows, columns] is 0 at padding, `logits` [rows, V] are those after the last token,
@@ -36,7 +36,7 @@ class ReadPrompts:
     encoded: BaseModelOutput | None = None
 
 
-def read_prompts(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> ReadPrompts:
+def prefill(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> Prefilled:
     """Read the prompts of `sequences` together, each distinct one once."""
     sharing: dict[tuple[int, ...], list[ActiveSequence]] = {}
     for each in sequences:
@@ -48,7 +48,7 @@ def read_prompts(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> Re
     rows = torch.tensor([row_of[each.prompt] for each in sequences], device=runner.device)
     found.cache.batch_select_indices(rows)
     encoded = encoded_rows(found.encoded, rows)
-    return ReadPrompts(found.cache, found.mask[rows], found.logits[rows], encoded)
+    return Prefilled(found.cache, found.mask[rows], found.logits[rows], encoded)
 
 
 def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutput | None:
@@ -74,7 +74,7 @@ class _DistinctPrompts:
         self._mask = pad_left([[1] * len(each) for each in prompts], 0).to(runner.device)
         self._padding = [self._ids.shape[1] - len(each) for each in prompts]
 
-    def read(self) -> ReadPrompts:
+    def read(self) -> Prefilled:
         """Read with a causal model, in one pass, or in several where prompts are scored."""
         runner, (rows, columns) = self._runner, self._ids.shape
         cache = runner.new_cache()
@@ -93,7 +93,7 @@ class _DistinctPrompts:
             for each in group:
                 if each.decoding.scores_prompt:
                     each.emit_prompt(scores[row])
-        return ReadPrompts(cache, self._mask, logits[:, -1].float())
+        return Prefilled(cache, self._mask, logits[:, -1].float())
 
     def _scores(self, row: int, logits: Tensor, begin: int, end: int) -> list[TokenScores]:
         """Scores of the tokens that follow the columns `begin` to `end`, given their `logits`."""
@@ -105,7 +105,7 @@ class _DistinctPrompts:
         targets = self._ids[row, max(begin, pad) + 1 : end + 1].tolist()
         return token_scores(logits[max(0, pad - begin) :][: len(targets)], targets, most)
 
-    def read_and_encode(self) -> ReadPrompts:
+    def read_and_encode(self) -> Prefilled:
         """Read with an encoder-decoder model: the encoder's pass and the decoder's first token."""
         runner = self._runner
         cache, keeper = runner.new_cache(), keeper_for(self._everyone)
@@ -113,7 +113,7 @@ class _DistinctPrompts:
         start = torch.full_like(self._ids[:, :1], runner.model.config.decoder_start_token_id)
         logits = runner.answer(start, self._mask, encoded, cache, keeper)
         self._report_routing(keeper, 0, self._ids.shape[1])
-        return ReadPrompts(cache, self._mask, logits[:, -1].float(), encoded)
+        return Prefilled(cache, self._mask, logits[:, -1].float(), encoded)
 
     def _report_routing(self, keeper: TraceKeeper | None, begin: int, end: int) -> None:
         """Give each sequence the routing of its prompt's tokens in the columns `begin` to `end`.

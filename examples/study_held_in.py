@@ -35,13 +35,14 @@ def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None
     """Score every task of the suite that an expert was trained on."""
     pool, base, path = Pool.open(pools), load_base("smollm2"), Path(out)
     entries = [entry for entry in open_suite(suite_at).entries if entry.name in pool.names]
-    done = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    finished = {json.loads(line)["task"] for line in done}
+    named = list(filter(None, routers.split(",")))
+    wanted = {"base", "own", *named}
+    finished = {task for task, record in read(path).items() if wanted <= record.keys()}
     for entry in tqdm([entry for entry in entries if entry.name not in finished], unit="task"):
         task = entry.read(Sources(None, None))
         record: dict[str, object] = {"task": task.name}
         rows = {"base": None, "own": Routing(router="single", expert=task.name)}
-        rows |= {name: routing_of(name) for name in filter(None, routers.split(","))}
+        rows |= {name: routing_of(name) for name in named}
         samples = {}
         for label, routing in rows.items():
             model = base.model if routing is None else compose(pool, base, routing=routing)
@@ -54,7 +55,13 @@ def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None
         record["gain"] = gain(samples["own"], samples["base"])
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-    tell([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    tell([record for record in read(path).values() if wanted <= record.keys()])
+
+
+def read(path: Path) -> dict[str, dict[str, list[float]]]:
+    """The last record of each task in the file at `path`."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    return {record["task"]: record for record in map(json.loads, lines)}
 
 
 def routing_of(router: str) -> Routing:
@@ -73,7 +80,8 @@ def gain(own: Sample, base: Sample) -> list[float]:
 
 def tell(records: list[dict[str, list[float]]]) -> None:
     """Print a table of all tasks, means over them in per cent, and their differences in pairs."""
-    labels = [label for label in records[0] if label not in ("task", "metric", "n", "gain")]
+    common = set.intersection(*(set(record) for record in records))
+    labels = [label for label in records[0] if label in common - {"task", "metric", "n", "gain"}]
     print("| task | metric | " + " | ".join(labels) + " | gain |")
     print("|---|---|" + "---|" * (len(labels) + 1))
     for record in records:

@@ -65,7 +65,7 @@ def write_cells(out: Path, *sources: Path) -> None:
 
 
 def read_cells(path: Path) -> Scores:
-    """The cells of the newest code at `path`; single experts go by the start of their hash.
+    """The last cell of each model and dataset at `path`; experts go by the start of their hash.
 
     Pools smaller than the largest are numbered, those of each method and size in their order; of
     the largest the first is the one that is compared, others are those of reference models.
@@ -120,11 +120,13 @@ def write_variants(cells: Path, out: Path, reference: str | Path = REFERENCE) ->
     samples = {model: [row[task].sample for task in tasks] for model, row in scores.items()}
     experts = [samples.pop(model) for model in scores if model.startswith("expert ")]
     samples |= oracles(experts) if experts else {}
+    if reference not in samples and reference != REFERENCE:
+        sys.exit(f"No model is called {reference!r}; there are {'; '.join(samples)}.")
     reference = reference if reference in samples else next(iter(samples))
     replicates = dataset_replicates(samples)
     means = {m: sum(s.score for s in row) / len(row) for m, row in samples.items()}
     lines = [
-        f"| model | mean of {len(tasks)} | difference | {' | '.join(tasks)} |",
+        f"| model | mean of {len(tasks)} | less {reference} | {' | '.join(tasks)} |",
         f"|---|---|---|{'---|' * len(tasks)}",
     ]
     for model in samples:

@@ -14,9 +14,10 @@ from phatgoose.analysis.site_labels import site_label
 from phatgoose.analysis.traces import _in_bytes, trace
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.compose import compose
+from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.recording import record
 from phatgoose.tasks.encoding import Encoder
+from routed_models import with_embeddings
 
 
 def traced(base, pool, prompt="Is a heron é a bird?", answer="a bird", **options):
@@ -100,3 +101,26 @@ def test_characters_of_several_tokens_stay_whole(llama, llama_pool):
     pieces = [token for token, part in zip(stream.tokens, stream.parts, strict=True) if not part]
     assert len(pieces) == len(llama.tokenizer(text)["input_ids"])
     assert "".join(pieces).replace("\ufffd", "") == text
+
+
+@pytest.mark.parametrize("kind", ["llama"], indirect=True)
+def test_what_was_chosen_for_the_whole_text_is_told(base, pool):
+    def whole(router, **options):
+        model, _, found = traced(base, pool, router=router, **options)
+        detach(model)
+        return found.whole
+
+    ((expert, weight),) = whole("discriminant")
+    assert expert in pool.names
+    assert weight == 1
+    shares = [share for _, share in whole("discriminant-phatgoose", input_k=3)]
+    assert len(shares) == 3
+    assert sum(shares) == pytest.approx(1)
+    assert shares == sorted(shares, reverse=True)
+    assert whole("phatgoose") == ()
+
+
+@pytest.mark.usefixtures("toy_embedder")
+@pytest.mark.parametrize("kind", ["llama"], indirect=True)
+def test_scores_of_all_experts_are_no_choice_for_the_whole_text(base, pool):
+    assert traced(base, with_embeddings(pool), router="glider")[2].whole == ()

@@ -241,7 +241,7 @@ def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
         PhatgooseLM(k=2)
     with pytest.raises(PoolError, match="has no expert '7'"):
         PhatgooseLM(pool=folder, keep=7)
-    with pytest.raises(PoolError, match="does not exist"):
+    with pytest.raises(PoolError, match="is neither a pool nor a routed model"):
         PhatgooseLM(pool=str(tmp_path / "nothing"))
     assert ModelArguments.of({"pool": 7}).pool == "7"
 

@@ -162,13 +162,10 @@ def join_streams(parts: Iterable[TraceStream]) -> list[TraceStream]:
     ]
 
 
-def trace(
-    model: PreTrainedModel, encoder: Encoder, pair: TokenPair, router: str | None = None
-) -> Trace:
+def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
     """The trace of a prompt and the answer after it through the routed `model`, in one pass.
 
-    `router` names it in the trace; None means its own name. Raises RoutingError when the model is
-    not routed.
+    Raises RoutingError when the model is not routed.
     """
     parts = composition_of(model)
     keeper = TraceKeeper()
@@ -180,12 +177,13 @@ def trace(
         if name in passed
     )
     whole = _whole(parts)
-    return Trace(parts.experts, router or parts.routing.router, tuple(streams), whole)
+    return Trace(parts.experts, parts.routing.router, tuple(streams), whole)
 
 
 def _whole(parts: Composition) -> tuple[tuple[str, float], ...]:
     """What the model's lookup holds for the one text that was passed."""
-    known = None if parts.lookup is None else parts.lookup.mixtures
+    lookup = parts.lookup
+    known = lookup.mixtures if lookup is not None and lookup.chooses else None
     if known is None:
         return ()
     chosen = zip(known.experts[0].tolist(), known.weights[0].tolist(), strict=True)

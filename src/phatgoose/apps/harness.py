@@ -20,11 +20,9 @@ from transformers import PreTrainedModel
 from ..base.fingerprint import dtype_name
 from ..base.loading import choose_dtype, load_base
 from ..config import Formatting, Routing, from_mapping, settings_of
-from ..errors import ConfigError
-from ..experts.pool import Pool
+from ..errors import ConfigError, PoolError
 from ..routing.composition import Composition, composition_of
-from ..routing.open_model import compose_pool, is_routed
-from ..routing.saved.load import load
+from ..routing.open_model import is_pool, is_routed, open_model
 from ..tasks.collating import pad_left, pad_right
 from ..tasks.cuts import cut_tokens
 from ..tasks.encoding import Encoder, added_tokens
@@ -223,16 +221,17 @@ def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
     device = _present(arguments.device)
     dtype = dtype_name(choose_dtype(arguments.dtype, device))
     base = load_base(arguments.base, dtype=dtype, device=device) if arguments.base else None
-    if is_routed(arguments.pool):
-        model = load(
-            arguments.pool, base, dtype=dtype, retrieval_embedder=arguments.retrieval_embedder
-        )
-    else:
-        pool = Pool.open(arguments.pool)
-        pool = pool.select(_names(arguments.keep), _names(arguments.leave_out))
-        model = compose_pool(
-            pool, base, dtype=dtype, routing=arguments.routing, scores=arguments.scores
-        )
+    if not (is_routed(arguments.pool) or is_pool(arguments.pool)):
+        raise PoolError(f"{WHERE}: {arguments.pool} is neither a pool nor a routed model.")
+    model = open_model(
+        arguments.pool,
+        base,
+        dtype=dtype,
+        routing=arguments.routing,
+        keep=_names(arguments.keep),
+        leave_out=_names(arguments.leave_out),
+        scores=arguments.scores,
+    ).model
     return model.to(device) if device else model
 
 

@@ -63,7 +63,7 @@ def moments_of(
 
     `mean` is [blocks, d]. The covariance, whose denominator is the number of prompts, is `factor`
     [blocks, rank, d], its `rank` strongest directions times the root of their strength, and `rest`
-    [blocks, d], what these leave of its diagonal. Computed in `dtype`: some activations are a
+    [blocks, d], what these leave of its diagonal. Products are in `dtype`: some activations are a
     thousand times the others; embeddings do with float32, which takes a third of the time.
     """
     mean = values.mean(dim=0)

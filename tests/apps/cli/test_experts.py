@@ -284,6 +284,15 @@ def test_train_with_resume_keeps_what_is_finished(here, phat):
     assert snapshot(here / "experts") == before
 
 
+def test_train_with_resume_keeps_an_expert_that_it_has_not_trained(here, phat):
+    make_adapter(load_base("tiny-base", dtype="float32"), here / "adapter")
+    gate = ["gate", "adapter", "--task", "reviews.jsonl", "--out", "new/reviews"]
+    assert phat(*gate, *BASE, *GATE_FLAGS).code == 0
+    outcome = phat("train", "reviews.jsonl", *TRAIN, "--resume")
+    assert outcome.code == 0, outcome.err
+    assert "reviews: there already, and not trained here" in outcome.out
+
+
 def test_a_run_that_was_refused_can_be_repeated_with_better_settings(here, phat):
     refused = phat("train", "reviews.jsonl", *TRAIN, "--sites", "nothing")
     assert refused.code == 2

@@ -49,6 +49,22 @@ def test_a_k_above_the_pool_is_lowered_with_a_warning_of_one_line(here, phat):
     assert phat("generate", "routed", "Film", "--max-new-tokens", 2, *BASE).code == 0
 
 
+def test_a_router_is_chosen_for_pools_alone(here, phat):
+    assert phat("compose", "experts", "--out", "routed", *BASE).code == 0
+    for place in ("routed", "tiny-base"):
+        for command in (
+            ["generate", place, "Film"],
+            ["evaluate", place, "--task", "reviews.jsonl"],
+            ["explain", place, "Film"],
+            ["analyse", place, "--task", "reviews.jsonl"],
+            ["export", place, "--out", "x"],
+        ):
+            outcome = phat(*command, "--router", "arrow", *BASE)
+            assert outcome.code == 2
+            assert "not" in outcome.err
+            assert f"{place} is" in outcome.err
+
+
 def test_templates_serve_rows_of_any_fields(here, phat):
     write_rows(here / "raw.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(6)])
     outcome = phat(

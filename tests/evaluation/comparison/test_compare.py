@@ -440,6 +440,22 @@ def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, m
     )
 
 
+def test_a_method_that_cannot_have_the_settings_is_left_out_of_all_and_refused_by_name(
+    setting, tmp_path
+):
+    options = {"suites": setting.suites[1], "limit": 1, "routing": Routing(affinity="raw")}
+    with pytest.warns(UserWarning, match="was left out: affinity is 'raw'"):
+        comparison = setting.run(tmp_path, **options)
+    left_out = METHODS.keys() - comparison.results.keys()
+    assert left_out == {"uniform-top-k", "glider"}
+    assert len(comparison.notes) == 2
+
+    def run(out):
+        setting.run(out, ["base", "glider"], **options)
+
+    refused(ConfigError, "router glider can only be standardised", run, tmp_path)
+
+
 def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_path):
     entry = Entry("pick", lambda sources: tasks["pick"])
     for suite in (Suite("own", (entry,)), [Suite("own", (entry,))]):

@@ -50,6 +50,7 @@ def analyse(
     source: SourceOptions,
     routing: Routing,
     formatting: Formatting,
+    given: frozenset[str],
 ) -> None:
     """See where the tokens of tasks go: one page, numbers, figures."""
     from ...analysis.analyse import analyse as run
@@ -63,7 +64,7 @@ def analyse(
     if not tasks:
         raise TaskError("Name what to read with --task or --suite.")
     curves = pool_size_curves(results) if results else []
-    subject, base = _subject(model, opening, routing)
+    subject, base = _subject(model, opening, routing, given)
     analysis = run(
         subject,
         tasks,
@@ -86,14 +87,14 @@ def analyse(
 
 
 def _subject(
-    model: str, opening: ModelOptions, routing: Routing
+    model: str, opening: ModelOptions, routing: Routing, given: frozenset[str]
 ) -> tuple[PreTrainedModel | Pool, Base | None]:
     """What is analysed: a routed model, or a pool and the base of its experts."""
     from ...experts.pool import Pool
     from ...routing.open_model import is_pool, is_routed
 
     if is_routed(model):
-        return opening.open(model, routing).model, None
+        return opening.open(model, routing, given).model, None
     if is_pool(model):
         pool = Pool.open(model).select(opening.keep, opening.leave_out)
         return pool, opening.load_for(pool)
@@ -115,6 +116,7 @@ def explain(
     max_new_tokens: Annotated[int, "Tokens of the model's own answer at most.", {"min": 1}] = 16,
     routing: Routing,
     formatting: Formatting,
+    given: frozenset[str],
 ) -> None:
     """Show which experts serve each token of a prompt.
 
@@ -124,7 +126,7 @@ def explain(
     from ...files.atomic import write_text
     from .explanation import explain as run
 
-    opened = opening.open(model, routing)
+    opened = opening.open(model, routing, given)
     explanation = run(
         opened.model,
         opened.tokenizer,

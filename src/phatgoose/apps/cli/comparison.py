@@ -92,5 +92,7 @@ def _references(values: list[str]) -> dict[str, str]:
         label, sign, place = value.partition("=")
         if not (label and sign and place):
             raise ConfigError(f"--reference is {value!r}, but must have the form LABEL=MODEL.")
+        if label in references:
+            raise ConfigError(f"Two references are called {label!r}; rename one.")
         references[label] = place
     return references

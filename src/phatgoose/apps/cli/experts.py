@@ -137,13 +137,14 @@ def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resu
 def _summary(expert: TrainedExpert) -> str:
     """The result of a training, on one line."""
     metrics = expert.metrics
-    speed = metrics.get("gate_tokens_per_second")
+    loss, speed = metrics.get("expert_validation_loss"), metrics.get("gate_tokens_per_second")
+    if loss is None:  # an expert of `gate` or `import` is there already
+        return f"{expert.name}: there already, and not trained here"
     gates = "trained jointly" if speed is None else f"{speed:.0f} tokens/s"
     cut = f"; inputs cut: {recorded_share(metrics)}" if metrics.get("inputs_cut") else ""
     return (
-        f"{expert.name}: validation loss {metrics['expert_validation_loss']:.4f} at step "
-        f"{metrics['expert_best_step']}, {metrics['expert_tokens_per_second']:.0f} tokens/s; "
-        f"gates: {gates}{cut}"
+        f"{expert.name}: validation loss {loss:.4f} at step {metrics['expert_best_step']}, "
+        f"{metrics['expert_tokens_per_second']:.0f} tokens/s; gates: {gates}{cut}"
     )
 
 

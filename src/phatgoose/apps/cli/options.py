@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ...config import Routing, settings_of
 from ...errors import ConfigError
 from .flags import flag_of
 
 if TYPE_CHECKING:
     from ...base.fingerprint import BaseReference
     from ...base.loading import Base
-    from ...config import Routing
     from ...experts.pool import Pool
     from ...jobs import Engine
     from ...routing.open_model import OpenedModel
@@ -43,6 +43,7 @@ __all__ = [
     "StoredOption",
     "TaskOption",
     "TemplateOptions",
+    "check_choice",
     "open_pool",
     "split",
 ]
@@ -103,6 +104,14 @@ class BaseOptions:
         return loaded_base(pool, self.base, self.dtype)
 
 
+def check_choice(model: str, given: frozenset[str]) -> None:
+    """Raise ConfigError when `given` settings choose a routing for what is not a pool."""
+    from ...routing.open_model import require_pool
+
+    if given & {setting.name for setting in settings_of(Routing)} - {"retrieval_embedder"}:
+        require_pool(model)
+
+
 @dataclass(frozen=True)
 class ModelOptions(BaseOptions):
     """How a model is opened: its base, and which experts of a pool take part."""
@@ -113,10 +122,15 @@ class ModelOptions(BaseOptions):
         Path | None, "comparison.json of a compare: for oracle and best-individual."
     ] = None
 
-    def open(self, model: str, routing: Routing) -> OpenedModel:
-        """The routed model, the pool routed by `routing`, or the base at `model`."""
+    def open(self, model: str, routing: Routing, given: frozenset[str]) -> OpenedModel:
+        """The routed model, the pool routed by `routing`, or the base at `model`.
+
+        Raises ConfigError when `given`, the names of the settings that the user gave, has some of
+        a routing and `model` is not a pool.
+        """
         from ...routing.open_model import open_model
 
+        check_choice(model, given)
         return open_model(model, routing=routing, **vars(self))
 
 

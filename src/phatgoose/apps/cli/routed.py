@@ -132,12 +132,13 @@ def generate(
     show_experts: Annotated[bool, "Colour each token by its top expert."] = False,
     routing: Routing,
     formatting: Formatting,
+    given: frozenset[str],
 ) -> None:
     """Generate text with a routed model."""
     from ..generation import Sampling, recorded_tokens
     from ..generation import generate as run
 
-    opened = opening.open(model, routing)
+    opened = opening.open(model, routing, given)
     sampling = Sampling(max_new_tokens, temperature if sample else None, seed)
     result = run(opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts)
     if result.recording is None:
@@ -156,13 +157,14 @@ def evaluate(
     json: Annotated[Path | None, "Write scores and predictions here."] = None,
     routing: Routing,
     formatting: Formatting,
+    given: frozenset[str],
 ) -> None:
     """Score a model zero-shot on tasks."""
     from ...evaluation.evaluate import evaluate as run
     from ..console.tables import scores_table
 
     tasks = [template.load(source) for source in task]
-    opened = opening.open(model, routing)
+    opened = opening.open(model, routing, given)
     result = run(
         opened.model, tasks, tokenizer=opened.tokenizer, formatting=formatting, **vars(scoring)
     )

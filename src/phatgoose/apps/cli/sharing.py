@@ -17,6 +17,7 @@ from .options import (
     ModelArgument,
     ModelOptions,
     TemplateOptions,
+    check_choice,
 )
 
 if TYPE_CHECKING:
@@ -124,6 +125,7 @@ def export(
     opening: ModelOptions,
     routing: Routing,
     formatting: Formatting,
+    given: frozenset[str],
 ) -> None:
     """Write a model of constant routing as a PEFT adapter, or as a plain model.
 
@@ -140,6 +142,7 @@ def export(
     from ...routing.exporting.export import export as run
     from ...routing.exporting.opening import open_routed
 
+    check_choice(model, given)
     opened = open_routed(model, routing=routing, **vars(opening))
     result = run(opened, out, texts=texts, merged=merged, rank=rank)
     for line in _told(result):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from ...config import Routing
@@ -12,6 +12,7 @@ from ...errors import ConfigError, PoolError
 from ...experts.expert import Expert
 from ...experts.pool import REMEDIES, Pool
 from ...routing.routers.registry import ROUTERS
+from ...routing.routers.router import router_of
 
 __all__ = [
     "BASE",
@@ -59,7 +60,8 @@ def runnable_methods(
 ) -> tuple[list[str], list[str]]:
     """(names of the methods to run, notes on those of "all" that were left out).
 
-    Raises ConfigError for an unknown name, PoolError for a named one that can't be run.
+    Raises ConfigError for an unknown name; for a named one that can't be run PoolError, or
+    ConfigError where it can't have the settings in `routing`.
     """
     wanted = [methods] if isinstance(methods, str) else list(methods)
     for name in wanted:
@@ -69,15 +71,30 @@ def runnable_methods(
             )
     lacks_of = lacking(pool, stand_in=routing.stand_in)
     without = {name: lacks for name, lacks in lacks_of.items() if lacks}
-    if EVERY in wanted:
-        notes = [_note(name, lacks) for name, lacks in without.items()]
-        for note in notes:
-            warnings.warn(note, stacklevel=3)
-        return [name for name in METHODS if name not in without], notes
-    for name in wanted:
-        if name in without:
-            raise PoolError(_refusal(name, without[name]))
-    return wanted, []
+    if EVERY not in wanted:
+        for name in wanted:
+            if name in without:
+                raise PoolError(_refusal(name, without[name]))
+            _check(name, pool, routing)
+        return wanted, []
+    left_out = {name: _note(name, lacks) for name, lacks in without.items()}
+    for name in METHODS.keys() - left_out.keys():
+        try:
+            _check(name, pool, routing)
+        except (ConfigError, PoolError) as error:
+            left_out[name] = f"{METHODS[name]} was left out: {error}"
+    notes = [left_out[name] for name in METHODS if name in left_out]
+    for note in notes:
+        warnings.warn(note, stacklevel=3)
+    return [name for name in METHODS if name not in left_out], notes
+
+
+def _check(name: str, pool: Pool, routing: Routing) -> None:
+    """Raise what composing `pool` by router `name` would for its settings and experts."""
+    if name not in (BASE, *DERIVED):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # composing warns
+            router_of(replace(routing, router=name, expert=None)).check(pool)
 
 
 Lacks = dict[str, tuple[str, ...]]  # by the name of an expert, what it has not

@@ -46,7 +46,7 @@ from .peft_skeleton import Target, resolve
 from .refusals import CONVERTIBLE, tensor_refusal
 from .to_lora import convert
 
-__all__ = ["base_named_in", "import_adapter", "resolved_modules"]
+__all__ = ["import_adapter", "require_named_base", "resolved_modules"]
 
 WANTED = dict(  # for messages, by the end of a tensor's name
     zip(
@@ -89,7 +89,7 @@ def import_adapter(
     if not lossy:
         named_base(folder)  # what can't be routed on any base is refused first
     revision = None if base else _revision_of(config)
-    base = base or base_named_in(config, from_hub=reference is not None)
+    base = base or require_named_base(config, from_hub=reference is not None)
     place = str(reference or folder.resolve().name)  # an expert may be published
     record: dict[str, Any] = {"imported_from": place}
     with tempfile.TemporaryDirectory() as work:
@@ -198,7 +198,7 @@ def _has_pickle(reference: HubReference) -> bool:
         return False
 
 
-def base_named_in(config: Mapping[str, Any], *, from_hub: bool) -> str:
+def require_named_base(config: Mapping[str, Any], *, from_hub: bool) -> str:
     """The base that the adapter names. Raises ExpertError when it names none, or a private path."""
     named = config.get("base_model_name_or_path")
     if not isinstance(named, str) or not named:

@@ -31,7 +31,7 @@ from ..expert_info import check_name, read_info
 from ..hub import PREFIX, HubReference, pull
 from ..kinds.bottleneck import BOTTLENECK_CONFIG
 from ..kinds.peft_files import ADAPTER_CONFIG, PICKLED_WEIGHTS
-from .adapter import base_named_in, import_adapter
+from .adapter import import_adapter, require_named_base
 
 __all__ = ["MOST_BYTES", "MOST_REPOSITORIES", "Found", "Listing", "import_listed", "is_owner"]
 __all__ += ["list_owner"]
@@ -242,7 +242,7 @@ def _described(found: Found, descriptions: list[str]) -> Found:
         if found.is_expert:
             return replace(found, base=read_info(folder / LAYOUT.info).base.id)
         named = {"base_model_name_or_path": config.get(files.base_key)}
-        return replace(found, base=base_named_in(named, from_hub=True))
+        return replace(found, base=require_named_base(named, from_hub=True))
     except PhatgooseError as error:
         text = str(error).replace(f"{folder}/", "").replace(str(folder), "it")
         return replace(found, refusal=one_line(text))

@@ -33,11 +33,11 @@ from ...files.quoting import one_line, shortened
 from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
 from ..kinds.ia3 import IA3_ENDING
 from ..kinds.lora import LORA_ENDINGS
+from ..kinds.peft_files import ADAPTER
 from .refusals import CONFIGS
 
 __all__ = ["Skeleton", "Target", "peft_errors", "resolve", "spelled_out"]
 
-ADAPTER = "default"
 ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
 # What PEFT raises for odd values in a config.
 PEFT_ERRORS = (

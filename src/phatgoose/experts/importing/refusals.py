@@ -57,7 +57,7 @@ CONVERTIBLE = (
 
 PROMPTS = "it adds learned tokens or keys to the input; nothing of it acts at a linear layer"
 ROTATIONS = "it multiplies the base weight, which a routed sum of updates can't express"
-KINDS: dict[str, str] = {
+REASONS_BY_TYPE: dict[str, str] = {
     "PROMPT_TUNING": PROMPTS,
     "MULTITASK_PROMPT_TUNING": PROMPTS,
     "P_TUNING": PROMPTS,
@@ -106,7 +106,7 @@ def refuse_kind(config: Mapping[str, Any], directory: Path) -> None:
             f"approximate it by a LoRA: 'phatgoose import --allow-loss' with the share that may be "
             f"lost."
         )
-    reason = KINDS.get(kind, "its updates can't be routed") if kind else None
+    reason = REASONS_BY_TYPE.get(kind, "its updates can't be routed") if kind else None
     raise ExpertError(
         f"{directory} holds a PEFT adapter of type {kind}; wanted {WANTED}"
         + (f" ({reason})." if reason else ".")

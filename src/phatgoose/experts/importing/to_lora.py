@@ -24,12 +24,11 @@ from ...errors import ConfigError, ExpertError
 from ...files.quoting import shortened
 from ...files.regex_guard import BY_PATTERN, check_config
 from ..kinds.lora import LoraFactors
-from ..kinds.peft_files import ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
+from ..kinds.peft_files import ADAPTER, ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
 from .peft_skeleton import peft_errors, spelled_out
 
 __all__ = ["Conversion", "convert"]
 
-ADAPTER = "default"
 SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors that PEFT makes
 
 

@@ -19,6 +19,7 @@ from ..importing.refusals import refuse_kind, refuse_options, tensor_refusal
 from .kind import AdapterFiles, read_tensors
 
 __all__ = [
+    "ADAPTER",
     "ADAPTER_CONFIG",
     "ADAPTER_WEIGHTS",
     "PEFT_FILES",
@@ -35,6 +36,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PICKLED_WEIGHTS = "adapter_model.bin"
 PEFT_PREFIX = "base_model.model."
+ADAPTER = "default"  # PEFT's name for the one adapter of a model
 
 PATTERNS = ("rank_pattern", "alpha_pattern")
 LARGEST_ALPHA = 1e9

@@ -33,7 +33,16 @@ def open_routed(
     back exactly. Raises RoutingError for a base model alone, and what `open_model` does.
     """
     if is_routed(place):
-        return open_model(place, base, dtype=dtype, routing=routing).model
+        opened = open_model(
+            place,
+            base,
+            dtype=dtype,
+            routing=routing,
+            keep=keep,
+            leave_out=leave_out,
+            scores=scores,
+        )
+        return opened.model
     if not is_pool(place):
         raise RoutingError(f"{place} is neither a routed model nor a pool; there is no routing.")
     pool = Pool.open(place).select(keep, leave_out)

@@ -15,6 +15,7 @@ from ..composition import Composition, composition_of
 from ..layers import FoldedLinear, RoutedLayer
 from ..recording import watch
 from ..routers.fixed.merged import UniformRouter
+from ..routers.per_input.looked_up import LookedUpRouter
 from ..watching import SitePass
 from .texts import Inputs, Texts, passing, read_texts
 
@@ -54,7 +55,9 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
     if constant is not None:
         return constant
     if texts is None:
-        turn = "token" if parts.lookup is None else "input"
+        routers = [getattr(layer, "router", None) for layer in parts.layers.values()]
+        whole = any(isinstance(router, LookedUpRouter) for router in routers)
+        turn = "input" if whole else "token"
         raise RoutingError(
             f"Router {parts.routing.router} chooses anew for every {turn}, which no adapter can "
             f"hold: fix its mixture with --prompt or --task, or route by merged or single."

@@ -15,8 +15,7 @@ class RoutingDecision:
     """The experts chosen for each of T tokens, best first where there is a best.
 
     `experts` [T, k] are rows of the site's stack, `weights` [T, k] float32. They sum to 1, or to
-    less for looked-up and merged experts of which some do not act at the site. (`RoutedLinear`
-    sets those of padding to 0.)
+    less for looked-up and merged experts of which some do not act at the site.
     """
 
     experts: Tensor

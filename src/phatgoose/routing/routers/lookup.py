@@ -40,6 +40,7 @@ class Lookup:
     """
 
     unknown = "Nothing has told the router yet what its inputs are."
+    chooses = True  # False where its mixtures are scores of all experts, not a choice among them
 
     def __init__(self) -> None:
         self._turn = _Turn()

@@ -14,7 +14,7 @@ from ...experts.expert_info import check_name
 from ...files.quoting import one_line, shortened
 from ...files.strict_json import read_json_object
 
-__all__ = ["HASHES", "ROUTED_INFO", "ROUTED_WEIGHTS", "base_in", "read_info", "routing_in"]
+__all__ = ["HASHES", "ROUTED_INFO", "ROUTED_WEIGHTS", "base_in", "read_description", "routing_in"]
 __all__ += ["routing_record"]
 
 ROUTED_INFO = "routed.json"
@@ -24,7 +24,7 @@ NAMED_ANEW = "retrieval_embedder"  # by the user who loads the model: a file can
 HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
 
 
-def read_info(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> dict[str, Any]:
     """The description in the file `path`, of which every value is what docs/format.md says.
 
     What it says of files is left to who reads them. Raises RoutingError when it is missing or

@@ -18,7 +18,7 @@ from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer
 from ..routers.lookup import SavedLookup
 from ..stacks.site_stack import TENSORS, SiteStack
-from .description import ROUTED_INFO, base_in, read_info
+from .description import ROUTED_INFO, base_in, read_description
 from .tensors import SavedModel, read_saved
 
 __all__ = ["base_of", "load"]
@@ -69,7 +69,7 @@ def base_of(directory: str | Path) -> BaseReference:
 
     Raises RoutingError when the folder is missing or damaged.
     """
-    return base_in(read_info(Path(directory) / ROUTED_INFO))
+    return base_in(read_description(Path(directory) / ROUTED_INFO))
 
 
 def _layer(

@@ -32,7 +32,7 @@ from ..routers.router import router_of
 from ..soundness import LARGEST, OWNERS, SCALES, SITE_TENSORS, check_lookup, check_tensors
 from ..stacks.rows import joined, take_rows
 from ..stacks.site_stack import TENSORS, SiteStack, joined_stacks, kept_stack
-from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_info, routing_in
+from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_description, routing_in
 
 __all__ = ["FACTORS", "SEGMENT_FILE", "SavedModel", "SavedTensors", "Segment", "quantised"]
 __all__ += ["read_saved"]
@@ -187,7 +187,7 @@ def read_saved(directory: Path) -> SavedModel:
     isn't known.
     """
     path = directory / ROUTED_INFO
-    info = read_info(path)
+    info = read_description(path)
     forms = _forms(routing_in(info))
     count = len(info["experts"])
     try:

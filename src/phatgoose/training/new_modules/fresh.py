@@ -22,10 +22,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...base.loading import Base
 from ...base.sites import Site
+from ...experts.kinds.peft_files import ADAPTER
 
-__all__ = ["ADAPTER", "FreshExpert", "NewModules", "peft_options", "save_peft", "under_peft"]
-
-ADAPTER = "default"  # PEFT's name for the one adapter of a model
+__all__ = ["FreshExpert", "NewModules", "peft_options", "save_peft", "under_peft"]
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ from ...base.sites import Site
 from ...config import IA3
 from ...errors import ConfigError
 from ...experts.kinds.ia3 import ScalingVector
+from ...experts.kinds.peft_files import ADAPTER
 from ..gates import openness
 from ..joint_gates import new_gate
-from .fresh import ADAPTER, FreshExpert, peft_options, save_peft, under_peft
+from .fresh import FreshExpert, peft_options, save_peft, under_peft
 
 __all__ = ["count_ia3", "ia3_sites", "new_ia3", "scales_input"]
 

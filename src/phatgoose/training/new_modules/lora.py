@@ -21,9 +21,10 @@ from ...base.loading import Base
 from ...base.sites import Site
 from ...config import Lora
 from ...experts.kinds.lora import plus_product
+from ...experts.kinds.peft_files import ADAPTER
 from ..gates import openness
 from ..joint_gates import new_gate
-from .fresh import ADAPTER, FreshExpert, peft_options, save_peft, under_peft
+from .fresh import FreshExpert, peft_options, save_peft, under_peft
 
 __all__ = ["count_lora", "new_lora"]
 

@@ -86,7 +86,7 @@ def measure_speed(
         raise TaskError("No task has its data on this machine, so no speed can be measured here.")
     task = here[0].load().with_validation(training.seed)
     batch = min(training.batch_size, MICRO_BATCHES * training.micro_batch_size)
-    task = replace(task, validation=task.validation[:VALIDATED])
+    task = replace(task, validation=task.validation[: min(VALIDATED, training.eval_examples)])
     begun = time.perf_counter()
     loaded = load_base(base, dtype=dtype)
     start = time.perf_counter() - begun

@@ -8,11 +8,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from phatgoose.config.routing import AFFINITIES
+from phatgoose.errors import PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.mixtures import Mixtures
 from phatgoose.routing.routers.per_token.vector_router import standardise
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 from tiny import assert_same_logits, logits_of, make_ids, random
 
 NAME = "discriminant-phatgoose"
@@ -102,3 +106,20 @@ def test_the_distribution_is_the_whole_shortlists(llama, llama_pool):
     torch.testing.assert_close(shares.sum(dim=-1), torch.ones(5))
     assert not shares[:, [0, 2]].any()
     assert (shares[:, [1, 3]] > 0).all()
+
+
+@pytest.mark.parametrize("affinity", AFFINITIES)
+@pytest.mark.parametrize("name", [NAME, "phatgoose-evidence"])
+def test_it_is_saved_with_what_its_affinity_needs(llama, llama_pool, tmp_path, name, affinity):
+    model, ids = compose(llama_pool, llama, router=name, affinity=affinity), make_ids(rows=2)
+    wanted = logits_of(model, ids)
+    save(model, tmp_path / "routed")
+    detach(model)
+    assert_same_logits(logits_of(load(tmp_path / "routed", llama), ids), wanted)
+
+
+@pytest.mark.parametrize(("name", "part"), [(NAME, "readings"), ("phatgoose-evidence", "gates")])
+def test_stand_ins_are_no_setting_of_it(llama, llama_pool, name, part):
+    bare = Pool((replace(llama_pool.experts[0], **{part: {}}), *llama_pool.experts[1:]))
+    with pytest.raises(PoolError, match=f"'e0' has no {part}"):
+        compose(bare, llama, router=name, stand_in=True)

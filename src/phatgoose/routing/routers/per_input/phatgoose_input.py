@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ....base.sites import Site
 from ....errors import RoutingError
 from ....experts.pool import Pool
-from ....tasks.prompt_passes import PromptReading
+from ....tasks.prompt_passes import PromptReading, mean_token
 from ..lookup import Lookup, SavedLookup
 from ..per_token.affinities import CentredRouter, affinity_vectors
 from ..scores import Scores
@@ -120,7 +120,7 @@ class _Poll(PromptReading):
 
     def begin(self, mask: Tensor) -> None:
         """A batch comes whose tokens are where `mask` [texts, columns] is 1."""
-        self._shares = (mask / mask.sum(dim=1, keepdim=True)).float()
+        self._mask = mask
         self._sums = torch.zeros(len(mask), self._pool_size)
         self._sites = torch.zeros(self._pool_size)
 
@@ -128,8 +128,8 @@ class _Poll(PromptReading):
         """The affinities of the activations u [texts, columns, n] at a site."""
         experts = self._votes[site.name][1].cpu()
         tokens = self._routers[site.name].to(u.device).affinities(u.reshape(-1, u.shape[-1]))
-        rows = tokens.view(*self._shares.shape, -1)
-        self._sums[:, experts] += torch.einsum("tc,tce->te", self._shares, rows).cpu()
+        rows = tokens.view(*self._mask.shape, -1)
+        self._sums[:, experts] += mean_token(rows, self._mask).cpu()
         self._sites[experts] += 1
 
     def found(self) -> Tensor:

@@ -68,6 +68,7 @@ class PromptReader(Lookup):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._model = None
 
     @_uncompiled
     def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

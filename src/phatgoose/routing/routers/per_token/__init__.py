@@ -1,7 +1,7 @@
 """Routers that choose experts for every token, at every site.
 
 vector_router.py       the frame: one vector per expert, the top k of an affinity
-affinities.py          four ways to score activations against gates or means
+affinities.py          five ways to score activations against gates or means
 phatgoose.py           gates: the paper's method
 shortlisted.py         gates, among the experts that fit the prompt
 stand_in.py            stand-ins for missing gates

@@ -103,8 +103,8 @@ class CalibratedRouter(ScoredRouter):
 def affinity_vectors(pool: Pool, site: str, kind: str, affinity: str) -> Tensor:
     """What the router of `affinity` scores with at `site`: [E, n], for centred [E, n + 1].
 
-    `kind` is "gates" or "means". Raises PoolError when an expert lacks them or its means where
-    these are needed.
+    `kind` is "gates" or "means", which all experts of `pool` have, as they have means where the
+    affinity needs these (`AffinityRouting.check`).
     """
     vectors = pool.vectors(kind, site).float()
     if affinity == "raw":

@@ -41,6 +41,7 @@ class GliderReader(CentroidReader):
     """The cosines of an input to all centroids, in the place of weights."""
 
     name = "glider"
+    chooses = False
 
     def nearest_to(self, queries: Tensor) -> Mixtures:
         """All experts for each of `queries` [texts, dims], with their cosines."""

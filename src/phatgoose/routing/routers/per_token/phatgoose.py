@@ -27,7 +27,7 @@ class Phatgoose(AffinityRouting):
 
     def check(self, pool: Pool) -> None:
         """Raise as every router does; warn of experts whose gates are stand-ins."""
-        if not self.routing.stand_in:
+        if not self.stands_in:
             super().check(pool)
             return
         self.refuse_other_affinities("stand-ins for gates")
@@ -42,14 +42,19 @@ class Phatgoose(AffinityRouting):
             )
 
     @property
+    def stands_in(self) -> bool:
+        """True where missing gates are replaced: a setting that routers made of this one lack."""
+        return self.routing.stand_in and "stand_in" in self.spec.settings
+
+    @property
     def grows(self) -> str | None:
         """Stand-ins depend on the gates of the whole pool."""
-        if self.routing.stand_in:
+        if self.stands_in:
             return "Stand-ins for gates depend on the gates of the whole pool; compose it anew."
         return super().grows
 
     def vectors_at(self, pool: Pool, site: str) -> Tensor:
         """Gates, standardised or as the affinity has them, or their stand-ins."""
-        if self.routing.stand_in:
+        if self.stands_in:
             return gates_or_stand_ins(pool, site)
         return super().vectors_at(pool, site)

@@ -65,6 +65,10 @@ class ShortlistedRouter(SiteRouter):
         """The gates [E, n], as they are scored with."""
         return self.gates.vectors
 
+    def state(self) -> dict[str, Tensor]:
+        """What the gates keep."""
+        return self.gates.state()
+
     def forward(self, u: Tensor) -> RoutingDecision:
         """The decision for u [T, n]: the k best of the shortlist, fewer where it has fewer.
 

@@ -28,6 +28,7 @@ from ..files.regular_file import regular_file
 from .expert import EXPERT_FILES, LAYOUT, Expert
 
 __all__ = ["HubReference", "fetch", "local_folder", "pull", "push", "reference_of"]
+__all__ += ["without_progress_bars"]
 
 PREFIX = "hub:"
 REFERENCE = re.compile(
@@ -185,14 +186,22 @@ def _reported(what: str) -> Iterator[None]:
     Its errors derive from OSError, ValueError and RuntimeError, and those of its HTTP client from
     Exception alone.
     """
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
     try:
-        yield
+        with without_progress_bars():
+            yield
     except Exception as error:
         chain = [error] if error.__cause__ is None else [error, error.__cause__]
         text = " ".join(" ".join(str(each) or type(each).__name__ for each in chain).split())
         raise ExpertError(f"{what}: {text[:MOST_OF_A_REASON]}") from error
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """huggingface_hub shows no bar, of which it has one for every small file."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
     finally:
         if shown:
             enable_progress_bars()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.loading import quiet_loading
+from ..config import GateTraining
 from ..errors import ConfigError
 from ..files.quoting import first_line, shortened
 from .cuts import cut_tokens
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_EMBEDDER", "can_embed", "embed_examples", "embed_texts", "embedding_library"]
 __all__ += ["load_embedder", "retrieval_text", "usable_embedder", "without_downloads"]
 
-DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+DEFAULT_EMBEDDER = GateTraining.embedder
 OLDEST = 6  # version of sentence-transformers; older ones run code that a model's files name
 SHOWN_FROM = 500  # texts; a progress bar is shown from here on
 _offline: ContextVar[bool] = ContextVar("offline", default=False)

@@ -9,18 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.utils.tqdm import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 
 from ...errors import PhatgooseError, PoolError
 from ...files.quoting import one_line, shortened
@@ -28,7 +22,7 @@ from ...files.strict_json import MOST_JSON_BYTES
 from ..adapter import ADAPTER_FILES, KINDS, adapter_files
 from ..expert import EXPERT_FILES, LAYOUT
 from ..expert_info import check_name, read_info
-from ..hub import PREFIX, HubReference, pull
+from ..hub import PREFIX, HubReference, pull, without_progress_bars
 from ..kinds.bottleneck import BOTTLENECK_CONFIG
 from ..kinds.peft_files import ADAPTER_CONFIG, PICKLED_WEIGHTS
 from .adapter import import_adapter, require_named_base
@@ -102,7 +96,7 @@ def list_owner(pattern: str, base: str | None = None) -> Listing:
     asked = OWNER.fullmatch(pattern)
     if asked is None:
         raise PoolError(f"{shortened(pattern)} names no owner's repositories; wanted hub:OWNER/*.")
-    with _quiet():
+    with without_progress_bars():
         try:
             api = HfApi()
             listed = api.list_models(author=asked["owner"], full=True, limit=MOST_REPOSITORIES + 1)
@@ -259,15 +253,3 @@ def _on_base(found: Found, base: str | None) -> Found:
     if found.refusal is not None or found.base == base:
         return found
     return replace(found, refusal=f"its base is {shortened(found.base)}")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without a progress bar for every small file."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()

@@ -1,8 +1,11 @@
-"""What docs/study holds of the study's comparisons: cells without answers, tables, figures.
+"""What docs holds of the study's comparisons: cells without answers, tables, figures.
 
     python examples/study_report.py cells OUT RESULTS…        cells of compare, without any answer
     python examples/study_report.py variants CELLS OUT.md     every model against plain PHATGOOSE,
                                                               or another, whose label may follow
+    python examples/study_report.py balanced CELLS OUT.md LIMIT SUITE…
+                                                              the same with each answer's place in
+                                                              the choices counted alike
     python examples/study_report.py above-chance CELLS TASKS  datasets where something is above it
     python examples/study_report.py figure CELLS OUT.png      every dataset, every model, as dots
     python examples/study_report.py sizes CELLS OUT.png       scores against the size of the pool
@@ -18,11 +21,14 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from phatgoose.analysis.pool_sizes import pool_size_curves
 from phatgoose.apps.report.figures import pool_size_figure, write_png
@@ -30,6 +36,9 @@ from phatgoose.evaluation.comparison.methods import DERIVED, METHODS, label_with
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.comparison.tables import Summary
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
+from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.suites.registry import open_suite
+from phatgoose.tasks.task import Example
 
 Model = str
 Pool = tuple[str, ...]
@@ -115,10 +124,51 @@ def write_variants(cells: Path, out: Path, reference: str | Path = REFERENCE) ->
     Where there is no `reference`, the first model stands in its place. Only datasets that all
     models were scored on count. Of single experts there are the two rows of `oracles`.
     """
-    scores, reference = read_cells(cells), str(reference)
+    scores = read_cells(cells)
     tasks = _common(scores)
     samples = {model: [row[task].sample for task in tasks] for model, row in scores.items()}
-    experts = [samples.pop(model) for model in scores if model.startswith("expert ")]
+    _write_table(samples, tasks, str(reference), out)
+
+
+def write_balanced(cells: Path, out: Path, limit: Path, *suites: Path) -> None:
+    """As `write_variants`, over what is ranked: accuracies in which every place counts alike.
+
+    An example counts by the share of its dataset's examples whose right answer has its place among
+    the choices, so that always giving one answer is worth chance, whatever the right ones are.
+    `suites` and `limit` are those of the comparison.
+    """
+    scores = read_cells(cells)
+    weights = {
+        task.name: _weights(task.evaluation_examples(int(str(limit)), 0))
+        for suite in suites
+        for task in open_suite(suite).load(Sources(None, None))
+    }
+    tasks = [task for task in _common(scores) if weights[task] is not None]
+    samples = {
+        model: [_weighted(row[task].sample, weights[task]) for task in tasks]
+        for model, row in scores.items()
+    }
+    _write_table(samples, tasks, REFERENCE, out)
+
+
+def _weights(examples: Sequence[Example]) -> NDArray[np.float64] | None:
+    """What each example counts, their mean 1; None where answers are written."""
+    if not all(example.choices for example in examples):
+        return None
+    places = [example.choices.index(example.target) for example in examples]
+    alike = Counter(places)
+    return np.array([len(places) / len(alike) / alike[place] for place in places])
+
+
+def _weighted(sample: Sample, weights: NDArray[np.float64]) -> Sample:
+    return Sample(sample.metrics, tuple(rows * weights[:, None] for rows in sample.statistics))
+
+
+def _write_table(
+    samples: dict[Model, list[Sample]], tasks: Sequence[str], reference: Model, out: Path
+) -> None:
+    single = [model for model in samples if model.startswith("expert ")]
+    experts = [samples.pop(model) for model in single]
     samples |= oracles(experts) if experts else {}
     if reference not in samples and reference != REFERENCE:
         sys.exit(f"No model is called {reference!r}; there are {'; '.join(samples)}.")
@@ -234,6 +284,7 @@ def main(words: list[str]) -> int:
     commands: dict[str, Callable[..., None]] = {
         "cells": write_cells,
         "variants": write_variants,
+        "balanced": write_balanced,
         "above-chance": tell_above_chance,
         "figure": draw,
         "sizes": draw_sizes,

@@ -127,3 +127,21 @@ def test_oracle_is_chosen_on_other_examples_than_it_is_scored_on(report, tmp_pat
     assert "| -50.0 [" in rows["| Oracle, chosen on the other half *"]
     assert "| -25.0 [" in rows["| Base model"]
     assert len(rows) == 5
+
+
+def test_a_habit_is_worth_chance_where_every_place_counts_alike(report, tmp_path, capsys):
+    folder = tmp_path / "suite"
+    folder.mkdir()
+    rows = [
+        {"input": f"{i}?", "target": "no" if i else "yes", "choices": ["yes", "no"]}
+        for i in range(4)
+    ]
+    (folder / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = ResultStore(tmp_path / "results.jsonl")
+    drawn = report["open_suite"](folder).load(report["Sources"](None, None))[0]
+    targets = [example.target for example in drawn.evaluation_examples(4, 0)]
+    add(store, {"model": "base"}, "t", [int(target == "no") for target in targets])
+    report["main"](["variants", str(store.path), str(tmp_path / "plain.md")])
+    report["main"](["balanced", str(store.path), str(tmp_path / "b.md"), "4", str(folder)])
+    assert "| Base model | 75.0 [" in (tmp_path / "plain.md").read_text()
+    assert "| Base model | 50.0 [" in (tmp_path / "b.md").read_text()

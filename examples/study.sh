@@ -87,8 +87,8 @@ b23) with_choice b23 100 "$(suite cross-confirmation cross-b)" $others,$ours,ora
     "${b23[@]}" ;;
 others)
   rows=base,retrieval,average-activation,arrow,merged,phatgoose,discriminant,joint-discriminant
-  with_choice b23 100 "$(suite t0ho)" $rows "${b23[@]}"
-  with_choice b23 50 "$(suite bbh bbl)" $rows "${b23[@]}" ;;
+  with_choice t0ho 100 "$(suite t0ho)" $rows "${b23[@]}"
+  with_choice bigbench 50 "$(suite bbh bbl)" $rows "${b23[@]}" ;;
 pool-sizes)  # single experts' answers are those of b23
   rows=merged,arrow,phatgoose,retrieval,discriminant,joint-discriminant,oracle
   for size in 4 8 16; do

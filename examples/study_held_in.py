@@ -4,10 +4,9 @@
 
 A line for every task that has an expert: the base's score (`base`), its own expert's (`own`) and
 those of the whole pool routed by each of ROUTERS (names or recipes, with commas between; none if
-that is ""), with n and 95 % intervals,
-and the `gain` of own over base with its interval over examples in pairs. Lines that are there are
-not computed again. At the end a table is told, the means, and their differences with intervals over
-tasks drawn anew.
+that is ""), with n and 95 % intervals, and the `gain` of own over base with its interval over
+examples in pairs. Lines that are there, with all ROUTERS, are not computed again. At the end a
+table is told, the means, and their differences with intervals over tasks drawn anew.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What docs holds of the study's comparisons: cells without answers, tables, figures.
+"""What docs hold of the study's comparisons: cells without answers, tables, figures.
 
     python examples/study_report.py cells OUT RESULTS…        cells of compare, without any answer
     python examples/study_report.py variants CELLS OUT.md     every model against plain PHATGOOSE,

@@ -48,6 +48,11 @@ def test_one_expert_is_a_pool(write):
     assert Pool.open(write("alone")).names == ("alone",)
 
 
+def test_a_pool_is_opened_already(write):
+    pool = Pool.open(write("alone"))
+    assert Pool.open(pool) is pool
+
+
 def test_a_list_of_experts_and_folders_is_a_pool_in_its_own_order(write, tmp_path):
     one, _, _ = write("z"), write("a", place="more"), write("b", place="more")
     assert Pool.open([str(one), tmp_path / "more"]).names == ("z", "a", "b")

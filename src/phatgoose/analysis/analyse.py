@@ -157,7 +157,7 @@ def _subject(
         if routers:
             raise ConfigError("Several routers need a pool; this model has its router already.")
         return _composed_subject(source, routing, base, tokenizer)
-    pool = source if isinstance(source, Pool) else Pool.open(source)
+    pool = Pool.open(source)
     loaded = loaded_base(pool, base)
     asked = [replace(routing, router=name) for name in routers or (routing.router,)]
     names = [settled(each, pool, loaded.model).router for each in asked]

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from ..base.fingerprint import dtype_name
 from ..base.loading import choose_dtype, load_base
-from ..config import Formatting, Routing, from_mapping, settings_of
+from ..config import POOL_SETTINGS, ROUTING_SETTINGS, Formatting, Routing, from_mapping
 from ..errors import ConfigError, PoolError
 from ..routing.composition import Composition, composition_of
 from ..routing.open_model import is_pool, is_routed, open_model
@@ -40,8 +40,7 @@ __all__ = ["ModelArguments", "PhatgooseLM", "main"]
 MODEL = "phatgoose"
 WHERE = "model_args"
 DELIMITER = " "  # the harness puts it before a choice unless the task has its own
-ROUTING = tuple(setting.name for setting in settings_of(Routing))
-FIXED = {*ROUTING, "keep", "leave_out", "scores"} - {"retrieval_embedder"}  # of a saved model
+FIXED = POOL_SETTINGS | {"keep", "leave_out", "scores"}  # of a saved model
 NAMES = ("pool", "base", "expert", "keep", "leave_out")
 
 Request = tuple[Any, list[int], list[int]]  # (context, continuation) or None, and their tokens
@@ -96,7 +95,7 @@ class ModelArguments(Routing):
     @property
     def routing(self) -> Routing:
         """The routing alone."""
-        return Routing(**{name: getattr(self, name) for name in ROUTING})
+        return Routing(**{name: getattr(self, name) for name in ROUTING_SETTINGS})
 
 
 class PhatgooseLM(HFLM):  # type: ignore[misc]

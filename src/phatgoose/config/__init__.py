@@ -12,7 +12,14 @@ code) unless the help text says otherwise.
 """
 
 from .experts import ACTIVATIONS, IA3, KIND_NAMES, PEFT_KINDS, PLACEMENTS, Bottleneck, Lora, Peft
-from .routing import AFFINITIES, ARROW_FORMS, PAPER, Routing
+from .routing import (
+    AFFINITIES,
+    ARROW_FORMS,
+    PAPER,
+    POOL_SETTINGS,
+    ROUTING_SETTINGS,
+    Routing,
+)
 from .serving import Serving
 from .settings import Setting, Settings, from_mapping, require_one_of, settings_of
 from .training import TASK_FILES, TRUNCATIONS, Formatting, GateTraining, Training
@@ -26,6 +33,8 @@ __all__ = [
     "PAPER",
     "PEFT_KINDS",
     "PLACEMENTS",
+    "POOL_SETTINGS",
+    "ROUTING_SETTINGS",
     "TASK_FILES",
     "TRUNCATIONS",
     "Bottleneck",

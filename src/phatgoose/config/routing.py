@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from .settings import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, RATIO, SEED, Settings, one_of
+from .settings import (
+    AT_LEAST_1,
+    NOT_NEGATIVE,
+    POSITIVE,
+    RATIO,
+    SEED,
+    Settings,
+    one_of,
+    settings_of,
+)
 
-__all__ = ["AFFINITIES", "ARROW_FORMS", "PAPER", "Routing"]
+__all__ = ["AFFINITIES", "ARROW_FORMS", "PAPER", "POOL_SETTINGS", "ROUTING_SETTINGS", "Routing"]
 
 PAPER = "standardised"
 AFFINITIES = (PAPER, "raw", "trimmed", "centred", "calibrated")
@@ -95,3 +104,8 @@ class Routing(Settings):
     input_temperature: Annotated[
         float | None, "Divides scores of inputs before their softmax; default: its own.", POSITIVE
     ] = None
+
+
+ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))
+# A saved model has its routing already; only where its embedder is may be told anew.
+POOL_SETTINGS = ROUTING_SETTINGS - {"retrieval_embedder"}

@@ -41,8 +41,8 @@ class Pool:
     experts: tuple[Expert, ...]
 
     @classmethod
-    def open(cls, source: str | Path | Sequence[str | Path]) -> Pool:
-        """The pool in `source`.
+    def open(cls, source: Pool | str | Path | Sequence[str | Path]) -> Pool:
+        """The pool in `source`, or `source` itself where it is a pool.
 
         `source` is a folder of expert directories, one expert directory, a reference to either on
         the Hub ("hub:owner/name@revision"), a list of these, or a manifest written by
@@ -50,6 +50,8 @@ class Pool:
         and fully checked once. Raises PoolError when there is no expert, two share a name, or bases
         differ; ExpertError for a bad expert.
         """
+        if isinstance(source, Pool):
+            return source
         if isinstance(source, str | Path) and Path(source).suffix == ".json":
             return cls._of(_read_manifest(Path(source)))
         places = [source] if isinstance(source, str | Path) else source

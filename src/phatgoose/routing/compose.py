@@ -89,7 +89,7 @@ def prepare(
     leave_out: Iterable[str] | None = None,
 ) -> Preparation:
     """`pool` and `base`, opened and checked against each other: the first half of `compose`."""
-    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+    pool = Pool.open(pool)
     pool = pool.select(keep, leave_out)
     routing = routing or Routing()
     found = resolve_base(base, pool.base) if routing.router == AUTO else None

@@ -40,7 +40,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     expert doesn't fit the base. It is as it was then.
     """
     parts = composition_of(model)
-    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+    pool = Pool.open(pool)
     check_growth(parts.router, parts.experts, pool)
     check_unfolded(_has_folded(parts))
     check_in_place(parts.layers.values())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...config import Routing, settings_of
+from ...config import POOL_SETTINGS, Routing
 from ...errors import ConfigError
 from .flags import flag_of
 
@@ -108,7 +108,7 @@ def check_choice(model: str, given: frozenset[str]) -> None:
     """Raise ConfigError when `given` settings choose a routing for what is not a pool."""
     from ...routing.open_model import require_pool
 
-    if given & {setting.name for setting in settings_of(Routing)} - {"retrieval_embedder"}:
+    if given & POOL_SETTINGS:
         require_pool(model)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...config import Routing, Serving, settings_of
+from ...config import ROUTING_SETTINGS, Routing, Serving
 from ..console.printing import say
 from .options import ModelOptions, ReplicaOptions
 
@@ -50,10 +50,9 @@ def serve(
     replicas.check()
     from ..server import API_KEYS, create_app, keys_of, run, served_models
 
-    chosen = given & {setting.name for setting in settings_of(Routing)}
     models = served_models(
         model,
-        routing=routing if chosen else None,
+        routing=routing if given & ROUTING_SETTINGS else None,
         keep=tuple(opening.keep) if opening.keep else None,
         leave_out=tuple(opening.leave_out or ()),
         base=opening.base,

@@ -81,7 +81,7 @@ def compare(
     while another process writes to `out`, and what opening pools, suites and models and scoring
     them raise.
     """
-    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+    pool = Pool.open(pool)
     routing = routing or Routing()
     wanted, notes = runnable_methods(pool, methods, routing)
     settings = ScoringSettings(

@@ -101,7 +101,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     doesn't fit the stacks that are there, RoutingError when the folder is damaged, can't be
     written, or another process is changing it.
     """
-    pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+    pool = Pool.open(pool)
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
         router, first = router_of(saved.routing), saved.segments[0].tensors

@@ -13,7 +13,7 @@ __all__ = ["ROWS", "Finding", "Row", "Target", "at_least", "at_most", "row"]
 
 @dataclass(frozen=True)
 class Target:
-    """What issue 4 asks for: at most or at least `value`."""
+    """What is wanted: at most or at least `value`."""
 
     value: float
     most: bool

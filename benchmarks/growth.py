@@ -58,21 +58,21 @@ def _findings(
         f"{what}: slope of what routing adds / slope of the gate product, {span}",
         whole / gates,
         floor=1.0,
-        note="issue 4 wants 1",
+        note="1 was wanted",
         details={"E": sizes.growth, "seconds": medians, "bytes": memory},
     )
     yield Finding(
         f"{what}: gate product, per expert / base layer",
         gates / base,
         floor=work.inputs / work.base(),
-        note=f"a straight line explains {straight:.3f} of the variance; issue 4 wants it linear",
+        note=f"a straight line explains {straight:.3f} of the variance; linear was wanted",
     )
     yield Finding(
         f"{what}: LoRA part, slope / slope of the gate product",
         lora / gates,
         floor=0.0,
         note=f"{medians['lora'][0] * 1e3:.1f} ms at E = {sizes.growth[0]}, "
-        f"{medians['lora'][-1] * 1e3:.1f} ms at E = {sizes.growth[-1]}; issue 4 wants it flat",
+        f"{medians['lora'][-1] * 1e3:.1f} ms at E = {sizes.growth[-1]}; flat was wanted",
     )
 
 

@@ -22,7 +22,7 @@ from phatgoose.routing.stacks.site_stack import SiteStack
 
 __all__ = ["decoder", "prefill", "random_layer"]
 
-TARGETS = {  # at few and many experts, from issue 4 (bfloat16) and issue 19 (float32)
+TARGETS = {  # at few and many experts, in bfloat16 and in float32
     ("prefill", "bfloat16"): (1.7, 2.2),
     ("prefill", "float32"): (1.3, 1.5),
     ("linear", "bfloat16"): (1.35, 1.6),
@@ -68,7 +68,7 @@ def measure_prefill(bench: Bench) -> Iterator[Finding]:
         f"{what}, one PEFT LoRA, not merged",
         ratio(timings["peft"], timings["base"]),
         floor=1 + work.lora / base,
-        note="for comparison; issue 4 saw 1.15",
+        note="for comparison; an earlier measurement: 1.15",
     )
 
 

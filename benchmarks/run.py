@@ -1,4 +1,4 @@
-"""Measure every row of issue 4's table and print it: `make bench`.
+"""Measure every row of docs/performance.md's table and print it: `make bench`.
 
     python benchmarks/run.py [--rows prefill,linear] [--dtype float32] [--rounds 7] [--smoke]
 

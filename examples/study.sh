@@ -27,6 +27,7 @@ others=base,random,retrieval,average-activation,arrow,merged,uniform-top-k,phatg
 others+=,spectr,logo,centroid,glider
 ours=discriminant,joint-discriminant,discriminant-phatgoose,phatgoose-evidence
 choice=recipes/study-choice.toml
+shortlist=recipes/study-shortlist.toml
 a10=(rotten_tomatoes trec ag_news qasc xsum amazon_polarity cos_e hotpot_qa_closed_book sciq common_gen)
 b13=(tomqa glue_mnli essential_terms mctaco_answer asdiv tweet_emotion blimp subj question_typing)
 b13+=(clinc150_intent query_wellformedness evalution odd_man_out)
@@ -39,11 +40,12 @@ compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
   $phatgoose compare "$@" --suites "$suites" --limit "$limit" --seed 0 --methods "$rows" \
     --out "$out/$to" "${engine[@]}"
 }
-with_choice() {  # as compare; then the router that was chosen, and Retrieval of as many experts
+with_choice() {  # as compare; then what was chosen, and Retrieval of as many experts
   compare "$@"
   local to=$1 limit=$2 suites=$3
   shift 4
   compare "$to-choice" "$limit" "$suites" discriminant,retrieval "$@" --recipe $choice
+  compare "$to-choice" "$limit" "$suites" discriminant-phatgoose "$@" --recipe $shortlist
 }
 draw() {  # SEED SIZE EXPERT…: so many of the experts
   python -c 'import random, sys
@@ -78,7 +80,7 @@ pool-b) $phatgoose train --recipe $b --out "$out/pool-b" --resume "${engine[@]}"
 held-in)
   held_in=(python examples/study_held_in.py recipes/suites/study-held-in.toml)
   "${held_in[@]}" "$out/held-in.jsonl" 100 "" "${b23[@]}" "${failed[@]/#/$out/pool-b/}"
-  "${held_in[@]}" "$out/held-in-routed.jsonl" 100 phatgoose,joint-discriminant,$choice "${b23[@]}" ;;
+  "${held_in[@]}" "$out/held-in-routed.jsonl" 100 phatgoose,joint-discriminant,$choice,$shortlist "${b23[@]}" ;;
 development) compare $step 100 "$(suite cross-development)" $others,$ours,oracle,best-individual \
     "${a10[@]/#/$out/pool-a/}" ;;
 confirmation) with_choice $step 100 "$(suite cross-confirmation)" \
@@ -94,9 +96,9 @@ pool-sizes)  # single experts' answers are those of b23
   for size in 4 8 16; do
     for seed in 1 2 3; do
       mapfile -t experts < <(draw $seed $size "${b23[@]}")
-      with_choice b23 100 "$(suite cross-confirmation cross-b)" $rows "${experts[@]}"
+      with_choice b23 100 "$(suite cross-confirmation)" $rows "${experts[@]}"
     done
   done
-  with_choice b23 100 "$(suite cross-confirmation cross-b)" $rows "${a10[@]/#/$out/pool-a/}" ;;
+  with_choice b23 100 "$(suite cross-confirmation)" $rows "${a10[@]/#/$out/pool-a/}" ;;
 *) echo "no such step: $step" >&2; exit 2 ;;
 esac

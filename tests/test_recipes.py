@@ -49,8 +49,9 @@ def test_suite_files_are_no_recipes_but_toml(path):
     assert read_toml(path, "Suite", TaskError)["tasks"]
 
 
-# Embeddings are made on request, since they need an extra; inputs keep their question.
-OWN_DEFAULTS = {"embeddings", "truncation"}
+# Embeddings are made on request, since they need an extra; inputs keep their question; readings
+# are for routers that the paper doesn't have.
+OWN_DEFAULTS = {"embeddings", "truncation", "readings"}
 
 
 @each_of_the_papers

@@ -65,10 +65,13 @@ class GateTraining(Settings):
     ] = 1000
     means: Annotated[bool, "Measure mean activations (for router average-activation)."] = True
     readings: Annotated[
-        bool, "Measure how the base alone reads the prompts (for router discriminant)."
+        bool,
+        "Measure how the base alone reads the prompts (for routers named after discriminants).",
     ] = True
     embeddings: Annotated[
-        bool, "Embed training inputs (for router retrieval; needs the extra 'retrieval')."
+        bool,
+        "Embed training inputs (for routers joint-discriminant, retrieval, centroid and glider; "
+        "needs the extra 'retrieval').",
     ] = False
     embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = (
         "sentence-transformers/all-MiniLM-L6-v2"

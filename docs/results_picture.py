@@ -1,0 +1,65 @@
+"""docs/figures/results.png: how far every router is from PHATGOOSE, in every kept comparison.
+
+    python docs/results_picture.py
+
+A panel for each suite and pool of docs/results.md, a line for each router with its 95 % interval.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from results_page import FOLDER, Column
+
+from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
+from phatgoose.evaluation.comparison.tables import ANCHOR
+
+OUT = Path(__file__).parent / "figures" / "results.png"
+OURS, OTHERS, CHOSEN = "tab:blue", "0.35", "0.75"
+DISCRIMINANTS = ("discriminant", "joint-discriminant", "discriminant-phatgoose")
+
+
+def main() -> None:
+    """Draw it."""
+    kept = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(FOLDER.glob("*.json"))]
+    columns = [Column(each, suite) for each in kept for suite in each["suites"]]
+    rows = [name for name in METHODS if name != ANCHOR and any(c.summary(name) for c in columns)]
+    figure = Figure(figsize=(1.75 * len(columns) + 2, 0.27 * len(rows) + 1.6), dpi=150)
+    panels = figure.subplots(1, len(columns), sharex=True, sharey=True, squeeze=False)[0]
+    for panel, column in zip(panels, columns, strict=True):
+        draw(panel, column, rows)
+    panels[0].set_yticks(range(len(rows)), [METHODS[name] for name in rows])
+    panels[0].invert_yaxis()
+    figure.supxlabel(
+        "points above (right) or below PHATGOOSE, 95 % intervals; grey: chosen by the "
+        "results themselves",
+        fontsize=9,
+    )
+    figure.tight_layout(w_pad=0.4)
+    figure.savefig(OUT)
+
+
+def draw(panel: Axes, column: Column, rows: list[str]) -> None:
+    """One suite of one pool: a dot and an interval for each of `rows` that it has."""
+    for place, name in enumerate(rows):
+        summary = column.summary(name)
+        if summary is None or summary.difference is None or summary.difference_interval is None:
+            continue
+        low, high = summary.difference_interval.low, summary.difference_interval.high
+        colour = CHOSEN if name in DERIVED else OURS if name in DISCRIMINANTS else OTHERS
+        panel.plot([100 * low, 100 * high], [place, place], color=colour, lw=1.6)
+        panel.plot(100 * summary.difference, place, "o", color=colour, ms=4.5)
+    panel.axvline(0, color="black", lw=0.8, zorder=0)
+    title = column.of["title"].partition(",")[0]
+    panel.set_title("\n".join([column.suite, *textwrap.wrap(title, 18)]), fontsize=8)
+    panel.tick_params(labelsize=8)
+    panel.grid(axis="x", alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    main()

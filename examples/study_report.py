@@ -23,7 +23,7 @@ import json
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ from phatgoose.tasks.task import Example
 Model = str
 Pool = tuple[str, ...]
 Scores = dict[Model, dict[str, "Cell"]]  # by model and dataset
-KEPT = ("metric", "metrics", "score", "n", "low", "high", "seconds")
+KEPT = ("metric", "metrics", "score", "n", "low", "high", "seconds", "rows")
 OF_WHOLE_MODELS = ("settings", "oracle", "divergences", "correlations", "agreements")
 REFERENCE = METHODS["phatgoose"]
 ZERO_SHOT = [label for name, label in METHODS.items() if name not in DERIVED]
@@ -64,7 +64,8 @@ def write_cells(out: Path, *sources: Path) -> None:
     for source in sources:
         label, _, results = str(source).rpartition("=")
         for key, result in ResultStore(results).items():
-            kept = {name: result[name] for name in KEPT} | ({"of": label} if label else {})
+            kept = {name: result[name] for name in KEPT if name in result}
+            kept |= {"of": label} if label else {}
             marks = [
                 [[round(x, 4) for x in metric] for metric in example] for example in result["marks"]
             ]
@@ -88,7 +89,8 @@ def read_cells(path: Path) -> Scores:
             pools[label, len(pool)].append(pool)
     largest = max(size for _, size in pools)
     for key, result in cells:
-        cell = Cell(Sample.of(result["metrics"], result["marks"]), result["low"], result["high"])
+        sample = Sample.of(result["metrics"], result["marks"], result.get("rows"))
+        cell = Cell(sample, result["low"], result["high"])
         router, pool = _routed(key["method"])
         parts = [_label(key["method"])]
         if router not in ("", "single"):
@@ -161,7 +163,8 @@ def _weights(examples: Sequence[Example]) -> NDArray[np.float64] | None:
 
 
 def _weighted(sample: Sample, weights: NDArray[np.float64]) -> Sample:
-    return Sample(sample.metrics, tuple(rows * weights[:, None] for rows in sample.statistics))
+    weighted = tuple(rows * weights[:, None] for rows in sample.statistics)
+    return replace(sample, statistics=weighted)
 
 
 def _write_table(
@@ -204,7 +207,7 @@ def oracles(experts: list[list[Sample]]) -> dict[Model, list[Sample]]:
         statistics = tuple(stat.copy() for stat in odd.statistics)
         for own, other in zip(statistics, even.statistics, strict=True):
             own[1::2] = other[1::2]
-        halved.append(Sample(odd.metrics, statistics))
+        halved.append(replace(odd, statistics=statistics))
     return {"Oracle *": whole, "Oracle, chosen on the other half *": halved}
 
 

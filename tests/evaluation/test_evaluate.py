@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from phatgoose.config import Formatting
 from phatgoose.errors import EvaluationError, PhatgooseError, TaskError
 from phatgoose.evaluation.evaluate import evaluate, metrics_of
-from phatgoose.evaluation.intervals import Sample
+from phatgoose.evaluation.intervals import Sample, wilson_interval
 from phatgoose.evaluation.metrics import metric
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
@@ -322,6 +322,22 @@ def test_the_interval_is_wilsons_for_a_share_of_right_answers_and_else_a_bootstr
     else:
         assert (score.low, score.high) == (bootstrap.low, bootstrap.high)
     assert 0 <= score.low <= score.score <= score.high <= 1
+
+
+def test_examples_of_one_row_are_no_independent_ones(llama):
+    texts = ("a", "b", "c", "d") * 5
+    alone = tuple(Example(text, "yes", ("yes", "no")) for text in texts)
+    (wrong,) = evaluate(llama, Task("alone", test=alone)).scores
+    alone = with_targets(Task("alone", test=alone), wrong.predictions, right=10).test
+    for rows in ([i // 5 for i in range(20)], [0] * 20):
+        numbered = tuple(replace(each, row=n) for each, n in zip(alone, rows, strict=True))
+        (score,) = evaluate(llama, Task("rows", test=numbered)).scores
+        assert score.score == 0.5
+        wanted = wilson_interval(score.sample.independent / 2, score.sample.independent)
+        assert (score.low, score.high) == (wanted.low, wanted.high)
+        assert score.high - score.low > 0.5
+    (score,) = evaluate(llama, Task("alone", test=alone)).scores
+    assert score.high - score.low < 0.45
 
 
 LONG = Task("long", test=tuple(Example("a" * n, "yes", ("yes", "no")) for n in (9, 5, 4, 12)))

@@ -116,6 +116,63 @@ def test_examples_that_are_all_alike_leave_no_doubt(values):
     assert (interval.low, interval.high) == pytest.approx((values[0], values[0]), abs=1e-12)
 
 
+def in_rows(values, rows) -> Sample:
+    return Sample.of(["accuracy"], [[(value,)] for value in values], rows)
+
+
+def test_rows_are_drawn_with_all_of_their_examples():
+    values = np.random.default_rng(1).random(60)
+    rows = [i // 5 for i in range(60)]
+    interval = in_rows(values + np.repeat(np.arange(12), 5), rows).interval()
+    generator = np.random.default_rng(7)
+    by_row = (values + np.repeat(np.arange(12), 5)).reshape(12, 5)
+    means = [by_row[generator.integers(12, size=12)].mean() for _ in range(4000)]
+    wanted = np.percentile(means, [2.5, 97.5])
+    assert (interval.low, interval.high) == pytest.approx(tuple(wanted), rel=0.03)
+
+
+def test_rows_of_several_sizes_count_by_their_examples():
+    sample = in_rows([1, 1, 1, 0], [7, 7, 7, 3])
+    weights = sample.draws(np.random.default_rng(0), 200)
+    np.testing.assert_allclose(weights.sum(axis=1), 4, atol=1e-12)
+    assert {tuple(np.round(row, 6)) for row in weights} == {
+        (1, 1, 1, 1),
+        (1.333333, 1.333333, 1.333333, 0),
+        (0, 0, 0, 4),
+    }
+
+
+@pytest.mark.parametrize("rows", [None, [4, 2, 9], [None, None, None], [1, None, 1]], ids=str)
+def test_examples_with_rows_of_their_own_are_drawn_one_by_one(rows):
+    sample, plain = in_rows([1, 0, 0.5], rows), matches(1, 0, 0.5)
+    assert sample.rows is None
+    assert sample.independent == 3
+    assert sample.interval() == plain.interval()
+
+
+def test_answers_alike_in_all_templates_count_once_a_row():
+    right = np.array([1, 0, 1, 1, 0, 1, 0, 1, 1, 1] * 4)
+    sample = in_rows(np.repeat(right, 6), np.repeat(np.arange(40), 6).tolist())
+    assert sample.independent == pytest.approx(39, abs=1e-9)
+    assert in_rows(np.ones(12), np.repeat(np.arange(4), 3).tolist()).independent == 4
+
+
+def test_intervals_of_rows_in_many_templates_cover_the_truth():
+    """Where rows decide much, intervals over examples would cover it in two thirds of the cases."""
+    generator, covered, narrow = np.random.default_rng(3), 0, 0
+    numbers = np.repeat(np.arange(80), 10).tolist()
+    for _ in range(300):
+        share = 1 / (1 + np.exp(-2 * generator.standard_normal(80)))  # each row's, 0.5 on average
+        values = (generator.random((80, 10)) < share[:, None]).astype(float).reshape(-1)
+        sample = in_rows(values, numbers)
+        known = wilson_interval(sample.score * sample.independent, sample.independent)
+        alone = wilson_interval(values.sum(), 800)
+        covered += known.low <= 0.5 <= known.high
+        narrow += alone.low <= 0.5 <= alone.high
+    assert covered / 300 > 0.92
+    assert narrow / 300 < 0.75
+
+
 def test_an_interval_cuts_off_the_same_share_on_both_sides():
     assert CONFIDENCE == 0.95
     interval = interval_of(np.arange(1001))

@@ -80,7 +80,7 @@ class EvaluationSet:
     def digest(self) -> str:
         """A hash of everything here that a model's score depends on."""
         content = [
-            [asdict(example) for example in self.examples],
+            [example.content for example in self.examples],
             self.metrics,
             None if self.is_ranked else self.max_new_tokens,
             asdict(self.settings.formatting),
@@ -101,13 +101,14 @@ class Prediction:
 
     `correct` is True when the answer equals an accepted one, whatever the metrics. `scores` holds
     the mean log-likelihood per target token of each choice, in order; empty for generated answers.
-    `marks` are the answer's statistics in each of the task's metrics.
+    `marks` are the answer's statistics in each of the task's metrics. `row` is the example's.
     """
 
     answer: str
     correct: bool
     scores: tuple[float, ...] = ()
     marks: tuple[tuple[float, ...], ...] = ()
+    row: int | None = None
 
     @property
     def tied(self) -> bool:
@@ -120,7 +121,8 @@ class TaskScore:
     """One task's score, from 0 to 1: the mean over its metrics, with its 95 % interval.
 
     `metric` names them in words, `by_metric` has the score in each. The interval is Wilson's where
-    the score is a share of right answers, else a bootstrap over examples. `ties` counts the
+    the score is a share of right answers, else a bootstrap over examples; both know examples that
+    were made of one row. `ties` counts the
     examples whose best choices scored equally; the first of them was taken.
     """
 
@@ -138,7 +140,7 @@ class TaskScore:
     @property
     def sample(self) -> Sample:
         """The answers' statistics, from the predictions."""
-        return Sample.of(tuple(self.by_metric), [each.marks for each in self.predictions])
+        return _sample(tuple(self.by_metric), self.predictions)
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -282,8 +284,9 @@ def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
         if not answer.scores:
             accepted = tuple(text.strip() for text in accepted)
         marks = tuple(METRICS[name].measure(answer.text, example.answers) for name in metrics)
-        predictions.append(Prediction(answer.text, answer.text in accepted, answer.scores, marks))
-    sample = Sample.of(metrics, [prediction.marks for prediction in predictions])
+        correct = answer.text in accepted
+        predictions.append(Prediction(answer.text, correct, answer.scores, marks, example.row))
+    sample = _sample(metrics, predictions)
     interval = _interval(sample)
     return TaskScore(
         task=chosen.name,
@@ -298,9 +301,13 @@ def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
     )
 
 
+def _sample(metrics: tuple[str, ...], predictions: Sequence[Prediction]) -> Sample:
+    return Sample.of(metrics, [p.marks for p in predictions], [p.row for p in predictions])
+
+
 def _interval(sample: Sample) -> Interval:
     """Wilson's interval of a share of right answers, else a bootstrap."""
     marks = sample.statistics[0]
     if len(sample.metrics) > 1 or marks.shape[1] > 1 or not ((marks == 0) | (marks == 1)).all():
         return sample.interval()
-    return wilson_interval(int(marks.sum()), sample.n)
+    return wilson_interval(sample.score * sample.independent, sample.independent)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from ..errors import TaskError
 
@@ -21,7 +22,9 @@ class Example:
     """One example. `choices` is empty for open-ended tasks; `references` are all right answers.
 
     `passage` is where in `input` the longest field of its template stands: the part that an input
-    that is too long is shortened in. None where no template is known. Equality ignores it.
+    that is too long is shortened in. None where no template is known. `row` numbers the dataset's
+    row that it was made of where others may be made of the same (in other templates); None where
+    none is. Equality ignores both.
     """
 
     input: str
@@ -29,11 +32,18 @@ class Example:
     choices: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     passage: Span | None = field(default=None, compare=False)
+    row: int | None = field(default=None, compare=False)
 
     @property
     def answers(self) -> tuple[str, ...]:
         """Every accepted answer: the references, or the target alone."""
         return self.references or (self.target,)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """What digests are made of, as plain data: all fields, `row` only where it is known."""
+        fields = asdict(self)
+        return fields if self.row is not None else {k: v for k, v in fields.items() if k != "row"}
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,8 @@ class Task:
     def digest(self) -> str:
         """A hash of all examples: the same for the same data, wherever they came from."""
         splits = [
-            [asdict(row) for row in part] for part in (self.train, self.validation, self.test)
+            [example.content for example in part]
+            for part in (self.train, self.validation, self.test)
         ]
         return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
 

@@ -19,6 +19,8 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
+from phatgoose.tasks.suites.entries import Entry, Suite
+from phatgoose.tasks.task import Example, Task
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
 
@@ -95,3 +97,13 @@ def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
             marks = [list(prediction.marks[0]) for prediction in alone.predictions]
             assert comparison.results[row][name].sample.statistics[0].tolist() == marks
         detach(llama.model)
+
+
+def test_what_examples_were_made_of_is_kept_with_their_marks(setting, tmp_path):
+    examples = tuple(Example(f"a{i}", "yes", ("yes", "no"), row=i // 2) for i in range(6))
+    task = Task("templates", test=examples)
+    suite = Suite("S", (Entry("templates", lambda _: task),))
+    for _ in range(2):  # the second time from the store
+        (result,) = setting.run(tmp_path, ["base"], suites=[suite]).results["base"].values()
+        assert result.sample.rows is not None
+        assert result.sample.rows.tolist() == [0, 0, 1, 1, 2, 2]

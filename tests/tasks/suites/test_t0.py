@@ -377,6 +377,7 @@ def test_held_out_tasks_have_every_row_in_every_original_template(written, serve
         Example("A q", "l", ("l", "m", "n")),
         Example("B q", "x", ("x", "y", "z")),
     )
+    assert [example.row for example in task.test] == [0, 0, 1, 1]
     assert (task.train, task.validation, task.metrics) == ((), (), ("accuracy",))
     assert [read(f"anli_r{n}", sources).test[0].input for n in (2, 3)] == ["A r", "A s"]
     assert requests == [("facebook/anli", None, f"dev_r{n}") for n in (1, 2, 3)]

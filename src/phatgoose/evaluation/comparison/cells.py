@@ -130,15 +130,21 @@ class PortableCellWorkshop:
 
 
 def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -> dict[str, Any]:
-    """The result of one cell, as it is stored; `tied` names examples with several best choices."""
+    """The result of one cell, as it is stored.
+
+    `tied` names examples with several best choices; `rows`, where several examples were made of one
+    row, which they were made of.
+    """
     begun = time.monotonic()
     encoder = Encoder.for_model(opened.model, opened.tokenizer, dataset.settings.formatting)
     questions = dataset.questions(encoder)
     found = shared.score(opened.model, dataset, questions)
     if found is None:
         found = score(opened.model, dataset, questions)
+    rows = {} if found.sample.rows is None else {"rows": found.sample.rows.tolist()}
     return {
         **found.to_dict(),
+        **rows,
         "metrics": list(dataset.metrics),
         "seconds": round(time.monotonic() - begun, 2),
         "answers": [prediction.answer for prediction in found.predictions],

@@ -241,7 +241,7 @@ def _result(stored: Mapping[str, Any]) -> Result:
         high=stored["high"],
         ties=stored["ties"],
         seconds=stored["seconds"],
-        sample=Sample.of(stored["metrics"], stored["marks"]),
+        sample=Sample.of(stored["metrics"], stored["marks"], stored.get("rows")),
     )
 
 

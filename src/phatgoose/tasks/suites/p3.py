@@ -126,8 +126,18 @@ class Picker:
 
     def graded(self, pairs: Iterable[tuple[Row, PromptTemplate]]) -> tuple[Example, ...]:
         """Examples to score: with choices to rank, or without where text is generated."""
-        grade = self._open_ended if self._generated else self._ranked
-        return self._some("evaluation", (grade(row, template) for row, template in pairs))
+        return self._some("evaluation", (self._graded(row, template) for row, template in pairs))
+
+    def graded_in_all(
+        self, rows: Iterable[Row], templates: Sequence[PromptTemplate]
+    ) -> tuple[Example, ...]:
+        """Examples to score, of every row in every template; `Example.row` numbers the rows."""
+        numbered = (
+            (number, self._graded(row, template))
+            for number, row in enumerate(rows)
+            for template in templates
+        )
+        return self._some("evaluation", (e and replace(e, row=number) for number, e in numbered))
 
     def warn(self) -> None:
         """Warn once about the pairs that were left out."""
@@ -160,6 +170,9 @@ class Picker:
         if example is None:
             self._left_out["without an input or a target"] += 1
         return example
+
+    def _graded(self, row: Row, template: PromptTemplate) -> Example | None:
+        return (self._open_ended if self._generated else self._ranked)(row, template)
 
     def _ranked(self, row: Row, template: PromptTemplate) -> Example | None:
         example = self._example(row, template)

@@ -173,7 +173,7 @@ def _held_out_task(dataset: _HeldOut, sources: Sources) -> Task:
             raise TaskError(f"{error} {dataset.manual}.") from error
         raise
     picker = Picker(dataset.name)
-    test = picker.graded((row, template) for row in rows for template in templates)
+    test = picker.graded_in_all(rows, templates)
     picker.warn()
     return Task(dataset.name, test=test, source=dataset.source, metrics=ACCURACY)
 

@@ -266,7 +266,7 @@ def test_a_manifest_notices_that_the_hub_gave_other_bytes(hub, pair, tmp_path, p
     content = json.loads((tmp_path / "pool.json").read_text())
     content["experts"][0][f"{part}_sha256"] = "0" * 64
     (tmp_path / "pool.json").write_text(json.dumps(content))
-    with pytest.raises(ExpertError, match="not the one in the manifest"):
+    with pytest.raises(ExpertError, match="has changed: the manifest has another"):
         Pool.open(tmp_path / "pool.json")
 
 

@@ -252,6 +252,20 @@ def test_a_manifest_notices_an_expert_that_was_replaced(write, tmp_path, changed
     assert str(place) in message
 
 
+def test_a_manifest_notices_parts_that_came_or_went_since(write, tmp_path):
+    place = write("a", gates={}, means={})
+    Pool.open(place).write_manifest(tmp_path / "without.json")
+    shutil.rmtree(place)
+    write("a")
+    message = complaint_about(tmp_path / "without.json", ExpertError)
+    assert "the manifest has no phatgoose.safetensors" in message
+    Pool.open(place).write_manifest(tmp_path / "with.json")
+    shutil.rmtree(place)
+    write("a", gates={}, means={})
+    message = complaint_about(tmp_path / "with.json", ExpertError)
+    assert "the manifest has another phatgoose.safetensors" in message
+
+
 def test_a_manifest_of_an_expert_that_is_gone_names_it(write, tmp_path):
     place = write("gone")
     Pool.open(place).write_manifest(tmp_path / "pool.json")

@@ -252,10 +252,11 @@ def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
         (LAYOUT.vectors, "vectors_sha256", expert.info.vectors_sha256),
         (LAYOUT.embeddings, "embeddings_sha256", expert.info.embeddings_sha256),
     ):
-        if record.get(key) and found != record[key]:
+        if key in record and found != record[key]:
+            kept = f"has no {file}" if record[key] is None else f"has another {file}"
             raise ExpertError(
-                f"Expert {shortened(record.get('name'))} at {expert.directory}: {file} is not the "
-                f"one in the manifest."
+                f"Expert {shortened(record.get('name'))} at {expert.directory} has changed: the "
+                f"manifest {kept}; write the manifest anew if it should be so."
             )
 
 

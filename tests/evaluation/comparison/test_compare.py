@@ -120,6 +120,9 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
     assert settings["base"]["id"] == str(setting.base)
     assert settings["base"]["fingerprint"] == load_base(setting.base).fingerprint
     wanted = {"dtype": "float32", "experts": ["e0", "e1", "e2"], "limit": None, "seed": 0, "k": 2}
+    wanted |= {"max_new_tokens": TOKENS, "token_budget": 4096}
+    assert settings["routing"]["affinity"] == "standardised"
+    assert settings["routing"]["input_k"] is None
     assert wanted.items() <= settings.items()
     assert settings["code"] == module.code_version()
     assert datetime.now(timezone.utc) - datetime.fromisoformat(settings["date"]) < timedelta(days=1)
@@ -520,6 +523,19 @@ def test_two_datasets_of_one_name_or_two_suites_of_one_name_are_refused(setting,
             lambda out, suites=suites: setting.run(out, ["base"], suites=suites),
             tmp_path,
         )
+
+
+def test_a_routed_model_of_another_base_is_refused(setting, tmp_path):
+    options = {
+        "base": load_base(setting.references["a base"], dtype="float32"),
+        "references": {"old": setting.references["a routed model"]},
+    }
+    refused(
+        WrongBaseError,
+        "The base of old is",
+        lambda out: setting.run(out, ["base"], **options),
+        tmp_path,
+    )
 
 
 def test_experts_of_another_base_are_refused(setting, pool_of, tmp_path):

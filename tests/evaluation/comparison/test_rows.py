@@ -11,7 +11,7 @@ import torch
 
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
-from phatgoose.errors import BaseModelError, ConfigError, WrongBaseError
+from phatgoose.errors import BaseModelError, ConfigError, PoolError, WrongBaseError
 from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
 from phatgoose.evaluation.comparison.rows import Row, reference_row, rows_of, single_rows
 from phatgoose.experts.expert import Expert
@@ -271,3 +271,10 @@ def test_a_reference_for_another_base_is_refused(three, base_folders):
     other = load_base(base_folders["qwen2"], dtype="float32")
     with pytest.raises(WrongBaseError), row.model(other):
         pass
+
+
+def test_a_reference_pool_that_cannot_be_routed_is_told_at_once(write, tmp_path, llama):
+    for name in ("a", "b"):
+        write(name, gates={}, base=llama.reference)
+    with pytest.raises(PoolError, match="have no gates"):
+        reference_row("joint", tmp_path / "pool", ROUTING)

@@ -126,6 +126,13 @@ def _settings(
         "limit": settings.limit,
         "seed": settings.seed,
         "k": routing.k,
+        "routing": {
+            name: value
+            for name, value in asdict(routing).items()
+            if name not in ("router", "k", "expert")
+        },
+        "max_new_tokens": settings.max_new_tokens,
+        "token_budget": settings.token_budget,
         "code": code_version(),
         "formatting": asdict(settings.formatting),
     }
@@ -146,8 +153,8 @@ def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
         if name in taken:
             raise ConfigError(f"An expert and another row are both called {name!r}; rename one.")
     for row in (*rows, *singles):
-        if row.pool is not None and row.pool.base.fingerprint:
-            check_base(row.pool.base, base.reference, row.label)
+        if row.base is not None and row.base.fingerprint:
+            check_base(row.base, base.reference, row.label)
 
 
 def _load(

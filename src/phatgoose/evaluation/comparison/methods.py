@@ -18,10 +18,12 @@ __all__ = [
     "BASE",
     "DERIVED",
     "METHODS",
+    "check_routable",
     "label_of",
     "label_with_settings",
     "lacking",
     "runnable_methods",
+    "unusual_settings",
 ]
 
 BASE = "base"  # the method that routes nothing
@@ -46,13 +48,17 @@ def label_with_settings(identity: Mapping[str, Any]) -> str:
 
     Such as "Discriminant, reading place = end, input k = 3".
     """
-    usual = asdict(Routing()) | {"router": identity["router"]}
-    changed = [
-        f"{name.replace('_', ' ')} = {identity[name]}"
+    return ", ".join([label_of(identity["router"]), *unusual_settings(identity)])
+
+
+def unusual_settings(routing: Mapping[str, Any]) -> list[str]:
+    """The settings of a routing that differ from the defaults, such as "input k = 3"."""
+    usual = {name: value for name, value in asdict(Routing()).items() if name != "router"}
+    return [
+        f"{name.replace('_', ' ')} = {routing[name]}"
         for name, value in usual.items()
-        if identity.get(name, value) != value
+        if routing.get(name, value) != value
     ]
-    return ", ".join([label_of(identity["router"]), *changed])
 
 
 def runnable_methods(
@@ -75,12 +81,12 @@ def runnable_methods(
         for name in wanted:
             if name in without:
                 raise PoolError(_refusal(name, without[name]))
-            _check(name, pool, routing)
+            _check_method(name, pool, routing)
         return wanted, []
     left_out = {name: _note(name, lacks) for name, lacks in without.items()}
     for name in METHODS.keys() - left_out.keys():
         try:
-            _check(name, pool, routing)
+            _check_method(name, pool, routing)
         except (ConfigError, PoolError) as error:
             left_out[name] = f"{METHODS[name]} was left out: {error}"
     notes = [left_out[name] for name in METHODS if name in left_out]
@@ -89,12 +95,16 @@ def runnable_methods(
     return [name for name in METHODS if name not in left_out], notes
 
 
-def _check(name: str, pool: Pool, routing: Routing) -> None:
-    """Raise what composing `pool` by router `name` would for its settings and experts."""
+def _check_method(name: str, pool: Pool, routing: Routing) -> None:
     if name not in (BASE, *DERIVED):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # composing warns
-            router_of(replace(routing, router=name, expert=None)).check(pool)
+        check_routable(pool, replace(routing, router=name, expert=None))
+
+
+def check_routable(pool: Pool, routing: Routing) -> None:
+    """Raise what composing `pool` by `routing` would for its settings and experts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # composing warns
+        router_of(routing).check(pool)
 
 
 Lacks = dict[str, tuple[str, ...]]  # by the name of an expert, what it has not

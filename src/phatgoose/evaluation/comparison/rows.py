@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...base.fingerprint import dtype_name
+from ...base.fingerprint import BaseReference, dtype_name
 from ...base.loading import Base, load_base
 from ...base.sites import ROUTED
 from ...config import Routing
@@ -26,7 +26,8 @@ from ...routing.open_model import OpenedModel, is_pool, is_routed, open_model
 from ...routing.routers.per_token.affinities import NEED_MEANS
 from ...routing.routers.registry import spec_of
 from ...routing.saved.description import ROUTED_INFO
-from .methods import BASE, DERIVED, METHODS
+from ...routing.saved.load import base_of
+from .methods import BASE, DERIVED, METHODS, check_routable
 
 __all__ = ["Row", "RowLocation", "pool_row", "reference_row", "rows_of", "single_rows"]
 
@@ -45,6 +46,13 @@ class Row:
     pool: Pool | None = None
     routing: Routing | None = None
     place: str | None = None
+
+    @property
+    def base(self) -> BaseReference | None:
+        """The base that its experts are for; None for a base alone."""
+        if self.pool is not None:
+            return self.pool.base
+        return base_of(self.place) if self.place is not None and is_routed(self.place) else None
 
     def portable(self) -> RowLocation:
         """The row for another process, by the locations of its experts."""
@@ -125,7 +133,7 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     """A row for any other model: a routed model's folder, a pool, an expert, a base by id or path.
 
     A pool is routed as PHATGOOSE, an expert stands alone. Raises ConfigError for a label that is
-    the name of a method.
+    the name of a method, and what composing a pool would for its settings and experts.
     """
     if label in METHODS:
         raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")
@@ -137,6 +145,7 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     pool = Pool.open(place)
     alone = Routing(router="single", k=1)
     chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose", expert=None)
+    check_routable(pool, chosen)
     return pool_row(label, label, pool, chosen)
 
 

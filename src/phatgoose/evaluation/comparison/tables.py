@@ -14,6 +14,7 @@ from typing import Any
 from ...errors import EvaluationError
 from ...files.atomic import write_text
 from ..intervals import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
+from .methods import unusual_settings
 
 __all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "in_per_cent"]
 __all__ += ["markdown_table", "write_tables"]
@@ -320,9 +321,10 @@ def _how(settings: Mapping[str, Any]) -> str:
     drawn = "all examples"
     if settings["limit"] is not None:
         drawn = f"at most {settings['limit']} examples a dataset, drawn by seed {settings['seed']}"
+    routed = [f"k = {settings['k']}", *unusual_settings(settings["routing"])]
     where = [settings[name] for name in ("commit", "date", "machine") if settings.get(name)]
     return (
         f"Base {settings['base']['id']} in {settings['dtype']}; experts: "
-        f"{len(settings['experts'])}; k = {settings['k']}; {drawn}; "
+        f"{len(settings['experts'])}; {', '.join(routed)}; {drawn}; "
         f"phatgoose {', '.join([settings['code'], *where])}."
     )

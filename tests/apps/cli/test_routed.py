@@ -73,3 +73,49 @@ def test_templates_serve_rows_of_any_fields(here, phat):
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "rank classification" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (["generate", "experts", "Film", "--temperature", 2], "--temperature is for --sample"),
+        (["generate", "experts", "Film", "--seed", 0], "--seed is for --sample"),
+        (["export", "experts", "--out", "x", "--limit", 9], "--limit is for --task"),
+        (["export", "experts", "--out", "x", "--template", "a ||| b"], "--template is for --task"),
+        (["analyse", "experts", "--suite", "t0ho", "--choices", "a"], "--choices is for --task"),
+        (
+            ["explain", "experts", "Film", "--answer", "", "--max-new-tokens", 4],
+            "leave it out with --answer",
+        ),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_an_option_that_would_do_nothing_is_refused(here, phat, command, complaint):
+    outcome = phat(*command)
+    assert outcome.code == 2
+    assert complaint in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
+    ignored = ["--router", "merged", "--k", 1, "--affinity", "raw", *BASE]
+    for command in (
+        ["compose", "experts", "--out", "routed"],
+        ["generate", "experts", "Film", "--max-new-tokens", 1],
+        ["export", "experts", "--out", "merged"],
+    ):
+        outcome = phat(*command, *ignored)
+        assert outcome.code == 0
+        assert outcome.err == "warning: Router merged doesn't use --affinity, --k.\n"
+    taken = [
+        "generate",
+        "experts",
+        "Film",
+        "--max-new-tokens",
+        1,
+        "--k",
+        1,
+        "--router-temperature",
+        2,
+    ]
+    assert phat(*taken, *BASE).err == ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...config import Formatting, Routing
-from ...errors import RoutingError, TaskError
+from ...errors import ConfigError, RoutingError, TaskError
 from ..console.printing import say, show
 from .options import (
     ModelArgument,
@@ -18,6 +18,7 @@ from .options import (
     ScoringOptions,
     SourceOptions,
     TemplateOptions,
+    only_with,
     split,
 )
 
@@ -59,6 +60,7 @@ def analyse(
     from ..console.tables import routers_table
     from ..report.page import write_report
 
+    only_with("--task", bool(task), vars(template))
     tasks = [template.load(name) for name in task or []]
     tasks += [read for name in suite or [] for read in open_suite(name).load(source.sources)]
     if not tasks:
@@ -113,7 +115,9 @@ def explain(
     table: Annotated[bool, "List every token with its experts' weights."] = False,
     json: Annotated[Path | None, "Write weights and the whole trace here."] = None,
     opening: ModelOptions,
-    max_new_tokens: Annotated[int, "Tokens of the model's own answer at most.", {"min": 1}] = 16,
+    max_new_tokens: Annotated[
+        int | None, "Tokens of the model's own answer at most; default: 16.", {"min": 1}
+    ] = None,
     routing: Routing,
     formatting: Formatting,
     given: frozenset[str],
@@ -126,6 +130,10 @@ def explain(
     from ...files.atomic import write_text
     from .explanation import explain as run
 
+    if answer is not None and max_new_tokens is not None:
+        raise ConfigError(
+            "--max-new-tokens is for the model's own answer; leave it out with --answer."
+        )
     opened = opening.open(model, routing, given)
     explanation = run(
         opened.model,
@@ -133,7 +141,7 @@ def explain(
         prompt,
         answer,
         formatting=formatting,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or 16,
         layer=layer,
         kind=kind,
     )

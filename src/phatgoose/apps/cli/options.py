@@ -5,9 +5,10 @@ A command takes a group as one parameter (`flags.with_flags`) and hands it on wh
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,8 +45,10 @@ __all__ = [
     "TaskOption",
     "TemplateOptions",
     "check_choice",
+    "only_with",
     "open_pool",
     "split",
+    "warn_of_unused",
 ]
 
 PoolArgument = Annotated[
@@ -104,6 +107,25 @@ class BaseOptions:
         return loaded_base(pool, self.base, self.dtype)
 
 
+def only_with(what: str, there: bool, given: Mapping[str, object]) -> None:
+    """Raise ConfigError where an option of `given`, by name, has a value without `what`."""
+    for name, value in given.items():
+        if value is not None and not there:
+            raise ConfigError(f"{flag_of(name)} is for {what}, which was not given.")
+
+
+def warn_of_unused(routing: Routing, given: frozenset[str]) -> None:
+    """Warn of `given` settings, by name, that the router of `routing` doesn't look at."""
+    from ...routing.routers.registry import AUTO, spec_of
+
+    if routing.router == AUTO:
+        return
+    used = {*spec_of(routing.router).settings, "router", "expert", "kernel", "retrieval_embedder"}
+    unused = sorted(map(flag_of, (given & POOL_SETTINGS) - used))
+    if unused:
+        warnings.warn(f"Router {routing.router} doesn't use {', '.join(unused)}.", stacklevel=3)
+
+
 def check_choice(model: str, given: frozenset[str]) -> None:
     """Raise ConfigError when `given` settings choose a routing for what is not a pool."""
     from ...routing.open_model import require_pool
@@ -131,6 +153,7 @@ class ModelOptions(BaseOptions):
         from ...routing.open_model import open_model
 
         check_choice(model, given)
+        warn_of_unused(routing, given)
         return open_model(model, routing=routing, **vars(self))
 
 
@@ -212,11 +235,8 @@ class RayOptions:
         """Raise ConfigError for an unknown engine, or an option of Ray's without Ray."""
         if self.engine not in ("local", "ray"):
             raise ConfigError(f"--engine is {self.engine!r}, but must be local or ray.")
-        for field in fields(self) if self.engine == "local" else ():
-            if field.name != "engine" and getattr(self, field.name) is not None:
-                raise ConfigError(
-                    f"{flag_of(field.name)} is for --engine ray, which was not given."
-                )
+        others = {name: value for name, value in vars(self).items() if name != "engine"}
+        only_with("--engine ray", self.engine == "ray", others)
 
 
 @dataclass(frozen=True)

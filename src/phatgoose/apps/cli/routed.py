@@ -18,7 +18,9 @@ from .options import (
     ScoringOptions,
     StoredOption,
     TemplateOptions,
+    only_with,
     open_pool,
+    warn_of_unused,
 )
 
 __all__ = ["compose", "demo", "evaluate", "generate", "pool"]
@@ -101,6 +103,7 @@ def compose(
     opening: ModelOptions,
     stored: StoredOption = None,
     routing: Routing,
+    given: frozenset[str],
 ) -> None:
     """Make a routed model of a pool and save it.
 
@@ -111,6 +114,7 @@ def compose(
     from ...routing.routers.registry import spec_of
     from ...routing.saved.segments import save_pool
 
+    warn_of_unused(routing, given)
     opened = open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
     packed = save_pool(opened, out, base, routing=routing, scores=opening.scores, stored=stored)
@@ -127,8 +131,10 @@ def generate(
     opening: ModelOptions,
     max_new_tokens: Annotated[int, "Tokens to generate at most.", {"min": 1}] = 64,
     sample: Annotated[bool, "Sample instead of greedy."] = False,
-    temperature: Annotated[float, "Temperature when sampling.", {"min": 1e-3}] = 1.0,
-    seed: Annotated[int, "Seed when sampling."] = 0,
+    temperature: Annotated[
+        float | None, "Temperature when sampling; default: 1.", {"min": 1e-3}
+    ] = None,
+    seed: Annotated[int | None, "Seed when sampling; default: 0."] = None,
     show_experts: Annotated[bool, "Colour each token by its top expert."] = False,
     routing: Routing,
     formatting: Formatting,
@@ -138,8 +144,9 @@ def generate(
     from ..generation import Sampling, recorded_tokens
     from ..generation import generate as run
 
+    only_with("--sample", sample, {"temperature": temperature, "seed": seed})
     opened = opening.open(model, routing, given)
-    sampling = Sampling(max_new_tokens, temperature if sample else None, seed)
+    sampling = Sampling(max_new_tokens, (temperature or 1.0) if sample else None, seed or 0)
     result = run(opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts)
     if result.recording is None:
         show(result.text, wrap=False)

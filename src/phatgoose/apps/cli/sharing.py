@@ -18,6 +18,8 @@ from .options import (
     ModelOptions,
     TemplateOptions,
     check_choice,
+    only_with,
+    warn_of_unused,
 )
 
 if TYPE_CHECKING:
@@ -119,8 +121,10 @@ def export(
     task: Annotated[
         str | None, "Fix the mean of the mixtures for the inputs of a file or hub:DATASET."
     ] = None,
-    limit: Annotated[int, "Use so many inputs of --task, drawn by --seed.", {"min": 1}] = 100,
-    seed: Annotated[int, "Seed of the draw."] = 0,
+    limit: Annotated[
+        int | None, "Use so many inputs of --task, drawn by --seed; default: 100.", {"min": 1}
+    ] = None,
+    seed: Annotated[int | None, "Seed of the draw; default: 0."] = None,
     template: TemplateOptions,
     opening: ModelOptions,
     routing: Routing,
@@ -138,11 +142,13 @@ def export(
         raise ConfigError("--rank is for adapters; leave it out with --merged.")
     if prompt and task:
         raise ConfigError("A mixture is fixed for prompts or for a task: give --prompt or --task.")
-    texts = _texts(prompt, task, limit, seed, template, formatting)
+    only_with("--task", task is not None, {"limit": limit, "seed": seed, **vars(template)})
+    texts = _texts(prompt, task, limit or 100, seed or 0, template, formatting)
     from ...routing.exporting.export import export as run
     from ...routing.exporting.opening import open_routed
 
     check_choice(model, given)
+    warn_of_unused(routing, given)
     opened = open_routed(model, routing=routing, **vars(opening))
     result = run(opened, out, texts=texts, merged=merged, rank=rank)
     for line in _told(result):

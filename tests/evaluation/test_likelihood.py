@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from oracle import naively_routed
-from phatgoose.errors import EvaluationError
+from phatgoose.errors import BaseModelError, EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.evaluation.likelihood import choice_log_likelihoods
 from phatgoose.routing.compose import compose
 from scored_tasks import CHOICE_TASK, naive_scores
-from tiny import logits_of
+from tiny import copied_model, logits_of
 
 
 @pytest.mark.parametrize("budget", [1, 90, 4096])
@@ -42,6 +42,13 @@ def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch, budge
 def test_a_prompt_without_tokens_is_refused(llama):
     with pytest.raises(EvaluationError, match="no tokens"):
         list(choice_log_likelihoods(llama.model, [([], [[7], [9]])], 0, 100))
+
+
+def test_a_base_that_names_no_token_to_begin_answers_with_is_refused():
+    model = copied_model("t5")
+    model.config.decoder_start_token_id = None
+    with pytest.raises(BaseModelError, match="has no decoder_start_token_id"):
+        list(choice_log_likelihoods(model, [([5], [[7], [9]])], 0, 100))
 
 
 def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):

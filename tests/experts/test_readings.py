@@ -91,6 +91,8 @@ def test_readings_are_saved_and_checked(adapter, tmp_path):
     [
         ({"end.mean": torch.zeros(2, 4)}, "last, float32"),
         ({"end.factor": torch.zeros(2, 3)}, "end.factor has shape"),
+        ({"end.mean": torch.tensor(1.0)}, r"end.mean has shape \(\), wanted 2 dimensions"),
+        ({"whole.rest": torch.tensor(1.0)}, r"whole.rest has shape \(\), wanted 2 dimensions"),
         ({"whole.rest": torch.zeros(1, 3)}, "wanted 2 dimensions, 2 blocks first"),
         ({"whole.rest": -torch.ones(2, 3)}, "whole.rest has variances below 0"),
         ({"whole.mean": torch.full((2, 3), torch.nan)}, "whole.mean is not finite"),
@@ -102,8 +104,15 @@ def test_wrong_readings_are_refused(adapter, change, words):
         make(adapter, readings=made_readings() | change)
 
 
-def test_readings_of_a_file_are_checked_too(adapter, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"end.rest": torch.zeros(3, 3)}, r"readings: end\.rest has shape \(3, 3\)"),
+        ({"end.mean": torch.tensor(0.0)}, r"readings: end\.mean has shape \(\)"),
+    ],
+)
+def test_readings_of_a_file_are_checked_too(adapter, tmp_path, change, words):
     sound = make(adapter, readings=made_readings())
-    broken = replace(sound, readings=made_readings() | {"end.rest": torch.zeros(3, 3)})
-    with pytest.raises(ExpertError, match=r"readings: end\.rest has shape \(3, 3\)"):
+    broken = replace(sound, readings=made_readings() | change)
+    with pytest.raises(ExpertError, match=words):
         broken.save(tmp_path / "broken")

@@ -61,6 +61,12 @@ def test_experts_are_chosen_of_pools_alone(places, llama, name, given):
         open_model(where[name], llama, **given)
 
 
+@pytest.mark.parametrize("look", [is_routed, is_pool, open_model])
+def test_a_prompt_in_a_model_s_place_is_refused(look):
+    with pytest.raises(ConfigError, match=r"'Once Once .* can't be opened as a model: File name"):
+        look("Once " * 100)
+
+
 def test_a_base_is_opened_alone(places, llama):
     where, wanted = places
     got = logits_of(open_model(where["base"], dtype="float32").model, make_ids())

@@ -235,6 +235,54 @@ def test_a_short_csv_row_is_refused_with_its_line(tmp_path):
     assert "line 3: target is missing" in complaint_about(path)
 
 
+@pytest.mark.parametrize("row", ["Hello, world,yes", "a,b,"])
+def test_a_csv_row_of_more_cells_than_names_is_refused_with_its_line(tmp_path, row):
+    path = write_lines(tmp_path / "a.csv", "input,target", "a,b", row)
+    message = complaint_about(path)
+    assert "a.csv, line 3: more cells than the header names" in message
+    assert "double quotes" in message
+
+
+def test_a_csv_column_s_name_may_stand_there_once(tmp_path):
+    path = write_lines(tmp_path / "a.csv", "input,target,target", "a,b,c")
+    assert "a.csv: 2 columns are named 'target'" in complaint_about(path)
+    unnamed = write_lines(tmp_path / "b.csv", "input,target,,", "a,b,,")  # as spreadsheets save it
+    assert load_task(unnamed).train == (Example("a", "b"),)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"input": "Is it \ud83d"}, "input"),
+        ({"target": "\ude00"}, "target"),
+        ({"choices": ["yes", "n\ud83do"]}, "choices"),
+        ({"references": ["yes", "n\ud83do"]}, "references"),
+    ],
+)
+def test_half_a_character_is_refused_with_its_line(tmp_path, change, field):
+    lines = [json.dumps(row) for row in (ROWS[0], {**ROWS[0], **change})]
+    message = complaint_about(write_lines(tmp_path / "a.jsonl", *lines))
+    assert f"line 2: {field} holds '\\ud" in message
+    assert "half a character" in message
+    whole = json.dumps({**ROWS[0], "input": "\U0001f600"})  # both halves, as JSON may escape it
+    assert "\\ud83d" in whole
+    assert load_task(write_lines(tmp_path / "b.jsonl", whole)).train[0].input == "\U0001f600"
+
+
+@pytest.mark.parametrize("choices", ["yes ||| no |||", "yes |||  ||| no", '["yes", "", "no"]'])
+def test_an_empty_choice_is_refused_with_its_place(choices):
+    message = complaint_about([ROWS[0], {**ROWS[0], "choices": choices}])
+    place = 3 if choices.endswith("|||") else 2
+    assert f"row 2: choice {place} of 3 is empty" in message
+
+
+def test_an_empty_choice_of_a_template_is_refused():
+    choices = "yes ||| no ||| {{ third }}"
+    rows = [{**ROWS[0], "third": "perhaps"}, {**ROWS[0], "third": ""}]
+    assert "row 2: choice 3 of 3 is empty" in complaint_about(rows, choices=choices)
+    assert load_task(rows[:1], choices=choices).train[0].choices == ("yes", "no", "perhaps")
+
+
 def test_a_target_outside_the_choices_is_refused_with_both(tmp_path):
     rows = [ROWS[0], {**ROWS[1], "target": "maybe"}]
     message = complaint_about(write_rows(tmp_path / "a.jsonl", rows))
@@ -249,6 +297,18 @@ def test_an_unknown_split_is_refused_with_the_known_ones():
     message = complaint_about([{**ROWS[0], "split": "dev"}])
     assert "'dev'" in message
     assert "train, validation, test" in message
+
+
+@pytest.mark.parametrize("split", [["train"], {"name": "train"}, 3])
+def test_a_split_that_is_no_text_is_refused(split):
+    message = complaint_about([ROWS[0], {**ROWS[0], "split": split}])
+    assert f"row 2: split is {split!r}, but must be train, validation, test" in message
+
+
+def test_a_file_whose_name_is_too_long_is_refused_in_a_line(tmp_path):
+    message = complaint_about(tmp_path / f"{'a' * 300}.jsonl")
+    assert "can't be read: File name too long" in message
+    assert len(message) < 200
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):

@@ -20,6 +20,7 @@ from ..errors import RoutingError
 from ..routing.composition import Composition, composition_of
 from ..routing.routers.decision import highest
 from ..routing.watching import SitePass
+from ..tasks.collating import decoder_start
 from ..tasks.encoding import Encoder, TokenPair
 from .reading import Observer, pass_through
 from .routing_distribution import PARTS
@@ -196,7 +197,7 @@ def _streams(
     """(name, tokens as text, parts) of each stream."""
     prompt, answer = pair.prompt, pair.target[:-1]
     if encoder.is_encoder_decoder:
-        answer = [model.config.decoder_start_token_id, *answer]
+        answer = [decoder_start(model), *answer]
         return [
             ("encoder", _pieces(encoder.tokenizer, prompt), (0,) * len(prompt)),
             ("decoder", _pieces(encoder.tokenizer, answer), (1,) * len(answer)),

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from ..base.offloading import input_device
 from ..errors import EvaluationError
 from ..files.quoting import one_line
-from ..tasks.collating import batches_of_tokens, pad_left, pad_right
+from ..tasks.collating import batches_of_tokens, decoder_start, pad_left, pad_right
 from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder
 from ..tasks.target_logits import contiguous_head
@@ -126,6 +126,8 @@ def _generated(
     questions: Questions, model: PreTrainedModel, budget: int, label: str, before_pass: BeforePass
 ) -> Iterator[tuple[int, Answer]]:
     encoder, longest = questions.encoder, questions.max_new_tokens or 0
+    if encoder.is_encoder_decoder:
+        decoder_start(model)  # refuses a base that would begin with whatever it has
     tokenizer, device = encoder.tokenizer, input_device(model)
     prompts = [list(prompt) for prompt, _ in questions.rows]
     pad = pad_right if encoder.is_encoder_decoder else pad_left

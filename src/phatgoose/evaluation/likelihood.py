@@ -18,7 +18,14 @@ from transformers.modeling_outputs import BaseModelOutput
 from ..base.offloading import input_device
 from ..base.token_masks import cache_argument
 from ..errors import EvaluationError
-from ..tasks.collating import IGNORED, batches_of_tokens, pad_left, pad_right, position_ids
+from ..tasks.collating import (
+    IGNORED,
+    batches_of_tokens,
+    decoder_start,
+    pad_left,
+    pad_right,
+    position_ids,
+)
 from ..tasks.row_packing import BranchedText, can_pack, pack_rows, packed_batches
 from ..tasks.target_logits import contiguous_head, head_at
 
@@ -43,7 +50,8 @@ def choice_log_likelihoods(
     most `budget` tokens of prompts and choices together, padding included. `before_pass` is called
     before each pass with indices in `rows`: one for each row of the batch, or one for each token
     where rows are packed. A choice that a row has twice is computed once, so that it ties with
-    itself. Raises EvaluationError for a causal model's prompt without tokens.
+    itself. Raises EvaluationError for a causal model's prompt without tokens, and BaseModelError as
+    `decoder_start` does.
     """
     if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
@@ -166,7 +174,7 @@ def _score_seq2seq(
     announce(range(len(rows)))
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=real).last_hidden_state
     owner = _owners(rows, device)
-    start = model.config.decoder_start_token_id
+    start = decoder_start(model)
     choices = [choice for _, each in rows for choice in each]
     means = torch.empty(len(choices), device=device)
     for group in _of_similar_length([len(choice) for choice in choices]):

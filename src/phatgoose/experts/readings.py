@@ -81,14 +81,20 @@ def readings_size(config: PreTrainedConfig) -> int:
 
 def readings_problems(readings: Mapping[str, Tensor]) -> list[str]:
     """What is wrong with `readings` as such, as ends of a sentence; empty when nothing is."""
-    wanted = [f"{place}.{part}" for place in PLACES for part in PARTS]
+    wanted = {f"{place}.{part}": many for place in PLACES for part, many in PARTS.items()}
     if set(readings) != set(wanted):
         return [f"they are {', '.join(sorted(readings))}; wanted {', '.join(wanted)}"]
-    blocks, size = readings["end.mean"].shape[0], readings["end.mean"].shape[-1]
-    problems = []
+    problems = [
+        f"{name} has shape {tuple(tensor.shape)}, wanted {wanted[name]} dimensions"
+        for name, tensor in readings.items()
+        if tensor.dim() != wanted[name]
+    ]
+    if problems:
+        return problems
+    blocks, size = readings["end.mean"].shape
     for name, tensor in readings.items():
-        dimensions = PARTS[name.partition(".")[2]]
-        fits = tensor.dim() == dimensions and tensor.shape[:: dimensions - 1] == (blocks, size)
+        dimensions = wanted[name]
+        fits = tensor.shape[:: dimensions - 1] == (blocks, size)
         if not fits or tensor.dtype != torch.float32 or not tensor.numel():
             problems.append(
                 f"{name} has shape {tuple(tensor.shape)} and type {tensor.dtype}, wanted "

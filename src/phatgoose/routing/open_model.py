@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from ..config import Routing
 from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
+from ..files.quoting import reason, shortened
 from .compose import compose
 from .routers.scores import Scores
 from .saved.description import ROUTED_INFO
@@ -38,17 +40,34 @@ class OpenedModel:
 
 
 def is_routed(place: str | Path) -> bool:
-    """True for the folder of a routed model."""
-    return (Path(place) / ROUTED_INFO).is_file()
+    """True for the folder of a routed model. Raises ConfigError where `place` can be no path."""
+    with _looking_at(place):
+        return (Path(place) / ROUTED_INFO).is_file()
 
 
 def is_pool(place: str | Path) -> bool:
-    """True for a manifest, an expert's directory, a folder of such, or a reference to the Hub."""
+    """True for a manifest, an expert's directory, a folder of such, or a reference to the Hub.
+
+    Raises ConfigError where `place` can be none of them and no path.
+    """
     if HubReference.is_one(place):
         return True
     path = Path(place)
-    is_model = (path / "config.json").is_file() or is_routed(path)
-    return path.suffix == ".json" or (path.is_dir() and not is_model)
+    with _looking_at(place):
+        is_model = (path / "config.json").is_file() or is_routed(path)
+        return path.suffix == ".json" or (path.is_dir() and not is_model)
+
+
+@contextmanager
+def _looking_at(place: str | Path) -> Iterator[None]:
+    """Turns what the system says of `place`, such as a prompt in a model's place, into an error."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{shortened(str(place))} can't be opened as a model: {reason(error)}; wanted a pool, "
+            f"an expert, the folder of a routed model, or a base."
+        ) from error
 
 
 def require_pool(place: str | Path) -> None:

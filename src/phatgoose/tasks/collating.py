@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import BaseModelError
+from ..files.quoting import shortened
 from .encoding import TokenPair
 from .row_packing import BranchedText, can_pack, pack_rows, packed_batches
 
@@ -17,6 +19,7 @@ __all__ = [
     "IGNORED",
     "Collator",
     "batches_of_tokens",
+    "decoder_start",
     "pad_left",
     "pad_right",
     "position_ids",
@@ -32,7 +35,8 @@ class Collator:
     columns; sequence-to-sequence models get them separately. `labels` is [rows, longest target],
     aligned right or left accordingly, IGNORED where there is no target token. With `packs`, pairs
     share rows where the model can be packed: `labels` [1, tokens] then holds all target tokens and
-    `places` [tokens] the positions that predict them, in any order of the pairs.
+    `places` [tokens] the positions that predict them, in any order of the pairs. Raises
+    BaseModelError as `decoder_start` does.
     """
 
     def __init__(self, model: PreTrainedModel, pad_token_id: int, *, packs: bool = False) -> None:
@@ -40,7 +44,8 @@ class Collator:
         # On several GPUs Trainer splits batches by rows, but places count all rows.
         self._packs = packs and can_pack(model) and torch.cuda.device_count() < 2
         self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        self._start: int = getattr(model.config, "decoder_start_token_id", None) or 0
+        # In a causal model a prompt's last token predicts an answer's first.
+        self._start = decoder_start(model) if self._is_encoder_decoder else 0
         accepted = inspect.signature(model.forward).parameters
         self._wants_positions = "position_ids" in accepted
 
@@ -86,6 +91,22 @@ class Collator:
             "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
             "labels": pad_right(targets, IGNORED),
         }
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """The id of the token that the answers of a sequence-to-sequence `model` begin with.
+
+    Raises BaseModelError where its config names none: any guess would train or score other answers
+    than the base was made for.
+    """
+    start: int | None = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise BaseModelError(
+            f"Base model {shortened(model.name_or_path)} has no decoder_start_token_id, the token "
+            f"that its answers begin with; set it in the config.json of a local copy (T5's is "
+            f"its pad_token_id)."
+        )
+    return start
 
 
 def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import TaskError
-from ..files.quoting import first_line, one_line
+from ..files.quoting import first_line, one_line, reason, shortened
 from .task import Example, Task
 from .templates import SEPARATOR, RowTemplate, longest_field
 
@@ -38,16 +39,19 @@ def load_task(
     target are rendered from whatever fields a row has, and with `choices` ("yes ||| no", jinja2)
     the choices are. `name` defaults to the file's stem.
 
-    Raises TaskError, naming the line, for a missing file, broken line, missing field, a target that
-    is not among the choices, or a source without examples.
+    Raises TaskError, naming the line, for a missing file, broken line, missing field, a text that
+    holds half a character, an empty choice, a target that is not among the choices, a CSV row of
+    more cells than the header names, or a source without examples.
     """
     rows, label, default_name = _open_source(source)
     row_template = RowTemplate(template, choices)
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for where, row in rows:
         split = row.get("split") or "train"
-        if split not in splits:
-            raise TaskError(f"{where}: split is {split!r}, but must be {', '.join(SPLITS)}.")
+        if not isinstance(split, str) or split not in splits:
+            raise TaskError(
+                f"{where}: split is {shortened(split)}, but must be {', '.join(SPLITS)}."
+            )
         example = _example(row_template.render(row, where), where)
         passage = longest_field(row, example.input) if template else None
         splits[split].append(replace(example, passage=passage))
@@ -80,7 +84,13 @@ def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows
     readers = {".jsonl": _read_jsonl, ".csv": _read_csv}
     if path.suffix not in readers:
         raise TaskError(f"Task {path} must be a .jsonl or .csv file, or hub:DATASET.")
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:  # a name that is too long, say
+        raise TaskError(
+            f"Task file {shortened(str(path))} can't be read: {reason(error)}."
+        ) from error
+    if not there:
         raise TaskError(f"Task file {path} does not exist.")
     return readers[path.suffix](path), path.name, default_name(path)
 
@@ -109,10 +119,32 @@ def _parse(line: str, where: str) -> Mapping[str, Any]:
 def _read_csv(path: Path) -> Rows:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            for row in (reader := csv.DictReader(file)):
-                yield f"{path}, line {reader.line_num}", row
+            reader = csv.DictReader(file)
+            _require_different(reader.fieldnames or (), path)
+            for row in reader:
+                where = f"{path}, line {reader.line_num}"
+                yield where, _fitting(row, where)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise TaskError(f"Task file {path} can't be read: {error}.") from error
+
+
+def _fitting(row: Mapping[str | None, Any], where: str) -> Mapping[str, Any]:
+    """The row of a CSV file. Raises TaskError where it has more cells than there are columns."""
+    if None in row:  # where DictReader puts them
+        raise TaskError(
+            f"{where}: more cells than the header names; put a text that holds a comma in double "
+            f"quotes."
+        )
+    return {str(name): cell for name, cell in row.items()}
+
+
+def _require_different(names: Sequence[str], path: Path) -> None:
+    """Raise TaskError where two columns have one name; columns without a name are nobody's."""
+    for name, count in Counter(filter(None, names)).items():
+        if count > 1:
+            raise TaskError(
+                f"{path}: {count} columns are named {shortened(name)}; give them different names."
+            )
 
 
 def _read_hub(source: str) -> Rows:
@@ -168,9 +200,14 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
         if value is None or isinstance(value, list | dict) or str(value) == "":
             fields = ", ".join(map(str, row)) or "none"
             raise TaskError(f"{where}: {key} is missing or empty; the fields there are {fields}.")
-        texts[key] = str(value)
+        texts[key] = _whole(str(value), f"{where}: {key}")
     choices = _texts(row.get("choices"), f"{where}: choices")
     references = _texts(row.get("references"), f"{where}: references")
+    if "" in choices:
+        raise TaskError(
+            f"{where}: choice {choices.index('') + 1} of {len(choices)} is empty; leave it out (a "
+            f"{SEPARATOR} without a text before or after it makes one)."
+        )
     if choices and texts["target"] not in choices:
         raise TaskError(
             f"{where}: target {texts['target']!r} is not among the choices {list(choices)}."
@@ -190,4 +227,16 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
         value = [item.strip() if isinstance(item, str) else item for item in value]
     if not isinstance(value, list | tuple):
         raise TaskError(f"{where} must be a list of texts, got {value!r:.40}.")
-    return tuple(str(item) for item in value)
+    return tuple(_whole(str(item), where) for item in value)
+
+
+def _whole(text: str, where: str) -> str:
+    """`text`. Raises TaskError where it holds half a character, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"{where} holds {text[error.start]!r}, half a character, as where a text was cut "
+            f"within an emoji; mend that text or leave the row out."
+        ) from error
+    return text

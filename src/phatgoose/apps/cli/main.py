@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
+from ...files.quoting import first_line, reason, shortened
 from ..console.printing import PlainFormatter, complain, say
 from ..processor import set_threads
 from . import analysis, comparison, experts, routed, segments, serving, sharing
@@ -97,9 +98,18 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:  # a name that is too long, a folder that is closed to the user
+        code = _failed(_refused(error))
     if code == INTERRUPTED:
         say("interrupted; training and gates go on with --resume", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _refused(error: OSError) -> str:
+    """What the system refused, and why."""
+    if error.filename is None:
+        return first_line(error)
+    return f"{shortened(str(error.filename))} can't be used: {reason(error)}."
 
 
 def _failed(message: str) -> int:

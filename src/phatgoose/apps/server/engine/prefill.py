@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ....analysis.traces import TraceKeeper, TraceStream
-from ....tasks.collating import pad_left
+from ....tasks.collating import decoder_start, pad_left
 from .caches import Cache
 from .decoding import TokenScores, token_scores
 from .model_runner import ModelRunner
@@ -110,7 +110,7 @@ class _DistinctPrompts:
         runner = self._runner
         cache, keeper = runner.new_cache(), keeper_for(self._everyone)
         encoded = runner.encode(self._ids, self._mask, keeper)
-        start = torch.full_like(self._ids[:, :1], runner.model.config.decoder_start_token_id)
+        start = torch.full_like(self._ids[:, :1], decoder_start(runner.model))
         logits = runner.answer(start, self._mask, encoded, cache, keeper)
         self._report_routing(keeper, 0, self._ids.shape[1])
         return Prefilled(cache, self._mask, logits[:, -1].float(), encoded)
@@ -131,7 +131,7 @@ class _DistinctPrompts:
                         each.add_routing(part)
 
     def _start_of(self, stream: TraceStream, row: int) -> TraceStream:
-        start = self._runner.model.config.decoder_start_token_id
+        start = decoder_start(self._runner.model)
         pieces = self._owners[row][0].pieces([start])
         return stream.some(slice(row, row + 1), pieces, [ANSWER])
 

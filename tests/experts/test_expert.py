@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from changed_adapters import set_config
 from changed_experts import (
     SITE,
     change_tensors,
@@ -28,7 +29,7 @@ from paths import GOLDEN
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
-from phatgoose.experts.expert import LAYOUT, Expert, check_expert
+from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.files.left_overs import clear_left_overs
 from phatgoose.files.regular_file import sha256_of
@@ -70,6 +71,34 @@ def test_a_loss_that_is_no_number_does_not_make_an_expert_unreadable(adapter, tm
     metrics = {"loss": float("nan"), "losses": [1.0, float("inf")]}
     saved = make(adapter, metrics=metrics).save(tmp_path / "reviews")
     assert saved.info.metrics == {"loss": None, "losses": [1.0, None]}
+
+
+def test_the_base_is_the_one_that_the_adapter_names_at_the_revision_that_it_names(
+    adapter, llama, tmp_path
+):
+    adapter = shutil.copytree(adapter, tmp_path / "reviews")
+    assert base_named_in(adapter) == BaseReference(llama.id)
+    set_config(adapter, revision="abc123")
+    wanted = BaseReference(llama.id, "abc123")
+    assert base_named_in(adapter) == wanted
+    expert = Expert.from_peft(adapter, {}).save(tmp_path / "plain")
+    assert expert.info.base == wanted
+    set_config(expert.directory, revision="other")
+    assert base_named_in(expert.directory) == wanted  # what the expert itself says
+    assert Expert.from_peft(adapter, {}, base=llama).info.base == llama.reference
+    set_config(adapter, base_model_name_or_path=None)
+    assert base_named_in(adapter) is None
+    with pytest.raises(ExpertError, match="doesn't name its base; give base"):
+        Expert.from_peft(adapter, {})
+
+
+def test_a_revision_that_is_none_is_refused_unless_the_base_is_given(adapter, llama, tmp_path):
+    adapter = shutil.copytree(adapter, tmp_path / "reviews")
+    set_config(adapter, revision=["v2"])
+    for read in (base_named_in, lambda folder: Expert.from_peft(folder, {})):
+        with pytest.raises(ExpertError, match=r"names revision \['v2'\] of its base"):
+            read(adapter)
+    assert Expert.from_peft(adapter, {}, base=llama).info.base == llama.reference
 
 
 def test_pefts_files_are_copied_byte_for_byte(adapter, original):

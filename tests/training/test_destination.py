@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
-from safetensors.torch import load_file
+import torch
+from safetensors.torch import load_file, save_file
 
 from phatgoose.base.loading import Base
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
-from phatgoose.training.destination import SNAPSHOT, RemoteFolder, expert_folder
+from phatgoose.training.destination import SNAPSHOT, KeptWork, expert_folder
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
 from training_jobs import LORA, job_in
 
@@ -48,15 +50,22 @@ class MachineLostError(Exception):
 
 def interrupt_at(monkeypatch, copies: int) -> None:
     """After so many parts were kept, the process that trains is gone."""
-    keep, kept = RemoteFolder._keep, []
+    keep, kept = KeptWork.keep, []
 
-    def keep_or_die(self, work, above):
-        keep(self, work, above)
+    def keep_or_die(self, work):
+        keep(self, work)
         kept.append(work)
         if len(kept) == copies:
             raise MachineLostError
 
-    monkeypatch.setattr(RemoteFolder, "_keep", keep_or_die)
+    monkeypatch.setattr(KeptWork, "keep", keep_or_die)
+
+
+def interrupted(base: Base, job: ExpertJob, url: str, monkeypatch, copies: int) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, copies)
+        with pytest.raises(MachineLostError):
+            train(base, job, url)
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +76,23 @@ def alone(originals, tmp_path_factory) -> tuple[Any, Path]:
     return finished, folder / "numbers"
 
 
+def with_seed(seed: int, job: ExpertJob) -> ExpertJob:
+    return replace(job, training=replace(job.training, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def alone_with_seven(originals, tmp_path_factory) -> tuple[Any, Path]:
+    """The same with another seed."""
+    folder = tmp_path_factory.mktemp("seven")
+    (finished,) = train(originals["llama"].copied(), with_seed(7, job_in(folder)), str(folder))
+    return finished, folder / "numbers"
+
+
 @pytest.mark.parametrize("copies", [2, 5])  # in the middle of the expert, then of its gates
 def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
     url, job, llama, tmp_path, monkeypatch, copies, alone
 ):
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, copies)
-        with pytest.raises(MachineLostError):
-            train(llama, job, url)
+    interrupted(llama, job, url, monkeypatch, copies)
     assert names_in(url) == {".numbers.work"}
     with pytest.raises(ExpertError, match="Unfinished work"):
         train(llama, job, url)
@@ -91,26 +109,182 @@ def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
     assert again == trained
 
 
-def test_a_snapshot_that_is_not_whole_counts_for_nothing(tmp_path):
-    folder = expert_folder(f"file://{tmp_path}/far")
-    work = tmp_path / "near"
-    (work / "gates").mkdir(parents=True)
-    (work / "run.json").write_text("{}")
-    (work / "gates" / "kept").write_text("1234")
-    above = f"{folder.root}/.numbers.work"
-    folder._keep(work, above)
-    folder._fetch(above, tmp_path / "whole")
+@pytest.mark.parametrize("copies", [1, 5])  # before the old run's second checkpoint; among gates
+def test_a_restarted_training_keeps_nothing_of_the_old_one(
+    url, job, llama, tmp_path, monkeypatch, copies, alone_with_seven
+):
+    seven = with_seed(7, job)
+    interrupted(llama, job, url, monkeypatch, 2)
+    interrupted(llama, replace(seven, restart=True), url, monkeypatch, copies)
+    with pytest.raises(ConfigError, match="had other settings"):
+        train(llama, job.again(), url)
+    (trained,) = train(llama, seven.again(), url)
+    told, folder = alone_with_seven
+    assert trained.metrics["expert_best_step"] == told.metrics["expert_best_step"]
+    wanted = load_file(folder / ADAPTER_WEIGHTS) | load_file(folder / LAYOUT.vectors)
+    got = tensors_of(url, "numbers", tmp_path / "got")
+    assert wanted.keys() == got.keys()
+    assert all(got[name].equal(tensor) for name, tensor in wanted.items())
+
+
+def test_a_restart_that_is_lost_at_once_leaves_nothing_to_take_up(url, job, llama, monkeypatch):
+    interrupted(llama, job, url, monkeypatch, 2)
+
+    def die(out, identity, **how):
+        assert not out.exists()
+        raise MachineLostError
+
+    monkeypatch.setattr("phatgoose.training.train_expert.open_work", die)
+    with pytest.raises(MachineLostError):
+        train(llama, replace(job, restart=True), url)
+    assert names_in(url) == set()
+
+
+def test_work_that_is_removed_only_in_part_counts_for_nothing(tmp_path, monkeypatch):
+    kept = kept_in(tmp_path, {"run.json": "{}", "kept": "1234"})
+
+    def rm(place, recursive=False):
+        if Path(place).is_dir():
+            raise PermissionError("not yours")
+        Path(place).unlink()
+
+    monkeypatch.setattr(kept.files, "rm", rm)
+    with pytest.raises(PermissionError):
+        kept.remove()
+    assert {path.name for path in Path(kept.above).iterdir()} == {"run.json", "kept"}
+    kept.fetch(tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
+
+
+def kept_in(folder: Path, near: dict[str, str]) -> KeptWork:
+    """Work with these files, copied up by this process."""
+    work = folder / "near"
+    for name, content in near.items():
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text(content)
+    kept = KeptWork(fsspec.filesystem("file"), f"{folder}/far/.numbers.work")
+    kept.keep(work)
+    return kept
+
+
+def test_only_files_of_this_process_count_as_copied_up(tmp_path, monkeypatch):
+    kept = kept_in(tmp_path, {"old": "1234", "gates/new": "1234"})
+    puts = []
+    put = type(kept.files).put_file
+    monkeypatch.setattr(
+        kept.files, "put_file", lambda near, far: (puts.append(near), put(kept.files, near, far))
+    )
+    work, far = tmp_path / "near", Path(kept.above)
+
+    def copied() -> set[str]:
+        names = {Path(near).name for near in puts} - {SNAPSHOT}
+        puts.clear()
+        return names
+
+    kept.keep(work)
+    assert copied() == set()
+    (work / "gates" / "new").write_text("abcd")  # the same name and size
+    kept.keep(work)
+    assert copied() == {"new"}
+    assert (far / "gates" / "new").read_text() == "abcd"
+    fetched = KeptWork(kept.files, kept.above)
+    fetched.fetch(tmp_path / "fetched")
+    fetched.keep(tmp_path / "fetched")
+    assert copied() == set()
+    KeptWork(kept.files, kept.above).keep(work)  # of a run that knows nothing of this one
+    assert copied() == {"old", "new"}
+
+
+def test_a_snapshot_that_is_not_whole_counts_for_nothing_and_goes(tmp_path):
+    kept = kept_in(tmp_path, {"run.json": "{}", "gates/kept": "1234"})
+    work, above = tmp_path / "near", Path(kept.above)
+    kept.fetch(tmp_path / "whole")
     assert (tmp_path / "whole" / "gates" / "kept").read_text() == "1234"
     (work / "gates" / "kept").unlink()
     (work / "gates" / "next").write_text("12345")
-    folder._keep(work, above)
-    assert {p.name for p in Path(above).rglob("*")} == {"run.json", SNAPSHOT, "gates", "next"}
-    (Path(above) / "gates" / "next").write_text("12")
-    folder._fetch(above, tmp_path / "short")
+    kept.keep(work)
+    assert {p.name for p in above.rglob("*")} == {"run.json", SNAPSHOT, "gates", "next"}
+    (above / "gates" / "next").write_text("12")
+    kept.fetch(tmp_path / "short")
     assert not (tmp_path / "short").exists()
-    (Path(above) / SNAPSHOT).write_text('{"run.json":')
-    folder._fetch(above, tmp_path / "cut")
+    assert not above.exists()
+    kept.keep(work)
+    assert (above / "gates" / "next").read_text() == "12345"
+    (above / "gates" / "next").unlink()
+    kept.fetch(tmp_path / "lost")
+    assert not (tmp_path / "lost").exists()
+    assert not above.exists()
+    kept.keep(work)
+    (above / SNAPSHOT).write_text('{"run.json":')
+    kept.fetch(tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
+    assert not above.exists()
+
+
+def test_several_processes_are_told_at_once_that_a_url_is_for_one(tmp_path, monkeypatch):
+    kept = kept_in(tmp_path, {"run.json": "{}"})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    folder = expert_folder(f"file://{tmp_path}/far")
+    with (
+        pytest.raises(ConfigError, match=r"far is for one process; 2 processes .* all of them see"),
+        folder.training("numbers", 0.0, restart=True),
+    ):
+        pytest.fail("the training began")
+    assert (Path(kept.above) / "run.json").exists()
+
+
+def test_what_a_killed_copy_left_of_an_expert_is_removed(url, job, llama, tmp_path):
+    files, root = fsspec.core.url_to_fs(url)
+    save_file({"embeddings": torch.eye(2)}, tmp_path / LAYOUT.embeddings)
+    left = {LAYOUT.embeddings, f"{LAYOUT.vectors}.unfinished-12", f"{LAYOUT.info}.unfinished-ab"}
+    others = {"notes.txt", f"own/{LAYOUT.embeddings}"}
+    for name in left | others:
+        files.makedirs(f"{root}/numbers/{name}".rpartition("/")[0], exist_ok=True)
+        files.put_file(str(tmp_path / LAYOUT.embeddings), f"{root}/numbers/{name}")
+    train(llama, job, url)
+    there = {path.partition("/numbers/")[2] for path in files.find(f"{root}/numbers")}
+    assert there & left == set()
+    assert others < there
+    files.rm(f"{root}/numbers/own", recursive=True)
+    assert tensors_of(url, "numbers", tmp_path / "fetched")
+
+
+def test_an_expert_is_not_there_while_left_overs_are(tmp_path, monkeypatch):
+    folder, place = expert_folder(f"file://{tmp_path}/far"), tmp_path / "far" / "numbers"
+    place.mkdir(parents=True)
+    (place / LAYOUT.embeddings).write_text("left")
+    (tmp_path / "near").mkdir()
+    for name in (LAYOUT.info, LAYOUT.vectors):
+        (tmp_path / "near" / name).write_text("new")
+
+    def rm_file(path):
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.files, "rm_file", rm_file)
+        with pytest.raises(PermissionError):
+            folder._send(tmp_path / "near", str(place))
+    assert not folder.has("numbers")
+    folder._send(tmp_path / "near", str(place))
+    assert names_in(f"{folder.url}/numbers") == {LAYOUT.info, LAYOUT.vectors}
+
+
+def test_a_finished_expert_has_no_work_beside_it(tmp_path, monkeypatch):
+    kept = kept_in(tmp_path, {"run.json": "{}"})
+    folder = expert_folder(f"file://{tmp_path}/far")
+    (tmp_path / "far" / "numbers").mkdir()
+    (tmp_path / "far" / "numbers" / LAYOUT.info).write_text('{"metrics": {"steps": 3}}')
+
+    def rm(path, recursive):
+        raise PermissionError("not yours")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.files, "rm", rm)
+        assert folder.finished("numbers").metrics == {"steps": 3}
+    assert Path(kept.above).exists()
+    assert folder.finished("numbers").metrics == {"steps": 3}
+    assert names_in(folder.url) == {"numbers"}
 
 
 def test_an_expert_is_there_when_its_description_is(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -26,6 +26,7 @@ from phatgoose.training.gates import GatedLinear, train_gates
 from phatgoose.training.loop import fit
 from phatgoose.training.router_statistics import mean_activations
 from tiny import logits_of, make_adapter, make_ids, pairs_of
+from training_runs import train
 
 TASK = Task(
     "echo",
@@ -220,6 +221,35 @@ def test_what_was_cut_of_the_gates_inputs_is_told_and_recorded(llama, adapter, t
         )
     assert expert.info.metrics["inputs_cut"] == 5
     assert expert.info.hyperparameters["truncation"] == "left"
+
+
+def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, tmp_path):
+    def gated(adapter, out, **options):
+        return train_gates(llama, adapter, TASK, out=tmp_path / out, training=other, **options)
+
+    expert = train(llama, tmp_path / "expert")  # TRAINING and GATES of training_runs
+    first = dict(expert.info.hyperparameters)
+    other = replace(TRAINING, batch_size=2, warmup_ratio=0.5, seed=3)
+    again = gated(expert.directory, "again", gate_training=GATES)
+    wanted = {**first, "gate_steps": 4, "gate_learning_rate": 0.05, "seed": 3}
+    wanted |= {"gate_batch_size": 2, "gate_micro_batch_size": 2, "gate_warmup_ratio": 0.5}
+    wanted |= {"gate_weight_decay": 0.0, "gate_max_grad_norm": 1.0}
+    assert again.info.hyperparameters == wanted
+    assert (wanted["steps"], wanted["learning_rate"], wanted["eval_every"]) == (4, 0.02, 2)
+    assert again.info.metrics["expert_steps"] == wanted["steps"]
+    given = replace(GATES, gate_learning_rate=0.01)
+    third = gated(again.directory, "third", gate_training=given)
+    assert third.info.hyperparameters == {**wanted, "gate_learning_rate": 0.01}
+
+
+def test_gates_of_a_plain_adapter_record_no_training_that_nobody_made(llama, adapter, tmp_path):
+    expert = train_gates(
+        llama, adapter, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
+    )
+    got = expert.info.hyperparameters
+    assert not {field.name for field in fields(Training)} - {"seed"} & got.keys()
+    assert (got["gate_steps"], got["gate_learning_rate"], got["gate_batch_size"]) == (4, 0.05, 4)
+    assert (got["seed"], got["max_input_tokens"]) == (0, 512)
 
 
 def test_only_gates_are_handed_to_the_optimiser(llama, adapter, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from ..base.fingerprint import BaseReference
 from ..base.loading import Base
 from ..errors import ExpertError
 from ..files.atomic import new_directory
+from ..files.quoting import shortened
 from ..files.regular_file import sha256_of
 from ..files.tensor_file import Group, TensorFile, is_finite
 from .adapter import ADAPTER_FILES, adapter_files, named_base, read_modules
@@ -32,6 +33,7 @@ from .kinds.lora import LoraFactors
 from .readings import readings_problems
 
 __all__ = ["EXPERT_FILES", "LAYOUT", "MOST_EMBEDDINGS", "Expert", "base_named_in", "check_expert"]
+__all__ += ["named_revision"]
 
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 
@@ -120,14 +122,15 @@ class Expert:
     ) -> Expert:
         """An expert made of an existing adapter, of any kind, and the gates trained for it.
 
-        `base` defaults to the one that the adapter's config names, without a fingerprint, `name` to
-        the name of the adapter's folder. Raises ExpertError when the adapter can't be used or names
-        no base where none is given, when a vector doesn't fit its site, and when embeddings aren't
-        what the format wants.
+        `base` defaults to the one that the adapter's config names, at the revision that it names
+        and without a fingerprint, `name` to the name of the adapter's folder. Raises ExpertError
+        when the adapter can't be used or names no base where none is given, when a vector doesn't
+        fit its site, and when embeddings aren't what the format wants.
         """
         directory = Path(adapter_dir)
-        named = named_base(directory)
-        if base is None and named is None:
+        modules = read_modules(directory)
+        base = base or _adapter_base(directory)
+        if base is None:
             raise ExpertError(f"The adapter in {directory} doesn't name its base; give base.")
         name = name or directory.resolve().name
         check_name(name)
@@ -135,7 +138,7 @@ class Expert:
             base = base.reference
         info = ExpertInfo(
             name=name,
-            base=base or BaseReference(str(named)),
+            base=base,
             adapter_sha256=sha256_of(directory / adapter_files(directory).weights),
             task=task or {},
             hyperparameters=hyperparameters or {},
@@ -145,7 +148,7 @@ class Expert:
         expert = cls(
             info,
             directory,
-            read_modules(directory),
+            modules,
             _plain(gates),
             _plain(means or {}),
             embeddings,
@@ -217,12 +220,34 @@ def check_expert(directory: str | Path) -> list[str]:
 def base_named_in(directory: Path) -> BaseReference | None:
     """The base that the expert or plain adapter in `directory` names, None when it names none.
 
-    Raises ExpertError when it is neither.
+    With the revision that is named too. Raises ExpertError when it is neither, or when what stands
+    for a revision is none.
     """
     if (directory / LAYOUT.info).is_file():
         return read_info(directory / LAYOUT.info).base
+    return _adapter_base(directory)
+
+
+def named_revision(config: Mapping[str, Any]) -> str | None:
+    """The revision of its base that an adapter's `config` names, None where it names none.
+
+    Raises ExpertError for what no revision can be.
+    """
+    named = config.get("revision")
+    if named is not None and not (isinstance(named, str) and named.isprintable()):
+        raise ExpertError(
+            f"The adapter names revision {shortened(named)} of its base, but a revision is a "
+            f"branch, a tag or a commit; name the base with --base."
+        )
+    return named or None
+
+
+def _adapter_base(directory: Path) -> BaseReference | None:
+    """The base that the adapter's own configuration names, None when it names none."""
     named = named_base(directory)
-    return BaseReference(named) if named else None
+    if named is None:
+        return None
+    return BaseReference(named, named_revision(adapter_files(directory).read_config(directory)))
 
 
 def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:

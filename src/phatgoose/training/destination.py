@@ -2,7 +2,8 @@
 
 Experts are always trained in a directory. For a URL that is a temporary one, and each part is
 copied up as soon as it is complete: checkpoints, the trained adapter, the expert. An unfinished
-expert is copied down before its training resumes, so it can resume on any machine.
+expert is copied down before its training resumes, so it can resume on any machine. Nothing locks a
+URL, and only one process trains an expert that goes to it.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import fsspec
 
 from ..errors import ConfigError, ExpertError
-from ..experts.expert import LAYOUT, Expert
+from ..experts.expert import EXPERT_FILES, LAYOUT, Expert
+from . import processes
 from .unfinished import LOCK, discard_work, wait_for_work, work_of
 
 __all__ = ["Destination", "ExpertFolder", "TrainedExpert", "expert_folder"]
 
 SNAPSHOT = "snapshot.json"  # the files of unfinished work and their sizes, written last
+UNFINISHED = ".unfinished-"  # between a file's name and random digits, until it is whole
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,14 @@ class ExpertFolder(Protocol):
     def finished(self, name: str) -> TrainedExpert:
         """The finished expert `name`. Raises ExpertError when it can't be read."""
 
-    def training(self, name: str, patience: float) -> AbstractContextManager[Destination]:
+    def training(
+        self, name: str, patience: float, *, restart: bool = False
+    ) -> AbstractContextManager[Destination]:
         """A context with the directory to train `name` in; the expert is here when it ends well.
 
-        A lost worker's lock on unfinished work is waited for, up to `patience` seconds.
+        A lost worker's lock on unfinished work is waited for, up to `patience` seconds. `restart`
+        is the run's, which throws unfinished work away. Raises ConfigError where several processes
+        train the expert and can't share the folder.
         """
 
     def portable(self) -> ExpertFolder:
@@ -99,8 +106,10 @@ class LocalFolder:
         return TrainedExpert(expert.name, self.place(name), expert.info.metrics)
 
     @contextmanager
-    def training(self, name: str, patience: float) -> Iterator[Destination]:
-        """The directory itself, where complete parts stay."""
+    def training(
+        self, name: str, patience: float, *, restart: bool = False
+    ) -> Iterator[Destination]:
+        """The directory itself, where complete parts stay; a run that restarts empties its work."""
         wait_for_work(self.path / name, patience)
         yield Destination(self.path / name, lambda: None)
 
@@ -126,27 +135,40 @@ class RemoteFolder:
         return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
 
     def finished(self, name: str) -> TrainedExpert:
-        """The expert `name`, from its description alone."""
+        """The expert `name`, from its description alone; unfinished work beside it is removed."""
         place = f"{self.root}/{name}/{LAYOUT.info}"
         try:
             metrics = json.loads(self.files.cat_file(place))["metrics"]
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ExpertError(f"{self.place(name)} can't be read: {error}.") from error
+        with suppress(OSError):  # the expert is whole, whoever may remove what
+            self._kept_work(name).remove()
         return TrainedExpert(name, self.place(name), metrics)
 
     @contextmanager
-    def training(self, name: str, patience: float) -> Iterator[Destination]:
-        """A temporary directory with what was copied up of the expert's unfinished training."""
-        above = f"{self.root}/.{name}.work"
+    def training(
+        self, name: str, patience: float, *, restart: bool = False
+    ) -> Iterator[Destination]:
+        """A temporary directory with what was copied up of the expert's unfinished training.
+
+        With `restart` that is removed first, so that no later run can take it up again.
+        """
+        if processes.count() > 1:
+            raise ConfigError(
+                f"{self.url} is for one process; {processes.count()} processes that train one "
+                f"expert need a folder that all of them see."
+            )
+        kept = self._kept_work(name)
         with tempfile.TemporaryDirectory(prefix="phatgoose-") as scratch:
             out = Path(scratch) / name
             work = work_of(out)
             try:
-                self._fetch(above, work)
-                yield Destination(out, lambda: self._keep(work, above))
+                if restart:
+                    kept.remove()
+                kept.fetch(work)
+                yield Destination(out, lambda: kept.keep(work))
                 self._send(out, f"{self.root}/{name}")
-                if self.files.exists(above):
-                    self.files.rm(above, recursive=True)
+                kept.remove()
             except OSError as error:
                 raise ExpertError(f"{self.place(name)} can't be written: {error}.") from error
 
@@ -154,64 +176,125 @@ class RemoteFolder:
         """Itself: a URL is the same everywhere."""
         return self
 
-    def _fetch(self, above: str, work: Path) -> None:
-        """Copy unfinished work down, or nothing when its snapshot or a file of it is incomplete."""
+    def _kept_work(self, name: str) -> KeptWork:
+        return KeptWork(self.files, f"{self.root}/.{name}.work")
+
+    def _send(self, directory: Path, place: str) -> None:
+        """Copy an expert up, its description last, after what an earlier copy left is removed."""
+        names = {path.name for path in directory.iterdir()}
+        for name in sorted(names - {LAYOUT.info}):
+            _put_whole(self.files, directory / name, f"{place}/{name}")
+        self._remove_left_overs(place, names)
+        _put_whole(self.files, directory / LAYOUT.info, f"{place}/{LAYOUT.info}")
+
+    def _remove_left_overs(self, place: str, names: set[str]) -> None:
+        """Remove an expert's files at `place` but `names`; what no expert has is not ours."""
+        self.files.invalidate_cache()
+        for entry in self.files.ls(place, detail=True):
+            name = entry["name"].rpartition("/")[2]
+            ours = name.partition(UNFINISHED)[0] in EXPERT_FILES and entry["type"] == "file"
+            if ours and name not in names:
+                self.files.rm_file(f"{place}/{name}")
+
+
+class Stamp(NamedTuple):
+    """What changes with a file: its size, and when it was written, in nanoseconds."""
+
+    size: int
+    written: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        """That of the file at `path`."""
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass
+class KeptWork:
+    """The copy of one expert's unfinished work in the folder `above` of an fsspec file system.
+
+    `own` holds the files that this process has copied up or down, as they were then: another run's
+    file may have the same name and size, and other content.
+    """
+
+    files: Any
+    above: str
+    own: dict[str, Stamp] = field(default_factory=dict)
+
+    def fetch(self, work: Path) -> None:
+        """Copy it down to `work`; when its list or a listed file is incomplete, remove it all."""
         try:
-            listed = json.loads(self.files.cat_file(f"{above}/{SNAPSHOT}"))
-        except (FileNotFoundError, ValueError, RecursionError):
+            listed = json.loads(self.files.cat_file(f"{self.above}/{SNAPSHOT}"))
+        except FileNotFoundError:
             return
+        except (ValueError, RecursionError):
+            listed = None
+        if not self._is_fetched(listed, work):
+            shutil.rmtree(work, ignore_errors=True)
+            self.remove()
+
+    def _is_fetched(self, listed: object, work: Path) -> bool:
+        """Copy the `listed` files down; False as soon as one isn't what the list says."""
         if not isinstance(listed, dict) or not all(_is_inside(file) for file in listed):
-            return
+            return False
         for file, size in listed.items():
             (work / file).parent.mkdir(parents=True, exist_ok=True)
             try:
-                self.files.get_file(f"{above}/{file}", str(work / file))
+                self.files.get_file(f"{self.above}/{file}", str(work / file))
             except FileNotFoundError:
-                size = -1
-            if size < 0 or (work / file).stat().st_size != size:
-                shutil.rmtree(work)
-                return
+                return False
+            self.own[file] = Stamp.of(work / file)
+            if self.own[file].size != size:
+                return False
+        return True
 
-    def _keep(self, work: Path, above: str) -> None:
+    def keep(self, work: Path) -> None:
         """Copy up what is new in `work`, then the list of its files; then remove what it lost."""
-        sizes = {
-            str(path.relative_to(work)): path.stat().st_size
+        stamps = {
+            str(path.relative_to(work)): Stamp.of(path)
             for path in sorted(work.rglob("*"))
             if path.is_file() and path.name != LOCK
         }
-        known = self._sizes(above)
-        for file, size in sizes.items():
-            if known.get(file) != size:
-                self._put(work / file, f"{above}/{file}")
+        there = self._sizes()
+        for file, stamp in stamps.items():
+            if self.own.get(file) != stamp or there.get(file) != stamp.size:
+                _put(self.files, work / file, f"{self.above}/{file}")
+                self.own[file] = stamp
+        sizes = {file: stamp.size for file, stamp in stamps.items()}
         (work.parent / SNAPSHOT).write_text(json.dumps(sizes), encoding="utf-8")
-        self._put_whole(work.parent / SNAPSHOT, f"{above}/{SNAPSHOT}")
-        for file in known.keys() - sizes.keys():
-            self.files.rm_file(f"{above}/{file}")
+        _put_whole(self.files, work.parent / SNAPSHOT, f"{self.above}/{SNAPSHOT}")
+        for file in there.keys() - sizes.keys():
+            self.files.rm_file(f"{self.above}/{file}")
 
-    def _sizes(self, above: str) -> dict[str, int]:
-        """Sizes of the files copied up so far, by their path in the work."""
-        if not self.files.exists(above):
-            return {}
+    def remove(self) -> None:
+        """Remove it all, its list first: without it the rest counts for nothing."""
+        self.own.clear()
         self.files.invalidate_cache()
-        found = self.files.find(above, detail=True)
-        sizes = {path[len(above) + 1 :]: entry["size"] for path, entry in found.items()}
+        for place in (f"{self.above}/{SNAPSHOT}", self.above):
+            if self.files.exists(place):
+                self.files.rm(place, recursive=True)
+
+    def _sizes(self) -> dict[str, int]:
+        """Sizes of the files that are there, by their path in the work."""
+        self.files.invalidate_cache()
+        if not self.files.exists(self.above):
+            return {}
+        found = self.files.find(self.above, detail=True)
+        sizes = {path[len(self.above) + 1 :]: entry["size"] for path, entry in found.items()}
         return {path: size for path, size in sizes.items() if not path.startswith(SNAPSHOT)}
 
-    def _send(self, directory: Path, place: str) -> None:
-        """Copy an expert up, its description last."""
-        files = sorted(directory.iterdir(), key=lambda path: path.name == LAYOUT.info)
-        for path in files:
-            self._put_whole(path, f"{place}/{path.name}")
 
-    def _put_whole(self, path: Path, place: str) -> None:
-        """Copy a file up under a random name, then rename it."""
-        unfinished = f"{place}.unfinished-{secrets.token_hex(8)}"
-        self._put(path, unfinished)
-        self.files.mv(unfinished, place)
+def _put_whole(files: Any, path: Path, place: str) -> None:
+    """Copy a file up under a random name, then rename it."""
+    unfinished = f"{place}{UNFINISHED}{secrets.token_hex(8)}"
+    _put(files, path, unfinished)
+    files.mv(unfinished, place)
 
-    def _put(self, path: Path, place: str) -> None:
-        self.files.makedirs(place.rpartition("/")[0], exist_ok=True)
-        self.files.put_file(str(path), place)
+
+def _put(files: Any, path: Path, place: str) -> None:
+    files.makedirs(place.rpartition("/")[0], exist_ok=True)
+    files.put_file(str(path), place)
 
 
 def _is_inside(file: str) -> bool:

@@ -37,6 +37,8 @@ from .unfinished import open_work
 __all__ = ["GatedLinear", "Record", "add_gates", "openness", "train_gates"]
 
 GATE_CHECKPOINT_EVERY = 25
+# Settings of `Training` that gates are trained with, too.
+SHARED = ("batch_size", "micro_batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")
 SMALLEST_DEVIATION = 0.01  # of a site's mean deviation, for features that never change
 
 
@@ -95,11 +97,12 @@ def train_gates(
     Everything but the gates is frozen; steps, learning rate and statistics follow `gate_training`,
     the rest `training` (paper section 3). The expert is written to `out`, named `name` or after it.
     `adapter` is a PEFT LoRA or (IA)³ or a bottleneck adapter, or an expert without gates (an
-    imported one), whose records are kept. `resume` continues an interrupted run (and loads a
-    finished expert), `restart` throws its work away. Raises ExpertError when the adapter can't be
-    used or doesn't fit the base, or `out` exists; WrongBaseError when it records another base;
-    ConfigError when resumed work had other settings or joint training is asked for; TaskError when
-    the task can't be used.
+    imported one), whose records are kept: the settings of `training` are not recorded as its own,
+    but as the gates' (docs/format.md). `resume` continues an interrupted run (and loads a finished
+    expert), `restart` throws its work away. Raises ExpertError when the adapter can't be used or
+    doesn't fit the base, or `out` exists; WrongBaseError when it records another base; ConfigError
+    when resumed work had other settings or joint training is asked for; TaskError when the task
+    can't be used.
     """
     out, adapter = Path(out), Path(adapter)
     if gate_training is not None and gate_training.joint:
@@ -120,11 +123,11 @@ def train_gates(
         formatting=formatting,
         name=name,
     )
-    record = Record()
+    record = Record(found=True)
     if (adapter / LAYOUT.info).is_file():
         earlier = Expert.load(adapter)
         check_base(earlier.info.base, run.base.reference, f"expert {earlier.name!r}")
-        record = Record(earlier.info.hyperparameters, earlier.info.metrics)
+        record = Record(earlier.info.hyperparameters, earlier.info.metrics, found=True)
     check_fit(adapter.name, modules, find_sites(run.base.model))
     identity = run.identity(adapter=sha256_of(adapter / adapter_files(adapter).weights))
     with open_work(out, identity, resume=resume, restart=restart):
@@ -136,12 +139,14 @@ class Record:
     """What an expert records of its making before its gates.
 
     `gates` are those trained jointly with the expert; None means that they are still to be trained.
-    `cuts_told` means that the user knows how many of the task's inputs were cut.
+    `found` means that the adapter is of an earlier training, of which `hyperparameters` say all
+    that is known. `cuts_told` means that the user knows how many of the task's inputs were cut.
     """
 
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
     metrics: Mapping[str, object] = field(default_factory=dict)
     gates: Mapping[str, Tensor] | None = None
+    found: bool = False
     cuts_told: bool = False
 
 
@@ -185,12 +190,7 @@ def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
         embeddings=measured.embeddings,
         embedder=settings.embedder if settings.embeddings else None,
         task=_task_record(run.task),
-        hyperparameters={
-            **record.hyperparameters,
-            **asdict(run.training),
-            **asdict(settings),
-            **asdict(run.encoder.formatting),
-        },
+        hyperparameters=_hyperparameters(run, record),
         metrics=metrics,
     )
     saved = expert.save(run.out)
@@ -218,7 +218,7 @@ def _fit_gates(
     run.base.model.requires_grad_(False)
     for layer in layers.values():
         layer.gate.requires_grad_(True)
-    steps, rate = run.gate_training.gate_steps, run.gate_training.gate_learning_rate
+    steps = run.gate_training.gate_steps
     return fit(
         run.base.model,
         run=run,
@@ -226,9 +226,25 @@ def _fit_gates(
         train=pairs,
         validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
         steps=steps,
-        learning_rate=rate or run.training.learning_rate,
+        learning_rate=_gate_learning_rate(run),
         checkpoint_every=min(GATE_CHECKPOINT_EVERY, steps),
     )
+
+
+def _hyperparameters(run: TrainingRun, record: Record) -> dict[str, object]:
+    """The settings to be recorded; those of an adapter that was found stay what they are."""
+    training, gates = asdict(run.training), asdict(run.gate_training)
+    if record.found:
+        gates |= {f"gate_{name}": training[name] for name in SHARED}
+        gates["gate_learning_rate"] = _gate_learning_rate(run)
+        training = {"seed": training["seed"]}  # the statistics', which `measure` draws anew
+    formatting = asdict(run.encoder.formatting)
+    return {**record.hyperparameters, **training, **gates, **formatting}
+
+
+def _gate_learning_rate(run: TrainingRun) -> float:
+    """The learning rate of gate training."""
+    return run.gate_training.gate_learning_rate or run.training.learning_rate
 
 
 def _task_record(task: Task) -> dict[str, object]:

@@ -116,7 +116,8 @@ class _ExpertWorkshop:
         def train(job: ExpertJob) -> TrainedExpert:
             if job.resume and self.folder.has(job.name):
                 return self.folder.finished(job.name)
-            with self.folder.training(job.name, self.patience) as destination:
+            opened = self.folder.training(job.name, self.patience, restart=job.restart)
+            with opened as destination:
                 expert = train_expert(
                     base,
                     job.task.load(),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from changed_adapters import set_config
 from command_line import (
     BASE,
     FLAGS,
@@ -270,6 +271,17 @@ def test_a_recipe_is_used_and_flags_win_over_it(here, phat):
     assert {key: got[key] for key in wanted} == wanted
 
 
+def test_a_base_beside_its_recipe_is_found_from_anywhere(here, phat, monkeypatch):
+    (here / "r.toml").write_text('base = "tiny-base"\ntasks = ["reviews.jsonl"]\n')
+    (here / "elsewhere").mkdir()
+    monkeypatch.chdir(here / "elsewhere")
+    outcome = phat("train", "--recipe", "../r.toml", "--out", "new", *FLAGS)
+    assert outcome.code == 0, outcome.err
+    base = Expert.load(here / "elsewhere" / "new" / "reviews").info.base
+    assert base.id == str(Path("../tiny-base"))
+    assert base.fingerprint == load_base(here / "tiny-base").fingerprint
+
+
 def test_switches_on_the_command_line_win_over_a_recipe(here, phat):
     (here / "r.toml").write_text("[gates]\nmeans = false\n")
     options = ["--recipe", "r.toml", "--means", "--base", "tiny-base", "--out", "new", *FLAGS]
@@ -312,3 +324,25 @@ def test_gate_turns_an_ordinary_adapter_into_an_expert(here, phat):
     expert = Expert.load(here / "experts" / "mine")
     assert expert.info.base.fingerprint == base.fingerprint
     assert any(gate.any() for gate in expert.gates.values())
+
+
+def test_gates_are_trained_on_the_base_at_the_revision_that_the_adapter_names(
+    here, phat, monkeypatch
+):
+    make_adapter(load_base("tiny-base", dtype="float32"), here / "adapter")
+    set_config(here / "adapter", revision="abc123")
+    loaded = []
+
+    def spy(name, *, dtype="auto", revision=None):
+        loaded.append((name, revision))
+        return load_base(name, dtype=dtype, revision=revision)
+
+    monkeypatch.setattr("phatgoose.base.loading.load_base", spy)
+    gate = ["gate", "adapter", "--task", "reviews.jsonl", "--dtype", "float32", *GATE_FLAGS]
+    assert phat(*gate, "--out", "named").code == 0
+    assert Expert.load("named").info.base.revision == "abc123"
+    set_config(here / "adapter", revision=3)
+    refused(phat(*gate, "--out", "odd"), "names revision 3 of its base")
+    assert phat(*gate, "--out", "given", "--base", "tiny-base").code == 0
+    assert Expert.load("given").info.base.revision is None
+    assert loaded == [("tiny-base", "abc123"), ("tiny-base", None)]

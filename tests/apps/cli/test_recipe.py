@@ -57,6 +57,32 @@ def test_folders_in_a_recipe_are_relative_to_it(tmp_path):
     assert recipe.templates == Path("/p3")
 
 
+def test_a_base_or_embedder_is_relative_to_the_recipe_where_such_a_folder_is(tmp_path, monkeypatch):
+    for name in ("mine", "emb", "other", "smollm2"):
+        (tmp_path / "recipes" / name).mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    text = (
+        'base = "{}"\n[gates]\nembedder = "{}"\nmeans = false\n'
+        '[routing]\nretrieval_embedder = "{}"\n'
+    )
+    path = write_recipe(tmp_path / "recipes", text.format("mine", "./emb", "../recipes/other"))
+
+    def named(path):
+        recipe = read_recipe(path)
+        gates, routing = recipe.tables["gates"], recipe.tables["routing"]
+        assert gates["means"] is False
+        return recipe.base, gates["embedder"], routing["retrieval_embedder"]
+
+    found = [str(path.parent / name) for name in ("mine", "emb", "../recipes/other")]
+    assert named(path) == tuple(found)
+    monkeypatch.chdir(path.parent)
+    assert named(path.name) == ("mine", "./emb", "../recipes/other")
+    names = ("owner/mine", "here", "x" * 300)
+    assert named(write_recipe(path.parent, text.format(*names))) == names
+    (path.parent / "recipe.toml").write_text('base = "smollm2"')
+    assert read_recipe(path).base == "smollm2"  # the embedded one, whatever lies there
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from command_line import FLAGS, open_row, refused, review, snapshot, write_rows
+from phatgoose.config import Training
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.multitask import mixture
@@ -64,6 +65,15 @@ def test_a_suites_name_means_all_its_datasets(suite, count):
     assert len(tasks) == count
     assert tasks[0].named == f"{suite}/ag_news"
     assert all(task.entry.source and task.entry.micro_batch_size for task in tasks)
+
+
+def test_the_micro_batch_that_a_suite_names_is_the_tasks_until_it_is_taken_away(here):
+    named, own = open_tasks(["t0hi/samsum", "counting.jsonl"])
+    training = Training(steps=7)
+    assert named.settings(training) == Training(steps=7, micro_batch_size=4)
+    assert own.settings(training) == training
+    assert named.without_micro_batch().settings(training) == training
+    assert named.without_micro_batch().entry.train_examples == named.entry.train_examples
 
 
 def test_a_known_name_comes_before_a_folder_of_that_name(here):

@@ -89,6 +89,21 @@ def test_the_known_examples_of_a_suite_are_told_as_the_suites():
     assert [(task.examples, task.counted) for task in plan.tasks] == [(5452, False), (None, False)]
 
 
+def test_each_dataset_is_planned_with_its_own_micro_batch():
+    news, hop = open_tasks(["t0hi/ag_news", "t0hi/wiki_hop"])
+    assert (news.entry.micro_batch_size, hop.entry.micro_batch_size) == (16, 2)
+
+    def memory(*tasks, **training):
+        return plan_training(T5_XL, tasks, training=Training(**training)).memory_bytes
+
+    plain = {rows: memory(news.without_micro_batch(), micro_batch_size=rows) for rows in (2, 8, 16)}
+    assert (memory(hop), memory(news)) == (plain[2], plain[16])
+    assert memory(hop, news) == plain[16]  # a worker may get either
+    assert memory(news, micro_batch_size=2) == plain[16]
+    assert memory(news, batch_size=8) == plain[8]
+    assert memory(news.without_micro_batch(), batch_size=8) == plain[8]
+
+
 # --- small ones ---
 
 

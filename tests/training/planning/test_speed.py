@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,6 +55,25 @@ def test_the_memory_is_that_of_the_longest_micro_batch_of_any_task(
     assert (quick.steps, once.steps, once.batch_size) == (6, 1, 2)
     words = [len(row.input.split()) for row in (*longest.train, *longest.validation)]
     assert words == [18, 16, 18, 16, 14, 12]
+
+
+def test_speed_and_memory_are_measured_with_the_micro_batch_of_each_task(
+    three_tasks, base_folders, monkeypatch
+):
+    tasks = [
+        replace(task, entry=replace(task.entry, micro_batch_size=own))
+        for task, own in zip(three_tasks, (1, 3, None), strict=True)
+    ]
+    trained = []
+
+    def record(base, task, **settings):
+        training = settings["training"]
+        trained.append((task.name, len(task.train), training.batch_size, training.micro_batch_size))
+        return train_expert(base, task, **settings)
+
+    monkeypatch.setattr("phatgoose.training.planning.speed.train_expert", record)
+    measure_speed(str(base_folders["llama"]), tasks, **SETTINGS, dtype="float32")
+    assert trained == [("one", 18, 2, 1), ("two", 3, 3, 3)]  # the third has the settings' two
 
 
 @pytest.mark.skipif(not STATUS.is_file(), reason="needs Linux's /proc")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,6 +76,8 @@ def train(
     opened = open_tasks(tasks, source.sources, **vars(template))
     if multitask is not None:
         opened = [mixture(opened, multitask, most=mixture_most, seed=training.seed)]
+    if "micro_batch_size" in given:  # wins over those that suites name for their datasets
+        opened = [task.without_micro_batch() for task in opened]
     folder = expert_folder(out)
     _refuse_taken_names(opened, folder, resume=unfinished.resume)
     missing = [task for task in opened if not folder.has(task.name)]
@@ -88,9 +89,7 @@ def train(
         return
     _read_own_files(missing, training.seed)
     jobs = [
-        ExpertJob(
-            task, _training_of(task, training, given), gates, unfinished.resume, unfinished.restart
-        )
+        ExpertJob(task, task.settings(training), gates, unfinished.resume, unfinished.restart)
         for task in opened
     ]
     with engine.open() as chosen:
@@ -105,14 +104,6 @@ def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
     for task in tasks:
         if task.origin == "file":
             task.load().with_validation(seed)
-
-
-def _training_of(task: TrainingTask, training: Training, given: frozenset[str]) -> Training:
-    """`training` with the micro-batch that the task's suite names, unless the user gave one."""
-    most = task.entry.micro_batch_size
-    if most is None or "micro_batch_size" in given:
-        return training
-    return replace(training, micro_batch_size=most)
 
 
 def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
@@ -174,7 +165,7 @@ def gate(
 
     loaded = template.load(task)
     expert = train_gates(
-        base.load(base_named_in(adapter)),
+        base.load(None if base.base else base_named_in(adapter)),
         adapter,
         loaded,
         out=out,

@@ -27,7 +27,7 @@ from ...base.sites import find_sites
 from ...errors import ExpertError
 from ...files.quoting import shortened
 from ..adapter import KINDS, adapter_files, check_fit, named_base, read_modules
-from ..expert import Expert
+from ..expert import Expert, named_revision
 from ..expert_info import check_name
 from ..hub import HubReference, fetch, reference_of
 from ..kinds.ia3 import IA3_ENDING, ScalingVector
@@ -88,7 +88,7 @@ def import_adapter(
     lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
     if not lossy:
         named_base(folder)  # what can't be routed on any base is refused first
-    revision = None if base else _revision_of(config)
+    revision = None if base else named_revision(config)
     base = base or require_named_base(config, from_hub=reference is not None)
     place = str(reference or folder.resolve().name)  # an expert may be published
     record: dict[str, Any] = {"imported_from": place}
@@ -209,14 +209,6 @@ def require_named_base(config: Mapping[str, Any], *, from_hub: bool) -> str:
             f"name the base with --base."
         )
     return named
-
-
-def _revision_of(config: Mapping[str, Any]) -> str | None:
-    """The base's revision that the adapter was trained on, None where it names none."""
-    named = config.get("revision")
-    if named is not None and not (isinstance(named, str) and named.isprintable()):
-        raise ExpertError(f"The adapter names revision {shortened(named)} of its base.")
-    return named or None
 
 
 def _module(site: str, target: Target, left: dict[str, Tensor], folder: Path) -> SiteModule:

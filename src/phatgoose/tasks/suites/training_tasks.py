@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from ...config import TASK_FILES
+from ...config import TASK_FILES, Training
 from ...errors import TaskError
 from ..loading import default_name, load_task
 from ..task import Task
@@ -41,6 +41,15 @@ class TrainingTask:
     def name(self) -> str:
         """The task's name, and that of its expert."""
         return self.entry.name
+
+    def settings(self, training: Training) -> Training:
+        """`training` for this task: with the micro-batch that its suite names for it, if any."""
+        most = self.entry.micro_batch_size
+        return training if most is None else replace(training, micro_batch_size=most)
+
+    def without_micro_batch(self) -> TrainingTask:
+        """The same task without a micro-batch of its own, so that `settings` changes nothing."""
+        return replace(self, entry=replace(self.entry, micro_batch_size=None))
 
     def load(self) -> Task:
         """The task, loaded anew at each call. Raises TaskError when it can't be."""

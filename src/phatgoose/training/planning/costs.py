@@ -106,6 +106,7 @@ def _most(lengths: Sequence[float], rows: int) -> float:
 class CostModel:
     """The costs of training with certain settings; what is the same for all tasks.
 
+    Each task has its own micro-batch where its suite names one, else that of `training`.
     `itemsize` is the bytes of one stored number. `encoder` None means that the base's tokenizer
     isn't on this machine; `speed` None that time follows from `tflops`.
     """
@@ -146,7 +147,7 @@ class CostModel:
 
     def plan(self, task: TrainingTask, data: Task | None) -> PlannedTask:
         """The costs of one task; `data` is None where it can't be read here."""
-        training, gates, shapes = self.training, self.gate_training, self.shapes
+        training, gates, shapes = task.settings(self.training), self.gate_training, self.shapes
         examples = task.entry.train_examples if data is None else len(data.train)
         lengths = self._lengths(data)
         length = lengths.prompt + lengths.target

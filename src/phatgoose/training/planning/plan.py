@@ -96,9 +96,11 @@ def plan_training(
 ) -> Plan:
     """What training an expert of `base` on each task will cost.
 
-    Data on this machine are read, one dataset at a time; datasets on the Hub are not. The base's
-    weights are never needed. `tflops` is the sustained speed, in 10^12 operations a second (None:
-    TFLOPS); `tokens_per_second`, as training reports it, or a measured `speed` take precedence.
+    A task is planned with the micro-batch that its suite names for it, if any
+    (`TrainingTask.settings`), and else with that of `training`. Data on this machine are read, one
+    dataset at a time; datasets on the Hub are not. The base's weights are never needed. `tflops` is
+    the sustained speed, in 10^12 operations a second (None: TFLOPS); `tokens_per_second`, as
+    training reports it, or a measured `speed` take precedence.
 
     Raises ConfigError for a speed that is not positive and finite, BaseModelError when the base's
     config isn't on this machine (the bases of the recipes are built in), TaskError for a task file

@@ -6,13 +6,14 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ...base.loading import load_base
+from ...base.loading import Base, load_base
 from ...config import Formatting, GateTraining, Peft, Training
 from ...errors import TaskError
 from ...tasks.encoding import Encoder
@@ -77,76 +78,111 @@ def measure_speed(
 
     A throw-away expert is trained with the given settings, but STEPS steps, batches of at most
     MICRO_BATCHES micro-batches and no statistics; then, for the memory, another for one step on the
-    longest micro-batch that a sample of each task with data here comes to. Raises TaskError when no
-    task has its data on this machine, and what loading the base and training raise.
+    longest micro-batch that a sample of each task with data here comes to. Each task has its own
+    micro-batch where its suite names one. Raises TaskError when no task has its data on this
+    machine, and what loading the base and training raise.
     """
     training, gates = training or Training(), gate_training or GateTraining()
     here = [task for task in tasks if task.origin != "hub"]
     if not here:
         raise TaskError("No task has its data on this machine, so no speed can be measured here.")
-    task = here[0].load().with_validation(training.seed)
-    batch = min(training.batch_size, MICRO_BATCHES * training.micro_batch_size)
-    task = replace(task, validation=task.validation[: min(VALIDATED, training.eval_examples)])
+    first = here[0].load().with_validation(training.seed)
     begun = time.perf_counter()
     loaded = load_base(base, dtype=dtype)
     start = time.perf_counter() - begun
-    encoder = Encoder.of(loaded, formatting or Formatting())
-    clock = _Clock()
-    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
-        expert = train_expert(
-            loaded,
+    trials = _Trials(loaded, peft, gates, formatting or Formatting())
+    measured = trials.speed(first, here[0].settings(training))
+    trials.train_longest(here, training)
+    return replace(measured, start_seconds=start, memory_bytes=most_memory())
+
+
+@dataclass(frozen=True)
+class _Trials:
+    """Throw-away experts on one base, with the settings of a plan."""
+
+    base: Base
+    peft: Peft | None
+    gates: GateTraining
+    formatting: Formatting
+
+    @property
+    def encoder(self) -> Encoder:
+        """How their examples become tokens."""
+        return Encoder.of(self.base, self.formatting)
+
+    def speed(self, task: Task, training: Training) -> Speed:
+        """The speed of a short training on `task`, without start and memory."""
+        task = replace(task, validation=task.validation[: min(VALIDATED, training.eval_examples)])
+        batch = min(training.batch_size, MICRO_BATCHES * training.micro_batch_size)
+        clock = _Clock()
+        metrics = self._train(
             task,
-            out=Path(folder) / "trial",
-            peft=peft,
-            training=replace(training, steps=STEPS, batch_size=batch, eval_every=STEPS),
-            gate_training=replace(
-                gates, gate_steps=STEPS, means=False, readings=False, embeddings=False
-            ),
-            formatting=formatting,
-            callback=TrainingCallback(clock.steps, clock.saved),
+            replace(training, steps=STEPS, batch_size=batch, eval_every=STEPS),
+            replace(self.gates, gate_steps=STEPS, means=False, readings=False, embeddings=False),
+            TrainingCallback(clock.steps, clock.saved),
         )
-        rows = min(training.micro_batch_size, training.batch_size)
-        train_expert(
-            loaded,
-            _longest(here, encoder, rows, training.seed),
-            out=Path(folder) / "longest",
-            peft=peft,
-            training=replace(training, steps=1, batch_size=rows, eval_every=1),
-            gate_training=replace(gates, gate_steps=1, embeddings=False),
-            formatting=formatting,
+        validated = sum(pair.length for pair in self.encoder.pairs(task.validation))
+        expert = clock.rate(0, metrics["expert_tokens"])
+        return Speed(
+            expert=expert,
+            gates=expert if self.gates.joint else clock.rate(1, metrics["gate_tokens"]),
+            forward=validated / (clock.saved_at - clock.stages[0][-1]),
         )
-    metrics = expert.info.metrics
-    validated = sum(pair.length for pair in encoder.pairs(task.validation))
-    steps = clock.stages[0]
 
-    def rate(kind: str, times: Sequence[float]) -> float:
-        counted = metrics[f"{kind}_tokens"] * (STEPS - 1) / STEPS
-        return float(counted / (times[-1] - times[0]))
+    def train_longest(self, tasks: Sequence[TrainingTask], training: Training) -> None:
+        """One step on the longest micro-batch of `tasks`, for the memory that it takes."""
+        longest, own = _longest(tasks, self.encoder, training)
+        self._train(
+            longest,
+            replace(own, steps=1, batch_size=_rows(own), eval_every=1),
+            replace(self.gates, gate_steps=1, embeddings=False),
+        )
 
-    expert_rate = rate("expert", steps)
-    return Speed(
-        expert=expert_rate,
-        gates=expert_rate if gates.joint else rate("gate", clock.stages[1]),
-        forward=validated / (clock.saved_at - steps[-1]),
-        start_seconds=start,
-        memory_bytes=most_memory(),
-    )
+    def _train(
+        self,
+        task: Task,
+        training: Training,
+        gates: GateTraining,
+        callback: TrainingCallback | None = None,
+    ) -> Mapping[str, Any]:
+        """The metrics of an expert that is thrown away."""
+        with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
+            expert = train_expert(
+                self.base,
+                task,
+                out=Path(folder) / "trial",
+                peft=self.peft,
+                training=training,
+                gate_training=gates,
+                formatting=self.formatting,
+                callback=callback,
+            )
+            return expert.info.metrics
 
 
-def _longest(tasks: Sequence[TrainingTask], encoder: Encoder, rows: int, seed: int) -> Task:
-    """The task whose `rows` longest examples in a sample have most tokens, with no more than these.
+def _rows(training: Training) -> int:
+    """Sequences of a micro-batch."""
+    return min(training.micro_batch_size, training.batch_size)
 
-    Twice as many are for validation, which takes as many at a time.
+
+def _longest(
+    tasks: Sequence[TrainingTask], encoder: Encoder, training: Training
+) -> tuple[Task, Training]:
+    """The task whose longest micro-batch in a sample has most tokens, and its own settings.
+
+    It has no examples but those, and twice as many for validation, which takes as many at a time.
     """
     most, found = -1, None
     for each in tasks:
-        task = each.load()
-        sample = draw(task.train, SAMPLE, seed)
+        own, task = each.settings(training), each.load()
+        rows = _rows(own)
+        sample = draw(task.train, SAMPLE, own.seed)
         lengths = [pair.length for pair in pairs_of(encoder, sample)]
         order = sorted(range(len(sample)), key=lambda row: -lengths[row])
         if (total := sum(lengths[row] for row in order[:rows])) > most:
             longest = tuple(sample[row] for row in order[: 2 * rows])
-            most, found = total, replace(task, train=longest[:rows], validation=longest)
+            most = total
+            found = replace(task, train=longest[:rows], validation=longest), own
     if found is None:
         raise TaskError("No task has an example.")
     return found
@@ -164,6 +200,11 @@ class _Clock:
             self.stages.append([])
         else:
             self.stages[-1].append(time.perf_counter())
+
+    def rate(self, stage: int, tokens: int) -> float:
+        """Tokens a second of a stage that took so many in all, without its first step."""
+        times = self.stages[stage]
+        return tokens * (STEPS - 1) / STEPS / (times[-1] - times[0])
 
     def saved(self) -> None:
         self.saved_at = self.saved_at or time.perf_counter()  # first after the expert's validation

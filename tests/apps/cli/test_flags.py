@@ -24,7 +24,7 @@ COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     ("command", "configs"),
     [
         ("train", (Lora, IA3, Bottleneck, Training, GateTraining, Formatting)),
-        ("gate", (Training, GateTraining, Formatting)),
+        ("gate", (Formatting,)),
         ("compose", (Routing,)),
         ("generate", (Routing, Formatting)),
         ("evaluate", (Routing, Formatting)),
@@ -40,6 +40,15 @@ def test_every_setting_is_a_flag_with_its_help(command, configs):
         assert setting.help in parameter.help
         if isinstance(setting.default, bool):
             assert f"--no-{setting.name.replace('_', '-')}" in parameter.secondary_opts
+
+
+def test_gate_has_no_flag_for_what_is_not_its_business():
+    """The adapter is trained already; a recipe may say how, and says it to `train`."""
+    flags = {parameter.name for parameter in COMMANDS["gate"].params}
+    settings = {
+        setting.name for config in (Training, GateTraining) for setting in settings_of(config)
+    }
+    assert settings - flags == {"steps", "eval_every", "eval_examples"}
 
 
 def test_every_command_and_option_has_a_help_text():

@@ -11,7 +11,7 @@ from ...config import KIND_NAMES, Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...tasks.cuts import recorded_share
 from ..console.printing import say
-from .flags import ExpertShapes
+from .flags import ExpertShapes, Without
 from .options import (
     BaseOptions,
     EngineOptions,
@@ -153,7 +153,7 @@ def gate(
     template: TemplateOptions,
     name: ExpertName = None,
     unfinished: RestartOptions,
-    training: Training,
+    training: Annotated[Training, Without(("steps", "eval_every", "eval_examples"))],
     gates: GateTraining,
     formatting: Formatting,
 ) -> None:

@@ -115,6 +115,26 @@ def test_pool_size_curves_go_through_the_means_and_their_ticks_are_the_sizes():
     assert panel.lines[0].get_xdata().tolist() == [2, 8]
     assert panel.get_xticks().tolist() == [2, 8]
     np.testing.assert_allclose(panel.lines[0].get_ydata(), [40, 60])
+    assert panel.get_ylabel() == "mean score over 1 datasets, in %"
+
+
+def test_long_labels_leave_room_for_the_curves():
+    label = (
+        "Discriminant, reading place = end, shrinkage = 1.0, input k = 3, input temperature = 0.2"
+    )
+    curves = [
+        PoolSizeCurve(name, tuple("abc"[:count]), {2: (0.4,), 8: (0.6,)})
+        for count, name in ((3, label), (2, "PHATGOOSE"))
+    ]
+    figure = pool_size_figure(curves)
+    figure.draw_without_rendering()  # warns where nothing is left for the curves
+    (legend,), panel = figure.legends, figure.axes[0]
+    assert [text.get_text().replace("\n", " ") for text in legend.get_texts()] == [
+        f"{label} (3)",
+        "PHATGOOSE (2)",
+    ]
+    assert panel.get_ylabel() == "mean score over (so many) datasets, in %"
+    assert panel.get_window_extent().x1 <= legend.get_window_extent().x0
 
 
 def test_a_png_is_written_on_white(tmp_path):

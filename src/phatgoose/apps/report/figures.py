@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ __all__ = [
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LONGEST_LABEL = 28  # characters of a line in a legend
 INK = "#010203"  # black in a PNG; in a page it becomes the colour of the text
 STYLE = {
     "axes.edgecolor": INK,
@@ -229,13 +231,15 @@ def divergence_scatter(
 @styled
 def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
     """Mean score against the number of experts, a line per router; a point is a pool."""
-    figure = Figure(figsize=(6.2, 3.6), layout="constrained")
+    figure = Figure(figsize=(7.6, 3.8), layout="constrained")
     panel = figure.subplots()
+    counts = {len(curve.datasets) for curve in curves}
     for index, curve in enumerate(curves):
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
         sizes = list(curve.scores)
         means = [100 * float(np.mean(curve.scores[size])) for size in sizes]
-        label = f"{curve.label} ({len(curve.datasets)} datasets)"
+        label = curve.label if len(counts) == 1 else f"{curve.label} ({len(curve.datasets)})"
+        label = textwrap.fill(label, LONGEST_LABEL)
         panel.plot(sizes, means, color=colour, marker=marker, label=label)
         for size in sizes:
             pools = [100 * score for score in curve.scores[size]]
@@ -243,7 +247,8 @@ def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
     every_size = sorted({size for curve in curves for size in curve.scores})
     panel.xaxis.set_major_locator(FixedLocator(every_size, nbins=10))
     panel.set_xlabel("experts in the pool")
-    panel.set_ylabel("mean score in %")
+    of = "(so many)" if len(counts) > 1 else counts.pop()
+    panel.set_ylabel(f"mean score over {of} datasets, in %")
     figure.legend(loc="outside right upper", fontsize=8)
     return figure
 

@@ -27,7 +27,8 @@ DISCRIMINANTS = ("discriminant", "joint-discriminant", "discriminant-phatgoose")
 
 def main() -> None:
     """Draw it."""
-    kept = [json.loads(p.read_text(encoding="utf-8")) for p in sorted(FOLDER.glob("*.json"))]
+    files = sorted(FOLDER.glob("*.json"), key=lambda path: path.stem)
+    kept = [json.loads(path.read_text(encoding="utf-8")) for path in files]
     columns = [Column(each, suite) for each in kept for suite in each["suites"] if suite != SEEN]
     rows = [name for name in METHODS if name != ANCHOR and in_most(columns, name)]
     figure = Figure(figsize=(1.4 * len(columns) + 2, 0.3 * len(rows) + 1.5), dpi=150)

@@ -122,8 +122,8 @@ class TaskScore:
 
     `metric` names them in words, `by_metric` has the score in each. The interval is Wilson's where
     the score is a share of right answers, else a bootstrap over examples; both know examples that
-    were made of one row. `ties` counts the
-    examples whose best choices scored equally; the first of them was taken.
+    were made of one row. `ties` counts the examples whose best choices scored equally; the first of
+    them was taken.
     """
 
     task: str

@@ -89,8 +89,7 @@ def prepare(
     leave_out: Iterable[str] | None = None,
 ) -> Preparation:
     """`pool` and `base`, opened and checked against each other: the first half of `compose`."""
-    pool = Pool.open(pool)
-    pool = pool.select(keep, leave_out)
+    pool = Pool.open(pool).select(keep, leave_out)
     routing = routing or Routing()
     found = resolve_base(base, pool.base) if routing.router == AUTO else None
     router = router_of(settled(routing, pool, found.model) if found else routing)

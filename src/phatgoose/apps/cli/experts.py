@@ -21,6 +21,7 @@ from .options import (
     SourceOptions,
     TaskOption,
     TemplateOptions,
+    only_with,
 )
 from .plan import PlanOptions, plan_experts
 
@@ -63,8 +64,7 @@ def train(
     """Train experts: adapter, gates and statistics for each task."""
     if not tasks:
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
-    if mixture_most is not None and multitask is None:
-        raise ConfigError("--mixture-most is for --multitask NAME, which was not given.")
+    only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     shape = shapes.of(peft or "lora")
     plan.check()
     from ...tasks.multitask import mixture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,7 @@ from ...config import KIND_NAMES
 from ...errors import ConfigError
 from ..console.printing import say, show
 from .flags import flag_of
-from .options import EngineOptions
+from .options import EngineOptions, only_with
 
 if TYPE_CHECKING:
     from ...tasks.suites.training_tasks import TrainingTask
@@ -54,10 +54,8 @@ class PlanOptions:
 
     def check(self) -> None:
         """Raise ConfigError for an option of --plan without it, and for two answers about speed."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if not self.plan and value is not None and value is not False:  # 0 was given, too
-                raise ConfigError(f"{flag_of(field.name)} is for --plan, which was not given.")
+        given = {name: value for name, value in vars(self).items() if value is not False}
+        only_with("--plan", self.plan, given)  # 0 was given, too
         for name in ("tflops", "tokens_per_second") if self.measure else ():
             if getattr(self, name) is not None:
                 flag = flag_of(name)

@@ -141,10 +141,10 @@ def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -
     found = shared.score(opened.model, dataset, questions)
     if found is None:
         found = score(opened.model, dataset, questions)
-    rows = {} if found.sample.rows is None else {"rows": found.sample.rows.tolist()}
+    rows = found.sample.rows
     return {
         **found.to_dict(),
-        **rows,
+        **({} if rows is None else {"rows": rows.tolist()}),
         "metrics": list(dataset.metrics),
         "seconds": round(time.monotonic() - begun, 2),
         "answers": [prediction.answer for prediction in found.predictions],

@@ -30,7 +30,7 @@ from ..routing.routers.automatic import settled
 from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder
 from ..tasks.task import Task
-from .agreement import DecisionFiles, agreement
+from .agreement import Agreement, DecisionFiles, agreement
 from .findings import findings_of, vector_similarity
 from .importance import Effect, leave_one_out
 from .kl_to_oracle import SMOOTHING, oracle_experts, smoothed
@@ -81,23 +81,11 @@ def analyse(
     settings = ReadingSettings(scoring, score, examples)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     subject = _subject(source, routers, routing or Routing(), base, tokenizer, scores)
-    if without_each and not (subject.is_pool and score and len(subject.experts) > 1):
-        raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
-    if without_each and subject.routers[0] == "single":
-        raise ConfigError("Router single can't do without its expert; name another one first.")
+    if without_each:
+        _check_without_each(subject, score)
     datasets = tuple(task.name for task in tasks)
     oracle = oracle_experts(scores, subject.experts, datasets)
-    found: dict[str, RouterAnalysis] = {}
-    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
-        for name in subject.routers:
-            files = Path(folder) / name if len(subject.routers) > 1 else None
-            with subject.opened(name) as model:
-                found[name] = _one_router(model, subject, tasks, settings, files)
-        agreements = {
-            (a, b): common
-            for a, b in combinations(found, 2)
-            if (common := agreement(Path(folder) / a, Path(folder) / b, len(subject.experts)))
-        }
+    found, agreements = _read_routers(subject, tasks, settings)
     effects = _effects(subject, tasks, settings, found) if without_each else []
     return Analysis(
         experts=subject.experts,
@@ -204,6 +192,31 @@ def _composed_subject(
     return _Subject(
         parts.experts, (parts.routing.router,), parts.routing, tokenizer, already, False
     )
+
+
+def _check_without_each(subject: _Subject, score: bool) -> None:
+    if not (subject.is_pool and score and len(subject.experts) > 1):
+        raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
+    if subject.routers[0] == "single":
+        raise ConfigError("Router single can't do without its expert; name another one first.")
+
+
+def _read_routers(
+    subject: _Subject, tasks: Sequence[Task], settings: ReadingSettings
+) -> tuple[dict[str, RouterAnalysis], dict[tuple[str, str], Agreement]]:
+    """What each router does with the tasks, by its name, and how far each two of them agree."""
+    found: dict[str, RouterAnalysis] = {}
+    with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
+        for name in subject.routers:
+            files = Path(folder) / name if len(subject.routers) > 1 else None
+            with subject.opened(name) as model:
+                found[name] = _one_router(model, subject, tasks, settings, files)
+        agreements = {
+            (a, b): common
+            for a, b in combinations(found, 2)
+            if (common := agreement(Path(folder) / a, Path(folder) / b, len(subject.experts)))
+        }
+    return found, agreements
 
 
 def _one_router(

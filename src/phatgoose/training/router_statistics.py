@@ -85,25 +85,7 @@ def measure(
     encoder = Encoder.of(base, formatting)
     found = statistics_of(base, expert.modules, task.with_validation(seed), encoder, settings, seed)
     found.cuts.report(task.name)
-    measured = replace(
-        expert,
-        means=expert.means if found.means is None else found.means,
-        readings=expert.readings if found.readings is None else found.readings,
-        embeddings=expert.embeddings if found.embeddings is None else found.embeddings,
-    )
-    info = replace(
-        expert.info,
-        embedder=expert.info.embedder if found.embeddings is None else embedder,
-        hyperparameters={
-            **recorded,
-            "statistics_examples": examples,
-            "means": bool(measured.means),
-            "readings": bool(measured.readings),
-            "embeddings": measured.embeddings is not None,
-            **({"embedder": embedder} if embeddings else {}),
-        },
-    )
-    return replace(measured, info=info).save(expert.directory, overwrite=True)
+    return _with_statistics(expert, found, settings).save(expert.directory, overwrite=True)
 
 
 @dataclass(frozen=True)
@@ -158,6 +140,31 @@ def statistics_of(
         with applied(base.model, modules, ModifiedLinear):
             means = mean_activations(base.model, sites, pairs, padding, label)
     return Statistics(means, readings, embeddings, cuts)
+
+
+def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) -> Expert:
+    """The expert with what was `found` by `settings`, and what it had where nothing was."""
+    measured = replace(
+        expert,
+        means=expert.means if found.means is None else found.means,
+        readings=expert.readings if found.readings is None else found.readings,
+        embeddings=expert.embeddings if found.embeddings is None else found.embeddings,
+    )
+    recorded = {
+        **expert.info.hyperparameters,
+        "statistics_examples": settings.statistics_examples,
+        "means": bool(measured.means),
+        "readings": bool(measured.readings),
+        "embeddings": measured.embeddings is not None,
+    }
+    info = replace(expert.info, hyperparameters=recorded)
+    if found.embeddings is not None:
+        info = replace(
+            info,
+            embedder=settings.embedder,
+            hyperparameters={**recorded, "embedder": settings.embedder},
+        )
+    return replace(measured, info=info)
 
 
 def mean_activations(

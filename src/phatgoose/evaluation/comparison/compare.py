@@ -96,9 +96,6 @@ def compare(
     _report_inputs(base, (*rows, *singles), datasets, settings.formatting)
     with ResultStore.alone(Path(out) / RESULTS) as store:
         results = _run(rows, singles, datasets, base, store, engine or LocalEngine())
-    experts: Scores = {
-        row.name: {task: results[row.name][task].score for task in datasets} for row in singles
-    }
     comparison = Comparison(
         suites=columns,
         labels={row.name: row.label for row in rows},
@@ -110,7 +107,7 @@ def compare(
             **circumstances(base.model.device, Path(out) / RESULTS),
         },
     )
-    comparison = _with_derived(comparison, wanted, experts, pool)
+    comparison = _with_derived(comparison, wanted, pool)
     write_tables(comparison, Path(out))
     return comparison
 
@@ -252,10 +249,12 @@ def _result(stored: Mapping[str, Any]) -> Result:
     )
 
 
-def _with_derived(
-    comparison: Comparison, wanted: Sequence[str], experts: Scores, pool: Pool
-) -> Comparison:
+def _with_derived(comparison: Comparison, wanted: Sequence[str], pool: Pool) -> Comparison:
     """The comparison with Best Individual and Oracle, chosen by the single experts' scores."""
+    experts: Scores = {
+        name: {task: result.score for task, result in by_task.items()}
+        for name, by_task in comparison.experts.items()
+    }
     results, labels = dict(comparison.results), dict(comparison.labels)
     choices: dict[str, dict[str, str]] = {}
     if "best-individual" in wanted:

@@ -58,6 +58,11 @@ def flat(pool: Pool) -> Pool:
     return Pool(tuple(replace(e, gates=zeros(e.gates), means=zeros(e.means)) for e in pool.experts))
 
 
+def test_no_expert_is_found_twice_where_others_are_out_of_the_question():
+    scores = torch.tensor([[2.0, -torch.inf, -torch.inf, 1.0], [-torch.inf] * 4])
+    assert highest(scores, 3).tolist() == [[0, 3, 1], [0, 1, 2]]
+
+
 @settings(max_examples=150, derandomize=True)
 @given(st.data(), st.integers(1, 70), st.integers(1, 4))
 def test_the_highest_of_each_row_are_found_first_of_equals_first(data, E, T):

@@ -47,7 +47,9 @@ def test_every_router_leaves_the_base_as_it_was(base, pool, toy_embedder, router
     detach(base.model)
     assert dict(base.model.named_modules()) == plain
     assert set(vars(base.model)) == attributes
-    assert not any(module._forward_pre_hooks for module in base.model.modules())
+    for module in base.model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
     assert torch.equal(logits_of(base.model, ids), wanted)
 
 

@@ -32,6 +32,8 @@ def highest(scores: Tensor, k: int) -> Tensor:
     if k * k > 4 * scores.shape[-1]:
         return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     left = scores.detach()
+    if k > 1:  # experts that are out of the question (-inf) stay before those that are taken
+        left = left.clamp(min=torch.finfo(left.dtype).min)
     chosen: list[Tensor] = []
     for _ in range(k):
         if chosen:

@@ -31,6 +31,8 @@ class _Turn(threading.local):
     prompt: Tensor | None = None  # read last
     length = 0  # of that prompt by now
     depth = 0  # of calls inside calls of the model
+    encoded: Tensor | None = None  # what the encoder made of the prompts read last
+    checked: Tensor | None = None  # encoder outputs found to be those
 
 
 class Lookup:

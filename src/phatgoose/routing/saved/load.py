@@ -33,8 +33,8 @@ def load(
 ) -> PreTrainedModel:
     """The routed model that `save` wrote to `directory`; the experts' own files are not needed.
 
-    `base` None loads the base by its recorded name, in `dtype`. `retrieval_embedder` is that of
-    `compose`.
+    A `base` that is a name is loaded in `dtype`, and so is the recorded one that None means; a
+    loaded base stays as it is. `retrieval_embedder` is that of `compose`.
     Raises RoutingError when the folder is missing or damaged, WrongBaseError when the base is
     another one, ConfigError where router retrieval needs an embedder that wasn't named.
     """
@@ -43,6 +43,8 @@ def load(
     wanted, routing = saved.base, replace(saved.routing, retrieval_embedder=retrieval_embedder)
     if base is None:
         base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
+    elif isinstance(base, str | Path):
+        base = load_base(base, dtype=dtype)
     found = resolve_base(base, wanted)
     check_base(wanted, found.reference)
     sites = find_sites(found.model)

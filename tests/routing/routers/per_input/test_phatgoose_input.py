@@ -13,11 +13,13 @@ from phatgoose.errors import PoolError, RoutingError
 from phatgoose.evaluation.comparison.methods import lacking
 from phatgoose.evaluation.comparison.rows import rows_of
 from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import remove_experts
 from phatgoose.routing.recording import record, watch
+from phatgoose.routing.routers.per_input.phatgoose_input import LEAST
 from phatgoose.routing.routers.per_token.vector_router import standardise
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
@@ -158,6 +160,42 @@ def test_padding_of_the_batch_is_masked_again_after_the_vote(llama, llama_pool):
     detach(model)
     assert len(seen) == len(layers)  # the vote's own passes are not watched
     assert all(torch.equal(real, mask.bool()) for real in seen)
+
+
+def in_the_decoder(expert: Expert) -> Expert:
+    """`expert` at those sites only that read the decoder's tokens."""
+
+    def kept(parts):
+        cross = ("EncDecAttention.k", "EncDecAttention.v")
+        inside = (s for s in parts if s.startswith("decoder") and not s.endswith(cross))
+        return {site: parts[site] for site in inside}
+
+    parts = {name: kept(getattr(expert, name)) for name in ("modules", "gates", "means")}
+    return replace(expert, **parts)
+
+
+@pytest.mark.parametrize("router", ["phatgoose-input", "phatgoose-evidence"])
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
+def test_experts_that_no_prompt_passes_come_last(base, pool, router):
+    apart = Pool((in_the_decoder(pool.experts[0]), *pool.experts[1:]))
+    lookup = composition_of(compose(apart, base, router=router, input_k=4)).lookup
+    scores = lookup.scores(PROMPTS)
+    assert (scores[:, 0] == LEAST).all()
+    assert (scores[:, 1:].max(dim=1).values < 0).any()  # where a score of 0 would win
+    found = lookup.of_prompts(PROMPTS)
+    assert (found.experts[:, -1] == 0).all()
+    assert found.experts.sort().values.tolist() == [[0, 1, 2, 3]] * len(PROMPTS)
+    assert found.weights.log().isfinite().all()
+    torch.testing.assert_close(found.weights.sum(-1), torch.ones(len(PROMPTS)))
+    logits = logits_of(base.model, torch.tensor([base.tokenizer(PROMPTS[0])["input_ids"]]))
+    assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
+def test_where_no_expert_reads_prompts_all_are_equal(base, pool):
+    apart = Pool(tuple(map(in_the_decoder, pool.experts)))
+    lookup = composition_of(compose(apart, base, router="phatgoose-input")).lookup
+    assert not lookup.scores(PROMPTS).any()
 
 
 def test_it_is_saved_and_loaded_and_does_not_grow(llama, llama_pool, tmp_path):

@@ -9,6 +9,7 @@ softmax of these means over `input_temperature`. The symbols are those of `per_t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from ....errors import RoutingError
 from ....experts.pool import Pool
 from ....tasks.prompt_passes import PromptReading, mean_token
 from ..lookup import Lookup, SavedLookup
+from ..mixtures import Mixtures
 from ..per_token.affinities import CentredRouter, affinity_vectors
 from ..scores import Scores
 from .base_reader import BaseReader, routed_sites
@@ -27,6 +29,8 @@ from .looked_up import LookedUp
 __all__ = ["VOTES", "GateVote", "PhatgooseInput", "Votes"]
 
 VOTES = "lookup.votes."  # before a site's name, in files
+# The score of who can't be heard: `decision.highest` keeps minus infinity for those it has taken.
+LEAST = torch.finfo(torch.float32).min
 
 Votes = Mapping[str, tuple[Tensor, Tensor]]  # by site: vectors [E, n + 1], experts [E] (indices)
 
@@ -66,7 +70,8 @@ class GateVote(BaseReader):
     """The experts z with the highest mean of v̄_zᵀ(u - M) / sqrt(var(u) + eps) / √n over an input.
 
     The mean is over the prompt's tokens, then over the sites where z acts and that the prompt
-    passes (those of the encoder, where there is one). u is the base's own activation.
+    passes (those of the encoder, where there is one). Experts that act at none of these come after
+    all others. u is the base's own activation.
     """
 
     name = "phatgoose-input"
@@ -99,6 +104,11 @@ class GateVote(BaseReader):
             )
             for site in pool.sites
         }
+
+    def mixed(self, scores: Tensor) -> Mixtures:
+        """As `Mixtures.best` has it, with no weight of 0: evidence takes its logarithm."""
+        found = super().mixed(scores)
+        return replace(found, weights=found.weights.clamp(min=torch.finfo(torch.float32).tiny))
 
     def reading(self, model: PreTrainedModel) -> PromptReading:
         """The poll of all sites."""
@@ -133,5 +143,9 @@ class _Poll(PromptReading):
         self._sites[experts] += 1
 
     def found(self) -> Tensor:
-        """The mean of each text and expert [texts, pool_size], 0 for experts that act nowhere."""
-        return self._sums / self._sites.clamp(min=1)
+        """The mean of each text and expert [texts, pool_size].
+
+        LEAST for experts that act at no site that prompts pass; 0 if that is everyone.
+        """
+        means, unheard = self._sums / self._sites.clamp(min=1), self._sites == 0
+        return means if unheard.all() else means.masked_fill(unheard, LEAST)

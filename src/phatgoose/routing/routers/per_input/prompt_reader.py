@@ -1,9 +1,14 @@
-"""Lookups that choose by prompts: announced ones, or those that pass through the model."""
+"""Lookups that choose by prompts: announced ones, or those that pass through the model.
+
+A pass that goes on where an earlier one ended, from its cache or from what its encoder gave, is
+served by the experts of that one's prompt; where nobody has read it, it is refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +45,16 @@ class PromptReader(Lookup):
         self.tokenizer, self.k, self.temperature = tokenizer, k, temperature
         self._model: PreTrainedModel | None = None
         self._handles: list[Any] = []
+        self._of_caches: WeakKeyDictionary[Any, Mixtures] = WeakKeyDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the threads' batches and the caches, which stay with the original."""
+        state = super().__getstate__()
+        return {name: value for name, value in state.items() if name != "_of_caches"}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        """Restore what `__getstate__` gave."""
+        super().__setstate__({**state, "_of_caches": WeakKeyDictionary()})
 
     def of_prompts(self, texts: Sequence[str]) -> Mixtures:
         """The experts of each prompt."""
@@ -62,6 +77,9 @@ class PromptReader(Lookup):
                 part.register_forward_pre_hook(self._begin, with_kwargs=True),
                 part.register_forward_hook(self._end, always_call=True),
             ]
+        if model.config.is_encoder_decoder:
+            check = model.register_forward_pre_hook(self._check_encoded, with_kwargs=True)
+            self._handles.append(check)
 
     def detach(self) -> None:
         """Stop reading prompts."""
@@ -73,18 +91,42 @@ class PromptReader(Lookup):
     @_uncompiled
     def _begin(self, part: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         turn = self._turn
-        turn.depth = 1 if part is self._model else turn.depth + 1  # whatever broke off before
-        if turn.depth == 1 and not turn.announced:
-            self._read(given_arguments(part, args, kwargs))
+        depth = 1 if part is self._model else turn.depth + 1  # whatever broke off before
+        if depth == 1 and not turn.announced:
+            self._read(given_arguments(part, args, kwargs))  # may call the model itself
+        turn.depth = depth
 
     @_uncompiled
-    def _end(self, *_: Any) -> None:
-        self._turn.depth = max(0, self._turn.depth - 1)
+    def _end(self, part: nn.Module, _: Any, output: Any) -> None:
+        turn = self._turn
+        if turn.depth == 1 and output is not None and turn.mixtures is not None:
+            if part is not self._model:  # the encoder, or else nobody will look at it
+                turn.encoded, turn.checked = output[0], None
+            for cache in filter(_is_cache, _values(output)):
+                self._of_caches[cache] = turn.mixtures
+        turn.depth = max(0, turn.depth - 1)
+
+    @_uncompiled
+    def _check_encoded(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Raise RoutingError for encoder outputs of other prompts than those read last."""
+        turn, given = self._turn, given_arguments(model, args, kwargs).get("encoder_outputs")
+        if given is None or turn.announced or given[0] is turn.checked:
+            return
+        if turn.encoded is None or not _is_same(given[0], turn.encoded):
+            raise RoutingError(
+                f"Router {self.name} chooses by the prompts that the encoder read last, and these "
+                f"encoder_outputs are those of others; pass input_ids in their place."
+            )
+        turn.checked = given[0]
 
     def _read(self, given: Mapping[str, Any]) -> None:
         """Find the experts of the prompts in a call's arguments, unless it goes on with others."""
         ids, turn = given.get("input_ids"), self._turn
+        cache = given.get("past_key_values", given.get("cache"))
         if (cached_tokens(given) or 0) > 0:
+            turn.mixtures = self._of_cache(cache)
             return
         if given.get("cu_seq_lens_q") is not None:
             raise RoutingError(
@@ -93,12 +135,22 @@ class PromptReader(Lookup):
             )
         if ids is None:
             raise RoutingError(f"Router {self.name} reads the input's tokens; pass input_ids.")
-        if not self._grew(ids):
+        if given.get("use_cache") is not False or not self._grew(ids):
             real = real_tokens(given)
             kept = zip(ids, torch.ones_like(ids).bool() if real is None else real, strict=True)
             turn.mixtures = self.of_tokens([row[keep].tolist() for row, keep in kept])
             turn.prompt = ids.cpu()
         turn.length = ids.shape[1]
+
+    def _of_cache(self, cache: Any) -> Mixtures:
+        """The experts of the prompt that `cache` holds."""
+        known = self._of_caches.get(cache)
+        if known is None:
+            raise RoutingError(
+                f"Router {self.name} reads whole prompts, and has not read the one in this cache "
+                f"(a copy is another cache); pass the whole prompt without a cache."
+            )
+        return known
 
     def _grew(self, ids: Tensor) -> bool:
         """True for the prompt read last, a token longer: a step of generation without a cache."""
@@ -106,3 +158,28 @@ class PromptReader(Lookup):
         if prompt is None or ids.shape != (len(prompt), self._turn.length + 1):
             return False
         return torch.equal(ids[:, : prompt.shape[1]].cpu(), prompt)
+
+
+def _values(output: Any) -> Iterable[Any]:
+    """What a model gave back, one by one."""
+    return (
+        output.values()
+        if isinstance(output, Mapping)
+        else output
+        if isinstance(output, tuple)
+        else ()
+    )
+
+
+def _is_cache(value: Any) -> bool:
+    return hasattr(value, "get_seq_length")
+
+
+def _is_same(given: Tensor, encoded: Tensor) -> bool:
+    """True where `given` is `encoded` [rows, tokens, d], or each of its rows several times.
+
+    One place tells: an encoder's every output depends on the whole prompt.
+    """
+    times, rest = divmod(len(given), len(encoded))
+    first = encoded[:, 0].repeat_interleave(times, dim=0).to(given)
+    return rest == 0 and torch.equal(given[:, 0], first)

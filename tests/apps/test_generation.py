@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from rich.color import Color, ColorSystem
-from transformers import pipeline
+from transformers import GenerationConfig, pipeline
 
 from oracle import naively_routed
 from phatgoose.apps.console.colours import COLOURS
+from phatgoose.apps.generation import Sampling
+from phatgoose.apps.generation import generate as written
+from phatgoose.errors import ConfigError, TaskError
 from phatgoose.routing.compose import compose
 from tiny import logits_of, make_ids
 
@@ -82,6 +85,32 @@ def test_sampling_follows_the_seed(base, pool):
     samples = [generate(model, ids, seed=seed, **WAYS["sampling"]) for seed in (0, 0, 1)]
     assert torch.equal(samples[0], samples[1])
     assert not torch.equal(samples[0], samples[2])
+
+
+def test_a_text_is_generated_by_the_model_alone_whatever_its_base_would_have(base, pool):
+    model = compose(pool, base)
+    plain = written(model, base.tokenizer, "a goose", None, Sampling(NEW), record=True)
+    own = {"repetition_penalty": 1.3, "suppress_tokens": plain.tokens[-2:-1], "top_k": 1}
+    model.generation_config = GenerationConfig(**own, stop_strings=["a"], eos_token_id=1)
+    again = written(model, base.tokenizer, "a goose", None, Sampling(NEW), record=True)
+    assert again.tokens == plain.tokens
+    draws = [
+        written(model, base.tokenizer, "a goose", None, Sampling(NEW, 100.0, seed)).tokens
+        for seed in (0, 0, 1)
+    ]
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32, 1180591620717411303424])
+def test_seeds_have_the_limits_of_other_seeds(seed):
+    with pytest.raises(ConfigError, match=f"seed is {seed}, but must be from 0 to 4294967295"):
+        Sampling(seed=seed)
+
+
+@pytest.mark.parametrize(("prompt", "said"), [("", "is empty"), ("caf\udce9", "no character")])
+def test_prompts_that_no_tokenizer_reads_are_refused(llama, prompt, said):
+    with pytest.raises(TaskError, match=said):
+        written(llama.model, llama.tokenizer, prompt)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)

@@ -136,7 +136,7 @@ def test_log_likelihoods_and_accuracy_are_those_of_evaluate(pool, base, write_ta
     model = compose(pool, base, k=2)
     encoder = encoder_of(model)
     rows = [
-        (encoder.prompt(e.input), [encoder.target(e.input, choice) for choice in e.choices])
+        (encoder.prompt(e.input), [encoder.target(e.input, choice).tokens for choice in e.choices])
         for e in EXAMPLES
     ]
     means = dict(choice_log_likelihoods(model, rows, encoder.tokenizer.pad_token_id, 4096))
@@ -264,7 +264,7 @@ def test_contexts_keep_their_own_white_space(llama_pool):
     encoder = encoder_of(opened.model)
     context, continuation = opened._encode_pair("ends in space ", "maybe")
     assert context == encoder.prompt("ends in space ")
-    assert [*continuation, opened.eot_token_id] == encoder.target("ends in space ", "maybe")
+    assert [*continuation, opened.eot_token_id] == encoder.target("ends in space ", "maybe").tokens
 
 
 @KINDS_HERE

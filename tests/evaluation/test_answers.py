@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+from transformers import GenerationConfig
 
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.tasks.task import Example, Task
@@ -89,3 +90,12 @@ def test_the_head_gets_rows_that_lie_together_when_answers_are_written(llama):
     assert {rows for rows, _ in layouts} == {3}
     assert all(together for _, together in layouts)
     assert again == answers
+
+
+def test_evaluation_writes_the_likeliest_answers(base):
+    task = open_task(base, tokens=5)
+    base.model.generation_config = GenerationConfig(
+        repetition_penalty=1.3, suppress_tokens=[0, *range(3, 100)], eos_token_id=1
+    )
+    answers = evaluate(base, task, max_new_tokens=5).scores[0].predictions
+    assert [p.correct for p in answers] == [True, True, True, False]

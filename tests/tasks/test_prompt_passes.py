@@ -1,12 +1,21 @@
-"""Passes of prompts, seen at sites and blocks: against passes of each prompt alone."""
+"""Passes of prompts against passes of each alone, and answers against an argmax loop."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+from transformers import GenerationConfig
 
 from phatgoose.base.sites import find_sites
-from phatgoose.tasks.prompt_passes import PromptReading, last_token, mean_token, read_prompts
-from tiny import make_ids
+from phatgoose.tasks.prompt_passes import (
+    PromptReading,
+    continued,
+    end_tokens,
+    last_token,
+    mean_token,
+    read_prompts,
+)
+from tiny import logits_of, make_ids
 
 PROMPTS = [make_ids(tokens=n, seed=n)[0].tolist() for n in (4, 9, 1, 6)]
 
@@ -56,3 +65,68 @@ def test_what_is_read_is_what_each_prompt_alone_gives(base, monkeypatch):
     got = read_prompts(base.model, PROMPTS, Ends(sites, (0,)))
     wanted = torch.stack([alone(base, prompt, sites, (0,)) for prompt in PROMPTS])
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+PENALTIES = {
+    "repetition_penalty": 1.3,
+    "suppress_tokens": [0, *range(3, 100)],
+    "stop_strings": ["a"],
+    "guidance_scale": 2.0,
+    "num_beams": 3,
+    "do_sample": True,
+    "top_k": 5,
+    "temperature": 0.1,
+    "min_new_tokens": 9,
+    "forced_eos_token_id": 150,
+    "max_length": 4,
+    "return_dict_in_generate": True,
+}
+
+
+def prompt_for(base):
+    ids = torch.tensor([base.tokenizer("to be or not")["input_ids"]])
+    return ids, torch.ones_like(ids)
+
+
+def by_argmax(base, ids, tokens):
+    """The likeliest token after all before it, again and again, until one ends the answer."""
+    answer = [0] if base.is_encoder_decoder else ids[0].tolist()
+    for _ in range(tokens):
+        given = {"decoder_input_ids": torch.tensor([answer])} if base.is_encoder_decoder else {}
+        logits = logits_of(base.model, ids if given else torch.tensor([answer]), **given)
+        answer.append(int(logits[0, -1].argmax()))
+        if answer[-1] == 1:
+            break
+    return answer
+
+
+@pytest.mark.parametrize("ends", [1, [1], None])
+def test_greedy_takes_the_likeliest_token_whatever_the_base_would_have(base, ends):
+    ids, mask = prompt_for(base)
+    wanted = by_argmax(base, ids, 20)
+    base.model.generation_config = GenerationConfig(**PENALTIES, eos_token_id=ends)
+    before = base.model.generation_config.to_dict()
+    assert continued(base.model, base.tokenizer, ids, mask, 20)[0].tolist() == wanted
+    assert base.model.generation_config.to_dict() == before
+
+
+def test_samples_are_drawn_from_all_tokens(base):
+    base.model.generation_config = GenerationConfig(**PENALTIES)
+    ids, mask = (each.repeat(600, 1) for each in prompt_for(base))
+    torch.manual_seed(0)
+    drawn = continued(base.model, base.tokenizer, ids, mask, 1, temperature=1e3)[:, -1]
+    assert len(drawn.unique()) > 200  # of 300, all as likely
+    drawn = continued(base.model, base.tokenizer, ids, mask, 1, temperature=1.0)[:, -1]
+    given = {"decoder_input_ids": torch.zeros(1, 1).long()} if base.is_encoder_decoder else {}
+    likely = logits_of(base.model, ids[:1], **given)[0, -1].softmax(dim=-1)
+    share = drawn.bincount(minlength=len(likely)) / len(drawn)
+    assert (share - likely).abs().max() < 0.08  # four standard errors at most
+
+
+def test_an_answer_ends_where_the_server_s_do(llama):
+    llama.model.generation_config.eos_token_id = None
+    assert end_tokens(llama.model, llama.tokenizer) == [1]
+    llama.model.generation_config.eos_token_id = [5, 6]
+    assert end_tokens(llama.model, llama.tokenizer) == [5, 6]
+    llama.model.generation_config.eos_token_id = llama.tokenizer.eos_token = None
+    assert end_tokens(llama.model, llama.tokenizer) == []

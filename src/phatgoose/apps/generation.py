@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.text import Text
@@ -12,16 +11,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.offloading import input_device
 from ..config import Formatting
-from ..errors import TaskError
+from ..config.settings import SEED
+from ..errors import ConfigError, TaskError
 from ..evaluation.answers import questions_to_answer
 from ..routing.recording import Recording
 from ..routing.recording import record as record_routing
 from ..tasks.encoding import Encoder
-from ..tasks.target_logits import contiguous_head
+from ..tasks.prompt_passes import continued
 from ..tasks.task import Example
 from .console.colours import coloured
 
-__all__ = ["Generation", "Sampling", "generate", "recorded_tokens"]
+__all__ = ["Generation", "Sampling", "check_prompt", "check_text", "generate", "recorded_tokens"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Sampling:
     max_new_tokens: int = 64
     temperature: float | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a seed that no other setting may have either."""
+        if not SEED.holds(self.seed):
+            raise ConfigError(f"seed is {self.seed}, but must be {SEED.words}.")
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,9 @@ def generate(
 ) -> Generation:
     """The text that `model` generates after `prompt`.
 
-    Raises RoutingError to `record` a model that is not routed, TaskError for an empty prompt.
+    Raises RoutingError to `record` a model that is not routed, TaskError as `check_prompt` does.
     """
-    if not prompt:
-        raise TaskError("The prompt is empty.")
+    check_prompt(prompt)
     sampling = sampling or Sampling()
     encoder = Encoder.for_model(model, tokenizer, formatting)
     asked = Example(prompt, "")
@@ -65,21 +69,41 @@ def generate(
     questions.cuts.report("the prompt")
     ids = torch.tensor([questions.rows[0][0]], device=input_device(model))
     torch.manual_seed(sampling.seed)
-    choice: dict[str, Any] = {"do_sample": False}
-    if sampling.temperature is not None:
-        choice = {"do_sample": True, "temperature": sampling.temperature}
     recorder = record_routing(model) if record else nullcontext()
-    with contiguous_head(model), recorder as recording:
-        tokens = model.generate(
+    with recorder as recording:
+        output = continued(
+            model,
+            tokenizer,
             ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=sampling.max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **choice,
-        )[0].tolist()
+            torch.ones_like(ids),
+            sampling.max_new_tokens,
+            sampling.temperature,
+        )
+    tokens: list[int] = output[0].tolist()
     start = 0 if encoder.is_encoder_decoder else ids.shape[1]
     text = tokenizer.decode(tokens[start:], skip_special_tokens=True).strip()
     return Generation(text, tokens, start, recording)
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise TaskError for a prompt that is empty or that no tokenizer reads."""
+    if not prompt:
+        raise TaskError("The prompt is empty.")
+    check_text(prompt, "The prompt")
+
+
+def check_text(text: str, what: str) -> None:
+    """Raise TaskError where `text` can't be encoded, which no tokenizer reads; `what` names it.
+
+    Python makes half a surrogate pair of a byte in an argument that is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"{what} holds {text[error.start]!r}, which is no character: half of one, or a byte "
+            f"that is not UTF-8; write it in UTF-8."
+        ) from error
 
 
 def recorded_tokens(result: Generation, tokenizer: PreTrainedTokenizerBase) -> Text:

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from ..base.offloading import input_device
 from ..errors import EvaluationError
 from ..files.quoting import one_line
-from ..tasks.collating import batches_of_tokens, decoder_start, pad_left, pad_right
-from ..tasks.cuts import Cuts
+from ..tasks.collating import batches_of_tokens, pad_left, pad_right
+from ..tasks.cuts import Cut, Cuts
 from ..tasks.encoding import Encoder
-from ..tasks.target_logits import contiguous_head
+from ..tasks.prompt_passes import continued
 from ..tasks.task import Example
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
 
@@ -39,7 +39,7 @@ class Questions:
     """The tokens of `examples` for one base: each prompt with its answer choices.
 
     `max_new_tokens` bounds each generated answer; None where choices are ranked instead. `cuts`
-    counts what the prompts lost.
+    counts what prompts and choices lost.
     """
 
     examples: Sequence[Example]
@@ -51,8 +51,10 @@ class Questions:
 
 def questions_to_rank(encoder: Encoder, examples: Sequence[Example]) -> Questions:
     """The examples with their answer choices, to be ranked."""
-    choices = [[encoder.target(row.input, choice) for choice in row.choices] for row in examples]
-    return _questions(encoder, examples, choices, [max(map(len, each)) for each in choices])
+    targets = [[encoder.target(row.input, choice) for choice in row.choices] for row in examples]
+    choices = [[target.tokens for target in each] for each in targets]
+    cuts = [target.cut for each in targets for target in each]
+    return _questions(encoder, examples, choices, [max(map(len, each)) for each in choices], cuts)
 
 
 def questions_to_answer(
@@ -69,7 +71,7 @@ def questions_to_answer(
             f"and its answer; ask for fewer."
         )
     none: list[list[list[int]]] = [[] for _ in examples]
-    return _questions(encoder, examples, none, [max_new_tokens] * len(examples), max_new_tokens)
+    return _questions(encoder, examples, none, [max_new_tokens] * len(examples), (), max_new_tokens)
 
 
 def _questions(
@@ -77,6 +79,7 @@ def _questions(
     examples: Sequence[Example],
     choices: Sequence[list[list[int]]],
     answer_lengths: Sequence[int],
+    choice_cuts: Sequence[Cut | None] = (),
     max_new_tokens: int | None = None,
 ) -> Questions:
     prompts = [
@@ -85,7 +88,8 @@ def _questions(
     ]
     lengths = [len(p.tokens) + tokens for p, tokens in zip(prompts, answer_lengths, strict=True)]
     rows = [(prompt.tokens, each) for prompt, each in zip(prompts, choices, strict=True)]
-    cuts = Cuts.of([prompt.cut for prompt in prompts], lengths, encoder.positions.trained)
+    trained = encoder.positions.trained
+    cuts = Cuts.of([prompt.cut for prompt in prompts], lengths, trained, targets=choice_cuts)
     return Questions(examples, encoder, rows, cuts, max_new_tokens)
 
 
@@ -126,24 +130,17 @@ def _generated(
     questions: Questions, model: PreTrainedModel, budget: int, label: str, before_pass: BeforePass
 ) -> Iterator[tuple[int, Answer]]:
     encoder, longest = questions.encoder, questions.max_new_tokens or 0
-    if encoder.is_encoder_decoder:
-        decoder_start(model)  # refuses a base that would begin with whatever it has
     tokenizer, device = encoder.tokenizer, input_device(model)
     prompts = [list(prompt) for prompt, _ in questions.rows]
     pad = pad_right if encoder.is_encoder_decoder else pad_left
     for batch in batches_of_tokens([len(prompt) + longest for prompt in prompts], budget):
         rows = [prompts[i] for i in batch]
+        ids = pad(rows, tokenizer.pad_token_id).to(device)
+        mask = pad([[1] * len(row) for row in rows], 0).to(device)
         before_pass(batch)
-        with torch.inference_mode(), contiguous_head(model):
-            output = model.generate(
-                pad(rows, tokenizer.pad_token_id).to(device),
-                attention_mask=pad([[1] * len(row) for row in rows], 0).to(device),
-                max_new_tokens=longest,
-                do_sample=False,
-                num_beams=1,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        start = 0 if encoder.is_encoder_decoder else max(map(len, rows))
+        with torch.inference_mode():
+            output = continued(model, tokenizer, ids, mask, longest)
+        start = 0 if encoder.is_encoder_decoder else ids.shape[1]
         for index, tokens in zip(batch, output, strict=True):
             text = tokenizer.decode(tokens[start:], skip_special_tokens=True)
             yield index, Answer(text.strip())

@@ -1,23 +1,26 @@
-"""Passes of prompts, alone or with their targets, through a model, for what it makes of them."""
+"""What a model makes of prompts: in passes, alone or with their targets, and as answers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.blocks import headless, prompt_stack, watch_blocks
 from ..base.offloading import input_device
 from ..base.sites import Site
 from ..base.token_masks import watch_inputs
 from ..files.quoting import one_line
-from .collating import Collator, batches_of_tokens, pad_right
+from .collating import Collator, batches_of_tokens, decoder_start, pad_right
 from .encoding import TokenPair
+from .target_logits import contiguous_head
 
-__all__ = ["PromptReading", "last_token", "mean_token", "read_pairs", "read_prompts"]
+__all__ = ["PromptReading", "continued", "end_tokens", "last_token", "mean_token", "read_pairs"]
+__all__ += ["read_prompts"]
 
 BATCH_TOKENS = 1024  # of a pass, padding included: little padding, few passes
 PAIR_TOKENS = 4096  # the same with targets
@@ -124,3 +127,58 @@ def mean_token(activations: Tensor, mask: Tensor) -> Tensor:
     """The activations' [texts, columns, n] mean over each text's tokens, float32 [texts, n]."""
     shares = (mask / mask.sum(dim=1, keepdim=True)).float().to(activations.device)
     return torch.einsum("tc,tcn->tn", shares, activations.float())
+
+
+def continued(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: Tensor,
+    mask: Tensor,
+    max_new_tokens: int,
+    temperature: float | None = None,
+) -> Tensor:
+    """What `model.generate` returns for the prompts `ids` [rows, columns]; `mask` is 0 at padding.
+
+    With `temperature` None each token is the likeliest one, else it is drawn from all tokens by
+    their probabilities at that temperature. Of the model's generation_config only the tokens that
+    begin and end answers count. Raises BaseModelError as `decoder_start` does.
+    """
+    own = model.generation_config
+    config = _WholeConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=temperature is not None,
+        bos_token_id=own.bos_token_id,
+        eos_token_id=end_tokens(model, tokenizer) or None,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if temperature is not None:
+        config.temperature, config.top_k = temperature, 0
+    if model.config.is_encoder_decoder:
+        config.decoder_start_token_id = decoder_start(model)
+    with contiguous_head(model):
+        output: Tensor = model.generate(ids, attention_mask=mask, generation_config=config)
+    return output
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the model's, else the tokenizer's; [] if neither names any."""
+    named = model.generation_config.eos_token_id
+    named = tokenizer.eos_token_id if named is None else named
+    return list(named) if isinstance(named, list | tuple) else [] if named is None else [named]
+
+
+class _WholeConfig(GenerationConfig):  # type: ignore[misc]
+    """A config whose open fields have the library's defaults.
+
+    `generate` fills those of any other from the model's generation_config, which may penalise
+    repetitions, suppress tokens or stop at texts: other answers than the model's likeliest.
+    """
+
+    def update(self, defaults_only: bool = False, **given: Any) -> dict[str, Any]:
+        """As GenerationConfig's, but `defaults_only` fills in nobody else's defaults."""
+        if defaults_only:
+            usual = self._get_default_generation_params()
+            usual.pop("max_length", None)  # it warns of one beside max_new_tokens
+            given = {name: usual[name] for name in usual.keys() & given.keys()}
+        unused: dict[str, Any] = super().update(defaults_only=defaults_only, **given)
+        return unused

@@ -114,6 +114,7 @@ def test_what_looks_wrong_is_a_warning(told, analysed):
         (("POOL", *TASKS, "--smoothing", "2"), "smoothing is 2.0"),
         (("POOL", *TASKS, "--results", "none.jsonl"), "none.jsonl don't exist"),
         (("POOL", *TASKS, "--no-score", "--leave-one-out"), "needs a pool of several"),
+        (("POOL", *TASKS, "--against", "oracle"), "Router oracle needs the scores"),
         (("POOL", *TASKS, "--scores", "first.jsonl"), "first.jsonl holds no scores"),
     ],
 )
@@ -123,3 +124,13 @@ def test_what_cannot_be_analysed_is_told_in_a_line(told, analysed, llama, argume
     assert code == 2
     assert message in " ".join(err.split())
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("out", ["first.jsonl", "first.jsonl/report"])
+def test_a_report_that_cannot_be_written_is_told_before_the_work(told, analysed, monkeypatch, out):
+    monkeypatch.setattr(
+        "phatgoose.analysis.analyse.analyse", lambda *_, **__: pytest.fail("worked")
+    )
+    code, _, err = told("analyse", analysed, *TASKS, "--out", out)
+    assert code == 2
+    assert f"{out} can't be written" in " ".join(err.split())

@@ -66,6 +66,8 @@ def test_what_is_chosen_for_the_whole_prompt_is_shown(told, analysed, tmp_path, 
     ("arguments", "message"),
     [
         (("", "--layer", "1"), "prompt is empty"),
+        (("caf\udce9",), r"The prompt holds '\udce9', which is no character"),
+        (("Hi", "--answer", "caf\udce9"), r"The answer holds '\udce9', which is no character"),
         (("Hi", "--layer", "9"), "layers are 0, 1"),
         (("Hi", "--kind", "nothing"), "kinds self_attn.q_proj"),
         (("Hi", "--router", "oracle", "--scores", "scores.json"), "goes by the task's name"),

@@ -9,6 +9,7 @@ import pytest
 
 from command_line import (
     BASE,
+    refused,
     write_rows,
 )
 
@@ -95,6 +96,20 @@ def test_an_option_that_would_do_nothing_is_refused(here, phat, command, complai
     assert outcome.code == 2
     assert complaint in outcome.err
     assert outcome.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (["generate", "experts", "caf\udce9"], r"The prompt holds '\udce9', which is no character"),
+        (["export", "experts", "--out", "x", "--prompt", "\udce9"], r"The prompt holds '\udce9'"),
+        (["generate", "experts", "Film", "--sample", "--seed", 1 << 70], "from 0 to 4294967295"),
+        (["generate", "experts", "Film", "--sample", "--seed", -1], "from 0 to 4294967295"),
+    ],
+    ids=lambda value: ascii(" ".join(map(str, value))) if isinstance(value, list) else "",
+)
+def test_bytes_that_are_no_text_and_seeds_of_no_kind_are_refused(here, phat, command, complaint):
+    refused(phat(*command, *BASE), complaint)
 
 
 def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):

@@ -137,6 +137,19 @@ def test_long_labels_leave_room_for_the_curves():
     assert panel.get_window_extent().x1 <= legend.get_window_extent().x0
 
 
+def test_names_with_dollars_are_no_formulas(tmp_path):
+    """Two dollars made matplotlib read what lies between them, and refuse it."""
+    name = r"a $\nothing$ b"
+    figures = [
+        heat_maps({name: make_profile(2, layers=2)}),
+        dataset_matrix({name: np.array([0.5, 0.5])}, [name, "other"]),
+        divergence_scatter({name: [Point(name, 0.5, 0.5)]}, {name: correlation([0.5], [0.5])}),
+    ]
+    for figure in figures:
+        write_png(figure, tmp_path / "figure.png")
+        assert name in svg_of(figure, "a", name)
+
+
 def test_a_png_is_written_on_white(tmp_path):
     write_png(usage_bars({"one": np.array([0.2, 0.8])}, ["a", "b"]), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

@@ -39,6 +39,22 @@ def test_places_name_models_and_their_routing(tmp_path):
     assert models[4].routing == Routing("arrow", 3, eps=1e-3)
 
 
+def test_every_setting_of_a_routing_is_read_as_its_type():
+    written = "spectr_shortlist=2&input_k=3&input_temperature=0.5&stand_in=true&expert=7&eps=1"
+    (model,) = served_models([f"x?{written}"], routing=Routing(k=4))
+    assert model.routing == Routing(
+        k=4,
+        spectr_shortlist=2,
+        input_k=3,
+        input_temperature=0.5,
+        stand_in=True,
+        expert="7",
+        eps=1.0,
+    )
+    (model,) = served_models(["x?stand_in=false"], routing=Routing(stand_in=True))
+    assert model.routing == Routing()
+
+
 @pytest.mark.parametrize(
     ("places", "said"),
     [
@@ -47,6 +63,9 @@ def test_places_name_models_and_their_routing(tmp_path):
         (["x?router"], "router=NAME"),
         (["x?k=two"], "k is 'two'"),
         (["x?rooter=arrow"], "unknown setting 'rooter'"),
+        (["x?input_k="], "input_k is '', but must be a whole number"),
+        (["x?stand_in=1"], "stand_in is '1', but must be true or false"),
+        (["x?k=2&router=arrow&k=3"], "'k' is given 2 times"),
     ],
     ids=str,
 )

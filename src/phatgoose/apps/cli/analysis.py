@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...config import Formatting, Routing
-from ...errors import ConfigError, RoutingError, TaskError
+from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
+from ...files.quoting import reason
 from ..console.printing import say, show
 from .options import (
     ModelArgument,
@@ -67,6 +69,7 @@ def analyse(
         raise TaskError("Name what to read with --task or --suite.")
     curves = pool_size_curves(results) if results else []
     subject, base = _subject(model, opening, routing, given)
+    _require_folder(out)
     analysis = run(
         subject,
         tasks,
@@ -105,6 +108,19 @@ def _subject(
     )
 
 
+def _require_folder(out: Path) -> None:
+    """Make the folder `out`, so that no work is lost to one that can't be written.
+
+    Raises EvaluationError.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise EvaluationError(f"{out} can't be written: {reason(error)}.") from error
+
+
 def explain(
     *,
     model: ModelArgument,
@@ -126,7 +142,6 @@ def explain(
 
     Each token of prompt and answer has the colour of the expert of greatest weight.
     """
-    from ...errors import EvaluationError
     from ...files.atomic import write_text
     from .explanation import explain as run
 

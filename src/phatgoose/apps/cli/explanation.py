@@ -16,12 +16,11 @@ from ...analysis.measures import heaviest
 from ...analysis.routing_distribution import PARTS
 from ...analysis.traces import Trace, TraceStream, trace
 from ...config import Formatting
-from ...errors import TaskError
 from ...routing.composition import composition_of
 from ...routing.routers.per_input.prompt_reader import PromptReader
 from ...tasks.encoding import Encoder
 from ..console.colours import coloured, expert_style
-from ..generation import Sampling, generate
+from ..generation import Sampling, check_prompt, check_text, generate
 
 __all__ = ["Explanation", "explain"]
 
@@ -122,12 +121,12 @@ def explain(
 ) -> Explanation:
     """How the routed `model` serves `prompt` and the answer after it, seen at a layer and a kind.
 
-    The answer is the one `given`, or what the model generates greedily. Raises TaskError for an
-    empty prompt, RoutingError when the model is not routed; a layer or kind that doesn't exist is
-    refused when the explanation is shown.
+    The answer is the one `given`, or what the model generates greedily. Raises TaskError for a
+    prompt or answer that `check_prompt` or `check_text` refuses, RoutingError when the model is not
+    routed; a layer or kind that doesn't exist is refused when the explanation is shown.
     """
-    if not prompt:
-        raise TaskError("The prompt is empty.")
+    check_prompt(prompt)
+    check_text(given or "", "The answer")
     text = given
     if text is None:
         text = generate(model, tokenizer, prompt, formatting, Sampling(max_new_tokens)).text

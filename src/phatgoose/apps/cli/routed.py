@@ -145,8 +145,8 @@ def generate(
     from ..generation import generate as run
 
     only_with("--sample", sample, {"temperature": temperature, "seed": seed})
-    opened = opening.open(model, routing, given)
     sampling = Sampling(max_new_tokens, (temperature or 1.0) if sample else None, seed or 0)
+    opened = opening.open(model, routing, given)
     result = run(opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts)
     if result.recording is None:
         show(result.text, wrap=False)

@@ -165,7 +165,10 @@ def _texts(
 ) -> Texts | None:
     """What a mixture is fixed for, None for nothing."""
     from ...routing.exporting.texts import Texts, prompt_texts
+    from ..generation import check_prompt
 
+    for each in prompt or ():
+        check_prompt(each)
     if prompt:
         return prompt_texts(prompt, formatting)
     if task is None:

@@ -60,6 +60,7 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "phatgoose",
     "text.color": INK,
+    "text.parse_math": False,  # names may hold dollars
     "xtick.color": INK,
     "ytick.color": INK,
 }

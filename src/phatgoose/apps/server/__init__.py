@@ -4,6 +4,7 @@ settings.py        what a server serves, as plain values that travel between pro
 api/               requests and responses in OpenAI's form
 guards/            who may use the server, how much a request may send, how long it may take
 engine/            one thread that generates all answers, in batches
+deadline.py        the time by which a request must be answered
 api_errors.py      errors in the form that OpenAI's clients know
 metrics.py         what Prometheus reads at /metrics
 uvicorn_server.py  the application under uvicorn

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import parse_qsl
 
 from ...config import Routing, from_mapping, settings_of
@@ -41,7 +42,7 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     A routing is written like the query of an address: "arrow=experts?router=arrow&k=3". It changes
     the routing in `options`, which hold for all models. Without NAME the model has its folder's or
     file's name, or what follows "hub:". Raises ConfigError when there is no model, two have one
-    name, a name is empty or can't be printed, or a routing can't be read.
+    name, a name is empty or can't be printed, or a routing can't be read or sets something twice.
     """
     models = [_served(place, options) for place in places]
     names = [model.name for model in models]
@@ -78,22 +79,34 @@ def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | 
     common: Routing | None = options.get("routing")
     if not query:
         return common
-    try:
-        pairs = dict(parse_qsl(query, keep_blank_values=True, strict_parsing=True))
-    except ValueError as error:
-        raise ConfigError(
-            f"{written}: {query!r} is not a routing; write router=NAME&k=2."
-        ) from error
-    kinds = {setting.name: type(setting.default) for setting in settings_of(Routing)}
-    values = {name: _number(value, kinds.get(name)) for name, value in pairs.items()}
+    types = {setting.name: setting.type for setting in settings_of(Routing)}
+    values = {name: _read(value, types.get(name)) for name, value in _pairs(query, written)}
     given = asdict(common) if common is not None else {}
     return from_mapping(Routing, {**given, **values}, written)
 
 
-def _number(value: str, kind: type | None) -> object:
-    """`value` as a number of that `kind`, or unchanged."""
+def _pairs(query: str, written: str) -> list[tuple[str, str]]:
+    """Names and values in `query`. Raises ConfigError where there are none, or a name twice."""
     try:
-        return kind(value) if kind in (int, float) else value
+        pairs = parse_qsl(query, keep_blank_values=True, strict_parsing=True)
+    except ValueError as error:
+        raise ConfigError(
+            f"{written}: {query!r} is not a routing; write router=NAME&k=2."
+        ) from error
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ConfigError(f"{written}: {shortened(name)} is given {count} times; once will do.")
+    return pairs
+
+
+def _read(value: str, declared: Any) -> object:
+    """`value` as what a setting `declared` takes, or unchanged, to be refused by the setting."""
+    kinds = get_args(declared) or (declared,)
+    if bool in kinds:
+        return {"true": True, "false": False}.get(value, value)
+    kind = next((kind for kind in (int, float) if kind in kinds), str)
+    try:
+        return kind(value)
     except ValueError:
         return value
 

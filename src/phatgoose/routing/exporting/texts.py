@@ -15,6 +15,7 @@ from ...errors import TaskError
 from ...tasks.cuts import Cuts
 from ...tasks.encoding import Encoder
 from ...tasks.neutral_text import neutral_examples
+from ...tasks.prompt_passes import continued
 from ...tasks.task import Example
 from ..composition import announcing
 
@@ -66,9 +67,8 @@ def read_texts(
         found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
     if encoder.is_encoder_decoder:
         for inputs in passing(model, texts, found):
-            answer = model.generate(
-                **inputs, max_new_tokens=ANSWER_TOKENS, do_sample=False, num_beams=1
-            )
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            answer = continued(model, tokenizer, ids, mask, ANSWER_TOKENS)
             inputs["decoder_input_ids"] = answer[:, : max(1, answer.shape[1] - 1)]
     return found
 

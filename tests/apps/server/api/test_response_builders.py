@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from phatgoose.apps.server.api.request_preparation import PreparedRequest, RequestPreparer
 from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
 from phatgoose.apps.server.api.response_builders import builder_of
+from phatgoose.apps.server.engine.detokeniser import UNFINISHED
 from phatgoose.apps.server.engine.model_runner import ModelRunner
 from phatgoose.apps.server.engine.sequences import Progress
 from phatgoose.config import Serving
 from serving import CHAT_TEMPLATE
 
+SPECIAL = {"<pad>", "</s>", "<unk>"}
 PROGRESS = [
     Progress(0, "one ", (), (), None, 1),
     Progress(0, "two", (), (), "stop", 2),
@@ -36,6 +40,26 @@ def test_a_completion_is_its_pieces_joined(prepared):
     assert (choice["text"], choice["finish_reason"]) == ("one two", "stop")
     assert reply["usage"] == {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
     assert reply["id"].startswith("cmpl-")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["😀 hi", [3, 1, 200, 98]], ids=["text", "tokens"])
+def test_offsets_point_to_where_tokens_begin(client, prompt, stream):
+    """The tokenizer has a token for each byte of a character, and none of text for an end."""
+    asked = {"model": "goose", "prompt": prompt, "echo": True, "logprobs": 1, "max_tokens": 40}
+    asked |= {"temperature": 2, "seed": 5, "ignore_eos": True, "stream": stream}
+    reply = client.post("/v1/completions", json=asked)
+    lines = [line.removeprefix("data: ") for line in reply.text.splitlines() if line]
+    parts = [json.loads(line)["choices"][0] for line in lines if line != "[DONE]"]
+    text = "".join(part["text"] for part in parts)
+    tokens = [token for part in parts for token in part["logprobs"]["tokens"]]
+    offsets = [place for part in parts for place in part["logprobs"]["text_offset"]]
+    if isinstance(prompt, str):
+        assert offsets[:7] == [0, 0, 0, 0, 1, 2, 3]
+    assert offsets == sorted(offsets)
+    for token, place, then in zip(tokens, offsets, [*offsets[1:], len(text)], strict=True):
+        if token not in SPECIAL | {UNFINISHED} and then > place:  # the last token of its text
+            assert text[place:then] == token
 
 
 def test_a_chat_is_streamed_in_chunks_that_end_with_a_count(prepared):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 import serving
 from phatgoose.apps.server.api import service
+from phatgoose.apps.server.engine.routing_cache import RoutingCache
+from phatgoose.config import Serving
 
 GREEDY = {"model": "goose", "prompt": "to be", "max_tokens": 3, "temperature": 0}
 
@@ -26,6 +30,23 @@ def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, owner,
         go_on.set()
         thread.join()
     assert found[0].status_code == 200
+
+
+def test_composing_and_answering_share_the_time_of_a_request(pool, monkeypatch):
+    """An answer has only what composing left of it, here nothing."""
+    acquire = RoutingCache.acquire
+
+    async def slow(self, *arguments):
+        await asyncio.sleep(1.1)
+        return await acquire(self, *arguments)
+
+    monkeypatch.setattr(RoutingCache, "acquire", slow)
+    app = serving.app_of(pool, Serving(timeout=1))
+    with serving.client_of(app) as client:
+        late = client.post(PATH, json=GREEDY)
+    assert late.status_code == 504
+    assert late.json()["error"]["message"] == "The answer took longer than 1 seconds."
+    assert app.state.service.routings.requests == 0
 
 
 def test_no_local_path_is_told(client, pool, app, monkeypatch):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 import serving
+from phatgoose.apps.server.deadline import Deadline
 from phatgoose.apps.server.engine.loaded_models import LoadedModel, RoutingOverride
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
@@ -13,6 +16,7 @@ GREEDY = {"model": "goose", "prompt": "to be", "max_tokens": 3, "temperature": 0
 
 
 PATH = "/v1/completions"
+NEVER = Deadline(math.inf, math.inf)
 
 
 def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
@@ -102,7 +106,7 @@ def test_routings_are_kept_and_make_room_for_each_other(app, client):
     goose, routings = app.state.service.models["goose"], app.state.service.routings
 
     def acquire(k):
-        return client.portal.call(routings.acquire, goose, RoutingOverride(k=k), "somebody", 30)
+        return client.portal.call(routings.acquire, goose, RoutingOverride(k=k), "somebody", NEVER)
 
     for k in (1, 3, 4, 1):
         ask(client, **GREEDY, k=k)

@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from batched import GREEDY, alone, finish, prompt_of, row_of
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.engine.batches import Batch
-from phatgoose.apps.server.engine.decoding import Decoding
+from phatgoose.apps.server.engine.decoding import Alternative, Decoding, TokenScores
 from phatgoose.tasks.encoding import Encoder
 
 
@@ -65,6 +67,38 @@ def test_a_stop_cuts_the_text_and_nothing_of_it_is_told_before(runner_of):
     assert row.finish == "stop"
     assert row.deliver.text == whole[: whole.index(stop)]
     assert len(row.deliver.tokens) < len(row.generated)
+
+
+TEXTS = st.text(st.sampled_from("a \n.äß漢\u0301😀👩\u200d🚀"), min_size=1, max_size=12)
+
+
+@given(TEXTS, TEXTS, st.sampled_from([(), ("😀",), ("a.", "漢漢")]), st.booleans())
+def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answer, stop, echo):
+    """The tokenizer has a token for each byte, so most characters consist of several."""
+    runner = runner_of()
+    before, after = (runner.tokenizer(text)["input_ids"] for text in (prompt, answer))
+    wish = Decoding(len(after), 0.0, stop=stop, logprobs=0, echo=echo)
+    row = row_of(runner, before, wish, echoed=len(prompt) if echo else 0)
+    if echo:
+        row.emit_prompt([TokenScores(Alternative(token, -1.0), ()) for token in before[1:]])
+    for token in after:
+        if row.finish is None:
+            row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
+    shown = (prompt if echo else "") + answer
+    places = [place for place, each in enumerate(shown) for _ in each.encode()]
+    told = row.deliver.tokens
+    assert [token.place for token in told] == places[: len(told)]
+    for token in told:
+        assert token.text in (shown[token.place], "\ufffd")
+    assert answer.startswith(row.deliver.text)
+    assert row.finish == "stop" or row.deliver.text == answer
+
+
+def test_an_end_token_is_placed_after_the_text(runner_of):
+    row = row_of(runner_of(), prompt_of(1), Decoding(2, 0.0, logprobs=0), echoed=3)
+    for token in (40, 1):
+        row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
+    assert [(each.text, each.place) for each in row.deliver.tokens][1] == ("</s>", 4)
 
 
 def test_an_answer_of_no_tokens_ends_at_once(runner_of):

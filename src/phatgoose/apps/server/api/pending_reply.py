@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from ..api_errors import CLIENT_GONE, ApiError
+from ..deadline import Deadline
 from ..engine.generation_engine import GenerationEngine
 from ..engine.sequences import ActiveSequence, Failure, Progress
 from .response_builders import ResponseBuilder
@@ -32,16 +33,15 @@ class PendingReply:
         engine: GenerationEngine,
         builder: ResponseBuilder,
         client: str,
-        seconds: float,
+        deadline: Deadline,
         done: Callable[[], None],
     ) -> None:
-        """Queue all answers; `done` is called once, when the reply is closed.
+        """Queue all answers, due by `deadline`; `done` is called once, when the reply is closed.
 
         Must be made in the event loop's thread. Raises ApiError when the queue has no room.
         """
         self.builder, self._engine, self._done = builder, engine, done
-        loop = asyncio.get_running_loop()
-        self._deadline, self._seconds = loop.time() + seconds, seconds
+        self._deadline, loop = deadline, asyncio.get_running_loop()
         self._events: asyncio.Queue[Progress | Failure] = asyncio.Queue()
 
         def deliver(event: Progress | Failure) -> None:
@@ -50,7 +50,14 @@ class PendingReply:
         runner, answers = builder.prepared.runner, builder.prepared.answers
         self._sequences = [
             ActiveSequence(
-                runner, each.prompt.tokens, each.decoding, deliver, choice, client, each.experts
+                runner,
+                each.prompt.tokens,
+                each.decoding,
+                deliver,
+                choice,
+                client,
+                each.experts,
+                echoed=len(each.prompt.text) if each.decoding.echo else 0,
             )
             for choice, each in enumerate(answers)
         ]
@@ -63,11 +70,10 @@ class PendingReply:
         """
         left = len(self._sequences)
         while left:
-            seconds = self._deadline - asyncio.get_running_loop().time()
             try:
-                event = await asyncio.wait_for(self._events.get(), max(0, seconds))
+                event = await asyncio.wait_for(self._events.get(), self._deadline.left)
             except asyncio.TimeoutError:
-                message = f"The answer took longer than {self._seconds:g} seconds."
+                message = f"The answer took longer than {self._deadline.seconds:g} seconds."
                 raise ApiError(504, message, code="timeout") from None
             if isinstance(event, Failure):
                 raise ApiError(500, event.message)

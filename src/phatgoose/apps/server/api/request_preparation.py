@@ -151,7 +151,10 @@ class RequestPreparer:
         if unknown:
             message = f"Token {unknown[0]} is unknown; the model has {runner.vocabulary}."
             raise bad_request(message, "prompt")
-        return RequestPrompt(tuple(given), tokenizer.decode(list(given), skip_special_tokens=True))
+        shown = tokenizer.decode(
+            list(given), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return RequestPrompt(tuple(given), str(shown))
 
     def _check_number(self, prompts: int, n: int) -> None:
         most = self._limits.max_choices

@@ -42,7 +42,6 @@ class ChoiceState:
     """What of one answer was sent so far."""
 
     is_begun: bool = False
-    offset: int = 0  # characters of all tokens sent
     streams: tuple[str, ...] = ()  # of the trace sent, in their order
 
 
@@ -183,7 +182,7 @@ class CompletionBuilder(ResponseBuilder):
         return CompletionChoice(
             index=progress.choice,
             text=prompt + progress.text,
-            logprobs=_text_logprobs(progress.tokens, state) if asked else None,
+            logprobs=_text_logprobs(progress.tokens) if asked else None,
             finish_reason=progress.finish,
             routing=self._routing(progress),
         )
@@ -191,16 +190,12 @@ class CompletionBuilder(ResponseBuilder):
     _chunk_choice = _choice
 
 
-def _text_logprobs(tokens: Sequence[ScoredToken], state: ChoiceState) -> TextLogprobs:
-    offsets = []
-    for token in tokens:
-        offsets.append(state.offset)
-        state.offset += len(token.text)
+def _text_logprobs(tokens: Sequence[ScoredToken]) -> TextLogprobs:
     return TextLogprobs(
         tokens=[token.text for token in tokens],
         token_logprobs=[token.logprob for token in tokens],
         top_logprobs=[_by_text(token) for token in tokens],
-        text_offset=offsets,
+        text_offset=[token.place for token in tokens],
     )
 
 

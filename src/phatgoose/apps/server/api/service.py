@@ -15,6 +15,7 @@ from ....config import Serving
 from ....errors import PhatgooseError
 from ....files.quoting import shortened
 from ..api_errors import ApiError, bad_request, for_clients, without_paths
+from ..deadline import Deadline
 from ..engine.generation_engine import GenerationEngine
 from ..engine.loaded_models import LoadedModel
 from ..engine.routing_cache import RoutingCache
@@ -95,6 +96,7 @@ class Service:
 
         The event loop only waits here: slow work is done in threads, a few at a time.
         """
+        deadline = Deadline.after(self.limits.timeout)
         body, client = http.scope[BODY], http.scope[CLIENT]
         content = body.content
         if len(content) > SMALL:
@@ -104,26 +106,25 @@ class Service:
         body.release()
         loaded = self.find(request.model)
         _check_routing(request, loaded)
-        seconds = self.limits.timeout
         try:
-            runner, release = await self.routings.acquire(loaded, request.override, client, seconds)
+            found = await self.routings.acquire(loaded, request.override, client, deadline)
         except PhatgooseError as error:
             raise bad_request(for_clients(error), "router") from error
         try:
-            prepare = RequestPreparer(runner, self.limits).prepare
+            prepare = RequestPreparer(found.runner, self.limits).prepare
             prepared = await anyio.to_thread.run_sync(prepare, request, limiter=self._readers)
             builder = builder_of(prepared)
 
             def done() -> None:
-                release()
+                found.release()
                 usage = builder.usage
                 self.metrics.count_tokens(
                     request.model, usage.prompt_tokens, usage.completion_tokens
                 )
 
-            reply = PendingReply(self.engine, builder, client, seconds, done)
+            reply = PendingReply(self.engine, builder, client, deadline, done)
         except BaseException:
-            release()
+            found.release()
             raise
         if request.stream:
             return EventStream(reply)

@@ -26,6 +26,7 @@ from ....routing.routers.mixtures import Mixtures
 from ....routing.routers.per_input.prompt_reader import PromptReader
 from ....tasks.collating import position_ids
 from ....tasks.encoding import added_tokens
+from ....tasks.prompt_passes import end_tokens
 from ....tasks.target_logits import contiguous_head
 from .caches import Cache
 
@@ -43,7 +44,7 @@ class ModelRunner:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
-        self.ends = _ends_of(model, tokenizer)
+        self.ends = frozenset(end_tokens(model, tokenizer))
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self.positions = positions_of(model)
         self.context = self.positions.prompt or self.positions.trained
@@ -134,10 +135,3 @@ class ModelRunner:
 
     def _watched(self, keeper: TraceKeeper | None) -> Any:
         return watch(self.model, keeper.add) if keeper is not None else nullcontext()
-
-
-def _ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The tokens at which `generate` stops: the model's, else the tokenizer's."""
-    named = model.generation_config.eos_token_id
-    named = tokenizer.eos_token_id if named is None else named
-    return frozenset(named if isinstance(named, list | tuple) else [] if named is None else [named])

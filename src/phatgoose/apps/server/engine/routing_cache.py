@@ -1,6 +1,6 @@
 """The routings that requests ask for, composed off the engine's thread and cached.
 
-A request waits for its own routing, at most for its timeout, while others are served. The least
+A request waits for its own routing, at most until its deadline, while others are served. The least
 recently used routing that no request needs makes room for a new one.
 """
 
@@ -21,6 +21,7 @@ from ....config import Routing
 from ....experts.pool import Pool
 from ....tasks.embeddings import without_downloads
 from ..api_errors import ApiError, busy
+from ..deadline import Deadline
 from .loaded_models import LoadedModel, RoutingOverride, share_factors
 from .model_runner import ModelRunner
 
@@ -81,12 +82,12 @@ class RoutingCache:
         return sum(each.requests for each in self._cached.values())
 
     async def acquire(
-        self, loaded: LoadedModel, override: RoutingOverride, client: str, seconds: float
+        self, loaded: LoadedModel, override: RoutingOverride, client: str, deadline: Deadline
     ) -> Acquired:
         """`loaded` with `override` applied, composed if it isn't cached.
 
         Raises PhatgooseError for an impossible override, ApiError when too much is asked for at
-        once or it takes more than `seconds`.
+        once or it isn't there by the `deadline`.
         """
         if override == RoutingOverride():
             return Acquired(loaded.runner)
@@ -100,11 +101,13 @@ class RoutingCache:
         cached = self._cached[key]
         cached.requests += 1
         try:
-            runner = await asyncio.wait_for(asyncio.shield(cached.runner), seconds)
+            runner = await asyncio.wait_for(asyncio.shield(cached.runner), deadline.left)
         except BaseException as error:
             cached.release()
             if isinstance(error, asyncio.TimeoutError):
-                message = f"Composing the routing took longer than {seconds:g} seconds; it goes on."
+                message = (
+                    f"The routing wasn't composed in {deadline.seconds:g} seconds; it goes on."
+                )
                 raise ApiError(504, message, code="timeout") from None
             raise
         return Acquired(runner, cached.release)

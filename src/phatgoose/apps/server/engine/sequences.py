@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,10 +24,13 @@ Finish = Literal["stop", "length"]
 class ScoredToken:
     """A token as text with its log-probability (None: not asked for, or the prompt's first token).
 
+    `place` is where that text begins in what is told, an echoed prompt included. Tokens that make
+    one character together stand at its place, and special ones, which have no text, between others.
     `top` are the best alternatives, best first, each with its text.
     """
 
     text: str
+    place: int
     logprob: float | None = None
     top: tuple[tuple[str, float], ...] = ()
 
@@ -66,7 +69,8 @@ class ActiveSequence:
 
     `deliver` is called from the engine's thread, and no more once `is_cancelled` is set. `choice`
     is the answer's number in its request, `client` who sent that, and `experts` those that a
-    router which picks experts by prompt has found.
+    router which picks experts by prompt has found. `echoed` is how many characters of the prompt
+    are told before the answer.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class ActiveSequence:
         choice: int = 0,
         client: str = "",
         experts: Mixtures | None = None,
+        echoed: int = 0,
     ) -> None:
         self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
         self.deliver, self.choice, self.client, self.experts = deliver, choice, client, experts
@@ -90,6 +95,7 @@ class ActiveSequence:
         self._sampler = Sampler(decoding, runner.device)
         before = () if runner.is_encoder_decoder else self.prompt  # the text that it continues
         self._detokeniser = Detokeniser(runner.tokenizer, before)
+        self._echoed = echoed
         self._text, self._sent = "", 0  # all text so far, and how much of it was delivered
         self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
 
@@ -105,14 +111,21 @@ class ActiveSequence:
 
     def emit_prompt(self, scores: Sequence[TokenScores]) -> None:
         """Deliver the prompt's tokens; `scores` has all but the first."""
-        first, *others = self.pieces(self.prompt)
-        scored = [self._scored(*pair) for pair in zip(others, scores, strict=True)]
-        self._deliver(Progress(self.choice, "", (ScoredToken(first), *scored)))
+        first, *others = self._placed_pieces(self.prompt)
+        scored = [self._scored(*each, own) for each, own in zip(others, scores, strict=True)]
+        self._deliver(Progress(self.choice, "", (ScoredToken(*first), *scored)))
 
     def pieces(self, tokens: Sequence[int]) -> list[str]:
         """Each of `tokens` as text, special ones too."""
-        detokeniser = Detokeniser(self.runner.tokenizer)
-        return [detokeniser.add(token) or self._token_text(token) for token in tokens]
+        return [text for text, _ in self._placed_pieces(tokens)]
+
+    def _placed_pieces(self, tokens: Sequence[int]) -> Iterator[tuple[str, int]]:
+        """Each of `tokens` as text, and where that begins, within the echoed prompt."""
+        detokeniser, end = Detokeniser(self.runner.tokenizer), 0
+        for token in tokens:
+            piece = detokeniser.add(token)
+            yield piece or self._token_text(token), min(end, self._echoed)
+            end += len(piece)
 
     def add_routing(self, stream: TraceStream) -> None:
         """Keep the routing of tokens that passed the model, for the next event."""
@@ -126,10 +139,11 @@ class ActiveSequence:
             return
         token = self._sampler(logits)
         self.generated.append(token)
-        piece = self._detokeniser.add(token)
+        piece, begin = self._detokeniser.add(token), len(self._text)
         self._text += piece
         self.shown.append(piece or self._token_text(token))
-        self._unsent.append((len(self._text), self._scored_answer(token, logits)))
+        scored = self._scored_answer(token, self._echoed + begin, logits)
+        self._unsent.append((len(self._text), scored))
         if token in self._ends:
             self.finish = "stop"
         elif len(self.generated) >= self.decoding.max_tokens:
@@ -139,18 +153,19 @@ class ActiveSequence:
         self._cut_at_stop(len(piece))
         self._emit()
 
-    def _scored_answer(self, token: int, logits: Tensor) -> ScoredToken:
+    def _scored_answer(self, token: int, place: int, logits: Tensor) -> ScoredToken:
         shown = self.shown[-1]
         if self.decoding.logprobs is None:
-            return ScoredToken(shown)
-        return self._scored(shown, token_scores(logits[None], [token], self.decoding.logprobs)[0])
+            return ScoredToken(shown, place)
+        (scores,) = token_scores(logits[None], [token], self.decoding.logprobs)
+        return self._scored(shown, place, scores)
 
-    def _scored(self, text: str, scores: TokenScores) -> ScoredToken:
+    def _scored(self, text: str, place: int, scores: TokenScores) -> ScoredToken:
         top = tuple(
             (text if each.token == scores.own.token else self._token_text(each.token), each.logprob)
             for each in scores.top[: self.decoding.logprobs]
         )
-        return ScoredToken(text, scores.own.logprob, top)
+        return ScoredToken(text, place, scores.own.logprob, top)
 
     def _token_text(self, token: int) -> str:
         return str(self.runner.tokenizer.decode([token], clean_up_tokenization_spaces=False))

@@ -347,7 +347,10 @@ def test_what_is_cut_of_a_task_s_inputs_is_told_and_kept(llama, tmp_path):
     told = r"long: 3 of 4 inputs \(75 %\) cut to 4 tokens, by 5 in the median\."
     with pytest.warns(UserWarning, match=told):
         result = evaluate(llama, LONG, formatting=Formatting(max_input_tokens=4))
-    assert result.to_dict()["tasks"][0]["cuts"] | {"trained": None} == {
+    cuts = result.to_dict()["tasks"][0]["cuts"]
+    targets = cuts.pop("targets")
+    assert (targets["inputs"], targets["cut"]) == (8, 0)  # four questions' two choices
+    assert cuts | {"trained": None} == {
         "inputs": 4,
         "cut": 3,
         "most": 4,

@@ -134,12 +134,23 @@ def test_rows_are_drawn_with_all_of_their_examples():
 def test_rows_of_several_sizes_count_by_their_examples():
     sample = in_rows([1, 1, 1, 0], [7, 7, 7, 3])
     weights = sample.draws(np.random.default_rng(0), 200)
-    np.testing.assert_allclose(weights.sum(axis=1), 4, atol=1e-12)
-    assert {tuple(np.round(row, 6)) for row in weights} == {
-        (1, 1, 1, 1),
-        (1.333333, 1.333333, 1.333333, 0),
-        (0, 0, 0, 4),
-    }
+    assert {tuple(row) for row in weights} == {(1, 1, 1, 1), (2, 2, 2, 0), (0, 0, 0, 2)}
+    assert sample.replicates(np.array([(1, 1, 1, 1), (2, 2, 2, 0), (0, 0, 0, 2)])) == pytest.approx(
+        [3 / 4, 1, 0], abs=1e-12
+    )
+
+
+@pytest.mark.parametrize("metrics", [["bleu"], ["rouge-l", "bleu"]], ids="+".join)
+def test_rows_of_several_sizes_are_drawn_under_every_metric(metrics):
+    marks = [[METRICS[name].measure(*row) for name in metrics] for row in ROWS]
+    sample = Sample.of(metrics, marks, [7, 3, 7, 7])
+    drawn = [i for i in (0, 0, 2, 2, 3, 3)]  # row 7 twice, with all of its examples
+    (got,) = sample.replicates(weights_of([drawn], 4))
+    assert got == pytest.approx(sample_of(metrics, [ROWS[i] for i in drawn]).score, abs=1e-12)
+    interval = sample.interval()
+    assert 0 <= interval.low <= sample.score <= interval.high <= 1
+    (mean,) = dataset_replicates({"one": [sample]}, replicates=1)["one"]
+    assert 0 <= mean <= 1
 
 
 @pytest.mark.parametrize("rows", [None, [4, 2, 9], [None, None, None], [1, None, 1]], ids=str)

@@ -59,6 +59,17 @@ def test_less_than_half_a_per_cent_is_not_called_none():
     assert "1 of 400 inputs (under 1 %)" in some(1, 400).text()
 
 
+def test_cut_targets_are_told_however_few_they_are():
+    targets = [Cut(8, 3), Cut(8, 5), *[None] * 98]
+    cuts = Cuts.of([None] * 100, targets=targets)
+    with pytest.warns(
+        UserWarning, match=r"it: 2 of 100 targets \(2 %\) cut to 8 tokens, by 4 in the median\."
+    ) as told:
+        cuts.report("it")
+    assert len(told) == 1
+    Cuts.of([None] * 100, targets=[None] * 100).report("it")
+
+
 def test_inputs_beyond_what_the_base_was_made_for_are_told():
     cuts = Cuts.of([None] * 3, [2048, 2049, 5000], 2048)
     with pytest.warns(

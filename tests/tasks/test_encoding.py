@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -11,8 +9,9 @@ from transformers import PreTrainedTokenizerFast
 from phatgoose.base.positions import Positions
 from phatgoose.config import Formatting
 from phatgoose.errors import TaskError
-from phatgoose.tasks.cuts import Cut
+from phatgoose.tasks.cuts import Cut, Cuts
 from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.task import Example
 from tiny import make_tokenizer, with_added
 
 EOS = 1
@@ -75,14 +74,14 @@ def test_a_prompt_has_the_same_tokens_whatever_answer_follows(encoder, text):
 
 
 def test_a_target_ends_with_the_end_of_sequence_and_has_it_once(encoder):
-    target = encoder.target("Is it so?", "yes")
+    target = encoder.target("Is it so?", "yes").tokens
     assert target[-1] == EOS
     assert target.count(EOS) == 1
 
 
 def test_a_pair_knows_its_length(encoder):
     pair = encoder.pair("abc", "de")
-    assert pair.length == len(encoder.prompt("abc")) + len(encoder.target("abc", "de"))
+    assert pair.length == len(encoder.prompt("abc")) + len(encoder.target("abc", "de").tokens)
 
 
 def test_a_causal_target_is_set_off_by_a_space():
@@ -164,19 +163,26 @@ def test_inputs_that_just_fit_stay_whole(is_encoder_decoder):
 
 
 @pytest.mark.parametrize("text", ["abcd", "abcdef"])
-def test_cutting_a_target_warns_and_keeps_the_end_of_sequence(text):
+def test_a_cut_target_keeps_the_end_of_sequence(text):
     encoder = make_encoder(T5, max_target_tokens=4)
-    told = rf"A target of {len(text) + 1} tokens was cut to 4 .*'{text}'"
-    with pytest.warns(UserWarning, match=told):
-        target = encoder.target("x", text)
-    assert text_of(encoder, target) == "abc</s>"
+    target = encoder.target("x", text)
+    assert text_of(encoder, target.tokens) == "abc</s>"
+    assert target.cut == Cut(most=4, lost=len(text) - 3)
 
 
-def test_a_target_that_just_fits_does_not_warn():
+def test_cut_targets_of_pairs_are_counted_and_not_told_one_by_one():
     encoder = make_encoder(T5, max_target_tokens=4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert text_of(encoder, encoder.target("x", "abc")) == "abc</s>"
+    texts = ("abc", "abcdef", "bcdef", "a")
+    pairs = encoder.pairs(Example("x", text) for text in texts)  # without a warning
+    cuts = encoder.cuts(pairs)
+    assert (cuts.inputs, cuts.cut) == (4, 0)
+    assert cuts.targets == Cuts(inputs=4, cut=2, most=4, median=2)
+
+
+def test_a_target_that_just_fits_is_whole():
+    encoder = make_encoder(T5, max_target_tokens=4)
+    target = encoder.target("x", "abc")
+    assert (text_of(encoder, target.tokens), target.cut) == ("abc</s>", None)
 
 
 def test_a_chat_template_wraps_the_input_when_asked_for():
@@ -272,10 +278,8 @@ def test_a_chat_template_counts_against_positions():
 
 def test_a_target_is_cut_to_the_base_s_positions():
     encoder = placed(Positions(8, 8))
-    with pytest.warns(
-        UserWarning, match="A target of 12 tokens was cut to 7 .the base's positions"
-    ):
-        pair = encoder.pair("abc", "0123456789")
+    pair = encoder.pair("abc", "0123456789")
+    assert pair.target_cut == Cut(most=7, lost=5)
     assert text_of(encoder, pair.prompt + pair.target) == "c 01234</s>"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +68,29 @@ def test_csv_rows_become_examples(tmp_path, choices):
     assert load_task(path).train == EXAMPLES
 
 
+@pytest.mark.parametrize(
+    ("choices", "wanted"),
+    [
+        ("[A] x ||| [B] y", ("[A] x", "[B] y")),
+        ("[yes] ||| [no]", ("[yes]", "[no]")),
+        ('["[A] x", "y]"] ', ("[A] x", "y]")),
+    ],
+)
+def test_choices_may_begin_with_a_bracket(choices, wanted):
+    row = {"input": "a", "target": wanted[0], "choices": choices}
+    assert load_task([row]).train[0].choices == wanted
+
+
+def test_a_list_that_is_no_json_is_refused():
+    assert "row 1: choices: broken JSON list" in complaint_about([{**ROWS[0], "choices": "[yes]"}])
+
+
+def test_csv_cells_may_be_as_long_as_json_s(tmp_path):
+    text = "word " * 40_000
+    path = write_lines(tmp_path / "a.csv", "input,target", f"{text},b")
+    assert load_task(path).train == (Example(text, "b"),)
+
+
 def test_csv_cells_may_hold_commas_quotes_and_line_breaks(tmp_path):
     path = write_lines(tmp_path / "a.csv", "input,target", '"a, ""b""', 'c",d')
     assert load_task(path).train == (Example('a, "b"\nc', "d"),)
@@ -92,6 +116,12 @@ def test_rows_in_memory_become_examples():
 def test_a_mapping_of_splits_becomes_splits():
     task = load_task({"train": ROWS[:1], "test": ROWS[1:]})
     assert (task.train, task.validation, task.test) == (EXAMPLES[:1], (), EXAMPLES[1:])
+
+
+def test_a_mapping_s_splits_count_whatever_a_column_says():
+    rows = [{**ROWS[0], "split": split} for split in ("train", "", "dev")]
+    task = load_task({"train": ROWS[1:], "test": rows})
+    assert (task.train, task.test) == (EXAMPLES[1:], EXAMPLES[:1] * 3)
 
 
 def test_a_split_of_what_is_no_row_is_refused():
@@ -309,6 +339,18 @@ def test_a_file_whose_name_is_too_long_is_refused_in_a_line(tmp_path):
     message = complaint_about(tmp_path / f"{'a' * 300}.jsonl")
     assert "can't be read: File name too long" in message
     assert len(message) < 200
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "cafe"}])
+def test_a_file_whose_name_is_no_utf8_is_refused_in_a_line(tmp_path, options):
+    path = tmp_path / os.fsdecode(b"caf\xe9.jsonl")
+    try:
+        write_rows(path, ROWS)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    message = complaint_about(path, **options)
+    assert "can't be a name in results, for it is not UTF-8; rename" in message
+    assert r"caf\udce9" in message
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import TaskError
 from phatgoose.tasks.multitask import mix
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Example, Task, draw
 from phatgoose.training.train_expert import train_expert
 
 
@@ -69,11 +69,13 @@ def test_validation_examples_are_those_a_task_has_or_would_set_apart():
     assert mixed.with_validation(9) is mixed
 
 
-def test_the_first_validation_examples_come_from_all_tasks_alike():
-    mixed = mix([make_task("a", 9, 40), make_task("b", 9, 2), make_task("c", 9, 30)], "all")
-    assert origins(mixed.validation[:6]) == {"a": 2, "b": 2, "c": 2}
-    assert origins(mixed.validation) == {"a": 40, "b": 2, "c": 30}
-    assert origins(mixed.validation[:20]) == {"a": 9, "b": 2, "c": 9}
+def test_no_task_has_most_of_the_validation_examples_because_it_is_large():
+    tasks = [make_task("a", 9, 9000), make_task("b", 9, 2), make_task("c", 9, 600)]
+    mixed = mix(tasks, "all")
+    assert origins(mixed.validation) == {"a": 500, "b": 2, "c": 500}
+    drawn = origins(draw(mixed.validation, 50, seed=0))
+    assert min(drawn["a"], drawn["c"]) > 15
+    assert mixed.validation[:500] != tasks[0].validation[:500]  # a draw, not the head of the file
 
 
 def test_a_mixture_of_one_task_is_its_data():

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
+import pytest
+
+from phatgoose.config import GateTraining
+from phatgoose.errors import ExpertError
 from phatgoose.tasks.encoding import TokenPair
-from phatgoose.training.partial_trainer import newest_checkpoint, visiting_order
+from phatgoose.tasks.target_logits import target_logits
+from phatgoose.training import partial_trainer as trainer_module
+from phatgoose.training.partial_trainer import PartialTrainer, newest_checkpoint, visiting_order
 from training_runs import (
     PASS,
     TRAINING,
@@ -24,6 +31,58 @@ def test_a_checkpoint_cut_short_is_dropped(llama, tmp_path, monkeypatch):
     (newest / "trainable.safetensors").write_bytes(b"torn")
     resumed = train(llama, tmp_path / "cut", training=training, resume=True)
     assert_same_expert(resumed, whole)
+
+
+DIVERGED = "echo: {}: training diverged, the {} is {} at step {}; lower the learning rate and use"
+
+
+def broken_after(passes: int, value: float):
+    """Target logits that are `value` from that pass on."""
+    calls = []
+
+    def broken(model, inputs):
+        calls.append(1)
+        return target_logits(model, inputs) * (value if len(calls) > passes else 1.0)
+
+    return broken
+
+
+# A run's forward passes: per LoRA step 2; after steps 2 and 4 one validation; 2 per gate step.
+@pytest.mark.parametrize(
+    ("passes", "stage", "what", "step"),
+    [
+        (2, "expert", "loss", "2 of 4"),
+        (4, "expert", "validation loss", "2 of 4"),
+        (12, "gates", "loss", "2 of 2"),
+    ],
+)
+def test_a_training_that_diverges_stops_at_once(
+    llama, tmp_path, monkeypatch, passes, stage, what, step
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "target_logits", broken_after(passes, float("nan")))
+        told = DIVERGED.format(stage, what, "nan", step)
+        with pytest.raises(ExpertError, match=re.escape(told)):
+            train(llama, tmp_path / "echo")
+    assert not (tmp_path / "echo").exists()
+
+
+def test_a_last_step_that_diverges_is_told_again_when_resumed(llama, tmp_path, monkeypatch):
+    def overflowing(self, *inputs, **more):
+        loss = original(self, *inputs, **more)
+        if "gate" in next(self._trained())[0]:
+            next(self._trained())[1].grad[0] = float("inf")
+        return loss
+
+    original = PartialTrainer.training_step
+    told = DIVERGED.format("gates", "largest trained number", "nan", "1 of 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialTrainer, "training_step", overflowing)
+        with pytest.raises(ExpertError, match=re.escape(told)):
+            train(llama, tmp_path / "echo", gate_training=GateTraining(gate_steps=1))
+    with pytest.raises(ExpertError, match=re.escape(told)):
+        train(llama, tmp_path / "echo", gate_training=GateTraining(gate_steps=1), resume=True)
+    train(llama, tmp_path / "echo", gate_training=GateTraining(gate_steps=1), restart=True)
 
 
 def test_every_pass_visits_each_example_once_and_batches_hold_similar_lengths():

@@ -17,7 +17,7 @@ from phatgoose.config import Formatting
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Example, Task, draw
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     ADAPTER,
@@ -52,6 +52,25 @@ def test_what_was_cut_is_told_once_recorded_and_shown(llama, tmp_path, caplog):
         "chat": False,
         "inputs_cut": 1,
     }
+
+
+def test_cut_targets_are_told_once_for_expert_and_gates(llama, tmp_path):
+    task = Task("long", words("a", "b", "cdefgh", "ijklmno"), words("x"))
+    told = r"long: 2 of 4 targets \(50 %\) cut to 4 tokens, by 4 in the median"
+    with pytest.warns(UserWarning, match=told) as warned:
+        train(llama, tmp_path / "long", task, formatting=Formatting(max_target_tokens=4))
+    assert len([each for each in warned if "target" in str(each.message)]) == 1
+
+
+def test_validation_examples_are_drawn_by_the_seed(llama, tmp_path, caplog):
+    """The first of a file that is sorted by label are all of one label."""
+    task = replace(TASK, validation=words(*["yes"] * 8, *["no"] * 8))
+    training = replace(TRAINING, eval_examples=4, seed=3)
+    expert = train(llama, tmp_path / "sorted", task, training)
+    drawn = draw(task.validation, 4, 3)
+    assert {example.target for example in drawn} == {"yes", "no"}
+    loss = target_nll(peft_model(llama, expert.directory), llama, drawn).mean().item()
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(loss, abs=1e-4)
 
 
 def test_peft_loads_the_expert_and_computes_as_the_trained_model_did(base, tmp_path, monkeypatch):

@@ -63,6 +63,26 @@ def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
     discard_work(out)
 
 
+@pytest.mark.parametrize("how", ["resume", "restart", "neither"])
+def test_what_a_killed_restart_left_is_nobody_s(tmp_path, monkeypatch, how):
+    out = tmp_path / "expert"
+    with open_work(out, {"a": 1}, resume=False, restart=False) as work:
+        for number in (1, 2):
+            (work / f"checkpoint-{number}").mkdir()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("phatgoose.training.unfinished.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+            with open_work(out, {"a": 2}, resume=False, restart=True):
+                pass
+    assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "checkpoint-2", "lock"]
+    with open_work(out, {"a": 3}, resume=how == "resume", restart=how == "restart"):
+        assert sorted(path.name for path in work.iterdir()) == ["lock", "run.json"]
+
+
 def test_what_was_left_beside_a_finished_expert_is_tidied_up(llama, tmp_path):
     expert = train(llama, tmp_path / "expert")
     with open_work(tmp_path / "expert", {}, resume=False, restart=False):

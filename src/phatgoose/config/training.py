@@ -33,7 +33,9 @@ class Training(Settings):
         "Steps between validations; each saves a checkpoint, and the best one wins.",
         AT_LEAST_1,
     ] = 100
-    eval_examples: Annotated[int, "Maximum validation examples to use.", AT_LEAST_1] = 500
+    eval_examples: Annotated[
+        int, "Maximum validation examples to use, drawn by the seed.", AT_LEAST_1
+    ] = 500
     seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
 
 

@@ -81,9 +81,13 @@ class Sample:
         return float(self.replicates(np.ones((1, self.n)))[0])
 
     def replicates(self, weights: Array) -> Array:
-        """The score with each example counted `weights` [B, n] times (rows sum to n), [B]."""
+        """The score with each example counted `weights` [B, n] times, [B].
+
+        Weights are whole numbers, as BLEU needs them; rows may sum to other numbers than n.
+        """
+        counted = weights.sum(axis=1)
         columns = [
-            metric(name).combine(weights @ rows, self.n)
+            metric(name).combine(weights @ rows, counted)
             for name, rows in zip(self.metrics, self.statistics, strict=True)
         ]
         return np.asarray(np.mean(columns, axis=0))
@@ -93,14 +97,14 @@ class Sample:
         return interval_of(self.replicates(self.draws(np.random.default_rng(seed), REPLICATES)))
 
     def draws(self, generator: np.random.Generator, replicates: int) -> Array:
-        """Weights of the examples in so many draws with replacement, [replicates, n].
+        """How often each example comes in so many draws with replacement, [replicates, n].
 
-        As many are drawn as there are: examples, or rows with all of their examples.
+        As many are drawn as there are: examples, or rows with all of their examples. A draw of rows
+        of several sizes has more or fewer examples than there are, and its score is theirs.
         """
         count = self.n if self.rows is None else int(self.rows.max()) + 1
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=replicates)
-        weights = (drawn if self.rows is None else drawn[:, self.rows]).astype(float)
-        return np.asarray(weights * (self.n / weights.sum(axis=1, keepdims=True)))
+        return np.asarray(drawn if self.rows is None else drawn[:, self.rows], float)
 
     @property
     def independent(self) -> float:

@@ -1,4 +1,4 @@
-"""How inputs that are too long are shortened, and how that is counted and reported."""
+"""How inputs and targets that are too long are shortened, and how that is counted and told."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
 
 @dataclass(frozen=True)
 class Cut:
-    """One input cut to `most` tokens, which removed `lost` tokens."""
+    """One input or target cut to `most` tokens, which removed `lost` tokens."""
 
     most: int
     lost: int
@@ -42,7 +42,8 @@ class Cuts:
     """How many of a task's `inputs` were `cut`, to `most` tokens, losing `median` in the median.
 
     `beyond` counts the inputs that are longer, with their answers, than the `trained` length of a
-    base with rotary positions. Such a base accepts them, with unknown quality.
+    base with rotary positions. Such a base accepts them, with unknown quality. `targets` says of
+    the inputs' targets what this says of inputs; None where they were not counted.
     """
 
     inputs: int = 0
@@ -51,12 +52,21 @@ class Cuts:
     median: int = 0
     beyond: int = 0
     trained: int | None = None
+    targets: Cuts | None = None
 
     @classmethod
     def of(
-        cls, cuts: Sequence[Cut | None], lengths: Sequence[int] = (), trained: int | None = None
+        cls,
+        cuts: Sequence[Cut | None],
+        lengths: Sequence[int] = (),
+        trained: int | None = None,
+        *,
+        targets: Sequence[Cut | None] = (),
     ) -> Cuts:
-        """The summary of `cuts`, None for a whole input; `lengths` are compared with `trained`."""
+        """The summary of `cuts`, None for a whole input; `lengths` are compared with `trained`.
+
+        `targets` are the cuts of their targets.
+        """
         found = [cut for cut in cuts if cut is not None]
         beyond = sum(length > trained for length in lengths) if trained is not None else 0
         return cls(
@@ -66,6 +76,7 @@ class Cuts:
             median=round(median(cut.lost for cut in found)) if found else 0,
             beyond=beyond,
             trained=trained,
+            targets=cls.of(targets) if targets else None,
         )
 
     @property
@@ -73,22 +84,25 @@ class Cuts:
         """The share of the inputs that were cut."""
         return self.cut / self.inputs if self.inputs else 0.0
 
-    def text(self) -> str:
+    def text(self, what: str = "input") -> str:
         """In words: "12 of 400 inputs (3 %) cut to 512 tokens, by 87 in the median"."""
         return (
-            f"{self.cut} of {self.inputs} input{'' if self.inputs == 1 else 's'} "
+            f"{self.cut} of {self.inputs} {what}{'' if self.inputs == 1 else 's'} "
             f"({_percent(self.share)}) cut to {self.most} tokens, by {self.median} in the median"
         )
 
     def report(self, task: str) -> None:
         """Log the cuts of `task` in one line, or warn from a tenth of its inputs on.
 
-        Always warns of inputs beyond the trained length of the base.
+        Always warns of cut targets, whose end is never learnt or scored, and of inputs beyond the
+        trained length of the base.
         """
         if self.cut and self.share < WARN_FROM:
             logger.info("%s: %s", one_line(task), self.text())
         elif self.cut:
             warnings.warn(f"{one_line(task)}: {self.text()}.", stacklevel=2)
+        if self.targets is not None and self.targets.cut:
+            warnings.warn(f"{one_line(task)}: {self.targets.text('target')}.", stacklevel=2)
         if self.beyond:
             warnings.warn(
                 f"{one_line(task)}: {self.beyond} of {self.inputs} inputs and their answers are "

@@ -23,7 +23,7 @@ from ..errors import TaskError
 from .cuts import Cut, Cuts, cut_tokens
 from .task import Example, Span
 
-__all__ = ["Encoder", "Prompt", "TokenPair", "added_tokens"]
+__all__ = ["Encoder", "Prompt", "Target", "TokenPair", "added_tokens"]
 
 SPACES = ("Ġ", "▁", " ")  # how vocabularies write a token's leading space
 CONTEXT = 48  # characters before an answer that can influence its tokens
@@ -38,12 +38,24 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Target:
+    """A tokenised target, end-of-sequence included; `cut` is None if it is whole."""
+
+    tokens: list[int]
+    cut: Cut | None = None
+
+
+@dataclass(frozen=True)
 class TokenPair:
-    """A tokenised prompt and target without padding; `cut` is None if the prompt is whole."""
+    """A tokenised prompt and target without padding.
+
+    `cut` is None if the prompt is whole, `target_cut` if the target is.
+    """
 
     prompt: list[int]
     target: list[int]
     cut: Cut | None = None
+    target_cut: Cut | None = None
 
     @property
     def length(self) -> int:
@@ -98,8 +110,8 @@ class Encoder:
     def pair(self, input_text: str, target: str, passage: Span | None = None) -> TokenPair:
         """Prompt and target of one example; see `fitted` and `target`."""
         answer = self.target(input_text, target)
-        prompt = self.fitted(input_text, passage, followed_by=len(answer))
-        return TokenPair(prompt.tokens, answer, prompt.cut)
+        prompt = self.fitted(input_text, passage, followed_by=len(answer.tokens))
+        return TokenPair(prompt.tokens, answer.tokens, prompt.cut, answer.cut)
 
     def pairs(self, examples: Iterable[Example]) -> list[TokenPair]:
         """Prompts and targets of `examples`."""
@@ -128,30 +140,26 @@ class Encoder:
         left = self._cut(text, tokens, passage, max(room, 0))
         return Prompt(self._wrapped(left), Cut(most, len(tokens) - len(left)))
 
-    def target(self, input_text: str, text: str) -> list[int]:
-        """The tokens of a target that follows `input_text`, end-of-sequence included.
+    def target(self, input_text: str, text: str) -> Target:
+        """The tokens of a target that follows `input_text`, cut on the right.
 
-        A space separates a causal model's target from the prompt, unless the prompt ends in white
-        space or is wrapped in a chat template. The target has the tokens that it has when tokenised
-        together with the prompt. Warns where that would change the prompt's tokens, and when the
-        target is cut to `max_target_tokens` or to the base's positions.
+        At most `max_target_tokens` are kept, and no more than the base has positions for. A space
+        separates a causal model's target from the prompt, unless the prompt ends in white space or
+        is wrapped in a chat template. The target has the tokens that it has when tokenised together
+        with the prompt. Warns where that would change the prompt's tokens.
         """
         prompt, space = self._apart(input_text)
         apart = self.is_encoder_decoder
         tokens = self._tokens(text) if apart else self._following(prompt, space + text)
         tokens = [*tokens, int(self.tokenizer.eos_token_id)]
-        most, why = self.formatting.max_target_tokens, "max_target_tokens"
-        places = self.positions.answer
+        most, places = self.formatting.max_target_tokens, self.positions.answer
         if places is not None and not self.is_encoder_decoder:
             places -= self._around + 1  # for one token of the input
-        if places is not None and places < most:
-            most, why = max(places, 1), "the base's positions"
-        if len(tokens) > most:
-            warnings.warn(
-                f"A target of {len(tokens)} tokens was cut to {most} ({why}): {text[:40]!r}…",
-                stacklevel=2,
-            )
-        return [*tokens[: min(most, len(tokens)) - 1], tokens[-1]]
+        if places is not None:
+            most = min(most, max(places, 1))
+        if len(tokens) <= most:
+            return Target(tokens)
+        return Target([*tokens[: most - 1], tokens[-1]], Cut(most, len(tokens) - most))
 
     def prompt_text(self, context: str) -> str:
         """The prompt's part of `context`: trailing spaces may belong to the answer (`fitted`)."""
@@ -165,9 +173,11 @@ class Encoder:
         return self._following(prompt, context[len(prompt) :] + text)
 
     def cuts(self, pairs: Sequence[TokenPair]) -> Cuts:
-        """How the prompts of `pairs` were cut, and how many pairs exceed the trained length."""
+        """How prompts and targets of `pairs` were cut, and how many exceed the trained length."""
         lengths = [pair.length for pair in pairs]
-        return Cuts.of([pair.cut for pair in pairs], lengths, self.positions.trained)
+        targets = [pair.target_cut for pair in pairs]
+        cuts = [pair.cut for pair in pairs]
+        return Cuts.of(cuts, lengths, self.positions.trained, targets=targets)
 
     def _most(self, followed_by: int) -> int:
         """The maximum tokens of a prompt, or of its text in a chat template."""

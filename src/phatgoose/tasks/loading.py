@@ -16,9 +16,10 @@ from ..files.quoting import first_line, one_line, reason, shortened
 from .task import Example, Task
 from .templates import SEPARATOR, RowTemplate, longest_field
 
-__all__ = ["SPLITS", "datasets_library", "default_name", "load_task"]
+__all__ = ["SPLITS", "check_task_name", "datasets_library", "default_name", "load_task"]
 
 SPLITS = ("train", "validation", "test")
+LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds no more
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # each with its place, for messages
 
 
@@ -41,9 +42,11 @@ def load_task(
 
     Raises TaskError, naming the line, for a missing file, broken line, missing field, a text that
     holds half a character, an empty choice, a target that is not among the choices, a CSV row of
-    more cells than the header names, or a source without examples.
+    more cells than the header names, a name that is no UTF-8, or a source without examples.
     """
     rows, label, default_name = _open_source(source)
+    for each in (name or default_name, label):
+        check_task_name(each)
     row_template = RowTemplate(template, choices)
     splits: dict[str, list[Example]] = {split: [] for split in SPLITS}
     for where, row in rows:
@@ -65,6 +68,17 @@ def load_task(
         test=tuple(splits["test"]),
         source=label,
     )
+
+
+def check_task_name(name: str) -> None:
+    """Raise TaskError where results can't be written under `name`: a file's that is no UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise TaskError(
+            f"{shortened(name)} can't be a name in results, for it is not UTF-8; rename that file "
+            f"or folder."
+        ) from error
 
 
 def default_name(source: str | Path) -> str:
@@ -118,6 +132,7 @@ def _parse(line: str, where: str) -> Mapping[str, Any]:
 
 def _read_csv(path: Path) -> Rows:
     try:
+        csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             _require_different(reader.fieldnames or (), path)
@@ -179,7 +194,7 @@ def _read_memory(rows: Any, label: str = "memory") -> Rows:
         for split in SPLITS:
             for number, row in enumerate(rows.get(split, ()), 1):
                 where = f"{label}, {split} row {number}"
-                yield where, {"split": split, **_fields(row, where)}
+                yield where, {**_fields(row, where), "split": split}
         return
     for number, row in enumerate(rows, 1):
         where = f"{label}, row {number}"
@@ -220,14 +235,21 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
     if value is None or value == "":
         return ()
     if isinstance(value, str):
-        try:
-            value = json.loads(value) if value.startswith("[") else value.split(SEPARATOR)
-        except (ValueError, RecursionError) as error:
-            raise TaskError(f"{where}: broken JSON list ({one_line(error)}).") from error
-        value = [item.strip() if isinstance(item, str) else item for item in value]
+        value = [item.strip() if isinstance(item, str) else item for item in _listed(value, where)]
     if not isinstance(value, list | tuple):
         raise TaskError(f"{where} must be a list of texts, got {value!r:.40}.")
     return tuple(_whole(str(item), where) for item in value)
+
+
+def _listed(cell: str, where: str) -> list[Any]:
+    """The items of a list in a CSV cell. Raises TaskError where it is JSON, but broken."""
+    looks_like_json = cell.startswith("[") and cell.rstrip().endswith("]")
+    try:
+        return list(json.loads(cell)) if looks_like_json else cell.split(SEPARATOR)
+    except (ValueError, RecursionError) as error:
+        if SEPARATOR in cell:  # "[yes] ||| [no]"
+            return cell.split(SEPARATOR)
+        raise TaskError(f"{where}: broken JSON list ({one_line(error)}).") from error
 
 
 def _whole(text: str, where: str) -> str:

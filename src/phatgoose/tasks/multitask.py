@@ -6,12 +6,11 @@ It needs every contributor's data in one place, which the setting rules out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
 from ..errors import TaskError
 from .suites.entries import Entry, Sources
 from .suites.training_tasks import Origin, TrainingTask
-from .task import Task, draw
+from .task import VALIDATION_MOST, Task, draw
 
 __all__ = ["mix", "mixture"]
 
@@ -21,8 +20,9 @@ def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int 
 
     Training draws from them uniformly, so from each task in proportion to its size. A task with
     more than `most` examples gives `most`, drawn once by `seed` (as T0 caps large datasets); None
-    caps nothing. Validation examples (each task's own, or those that `with_validation(seed)` sets
-    apart) alternate between tasks, so that the first few cover all tasks. There is no test split.
+    caps nothing. Validation examples are each task's own, or those that `with_validation(seed)`
+    sets apart, at most VALIDATION_MOST of each, so that the few that training draws of them are not
+    all of the largest task. There is no test split.
 
     Raises TaskError when there are no tasks, one can't be trained on, or `most` is below 1.
     """
@@ -36,13 +36,14 @@ def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int 
     divided = [task.with_validation(seed) for task in tasks]
     parts = [draw(task.train, most, seed) for task in divided]
     sizes = (f"{task.source} ({len(part)})" for task, part in zip(tasks, parts, strict=True))
-    turns = zip_longest(*(task.validation for task in divided))
+    validation = [draw(task.validation, VALIDATION_MOST, seed) for task in divided]
     return Task(
         name,
         train=tuple(row for part in parts for row in part),
-        validation=tuple(row for turn in turns for row in turn if row is not None),
+        validation=tuple(row for part in validation for row in part),
         source=f"mixture of {', '.join(sizes)}",
-        validation_origin=f"each task's own, or set apart from it by seed {seed}",
+        validation_origin=f"each task's own, or set apart from it by seed {seed}; at most "
+        f"{VALIDATION_MOST} of each",
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import TaskError
 
-__all__ = ["Example", "Span", "Task", "draw"]
+__all__ = ["VALIDATION_MOST", "Example", "Span", "Task", "draw"]
 
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500

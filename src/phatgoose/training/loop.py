@@ -60,7 +60,8 @@ def fit(
     This is a `stage` of `run`, "expert" or "gates". Checkpoints go to the work folder's folder of
     that name; training continues from the newest complete one, to the same result. With an empty
     `validation` the last state stays. Several processes (`training.processes`) take turns at the
-    micro-batches of each batch, and the first one writes.
+    micro-batches of each batch, and the first one writes. Raises ExpertError as soon as a loss is
+    not finite, or what was trained isn't in the end.
     """
     base, training, work = run.base, run.training, run.work / stage
     order = visiting_order(train, training.batch_size, steps, training.seed)
@@ -77,6 +78,7 @@ def fit(
         eval_dataset=validation or None,
         data_collator=Collator(base.model, base.tokenizer.pad_token_id, packs=True),
         callbacks=[bar, ValidateLastStep()] if validation else [bar],
+        label=label,
         order=order,
         callback=run.callback,
     )
@@ -85,6 +87,7 @@ def fit(
         # A remark on resuming with constant settings, which a user can't act on.
         warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*")
         result = trainer.train(resume_from_checkpoint=newest_checkpoint(work))
+    trainer.check_trained()
     model.eval()
     return _report(trainer, result.training_loss, bar, steps)
 

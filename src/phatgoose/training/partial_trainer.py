@@ -8,6 +8,7 @@ fall in.) Logits are computed at target positions only.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ExpertError
+from ..files.quoting import one_line
 from ..tasks.collating import IGNORED
 from ..tasks.encoding import TokenPair
 from ..tasks.target_logits import target_logits
@@ -54,14 +56,23 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the whole batch's target tokens
 
-    def __init__(self, *, order: list[int], callback: TrainingCallback, **arguments: Any) -> None:
+    def __init__(
+        self, *, label: str, order: list[int], callback: TrainingCallback, **arguments: Any
+    ) -> None:
+        """`label` names the training in messages."""
         super().__init__(**arguments)
-        self._order, self._callback = order, callback
+        self._label, self._order, self._callback = label, order, callback
         self.model_accepts_loss_kwargs = True  # so that the batch's target tokens are counted
         self._loss_shifts_labels = False  # each label is at the position that predicts it
 
     def _get_train_sampler(self, train_dataset: Any = None) -> list[int]:
         return self._order
+
+    def training_step(self, *inputs: Any, **more: Any) -> Tensor:
+        """The loss of a micro-batch, learnt from. Raises ExpertError where it is not finite."""
+        loss: Tensor = super().training_step(*inputs, **more)
+        self._check_finite("loss", float(loss), self.state.global_step + 1)
+        return loss
 
     def compute_loss(
         self,
@@ -85,7 +96,10 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The mean loss over all target tokens, independent of the batches."""
+        """The mean loss over all target tokens, independent of the batches.
+
+        Raises ExpertError where it is not finite.
+        """
         self.model.eval()
         total = tokens = 0.0
         with torch.no_grad():
@@ -97,10 +111,24 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         if processes.count() > 1:
             sums = torch.tensor([total, tokens], dtype=torch.float64, device=self.args.device)
             total, tokens = self.accelerator.reduce(sums, "sum").tolist()
+        self._check_finite("validation loss", total / tokens, self.state.global_step)
         metrics = {f"{metric_key_prefix}_loss": total / tokens}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def check_trained(self) -> None:
+        """Raise ExpertError where a trained number is not finite, for which no loss came after."""
+        for _, parameter in self._trained():
+            total = float(parameter.detach().abs().max())
+            self._check_finite("largest trained number", total, self.state.global_step)
+
+    def _check_finite(self, what: str, value: float, step: int) -> None:
+        if not math.isfinite(value):
+            raise ExpertError(
+                f"{one_line(self._label)}: training diverged, the {what} is {value} at step {step} "
+                f"of {self.state.max_steps}; lower the learning rate and use restart."
+            )
 
     def _share_of(self, pairs: Sequence[TokenPair]) -> DataLoader[TokenPair]:
         """Batches of this process's share of `pairs`, none of them twice."""

@@ -19,7 +19,7 @@ from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..experts.adapter import kind_for
 from ..experts.expert import Expert
 from ..tasks.cuts import Cuts
-from ..tasks.task import Task
+from ..tasks.task import Task, draw
 from . import processes
 from .gates import Record, add_gates
 from .joint_gates import take_gates
@@ -60,8 +60,8 @@ def train_expert(
     expert), `restart` throws its work away; with neither, existing work is an error.
     Where `accelerate launch` started several processes, all of them call this, share each batch,
     and the first one writes.
-    Raises ExpertError when `out` exists or the name can't be an expert's, ConfigError when resumed
-    work had other settings, TaskError when the task can't be used.
+    Raises ExpertError when `out` exists, the name can't be an expert's or training diverges,
+    ConfigError when resumed work had other settings, TaskError when the task can't be used.
     """
     out, peft = Path(out), peft or Lora()
     finished = finished_expert(out, resume=resume)
@@ -99,9 +99,8 @@ def _train_adapter(run: TrainingRun, peft: Peft) -> Path:
     if finished.is_dir():
         run.callback.on_steps(training.steps)
         return finished
-    train, validation = map(
-        run.encoder.pairs, (task.train, task.validation[: training.eval_examples])
-    )
+    validated = draw(task.validation, training.eval_examples, training.seed)
+    train, validation = map(run.encoder.pairs, (task.train, validated))
     cuts = run.encoder.cuts(train)
     if processes.is_first():
         cuts.report(task.name)

@@ -47,7 +47,7 @@ def open_work(
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / LOCK)
         with lock.acquire(timeout=0):
-            if restart:
+            if restart or not file.is_file():  # a restart that was killed leaves no identity
                 _empty(work)
             if not file.is_file():
                 write_text(file, content, ExpertError)
@@ -98,7 +98,11 @@ def _refuse_links(work: Path) -> None:
 
 
 def _empty(work: Path) -> None:
-    """Remove everything in `work` but its lock."""
+    """Remove everything in `work` but its lock; first what says whose work it is.
+
+    What a kill leaves is then nobody's.
+    """
+    (work / IDENTITY).unlink(missing_ok=True)
     for path in work.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -60,6 +60,14 @@ def test_a_model_in_bfloat16_is_loaded_bit_for_bit(llama, llama_pool, tmp_path):
     assert torch.equal(logits_of(loaded, make_ids()), logits_of(model, make_ids()))
 
 
+def test_a_base_by_its_name_is_loaded_in_the_dtype_asked_for(llama, llama_pool, tmp_path):
+    save(compose(llama_pool, llama), tmp_path / "routed")
+    for dtype in (torch.float32, torch.bfloat16):
+        asked = str(dtype).removeprefix("torch.")
+        for name in (None, llama.id, Path(llama.id)):
+            assert load(tmp_path / "routed", name, dtype=asked).dtype == dtype
+
+
 def test_settings_and_names_are_kept(llama, llama_pool, tmp_path):
     model = compose(llama_pool, llama, k=3, kernel="gather", keep=["e3", "e1", "e0"], eps=1e-3)
     save(model, tmp_path / "routed")

@@ -121,6 +121,23 @@ def test_a_packed_model_shrinks_by_its_description(
     assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
 
 
+def test_a_removed_name_may_come_again(llama, uneven, tmp_path):
+    """e0 leaves and comes back as what e3 and then e2 is, each time after those that stayed."""
+    folder, stay = tmp_path / "packed", uneven.select(["e1", "e2"])
+    save_pool(uneven.select(["e0", "e1", "e2"]), folder, copy.deepcopy(llama))
+    for other in ("e3", "e2"):
+        remove_from_saved(folder, ["e0"])
+        again = renamed(uneven.select([other]), "e0")
+        assert add_to_saved(folder, again).names == ("e1", "e2", "e0")
+        wanted = compose(Pool((*stay.experts, *again.experts)), copy.deepcopy(llama))
+        assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+        with pytest.raises(PoolError, match="'e0' is there already"):
+            add_to_saved(folder, again)
+    assert json.loads((folder / "routed.json").read_text())["removed"] == [0, 3]
+    assert compact(folder).names == ("e1", "e2", "e0")
+    assert_same_models(load(folder, copy.deepcopy(llama)), wanted)
+
+
 def test_folded_experts_are_packed_and_stay_what_they_are(llama, pool_of, tmp_path):
     pool, routing = pool_of("llama", (24, 9, 20)), Routing(router="merged")
     save_pool(pool, tmp_path / "packed", copy.deepcopy(llama), routing=routing)

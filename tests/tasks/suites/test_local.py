@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -103,6 +104,8 @@ TASK = '[[tasks]]\nfile = "b.jsonl"\n'
         ("[[tasks]]\nfile = 'notes.txt'", "notes.txt, but must be a .jsonl or .csv file."),
         ("[[tasks]]\nfile = 'none.jsonl'", "none.jsonl does not exist."),
         (TASK + "name = 3", "task 1: name is 3, but must be a text."),
+        (TASK + "name = ''", "task 1: name is empty; give one, or leave the key out for 'b'."),
+        ("name = ''\n" + TASK, "suite.toml: name is empty; give one, or leave the key out for"),
         (TASK + "suffix = 3", "task 1: suffix is 3, but must be a text."),
         (TASK + "metrics = 'accuracy'", "metrics is 'accuracy', but must be a list such as"),
         (TASK + "metrics = [1]", "metrics is [1], but must be a list such as"),
@@ -124,6 +127,22 @@ def test_what_is_no_suite_is_refused(folder, tmp_path):
     assert "empty has no tasks" in complaint(tmp_path / "empty")
     (folder / "b.csv").write_text("input,target\n1,2\n", encoding="utf-8")
     assert "2 tasks are called 'b'" in complaint(folder)
+
+
+def test_a_name_that_is_no_utf8_is_refused(folder):
+    odd = os.fsdecode(b"caf\xe9")
+    write_task(folder / f"{odd}.jsonl")
+    assert r"'caf\udce9' can't be a name in results, for it is not UTF-8" in complaint(folder)
+    (folder.parent / odd).mkdir()
+    write_task(folder.parent / odd / "a.jsonl")
+    assert r"'caf\udce9' can't be a name in results" in complaint(folder.parent / odd)
+
+
+def write_task(file: Path) -> None:
+    try:
+        file.write_text('{"input": "a", "target": "b"}\n', encoding="utf-8")
+    except OSError:
+        pytest.skip("this file system has no such names")
 
 
 def test_a_toml_file_that_is_no_text_is_refused(folder):

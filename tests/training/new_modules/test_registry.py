@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from changed_adapters import adapter_of
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, KIND_NAMES, PEFT_KINDS, GateTraining, Peft
@@ -121,7 +122,8 @@ def test_an_expert_is_trained_saved_and_is_what_was_validated(base, shape, tmp_p
     assert not torch.allclose(got, logits_of(base.model, make_ids()), atol=1e-3)
     if shape == "ia3":
         assert_same_logits(got, logits_of(peft_model(base, expert.directory), make_ids()))
-        again = import_adapter(expert.directory, tmp_path / "imported", base=base.id)
+        adapter = adapter_of(expert.directory, tmp_path / "adapter")
+        again = import_adapter(adapter, tmp_path / "imported", base=base.id)
         assert again.modules.keys() == expert.modules.keys()
 
 

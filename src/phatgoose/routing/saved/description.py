@@ -15,7 +15,7 @@ from ...files.quoting import one_line, shortened
 from ...files.strict_json import read_json_object
 
 __all__ = ["HASHES", "ROUTED_INFO", "ROUTED_WEIGHTS", "base_in", "read_description", "routing_in"]
-__all__ += ["routing_record"]
+__all__ += ["removed_in", "routing_record"]
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
@@ -47,7 +47,7 @@ def read_description(path: Path) -> dict[str, Any]:
     if missing:
         raise RoutingError(f"{path} lacks {', '.join(sorted(missing))}.")
     try:
-        _check_experts(info["experts"])
+        _check_experts(info)
         _check_lookup(info.get("lookup", {}), len(info["experts"]))
         base_in(info)
         routing_in(info)
@@ -68,6 +68,21 @@ def base_in(info: Mapping[str, Any]) -> BaseReference:
     return base
 
 
+def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
+    """The indices of the experts that a description leaves out.
+
+    Raises TypeError or ValueError when they are none, or no expert is left.
+    """
+    removed, count = info.get("removed", []), len(info["experts"])
+    gone = frozenset(removed)
+    are_indices = all(type(z) is int and 0 <= z < count for z in gone)
+    if not isinstance(removed, list) or len(gone) < len(removed) or not are_indices:
+        raise ValueError(f"removed is {shortened(removed)}")
+    if len(gone) == count:
+        raise ValueError("no expert is left")
+    return gone
+
+
 def routing_in(info: Mapping[str, Any]) -> Routing:
     """The settings in a description. Raises TypeError or ConfigError when they are none."""
     return Routing(**{**info["routing"], NAMED_ANEW: None})
@@ -78,20 +93,24 @@ def routing_record(routing: Routing) -> dict[str, Any]:
     return {key: value for key, value in asdict(routing).items() if key != NAMED_ANEW}
 
 
-def _check_experts(records: Any) -> None:
-    """Raise ValueError or ExpertError unless `records` are those of experts with names that differ.
+def _check_experts(info: Mapping[str, Any]) -> None:
+    """Raise TypeError, ValueError or ExpertError unless `info` has records of experts.
 
-    Paths may be anything that a file system allows.
+    Names of those that are left differ; one that was removed leaves its name to another. Paths may
+    be anything that a file system allows.
     """
+    records = info["experts"]
     if not isinstance(records, list) or not records:
         raise ValueError(f"experts is {shortened(records)}, not a list of some")
-    names = set()
-    for record in records:
+    removed, names = removed_in(info), set()
+    for index, record in enumerate(records):
         name = record.get("name") if isinstance(record, dict) else None
-        if not isinstance(name, str) or name in names:
+        stays = index not in removed
+        if not isinstance(name, str) or (stays and name in names):
             raise ValueError(f"expert {shortened(record)} has no name of its own")
         check_name(name)
-        names.add(name)
+        if stays:
+            names.add(name)
         for key in ("path", *HASHES):
             if not isinstance(record.get(key), str | None):
                 raise ValueError(f"{key} of expert {name} is {shortened(record[key])}")

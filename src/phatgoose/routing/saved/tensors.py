@@ -32,7 +32,14 @@ from ..routers.router import router_of
 from ..soundness import LARGEST, OWNERS, SCALES, SITE_TENSORS, check_lookup, check_tensors
 from ..stacks.rows import joined, take_rows
 from ..stacks.site_stack import TENSORS, SiteStack, joined_stacks, kept_stack
-from .description import ROUTED_INFO, ROUTED_WEIGHTS, base_in, read_description, routing_in
+from .description import (
+    ROUTED_INFO,
+    ROUTED_WEIGHTS,
+    base_in,
+    read_description,
+    removed_in,
+    routing_in,
+)
 
 __all__ = ["FACTORS", "SEGMENT_FILE", "SavedModel", "SavedTensors", "Segment", "quantised"]
 __all__ += ["read_saved"]
@@ -192,17 +199,12 @@ def read_saved(directory: Path) -> SavedModel:
     count = len(info["experts"])
     try:
         entries = _entries(info, count)
-        removed = info.get("removed", [])
-        gone = set(removed)
-        if len(gone) < len(removed) or not all(type(z) is int and 0 <= z < count for z in gone):
-            raise ValueError(f"removed is {shortened(removed)}")
-        left = tuple(z for z in range(count) if z not in gone)
-        if not left:
-            raise ValueError("no expert is left")
     except (ValueError, KeyError, TypeError) as error:
         raise RoutingError(
             f"{path} is not a valid description of a routed model: {one_line(error)}."
         ) from error
+    gone = removed_in(info)
+    left = tuple(z for z in range(count) if z not in gone)
     names = dict.fromkeys((entry.file, entry.sha256) for entry in entries)
     files = {name: _read_weights(directory / name[0], name[1]) for name in names}
     segments, first, sizes = [], 0, _Sizes({}, {})

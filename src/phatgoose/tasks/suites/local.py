@@ -12,7 +12,7 @@ from ...config import TASK_FILES
 from ...errors import TaskError
 from ...files.quoting import shortened
 from ...files.strict_toml import read_toml
-from ..loading import SPLITS, load_task
+from ..loading import SPLITS, check_task_name, load_task
 from ..task import Task
 from .entries import Entry, Sources, Suite
 
@@ -32,12 +32,15 @@ def local_suite(path: str | Path) -> Suite:
 
     An entry reads its task file when it is read itself. Raises TaskError, naming file and key, for
     a path that is neither, a suite without tasks, a task file that doesn't exist, an unknown key, a
-    value of the wrong type or two tasks with one name. Evaluation checks that the metrics exist.
+    value of the wrong type, a name that is empty or no UTF-8, or two tasks with one name.
+    Evaluation checks that the metrics exist.
     """
     path = Path(path)
     suite = _folder_suite(path) if path.is_dir() else _toml_suite(path)
     if not suite.entries:
         raise TaskError(f"{path} has no tasks; wanted .jsonl or .csv files, or [[tasks]] in TOML.")
+    for name in (suite.name, *suite.names):
+        check_task_name(name)
     for name, count in Counter(suite.names).items():
         if count > 1:
             raise TaskError(
@@ -76,7 +79,7 @@ def _toml_suite(path: Path) -> Suite:
         raise TaskError(f"Suite {path} must be a folder of task files or a .toml file.")
     content = read_toml(path, "Suite", TaskError)
     _require_known(content, SUITE_KEYS, str(path))
-    name = _text(content, "name", str(path), path.stem)
+    name = _name(content, str(path), path.stem)
     suffix = _text(content, "suffix", str(path), "")
     tables = content.get("tasks", [])
     if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
@@ -110,7 +113,7 @@ def _listed_entry(table: Mapping[str, Any], where: str, folder: Path, suffix: st
         )
     return _entry(
         file,
-        _text(table, "name", where, file.stem),
+        _name(table, where, file.stem),
         tuple(metrics),
         most,
         _text(table, "suffix", where, suffix),
@@ -121,6 +124,13 @@ def _require_known(table: Mapping[str, Any], known: tuple[str, ...], where: str)
     for key in table:
         if key not in known:
             raise TaskError(f"{where}: unknown key {shortened(key)}; known are {', '.join(known)}.")
+
+
+def _name(table: Mapping[str, Any], where: str, default: str) -> str:
+    name = _text(table, "name", where, default)
+    if not name:
+        raise TaskError(f"{where}: name is empty; give one, or leave the key out for {default!r}.")
+    return name
 
 
 def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:

@@ -112,7 +112,8 @@ class _Trials:
 
     def speed(self, task: Task, training: Training) -> Speed:
         """The speed of a short training on `task`, without start and memory."""
-        task = replace(task, validation=task.validation[: min(VALIDATED, training.eval_examples)])
+        most = min(VALIDATED, training.eval_examples)
+        task = replace(task, validation=draw(task.validation, most, training.seed))
         batch = min(training.batch_size, MICRO_BATCHES * training.micro_batch_size)
         clock = _Clock()
         metrics = self._train(

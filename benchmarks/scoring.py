@@ -39,7 +39,7 @@ def measure_ranking(bench: Bench) -> Iterator[Finding]:
     examples = task.evaluation_examples(None)
     prompts = [len(encoder.prompt(example.input)) for example in examples]
     choices = [
-        [len(encoder.target(example.input, choice)) for choice in example.choices]
+        [len(encoder.target(example.input, choice).tokens) for choice in example.choices]
         for example in examples
     ]
     longest = max(prompt + max(each) for prompt, each in zip(prompts, choices, strict=True))

@@ -7,6 +7,7 @@
 #     pool-a10, pool-b15, pool-a, pool-b
 #                                       training: A10 is ten experts of A, B23 is A10 with thirteen of B
 #     held-in                           each expert on its own task, beside the base, and B23 routed
+#     taken-apart                       where PHATGOOSE loses what experts know: its choices replaced
 #     development, confirmation         CROSS with A10: the half on which routers are chosen, and the
 #                                       other
 #     b23                               the confirmation half and CROSS-B with B23
@@ -80,7 +81,13 @@ pool-b) $phatgoose train --recipe $b --out "$out/pool-b" --resume "${engine[@]}"
 held-in)
   held_in=(python examples/study_held_in.py recipes/suites/study-held-in.toml)
   "${held_in[@]}" "$out/held-in.jsonl" 100 "" "${b23[@]}" "${failed[@]/#/$out/pool-b/}"
-  "${held_in[@]}" "$out/held-in-routed.jsonl" 100 phatgoose,joint-discriminant,$choice,$shortlist "${b23[@]}" ;;
+  rows=phatgoose,phatgoose?k=1,phatgoose?affinity=centred,phatgoose?affinity=calibrated
+  rows+=,phatgoose-input,phatgoose-evidence,average-activation,arrow,merged,retrieval,discriminant
+  rows+=,joint-discriminant,$choice,$shortlist
+  "${held_in[@]}" "$out/held-in-routed.jsonl" 40 "$rows" "${b23[@]}" ;;
+taken-apart)
+  python examples/study_taken_apart.py recipes/suites/study-held-in.toml "$out/taken-apart.jsonl" 40 \
+    "${b23[@]}" ;;
 development) compare $step 100 "$(suite cross-development)" $others,$ours,oracle,best-individual \
     "${a10[@]/#/$out/pool-a/}" ;;
 confirmation) with_choice $step 100 "$(suite cross-confirmation)" \

@@ -64,10 +64,13 @@ def read(path: Path) -> dict[str, dict[str, list[float]]]:
 
 
 def routing_of(router: str) -> Routing:
-    """A router by its name with its usual settings, or by the [routing] of a recipe."""
-    if not router.endswith(".toml"):
-        return Routing(router=router)
-    return from_mapping(Routing, read_recipe(router).tables["routing"], router)
+    """A router by its name, with its usual settings or others, or by the [routing] of a recipe."""
+    if router.endswith(".toml"):
+        return from_mapping(Routing, read_recipe(router).tables["routing"], router)
+    name, _, others = router.partition("?")
+    settings = dict(pair.split("=") for pair in filter(None, others.split("&")))
+    values = {key: int(value) if value.isdigit() else value for key, value in settings.items()}
+    return from_mapping(Routing, {"router": name, **values}, router)
 
 
 def gain(own: Sample, base: Sample) -> list[float]:

@@ -47,3 +47,38 @@ def test_routers_without_a_choice_in_common_have_no_agreement(tmp_path):
     assert agreement(tmp_path / "one", tmp_path / "other", 2) is None
     same = agreement(tmp_path / "other", tmp_path / "other", 2)
     assert (same.first, same.overlap, same.decisions) == (1, 1, 1)
+
+
+def decided(folder, weights, experts=(0, 1, 2)):
+    """The file of one pass of tokens with these `weights` [T, k] of these experts, in `folder`."""
+    site, weights = Site("a", 2, 2, "decoder"), torch.tensor(weights)
+    files = DecisionFiles(folder, torch.arange(3))
+    files.begin_pass({})
+    chosen = torch.tensor([experts[: weights.shape[1]]] * len(weights))
+    files.add(SitePass(site, chosen, weights, None, (1, len(weights)), lambda: weights))
+    files.end_pass()
+    return folder
+
+
+def test_equals_share_the_first_choice(tmp_path):
+    tied = decided(tmp_path / "tied", [[0.5, 0.5]])
+    first = decided(tmp_path / "first", [[0.7, 0.3]])
+    last = decided(tmp_path / "last", [[0.3, 0.7]])
+    three = decided(tmp_path / "three", [[1 / 3, 1 / 3, 1 / 3]])
+    assert agreement(tied, tied, 3).first == 1
+    assert agreement(tied, first, 3).first == agreement(tied, last, 3).first == 0.5
+    assert agreement(three, tied, 3).first == pytest.approx(2 / 3)
+    assert agreement(first, last, 3).first == 0
+
+
+def test_close_weights_are_no_equals(tmp_path):
+    close = decided(tmp_path / "close", [[0.5, 0.5 + 1e-5]])  # equal in half precision
+    first = decided(tmp_path / "first", [[0.7, 0.3]])
+    assert agreement(close, first, 3).first == 0
+
+
+def test_uniform_top_k_agrees_with_phatgoose_by_half(llama, llama_pool):
+    routers = ["phatgoose", "uniform-top-k"]
+    found = pg.analyse(llama_pool, TASKS, routers=routers, base=llama, score=False)
+    at_first = found.agreements["phatgoose", "uniform-top-k"].first
+    assert 0.3 < at_first <= 0.5  # the same two in most places, of which one comes first

@@ -11,10 +11,12 @@ import phatgoose as pg
 from analysed import TASKS, task
 from phatgoose.analysis.kl_to_oracle import ORACLE, kl_divergence
 from phatgoose.config import Routing
-from phatgoose.errors import ConfigError, EvaluationError, RoutingError, TaskError
+from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
 from routed_models import SCORES
+
+SINGLE = Routing(router="single", expert="e0")
 
 
 def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_pool):
@@ -78,7 +80,7 @@ def test_a_pool_by_its_path_and_a_routed_folder(llama, llama_pool, tmp_path):
         ({"tasks": [TASKS[0], TASKS[0]]}, TaskError, "Two tasks are called 'first'"),
         ({"smoothing": 0}, EvaluationError, "smoothing"),
         ({"without_each": True, "score": False}, ConfigError, "needs a pool of several"),
-        ({"without_each": True, "routers": ["single"]}, ConfigError, "without its expert"),
+        ({"without_each": True, "routing": SINGLE}, ConfigError, "without its expert"),
         ({"tasks": [task("third")], "scores": SCORES}, ConfigError, "don't have task 'third'"),
         ({"routers": ["nothing"]}, ConfigError, "router is 'nothing'"),
     ],
@@ -87,6 +89,26 @@ def test_what_cannot_be_analysed_is_refused(llama, llama_pool, options, error, m
     options = {"tasks": TASKS, "base": llama} | options
     with pytest.raises(error, match=message):
         pg.analyse(llama_pool, options.pop("tasks"), **options)
+
+
+@pytest.mark.parametrize(
+    ("router", "error", "message"),
+    [
+        ("retrieval", PoolError, "no embeddings"),
+        ("best-individual", ConfigError, "needs the scores"),
+        ("oracle", ConfigError, "needs the scores"),
+        ("single", PoolError, "needs the name of its expert"),
+        ("nothing", ConfigError, "router is 'nothing'"),
+    ],
+)
+def test_a_router_that_cannot_be_is_refused_before_others_read(
+    llama, llama_pool, monkeypatch, router, error, message
+):
+    monkeypatch.setattr(
+        "phatgoose.analysis.analyse.read_examples", lambda *_: pytest.fail("read something")
+    )
+    with pytest.raises(error, match=message):
+        pg.analyse(llama_pool, TASKS, routers=["phatgoose", router], base=llama)
 
 
 def test_what_only_a_pool_can_do(llama, llama_pool):
@@ -103,9 +125,3 @@ def test_an_oracle_without_scores_of_a_task_leaves_the_base_unrouted(llama, llam
     with suppress(RoutingError, ConfigError):
         pg.analyse(llama_pool, [task("third")], routers=["oracle"], base=llama, scores=SCORES)
     compose(llama_pool, llama)
-
-
-# --- findings -------------------------------------------------------------------------------------
-
-
-# --- traces ---------------------------------------------------------------------------------------

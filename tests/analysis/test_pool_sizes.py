@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 import phatgoose as pg
@@ -69,6 +71,44 @@ def test_the_last_version_of_the_code_counts(store):
 def test_a_missing_file_is_told(tmp_path):
     with pytest.raises(EvaluationError, match="don't exist"):
         pool_size_curves(tmp_path / "results.jsonl")
+
+
+KEY = {"base": "b", "dtype": "d", "task": "t", "examples": "x", "code": "c"}
+METHOD = {"router": "phatgoose", "pool": ["a"]}
+RESULT = {"metrics": ["accuracy"], "marks": [[[1.0]]]}
+
+
+@pytest.mark.parametrize(
+    ("key", "result"),
+    [
+        ({}, RESULT),
+        (3, RESULT),
+        ({"method": METHOD}, RESULT),
+        (KEY | {"method": 3}, RESULT),
+        (KEY | {"method": METHOD | {"pool": 3}}, RESULT),
+        (KEY | {"method": METHOD | {"router": []}}, RESULT),
+        (KEY | {"method": METHOD}, {}),
+        (KEY | {"method": METHOD}, 3),
+        (KEY | {"method": METHOD}, {"metrics": [], "marks": [[[1.0]]]}),
+        (KEY | {"method": METHOD}, {"metrics": ["accuracy"], "marks": []}),
+        (KEY | {"method": METHOD}, {"metrics": ["accuracy"], "marks": [[]]}),
+        (KEY | {"method": METHOD}, {"metrics": ["accuracy"], "marks": [[["?"]]]}),
+        (KEY | {"method": METHOD}, {"metrics": ["accuracy"], "marks": [[[float("nan")]]]}),
+        (KEY | {"method": METHOD}, {"metrics": ["nothing"], "marks": [[[1.0]]]}),
+    ],
+)
+def test_results_of_others_are_refused_by_name(tmp_path, key, result):
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps({"key": key, "result": result}) + "\n")
+    with pytest.raises(EvaluationError, match=r"results.jsonl is no results.jsonl of compare: "):
+        pool_size_curves(path)
+
+
+def test_unknown_routers_come_last(store):
+    for router in ("gone", "phatgoose"):
+        for pool in ("a", "ab"):
+            cell(store, pool, "one", [1, 0], router=router)
+    assert [curve.label for curve in pool_size_curves(store.path)] == ["PHATGOOSE", "gone"]
 
 
 def test_cells_of_real_comparisons(llama, llama_pool, tmp_path):

@@ -7,6 +7,7 @@ from threading import Thread
 import pytest
 import torch
 
+from other_encoders import make_other
 from phatgoose.base.blocks import blocks_of, prompt_stack, watch_blocks
 from phatgoose.errors import RoutingError
 from tiny import make_ids
@@ -39,3 +40,10 @@ def test_a_block_that_is_not_there_is_refused(llama):
     refused = pytest.raises(RoutingError, match="no block 2; there are 0 to 1")
     with refused, watch_blocks(llama.model, (0, 2), print):
         pass
+
+
+def test_blocks_that_pad_inside_are_refused():
+    model, ids = make_other("led"), make_ids(rows=2)
+    refused = pytest.raises(RoutingError, match=r"LEDFor.* pads or transposes its tokens inside")
+    with refused, watch_blocks(model, (0,), lambda *_: None):
+        prompt_stack(model)(input_ids=ids, attention_mask=torch.ones_like(ids))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fake_hub import contents
 from phatgoose.base.loading import choose_dtype, load_base, load_skeleton, load_tokenizer
 from phatgoose.errors import BaseModelError
 from refused_bases import complaint_about
@@ -131,6 +132,30 @@ def test_pickled_weights_are_not_read_and_the_way_out_is_told(
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
     with pytest.raises(BaseModelError, match=r"'pytorch_model.bin'.*only safetensors.*convert it"):
         load_base(folder)
+
+
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "other.safetensors.index.json"])
+def test_pickles_that_an_index_on_the_hub_names_are_not_fetched(
+    hub, base_folders, monkeypatch, index
+):
+    files = contents(base_folders["llama"])
+    names = dict.fromkeys(load_file(base_folders["llama"] / "model.safetensors"), "evil.bin")
+    files[index] = json.dumps({"metadata": {}, "weight_map": names}).encode()
+    if index.startswith("other"):
+        settings = json.loads(files["config.json"]) | {"transformers_weights": index}
+        files["config.json"] = json.dumps(settings).encode()
+    else:
+        del files["model.safetensors"]
+    hub.add("you/base", files | {"evil.bin": b"\x80"})
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    with pytest.raises(BaseModelError, match=r"'you/base' has its weights in 'evil.bin'"):
+        load_base("you/base")
+    assert not [request for request in hub.requests if "evil.bin" in request]
+
+
+def test_a_base_on_the_hub_without_an_index_is_loaded(hub, base_folders):
+    hub.add("you/base", contents(base_folders["llama"]))
+    assert load_base("you/base", dtype="float32").id == "you/base"
 
 
 def test_a_model_of_images_is_refused(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from phatgoose.base.sites import find_sites, replace_module
+from other_encoders import make_other
+from phatgoose.base.sites import CROSS_ATTENTION, find_sites, replace_module
 from phatgoose.errors import ConfigError
 
 SITES_PER_BLOCK = {
@@ -68,6 +71,40 @@ def test_keys_and_values_of_cross_attention_see_the_encoders_tokens(base):
     assert streams[f"{cross}.q"] == streams[f"{cross}.o"] == "decoder"
     assert streams["encoder.block.0.layer.0.SelfAttention.k"] == "encoder"
     assert streams["decoder.block.0.layer.0.SelfAttention.k"] == "decoder"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sites_of_encoder"),
+    [
+        ("bart", r"\.encoder\.|encoder_attn\.[kv]_proj"),
+        ("led", r"\.encoder\.|encoder_attn\.[kv]_proj"),
+        ("nllb-moe", r"\.encoder\.|cross_attention\.[kv]_proj"),
+        ("prophetnet", r"\.encoder\.|cross_attn\.(key|value)_proj"),
+    ],
+)
+def test_what_reads_the_encoders_tokens_is_found_in_other_architectures(
+    architecture, sites_of_encoder
+):
+    sites = find_sites(make_other(architecture))
+    for name, site in sites.items():
+        assert (site.stream == "encoder") == bool(re.search(sites_of_encoder, name)), name
+    assert {site.stream for site in sites.values()} == {"encoder", "decoder"}
+
+
+@pytest.mark.parametrize(
+    ("name", "reads"),
+    [
+        ("decoder.transformer.h.0.crossattention.c_attn", True),  # GPT-2's
+        ("decoder.transformer.h.0.crossattention.q_attn", False),
+        ("decoder.bert.encoder.layer.0.crossattention.self.key", True),
+        ("decoder.bert.encoder.layer.0.crossattention.self.query", False),
+        ("decoder.bert.encoder.layer.0.crossattention.output.dense", False),
+        ("decoder.bert.encoder.layer.0.attention.self.key", False),
+        ("text_decoder.layers.0.cross_attention.out_proj", False),
+    ],
+)
+def test_keys_and_values_of_cross_attention_are_known_by_their_names(name, reads):
+    assert bool(CROSS_ATTENTION.search(name)) is reads
 
 
 def test_a_module_can_be_replaced_by_name(llama):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from contextlib import contextmanager
 from inspect import signature
@@ -10,8 +11,10 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from other_encoders import make_other
 from phatgoose.base.sites import find_sites
-from phatgoose.base.token_masks import real_tokens, token_masks, watch_inputs
+from phatgoose.base.token_masks import _Tokens, real_tokens, token_masks, watch_inputs
+from phatgoose.errors import RoutingError
 from tiny import logits_of, make_ids
 
 SITE = "layers.0.self_attn.q_proj"
@@ -156,3 +159,33 @@ def test_another_threads_passes_are_not_ours(llama):
         other.join()
         logits_of(llama.model, ids, attention_mask=mask)
     assert [torch.equal(real, mask.bool()) for _, real in only(seen)] == [True]
+
+
+@pytest.mark.parametrize("architecture", ["led", "prophetnet"])
+def test_a_model_that_pads_inside_is_refused_by_name(architecture):
+    model, ids = make_other(architecture), make_ids(rows=2)
+    told = r"(LED|ProphetNet)\w+ pads or transposes .* 2 x 7 tokens has 2 x (8|21) activations"
+    with pytest.raises(RoutingError, match=told), seeing(model):
+        logits_of(model, ids, attention_mask=torch.ones_like(ids))
+    logits_of(model, ids)  # unwatched it works
+
+
+@pytest.mark.parametrize("architecture", ["nllb-moe", "switch_transformers"])
+def test_models_with_experts_of_their_own_are_watched(architecture):
+    model, (ids, mask) = make_other(architecture), padded()
+    with seeing(model) as seen:
+        logits_of(model, ids, attention_mask=mask)
+    cross = [site for site in find_sites(model).values() if re.search("cross|EncDec", site.name)]
+    for site in cross:
+        ((u, real),) = seen[site.name]
+        assert u.shape[:2] == ids.shape
+        assert (real is None) == (site.stream == "decoder")
+
+
+def test_tokens_that_a_model_transposes_are_noticed():
+    tokens = _Tokens(None, (2, 5), None)
+    assert tokens.has_moved((5, 2))
+    assert tokens.has_moved((2, 8))
+    assert not tokens.has_moved((2, 5))
+    assert not tokens.has_moved((10,))  # rows that a model has flattened, or an expert's tokens
+    assert not _Tokens(None, None, None).has_moved((2, 8))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -208,11 +209,48 @@ def test_nothing_but_an_experts_files_is_fetched(hub, pair, tmp_path):
     assert {path.name for path in folder.rglob("*") if path.is_file()} == set(contents(pair[0]))
 
 
-@pytest.mark.parametrize("name", ["../../../phatgoose.json", "x/../../../README.md", "/README.md"])
-def test_a_hub_can_not_make_files_outside_the_cache(hub, pair, tmp_path, name):
+def test_nothing_of_deeper_folders_is_fetched(hub, pair, tmp_path):
+    files = contents(pair[0])
+    deep = {f"checkpoints/step-1/{name}": data for name, data in files.items()}
+    inner = {f"second/{name}": data for name, data in contents(pair[1]).items()}
+    hub.add("me/pool", {f"first/{name}": data for name, data in files.items()} | inner | deep)
+    hub.add("me/expert", files | inner | deep)
+    fetched = fetch(HubReference("me/pool"))
+    assert {path.name for path in fetched.iterdir()} == {"first", "second"}
+    pull("me/expert", tmp_path / "pulled")
+    snapshot = fetch(HubReference("me/expert"), inner=())
+    assert {path.name for path in snapshot.iterdir()} == {*files, "second"}
+    assert [path.name for path in (snapshot / "second").iterdir()] == [LAYOUT.info]
+
+
+def test_an_import_fetches_one_adapter(hub, llama, tmp_path):
+    files = contents(make_adapter(llama, tmp_path / "adapter"))
+    inner = {f"inner/{name}": data for name, data in files.items()}
+    hub.add("you/lora", files | inner)
+    import_adapter("you/lora", tmp_path / "mine", base=llama.id)
+    assert not [request for request in hub.requests if "/inner/" in request]
+    import_adapter("you/lora/inner", tmp_path / "other", base=llama.id)
+
+
+def test_an_expert_is_pulled_and_not_imported(hub, pair, tmp_path):
+    push(pair[0], "me/reviews")
+    with pytest.raises(ExpertError, match=r"hub:me/reviews@\w+ is an expert already .*pull'"):
+        import_adapter("me/reviews", tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("name", "is_asked_for"),
+    [
+        ("../phatgoose.json", True),
+        ("/README.md", True),
+        ("../../../phatgoose.json", False),
+        ("x/../../../README.md", False),
+    ],
+)
+def test_a_hub_can_not_make_files_outside_the_cache(hub, pair, tmp_path, name, is_asked_for):
     hub.add("me/evil", {**contents(pair[0]), name: b"{}"})
     before = {path for path in tmp_path.rglob("*") if "cache" not in path.parts}
-    with pytest.raises(ExpertError):
+    with pytest.raises(ExpertError) if is_asked_for else nullcontext():
         Pool.open("hub:me/evil")
     assert {path for path in tmp_path.rglob("*") if "cache" not in path.parts} == before
     cache = tmp_path / "cache"

@@ -167,6 +167,3 @@ def test_bfloat16_stays_close(kind, base, mixed_pool):
         assert got.dtype == torch.bfloat16
         slack = 6 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
         torch.testing.assert_close(got.double(), wanted, rtol=0, atol=slack)
-
-
-# --- the products ---

@@ -40,8 +40,8 @@ class Told:
         return [stream for event in self.events for stream in event.routing]
 
 
-def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", experts=None):
-    return ActiveSequence(runner, prompt, decoding, Told(), choice, client, experts)
+def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", experts=None, echoed=0):
+    return ActiveSequence(runner, prompt, decoding, Told(), choice, client, experts, echoed)
 
 
 def prompt_of(seed, tokens=None):

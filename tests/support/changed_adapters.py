@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,11 @@ from safetensors.torch import load_file, save_file
 from phatgoose.errors import ExpertError
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+
+def adapter_of(expert: Path, to: Path) -> Path:
+    """A copy without what makes an adapter an expert, which `import_adapter` would refuse."""
+    return shutil.copytree(expert, to, ignore=shutil.ignore_patterns("phatgoose.*"))
 
 
 def change_tensors(adapter: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from changed_adapters import adapter_of
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.pool import Pool
@@ -40,12 +41,13 @@ def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
 
 
 @pytest.mark.parametrize("kilobytes", [4, 12, 24])
-def test_a_full_disk_leaves_no_half_of_anything(disk, llama_pool, llama, kilobytes):
+def test_a_full_disk_leaves_no_half_of_anything(disk, llama_pool, llama, tmp_path, kilobytes):
     folder, expert = disk(kilobytes), llama_pool.experts[0]
+    adapter = adapter_of(expert.directory, tmp_path / "adapter")
     model = compose(llama_pool, llama)
     actions = {
         "expert": lambda: expert.save(folder / "expert"),
-        "import": lambda: import_adapter(expert.directory, folder / "import"),
+        "import": lambda: import_adapter(adapter, folder / "import"),
         "routed": lambda: save(model, folder / "routed"),
     }
     for action in actions.values():
@@ -86,12 +88,13 @@ def test_training_on_a_full_disk_is_told_and_goes_on_when_there_is_space(disk, l
 def test_read_only_folders_are_told(disk, llama_pool, llama, tmp_path):
     folder = disk(1000)
     kept = llama_pool.experts[0].save(folder / "kept")
+    adapter = adapter_of(kept.directory, tmp_path / "adapter")
     mount(folder, "-o", "remount,ro")
     before = everything(folder)
     for action in (
         lambda: kept.save(folder / "expert"),
         lambda: kept.save(folder / "kept", overwrite=True),
-        lambda: import_adapter(kept.directory, folder / "import"),
+        lambda: import_adapter(adapter, folder / "import"),
         lambda: train_gates(llama, kept.directory, TASK, out=folder / "gated", **FEW),
         lambda: save(compose(llama_pool, llama), folder / "routed"),
         lambda: Pool.open(folder).write_manifest(folder / "pool.json"),

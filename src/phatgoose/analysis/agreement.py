@@ -21,8 +21,9 @@ __all__ = ["Agreement", "DecisionFiles", "agreement"]
 class Agreement:
     """How far two routers agree over `decisions` (tokens x sites where both act).
 
-    `first` is the share of decisions with the same expert of greatest weight. `overlap` is the mean
-    of the sum over z of min(w_z, w'_z), which is 1 where the weights are equal.
+    `first` is the share of decisions with the same expert of greatest weight; equals share a first
+    choice equally, and two such choices agree by the sum over z of the smaller share. `overlap` is
+    the mean of the same sum over weights, min(w_z, w'_z), which is 1 where the weights are equal.
     """
 
     first: float
@@ -49,7 +50,7 @@ class DecisionFiles(Observer):
         keep, site = passed.is_real().flatten(), passed.site.name
         chosen = self._pool_index[passed.experts.cpu()[keep]]
         self._tensors[f"experts.{site}"] = chosen.to(torch.int16).contiguous()
-        self._tensors[f"weights.{site}"] = passed.weights.cpu()[keep].half().contiguous()
+        self._tensors[f"weights.{site}"] = passed.weights.cpu()[keep].float().contiguous()
 
     def end_pass(self) -> None:
         """Write the pass."""
@@ -64,8 +65,7 @@ def agreement(first: Path, second: Path, pool_size: int) -> Agreement | None:
     """
     same, common, decisions = 0.0, 0.0, 0
     for one, other in _pairs(first, second, pool_size):
-        best, second_best = one.argmax(dim=1), other.argmax(dim=1)
-        same += float((best == second_best).sum())
+        same += float(torch.minimum(_first(one), _first(other)).sum())
         common += float(torch.minimum(one, other).sum())
         decisions += len(one)
     return Agreement(same / decisions, common / decisions, decisions) if decisions else None
@@ -82,6 +82,12 @@ def _pairs(first: Path, second: Path, pool_size: int) -> Iterator[tuple[Tensor, 
                 # A router that gives a token no expert here has made no choice to compare.
                 decided = dense[0].any(dim=1) & dense[1].any(dim=1)
                 yield dense[0][decided], dense[1][decided]
+
+
+def _first(weights: Tensor) -> Tensor:
+    """Each row's first choice, 1 at the expert of greatest weight, shared equally among equals."""
+    best = (weights == weights.amax(dim=1, keepdim=True)).float()
+    return best / best.sum(dim=1, keepdim=True)
 
 
 def _dense(tensors: Mapping[str, Tensor], site: str, pool_size: int) -> Tensor:

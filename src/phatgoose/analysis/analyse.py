@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,7 @@ from ..routing.compose import compose, detach
 from ..routing.composition import announcing, composition_of
 from ..routing.open_model import is_routed, loaded_base, open_model
 from ..routing.routers.automatic import settled
+from ..routing.routers.router import check_routing, router_of
 from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder
 from ..tasks.task import Task
@@ -73,7 +75,7 @@ def analyse(
 
     Raises ConfigError for `routers` or `without_each` with a composed model, TaskError for no task
     or two of one name, RoutingError for a model that is not routed, and what composing and
-    evaluating raise.
+    evaluating raise: of every router before the first one reads anything.
     """
     tasks = _named_apart([tasks] if isinstance(tasks, Task) else list(tasks))
     smoothed([1.0], smoothing)  # refuse a bad one before the work
@@ -150,13 +152,14 @@ def _subject(
     asked = [replace(routing, router=name) for name in routers or (routing.router,)]
     names = [settled(each, pool, loaded.model).router for each in asked]
     routing = settled(routing, pool, loaded.model)
+    tokenizer = tokenizer or loaded.tokenizer
+    for name in names:
+        _check_router(_alone(routing, name), pool, scores, loaded.tokenizer)
 
     @contextmanager
     def opened(router: str, without: str | None = None) -> Iterator[PreTrainedModel]:
         members = pool if without is None else pool.select(leave_out=[without])
-        expert = routing.expert if router == "single" else None
-        chosen = replace(routing, router=router, expert=expert)
-        model = compose(members, loaded, routing=chosen, scores=scores)
+        model = compose(members, loaded, routing=_alone(routing, router), scores=scores)
         try:
             yield model
         finally:
@@ -166,9 +169,30 @@ def _subject(
         pool.names,
         tuple(dict.fromkeys(names)),
         routing,
-        tokenizer or loaded.tokenizer,
+        tokenizer,
         opened,
     )
+
+
+def _alone(routing: Routing, router: str) -> Routing:
+    """`routing` for one of several routers; only single has an expert of its own."""
+    return replace(routing, router=router, expert=routing.expert if router == "single" else None)
+
+
+def _check_router(
+    routing: Routing, pool: Pool, scores: Scores | None, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise what composing `pool` by `routing` would, before other routers have been read.
+
+    Lookups that need nothing but vectors and readings are not made: these are checked.
+    """
+    router = router_of(routing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # composing warns
+        check_routing(router, pool)
+        narrowed = router.narrow(pool, scores)
+        if router.spec.given or "embeddings" in router.spec.needs:
+            router.lookup_of(narrowed, scores, tokenizer)
 
 
 def _composed_subject(

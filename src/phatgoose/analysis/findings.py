@@ -115,9 +115,9 @@ def _duplicates(experts: Sequence[str], similarity: NDArray[Any]) -> Iterator[Fi
 def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     """Mean cosine of two experts' router vectors over the sites where both act, [E, E].
 
-    Gates and means are compared standardised, as the router uses them (paper section 3); arrow's
-    vectors up to their sign. 0 where two never meet or one is constant. None for routers without
-    vectors. Raises RoutingError when `model` is not routed.
+    Gates and means are compared as the router scores with them: standardised (paper section 3),
+    for affinity raw as they are; arrow's vectors up to their sign. 0 where two never meet or one is
+    constant. None for routers without vectors. Raises RoutingError when `model` is not routed.
     """
     parts = composition_of(model)
     size = len(parts.experts)
@@ -125,7 +125,8 @@ def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     for layer in parts.layers.values():
         if not (isinstance(layer, RoutedLinear) and "vectors" in layer.router.kept):
             return None
-        unit = torch.nn.functional.normalize(layer.router.vectors.float().cpu(), dim=1)
+        vectors = layer.router.vectors[:, : layer.in_features]  # centred ones have an offset more
+        unit = torch.nn.functional.normalize(vectors.float().cpu(), dim=1)
         cosines = unit @ unit.T
         experts = layer.experts.cpu()
         rows = experts[:, None]

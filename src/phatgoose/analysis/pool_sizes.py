@@ -6,6 +6,7 @@ Comparisons of smaller and larger pools with one `--out` leave all their cells i
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,8 +17,12 @@ from ..errors import EvaluationError
 from ..evaluation.comparison.methods import METHODS, label_with_settings
 from ..evaluation.comparison.result_store import ResultStore
 from ..evaluation.intervals import Sample
+from ..files.quoting import one_line, shortened
 
 __all__ = ["PoolSizeCurve", "pool_size_curves"]
+
+# What reading a result that compare didn't write may raise.
+FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ def pool_size_curves(path: str | Path) -> list[PoolSizeCurve]:
 
     A curve is over the datasets on which all its pools were scored, with the same examples. Where
     several versions of the code computed a cell, the last one counts. Raises EvaluationError when
-    the file is missing or damaged, or holds no two sizes.
+    the file is missing, damaged or not a comparison's, or holds no two sizes.
     """
     if not Path(path).is_file():
         raise EvaluationError(f"Results {path} don't exist; wanted a results.jsonl of compare.")
@@ -45,11 +50,9 @@ def pool_size_curves(path: str | Path) -> list[PoolSizeCurve]:
         lambda: defaultdict(dict)
     )
     for key, result in ResultStore(path).items():
-        method = dict(key["method"])
-        members = tuple(sorted(method.pop("pool", ())))
-        if members and method.get("router") not in (None, "single"):
-            same = json.dumps([key["base"], key["dtype"], method], sort_keys=True)
-            lines[same][members][key["task"], key["examples"]] = _score(result)
+        cell = _cell(path, key, result)
+        if cell is not None:
+            lines[cell.same][cell.members][cell.dataset] = cell.score
     curves = [_curve(json.loads(same)[2], pools) for same, pools in lines.items()]
     found = [curve for curve in curves if curve is not None]
     if not found:
@@ -57,8 +60,38 @@ def pool_size_curves(path: str | Path) -> list[PoolSizeCurve]:
             f"{path} has no router with pools of two sizes on the same datasets; run 'phatgoose "
             f"compare' with fewer experts into the same --out."
         )
-    order = list(METHODS.values())
-    return sorted(found, key=lambda curve: order.index(curve.label.split(",")[0]))
+    order = {label: place for place, label in enumerate(METHODS.values())}
+    return sorted(found, key=lambda curve: order.get(curve.label.split(",")[0], len(order)))
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """A score of a pool of `members` on a `dataset` (task, examples); `same` is all else of it."""
+
+    same: str
+    members: tuple[str, ...]
+    dataset: tuple[str, str]
+    score: float
+
+
+def _cell(path: str | Path, key: Any, result: Any) -> _Cell | None:
+    """What a result of the file `path` says; None for one that is no router's over a pool.
+
+    Raises EvaluationError when it is no result of a comparison.
+    """
+    try:
+        method = dict(key["method"])
+        members = tuple(sorted(map(str, method.pop("pool", ()))))
+        if not members or method.get("router") in (None, "single"):
+            return None
+        same = json.dumps([key["base"], key["dtype"], method], sort_keys=True)
+        label_with_settings(method)
+        return _Cell(same, members, (str(key["task"]), str(key["examples"])), _score(result))
+    except (*FOREIGN, EvaluationError) as error:
+        raise EvaluationError(
+            f"{path} is no results.jsonl of compare: the result of {shortened(key)} can't be read "
+            f"({type(error).__name__}: {one_line(error)})."
+        ) from error
 
 
 def _curve(
@@ -78,4 +111,10 @@ def _curve(
 
 
 def _score(result: Mapping[str, Any]) -> float:
-    return Sample.of(result["metrics"], result["marks"]).score
+    """The score in a cell. Raises ValueError when it has none."""
+    if not result["marks"]:
+        raise ValueError("it has no marks")
+    score = Sample.of(result["metrics"], result["marks"]).score
+    if not math.isfinite(score):
+        raise ValueError(f"its score is {score}")
+    return score

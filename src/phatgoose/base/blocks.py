@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import RoutingError
+from .sites import Stream
 from .token_masks import token_masks
 
 __all__ = ["blocks_of", "headless", "prompt_stack", "watch_blocks"]
@@ -50,9 +51,10 @@ def watch_blocks(
 
     `hidden` [rows, tokens, n] is what the block puts out: the residual stream, before any norm at
     the stack's end. Index -1 is what enters the first block. Passes of other threads are not seen.
-    Raises RoutingError when there is no block of an index.
+    Raises RoutingError when there is no block of an index, and as `TokenMasks.grid` does.
     """
     blocks = blocks_of(model) if indices else []
+    stream: Stream = "encoder" if model.config.is_encoder_decoder else "decoder"
     for index in indices:
         if not -1 <= index < len(blocks):
             raise RoutingError(f"There is no block {index}; there are 0 to {len(blocks) - 1}.")
@@ -61,7 +63,9 @@ def watch_blocks(
         def watcher(index: int) -> Callable[..., None]:
             def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
                 if masks.are_ours:
-                    see(index, output if isinstance(output, Tensor) else output[0])
+                    hidden = output if isinstance(output, Tensor) else output[0]
+                    masks.grid(hidden, stream)  # refuses a model that pads inside
+                    see(index, hidden)
 
             return hook
 

@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BaseModelError
@@ -44,6 +45,7 @@ NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pip
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
+INDEX_ENDING = ".index.json"
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def load_base(
     torch_dtype = choose_dtype(dtype, device)
     with _loading(name) as place:
         config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
-        _refuse_pickles(Path(place), config)
+        _refuse_pickles(place, config, revision)
         model = _class_for(config).from_pretrained(
             place, revision=revision, dtype=torch_dtype, use_safetensors=True, **NO_CODE
         )
@@ -208,20 +210,32 @@ def _class_for(config: PreTrainedConfig) -> Any:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
-def _refuse_pickles(folder: Path, config: PreTrainedConfig) -> None:
-    """Raise BaseModelError when the weights in a local `folder` are, or name, pickled files."""
+def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) -> None:
+    """Raise BaseModelError when the weights at `place` are, or name, pickled files.
+
+    `place` is a folder or a Hub id, of which no more than an index is fetched.
+    """
     named = [str(getattr(config, "transformers_weights", None) or INDEX)]
-    if (folder / INDEX).is_file():
-        shards = read_json_object(folder / INDEX, BaseModelError).get("weight_map")
-        named += map(str, shards.values()) if isinstance(shards, dict) else ["no weight_map"]
+    for name in dict.fromkeys((INDEX, *named)):
+        index = _index(place, name, revision) if name.endswith(INDEX_ENDING) else None
+        if index is not None:
+            shards = read_json_object(index, BaseModelError).get("weight_map")
+            named += map(str, shards.values()) if isinstance(shards, dict) else ["no weight_map"]
+    folder = Path(place)
     has_safe = any((folder / file).is_file() for file in ("model.safetensors", INDEX))
     if not has_safe:
         named += [file for file in PICKLED if (folder / file).is_file()]
     for file in named:
         if not file.endswith(SAFE):
             raise BaseModelError(
-                f"Base model {shortened(str(folder))} has its weights in {shortened(file)}, and "
+                f"Base model {shortened(place)} has its weights in {shortened(file)}, and "
                 f"phatgoose reads only safetensors: a pickle could run code. If you trust it, "
                 f"convert it with transformers: from_pretrained, then save_pretrained to another "
                 f"folder."
             )
+
+
+def _index(place: str, name: str, revision: str | None) -> Path | None:
+    """The file `name` of the folder or Hub id `place`, fetched if need be; None without one."""
+    found = cached_file(place, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    return None if found is None else Path(found)

@@ -30,8 +30,9 @@ __all__ = [
 ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.composition`
 Stream = Literal["encoder", "decoder"]
 
-CROSS_ATTENTION = re.compile(
-    r"(EncDecAttention|encoder_attn|cross_attn|crossattention)\.(k|v|k_proj|v_proj)$"
+CROSS_ATTENTION = re.compile(  # its keys and values; GPT-2's are one layer
+    r"(EncDecAttention|encoder_attn|cross_?attn|cross_?attention)\.(self\.)?"
+    r"((k|v|key|value)(_proj)?|c_attn)$"
 )
 
 
@@ -65,11 +66,13 @@ def find_sites(model: PreTrainedModel, pattern: str | None = None) -> dict[str, 
     blocks = [
         name + "." for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
     ]
+    encoder = set(model.get_encoder().modules()) if model.config.is_encoder_decoder else set()
     sites = {}
     for name, module in model.named_modules():
         shape = _shape_if_linear(module)
         if shape and name.startswith(tuple(blocks)) and wanted.search(name):
-            sites[name] = Site(name, *shape, _stream_of(name, model))
+            reads_encoder = encoder and (module in encoder or CROSS_ATTENTION.search(name))
+            sites[name] = Site(name, *shape, "encoder" if reads_encoder else "decoder")
     if not sites:
         raise ConfigError(
             f"No linear layer inside the blocks of {type(model).__name__} matches {pattern!r}."
@@ -97,13 +100,6 @@ def _shape_if_linear(module: nn.Module) -> tuple[int, int] | None:
     ):
         return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
     return None
-
-
-def _stream_of(name: str, model: PreTrainedModel) -> Stream:
-    if not model.config.is_encoder_decoder:
-        return "decoder"
-    in_encoder = re.match(r"(model\.|transformer\.)?encoder\.", name)
-    return "encoder" if in_encoder or CROSS_ATTENTION.search(name) else "decoder"
 
 
 class WrappedLinear(nn.Module):

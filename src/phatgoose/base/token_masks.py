@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..errors import RoutingError
 from .sites import Site, Stream
 
 __all__ = [
@@ -73,6 +74,12 @@ class _Tokens:
             return tuple(self.shape)
         return tuple(u.shape[:-1])
 
+    def has_moved(self, grid: tuple[int, ...]) -> bool:
+        """True where the model itself padded or transposed its tokens, so that no mask fits."""
+        if self.shape is None or len(grid) != 2 or grid == (shape := tuple(self.shape)):
+            return False
+        return grid[0] == shape[0] or grid[::-1] == shape
+
     def real(self, grid: tuple[int, ...]) -> Tensor | None:
         """The mask of the real tokens of `grid`, None when all are real or it is unknown."""
         if grid not in self.found:
@@ -107,7 +114,9 @@ class TokenMasks:
     that see themselves (`tasks.row_packing`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, architecture: str) -> None:
+        """`architecture` names the model in errors."""
+        self.architecture = architecture
         self._calls: list[Mapping[Stream, _Tokens]] = []  # the current one and those inside it
 
     @property
@@ -118,15 +127,28 @@ class TokenMasks:
     def grid(self, u: Tensor, stream: Stream) -> tuple[int, ...]:
         """The shape of the tokens of `u` [.., n], mostly (rows, columns).
 
-        Some models flatten their rows; this undoes it where the call tells how.
+        Some models flatten their rows; this undoes it where the call tells how. Raises RoutingError
+        where a model pads or transposes its tokens inside.
         """
         tokens = self._of(stream)
-        return tuple(u.shape[:-1]) if tokens is None else tokens.grid(u)
+        if tokens is None:
+            return tuple(u.shape[:-1])
+        grid = tokens.grid(u)
+        if tokens.has_moved(grid):
+            raise RoutingError(
+                f"{self.architecture} pads or transposes its tokens inside: a call of "
+                f"{_by(tokens.shape)} tokens has {_by(grid)} activations, so padding can't be told "
+                f"from tokens. Mean activations, recordings and analyses need another base."
+            )
+        return grid
 
     def real_tokens(self, u: Tensor, stream: Stream) -> Tensor | None:
-        """A boolean mask in the shape of `grid`, None when every token of `u` [.., n] is real."""
+        """A boolean mask in the shape of `grid`, None when every token of `u` [.., n] is real.
+
+        Raises as `grid` does.
+        """
         tokens = self._of(stream)
-        return None if tokens is None else tokens.real(tokens.grid(u))
+        return None if tokens is None else tokens.real(self.grid(u, stream))
 
     def _of(self, stream: Stream) -> _Tokens | None:
         return self._calls[0].get(stream) if self._calls else None
@@ -152,7 +174,7 @@ _OPEN: ContextVar[tuple[TokenMasks, ...]] = ContextVar("open masks", default=())
 @contextmanager
 def token_masks(model: PreTrainedModel) -> Iterator[TokenMasks]:
     """The masks of the calls of `model` or of its stacks in this context, until it closes."""
-    masks = TokenMasks()
+    masks = TokenMasks(type(model).__name__)
     handles = []
     for module, names in callable_parts(model).items():
         handles.append(module.register_forward_pre_hook(masks._begin(names), with_kwargs=True))
@@ -175,7 +197,7 @@ def watch_inputs(
     """Call `see(site, u, real)` for each pass through each site in this context until it closes.
 
     `u` is the site's input, usually [rows, tokens, n]; `real` [rows, tokens] is the mask of its
-    non-padding tokens, None for all.
+    non-padding tokens, None for all. Raises RoutingError as `TokenMasks.grid` does.
     """
     with token_masks(model) as masks:
 
@@ -251,6 +273,10 @@ def _streams(names: Mapping[Stream, _Names], given: Mapping[str, Any]) -> Mappin
         past = cached_tokens(given) if stream == "decoder" else None
         streams[stream] = _Tokens(given.get(known.mask), shape, past)
     return streams
+
+
+def _by(shape: Sequence[int] | None) -> str:
+    return " x ".join(map(str, shape or ()))
 
 
 def _unless_all_real(mask: Tensor | None) -> Tensor | None:

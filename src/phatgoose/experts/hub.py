@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -93,17 +93,22 @@ def reference_of(directory: Path) -> HubReference | None:
     return HubReference(repo, "/".join(parts[3:]), parts[2]) if repo != parts[0] else None
 
 
-def fetch(reference: HubReference) -> Path:
+def fetch(reference: HubReference, inner: Sequence[str] = EXPERT_FILES) -> Path:
     """The local copy of what `reference` names, in huggingface_hub's cache.
 
-    Without a connection the copy that was fetched before is used. Raises ExpertError when there is
+    Of the folders in it the files that `inner` names come too, of deeper ones none. Without a
+    connection the copy that was fetched before is used. Raises ExpertError when there is
     neither, and when the repository, revision or folder doesn't exist.
     """
     inside = f"{reference.folder}/" if reference.folder else ""
-    patterns = [f"{inside}{depth}{file}" for file in EXPERT_FILES for depth in ("", "*/")]
+    patterns = [f"{inside}{file}" for file in EXPERT_FILES]
+    patterns += [f"{inside}*/{file}" for file in inner]
     with _reported(f"{reference} can't be fetched"):
         snapshot = snapshot_download(
-            reference.repo, revision=reference.revision, allow_patterns=patterns
+            reference.repo,
+            revision=reference.revision,
+            allow_patterns=patterns,
+            ignore_patterns=[f"{inside}*/*/*"],  # the Hub's * matches slashes too
         )
     folder = Path(snapshot) / reference.folder
     if not folder.is_dir():
@@ -121,7 +126,7 @@ def pull(reference: HubReference | str, out: str | Path) -> Expert:
     if target.exists():
         raise ExpertError(f"{target} exists already; choose another place.")
     reference = HubReference.parse(reference) if isinstance(reference, str) else reference
-    fetched = fetch(reference)
+    fetched = fetch(reference, inner=[LAYOUT.info])  # which names the experts if it holds several
     if not (fetched / LAYOUT.info).is_file():
         raise ExpertError(_no_single_expert(reference, fetched))
     Expert.load(fetched)

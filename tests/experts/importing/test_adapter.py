@@ -107,6 +107,13 @@ def rewrite_document() -> None:
     DOCUMENT.write_text(before + MARKS[0] + table + MARKS[1] + after, encoding="utf-8")
 
 
+def test_an_expert_is_not_imported(make_expert, llama, tmp_path):
+    expert = make_expert(llama, "reviews")
+    with pytest.raises(ExpertError, match=r"reviews is an expert already .* use it as it is"):
+        import_adapter(expert.directory, tmp_path / "imported")
+    assert not (tmp_path / "imported").exists()
+
+
 def test_an_import_is_an_expert_without_gates_that_says_where_it_is_from(adapter, llama, tmp_path):
     expert = import_adapter(adapter, tmp_path / "experts" / "mine")
     assert (expert.name, expert.gates, expert.means) == ("mine", {}, {})

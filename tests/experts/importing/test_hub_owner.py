@@ -9,6 +9,7 @@ import pytest
 from fake_hub import contents
 from phatgoose.errors import PoolError
 from phatgoose.experts.expert import EXPERT_FILES
+from phatgoose.experts.hub import pull
 from phatgoose.experts.importing.hub_owner import import_listed, is_owner, list_owner
 from phatgoose.experts.pool import Pool
 from tiny import make_adapter
@@ -107,6 +108,20 @@ def test_sizes_are_asked_for_before_anything_is_fetched(owned):
     owned.fail_on = "/api/models"
     with pytest.raises(PoolError, match="can't be listed"):
         list_owner("hub:you/*")
+
+
+def test_what_is_counted_is_what_an_import_fetches(hub, adapter, pair, tmp_path):
+    expert = contents(pair[0])
+    for place, files in (("you/lora", adapter), ("you/expert", expert)):
+        inner = {f"a/{name}": data for name, data in expert.items()}
+        hub.add(place, files | inner | {f"b/c/{name}": data for name, data in expert.items()})
+    sizes = {each.place: each.size for each in list_owner("hub:you/*").found}
+    own = sum(len(expert[name]) for name in expert if name in EXPERT_FILES)
+    info = len(expert["phatgoose.json"])
+    assert sizes["you/expert"] == own + info
+    pull("you/expert", tmp_path / "pulled")
+    fetched = (tmp_path / "cache" / "models--you--expert" / "snapshots").rglob("*")
+    assert sum(path.stat().st_size for path in fetched if path.is_file()) == own + info
 
 
 @pytest.mark.filterwarnings("ignore:No fingerprint")

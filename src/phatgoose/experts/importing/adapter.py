@@ -27,7 +27,7 @@ from ...base.sites import find_sites
 from ...errors import ExpertError
 from ...files.quoting import shortened
 from ..adapter import KINDS, adapter_files, check_fit, named_base, read_modules
-from ..expert import Expert, named_revision
+from ..expert import LAYOUT, Expert, named_revision
 from ..expert_info import check_name
 from ..hub import HubReference, fetch, reference_of
 from ..kinds.ia3 import IA3_ENDING, ScalingVector
@@ -76,14 +76,20 @@ def import_adapter(
     on them. `allow_loss` lets an adapter of another type be approximated by a LoRA that loses at
     most that share of each update's squared norm; the hyper-parameters record the loss.
 
-    Raises ExpertError naming what can't be routed and why, or when `out` exists; BaseModelError
-    when the base can't be found.
+    Raises ExpertError naming what can't be routed and why, when `source` is an expert, or when
+    `out` exists; BaseModelError when the base can't be found.
     """
     target = Path(out)
     if target.exists():
         raise ExpertError(f"{target} exists already; choose another place.")
     check_name(name or target.name)
     folder, reference = _find(source)
+    if (folder / LAYOUT.info).exists():
+        remedy = "fetch it with 'phatgoose pull'" if reference else "use it as it is"
+        raise ExpertError(
+            f"{reference or folder} is an expert already ({LAYOUT.info}); {remedy}, since an "
+            f"import would drop its gates and statistics."
+        )
     config = _config_of(folder)
     lossy = allow_loss is not None and config.get("peft_type") in CONVERTIBLE
     if not lossy:
@@ -179,7 +185,7 @@ def _find(source: str | Path) -> tuple[Path, HubReference | None]:
             f"{source!r} is neither a folder nor a Hub id; wanted a folder of a PEFT adapter, or "
             f"OWNER/NAME with @REVISION where needed."
         ) from error
-    folder = fetch(reference)
+    folder = fetch(reference, inner=())
     pinned = reference_of(folder) or reference
     if not (folder / ADAPTER_WEIGHTS).is_file() and _has_pickle(pinned):
         raise ExpertError(

@@ -207,12 +207,11 @@ def _examined(reference: HubReference, files: set[str], sizes: Mapping[str, int]
 
 
 def _fetched_bytes(inside: str, sizes: Mapping[str, int]) -> int:
-    """What an import of the folder `inside` fetches: files of experts, in its folders too."""
+    """What an import of the folder `inside` fetches: an expert's files, descriptions in folders."""
     paths = (PurePosixPath(path.removeprefix(inside)) for path in sizes if path.startswith(inside))
+    fetched = {1: EXPERT_FILES, 2: (LAYOUT.info,)}  # by depth; see `hub.pull`
     return sum(
-        sizes[f"{inside}{path}"]
-        for path in paths
-        if path.name in EXPERT_FILES and len(path.parts) <= 2
+        sizes[f"{inside}{path}"] for path in paths if path.name in fetched.get(len(path.parts), ())
     )
 
 

@@ -7,6 +7,7 @@
 #     pool-a10, pool-b15, pool-a, pool-b
 #                                       training: A10 is ten experts of A, B23 is A10 with thirteen of B
 #     held-in                           each expert on its own task, beside the base, and B23 routed
+#     own-choices                       whether prompts go to the expert of their own task
 #     taken-apart                       where PHATGOOSE loses what experts know: its choices replaced
 #     development, confirmation         CROSS with A10: the half on which routers are chosen, and the
 #                                       other
@@ -85,6 +86,11 @@ held-in)
   rows+=,phatgoose-input,phatgoose-evidence,average-activation,arrow,merged,retrieval,discriminant
   rows+=,joint-discriminant,$choice,$shortlist
   "${held_in[@]}" "$out/held-in-routed.jsonl" 40 "$rows" "${b23[@]}" ;;
+own-choices)
+  end=discriminant?reading_place=end
+  rows=discriminant,$end,discriminant?shrinkage=1,$end'&shrinkage=1',joint-discriminant,retrieval
+  python examples/study_own_choices.py recipes/suites/study-held-in.toml 20 "$rows,phatgoose-input" \
+    "${b23[@]}" ;;
 taken-apart)
   python examples/study_taken_apart.py recipes/suites/study-held-in.toml "$out/taken-apart.jsonl" 40 \
     "${b23[@]}" ;;

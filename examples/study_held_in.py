@@ -20,6 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from phatgoose.apps.cli.recipe import read_recipe
+from phatgoose.apps.server.settings import served_models
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, from_mapping
 from phatgoose.evaluation.evaluate import evaluate
@@ -67,10 +68,9 @@ def routing_of(router: str) -> Routing:
     """A router by its name, with its usual settings or others, or by the [routing] of a recipe."""
     if router.endswith(".toml"):
         return from_mapping(Routing, read_recipe(router).tables["routing"], router)
-    name, _, others = router.partition("?")
-    settings = dict(pair.split("=") for pair in filter(None, others.split("&")))
-    values = {key: int(value) if value.isdigit() else value for key, value in settings.items()}
-    return from_mapping(Routing, {"router": name, **values}, router)
+    (served,) = served_models([f"pool=pool?router={router.replace('?', '&')}"])
+    assert served.routing is not None  # the query names one
+    return served.routing
 
 
 def gain(own: Sample, base: Sample) -> list[float]:

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from study_held_in import read
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
@@ -131,7 +132,7 @@ def main(suite: str, out: str, limit: str, *pools: str) -> None:
     pool, path = Pool.open(pools), Path(out)
     base = load_base("smollm2")
     entries = [entry for entry in open_suite(suite).entries if entry.name in pool.names]
-    finished = {record["task"] for record in read(path)}
+    finished = read(path)
     for entry in tqdm([entry for entry in entries if entry.name not in finished], unit="task"):
         task = entry.read(Sources(None, None))
         if any(example.choices for example in task.evaluation_examples(1, 0)):
@@ -149,13 +150,7 @@ def main(suite: str, out: str, limit: str, *pools: str) -> None:
             record |= {"metric": score.metric, "n": score.n, row: round(score.score, 4)}
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
-    tell(read(path))
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records in the file at `path`."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
+    tell(list(read(path).values()))
 
 
 def tell(records: list[dict[str, Any]]) -> None:

@@ -16,7 +16,8 @@ IDS = make_ids(rows=2, tokens=6)
 
 
 @pytest.fixture
-def replace_choices():
+def replace_choices(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")  # where its neighbour is
     return runpy.run_path(str(ROOT / "examples" / "study_taken_apart.py"))["replace_choices"]
 
 

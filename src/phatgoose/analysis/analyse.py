@@ -153,7 +153,7 @@ def _subject(
     names = [settled(each, pool, loaded.model).router for each in asked]
     routing = settled(routing, pool, loaded.model)
     tokenizer = tokenizer or loaded.tokenizer
-    for name in names:
+    for name in names[1:]:  # the first is composed before anything is read
         _check_router(_alone(routing, name), pool, scores, loaded.tokenizer)
 
     @contextmanager

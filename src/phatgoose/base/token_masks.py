@@ -24,6 +24,7 @@ from .sites import Site, Stream
 __all__ = [
     "TokenMasks",
     "cache_argument",
+    "cache_of",
     "cached_tokens",
     "callable_parts",
     "given_arguments",
@@ -258,9 +259,14 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The cache in a call's arguments, None without one."""
+    return given.get("past_key_values", given.get("cache"))
+
+
 def cached_tokens(given: Mapping[str, Any]) -> int | None:
     """The number of tokens in the cache of a call, None without one or where it is unknown."""
-    cache = given.get("past_key_values", given.get("cache"))
+    cache = cache_of(given)
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
 
 

@@ -54,7 +54,8 @@ def questions_to_rank(encoder: Encoder, examples: Sequence[Example]) -> Question
     targets = [[encoder.target(row.input, choice) for choice in row.choices] for row in examples]
     choices = [[target.tokens for target in each] for each in targets]
     cuts = [target.cut for each in targets for target in each]
-    return _questions(encoder, examples, choices, [max(map(len, each)) for each in choices], cuts)
+    longest = [max(map(len, each)) for each in choices]
+    return _questions(encoder, examples, choices, longest, choice_cuts=cuts)
 
 
 def questions_to_answer(
@@ -71,7 +72,8 @@ def questions_to_answer(
             f"and its answer; ask for fewer."
         )
     none: list[list[list[int]]] = [[] for _ in examples]
-    return _questions(encoder, examples, none, [max_new_tokens] * len(examples), (), max_new_tokens)
+    lengths = [max_new_tokens] * len(examples)
+    return _questions(encoder, examples, none, lengths, max_new_tokens=max_new_tokens)
 
 
 def _questions(
@@ -79,6 +81,7 @@ def _questions(
     examples: Sequence[Example],
     choices: Sequence[list[list[int]]],
     answer_lengths: Sequence[int],
+    *,
     choice_cuts: Sequence[Cut | None] = (),
     max_new_tokens: int | None = None,
 ) -> Questions:

@@ -165,10 +165,10 @@ def _texts(
 ) -> Texts | None:
     """What a mixture is fixed for, None for nothing."""
     from ...routing.exporting.texts import Texts, prompt_texts
-    from ..generation import check_prompt
+    from ..generation import check_text
 
     for each in prompt or ():
-        check_prompt(each)
+        check_text(each, "The prompt")  # `prompt_texts` refuses an empty one
     if prompt:
         return prompt_texts(prompt, formatting)
     if task is None:

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ....base.token_masks import cached_tokens, callable_parts, given_arguments, real_tokens
+from ....base.token_masks import (
+    cache_of,
+    cached_tokens,
+    callable_parts,
+    given_arguments,
+    real_tokens,
+)
 from ....errors import RoutingError
 from ..lookup import Lookup
 from ..mixtures import Mixtures
@@ -124,9 +130,8 @@ class PromptReader(Lookup):
     def _read(self, given: Mapping[str, Any]) -> None:
         """Find the experts of the prompts in a call's arguments, unless it goes on with others."""
         ids, turn = given.get("input_ids"), self._turn
-        cache = given.get("past_key_values", given.get("cache"))
         if (cached_tokens(given) or 0) > 0:
-            turn.mixtures = self._of_cache(cache)
+            turn.mixtures = self._of_cache(cache_of(given))
             return
         if given.get("cu_seq_lens_q") is not None:
             raise RoutingError(
@@ -162,13 +167,9 @@ class PromptReader(Lookup):
 
 def _values(output: Any) -> Iterable[Any]:
     """What a model gave back, one by one."""
-    return (
-        output.values()
-        if isinstance(output, Mapping)
-        else output
-        if isinstance(output, tuple)
-        else ()
-    )
+    if isinstance(output, Mapping):
+        return output.values()
+    return output if isinstance(output, tuple) else ()
 
 
 def _is_cache(value: Any) -> bool:

@@ -3,6 +3,8 @@
     python examples/study_report.py cells OUT RESULTS…        cells of compare, without any answer
     python examples/study_report.py variants CELLS OUT.md     every model against plain PHATGOOSE,
                                                               or another, whose label may follow
+    python examples/study_report.py together CELLS OUT.md     the same of those models alone that
+                                                              were scored on most datasets
     python examples/study_report.py balanced CELLS OUT.md LIMIT SUITE…
                                                               the same with each answer's place in
                                                               the choices counted alike
@@ -130,6 +132,16 @@ def write_variants(cells: Path, out: Path, reference: str | Path = REFERENCE) ->
     tasks = _common(scores)
     samples = {model: [row[task].sample for task in tasks] for model, row in scores.items()}
     _write_table(samples, tasks, str(reference), out)
+
+
+def write_together(cells: Path, out: Path) -> None:
+    """As `write_variants`, of the models alone that were scored on as many datasets as any."""
+    scores = read_cells(cells)
+    most = max(map(len, scores.values()))
+    whole = {model: row for model, row in scores.items() if len(row) == most}
+    tasks = _common(whole)
+    samples = {model: [row[task].sample for task in tasks] for model, row in whole.items()}
+    _write_table(samples, tasks, REFERENCE, out)
 
 
 def write_balanced(cells: Path, out: Path, limit: Path, *suites: Path) -> None:
@@ -287,6 +299,7 @@ def main(words: list[str]) -> int:
     commands: dict[str, Callable[..., None]] = {
         "cells": write_cells,
         "variants": write_variants,
+        "together": write_together,
         "balanced": write_balanced,
         "above-chance": tell_above_chance,
         "figure": draw,

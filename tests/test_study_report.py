@@ -74,6 +74,17 @@ def test_cells_hold_no_answers_but_whatever_tables_need(report, results, tmp_pat
     assert "+37.5 [" in rows["| PHATGOOSE, another pool"]  # of a reference model
 
 
+def test_models_that_were_scored_on_all_datasets_stand_together(report, results, tmp_path, capsys):
+    add(ResultStore(results), {"model": "base"}, "t3", [1, 1, 1, 1])
+    plain = {"router": "phatgoose", "k": 2, "affinity": "standardised", "pool": ["a" * 8, "b" * 8]}
+    add(ResultStore(results), plain, "t3", [1, 1, 0, 0])
+    report["main"](["together", str(results), str(tmp_path / "t.md")])
+    head, _, *rows = (tmp_path / "t.md").read_text().splitlines()
+    assert "mean of 3" in head
+    assert [row.split(" | ")[0] for row in rows] == ["| Base model", "| PHATGOOSE"]
+    assert "+8.3 [" in rows[0]  # two thirds less seven twelfths
+
+
 def test_only_datasets_above_chance_count_there(report, results, tmp_path, capsys):
     tasks = [{"name": "t1", "chance_accuracy": 0.5}, {"name": "t2", "chance_accuracy": None}]
     (tmp_path / "tasks.json").write_text(json.dumps(tasks))

@@ -71,8 +71,9 @@ def draw_scores(axes: Axes, comparison: dict[str, Any], router: str) -> None:
             cell = (column, line + 0.04)
             axes.add_patch(_box(*cell, 0.96, 0.92, SHADES(0.9 * value)))
             ink = "white" if value > 0.55 else "black"
+            digits = 1 if column == len(tasks) else 0  # of the mean, which the text quotes
             axes.text(
-                column + 0.48, line + 0.5, f"{100 * value:.0f}",
+                column + 0.48, line + 0.5, f"{100 * value:.{digits}f}",
                 ha="center", va="center", fontsize=9, color=ink, weight=weight,
             )  # fmt: skip
 

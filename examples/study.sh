@@ -85,6 +85,7 @@ held-in)
   rows=phatgoose,phatgoose?k=1,phatgoose?affinity=centred,phatgoose?affinity=calibrated
   rows+=,phatgoose-input,phatgoose-evidence,average-activation,arrow,merged,retrieval,discriminant
   rows+=,joint-discriminant,$choice,$shortlist
+  rows+=,discriminant?input_k=3'&input_temperature=0.2',discriminant?reading_place=end'&shrinkage=1'
   "${held_in[@]}" "$out/held-in-routed.jsonl" 40 "$rows" "${b23[@]}" ;;
 own-choices)
   end=discriminant?reading_place=end

@@ -1,0 +1,107 @@
+"""How sure a discriminant is of its choices, and what it costs to leave it the unsure ones.
+
+    python examples/study_margins.py SUITE,… LIMIT ROUTER OTHER RESULTS,… POOL…
+
+ROUTER chooses for whole inputs by scores of the base's readings (discriminant, joint-discriminant);
+the margin of a choice is the first expert's score less the second's. Told of every dataset: the
+mean of the first scores, of the margins, and the share of margins above 0.2. RESULTS are
+results.jsonl of `phatgoose compare` over the same SUITES, LIMIT and POOL by seed 0, with rows of
+ROUTER (one expert an input) and of OTHER; then, for several thresholds, the mean over datasets
+where OTHER answers what ROUTER is less sure of, and its difference to OTHER's in pairs. Without
+results, "" stands in their place.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phatgoose.base.loading import load_base
+from phatgoose.evaluation.comparison.result_store import ResultStore
+from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.per_input.base_reader import BaseReader
+from phatgoose.tasks.suites.entries import Sources
+from phatgoose.tasks.suites.registry import open_suite
+
+THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
+Array = NDArray[np.float64]
+Marks = list[list[list[float]]]
+
+
+def main(suites: str, limit: str, router: str, other: str, results: str, *pools: str) -> None:
+    """Tell the margins of every dataset, and what thresholds are worth."""
+    pool, base = Pool.open(pools), load_base("smollm2")
+    lookup = composition_of(compose(pool, base, router=router)).lookup
+    if not isinstance(lookup, BaseReader):
+        sys.exit(f"Router {router} doesn't score whole inputs by what the base reads.")
+    margins: dict[str, Array] = {}
+    print("| dataset | first score | margin | above 0.2 |\n|---|---|---|---|")
+    for suite in suites.split(","):
+        for entry in open_suite(suite).entries:
+            drawn = entry.read(Sources(None, None)).evaluation_examples(int(limit), 0)
+            first, second = lookup.scores_of_examples(drawn).topk(2).values.T
+            margin = margins[entry.name] = (first - second).double().numpy()
+            told = f"{first.mean():.2f} | {margin.mean():.2f} | {np.mean(margin > 0.2):.0%}"
+            print(f"| {entry.name} | {told} |", flush=True)
+    print(f"mean margin over {len(margins)} datasets: {mean(margins.values()):.2f}")
+    if results:
+        rows = [cells(results.split(","), name, len(pool)) for name in (router, other)]
+        tell(margins, *rows)
+
+
+def cells(paths: list[str], router: str, size: int) -> dict[str, tuple[list[str], Marks]]:
+    """The metrics and marks of each dataset that `router` was scored on with so many experts."""
+    found = {}
+    for path in paths:
+        for key, result in ResultStore(Path(path)).items():
+            method = key["method"]
+            if method.get("router") == router and len(method["pool"]) == size:
+                found[key["task"]] = result["metrics"], result["marks"]
+    return found
+
+
+def tell(
+    margins: dict[str, Array],
+    own: dict[str, tuple[list[str], Marks]],
+    others: dict[str, tuple[list[str], Marks]],
+) -> None:
+    """Print, for each threshold, the mean score where `others` answer what is below it."""
+    tasks = [task for task in margins if task in own and task in others]
+    plain = [Sample.of(*others[task]) for task in tasks]
+    print(f"\n| above | share | mean of {len(tasks)} | difference |\n|---|---|---|---|")
+    for threshold in THRESHOLDS:
+        sure = {task: margins[task] > threshold for task in tasks}
+        mixed = [
+            Sample.of(
+                own[task][0],
+                [
+                    mine if is_sure else theirs
+                    for mine, theirs, is_sure in zip(
+                        own[task][1], others[task][1], sure[task], strict=True
+                    )
+                ],
+            )
+            for task in tasks
+        ]
+        drawn = dataset_replicates({"mixed": mixed, "plain": plain})
+        low, high = (100 * x for x in vars(interval_of(drawn["mixed"] - drawn["plain"])).values())
+        score, reference = (100 * np.mean([s.score for s in row]) for row in (mixed, plain))
+        less = f"{score - reference:+.1f} [{low:+.1f}, {high:+.1f}]"
+        print(f"| {threshold:g} | {mean(sure.values()):.0%} | {score:.1f} | {less} |")
+
+
+def mean(rows: Iterable[NDArray[Any]]) -> float:
+    """The mean over datasets of the means within them."""
+    return float(np.mean([np.mean(row) for row in rows]))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

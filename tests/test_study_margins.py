@@ -1,0 +1,48 @@
+"""examples/study_margins.py: what is unsure is answered by the other router."""
+
+from __future__ import annotations
+
+import runpy
+
+import numpy as np
+import pytest
+
+from paths import ROOT
+from phatgoose.evaluation.comparison.result_store import ResultStore
+
+POOL = ["aaaaaaaa", "bbbbbbbb"]
+
+
+@pytest.fixture
+def margins():
+    return runpy.run_path(str(ROOT / "examples" / "study_margins.py"))
+
+
+@pytest.fixture
+def results(tmp_path):
+    """One dataset, answered by two routers with two experts, and by one of them with one."""
+    store = ResultStore(tmp_path / "results.jsonl")
+    for router, pool, right in (
+        ("discriminant", POOL, [1, 1, 0, 0]),
+        ("discriminant", POOL[:1], [0, 0, 0, 0]),
+        ("phatgoose", POOL, [0, 0, 1, 1]),
+    ):
+        key = {"base": "b", "method": {"router": router, "pool": pool}, "task": "t"}
+        marks = [[[float(each)]] for each in right]
+        store.add(key, {"metrics": ["accuracy"], "marks": marks})
+    return str(store.path)
+
+
+def test_whoever_is_sure_answers(margins, results, capsys):
+    own, other = (margins["cells"]([results], name, 2) for name in ("discriminant", "phatgoose"))
+    margins["tell"]({"t": np.array([0.4, 0.25, 0.12, 0.01])}, own, other)
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [(row[0], row[1], row[2]) for row in rows] == [
+        ("| 0", "100%", "50.0"),  # own answers, two of them right
+        ("| 0.05", "75%", "75.0"),
+        ("| 0.1", "75%", "75.0"),
+        ("| 0.15", "50%", "100.0"),
+        ("| 0.2", "50%", "100.0"),
+        ("| 0.3", "25%", "75.0"),
+    ]
+    assert rows[3][3].startswith("+50.0 [")

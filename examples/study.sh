@@ -9,6 +9,8 @@
 #     held-in                           each expert on its own task, beside the base, and B23 routed
 #     own-choices                       whether prompts go to the expert of their own task
 #     taken-apart                       where PHATGOOSE loses what experts know: its choices replaced
+#     margins                           how sure Joint Discriminant is of its choices (after others)
+#     together                          all datasets that no expert of B23 knows (after others)
 #     development, confirmation         CROSS with A10: the half on which routers are chosen, and the
 #                                       other
 #     b23                               the confirmation half and CROSS-B with B23
@@ -42,12 +44,13 @@ compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
   $phatgoose compare "$@" --suites "$suites" --limit "$limit" --seed 0 --methods "$rows" \
     --out "$out/$to" "${engine[@]}"
 }
-with_choice() {  # as compare; then what was chosen, and Retrieval of as many experts
+with_choice() {  # as compare; then what was chosen, Retrieval of as many, Joint Discriminant of one
   compare "$@"
   local to=$1 limit=$2 suites=$3
   shift 4
   compare "$to-choice" "$limit" "$suites" discriminant,retrieval "$@" --recipe $choice
   compare "$to-choice" "$limit" "$suites" discriminant-phatgoose "$@" --recipe $shortlist
+  compare "$to-one" "$limit" "$suites" joint-discriminant "$@" --input-k 1
 }
 draw() {  # SEED SIZE EXPERT…: so many of the experts
   python -c 'import random, sys
@@ -84,7 +87,7 @@ held-in)
   "${held_in[@]}" "$out/held-in.jsonl" 100 "" "${b23[@]}" "${failed[@]/#/$out/pool-b/}"
   rows=phatgoose,phatgoose?k=1,phatgoose?affinity=centred,phatgoose?affinity=calibrated
   rows+=,phatgoose-input,phatgoose-evidence,average-activation,arrow,merged,retrieval,discriminant
-  rows+=,joint-discriminant,$choice,$shortlist
+  rows+=,joint-discriminant,joint-discriminant?input_k=1,$choice,$shortlist
   rows+=,discriminant?input_k=3'&input_temperature=0.2',discriminant?reading_place=end'&shrinkage=1'
   "${held_in[@]}" "$out/held-in-routed.jsonl" 40 "$rows" "${b23[@]}" ;;
 own-choices)
@@ -105,6 +108,17 @@ others)
   rows=base,retrieval,average-activation,arrow,merged,phatgoose,discriminant,joint-discriminant
   with_choice t0ho 100 "$(suite t0ho)" $rows "${b23[@]}"
   with_choice bigbench 50 "$(suite bbh bbl)" $rows "${b23[@]}" ;;
+margins)
+  suites=$(suite held-in)
+  python examples/study_margins.py "$suites=40" joint-discriminant phatgoose "" "${b23[@]}"
+  hundred=$(suite cross-confirmation cross-b t0ho) fifty=$(suite bbh bbl)
+  python examples/study_margins.py "${hundred//,/=100,}=100,${fifty//,/=50,}=50" \
+    joint-discriminant phatgoose "$(ls $out/{b23,t0ho,bigbench}{,-one}/results.jsonl | paste -sd,)" \
+    "${b23[@]}" ;;
+together)
+  # shellcheck disable=SC2046
+  python examples/study_report.py cells $out/together.jsonl $(ls $out/{b23,t0ho,bigbench}{,-choice,-one}/results.jsonl)
+  python examples/study_report.py together $out/together.jsonl $out/together.md ;;
 pool-sizes)  # single experts' answers are those of b23
   rows=merged,arrow,phatgoose,retrieval,discriminant,joint-discriminant,oracle
   for size in 4 8 16; do

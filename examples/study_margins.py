@@ -1,14 +1,14 @@
 """How sure a discriminant is of its choices, and what it costs to leave it the unsure ones.
 
-    python examples/study_margins.py SUITE,… LIMIT ROUTER OTHER RESULTS,… POOL…
+    python examples/study_margins.py SUITE=LIMIT,… ROUTER OTHER RESULTS,… POOL…
 
 ROUTER chooses for whole inputs by scores of the base's readings (discriminant, joint-discriminant);
-the margin of a choice is the first expert's score less the second's. Told of every dataset: the
-mean of the first scores, of the margins, and the share of margins above 0.2. RESULTS are
-results.jsonl of `phatgoose compare` over the same SUITES, LIMIT and POOL by seed 0, with rows of
-ROUTER (one expert an input) and of OTHER; then, for several thresholds, the mean over datasets
-where OTHER answers what ROUTER is less sure of, and its difference to OTHER's in pairs. Without
-results, "" stands in their place.
+the margin of a choice is the first expert's score less the second's. Told of every dataset (of
+suites of the experts' own tasks, of those of POOL): the mean of the first scores, of the margins,
+and the share of margins above 0.2. RESULTS are results.jsonl of `phatgoose compare` over the same
+suites and POOL, as many examples by seed 0, with rows of ROUTER (one expert an input) and of OTHER;
+then, for several thresholds, the mean over datasets where OTHER answers what ROUTER is less sure
+of, and its difference to OTHER's in pairs. Without results, "" stands in their place.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Array = NDArray[np.float64]
 Marks = list[list[list[float]]]
 
 
-def main(suites: str, limit: str, router: str, other: str, results: str, *pools: str) -> None:
+def main(suites: str, router: str, other: str, results: str, *pools: str) -> None:
     """Tell the margins of every dataset, and what thresholds are worth."""
     pool, base = Pool.open(pools), load_base("smollm2")
     lookup = composition_of(compose(pool, base, router=router)).lookup
@@ -44,8 +44,11 @@ def main(suites: str, limit: str, router: str, other: str, results: str, *pools:
         sys.exit(f"Router {router} doesn't score whole inputs by what the base reads.")
     margins: dict[str, Array] = {}
     print("| dataset | first score | margin | above 0.2 |\n|---|---|---|---|")
-    for suite in suites.split(","):
-        for entry in open_suite(suite).entries:
+    for asked in suites.split(","):
+        suite, _, limit = asked.partition("=")
+        entries = open_suite(suite).entries
+        own = [entry for entry in entries if entry.name in pool.names]
+        for entry in own or entries:
             drawn = entry.read(Sources(None, None)).evaluation_examples(int(limit), 0)
             first, second = lookup.scores_of_examples(drawn).topk(2).values.T
             margin = margins[entry.name] = (first - second).double().numpy()

@@ -95,10 +95,10 @@ def cells_of(*rows: str, tasks: Sequence[str] = TASKS) -> list[tuple[str, str]]:
     return [(row, task) for row in rows for task in tasks]
 
 
-def by_hand(row: str, setting: Setting, base: Base) -> Any:
-    """The model of a row, composed without `compare`."""
+def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
+    """The model of a row, composed without `compare`, with `options` of routing."""
     if row in ROUTERS:
-        return compose(setting.pool, base, router=row, k=2)
+        return compose(setting.pool, base, router=row, k=2, **options)
     if row in EXPERTS:
         return compose(setting.pool, base, router="single", expert=row)
     place = setting.references.get(row)

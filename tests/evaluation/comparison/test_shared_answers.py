@@ -30,7 +30,7 @@ def test_shared_answers_are_those_of_the_model_itself(setting, tasks, llama, rou
         alone = by_hand(name, setting, llama)
         known[name] = {each: result_of(alone, task, llama) for each, task in tasks.items()}
         detach(alone)
-    model = by_hand(router, setting, llama)
+    model = by_hand(router, setting, llama, input_k=1)
     served = set()
     for name, task in tasks.items():
         chosen, encoder = of(task, llama)

@@ -169,11 +169,12 @@ _ALL = (
     RouterSpec(
         "joint-discriminant",
         "Joint Discriminant",
-        "for every input the expert whose training prompts base and embedder read most like it",
+        "for every input the experts whose training prompts base and embedder read most like it",
         "per_input.joint_discriminant.JointDiscriminant",
         needs=("readings", "embeddings"),
         settings=(*READING, "embedding_share", *INPUT),
-        input_temperature=0.1,
+        input_k=3,
+        input_temperature=0.05,
     ),
     RouterSpec(
         "phatgoose-evidence",

@@ -4,7 +4,8 @@ Not in the paper. The base of router discriminant and the embedder of router ret
 different prompts: a small decoder takes one form of request for another, an embedder misses what
 is asked about a text for what the text is about. So both are read by the same discriminant: the
 embeddings of an expert's training inputs, which it shares for retrieval, have a mean and a
-covariance as its readings have, and an expert's score is the mean of both scores.
+covariance as its readings have, and an expert's score is the mean of both scores. The three nearest
+act; a prompt of one expert's own task leaves next to no weight to the other two (docs/study.md).
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ from phatgoose.tasks.suites.registry import open_suite
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 Array = NDArray[np.float64]
-Marks = list[list[list[float]]]
+Cell = tuple[list[str], list[Any]]  # metrics, and marks by example
+Cells = dict[str, Cell]  # by dataset
 
 
 def main(suites: str, router: str, other: str, results: str, *pools: str) -> None:
@@ -60,7 +61,7 @@ def main(suites: str, router: str, other: str, results: str, *pools: str) -> Non
         tell(margins, *rows)
 
 
-def cells(paths: list[str], router: str, size: int) -> dict[str, tuple[list[str], Marks]]:
+def cells(paths: list[str], router: str, size: int) -> Cells:
     """The metrics and marks of each dataset that `router` was scored on with so many experts."""
     found = {}
     for path in paths:
@@ -71,34 +72,25 @@ def cells(paths: list[str], router: str, size: int) -> dict[str, tuple[list[str]
     return found
 
 
-def tell(
-    margins: dict[str, Array],
-    own: dict[str, tuple[list[str], Marks]],
-    others: dict[str, tuple[list[str], Marks]],
-) -> None:
+def tell(margins: dict[str, Array], own: Cells, others: Cells) -> None:
     """Print, for each threshold, the mean score where `others` answer what is below it."""
     tasks = [task for task in margins if task in own and task in others]
     plain = [Sample.of(*others[task]) for task in tasks]
     print(f"\n| above | share | mean of {len(tasks)} | difference |\n|---|---|---|---|")
     for threshold in THRESHOLDS:
         sure = {task: margins[task] > threshold for task in tasks}
-        mixed = [
-            Sample.of(
-                own[task][0],
-                [
-                    mine if is_sure else theirs
-                    for mine, theirs, is_sure in zip(
-                        own[task][1], others[task][1], sure[task], strict=True
-                    )
-                ],
-            )
-            for task in tasks
-        ]
+        mixed = [both(own[task], others[task], sure[task]) for task in tasks]
         drawn = dataset_replicates({"mixed": mixed, "plain": plain})
-        low, high = (100 * x for x in vars(interval_of(drawn["mixed"] - drawn["plain"])).values())
+        less = interval_of(100 * (drawn["mixed"] - drawn["plain"]))
         score, reference = (100 * np.mean([s.score for s in row]) for row in (mixed, plain))
-        less = f"{score - reference:+.1f} [{low:+.1f}, {high:+.1f}]"
-        print(f"| {threshold:g} | {mean(sure.values()):.0%} | {score:.1f} | {less} |")
+        told = f"{score - reference:+.1f} [{less.low:+.1f}, {less.high:+.1f}]"
+        print(f"| {threshold:g} | {mean(sure.values()):.0%} | {score:.1f} | {told} |")
+
+
+def both(own: Cell, others: Cell, sure: NDArray[np.bool_]) -> Sample:
+    """One dataset's marks: the own ones where it is `sure`, else the others'."""
+    pairs = zip(own[1], others[1], sure, strict=True)
+    return Sample.of(own[0], [mine if is_sure else theirs for mine, theirs, is_sure in pairs])
 
 
 def mean(rows: Iterable[NDArray[Any]]) -> float:

@@ -128,10 +128,7 @@ def write_variants(cells: Path, out: Path, reference: str | Path = REFERENCE) ->
     Where there is no `reference`, the first model stands in its place. Only datasets that all
     models were scored on count. Of single experts there are the two rows of `oracles`.
     """
-    scores = read_cells(cells)
-    tasks = _common(scores)
-    samples = {model: [row[task].sample for task in tasks] for model, row in scores.items()}
-    _write_table(samples, tasks, str(reference), out)
+    _write_common(read_cells(cells), str(reference), out)
 
 
 def write_together(cells: Path, out: Path) -> None:
@@ -139,9 +136,7 @@ def write_together(cells: Path, out: Path) -> None:
     scores = read_cells(cells)
     most = max(map(len, scores.values()))
     whole = {model: row for model, row in scores.items() if len(row) == most}
-    tasks = _common(whole)
-    samples = {model: [row[task].sample for task in tasks] for model, row in whole.items()}
-    _write_table(samples, tasks, REFERENCE, out)
+    _write_common(whole, REFERENCE, out)
 
 
 def write_balanced(cells: Path, out: Path, limit: Path, *suites: Path) -> None:
@@ -177,6 +172,13 @@ def _weights(examples: Sequence[Example]) -> NDArray[np.float64] | None:
 def _weighted(sample: Sample, weights: NDArray[np.float64]) -> Sample:
     weighted = tuple(rows * weights[:, None] for rows in sample.statistics)
     return replace(sample, statistics=weighted)
+
+
+def _write_common(scores: Scores, reference: Model, out: Path) -> None:
+    """The table of what all models were scored on."""
+    tasks = _common(scores)
+    samples = {model: [row[task].sample for task in tasks] for model, row in scores.items()}
+    _write_table(samples, tasks, reference, out)
 
 
 def _write_table(

@@ -9,13 +9,15 @@ routed model in its place (add, remove, compact) must leave it as it was, or cha
 
 Every command runs in a process forked from this one, which has loaded what the commands load, so
 that moments fall into their work. They are moments of the processor's time that the process has
-taken, so that they fall everywhere however busy the machine is. The Hub is
-tests/support/fake_hub.py.
+taken, so that they fall everywhere however busy the machine is. This process has one thread, for a
+forked one could wait for ever for what another thread held; so the Hub, tests/support/fake_hub.py,
+has a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import os
 import random
@@ -26,7 +28,8 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from hashlib import sha256
 from pathlib import Path
@@ -55,6 +58,7 @@ from tiny import make_model, make_tokenizer
 
 FEW = "--batch-size 4 --steps 6 --gate-steps 6 --eval-every 2 --statistics-examples 4 --rank 2"
 GATES = "--batch-size 4 --gate-steps 30 --statistics-examples 4"
+PATIENCE = 600  # seconds until a command is taken to hang: it says where in its log, and ends
 REFUSE_WHAT_IS_DONE = ("import", "pull", "compose", "add", "remove")
 
 
@@ -208,6 +212,7 @@ def start(arguments: list[str], log: Path) -> int:
         stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(stream, 1)
         os.dup2(stream, 2)
+        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=stream)
         warnings.simplefilter("ignore")
         phatgoose(arguments)
     except SystemExit as end:
@@ -277,6 +282,26 @@ def try_moment(
     shutil.rmtree(folder)
 
 
+@contextmanager
+def hub_apart() -> Iterator[str]:
+    """The address of a fake Hub in a process of its own."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        with serving_hub() as hub, os.fdopen(writer, "w") as told:
+            told.write(hub.url)
+            told.close()
+            signal.pause()
+    os.close(writer)
+    try:
+        with os.fdopen(reader) as address:
+            yield address.read()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        finish(child)
+
+
 def make_world(world: Path) -> None:
     """A tiny base, a task, a suite, three experts, one of them on the hub too, and routed models.
 
@@ -321,11 +346,11 @@ def main() -> None:
     warnings.simplefilter("ignore")
     draw = random.Random(options.seed)
     counts: dict[str, Counts] = {}
-    with tempfile.TemporaryDirectory() as place, serving_hub() as hub:
+    with tempfile.TemporaryDirectory() as place, hub_apart() as hub:
         world = Path(place)
-        constants.ENDPOINT = hub.url
+        constants.ENDPOINT = hub
         constants.HUGGINGFACE_CO_URL_TEMPLATE = (
-            f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+            f"{hub}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         )
         constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = False, True
         constants.HF_HUB_CACHE = str(world / "cache")

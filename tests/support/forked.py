@@ -22,7 +22,11 @@ def forked(action: Callable[[], object]) -> int:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    try:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    except BaseException:  # the test took too long
+        os.kill(child, signal.SIGKILL)
+        raise
 
 
 def kill_self() -> None:

@@ -60,7 +60,10 @@ def test_two_processes_train_the_expert_of_one(base_folders, llama, tmp_path, jo
         process.start()
     for process in both:
         process.join(120)
-    assert [process.exitcode for process in both] == [0, 0]
+    ended = [process.exitcode for process in both]
+    for process in both:
+        process.kill()
+    assert ended == [0, 0]
     alone, together = (tmp_path / place / "numbers" for place in ("alone", "together"))
     assert check_expert(together) == []
     assert sorted(path.name for path in together.parent.iterdir()) == ["numbers"]

@@ -50,7 +50,7 @@ from phatgoose.evaluation.comparison import (  # noqa: F401  loaded before forki
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.hub import pull
 from phatgoose.experts.importing import adapter as importing  # noqa: F401  loaded before forking
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.tensors import SavedModel, read_saved
 from phatgoose.training import gates  # noqa: F401  loaded before forking
@@ -170,7 +170,7 @@ def trials(world: Path) -> dict[str, Trial]:
 
     train = f"train {task} {data} {FEW} --out OUT"
     gate = f"gate {adapter} --task {task} {data} {GATES} --out OUT"
-    imports = f"import {adapter} --base {base} --out OUT"
+    imports = f"import {world / 'adapter'} --base {base} --out OUT"
     compose = f"compose {experts} {data} --out OUT"
     compare = f"compare {experts} --suites {suite} --limit 6 {data} --out OUT"
 
@@ -240,11 +240,12 @@ def wait_for(child: int, moment: float) -> None:
 
 
 def comparable(name: str, found: Any) -> Any:
-    """What of a result must be the same in every run: a comparison's times are not."""
+    """What of a result must be the same in every run: a comparison's date and times are not."""
     if name != "compare" or found is None:
         return found
     return json.loads(
-        json.dumps(found), object_hook=lambda d: {k: v for k, v in d.items() if "second" not in k}
+        json.dumps(found),
+        object_hook=lambda d: {k: v for k, v in d.items() if k != "date" and "second" not in k},
     )
 
 
@@ -303,7 +304,7 @@ def hub_apart() -> Iterator[str]:
 
 
 def make_world(world: Path) -> None:
-    """A tiny base, a task, a suite, three experts, one of them on the hub too, and routed models.
+    """A tiny base, a task, a suite, an adapter, three experts, one on the hub too, routed models.
 
     Those are of `two` experts, of all `three`, and `holed`: of three, the first removed.
     """
@@ -332,6 +333,9 @@ def make_world(world: Path) -> None:
         log = world / "make.log"
         if finish(start(command.split(), log)) != 0:
             raise SystemExit(log.read_text())
+    (world / "adapter").mkdir()
+    for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        shutil.copy(world / "experts" / "first" / file, world / "adapter")
 
 
 def main() -> None:

@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 from tqdm import tqdm
 
-from phatgoose.base.loading import load_base
-from phatgoose.errors import ConfigError, ExpertError
+from other_encoders import make_other
+from phatgoose.base.fingerprint import fingerprint
+from phatgoose.base.loading import Base, load_base
+from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.training.progress import TrainingCallback
 from training_runs import (
     GATES,
@@ -58,6 +60,17 @@ def test_an_existing_place_is_refused(llama, tmp_path):
         train(llama, tmp_path / "echo")
 
 
+@pytest.mark.parametrize("architecture", ["led", "prophetnet"])
+def test_a_base_that_pads_inside_is_refused_before_the_work(architecture, llama, tmp_path):
+    model = make_other(architecture)
+    base = Base(model, llama.tokenizer, architecture, None, fingerprint(model))
+    with pytest.raises(RoutingError, match=r"pads or transposes .* --no-means"):
+        train(base, tmp_path / "echo")
+    assert list(tmp_path.iterdir()) == []
+    without = replace(GATES, means=False, readings=False)
+    assert train(base, tmp_path / "echo", gate_training=without).means == {}
+
+
 def test_no_bar_is_shown_beside_that_of_a_caller_who_has_one(llama, tmp_path, monkeypatch):
     hidden = []
 
@@ -71,6 +84,6 @@ def test_no_bar_is_shown_beside_that_of_a_caller_who_has_one(llama, tmp_path, mo
     callback = TrainingCallback(on_steps=done.append, shows_bar=False)
     train(llama, tmp_path / "quiet", callback=callback)
     assert sum(done) == TRAINING.steps + GATES.gate_steps
-    assert hidden == [True] * 4  # expert, gates, readings, means
+    assert hidden == [True] * 5  # means, rehearsed; expert, gates, readings, means
     train(llama, tmp_path / "own")
-    assert hidden[4:] == [None] * 4
+    assert hidden[5:] == [True] + [None] * 4

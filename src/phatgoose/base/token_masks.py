@@ -139,7 +139,8 @@ class TokenMasks:
             raise RoutingError(
                 f"{self.architecture} pads or transposes its tokens inside: a call of "
                 f"{_by(tokens.shape)} tokens has {_by(grid)} activations, so padding can't be told "
-                f"from tokens. Mean activations, recordings and analyses need another base."
+                f"from tokens. Recordings and analyses need another base; so do mean activations, "
+                f"which --no-means leaves out."
             )
         return grid
 

@@ -101,8 +101,9 @@ def train_gates(
     but as the gates' (docs/format.md). `resume` continues an interrupted run (and loads a finished
     expert), `restart` throws its work away. Raises ExpertError when the adapter can't be used or
     doesn't fit the base, `out` exists or training diverges; WrongBaseError when it records another
-    base; ConfigError when resumed work had other settings or joint training is asked for; TaskError
-    when the task can't be used.
+    base; ConfigError when resumed work had other settings or joint training is asked for;
+    RoutingError when means are wanted and the base pads inside; TaskError when the task can't be
+    used.
     """
     out, adapter = Path(out), Path(adapter)
     if gate_training is not None and gate_training.joint:

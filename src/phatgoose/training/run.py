@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..base.loading import Base, load_base
+from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Peft, Training
 from ..errors import ExpertError
 from ..experts.expert import Expert
 from ..experts.expert_info import check_name
 from ..tasks.embeddings import embedding_library
 from ..tasks.encoding import Encoder
+from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task
 from . import processes
 from .progress import TrainingCallback
@@ -53,17 +55,19 @@ class TrainingRun:
     ) -> TrainingRun:
         """The run with these settings, None for defaults; a base given by name is loaded.
 
-        Raises ExpertError for a name that can't be an expert's, ConfigError where embeddings are
-        wanted and their library is missing, TaskError when the task can't be used.
+        What is made last, after hours perhaps, is refused here: raises ConfigError where embeddings
+        are wanted and their library is missing, RoutingError where means are and the base pads
+        inside. Raises ExpertError for a name that can't be an expert's, TaskError when the task
+        can't be used.
         """
         check_name(name or out.name)
         gate_training = gate_training or GateTraining()
         if gate_training.embeddings:
-            embedding_library()  # they are made last: of a training of hours, too
+            embedding_library()
         processes.join()
         training = training or Training()
         base = load_base(base) if isinstance(base, str) else base
-        return cls(
+        run = cls(
             base=base,
             task=task.with_validation(training.seed),
             digest=task.digest,
@@ -74,6 +78,15 @@ class TrainingRun:
             name=name or out.name,
             callback=callback or TrainingCallback(),
         )
+        if gate_training.means:
+            run._rehearse_means()
+        return run
+
+    def _rehearse_means(self) -> None:
+        """Read one example as means are measured."""
+        model, padding = self.base.model, self.base.tokenizer.pad_token_id
+        pairs = self.encoder.pairs(self.task.validation[:1])
+        read_pairs(model, find_sites(model), pairs, padding, lambda *_: None)
 
     @property
     def work(self) -> Path:

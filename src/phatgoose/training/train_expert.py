@@ -61,7 +61,8 @@ def train_expert(
     Where `accelerate launch` started several processes, all of them call this, share each batch,
     and the first one writes.
     Raises ExpertError when `out` exists, the name can't be an expert's or training diverges,
-    ConfigError when resumed work had other settings, TaskError when the task can't be used.
+    ConfigError when resumed work had other settings, RoutingError when means are wanted and the
+    base pads inside, TaskError when the task can't be used.
     """
     out, peft = Path(out), peft or Lora()
     finished = finished_expert(out, resume=resume)

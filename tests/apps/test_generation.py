@@ -8,10 +8,12 @@ from rich.color import Color, ColorSystem
 from transformers import GenerationConfig, pipeline
 
 from oracle import naively_routed
-from phatgoose.apps.console.colours import COLOURS
-from phatgoose.apps.generation import Sampling
+from phatgoose.apps.console.colours import COLOURS, expert_style
+from phatgoose.apps.generation import Sampling, recorded_tokens
 from phatgoose.apps.generation import generate as written
+from phatgoose.base.detokenising import texts_of
 from phatgoose.errors import ConfigError, TaskError
+from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from tiny import logits_of, make_ids
 
@@ -111,6 +113,46 @@ def test_seeds_have_the_limits_of_other_seeds(seed):
 def test_prompts_that_no_tokenizer_reads_are_refused(llama, prompt, said):
     with pytest.raises(TaskError, match=said):
         written(llama.model, llama.tokenizer, prompt)
+
+
+def told(base, make_expert, targets):
+    """A recorded answer of three experts at `targets`, its texts, and the style of each letter."""
+    experts = [make_expert(base, f"e{z}", seed=z, target_modules=targets) for z in range(3)]
+    model = compose(Pool(tuple(experts)), base)
+    result = written(
+        model, base.tokenizer, "a goose", sampling=Sampling(12, temperature=3.0), record=True
+    )
+    text = recorded_tokens(result, base.tokenizer)
+    styles = [""] * len(text.plain)
+    for span in text.spans:
+        styles[span.start : span.end] = [str(span.style)] * (span.end - span.start)
+    special = base.tokenizer.all_special_ids
+    pieces = zip(result.tokens, texts_of(base.tokenizer, result.tokens), strict=True)
+    texts = ["" if token in special else piece for token, piece in pieces]
+    assert text.plain.startswith("".join(texts) + "\n\n")
+    return result, texts, [each.removesuffix(" bold") for each in styles]
+
+
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("llama", ["q_proj"]), ("t5", ["k", "v"])], indirect=["kind"]
+)
+def test_tokens_have_the_colours_of_the_experts_that_wrote_them(base, make_expert, targets):
+    """In T5 most of these sites read the encoder."""
+    result, texts, styles = told(base, make_expert, targets)
+    streams, weights = result.recording.streams, result.recording.weights
+    here = [torch.cat(weights[site], dim=1)[0] for site in weights if streams[site] == "decoder"]
+    top = torch.stack(here).mean(dim=0).argmax(dim=-1).tolist()
+    assert len(top) == len(texts) - 1  # the last was never routed
+    wanted = [expert_style(z) for z, piece in zip(top, texts, strict=False) for _ in piece]
+    assert len(set(wanted)) > 1
+    assert styles[: len("".join(texts))] == wanted + [""] * len(texts[-1])
+
+
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
+def test_nobody_wrote_a_token_where_experts_act_in_the_encoder_alone(base, make_expert):
+    sites = [f"encoder.block.{layer}.layer.0.SelfAttention.q" for layer in range(2)]
+    _, _, styles = told(base, make_expert, sites)
+    assert set(styles) == {""}
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"], indirect=True)

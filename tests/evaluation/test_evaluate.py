@@ -146,6 +146,21 @@ def test_a_task_that_mixes_choices_and_none_is_refused(llama):
         evaluate(llama, task)
 
 
+def test_tasks_are_looked_at_before_the_first_is_scored(llama, monkeypatch):
+    mixed = Task("mixed", test=(*CHOICE_TASK.test, Example("open", "end")))
+    monkeypatch.setattr("phatgoose.evaluation.evaluate.score", lambda *_: pytest.fail("scored"))
+    with pytest.raises(EvaluationError, match="'mixed'"):
+        evaluate(llama, [CHOICE_TASK, mixed])
+
+
+def test_references_that_are_no_choices_are_refused_where_one_is_chosen():
+    example = Example("Which?", "a", ("a", "b"), ("c",))
+    odd = Task("odd", test=(*CHOICE_TASK.test, example))
+    with pytest.raises(EvaluationError, match=r"'odd' accepts \('c',\), none of which is among"):
+        metrics_of(odd, odd.test)
+    assert metrics_of(replace(odd, metrics=("rouge-l",)), odd.test) == ("rouge-l",)
+
+
 def test_an_empty_task_and_no_task_are_refused(llama):
     with pytest.raises(TaskError, match="'empty'"):
         evaluate(llama, Task("empty"))

@@ -273,6 +273,15 @@ def test_a_csv_row_of_more_cells_than_names_is_refused_with_its_line(tmp_path, r
     assert "double quotes" in message
 
 
+@pytest.mark.parametrize(
+    "rows", [['Who?,"Ann', "What?,a bird"], ['"To be" or not,yes'], ['Who?,"Ann" B']]
+)
+def test_quotes_that_do_not_match_are_refused_with_their_line(tmp_path, rows):
+    message = complaint_about(write_lines(tmp_path / "a.csv", "input,target", "a,b", *rows))
+    assert "a.csv, the row from line 3: broken CSV" in message
+    assert "quotes within it are doubled" in message
+
+
 def test_a_csv_column_s_name_may_stand_there_once(tmp_path):
     path = write_lines(tmp_path / "a.csv", "input,target,target", "a,b,c")
     assert "a.csv: 2 columns are named 'target'" in complaint_about(path)
@@ -299,11 +308,12 @@ def test_half_a_character_is_refused_with_its_line(tmp_path, change, field):
     assert load_task(write_lines(tmp_path / "b.jsonl", whole)).train[0].input == "\U0001f600"
 
 
-@pytest.mark.parametrize("choices", ["yes ||| no |||", "yes |||  ||| no", '["yes", "", "no"]'])
-def test_an_empty_choice_is_refused_with_its_place(choices):
-    message = complaint_about([ROWS[0], {**ROWS[0], "choices": choices}])
-    place = 3 if choices.endswith("|||") else 2
-    assert f"row 2: choice {place} of 3 is empty" in message
+@pytest.mark.parametrize("field", ["choice", "reference"])
+@pytest.mark.parametrize("texts", ["yes ||| no |||", "yes |||  ||| no", '["yes", "", "no"]'])
+def test_an_empty_text_of_a_list_is_refused_with_its_place(texts, field):
+    message = complaint_about([ROWS[0], {**ROWS[0], f"{field}s": texts}])
+    place = 3 if texts.endswith("|||") else 2
+    assert f"row 2: {field} {place} of 3 is empty" in message
 
 
 def test_an_empty_choice_of_a_template_is_refused():

@@ -73,9 +73,10 @@ def analyse(
     `compose`, determine the Oracle to compare with. `examples` texts of each task are traced token
     by token. `smoothing` is that of the KL divergences.
 
-    Raises ConfigError for `routers` or `without_each` with a composed model, TaskError for no task
-    or two of one name, RoutingError for a model that is not routed, and what composing and
-    evaluating raise: of every router before the first one reads anything.
+    Raises ConfigError for `routers` or `without_each` with a composed model or an expert without
+    router single, TaskError for no task or two of one name, RoutingError for a model that is not
+    routed, and what composing and evaluating raise: of every router before the first one reads
+    anything.
     """
     tasks = _named_apart([tasks] if isinstance(tasks, Task) else list(tasks))
     smoothed([1.0], smoothing)  # refuse a bad one before the work
@@ -151,6 +152,8 @@ def _subject(
     loaded = loaded_base(pool, base)
     asked = [replace(routing, router=name) for name in routers or (routing.router,)]
     names = [settled(each, pool, loaded.model).router for each in asked]
+    if routing.expert is not None and "single" not in names:
+        raise ConfigError(f"expert is for router single; here it is {', '.join(names)}.")
     routing = settled(routing, pool, loaded.model)
     tokenizer = tokenizer or loaded.tokenizer
     for name in names[1:]:  # the first is composed before anything is read

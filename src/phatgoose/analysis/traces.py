@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
+from ..base.detokenising import texts_of
 from ..base.sites import Stream
 from ..errors import RoutingError
 from ..routing.composition import Composition, composition_of
@@ -199,29 +200,11 @@ def _streams(
     if encoder.is_encoder_decoder:
         answer = [decoder_start(model), *answer]
         return [
-            ("encoder", _pieces(encoder.tokenizer, prompt), (0,) * len(prompt)),
-            ("decoder", _pieces(encoder.tokenizer, answer), (1,) * len(answer)),
+            ("encoder", texts_of(encoder.tokenizer, prompt), (0,) * len(prompt)),
+            ("decoder", texts_of(encoder.tokenizer, answer), (1,) * len(answer)),
         ]
     marks = (0,) * len(prompt) + (1,) * len(answer)
-    return [("decoder", _pieces(encoder.tokenizer, prompt + answer), marks)]
-
-
-def _pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
-    """Each token's part of the text that all of them make, spaces included.
-
-    A character whose bytes are spread over several tokens is shown at the last of them; the others
-    show U+FFFD.
-    """
-    pieces, before = [], ""
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False))
-        unfinished = text.endswith("\ufffd")
-        whole = text.rstrip("\ufffd") if unfinished else text
-        grew = whole.startswith(before)
-        alone = str(tokenizer.decode([ids[end - 1]], clean_up_tokenization_spaces=False))
-        pieces.append((whole[len(before) :] if grew else alone) or ("\ufffd" if unfinished else ""))
-        before = whole
-    return tuple(pieces)
+    return [("decoder", texts_of(encoder.tokenizer, prompt + answer), marks)]
 
 
 class TraceKeeper(Observer):

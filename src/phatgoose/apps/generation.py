@@ -9,11 +9,13 @@ import torch
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..base.detokenising import texts_of
 from ..base.offloading import input_device
 from ..config import Formatting
 from ..config.settings import SEED
 from ..errors import ConfigError, TaskError
 from ..evaluation.answers import questions_to_answer
+from ..files.encodable import half_character
 from ..routing.recording import Recording
 from ..routing.recording import record as record_routing
 from ..tasks.encoding import Encoder
@@ -93,36 +95,30 @@ def check_prompt(prompt: str) -> None:
 
 
 def check_text(text: str, what: str) -> None:
-    """Raise TaskError where `text` can't be encoded, which no tokenizer reads; `what` names it.
-
-    Python makes half a surrogate pair of a byte in an argument that is not UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    """Raise TaskError where `text`, which `what` names, is nothing that a tokenizer reads."""
+    half = half_character(text)
+    if half is not None:
         raise TaskError(
-            f"{what} holds {text[error.start]!r}, which is no character: half of one, or a byte "
-            f"that is not UTF-8; write it in UTF-8."
-        ) from error
+            f"{what} holds {half!r}, which is no character: half of one, or a byte that is not "
+            f"UTF-8; write it in UTF-8."
+        )
 
 
 def recorded_tokens(result: Generation, tokenizer: PreTrainedTokenizerBase) -> Text:
     """The tokens of a recorded generation, each in the colour of its top expert, with a legend.
 
-    An expert's share in a token is its weight averaged over all sites. The last generated token was
-    never routed, because nothing follows it, and stays uncoloured.
+    An expert's share in a token is its weight averaged over all sites of the decoder. The last
+    generated token was never routed, because nothing follows it, and stays uncoloured, as all do
+    where no expert acts in the decoder.
     """
     if result.recording is None:
         return Text(result.text)
-    names = result.recording.experts
-    top = result.recording.by_token().argmax(dim=-1).tolist()
+    names, acts_here = result.recording.experts, "decoder" in result.recording.streams.values()
+    top = result.recording.by_token().argmax(dim=-1).tolist() if acts_here else []
+    texts = texts_of(tokenizer, result.tokens)
     tokens = (
-        (
-            tokenizer.decode([token]),
-            top[position] if position < len(top) else None,
-            position >= result.prompt_length,
-        )
-        for position, token in enumerate(result.tokens)
+        (text, top[position] if position < len(top) else None, position >= result.prompt_length)
+        for position, (text, token) in enumerate(zip(texts, result.tokens, strict=True))
         if token not in tokenizer.all_special_ids
     )
     return coloured(tokens, {index: names[index] for index in sorted(set(top))})

@@ -21,6 +21,7 @@ from ..config import Formatting
 from ..errors import EvaluationError
 from ..experts.input_format import warn_of_other_formatting
 from ..files.atomic import write_text
+from ..files.quoting import shortened
 from ..routing.composition import announcing
 from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder
@@ -219,14 +220,15 @@ def score_tasks(
     encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), settings.formatting)
     parts = getattr(model, ROUTED, None)
     warn_of_other_formatting(parts.records if parts is not None else (), encoder.formatting)
-    scores = []
-    for task in [tasks] if isinstance(tasks, Task) else tasks:
-        chosen = EvaluationSet.of(task, settings)
-        questions = chosen.questions(encoder)
-        questions.cuts.report(task.name)
-        scores.append(score(model, chosen, questions))
-    if not scores:
+    given = [tasks] if isinstance(tasks, Task) else tasks
+    sets = [EvaluationSet.of(task, settings) for task in given]  # refuses before anything is scored
+    if not sets:
         raise EvaluationError("No task was given to evaluate on.")
+    scores = []
+    for chosen in sets:
+        questions = chosen.questions(encoder)
+        questions.cuts.report(chosen.name)
+        scores.append(score(model, chosen, questions))
     return Evaluation(tuple(scores))
 
 
@@ -243,8 +245,8 @@ def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
     """The metrics that score `task` on `examples`: its own, or those that fit the examples.
 
     Raises EvaluationError for an unknown one or one whose package isn't installed, for rank
-    classification without choices or with a metric of generated answers, and for a task without
-    metrics that has both kinds of examples.
+    classification without choices, with references of which none is a choice or with a metric of
+    generated answers, and for a task without metrics that has both kinds of examples.
     """
     with_choices = {bool(example.choices) for example in examples}
     if not task.metrics and len(with_choices) > 1:
@@ -259,6 +261,12 @@ def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
         )
     if CHOSEN in names and False in with_choices:
         raise EvaluationError(f"Task {task.name!r}: {CHOSEN} needs choices in every example.")
+    for example in examples if CHOSEN in names else ():
+        if not set(example.answers) & set(example.choices):
+            raise EvaluationError(
+                f"Task {task.name!r} accepts {shortened(example.answers)}, none of which is among "
+                f"the choices {shortened(example.choices)}: no answer could be right."
+            )
     return tuple(names)
 
 

@@ -72,11 +72,10 @@ class Recording:
     def by_token(self, row: int = 0) -> Tensor:
         """Mean weight of each expert over all sites, [tokens, E], for one row of the batch.
 
-        In an encoder-decoder model the sites of one stream are used: of the encoder or the decoder,
-        whichever has more.
+        In an encoder-decoder model these are the decoder's tokens and sites, or the encoder's where
+        no expert acts in the decoder.
         """
-        seen = list(self.streams.values())
-        stream = "encoder" if seen.count("encoder") > seen.count("decoder") else "decoder"
+        stream = "decoder" if "decoder" in self.streams.values() else "encoder"
         rows = [
             torch.cat([part[row] for part in passes])
             for site, passes in self.weights.items()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TaskError
+from ..files.encodable import half_character
 from ..files.quoting import first_line, one_line, reason, shortened
 from .task import Example, Task
 from .templates import SEPARATOR, RowTemplate, longest_field
@@ -72,13 +73,11 @@ def load_task(
 
 def check_task_name(name: str) -> None:
     """Raise TaskError where results can't be written under `name`: a file's that is no UTF-8."""
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
+    if half_character(name) is not None:
         raise TaskError(
             f"{shortened(name)} can't be a name in results, for it is not UTF-8; rename that file "
             f"or folder."
-        ) from error
+        )
 
 
 def default_name(source: str | Path) -> str:
@@ -134,12 +133,19 @@ def _read_csv(path: Path) -> Rows:
     try:
         csv.field_size_limit(max(csv.field_size_limit(), LONGEST_CELL))
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            _require_different(reader.fieldnames or (), path)
-            for row in reader:
-                where = f"{path}, line {reader.line_num}"
-                yield where, _fitting(row, where)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+            reader = csv.DictReader(file, strict=True)
+            try:
+                _require_different(reader.fieldnames or (), path)
+                for row in reader:
+                    where = f"{path}, line {reader.line_num}"
+                    yield where, _fitting(row, where)
+            except csv.Error as error:
+                raise TaskError(
+                    f"{path}, the row from line {reader.line_num + 1}: broken CSV ({error}); a "
+                    f"cell that begins with a quote must end with one, and quotes within it are "
+                    f"doubled."
+                ) from error
+    except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"Task file {path} can't be read: {error}.") from error
 
 
@@ -218,11 +224,12 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
         texts[key] = _whole(str(value), f"{where}: {key}")
     choices = _texts(row.get("choices"), f"{where}: choices")
     references = _texts(row.get("references"), f"{where}: references")
-    if "" in choices:
-        raise TaskError(
-            f"{where}: choice {choices.index('') + 1} of {len(choices)} is empty; leave it out (a "
-            f"{SEPARATOR} without a text before or after it makes one)."
-        )
+    for what, listed in (("choice", choices), ("reference", references)):
+        if "" in listed:
+            raise TaskError(
+                f"{where}: {what} {listed.index('') + 1} of {len(listed)} is empty; leave it out "
+                f"(a {SEPARATOR} without a text before or after it makes one)."
+            )
     if choices and texts["target"] not in choices:
         raise TaskError(
             f"{where}: target {texts['target']!r} is not among the choices {list(choices)}."
@@ -254,11 +261,10 @@ def _listed(cell: str, where: str) -> list[Any]:
 
 def _whole(text: str, where: str) -> str:
     """`text`. Raises TaskError where it holds half a character, which no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
+    half = half_character(text)
+    if half is not None:
         raise TaskError(
-            f"{where} holds {text[error.start]!r}, half a character, as where a text was cut "
-            f"within an emoji; mend that text or leave the row out."
-        ) from error
+            f"{where} holds {half!r}, half a character, as where a text was cut within an emoji; "
+            f"mend that text or leave the row out."
+        )
     return text

@@ -105,6 +105,13 @@ def test_what_looks_wrong_is_a_warning(told, analysed):
             assert re.search(r"warning: average-activation: e\d", line)
 
 
+def test_a_setting_that_the_router_ignores_is_told(told, analysed):
+    reading = ("--router", "merged", "--k", "1", "--no-score", "--examples", "0")
+    code, _, err = told("analyse", analysed, *TASKS, *reading)
+    assert code == 0, err
+    assert "warning: Router merged doesn't use --k." in err.splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -114,6 +121,7 @@ def test_what_looks_wrong_is_a_warning(told, analysed):
         (("POOL", *TASKS, "--smoothing", "2"), "smoothing is 2.0"),
         (("POOL", *TASKS, "--results", "none.jsonl"), "none.jsonl don't exist"),
         (("POOL", *TASKS, "--no-score", "--leave-one-out"), "needs a pool of several"),
+        (("POOL", *TASKS, "--expert", "e0"), "expert is for router single; here it is phatgoose"),
         (("POOL", *TASKS, "--against", "oracle"), "Router oracle needs the scores"),
         (("POOL", *TASKS, "--scores", "first.jsonl"), "first.jsonl holds no scores"),
     ],

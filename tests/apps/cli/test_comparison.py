@@ -237,6 +237,7 @@ def test_help_shows_its_flags_and_none_that_mean_nothing_here(phat):
         ),
         (["--reference", "=experts/e1"], "must have the form LABEL=MODEL"),
         (["--reference", "mine="], "must have the form LABEL=MODEL"),
+        (["--reference", "caf\udce9=x"], "is not UTF-8"),
         (["--reference", "a=x", "--reference", "a=y"], "Two references are called 'a'"),
         (["--reference", "mine=./nowhere"], "'./nowhere' can't be loaded"),
         (["--reference", "merged=experts/e1"], "can't be called 'merged'"),

@@ -99,6 +99,14 @@ def test_the_matrix_rings_oracles_expert_and_tells_numbers():
     assert rings == {(1, 0)}
 
 
+def test_a_matrix_that_shows_few_has_room_for_all_that_are_ringed():
+    shares = {"x": np.array([0.6, 0.3, 0.1]), "y": np.array([0.6, 0.1, 0.3])}
+    panel = dataset_matrix(shares, ["a", "b", "c"], oracle={"x": "b", "y": "c"}, most=1).axes[0]
+    assert labels_of(panel, "x") == ["b", "c"]
+    rings = {(line.get_xdata()[0], line.get_ydata()[0]) for line in panel.lines}
+    assert rings == {(0, 0), (1, 1)}
+
+
 def test_the_scatter_names_datasets_and_tells_the_correlation():
     points = [Point("a", 1.0, 0.5), Point("b", 2.0, 0.4), Point("c", 3.0, 0.45), Point("d", 4, 0.2)]
     found = correlation([p.divergence for p in points], [p.score for p in points])

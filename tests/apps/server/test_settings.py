@@ -19,6 +19,9 @@ def test_models_have_names_that_can_be_shown(place):
 def test_keys_are_read_from_a_list():
     assert keys_of(" a, b,,") == ("a", "b")
     assert keys_of(None) == ()
+    assert keys_of("b", ["a,c ", "d"]) == ("a,c", "d", "b")
+    with pytest.raises(ConfigError, match="An API key is empty"):
+        keys_of("b", [""])
 
 
 def test_places_name_models_and_their_routing(tmp_path):

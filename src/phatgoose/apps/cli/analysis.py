@@ -22,6 +22,7 @@ from .options import (
     TemplateOptions,
     only_with,
     split,
+    warn_of_unused,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def analyse(
         raise TaskError("Name what to read with --task or --suite.")
     curves = pool_size_curves(results) if results else []
     subject, base = _subject(model, opening, routing, given)
+    if base is not None and not against:
+        warn_of_unused(routing, given)
     _require_folder(out)
     analysis = run(
         subject,

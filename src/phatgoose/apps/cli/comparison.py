@@ -9,6 +9,8 @@ import typer
 
 from ...config import Formatting, Routing
 from ...errors import ConfigError
+from ...files.encodable import half_character
+from ...files.quoting import shortened
 from ..console.printing import say, show
 from .flags import Without
 from .options import (
@@ -92,6 +94,8 @@ def _references(values: list[str]) -> dict[str, str]:
         label, sign, place = value.partition("=")
         if not (label and sign and place):
             raise ConfigError(f"--reference is {value!r}, but must have the form LABEL=MODEL.")
+        if half_character(label) is not None:
+            raise ConfigError(f"The label of --reference {shortened(value)} is not UTF-8.")
         if label in references:
             raise ConfigError(f"Two references are called {label!r}; rename one.")
         references[label] = place

@@ -59,7 +59,7 @@ def serve(
         dtype=opening.dtype,
         scores=str(opening.scores) if opening.scores else None,
     )
-    keys = (*(api_key or ()), *keys_of(os.environ.get(API_KEYS)))
+    keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))
     app = create_app(models, serving, keys, hosts) if replicas.engine == "local" else None

@@ -309,10 +309,11 @@ class _Shown:
 def _shown(
     experts: Sequence[str], peaks: Array, most: int, wanted: set[str], *, ordered: bool = False
 ) -> _Shown:
-    """At most `most` experts: the `wanted`, then those of the highest `peaks`, in the pool's order.
+    """The `wanted` experts, and up to `most` in all those of the highest `peaks`, in pool order.
 
     With `ordered` they are in the order of their peaks.
     """
+    most = max(most, sum(name in wanted for name in experts))
     ranked = sorted(range(len(experts)), key=lambda z: (experts[z] not in wanted, -peaks[z]))
     rows = sorted(ranked[:most], key=lambda z: -peaks[z] if ordered else z)
     return _Shown([experts[z] for z in rows], rows)

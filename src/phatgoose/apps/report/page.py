@@ -31,8 +31,8 @@ def write_report(
     can't be written.
     """
     folder = Path(folder)
-    write_text(folder / REPORT, report_page(analysis, curves), EvaluationError)
     analysis.write_json(folder / NUMBERS)
+    write_text(folder / REPORT, report_page(analysis, curves), EvaluationError)
     everyone = len(analysis.experts)
     try:
         (folder / FIGURES).mkdir(exist_ok=True)

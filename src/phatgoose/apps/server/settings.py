@@ -59,9 +59,14 @@ def served_models(places: Sequence[str], **options: Any) -> list[ServedModel]:
     return models
 
 
-def keys_of(listed: str | None) -> tuple[str, ...]:
-    """The API keys in a list separated by commas; None has none."""
-    return tuple(key.strip() for key in (listed or "").split(",") if key.strip())
+def keys_of(listed: str | None, given: Sequence[str] = ()) -> tuple[str, ...]:
+    """The API keys `given` one by one, and those in a list separated by commas; None has none.
+
+    White space around a key is no part of it. Raises ConfigError where a given one is empty.
+    """
+    if not all(key.strip() for key in given):
+        raise ConfigError("An API key is empty; leave it out, or write --api-key KEY.")
+    return tuple(key.strip() for key in (*given, *(listed or "").split(",")) if key.strip())
 
 
 def _served(written: str, options: Mapping[str, Any]) -> ServedModel:

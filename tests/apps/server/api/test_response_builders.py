@@ -9,9 +9,9 @@ import pytest
 from phatgoose.apps.server.api.request_preparation import PreparedRequest, RequestPreparer
 from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
 from phatgoose.apps.server.api.response_builders import builder_of
-from phatgoose.apps.server.engine.detokeniser import UNFINISHED
 from phatgoose.apps.server.engine.model_runner import ModelRunner
 from phatgoose.apps.server.engine.sequences import Progress
+from phatgoose.base.detokenising import UNFINISHED
 from phatgoose.config import Serving
 from serving import CHAT_TEMPLATE
 

@@ -69,6 +69,13 @@ def test_a_stop_cuts_the_text_and_nothing_of_it_is_told_before(runner_of):
     assert len(row.deliver.tokens) < len(row.generated)
 
 
+def test_a_stop_in_bytes_that_are_no_character_cuts_too(runner_of):
+    row = row_of(runner_of(), prompt_of(1), Decoding(5, 0.0, stop=("\ufffd",)))
+    for token in row.runner.tokenizer.convert_tokens_to_ids(["a", *4 * "ÿ"]):  # 0xff four times
+        row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
+    assert (row.deliver.text, row.finish) == ("a", "stop")
+
+
 TEXTS = st.text(st.sampled_from("a \n.äß漢\u0301😀👩\u200d🚀"), min_size=1, max_size=12)
 
 

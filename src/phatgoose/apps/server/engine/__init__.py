@@ -8,7 +8,7 @@ prefill.py            prompts read: keys, values and what is reported about prom
 model_runner.py       one forward pass of a served model, whatever its architecture
 caches.py             keys and values of many sequences in one cache
 decoding.py           the choice of the next token, and log-probabilities of alternatives
-detokeniser.py        text from tokens that come one at a time, and stop texts
+stop_texts.py         where an answer ends before its last token
 loaded_models.py      the served models
 routing_cache.py      routings that requests ask for, composed off the engine's thread
 """

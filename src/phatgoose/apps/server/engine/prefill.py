@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from ....analysis.traces import TraceKeeper, TraceStream
+from ....base.detokenising import texts_of
 from ....tasks.collating import decoder_start, pad_left
 from .caches import Cache
 from .decoding import TokenScores, token_scores
@@ -132,13 +133,13 @@ class _DistinctPrompts:
 
     def _start_of(self, stream: TraceStream, row: int) -> TraceStream:
         start = decoder_start(self._runner.model)
-        pieces = self._owners[row][0].pieces([start])
+        pieces = texts_of(self._runner.tokenizer, [start])
         return stream.some(slice(row, row + 1), pieces, [ANSWER])
 
     def _part(self, stream: TraceStream, row: int, begin: int, end: int) -> TraceStream:
         """What `stream`, of the columns `begin` to `end`, has of the prompt in `row`."""
         pad, width, sequence = self._padding[row], end - begin, self._owners[row][0]
         first = max(begin, pad)
-        pieces = sequence.pieces(sequence.prompt)[first - pad : max(0, end - pad)]
+        pieces = texts_of(self._runner.tokenizer, sequence.prompt)[first - pad : max(0, end - pad)]
         chosen = slice(row * width + first - begin, (row + 1) * width)
         return stream.some(chosen, pieces, [PROMPT] * len(pieces))

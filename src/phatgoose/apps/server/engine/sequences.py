@@ -9,10 +9,11 @@ from typing import Literal
 from torch import Tensor
 
 from ....analysis.traces import TraceStream
+from ....base.detokenising import Detokeniser, shown_as, text_of
 from ....routing.routers.mixtures import Mixtures
 from .decoding import Decoding, Sampler, TokenScores, token_scores
-from .detokeniser import Detokeniser, earliest, held_back
 from .model_runner import ModelRunner
+from .stop_texts import earliest, held_back
 
 __all__ = ["ActiveSequence", "Failure", "Progress", "ScoredToken"]
 
@@ -115,16 +116,12 @@ class ActiveSequence:
         scored = [self._scored(*each, own) for each, own in zip(others, scores, strict=True)]
         self._deliver(Progress(self.choice, "", (ScoredToken(*first), *scored)))
 
-    def pieces(self, tokens: Sequence[int]) -> list[str]:
-        """Each of `tokens` as text, special ones too."""
-        return [text for text, _ in self._placed_pieces(tokens)]
-
     def _placed_pieces(self, tokens: Sequence[int]) -> Iterator[tuple[str, int]]:
         """Each of `tokens` as text, and where that begins, within the echoed prompt."""
         detokeniser, end = Detokeniser(self.runner.tokenizer), 0
         for token in tokens:
             piece = detokeniser.add(token)
-            yield piece or self._token_text(token), min(end, self._echoed)
+            yield shown_as(self.runner.tokenizer, token, piece), min(end, self._echoed)
             end += len(piece)
 
     def add_routing(self, stream: TraceStream) -> None:
@@ -141,7 +138,7 @@ class ActiveSequence:
         self.generated.append(token)
         piece, begin = self._detokeniser.add(token), len(self._text)
         self._text += piece
-        self.shown.append(piece or self._token_text(token))
+        self.shown.append(shown_as(self.runner.tokenizer, token, piece))
         scored = self._scored_answer(token, self._echoed + begin, logits)
         self._unsent.append((len(self._text), scored))
         if token in self._ends:
@@ -150,7 +147,7 @@ class ActiveSequence:
             self.finish = "length"
         if self.finish is not None:
             self._text += self._detokeniser.rest()
-        self._cut_at_stop(len(piece))
+        self._cut_at_stop(len(self._text) - begin)
         self._emit()
 
     def _scored_answer(self, token: int, place: int, logits: Tensor) -> ScoredToken:
@@ -161,14 +158,12 @@ class ActiveSequence:
         return self._scored(shown, place, scores)
 
     def _scored(self, text: str, place: int, scores: TokenScores) -> ScoredToken:
+        tokenizer, own = self.runner.tokenizer, scores.own.token
         top = tuple(
-            (text if each.token == scores.own.token else self._token_text(each.token), each.logprob)
+            (text if each.token == own else text_of(tokenizer, each.token), each.logprob)
             for each in scores.top[: self.decoding.logprobs]
         )
         return ScoredToken(text, place, scores.own.logprob, top)
-
-    def _token_text(self, token: int) -> str:
-        return str(self.runner.tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
     def _cut_at_stop(self, new: int) -> None:
         """End the text before a stop text that its last `new` characters complete."""

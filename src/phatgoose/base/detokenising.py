@@ -1,4 +1,4 @@
-"""Text from tokens that come one at a time, and stop texts."""
+"""Tokens become text again, one piece for each."""
 
 from __future__ import annotations
 
@@ -6,11 +6,32 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Detokeniser", "earliest", "held_back"]
+__all__ = ["UNFINISHED", "Detokeniser", "shown_as", "text_of", "texts_of"]
 
 CONTEXT = 6  # tokens before the first one that decide whether it begins with a space
 LONGEST_CHARACTER = 8  # tokens after which an unfinished character is shown as it is
-UNFINISHED = "\ufffd"
+UNFINISHED = "\ufffd"  # what stands for bytes that are no character yet
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> tuple[str, ...]:
+    """Each token's part of the text that all of `tokens` make, as `shown_as` says."""
+    detokeniser = Detokeniser(tokenizer)
+    return tuple(shown_as(tokenizer, token, detokeniser.add(token)) for token in tokens)
+
+
+def shown_as(tokenizer: PreTrainedTokenizerBase, token: int, piece: str) -> str:
+    """`piece`, the text of `token` within another; where it has none its name if it is special.
+
+    A character whose bytes are spread over several tokens is shown at the last of them; the others
+    show U+FFFD.
+    """
+    alone = piece or text_of(tokenizer, token)
+    return alone if piece or UNFINISHED not in alone else UNFINISHED
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What one token says by itself, special ones too."""
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
 
 
 class Detokeniser:
@@ -51,18 +72,3 @@ class Detokeniser:
                 clean_up_tokenization_spaces=False,
             )
         )
-
-
-def earliest(text: str, stops: Sequence[str], begin: int) -> int | None:
-    """Where the first of `stops` in `text` begins, searched from `begin` on; None if nowhere."""
-    found = [index for stop in stops if (index := text.find(stop, max(0, begin))) >= 0]
-    return min(found, default=None)
-
-
-def held_back(text: str, stops: Sequence[str]) -> int:
-    """How many characters at the end of `text` may be the beginning of one of `stops`."""
-    longest = max((len(stop) for stop in stops), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(stop.startswith(text[-length:]) for stop in stops):
-            return length
-    return 0

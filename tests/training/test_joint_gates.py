@@ -223,6 +223,7 @@ def test_it_is_one_stage_and_says_so(llama, tmp_path, monkeypatch):
     monkeypatch.setattr("phatgoose.training.gates.fit", interrupt)
     expert = train(llama, tmp_path / "echo")
     assert expert.info.hyperparameters["joint"] is True
+    assert not expert.info.hyperparameters.keys() & {"gate_steps", "gate_learning_rate"}
     assert expert.info.metrics["expert_steps"] == TRAINING.steps
     assert not any(key.startswith("gate_") for key in expert.info.metrics)
     assert expert.means.keys() == expert.lora.keys()
@@ -258,6 +259,11 @@ def test_a_bfloat16_base_is_trained_through_float32_copies(base_folders, tmp_pat
     assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
     gates = torch.cat(list(expert.gates.values()))
     assert not torch.equal(gates, gates.bfloat16().float())
+
+
+def test_joint_gates_have_no_learning_rate_of_their_own():
+    with pytest.raises(ConfigError, match=r"gate_learning_rate is 0\.001, .* turn joint off"):
+        GateTraining(joint=True, gate_learning_rate=1e-3)
 
 
 def test_gates_alone_cannot_be_trained_jointly(llama, tmp_path):

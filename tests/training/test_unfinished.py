@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from phatgoose.errors import ConfigError, ExpertError
+from phatgoose.training.destination import LocalFolder
 from phatgoose.training.gates import train_gates
 from phatgoose.training.unfinished import discard_work, open_work
 from small_disks import FEW, TASK, everything, told, train
@@ -81,6 +82,24 @@ def test_what_a_killed_restart_left_is_nobody_s(tmp_path, monkeypatch, how):
     assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "checkpoint-2", "lock"]
     with open_work(out, {"a": 3}, resume=how == "resume", restart=how == "restart"):
         assert sorted(path.name for path in work.iterdir()) == ["lock", "run.json"]
+
+
+def train_again(base, out):
+    train(base, out, resume=True)
+
+
+def finished_in_folder(_, out):
+    LocalFolder(out.parent).finished(out.name)
+
+
+@pytest.mark.parametrize("finish", [train_again, finished_in_folder])
+def test_work_beside_what_is_no_expert_stays(llama, tmp_path, finish):
+    (tmp_path / "expert").mkdir()
+    with open_work(tmp_path / "expert", {}, resume=False, restart=False) as work:
+        (work / "checkpoint").touch()
+    with pytest.raises(ExpertError, match="no expert directory"):
+        finish(llama, tmp_path / "expert")
+    assert (work / "checkpoint").exists()
 
 
 def test_what_was_left_beside_a_finished_expert_is_tidied_up(llama, tmp_path):

@@ -150,11 +150,15 @@ def _subject(
         return _composed_subject(source, routing, base, tokenizer)
     pool = Pool.open(source)
     loaded = loaded_base(pool, base)
-    asked = [replace(routing, router=name) for name in routers or (routing.router,)]
-    names = [settled(each, pool, loaded.model).router for each in asked]
+    asked = dict.fromkeys([*(routers or ()), routing.router])
+    found = {
+        name: settled(replace(routing, router=name), pool, loaded.model, loaded.tokenizer)
+        for name in asked
+    }
+    names = [found[name].router for name in routers or (routing.router,)]
     if routing.expert is not None and "single" not in names:
         raise ConfigError(f"expert is for router single; here it is {', '.join(names)}.")
-    routing = settled(routing, pool, loaded.model)
+    routing = found[routing.router]
     tokenizer = tokenizer or loaded.tokenizer
     for name in names[1:]:  # the first is composed before anything is read
         _check_router(_alone(routing, name), pool, scores, loaded.tokenizer)

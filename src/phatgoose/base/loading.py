@@ -31,6 +31,7 @@ from .smollm2 import SMOLLM2, smollm2_folder
 
 __all__ = [
     "Base",
+    "check_heeds_masks",
     "choose_dtype",
     "load_base",
     "load_skeleton",
@@ -46,6 +47,7 @@ PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
 INDEX_ENDING = ".index.json"
+HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def load_base(
     it, float32 elsewhere), "bfloat16", "float16" or "float32". `device` None means the first GPU if
     there is one. No code from the model's repository runs and nothing is unpickled. Raises
     BaseModelError when the model can't be found or loaded, needs code of its own, has pickled
-    weights only, or is neither a causal nor a sequence-to-sequence language model.
+    weights only, reads padding as text, or is neither a causal nor a sequence-to-sequence language
+    model.
     """
     torch_dtype = choose_dtype(dtype, device)
     with _loading(name) as place:
@@ -206,7 +209,17 @@ def _loading(name: str | Path) -> Iterator[str]:
         ) from error
 
 
+def check_heeds_masks(config: PreTrainedConfig) -> None:
+    """Raise BaseModelError for a kind of model that reads padding as if it were text."""
+    if config.model_type in HEED_NO_MASK:
+        raise BaseModelError(
+            f"Models of type {config.model_type} read padding as if it were text, so that what "
+            f"they say of a row depends on the batch around it; take another base."
+        )
+
+
 def _class_for(config: PreTrainedConfig) -> Any:
+    check_heeds_masks(config)
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 

@@ -268,7 +268,10 @@ def cache_of(given: Mapping[str, Any]) -> Any:
 def cached_tokens(given: Mapping[str, Any]) -> int | None:
     """The number of tokens in the cache of a call, None without one or where it is unknown."""
     cache = cache_of(given)
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+    try:
+        return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else None
+    except ValueError:  # of a cache that holds states alone, as Mamba's
+        return None
 
 
 def _streams(names: Mapping[Stream, _Names], given: Mapping[str, Any]) -> Mapping[Stream, _Tokens]:

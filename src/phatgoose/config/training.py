@@ -80,8 +80,13 @@ class GateTraining(Settings):
     )
 
     def __post_init__(self) -> None:
-        """Raise ConfigError as all settings do, and for joint gates on standardised inputs."""
+        """Raise ConfigError as all settings do, and for what joint gates can't have."""
         super().__post_init__()
+        if self.joint and self.gate_learning_rate is not None:
+            raise ConfigError(
+                f"gate_learning_rate is {self.gate_learning_rate:g}, but joint gates are trained "
+                f"at the expert's; leave it out, or turn joint off."
+            )
         if self.joint and self.gate_inputs != "raw":
             raise ConfigError(
                 f"gate_inputs is {self.gate_inputs!r}, but joint gates see raw inputs; turn joint "

@@ -1,8 +1,9 @@
-"""Log-likelihoods of answer choices; each prompt is computed once, whatever its number of choices.
+"""Log-likelihoods of answer choices; each prompt is computed once where that can be.
 
 A causal model reads a prompt and all its choices in one row, and no choice sees another
 (`tasks.row_packing`). Where the attention mask can't express that, the prompt's keys and values
-are kept and expanded over the choices; a sequence-to-sequence model keeps the encoder's output.
+are kept and expanded over the choices; a sequence-to-sequence model keeps the encoder's output. A
+model that keeps more state than that reads the prompt with every choice.
 """
 
 from __future__ import annotations
@@ -122,6 +123,8 @@ def _padded(
 ) -> Iterator[tuple[int, list[float]]]:
     """Prompts in one pass, choices in another, both in padded rows."""
     score = _score_seq2seq if model.config.is_encoder_decoder else _score_causal
+    if model._is_stateful:
+        score = _score_whole
     lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
     with contiguous_head(model):
         for batch in batches_of_tokens(lengths, budget):
@@ -162,6 +165,22 @@ def _score_causal(
         input_ids=inputs, attention_mask=mask, **held, **_passes(model, position_ids=positions)
     )
     return _mean_log_likelihood(torch.cat([start, rest.logits], dim=1), labels)
+
+
+def _score_whole(
+    model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
+) -> Tensor:
+    """Mean log-likelihood of every choice of every row, in order, [choices]."""
+    device = input_device(model)
+    texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
+    labels = pad_left([choice for _, choices in rows for choice in choices], IGNORED).to(device)
+    real = pad_left([[1] * len(text) for text in texts], 0).to(device)
+    passed = _passes(model, logits_to_keep=labels.shape[1], position_ids=position_ids(real))
+    announce(_owners(rows, device).tolist())
+    output = model(
+        input_ids=pad_left(texts, pad).to(device), attention_mask=real, use_cache=False, **passed
+    )
+    return _mean_log_likelihood(output.logits[:, -labels.shape[1] :], labels)
 
 
 def _score_seq2seq(

@@ -97,6 +97,8 @@ class Pool:
     @property
     def _anchor(self) -> Expert:
         """The expert with whose base the others' are compared: the first that has a fingerprint."""
+        if not self.experts:
+            raise PoolError("The pool has no experts.")
         known = (expert for expert in self.experts if expert.info.base.fingerprint)
         return next(known, self.experts[0])
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.fingerprint import BaseReference, check_base, fingerprint, quantisation
-from ..base.loading import Base, load_base
+from ..base.loading import Base, check_heeds_masks, load_base
 from ..base.offloading import check_in_place, execution_device
 from ..base.sites import ROUTED, Site, find_sites, replace_module
 from ..config import Routing, from_mapping
@@ -92,7 +92,7 @@ def prepare(
     pool = Pool.open(pool).select(keep, leave_out)
     routing = routing or Routing()
     found = resolve_base(base, pool.base) if routing.router == AUTO else None
-    router = router_of(settled(routing, pool, found.model) if found else routing)
+    router = router_of(settled(routing, pool, found.model, found.tokenizer) if found else routing)
     check_routing(router, pool)
     check_kernel(router.routing.kernel)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
@@ -170,7 +170,9 @@ def routed_layer(
         )
     check_site(stack, site, size, state, router.form)
     module = router.at(RouterSite(site.name, stack.experts, size, state, parts.lookup))
-    module.to(execution_device(original), stack.dtype)
+    weight = original.weight
+    kind = weight.dtype if weight.is_floating_point() else stack.dtype
+    module.to(execution_device(original), kind)
     return RoutedLinear(original, site, stack, module, parts.routing.kernel, router.product)
 
 
@@ -216,13 +218,14 @@ def resolve_base(
     """The base given as a name, a `Base` or a model, loaded if need be; None means `wanted`.
 
     A quantised base can't be recognised by its weights; it is taken for `wanted`, with a warning.
-    Raises RoutingError when the model is routed already.
+    Raises RoutingError when the model is routed already, BaseModelError when it reads padding.
     """
     if base is None:
         base = load_base(wanted.id, revision=wanted.revision)
     elif isinstance(base, str | Path):
         base = load_base(base)
     model = base.model if isinstance(base, Base) else base
+    check_heeds_masks(model.config)
     if hasattr(model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if isinstance(base, Base):

@@ -101,8 +101,8 @@ class LocalFolder:
 
     def finished(self, name: str) -> TrainedExpert:
         """The expert `name`; unfinished work left beside it is removed."""
-        discard_work(self.path / name)
         expert = Expert.load(self.path / name)
+        discard_work(self.path / name)
         return TrainedExpert(expert.name, self.place(name), expert.info.metrics)
 
     @contextmanager

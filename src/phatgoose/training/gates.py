@@ -239,6 +239,8 @@ def _hyperparameters(run: TrainingRun, record: Record) -> dict[str, object]:
         gates |= {f"gate_{name}": training[name] for name in SHARED}
         gates["gate_learning_rate"] = _gate_learning_rate(run)
         training = {"seed": training["seed"]}  # the statistics', which `measure` draws anew
+    if run.gate_training.joint:  # gates have the expert's
+        del gates["gate_steps"], gates["gate_learning_rate"]
     formatting = asdict(run.encoder.formatting)
     return {**record.hyperparameters, **training, **gates, **formatting}
 

@@ -113,5 +113,6 @@ def finished_expert(out: Path, *, resume: bool) -> Expert | None:
         return None
     if not resume:
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
-    discard_work(out)
-    return Expert.load(out)
+    expert = Expert.load(out)
+    discard_work(out)  # not before: it may be all that there is
+    return expert

@@ -43,12 +43,26 @@ def embedded(llama_pool, monkeypatch) -> Pool:
         (("embeddings",), "discriminant"),
         (("readings",), "phatgoose"),
         (("readings", "gates"), "average-activation"),
-        (("readings", "gates", "means"), "logo"),
+        (("readings", "gates", "means"), "arrow"),
     ],
 )
 def test_a_decoder_gets_the_first_that_every_expert_allows(llama, embedded, lacks, wanted):
-    found = settled(Routing(router="auto", k=3), stripped(embedded, *lacks), llama.model)
-    assert found == Routing(router=wanted, k=3)
+    routing, left = Routing(router="auto", kernel="plain"), stripped(embedded, *lacks)
+    found = settled(routing, left, llama.model, llama.tokenizer)
+    assert found == Routing(router=wanted, kernel="plain")
+
+
+def test_a_model_without_its_tokenizer_gets_none_that_reads_prompts(llama, llama_pool):
+    model = compose(llama_pool, llama.model, router="auto")
+    assert composition_of(model).routing.router == "phatgoose"
+    detach(model)
+
+
+def test_settings_that_it_has_no_use_for_are_told(llama, embedded):
+    routing = Routing(router="auto", k=5, affinity="raw", input_k=2)
+    with pytest.warns(UserWarning, match="auto is joint-discriminant, which .* use k, affinity"):
+        found = settled(routing, embedded, llama.model, llama.tokenizer)
+    assert found == replace(routing, router="joint-discriminant")
 
 
 def test_an_embedder_that_would_have_to_be_loaded_from_elsewhere_is_passed(
@@ -57,14 +71,15 @@ def test_an_embedder_that_would_have_to_be_loaded_from_elsewhere_is_passed(
     first, *rest = embedded.experts
     other = replace(first, info=replace(first.info, embedder="them/theirs"))
     routing = Routing(router="auto")
-    assert settled(routing, Pool((other, *rest)), llama.model).router == "discriminant"
+    found = settled(routing, Pool((other, *rest)), llama.model, llama.tokenizer)
+    assert found.router == "discriminant"
     monkeypatch.setattr(automatic, "can_embed", lambda: False)
-    assert settled(routing, embedded, llama.model).router == "discriminant"
+    assert settled(routing, embedded, llama.model, llama.tokenizer).router == "discriminant"
 
 
 @pytest.mark.parametrize("kind", ["t5"], indirect=True)
 def test_an_encoder_decoder_gets_the_papers(base, pool):
-    assert settled(Routing(router="auto"), pool, base.model).router == "phatgoose"
+    assert settled(Routing(router="auto"), pool, base.model, base.tokenizer).router == "phatgoose"
 
 
 def test_the_last_of_each_list_needs_nothing_and_none_needs_what_only_a_user_can_give():
@@ -75,7 +90,7 @@ def test_the_last_of_each_list_needs_nothing_and_none_needs_what_only_a_user_can
 
 def test_any_other_router_stays(llama, llama_pool):
     routing = Routing(router="arrow")
-    assert settled(routing, llama_pool, llama.model) is routing
+    assert settled(routing, llama_pool, llama.model, llama.tokenizer) is routing
 
 
 def test_the_choice_is_told_and_kept_by_name(llama, llama_pool, tmp_path, caplog):

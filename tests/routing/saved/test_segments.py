@@ -176,6 +176,40 @@ def test_what_can_not_join_or_leave_changes_nothing(llama, uneven, pool_of, pack
     assert {name: (packed / name).read_bytes() for name in files_of(packed)} == before
 
 
+@pytest.mark.parametrize("site", ["model.layers.0.self_attn.k_proj", "model.layers.0.elsewhere"])
+def test_gates_of_another_length_change_nothing(llama, llama_mixed, packed, site):
+    """The module scales outputs, so that it can't tell how long the site's inputs are."""
+    before = {name: (packed / name).read_bytes() for name in files_of(packed)}
+    info, where = llama_mixed.select(["ia32"]).experts[0].info, packed.parent
+    modules = {site: ScalingVector(torch.ones(32), on_input=False)}
+    odd = [
+        Expert(replace(info, name=f"odd{n}"), where, modules, {site: torch.ones(n)}, {})
+        for n in (7, 9)
+    ]
+    known = site.endswith("k_proj")
+    for pool in [Pool((odd[0],))] * known + [Pool(tuple(odd))]:
+        with pytest.raises(
+            ExpertError, match=r"'odd\d', site .* mean of \d numbers for (32|7|9) inp"
+        ):
+            add_to_saved(packed, pool)
+    assert {name: (packed / name).read_bytes() for name in files_of(packed)} == before
+
+
+def test_what_does_not_hold_together_is_not_described(uneven, packed, monkeypatch):
+    before = {name: (packed / name).read_bytes() for name in files_of(packed)}
+    monkeypatch.setattr("phatgoose.routing.saved.segments._check_sizes", lambda *_: None)
+    expert = uneven.experts[2]
+    bad = replace(expert, gates={site: gate[:7] for site, gate in expert.gates.items()})
+    with pytest.raises(RoutingError, match=r"vectors has shape \[1, 7\]"):
+        add_to_saved(packed, Pool((bad,)))
+    assert {name: (packed / name).read_bytes() for name in files_of(packed)} == before
+
+
+def test_no_experts_are_no_pool(packed):
+    with pytest.raises(PoolError, match="The pool has no experts"):
+        add_to_saved(packed, Pool(()))
+
+
 @pytest.mark.parametrize("step", ["write_tensors", "write_text"])
 def test_an_interrupted_addition_is_none(llama, uneven, packed, monkeypatch, step):
     def interrupted(*_, **__):

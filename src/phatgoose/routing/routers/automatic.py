@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
+import warnings
+from dataclasses import asdict, replace
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
 from ...experts.pool import Pool
@@ -14,32 +15,39 @@ from .registry import AUTO, ROUTERS
 
 __all__ = ["DECODER_ONLY", "ENCODER_DECODER", "settled"]
 
+ENCODER_DECODER: tuple[str, ...] = ("phatgoose", "average-activation", "arrow", "merged")
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
 # Two kinds of reading come before one, where the embedder is on this machine.
-DECODER_ONLY = (
-    "joint-discriminant",
-    "discriminant",
-    "phatgoose",
-    "average-activation",
-    "logo",
-    "merged",
-)
-ENCODER_DECODER = ("phatgoose", "average-activation", "arrow", "merged")
+DECODER_ONLY: tuple[str, ...] = ("joint-discriminant", "discriminant", *ENCODER_DECODER)
+USED_BY_ALL = ("router", "expert", "kernel", "retrieval_embedder")  # or refused elsewhere
 
 logger = logging.getLogger(__name__)
 
 
-def settled(routing: Routing, pool: Pool, model: PreTrainedModel) -> Routing:
+def settled(
+    routing: Routing,
+    pool: Pool,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Routing:
     """`routing` with the name of a router in the place of auto; any other as it is.
 
     The router is the first of the base's kind whose needs every expert of `pool` meets, embeddings
-    only where their embedder is at hand without a download; the last, merged, needs nothing. The
-    choice is logged.
+    only where their embedder is at hand without a download, and that reads no prompts where
+    `tokenizer` is None; the last, merged, needs nothing. The choice is logged. It is a warning when
+    `routing` sets what the router doesn't look at.
     """
     if routing.router != AUTO:
         return routing
     order = ENCODER_DECODER if model.config.is_encoder_decoder else DECODER_ONLY
+    if tokenizer is None:
+        order = tuple(name for name in order if "input_k" not in ROUTERS[name].settings)
     name = next(name for name in order if _allows(pool, name))
+    used, usual = {*ROUTERS[name].settings, *USED_BY_ALL}, asdict(Routing())
+    idle = [each for each, value in asdict(routing).items() if value != usual[each]]
+    idle = [each for each in idle if each not in used]
+    if idle:
+        warnings.warn(f"Router auto is {name}, which doesn't use {', '.join(idle)}.", stacklevel=3)
     passed = [f"{each} ({', '.join(ROUTERS[each].needs)})" for each in order[: order.index(name)]]
     lacks = f"; what these need isn't all there: {', '.join(passed)}" if passed else ""
     logger.info("Router auto is %s%s.", name, lacks)

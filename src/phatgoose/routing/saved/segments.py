@@ -35,7 +35,7 @@ from ..routers.scores import Scores
 from ..stacks.site_stack import stack_of
 from .description import ROUTED_INFO, ROUTED_WEIGHTS
 from .save import described, layer_tensors
-from .tensors import FACTORS, SEGMENT_FILE, SavedModel, quantised, read_saved
+from .tensors import FACTORS, SEGMENT_FILE, SavedModel, described_by, quantised, read_saved
 
 __all__ = ["STORED", "add_to_saved", "compact", "remove_from_saved", "save_pool"]
 
@@ -127,13 +127,14 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
                 pool.release()
 
         segment = _write_segment(folder, tensors(), _header(pool.sites), len(pool))
-        _describe(
-            folder,
-            saved,
-            segments=[*_segments(saved), segment],
-            experts=[*saved.info["experts"], *pool.records()],
-        )
-        return read_saved(folder)
+        experts = [*saved.info["experts"], *pool.records()]
+        try:
+            segments = [*_segments(saved), segment]
+            return _describe(folder, saved, segments=segments, experts=experts)
+        except RoutingError:
+            if segment not in _segments(saved):
+                (folder / segment["file"]).unlink()
+            raise
 
 
 def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel:
@@ -148,8 +149,7 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
         check_unfolded(_has_folded(saved))
         stay = {saved.left[z] for z in left}
         gone = [z for z in range(len(saved.info["experts"])) if z not in stay]
-        _describe(folder, saved, segments=_segments(saved), removed=gone)
-        return read_saved(folder)
+        return _describe(folder, saved, segments=_segments(saved), removed=gone)
 
 
 def compact(directory: str | Path, *, stored: str | None = None) -> SavedModel:
@@ -175,8 +175,7 @@ def compact(directory: str | Path, *, stored: str | None = None) -> SavedModel:
                         segment.tensors.release()
 
         segment = _write_segment(folder, tensors(), _header(saved.sites), len(saved.left))
-        _describe(folder, saved, segments=[segment], experts=saved.records, removed=[])
-        found = read_saved(folder)
+        found = _describe(folder, saved, segments=[segment], experts=saved.records, removed=[])
         known = {entry["file"] for entry in _segments(found)}
         for path in folder.iterdir():
             if SEGMENT_FILE.fullmatch(path.name) and path.name not in known:
@@ -211,10 +210,16 @@ def _write_segment(
     return {"file": file, "sha256": sha256, "experts": experts}
 
 
-def _describe(folder: Path, saved: SavedModel, **changes: Any) -> None:
+def _describe(folder: Path, saved: SavedModel, **changes: Any) -> SavedModel:
+    """The saved model as it is now, described; what doesn't hold together is not.
+
+    Raises RoutingError as `read_saved` does, and where the description can't be written.
+    """
     info = {key: value for key, value in saved.info.items() if key != "weights_sha256"}
     content = {**info, "format_version": 2, **changes}
+    found = described_by(content, folder)
     write_text(folder / ROUTED_INFO, json.dumps(content, indent=2) + "\n", RoutingError)
+    return found
 
 
 def _segments(saved: SavedModel) -> list[dict[str, Any]]:
@@ -260,22 +265,37 @@ def _has_folded(saved: SavedModel) -> bool:
 
 
 def _check_sizes(saved: SavedModel, pool: Pool) -> None:
-    """Raise ExpertError unless the experts of `pool` map what those that are there map."""
+    """Raise ExpertError unless the experts of `pool` map what the others of a site map."""
+    inputs, outputs = _sizes_at_sites(saved)
+    for expert in pool.experts:
+        for site, module in expert.modules.items():
+            where = f"Expert {expert.name!r}, site {site}"
+            lengths = {len(held[site]) for held in (expert.gates, expert.means) if site in held}
+            known = (inputs.get(site), outputs.get(site))
+            n = module.in_features or known[0] or max(lengths, default=None)
+            d = module.out_features or known[1]
+            if known[0] not in (None, n) or known[1] not in (None, d):
+                raise ExpertError(
+                    f"{where}: maps {n} to {d} features, the experts that are there {known[0]} to "
+                    f"{known[1]}."
+                )
+            if lengths - {n}:
+                raise ExpertError(
+                    f"{where}: a gate or mean of {max(lengths - {n})} numbers for {n} inputs."
+                )
+            inputs |= {site: n} if n else {}
+            outputs |= {site: d} if d else {}
+
+
+def _sizes_at_sites(saved: SavedModel) -> tuple[dict[str, int], dict[str, int]]:
+    """How many inputs and outputs the layers have where experts act, as far as these tell."""
     sizes: dict[str, dict[str, int]] = {"inputs": {}, "outputs": {}}
     for segment in saved.segments:
         for name, tensor in segment.tensors.items():
             part, _, site = name.partition(".")
             if part in SIDES:
                 sizes[SIDES[part]][site] = tensor.shape[-1]
-    for expert in pool.experts:
-        for site, module in expert.modules.items():
-            known = tuple(sizes[side].get(site) for side in sizes)
-            got = (module.in_features or known[0], module.out_features or known[1])
-            if any(k not in (None, g) for g, k in zip(got, known, strict=True)):
-                raise ExpertError(
-                    f"Expert {expert.name!r}, site {site}: maps {got[0]} to {got[1]} features, the "
-                    f"experts that are there {known[0]} to {known[1]}."
-                )
+    return sizes["inputs"], sizes["outputs"]
 
 
 def _kind_of(tensors: Mapping[str, Tensor]) -> torch.dtype | None:

@@ -42,7 +42,7 @@ from .description import (
 )
 
 __all__ = ["FACTORS", "SEGMENT_FILE", "SavedModel", "SavedTensors", "Segment", "quantised"]
-__all__ += ["read_saved"]
+__all__ += ["described_by", "read_saved"]
 
 OWNED = f"lookup.{OWNERS}"
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
@@ -193,8 +193,12 @@ def read_saved(directory: Path) -> SavedModel:
     RoutingError when anything is missing or damaged, ConfigError for a router or kernel that
     isn't known.
     """
+    return described_by(read_description(directory / ROUTED_INFO), directory)
+
+
+def described_by(info: dict[str, Any], directory: Path) -> SavedModel:
+    """The model that `info` says the files in `directory` are. Raises as `read_saved` does."""
     path = directory / ROUTED_INFO
-    info = read_description(path)
     forms = _forms(routing_in(info))
     count = len(info["experts"])
     try:

@@ -127,10 +127,15 @@ def test_readings_of_another_base_are_refused(llama, llama_pool):
     deep = {part: tensor[:1] for part, tensor in second.readings.items()}
     with pytest.raises(PoolError, match=r"'e1' has readings end\.\w+ of shape \(1, .*'e0'"):
         compose(Pool((first, replace(second, readings=deep))), llama, router="discriminant")
-    both = [replace(e, readings={p: t[:1] for p, t in e.readings.items()}) for e in (first, second)]
-    model = compose(Pool(tuple(both)), llama, router="discriminant")
-    with pytest.raises(RoutingError, match="readings of 1 blocks; the model has 2"):
-        composition_of(model).lookup.scores(PROMPTS)
+    for cut, told in (((slice(1),), "1 blocks of 32 numbers"), ((..., slice(16)), "2 .* of 16")):
+        both = [
+            replace(e, readings={part: tensor[cut] for part, tensor in e.readings.items()})
+            for e in (first, second)
+        ]
+        model = compose(Pool(tuple(both)), llama, router="discriminant")
+        with pytest.raises(RoutingError, match=rf"readings of {told}.*; the model has 2 of 32"):
+            composition_of(model).lookup.scores(PROMPTS)
+        detach(model)
 
 
 def test_a_range_without_blocks_is_refused(llama, llama_pool):

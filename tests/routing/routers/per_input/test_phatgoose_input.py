@@ -185,7 +185,6 @@ def test_experts_that_no_prompt_passes_come_last(base, pool, router):
     found = lookup.of_prompts(PROMPTS)
     assert (found.experts[:, -1] == 0).all()
     assert found.experts.sort().values.tolist() == [[0, 1, 2, 3]] * len(PROMPTS)
-    assert found.weights.log().isfinite().all()
     torch.testing.assert_close(found.weights.sum(-1), torch.ones(len(PROMPTS)))
     logits = logits_of(base.model, torch.tensor([base.tokenizer(PROMPTS[0])["input_ids"]]))
     assert logits.isfinite().all()

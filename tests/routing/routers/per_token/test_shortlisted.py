@@ -97,6 +97,19 @@ def test_experts_absent_at_a_site_get_no_weight(llama, llama_pool):
     assert not layer.router.distribution(random(3, layer.in_features)).any()
 
 
+def test_who_has_next_to_no_share_acts_where_the_first_does_not(llama, llama_pool):
+    site = "model.layers.0.self_attn.q_proj"
+    modules = {site: llama_pool.experts[0].modules[site]}
+    first = replace(llama_pool.experts[0], modules=modules)
+    model = compose(Pool((first, *llama_pool.experts[1:])), llama, router=NAME, k=2)
+    alone = Mixtures(torch.tensor([[0, 2, 3]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    composition_of(model).lookup.serve(alone)
+    layer = composition_of(model).layers["model.layers.1.self_attn.q_proj"]
+    decision = layer.router(random(3, layer.in_features))
+    torch.testing.assert_close(decision.weights.sum(dim=-1), torch.ones(3))
+    assert set(decision.experts.flatten().tolist()) == {1, 2}  # e2 and e3 among those there
+
+
 def test_the_distribution_is_the_whole_shortlists(llama, llama_pool):
     model = compose(llama_pool, llama, router=NAME, k=1)
     lookup = composition_of(model).lookup

@@ -187,10 +187,11 @@ class PromptDiscriminant(BaseReader):
 
     def reading(self, model: PreTrainedModel) -> PromptReading:
         """The discriminant at work. Raises RoutingError when `model` isn't what experts read."""
-        depth = len(blocks_of(model))
-        if depth != self.depth:
+        depth, size = len(blocks_of(model)), model.config.get_text_config().hidden_size
+        if (depth, size) != (self.depth, self.size):
             raise RoutingError(
-                f"Router {self.name} has readings of {self.depth} blocks; the model has {depth}."
+                f"Router {self.name} has readings of {self.depth} blocks of {self.size} numbers; "
+                f"the model has {depth} of {size}."
             )
         return _Scored(self.blocks, self.places, self.slopes, self.offsets)
 

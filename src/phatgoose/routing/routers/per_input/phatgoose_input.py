@@ -9,7 +9,6 @@ softmax of these means over `input_temperature`. The symbols are those of `per_t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ from ....errors import RoutingError
 from ....experts.pool import Pool
 from ....tasks.prompt_passes import PromptReading, mean_token
 from ..lookup import Lookup, SavedLookup
-from ..mixtures import Mixtures
 from ..per_token.affinities import CentredRouter, affinity_vectors
 from ..scores import Scores
 from .base_reader import BaseReader, routed_sites
@@ -104,11 +102,6 @@ class GateVote(BaseReader):
             )
             for site in pool.sites
         }
-
-    def mixed(self, scores: Tensor) -> Mixtures:
-        """As `Mixtures.best` has it, with no weight of 0: evidence takes its logarithm."""
-        found = super().mixed(scores)
-        return replace(found, weights=found.weights.clamp(min=torch.finfo(torch.float32).tiny))
 
     def reading(self, model: PreTrainedModel) -> PromptReading:
         """The poll of all sites."""

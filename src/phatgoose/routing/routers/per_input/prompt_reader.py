@@ -129,9 +129,10 @@ class PromptReader(Lookup):
 
     def _read(self, given: Mapping[str, Any]) -> None:
         """Find the experts of the prompts in a call's arguments, unless it goes on with others."""
-        ids, turn = given.get("input_ids"), self._turn
-        if (cached_tokens(given) or 0) > 0:
-            turn.mixtures = self._of_cache(cache_of(given))
+        ids, turn, cache = given.get("input_ids"), self._turn, cache_of(given)
+        known, cached = _is_cache(cache) and cache in self._of_caches, cached_tokens(given)
+        if known if cached is None else cached > 0:
+            turn.mixtures = self._of_cache(cache)
             return
         if given.get("cu_seq_lens_q") is not None:
             raise RoutingError(

@@ -95,5 +95,6 @@ class ShortlistedRouter(SiteRouter):
         experts = found.clamp(min=0)
         logits = self.gates.affinities(u).gather(-1, experts)
         if self.prior:
-            logits = logits + self.prior * mixtures.weights.log()
+            least = torch.finfo(mixtures.weights.dtype).tiny  # of 0 there is no logarithm
+            logits = logits + self.prior * mixtures.weights.clamp(min=least).log()
         return experts, logits.masked_fill(found < 0, -torch.inf)

@@ -1,0 +1,84 @@
+"""Bases that keep a state of what they have read in the place of keys and values."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from architectures import IDS, random_expert
+from phatgoose.base.fingerprint import fingerprint
+from phatgoose.base.loading import Base, load_skeleton
+from phatgoose.errors import BaseModelError
+from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.recording import record
+from scored_tasks import CHOICE_TASK, naive_scores
+from tiny import make_ids, make_tokenizer
+
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
+RWKV = {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32}
+
+
+@pytest.fixture(scope="module")
+def made() -> Base:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba", **IDS, **MAMBA)).eval()
+    model.generation_config.eos_token_id = None
+    return Base(model, make_tokenizer(final_eos=False), "tiny", None, fingerprint(model))
+
+
+@pytest.fixture
+def mamba(made) -> Base:
+    return copy.deepcopy(made)
+
+
+def routed(base, **options):
+    pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
+    return compose(pool, base, **options)
+
+
+def generated(model, **options):
+    ids = make_ids(rows=2)
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5, "do_sample": False}
+    return model.generate(ids, **given, **options)
+
+
+def test_choices_are_scored_after_their_prompts(mamba):
+    for base in (mamba, routed(mamba, k=1)):
+        model = base.model if isinstance(base, Base) else base
+        score = evaluate(model, CHOICE_TASK, tokenizer=mamba.tokenizer).scores[0]
+        for example, prediction in zip(CHOICE_TASK.test, score.predictions, strict=True):
+            wanted = naive_scores(model, mamba, example)
+            assert prediction.scores == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_experts_of_a_prompt_stay_those_of_its_answer(mamba):
+    model = routed(mamba, router="phatgoose-input")
+    with record(model) as recording:
+        tokens = generated(model)
+    assert torch.equal(tokens, generated(model, use_cache=False))
+    for passes in recording.weights.values():
+        chosen = torch.cat(passes, dim=1).argmax(dim=-1)  # [rows, tokens]
+        assert (chosen == chosen[:, :1]).all()
+    assert torch.equal(tokens, generated(model))  # another call, another cache
+
+
+def test_tokens_are_recorded_as_they_come(mamba):
+    model = routed(mamba)
+    with record(model) as recording:
+        tokens = generated(model)
+    assert len(recording.by_token()) == tokens.shape[1] - 1
+
+
+def test_a_model_that_reads_padding_is_refused():
+    config = AutoConfig.for_model("rwkv", **IDS, **RWKV)
+    with pytest.raises(BaseModelError, match="type rwkv read padding as if it were text"):
+        load_skeleton(config)
+    model = AutoModelForCausalLM.from_config(config)
+    expert = random_expert(model, 0)
+    with pytest.raises(BaseModelError, match="type rwkv read padding"):
+        compose(Pool((expert,)), model, k=1)

@@ -86,7 +86,7 @@ held-in)
   held_in=(python examples/study_held_in.py recipes/suites/study-held-in.toml)
   "${held_in[@]}" "$out/held-in.jsonl" 100 "" "${b23[@]}" "${failed[@]/#/$out/pool-b/}"
   rows=phatgoose,phatgoose?k=1,phatgoose?affinity=centred,phatgoose?affinity=calibrated
-  rows+=,phatgoose-input,phatgoose-evidence,average-activation,arrow,spectr,logo,merged,retrieval
+  rows+=,phatgoose-input,phatgoose-evidence,average-activation,arrow,spectr,logo,logo?input_k=3,merged,retrieval
   rows+=,discriminant,joint-discriminant,joint-discriminant?input_k=1,$choice,$shortlist
   rows+=,discriminant?input_k=3'&input_temperature=0.2',discriminant?reading_place=end'&shrinkage=1'
   "${held_in[@]}" "$out/held-in-routed.jsonl" 40 "$rows" "${b23[@]}" ;;

@@ -101,8 +101,7 @@ def prepare(
     check_base(pool.base, found.reference)
     lookup = router.lookup_of(pool, scores, found.tokenizer)
     sites = find_sites(found.model)
-    for each in pool.experts:
-        check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
+    check_pool_fits(pool, sites)
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
@@ -113,6 +112,12 @@ def prepare(
     )
     parts.router.read_base(found.model, found.tokenizer, pool)
     return Preparation(pool, found.model, sites, parts)
+
+
+def check_pool_fits(pool: Pool, sites: Mapping[str, Site]) -> None:
+    """Raise ExpertError unless every expert of `pool` fits the base, which has `sites`."""
+    for each in pool.experts:
+        check_fit(each.name, each.modules, sites, {"gate": each.gates, "mean": each.means})
 
 
 def routed_layers(prepared: Preparation) -> Iterator[RoutedLayer]:

@@ -20,9 +20,8 @@ from ..base.fingerprint import check_base
 from ..base.offloading import check_in_place
 from ..base.sites import Site, find_sites
 from ..errors import PoolError, RoutingError
-from ..experts.adapter import check_fit
 from ..experts.pool import Pool
-from .compose import detach, install, routed_layer, stack_at
+from .compose import check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .routers.router import Router, warn_of_lowered_k
@@ -48,9 +47,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     detach(model)
     try:
         sites = find_sites(model)
-        for expert in pool.experts:
-            vectors_of = {"gate": expert.gates, "mean": expert.means}
-            check_fit(expert.name, expert.modules, sites, vectors_of)
+        check_pool_fits(pool, sites)
         lookup = parts.lookup and parts.lookup.grown(pool, len(parts.experts))
         added = {name: stack_at(model, name, pool) for name in pool.sites}
         states = {name: parts.router.state_at(pool, name) for name in pool.sites}

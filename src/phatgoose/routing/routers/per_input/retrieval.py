@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ....errors import RoutingError
 from ....experts.pool import Pool
 from ....tasks.embeddings import usable_embedder
 from ...stacks.rows import joined
@@ -57,11 +56,9 @@ class Retrieval(LookedUp):
         return self._retriever(found.rows, found.owners, embedder, reads)
 
     def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
-        """The same, read from a saved model. Raises RoutingError when it isn't whole."""
+        """The same, read from a saved model. Raises RoutingError where no embedder is recorded."""
         recorded = saved.embedder_for(self.spec.name)
         reads, tensors = self.needed(tokenizer), saved.tensors
-        if EMBEDDINGS not in tensors or not len(tensors[OWNERS]):
-            raise RoutingError("Router retrieval has no embeddings to look inputs up in.")
         embedder = usable_embedder(recorded, self.routing.retrieval_embedder)
         return self._retriever(tensors[EMBEDDINGS], tensors[OWNERS], embedder, reads)
 

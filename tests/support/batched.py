@@ -40,7 +40,7 @@ class Told:
         return [stream for event in self.events for stream in event.routing]
 
 
-def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", experts=None, echoed=0):
+def row_of(runner, prompt, decoding=GREEDY, choice=0, client="", experts=None, echoed=""):
     return ActiveSequence(runner, prompt, decoding, Told(), choice, client, experts, echoed)
 
 

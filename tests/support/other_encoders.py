@@ -26,7 +26,9 @@ LED = {  # pads inside, to whole windows
     "max_decoder_position_embeddings": 128,
 }
 NLLB_MOE = {**BART, "num_experts": 2, "encoder_sparse_step": 2, "decoder_sparse_step": 2}
-SWITCH = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 2}
+SWITCH = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_decoder_layers": 2}
+SWITCH |= {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+SWITCH |= {"num_heads": 4, "num_experts": 2}
 OTHER_ENCODERS = {  # by transformers' model_type
     "bart": BART,
     "led": LED,

@@ -78,6 +78,10 @@ def test_openai_chats(client):
         for choice in chunk.choices:
             said[choice.index] += choice.delta.content or ""
     assert said == [choice.message.content for choice in whole.choices]
+    said = whole.choices[0].message  # sent back as it is, and with every field
+    for earlier in (said, said.model_dump()):
+        more = [*wish["messages"], earlier, {"role": "user", "content": "more"}]
+        client.chat.completions.create(**wish | {"messages": more})
     again = client.chat.completions.create(
         **wish, temperature=0, extra_body={"router": "phatgoose", "keep": ["e1"]}
     )

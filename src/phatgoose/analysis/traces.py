@@ -20,6 +20,7 @@ from ..base.sites import Stream
 from ..errors import RoutingError
 from ..routing.composition import Composition, composition_of
 from ..routing.routers.decision import highest
+from ..routing.routers.mixtures import Mixtures
 from ..routing.watching import SitePass
 from ..tasks.collating import decoder_start
 from ..tasks.encoding import Encoder, TokenPair
@@ -27,7 +28,7 @@ from .reading import Observer, pass_through
 from .routing_distribution import PARTS
 from .site_labels import SiteLabel, layers_and_kinds, site_label
 
-__all__ = ["Trace", "TraceKeeper", "TraceStream", "join_streams", "trace"]
+__all__ = ["Trace", "TraceKeeper", "TraceStream", "chosen_for_whole", "join_streams", "trace"]
 
 Array = NDArray[np.float64]
 
@@ -178,15 +179,14 @@ def trace(model: PreTrainedModel, encoder: Encoder, pair: TokenPair) -> Trace:
         for name, tokens, marks in _streams(model, encoder, pair)
         if name in passed
     )
-    whole = _whole(parts)
+    known = None if parts.lookup is None else parts.lookup.mixtures
+    whole = chosen_for_whole(parts, known)
     return Trace(parts.experts, parts.routing.router, tuple(streams), whole)
 
 
-def _whole(parts: Composition) -> tuple[tuple[str, float], ...]:
-    """What the model's lookup holds for the one text that was passed."""
-    lookup = parts.lookup
-    known = lookup.mixtures if lookup is not None and lookup.chooses else None
-    if known is None:
+def chosen_for_whole(parts: Composition, known: Mixtures | None) -> tuple[tuple[str, float], ...]:
+    """A trace's `whole`, where the model's lookup has found the mixture `known` for one text."""
+    if known is None or parts.lookup is None or not parts.lookup.chooses:
         return ()
     chosen = zip(known.experts[0].tolist(), known.weights[0].tolist(), strict=True)
     return tuple((parts.experts[z], weight) for z, weight in chosen)
@@ -224,14 +224,16 @@ class TraceKeeper(Observer):
     def streams(self) -> dict[str, TraceStream]:
         """The streams that were passed: every token of every row, in turn.
 
-        Tokens have no texts and parts yet; `TraceStream.some` adds them.
+        Tokens have no texts and parts yet; `TraceStream.some` adds them. Sites that see some of the
+        tokens only, inside a mixture of experts of the base's own, are left out.
         """
         return {name: self._stream(name) for name in self._seen}
 
     def _stream(self, name: str) -> TraceStream:
-        seen = self._seen[name]
+        tokens = max(len(best) for _, best, _, _ in self._seen[name])
+        seen = [each for each in self._seen[name] if len(each[1]) == tokens]
         kept = max(best.shape[1] for _, best, _, _ in seen)
-        shape = (len(seen[0][1]), len(seen), kept)
+        shape = (tokens, len(seen), kept)
         experts, shares = np.zeros(shape, np.uint16), np.zeros(shape)
         for index, (_, best, weights, _) in enumerate(seen):
             experts[:, index, : best.shape[1]] = best.numpy()

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput
 
 from ..base.offloading import input_device
 from ..base.token_masks import cache_argument
@@ -191,7 +190,8 @@ def _score_seq2seq(
     prompts = pad_right([prompt for prompt, _ in rows], pad).to(device)
     real = pad_right([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
     announce(range(len(rows)))
-    encoded = model.get_encoder()(input_ids=prompts, attention_mask=real).last_hidden_state
+    encoded = model.get_encoder()(input_ids=prompts, attention_mask=real)
+    states, form = encoded.last_hidden_state, type(encoded)  # some models ask for more of it
     owner = _owners(rows, device)
     start = decoder_start(model)
     choices = [choice for _, each in rows for choice in each]
@@ -201,7 +201,7 @@ def _score_seq2seq(
         inputs = [[start, *choice[:-1]] for choice in chosen]
         announce(from_row.tolist())
         logits = model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=encoded.index_select(0, from_row)),
+            encoder_outputs=form(last_hidden_state=states.index_select(0, from_row)),
             attention_mask=real.index_select(0, from_row),
             decoder_input_ids=pad_right(inputs, pad).to(device),
             decoder_attention_mask=pad_right([[1] * len(row) for row in inputs], 0).to(device),

@@ -73,7 +73,8 @@ class Recording:
         """Mean weight of each expert over all sites, [tokens, E], for one row of the batch.
 
         In an encoder-decoder model these are the decoder's tokens and sites, or the encoder's where
-        no expert acts in the decoder.
+        no expert acts in the decoder. Sites that see some of the tokens only, inside a mixture of
+        experts of the base's own, are left out.
         """
         stream = "decoder" if "decoder" in self.streams.values() else "encoder"
         rows = [
@@ -81,4 +82,5 @@ class Recording:
             for site, passes in self.weights.items()
             if self.streams[site] == stream
         ]
-        return torch.stack(rows).mean(dim=0)
+        tokens = max(map(len, rows))
+        return torch.stack([each for each in rows if len(each) == tokens]).mean(dim=0)

@@ -119,6 +119,7 @@ def test_a_setting_that_the_router_ignores_is_told(told, analysed):
         (("BASE", *TASKS), "neither a pool nor a routed model"),
         (("POOL", *TASKS, "--against", "nothing"), "router is 'nothing'"),
         (("POOL", *TASKS, "--smoothing", "2"), "smoothing is 2.0"),
+        (("POOL", *TASKS, "--data", "copies"), "--data is for --suite, which was not given"),
         (("POOL", *TASKS, "--results", "none.jsonl"), "none.jsonl don't exist"),
         (("POOL", *TASKS, "--no-score", "--leave-one-out"), "needs a pool of several"),
         (("POOL", *TASKS, "--expert", "e0"), "expert is for router single; here it is phatgoose"),

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mixed_experts import ordered
+from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, RoutingError, TaskError
 from phatgoose.experts.pool import Pool
@@ -166,6 +167,16 @@ def test_ia3_and_biases_leave_merged_only_where_the_base_can_hold_them(
     else:
         with pytest.raises(RoutingError, match="the base has none there"):
             export(model, tmp_path / "biased-whole", merged=True)
+
+
+def test_a_lora_with_biases_leaves_in_bfloat16(llama, llama_mixed, base_folders, tmp_path):
+    half = load_base(base_folders["llama"], dtype="bfloat16")
+    export(compose(llama_mixed, half, router="single", expert="biased1"), tmp_path / "biased")
+    wanted = logits_of(compose(llama_mixed, llama, router="single", expert="biased1"), make_ids())
+    detach(llama.model)
+    got = logits_of(peft_model(llama, tmp_path / "biased"), make_ids())
+    near = 2**-6 * float(wanted.abs().max())  # factors were rounded
+    torch.testing.assert_close(got, wanted, rtol=0, atol=near)
 
 
 def test_what_can_t_leave_is_refused_and_nothing_is_written(llama, llama_mixed, tmp_path):

@@ -64,6 +64,7 @@ def analyse(
     from ..report.page import write_report
 
     only_with("--task", bool(task), vars(template))
+    only_with("--suite", bool(suite), vars(source))
     tasks = [template.load(name) for name in task or []]
     tasks += [read for name in suite or [] for read in open_suite(name).load(source.sources)]
     if not tasks:

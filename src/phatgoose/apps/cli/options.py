@@ -114,12 +114,18 @@ def only_with(what: str, there: bool, given: Mapping[str, object]) -> None:
             raise ConfigError(f"{flag_of(name)} is for {what}, which was not given.")
 
 
-def warn_of_unused(routing: Routing, given: frozenset[str]) -> None:
-    """Warn of `given` settings, by name, that the router of `routing` doesn't look at."""
+def warn_of_unused(routing: Routing, given: frozenset[str] | None = None) -> None:
+    """Warn of `given` settings, by name, that the router of `routing` doesn't look at.
+
+    None stands for those that aren't the usual ones.
+    """
     from ...routing.routers.registry import AUTO, spec_of
 
     if routing.router == AUTO:
         return
+    if given is None:
+        usual = Routing()
+        given = frozenset(n for n in POOL_SETTINGS if getattr(routing, n) != getattr(usual, n))
     used = {*spec_of(routing.router).settings, "router", "expert", "kernel", "retrieval_embedder"}
     unused = sorted(map(flag_of, (given & POOL_SETTINGS) - used))
     if unused:

@@ -10,7 +10,7 @@ import typer
 
 from ...config import ROUTING_SETTINGS, Routing, Serving
 from ..console.printing import say
-from .options import ModelOptions, ReplicaOptions
+from .options import ModelOptions, ReplicaOptions, warn_of_unused
 
 if TYPE_CHECKING:
     from ..server.settings import ServedModel
@@ -59,6 +59,9 @@ def serve(
         dtype=opening.dtype,
         scores=str(opening.scores) if opening.scores else None,
     )
+    for each in models:
+        if each.routing is not None:
+            warn_of_unused(each.routing)
     keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ...config import KIND_NAMES, Formatting, Routing
+from ...config import KIND_NAMES, Formatting, Routing, settings_of
 from ...errors import ConfigError, RoutingError
 from ..console.printing import say
 from .options import (
@@ -143,6 +143,8 @@ def export(
     if prompt and task:
         raise ConfigError("A mixture is fixed for prompts or for a task: give --prompt or --task.")
     only_with("--task", task is not None, {"limit": limit, "seed": seed, **vars(template)})
+    form = dict.fromkeys(given & {setting.name for setting in settings_of(Formatting)}, True)
+    only_with("--prompt or --task", bool(prompt or task), form)
     texts = _texts(prompt, task, limit or 100, seed or 0, template, formatting)
     from ...routing.exporting.export import export as run
     from ...routing.exporting.opening import open_routed

@@ -169,8 +169,9 @@ def _groups_table(analysis: Analysis) -> Table:
     for router in analysis.routers.values():
         every = list(router.distributions.values())
         groups = {f"{part}s": [found.whole(part=part) for found in every] for part in PARTS}
-        for kind in every[0].by_kind():
-            groups[kind] = [found.by_kind()[kind] for found in every]
+        by_kind = [found.by_kind() for found in every]
+        for kind in dict.fromkeys(kind for held in by_kind for kind in held):
+            groups[kind] = [held[kind] for held in by_kind if kind in held]
         for name, weights in groups.items():
             rows.setdefault(name, [name]).append(_summary(np.mean(weights, axis=0), analysis))
     return Table(

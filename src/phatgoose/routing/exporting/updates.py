@@ -182,7 +182,8 @@ class AddedUpdate(WrappedLinear):
         y: Tensor = self.base(u)
         update = self.update
         inner = functional.linear(u.to(update.A.dtype), update.A)
-        return y + functional.linear(inner.to(update.B.dtype), update.B, update.bias).to(y.dtype)
+        more = functional.linear(inner.to(update.B.dtype), update.B)
+        return y + (more if update.bias is None else more + update.bias).to(y.dtype)
 
 
 @torch.no_grad()

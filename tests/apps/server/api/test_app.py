@@ -192,6 +192,18 @@ def test_without_a_limit_a_chat_takes_what_the_server_gives(pool):
         assert ask(client, path="/v1/chat/completions", **body)["usage"]["completion_tokens"] == 9
 
 
+def test_a_developer_speaks_as_the_system_and_answers_may_be_sent_back(chat):
+    told = {"role": "assistant", "content": "ho", "refusal": None, "tool_calls": None}
+    talk = [{"role": "developer", "content": "be"}, {"role": "user", "content": "hi"}, told]
+    asked = {"model": "goose", "messages": talk, "max_tokens": 4, "temperature": 0}
+    first = chat.post("/v1/chat/completions", json=asked).json()
+    asked["messages"] = [{**talk[0], "role": "system"}, talk[1], {**told, "annotations": []}]
+    second = chat.post("/v1/chat/completions", json=asked).json()
+    assert first["choices"] == second["choices"]
+    asked["messages"] = [{**told, "tool_calls": [{}]}]
+    assert chat.post("/v1/chat/completions", json=asked).status_code == 400
+
+
 def test_what_a_template_refuses_is_told(chat, client):
     path = "/v1/chat/completions"
     messages = [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]
@@ -256,6 +268,17 @@ def test_routing_tells_each_tokens_experts(client, tokenizer):
     everywhere = ask(client, **GREEDY, routing=True)["choices"][0]["routing"]
     assert everywhere["trace"] is None
     assert max(len(token["experts"]) for token in everywhere["tokens"]) > 2
+
+
+def test_a_trace_tells_who_was_chosen_for_the_whole_prompt(client, pool):
+    wish = {**GREEDY, "router": "discriminant", "routing": {"trace": True}}
+    (choice,) = ask(client, **wish)["choices"]
+    ((expert, weight),) = choice["routing"]["trace"]["whole"]
+    assert expert in pool.names
+    assert weight == 1
+    assert {expert} == set(choice["routing"]["tokens"][0]["experts"])
+    (choice,) = ask(client, **GREEDY, routing={"trace": True})["choices"]
+    assert choice["routing"]["trace"]["whole"] == []
 
 
 def test_a_stream_tells_its_routing_piece_by_piece(client):

@@ -10,7 +10,7 @@ from phatgoose.apps.server.api.request_preparation import PreparedRequest, Reque
 from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
 from phatgoose.apps.server.api.response_builders import builder_of
 from phatgoose.apps.server.engine.model_runner import ModelRunner
-from phatgoose.apps.server.engine.sequences import Progress
+from phatgoose.apps.server.engine.sequences import Progress, ScoredToken
 from phatgoose.base.detokenising import UNFINISHED
 from phatgoose.config import Serving
 from serving import CHAT_TEMPLATE
@@ -60,6 +60,25 @@ def test_offsets_point_to_where_tokens_begin(client, prompt, stream):
     for token, place, then in zip(tokens, offsets, [*offsets[1:], len(text)], strict=True):
         if token not in SPECIAL | {UNFINISHED} and then > place:  # the last token of its text
             assert text[place:then] == token
+
+
+def test_special_tokens_of_an_echoed_text_have_their_place(client):
+    asked = {"model": "goose", "prompt": "ab</s>cd", "echo": True, "logprobs": 1, "max_tokens": 3}
+    (choice,) = client.post("/v1/completions", json=asked).json()["choices"]
+    told = choice["logprobs"]
+    assert told["tokens"][:5] == ["a", "b", "</s>", "c", "d"]
+    assert told["text_offset"][:6] == [0, 1, 2, 6, 7, 8]
+
+
+def test_parts_of_a_character_have_no_bytes(prepared):
+    messages = [{"role": "user", "content": "ab"}]
+    request = ChatRequest(model="goose", messages=messages, logprobs=True, top_logprobs=1)
+    tokens = [ScoredToken(UNFINISHED, 0, -1.0, ((UNFINISHED, -1.0),)), ScoredToken("é", 0, -1.0)]
+    whole = [[Progress(0, "é", tuple(tokens), (), "stop", 2)]]
+    (choice,) = builder_of(prepared(request)).whole(whole).model_dump()["choices"]
+    first, last = choice["logprobs"]["content"]
+    assert first["bytes"] is first["top_logprobs"][0]["bytes"] is None
+    assert last["bytes"] == list("é".encode())
 
 
 def test_a_chat_is_streamed_in_chunks_that_end_with_a_count(prepared):

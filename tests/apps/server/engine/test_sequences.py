@@ -85,7 +85,7 @@ def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answ
     runner = runner_of()
     before, after = (runner.tokenizer(text)["input_ids"] for text in (prompt, answer))
     wish = Decoding(len(after), 0.0, stop=stop, logprobs=0, echo=echo)
-    row = row_of(runner, before, wish, echoed=len(prompt) if echo else 0)
+    row = row_of(runner, before, wish, echoed=prompt if echo else "")
     if echo:
         row.emit_prompt([TokenScores(Alternative(token, -1.0), ()) for token in before[1:]])
     for token in after:
@@ -102,7 +102,7 @@ def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answ
 
 
 def test_an_end_token_is_placed_after_the_text(runner_of):
-    row = row_of(runner_of(), prompt_of(1), Decoding(2, 0.0, logprobs=0), echoed=3)
+    row = row_of(runner_of(), prompt_of(1), Decoding(2, 0.0, logprobs=0), echoed="abc")
     for token in (40, 1):
         row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
     assert [(each.text, each.place) for each in row.deliver.tokens][1] == ("</s>", 4)

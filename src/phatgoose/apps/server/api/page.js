@@ -64,6 +64,7 @@ class Pane {
     this.explorer = null;
     this.text = "";
     this.count = 0;
+    this.routed = "";
     this.begun = performance.now();
     this.find("explorer").replaceChildren();
     this.find("plain").textContent = "";

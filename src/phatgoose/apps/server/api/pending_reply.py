@@ -57,7 +57,7 @@ class PendingReply:
                 choice,
                 client,
                 each.experts,
-                echoed=len(each.prompt.text) if each.decoding.echo else 0,
+                echoed=each.prompt.text if each.decoding.echo else "",
             )
             for choice, each in enumerate(answers)
         ]

@@ -22,6 +22,7 @@ __all__ = ["PreparedAnswer", "PreparedRequest", "RequestPreparer", "RequestPromp
 TOO_LONG = "context_length_exceeded"
 CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
 DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
+ROLES = {"developer": "system"}  # OpenAI's newer name, and the one that templates know
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ class RequestPreparer:
         self._check_number(1, request.n or 1)
         self._check_length("".join(message.text for message in request.messages), "messages")
         messages = [
-            {"role": message.role, "content": message.text}
+            {"role": ROLES.get(message.role, message.role), "content": message.text}
             | ({"name": message.name} if message.name else {})
             for message in request.messages
         ]

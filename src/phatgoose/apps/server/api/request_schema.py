@@ -129,12 +129,19 @@ class TextPart(Strict):
 class Message(Strict):
     """A message of a conversation."""
 
-    role: Literal["system", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="The template gets system for developer."
+    )
     content: (
         str
         | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
     )
-    name: str | None = Field(None, description="Ignored.")
+    name: str | None = Field(None, description="Handed to the template.")
+    refusal: None = Field(None, description="As in answers, which may be sent back.")
+    audio: None = Field(None, description="Not supported.")
+    function_call: None = Field(None, description="Not supported.")
+    tool_calls: Nothing | None = Field(None, description="Not supported.")
+    annotations: Nothing | None = Field(None, description="Not supported.")
 
     @property
     def text(self) -> str:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ....analysis.traces import Trace, TraceStream, join_streams
+from ....analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
+from ....base.detokenising import UNFINISHED
 from ....routing.composition import composition_of
 from ..engine.sequences import Progress, ScoredToken
 from .request_preparation import PreparedRequest
@@ -124,8 +125,9 @@ class ResponseBuilder:
             ]
         elif detail.trace:
             state.streams = tuple(stream.name for stream in streams)
-            whole = Trace(parts.experts, parts.routing.router, tuple(streams))
-            report.trace = whole.to_dict()
+            whole = chosen_for_whole(parts, self.prepared.answers[progress.choice].experts)
+            trace = Trace(parts.experts, parts.routing.router, tuple(streams), whole)
+            report.trace = trace.to_dict()
         return report
 
 
@@ -249,8 +251,11 @@ class ChatBuilder(ResponseBuilder):
 
 
 def _chat_token(token: ScoredToken) -> ChatToken:
-    best = [TopToken(token=t, logprob=p, bytes=list(t.encode())) for t, p in token.top]
+    best = [TopToken(token=t, logprob=p, bytes=_bytes_of(t)) for t, p in token.top]
     own = token.logprob if token.logprob is not None else 0.0
-    return ChatToken(
-        token=token.text, logprob=own, bytes=list(token.text.encode()), top_logprobs=best
-    )
+    return ChatToken(token=token.text, logprob=own, bytes=_bytes_of(token.text), top_logprobs=best)
+
+
+def _bytes_of(text: str) -> list[int] | None:
+    """The bytes of a token's text, None where it is part of a character, shown at its last one."""
+    return None if UNFINISHED in text else list(text.encode())

@@ -109,7 +109,7 @@ class CompletionReply(AnswerReply):
 
 
 class TopToken(Reply):
-    """An alternative token, with its bytes in UTF-8."""
+    """An alternative token, with its bytes in UTF-8, null where it is part of a character."""
 
     token: str
     logprob: float

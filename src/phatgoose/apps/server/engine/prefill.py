@@ -56,7 +56,7 @@ def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutp
     """Some rows of an encoder's output."""
     if encoded is None:
         return None
-    return BaseModelOutput(last_hidden_state=encoded.last_hidden_state[rows])
+    return type(encoded)(last_hidden_state=encoded.last_hidden_state[rows])
 
 
 def keeper_for(sequences: Sequence[ActiveSequence]) -> TraceKeeper | None:

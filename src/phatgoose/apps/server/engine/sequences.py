@@ -70,8 +70,8 @@ class ActiveSequence:
 
     `deliver` is called from the engine's thread, and no more once `is_cancelled` is set. `choice`
     is the answer's number in its request, `client` who sent that, and `experts` those that a
-    router which picks experts by prompt has found. `echoed` is how many characters of the prompt
-    are told before the answer.
+    router which picks experts by prompt has found. `echoed` is the text of the prompt that is
+    told before the answer.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class ActiveSequence:
         choice: int = 0,
         client: str = "",
         experts: Mixtures | None = None,
-        echoed: int = 0,
+        echoed: str = "",
     ) -> None:
         self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
         self.deliver, self.choice, self.client, self.experts = deliver, choice, client, experts
@@ -121,8 +121,10 @@ class ActiveSequence:
         detokeniser, end = Detokeniser(self.runner.tokenizer), 0
         for token in tokens:
             piece = detokeniser.add(token)
-            yield shown_as(self.runner.tokenizer, token, piece), min(end, self._echoed)
-            end += len(piece)
+            text = shown_as(self.runner.tokenizer, token, piece)
+            yield text, min(end, len(self._echoed))
+            is_special = not piece and self._echoed.startswith(text, end)
+            end += len(text) if is_special else len(piece)
 
     def add_routing(self, stream: TraceStream) -> None:
         """Keep the routing of tokens that passed the model, for the next event."""
@@ -139,7 +141,7 @@ class ActiveSequence:
         piece, begin = self._detokeniser.add(token), len(self._text)
         self._text += piece
         self.shown.append(shown_as(self.runner.tokenizer, token, piece))
-        scored = self._scored_answer(token, self._echoed + begin, logits)
+        scored = self._scored_answer(token, len(self._echoed) + begin, logits)
         self._unsent.append((len(self._text), scored))
         if token in self._ends:
             self.finish = "stop"

@@ -191,7 +191,7 @@ def test_embeddings_of_another_form_are_refused_before_anything_is_written(adapt
 
 def test_the_card_names_base_and_metrics(original):
     card = (original.directory / LAYOUT.card).read_text()
-    assert "base_model: tiny" in card
+    assert 'base_model: "tiny"' in card
     assert "sha256:ab" in card
 
 

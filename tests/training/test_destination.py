@@ -44,7 +44,7 @@ def train(base: Base, job: ExpertJob, out: str) -> list[Any]:
     return list(train_experts(base, [job], out=out, peft=LORA))
 
 
-class MachineLostError(Exception):
+class MachineLostError(BaseException):
     """The machine goes away."""
 
 
@@ -296,6 +296,34 @@ def test_an_expert_is_there_when_its_description_is(tmp_path):
     assert folder.has("half")
     with pytest.raises(ExpertError, match="half can't be read"):
         folder.finished("half")
+
+
+class StoreError(Exception):
+    """What a store raises, by a name of its own."""
+
+
+def refuse(*_, **__):
+    raise StoreError("no credentials")
+
+
+def test_a_store_that_takes_nothing_is_told_before_the_work(url, job, llama, monkeypatch):
+    folder = expert_folder(url)
+    monkeypatch.setattr(type(folder.files), "put_file", refuse)
+    monkeypatch.setattr(
+        "phatgoose.training.pool_jobs.train_expert", lambda *_, **__: pytest.fail("trained")
+    )
+    with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be written: no credentials$"):
+        train(llama, job, url)
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"), [("exists", "read"), ("cat_file", "written"), ("mv", "written")]
+)
+def test_what_a_store_says_is_one_line(url, job, llama, monkeypatch, asked, told):
+    folder = expert_folder(url)
+    monkeypatch.setattr(type(folder.files), asked, refuse)
+    with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be {told}: no credentials$"):
+        train(llama, job, url)
 
 
 def test_a_folder_that_nothing_can_open_is_refused():

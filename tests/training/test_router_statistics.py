@@ -33,6 +33,7 @@ TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, see
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_examples", embed)
+    monkeypatch.setattr("phatgoose.training.run.load_embedder", lambda _: None)
 
 
 def train(base, out: Path, formatting: Formatting | None = None, **statistics) -> Expert:

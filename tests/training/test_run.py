@@ -71,6 +71,51 @@ def test_a_base_that_pads_inside_is_refused_before_the_work(architecture, llama,
     assert train(base, tmp_path / "echo", gate_training=without).means == {}
 
 
+def test_an_embedder_that_cannot_be_loaded_is_told_before_the_work(llama, tmp_path):
+    pytest.importorskip("sentence_transformers", reason="needs the extra 'retrieval'")
+    wanted = replace(GATES, embeddings=True, embedder=str(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match="nowhere' can't be loaded"):
+        train(llama, tmp_path / "echo", gate_training=wanted)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_work_is_resumed_for_other_statistics(llama, tmp_path, monkeypatch, whole):
+    interrupted(monkeypatch, llama, tmp_path / "echo", PASS, call=8)
+    fewer = replace(GATES, readings=False, statistics_examples=2)
+    got = train(llama, tmp_path / "echo", resume=True, gate_training=fewer)
+    assert_same_expert(got, whole)
+    assert not got.readings
+
+
+def test_work_of_another_dtype_is_not_resumed(llama, base_folders, tmp_path, monkeypatch):
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
+    half = load_base(base_folders["llama"], dtype="bfloat16")
+    with pytest.raises(ConfigError, match="another base"):
+        train(half, tmp_path / "cut", resume=True)
+
+
+def test_the_best_step_is_kept_where_the_work_moved_before_it_was_saved(llama, tmp_path):
+    """The last step is not the best one, and the run ends between that and the saved adapter."""
+    task = replace(TASK, validation=words("q", "x", "z"))
+    settings = replace(TRAINING, steps=8, learning_rate=0.1, warmup_ratio=0.0)
+    wanted = train(llama, tmp_path / "whole" / "echo", task, settings)
+    assert wanted.info.metrics["expert_best_step"] < 8
+    saved = []
+
+    def stop():
+        saved.append(1)
+        if len(saved) == 4:
+            raise KeyboardInterrupt
+
+    callback = TrainingCallback(on_saved=stop, shows_bar=False)
+    with pytest.raises(KeyboardInterrupt):
+        train(llama, tmp_path / "first" / "echo", task, settings, callback=callback)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    got = train(llama, tmp_path / "moved" / "echo", task, settings, resume=True)
+    assert_same_expert(got, wanted)
+    assert got.info.metrics["expert_best_step"] == wanted.info.metrics["expert_best_step"]
+
+
 def test_no_bar_is_shown_beside_that_of_a_caller_who_has_one(llama, tmp_path, monkeypatch):
     hidden = []
 

@@ -10,7 +10,7 @@ import pytest
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.training.destination import LocalFolder
 from phatgoose.training.gates import train_gates
-from phatgoose.training.unfinished import discard_work, open_work
+from phatgoose.training.unfinished import discard_work, open_work, work_of
 from small_disks import FEW, TASK, everything, told, train
 
 HOLD = """
@@ -84,6 +84,17 @@ def test_what_a_killed_restart_left_is_nobody_s(tmp_path, monkeypatch, how):
         assert sorted(path.name for path in work.iterdir()) == ["lock", "run.json"]
 
 
+def test_an_expert_that_another_process_has_made_meanwhile_is_not_made_again(tmp_path):
+    (tmp_path / "expert").mkdir()
+    for how in ("resume", "restart", "neither"):
+        given = {"resume": how == "resume", "restart": how == "restart"}
+        with (
+            pytest.raises(ExpertError, match=r"Another process has made .*expert meanwhile"),
+            open_work(tmp_path / "expert", {}, **given),
+        ):
+            pass
+
+
 def train_again(base, out):
     train(base, out, resume=True)
 
@@ -94,9 +105,9 @@ def finished_in_folder(_, out):
 
 @pytest.mark.parametrize("finish", [train_again, finished_in_folder])
 def test_work_beside_what_is_no_expert_stays(llama, tmp_path, finish):
-    (tmp_path / "expert").mkdir()
     with open_work(tmp_path / "expert", {}, resume=False, restart=False) as work:
         (work / "checkpoint").touch()
+    (tmp_path / "expert").mkdir()
     with pytest.raises(ExpertError, match="no expert directory"):
         finish(llama, tmp_path / "expert")
     assert (work / "checkpoint").exists()
@@ -104,13 +115,11 @@ def test_work_beside_what_is_no_expert_stays(llama, tmp_path, finish):
 
 def test_what_was_left_beside_a_finished_expert_is_tidied_up(llama, tmp_path):
     expert = train(llama, tmp_path / "expert")
-    with open_work(tmp_path / "expert", {}, resume=False, restart=False):
-        pass
+    work_of(tmp_path / "expert").mkdir()
     assert train(llama, tmp_path / "expert", resume=True).info == expert.info
     assert {path.name for path in tmp_path.iterdir()} == {"expert"}
     gated = train_gates(llama, expert.directory, TASK, out=tmp_path / "gated", **FEW)
-    with open_work(tmp_path / "gated", {}, resume=False, restart=False):
-        pass
+    work_of(tmp_path / "gated").mkdir()
     again = train_gates(llama, expert.directory, TASK, out=tmp_path / "gated", resume=True, **FEW)
     assert again.info == gated.info
     assert {path.name for path in tmp_path.iterdir()} == {"expert", "gated"}

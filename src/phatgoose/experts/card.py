@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -15,8 +16,7 @@ __all__ = ["model_card"]
 
 CARD = """\
 ---
-base_model: {front}
-library_name: {library}
+{front}library_name: {library}
 tags:
 - phatgoose
 - {tag}
@@ -52,7 +52,7 @@ model = PeftModel.from_pretrained(base_model, "path/to/{name}")
 """
 
 LONGEST_CELL = 500
-PLAIN = re.compile(r"[\w.-]+(/[\w.-]+)*")  # a text that YAML needs no quotes for
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
@@ -64,7 +64,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
     base = info["base"]
     return CARD.format(
         name=info["name"],
-        front=base["id"] if PLAIN.fullmatch(base["id"]) else json.dumps(base["id"]),
+        front=f"base_model: {_quoted(base['id'])}\n" if _is_on_hub(base["id"]) else "",
         base_id=_code(base["id"]),
         revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
         fingerprint=_code(base["fingerprint"] or "not recorded"),
@@ -77,6 +77,16 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
         hyperparameters=_section("Hyper-parameters", info["hyperparameters"]),
         metrics=_section("Metrics", info["metrics"]),
     )
+
+
+def _is_on_hub(base: str) -> bool:
+    """True where `base` may name a model on the Hub, which refuses a card that names another."""
+    return HUB_ID.fullmatch(base) is not None and not os.path.isdir(base)
+
+
+def _quoted(name: str) -> str:
+    """A Hub id in YAML; without an owner it might be a number there."""
+    return name if "/" in name else json.dumps(name)
 
 
 def _cell(value: object) -> str:

@@ -6,6 +6,7 @@ It needs every contributor's data in one place, which the setting rules out.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ..errors import TaskError
 from .suites.entries import Entry, Sources
@@ -61,4 +62,18 @@ def mixture(
         source=f"mixture of {len(tasks)} tasks",
     )
     origin: Origin = "hub" if "hub" in origins else "copy" if "copy" in origins else "file"
-    return TrainingTask(entry, name, origin, Sources())
+    return _Mixture(entry, name, origin, Sources(), tuple(tasks), most, seed)
+
+
+@dataclass(frozen=True)
+class _Mixture(TrainingTask):
+    """A `mixture` of `tasks`."""
+
+    tasks: tuple[TrainingTask, ...]
+    most: int | None
+    seed: int
+
+    def portable(self) -> TrainingTask:
+        """The mixture of what each task is for another machine."""
+        tasks = [task.portable() for task in self.tasks]
+        return mixture(tasks, self.name, most=self.most, seed=self.seed)

@@ -20,13 +20,15 @@ from typing import Any, NamedTuple, Protocol
 
 import fsspec
 
-from ..errors import ConfigError, ExpertError
+from ..errors import ConfigError, ExpertError, PhatgooseError
 from ..experts.expert import EXPERT_FILES, LAYOUT, Expert
+from ..files.quoting import first_line
 from . import processes
 from .unfinished import LOCK, discard_work, wait_for_work, work_of
 
 __all__ = ["Destination", "ExpertFolder", "TrainedExpert", "expert_folder"]
 
+TRIAL = "trial"  # an empty file that shows that one can write
 SNAPSHOT = "snapshot.json"  # the files of unfinished work and their sizes, written last
 UNFINISHED = ".unfinished-"  # between a file's name and random digits, until it is whole
 
@@ -131,17 +133,23 @@ class RemoteFolder:
         return f"{self.url}/{name}"
 
     def has(self, name: str) -> bool:
-        """True when the whole expert is there: its description is copied last."""
-        return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
+        """True when the whole expert is there: its description is copied last.
+
+        Raises ExpertError where the store doesn't answer.
+        """
+        try:
+            return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
+        except Exception as error:
+            raise ExpertError(f"{self.place(name)} can't be read: {first_line(error)}") from error
 
     def finished(self, name: str) -> TrainedExpert:
         """The expert `name`, from its description alone; unfinished work beside it is removed."""
         place = f"{self.root}/{name}/{LAYOUT.info}"
         try:
             metrics = json.loads(self.files.cat_file(place))["metrics"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ExpertError(f"{self.place(name)} can't be read: {error}.") from error
-        with suppress(OSError):  # the expert is whole, whoever may remove what
+        except Exception as error:  # the store's own ones too
+            raise ExpertError(f"{self.place(name)} can't be read: {first_line(error)}") from error
+        with suppress(Exception):  # the expert is whole, whoever may remove what
             self._kept_work(name).remove()
         return TrainedExpert(name, self.place(name), metrics)
 
@@ -162,15 +170,31 @@ class RemoteFolder:
         with tempfile.TemporaryDirectory(prefix="phatgoose-") as scratch:
             out = Path(scratch) / name
             work = work_of(out)
-            try:
+
+            def keep() -> None:
+                with self._writing(name):
+                    kept.keep(work)
+
+            with self._writing(name):
                 if restart:
                     kept.remove()
                 kept.fetch(work)
-                yield Destination(out, lambda: kept.keep(work))
+                kept.try_out(Path(scratch))  # rather than after the first steps
+            yield Destination(out, keep)
+            with self._writing(name):
                 self._send(out, f"{self.root}/{name}")
                 kept.remove()
-            except OSError as error:
-                raise ExpertError(f"{self.place(name)} can't be written: {error}.") from error
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """What goes wrong meanwhile, which each store calls by names of its own, as ExpertError."""
+        try:
+            yield
+        except PhatgooseError:
+            raise
+        except Exception as error:
+            told = f"{self.place(name)} can't be written: {first_line(error)}"
+            raise ExpertError(told) from error
 
     def portable(self) -> RemoteFolder:
         """Itself: a URL is the same everywhere."""
@@ -248,6 +272,12 @@ class KeptWork:
             if self.own[file].size != size:
                 return False
         return True
+
+    def try_out(self, scratch: Path) -> None:
+        """Write a file and remove it. Raises what the file system does where that can't be."""
+        (scratch / TRIAL).touch()
+        _put(self.files, scratch / TRIAL, f"{self.above}.{TRIAL}")
+        self.files.rm_file(f"{self.above}.{TRIAL}")
 
     def keep(self, work: Path) -> None:
         """Copy up what is new in `work`, then the list of its files; then remove what it lost."""

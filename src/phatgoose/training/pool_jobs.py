@@ -13,6 +13,7 @@ from ..base.loading import Base, load_base
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..jobs import BaseLocation, Engine, LocalEngine, absolute
 from ..tasks.suites.training_tasks import TrainingTask
+from . import processes
 from .destination import ExpertFolder, TrainedExpert, expert_folder
 from .progress import TrainingCallback
 from .train_expert import train_expert
@@ -108,6 +109,7 @@ class _ExpertWorkshop:
     def open(self, tell: Callable[[int], None]) -> Iterator[TrainJob]:
         """A function that trains experts; the base is loaded once."""
         base = self.base
+        processes.join()  # each loads it onto its own GPU
         if isinstance(base, BaseLocation):
             base = base.load()
         elif isinstance(base, str):

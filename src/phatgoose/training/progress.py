@@ -60,9 +60,12 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Open the bar at the step where a resumed run stands, whose folder may have moved."""
-        if state.best_model_checkpoint is not None:
-            best = Path(state.best_model_checkpoint).name
+        """Open the bar at the step where a resumed run stands.
+
+        Its folder may have moved, for which transformers forgets its best checkpoint.
+        """
+        if state.best_global_step:
+            best = f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(args.output_dir) / best)
         self._callback.on_steps(state.global_step)
         self._bar = tqdm(

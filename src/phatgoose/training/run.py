@@ -12,7 +12,7 @@ from ..config import Formatting, GateTraining, Peft, Training
 from ..errors import ExpertError
 from ..experts.expert import Expert
 from ..experts.expert_info import check_name
-from ..tasks.embeddings import embedding_library
+from ..tasks.embeddings import load_embedder
 from ..tasks.encoding import Encoder
 from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task
@@ -21,6 +21,8 @@ from .progress import TrainingCallback
 from .unfinished import discard_work, work_of
 
 __all__ = ["TrainingRun", "finished_expert"]
+
+STATISTICS = ("statistics_examples", "means", "readings", "embeddings", "embedder")
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,14 @@ class TrainingRun:
         """The run with these settings, None for defaults; a base given by name is loaded.
 
         What is made last, after hours perhaps, is refused here: raises ConfigError where embeddings
-        are wanted and their library is missing, RoutingError where means are and the base pads
-        inside. Raises ExpertError for a name that can't be an expert's, TaskError when the task
-        can't be used.
+        are wanted and their embedder can't be loaded, RoutingError where means are and the base
+        pads inside. Raises ExpertError for a name that can't be an expert's, TaskError when the
+        task can't be used.
         """
         check_name(name or out.name)
         gate_training = gate_training or GateTraining()
         if gate_training.embeddings:
-            embedding_library()
+            load_embedder(gate_training.embedder)
         processes.join()
         training = training or Training()
         base = load_base(base) if isinstance(base, str) else base
@@ -94,13 +96,20 @@ class TrainingRun:
         return work_of(self.out)
 
     def identity(self, *shape: Peft, **more: str) -> dict[str, Any]:
-        """What unfinished work must share to be resumed by this run, for `open_work`."""
+        """What unfinished work must share to be resumed by this run, for `open_work`.
+
+        Statistics are measured anew at the end, so they may be others.
+        """
         settings = (*shape, self.training, self.gate_training, self.encoder.formatting)
         return {
             "base": self.base.fingerprint,
+            "dtype": str(self.base.model.dtype),
             **more,
             "task": self.digest,
-            "settings": [asdict(each) for each in settings],
+            "settings": [
+                {name: value for name, value in asdict(each).items() if name not in STATISTICS}
+                for each in settings
+            ],
         }
 
 

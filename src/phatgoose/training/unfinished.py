@@ -32,9 +32,9 @@ def open_work(
 
     `identity` is what a run must share to resume the work: base, data and settings. The folder is
     locked while the context is open, or until the process is killed; of several processes of one
-    training (`processes`) the first holds the lock. Raises ExpertError when there is unfinished
-    work and neither `resume` nor `restart` is set, another process holds the lock, or the folder
-    can't be written; ConfigError when the work to resume has another identity.
+    training (`processes`) the first holds the lock. Raises ExpertError when `out` is there, when
+    there is unfinished work and neither `resume` nor `restart` is set, another process holds the
+    lock, or the folder can't be written; ConfigError when the work to resume has another identity.
     """
     work = work_of(out)
     if not processes.is_first():
@@ -47,6 +47,8 @@ def open_work(
         work.mkdir(parents=True, exist_ok=True)
         lock = FileLock(work / LOCK)
         with lock.acquire(timeout=0):
+            if out.exists():
+                raise ExpertError(f"Another process has made {out} meanwhile.")
             if restart or not file.is_file():  # a restart that was killed leaves no identity
                 _empty(work)
             if not file.is_file():

@@ -6,6 +6,7 @@ import pytest
 import typer
 
 from phatgoose.apps.cli import app
+from phatgoose.apps.cli.flags import with_flags
 from phatgoose.config import (
     IA3,
     Bottleneck,
@@ -16,6 +17,7 @@ from phatgoose.config import (
     Training,
     settings_of,
 )
+from phatgoose.errors import ConfigError
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -49,6 +51,25 @@ def test_gate_has_no_flag_for_what_is_not_its_business():
         setting.name for config in (Training, GateTraining) for setting in settings_of(config)
     }
     assert settings - flags == {"steps", "eval_every", "eval_examples"}
+
+
+def test_joint_gates_take_no_notice_of_what_a_recipe_says_of_others(tmp_path):
+    found = []
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('[gates]\ngate_learning_rate = 0.01\ngate_inputs = "standardised"\n')
+    flags = dict.fromkeys(setting.name for setting in settings_of(GateTraining))
+
+    def command(*, gates: GateTraining):
+        found.append(gates)
+
+    for joint, wanted in (
+        (True, GateTraining(joint=True)),
+        (None, GateTraining(gate_learning_rate=0.01, gate_inputs="standardised")),
+    ):
+        with_flags(command)(recipe=recipe, **{**flags, "joint": joint})
+        assert found.pop() == wanted
+    with pytest.raises(ConfigError, match=r"gate_learning_rate is 0\.02"):
+        with_flags(command)(recipe=None, **{**flags, "joint": True, "gate_learning_rate": 0.02})
 
 
 def test_every_command_and_option_has_a_help_text():

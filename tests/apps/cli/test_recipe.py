@@ -51,6 +51,13 @@ def test_suites_in_a_recipe_are_no_paths(tmp_path):
     )
 
 
+def test_a_folder_beside_a_recipe_here_is_no_suite(tmp_path, monkeypatch):
+    write_recipe(tmp_path, 'tasks = ["./flan", "./t0hi/ag_news", "./mine", "flan"]')
+    monkeypatch.chdir(tmp_path)
+    (name,) = (path.name for path in tmp_path.iterdir())
+    assert read_recipe(Path(name)).tasks == ("./flan", "./t0hi/ag_news", "mine", "flan")
+
+
 def test_folders_in_a_recipe_are_relative_to_it(tmp_path):
     recipe = read_recipe(write_recipe(tmp_path, 'data = "../hub"\ntemplates = "/p3"'))
     assert recipe.data == tmp_path / "../hub"

@@ -161,9 +161,11 @@ def gate(
     if out.exists() and not unfinished.resume:
         raise ExpertError(f"{out} exists already; choose another --out, or --resume.")
     from ...experts.expert import base_named_in
+    from ...training import processes
     from ...training.gates import train_gates
 
     loaded = template.load(task)
+    processes.join()  # each loads the base onto its own GPU
     expert = train_gates(
         base.load(None if base.base else base_named_in(adapter)),
         adapter,

@@ -27,6 +27,10 @@ TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
 RECIPE = Annotated[Path | None, "TOML file with settings; flags given here win over it."]
 
 
+# Settings that a flag leaves without a use: joint gates have the expert's rate, and raw inputs.
+IDLE = {"joint": ("gate_learning_rate", "gate_inputs")}
+
+
 @dataclass(frozen=True)
 class ExpertShapes:
     """The shape that an expert of each kind would have, and the flags that were given."""
@@ -109,7 +113,10 @@ class _Parameters:
         yield from {s.name: _setting_flag(s, table) for s, table in tabled}.values()
 
     def filled(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        """What the command is called with, from the `arguments` that typer parsed."""
+        """What the command is called with, from the `arguments` that typer parsed.
+
+        A flag that leaves another setting without a use (IDLE) takes no notice of the recipe's.
+        """
         path = arguments.pop("recipe", None)
         recipe = read_recipe(path) if path else Recipe()
         names = {setting.name for each in self.settings.values() for setting in each}
@@ -119,7 +126,9 @@ class _Parameters:
         given: set[str] = set()
         for table, config in self.configs.items():
             typed = {s.name: flags[s.name] for s in self.settings[table] if s.name in flags}
-            values = {**recipe.tables.get(table, {}), **typed}
+            idle = {each for name, value in typed.items() if value for each in IDLE.get(name, ())}
+            written = recipe.tables.get(table, {})
+            values = {name: written[name] for name in written if name not in idle} | typed
             objects[table] = from_mapping(config, values, "command line")
             given |= values.keys()
         for name in RECIPE_OPTIONS & arguments.keys():

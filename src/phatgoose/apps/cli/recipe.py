@@ -113,5 +113,10 @@ def _relative_to(folder: Path, task: str) -> str:
     """`task` as it is when it names a suite or a Hub dataset or is absolute, else in `folder`."""
     from ...tasks.suites.registry import SUITES  # loads numpy, which reading settings needn't
 
-    in_suite = task.split("/")[0] in SUITES and not task.endswith(TASK_FILES)
-    return task if in_suite or task.startswith("hub:") else str(folder / task)
+    def in_suite(name: str) -> bool:
+        return name.split("/")[0] in SUITES and not name.endswith(TASK_FILES)
+
+    path = str(folder / task)
+    if in_suite(task) or task.startswith("hub:"):
+        return task
+    return os.path.join(os.curdir, path) if in_suite(path) else path

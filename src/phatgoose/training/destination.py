@@ -275,9 +275,11 @@ class KeptWork:
 
     def try_out(self, scratch: Path) -> None:
         """Write a file and remove it. Raises what the file system does where that can't be."""
-        (scratch / TRIAL).touch()
-        _put(self.files, scratch / TRIAL, f"{self.above}.{TRIAL}")
+        trial = scratch / TRIAL
+        trial.touch()
+        _put(self.files, trial, f"{self.above}.{TRIAL}")
         self.files.rm_file(f"{self.above}.{TRIAL}")
+        trial.unlink()
 
     def keep(self, work: Path) -> None:
         """Copy up what is new in `work`, then the list of its files; then remove what it lost."""

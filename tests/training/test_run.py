@@ -74,7 +74,7 @@ def test_a_base_that_pads_inside_is_refused_before_the_work(architecture, llama,
 def test_an_embedder_that_cannot_be_loaded_is_told_before_the_work(llama, tmp_path):
     pytest.importorskip("sentence_transformers", reason="needs the extra 'retrieval'")
     wanted = replace(GATES, embeddings=True, embedder=str(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match="Embedder .* can't be loaded"):
+    with pytest.raises(ConfigError, match=r"Embedder .* can't be loaded"):
         train(llama, tmp_path / "echo", gate_training=wanted)
     assert list(tmp_path.iterdir()) == []
 

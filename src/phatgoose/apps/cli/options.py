@@ -44,7 +44,7 @@ __all__ = [
     "StoredOption",
     "TaskOption",
     "TemplateOptions",
-    "check_choice",
+    "check_routing_flags",
     "only_with",
     "open_pool",
     "split",
@@ -132,12 +132,16 @@ def warn_of_unused(routing: Routing, given: frozenset[str] | None = None) -> Non
         warnings.warn(f"Router {routing.router} doesn't use {', '.join(unused)}.", stacklevel=3)
 
 
-def check_choice(model: str, given: frozenset[str]) -> None:
-    """Raise ConfigError when `given` settings choose a routing for what is not a pool."""
+def check_routing_flags(model: str, routing: Routing, given: frozenset[str]) -> None:
+    """Raise ConfigError when `given` settings choose a routing for a `model` that is not a pool.
+
+    Warns as `warn_of_unused` does.
+    """
     from ...routing.open_model import require_pool
 
     if given & POOL_SETTINGS:
         require_pool(model)
+    warn_of_unused(routing, given)
 
 
 @dataclass(frozen=True)
@@ -158,8 +162,7 @@ class ModelOptions(BaseOptions):
         """
         from ...routing.open_model import open_model
 
-        check_choice(model, given)
-        warn_of_unused(routing, given)
+        check_routing_flags(model, routing, given)
         return open_model(model, routing=routing, **vars(self))
 
 

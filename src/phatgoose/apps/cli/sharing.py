@@ -17,9 +17,8 @@ from .options import (
     ModelArgument,
     ModelOptions,
     TemplateOptions,
-    check_choice,
+    check_routing_flags,
     only_with,
-    warn_of_unused,
 )
 
 if TYPE_CHECKING:
@@ -149,8 +148,7 @@ def export(
     from ...routing.exporting.export import export as run
     from ...routing.exporting.opening import open_routed
 
-    check_choice(model, given)
-    warn_of_unused(routing, given)
+    check_routing_flags(model, routing, given)
     opened = open_routed(model, routing=routing, **vars(opening))
     result = run(opened, out, texts=texts, merged=merged, rank=rank)
     for line in _told(result):

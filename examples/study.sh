@@ -4,8 +4,9 @@
 #   examples/study.sh STEP
 #     data, rate                        what is needed before
 #     eight SEED                        the small pool, seeds 0 and 1, and its suite
-#     pool-a10, pool-b15, pool-a, pool-b
-#                                       training: A10 is ten experts of A, B23 is A10 with thirteen of B
+#     pool-a10, pool-b15, pool-rest     training: A10 is ten experts of A, B23 is A10 with thirteen of
+#                                       B, the rest what else of A and B passes
+#     pool-a, pool-b                    training: all tasks of A, and of B
 #     held-in                           each expert on its own task, beside the base, and B23 routed
 #     own-choices                       whether prompts go to the expert of their own task
 #     taken-apart                       where PHATGOOSE loses what experts know: its choices replaced
@@ -16,6 +17,7 @@
 #     b23                               the confirmation half and CROSS-B with B23
 #     others                            T0HO, BBH and BBL with B23
 #     pool-sizes                        4, 8 and 16 experts of B23, three draws, and A10 (after b23)
+#     largest                           all experts, B23 and the rest (after b23)
 # Everything lands in runs/study. Needs ../shared/data beside the project and the extra 'retrieval'.
 # ENGINE='--engine ray --workers 2' examples/study.sh STEP trains and scores by two processes.
 set -euo pipefail
@@ -36,6 +38,8 @@ a10=(rotten_tomatoes trec ag_news qasc xsum amazon_polarity cos_e hotpot_qa_clos
 b13=(tomqa glue_mnli essential_terms mctaco_answer asdiv tweet_emotion blimp subj question_typing)
 b13+=(clinc150_intent query_wellformedness evalution odd_man_out)
 failed=(creak multirc_answerable)  # no better than the base on their own tasks
+rest_a=(dbpedia_14 yelp_review_full imdb cosmos_qa ropes quoref)
+rest_b=(lambada glucose gsm8k_cot cosmosqa_answer_gen personachat pubmed_qa)
 b23=("${a10[@]/#/$out/pool-a/}" "${b13[@]/#/$out/pool-b/}")
 suite() { local list; list=$(printf ",recipes/suites/study-%s.toml" "$@"); echo "${list:1}"; }
 compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
@@ -80,11 +84,17 @@ pool-a10)
 pool-b15)
   # shellcheck disable=SC2046
   $phatgoose train $(printf "$data/%s.jsonl " "${b13[@]}" "${failed[@]}") --recipe $b --out "$out/pool-b" --resume "${engine[@]}" ;;
+pool-rest)
+  # shellcheck disable=SC2046
+  $phatgoose train $(printf "$data/%s.jsonl " "${rest_a[@]}") --recipe $a --out "$out/pool-a" --resume "${engine[@]}"
+  # shellcheck disable=SC2046
+  $phatgoose train $(printf "$data/%s.jsonl " "${rest_b[@]}") --recipe $b --out "$out/pool-b" --resume "${engine[@]}" ;;
 pool-a) $phatgoose train --recipe $a --out "$out/pool-a" --resume "${engine[@]}" ;;
 pool-b) $phatgoose train --recipe $b --out "$out/pool-b" --resume "${engine[@]}" ;;
 held-in)
   held_in=(python examples/study_held_in.py recipes/suites/study-held-in.toml)
-  "${held_in[@]}" "$out/held-in.jsonl" 100 "" "${b23[@]}" "${failed[@]/#/$out/pool-b/}"
+  "${held_in[@]}" "$out/held-in.jsonl" 100 "" "${b23[@]}" "${failed[@]/#/$out/pool-b/}" \
+    "${rest_a[@]/#/$out/pool-a/}" "${rest_b[@]/#/$out/pool-b/}"
   rows=phatgoose,phatgoose?k=1,phatgoose?affinity=centred,phatgoose?affinity=calibrated
   rows+=,phatgoose-input,phatgoose-evidence,average-activation,arrow,spectr,logo,logo?input_k=3,merged,retrieval
   rows+=,discriminant,joint-discriminant,joint-discriminant?input_k=1,$choice,$shortlist
@@ -128,5 +138,9 @@ pool-sizes)  # single experts' answers are those of b23
     done
   done
   with_choice b23 100 "$(suite cross-confirmation)" $rows "${a10[@]/#/$out/pool-a/}" ;;
+largest)  # leave out of rest_a and rest_b who fails the check of held-in
+  rows=base,average-activation,arrow,merged,phatgoose,retrieval,discriminant,joint-discriminant,oracle
+  compare b23 100 "$(suite cross-confirmation cross-b)" $rows "${b23[@]}" \
+    "${rest_a[@]/#/$out/pool-a/}" "${rest_b[@]/#/$out/pool-b/}" ;;
 *) echo "no such step: $step" >&2; exit 2 ;;
 esac

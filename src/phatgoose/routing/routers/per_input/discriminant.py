@@ -187,7 +187,8 @@ class PromptDiscriminant(BaseReader):
 
     def reading(self, model: PreTrainedModel) -> PromptReading:
         """The discriminant at work. Raises RoutingError when `model` isn't what experts read."""
-        depth, size = len(blocks_of(model)), model.config.get_text_config().hidden_size
+        text = model.config.get_text_config()
+        depth, size = len(blocks_of(model)), getattr(text, "hidden_size", self.size)
         if (depth, size) != (self.depth, self.size):
             raise RoutingError(
                 f"Router {self.name} has readings of {self.depth} blocks of {self.size} numbers; "

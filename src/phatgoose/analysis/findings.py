@@ -68,7 +68,7 @@ def _dominant(found: RoutingDistribution, where: str) -> Iterator[Finding]:
             "takes-everything",
             f"{name} is the first choice of {first[best]:.0%} of all decisions {where} (the "
             f"weights are worth {worth:.1f} experts): the pool is routed almost as {name} alone. "
-            f"Compare with --router single --expert {name}, or look at its gate.",
+            f"Compare with --router single --expert {name}.",
             (name,),
         )
 

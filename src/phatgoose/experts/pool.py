@@ -61,7 +61,8 @@ class Pool:
         if not directories:
             raise PoolError(
                 f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
-                f"expert directories, each with a {LAYOUT.info}."
+                f"expert directories, each with a {LAYOUT.info} ('phatgoose import' makes one of "
+                f"a PEFT adapter)."
             )
         return cls._of(prefetch(Expert.load, directories))
 
@@ -80,7 +81,8 @@ class Pool:
             if not same_base(expert.info.base, first.info.base):
                 raise PoolError(
                     f"Expert {expert.name!r} was trained on base {expert.info.base.id!r}, but "
-                    f"{first.name!r} on {first.info.base.id!r}; a pool has one base."
+                    f"{first.name!r} on {first.info.base.id!r}; a pool has one base. If both are "
+                    f"one, import the adapter anew with --base {first.info.base.id} --fingerprint."
                 )
         return pool
 

@@ -148,6 +148,8 @@ def generate(
     sampling = Sampling(max_new_tokens, (temperature or 1.0) if sample else None, seed or 0)
     opened = opening.open(model, routing, given)
     result = run(opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts)
+    if not result.text:
+        say("the model ended its answer at once", err=True)
     if result.recording is None:
         show(result.text, wrap=False)
     else:

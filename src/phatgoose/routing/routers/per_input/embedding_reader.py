@@ -128,6 +128,7 @@ def _embeddings(expert: Expert) -> Tensor:
     if expert.embeddings is None or expert.info.embedder is None:
         lacks = "embeddings" if expert.embeddings is None else "record of its embedder"
         raise PoolError(
-            f"Expert {expert.name!r} has no {lacks}; run 'phatgoose measure' on it or leave it out."
+            f"Expert {expert.name!r} has no {lacks}; run 'phatgoose measure' on it, with "
+            f"--task its data, or leave it out."
         )
     return expert.embeddings

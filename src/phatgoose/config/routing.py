@@ -105,6 +105,12 @@ class Routing(Settings):
         float | None, "Divides scores of inputs before their softmax; default: its own.", POSITIVE
     ] = None
 
+    @property
+    def changed(self) -> frozenset[str]:
+        """The names of the settings that aren't the usual ones."""
+        usual = vars(Routing())
+        return frozenset(name for name, value in vars(self).items() if value != usual[name])
+
 
 ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))
 # A saved model has its routing already; only where its embedder is may be told anew.

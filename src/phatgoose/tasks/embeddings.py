@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 __all__ = ["DEFAULT_EMBEDDER", "can_embed", "embed_examples", "embed_texts", "embedding_library"]
-__all__ += ["load_embedder"]
 __all__ += ["load_embedder", "retrieval_text", "usable_embedder", "without_downloads"]
 
 DEFAULT_EMBEDDER = GateTraining.embedder

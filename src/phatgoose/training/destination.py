@@ -137,18 +137,14 @@ class RemoteFolder:
 
         Raises ExpertError where the store doesn't answer.
         """
-        try:
+        with self._reported(name, "read"):
             return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
-        except Exception as error:
-            raise ExpertError(f"{self.place(name)} can't be read: {first_line(error)}") from error
 
     def finished(self, name: str) -> TrainedExpert:
         """The expert `name`, from its description alone; unfinished work beside it is removed."""
         place = f"{self.root}/{name}/{LAYOUT.info}"
-        try:
+        with self._reported(name, "read"):
             metrics = json.loads(self.files.cat_file(place))["metrics"]
-        except Exception as error:  # the store's own ones too
-            raise ExpertError(f"{self.place(name)} can't be read: {first_line(error)}") from error
         with suppress(Exception):  # the expert is whole, whoever may remove what
             self._kept_work(name).remove()
         return TrainedExpert(name, self.place(name), metrics)
@@ -172,28 +168,28 @@ class RemoteFolder:
             work = work_of(out)
 
             def keep() -> None:
-                with self._writing(name):
+                with self._reported(name, "written"):
                     kept.keep(work)
 
-            with self._writing(name):
+            with self._reported(name, "written"):
                 if restart:
                     kept.remove()
                 kept.fetch(work)
                 kept.try_out(Path(scratch))  # rather than after the first steps
             yield Destination(out, keep)
-            with self._writing(name):
+            with self._reported(name, "written"):
                 self._send(out, f"{self.root}/{name}")
                 kept.remove()
 
     @contextmanager
-    def _writing(self, name: str) -> Iterator[None]:
+    def _reported(self, name: str, done: str) -> Iterator[None]:
         """What goes wrong meanwhile, which each store calls by names of its own, as ExpertError."""
         try:
             yield
         except PhatgooseError:
             raise
         except Exception as error:
-            told = f"{self.place(name)} can't be written: {first_line(error)}"
+            told = f"{self.place(name)} can't be {done}: {first_line(error)}"
             raise ExpertError(told) from error
 
     def portable(self) -> RemoteFolder:

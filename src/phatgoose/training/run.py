@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..base.fingerprint import dtype_name
 from ..base.loading import Base, load_base
 from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Peft, Training
@@ -103,7 +104,7 @@ class TrainingRun:
         settings = (*shape, self.training, self.gate_training, self.encoder.formatting)
         return {
             "base": self.base.fingerprint,
-            "dtype": str(self.base.model.dtype),
+            "dtype": dtype_name(self.base.model.dtype),
             **more,
             "task": self.digest,
             "settings": [

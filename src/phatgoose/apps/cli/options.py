@@ -123,11 +123,8 @@ def warn_of_unused(routing: Routing, given: frozenset[str] | None = None) -> Non
 
     if routing.router == AUTO:
         return
-    if given is None:
-        usual = Routing()
-        given = frozenset(n for n in POOL_SETTINGS if getattr(routing, n) != getattr(usual, n))
-    used = {*spec_of(routing.router).settings, "router", "expert", "kernel", "retrieval_embedder"}
-    unused = sorted(map(flag_of, (given & POOL_SETTINGS) - used))
+    given = routing.changed if given is None else given
+    unused = sorted(map(flag_of, spec_of(routing.router).unused(given)))
     if unused:
         warnings.warn(f"Router {routing.router} doesn't use {', '.join(unused)}.", stacklevel=3)
 

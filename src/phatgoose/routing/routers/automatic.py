@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,7 +19,6 @@ ENCODER_DECODER: tuple[str, ...] = ("phatgoose", "average-activation", "arrow", 
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
 # Two kinds of reading come before one, where the embedder is on this machine.
 DECODER_ONLY: tuple[str, ...] = ("joint-discriminant", "discriminant", *ENCODER_DECODER)
-USED_BY_ALL = ("router", "expert", "kernel", "retrieval_embedder")  # or refused elsewhere
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +42,9 @@ def settled(
     if tokenizer is None:
         order = tuple(name for name in order if "input_k" not in ROUTERS[name].settings)
     name = next(name for name in order if _allows(pool, name))
-    used, usual = {*ROUTERS[name].settings, *USED_BY_ALL}, asdict(Routing())
-    idle = [each for each, value in asdict(routing).items() if value != usual[each]]
-    idle = [each for each in idle if each not in used]
+    idle = ", ".join(ROUTERS[name].unused(routing.changed))
     if idle:
-        warnings.warn(f"Router auto is {name}, which doesn't use {', '.join(idle)}.", stacklevel=3)
+        warnings.warn(f"Router auto is {name}, which doesn't use {idle}.", stacklevel=3)
     passed = [f"{each} ({', '.join(ROUTERS[each].needs)})" for each in order[: order.index(name)]]
     lacks = f"; what these need isn't all there: {', '.join(passed)}" if passed else ""
     logger.info("Router auto is %s%s.", name, lacks)

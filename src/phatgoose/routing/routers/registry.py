@@ -6,15 +6,18 @@ A router is one file and one record here (docs/extending.md). Reading the record
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from ...config import Routing, settings_of
 from ...errors import ConfigError
 from ...files.quoting import shortened
 
 __all__ = ["AUTO", "ROUTERS", "RouterSpec", "spec_of"]
 
 AUTO = "auto"  # no router: `automatic` puts the name of one in its place
+USED_BY_ALL = ("router", "expert", "kernel", "retrieval_embedder")  # or refused elsewhere
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,12 @@ class RouterSpec:
     def uses_k(self) -> bool:
         """True where the user says how many experts a token gets."""
         return "k" in self.settings
+
+    def unused(self, given: Collection[str]) -> tuple[str, ...]:
+        """The names of those `given` settings of a routing that it doesn't look at, in order."""
+        used = {*self.settings, *USED_BY_ALL}
+        names = (setting.name for setting in settings_of(Routing))
+        return tuple(name for name in names if name in given and name not in used)
 
     @property
     def router(self) -> type[Any]:

@@ -17,6 +17,7 @@ from .base.fingerprint import BaseReference, check_base, dtype_name
 from .base.loading import Base, load_base
 from .base.smollm2 import SMOLLM2
 from .experts.hub import HubReference
+from .files.quoting import one_line
 
 __all__ = ["BaseLocation", "Engine", "Job", "LocalEngine", "Work", "Workshop", "absolute"]
 
@@ -86,7 +87,7 @@ class LocalEngine:
             return
         with workshop.open(lambda units: None) as work:
             for job in jobs:
-                bar.set_description(job.name)
+                bar.set_description(one_line(job.name))
                 result = work(job)
                 bar.update(job.size)
                 yield job, result

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from filelock import FileLock
 
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.training.destination import LocalFolder
@@ -62,6 +63,22 @@ def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
     discard_work(out)
     assert everything(tmp_path) == set()
     discard_work(out)
+
+
+def test_the_work_is_removed_after_its_lock_is_free(tmp_path, monkeypatch):
+    """NFS and Windows remove no file that is open."""
+    out, free = tmp_path / "expert", []
+
+    def discard(out):
+        with FileLock(work_of(out) / "lock").acquire(timeout=0):
+            free.append(True)
+        discard_work(out)
+
+    monkeypatch.setattr("phatgoose.training.unfinished.discard_work", discard)
+    with open_work(out, {}, resume=False, restart=False):
+        out.mkdir()
+    assert free
+    assert everything(tmp_path) == {"expert"}
 
 
 @pytest.mark.parametrize("how", ["resume", "restart", "neither"])

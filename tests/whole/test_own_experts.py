@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,14 +18,18 @@ from phatgoose.apps.report.page import write_report
 from phatgoose.apps.server.engine.model_runner import ModelRunner
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base
+from phatgoose.base.sites import find_sites
+from phatgoose.errors import RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.neutral_text import moments
 from phatgoose.tasks.task import Example, Task
+from phatgoose.training.router_statistics import mean_activations
 from scored_tasks import CHOICE_TASK, naive_scores
-from tiny import make_tokenizer
+from tiny import logits_of, make_tokenizer
 
 
 @pytest.fixture(params=["switch_transformers", "nllb-moe"])
@@ -73,3 +78,48 @@ def test_it_is_analysed(base, routed, tmp_path):
     tasks = [Task(name, test=(Example(f"{name} {name}", "b"),)) for name in ("one", "two")]
     found = analyse(routed, tasks, tokenizer=base.tokenizer)
     assert write_report(found, tmp_path).is_file()
+
+
+@pytest.mark.parametrize("router", ["phatgoose-input", "phatgoose-evidence"])
+@pytest.mark.parametrize("base", ["switch_transformers"], indirect=True)
+def test_prompts_with_experts_of_their_own_pass_one_by_one(base, router):
+    """Nothing says whose token the base's own expert sees."""
+    pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
+    routed = compose(pool, base, router=router, input_k=2)
+    lookup = composition_of(routed).lookup
+    found = lookup.find([Example(example.input, "") for example in CHOICE_TASK.test])
+    assert len(found.weights[:, 0].unique()) > 1
+    with pytest.raises(RoutingError, match="pass inputs one by one"):
+        evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer)
+    scored = evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer, token_budget=1).scores[0]
+    for example, prediction, mixture in zip(
+        CHOICE_TASK.test, scored.predictions, found.each(), strict=True
+    ):
+        lookup.serve(mixture)
+        wanted = naive_scores(routed, base, example)
+        lookup.serve(None)
+        assert prediction.scores == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("base", ["switch_transformers"], indirect=True)
+def test_an_expert_of_the_base_that_no_token_reaches_has_statistics_too(base):
+    """Both routers send every token to the base's first expert."""
+    for name, weight in base.model.named_parameters():
+        if name.endswith("router.classifier.weight"):
+            torch.nn.init.zeros_(weight)
+    base = replace(base, fingerprint=fingerprint(base.model))
+    sites = find_sites(base.model)
+    other = {name for name in sites if ".expert_1." in name}
+    assert other
+    pairs = Encoder.of(base).pairs([Example("Is a heron a bird?", "a bird")])
+    means = mean_activations(base.model, sites, pairs, base.tokenizer.pad_token_id)
+    for name, (usual, deviation) in moments(base.model, base.tokenizer, sites).items():
+        assert means[name].any() == usual.any() == (name not in other)
+        assert (deviation == 1).all() == (name in other)
+    pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
+    routed = compose(pool, base, affinity="calibrated")
+    assert (
+        logits_of(routed, torch.tensor([pairs[0].prompt]), decoder_input_ids=torch.tensor([[0, 4]]))
+        .isfinite()
+        .all()
+    )

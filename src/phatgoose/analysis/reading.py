@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..base.blocks import headless
 from ..base.offloading import input_device
 from ..base.sites import Stream
+from ..files.quoting import one_line
 from ..routing.composition import announcing
 from ..routing.recording import watch
 from ..routing.watching import SitePass
@@ -55,7 +56,7 @@ def read_examples(
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
     with announcing(model, task, examples, encoder.formatting) as before_pass:
-        bar = tqdm(total=len(pairs), desc=f"routing of {task}", disable=None, leave=False)
+        bar = tqdm(total=len(pairs), desc=f"routing of {one_line(task)}", disable=None, leave=False)
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)
             pass_through(model, encoder, [pairs[index] for index in batch], observers)

@@ -24,6 +24,7 @@ from huggingface_hub.utils.tqdm import (
 
 from ..errors import ExpertError
 from ..files.atomic import new_directory
+from ..files.quoting import one_line
 from ..files.regular_file import regular_file
 from .expert import EXPERT_FILES, LAYOUT, Expert
 
@@ -35,7 +36,6 @@ REFERENCE = re.compile(
     r"(?P<repo>[\w.-]+/[\w.-]+)(?P<folder>(/[A-Za-z0-9][\w.-]*)*)(@(?P<revision>[^@\s]+))?"
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
-MOST_OF_A_REASON = 300  # characters; some errors are a page long
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def _reported(what: str) -> Iterator[None]:
     except Exception as error:
         chain = [error] if error.__cause__ is None else [error, error.__cause__]
         text = " ".join(" ".join(str(each) or type(each).__name__ for each in chain).split())
-        raise ExpertError(f"{what}: {text[:MOST_OF_A_REASON]}") from error
+        raise ExpertError(f"{what}: {one_line(text)}") from error
 
 
 @contextmanager

@@ -116,7 +116,7 @@ def _read_jsonl(path: Path) -> Rows:
                     where = f"{path}, line {number}"
                     yield where, _parse(line, where)
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"Task file {path} can't be read: {error}.") from error
+        raise TaskError(f"Task file {path} can't be read: {reason(error)}.") from error
 
 
 def _parse(line: str, where: str) -> Mapping[str, Any]:
@@ -146,7 +146,7 @@ def _read_csv(path: Path) -> Rows:
                     f"doubled."
                 ) from error
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"Task file {path} can't be read: {error}.") from error
+        raise TaskError(f"Task file {path} can't be read: {reason(error)}.") from error
 
 
 def _fitting(row: Mapping[str | None, Any], where: str) -> Mapping[str, Any]:

@@ -39,7 +39,8 @@ def over_neutral_text(
     """Mean and deviation over the passages' tokens of some numbers, float32 [m] each, by site.
 
     The sites are those of these `names`. `numbers(name, u)` gives the numbers, [tokens, m], for the
-    inputs u [tokens, n] of a site. The deviation's denominator is the number of tokens.
+    inputs u [tokens, n] of a site. The deviation's denominator is the number of tokens. A site that
+    no token reaches, inside one of the base's own experts, has 0 and 1.
     """
     every = find_sites(model)
     sites = {name: every[name] for name in names}
@@ -49,8 +50,10 @@ def over_neutral_text(
         exact = numbers(site.name, u).double()
         ones = torch.ones_like(exact)
         found = torch.stack([each.sum(dim=0) for each in (ones, exact, exact.square())])
-        sums[site.name] = sums.get(site.name, 0) + found
+        sums[site.name] = sums.get(site.name, 0) + found.cpu()
 
+    for site in sites.values():
+        see(site, torch.zeros(0, site.in_features))
     pairs = Encoder.for_model(model, tokenizer).pairs(neutral_examples())
     read_pairs(model, sites, pairs, tokenizer.pad_token_id, see)
     return {name: _moments(*sums[name]) for name in sites}
@@ -64,9 +67,9 @@ def moments(
 
 
 def _moments(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    mean = total / count
-    variance = (squares / count - mean.square()).clamp(min=0)
-    return mean.float().cpu(), variance.sqrt().float().cpu()
+    mean = total / count.clamp(min=1)
+    variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+    return mean.float(), variance.sqrt().masked_fill(count == 0, 1.0).float()
 
 
 def _halves(passage: str) -> Example:

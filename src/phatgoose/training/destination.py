@@ -280,7 +280,7 @@ class KeptWork:
     def keep(self, work: Path) -> None:
         """Copy up what is new in `work`, then the list of its files; then remove what it lost."""
         stamps = {
-            str(path.relative_to(work)): Stamp.of(path)
+            path.relative_to(work).as_posix(): Stamp.of(path)
             for path in sorted(work.rglob("*"))
             if path.is_file() and path.name != LOCK
         }

@@ -6,7 +6,6 @@ module the expert has at the site, so that all gates of a site can be compared.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -154,8 +153,8 @@ class Record:
 def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
     """The stage shared by `train_gates` and `train_expert`: gates, statistics, the directory.
 
-    Training continues from checkpoints in the work folder, which is removed at the end. Gates in
-    `record` are taken as they are. Of several processes the first measures and writes.
+    Training continues from checkpoints in the work folder. Gates in `record` are taken as they
+    are. Of several processes the first measures and writes.
     """
     modules = read_modules(adapter)
     metrics, gates = dict(record.metrics), record.gates
@@ -195,7 +194,6 @@ def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
         metrics=metrics,
     )
     saved = expert.save(run.out)
-    shutil.rmtree(run.work)
     processes.wait_for_all()
     return saved
 

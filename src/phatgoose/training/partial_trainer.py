@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 
 from ..errors import ExpertError
-from ..files.quoting import one_line
+from ..files.quoting import first_line, one_line
 from ..tasks.collating import IGNORED
 from ..tasks.encoding import TokenPair
 from ..tasks.target_logits import target_logits
@@ -147,8 +147,9 @@ class PartialTrainer(Trainer):  # type: ignore[misc]  # transformers is untyped
         try:
             super()._save_checkpoint(model, trial)
         except RuntimeError as error:  # torch has no OSError for a full disk
-            reason = str(error).splitlines()[0]
-            raise ExpertError(f"Checkpoint {folder} can't be written: {reason}") from error
+            raise ExpertError(
+                f"Checkpoint {folder} can't be written: {first_line(error)}"
+            ) from error
         processes.wait_for_all()  # each has written its random state
         if processes.is_first():
             (folder / COMPLETE).write_text(json.dumps({"step": self.state.global_step}))

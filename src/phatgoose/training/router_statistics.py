@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -177,17 +178,20 @@ def mean_activations(
     """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
 
     Prompt and right target are passed in one go, and padding is left out (paper section 4.2,
-    Average Activation). The released code keeps only the decoder's last step.
+    Average Activation). The released code keeps only the decoder's last step. Zero at a site that
+    no token reached, inside one of the base's own experts.
     """
-    totals: dict[str, Tensor] = {}
+    totals = {
+        name: torch.zeros(site.in_features, dtype=torch.float64) for name, site in sites.items()
+    }
     counts = Counter[str]()
 
     def add(site: Site, u: Tensor) -> None:
-        totals[site.name] = totals.get(site.name, 0) + u.double().sum(dim=0)
+        totals[site.name] += u.double().sum(dim=0).cpu()
         counts[site.name] += len(u)
 
     read_pairs(model, sites, pairs, pad_token_id, add, label)
-    return {site: (totals[site] / counts[site]).float().cpu() for site in sites}
+    return {name: (total / max(counts[name], 1)).float() for name, total in totals.items()}
 
 
 def _refuse_foreign_files(directory: Path) -> None:

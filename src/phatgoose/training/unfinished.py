@@ -32,7 +32,8 @@ def open_work(
 
     `identity` is what a run must share to resume the work: base, data and settings. The folder is
     locked while the context is open, or until the process is killed; of several processes of one
-    training (`processes`) the first holds the lock. Raises ExpertError when `out` is there, when
+    training (`processes`) the first holds the lock. When the context ends and `out` is there, the
+    work is removed. Raises ExpertError when `out` is there, when
     there is unfinished work and neither `resume` nor `restart` is set, another process holds the
     lock, or the folder can't be written; ConfigError when the work to resume has another identity.
     """
@@ -65,6 +66,8 @@ def open_work(
                 )
             processes.wait_for_all()
             yield work
+        if out.exists():
+            discard_work(out)  # its lock is free: some file systems remove no open file
     except Timeout as problem:
         raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
     except WRITING_ERRORS as problem:
@@ -72,7 +75,7 @@ def open_work(
 
 
 def discard_work(out: Path) -> None:
-    """Remove the work that a run left beside `out`, killed after finishing it."""
+    """Remove the work beside a finished `out`, or what of it can be removed."""
     shutil.rmtree(work_of(out), ignore_errors=True)
 
 

@@ -81,6 +81,20 @@ def test_a_write_that_breaks_off_leaves_no_routed_model(model, tmp_path, monkeyp
         load(tmp_path, detach(model))
 
 
+def test_weights_that_cannot_be_written_leave_the_model_that_was_there(
+    model, tmp_path, monkeypatch
+):
+    model.save_pretrained(tmp_path)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("phatgoose.routing.saved.save.save_file", full)
+    with pytest.raises(RoutingError, match="No space left on device"):
+        model.save_pretrained(tmp_path)
+    composition_of(load(tmp_path, detach(model)))
+
+
 def test_a_file_in_the_place_of_the_folder_is_told(model, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RoutingError, match=r"file can't be written: .*exists"):

@@ -177,7 +177,8 @@ def gate(
         name=name,
         **vars(unfinished),
     )
-    say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
+    if processes.is_first():
+        say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
 
 
 def measure(

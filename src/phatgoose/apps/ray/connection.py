@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...errors import ConfigError, EngineError
+from ...files.quoting import first_line
 from ..processor import bound_spinning
 
 bound_spinning()  # workers get it, with the environment of this process or by `_environment`
@@ -57,9 +58,8 @@ def connected(address: str | None = None) -> Iterator[None]:
     try:
         ray.init(logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise EngineError(
-            f"No Ray cluster could be used at {address or 'here'}: {reason}"
+            f"No Ray cluster could be used at {address or 'here'}: {first_line(error)}"
         ) from error
     try:
         yield

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ...errors import EngineError, PhatgooseError
+from ...files.quoting import first_line, one_line
 from ...jobs import AnyJob, AnyResult, Workshop
 from .connection import ray
 from .worker import PROGRESS, start_worker
@@ -205,7 +206,7 @@ class _Run:
             self._furthest[what], self._losses[what] = worker.shown, 0
         elif worker.machine is None or worker.machine in {m["NodeID"] for m in _machines()}:
             self._losses[what] += 1
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         if self._losses[what] >= MOST_LOSSES:
             raise EngineError(
                 f"{MOST_LOSSES} workers were lost at {what} (out of memory?): {reason}"
@@ -226,7 +227,7 @@ class _Run:
             elif ray.wait([worker.progress], timeout=0)[0]:
                 self._show(worker)
         names = ", ".join(each.job.name for each in self._workers if each.job is not None)
-        self._bar.set_description(names[:40] or "waiting for workers")
+        self._bar.set_description(one_line(names, 40) or "waiting for workers")
         if now - self._seen > WAITING:
             logger.warning("No worker was ready for the last %.0f s; still waiting.", WAITING)
             self._seen = now
@@ -255,4 +256,5 @@ def _cause(error: Any) -> Exception:
     cause = error.cause
     if isinstance(cause, PhatgooseError):
         return cause
-    return EngineError(f"A worker failed: {str(error).strip().splitlines()[-1]}")
+    *_, last = str(error).strip().splitlines() or [type(cause).__name__]  # of a whole traceback
+    return EngineError(f"A worker failed: {one_line(last)}")

@@ -11,6 +11,7 @@ from typing import Any
 
 from ...config import Serving
 from ...errors import ConfigError, EngineError
+from ...files.quoting import first_line
 from ...jobs import absolute
 from ..processor import keep_to
 from ..server import ServedModel, create_app
@@ -66,8 +67,7 @@ def replicated(
         serve.run(deployment.bind(), name=NAME, route_prefix="/")
     except (RuntimeError, ValueError, ray.exceptions.RayError) as error:
         serve.shutdown()
-        reason = str(error).strip().splitlines()[0]
-        raise EngineError(f"The replicas could not be started: {reason}") from error
+        raise EngineError(f"The replicas could not be started: {first_line(error)}") from error
     try:
         yield
     finally:

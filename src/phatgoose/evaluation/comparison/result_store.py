@@ -114,7 +114,7 @@ class ResultStore:
             # str.splitlines would also split at U+2028 and U+0085, which answers may hold.
             yield from content[:complete].decode("utf-8").split("\n")[:-1]
         except (OSError, UnicodeDecodeError) as error:
-            raise EvaluationError(f"Results {self.path} can't be read: {error}.") from error
+            raise EvaluationError(f"Results {self.path} can't be read: {reason(error)}.") from error
 
 
 def _no_link(path: str, flags: int) -> int:

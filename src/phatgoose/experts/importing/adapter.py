@@ -246,7 +246,8 @@ def _with_biases(
     trained = {name: left[name] for name in left if name.endswith(".bias")}
     if not trained:
         return dict(modules)
-    original = load_base(base, revision=revision, dtype="float32").model.state_dict()
+    loaded = load_base(base, revision=revision, dtype="float32", device="cpu")
+    original = loaded.model.state_dict()
     found = dict(modules)
     for name, bias in trained.items():
         plain = name.removeprefix(PEFT_PREFIX).replace(BASE_LAYER, ".")

@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from ...base.loading import load_skeleton
 from ...base.sites import Site, find_sites
 from ...errors import ExpertError
-from ...files.quoting import one_line, shortened
+from ...files.quoting import first_line, shortened
 from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
 from ..kinds.ia3 import IA3_ENDING
 from ..kinds.lora import LORA_ENDINGS
@@ -190,5 +190,4 @@ def peft_errors(what: str) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except PEFT_ERRORS as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExpertError(f"{what}: {one_line(lines[0]).rstrip('.')}.") from error
+        raise ExpertError(f"{what}: {first_line(error).rstrip('.')}.") from error

@@ -112,7 +112,7 @@ def grouped_bottleneck(
 
 
 def _activated(inner: Tensor, activations: Tensor) -> Tensor:
-    """F of `inner`, each expert's own; `activations` broadcasts over it."""
+    """The activations f of `inner`, each expert's own; `activations` broadcasts over it."""
     result = torch.zeros_like(inner)
     for index, name in enumerate(ACTIVATIONS):
         result = torch.where(activations == index, ACTIVATION[name](inner), result)

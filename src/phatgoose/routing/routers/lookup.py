@@ -63,15 +63,19 @@ class Lookup:
         """
         return self._turn.mixtures
 
-    def of_each(self, u: Tensor) -> Mixtures:
+    def of_each(self, u: Tensor, sees_all: bool = True) -> Mixtures:
         """The experts of each token of u [T, n], on its device: T / rows tokens in turn for a row.
 
-        A row's beams and tokens stand together, so this holds for generation too. Raises
-        RoutingError when no expert is known, or T is no multiple of the rows.
+        A row's beams and tokens stand together, so this holds for generation too. `sees_all` False
+        says that u holds some of the rows' tokens only, nobody knows whose: all rows must then have
+        the same experts. Raises RoutingError when no expert is known, when T is no multiple of the
+        rows, or such rows differ.
         """
         known = self.mixtures
         if known is None:
             raise RoutingError(self.unknown)
+        if not sees_all:
+            known = _of_any(known)
         if len(u) % len(known):
             raise RoutingError(f"{len(u)} tokens can't be shared out to {len(known)} inputs.")
         here = Mixtures(known.experts.to(u.device), known.weights.to(u.device))
@@ -113,6 +117,17 @@ class Lookup:
     def shrunk(self, place: Tensor) -> Lookup:
         """The lookup of the experts whose new index `place` [E] gives; -1 for those that leave."""
         return self
+
+
+def _of_any(known: Mixtures) -> Mixtures:
+    """The one row that all rows are. Raises RoutingError where they differ."""
+    if not all((part == part[0]).all() for part in (known.experts, known.weights)):
+        raise RoutingError(
+            "Inputs that choose different experts can't share a batch here: some of the layers are "
+            "inside the base's own experts, which see some of the tokens only. Use a router for "
+            "every token, such as phatgoose, or pass inputs one by one (token_budget=1 in Python)."
+        )
+    return known.of([0])
 
 
 @dataclass(frozen=True)

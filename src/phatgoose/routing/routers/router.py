@@ -23,6 +23,8 @@ from .scores import Scores
 __all__ = ["Router", "RouterSite", "SiteRouter", "check_needs", "check_routing"]
 __all__ += ["router_of", "warn_of_constant_vectors", "warn_of_lowered_k"]
 
+OWN_EXPERTS = "experts"  # the folder, in a site's name, of a mixture of experts of the base's own
+
 
 class SiteRouter(nn.Module):
     """Chooses the experts of every token at one site.
@@ -65,6 +67,11 @@ class RouterSite:
     pool_size: int
     state: Mapping[str, Tensor]
     lookup: Lookup | None
+
+    @property
+    def sees_all(self) -> bool:
+        """False inside one of the base's own experts, which sees some of a batch's tokens only."""
+        return OWN_EXPERTS not in self.name.split(".")
 
 
 class Router:

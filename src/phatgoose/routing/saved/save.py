@@ -78,9 +78,9 @@ def save_pretrained(
         return
     try:
         target.mkdir(parents=True, exist_ok=True)
-        (target / ROUTED_INFO).unlink(missing_ok=True)  # no routed model until all is there
         with new_file(target / ROUTED_WEIGHTS) as unfinished:
             save_file(_tensors(parts), unfinished)
+            (target / ROUTED_INFO).unlink(missing_ok=True)  # no routed model until all is there
     except WRITING_ERRORS as error:
         raise RoutingError(f"{target} can't be written: {reason(error)}.") from error
     write_text(target / ROUTED_INFO, described(parts, target), RoutingError)

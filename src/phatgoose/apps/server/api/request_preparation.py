@@ -183,7 +183,7 @@ class RequestPreparer:
             raise bad_request(
                 f"The prompt has {given} tokens and the answer {wanted}; the model can hold "
                 f"{self._most_tokens} together.",
-                "max_tokens" if asked else "messages",
+                {None: "messages", 0: "prompt"}.get(asked, "max_tokens"),
                 TOO_LONG,
             )
         if self._runner.is_encoder_decoder and self._runner.positions.answer is not None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,11 +57,14 @@ class CachedRouting:
 
 
 class RoutingCache:
-    """At most `most` routings of `models`. All methods run in the event loop's thread."""
+    """At most `most` routings of `models`, the least recently used first.
+
+    All methods run in the event loop's thread, but for `_compose`.
+    """
 
     def __init__(self, models: Mapping[str, LoadedModel], most: int) -> None:
         self._models, self._most = models, most
-        self._cached: OrderedDict[Key, CachedRouting] = OrderedDict()
+        self._cached: dict[Key, CachedRouting] = {}
         self._composing = threading.Lock()  # one at a time: it takes all cores anyway
         self._threads: set[threading.Thread] = set()
 
@@ -97,8 +99,7 @@ class RoutingCache:
         key = (loaded.settings.name, routing, pool.names)
         if key not in self._cached:
             self._begin(key, loaded, pool, client)
-        self._cached.move_to_end(key)
-        cached = self._cached[key]
+        cached = self._cached[key] = self._cached.pop(key)  # now the last
         cached.requests += 1
         try:
             runner = await asyncio.wait_for(asyncio.shield(cached.runner), deadline.left)

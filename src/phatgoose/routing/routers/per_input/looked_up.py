@@ -34,7 +34,7 @@ class LookedUp(Router):
         """The router's module at one site."""
         if site.lookup is None:
             raise RoutingError(f"Router {self.spec.name} has nothing to look experts up in.")
-        return LookedUpRouter(site.experts, site.pool_size, site.lookup)
+        return LookedUpRouter(site.experts, site.pool_size, site.lookup, site.sees_all)
 
     def needed(self, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         """`tokenizer`, which reads prompts. Raises ConfigError when there is none."""
@@ -50,11 +50,16 @@ class LookedUpRouter(SiteRouter):
 
     position: Tensor
 
-    def __init__(self, experts: Tensor, pool_size: int, lookup: Lookup) -> None:
-        """`experts` [E] are the pool's indices of the experts that act at the site."""
+    def __init__(
+        self, experts: Tensor, pool_size: int, lookup: Lookup, sees_all: bool = True
+    ) -> None:
+        """`experts` [E] are the pool's indices of the experts that act at the site.
+
+        `sees_all` False says that the site sees some of the rows' tokens only.
+        """
         super().__init__()
         self.register_buffer("position", rows_at(experts, pool_size), persistent=False)
-        self.lookup = lookup
+        self.lookup, self.sees_all = lookup, sees_all
         self.experts = len(experts)
 
     def forward(self, u: Tensor) -> RoutingDecision:
@@ -63,7 +68,7 @@ class LookedUpRouter(SiteRouter):
         The weight is 0 where an expert of the row does not act at this site, and for NOBODY. Raises
         as `Lookup.of_each` does.
         """
-        mixtures = self.lookup.of_each(u)
+        mixtures = self.lookup.of_each(u, self.sees_all)
         experts = self.position[mixtures.experts]
         return RoutingDecision(experts.clamp(min=0), mixtures.weights * (experts >= 0))
 

@@ -59,6 +59,7 @@ class GliderRouter(ScoredRouter):
         """`lookup` holds the cosines; the temperature divides λ, as it has divided the gates."""
         super().__init__(site.state["vectors"], routing.k, routing.eps)
         self.lookup, self.scale = lookup, routing.glider_lambda / routing.router_temperature
+        self.sees_all = site.sees_all
         self.register_buffer("acting", site.experts, persistent=False)
 
     def affinities(self, u: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ class GliderRouter(ScoredRouter):
 
         Raises as `Lookup.of_each` does.
         """
-        cosines = self.lookup.of_each(u).weights[:, self.acting]
+        cosines = self.lookup.of_each(u, self.sees_all).weights[:, self.acting]
         return super().affinities(u) + self.scale * cosines
 
 

@@ -59,6 +59,7 @@ class ShortlistedRouter(SiteRouter):
         position = rows_at(site.experts, site.pool_size)
         self.register_buffer("position", position, persistent=False)
         self.gates, self.lookup, self.prior = gates, lookup, prior
+        self.sees_all = site.sees_all
 
     @property
     def vectors(self) -> Tensor:
@@ -90,7 +91,7 @@ class ShortlistedRouter(SiteRouter):
 
         Those that don't act at the site score minus infinity.
         """
-        mixtures = self.lookup.of_each(u)
+        mixtures = self.lookup.of_each(u, self.sees_all)
         found = self.position[mixtures.experts]
         experts = found.clamp(min=0)
         logits = self.gates.affinities(u).gather(-1, experts)

@@ -1,13 +1,18 @@
 """What docs hold of the study's comparisons: cells without answers, tables, figures.
 
     python examples/study_report.py cells OUT RESULTS…        cells of compare, without any answer
+    python examples/study_report.py whole OUT CELLS           those of the base and the largest pool
+                                                              that were scored on most datasets
     python examples/study_report.py variants CELLS OUT.md     every model against plain PHATGOOSE,
                                                               or another, whose label may follow
     python examples/study_report.py together CELLS OUT.md     the same of those models alone that
-                                                              were scored on most datasets
-    python examples/study_report.py balanced CELLS OUT.md LIMIT SUITE…
+                                                              were scored on most datasets; names
+                                                              of some to leave out may follow
+    python examples/study_report.py balanced CELLS OUT.md SUITE=LIMIT…
                                                               the same with each answer's place in
                                                               the choices counted alike
+    python examples/study_report.py datasets CELLS OUT.md     every dataset a row, those models as
+                                                              columns
     python examples/study_report.py above-chance CELLS TASKS  datasets where something is above it
     python examples/study_report.py figure CELLS OUT.png      every dataset, every model, as dots
     python examples/study_report.py sizes CELLS OUT.png       scores against the size of the pool
@@ -76,6 +81,20 @@ def write_cells(out: Path, *sources: Path) -> None:
     print(f"{len(lines)} cells -> {out}")
 
 
+def write_whole(out: Path, cells: Path) -> None:
+    """Those of `cells` that are of the models of `write_together`, base or of the largest pool."""
+    lines = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
+    methods, models = [line["key"]["method"] for line in lines], _whole(cells)
+    sizes = [len(_routed(method)[1]) for method in methods]
+    kept = [
+        line
+        for line, method, size in zip(lines, methods, sizes, strict=True)
+        if size in (0, max(sizes)) and _label(method) in models
+    ]
+    out.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    print(f"{len(kept)} cells -> {out}")
+
+
 def read_cells(path: Path) -> Scores:
     """The last cell of each model and dataset at `path`; experts go by the start of their hash.
 
@@ -131,27 +150,51 @@ def write_variants(cells: Path, out: Path, reference: str | Path = REFERENCE) ->
     _write_common(read_cells(cells), str(reference), out)
 
 
-def write_together(cells: Path, out: Path) -> None:
-    """As `write_variants`, of the models alone that were scored on as many datasets as any."""
+def write_together(cells: Path, out: Path, *without: Path) -> None:
+    """As `write_variants`, of the models alone that were scored on as many datasets as any.
+
+    The datasets in `without` don't count.
+    """
+    left_out = set(map(str, without))
+    scores = {
+        model: {task: cell for task, cell in row.items() if task not in left_out}
+        for model, row in _whole(cells).items()
+    }
+    _write_common(scores, REFERENCE, out)
+
+
+def write_datasets(cells: Path, out: Path) -> None:
+    """A row for each dataset with its examples and the score of every model of `write_together`."""
+    scores = _whole(cells)
+    lines = [f"| dataset | n | {' | '.join(scores)} |", f"|---|---|{'---|' * len(scores)}"]
+    for task in _common(scores):
+        row = [cells[task].sample for cells in scores.values()]
+        told = " | ".join(f"{100 * sample.score:.0f}" for sample in row)
+        lines.append(f"| {task} | {row[0].n} | {told} |")
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(lines) - 2} datasets -> {out}")
+
+
+def _whole(cells: Path) -> Scores:
+    """The models that were scored on as many datasets as any."""
     scores = read_cells(cells)
     most = max(map(len, scores.values()))
-    whole = {model: row for model, row in scores.items() if len(row) == most}
-    _write_common(whole, REFERENCE, out)
+    return {model: row for model, row in scores.items() if len(row) == most}
 
 
-def write_balanced(cells: Path, out: Path, limit: Path, *suites: Path) -> None:
-    """As `write_variants`, over what is ranked: accuracies in which every place counts alike.
+def write_balanced(cells: Path, out: Path, *suites: Path) -> None:
+    """As `write_together`, over what is ranked: accuracies in which every place counts alike.
 
     An example counts by the share of its dataset's examples whose right answer has its place among
     the choices, so that always giving one answer is worth chance, whatever the right ones are.
-    `suites` and `limit` are those of the comparison.
+    `suites` are those of the comparison, each with "=" and its limit after it.
     """
-    scores = read_cells(cells)
-    weights = {
-        task.name: _weights(task.evaluation_examples(int(str(limit)), 0))
-        for suite in suites
-        for task in open_suite(suite).load(Sources(None, None))
-    }
+    scores = _whole(cells)
+    weights = {}
+    for suite in suites:
+        place, _, limit = str(suite).rpartition("=")
+        for task in open_suite(place).load(Sources(None, None)):
+            weights[task.name] = _weights(task.evaluation_examples(int(limit), 0))
     tasks = [task for task in _common(scores) if weights[task] is not None]
     samples = {
         model: [_weighted(row[task].sample, weights[task]) for task in tasks]
@@ -300,9 +343,11 @@ def main(words: list[str]) -> int:
     """Run the command in `words`; 2 when there is none such."""
     commands: dict[str, Callable[..., None]] = {
         "cells": write_cells,
+        "whole": write_whole,
         "variants": write_variants,
         "together": write_together,
         "balanced": write_balanced,
+        "datasets": write_datasets,
         "above-chance": tell_above_chance,
         "figure": draw,
         "sizes": draw_sizes,

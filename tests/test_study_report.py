@@ -74,6 +74,16 @@ def test_cells_hold_no_answers_but_whatever_tables_need(report, results, tmp_pat
     assert "+37.5 [" in rows["| PHATGOOSE, another pool"]  # of a reference model
 
 
+def test_cells_of_small_pools_are_left_out_where_asked(report, results, tmp_path, capsys):
+    add(ResultStore(results), {"router": "arrow", "k": 2, "pool": ["a" * 8, "b" * 8]}, "t1", [1])
+    report["main"](["whole", str(tmp_path / "few.jsonl"), str(results)])
+    sizes = [
+        len(json.loads(line)["key"]["method"].get("pool", ()))
+        for line in (tmp_path / "few.jsonl").read_text().splitlines()
+    ]
+    assert sorted(sizes) == [0, 0, 2, 2, 2, 2, 2, 2]
+
+
 def test_models_that_were_scored_on_all_datasets_stand_together(report, results, tmp_path, capsys):
     add(ResultStore(results), {"model": "base"}, "t3", [1, 1, 1, 1])
     plain = {"router": "phatgoose", "k": 2, "affinity": "standardised", "pool": ["a" * 8, "b" * 8]}
@@ -83,6 +93,18 @@ def test_models_that_were_scored_on_all_datasets_stand_together(report, results,
     assert "mean of 3" in head
     assert [row.split(" | ")[0] for row in rows] == ["| Base model", "| PHATGOOSE"]
     assert "+8.3 [" in rows[0]  # two thirds less seven twelfths
+    report["main"](["together", str(results), str(tmp_path / "t.md"), "t3", "t2"])
+    head, _, *rows = (tmp_path / "t.md").read_text().splitlines()
+    assert "mean of 1" in head
+    assert "-25.0 [" in rows[0]
+    report["main"](["datasets", str(results), str(tmp_path / "d.md")])
+    assert (tmp_path / "d.md").read_text().splitlines() == [
+        "| dataset | n | Base model | PHATGOOSE |",
+        "|---|---|---|---|",
+        "| t1 | 4 | 25 | 50 |",
+        "| t2 | 4 | 50 | 50 |",
+        "| t3 | 4 | 100 | 50 |",
+    ]
 
 
 def test_only_datasets_above_chance_count_there(report, results, tmp_path, capsys):
@@ -153,6 +175,6 @@ def test_a_habit_is_worth_chance_where_every_place_counts_alike(report, tmp_path
     targets = [example.target for example in drawn.evaluation_examples(4, 0)]
     add(store, {"model": "base"}, "t", [int(target == "no") for target in targets])
     report["main"](["variants", str(store.path), str(tmp_path / "plain.md")])
-    report["main"](["balanced", str(store.path), str(tmp_path / "b.md"), "4", str(folder)])
+    report["main"](["balanced", str(store.path), str(tmp_path / "b.md"), f"{folder}=4"])
     assert "| Base model | 75.0 [" in (tmp_path / "plain.md").read_text()
     assert "| Base model | 50.0 [" in (tmp_path / "b.md").read_text()

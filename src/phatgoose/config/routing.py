@@ -23,6 +23,7 @@ AFFINITIES = (PAPER, "raw", "trimmed", "centred", "calibrated")
 ARROW_FORMS = ("svd", "peft", "mttl")
 READING_PLACES = ("both", "end", "whole")
 LOGO_READS = ("block", "site")
+KERNELS = ("auto", "reference", "concat", "gather", "grouped", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Routing(Settings):
 
     router: Annotated[str, "Which router chooses experts."] = "phatgoose"
     k: Annotated[int, "Experts per token at each site.", AT_LEAST_1] = 2
-    kernel: Annotated[str, "auto, reference, concat, gather, grouped, native or triton."] = "auto"
+    kernel: Annotated[str, f"{', '.join(KERNELS[:-1])} or {KERNELS[-1]}.", one_of(KERNELS)] = "auto"
     eps: Annotated[
         float, "Added to var(u) under the root when standardising activations u.", POSITIVE
     ] = 1e-5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,8 +17,8 @@ from .kinds.kind import AdapterFiles, Kind, SiteModule
 from .kinds.lora import LoraFactors, read_lora, write_lora
 from .kinds.peft_files import PEFT_FILES
 
-__all__ = ["ADAPTER_FILES", "KINDS", "adapter_files", "check_fit", "kind_for", "named_base"]
-__all__ += ["read_modules"]
+__all__ = ["ADAPTER_FILES", "KINDS", "adapter_files", "check_fit", "kind_for", "kind_of"]
+__all__ += ["named_base", "read_modules"]
 
 # Every kind of expert by its name; a new one is added here.
 KINDS: dict[str, Kind] = {
@@ -42,6 +43,12 @@ ADAPTER_FILES = tuple(name for files in FORMATS for name in (files.config, files
 def kind_for(peft: Peft) -> Kind:
     """The kind of a new expert with these settings."""
     return next(kind for kind in KINDS.values() if isinstance(peft, kind.config))
+
+
+def kind_of(files: AdapterFiles, config: Mapping[str, Any]) -> Kind:
+    """The kind of the adapter that `config`, read from such `files`, describes."""
+    peft_type = config.get("peft_type")
+    return next(k for k in KINDS.values() if k.files is files and k.peft_type == peft_type)
 
 
 def adapter_files(directory: Path) -> AdapterFiles:
@@ -72,10 +79,8 @@ def read_modules(
     """
     files = adapter_files(directory)
     config = files.read_config(directory)
-    peft_type = config.get("peft_type")
-    kind = next(k for k in KINDS.values() if k.files is files and k.peft_type == peft_type)
     tensors = files.read_weights(directory) if tensors is None else tensors
-    return dict(kind.read(directory, config, tensors))
+    return dict(kind_of(files, config).read(directory, config, tensors))
 
 
 def named_base(directory: Path) -> str | None:

@@ -158,8 +158,8 @@ class Pool:
         return torch.stack([getattr(e, kind)[site] for e in self.experts if site in e.modules])
 
     def check_vectors(self, kind: str) -> None:
-        """Raise PoolError, naming them, when experts have no "gates", "means" or "readings"."""
-        without = [expert.name for expert in self.experts if not getattr(expert, kind)]
+        """Raise PoolError, naming them, when experts lack a `kind` of REMEDIES."""
+        without = [expert.name for expert in self.experts if not expert.has(kind)]
         if without:
             raise PoolError(_missing(without, kind))
 
@@ -265,7 +265,7 @@ def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
 
 
 def _missing(without: Sequence[str], kind: str) -> str:
-    """The message for experts that lack gates (`kind` "gates"), means or readings."""
+    """The message for experts that lack a `kind` of REMEDIES."""
     many = len(without) > 1
     return (
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "

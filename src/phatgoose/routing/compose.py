@@ -23,7 +23,6 @@ from ..experts.adapter import check_fit
 from ..experts.pool import Pool
 from ..files.prefetch import prefetch
 from .composition import Composition, composition_of
-from .kernels.choice import check_kernel
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .routers.automatic import settled
 from .routers.registry import AUTO
@@ -94,7 +93,6 @@ def prepare(
     found = resolve_base(base, pool.base) if routing.router == AUTO else None
     router = router_of(settled(routing, pool, found.model, found.tokenizer) if found else routing)
     check_routing(router, pool)
-    check_kernel(router.routing.kernel)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     pool = router.narrow(pool, scores)
     found = found or resolve_base(base, pool.base)
@@ -218,17 +216,17 @@ class ResolvedBase:
 
 
 def resolve_base(
-    base: Base | PreTrainedModel | str | Path | None, wanted: BaseReference
+    base: Base | PreTrainedModel | str | Path | None, wanted: BaseReference, dtype: str = "auto"
 ) -> ResolvedBase:
-    """The base given as a name, a `Base` or a model, loaded if need be; None means `wanted`.
+    """The base given as a name, loaded in `dtype`, as a `Base` or a model; None means `wanted`.
 
     A quantised base can't be recognised by its weights; it is taken for `wanted`, with a warning.
     Raises RoutingError when the model is routed already, BaseModelError when it reads padding.
     """
     if base is None:
-        base = load_base(wanted.id, revision=wanted.revision)
+        base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
     elif isinstance(base, str | Path):
-        base = load_base(base)
+        base = load_base(base, dtype=dtype)
     model = base.model if isinstance(base, Base) else base
     check_heeds_masks(model.config)
     if hasattr(model, ROUTED):

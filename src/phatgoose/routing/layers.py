@@ -34,7 +34,8 @@ from .stacks.lora import LoraStack
 from .stacks.site_stack import SiteStack
 from .watching import watches_over
 
-__all__ = ["FoldedLinear", "RoutedLayer", "RoutedLinear", "folded_weight", "is_cheaper_folded"]
+__all__ = ["FoldedLinear", "RoutedLayer", "RoutedLinear", "folded_weight", "has_plain_weight"]
+__all__ += ["is_cheaper_folded", "matrix_of"]
 
 
 class RoutedLayer(nn.Module):
@@ -222,14 +223,26 @@ class FoldedLinear(RoutedLayer):
 
 
 def is_cheaper_folded(base: nn.Module, stack: LoraStack) -> bool:
-    """True where E r (n + d) factors outnumber the n d weights, and those are all there is to it.
+    """True where E r (n + d) factors outnumber n d weights, and those are all there is to it."""
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    return has_plain_weight(base) and stack.A.numel() + stack.B.numel() > weight.numel()
 
-    Subclasses of a linear layer (quantised ones, for instance) may do more than multiply; weights
-    that accelerate keeps elsewhere aren't there to be added to.
+
+def has_plain_weight(base: nn.Module) -> bool:
+    """True for a linear layer that multiplies by a weight which is here, and does nothing else.
+
+    Subclasses of a linear layer (quantised ones, for instance) may do more; weights that accelerate
+    keeps elsewhere aren't there to be added to.
     """
     weight: Tensor = base.weight  # type: ignore[assignment]
-    plain = type(base) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
-    return plain and not weight.is_meta and stack.A.numel() + stack.B.numel() > weight.numel()
+    is_linear = type(base) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
+    return is_linear and not weight.is_meta
+
+
+def matrix_of(base: nn.Module) -> Tensor:
+    """The weight of a linear layer as [d, n]."""
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    return weight.T if isinstance(base, Conv1D) else weight
 
 
 @torch.no_grad()
@@ -238,7 +251,6 @@ def folded_weight(base: nn.Module, stack: LoraStack, pool_size: int) -> Tensor:
 
     Those of the pool's experts that are not in `stack` count as zero.
     """
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    weight = weight.T if isinstance(base, Conv1D) else weight
+    weight = matrix_of(base)
     A, B = stack.A.float().flatten(0, 1), stack.B.float().flatten(0, 1)  # [E r, n], [E r, d]
     return (weight.float() + B.T @ A / pool_size).to(weight.dtype)

@@ -99,7 +99,6 @@ def open_model(
     if keep or leave_out or scores:
         require_pool(place)
     if is_routed(place):
-        base = load_base(base, dtype=dtype) if isinstance(base, str) else base
         embedder = routing.retrieval_embedder if routing else None
         routed = load(place, base, dtype=dtype, retrieval_embedder=embedder)
     elif is_pool(place):

@@ -47,9 +47,9 @@ def embedded(llama_pool, monkeypatch) -> Pool:
     ],
 )
 def test_a_decoder_gets_the_first_that_every_expert_allows(llama, embedded, lacks, wanted):
-    routing, left = Routing(router="auto", kernel="plain"), stripped(embedded, *lacks)
+    routing, left = Routing(router="auto", kernel="reference"), stripped(embedded, *lacks)
     found = settled(routing, left, llama.model, llama.tokenizer)
-    assert found == Routing(router=wanted, kernel="plain")
+    assert found == Routing(router=wanted, kernel="reference")
 
 
 def test_a_model_without_its_tokenizer_gets_none_that_reads_prompts(llama, llama_pool):

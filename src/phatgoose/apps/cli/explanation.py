@@ -50,8 +50,8 @@ class Explanation:
                 for z in np.argsort(-mean, kind="stable").tolist()
                 if (top == z).any()
             }
-            texts, bold = map(_printable, stream.tokens), map(bool, stream.parts)
-            yield coloured(zip(texts, top.tolist(), bold, strict=True), labels)
+            bold = map(bool, stream.parts)
+            yield coloured(zip(stream.tokens, top.tolist(), bold, strict=True), labels)
 
     def table(self, most: int = 3) -> Iterator[Table]:
         """For each such stack: a row per token with its `most` experts of greatest weight."""
@@ -101,11 +101,6 @@ class Explanation:
         streams = [s for s in self.trace.streams if s.has(self.layer, self.kind)]
         for stream in streams or self.trace.streams[:1]:  # which then says what there is
             yield stream, stream.shares(len(self.trace.experts), self.layer, self.kind)
-
-
-def _printable(token: str) -> str:
-    """The token without characters that would steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in token)
 
 
 def explain(

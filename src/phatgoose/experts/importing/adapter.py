@@ -42,8 +42,8 @@ from ..kinds.peft_files import (
     read_config,
     read_weights,
 )
+from ..kinds.refusals import CONVERTIBLE, tensor_refusal
 from .peft_skeleton import Target, resolve
-from .refusals import CONVERTIBLE, tensor_refusal
 from .to_lora import convert
 
 __all__ = ["import_adapter", "require_named_base", "resolved_modules"]
@@ -95,7 +95,9 @@ def import_adapter(
     if not lossy:
         named_base(folder)  # what can't be routed on any base is refused first
     revision = None if base else named_revision(config)
-    base = base or require_named_base(config, from_hub=reference is not None)
+    base = base or require_named_base(
+        config.get(PEFT_FILES.base_key), from_hub=reference is not None
+    )
     place = str(reference or folder.resolve().name)  # an expert may be published
     record: dict[str, Any] = {"imported_from": place}
     with tempfile.TemporaryDirectory() as work:
@@ -159,7 +161,7 @@ def _write_adapter(
     folder: Path, modules: Mapping[str, SiteModule], config: Mapping[str, Any]
 ) -> Path:
     """`folder`, with `modules` written anew; what `config` says of task and base is kept."""
-    kept = ("task_type", "base_model_name_or_path", "revision", "fan_in_fan_out")
+    kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out")
     about = {key: config[key] for key in kept if config.get(key) is not None}
     kind = next((module.kind for module in modules.values()), "lora")
     return KINDS[kind].write(folder, modules, about)
@@ -168,7 +170,7 @@ def _write_adapter(
 def _config_of(folder: Path) -> dict[str, Any]:
     """The adapter's configuration; one that isn't PEFT's as PEFT would name the base."""
     if adapter_files(folder) is not PEFT_FILES:
-        return {"base_model_name_or_path": named_base(folder)}
+        return {PEFT_FILES.base_key: named_base(folder)}
     return read_config(folder)
 
 
@@ -204,9 +206,8 @@ def _has_pickle(reference: HubReference) -> bool:
         return False
 
 
-def require_named_base(config: Mapping[str, Any], *, from_hub: bool) -> str:
-    """The base that the adapter names. Raises ExpertError when it names none, or a private path."""
-    named = config.get("base_model_name_or_path")
+def require_named_base(named: object, *, from_hub: bool) -> str:
+    """What an adapter has as its base. Raises ExpertError unless it is a name, no private path."""
     if not isinstance(named, str) or not named:
         raise ExpertError("The adapter doesn't name its base model; name it with --base.")
     if from_hub and (os.path.isabs(named) or named.startswith(".") or os.path.exists(named)):

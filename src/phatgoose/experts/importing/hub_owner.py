@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, snapshot_download
 from ...errors import PhatgooseError, PoolError
 from ...files.quoting import one_line, shortened
 from ...files.strict_json import MOST_JSON_BYTES
-from ..adapter import ADAPTER_FILES, KINDS, adapter_files
+from ..adapter import ADAPTER_FILES, adapter_files, kind_of
 from ..expert import EXPERT_FILES, LAYOUT
 from ..expert_info import check_name, read_info
 from ..hub import PREFIX, HubReference, pull, without_progress_bars
@@ -229,12 +229,10 @@ def _described(found: Found, descriptions: list[str]) -> Found:
         check_name(found.name)
         files = adapter_files(folder)
         config = files.read_config(folder)
-        same = (kind for kind in KINDS.values() if kind.files is files)
-        kind = next(k.name for k in same if k.peft_type == config.get("peft_type"))
-        found = replace(found, kind=kind)
+        found = replace(found, kind=kind_of(files, config).name)
         if found.is_expert:
             return replace(found, base=read_info(folder / LAYOUT.info).base.id)
-        named = {"base_model_name_or_path": config.get(files.base_key)}
+        named = config.get(files.base_key)
         return replace(found, base=require_named_base(named, from_hub=True))
     except PhatgooseError as error:
         text = str(error).replace(f"{folder}/", "").replace(str(folder), "it")

@@ -34,7 +34,7 @@ from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
 from ..kinds.ia3 import IA3_ENDING
 from ..kinds.lora import LORA_ENDINGS
 from ..kinds.peft_files import ADAPTER
-from .refusals import CONFIGS
+from ..kinds.refusals import CONFIGS
 
 __all__ = ["Skeleton", "Target", "peft_errors", "resolve", "spelled_out"]
 

@@ -15,8 +15,8 @@ from ...files.quoting import reason, shortened
 from ...files.regex_guard import check_config
 from ...files.strict_json import read_json_object
 from ...files.tensor_file import TensorFile
-from ..importing.refusals import refuse_kind, refuse_options, tensor_refusal
 from .kind import AdapterFiles, read_tensors
+from .refusals import refuse_kind, refuse_options, tensor_refusal
 
 __all__ = [
     "ADAPTER",

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from ...base.sites import WrappedLinear, linear_shape
 from ...errors import RoutingError
 from ..composition import Composition
-from ..layers import FoldedLinear, RoutedLayer, RoutedLinear
+from ..layers import FoldedLinear, RoutedLayer, RoutedLinear, has_plain_weight, matrix_of
 from ..stacks.ia3 import ScalingStack
 
 __all__ = ["AddedUpdate", "CutLoss", "Update", "cut", "fixed_update", "merged_layer", "widened_to"]
@@ -125,17 +125,11 @@ def _without_zeros(A: Tensor, B: Tensor) -> Update:
 
 def _unfolded(layer: FoldedLinear) -> Update:
     """The mean that is folded into a layer's weight, as factors of full rank."""
-    delta = layer.folded.float() - _matrix(layer.base).float()
+    delta = layer.folded.float() - matrix_of(layer.base).float()
     n, d = layer.in_features, layer.out_features
     eye = torch.eye(min(n, d), dtype=delta.dtype, device=delta.device)
     A, B = (delta, eye) if d <= n else (eye, delta)
     return _without_zeros(A, B)
-
-
-def _matrix(base: nn.Module) -> Tensor:
-    """The weight of a linear layer as [d, n]."""
-    weight: Tensor = base.weight  # type: ignore[assignment]
-    return weight.T if isinstance(base, Conv1D) else weight
 
 
 @torch.no_grad()
@@ -195,8 +189,7 @@ def merged_layer(layer: RoutedLayer, update: Update) -> nn.Module:
     """
     base, name = layer.base, layer.site.name
     weight: Tensor = base.weight
-    plain = type(base) in (nn.Linear, Conv1D) and type(weight) is nn.Parameter
-    if not plain or weight.is_meta or not weight.is_floating_point():
+    if not has_plain_weight(base) or not weight.is_floating_point():
         raise RoutingError(
             f"The base's weight at {name} is quantised or kept elsewhere, so that nothing can be "
             f"added to it: export an adapter, or load the base plainly."
@@ -219,7 +212,7 @@ def _merged_weight(layer: RoutedLayer, update: Update) -> Tensor:
         found = layer.folded
     else:
         exact = torch.promote_types(layer.base.weight.dtype, torch.float32)
-        found = _matrix(layer.base).to(exact)
+        found = matrix_of(layer.base).to(exact)
         if update.input_factor is not None:
             found = found * update.input_factor
         if update.output_factor is not None:

@@ -27,14 +27,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
 from .grouped import grouped, is_one_call
 from .native import add_routed, native, runs_natively
 from .plain import concat, gather, reference
 from .triton_gpu import add_routed as add_routed_on_gpu
 from .triton_gpu import runs_on_triton, triton_gpu
 
-__all__ = ["KERNELS", "AddRouted", "Kernel", "check_kernel", "choose_kernel", "one_call"]
+__all__ = ["KERNELS", "AddRouted", "Kernel", "choose_kernel", "one_call"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 AddRouted = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float | None], None]
@@ -50,12 +49,6 @@ KERNELS: dict[str, Kernel] = {
 AUTO = "auto"
 
 
-def check_kernel(name: str) -> None:
-    """Raise ConfigError unless `name` is "auto" or in KERNELS."""
-    if name != AUTO and name not in KERNELS:
-        raise ConfigError(f"kernel is {name!r}, but must be {AUTO}, {', '.join(KERNELS)}.")
-
-
 def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -> Kernel:
     """The kernel called `name`, or for "auto" the fastest for these arguments.
 
@@ -63,10 +56,8 @@ def choose_kernel(name: str, u: Tensor, experts: Tensor, A: Tensor, B: Tensor) -
     used and few of the experts are chosen; else `gather` while each token's own factors are less to
     read than everybody's, `grouped` for many tokens that choose few of many experts, and `concat`
     between. GPUs get `triton` in the place of `native`; `grouped` stays out where reading counts
-    back would wait for a GPU or break torch.compile's graph. Raises ConfigError for an unknown
-    name.
+    back would wait for a GPU or break torch.compile's graph.
     """
-    check_kernel(name)
     if name != AUTO:
         return KERNELS[name]
     (tokens, k), E = experts.shape, len(A)

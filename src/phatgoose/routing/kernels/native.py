@@ -27,7 +27,7 @@ from ...errors import ConfigError, RoutingError
 from ...files.quoting import one_line
 from .building import MORE_FLAGS, load_built
 from .shipped import load_shipped
-from .sizes import belong_together, misfit
+from .sizes import belong_together, is_choice, misfit
 
 __all__ = ["add_routed", "native", "runs_natively", "top_experts"]
 
@@ -70,15 +70,7 @@ def native(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor) ->
             f"Kernel native needs a C++ compiler, float32 or bfloat16 on a CPU and "
             f"torch.no_grad(), but got {u.dtype} on {u.device}; use kernel auto."
         )
-    if not (
-        u.dim() == experts.dim() == 2
-        and experts.dtype is torch.int64
-        and experts.is_cpu
-        and weights.is_cpu
-        and experts.shape == weights.shape
-        and u.shape[0] == experts.shape[0]
-        and belong_together(u.shape[1], A.shape, B.shape)
-    ):
+    if not (is_choice(u, experts, weights) and belong_together(u.shape[1], A.shape, B.shape)):
         raise misfit("native", u=u, experts=experts, weights=weights, A=A, B=B)
     (tokens, k), (E, r, n), d = experts.shape, A.shape, B.shape[2]
     u, experts, A, B = u.contiguous(), experts.contiguous(), A.contiguous(), B.contiguous()

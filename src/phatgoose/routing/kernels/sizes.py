@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...errors import RoutingError
 
-__all__ = ["belong_together", "misfit"]
+__all__ = ["belong_together", "is_choice", "misfit"]
 
 
 def belong_together(n: int, A: torch.Size, B: torch.Size) -> bool:
@@ -19,6 +19,17 @@ def belong_together(n: int, A: torch.Size, B: torch.Size) -> bool:
         return False
     (E, r, inputs), (same_E, same_r, d) = A, B  # slices of a torch.Size take five times as long
     return inputs == n and same_E == E and same_r == r and E * r * n * d > 0
+
+
+def is_choice(u: Tensor, experts: Tensor, weights: Tensor) -> bool:
+    """True where `experts` and `weights` [T, k] are for the tokens of u [T, n], on its device."""
+    return (
+        u.dim() == experts.dim() == 2
+        and experts.dtype is torch.int64
+        and experts.device == weights.device == u.device
+        and experts.shape == weights.shape
+        and u.shape[0] == experts.shape[0]
+    )
 
 
 def misfit(kernel: str, k: int | None = None, **tensors: Tensor) -> RoutingError:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from .sizes import belong_together, misfit
+from .sizes import belong_together, is_choice, misfit
 
 __all__ = ["add_routed", "computed_features", "in_blocks", "loaded_features", "one_by_one"]
 __all__ += ["runs_on_triton", "top_experts", "triton_gpu"]
@@ -59,14 +59,7 @@ def triton_gpu(u: Tensor, experts: Tensor, weights: Tensor, A: Tensor, B: Tensor
             f"Kernel triton needs tensors of one type on a GPU, the package triton and "
             f"torch.no_grad(), but got {u.dtype} on {u.device}; use kernel auto."
         )
-    if not (
-        u.dim() == experts.dim() == 2
-        and experts.dtype is torch.int64
-        and experts.device == weights.device == u.device
-        and experts.shape == weights.shape
-        and u.shape[0] == experts.shape[0]
-        and belong_together(u.shape[1], A.shape, B.shape)
-    ):
+    if not (is_choice(u, experts, weights) and belong_together(u.shape[1], A.shape, B.shape)):
         raise misfit("triton", u=u, experts=experts, weights=weights, A=A, B=B)
     if u.numel() == 0 or experts.numel() == 0:
         return u.new_zeros(len(u), B.shape[2])

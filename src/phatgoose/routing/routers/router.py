@@ -212,7 +212,7 @@ def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:
                     f"{what} the factors of LoRAs, and there are none in {', '.join(without)}: "
                     f"leave these out, or use another router."
                 )
-        elif need != "embeddings":  # these are checked where they are read
+        else:
             pool.check_vectors(need)
 
 

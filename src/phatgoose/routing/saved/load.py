@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ...base.fingerprint import BaseReference, check_base
-from ...base.loading import Base, load_base
+from ...base.loading import Base
 from ...base.offloading import execution_device
 from ...base.sites import Site, find_sites
 from ...errors import RoutingError, WrongBaseError
@@ -41,11 +41,7 @@ def load(
     directory = Path(directory)
     saved = read_saved(directory)
     wanted, routing = saved.base, replace(saved.routing, retrieval_embedder=retrieval_embedder)
-    if base is None:
-        base = load_base(wanted.id, revision=wanted.revision, dtype=dtype)
-    elif isinstance(base, str | Path):
-        base = load_base(base, dtype=dtype)
-    found = resolve_base(base, wanted)
+    found = resolve_base(base, wanted, dtype)
     check_base(wanted, found.reference)
     sites = find_sites(found.model)
     for name in saved.sites:

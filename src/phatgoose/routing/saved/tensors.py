@@ -26,7 +26,6 @@ from ...errors import ExpertError, RoutingError
 from ...files.prefetch import prefetch
 from ...files.quoting import one_line, shortened
 from ...files.tensor_file import TensorFile
-from ..kernels.choice import check_kernel
 from ..routers.per_input.phatgoose_input import VOTES
 from ..routers.router import router_of
 from ..soundness import LARGEST, OWNERS, SCALES, SITE_TENSORS, check_lookup, check_tensors
@@ -271,7 +270,6 @@ class _Forms(NamedTuple):
 
 def _forms(routing: Routing) -> _Forms:
     """Those of the router of `routing`. Raises ConfigError."""
-    check_kernel(routing.kernel)
     router = router_of(routing)
     return _Forms(router.form, router.lookup_form)
 

@@ -115,7 +115,7 @@ def test_a_folder_that_names_no_embedder_is_refused(llama, llama_pool, tmp_path)
 
 
 def test_experts_that_lack_either_are_named(llama, llama_pool):
-    with pytest.raises(PoolError, match="'e0' has no embeddings"):
+    with pytest.raises(PoolError, match=r"Experts 'e0', .* have no embeddings"):
         compose(llama_pool, llama, router=NAME)
     pool = with_embeddings(llama_pool)
     bare = Pool((*pool.experts[:3], replace(pool.experts[3], readings={})))

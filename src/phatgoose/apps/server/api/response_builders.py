@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ....analysis.measures import heaviest
+from ....analysis.routing_distribution import PARTS
 from ....analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
 from ....base.detokenising import UNFINISHED
 from ....routing.composition import composition_of
@@ -34,8 +36,6 @@ from .response_schema import (
 )
 
 __all__ = ["ResponseBuilder", "builder_of"]
-
-PART_NAMES = ("prompt", "answer")
 
 
 @dataclass
@@ -156,13 +156,9 @@ def _token_routings(
     return [
         TokenRouting(
             token=token,
-            part=PART_NAMES[part],
+            part=PARTS[part],
             stream=stream.name,
-            experts={
-                experts[z]: round(float(row[z]), 4)
-                for z in (-row).argsort(kind="stable")
-                if row[z] > 0
-            },
+            experts={experts[z]: round(float(row[z]), 4) for z in heaviest(row, len(row))},
         )
         for token, part, row in zip(stream.tokens, stream.parts, shares, strict=True)
     ]

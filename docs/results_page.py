@@ -33,8 +33,10 @@ HEAD = """# Results at a glance
 
 Published comparisons: routers down, suites and pools across, a part for each base. Means over a \
 suite's datasets in per cent, with 95 % intervals over datasets and examples; the pages linked \
-below say how the experts were trained and what may be concluded. Columns of different pools or \
-wordings don't compare with each other. [The first study](first-study.md) and [an earlier \
+below say how the experts were trained and what may be concluded. Rows are of what are routers' \
+defaults today (`joint-discriminant` takes three experts, which was a setting at its commit). \
+Intervals stand one at a time: of a hundred true zeros some five would leave 0 out. Columns of \
+different pools or wordings don't compare with each other. [The first study](first-study.md) and [an earlier \
 comparison](comparison.md) are not among them: many of their experts had lost their question, or \
 had hardly been trained.
 """

@@ -38,7 +38,7 @@ def main() -> None:
     panels[0].set_yticks(range(len(rows)), [METHODS[name] for name in rows])
     panels[0].invert_yaxis()
     figure.supxlabel(
-        "points above (right) or below PHATGOOSE, 95 % intervals; grey: chosen by the "
+        "points above (right) or below PHATGOOSE, 95 % intervals; light grey: chosen by the "
         "results themselves",
         fontsize=9,
     )

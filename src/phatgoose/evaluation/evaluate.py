@@ -16,13 +16,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base, load_tokenizer
-from ..base.sites import ROUTED
 from ..config import Formatting
 from ..errors import EvaluationError
 from ..experts.input_format import warn_of_other_formatting
 from ..files.atomic import write_text
 from ..files.quoting import shortened
-from ..routing.composition import announcing
+from ..routing.composition import announcing, composition_if_any
 from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder
 from ..tasks.task import Example, Task
@@ -218,8 +217,8 @@ def score_tasks(
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
     encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), settings.formatting)
-    parts = getattr(model, ROUTED, None)
-    warn_of_other_formatting(parts.records if parts is not None else (), encoder.formatting)
+    parts = composition_if_any(model)
+    warn_of_other_formatting(parts.records if parts else (), encoder.formatting)
     given = [tasks] if isinstance(tasks, Task) else tasks
     sets = [EvaluationSet.of(task, settings) for task in given]  # refuses before anything is scored
     if not sets:
@@ -271,12 +270,11 @@ def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
 
 
 def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
-    parts = getattr(model, ROUTED, None)
-    if parts is not None and parts.tokenizer is not None:
-        tokenizer: PreTrainedTokenizerBase = parts.tokenizer
-        return tokenizer
+    parts = composition_if_any(model)
+    if parts and parts.tokenizer is not None:
+        return parts.tokenizer
     name, revision = model.name_or_path, None
-    if parts is not None:
+    if parts:
         name, revision = parts.base.id, parts.base.revision
     if not name:
         raise EvaluationError("The model doesn't say where it came from; pass its tokenizer.")

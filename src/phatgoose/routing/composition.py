@@ -19,7 +19,7 @@ from .layers import RoutedLayer, RoutedLinear
 from .routers.lookup import Lookup
 from .routers.router import Router, router_of
 
-__all__ = ["Composition", "announcing", "composition_of"]
+__all__ = ["Composition", "announcing", "composition_if_any", "composition_of"]
 
 
 @dataclass
@@ -44,10 +44,16 @@ class Composition:
         return router_of(self.routing)
 
 
+def composition_if_any(model: PreTrainedModel) -> Composition | None:
+    """What `model` was composed of, None when it is not routed."""
+    parts: Composition | None = getattr(model, ROUTED, None)
+    return parts
+
+
 def composition_of(model: PreTrainedModel) -> Composition:
     """What `model` was composed of. Raises RoutingError when it is not routed."""
-    parts = getattr(model, ROUTED, None)
-    if not isinstance(parts, Composition):
+    parts = composition_if_any(model)
+    if parts is None:
         raise RoutingError("This model is not routed; make one with compose(pool).")
     return parts
 
@@ -66,9 +72,9 @@ def announcing(
     Other models, routed or not, run as usual. Raises RoutingError when router oracle has no score
     of `task`.
     """
-    parts = getattr(model, ROUTED, None)
-    lookup = parts.lookup if parts is not None else None
-    for layer in parts.layers.values() if parts is not None else ():
+    parts = composition_if_any(model)
+    lookup = parts.lookup if parts else None
+    for layer in parts.layers.values() if parts else ():
         if isinstance(layer, RoutedLinear):
             layer.router.restart()
     if lookup is None:

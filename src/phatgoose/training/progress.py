@@ -68,6 +68,8 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
             best = f"checkpoint-{state.best_global_step}"
             state.best_model_checkpoint = str(Path(args.output_dir) / best)
         self._callback.on_steps(state.global_step)
+        if processes.is_first():
+            logger.info("%s: step %d of %d", self.label, state.global_step, state.max_steps)
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,

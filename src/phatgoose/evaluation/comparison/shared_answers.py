@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ...base.sites import ROUTED
-from ...routing.composition import Composition
+from ...routing.composition import composition_if_any
 from ...routing.routers.per_input.prompt_reader import PromptReader
 from ..answers import Answer, Questions
 from ..evaluate import EvaluationSet, TaskScore, task_score
@@ -36,8 +35,8 @@ class SharedAnswers:
         None for other models, and where an expert's answers aren't known. What differs from scoring
         the model itself is which inputs shared a batch, hence no more than rounding.
         """
-        parts: Composition | None = getattr(model, ROUTED, None)
-        lookup = parts.lookup if parts is not None else None
+        parts = composition_if_any(model)
+        lookup = parts.lookup if parts else None
         # More experts an input are scored by the model, which then reads the inputs itself.
         if not self.results or not isinstance(lookup, PromptReader) or lookup.k > 1:
             return None

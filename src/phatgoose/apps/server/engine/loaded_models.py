@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from ....base.fingerprint import BaseReference, dtype_name
 from ....base.loading import Base, choose_dtype, load_base, twin
-from ....base.sites import ROUTED
 from ....config import Routing
 from ....errors import BaseModelError, ConfigError, RoutingError
 from ....experts.pool import Pool
-from ....routing.composition import Composition, composition_of
+from ....routing.composition import Composition, composition_if_any, composition_of
 from ....routing.layers import RoutedLinear
 from ....routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ....routing.routers.registry import AUTO, ROUTERS, spec_of
@@ -185,8 +184,8 @@ def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
 
 def share_factors(model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> None:
     """Let `model` use the stacked factors of those of `others` that have the same experts."""
-    parts = getattr(model, ROUTED, None)
-    for other in (getattr(each, ROUTED, None) for each in others):
+    parts = composition_if_any(model)
+    for other in map(composition_if_any, others):
         if parts is None or other is None or other.records != parts.records:
             continue
         for name, layer in parts.layers.items():

@@ -19,8 +19,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ....analysis.traces import TraceKeeper
 from ....base.positions import positions_of
-from ....base.sites import ROUTED
 from ....base.token_masks import cache_argument
+from ....routing.composition import composition_if_any
 from ....routing.recording import watch
 from ....routing.routers.mixtures import Mixtures
 from ....routing.routers.per_input.prompt_reader import PromptReader
@@ -54,8 +54,8 @@ class ModelRunner:
         self._takes_positions = "position_ids" in known
         self._takes_keep = "logits_to_keep" in known
         self._cache_name = cache_argument(model)
-        parts = getattr(model, ROUTED, None)
-        self._lookup = parts.lookup if parts is not None else None
+        parts = composition_if_any(model)
+        self._lookup = parts.lookup if parts else None
 
     @property
     def device(self) -> torch.device:

@@ -18,6 +18,7 @@
 #     others                            T0HO, BBH and BBL with B23
 #     pool-sizes                        4, 8 and 16 experts of B23, three draws, and A10 (after b23)
 #     largest                           all experts, B23 and the rest (after b23)
+#     figures                           scores against the size of the pool (after pool-sizes)
 # Everything lands in runs/study. Needs ../shared/data beside the project and the extra 'retrieval'.
 # ENGINE='--engine ray --workers 2' examples/study.sh STEP trains and scores by two processes.
 set -euo pipefail
@@ -142,5 +143,8 @@ largest)  # leave out of rest_a and rest_b who fails the check of held-in
   rows=base,average-activation,arrow,merged,phatgoose,retrieval,discriminant,joint-discriminant,oracle
   compare b23 100 "$(suite cross-confirmation cross-b)" $rows "${b23[@]}" \
     "${rest_a[@]/#/$out/pool-a/}" "${rest_b[@]/#/$out/pool-b/}" ;;
+figures)  # A10 is no draw
+  python examples/study_report.py cells $out/sizes.jsonl $out/b23/results.jsonl $out/b23-choice/results.jsonl
+  python examples/study_report.py sizes $out/sizes.jsonl docs/figures/study-sizes.png 10 ;;
 *) echo "no such step: $step" >&2; exit 2 ;;
 esac

@@ -15,7 +15,8 @@
                                                               columns
     python examples/study_report.py above-chance CELLS TASKS  datasets where something is above it
     python examples/study_report.py figure CELLS OUT.png      every dataset, every model, as dots
-    python examples/study_report.py sizes CELLS OUT.png       scores against the size of the pool
+    python examples/study_report.py sizes CELLS OUT.png       scores against the size of the pool;
+                                                              sizes to leave out may follow
     python examples/study_report.py analysis JSON OUT.json    what `analyse` found over whole models
 
 RESULTS is a results.jsonl of `phatgoose compare`, or LABEL=FILE, where LABEL is added to what its
@@ -315,9 +316,18 @@ def draw(cells: Path, out: Path) -> None:
     print(f"-> {out}")
 
 
-def draw_sizes(cells: Path, out: Path) -> None:
-    """Mean scores against the number of experts, a line per router, a point per pool."""
-    write_png(pool_size_figure(pool_size_curves(cells)), out)
+def draw_sizes(cells: Path, out: Path, *without: Path) -> None:
+    """Mean scores against the number of experts, a line per router, a point per pool.
+
+    Pools of the sizes in `without` are not drawn.
+    """
+    left_out = {int(str(size)) for size in without}
+    curves = []
+    for curve in pool_size_curves(cells):
+        kept = {size: scores for size, scores in curve.scores.items() if size not in left_out}
+        if len(kept) > 1:
+            curves.append(replace(curve, scores=kept))
+    write_png(pool_size_figure(curves), out)
     print(f"-> {out}")
 
 

@@ -138,6 +138,13 @@ def test_cells_of_several_files_are_told_apart_by_their_labels(report, results, 
 def test_pools_of_several_sizes_are_drawn(report, results, tmp_path, capsys):
     assert report["main"](["sizes", str(results), str(tmp_path / "sizes.png")]) == 0
     assert (tmp_path / "sizes.png").read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    report["main"].__globals__["pool_size_figure"] = drawn.append
+    report["main"].__globals__["write_png"] = lambda *_: None
+    report["main"](["sizes", str(results), "-", "1"])
+    report["main"](["sizes", str(results), "-"])
+    assert drawn[0] == []
+    assert [sorted(curve.scores) for curve in drawn[1]] == [[1, 2]]
 
 
 def test_of_an_analysis_the_numbers_of_whole_models_are_kept(report, tmp_path):

@@ -117,7 +117,8 @@ class LoadedModel:
         if is_routed(self.settings.place):
             raise RoutingError(
                 f"{self.settings.name!r} is a saved model; its routing can be changed only while a "
-                f"pool with its experts, as they were when it was saved, is served beside it."
+                f"pool with its experts, as they were when it was saved, is served beside it "
+                f"(phatgoose serve MODEL POOL)."
             )
         opened = Pool.open(self.settings.place)
         return opened.select(self.settings.keep, self.settings.leave_out)

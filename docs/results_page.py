@@ -36,9 +36,9 @@ suite's datasets in per cent, with 95 % intervals over datasets and examples; th
 below say how the experts were trained and what may be concluded. Rows are of what are routers' \
 defaults today (`joint-discriminant` takes three experts, which was a setting at its commit). \
 Intervals stand one at a time: of a hundred true zeros some five would leave 0 out. Columns of \
-different pools or wordings don't compare with each other. [The first study](first-study.md) and [an earlier \
-comparison](comparison.md) are not among them: many of their experts had lost their question, or \
-had hardly been trained.
+different pools or wordings don't compare with each other. [The first study](first-study.md) and \
+[an earlier comparison](comparison.md) are not among them: many of their experts had lost their \
+question, or had hardly been trained.
 """
 CHOSEN = "\n\\* chosen by the results themselves, so not zero-shot.\n"
 

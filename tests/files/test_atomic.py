@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -69,3 +70,14 @@ def test_a_manifest_is_written_whole(llama_pool, tmp_path):
     (tmp_path / "pool.json").mkdir()
     with pytest.raises(PoolError, match="can't be written"):
         llama_pool.write_manifest(tmp_path / "pool.json")
+
+
+@pytest.mark.parametrize("way", ["../moods", ".", "../moods/../moods"])
+def test_a_folder_is_replaced_by_any_path_that_leads_to_it(tmp_path, monkeypatch, way):
+    (tmp_path / "moods").mkdir()
+    (tmp_path / "moods" / "old").touch()
+    monkeypatch.chdir(tmp_path / "moods")
+    with new_directory(Path(way), ExpertError, overwrite=True) as work:
+        (work / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["moods"]
+    assert [path.name for path in (tmp_path / "moods").iterdir()] == ["new"]

@@ -34,6 +34,7 @@ def new_directory(
     runs are removed. Raises `error` when `target` exists without `overwrite`, even if another
     process has just made it, and when something can't be written.
     """
+    told, target = target, _in_its_folder(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_left_overs(target)
@@ -48,8 +49,15 @@ def new_directory(
                 os.rename(work, target)
     except WRITING_ERRORS as problem:
         if not overwrite and target.exists():
-            raise error(f"{target} exists already; choose another place.") from problem
-        raise error(f"{target} can't be written: {reason(problem)}.") from problem
+            raise error(f"{told} exists already; choose another place.") from problem
+        raise error(f"{told} can't be written: {reason(problem)}.") from problem
+
+
+def _in_its_folder(target: Path) -> Path:
+    """`target` by a path that holds while it is renamed: ".." may lead through it, "." is it."""
+    if target.name in ("", ".."):
+        return target.resolve()
+    return target.parent.resolve() / target.name
 
 
 @contextmanager

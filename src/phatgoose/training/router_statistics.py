@@ -86,7 +86,8 @@ def measure(
     encoder = Encoder.of(base, formatting)
     found = statistics_of(base, expert.modules, task.with_validation(seed), encoder, settings, seed)
     found.cuts.report(task.name)
-    return _with_statistics(expert, found, settings).save(expert.directory, overwrite=True)
+    place = expert.directory.resolve()  # where a link leads, rather than in its place
+    return _with_statistics(expert, found, settings).save(place, overwrite=True)
 
 
 @dataclass(frozen=True)

@@ -216,6 +216,11 @@ class RestartOptions:
     resume: Annotated[bool, "Continue unfinished work."] = False
     restart: Annotated[bool, "Throw unfinished work away."] = False
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError where both are asked for."""
+        if self.resume and self.restart:
+            raise ConfigError("--resume continues what --restart throws away; give one of them.")
+
 
 @dataclass(frozen=True)
 class RayOptions:

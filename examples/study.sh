@@ -18,7 +18,7 @@
 #     others                            T0HO, BBH and BBL with B23
 #     pool-sizes                        4, 8 and 16 experts of B23, three draws, and A10 (after b23)
 #     largest                           all experts, B23 and the rest (after b23)
-#     figures                           scores against the size of the pool (after pool-sizes)
+#     figures                           scores against the size of the pool (after largest)
 # Everything lands in runs/study. Needs ../shared/data beside the project and the extra 'retrieval'.
 # ENGINE='--engine ray --workers 2' examples/study.sh STEP trains and scores by two processes.
 set -euo pipefail
@@ -42,6 +42,7 @@ failed=(creak multirc_answerable)  # no better than the base on their own tasks
 rest_a=(dbpedia_14 yelp_review_full imdb cosmos_qa ropes quoref)
 rest_b=(lambada glucose gsm8k_cot cosmosqa_answer_gen personachat pubmed_qa)
 b23=("${a10[@]/#/$out/pool-a/}" "${b13[@]/#/$out/pool-b/}")
+rest=("${rest_a[@]/#/$out/pool-a/}" "${rest_b[@]/#/$out/pool-b/}")
 suite() { local list; list=$(printf ",recipes/suites/study-%s.toml" "$@"); echo "${list:1}"; }
 compare() {  # OUT LIMIT SUITES METHODS POOL… and whatever else compare takes
   local to=$1 limit=$2 suites=$3 rows=$4
@@ -94,8 +95,7 @@ pool-a) $phatgoose train --recipe $a --out "$out/pool-a" --resume "${engine[@]}"
 pool-b) $phatgoose train --recipe $b --out "$out/pool-b" --resume "${engine[@]}" ;;
 held-in)
   held_in=(python examples/study_held_in.py recipes/suites/study-held-in.toml)
-  "${held_in[@]}" "$out/held-in.jsonl" 100 "" "${b23[@]}" "${failed[@]/#/$out/pool-b/}" \
-    "${rest_a[@]/#/$out/pool-a/}" "${rest_b[@]/#/$out/pool-b/}"
+  "${held_in[@]}" "$out/held-in.jsonl" 100 "" "${b23[@]}" "${failed[@]/#/$out/pool-b/}" "${rest[@]}"
   rows=phatgoose,phatgoose?k=1,phatgoose?affinity=centred,phatgoose?affinity=calibrated
   rows+=,phatgoose-input,phatgoose-evidence,average-activation,arrow,spectr,logo,logo?input_k=3,merged,retrieval
   rows+=,discriminant,joint-discriminant,joint-discriminant?input_k=1,$choice,$shortlist
@@ -129,7 +129,8 @@ margins)
 together)
   # shellcheck disable=SC2046
   python examples/study_report.py cells $out/together.jsonl $(ls $out/{b23,t0ho,bigbench}{,-choice,-one}/results.jsonl)
-  python examples/study_report.py together $out/together.jsonl $out/together.md ;;
+  python examples/study_report.py together $out/together.jsonl $out/together.md
+  python examples/study_report.py whole docs/study/unseen.jsonl $out/together.jsonl ;;
 pool-sizes)  # single experts' answers are those of b23
   rows=merged,arrow,phatgoose,retrieval,discriminant,joint-discriminant,oracle
   for size in 4 8 16; do
@@ -141,8 +142,7 @@ pool-sizes)  # single experts' answers are those of b23
   with_choice b23 100 "$(suite cross-confirmation)" $rows "${a10[@]/#/$out/pool-a/}" ;;
 largest)  # leave out of rest_a and rest_b who fails the check of held-in
   rows=base,average-activation,arrow,merged,phatgoose,retrieval,discriminant,joint-discriminant,oracle
-  compare b23 100 "$(suite cross-confirmation cross-b)" $rows "${b23[@]}" \
-    "${rest_a[@]/#/$out/pool-a/}" "${rest_b[@]/#/$out/pool-b/}" ;;
+  compare b23 100 "$(suite cross-confirmation cross-b)" $rows "${b23[@]}" "${rest[@]}" ;;
 figures)  # A10 is no draw
   python examples/study_report.py cells $out/sizes.jsonl $out/b23/results.jsonl $out/b23-choice/results.jsonl
   python examples/study_report.py sizes $out/sizes.jsonl docs/figures/study-sizes.png 10 ;;

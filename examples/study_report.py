@@ -84,16 +84,15 @@ def write_cells(out: Path, *sources: Path) -> None:
 
 def write_whole(out: Path, cells: Path) -> None:
     """Those of `cells` that are of the models of `write_together`, base or of the largest pool."""
-    lines = [json.loads(line) for line in cells.read_text(encoding="utf-8").splitlines()]
-    methods, models = [line["key"]["method"] for line in lines], _whole(cells)
-    sizes = [len(_routed(method)[1]) for method in methods]
-    kept = [
-        line
-        for line, method, size in zip(lines, methods, sizes, strict=True)
-        if size in (0, max(sizes)) and _label(method) in models
+    found, models = list(ResultStore(cells).items()), _whole(cells)
+    sizes = [len(_routed(key["method"])[1]) for key, _ in found]
+    lines = [
+        json.dumps({"key": key, "result": result})
+        for (key, result), size in zip(found, sizes, strict=True)
+        if size in (0, max(sizes)) and _label(key["method"]) in models
     ]
-    out.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-    print(f"{len(kept)} cells -> {out}")
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print(f"{len(lines)} cells -> {out}")
 
 
 def read_cells(path: Path) -> Scores:

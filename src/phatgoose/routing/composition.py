@@ -46,8 +46,8 @@ class Composition:
 
 def composition_if_any(model: PreTrainedModel) -> Composition | None:
     """What `model` was composed of, None when it is not routed."""
-    parts: Composition | None = getattr(model, ROUTED, None)
-    return parts
+    parts = getattr(model, ROUTED, None)
+    return parts if isinstance(parts, Composition) else None
 
 
 def composition_of(model: PreTrainedModel) -> Composition:

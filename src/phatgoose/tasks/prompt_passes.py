@@ -40,7 +40,10 @@ class PromptReading:
         """A batch comes whose tokens are where `mask` [texts, columns] is 1; padding is right."""
 
     def see_site(self, site: Site, u: Tensor) -> None:
-        """The input u [texts, columns, n] of a site; the last columns of shorter texts are void."""
+        """The input u [texts, columns, n] of a site; the last columns of shorter texts are void.
+
+        Sites that see some of the tokens only, inside one of the base's own experts, don't come.
+        """
 
     def see_block(self, index: int, hidden: Tensor) -> None:
         """The output [texts, columns, n] of a block."""
@@ -66,9 +69,14 @@ def read_prompts(
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}
     order: list[int] = []
     parts: list[Tensor] = []
+
+    def see_site(site: Site, u: Tensor, _: Tensor | None) -> None:
+        if u.dim() > 2:
+            reading.see_site(site, u)
+
     with (
         _bar(len(prompts), label, "readings") as bar,
-        watch_inputs(model, reading.sites, lambda site, u, _: reading.see_site(site, u)),
+        watch_inputs(model, reading.sites, see_site),
         watch_blocks(model, reading.blocks, reading.see_block),
     ):
         for rows in batches_of_tokens([len(prompt) for prompt in prompts], BATCH_TOKENS):

@@ -33,9 +33,9 @@ def open_work(
     `identity` is what a run must share to resume the work: base, data and settings. The folder is
     locked while the context is open, or until the process is killed; of several processes of one
     training (`processes`) the first holds the lock. When the context ends and `out` is there, the
-    work is removed. Raises ExpertError when `out` is there, when
-    there is unfinished work and neither `resume` nor `restart` is set, another process holds the
-    lock, or the folder can't be written; ConfigError when the work to resume has another identity.
+    work is removed. Raises ExpertError when `out` is there at first, when there is unfinished work
+    and neither `resume` nor `restart` is set, another process holds the lock, or the folder can't
+    be written; ConfigError when the work to resume has another identity.
     """
     work = work_of(out)
     if not processes.is_first():

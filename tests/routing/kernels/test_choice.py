@@ -9,6 +9,8 @@ import torch
 
 from kernel_problems import DIFFERENTIABLE, Problem, make_problem
 from phatgoose.config.routing import KERNELS as NAMES
+from phatgoose.config.routing import Routing
+from phatgoose.errors import ConfigError
 from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import runs_natively
 
@@ -44,6 +46,8 @@ def test_auto_takes_a_kernel_with_gradients_where_they_are_wanted():
 
 def test_the_setting_knows_all_kernels():
     assert ("auto", *KERNELS) == NAMES
+    with pytest.raises(ConfigError, match="fastest"):
+        Routing(kernel="fastest")
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -128,12 +128,7 @@ class _Poll(PromptReading):
         self._sites = torch.zeros(self._pool_size)
 
     def see_site(self, site: Site, u: Tensor) -> None:
-        """The affinities of the activations u [texts, columns, n] at a site.
-
-        None where u is [tokens, n]: inside a base's own expert, which sees some of the tokens only.
-        """
-        if u.dim() < 3:
-            return
+        """The affinities of the activations u [texts, columns, n] at a site."""
         experts = self._votes[site.name][1].cpu()
         tokens = self._routers[site.name].to(u.device).affinities(u.reshape(-1, u.shape[-1]))
         rows = tokens.view(*self._mask.shape, -1)

@@ -179,7 +179,7 @@ def trials(world: Path) -> dict[str, Trial]:
         return Trial(command, command, lambda f: changed_of(f, is_as_before), world / before)
 
     def push(folder: Path) -> list[str]:
-        return ["push", str(adapter), f"me/{folder.name}"]
+        return ["push", str(world / "named"), f"me/{folder.name}"]
 
     return {
         "train": Trial(of(train), of(f"{train} --resume"), lambda f: weights_of(f / "task")),
@@ -303,10 +303,18 @@ def hub_apart() -> Iterator[str]:
         finish(child)
 
 
+def run(command: str, world: Path) -> None:
+    """Run a command to its end. Exits with what it said when it failed."""
+    log = world / "make.log"
+    if finish(start(command.split(), log)) != 0:
+        raise SystemExit(log.read_text())
+
+
 def make_world(world: Path) -> None:
     """A tiny base, a task, a suite, an adapter, three experts, one on the hub too, routed models.
 
-    Those are of `two` experts, of all `three`, and `holed`: of three, the first removed.
+    The one on the hub is `named`, a copy that names its base as if that was there as well. The
+    routed models are of `two` experts, of all `three`, and `holed`: of three, the first removed.
     """
     make_model("llama").save_pretrained(world / "base")
     make_tokenizer(final_eos=False).save_pretrained(world / "base")
@@ -322,7 +330,6 @@ def make_world(world: Path) -> None:
     commands = f"""
         train {world}/first.jsonl {world}/second.jsonl {data} {FEW} --out {world}/experts
         train {world}/third.jsonl {data} {FEW} --out {world}/third
-        push {world}/experts/first me/there
         compose {world}/experts {data} --out {world}/two
         compose {world}/experts {data} --out {world}/three
         add {world}/three {world}/third
@@ -330,9 +337,13 @@ def make_world(world: Path) -> None:
         add {world}/holed {world}/third
         remove {world}/holed first"""
     for command in commands.strip().splitlines():
-        log = world / "make.log"
-        if finish(start(command.split(), log)) != 0:
-            raise SystemExit(log.read_text())
+        run(command, world)
+    shutil.copytree(world / "experts" / "first", world / "named")
+    info = world / "named" / LAYOUT.info
+    described = json.loads(info.read_text())
+    described["base"]["id"] = "me/base"
+    info.write_text(json.dumps(described))
+    run(f"push {world}/named me/there", world)
     (world / "adapter").mkdir()
     for file in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         shutil.copy(world / "experts" / "first" / file, world / "adapter")

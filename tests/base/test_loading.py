@@ -173,3 +173,24 @@ def test_a_folder_with_truncated_weights_is_refused(base_folders, tmp_path):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     make_model("llama").save_pretrained(tmp_path)
     assert str(tmp_path) in complaint_about(tmp_path)
+
+
+def test_a_name_that_no_file_of_ours_could_record_is_refused(base_folders, tmp_path):
+    place = shutil.copytree(base_folders["llama"], tmp_path / "a\u00a0base")
+    for load in (load_base, load_tokenizer, lambda name: load_skeleton(str(name))):
+        with pytest.raises(BaseModelError, match="can't be printed"):
+            load(place)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_a_base_in_float16_is_known_by_the_weights_that_are_stored(base_folders, tmp_path, stored):
+    """Rounded to float16 first, some of them round to other numbers of bfloat16."""
+    base = load_base(base_folders["llama"], dtype="float32")
+    model, dtype = base.model, getattr(torch, stored)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0, :4] = torch.tensor([1e-7, 3e-5, 1.0039, 7e-6])
+    model.to(dtype).save_pretrained(tmp_path / "base")
+    base.tokenizer.save_pretrained(tmp_path / "base")
+    found = [load_base(tmp_path / "base", dtype=each) for each in ("float32", "float16")]
+    assert found[0].fingerprint == found[1].fingerprint
+    assert found[1].model.dtype == torch.float16

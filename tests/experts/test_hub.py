@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,7 @@ def test_pulling_gives_the_same_bytes(hub, pair, tmp_path):
 
 
 def test_a_bottleneck_expert_is_pushed_and_pulled(hub, llama, tmp_path):
-    expert = make_kind("bottleneck", llama, tmp_path)
+    expert = make_kind("bottleneck", replace(llama, id="me/base"), tmp_path)
     push(expert.directory, "me/bottleneck")
     pulled = pull("me/bottleneck", tmp_path / "pulled")
     assert pulled.kind == "bottleneck"
@@ -353,3 +354,18 @@ def test_a_folder_that_looks_like_the_hubs_cache_is_not_from_the_hub(tmp_path, m
     shutil.copytree(GOLDEN, real / "inner")
     assert str(reference_of(real / "inner")) == f"hub:famous/expert/inner@{'a' * 40}"
     assert reference_of(tmp_path / "cache") is None
+
+
+def test_an_expert_on_a_base_of_this_machine_is_not_published(hub, pair, tmp_path):
+    """Nobody else could load it, and the path would be told to all."""
+    place = shutil.copytree(pair[0], tmp_path / "mine")
+    info = json.loads((place / LAYOUT.info).read_text())
+    for base in (str(tmp_path), "./base"):
+        info["base"]["id"] = base
+        (place / LAYOUT.info).write_text(json.dumps(info))
+        with pytest.raises(ExpertError, match="names its base by a path"):
+            push(place, "me/reviews")
+    assert "me/reviews" not in hub.repositories
+    info["base"]["id"] = "me/base"
+    (place / LAYOUT.info).write_text(json.dumps(info))
+    assert push(place, "me/reviews").repo == "me/reviews"

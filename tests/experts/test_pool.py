@@ -326,3 +326,26 @@ def test_a_manifest_of_other_records_is_one_line(golden_copy, tmp_path, records)
     with pytest.raises(SystemExit) as caught:
         main(["pool", str(tmp_path / "pool.json")])
     assert caught.value.code == 2
+
+
+def test_a_manifest_is_read_and_written_where_links_to_it_stand(write, tmp_path):
+    """Paths in it are relative to the file: where a link leads, and where one was replaced."""
+    write("a")
+    pool = Pool.open(tmp_path / "pool")
+    pool.write_manifest(tmp_path / "lists" / "real.json")
+    link = tmp_path / "link.json"
+    link.symlink_to(tmp_path / "lists" / "real.json")
+    assert Pool.open(link).names == ("a",)
+    pool.write_manifest(link)
+    assert not link.is_symlink()
+    assert Pool.open(link).names == Pool.open(tmp_path / "lists" / "real.json").names == ("a",)
+
+
+def test_a_manifest_s_name_tells_that_it_is_one(write, tmp_path):
+    write("a")
+    with pytest.raises(PoolError, match=r"end in \.json"):
+        Pool.open(tmp_path / "pool").write_manifest(tmp_path / "pool.txt")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert complaint_about(tmp_path / "config.json").endswith(
+        "is no pool manifest: it lacks 'manifest_version'."
+    )

@@ -10,7 +10,7 @@ import pytest
 from links import KEPT
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError, RoutingError
 from phatgoose.experts.expert import Expert
-from phatgoose.files.atomic import new_directory, write_text
+from phatgoose.files.atomic import new_directory, require_writable, write_text
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
@@ -81,3 +81,29 @@ def test_a_folder_is_replaced_by_any_path_that_leads_to_it(tmp_path, monkeypatch
         (work / "new").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["moods"]
     assert [path.name for path in (tmp_path / "moods").iterdir()] == ["new"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no pipes in folders")
+def test_what_no_file_can_replace_is_written_into(tmp_path):
+    """So that `--json /dev/stdout` prints, and a superuser keeps the link of that name."""
+    (tmp_path / "sink").symlink_to("/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("sink", "pipe"):
+        require_writable(tmp_path / name, PhatgooseError)
+        write_text(tmp_path / name, "mine", PhatgooseError)
+    assert os.read(reader, 100) == b"mine"
+    os.close(reader)
+    assert (tmp_path / "sink").is_symlink()
+    assert (tmp_path / "pipe").is_fifo()
+    assert everything(tmp_path) == {"sink", "pipe"}
+
+
+@pytest.mark.parametrize("place", ["folder", "file/new.json", "file/in/new.json"])
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, place):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(PhatgooseError, match=f"{place} can't be written"):
+        require_writable(tmp_path / place, PhatgooseError)
+    require_writable(tmp_path / "new" / "folder" / "x.json", PhatgooseError)
+    assert everything(tmp_path) == {"folder", "file"}

@@ -9,7 +9,9 @@ import sys
 import pytest
 
 from links import KEPT, hidden
-from phatgoose.errors import ExpertError
+from phatgoose.errors import ExpertError, PhatgooseError
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
 from phatgoose.files import left_overs
 from phatgoose.files.atomic import new_directory, new_file
 from phatgoose.files.left_overs import temporary_folder
@@ -75,3 +77,17 @@ def test_two_that_work_at_one_time_leave_each_other_alone(tmp_path, monkeypatch)
         two.write_text("new")
     assert target.read_text() == "new"
     assert hidden(tmp_path) == []
+
+
+@pytest.mark.parametrize("opened", [Expert.load, lambda place: Pool.open(place.parent).experts[0]])
+def test_an_expert_whose_replacement_was_killed_half_way_comes_back(golden_copy, opened):
+    """Between the two renames it lies in a hidden folder, which belongs to nobody any more."""
+    name = Expert.load(golden_copy).name
+    words = [sys.executable, "-c", KILLED, str(golden_copy)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
+        assert running.stdout.readline() == b"there\n"
+        with pytest.raises(PhatgooseError, match=r"no expert directory|No expert was found"):
+            opened(golden_copy)  # its owner will put something in its place
+        running.kill()
+        running.wait()
+    assert opened(golden_copy).name == name

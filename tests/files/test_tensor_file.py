@@ -167,3 +167,14 @@ def test_an_empty_tensor_of_impossible_sizes_is_refused(tmp_path, shape):
     (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(ExpertError, match="damaged or truncated"):
         TensorFile(tmp_path / "a.safetensors")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    save_file({"x": torch.ones(2)}, tmp_path / "x.safetensors")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(mapped, "_check_header", refuse)
+    with pytest.raises(ExpertError, match=r"x.safetensors can't be read: Permission denied\.$"):
+        TensorFile(tmp_path / "x.safetensors")

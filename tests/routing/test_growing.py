@@ -92,14 +92,14 @@ def test_what_can_not_join_leaves_the_model_as_it_was(llama, uneven, pool_of):
 
 
 def test_what_can_not_leave_is_told(llama, uneven):
-    model = compose(uneven, llama)
+    model = compose(uneven, llama, k=3)
     with pytest.raises(PoolError, match="no expert 'e9'; there are e0, e1, e2, e3"):
         remove_experts(model, ["e9"])
     with pytest.raises(PoolError, match="No expert would be left"):
         remove_experts(model, NAMES)
     with pytest.raises(PoolError, match="list of names"):
         remove_experts(model, "e0")
-    with pytest.warns(UserWarning, match="k is 2, but 1 experts are left"):
+    with pytest.warns(UserWarning, match="k is 3, but the pool then has 1 expert;"):
         remove_experts(model, NAMES[1:])
     assert composition_of(model).experts == ("e0",)
 

@@ -8,6 +8,7 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -239,12 +240,16 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 @pytest.fixture
 def pair(llama_pool: Pool, tmp_path: Path) -> list[Path]:
-    """Directories of two experts of the tiny Llama, the first with embeddings."""
-    first = with_embeddings(llama_pool).experts[0]
-    return [
-        first.save(tmp_path / "e0").directory,
-        llama_pool.experts[1].save(tmp_path / "e1").directory,
-    ]
+    """Directories of two experts of the tiny Llama, the first with embeddings.
+
+    They name it as if it was on the Hub, so that they may go there.
+    """
+    places = []
+    for expert in (with_embeddings(llama_pool).experts[0], llama_pool.experts[1]):
+        base = replace(expert.info.base, id="me/tiny-llama")
+        named = replace(expert, info=replace(expert.info, base=base))
+        places.append(named.save(tmp_path / expert.name).directory)
+    return places
 
 
 @pytest.fixture

@@ -191,3 +191,9 @@ def test_without_the_extra_it_is_named(monkeypatch):
     embeddings.load_embedder.cache_clear()
     with pytest.raises(ConfigError, match=r"phatgoose\[retrieval\]"):
         embed_texts(["a"])
+
+
+def test_an_embedder_that_no_file_of_ours_could_record_is_refused():
+    pytest.importorskip("sentence_transformers")
+    with pytest.raises(ConfigError, match="can't be printed"):
+        embeddings.load_embedder("an\u3000embedder")

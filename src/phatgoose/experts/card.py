@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import html
 import json
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..base.loading import is_hub_id
 from ..files.quoting import one_line
 from .adapter import KINDS
 
@@ -52,7 +52,6 @@ model = PeftModel.from_pretrained(base_model, "path/to/{name}")
 """
 
 LONGEST_CELL = 500
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
@@ -64,7 +63,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
     base = info["base"]
     return CARD.format(
         name=info["name"],
-        front=f"base_model: {_quoted(base['id'])}\n" if _is_on_hub(base["id"]) else "",
+        front=f"base_model: {_quoted(base['id'])}\n" if is_hub_id(base["id"]) else "",
         base_id=_code(base["id"]),
         revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
         fingerprint=_code(base["fingerprint"] or "not recorded"),
@@ -77,11 +76,6 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
         hyperparameters=_section("Hyper-parameters", info["hyperparameters"]),
         metrics=_section("Metrics", info["metrics"]),
     )
-
-
-def _is_on_hub(base: str) -> bool:
-    """True where `base` may name a model on the Hub, which refuses a card that names another."""
-    return HUB_ID.fullmatch(base) is not None and not os.path.isdir(base)
 
 
 def _quoted(name: str) -> str:

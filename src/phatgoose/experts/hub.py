@@ -22,9 +22,10 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
+from ..base.loading import is_hub_id
 from ..errors import ExpertError
 from ..files.atomic import new_directory
-from ..files.quoting import one_line
+from ..files.quoting import one_line, shortened
 from ..files.regular_file import regular_file
 from .expert import EXPERT_FILES, LAYOUT, Expert
 
@@ -148,11 +149,18 @@ def push(
 
     The commit has adapter, gates, statistics, embeddings and card, and deletes such files of an
     earlier version; other files of the repository stay. A missing repository is created, `private`
-    or not. A revision in `reference` is the branch. Raises ExpertError when the expert is damaged
-    or the Hub refuses.
+    or not. A revision in `reference` is the branch. Raises ExpertError when the expert is damaged,
+    its base is a folder of this machine, which nobody else could load, or the Hub refuses.
     """
     directory = Path(directory)
     expert = Expert.load(directory)
+    base = expert.info.base.id
+    if not is_hub_id(base):
+        raise ExpertError(
+            f"{directory} names its base by a path, {shortened(base)}, which "
+            f"others can't load; publish the base, put its Hub id into {LAYOUT.info} (base.id), "
+            f"and push then."
+        )
     reference = HubReference.parse(reference) if isinstance(reference, str) else reference
     there = [file for file in EXPERT_FILES if (directory / file).is_file()]
     for file in there:  # a link out of the folder would publish what it leads to

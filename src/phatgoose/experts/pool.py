@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..base.fingerprint import BaseReference, same_base
 from ..errors import ExpertError, PoolError
-from ..files.atomic import write_text
+from ..files.atomic import is_stream, write_text
+from ..files.left_overs import bring_back
 from ..files.prefetch import prefetch
 from ..files.quoting import one_line, reason, shortened
 from ..files.regular_file import sha256_of
@@ -27,7 +28,7 @@ from .input_format import format_record
 
 __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
 
-MANIFEST_VERSION = 1
+MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters
 STAND_IN = ", or allow stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
@@ -52,7 +53,7 @@ class Pool:
         """
         if isinstance(source, Pool):
             return source
-        if isinstance(source, str | Path) and Path(source).suffix == ".json":
+        if isinstance(source, str | Path) and Path(source).suffix == MANIFEST:
             return cls._of(_read_manifest(Path(source)))
         places = [source] if isinstance(source, str | Path) else source
         directories = [
@@ -183,16 +184,19 @@ class Pool:
     def write_manifest(self, path: str | Path) -> None:
         """Write a JSON manifest that `open` reads; paths in it are relative to it where possible.
 
-        Raises PoolError when it can't be written.
+        Raises PoolError when its name doesn't end in .json, by which `open` knows a manifest, or it
+        can't be written.
         """
         path = Path(path)
+        if path.suffix != MANIFEST and not is_stream(path):
+            raise PoolError(f"{path} can't be a manifest's name; let it end in {MANIFEST}.")
         records = self.records()
         for record, expert in zip(records, self.experts, strict=True):
             record["config_sha256"] = sha256_of(
                 expert.directory / adapter_files(expert.directory).config
             )
             if not HubReference.is_one(record["path"]):
-                record["path"] = os.path.relpath(record["path"], path.resolve().parent)
+                record["path"] = os.path.relpath(record["path"], path.parent.resolve())
         content = {
             "manifest_version": MANIFEST_VERSION,
             "base": asdict(self.base),
@@ -208,6 +212,7 @@ def _expert_directories(place: Path) -> Iterator[Path]:
     if (place / LAYOUT.info).is_file():
         yield place
         return
+    bring_back(place)
     for folder in sorted(place.iterdir()):
         if not folder.name.startswith(".") and (folder / LAYOUT.info).is_file():
             if not folder.resolve().is_relative_to(place.resolve()):
@@ -229,7 +234,8 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
     except FileNotFoundError as error:
         raise PoolError(f"Manifest {path} can't be read: {reason(error)}.") from error
     except (PoolError, KeyError, TypeError) as error:
-        why = one_line(error).removesuffix(".")
+        lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
+        why = one_line(lacks).removesuffix(".")
         raise PoolError(f"{path} is no pool manifest: {why}.") from error
     if version != MANIFEST_VERSION:
         raise PoolError(
@@ -237,9 +243,9 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
         )
     if not places:
         raise PoolError(f"Manifest {path} lists no expert.")
+    folder = path.resolve().parent  # where a link to the manifest leads
     directories = [
-        local_folder(named if HubReference.is_one(named) else path.parent / named)
-        for named, _ in places
+        local_folder(named if HubReference.is_one(named) else folder / named) for named, _ in places
     ]
     for expert, (_, record) in zip(prefetch(Expert.load, directories), places, strict=True):
         _check_hashes(expert, record)

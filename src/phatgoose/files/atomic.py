@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,8 @@ from .left_overs import (
 )
 from .quoting import reason
 
-__all__ = ["WRITING_ERRORS", "new_directory", "new_file", "write_text"]
+__all__ = ["WRITING_ERRORS", "is_stream", "new_directory", "new_file", "require_writable"]
+__all__ += ["write_text"]
 
 WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
 
@@ -65,13 +68,42 @@ def new_file(target: Path) -> Iterator[Path]:
     """A temporary file that becomes `target` when the context ends well, and vanishes otherwise.
 
     Never writes through a link: the file is created under an unguessable name, and a link at
-    `target` is replaced. Leftovers of killed runs are removed.
+    `target` is replaced. Leftovers of killed runs are removed. Only what no file can replace, a
+    pipe or a device such as /dev/stdout, is written into.
     """
+    if is_stream(target):
+        with tempfile.TemporaryDirectory() as scratch:
+            whole = Path(scratch) / target.name
+            yield whole
+            with whole.open("rb") as content, target.open("wb") as stream:
+                shutil.copyfileobj(content, stream)
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     clear_left_overs(target)
     with temporary_file(target) as unfinished:
         yield unfinished
         os.replace(unfinished, target)
+
+
+def is_stream(target: Path) -> bool:
+    """True for a pipe or a character device, and a link to one."""
+    return target.is_fifo() or target.is_char_device()
+
+
+def require_writable(target: Path, error: type[PhatgooseError]) -> None:
+    """Raise `error` unless a file can be written at `target`, before the work whose result it is.
+
+    Nothing is made; of folders that are to be made, the first that is there already is tried.
+    """
+    try:
+        if target.is_dir():
+            raise IsADirectoryError("it is a folder")
+        if not is_stream(target):
+            above = next(folder for folder in target.absolute().parents if folder.exists())
+            with tempfile.TemporaryFile(dir=above):
+                pass
+    except OSError as problem:
+        raise error(f"{target} can't be written: {reason(problem)}.") from problem
 
 
 def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:

@@ -20,7 +20,7 @@ try:
 except ImportError:  # on Windows leftovers stay
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["REPLACED", "clear_left_overs", "open_to_readers"]
+__all__ = ["REPLACED", "bring_back", "clear_left_overs", "open_to_readers"]
 __all__ += ["temporary_file", "temporary_folder"]
 
 UNFINISHED, REPLACED = "unfinished", "replaced"  # a new result, and the old one it replaces
@@ -75,6 +75,18 @@ def clear_left_overs(target: Path) -> None:
                 _clear(target.parent / name, target)
 
 
+def bring_back(folder: Path) -> None:
+    """Move back into `folder` what was being replaced there when its process was killed.
+
+    Only what has no successor; it is left where it is when `folder` can't be read or written.
+    """
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            target, kind, _ = path.name.rpartition(f".{REPLACED}-")
+            if kind and target.startswith(".") and _is_kept(path, folder / target[1:]):
+                _clear(path, folder / target[1:])
+
+
 def open_to_readers(folder: Path) -> None:
     """Give a temporary folder and all in it the default modes of new ones."""
     mask = _mask()
@@ -85,7 +97,7 @@ def open_to_readers(folder: Path) -> None:
 def _clear(path: Path, target: Path) -> None:
     found = path.lstat()
     ours = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)  # opening a pipe may block
-    if not ours or time.time() - found.st_ctime < YOUNG:
+    if not ours or (time.time() - found.st_ctime < YOUNG and not _is_kept(path, target)):
         return
     held = _hold(path)
     if held is None:
@@ -98,13 +110,21 @@ def _clear(path: Path, target: Path) -> None:
 
 def _remove(path: Path, target: Path) -> None:
     """Remove a temporary file or folder; move a replaced result without successor back."""
-    kept = path / target.name
-    if path.name.startswith(_prefix(target, REPLACED)) and kept.exists() and not target.exists():
-        os.rename(kept, target)
+    if _is_kept(path, target):
+        os.rename(path / target.name, target)
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def _is_kept(path: Path, target: Path) -> bool:
+    """True for a folder that holds a replaced result which has no successor.
+
+    It was locked before the result was moved into it.
+    """
+    is_one = path.name.startswith(_prefix(target, REPLACED))
+    return is_one and (path / target.name).exists() and not target.exists()
 
 
 def _prefix(target: Path, kind: str) -> str:

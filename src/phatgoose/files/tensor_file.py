@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ExpertError
-from .quoting import one_line, shortened
+from .quoting import one_line, reason, shortened
 from .regular_file import regular_file
 from .strict_json import MOST_JSON_BYTES, distinct_keys
 
@@ -67,9 +67,9 @@ class TensorFile(Mapping[str, Tensor]):
     def __init__(self, path: Path) -> None:
         """Open `path`.
 
-        Raises ExpertError when it is missing, not a regular file of its folder, damaged or
-        truncated, has a header of more than MOST_JSON_BYTES, or holds a tensor with an impossible
-        name or shape or of a type that is not in TYPES.
+        Raises ExpertError when it is missing, can't be read, is not a regular file of its
+        folder, is damaged or truncated, has a header of more than MOST_JSON_BYTES, or holds a
+        tensor with an impossible name or shape or of a type that is not in TYPES.
         """
         self.path = path
         try:
@@ -90,6 +90,8 @@ class TensorFile(Mapping[str, Tensor]):
             }
         except FileNotFoundError as error:
             raise ExpertError(f"{path} does not exist.") from error
+        except PermissionError as error:
+            raise ExpertError(f"{path} can't be read: {reason(error)}.") from error
         except DAMAGE as error:
             raise ExpertError(f"{path} is damaged or truncated: {one_line(error)}.") from error
 

@@ -120,7 +120,7 @@ def check_removal(router: Router, names: tuple[str, ...], leaving: Iterable[str]
     left = [z for z, name in enumerate(names) if name not in gone]
     if not left:
         raise PoolError("No expert would be left.")
-    warn_of_lowered_k(router, len(left), f"{len(left)} experts are left", stacklevel=4)
+    warn_of_lowered_k(router, len(left), "the pool then has", stacklevel=4)
     return left
 
 

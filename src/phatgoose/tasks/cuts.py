@@ -107,7 +107,7 @@ class Cuts:
             warnings.warn(
                 f"{one_line(task)}: {self.beyond} of {self.inputs} inputs and their answers are "
                 f"longer than the {self.trained} tokens that the base was trained for; lower "
-                f"max_input_tokens.",
+                f"max_input_tokens, or max_new_tokens where answers are generated.",
                 stacklevel=2,
             )
 

@@ -151,9 +151,15 @@ def embedding_library() -> Any:
 def load_embedder(embedder: str) -> SentenceTransformer:
     """The sentence embedder, loaded once per process, without running or unpickling its files.
 
-    `embedder` and errors are those of `embed_texts`.
+    `embedder` and errors are those of `embed_texts`. One whose name no file of ours could record,
+    such as one with a no-break space, can't be loaded either.
     """
     library = embedding_library()
+    if not embedder.isprintable():
+        raise ConfigError(
+            f"Embedder {shortened(embedder)} has a character in its name that can't be printed; "
+            f"rename the folder."
+        )
     try:
         with quiet_loading():
             return library.SentenceTransformer(

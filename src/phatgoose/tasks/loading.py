@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -218,7 +219,8 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
     texts = {}
     for key in ("input", "target"):
         value = row.get(key)
-        if value is None or isinstance(value, list | dict) or str(value) == "":
+        is_nan = isinstance(value, float) and math.isnan(value)  # an empty cell of pandas
+        if value is None or is_nan or isinstance(value, list | dict) or str(value) == "":
             fields = ", ".join(map(str, row)) or "none"
             raise TaskError(f"{where}: {key} is missing or empty; the fields there are {fields}.")
         texts[key] = _whole(str(value), f"{where}: {key}")
@@ -239,8 +241,12 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
     """A list of texts; a CSV cell holds it as JSON or separated by |||."""
-    if value is None or value == "":
+    if value is None or (isinstance(value, str) and not value):
         return ()
+    if isinstance(value, float) and math.isnan(value):  # an empty cell of pandas
+        return ()
+    if hasattr(value, "tolist"):  # an array of numpy, pandas or torch
+        value = value.tolist()
     if isinstance(value, str):
         value = [item.strip() if isinstance(item, str) else item for item in _listed(value, where)]
     if not isinstance(value, list | tuple):

@@ -35,11 +35,12 @@ UNFINISHED = ".unfinished-"  # between a file's name and random digits, until it
 
 @dataclass(frozen=True)
 class TrainedExpert:
-    """What is reported of a finished expert: its name, where it is, and its metrics."""
+    """What is reported of a finished expert: its name, where it is, metrics and settings."""
 
     name: str
     place: str
     metrics: Mapping[str, Any]
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ExpertFolder(Protocol):
@@ -105,7 +106,8 @@ class LocalFolder:
         """The expert `name`; unfinished work left beside it is removed."""
         expert = Expert.load(self.path / name)
         discard_work(self.path / name)
-        return TrainedExpert(expert.name, self.place(name), expert.info.metrics)
+        info = expert.info
+        return TrainedExpert(expert.name, self.place(name), info.metrics, info.hyperparameters)
 
     @contextmanager
     def training(
@@ -144,10 +146,13 @@ class RemoteFolder:
         """The expert `name`, from its description alone; unfinished work beside it is removed."""
         place = f"{self.root}/{name}/{LAYOUT.info}"
         with self._reported(name, "read"):
-            metrics = json.loads(self.files.cat_file(place))["metrics"]
+            info = json.loads(self.files.cat_file(place))
+            found = TrainedExpert(
+                name, self.place(name), info["metrics"], info.get("hyperparameters", {})
+            )
         with suppress(Exception):  # the expert is whole, whoever may remove what
             self._kept_work(name).remove()
-        return TrainedExpert(name, self.place(name), metrics)
+        return found
 
     @contextmanager
     def training(

@@ -110,7 +110,7 @@ def train_gates(
             "joint is on, but an adapter that exists can't be trained together with its gates; "
             "turn it off here, or train a new expert."
         )
-    finished = finished_expert(out, resume=resume)
+    finished = finished_expert(out, gate_training, formatting, resume=resume)
     if finished is not None:
         return finished
     modules = read_modules(adapter)

@@ -16,6 +16,7 @@ from ..tasks.suites.training_tasks import TrainingTask
 from . import processes
 from .destination import ExpertFolder, TrainedExpert, expert_folder
 from .progress import TrainingCallback
+from .run import warn_of_other_settings
 from .train_expert import train_expert
 
 __all__ = ["ExpertJob", "train_experts"]
@@ -68,22 +69,24 @@ def train_experts(
 ) -> Iterator[TrainedExpert]:
     """The finished experts of `jobs` in the folder or fsspec URL `out`, each as soon as it is done.
 
-    Those that are in `out` already come first. `engine` trains the others; None trains them in this
-    process, one after the other. Every engine makes the same experts. `dtype` is for a base given
-    by name. Raises what `train_expert` raises as soon as one expert can't be trained.
+    Those that are in `out` already come first, with a warning where they have other settings.
+    `engine` trains the others; None trains them in this process, one after the other. Every engine
+    makes the same experts. `dtype` is for a base given by name. Raises what `train_expert` raises
+    as soon as one expert can't be trained.
     """
-    engine = engine or LocalEngine()
+    engine, peft, formatting = engine or LocalEngine(), peft or Lora(), formatting or Formatting()
     folder = expert_folder(out)
     if engine.remote:
         jobs = [replace(job, task=job.task.portable()) for job in jobs]
     there = [job for job in jobs if folder.has(job.name)]
     for job in there:
-        yield folder.finished(job.name)
+        found = folder.finished(job.name)
+        settings = (peft, job.training, job.gate_training, formatting)
+        warn_of_other_settings(found.place, found.hyperparameters, *settings)
+        yield found
     missing = [job for job in jobs if job not in there]
     patience = PATIENCE if engine.remote else 0.0
-    workshop = _ExpertWorkshop(
-        base, dtype, folder, peft or Lora(), formatting or Formatting(), patience
-    )
+    workshop = _ExpertWorkshop(base, dtype, folder, peft, formatting, patience)
     steps = sum(job.size for job in missing)
     own_bar = None if engine.remote else True  # in this process each training shows its own
     with (
@@ -133,7 +136,8 @@ class _ExpertWorkshop:
                     restart=job.restart,
                     callback=TrainingCallback(tell, destination.on_saved),
                 )
-            return TrainedExpert(expert.name, self.folder.place(job.name), expert.info.metrics)
+            info, place = expert.info, self.folder.place(job.name)
+            return TrainedExpert(expert.name, place, info.metrics, info.hyperparameters)
 
         yield train
 

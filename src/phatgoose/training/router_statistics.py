@@ -63,7 +63,7 @@ def measure(
 
     Raises ConfigError when nothing is asked for or embedding isn't possible, WrongBaseError when
     `base` isn't the expert's, ExpertError when the directory holds foreign files, which rewriting
-    would lose, TaskError when the task can't be used.
+    would lose, or has become another expert meanwhile, TaskError when the task can't be used.
     """
     expert = expert if isinstance(expert, Expert) else Expert.load(expert)
     if not (means or readings or embeddings):
@@ -87,7 +87,10 @@ def measure(
     found = statistics_of(base, expert.modules, task.with_validation(seed), encoder, settings, seed)
     found.cuts.report(task.name)
     place = expert.directory.resolve()  # where a link leads, rather than in its place
-    return _with_statistics(expert, found, settings).save(place, overwrite=True)
+    now = Expert.load(place)  # another process may have measured something else meanwhile
+    if now.info.adapter_sha256 != expert.info.adapter_sha256:
+        raise ExpertError(f"{place} has become another expert while it was measured.")
+    return _with_statistics(now, found, settings).save(place, overwrite=True)
 
 
 @dataclass(frozen=True)

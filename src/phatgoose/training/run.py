@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 from ..base.fingerprint import dtype_name
 from ..base.loading import Base, load_base
 from ..base.sites import find_sites
-from ..config import Formatting, GateTraining, Peft, Training
+from ..config import Formatting, GateTraining, Peft, Settings, Training
 from ..errors import ExpertError
 from ..experts.expert import Expert
 from ..experts.expert_info import check_name
+from ..files.quoting import shortened
 from ..tasks.embeddings import load_embedder
 from ..tasks.encoding import Encoder
 from ..tasks.prompt_passes import read_pairs
@@ -21,7 +24,7 @@ from . import processes
 from .progress import TrainingCallback
 from .unfinished import discard_work, work_of
 
-__all__ = ["TrainingRun", "finished_expert"]
+__all__ = ["TrainingRun", "finished_expert", "warn_of_other_settings"]
 
 STATISTICS = ("statistics_examples", "means", "readings", "embeddings", "embedder")
 
@@ -114,10 +117,11 @@ class TrainingRun:
         }
 
 
-def finished_expert(out: Path, *, resume: bool) -> Expert | None:
+def finished_expert(out: Path, *settings: Settings | None, resume: bool) -> Expert | None:
     """The expert that an earlier run finished at `out`, None where nothing is.
 
-    Raises ExpertError when something is there and not to be resumed.
+    Warns where it has other `settings` than these. Raises ExpertError when something is there and
+    not to be resumed.
     """
     if not out.exists():
         return None
@@ -125,4 +129,30 @@ def finished_expert(out: Path, *, resume: bool) -> Expert | None:
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     expert = Expert.load(out)
     discard_work(out)  # not before: it may be all that there is
+    warn_of_other_settings(str(out), expert.info.hyperparameters, *settings)
     return expert
+
+
+def warn_of_other_settings(
+    place: str, recorded: Mapping[str, Any], *settings: Settings | None
+) -> None:
+    """Warn that the finished expert at `place` is kept, where what it records isn't `settings`.
+
+    Those of statistics, which can be measured later, are left out, and whatever it doesn't record.
+    """
+    wanted = {
+        name: value
+        for each in settings
+        if each is not None
+        for name, value in vars(each).items()
+        if value is not None and name not in STATISTICS
+    }
+    other = [
+        f"{name} {shortened(recorded[name], 40)}, not {shortened(value, 40)}"
+        for name, value in wanted.items()
+        if name in recorded and recorded[name] != (list(value) if type(value) is tuple else value)
+    ]
+    if other:
+        warnings.warn(
+            f"{place} is kept as it is, with other settings: {'; '.join(other)}.", stacklevel=4
+        )

@@ -57,7 +57,8 @@ def train_expert(
     (paper Appendix A); the files are the same either way.
     `base` is a loaded base or its name; a loaded one serves many tasks. Checkpoints are kept in
     `.<out's name>.work` beside `out`. `resume` continues an interrupted run (and loads a finished
-    expert), `restart` throws its work away; with neither, existing work is an error.
+    expert, with a warning where that has other settings), `restart` throws its work away; with
+    neither, existing work is an error.
     Where `accelerate launch` started several processes, all of them call this, share each batch,
     and the first one writes.
     Raises ExpertError when `out` exists, the name can't be an expert's or training diverges,
@@ -65,7 +66,7 @@ def train_expert(
     base pads inside, TaskError when the task can't be used.
     """
     out, peft = Path(out), peft or Lora()
-    finished = finished_expert(out, resume=resume)
+    finished = finished_expert(out, peft, training, gate_training, formatting, resume=resume)
     if finished is not None:
         return finished
     run = TrainingRun.of(

@@ -142,4 +142,4 @@ def test_a_report_that_cannot_be_written_is_told_before_the_work(told, analysed,
     )
     code, _, err = told("analyse", analysed, *TASKS, "--out", out)
     assert code == 2
-    assert f"{out} can't be written" in " ".join(err.split())
+    assert f"{out}/report.html can't be written" in " ".join(err.split())

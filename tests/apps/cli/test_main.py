@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -224,6 +225,16 @@ BAD_INPUTS = {
         "no expert 'nobody'; it has counting, reviews",
     ),
     "missing model": (["generate", "./nowhere", "hi"], "'./nowhere'"),
+    "a name that is too long": (
+        ["train", "reviews.jsonl", *TRAIN, "--multitask", "x" * 201],
+        "at most 200, and begin with a letter or digit",
+    ),
+    "an import of a file": (["import", "reviews.jsonl", "--out", "new"], "is no folder"),
+    "an import that may lose all": (
+        ["import", "experts/reviews", "--out", "new", "--allow-loss", "7"],
+        "allow-loss",
+    ),
+    "manifest that could not be opened": (["pool", "experts", "--out", "a.txt"], "end in .json"),
     "check of what is no expert": (["check", "none"], "none is no expert directory"),
     "gate of what is no adapter": (
         ["gate", "none", "--task", "reviews.jsonl", "--out", "new/x", *BASE],
@@ -398,3 +409,17 @@ def test_help_takes_well_under_a_second_and_a_half_of_work():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(seconds) < 1.5
+
+
+def test_a_reader_that_goes_away_is_no_error(here):
+    """As with `| head -1`: typer makes an exit code of 1 of it."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "phatgoose", "pool", "experts"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    ) as running:
+        running.stdout.close()
+        complaint = running.stderr.read()
+        assert running.wait() == 0
+    assert complaint == b""

@@ -278,3 +278,15 @@ def make_slice(part):
         return replace(trace, streams=(cut,)).to_dict()
     more = cut.to_dict()
     return {"stream": 0} | {key: more[key] for key in ("tokens", "parts", "experts", "weights")}
+
+
+def test_a_report_keeps_no_figures_of_an_earlier_one(tmp_path):
+    figures = tmp_path / "figures"
+    figures.mkdir()
+    for name in ("layers-old.png", "usage-old.png", "pool-sizes.png", "mine.png"):
+        (figures / name).touch()
+    analysis = make_analysis(3, layers=2)
+    write_report(analysis, tmp_path)
+    kinds = ("layers", "datasets", "usage")
+    wanted = {f"{kind}-{router}.png" for kind in kinds for router in analysis.routers}
+    assert {path.name for path in figures.iterdir()} == {"mine.png", *wanted}

@@ -134,3 +134,15 @@ def test_without_its_extra_the_command_says_what_to_install(monkeypatch):
 def test_models_that_cannot_be_opened_are_told_before_anything_listens(tmp_path):
     with pytest.raises(PhatgooseError):
         create_app([ServedModel("x", str(tmp_path / "nothing.json"))])
+
+
+def test_an_address_that_is_taken_is_told_before_models_are_loaded(monkeypatch, capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("phatgoose.apps.server.create_app", lambda *_: pytest.fail("loaded"))
+        with pytest.raises(SystemExit) as ended:
+            main(["serve", "experts", "--port", str(port)])
+    assert ended.value.code == 2
+    assert f"Can't listen at 127.0.0.1, port {port}" in capsys.readouterr().err

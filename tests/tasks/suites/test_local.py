@@ -176,3 +176,8 @@ def test_a_toml_file_of_real_tasks_is_a_suite(tmp_path):
     (task,) = local_suite(write(tmp_path, table)).load()
     assert task.metrics == ("accuracy",)
     assert all(example.input.endswith("\nAnswer:") for example in task.test)
+
+
+def test_hidden_files_are_no_tasks(folder):
+    (folder / "._a.jsonl").write_bytes(b"\0\5\26\7")  # what macOS puts beside a file
+    assert local_suite(folder).names == ("a", "b")

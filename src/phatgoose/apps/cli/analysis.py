@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as json_format
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +11,7 @@ import typer
 
 from ...config import Formatting, Routing
 from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
-from ...files.quoting import reason
+from ...files.atomic import require_writable, write_text
 from ..console.printing import say, show
 from .options import (
     ModelArgument,
@@ -61,7 +60,7 @@ def analyse(
     from ...analysis.pool_sizes import pool_size_curves
     from ...tasks.suites.registry import open_suite
     from ..console.tables import routers_table
-    from ..report.page import write_report
+    from ..report.page import REPORT, write_report
 
     only_with("--task", bool(task), vars(template))
     only_with("--suite", bool(suite), vars(source))
@@ -73,7 +72,7 @@ def analyse(
     subject, base = _subject(model, opening, routing, given)
     if base is not None and not against:
         warn_of_unused(routing, given)
-    _require_folder(out)
+    require_writable(out / REPORT, EvaluationError)
     analysis = run(
         subject,
         tasks,
@@ -112,19 +111,6 @@ def _subject(
     )
 
 
-def _require_folder(out: Path) -> None:
-    """Make the folder `out`, so that no work is lost to one that can't be written.
-
-    Raises EvaluationError.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise EvaluationError(f"{out} can't be written: {reason(error)}.") from error
-
-
 def explain(
     *,
     model: ModelArgument,
@@ -146,13 +132,14 @@ def explain(
 
     Each token of prompt and answer has the colour of the expert of greatest weight.
     """
-    from ...files.atomic import write_text
     from .explanation import explain as run
 
     if answer is not None and max_new_tokens is not None:
         raise ConfigError(
             "--max-new-tokens is for the model's own answer; leave it out with --answer."
         )
+    if json:
+        require_writable(json, EvaluationError)
     opened = opening.open(model, routing, given)
     explanation = run(
         opened.model,

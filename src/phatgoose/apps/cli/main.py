@@ -95,14 +95,23 @@ def main(arguments: list[str] | None = None) -> None:
         code = _failed(error.format_message())
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except BrokenPipeError:  # the reader of our output went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 0
+    except BrokenPipeError:
+        code = _reader_gone()
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):  # of which typer makes one with a 1
+            raise
+        code = _reader_gone()
     except OSError as error:  # a name that is too long, a folder that is closed to the user
         code = _failed(_refused(error))
     if code == INTERRUPTED:
         say("interrupted; training and gates go on with --resume", err=True)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _reader_gone() -> int:
+    """All is well where nobody reads our output any more, as with `| head`; nor will anything."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def _refused(error: OSError) -> str:
@@ -126,12 +135,12 @@ def _quieten() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its import sets the logger's level
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     lines = logging.StreamHandler()
     lines.setFormatter(PlainFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
     logging.getLogger("phatgoose").setLevel(logging.INFO)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.simplefilter("ignore", FutureWarning)
     warnings.showwarning = _show_warning
 

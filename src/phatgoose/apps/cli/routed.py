@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from ...config import Formatting, Routing
-from ...errors import ConfigError, PoolError, RoutingError
+from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
+from ...files.atomic import require_writable
 from ..console.printing import say, show
 from .options import (
     BaseOption,
@@ -172,6 +173,8 @@ def evaluate(
     from ...evaluation.evaluate import evaluate as run
     from ..console.tables import scores_table
 
+    if json:
+        require_writable(json, EvaluationError)
     tasks = [template.load(source) for source in task]
     opened = opening.open(model, routing, given)
     result = run(

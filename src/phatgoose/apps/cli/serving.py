@@ -48,7 +48,7 @@ def serve(
 ) -> None:
     """Serve routed models over HTTP, as OpenAI's interface does, until SIGTERM or Ctrl-C."""
     replicas.check()
-    from ..server import API_KEYS, create_app, keys_of, run, served_models
+    from ..server import API_KEYS, check_address, create_app, keys_of, run, served_models
 
     models = served_models(
         model,
@@ -65,7 +65,10 @@ def serve(
     keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))
-    app = create_app(models, serving, keys, hosts) if replicas.engine == "local" else None
+    app = None
+    if replicas.engine == "local":
+        check_address(host, port)
+        app = create_app(models, serving, keys, hosts)
     say(f"serving {names} at http://{host}:{port}", err=True)
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: whoever reaches this address may use it", err=True)

@@ -19,6 +19,8 @@ from .figures import dataset_matrix, heat_maps, pool_size_figure, usage_bars, wr
 __all__ = ["REPORT", "report_page", "write_report"]
 
 REPORT, NUMBERS, FIGURES = "report.html", "analysis.json", "figures"
+PER_ROUTER = LAYERS, DATASETS, USAGE = "layers", "datasets", "usage"  # kinds of figures
+POOL_SIZES = "pool-sizes"
 
 
 def write_report(
@@ -27,8 +29,8 @@ def write_report(
     """The page that was written to `folder`, with analysis.json and figures/*.png beside it.
 
     The page holds texts of the data where `analyse` traced some; the other files hold none.
-    Figures show all experts, the page's the most used ones. Raises EvaluationError when a file
-    can't be written.
+    Figures show all experts, the page's the most used ones; those of an earlier report are removed.
+    Raises EvaluationError when a file can't be written.
     """
     folder = Path(folder)
     analysis.write_json(folder / NUMBERS)
@@ -36,16 +38,19 @@ def write_report(
     everyone = len(analysis.experts)
     try:
         (folder / FIGURES).mkdir(exist_ok=True)
+        for kind in (*(f"{kind}-*" for kind in PER_ROUTER), POOL_SIZES):
+            for old in (folder / FIGURES).glob(f"{kind}.png"):
+                old.unlink()
         for name, router in analysis.routers.items():
             layers = heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
-            write_png(layers, folder / FIGURES / f"layers-{name}.png")
+            write_png(layers, folder / FIGURES / f"{LAYERS}-{name}.png")
             shares = router.by_dataset()
             matrix = dataset_matrix(shares, analysis.experts, oracle=analysis.oracle, most=everyone)
-            write_png(matrix, folder / FIGURES / f"datasets-{name}.png")
+            write_png(matrix, folder / FIGURES / f"{DATASETS}-{name}.png")
             bars = usage_bars(shares, analysis.experts, most=everyone)
-            write_png(bars, folder / FIGURES / f"usage-{name}.png")
+            write_png(bars, folder / FIGURES / f"{USAGE}-{name}.png")
         if curves:
-            write_png(pool_size_figure(curves), folder / FIGURES / "pool-sizes.png")
+            write_png(pool_size_figure(curves), folder / FIGURES / f"{POOL_SIZES}.png")
     except OSError as error:
         raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
     return folder / REPORT

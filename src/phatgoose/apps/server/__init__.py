@@ -17,8 +17,9 @@ from .settings import API_KEYS, ServedModel, keys_of, served_models
 
 try:
     from .api.app import create_app
-    from .uvicorn_server import run
+    from .uvicorn_server import check_address, run
 except ModuleNotFoundError as error:
     raise ConfigError(f"The server needs {error.name}: pip install 'phatgoose[serve]'.") from error
 
-__all__ = ["API_KEYS", "ServedModel", "create_app", "keys_of", "run", "served_models"]
+__all__ = ["API_KEYS", "ServedModel", "check_address", "create_app", "keys_of", "run"]
+__all__ += ["served_models"]

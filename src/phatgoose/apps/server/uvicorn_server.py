@@ -21,7 +21,7 @@ from .guards.connection_guard import ConnectionGuard
 if sys.platform != "win32":
     import resource
 
-__all__ = ["run", "server_of"]
+__all__ = ["check_address", "run", "server_of"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 256  # connections that may wait to be accepted, and are accepted at once
@@ -35,6 +35,11 @@ def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
     """
     with _listening(host, port) as listener, _ended_by_signals():
         server_of(app, limits).run([listener])
+
+
+def check_address(host: str, port: int) -> None:
+    """Raise ConfigError when nothing can listen at the address, before models are loaded."""
+    _listening(host, port).close()
 
 
 def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:

@@ -10,7 +10,6 @@ biases of the base: what it added to them becomes biases of its own.
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -22,7 +21,7 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from ...base.fingerprint import BaseReference
-from ...base.loading import load_base, load_skeleton
+from ...base.loading import is_hub_id, load_base, load_skeleton
 from ...base.sites import find_sites
 from ...errors import ExpertError
 from ...files.quoting import shortened
@@ -176,9 +175,9 @@ def _config_of(folder: Path) -> dict[str, Any]:
 
 def _find(source: str | Path) -> tuple[Path, HubReference | None]:
     """The adapter's folder, and the pinned reference where it came from the Hub."""
-    if isinstance(source, Path) or Path(source).is_dir():
+    if isinstance(source, Path) or Path(source).exists():
         if not Path(source).is_dir():
-            raise ExpertError(f"{source} is no folder.")
+            raise ExpertError(f"{source} is no folder; wanted the folder of an adapter.")
         return Path(source), None
     try:
         reference = HubReference.parse(source)
@@ -210,7 +209,7 @@ def require_named_base(named: object, *, from_hub: bool) -> str:
     """What an adapter has as its base. Raises ExpertError unless it is a name, no private path."""
     if not isinstance(named, str) or not named:
         raise ExpertError("The adapter doesn't name its base model; name it with --base.")
-    if from_hub and (os.path.isabs(named) or named.startswith(".") or os.path.exists(named)):
+    if from_hub and not is_hub_id(named):
         raise ExpertError(
             f"The adapter names its base by a path of its author's machine, {shortened(named)}; "
             f"name the base with --base."

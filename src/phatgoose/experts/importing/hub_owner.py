@@ -230,9 +230,9 @@ def _described(found: Found, descriptions: list[str]) -> Found:
         files = adapter_files(folder)
         config = files.read_config(folder)
         found = replace(found, kind=kind_of(files, config).name)
-        if found.is_expert:
-            return replace(found, base=read_info(folder / LAYOUT.info).base.id)
         named = config.get(files.base_key)
+        if found.is_expert:
+            named = read_info(folder / LAYOUT.info).base.id
         return replace(found, base=require_named_base(named, from_hub=True))
     except PhatgooseError as error:
         text = str(error).replace(f"{folder}/", "").replace(str(folder), "it")

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ...base.loading import quiet_loading
 from ...errors import ConfigError, RoutingError
 from ...experts.applied import replaced
 from ...experts.kinds.lora import LoraFactors, write_lora
@@ -181,7 +182,7 @@ def _write_model(
     model: PreTrainedModel, layers: Mapping[str, nn.Module], parts: Composition, folder: Path
 ) -> None:
     """The model with `layers` in the place of the routed ones, as transformers writes it."""
-    with replaced(model, layers), torch.no_grad():
+    with replaced(model, layers), torch.no_grad(), quiet_loading():
         type(model).save_pretrained(model, folder)  # the model's own is that of routed models
     if parts.tokenizer is not None:
         parts.tokenizer.save_pretrained(folder)

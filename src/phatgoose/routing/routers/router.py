@@ -185,17 +185,21 @@ def check_routing(router: Router, pool: Pool) -> None:
     if routing.expert is not None and "expert" not in router.spec.given:
         raise ConfigError(f"expert is for router single; the router is {routing.router}.")
     router.check(pool)
-    warn_of_lowered_k(router, len(pool), f"the pool has {len(pool)} experts", stacklevel=4)
+    warn_of_lowered_k(router, len(pool), "the pool has", stacklevel=4)
 
 
-def warn_of_lowered_k(router: Router, size: int, reason: str, stacklevel: int) -> None:
-    """Warn when `k` or `input_k`, where the router uses it, exceeds the `size` of the pool."""
+def warn_of_lowered_k(router: Router, size: int, of: str, stacklevel: int) -> None:
+    """Warn when `k` or `input_k`, where the router uses it, exceeds the `size` of the pool.
+
+    Not of the default, which nobody may have asked for. `of` begins what is said of the size.
+    """
     uses = {"k": router.uses_k, "input_k": "input_k" in router.spec.settings}
+    experts = "1 expert" if size == 1 else f"{size} experts"
     for name, used in uses.items():
         asked = getattr(router.routing, name)
-        if used and asked is not None and asked > size:
+        if used and asked not in (None, getattr(Routing, name)) and asked > size:
             warnings.warn(
-                f"{name} is {asked}, but {reason}; {name} is lowered.", stacklevel=stacklevel
+                f"{name} is {asked}, but {of} {experts}; {name} is lowered.", stacklevel=stacklevel
             )
 
 

@@ -25,10 +25,10 @@ TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
 def local_suite(path: str | Path) -> Suite:
     """The suite in `path`: a folder of task files, or a TOML file.
 
-    A folder's .jsonl and .csv files are its tasks, in alphabetical order, and its name is the
-    suite's. A TOML file has the keys `name` (default: the file's stem), `suffix` (text appended to
-    every input) and, for each task, a table `[[tasks]]` with `file` (relative to the TOML file) and
-    optionally `name`, `metrics`, `max_new_tokens` and a `suffix` of its own.
+    A folder's .jsonl and .csv files, hidden ones aside, are its tasks, in alphabetical order, and
+    its name is the suite's. A TOML file has the keys `name` (default: the file's stem), `suffix`
+    (text appended to every input) and, for each task, a table `[[tasks]]` with `file` (relative to
+    the TOML file) and optionally `name`, `metrics`, `max_new_tokens` and a `suffix` of its own.
 
     An entry reads its task file when it is read itself. Raises TaskError, naming file and key, for
     a path that is neither, a suite without tasks, a task file that doesn't exist, an unknown key, a
@@ -70,7 +70,11 @@ def _entry(
 
 
 def _folder_suite(folder: Path) -> Suite:
-    files = sorted(file for file in folder.iterdir() if file.suffix in TASK_FILES)
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in TASK_FILES and not file.name.startswith(".")
+    )
     return Suite(folder.resolve().name, tuple(_entry(file, file.stem) for file in files))
 
 

@@ -127,3 +127,37 @@ def test_names_in_errors_are_cut_and_printable(client):
     assert reply.status_code == 400
     assert len(reply.content) < 1000
     assert client.get("/v1/models/%1B%5B31m" + "x" * 3000).json()["error"]["message"].isprintable()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "complaint"),
+    [
+        ("prompt", [], "prompt: List should have at least 1 item"),
+        ("prompt", ["a", 3], "prompt.1: Input should be a valid string"),
+        ("prompt", [[1, 2], []], "prompt.1: List should have at least 1 item"),
+        ("prompt", 5, "prompt: Input should be a valid string"),
+        ("stop", "", "stop: String should have at least 1 character"),
+        ("stop", ["a", ""], "stop.1: String should have at least 1 character"),
+        ("stop", ["a"] * 17, "stop: List should have at most 16 items"),
+        ("routing", {"layr": "1"}, "routing.layr: Extra inputs are not permitted"),
+        ("str", 1, "str: Extra inputs are not permitted"),
+        ("keep", "a", "keep: Input should be a valid list"),
+    ],
+)
+def test_the_fault_is_named_that_the_value_has(field, value, complaint):
+    """Pydantic gives one error for each form of a field, by names that no client knows."""
+    with pytest.raises(ApiError) as wrong:
+        parsed(CompletionRequest, json.dumps({**GREEDY, field: value}).encode())
+    assert str(wrong.value.detail).startswith(complaint)
+    assert wrong.value.param == field
+
+
+def test_the_fault_of_a_message_is_named():
+    for content, complaint in (
+        ([], "messages.0.content: List should have at least 1 item"),
+        ([{"type": "image_url", "text": ""}], "messages.0.content.0.type: Input should be 'text'"),
+    ):
+        body = {"model": "goose", "messages": [{"role": "user", "content": content}]}
+        with pytest.raises(ApiError) as wrong:
+            parsed(ChatRequest, json.dumps(body).encode())
+        assert str(wrong.value.detail).startswith(complaint)

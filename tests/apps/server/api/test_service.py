@@ -57,3 +57,17 @@ def test_no_local_path_is_told(client, pool, app, monkeypatch):
     assert "embeddings" in reply["error"]["message"]
     assert str(serving.folder_of(pool)) not in str(reply)
     assert "/tmp" not in str(reply)
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"keep": ["nobody"]}, "keep"),
+        ({"router": "retrieval"}, "router"),
+        ({"router": "retrieval", "keep": ["nobody"]}, None),
+    ],
+)
+def test_the_field_that_asked_for_a_routing_is_named(client, change, param):
+    reply = client.post(PATH, json={**GREEDY, **change})
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == param

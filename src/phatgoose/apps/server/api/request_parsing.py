@@ -7,10 +7,10 @@ every form that a field may have takes minutes and gigabytes. So they are counte
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import from_json
+from pydantic_core import ErrorDetails, from_json
 
 from ....files.quoting import shortened
 from ..api_errors import ApiError, bad_request
@@ -37,7 +37,7 @@ def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
     try:
         return wanted.model_validate(value)
     except ValidationError as error:
-        raise _first_of(error) from None
+        raise _first_of(error, value) from None
 
 
 def _check_size(body: bytes) -> None:
@@ -56,12 +56,42 @@ def _check_size(body: bytes) -> None:
             )
 
 
-def _first_of(error: ValidationError) -> ApiError:
-    """The first error of a request."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    place = [shortened(str(part), SHOWN)[1:-1] for part in first["loc"]]
-    message = f"{'.'.join(place)}: {first['msg']}" if place else str(first["msg"])
-    return _invalid(message, place[0] if place else None)
+def _first_of(error: ValidationError, body: Any) -> ApiError:
+    """The first error of a request, `body`.
+
+    Where a field may have several forms there is one error for each of them. That of the form is
+    told which the value has the most of: its error lies deepest, and isn't about its type.
+    """
+    found = [
+        (_place_of(each, body), each)
+        for each in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    at = len(found[0][0])
+    same = [each for each in found if each[0][:at] == found[0][0] and len(each[1]["loc"]) > at]
+    place, first = max(same or found[:1], key=_how_far)
+    shown = [shortened(str(part), SHOWN)[1:-1] for part in place]
+    message = f"{'.'.join(shown)}: {first['msg']}" if shown else str(first["msg"])
+    return _invalid(message, shown[0] if shown else None)
+
+
+def _place_of(error: ErrorDetails, body: Any) -> tuple[int | str, ...]:
+    """Where in `body` an error is: its location without the names of the forms of a field."""
+    place, value = [], body
+    for part in error["loc"]:
+        inside = isinstance(value, dict) and part in value
+        if inside or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _how_far(found: tuple[tuple[int | str, ...], ErrorDetails]) -> tuple[int, int, bool]:
+    """How far a value was right before its error: deeper, later in its list, of the right type."""
+    place, error = found
+    last = place[-1] if place else ""
+    return len(place), last if isinstance(last, int) else 0, not error["type"].endswith("_type")
 
 
 def _invalid(message: str, param: str | None = None) -> ApiError:

@@ -109,7 +109,7 @@ class Service:
         try:
             found = await self.routings.acquire(loaded, request.override, client, deadline)
         except PhatgooseError as error:
-            raise bad_request(for_clients(error), "router") from error
+            raise bad_request(for_clients(error), _only_override(request)) from error
         try:
             prepare = RequestPreparer(found.runner, self.limits).prepare
             prepared = await anyio.to_thread.run_sync(prepare, request, limiter=self._readers)
@@ -136,6 +136,13 @@ def _sites_of(loaded: LoadedModel) -> Sites | None:
         return None
     layers, kinds = layers_and_kinds(map(site_label, loaded.parts.layers))
     return Sites(layers=layers, kinds=kinds)
+
+
+def _only_override(request: CompletionRequest | ChatRequest) -> str | None:
+    """The one field with which a request changes the routing, None where there are several."""
+    fields = ("router", "k", "keep", "leave_out")
+    given = [name for name in fields if getattr(request, name) is not None]
+    return given[0] if len(given) == 1 else None
 
 
 def _check_routing(request: CompletionRequest | ChatRequest, loaded: LoadedModel) -> None:

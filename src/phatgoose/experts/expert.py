@@ -178,10 +178,6 @@ class Expert:
         Raises ExpertError when `directory` exists (unless `overwrite`) or can't be written.
         """
         target = Path(directory)
-        if target.exists() and not overwrite:
-            raise ExpertError(
-                f"{target} exists already; choose another place or allow overwriting."
-            )
         with new_directory(target, ExpertError, overwrite=overwrite) as work:
             self._write(work)
         return Expert.load(target)

@@ -24,7 +24,7 @@ from huggingface_hub.utils.tqdm import (
 
 from ..base.loading import is_hub_id
 from ..errors import ExpertError
-from ..files.atomic import new_directory
+from ..files.atomic import new_directory, require_free
 from ..files.quoting import one_line, shortened
 from ..files.regular_file import regular_file
 from .expert import EXPERT_FILES, LAYOUT, Expert
@@ -124,8 +124,7 @@ def pull(reference: HubReference | str, out: str | Path) -> Expert:
     exists.
     """
     target = Path(out)
-    if target.exists():
-        raise ExpertError(f"{target} exists already; choose another place.")
+    require_free(target, ExpertError)
     reference = HubReference.parse(reference) if isinstance(reference, str) else reference
     fetched = fetch(reference, inner=[LAYOUT.info])  # which names the experts if it holds several
     if not (fetched / LAYOUT.info).is_file():

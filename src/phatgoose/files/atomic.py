@@ -21,8 +21,8 @@ from .left_overs import (
 )
 from .quoting import reason
 
-__all__ = ["WRITING_ERRORS", "is_stream", "new_directory", "new_file", "require_writable"]
-__all__ += ["write_text"]
+__all__ = ["WRITING_ERRORS", "is_stream", "new_directory", "new_file", "require_free"]
+__all__ += ["require_writable", "write_text"]
 
 WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
 
@@ -41,6 +41,8 @@ def new_directory(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_left_overs(target)
+        if not overwrite:
+            require_free(target, error)
         with temporary_folder(target) as work:
             yield work
             open_to_readers(work)
@@ -51,8 +53,8 @@ def new_directory(
                 os.rename(target, old / target.name)
                 os.rename(work, target)
     except WRITING_ERRORS as problem:
-        if not overwrite and target.exists():
-            raise error(f"{told} exists already; choose another place.") from problem
+        if not overwrite:
+            require_free(told, error)
         raise error(f"{told} can't be written: {reason(problem)}.") from problem
 
 
@@ -88,6 +90,14 @@ def new_file(target: Path) -> Iterator[Path]:
 def is_stream(target: Path) -> bool:
     """True for a pipe or a character device, and a link to one."""
     return target.is_fifo() or target.is_char_device()
+
+
+def require_free(
+    target: Path, error: type[PhatgooseError], instead: str = "choose another place"
+) -> None:
+    """Raise `error`, saying what to do `instead`, when something is at `target` already."""
+    if target.exists():
+        raise error(f"{target} exists already; {instead}.")
 
 
 def require_writable(target: Path, error: type[PhatgooseError]) -> None:

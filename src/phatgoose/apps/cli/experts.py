@@ -9,10 +9,12 @@ import typer
 
 from ...config import KIND_NAMES, Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
+from ...files.atomic import require_free
 from ...tasks.cuts import recorded_share
 from ..console.printing import say
 from .flags import ExpertShapes, Without
 from .options import (
+    ANOTHER_OUT,
     BaseOptions,
     EngineOptions,
     ExpertName,
@@ -121,7 +123,7 @@ def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resu
         named[task.name] = task.named
         if folder.has(task.name) and not resume:
             raise ExpertError(
-                f"{folder.place(task.name)} exists already; choose another --out, or --resume."
+                f"{folder.place(task.name)} exists already; {ANOTHER_OUT}, or --resume."
             )
 
 
@@ -158,8 +160,8 @@ def gate(
     formatting: Formatting,
 ) -> None:
     """Train gates for an adapter or an imported expert."""
-    if out.exists() and not unfinished.resume:
-        raise ExpertError(f"{out} exists already; choose another --out, or --resume.")
+    if not unfinished.resume:
+        require_free(out, ExpertError, f"{ANOTHER_OUT}, or --resume")
     from ...experts.expert import base_named_in
     from ...training import processes
     from ...training.gates import train_gates

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ...tasks.task import Task
 
 __all__ = [
+    "ANOTHER_OUT",
     "BaseOption",
     "BaseOptions",
     "EngineOptions",
@@ -51,6 +52,7 @@ __all__ = [
     "warn_of_unused",
 ]
 
+ANOTHER_OUT = "choose another --out"  # for `require_free`
 PoolArgument = Annotated[
     list[Path], typer.Argument(help="Folders of experts, hub:OWNER/NAME, or a manifest.")
 ]

@@ -9,9 +9,10 @@ import typer
 
 from ...config import Formatting, Routing
 from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
-from ...files.atomic import require_writable
+from ...files.atomic import require_free, require_writable
 from ..console.printing import say, show
 from .options import (
+    ANOTHER_OUT,
     BaseOption,
     ModelArgument,
     ModelOptions,
@@ -110,8 +111,7 @@ def compose(
 
     It is written site by site: the pool may be larger than memory.
     """
-    if out.exists():
-        raise RoutingError(f"{out} exists already; choose another --out.")
+    require_free(out, RoutingError, ANOTHER_OUT)
     from ...routing.routers.registry import spec_of
     from ...routing.saved.segments import save_pool
 

@@ -9,8 +9,10 @@ import typer
 
 from ...config import KIND_NAMES, Formatting, Routing, settings_of
 from ...errors import ConfigError, RoutingError
+from ...files.atomic import require_free
 from ..console.printing import say
 from .options import (
+    ANOTHER_OUT,
     BaseOption,
     ExpertName,
     ExpertOut,
@@ -136,8 +138,7 @@ def export(
     For PEFT, transformers, vLLM, llama.cpp, Ollama: docs/export.md. Routers merged, single and
     best-individual are constant; of others --prompt or --task fixes a mixture.
     """
-    if out.exists():
-        raise RoutingError(f"{out} exists already; choose another --out.")
+    require_free(out, RoutingError, ANOTHER_OUT)
     if merged and rank is not None:
         raise ConfigError("--rank is for adapters; leave it out with --merged.")
     if prompt and task:

@@ -24,6 +24,7 @@ from ...base.fingerprint import BaseReference
 from ...base.loading import is_hub_id, load_base, load_skeleton
 from ...base.sites import find_sites
 from ...errors import ExpertError
+from ...files.atomic import require_free
 from ...files.quoting import shortened
 from ..adapter import KINDS, adapter_files, check_fit, named_base, read_modules
 from ..expert import LAYOUT, Expert, named_revision
@@ -79,8 +80,7 @@ def import_adapter(
     `out` exists; BaseModelError when the base can't be found.
     """
     target = Path(out)
-    if target.exists():
-        raise ExpertError(f"{target} exists already; choose another place.")
+    require_free(target, ExpertError)
     check_name(name or target.name)
     folder, reference = _find(source)
     if (folder / LAYOUT.info).exists():

@@ -22,7 +22,7 @@ from ...base.loading import quiet_loading
 from ...errors import ConfigError, RoutingError
 from ...experts.applied import replaced
 from ...experts.kinds.lora import LoraFactors, write_lora
-from ...files.atomic import new_directory
+from ...files.atomic import new_directory, require_free
 from ..composition import Composition, composition_of
 from .fidelity import Fidelity, fidelity
 from .shares import Shares, shares_of
@@ -103,8 +103,7 @@ def export(
     if rank is not None and (merged or rank < 1):
         raise ConfigError("rank is for adapters, and at least 1; a merged model has none.")
     target, parts = Path(out), composition_of(model)
-    if target.exists():
-        raise RoutingError(f"{target} exists already; choose another place.")
+    require_free(target, RoutingError)
     shares = shares_of(model, texts)
     updates = {
         site: fixed_update(layer, shares.by_site[site], parts)

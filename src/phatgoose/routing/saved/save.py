@@ -40,8 +40,6 @@ def save(model: PreTrainedModel, directory: str | Path, *, overwrite: bool = Fal
     parts = composition_of(model)
     _check_base(model, parts)
     target = Path(directory)
-    if target.exists() and not overwrite:
-        raise RoutingError(f"{target} exists already; choose another place or allow overwriting.")
     with new_directory(target, RoutingError, overwrite=overwrite) as work:
         save_file(_tensors(parts), work / ROUTED_WEIGHTS)
         (work / ROUTED_INFO).write_text(described(parts, work), encoding="utf-8")

@@ -24,7 +24,7 @@ from ...base.loading import Base
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.pool import Pool
-from ...files.atomic import new_directory, write_text
+from ...files.atomic import new_directory, require_free, write_text
 from ...files.left_overs import clear_left_overs, temporary_file
 from ...files.quoting import reason
 from ...files.tensor_file import TensorFile, write_tensors
@@ -76,8 +76,8 @@ def save_pool(
     Raises what `compose` and `save` do, and ConfigError for an unknown type.
     """
     target = Path(directory)
-    if target.exists() and not overwrite:
-        raise RoutingError(f"{target} exists already; choose another place or allow overwriting.")
+    if not overwrite:
+        require_free(target, RoutingError)
     kind = _stored(stored)
     prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
     pool, parts = prepared.pool, prepared.parts

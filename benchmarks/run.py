@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 import against_arrow  # noqa: F401  # importing a subject enters its rows
+import choosing  # noqa: F401
 import comparing  # noqa: F401
 import growth  # noqa: F401
 import pool_reading  # noqa: F401

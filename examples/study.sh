@@ -4,6 +4,7 @@
 #   examples/study.sh STEP
 #     data, rate                        what is needed before
 #     eight SEED                        the small pool, seeds 0 and 1, and its suite
+#     eight-original SEED               that pool on the same datasets, all in one wording
 #     pool-a10, pool-b15, pool-rest     training: A10 is ten experts of A, B23 is A10 with thirteen of
 #                                       B, the rest what else of A and B passes
 #     pool-a, pool-b                    training: all tasks of A, and of B
@@ -80,6 +81,10 @@ eight)
     --resume "${engine[@]}"
   compare "eight-$seed-scores" 100 "$(suite eight)" $others,$ours,oracle,best-individual \
     "$out/eight-$seed" ;;
+eight-original)
+  seed=${2:?name a seed}
+  compare "eight-$seed-original" 100 "$(suite eight-original)" $others,$ours,oracle,best-individual \
+    "$out/eight-$seed" ;;
 pool-a10)
   # shellcheck disable=SC2046
   $phatgoose train $(printf "$data/%s.jsonl " "${a10[@]}") --recipe $a --out "$out/pool-a" --resume "${engine[@]}" ;;
@@ -122,7 +127,7 @@ others)
 margins)
   suites=$(suite held-in)
   python examples/study_margins.py "$suites=40" joint-discriminant phatgoose "" "${b23[@]}"
-  hundred=$(suite cross-confirmation cross-b t0ho) fifty=$(suite bbh bbl)
+  hundred=$(suite cross-development cross-confirmation cross-b t0ho) fifty=$(suite bbh bbl)
   python examples/study_margins.py "${hundred//,/=100,}=100,${fifty//,/=50,}=50" \
     joint-discriminant phatgoose "$(ls $out/{b23,t0ho,bigbench}{,-one}/results.jsonl | paste -sd,)" \
     "${b23[@]}" ;;
@@ -142,9 +147,11 @@ pool-sizes)  # single experts' answers are those of b23
   with_choice b23 100 "$(suite cross-confirmation)" $rows "${a10[@]/#/$out/pool-a/}" ;;
 largest)  # leave out of rest_a and rest_b who fails the check of held-in
   rows=base,average-activation,arrow,merged,phatgoose,retrieval,discriminant,joint-discriminant,oracle
-  compare b23 100 "$(suite cross-confirmation cross-b)" $rows "${b23[@]}" "${rest[@]}" ;;
+  mkdir -p $out/largest  # where single experts' answers are known already
+  cp -n $out/b23/results.jsonl $out/largest/
+  compare largest 100 "$(suite cross-confirmation cross-b)" $rows "${b23[@]}" "${rest[@]}" ;;
 figures)  # A10 is no draw
-  python examples/study_report.py cells $out/sizes.jsonl $out/b23/results.jsonl $out/b23-choice/results.jsonl
+  python examples/study_report.py cells $out/sizes.jsonl $out/{b23,largest,b23-choice}/results.jsonl
   python examples/study_report.py sizes $out/sizes.jsonl docs/figures/study-sizes.png 10 ;;
 *) echo "no such step: $step" >&2; exit 2 ;;
 esac

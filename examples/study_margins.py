@@ -4,11 +4,12 @@
 
 ROUTER chooses for whole inputs by scores of the base's readings (discriminant, joint-discriminant);
 the margin of a choice is the first expert's score less the second's. Told of every dataset (of
-suites of the experts' own tasks, of those of POOL): the mean of the first scores, of the margins,
-and the share of margins above 0.2. RESULTS are results.jsonl of `phatgoose compare` over the same
-suites and POOL, as many examples by seed 0, with rows of ROUTER (one expert an input) and of OTHER;
-then, for several thresholds, the mean over datasets where OTHER answers what ROUTER is less sure
-of, and its difference to OTHER's in pairs. Without results, "" stands in their place.
+suites of the experts' own tasks, of those of POOL), and of each suite's on average: the mean of the
+first scores, of the margins, and the share of margins above 0.2. RESULTS are results.jsonl of
+`phatgoose compare` over the same suites and POOL, as many examples by seed 0, with rows of ROUTER
+(one expert an input) and of OTHER; then, for several thresholds, the mean over datasets where OTHER
+answers what ROUTER is less sure of, and its difference to OTHER's in pairs. Without results, ""
+stands in their place.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.per_input.base_reader import BaseReader
+from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
 
@@ -47,27 +49,39 @@ def main(suites: str, router: str, other: str, results: str, *pools: str) -> Non
     print("| dataset | first score | margin | above 0.2 |\n|---|---|---|---|")
     for asked in suites.split(","):
         suite, _, limit = asked.partition("=")
-        entries = open_suite(suite).entries
-        own = [entry for entry in entries if entry.name in pool.names]
-        for entry in own or entries:
+        opened = open_suite(suite)
+        own = [entry for entry in opened.entries if entry.name in pool.names]
+        told = []
+        for entry in own or opened.entries:
             drawn = entry.read(Sources(None, None)).evaluation_examples(int(limit), 0)
             first, second = lookup.scores_of_examples(drawn).topk(2).values.T
             margin = margins[entry.name] = (first - second).double().numpy()
-            told = f"{first.mean():.2f} | {margin.mean():.2f} | {np.mean(margin > 0.2):.0%}"
-            print(f"| {entry.name} | {told} |", flush=True)
-    print(f"mean margin over {len(margins)} datasets: {mean(margins.values()):.2f}")
+            told.append((float(first.mean()), margin.mean(), np.mean(margin > 0.2)))
+            print(f"| {entry.name} | {line_of(told[-1])} |", flush=True)
+        print(f"| mean of {len(told)}: {opened.name} | {line_of(np.mean(told, axis=0))} |")
     if results:
         rows = [cells(results.split(","), name, len(pool)) for name in (router, other)]
         tell(margins, *rows)
 
 
+def line_of(told: Iterable[float]) -> str:
+    """A first score, a margin and a share as cells of a table."""
+    first, margin, share = told
+    return f"{first:.2f} | {margin:.2f} | {share:.0%}"
+
+
 def cells(paths: list[str], router: str, size: int) -> Cells:
-    """The metrics and marks of each dataset that `router` was scored on with so many experts."""
-    found = {}
+    """The metrics and marks of each dataset that `router` was scored on with so many experts.
+
+    Of one that chooses for whole inputs, those of one expert an input.
+    """
+    spec, found = ROUTERS[router], {}
     for path in paths:
         for key, result in ResultStore(Path(path)).items():
             method = key["method"]
-            if method.get("router") == router and len(method["pool"]) == size:
+            if method.get("router") != router or len(method["pool"]) != size:
+                continue
+            if "input_k" not in method or (method["input_k"] or spec.input_k) == 1:
                 found[key["task"]] = result["metrics"], result["marks"]
     return found
 

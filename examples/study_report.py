@@ -187,7 +187,7 @@ def write_balanced(cells: Path, out: Path, *suites: Path) -> None:
 
     An example counts by the share of its dataset's examples whose right answer has its place among
     the choices, so that always giving one answer is worth chance, whatever the right ones are.
-    `suites` are those of the comparison, each with "=" and its limit after it.
+    `suites` are those of the comparison that count, each with "=" and its limit after it.
     """
     scores = _whole(cells)
     weights = {}
@@ -195,7 +195,7 @@ def write_balanced(cells: Path, out: Path, *suites: Path) -> None:
         place, _, limit = str(suite).rpartition("=")
         for task in open_suite(place).load(Sources(None, None)):
             weights[task.name] = _weights(task.evaluation_examples(int(limit), 0))
-    tasks = [task for task in _common(scores) if weights[task] is not None]
+    tasks = [task for task in _common(scores) if weights.get(task) is not None]
     samples = {
         model: [_weighted(row[task].sample, weights[task]) for task in tasks]
         for model, row in scores.items()

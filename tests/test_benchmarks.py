@@ -21,6 +21,7 @@ pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 RUN = ROOT / "benchmarks" / "run.py"
 ROWS = {
     "prefill": 3,
+    "choosing": 5,
     "linear": 4,
     "decoding": 2,
     "reference": 1,
@@ -32,7 +33,7 @@ ROWS = {
     "gates": 1,
     "growth": 3,
 }
-FLOORLESS = ("memory", "packed", "loop")
+FLOORLESS = ("memory", "packed", "loop", "choice")
 
 
 @pytest.fixture

@@ -20,14 +20,17 @@ def margins():
 
 @pytest.fixture
 def results(tmp_path):
-    """One dataset, answered by two routers with two experts, and by one of them with one."""
+    """One dataset, answered by two routers with two experts, and by others that don't count."""
     store = ResultStore(tmp_path / "results.jsonl")
-    for router, pool, right in (
-        ("discriminant", POOL, [1, 1, 0, 0]),
-        ("discriminant", POOL[:1], [0, 0, 0, 0]),
-        ("phatgoose", POOL, [0, 0, 1, 1]),
+    for router, settings, pool, right in (
+        ("discriminant", {"input_k": None}, POOL, [1, 1, 0, 0]),
+        ("discriminant", {"input_k": None}, POOL[:1], [0, 0, 0, 0]),
+        ("discriminant", {"input_k": 3}, POOL, [0, 0, 0, 0]),
+        ("joint-discriminant", {"input_k": 1}, POOL, [1, 0, 0, 0]),
+        ("joint-discriminant", {"input_k": None}, POOL, [0, 0, 0, 0]),  # three
+        ("phatgoose", {}, POOL, [0, 0, 1, 1]),
     ):
-        key = {"base": "b", "method": {"router": router, "pool": pool}, "task": "t"}
+        key = {"base": "b", "method": {"router": router, **settings, "pool": pool}, "task": "t"}
         marks = [[[float(each)]] for each in right]
         store.add(key, {"metrics": ["accuracy"], "marks": marks})
     return str(store.path)
@@ -46,3 +49,8 @@ def test_whoever_is_sure_answers(margins, results, capsys):
         ("| 0.3", "25%", "75.0"),
     ]
     assert rows[3][3].startswith("+50.0 [")
+
+
+def test_rows_of_several_experts_an_input_do_not_count(margins, results):
+    found = margins["cells"]([results], "joint-discriminant", 2)
+    assert found == {"t": (["accuracy"], [[[1.0]], [[0.0]], [[0.0]], [[0.0]]])}

@@ -19,6 +19,7 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.routers.per_input import base_reader
 from phatgoose.tasks.suites.entries import Entry, Suite
 from phatgoose.tasks.task import Example, Task
 
@@ -107,3 +108,16 @@ def test_what_examples_were_made_of_is_kept_with_their_marks(setting, tmp_path):
         (result,) = setting.run(tmp_path, ["base"], suites=[suite]).results["base"].values()
         assert result.sample.rows is not None
         assert result.sample.rows.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_rows_that_go_by_the_same_readings_read_each_prompt_once(setting, tmp_path, monkeypatch):
+    read, read_prompts = [], base_reader.read_prompts
+
+    def counted(model, prompts, reading):
+        read.extend(prompts)
+        return read_prompts(model, prompts, reading)
+
+    monkeypatch.setattr(base_reader, "read_prompts", counted)
+    rows = ["discriminant", "discriminant-phatgoose", "joint-discriminant"]
+    setting.run(tmp_path, rows, routing=Routing(reading_place="end", input_k=2))
+    assert len(read) == len(set(map(tuple, read))) > 0

@@ -13,7 +13,10 @@ from ...base.loading import Base
 from ...errors import EvaluationError
 from ...experts.expert import Expert
 from ...jobs import BaseLocation
+from ...routing.composition import composition_if_any
 from ...routing.open_model import OpenedModel
+from ...routing.routers.per_input.discriminant import PromptDiscriminant
+from ...routing.routers.per_input.remembered_states import RememberedStates
 from ...tasks.encoding import Encoder
 from ..evaluate import EvaluationSet, score
 from .code_version import code_version
@@ -75,9 +78,10 @@ class CellWorkshop:
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
         """A function that scores a cell and returns its result as it is stored.
 
-        A row stays composed until a cell of another row comes. Closing the context restores the
-        base.
+        A row stays composed until a cell of another row comes, and rows that go by the same
+        readings of the base share them. Closing the context restores the base.
         """
+        remembered = RememberedStates()
         with ExitStack() as composed:
             at: str | None = None
             opened = OpenedModel(self.base.model, self.base.tokenizer)
@@ -89,6 +93,8 @@ class CellWorkshop:
                     composed.close()
                     opened = composed.enter_context(self.rows[cell.row].model(self.base))
                     at = cell.row
+                    if opened.model is self.base.model:
+                        _remember(opened, remembered)
                 return _score(opened, self.datasets[cell.dataset], self.shared)
 
             yield score
@@ -127,6 +133,13 @@ class PortableCellWorkshop:
     def portable(self) -> PortableCellWorkshop:
         """Itself."""
         return self
+
+
+def _remember(opened: OpenedModel, remembered: RememberedStates) -> None:
+    """Let the routed model `opened` use what is `remembered` of its base, and add to it."""
+    parts = composition_if_any(opened.model)
+    if parts is not None and isinstance(parts.lookup, PromptDiscriminant):
+        parts.lookup.remembered = remembered
 
 
 def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -> dict[str, Any]:

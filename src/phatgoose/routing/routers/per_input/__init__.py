@@ -11,4 +11,5 @@ logo.py                the experts whose updates are longest at the prompt's end
 phatgoose_input.py     the expert whose gates fit best on average
 discriminant.py        the expert whose training prompts the base reads alike
 joint_discriminant.py  the expert whose training prompts base and embedder read alike
+remembered_states.py   what the base made of prompts, for several discriminants
 """

@@ -75,8 +75,12 @@ class BaseReader(PromptReader):
         return self._model
 
     def _scores_of(self, prompts: Sequence[list[int]]) -> Tensor:
+        return self._read_alone(prompts, self.reading(self._attached))
+
+    def _read_alone(self, prompts: Sequence[Sequence[int]], reading: PromptReading) -> Tensor:
+        """What `reading` finds in each prompt, read by the base without any expert."""
         with self._base_alone(), unwatched():
-            return read_prompts(self._attached, prompts, self.reading(self._attached))
+            return read_prompts(self._attached, prompts, reading)
 
     @contextmanager
     def _base_alone(self) -> Iterator[None]:

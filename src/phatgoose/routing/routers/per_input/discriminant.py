@@ -9,7 +9,7 @@ one task differ count little, wording among them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from ..lookup import Lookup, SavedLookup
 from ..scores import Scores
 from .base_reader import BaseReader
 from .looked_up import LookedUp
+from .remembered_states import RememberedStates
 
 __all__ = ["Discriminant", "PromptDiscriminant", "Readings", "joined_moments"]
 __all__ += ["line_of", "readings_in"]
@@ -142,6 +143,7 @@ class PromptDiscriminant(BaseReader):
     """
 
     name = "discriminant"
+    remembered: RememberedStates | None = None  # None: every prompt is read when it comes
 
     def __init__(
         self,
@@ -187,6 +189,28 @@ class PromptDiscriminant(BaseReader):
 
     def reading(self, model: PreTrainedModel) -> PromptReading:
         """The discriminant at work. Raises RoutingError when `model` isn't what experts read."""
+        self._check(model)
+        return _Scored(self.blocks, self._score)
+
+    def _scores_of(self, prompts: Sequence[list[int]]) -> Tensor:
+        if self.remembered is None:
+            return super()._scores_of(prompts)
+        self._check(self._attached)
+        states = self.remembered.of(prompts, self._states_of)
+        return self._score(states[:, :, self.blocks])
+
+    def _states_of(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """What all blocks make of the prompts, [texts, 2, blocks, d]."""
+        return self._read_alone(prompts, PromptStates(self._attached))
+
+    def _score(self, states: Tensor) -> Tensor:
+        """The mean over places and blocks of the scores [texts, E] of `states` of both places."""
+        read = states[:, self.places]  # [texts, places, blocks, d]
+        scores = torch.einsum("tpbd,pbde->tpbe", read, self.slopes) + self.offsets
+        return scores.mean(dim=(1, 2))
+
+    def _check(self, model: PreTrainedModel) -> None:
+        """Raise RoutingError when `model` isn't what experts read."""
         text = model.config.get_text_config()
         depth, size = len(blocks_of(model)), getattr(text, "hidden_size", self.size)
         if (depth, size) != (self.depth, self.size):
@@ -194,23 +218,17 @@ class PromptDiscriminant(BaseReader):
                 f"Router {self.name} has readings of {self.depth} blocks of {self.size} numbers; "
                 f"the model has {depth} of {size}."
             )
-        return _Scored(self.blocks, self.places, self.slopes, self.offsets)
 
 
 class _Scored(PromptStates):
-    """The scores of a batch of prompts."""
+    """The scores of a batch of prompts, by what the `blocks` make of them."""
 
-    def __init__(
-        self, blocks: Sequence[int], places: Sequence[int], slopes: Tensor, offsets: Tensor
-    ) -> None:
-        self.blocks = blocks
-        self._places, self._slopes, self._offsets = places, slopes, offsets
+    def __init__(self, blocks: Sequence[int], score: Callable[[Tensor], Tensor]) -> None:
+        self.blocks, self._score = blocks, score
 
     def found(self) -> Tensor:
-        """The mean of each prompt's and expert's scores over places and blocks, [texts, E]."""
-        states = super().found()[:, self._places]  # [texts, places, blocks, d]
-        scores = torch.einsum("tpbd,pbde->tpbe", states, self._slopes) + self._offsets
-        return scores.mean(dim=(1, 2))
+        """Each prompt's and expert's score, [texts, E]."""
+        return self._score(super().found())
 
 
 def _blocks_between(first: float, last: float, depth: int) -> list[int]:

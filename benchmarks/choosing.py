@@ -1,0 +1,82 @@
+"""What routers that choose for a whole prompt spend on the choice, beside a prefill of the base."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+
+import phatgoose as pg
+from bench import VOCABULARY, Bench, words
+from findings import Finding, row
+from measuring import ratio, side_by_side
+from phatgoose.base.blocks import blocks_of
+from phatgoose.base.loading import twin
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.readings import readings_of
+from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.per_input.prompt_reader import PromptReader
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, can_embed, embed_texts
+from routed_speed import prefill
+
+__all__ = ["ROUTERS", "measure_choosing"]
+
+ROUTERS = ("retrieval", "logo", "phatgoose-input", "discriminant", "joint-discriminant")
+EMBEDDING = ("retrieval", "joint-discriminant")
+READ = 20  # random prompts that an expert's random readings are of
+
+
+@row("choosing", "choosing for a prompt / prefill of the base")
+def measure_choosing(bench: Bench) -> Iterator[Finding]:
+    """The choice of experts for a batch of prompts, in which no expert acts yet."""
+    sizes = bench.sizes
+    count = sizes.pools[0]
+    rows, columns = sizes.prefill
+    generator = random.Random(0)
+    texts = [" ".join(words(generator, columns).split()) for _ in range(rows)]
+    ids = bench.base.tokenizer(texts)["input_ids"]
+    prompts = [row[:columns] for row in ids]
+    batch = {"input_ids": torch.tensor(prompts), "attention_mask": torch.ones(rows, columns).long()}
+    pool = _with_statistics(bench, count)
+    routers = [name for name in ROUTERS if name not in EMBEDDING or can_embed()]
+    lookups = {}
+    for name in routers:
+        lookup = composition_of(pg.compose(pool, twin(bench.base), router=name)).lookup
+        if isinstance(lookup, PromptReader):
+            lookups[name] = lookup
+    contenders = {
+        name: (lambda reader=lookup: reader.of_tokens(prompts)) for name, lookup in lookups.items()
+    }
+    timings = side_by_side({"base": prefill(bench.base.model, batch), **contenders}, sizes.rounds)
+    base = timings["base"].median * 1e3 / rows
+    for name in lookups:
+        own = timings[name].median * 1e3 / rows
+        yield Finding.of(
+            f"{sizes.base}, {rows} × {columns} tokens, E = {count}: choice by {name}",
+            ratio(timings[name], timings["base"]),
+            note=f"{own:.1f} ms a prompt, the base's prefill {base:.1f}",
+            details={"milliseconds a prompt": {"base": base, name: own}},
+        )
+
+
+def _with_statistics(bench: Bench, count: int) -> Pool:
+    """The pool of `count` random experts with random means, readings and embeddings."""
+    model, seeds = bench.base.model, torch.Generator().manual_seed(0)
+    size = model.config.hidden_size
+    generator = random.Random(0)
+    inputs = [words(generator, len(VOCABULARY)) for _ in range(READ)]
+    rows = embed_texts(inputs) if can_embed() else None
+    experts = []
+    for expert in Pool.open(bench.experts(count)).experts:
+        states = torch.randn(READ, 2, len(blocks_of(model)), size, generator=seeds)
+        measured = replace(
+            expert,
+            means={site: torch.randn(v.shape, generator=seeds) for site, v in expert.gates.items()},
+            readings=readings_of(states),
+            embeddings=None if rows is None else rows.roll(len(experts), dims=1),
+            info=replace(expert.info, embedder=DEFAULT_EMBEDDER),
+        )
+        experts.append(measured)
+    return Pool(tuple(experts))

@@ -103,7 +103,7 @@ def test_two_experts_of_one_name_are_refused_with_both_places(write):
 
 def test_one_expert_listed_twice_is_refused(write):
     one = write("alone")
-    assert "Two experts are named" in complaint_about([one, one.parent])
+    assert "alone is named twice" in complaint_about([one, one.parent])
 
 
 def test_experts_of_different_bases_are_refused_with_both_names(write, tmp_path):

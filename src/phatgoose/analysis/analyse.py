@@ -31,7 +31,7 @@ from ..routing.routers.automatic import settled
 from ..routing.routers.router import check_routing, router_of
 from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder
-from ..tasks.task import Task
+from ..tasks.task import Task, named_apart
 from .agreement import Agreement, DecisionFiles, agreement
 from .findings import findings_of, vector_similarity
 from .importance import Effect, leave_one_out
@@ -78,7 +78,9 @@ def analyse(
     routed, and what composing and evaluating raise: of every router before the first one reads
     anything.
     """
-    tasks = _named_apart([tasks] if isinstance(tasks, Task) else list(tasks))
+    tasks = named_apart([tasks] if isinstance(tasks, Task) else tasks)
+    if not tasks:
+        raise TaskError("No task was given to analyse.")
     smoothed([1.0], smoothing)  # refuse a bad one before the work
     scoring = ScoringSettings(formatting or Formatting(), limit, seed, max_new_tokens, token_budget)
     settings = ReadingSettings(scoring, score, examples)
@@ -311,13 +313,3 @@ def _effects(
 
     everyone = Evaluation(tuple(found[router].scores.values()))
     return leave_one_out(everyone, subject.experts, without)
-
-
-def _named_apart(tasks: Sequence[Task]) -> list[Task]:
-    names = [task.name for task in tasks]
-    if not names:
-        raise TaskError("No task was given to analyse.")
-    for name in names:
-        if names.count(name) > 1:
-            raise TaskError(f"Two tasks are called {name!r}; give them different names.")
-    return list(tasks)

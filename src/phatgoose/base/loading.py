@@ -223,10 +223,11 @@ def _loading(name: str | Path) -> Iterator[str]:
         with quiet_loading():
             yield str(smollm2_folder() if str(name) == SMOLLM2 else name)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        here = "" if Path(name).exists() else "No folder of that name is here, and as a Hub id: "
         raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} can't be loaded: {first_line(error)} Wanted: "
-            f"a Hub id or a local folder of a causal or sequence-to-sequence transformers model, "
-            f"or 'smollm2'."
+            f"Base model {shortened(str(name), 200)} can't be loaded: {here}{first_line(error)} "
+            f"Wanted: a Hub id or a local folder of a causal or sequence-to-sequence transformers "
+            f"model, or 'smollm2'."
         ) from error
 
 

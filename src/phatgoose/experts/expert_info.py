@@ -77,8 +77,10 @@ def read_info(path: Path) -> ExpertInfo:
             )
         info = ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
     except FileNotFoundError as error:
+        holds = next(path.parent.glob(f"*/{path.name}"), None)
+        hint = f" It holds experts: name each ({holds.parent}, …)." if holds else ""
         raise ExpertError(
-            f"{path.parent} is no expert directory: {path.name} is missing."
+            f"{path.parent} is no expert directory: {path.name} is missing.{hint}"
         ) from error
     except (TypeError, KeyError) as error:
         raise ExpertError(

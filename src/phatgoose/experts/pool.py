@@ -30,7 +30,7 @@ __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
 
 MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters
-STAND_IN = ", or allow stand-ins for gates (--stand-in)"
+STAND_IN = ", or with stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
 REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "measure")
 
@@ -73,6 +73,8 @@ class Pool:
         first = pool._anchor
         seen: dict[str, Path] = {}
         for expert in pool.experts:
+            if expert.name in seen and seen[expert.name].resolve() == expert.directory.resolve():
+                raise PoolError(f"{expert.directory} is named twice; leave it out once.")
             if expert.name in seen:
                 raise PoolError(
                     f"Two experts are named {expert.name!r}: {seen[expert.name]} and "
@@ -207,8 +209,11 @@ class Pool:
 
 def _expert_directories(place: Path) -> Iterator[Path]:
     """`place` if it is an expert, else the experts directly in it, sorted by name."""
+    if place.suffix == MANIFEST and place.is_file():
+        raise PoolError(f"{place} is a manifest, which stands alone; name the experts' folders.")
     if not place.is_dir():
-        raise PoolError(f"{place} does not exist or is no folder; wanted a folder of experts.")
+        what = "is no folder" if place.exists() else "does not exist"
+        raise PoolError(f"{place} {what}; wanted a folder of experts.")
     if (place / LAYOUT.info).is_file():
         yield place
         return
@@ -235,7 +240,7 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
         raise PoolError(f"Manifest {path} can't be read: {reason(error)}.") from error
     except (PoolError, KeyError, TypeError) as error:
         lacks = f"it lacks {error}" if isinstance(error, KeyError) else error
-        why = one_line(lacks).removesuffix(".")
+        why = one_line(lacks).removesuffix(".").replace(f"{path} ", "it ", 1)
         raise PoolError(f"{path} is no pool manifest: {why}.") from error
     if version != MANIFEST_VERSION:
         raise PoolError(
@@ -277,6 +282,6 @@ def _missing(without: Sequence[str], kind: str) -> str:
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "
         f"{'have' if many else 'has'} no {kind}: run 'phatgoose {REMEDIES[kind]}' with the data "
         f"{'they were' if many else 'it was'} trained on, leave {'them' if many else 'it'} out, or "
-        f"use a router that needs none, such as arrow"
+        f"compose the pool by a router that needs none, such as arrow"
         f"{STAND_IN if kind == 'gates' else ''}."
     )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..errors import TaskError
 
-__all__ = ["VALIDATION_MOST", "Example", "Span", "Task", "draw"]
+__all__ = ["VALIDATION_MOST", "Example", "Span", "Task", "draw", "named_apart"]
 
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
@@ -116,3 +117,13 @@ def draw(examples: tuple[Example, ...], most: int | None, seed: int) -> tuple[Ex
         return examples
     chosen = sorted(random.Random(seed).sample(range(len(examples)), most))
     return tuple(examples[i] for i in chosen)
+
+
+def named_apart(tasks: Iterable[Task]) -> list[Task]:
+    """These tasks. Raises TaskError when two of them have one name."""
+    found = list(tasks)
+    names = [task.name for task in found]
+    for name in names:
+        if names.count(name) > 1:
+            raise TaskError(f"Two tasks are called {name!r}; give them different names.")
+    return found

@@ -59,6 +59,7 @@ def damage(folder: Path) -> None:
     (folder / "bad.toml").write_text("[training]\nlerning_rate = 1.0\n")
     (folder / "worse.toml").write_text("[training\n")
     (folder / "file").write_text("in the way")
+    (folder / "pool.json").write_text("{}")
     (folder / "none").mkdir()
     reviews = folder / "experts" / "reviews"
     for name in ("cut", "nan", "gate", "changed", "foreign"):
@@ -224,7 +225,7 @@ BAD_INPUTS = {
         ["generate", "experts", "hi", "--keep", "nobody"],
         "no expert 'nobody'; it has counting, reviews",
     ),
-    "missing model": (["generate", "./nowhere", "hi"], "'./nowhere'"),
+    "missing model": (["generate", "./nowhere", "hi"], "No folder of that name is here"),
     "a name that is too long": (
         ["train", "reviews.jsonl", *TRAIN, "--multitask", "x" * 201],
         "at most 200, and begin with a letter or digit",
@@ -235,6 +236,18 @@ BAD_INPUTS = {
         "allow-loss",
     ),
     "manifest that could not be opened": (["pool", "experts", "--out", "a.txt"], "end in .json"),
+    "check of a folder of experts": (["check", "experts"], "holds experts: name each (experts/"),
+    "a manifest beside other places": (["pool", "pool.json", "bare"], "a manifest, which stands"),
+    "one expert twice": (["pool", "experts", "experts/reviews"], "experts/reviews is named twice"),
+    "a pool that is a file": (["pool", "reviews.jsonl"], "reviews.jsonl is no folder"),
+    "one task twice": (
+        ["evaluate", "experts", *["--task", "unseen.jsonl"] * 2, *BASE],
+        "Two tasks are called 'unseen'",
+    ),
+    "a mixture fixed twice": (
+        ["export", "experts", "--out", "new", "--prompt", "hi", "--task", "unseen.jsonl"],
+        "give one of --prompt and --task",
+    ),
     "check of what is no expert": (["check", "none"], "none is no expert directory"),
     "gate of what is no adapter": (
         ["gate", "none", "--task", "reviews.jsonl", "--out", "new/x", *BASE],
@@ -340,14 +353,20 @@ def test_no_command_at_all_shows_the_commands(phat):
 
 
 def test_an_interruption_is_told_in_one_line(phat, monkeypatch):
-    def interrupt(*_: object) -> None:
+    def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("phatgoose.experts.pool.Pool.open", interrupt)
-    outcome = phat("pool", "anywhere")
-    assert outcome.code == 130
-    assert "interrupted" in outcome.err
-    assert "Traceback" not in outcome.err
+    monkeypatch.setattr("phatgoose.tasks.suites.training_tasks.open_tasks", interrupt)
+    for arguments, told in (
+        (["pool", "anywhere"], "interrupted\n"),
+        (["train", "anything"], "interrupted; it goes on with --resume\n"),
+        (["compare", "anywhere", "--suite", "bbh"], "interrupted; the same command again goes on"),
+    ):
+        outcome = phat(*arguments)
+        assert outcome.code == 130
+        assert outcome.err.startswith(told)
+        assert outcome.err.count("\n") == 1
 
 
 def process(*arguments: str, cwd: Path | None = None) -> Outcome:

@@ -100,7 +100,7 @@ def test_what_can_t_be_is_refused_in_one_line_and_nothing_is_left(here, phat):
     refused(phat(*start, "--merged", "--rank", 2), "--rank is for adapters")
     cut = ("--router", "merged", "--max-input-tokens", 5)
     refused(phat(*start, *cut, *BASE), "--max-input-tokens is for --prompt or --task")
-    refused(phat(*start, "--prompt", "a", "--task", "b.jsonl"), "give --prompt or --task")
+    refused(phat(*start, "--prompt", "a", "--task", "b.jsonl"), "give one of --prompt and --task")
     refused(phat("export", "tiny-base", "--out", "x", *BASE), "neither a routed model nor a pool")
     refused(phat("export", "experts", "--out", "experts"), "exists already")
     assert set(here.iterdir()) == before

@@ -30,6 +30,11 @@ analyse, serve, export.
 """
 
 INTERRUPTED = 130
+GOES_ON = {  # how, by the command that was interrupted
+    "train": "; it goes on with --resume",
+    "gate": "; it goes on with --resume",
+    "compare": "; the same command again goes on, with what is finished kept",
+}
 
 app = typer.Typer(help=HELP, invoke_without_command=True, pretty_exceptions_enable=False)
 COMMANDS: dict[str, Callable[..., None]] = {
@@ -104,7 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:  # a name that is too long, a folder that is closed to the user
         code = _failed(_refused(error))
     if code == INTERRUPTED:
-        say("interrupted; training and gates go on with --resume", err=True)
+        command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
+        say(f"interrupted{GOES_ON.get(command, '')}", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -141,6 +147,7 @@ def _quieten() -> None:
     lines.setFormatter(PlainFormatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
     logging.getLogger("phatgoose").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # tells of every retry
     warnings.simplefilter("ignore", FutureWarning)
     warnings.showwarning = _show_warning
 

@@ -120,8 +120,9 @@ def compose(
     base = opening.load_for(opened)
     packed = save_pool(opened, out, base, routing=routing, scores=opening.scores, stored=stored)
     used = packed.routing
-    k = f", k = {used.k}" if spec_of(used.router).uses_k else ""
-    experts = f"{len(packed.names)} experts at {len(packed.sites)} sites"
+    count = len(packed.names)
+    k = f", k = {min(used.k, count)}" if spec_of(used.router).uses_k else ""
+    experts = f"{count} expert{'' if count == 1 else 's'} at {len(packed.sites)} sites"
     say(f"{experts}, router {used.router}{k} -> {out}")
 
 
@@ -171,11 +172,12 @@ def evaluate(
 ) -> None:
     """Score a model zero-shot on tasks."""
     from ...evaluation.evaluate import evaluate as run
+    from ...tasks.task import named_apart
     from ..console.tables import scores_table
 
     if json:
         require_writable(json, EvaluationError)
-    tasks = [template.load(source) for source in task]
+    tasks = named_apart([template.load(source) for source in task])
     opened = opening.open(model, routing, given)
     result = run(
         opened.model, tasks, tokenizer=opened.tokenizer, formatting=formatting, **vars(scoring)

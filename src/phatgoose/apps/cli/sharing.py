@@ -142,7 +142,9 @@ def export(
     if merged and rank is not None:
         raise ConfigError("--rank is for adapters; leave it out with --merged.")
     if prompt and task:
-        raise ConfigError("A mixture is fixed for prompts or for a task: give --prompt or --task.")
+        raise ConfigError(
+            "A mixture is fixed for prompts or for a task: give one of --prompt and --task."
+        )
     only_with("--task", task is not None, {"limit": limit, "seed": seed, **vars(template)})
     form = dict.fromkeys(given & {setting.name for setting in settings_of(Formatting)}, True)
     only_with("--prompt or --task", bool(prompt or task), form)

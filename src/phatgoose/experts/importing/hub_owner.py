@@ -102,7 +102,8 @@ def list_owner(pattern: str, base: str | None = None) -> Listing:
             listed = api.list_models(author=asked["owner"], full=True, limit=MOST_REPOSITORIES + 1)
             models = sorted(listed, key=lambda model: model.id)
         except Exception as error:  # no common base class, see `hub`
-            raise PoolError(f"{pattern} can't be listed: {one_line(error)}.") from error
+            why = one_line(error).removesuffix(".")
+            raise PoolError(f"{pattern} can't be listed: {why}.") from error
         is_whole = len(models) <= MOST_REPOSITORIES
         named = [
             model

@@ -237,5 +237,6 @@ ROUTERS = {spec.name: spec for spec in _ALL}  # in the order of the tables
 def spec_of(name: str) -> RouterSpec:
     """The record of the router `name`. Raises ConfigError when there is none."""
     if name not in ROUTERS:
-        raise ConfigError(f"router is {shortened(name)}, but must be one of {', '.join(ROUTERS)}.")
+        known = ", ".join((AUTO, *ROUTERS))
+        raise ConfigError(f"router is {shortened(name)}, but must be one of {known}.")
     return ROUTERS[name]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 
 import serving
 from phatgoose.apps.server import ServedModel, create_app, served_models
+from phatgoose.apps.server.engine.loaded_models import _Bases
+from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.errors import ConfigError
@@ -79,3 +82,21 @@ def test_settings_that_a_model_cannot_have_are_refused(pool):
         create_app([ServedModel("b", pool.base.id, Routing())])
     with pytest.raises(ConfigError, match="oracle"):
         create_app([ServedModel("b", str(serving.folder_of(pool)), Routing("oracle"))])
+
+
+def test_equal_weights_by_another_name_have_that_one_s_tokenizer(base_folders, tmp_path):
+    """Whichever of them was loaded first: a chat template, say, is the folder's own."""
+    other = shutil.copytree(base_folders["llama"], tmp_path / "chatty")
+    tokenizer = load_base(other, dtype="float32").tokenizer
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(other)
+    for first, second in ((base_folders["llama"], other), (other, base_folders["llama"])):
+        bases = _Bases()
+        one = bases.get(BaseReference(str(first)), "float32")
+        two = bases.get(BaseReference(str(second), fingerprint=one.fingerprint), "float32")
+        assert two.model is one.model
+        assert (one.id, two.id) == (str(first), str(second))
+        for base in (one, two):
+            assert bool(base.tokenizer.chat_template) == (base.id == str(other))
+    gone = bases.get(BaseReference(str(tmp_path / "gone"), fingerprint=one.fingerprint), "float32")
+    assert gone is one

@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ....base.fingerprint import BaseReference, dtype_name
-from ....base.loading import Base, choose_dtype, load_base, twin
+from ....base.loading import Base, choose_dtype, load_base, load_tokenizer, twin
 from ....config import Routing
 from ....errors import BaseModelError, ConfigError, RoutingError
 from ....experts.pool import Pool
@@ -50,15 +50,29 @@ class _Bases:
         self._loaded: list[tuple[Base, str]] = []
 
     def get(self, wanted: BaseReference, dtype: str) -> Base:
-        """The base `wanted` in `dtype`; one of the same name or fingerprint is loaded only once."""
+        """The base `wanted` in `dtype`; weights of the same name or fingerprint are loaded once.
+
+        Under another name they have that one's tokenizer, where it is to be found.
+        """
         dtype = dtype_name(choose_dtype(dtype))
         for base, of in self._loaded:
-            named = (base.id, base.revision) == (wanted.id, wanted.revision)
-            if of == dtype and (named or base.fingerprint == wanted.fingerprint):
+            if of == dtype and (base.id, base.revision) == (wanted.id, wanted.revision):
                 return base
+        for base, of in self._loaded:
+            if of == dtype and base.fingerprint == wanted.fingerprint:
+                return _renamed(base, wanted)
         base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
         self._loaded.append((base, dtype))
         return base
+
+
+def _renamed(base: Base, wanted: BaseReference) -> Base:
+    """`base` by the name `wanted` and with the tokenizer there; itself where there is none."""
+    try:
+        tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
+    except BaseModelError:
+        return base
+    return replace(base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision)
 
 
 class LoadedModel:

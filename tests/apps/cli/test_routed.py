@@ -36,9 +36,9 @@ def test_sampling_with_one_seed_gives_one_answer(here, phat):
 
 def test_experts_are_kept_and_left_out_by_name(here, phat):
     outcome = phat("compose", "experts", "--out", "a", "--keep", "reviews", "--k", 1, *BASE)
-    assert outcome.out.startswith("1 experts")
+    assert outcome.out.startswith("1 expert at")
     outcome = phat("compose", "experts", "--out", "b", "--leave-out", "reviews", "--k", 1, *BASE)
-    assert outcome.out.startswith("1 experts")
+    assert outcome.out.startswith("1 expert at")
     kept = [json.loads((here / name / "routed.json").read_text())["experts"] for name in "ab"]
     assert [row["name"] for rows in kept for row in rows] == ["reviews", "counting"]
 

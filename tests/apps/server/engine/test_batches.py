@@ -15,7 +15,8 @@ from phatgoose.apps.server.engine.model_runner import ModelRunner
 from tiny import VOCABULARY
 
 OTHERS = ("average-activation", "arrow", "spectr", "glider", "merged", "single")
-OTHERS += ("retrieval", "centroid", "logo")  # for whole inputs
+OTHERS += ("retrieval", "centroid", "logo", "discriminant", "joint-discriminant")
+OTHERS += ("phatgoose-input", "phatgoose-evidence", "discriminant-phatgoose")
 
 
 def test_a_row_alone_gets_what_generate_gives(runner_of, kind):

@@ -35,17 +35,19 @@ def by_hand(gates, u, shortlist, shares, k, prior) -> dict[int, float]:
     return {z: math.exp(scores[z]) / total for z in best}
 
 
+@both_streams
+@pytest.mark.parametrize("name", [NAME, "phatgoose-evidence"])
 @pytest.mark.parametrize("prior", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_gates_choose_within_each_rows_shortlist(llama, llama_pool, k, prior):
-    model = compose(llama_pool, llama, router=NAME, k=k, prior=prior)
+def test_gates_choose_within_each_rows_shortlist(base, pool, name, k, prior):
+    model = compose(pool, base, router=name, k=k, prior=prior)
     shares = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]])
     shortlists = torch.tensor([[3, 0, 2], [1, 2, 0]])
     composition_of(model).lookup.serve(Mixtures(shortlists, shares))
     for site, layer in composition_of(model).layers.items():
         u = random(6, layer.in_features)  # three tokens of each row
         decision = layer.router(u)
-        gates = standardise(torch.stack([e.gates[site] for e in llama_pool.experts]))
+        gates = standardise(torch.stack([e.gates[site] for e in pool.experts]))
         for token in range(6):
             row = token // 3
             given = shortlists[row].tolist(), shares[row].tolist()

@@ -12,7 +12,13 @@ import torch
 from safetensors.torch import load_file
 
 from fake_hub import contents
-from phatgoose.base.loading import choose_dtype, load_base, load_skeleton, load_tokenizer
+from phatgoose.base.loading import (
+    choose_dtype,
+    is_hub_id,
+    load_base,
+    load_skeleton,
+    load_tokenizer,
+)
 from phatgoose.errors import BaseModelError
 from refused_bases import complaint_about
 from tiny import make_model, make_tokenizer
@@ -182,15 +188,48 @@ def test_a_name_that_no_file_of_ours_could_record_is_refused(base_folders, tmp_p
             load(place)
 
 
+@pytest.mark.parametrize("said", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
-def test_a_base_in_float16_is_known_by_the_weights_that_are_stored(base_folders, tmp_path, stored):
-    """Rounded to float16 first, some of them round to other numbers of bfloat16."""
+def test_a_base_in_float16_is_known_by_its_weights(base_folders, tmp_path, stored, said):
+    """Rounded to float16 first, some of them round to other numbers of bfloat16.
+
+    What its config says of their type is another matter.
+    """
     base = load_base(base_folders["llama"], dtype="float32")
     model, dtype = base.model, getattr(torch, stored)
     with torch.no_grad():
-        model.get_input_embeddings().weight[0, :4] = torch.tensor([1e-7, 3e-5, 1.0039, 7e-6])
+        weight = model.get_input_embeddings().weight
+        weight[:, :4] = torch.tensor([1e-7, 3e-5, 1.0039, 7e-6])
     model.to(dtype).save_pretrained(tmp_path / "base")
     base.tokenizer.save_pretrained(tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": said}))
     found = [load_base(tmp_path / "base", dtype=each) for each in ("float32", "float16")]
     assert found[0].fingerprint == found[1].fingerprint
     assert found[1].model.dtype == torch.float16
+
+
+def test_a_folder_is_recorded_by_a_path_that_holds_elsewhere(base_folders, monkeypatch):
+    folder = Path(base_folders["llama"])
+    monkeypatch.chdir(folder.parent)
+    assert load_base(folder.name, dtype="float32").id == str(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("gpt2", True),
+        ("smollm2", True),
+        ("me/a.b-c_1", True),
+        ("/home/me/base", False),
+        ("./base", False),
+        ("me/..", False),
+        ("a/b/c", False),
+        ("a--b/c", False),
+        ("C:\\base", False),
+    ],
+)
+def test_hub_ids_are_known_by_their_form(name, wanted, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gpt2").touch()
+    assert is_hub_id(name) == wanted

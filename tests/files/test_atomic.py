@@ -107,3 +107,20 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, place)
         require_writable(tmp_path / place, PhatgooseError)
     require_writable(tmp_path / "new" / "folder" / "x.json", PhatgooseError)
     assert everything(tmp_path) == {"folder", "file"}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="open files have no names here")
+def test_an_open_file_by_name_is_added_to_whatever_it_is(tmp_path):
+    """As /dev/stdout is by the shell's `>`."""
+    with (tmp_path / "out.txt").open("w") as out:
+        (tmp_path / "stdout").symlink_to(f"/proc/self/fd/{out.fileno()}")
+        out.write("before\n")
+        out.flush()
+        write_text(tmp_path / "stdout", "mine", PhatgooseError)
+    assert (tmp_path / "stdout").is_symlink()
+    assert (tmp_path / "out.txt").read_text() == "before\nmine"
+
+
+def test_a_name_that_has_no_room_for_a_temporary_one_is_told_before_the_work(tmp_path):
+    with pytest.raises(PhatgooseError, match="too long"):
+        require_writable(tmp_path / f"{'n' * 240}.json", PhatgooseError)

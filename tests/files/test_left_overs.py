@@ -14,7 +14,8 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import left_overs
 from phatgoose.files.atomic import new_directory, new_file
-from phatgoose.files.left_overs import temporary_folder
+from phatgoose.files.left_overs import is_there, temporary_folder
+from phatgoose.training.run import finished_expert
 
 KILLED = """
 import os, sys
@@ -79,15 +80,34 @@ def test_two_that_work_at_one_time_leave_each_other_alone(tmp_path, monkeypatch)
     assert hidden(tmp_path) == []
 
 
-@pytest.mark.parametrize("opened", [Expert.load, lambda place: Pool.open(place.parent).experts[0]])
+@pytest.mark.parametrize(
+    "opened",
+    [
+        Expert.load,
+        lambda place: Pool.open(place).experts[0],
+        lambda place: Pool.open(place.parent).experts[0],
+        lambda place: finished_expert(place, {}, resume=True) or Expert.load(place),
+    ],
+    ids=["expert", "pool of one", "pool", "resumed"],
+)
 def test_an_expert_whose_replacement_was_killed_half_way_comes_back(golden_copy, opened):
     """Between the two renames it lies in a hidden folder, which belongs to nobody any more."""
     name = Expert.load(golden_copy).name
     words = [sys.executable, "-c", KILLED, str(golden_copy)]
     with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as running:
         assert running.stdout.readline() == b"there\n"
-        with pytest.raises(PhatgooseError, match=r"no expert directory|No expert was found"):
+        with pytest.raises(PhatgooseError, match=r"no expert dir|does not exist|is being replaced"):
             opened(golden_copy)  # its owner will put something in its place
         running.kill()
         running.wait()
     assert opened(golden_copy).name == name
+
+
+def test_looking_for_one_result_touches_no_other(tmp_path):
+    """In a folder of strangers, say; and what else is in there stays."""
+    for name in (".other.replaced-x/other", ".mine.replaced-y/mine", ".mine.replaced-y/notes"):
+        (tmp_path / name).mkdir(parents=True)
+    assert is_there(tmp_path / "mine")
+    assert not is_there(tmp_path / "nothing")
+    assert hidden(tmp_path) == [".mine.replaced-y", ".other.replaced-x"]
+    assert (tmp_path / ".mine.replaced-y" / "notes").is_dir()

@@ -398,3 +398,11 @@ def test_gradients_reach_the_input_through_the_experts(llama, llama_pool):
     u = torch.randn(1, 32, generator=torch.Generator().manual_seed(0), requires_grad=True)
     layer(u).sum().backward()
     assert not torch.allclose(u.grad, layer.weight.sum(dim=0)[None])
+
+
+def test_a_model_in_float16_is_not_taken_on_trust(llama_pool, base_folders):
+    """Its weights round otherwise; loaded by `load_base`, it has their fingerprint with it."""
+    base = load_base(base_folders["llama"], dtype="float16")
+    detach(compose(llama_pool, base))
+    with pytest.raises(WrongBaseError):
+        compose(llama_pool, base.model)

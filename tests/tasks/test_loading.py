@@ -386,13 +386,22 @@ def test_any_text_survives_jsonl(tmp_path_factory, rows):
 
 
 def test_an_empty_cell_of_pandas_is_no_text():
-    """It is a float, NaN, whatever the column's other cells are."""
-    missing = float("nan")
+    """It is a float, NaN, whatever the column's other cells are, or one of pandas' own."""
+    numpy = pytest.importorskip("numpy")
+    pandas = pytest.importorskip("pandas")
+    for missing in (float("nan"), numpy.float32("nan"), pandas.NA, pandas.NaT):
+        check_that_it_is_missing(missing)
+    assert load_task([{"input": "nan", "target": "NaT"}]).train == (Example("nan", "NaT"),)
+
+
+def check_that_it_is_missing(missing):
     row = {"input": "a", "target": "x", "choices": missing, "references": missing}
     assert load_task([row]).train == (Example("a", "x"),)
     for key in ("input", "target"):
         with pytest.raises(TaskError, match=f"row 1: {key} is missing"):
             load_task([{**row, key: missing}])
+    with pytest.raises(TaskError, match="choice 2 of 2 is empty"):
+        load_task([{**row, "choices": ["x", missing]}])
 
 
 def test_lists_may_be_arrays():
@@ -400,3 +409,5 @@ def test_lists_may_be_arrays():
     row = {"input": "a", "target": "x", "choices": numpy.array(["x", "y"])}
     assert load_task([row]).train == (Example("a", "x", ("x", "y")),)
     assert load_task([{**row, "choices": numpy.array([])}]).train == (Example("a", "x"),)
+    with pytest.raises(TaskError, match="input is missing"):
+        load_task([{**row, "input": numpy.array(["a", "b"])}])

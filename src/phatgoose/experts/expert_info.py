@@ -20,8 +20,8 @@ from ..files.strict_json import read_json_object
 __all__ = ["FORMAT_VERSION", "NAME", "ExpertInfo", "check_name", "info_json", "read_info"]
 
 FORMAT_VERSION = 1
-LONGEST_NAME = 200  # characters; those of temporary files beside an expert are longer
-NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{LONGEST_NAME - 1}}}")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are longer
 OPTIONAL = (str, NoneType)
 TYPES: dict[str, Any] = {  # of every field but the version
     "name": str,
@@ -55,8 +55,8 @@ class ExpertInfo:
 
 
 def check_name(name: str) -> None:
-    """Raise ExpertError unless `name` can be an expert's (docs/format.md)."""
-    if not NAME.fullmatch(name):
+    """Raise ExpertError unless `name` can be a new expert's (docs/format.md)."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
         raise ExpertError(
             f"{shortened(name)} can't name an expert: use letters, digits, '.', '_' and '-' only, "
             f"at most {LONGEST_NAME}, and begin with a letter or digit."

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base.fingerprint import BaseReference, same_base
 from ..errors import ExpertError, PoolError
 from ..files.atomic import is_stream, write_text
-from ..files.left_overs import bring_back
+from ..files.left_overs import being_replaced, is_there
 from ..files.prefetch import prefetch
 from ..files.quoting import one_line, reason, shortened
 from ..files.regular_file import sha256_of
@@ -26,7 +26,7 @@ from .expert import LAYOUT, Expert
 from .hub import HubReference, local_folder, reference_of
 from .input_format import format_record
 
-__all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool"]
+__all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool", "check_manifest_name"]
 
 MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters
@@ -186,19 +186,19 @@ class Pool:
     def write_manifest(self, path: str | Path) -> None:
         """Write a JSON manifest that `open` reads; paths in it are relative to it where possible.
 
-        Raises PoolError when its name doesn't end in .json, by which `open` knows a manifest, or it
-        can't be written.
+        Raises PoolError as `check_manifest_name` does, and when it can't be written.
         """
-        path = Path(path)
-        if path.suffix != MANIFEST and not is_stream(path):
-            raise PoolError(f"{path} can't be a manifest's name; let it end in {MANIFEST}.")
+        path, start = (
+            check_manifest_name(path),
+            None if is_stream(Path(path)) else Path(path).parent,
+        )
         records = self.records()
         for record, expert in zip(records, self.experts, strict=True):
             record["config_sha256"] = sha256_of(
                 expert.directory / adapter_files(expert.directory).config
             )
-            if not HubReference.is_one(record["path"]):
-                record["path"] = os.path.relpath(record["path"], path.parent.resolve())
+            if start is not None and not HubReference.is_one(record["path"]):
+                record["path"] = os.path.relpath(record["path"], start.resolve())
         content = {
             "manifest_version": MANIFEST_VERSION,
             "base": asdict(self.base),
@@ -207,17 +207,29 @@ class Pool:
         write_text(path, json.dumps(content, indent=2) + "\n", PoolError)
 
 
+def check_manifest_name(path: str | Path) -> Path:
+    """`path`. Raises PoolError unless it ends in .json, by which `open` knows a manifest.
+
+    Into a pipe or a device one may be written too.
+    """
+    if Path(path).suffix != MANIFEST and not is_stream(Path(path)):
+        raise PoolError(f"{path} can't be a manifest's name; let it end in {MANIFEST}.")
+    return Path(path)
+
+
 def _expert_directories(place: Path) -> Iterator[Path]:
     """`place` if it is an expert, else the experts directly in it, sorted by name."""
     if place.suffix == MANIFEST and place.is_file():
         raise PoolError(f"{place} is a manifest, which stands alone; name the experts' folders.")
-    if not place.is_dir():
+    if not is_there(place) or not place.is_dir():
         what = "is no folder" if place.exists() else "does not exist"
         raise PoolError(f"{place} {what}; wanted a folder of experts.")
     if (place / LAYOUT.info).is_file():
         yield place
         return
-    bring_back(place)
+    for away in being_replaced(place):
+        if (away / LAYOUT.info).is_file():
+            raise PoolError(f"{place / away.name} is being replaced by another process; try again.")
     for folder in sorted(place.iterdir()):
         if not folder.name.startswith(".") and (folder / LAYOUT.info).is_file():
             if not folder.resolve().is_relative_to(place.resolve()):

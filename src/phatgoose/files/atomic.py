@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ..errors import PhatgooseError
 from .left_overs import (
     REPLACED,
     clear_left_overs,
+    is_there,
     open_to_readers,
     temporary_file,
     temporary_folder,
@@ -24,6 +26,8 @@ from .quoting import reason
 __all__ = ["WRITING_ERRORS", "is_stream", "new_directory", "new_file", "require_free"]
 __all__ += ["require_writable", "write_text"]
 
+OPEN_FILES = re.compile(r"/dev/fd|/proc/[^/]+(/task/[^/]+)?/fd")  # folders of them
+MOST_LINKS = 40
 WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
 
 
@@ -77,7 +81,7 @@ def new_file(target: Path) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as scratch:
             whole = Path(scratch) / target.name
             yield whole
-            with whole.open("rb") as content, target.open("wb") as stream:
+            with whole.open("rb") as content, target.open("ab") as stream:
                 shutil.copyfileobj(content, stream)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,15 +92,25 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def is_stream(target: Path) -> bool:
-    """True for a pipe or a character device, and a link to one."""
-    return target.is_fifo() or target.is_char_device()
+    """True for what is neither a file nor a folder (a pipe, a device), and for open files by name.
+
+    That is /dev/stdout and its like, wherever they lead, and links to all of these.
+    """
+    place = str(target)
+    for _ in range(MOST_LINKS):
+        if OPEN_FILES.fullmatch(os.path.dirname(os.path.abspath(place))):
+            return True
+        if not os.path.islink(place):
+            break
+        place = os.path.join(os.path.dirname(place), os.readlink(place))
+    return os.path.exists(place) and not os.path.isfile(place) and not os.path.isdir(place)
 
 
 def require_free(
     target: Path, error: type[PhatgooseError], instead: str = "choose another place"
 ) -> None:
     """Raise `error`, saying what to do `instead`, when something is at `target` already."""
-    if target.exists():
+    if is_there(target):
         raise error(f"{target} exists already; {instead}.")
 
 
@@ -108,10 +122,14 @@ def require_writable(target: Path, error: type[PhatgooseError]) -> None:
     try:
         if target.is_dir():
             raise IsADirectoryError("it is a folder")
-        if not is_stream(target):
-            above = next(folder for folder in target.absolute().parents if folder.exists())
-            with tempfile.TemporaryFile(dir=above):
-                pass
+        if is_stream(target):
+            return
+        if target.parent.is_dir():
+            with temporary_file(target):
+                return
+        above = next(folder for folder in target.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=above):
+            pass
     except OSError as problem:
         raise error(f"{target} can't be written: {reason(problem)}.") from problem
 

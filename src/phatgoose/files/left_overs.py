@@ -20,7 +20,7 @@ try:
 except ImportError:  # on Windows leftovers stay
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["REPLACED", "bring_back", "clear_left_overs", "open_to_readers"]
+__all__ = ["REPLACED", "being_replaced", "clear_left_overs", "is_there", "open_to_readers"]
 __all__ += ["temporary_file", "temporary_folder"]
 
 UNFINISHED, REPLACED = "unfinished", "replaced"  # a new result, and the old one it replaces
@@ -75,16 +75,51 @@ def clear_left_overs(target: Path) -> None:
                 _clear(target.parent / name, target)
 
 
-def bring_back(folder: Path) -> None:
-    """Move back into `folder` what was being replaced there when its process was killed.
+def is_there(target: Path) -> bool:
+    """True when something is at `target`, and may be seen.
 
-    Only what has no successor; it is left where it is when `folder` can't be read or written.
+    What was there when a process was killed that replaced it comes back first.
     """
-    with suppress(OSError):
-        for path in sorted(folder.iterdir()):
-            target, kind, _ = path.name.rpartition(f".{REPLACED}-")
-            if kind and target.startswith(".") and _is_kept(path, folder / target[1:]):
-                _clear(path, folder / target[1:])
+    if not os.path.exists(target):
+        with suppress(OSError):
+            for path in _replaced_in(target.parent, target.name):
+                _bring_back(path, target)
+    return os.path.exists(target)
+
+
+def being_replaced(folder: Path) -> list[Path]:
+    """The old results of `folder` that other processes replace just now, out of their place.
+
+    What was being replaced when its process was killed comes back first.
+    """
+    kept = []
+    for path in _replaced_in(folder):
+        target = folder / path.name.rpartition(f".{REPLACED}-")[0][1:]
+        with suppress(OSError):
+            _bring_back(path, target)
+        if _is_kept(path, target):
+            kept.append(path / target.name)
+    return kept
+
+
+def _replaced_in(folder: Path, name: str | None = None) -> list[Path]:
+    """The folders in `folder` that may hold a replaced result, of this `name` or any."""
+    begin = "." if name is None else f".{name}.{REPLACED}-"
+    names = sorted(os.listdir(folder))
+    return [folder / each for each in names if each.startswith(begin) and f".{REPLACED}-" in each]
+
+
+def _bring_back(path: Path, target: Path) -> None:
+    """Move a replaced result without successor back; nothing while its process is at it."""
+    held = _hold(path)
+    if held is None:
+        return
+    try:
+        if _is_kept(path, target):
+            os.rename(path / target.name, target)
+            path.rmdir()
+    finally:
+        os.close(held)
 
 
 def open_to_readers(folder: Path) -> None:
@@ -124,7 +159,7 @@ def _is_kept(path: Path, target: Path) -> bool:
     It was locked before the result was moved into it.
     """
     is_one = path.name.startswith(_prefix(target, REPLACED))
-    return is_one and (path / target.name).exists() and not target.exists()
+    return is_one and os.path.exists(path / target.name) and not os.path.exists(target)
 
 
 def _prefix(target: Path, kind: str) -> str:

@@ -220,8 +220,8 @@ def resolve_base(
 ) -> ResolvedBase:
     """The base given as a name, loaded in `dtype`, as a `Base` or a model; None means `wanted`.
 
-    A quantised model can't be recognised by its weights, nor one in float16 that isn't a `Base`; it
-    is taken for `wanted`, with a warning.
+    A quantised model can't be recognised by its weights; it is taken for `wanted`, with a warning.
+    Nor can one in float16 that isn't a `Base`; it is refused, by WrongBaseError.
     Raises RoutingError when the model is routed already, BaseModelError when it reads padding.
     """
     if base is None:
@@ -237,13 +237,11 @@ def resolve_base(
     else:
         found = BaseReference(wanted.id, wanted.revision, fingerprint(model))
         tokenizer, reference = None, found
-    kinds = quantisation(model)
-    rounded = model.dtype == torch.float16 and not isinstance(base, Base)
-    if (kinds or rounded) and wanted.fingerprint and reference.fingerprint != wanted.fingerprint:
-        is_so = f"is quantised ({kinds})" if kinds else "is in float16"
+    kinds, is_other = quantisation(model), reference.fingerprint != wanted.fingerprint
+    if kinds and wanted.fingerprint and is_other:
         warnings.warn(
-            f"The base model {reference.id!r} {is_so}, so its weights can't be held against the "
-            f"experts' fingerprint; taking it on trust.",
+            f"The base model {reference.id!r} is quantised ({kinds}), so its weights can't be held "
+            f"against the experts' fingerprint; taking it on trust.",
             stacklevel=3,
         )
         reference = replace(reference, fingerprint=wanted.fingerprint)

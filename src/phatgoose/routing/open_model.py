@@ -14,6 +14,7 @@ from ..config import Routing
 from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
+from ..files.left_overs import is_there
 from ..files.quoting import reason, shortened
 from .compose import compose
 from .routers.scores import Scores
@@ -42,6 +43,7 @@ class OpenedModel:
 def is_routed(place: str | Path) -> bool:
     """True for the folder of a routed model. Raises ConfigError where `place` can be no path."""
     with _looking_at(place):
+        is_there(Path(place))  # again
         return (Path(place) / ROUTED_INFO).is_file()
 
 

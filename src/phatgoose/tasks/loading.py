@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from .templates import SEPARATOR, RowTemplate, longest_field
 
 __all__ = ["SPLITS", "check_task_name", "datasets_library", "default_name", "load_task"]
 
+EMPTY = ("nan", "<NA>", "NaT")  # cells without a value: of floats, of pandas, of its dates
 SPLITS = ("train", "validation", "test")
 LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds no more
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # each with its place, for messages
@@ -218,9 +218,8 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
     """The example in `row`. Raises TaskError, naming `where`, for a bad field."""
     texts = {}
     for key in ("input", "target"):
-        value = row.get(key)
-        is_nan = isinstance(value, float) and math.isnan(value)  # an empty cell of pandas
-        if value is None or is_nan or isinstance(value, list | dict) or str(value) == "":
+        value = _plain(row.get(key))
+        if value is None or isinstance(value, list | dict) or str(value) == "":
             fields = ", ".join(map(str, row)) or "none"
             raise TaskError(f"{where}: {key} is missing or empty; the fields there are {fields}.")
         texts[key] = _whole(str(value), f"{where}: {key}")
@@ -241,17 +240,22 @@ def _example(row: Mapping[str, Any], where: str) -> Example:
 
 def _texts(value: Any, where: str) -> tuple[str, ...]:
     """A list of texts; a CSV cell holds it as JSON or separated by |||."""
-    if value is None or (isinstance(value, str) and not value):
+    value = _plain(value)
+    if value is None or value == "":
         return ()
-    if isinstance(value, float) and math.isnan(value):  # an empty cell of pandas
-        return ()
-    if hasattr(value, "tolist"):  # an array of numpy, pandas or torch
-        value = value.tolist()
     if isinstance(value, str):
         value = [item.strip() if isinstance(item, str) else item for item in _listed(value, where)]
     if not isinstance(value, list | tuple):
         raise TaskError(f"{where} must be a list of texts, got {value!r:.40}.")
-    return tuple(_whole(str(item), where) for item in value)
+    items = [_plain(item) for item in value]
+    return tuple(_whole("" if item is None else str(item), where) for item in items)
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python has it: a list for an array, None for an empty cell of pandas or numpy."""
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    return None if not isinstance(value, str) and str(value) in EMPTY else value
 
 
 def _listed(cell: str, where: str) -> list[Any]:

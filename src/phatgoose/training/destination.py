@@ -22,6 +22,7 @@ import fsspec
 
 from ..errors import ConfigError, ExpertError, PhatgooseError
 from ..experts.expert import EXPERT_FILES, LAYOUT, Expert
+from ..files.left_overs import is_there
 from ..files.quoting import first_line
 from . import processes
 from .unfinished import LOCK, discard_work, wait_for_work, work_of
@@ -100,7 +101,7 @@ class LocalFolder:
 
     def has(self, name: str) -> bool:
         """True when something of that name is there already."""
-        return (self.path / name).exists()
+        return is_there(self.path / name)
 
     def finished(self, name: str) -> TrainedExpert:
         """The expert `name`; unfinished work left beside it is removed."""

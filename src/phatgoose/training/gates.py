@@ -110,7 +110,9 @@ def train_gates(
             "joint is on, but an adapter that exists can't be trained together with its gates; "
             "turn it off here, or train a new expert."
         )
-    finished = finished_expert(out, gate_training, formatting, resume=resume)
+    training, gate_training = training or Training(), gate_training or GateTraining()
+    settings = _gate_settings(training, gate_training) | asdict(formatting or Formatting())
+    finished = finished_expert(out, settings, resume=resume)
     if finished is not None:
         return finished
     modules = read_modules(adapter)
@@ -234,13 +236,21 @@ def _hyperparameters(run: TrainingRun, record: Record) -> dict[str, object]:
     """The settings to be recorded; those of an adapter that was found stay what they are."""
     training, gates = asdict(run.training), asdict(run.gate_training)
     if record.found:
-        gates |= {f"gate_{name}": training[name] for name in SHARED}
-        gates["gate_learning_rate"] = _gate_learning_rate(run)
-        training = {"seed": training["seed"]}  # the statistics', which `measure` draws anew
+        training, gates = {}, _gate_settings(run.training, run.gate_training)
     if run.gate_training.joint:  # gates have the expert's
         del gates["gate_steps"], gates["gate_learning_rate"]
     formatting = asdict(run.encoder.formatting)
     return {**record.hyperparameters, **training, **gates, **formatting}
+
+
+def _gate_settings(training: Training, gates: GateTraining) -> dict[str, object]:
+    """What is recorded of gates' training for an adapter that was there already.
+
+    The seed is the statistics' too, which `measure` draws anew.
+    """
+    shared = {f"gate_{name}": getattr(training, name) for name in SHARED}
+    rate = {"gate_learning_rate": gates.gate_learning_rate or training.learning_rate}
+    return {"seed": training.seed, **asdict(gates), **shared, **rate}
 
 
 def _gate_learning_rate(run: TrainingRun) -> float:

@@ -16,7 +16,7 @@ from ..tasks.suites.training_tasks import TrainingTask
 from . import processes
 from .destination import ExpertFolder, TrainedExpert, expert_folder
 from .progress import TrainingCallback
-from .run import warn_of_other_settings
+from .run import settings_of_training, warn_of_other_settings
 from .train_expert import train_expert
 
 __all__ = ["ExpertJob", "train_experts"]
@@ -81,8 +81,8 @@ def train_experts(
     there = [job for job in jobs if folder.has(job.name)]
     for job in there:
         found = folder.finished(job.name)
-        settings = (peft, job.training, job.gate_training, formatting)
-        warn_of_other_settings(found.place, found.hyperparameters, *settings)
+        settings = settings_of_training(peft, job.training, job.gate_training, formatting)
+        warn_of_other_settings(found.place, found.hyperparameters, settings)
         yield found
     missing = [job for job in jobs if job not in there]
     patience = PATIENCE if engine.remote else 0.0

@@ -11,10 +11,12 @@ from typing import Any
 from ..base.fingerprint import dtype_name
 from ..base.loading import Base, load_base
 from ..base.sites import find_sites
-from ..config import Formatting, GateTraining, Peft, Settings, Training
+from ..config import Formatting, GateTraining, Peft, Training
 from ..errors import ExpertError
+from ..experts.adapter import kind_for
 from ..experts.expert import Expert
 from ..experts.expert_info import check_name
+from ..files.left_overs import is_there
 from ..files.quoting import shortened
 from ..tasks.embeddings import load_embedder
 from ..tasks.encoding import Encoder
@@ -24,7 +26,7 @@ from . import processes
 from .progress import TrainingCallback
 from .unfinished import discard_work, work_of
 
-__all__ = ["TrainingRun", "finished_expert", "warn_of_other_settings"]
+__all__ = ["TrainingRun", "finished_expert", "settings_of_training", "warn_of_other_settings"]
 
 STATISTICS = ("statistics_examples", "means", "readings", "embeddings", "embedder")
 
@@ -117,40 +119,46 @@ class TrainingRun:
         }
 
 
-def finished_expert(out: Path, *settings: Settings | None, resume: bool) -> Expert | None:
+def finished_expert(out: Path, settings: Mapping[str, Any], *, resume: bool) -> Expert | None:
     """The expert that an earlier run finished at `out`, None where nothing is.
 
-    Warns where it has other `settings` than these. Raises ExpertError when something is there and
-    not to be resumed.
+    Warns where it records other `settings` than these. Raises ExpertError when something is there
+    and not to be resumed.
     """
-    if not out.exists():
+    if not is_there(out):
         return None
     if not resume:
         raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
     expert = Expert.load(out)
     discard_work(out)  # not before: it may be all that there is
-    warn_of_other_settings(str(out), expert.info.hyperparameters, *settings)
+    warn_of_other_settings(str(out), expert.info.hyperparameters, settings)
     return expert
 
 
+def settings_of_training(
+    peft: Peft, training: Training, gates: GateTraining, formatting: Formatting
+) -> dict[str, Any]:
+    """What an expert of these settings records of them, for `warn_of_other_settings`."""
+    record = {"peft": kind_for(peft).name, **asdict(peft), **asdict(training), **asdict(gates)}
+    if gates.gate_learning_rate is None:
+        record["gate_learning_rate"] = training.learning_rate
+    return record | asdict(formatting)
+
+
 def warn_of_other_settings(
-    place: str, recorded: Mapping[str, Any], *settings: Settings | None
+    place: str, recorded: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
     """Warn that the finished expert at `place` is kept, where what it records isn't `settings`.
 
     Those of statistics, which can be measured later, are left out, and whatever it doesn't record.
     """
-    wanted = {
-        name: value
-        for each in settings
-        if each is not None
-        for name, value in vars(each).items()
-        if value is not None and name not in STATISTICS
-    }
+    known = {**recorded, "gate_learning_rate": recorded.get("gate_learning_rate")}
+    if known["gate_learning_rate"] is None:
+        known["gate_learning_rate"] = recorded.get("learning_rate")
     other = [
-        f"{name} {shortened(recorded[name], 40)}, not {shortened(value, 40)}"
-        for name, value in wanted.items()
-        if name in recorded and recorded[name] != (list(value) if type(value) is tuple else value)
+        f"{name} {shortened(known[name], 40)}, not {shortened(value, 40)}"
+        for name, value in settings.items()
+        if name in recorded and name not in STATISTICS and known[name] != value
     ]
     if other:
         warnings.warn(

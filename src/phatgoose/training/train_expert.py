@@ -27,7 +27,7 @@ from .loop import FitReport, fit
 from .new_modules.fresh import FreshExpert
 from .new_modules.registry import fresh_expert, parameters_at
 from .progress import TrainingCallback
-from .run import TrainingRun, finished_expert
+from .run import TrainingRun, finished_expert, settings_of_training
 from .unfinished import open_work
 
 __all__ = ["train_expert"]
@@ -66,7 +66,9 @@ def train_expert(
     base pads inside, TaskError when the task can't be used.
     """
     out, peft = Path(out), peft or Lora()
-    finished = finished_expert(out, peft, training, gate_training, formatting, resume=resume)
+    training, gate_training = training or Training(), gate_training or GateTraining()
+    settings = settings_of_training(peft, training, gate_training, formatting or Formatting())
+    finished = finished_expert(out, settings, resume=resume)
     if finished is not None:
         return finished
     run = TrainingRun.of(

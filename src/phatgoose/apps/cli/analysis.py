@@ -151,8 +151,9 @@ def explain(
         layer=layer,
         kind=kind,
     )
-    show(*explanation.coloured(), *(explanation.table() if table else ()))
-    if json:
+    if json:  # before the rest, whose reader may have gone away
         content = json_format.dumps(explanation.to_dict(), ensure_ascii=False) + "\n"
         write_text(json, content, EvaluationError)
+    show(*explanation.coloured(), *(explanation.table() if table else ()))
+    if json:
         say(f"weights and trace -> {json}")

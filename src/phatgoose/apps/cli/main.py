@@ -29,7 +29,7 @@ Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate
 analyse, serve, export.
 """
 
-INTERRUPTED = 130
+INTERRUPTED, READER_GONE = 130, 141  # as shells have it for SIGINT and SIGPIPE
 GOES_ON = {  # how, by the command that was interrupted
     "train": "; it goes on with --resume",
     "gate": "; it goes on with --resume",
@@ -89,7 +89,10 @@ def _options(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 if all is well, 2 after a one-line error, 130 on Ctrl-C."""
+    """Run the command line and exit.
+
+    0 if all is well, 2 after a one-line error, 130 on Ctrl-C, 141 where nobody reads on.
+    """
     set_threads()
     _quieten()
     try:
@@ -115,9 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _reader_gone() -> int:
-    """All is well where nobody reads our output any more, as with `| head`; nor will anything."""
+    """The exit status where nobody reads our output any more, as with `| head`; nothing is said."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return READER_GONE
 
 
 def _refused(error: OSError) -> str:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ...config import KIND_NAMES
 from ...errors import ConfigError
+from ...files.atomic import require_writable, write_text
 from ..console.printing import say, show
 from .flags import flag_of
 from .options import EngineOptions, only_with
@@ -74,6 +75,8 @@ def plan_experts(
 
     It is written to `options.json` too, if given.
     """
+    if options.json is not None:
+        require_writable(options.json, ConfigError)
     from ...training.planning.plan import plan_training
     from ...training.planning.schedule import schedule
     from ...training.planning.speed import measure_speed
@@ -92,8 +95,6 @@ def plan_experts(
     for line in (_expert(plan), _spread(spread, _largest_bound(plan)), *kept, *plan.notes):
         show(line, width=WIDE)
     if options.json is not None:
-        from ...files.atomic import write_text
-
         totals = {name: getattr(plan, name) for name in TOTALS}
         record = {**asdict(plan), "totals": totals, "schedule": asdict(spread)}
         write_text(options.json, json.dumps(record, indent=2) + "\n", ConfigError)

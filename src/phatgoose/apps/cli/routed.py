@@ -56,6 +56,7 @@ def pool(
     """
     from ...analysis.near_duplicates import near_duplicates
     from ...experts.importing.hub_owner import is_owner
+    from ...experts.pool import check_manifest_name
     from ..console.tables import duplicates_table, pool_table
 
     if any(map(is_owner, places)):
@@ -68,6 +69,8 @@ def pool(
             return
     elif import_ or base:
         raise ConfigError("--import and --base are for 'hub:OWNER/*', which was not given.")
+    if out:
+        check_manifest_name(out)
     opened = open_pool(places)
     show(pool_table(opened))
     if duplicates is not None:
@@ -182,9 +185,10 @@ def evaluate(
     result = run(
         opened.model, tasks, tokenizer=opened.tokenizer, formatting=formatting, **vars(scoring)
     )
+    if json:  # before the table, whose reader may have gone away
+        result.write_json(json, predictions=True)
     show(scores_table(result, model))
     if json:
-        result.write_json(json, predictions=True)
         say(f"scores -> {json}")
 
 

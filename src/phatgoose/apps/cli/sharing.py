@@ -42,7 +42,6 @@ def import_command(
         float | None,
         "Approximate adapters that are no LoRA (LoHa, LoKr, …) by one that may lose this "
         "share of each update, such as 0.01.",
-        {"min": 0, "max": 1},
     ] = None,
     fingerprint: Annotated[
         bool,

@@ -21,9 +21,9 @@ from huggingface_hub import HfApi
 from torch import Tensor
 
 from ...base.fingerprint import BaseReference
-from ...base.loading import is_hub_id, load_base, load_skeleton
+from ...base.loading import is_hub_id, load_base, load_skeleton, recorded_id
 from ...base.sites import find_sites
-from ...errors import ExpertError
+from ...errors import ConfigError, ExpertError
 from ...files.atomic import require_free
 from ...files.quoting import shortened
 from ..adapter import KINDS, adapter_files, check_fit, named_base, read_modules
@@ -77,8 +77,11 @@ def import_adapter(
     most that share of each update's squared norm; the hyper-parameters record the loss.
 
     Raises ExpertError naming what can't be routed and why, when `source` is an expert, or when
-    `out` exists; BaseModelError when the base can't be found.
+    `out` exists; ConfigError unless 0 <= allow_loss < 1; BaseModelError when the base can't be
+    found.
     """
+    if allow_loss is not None and not 0 <= allow_loss < 1:
+        raise ConfigError(f"allow_loss is {allow_loss!r}, but must be from 0 to below 1.")
     target = Path(out)
     require_free(target, ExpertError)
     check_name(name or target.name)
@@ -111,7 +114,7 @@ def import_adapter(
         else:
             modules, untouched = resolved_modules(folder, base, revision)
             adapter = folder if untouched else _write_adapter(Path(work), modules, config)
-        found = BaseReference(base, revision)
+        found = BaseReference(recorded_id(base), revision)
         if fingerprint:
             found = load_base(base, revision=revision).reference
         expert = Expert.from_peft(

@@ -6,6 +6,7 @@ else; weights come with `import_listed`, which checks them like any import.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -234,6 +235,8 @@ def _described(found: Found, descriptions: list[str]) -> Found:
         named = config.get(files.base_key)
         if found.is_expert:
             named = read_info(folder / LAYOUT.info).base.id
+            if os.path.exists(named):  # by a path that is one here, too
+                return replace(found, base=named)
         return replace(found, base=require_named_base(named, from_hub=True))
     except PhatgooseError as error:
         text = str(error).replace(f"{folder}/", "").replace(str(folder), "it")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...base.loading import load_base
 from ...base.sites import find_sites
-from ...errors import ConfigError, ExpertError
+from ...errors import ExpertError
 from ...files.quoting import shortened
 from ...files.regex_guard import BY_PATTERN, check_config
 from ..kinds.lora import LoraFactors
@@ -50,11 +50,9 @@ def convert(
     """The adapter in `folder` as a LoRA that loses at most `allow_loss` of each update's energy.
 
     Energy is the squared Frobenius norm. Ranks are as small as that allows, each site's own. The
-    base's weights are loaded. Raises ConfigError unless 0 <= allow_loss < 1, ExpertError when a
-    tensor is missing or left over or PEFT can't convert the adapter.
+    base's weights are loaded. Raises ExpertError when a tensor is missing or left over or PEFT
+    can't convert the adapter.
     """
-    if not 0 <= allow_loss < 1:
-        raise ConfigError(f"allow_loss is {allow_loss!r}, but must be from 0 to below 1.")
     config, tensors = read_config(folder), read_weights(folder)
     kind = config["peft_type"]
     if config.get("modules_to_save") or config.get("bias", "none") != "none":

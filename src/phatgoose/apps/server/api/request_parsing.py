@@ -7,7 +7,7 @@ every form that a field may have takes minutes and gigabytes. So they are counte
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
@@ -87,11 +87,19 @@ def _place_of(error: ErrorDetails, body: Any) -> tuple[int | str, ...]:
     return tuple(place)
 
 
-def _how_far(found: tuple[tuple[int | str, ...], ErrorDetails]) -> tuple[int, int, bool]:
-    """How far a value was right before its error: deeper, later in its list, of the right type."""
+class _Reach(NamedTuple):
+    """How far a value was right before its error."""
+
+    depth: int
+    item: int  # of the list that it is in
+    fits: bool  # in its type
+
+
+def _how_far(found: tuple[tuple[int | str, ...], ErrorDetails]) -> _Reach:
     place, error = found
     last = place[-1] if place else ""
-    return len(place), last if isinstance(last, int) else 0, not error["type"].endswith("_type")
+    item = last if isinstance(last, int) else 0
+    return _Reach(len(place), item, not error["type"].endswith("_type"))
 
 
 def _invalid(message: str, param: str | None = None) -> ApiError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import TypeVar
 
 import anyio
@@ -17,7 +18,7 @@ from ....files.quoting import shortened
 from ..api_errors import ApiError, bad_request, for_clients, without_paths
 from ..deadline import Deadline
 from ..engine.generation_engine import GenerationEngine
-from ..engine.loaded_models import LoadedModel
+from ..engine.loaded_models import LoadedModel, RoutingOverride
 from ..engine.routing_cache import RoutingCache
 from ..guards.request_guard import BODY, CLIENT
 from ..metrics import Metrics
@@ -140,8 +141,8 @@ def _sites_of(loaded: LoadedModel) -> Sites | None:
 
 def _only_override(request: CompletionRequest | ChatRequest) -> str | None:
     """The one field with which a request changes the routing, None where there are several."""
-    fields = ("router", "k", "keep", "leave_out")
-    given = [name for name in fields if getattr(request, name) is not None]
+    changes = [field.name for field in fields(RoutingOverride)]
+    given = [name for name in changes if getattr(request, name) is not None]
     return given[0] if len(given) == 1 else None
 
 

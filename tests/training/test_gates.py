@@ -454,3 +454,6 @@ def test_an_interrupted_gate_training_resumes_to_the_same_bits(
     got = train_gates(llama, adapter, TASK, out=tmp_path / "cut", resume=True, **settings)
     assert all(torch.equal(got.gates[site], wanted.gates[site]) for site in wanted.gates)
     assert not list(tmp_path.glob(".*"))
+    other = {**settings, "training": replace(TRAINING, batch_size=TRAINING.batch_size + 1)}
+    with pytest.warns(UserWarning, match="with other settings: gate_batch_size"):
+        train_gates(llama, adapter, TASK, out=tmp_path / "cut", resume=True, **other)

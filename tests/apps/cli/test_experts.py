@@ -292,7 +292,11 @@ def test_switches_on_the_command_line_win_over_a_recipe(here, phat):
 def test_train_with_resume_keeps_what_is_finished(here, phat):
     before = snapshot(here / "experts")
     options = ["--base", "tiny-base", "--out", "experts", "--resume", *FLAGS]
-    assert phat("train", "reviews.jsonl", "counting.jsonl", *options).code == 0
+    same = phat("train", "reviews.jsonl", "counting.jsonl", *options)
+    assert (same.code, same.err.count("warning")) == (0, 0)
+    other = phat("train", "reviews.jsonl", *options, "--rank", 3)
+    told = "experts/reviews is kept as it is, with other settings: rank 2, not 3."
+    assert told in " ".join(other.err.split())
     assert snapshot(here / "experts") == before
 
 

@@ -134,3 +134,19 @@ def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
         2,
     ]
     assert phat(*taken, *BASE).err == ""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "experts", "--task", "reviews.jsonl"],
+        ["explain", "experts", "Film"],
+        ["train", "reviews.jsonl", "--out", "new", "--plan", "--measure"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(here, phat, monkeypatch, command):
+    for work in ("apps.cli.options.ModelOptions.open", "training.planning.plan.plan_training"):
+        monkeypatch.setattr(f"phatgoose.{work}", lambda *_, **__: pytest.fail("worked"))
+    outcome = phat(*command, "--base", "tiny-base", "--json", "reviews.jsonl/x.json")
+    assert outcome.code == 2
+    assert "reviews.jsonl/x.json can't be written" in outcome.err

@@ -148,7 +148,7 @@ pool-sizes)  # single experts' answers are those of b23
 largest)  # leave out of rest_a and rest_b who fails the check of held-in
   rows=base,average-activation,arrow,merged,phatgoose,retrieval,discriminant,joint-discriminant,oracle
   mkdir -p $out/largest  # where single experts' answers are known already
-  cp -n $out/b23/results.jsonl $out/largest/
+  [[ -e $out/largest/results.jsonl ]] || cp $out/b23/results.jsonl $out/largest/
   compare largest 100 "$(suite cross-confirmation cross-b)" $rows "${b23[@]}" "${rest[@]}" ;;
 figures)  # A10 is no draw
   python examples/study_report.py cells $out/sizes.jsonl $out/{b23,largest,b23-choice}/results.jsonl

@@ -35,7 +35,7 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
     count = sizes.pools[0]
     rows, columns = sizes.prefill
     generator = random.Random(0)
-    texts = [" ".join(words(generator, columns).split()) for _ in range(rows)]
+    texts = [words(generator, columns) for _ in range(rows)]
     ids = bench.base.tokenizer(texts)["input_ids"]
     prompts = [row[:columns] for row in ids]
     batch = {"input_ids": torch.tensor(prompts), "attention_mask": torch.ones(rows, columns).long()}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from .base.fingerprint import BaseReference, check_base, dtype_name
-from .base.loading import Base, load_base
+from .base.loading import Base, load_base, recorded_id
 from .base.smollm2 import SMOLLM2
 from .experts.hub import HubReference
 from .files.quoting import one_line
@@ -111,7 +111,7 @@ class BaseLocation:
     def of(cls, base: Base) -> BaseLocation:
         """The location of a loaded base."""
         dtype = dtype_name(base.model.dtype)
-        return cls(absolute(base.id), dtype, base.reference)
+        return cls(recorded_id(base.id), dtype, base.reference)
 
     def load(self) -> Base:
         """The base, under the id it had. Raises WrongBaseError when other weights are there now."""

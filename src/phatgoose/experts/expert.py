@@ -22,7 +22,7 @@ from ..base.fingerprint import BaseReference
 from ..base.loading import Base
 from ..errors import ExpertError
 from ..files.atomic import new_directory
-from ..files.left_overs import is_there
+from ..files.left_overs import bring_back
 from ..files.quoting import shortened
 from ..files.regular_file import sha256_of
 from ..files.tensor_file import Group, TensorFile, is_finite
@@ -254,7 +254,7 @@ def _plain(vectors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _read(directory: Path) -> Expert:
     """The files of an expert directory, parsed but not yet compared with each other."""
-    is_there(directory)  # again
+    bring_back(directory)
     info = read_info(directory / LAYOUT.info)
     files = {}
     if info.vectors_sha256 is not None:

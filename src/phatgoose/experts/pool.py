@@ -16,7 +16,7 @@ from torch import Tensor
 from ..base.fingerprint import BaseReference, same_base
 from ..errors import ExpertError, PoolError
 from ..files.atomic import is_stream, write_text
-from ..files.left_overs import being_replaced, is_there
+from ..files.left_overs import being_replaced, bring_back
 from ..files.prefetch import prefetch
 from ..files.quoting import one_line, reason, shortened
 from ..files.regular_file import sha256_of
@@ -188,17 +188,16 @@ class Pool:
 
         Raises PoolError as `check_manifest_name` does, and when it can't be written.
         """
-        path, start = (
-            check_manifest_name(path),
-            None if is_stream(Path(path)) else Path(path).parent,
-        )
+        path = Path(path)
+        check_manifest_name(path)
+        folder = None if is_stream(path) else path.parent.resolve()
         records = self.records()
         for record, expert in zip(records, self.experts, strict=True):
             record["config_sha256"] = sha256_of(
                 expert.directory / adapter_files(expert.directory).config
             )
-            if start is not None and not HubReference.is_one(record["path"]):
-                record["path"] = os.path.relpath(record["path"], start.resolve())
+            if folder is not None and not HubReference.is_one(record["path"]):
+                record["path"] = os.path.relpath(record["path"], folder)
         content = {
             "manifest_version": MANIFEST_VERSION,
             "base": asdict(self.base),
@@ -207,21 +206,21 @@ class Pool:
         write_text(path, json.dumps(content, indent=2) + "\n", PoolError)
 
 
-def check_manifest_name(path: str | Path) -> Path:
-    """`path`. Raises PoolError unless it ends in .json, by which `open` knows a manifest.
+def check_manifest_name(path: Path) -> None:
+    """Raise PoolError unless `path` ends in .json, by which `open` knows a manifest.
 
     Into a pipe or a device one may be written too.
     """
-    if Path(path).suffix != MANIFEST and not is_stream(Path(path)):
+    if path.suffix != MANIFEST and not is_stream(path):
         raise PoolError(f"{path} can't be a manifest's name; let it end in {MANIFEST}.")
-    return Path(path)
 
 
 def _expert_directories(place: Path) -> Iterator[Path]:
     """`place` if it is an expert, else the experts directly in it, sorted by name."""
     if place.suffix == MANIFEST and place.is_file():
         raise PoolError(f"{place} is a manifest, which stands alone; name the experts' folders.")
-    if not is_there(place) or not place.is_dir():
+    bring_back(place)
+    if not place.is_dir():
         what = "is no folder" if place.exists() else "does not exist"
         raise PoolError(f"{place} {what}; wanted a folder of experts.")
     if (place / LAYOUT.info).is_file():

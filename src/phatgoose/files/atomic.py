@@ -124,11 +124,8 @@ def require_writable(target: Path, error: type[PhatgooseError]) -> None:
             raise IsADirectoryError("it is a folder")
         if is_stream(target):
             return
-        if target.parent.is_dir():
-            with temporary_file(target):
-                return
-        above = next(folder for folder in target.absolute().parents if folder.exists())
-        with tempfile.TemporaryFile(dir=above):
+        folder = next(each for each in target.absolute().parents if each.exists())
+        with temporary_file(folder / target.name):
             pass
     except OSError as problem:
         raise error(f"{target} can't be written: {reason(problem)}.") from problem

@@ -20,8 +20,8 @@ try:
 except ImportError:  # on Windows leftovers stay
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["REPLACED", "being_replaced", "clear_left_overs", "is_there", "open_to_readers"]
-__all__ += ["temporary_file", "temporary_folder"]
+__all__ = ["REPLACED", "being_replaced", "bring_back", "clear_left_overs", "is_there"]
+__all__ += ["open_to_readers", "temporary_file", "temporary_folder"]
 
 UNFINISHED, REPLACED = "unfinished", "replaced"  # a new result, and the old one it replaces
 YOUNG = 60.0  # seconds; the process that made so new a file may not have locked it yet
@@ -68,6 +68,7 @@ def clear_left_overs(target: Path) -> None:
 
     A folder that was being replaced is moved back when it has no successor.
     """
+    bring_back(target)
     prefixes = tuple(_prefix(target, kind) for kind in (REPLACED, UNFINISHED))
     for name in sorted(os.listdir(target.parent)):
         if name.startswith(prefixes):
@@ -75,42 +76,41 @@ def clear_left_overs(target: Path) -> None:
                 _clear(target.parent / name, target)
 
 
-def is_there(target: Path) -> bool:
-    """True when something is at `target`, and may be seen.
+def bring_back(target: Path) -> None:
+    """Put what was at `target` back there where the process was killed that replaced it.
 
-    What was there when a process was killed that replaced it comes back first.
+    Nothing happens while that process is at it, or where the system doesn't allow it.
     """
-    if not os.path.exists(target):
-        with suppress(OSError):
-            for path in _replaced_in(target.parent, target.name):
-                _bring_back(path, target)
+    with suppress(OSError):
+        if not os.path.exists(target):
+            for name in os.listdir(target.parent):
+                if name.startswith(_prefix(target, REPLACED)):
+                    _bring_back(target.parent / name, target)
+
+
+def is_there(target: Path) -> bool:
+    """True when something is at `target`, brought back if need be, and may be seen."""
+    bring_back(target)
     return os.path.exists(target)
 
 
 def being_replaced(folder: Path) -> list[Path]:
     """The old results of `folder` that other processes replace just now, out of their place.
 
-    What was being replaced when its process was killed comes back first.
+    What can be brought back is.
     """
     kept = []
-    for path in _replaced_in(folder):
-        target = folder / path.name.rpartition(f".{REPLACED}-")[0][1:]
-        with suppress(OSError):
-            _bring_back(path, target)
-        if _is_kept(path, target):
-            kept.append(path / target.name)
+    for name in sorted(os.listdir(folder)):
+        of, found, _ = name.rpartition(f".{REPLACED}-")
+        target = folder / of[1:]
+        if found and of.startswith("."):
+            bring_back(target)
+            if _is_kept(folder / name, target):
+                kept.append(folder / name / target.name)
     return kept
 
 
-def _replaced_in(folder: Path, name: str | None = None) -> list[Path]:
-    """The folders in `folder` that may hold a replaced result, of this `name` or any."""
-    begin = "." if name is None else f".{name}.{REPLACED}-"
-    names = sorted(os.listdir(folder))
-    return [folder / each for each in names if each.startswith(begin) and f".{REPLACED}-" in each]
-
-
 def _bring_back(path: Path, target: Path) -> None:
-    """Move a replaced result without successor back; nothing while its process is at it."""
     held = _hold(path)
     if held is None:
         return
@@ -132,7 +132,7 @@ def open_to_readers(folder: Path) -> None:
 def _clear(path: Path, target: Path) -> None:
     found = path.lstat()
     ours = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)  # opening a pipe may block
-    if not ours or (time.time() - found.st_ctime < YOUNG and not _is_kept(path, target)):
+    if not ours or time.time() - found.st_ctime < YOUNG:
         return
     held = _hold(path)
     if held is None:

@@ -220,8 +220,7 @@ def resolve_base(
 ) -> ResolvedBase:
     """The base given as a name, loaded in `dtype`, as a `Base` or a model; None means `wanted`.
 
-    A quantised model can't be recognised by its weights; it is taken for `wanted`, with a warning.
-    Nor can one in float16 that isn't a `Base`; it is refused, by WrongBaseError.
+    A quantised base can't be recognised by its weights; it is taken for `wanted`, with a warning.
     Raises RoutingError when the model is routed already, BaseModelError when it reads padding.
     """
     if base is None:
@@ -237,8 +236,8 @@ def resolve_base(
     else:
         found = BaseReference(wanted.id, wanted.revision, fingerprint(model))
         tokenizer, reference = None, found
-    kinds, is_other = quantisation(model), reference.fingerprint != wanted.fingerprint
-    if kinds and wanted.fingerprint and is_other:
+    kinds = quantisation(model)
+    if kinds and wanted.fingerprint and reference.fingerprint != wanted.fingerprint:
         warnings.warn(
             f"The base model {reference.id!r} is quantised ({kinds}), so its weights can't be held "
             f"against the experts' fingerprint; taking it on trust.",

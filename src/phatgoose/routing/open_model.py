@@ -14,7 +14,7 @@ from ..config import Routing
 from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
-from ..files.left_overs import is_there
+from ..files.left_overs import bring_back
 from ..files.quoting import reason, shortened
 from .compose import compose
 from .routers.scores import Scores
@@ -43,7 +43,7 @@ class OpenedModel:
 def is_routed(place: str | Path) -> bool:
     """True for the folder of a routed model. Raises ConfigError where `place` can be no path."""
     with _looking_at(place):
-        is_there(Path(place))  # again
+        bring_back(Path(place))
         return (Path(place) / ROUTED_INFO).is_file()
 
 

@@ -20,6 +20,7 @@ from .templates import SEPARATOR, RowTemplate, longest_field
 __all__ = ["SPLITS", "check_task_name", "datasets_library", "default_name", "load_task"]
 
 EMPTY = ("nan", "<NA>", "NaT")  # cells without a value: of floats, of pandas, of its dates
+PLAIN = (str, int, list, tuple, dict)  # what is no such cell
 SPLITS = ("train", "validation", "test")
 LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds no more
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # each with its place, for messages
@@ -253,9 +254,11 @@ def _texts(value: Any, where: str) -> tuple[str, ...]:
 
 def _plain(value: Any) -> Any:
     """A value as Python has it: a list for an array, None for an empty cell of pandas or numpy."""
+    if isinstance(value, PLAIN):
+        return value
     if hasattr(value, "tolist"):
         value = value.tolist()
-    return None if not isinstance(value, str) and str(value) in EMPTY else value
+    return None if not isinstance(value, PLAIN) and str(value) in EMPTY else value
 
 
 def _listed(cell: str, where: str) -> list[Any]:

@@ -227,7 +227,7 @@ def _fit_gates(
         train=pairs,
         validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
         steps=steps,
-        learning_rate=_gate_learning_rate(run),
+        learning_rate=_gate_learning_rate(run.training, run.gate_training),
         checkpoint_every=min(GATE_CHECKPOINT_EVERY, steps),
     )
 
@@ -249,13 +249,13 @@ def _gate_settings(training: Training, gates: GateTraining) -> dict[str, object]
     The seed is the statistics' too, which `measure` draws anew.
     """
     shared = {f"gate_{name}": getattr(training, name) for name in SHARED}
-    rate = {"gate_learning_rate": gates.gate_learning_rate or training.learning_rate}
-    return {"seed": training.seed, **asdict(gates), **shared, **rate}
+    rate = _gate_learning_rate(training, gates)
+    return {"seed": training.seed, **asdict(gates), **shared, "gate_learning_rate": rate}
 
 
-def _gate_learning_rate(run: TrainingRun) -> float:
+def _gate_learning_rate(training: Training, gates: GateTraining) -> float:
     """The learning rate of gate training."""
-    return run.gate_training.gate_learning_rate or run.training.learning_rate
+    return gates.gate_learning_rate or training.learning_rate
 
 
 def _task_record(task: Task) -> dict[str, object]:

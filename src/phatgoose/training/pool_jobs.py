@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from tqdm.auto import tqdm
 
 from ..base.fingerprint import BaseReference
-from ..base.loading import Base, load_base
+from ..base.loading import Base, load_base, recorded_id
 from ..config import Formatting, GateTraining, Lora, Peft, Training
-from ..jobs import BaseLocation, Engine, LocalEngine, absolute
+from ..jobs import BaseLocation, Engine, LocalEngine
 from ..tasks.suites.training_tasks import TrainingTask
 from . import processes
 from .destination import ExpertFolder, TrainedExpert, expert_folder
@@ -147,5 +147,5 @@ class _ExpertWorkshop:
         if isinstance(base, Base):
             base = BaseLocation.of(base)
         elif isinstance(base, str):
-            base = BaseLocation(absolute(base), self.dtype, BaseReference(base))
+            base = BaseLocation(recorded_id(base), self.dtype, BaseReference(base))
         return replace(self, base=base, folder=self.folder.portable())

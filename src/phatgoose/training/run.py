@@ -139,10 +139,8 @@ def settings_of_training(
     peft: Peft, training: Training, gates: GateTraining, formatting: Formatting
 ) -> dict[str, Any]:
     """What an expert of these settings records of them, for `warn_of_other_settings`."""
-    record = {"peft": kind_for(peft).name, **asdict(peft), **asdict(training), **asdict(gates)}
-    if gates.gate_learning_rate is None:
-        record["gate_learning_rate"] = training.learning_rate
-    return record | asdict(formatting)
+    shape = {"peft": kind_for(peft).name, **asdict(peft)}
+    return {**shape, **asdict(training), **asdict(gates), **asdict(formatting)}
 
 
 def warn_of_other_settings(
@@ -152,15 +150,24 @@ def warn_of_other_settings(
 
     Those of statistics, which can be measured later, are left out, and whatever it doesn't record.
     """
-    known = {**recorded, "gate_learning_rate": recorded.get("gate_learning_rate")}
-    if known["gate_learning_rate"] is None:
-        known["gate_learning_rate"] = recorded.get("learning_rate")
+    pairs = {
+        name: (_value_of(name, recorded), _value_of(name, settings))
+        for name in settings
+        if name in recorded and name not in STATISTICS
+    }
     other = [
-        f"{name} {shortened(known[name], 40)}, not {shortened(value, 40)}"
-        for name, value in settings.items()
-        if name in recorded and name not in STATISTICS and known[name] != value
+        f"{name} {shortened(found, 40)}, not {shortened(wanted, 40)}"
+        for name, (found, wanted) in pairs.items()
+        if found != wanted
     ]
     if other:
         warnings.warn(
             f"{place} is kept as it is, with other settings: {'; '.join(other)}.", stacklevel=4
         )
+
+
+def _value_of(name: str, settings: Mapping[str, Any]) -> Any:
+    """A setting's value; a rate of gates that is None is the expert's."""
+    value = settings[name]
+    is_expert_s = name == "gate_learning_rate" and value is None
+    return settings.get("learning_rate") if is_expert_s else value

@@ -38,9 +38,7 @@ def write_report(
     everyone = len(analysis.experts)
     try:
         (folder / FIGURES).mkdir(exist_ok=True)
-        for kind in (*(f"{kind}-*" for kind in PER_ROUTER), POOL_SIZES):
-            for old in (folder / FIGURES).glob(f"{kind}.png"):
-                old.unlink()
+        _remove_figures(folder / FIGURES)
         for name, router in analysis.routers.items():
             layers = heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
             write_png(layers, folder / FIGURES / f"{LAYERS}-{name}.png")
@@ -54,6 +52,12 @@ def write_report(
     except OSError as error:
         raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
     return folder / REPORT
+
+
+def _remove_figures(folder: Path) -> None:
+    for name in (*(f"{kind}-*" for kind in PER_ROUTER), POOL_SIZES):
+        for old in folder.glob(f"{name}.png"):
+            old.unlink()
 
 
 def report_page(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> str:

@@ -47,7 +47,7 @@ def measure_choosing(bench: Bench) -> Iterator[Finding]:
         if isinstance(lookup, PromptReader):
             lookups[name] = lookup
     contenders = {
-        name: (lambda reader=lookup: reader.of_tokens(prompts)) for name, lookup in lookups.items()
+        name: (lambda reader=lookup: reader.find(prompts)) for name, lookup in lookups.items()
     }
     timings = side_by_side({"base": prefill(bench.base.model, batch), **contenders}, sizes.rounds)
     base = timings["base"].median * 1e3 / rows

@@ -55,7 +55,7 @@ def _gains(folder: Path) -> dict[str, Any]:
 
 
 def _summary(found: dict[int, dict[str, Any]]) -> str:
-    """Two tables with a row a seed: each expert's lift, and the router's gains."""
+    """Tables with a row a seed: each expert's lift, the router's gains, and its written answers."""
     router = label_of(next(iter(found.values()))["router"])
     over = [BASE, *SKILLS]
     lifts = [
@@ -66,12 +66,21 @@ def _summary(found: dict[int, dict[str, Any]]) -> str:
     for seed, each in found.items():
         by_name = {gain["over"]: gain for gain in each["gains"]}
         gains.append([str(seed), *(_points(by_name[name]) for name in over)])
+    tasks = [task.replace("_", " ") for task in SKILLS.values()]
+    written = []
+    for seed, each in found.items():
+        scores = [each["written"][task] for task in SKILLS.values()]
+        mean = f"{sum(scores) / len(scores):.1f}"
+        written.append([str(seed), *(f"{score:.0f}" for score in scores), mean])
     return "\n".join(
         [
             "Points of each expert above the base on the unseen task of its skill:\n",
             *markdown_table(["seed", *SKILLS], lifts),
             f"\nPoints of {router}'s mean above the others', with 95 % intervals in pairs:\n",
             *markdown_table(["seed", *over], gains),
+            f"\n{router} without choices to rank, answering in writing as `serve` does, per cent "
+            "exact:\n",
+            *markdown_table(["seed", *tasks, "mean"], written),
         ]
     )
 

@@ -138,7 +138,7 @@ def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
     name, phat, tmp_path, monkeypatch, base_folders, hub_copies
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(statistics_module, "embed_examples", embed)
+    monkeypatch.setattr(statistics_module, "embed_texts", embed)
     suite, _ = THE_PAPERS[name]
     names = SHRUNKEN[suite]
     shrink(monkeypatch, suite, names)

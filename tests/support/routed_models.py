@@ -13,7 +13,8 @@ from phatgoose.base.loading import Base
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, retrieval_text
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PAPER_TEXT, PROMPT, paper_texts
+from phatgoose.tasks.task import Example
 from toy_embedders import toy_embed
 
 TOPICS = ("apples, pears and plums", "1 + 2 = 3, 4 + 5 = 9", "WHAT? WHO? WHY?", "jazz quiz; zigzag")
@@ -25,12 +26,17 @@ SCORES = {  # of the experts e0 to e3: e1 is the best at "first", e2 at "second"
 }
 
 
-def with_embeddings(pool: Pool) -> Pool:
-    """The pool whose experts have trained on one of TOPICS each: e0 on one input, e1 on two."""
+def with_embeddings(pool: Pool, form: str = PROMPT) -> Pool:
+    """The pool whose experts have trained on one of TOPICS each: e0 on one input, e1 on two.
+
+    `form` says what is embedded: the inputs alone, or as the paper does.
+    """
     experts = []
     for z, (expert, topic) in enumerate(zip(pool.experts, TOPICS, strict=False)):
-        texts = [retrieval_text(topic * (copies + 1), ()) for copies in range(z + 1)]
-        info = replace(expert.info, embedder=DEFAULT_EMBEDDER)
+        texts = [f"Tell me of {topic * (copies + 1)}" for copies in range(z + 1)]
+        if form == PAPER_TEXT:
+            texts = paper_texts([Example(text, "") for text in texts])
+        info = replace(expert.info, embedder=DEFAULT_EMBEDDER, embedding_form=form)
         experts.append(replace(expert, info=info, embeddings=toy_embed(texts)))
     return Pool(tuple(experts))
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from torch import Tensor
 
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
+from phatgoose.routing.routers.mixtures import Mixtures
+from phatgoose.routing.routers.per_input.base_reader import BaseReader
+from phatgoose.routing.routers.per_input.prompt_reader import PromptReader
 from phatgoose.tasks.collating import pad_left, pad_right, position_ids
+from phatgoose.tasks.embeddings import PROMPT
 from phatgoose.tasks.task import Example, Task
 from routed_models import with_embeddings
 from tiny import logits_of
@@ -31,7 +37,8 @@ CHOOSING = Task(
 )
 
 
-CHOSEN_OWNERS = ("e0", "e1", "e1", "e2", "e3")
+ASKED_OWNERS = ("e0", "e0", "e1", "e0", "e3")  # by the inputs alone
+CHOSEN_OWNERS = ("e0", "e1", "e1", "e2", "e3")  # by the inputs behind their choices
 
 
 OPEN = Task("open", test=tuple(Example(prompt, "no") for prompt in PROMPTS))
@@ -43,12 +50,12 @@ both_streams = pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 retrieving = pytest.mark.usefixtures("toy_embedder")
 
 
-def owner(pool: Pool, text: str) -> str:
+def owner(pool: Pool, text: str, form: str = PROMPT) -> str:
     """The expert with the nearest embedding, one cosine at a time."""
     (query,) = toy_embed([text]).double()
     cosines = {
         (expert.name, i): float(query @ row.double())
-        for expert in with_embeddings(pool).experts
+        for expert in with_embeddings(pool, form).experts
         for i, row in enumerate(expert.embeddings)
     }
     return max(cosines, key=lambda key: cosines[key])[0]
@@ -76,3 +83,18 @@ def by_single(base, pool: Pool, names, run) -> list:
         results |= {place: run(model, place) for place in range(len(names)) if names[place] == name}
         detach(model)
     return [results[place] for place in range(len(names))]
+
+
+def tokens_of(lookup: PromptReader, texts: Sequence[str]) -> list[list[int]]:
+    """The prompts' tokens, as a model reads them."""
+    return [list(lookup.tokenizer(text)["input_ids"]) for text in texts]
+
+
+def experts_of(lookup: PromptReader, texts: Sequence[str]) -> Mixtures:
+    """The experts that `lookup` finds for these prompts."""
+    return lookup.find(tokens_of(lookup, texts))
+
+
+def scores_of(lookup: BaseReader, texts: Sequence[str]) -> Tensor:
+    """The scores that `lookup` gives all experts for these prompts."""
+    return lookup.scores(tokens_of(lookup, texts))

@@ -12,9 +12,7 @@ from phatgoose.routing.routers.per_input import embedding_reader as lookup
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 
 
-def toy_embed(
-    texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER, truncation: str = "middle"
-) -> torch.Tensor:
+def toy_embed(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> torch.Tensor:
     """Unit vectors of a text's bytes, counted [texts, 64]: in place of a sentence embedder."""
     rows = [
         torch.tensor(list(text.encode())).remainder(64).bincount(minlength=64) for text in texts
@@ -28,8 +26,8 @@ def use_toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lookup, "load_embedder", lambda embedder: None)
 
 
-def embed(examples, embedder: str = "none", truncation: str = "middle") -> Tensor:
-    """Unit vectors that tell examples and embedders apart, in place of a sentence embedder."""
-    seeds = [sum(f"{embedder}{example.input}".encode()) for example in examples]
+def embed(texts: Sequence[str], embedder: str = "none") -> Tensor:
+    """Unit vectors that tell texts and embedders apart, in place of a sentence embedder."""
+    seeds = [sum(f"{embedder}{text}".encode()) for text in texts]
     rows = [torch.randn(8, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.nn.functional.normalize(torch.stack(rows), dim=-1)

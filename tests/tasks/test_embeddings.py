@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig
 
-from phatgoose.config import Formatting, Routing
+from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
@@ -28,7 +28,6 @@ from phatgoose.tasks.embeddings import (
     load_embedder,
     usable_embedder,
 )
-from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
 from tiny import make_tokenizer
 from toy_embedders import toy_embed
@@ -57,31 +56,11 @@ class Reader:
         return torch.ones(len(texts), 2)
 
 
-@pytest.mark.parametrize(
-    ("truncation", "wanted"),
-    [
-        ("middle", "one four five six"),
-        ("left", "three four five six"),
-        ("right", "one two three four five six"),  # which it cuts by itself
-    ],
-)
-def test_an_embedder_reads_texts_cut_as_inputs_are(monkeypatch, truncation, wanted):
+def test_an_embedder_reads_long_texts_without_their_middle(monkeypatch):
     reader = Reader()
     monkeypatch.setattr(embeddings, "load_embedder", lambda _: reader)
-    embed_texts(["one two three four five six", "one two"], "toy", truncation)
-    assert reader.read == [wanted, "one two"]
-
-
-def test_queries_are_cut_as_the_evaluation_s_inputs_are(llama, llama_pool, loaded, monkeypatch):
-    seen = []
-    monkeypatch.setattr(
-        lookup, "embed_texts", lambda *given: seen.append(given[2]) or toy_embed(given[0])
-    )
-    model = compose(with_embeddings(llama_pool), llama, router="retrieval")
-    found = composition_of(model).lookup
-    found.find([Example("a", "b")], Formatting(truncation="right"))
-    found.find([Example("a", "b")])
-    assert seen == ["right", "middle"]
+    embed_texts(["one two three four five six", "one two"], "toy")
+    assert reader.read == ["one four five six", "one two"]
 
 
 def recorded_by(pool: Pool, embedder: str) -> Pool:

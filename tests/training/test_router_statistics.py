@@ -32,7 +32,7 @@ TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, see
 
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch):
-    monkeypatch.setattr(statistics_module, "embed_examples", embed)
+    monkeypatch.setattr(statistics_module, "embed_texts", embed)
     monkeypatch.setattr("phatgoose.training.run.load_embedder", lambda _: None)
 
 
@@ -162,10 +162,28 @@ def test_at_most_a_thousand_embeddings_are_kept(llama, tmp_path, monkeypatch):
 def test_only_training_examples_are_measured(llama, tmp_path, monkeypatch):
     expert, seen = trained(llama, tmp_path / "count", train), []
     monkeypatch.setattr(
-        statistics_module, "embed_examples", lambda rows, *_: seen.extend(rows) or embed(rows)
+        statistics_module, "embed_texts", lambda texts, *_: seen.extend(texts) or embed(texts)
     )
     measure(expert, llama, TASK, means=False)
-    assert tuple(seen) == TASK.with_validation(TRAINING.seed).train
+    assert seen == [each.input for each in TASK.with_validation(TRAINING.seed).train]
+
+
+@pytest.mark.parametrize("form", ["prompt", "paper"])
+def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
+    expert, seen = trained(base, tmp_path / "count", train), []
+    monkeypatch.setattr(
+        statistics_module, "embed_texts", lambda texts, *_: seen.extend(texts) or embed(texts)
+    )
+    cut = Formatting(max_input_tokens=3, truncation="right")
+    found = measure(expert, base, TASK, means=False, embedding_form=form, formatting=cut)
+    assert Expert.load(found.directory).info.embedding_form == form
+    assert found.info.hyperparameters["embedding_form"] == form
+    whole = [each.input for each in TASK.with_validation(TRAINING.seed).train]
+    if form == "paper":
+        assert seen == [f"Answer Choices: None, Instance: {text}" for text in whole]
+    else:  # cut as the model reads them
+        assert all(text.startswith(read) for text, read in zip(whole, seen, strict=True))
+        assert len(set(map(len, seen)) - set(map(len, whole))) > 0
 
 
 def test_the_expert_at_full_strength_is_the_peft_model(base, tmp_path):

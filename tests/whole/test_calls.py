@@ -195,10 +195,7 @@ def one_by_one(name: str, prompts=PROMPTS, **options) -> torch.Tensor:
     """The answers that each prompt gets from the expert voted for, alone."""
     model = voting(name)
     owners = (
-        composition_of(model)
-        .lookup.of_tokens([list(p) for p in prompts])
-        .experts.flatten()
-        .tolist()
+        composition_of(model).lookup.find([list(p) for p in prompts]).experts.flatten().tolist()
     )
     assert len(set(owners)) > 1
     rows = []

@@ -87,7 +87,8 @@ def test_prompts_with_experts_of_their_own_pass_one_by_one(base, router):
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
     routed = compose(pool, base, router=router, input_k=2)
     lookup = composition_of(routed).lookup
-    found = lookup.find([Example(example.input, "") for example in CHOICE_TASK.test])
+    encoder = Encoder.of(base)
+    found = lookup.find([encoder.prompt(example.input) for example in CHOICE_TASK.test])
     assert len(found.weights[:, 0].unique()) > 1
     with pytest.raises(RoutingError, match="pass inputs one by one"):
         evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer)

@@ -289,11 +289,10 @@ def _traces(
 ) -> list[Trace]:
     scoring = settings.scoring
     chosen = task.evaluation_examples(scoring.limit, scoring.seed)[: settings.traced]
-    traces = []
-    with announcing(model, task.name, chosen, scoring.formatting) as before_pass:
-        for index, example in enumerate(chosen):
+    pairs, traces = encoder.pairs(chosen), []
+    with announcing(model, task.name, [pair.prompt for pair in pairs], chosen) as before_pass:
+        for index, pair in enumerate(pairs):
             before_pass([index])
-            pair = encoder.pair(example.input, example.target, example.passage)
             traces.append(trace(model, encoder, pair))
     return traces
 

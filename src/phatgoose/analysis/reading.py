@@ -55,7 +55,7 @@ def read_examples(
     router oracle and no score of `task`.
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
-    with announcing(model, task, examples, encoder.formatting) as before_pass:
+    with announcing(model, task, [pair.prompt for pair in pairs], examples) as before_pass:
         bar = tqdm(total=len(pairs), desc=f"routing of {one_line(task)}", disable=None, leave=False)
         for batch in batches_of_tokens([pair.length for pair in pairs], budget):
             before_pass(batch)

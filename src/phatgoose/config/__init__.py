@@ -22,12 +22,20 @@ from .routing import (
 )
 from .serving import Serving
 from .settings import Setting, Settings, from_mapping, require_one_of, settings_of
-from .training import TASK_FILES, TRUNCATIONS, Formatting, GateTraining, Training
+from .training import (
+    EMBEDDING_FORMS,
+    TASK_FILES,
+    TRUNCATIONS,
+    Formatting,
+    GateTraining,
+    Training,
+)
 
 __all__ = [
     "ACTIVATIONS",
     "AFFINITIES",
     "ARROW_FORMS",
+    "EMBEDDING_FORMS",
     "IA3",
     "KIND_NAMES",
     "PAPER",

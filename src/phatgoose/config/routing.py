@@ -15,6 +15,7 @@ from .settings import (
     one_of,
     settings_of,
 )
+from .training import EMBEDDING_FORMS
 
 __all__ = ["AFFINITIES", "ARROW_FORMS", "PAPER", "POOL_SETTINGS", "ROUTING_SETTINGS", "Routing"]
 
@@ -67,6 +68,12 @@ class Routing(Settings):
     retrieval_embedder: Annotated[
         str | None, "Embedder of routers that use one, where it isn't the default one."
     ] = None
+    retrieval_form: Annotated[
+        str,
+        "What router retrieval embeds: the prompt, or in comparisons the paper's text, the input "
+        "behind its answer choices (paper), for experts with embeddings of that form.",
+        one_of(EMBEDDING_FORMS),
+    ] = "prompt"
     reading_place: Annotated[
         str,
         "What router discriminant reads of a prompt: its end (last token), the whole (mean over "

@@ -8,11 +8,12 @@ from typing import Annotated
 from ..errors import ConfigError
 from .settings import AT_LEAST_1, NOT_NEGATIVE, POSITIVE, RATIO, SEED, Settings, one_of
 
-__all__ = ["TASK_FILES", "TRUNCATIONS", "Formatting", "GateTraining", "Training"]
+__all__ = ["EMBEDDING_FORMS", "TASK_FILES", "TRUNCATIONS", "Formatting", "GateTraining", "Training"]
 
 TASK_FILES = (".csv", ".jsonl")
 TRUNCATIONS = ("middle", "left", "right")
 GATE_INPUTS = ("raw", "standardised")
+EMBEDDING_FORMS = ("prompt", "paper")
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ class GateTraining(Settings):
     embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = (
         "sentence-transformers/all-MiniLM-L6-v2"
     )
+    embedding_form: Annotated[
+        str,
+        "What is embedded: the prompt as the model reads it, or, for router retrieval as in the "
+        "paper, the input behind its answer choices (paper).",
+        one_of(EMBEDDING_FORMS),
+    ] = "prompt"
 
     def __post_init__(self) -> None:
         """Raise ConfigError as all settings do, and for what joint gates can't have."""

@@ -48,6 +48,11 @@ class Questions:
     cuts: Cuts
     max_new_tokens: int | None = None
 
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The tokens of each prompt."""
+        return [list(prompt) for prompt, _ in self.rows]
+
 
 def questions_to_rank(encoder: Encoder, examples: Sequence[Example]) -> Questions:
     """The examples with their answer choices, to be ranked."""
@@ -134,7 +139,7 @@ def _generated(
 ) -> Iterator[tuple[int, Answer]]:
     encoder, longest = questions.encoder, questions.max_new_tokens or 0
     tokenizer, device = encoder.tokenizer, input_device(model)
-    prompts = [list(prompt) for prompt, _ in questions.rows]
+    prompts = questions.prompts
     pad = pad_right if encoder.is_encoder_decoder else pad_left
     for batch in batches_of_tokens([len(prompt) + longest for prompt in prompts], budget):
         rows = [prompts[i] for i in batch]

@@ -234,8 +234,8 @@ def score_tasks(
 def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -> TaskScore:
     """The score of `model` on an evaluation set, whose `questions` are encoded for it."""
     model.eval()
-    name, formatting = chosen.name, questions.encoder.formatting
-    with announcing(model, name, chosen.examples, formatting) as before_pass:
+    name = chosen.name
+    with announcing(model, name, questions.prompts, chosen.examples) as before_pass:
         answers = answers_to(questions, model, chosen.settings.token_budget, name, before_pass)
     return replace(task_score(chosen, answers), cuts=questions.cuts)
 

@@ -117,6 +117,7 @@ class Expert:
         embeddings: Tensor | None = None,
         readings: Mapping[str, Tensor] | None = None,
         embedder: str | None = None,
+        embedding_form: str | None = None,
         task: Mapping[str, Any] | None = None,
         hyperparameters: Mapping[str, Any] | None = None,
         metrics: Mapping[str, Any] | None = None,
@@ -145,6 +146,7 @@ class Expert:
             hyperparameters=hyperparameters or {},
             metrics=metrics or {},
             embedder=embedder,
+            embedding_form=embedding_form,
         )
         expert = cls(
             info,

@@ -32,6 +32,7 @@ TYPES: dict[str, Any] = {  # of every field but the version
     "vectors_sha256": OPTIONAL,
     "embeddings_sha256": OPTIONAL,
     "embedder": OPTIONAL,
+    "embedding_form": OPTIONAL,
     "task": dict,
     "hyperparameters": dict,
     "metrics": dict,
@@ -40,7 +41,11 @@ TYPES: dict[str, Any] = {  # of every field but the version
 
 @dataclass(frozen=True)
 class ExpertInfo:
-    """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records."""
+    """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records.
+
+    `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). None for experts made
+    before it was recorded: theirs is the paper's.
+    """
 
     name: str
     base: BaseReference
@@ -52,6 +57,7 @@ class ExpertInfo:
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
     metrics: Mapping[str, Any] = field(default_factory=dict)
     embedder: str | None = None
+    embedding_form: str | None = None
 
 
 def check_name(name: str) -> None:

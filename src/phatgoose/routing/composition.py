@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.fingerprint import BaseReference
 from ..base.sites import ROUTED
-from ..config import Formatting, Routing
+from ..config import Routing
 from ..errors import RoutingError
 from ..tasks.task import Example
 from .layers import RoutedLayer, RoutedLinear
@@ -62,13 +62,14 @@ def composition_of(model: PreTrainedModel) -> Composition:
 def announcing(
     model: PreTrainedModel,
     task: str,
-    examples: Sequence[Example],
-    formatting: Formatting | None = None,
+    prompts: Sequence[Sequence[int]],
+    examples: Sequence[Example] | None = None,
 ) -> Iterator[Callable[[Sequence[int]], None]]:
-    """A function to call before each pass through `model` with the rows' indices in `examples`.
+    """A function to call before each pass through `model` with the rows' indices in `prompts`.
 
-    Routers that choose for whole inputs need it: those that read inputs (as `formatting` has them)
-    go by `examples`, oracle by the name `task`; random ones start anew.
+    Routers that choose for whole inputs need it: those that read inputs go by `prompts`, given by
+    the tokens that the model reads (retrieval in the paper's form by `examples`), oracle by the
+    name `task`; random ones start anew.
     Other models, routed or not, run as usual. Raises RoutingError when router oracle has no score
     of `task`.
     """
@@ -81,7 +82,7 @@ def announcing(
         yield lambda _: None
         return
     lookup.begin_task(task)
-    found = lookup.find(examples, formatting)
+    found = lookup.find(prompts, examples)
     try:
         yield lambda rows: lookup.serve(found.of(rows))
     finally:

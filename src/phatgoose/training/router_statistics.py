@@ -27,10 +27,17 @@ from ..experts.input_format import recorded_formatting
 from ..experts.kinds.kind import SiteModule
 from ..experts.readings import PromptStates, readings_of
 from ..tasks.cuts import Cuts
-from ..tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
+from ..tasks.embeddings import (
+    DEFAULT_EMBEDDER,
+    PAPER_TEXT,
+    PROMPT,
+    embed_texts,
+    paper_texts,
+    prompt_texts,
+)
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.prompt_passes import read_pairs, read_prompts
-from ..tasks.task import Task, draw
+from ..tasks.task import Example, Task, draw
 
 __all__ = [
     "Statistics",
@@ -50,6 +57,7 @@ def measure(
     readings: bool = True,
     embeddings: bool = True,
     embedder: str = DEFAULT_EMBEDDER,
+    embedding_form: str = PROMPT,
     seed: int | None = None,
     formatting: Formatting | None = None,
 ) -> Expert:
@@ -74,6 +82,7 @@ def measure(
         readings=readings,
         embeddings=embeddings,
         embedder=embedder,
+        embedding_form=embedding_form,
     )
     _refuse_foreign_files(expert.directory)
     base = load_base(base) if isinstance(base, str) else base
@@ -128,8 +137,7 @@ def statistics_of(
     count = settings.statistics_examples
     if settings.embeddings:
         examples = draw(task.train, min(count, MOST_EMBEDDINGS), seed)
-        truncation = encoder.formatting.truncation
-        embeddings = embed_examples(examples, settings.embedder, truncation)
+        embeddings = embed_texts(_embedded(examples, encoder, settings), settings.embedder)
     pairs = []
     if settings.means or settings.readings:
         pairs = encoder.pairs(draw(task.train, count, seed))
@@ -145,6 +153,14 @@ def statistics_of(
         with applied(base.model, modules, ModifiedLinear):
             means = mean_activations(base.model, sites, pairs, padding, label)
     return Statistics(means, readings, embeddings, cuts)
+
+
+def _embedded(examples: Sequence[Example], encoder: Encoder, settings: GateTraining) -> list[str]:
+    """The texts to embed for `examples`."""
+    if settings.embedding_form == PAPER_TEXT:
+        return paper_texts(examples)
+    prompts = [encoder.fitted(row.input, row.passage).tokens for row in examples]
+    return prompt_texts(encoder.tokenizer, prompts)
 
 
 def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) -> Expert:
@@ -164,10 +180,12 @@ def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) 
     }
     info = replace(expert.info, hyperparameters=recorded)
     if found.embeddings is not None:
+        how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
         info = replace(
             info,
             embedder=settings.embedder,
-            hyperparameters={**recorded, "embedder": settings.embedder},
+            embedding_form=settings.embedding_form,
+            hyperparameters={**recorded, **how},
         )
     return replace(measured, info=info)
 

@@ -28,7 +28,14 @@ from .unfinished import discard_work, work_of
 
 __all__ = ["TrainingRun", "finished_expert", "settings_of_training", "warn_of_other_settings"]
 
-STATISTICS = ("statistics_examples", "means", "readings", "embeddings", "embedder")
+STATISTICS = (
+    "statistics_examples",
+    "means",
+    "readings",
+    "embeddings",
+    "embedder",
+    "embedding_form",
+)
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_training_on_inputs_that_are_cut_is_told_and_shown(untrained, phat):
 
 
 def test_measure_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
-    monkeypatch.setattr(statistics_module, "embed_examples", embed)
+    monkeypatch.setattr(statistics_module, "embed_texts", embed)
     assert phat("train", "reviews.jsonl", *TRAIN, "--no-means").code == 0
     trained = untrained / "new" / "reviews"
     before = Expert.load(trained)
@@ -154,7 +154,7 @@ def test_measure_adds_statistics_to_an_expert(untrained, phat, monkeypatch):
 
 @pytest.mark.parametrize("left_out", ["means", "embeddings"])
 def test_measure_leaves_out_what_is_not_wanted(trained, phat, monkeypatch, left_out):
-    monkeypatch.setattr(statistics_module, "embed_examples", embed)
+    monkeypatch.setattr(statistics_module, "embed_texts", embed)
     before = Expert.load(trained)
     options = ["--task", "reviews.jsonl", "--dtype", "float32", "--statistics-examples", 2]
     assert phat("measure", trained, *options, f"--no-{left_out}").code == 0

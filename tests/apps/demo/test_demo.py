@@ -56,6 +56,9 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
         routed.routing.router,
     }
     assert comparison["suites"] == {"unseen": list(UNSEEN)}
+    written = json.loads((out / "gains.json").read_text())["written"]
+    assert set(written) == set(UNSEEN)
+    assert "answered in writing" in shown.out
     assert {row["n"] for row in comparison["rows"]["phatgoose"]["datasets"].values()} == {3}
     assert sorted(comparison["experts"]) == sorted(EXPERTS)
     assert "<html" in (out / "analysis" / "report.html").read_text(encoding="utf-8")

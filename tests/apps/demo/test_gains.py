@@ -40,8 +40,9 @@ def test_lifts_are_points_above_the_base_on_the_unseen_task_of_each_skill():
 def test_what_is_written_is_what_was_found(tmp_path):
     comparison = made_comparison()
     gains, lifts = gains_of(comparison, "phatgoose"), lifts_of(comparison, {"e1": "a"})
-    write_gains(tmp_path / "gains.json", "phatgoose", gains, lifts)
+    write_gains(tmp_path / "gains.json", "phatgoose", gains, lifts, {"a": 12.5})
     found = json.loads((tmp_path / "gains.json").read_text(encoding="utf-8"))
     assert (found["router"], found["lifts"]) == ("phatgoose", lifts)
+    assert found["written"] == {"a": 12.5}
     assert [each["over"] for each in found["gains"]] == [gain.over for gain in gains]
     assert found["gains"][0]["interval"]["low"] == gains[0].interval.low

@@ -34,14 +34,17 @@ def test_shared_answers_are_those_of_the_model_itself(setting, tasks, llama, rou
     served = set()
     for name, task in tasks.items():
         chosen, encoder = of(task, llama)
-        found = SharedAnswers(known).score(model, chosen, chosen.questions(encoder))
-        wanted = score(model, chosen, chosen.questions(encoder))
+        questions = chosen.questions(encoder)
+        found = SharedAnswers(known).score(model, chosen, questions)
+        wanted = score(model, chosen, questions)
         assert found is not None
         for part in ("task", "metric", "score", "n", "low", "high", "ties", "cuts"):
             assert getattr(found, part) == getattr(wanted, part), (name, part)
         for one, other in zip(found.predictions, wanted.predictions, strict=True):
             assert (one.answer, one.marks) == (other.answer, other.marks)
-        served |= set(composition_of(model).lookup.find(chosen.examples).lone().tolist())
+        served |= set(
+            composition_of(model).lookup.find(chosen.questions(encoder).prompts).lone().tolist()
+        )
     assert len(served) > 1
 
 

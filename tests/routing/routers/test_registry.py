@@ -14,6 +14,7 @@ from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.collating import pad_left, pad_right
 from routed_models import compose_by
 from tiny import logits_of, make_ids, random
+from topic_prompts import experts_of
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama; 32 inputs
 
@@ -28,7 +29,7 @@ def test_weights_of_every_router_sum_to_one(llama, llama_pool, toy_embedder, rou
     model = compose_by(router, llama_pool, llama)
     if isinstance(composition_of(model).lookup, PromptReader):
         lookup = composition_of(model).lookup
-        lookup.serve(lookup.of_prompts(("plums", "1 + 2", "WHO?")))
+        lookup.serve(experts_of(lookup, ("plums", "1 + 2", "WHO?")))
     for layer in composition_of(model).layers.values():
         decision = layer.router(random(6, layer.in_features))
         assert decision.experts.shape == decision.weights.shape

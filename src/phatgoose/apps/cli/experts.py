@@ -196,6 +196,9 @@ def measure(
     embedder: Annotated[
         str, "Sentence embedder: a Hub id or a local folder."
     ] = GateTraining.embedder,
+    embedding_form: Annotated[
+        str, "What is embedded: prompt, or for router retrieval as in the paper: paper."
+    ] = GateTraining.embedding_form,
     base: BaseOptions,
     template: TemplateOptions,
 ) -> None:
@@ -216,6 +219,7 @@ def measure(
         readings=readings,
         embeddings=embeddings,
         embedder=embedder,
+        embedding_form=embedding_form,
     )
     say(f"{_contents(measured)} -> {expert}")
 

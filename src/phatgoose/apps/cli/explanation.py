@@ -140,7 +140,7 @@ def _read(model: PreTrainedModel, prompt: list[int]) -> Iterator[None]:
     if not isinstance(lookup, PromptReader):
         yield
         return
-    lookup.serve(lookup.of_tokens([prompt]))
+    lookup.serve(lookup.find([prompt]))
     try:
         yield
     finally:

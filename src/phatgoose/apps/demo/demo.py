@@ -23,6 +23,7 @@ from ...base.loading import Base, load_base
 from ...config import GateTraining, Lora, Routing, Training
 from ...evaluation.comparison.compare import compare
 from ...evaluation.comparison.methods import BASE, METHODS, label_of
+from ...evaluation.evaluate import evaluate
 from ...experts.pool import Pool
 from ...routing.compose import compose
 from ...routing.routers.automatic import settled
@@ -36,7 +37,7 @@ from ..console.tables import datasets_table, routers_table
 from ..generation import Sampling, generate, recorded_tokens
 from ..report.page import write_report
 from .gains import Gain, gains_of, lifts_of, write_gains
-from .skills import SKILLS, trained_task, unseen_suite, unseen_tasks
+from .skills import SKILLS, trained_task, unseen_suite, unseen_tasks, without_choices
 
 __all__ = ["run_demo"]
 
@@ -82,10 +83,14 @@ def run_demo(base_name: str, out: Path, *, seed: int = 0, all_methods: bool = Fa
     )
     show(datasets_table(comparison, routing.router))
     gains, lifts = gains_of(comparison, routing.router), lifts_of(comparison, SKILLS)
-    write_gains(out / "gains.json", routing.router, gains, lifts)
     show(_verdict(routing.router, gains, lifts))
-    show(_step("4. A routed answer", ", each token in the colour of its top expert"))
     model = compose(pool, base, routing=routing)
+    asked = without_choices(unseen)
+    scored = evaluate(model, asked, tokenizer=base.tokenizer, max_new_tokens=ANSWER_TOKENS).scores
+    written = {score.task: 100 * score.score for score in scored}
+    show(_written(written))
+    write_gains(out / "gains.json", routing.router, gains, lifts, written)
+    show(_step("4. A routed answer", ", each token in the colour of its top expert"))
     sampling = Sampling(ANSWER_TOKENS)
     routed = generate(model, base.tokenizer, PROMPT, sampling=sampling, record=True)
     show(recorded_tokens(routed, base.tokenizer))
@@ -138,6 +143,16 @@ def _verdict(router: str, gains: list[Gain], lifts: dict[str, float]) -> str:
             f"{label_of(router)}, the demo's router: points of its mean, 95 % interval in pairs:",
             *(f"  {gain.in_words}" for gain in gains),
         ]
+    )
+
+
+def _written(scores: dict[str, float]) -> str:
+    """What the routed model scores where it isn't given choices to rank."""
+    each = ", ".join(f"{task} {score:.0f}" for task, score in scores.items())
+    mean = sum(scores.values()) / len(scores)
+    return (
+        f"The same questions without choices to rank, answered in writing as `serve` answers them "
+        f"(per cent exact):\n  {each}; mean {mean:.1f}"
     )
 
 

@@ -59,7 +59,10 @@ def lifts_of(comparison: Comparison, skills: dict[str, str]) -> dict[str, float]
     }
 
 
-def write_gains(path: Path, row: str, gains: list[Gain], lifts: dict[str, float]) -> None:
-    """Write the gains of `row` and each expert's lift as JSON, in points."""
-    content = {"router": row, "lifts": lifts, "gains": [asdict(gain) for gain in gains]}
+def write_gains(
+    path: Path, row: str, gains: list[Gain], lifts: dict[str, float], written: dict[str, float]
+) -> None:
+    """Write the gains of `row`, each expert's lift and what `row` scores in writing, as JSON."""
+    found = [asdict(gain) for gain in gains]
+    content = {"router": row, "lifts": lifts, "gains": found, "written": written}
     write_text(path, json.dumps(content, indent=2) + "\n", EvaluationError)

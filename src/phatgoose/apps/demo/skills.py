@@ -16,6 +16,7 @@ from ...tasks.suites.entries import Entry, Suite
 from ...tasks.task import Task
 
 __all__ = ["SKILLS", "TASKS", "trained_task", "unseen_suite", "unseen_tasks"]
+__all__ += ["without_choices"]
 
 TASKS = Path(__file__).parent / "tasks"
 SKILLS = {  # the training task, which names the expert: the unseen task
@@ -36,6 +37,13 @@ def unseen_tasks(most: int) -> list[Task]:
     """The unseen tasks in the order of SKILLS, with at most so many examples each."""
     tasks = (load_task(TASKS / f"{name}.csv") for name in SKILLS.values())
     return [replace(task, test=task.test[:most]) for task in tasks]
+
+
+def without_choices(tasks: list[Task]) -> list[Task]:
+    """The `tasks` as a served model gets them: without choices, to be answered in writing."""
+    return [
+        replace(task, test=tuple(replace(row, choices=()) for row in task.test)) for task in tasks
+    ]
 
 
 def unseen_suite(tasks: list[Task]) -> Suite:

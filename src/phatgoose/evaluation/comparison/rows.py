@@ -171,7 +171,8 @@ def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
     for part in shared:
         tensors: dict[str, Tensor] = {}
         if part == "embeddings" and expert.embeddings is not None:
-            tensors = {str(expert.info.embedder): expert.embeddings}
+            made_by = f"{expert.info.embedder} {expert.info.embedding_form}"
+            tensors = {made_by: expert.embeddings}
         elif part in ("gates", "means", "readings"):
             tensors = dict(getattr(expert, part))
         for name in sorted(tensors):

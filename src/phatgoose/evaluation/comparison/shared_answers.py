@@ -40,7 +40,7 @@ class SharedAnswers:
         # More experts an input are scored by the model, which then reads the inputs itself.
         if not self.results or not isinstance(lookup, PromptReader) or lookup.k > 1:
             return None
-        chosen = lookup.find(dataset.examples, questions.encoder.formatting).lone()
+        chosen = lookup.find(questions.prompts, dataset.examples).lone()
         if parts is None or chosen is None:
             return None
         names = [parts.experts[z] for z in chosen.tolist()]

@@ -78,7 +78,8 @@ def passing(model: PreTrainedModel, texts: Texts, inputs: Sequence[Inputs]) -> I
 
     Raises as `announcing` does.
     """
-    with announcing(model, texts.name, texts.examples, texts.formatting) as before_pass:
+    prompts = [each["input_ids"][0].tolist() for each in inputs]
+    with announcing(model, texts.name, prompts, texts.examples) as before_pass:
         for row, each in enumerate(inputs):
             before_pass([row])
             yield each

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
 from ...experts.pool import Pool
-from ...tasks.embeddings import DEFAULT_EMBEDDER, can_embed
+from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed
 from .registry import AUTO, ROUTERS
 
 __all__ = ["DECODER_ONLY", "ENCODER_DECODER", "settled"]
@@ -59,5 +59,6 @@ def _allows(pool: Pool, router: str) -> bool:
 
 
 def _embeds_here(pool: Pool) -> bool:
-    """True where the embedder of all experts' embeddings is the one that needs no download."""
-    return can_embed() and {expert.info.embedder for expert in pool.experts} == {DEFAULT_EMBEDDER}
+    """True where all experts' embeddings are of prompts, by the embedder that needs no download."""
+    made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
+    return can_embed() and made == {(DEFAULT_EMBEDDER, PROMPT)}

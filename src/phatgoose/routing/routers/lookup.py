@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...config import Formatting
 from ...errors import RoutingError
 from ...experts.pool import Pool
+from ...tasks.embeddings import PAPER_TEXT, PROMPT, TEXTS
 from ...tasks.task import Example
 from .mixtures import Mixtures
 
@@ -84,11 +84,12 @@ class Lookup:
     def begin_task(self, name: str) -> None:
         """The examples to come belong to the task called `name`."""
 
-    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
-        """The experts of each of `examples`.
+    def find(
+        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
+    ) -> Mixtures:
+        """The experts of each prompt, given by its tokens as the model reads them.
 
-        `formatting` is how the model is given them (None: the default), for lookups that read
-        tokens.
+        `examples` are what the prompts were made of; None where only the prompts are known.
         """
         raise NotImplementedError
 
@@ -143,8 +144,18 @@ class SavedLookup:
     experts: int
     inputs: Mapping[str, int]
 
-    def embedder_for(self, router: str) -> str:
-        """The embedder that made what is looked up. Raises RoutingError when none is named."""
+    def embedder_for(self, router: str, form: str = PROMPT) -> str:
+        """The embedder that made what is looked up.
+
+        Raises RoutingError when none is named, or when it embedded another text than `form` says.
+        """
         if "embedder" not in self.info:
             raise RoutingError(f"Router {router} needs lookup.embedder in routed.json.")
+        found = self.info.get("embedding_form", PAPER_TEXT)
+        if found != form:
+            raise RoutingError(
+                f"This model's embeddings are {TEXTS.get(found, found)}, but router {router} "
+                f"compares {TEXTS[form]}. Measure its experts' embeddings again (phatgoose "
+                f"measure), then compose and save the pool again."
+            )
         return str(self.info["embedder"])

@@ -81,7 +81,7 @@ _ALL = (
         "for every input the expert of the nearest training input",
         "per_input.retrieval.Retrieval",
         needs=("embeddings",),
-        settings=INPUT,
+        settings=("retrieval_form", *INPUT),
         input_temperature=0.2,
     ),
     RouterSpec(

@@ -120,9 +120,10 @@ def _check_lookup(lookup: Any, experts: int) -> None:
     """Raise ValueError unless `lookup` is what a looked-up router keeps beside its tensors."""
     if not isinstance(lookup, dict):
         raise ValueError(f"lookup is {shortened(lookup)}")
-    embedder = lookup.get("embedder", "")
-    if not isinstance(embedder, str) or not embedder.isprintable():
-        raise ValueError(f"lookup.embedder is {shortened(embedder)}")
+    for name in ("embedder", "embedding_form"):
+        value = lookup.get(name, "")
+        if not isinstance(value, str) or not value.isprintable():
+            raise ValueError(f"lookup.{name} is {shortened(value)}")
     chosen = lookup.get("experts_by_task", {})
     if not isinstance(chosen, dict):
         raise ValueError(f"lookup.experts_by_task is {shortened(chosen)}")

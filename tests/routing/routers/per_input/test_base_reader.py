@@ -12,7 +12,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.mixtures import Mixtures
 from phatgoose.routing.routers.per_input.base_reader import BaseReader, routed_sites
 from phatgoose.tasks.prompt_passes import PromptReading, last_token
-from topic_prompts import PROMPTS, both_streams
+from topic_prompts import PROMPTS, both_streams, scores_of
 
 
 class LastHidden(PromptReading):
@@ -50,13 +50,15 @@ def test_scores_are_the_bases_while_experts_act(base, pool):
     lookup = composition_of(model).lookup
     reader = ByHidden(base.tokenizer, k=2, temperature=2.0)
     with pytest.raises(RoutingError, match="by-hidden reads prompts with a model"):
-        reader.scores(PROMPTS)
+        scores_of(reader, PROMPTS)
     reader._turn = lookup._turn  # of the model's own lookup, whose sites ask it
     reader._model = model
     lookup.serve(Mixtures.alone(torch.tensor([3])))
-    torch.testing.assert_close(reader.scores(PROMPTS), torch.stack(wanted), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        scores_of(reader, PROMPTS), torch.stack(wanted), atol=1e-5, rtol=1e-4
+    )
     assert lookup.mixtures.experts.tolist() == [[3]]  # as before
-    found = reader.of_tokens(rows)
+    found = reader.find(rows)
     assert torch.equal(found.experts, torch.stack(wanted).topk(2).indices)
     expected = (torch.stack(wanted).topk(2).values / 2).softmax(-1)
     torch.testing.assert_close(found.weights, expected, atol=1e-5, rtol=1e-4)

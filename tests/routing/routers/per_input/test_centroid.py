@@ -26,13 +26,13 @@ from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_
 from phatgoose.tasks.collating import pad_left, pad_right
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids
-from topic_prompts import CHOOSING, PROMPTS, both_streams, passed, retrieving
+from topic_prompts import CHOOSING, PROMPTS, both_streams, experts_of, passed, retrieving
 from toy_embedders import toy_embed
 
 
 def shares(pool: Pool, text: str, k: int = 3, temperature: float = 0.2) -> dict[str, float]:
     """The experts of a prompt and their weights, one cosine at a time."""
-    (query,) = toy_embed([f"Answer Choices: None, Instance: {text}"]).double()
+    (query,) = toy_embed([text]).double()
     cosines = {}
     for expert in with_embeddings(pool).experts:
         mean = expert.embeddings.double().mean(dim=0)
@@ -43,7 +43,7 @@ def shares(pool: Pool, text: str, k: int = 3, temperature: float = 0.2) -> dict[
 
 
 def assert_found(model, pool: Pool, **options) -> None:
-    mixtures = composition_of(model).lookup.of_prompts(PROMPTS)
+    mixtures = experts_of(composition_of(model).lookup, PROMPTS)
     for row, text in enumerate(PROMPTS):
         got = zip(mixtures.experts[row].tolist(), mixtures.weights[row].tolist(), strict=True)
         wanted = shares(pool, text, **options)

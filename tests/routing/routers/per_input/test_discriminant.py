@@ -19,7 +19,7 @@ from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.tasks.task import Example, Task
 from routed_models import TOPICS
 from tiny import assert_same_logits, logits_of, make_ids
-from topic_prompts import PROMPTS, both_streams
+from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
 
 # By what they change: the places and blocks (of two) that are read, shrinkage and task variance.
 SETTINGS = {
@@ -39,14 +39,14 @@ def test_scores_are_gaussian_log_likelihoods(base, pool, case):
     settings, *how = SETTINGS[case]
     wanted = torch.stack([scores_by_hand(base, pool, text, *how) for text in PROMPTS])
     model = compose(pool, base, router="discriminant", **settings)
-    got = composition_of(model).lookup.scores(PROMPTS)
+    got = scores_of(composition_of(model).lookup, PROMPTS)
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
 
 
 @both_streams
 def test_prompts_of_a_task_go_to_its_expert(base, pool):
     model = compose(trained_on(base, pool), base, router="discriminant")
-    mixtures = composition_of(model).lookup.of_prompts([text[:-2] for text in TOPICS])
+    mixtures = experts_of(composition_of(model).lookup, [text[:-2] for text in TOPICS])
     assert mixtures.experts[:, 0].tolist() == [0, 1, 2, 3]
 
 
@@ -63,8 +63,8 @@ def test_training_prompts_score_a_half_for_their_expert(llama, llama_pool):
 @both_streams
 def test_a_batch_is_scored_as_its_rows_alone(base, pool):
     lookup = composition_of(compose(pool, base, router="discriminant")).lookup
-    together = lookup.scores(PROMPTS)
-    alone = torch.cat([lookup.scores([text]) for text in PROMPTS])
+    together = scores_of(lookup, PROMPTS)
+    alone = torch.cat([scores_of(lookup, [text]) for text in PROMPTS])
     torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-3)
 
 
@@ -72,8 +72,8 @@ def test_a_batch_is_scored_as_its_rows_alone(base, pool):
 def test_several_experts_act_by_the_softmax_of_their_scores(base, pool):
     model = compose(pool, base, router="discriminant", input_k=3, input_temperature=0.5)
     lookup = composition_of(model).lookup
-    scores = lookup.scores(PROMPTS)
-    mixtures = lookup.of_prompts(PROMPTS)
+    scores = scores_of(lookup, PROMPTS)
+    mixtures = experts_of(lookup, PROMPTS)
     top = scores.topk(3)
     assert torch.equal(mixtures.experts, top.indices)
     torch.testing.assert_close(mixtures.weights, (top.values / 0.5).softmax(dim=-1))
@@ -86,7 +86,7 @@ def test_an_evaluation_is_that_of_each_inputs_expert(base, pool):
         test=tuple(Example(prompt, "yes", ("yes", "no, never", "plums")) for prompt in PROMPTS),
     )
     model = compose(pool, base, router="discriminant", input_k=1)
-    owners = composition_of(model).lookup.of_prompts(PROMPTS).experts[:, 0].tolist()
+    owners = experts_of(composition_of(model).lookup, PROMPTS).experts[:, 0].tolist()
     (routed,) = evaluate(model, task, tokenizer=base.tokenizer).scores
     detach(model)
     for place, owner in enumerate(owners):
@@ -134,7 +134,7 @@ def test_readings_of_another_base_are_refused(llama, llama_pool):
         ]
         model = compose(Pool(tuple(both)), llama, router="discriminant")
         with pytest.raises(RoutingError, match=rf"readings of {told}.*; the model has 2 of 32"):
-            composition_of(model).lookup.scores(PROMPTS)
+            scores_of(composition_of(model).lookup, PROMPTS)
         detach(model)
 
 
@@ -150,4 +150,4 @@ def test_experts_that_all_read_alike_score_nothing(llama, llama_pool):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lookup = composition_of(compose(pool, llama, router="discriminant")).lookup
-    assert not lookup.scores(PROMPTS).any()
+    assert not scores_of(lookup, PROMPTS).any()

@@ -13,7 +13,7 @@ from phatgoose.routing.routers.per_input import embedding_reader
 from phatgoose.routing.routers.per_input.embedding_reader import embeddings_of
 from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
-from topic_prompts import PROMPTS
+from topic_prompts import PROMPTS, experts_of, tokens_of
 from toy_embedders import toy_embed
 
 
@@ -26,12 +26,9 @@ def test_texts_are_embedded_as_training_inputs_are(
     monkeypatch.setattr(
         embedding_reader, "embed_texts", lambda *given: seen.append(given) or toy_embed(given[0])
     )
-    lookup.of_prompts(PROMPTS[:1])
-    lookup.find([Example("a", "b", ("b", "c"))])
-    assert [texts for texts, _, _ in seen] == [
-        ["Answer Choices: None, Instance: plums or apples"],
-        ["Answer Choices: b, c, Instance: a"],
-    ]
+    experts_of(lookup, PROMPTS[:1])
+    lookup.find(tokens_of(lookup, ["a"]), [Example("a", "b", ("b", "c"))])
+    assert [texts for texts, _ in seen] == [["plums or apples"], ["a"]]
 
 
 def test_embeddings_of_another_size_are_refused(llama, llama_pool, toy_embedder, monkeypatch):
@@ -40,7 +37,7 @@ def test_embeddings_of_another_size_are_refused(llama, llama_pool, toy_embedder,
         embedding_reader, "embed_texts", lambda texts, *_: torch.ones(len(texts), 3)
     )
     with pytest.raises(RoutingError, match=r"have 64 columns, those of .* 3; they are another"):
-        composition_of(model).lookup.of_prompts(PROMPTS)
+        experts_of(composition_of(model).lookup, PROMPTS)
 
 
 def test_the_pools_embeddings_are_told_apart_by_owner_and_embedder(llama_pool):

@@ -17,11 +17,9 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.tasks.embeddings import retrieval_text
-from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids
-from topic_prompts import PROMPTS, both_streams, retrieving
+from topic_prompts import PROMPTS, both_streams, retrieving, scores_of
 from toy_embedders import toy_embed
 
 NAME = "joint-discriminant"
@@ -30,9 +28,9 @@ CHOICES = ("yes", "no, never")
 pytestmark = retrieving
 
 
-def embedding_scores(pool: Pool, text: str, choices=(), **how: float) -> torch.Tensor:
+def embedding_scores(pool: Pool, text: str, **how: float) -> torch.Tensor:
     """The scores by what experts embedded, whole covariances from the rows themselves."""
-    (query,) = toy_embed([retrieval_text(text, choices)]).double()
+    (query,) = toy_embed([text]).double()
     rows = [expert.embeddings.double() for expert in with_embeddings(pool).experts]
     spreads = [torch.cov(own.T, correction=0) for own in rows]
     return gaussian_scores(query, [own.mean(dim=0) for own in rows], spreads, **how)
@@ -51,34 +49,12 @@ def embedding_scores(pool: Pool, text: str, choices=(), **how: float) -> torch.T
 def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shrinkage):
     model = compose(with_embeddings(pool), base, router=NAME, **settings)
     lookup = composition_of(model).lookup
-    got = lookup.scores(PROMPTS)
+    got = scores_of(lookup, PROMPTS)
     for row, text in enumerate(PROMPTS):
         read = scores_by_hand(base, pool, text, PLACES, (0, 1), shrinkage, 0.0)
         embedded = embedding_scores(pool, text, shrinkage=shrinkage)
         wanted = (1 - share) * read + share * embedded
         torch.testing.assert_close(got[row].double(), wanted, atol=5e-4, rtol=2e-3)
-
-
-@both_streams
-def test_choices_of_examples_are_embedded_with_them(base, pool):
-    examples = [Example(text, "yes", CHOICES) for text in PROMPTS]
-    model = compose(with_embeddings(pool), base, router=NAME, embedding_share=1.0)
-    wanted = torch.stack([embedding_scores(pool, text, CHOICES) for text in PROMPTS])
-    found = composition_of(model).lookup.find(examples)
-    assert found.experts[:, 0].tolist() == wanted.argmax(dim=1).tolist()
-    # without the choices it is otherwise, so this test can fail
-    plain = torch.stack([embedding_scores(pool, text) for text in PROMPTS])
-    assert (plain - wanted).abs().max() > 0.1
-
-
-@both_streams
-def test_prompts_that_pass_the_model_are_read_as_their_texts(base, pool):
-    model = compose(with_embeddings(pool), base, router=NAME, input_k=2, input_temperature=0.4)
-    lookup = composition_of(model).lookup
-    ids = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
-    by_tokens, by_texts = lookup.of_tokens(ids), lookup.of_prompts(PROMPTS)
-    assert torch.equal(by_tokens.experts, by_texts.experts)
-    torch.testing.assert_close(by_tokens.weights, by_texts.weights)
 
 
 def test_experts_join_and_leave(llama, llama_pool):
@@ -97,11 +73,11 @@ def test_experts_join_and_leave(llama, llama_pool):
 
 def test_a_saved_model_is_the_same(llama, llama_pool, tmp_path):
     model = compose(with_embeddings(llama_pool), llama, router=NAME, embedding_share=0.7)
-    wanted = composition_of(model).lookup.scores(PROMPTS)
+    wanted = scores_of(composition_of(model).lookup, PROMPTS)
     save(model, tmp_path / "routed")
     detach(model)
     again = load(tmp_path / "routed", llama)
-    assert torch.equal(composition_of(again).lookup.scores(PROMPTS), wanted)
+    assert torch.equal(scores_of(composition_of(again).lookup, PROMPTS), wanted)
 
 
 def test_a_folder_that_names_no_embedder_is_refused(llama, llama_pool, tmp_path):

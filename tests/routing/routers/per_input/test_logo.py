@@ -18,7 +18,7 @@ from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.collating import pad_left, pad_right
 from tiny import assert_same_logits, logits_of, make_ids
-from topic_prompts import CHOOSING, PROMPTS, both_streams, passed
+from topic_prompts import CHOOSING, PROMPTS, both_streams, experts_of, passed, scores_of
 
 LAST_QUERY = {
     "llama": "model.layers.1.self_attn.q_proj",
@@ -47,7 +47,7 @@ def shares(base, pool: Pool, site: str, text: str, k: int) -> dict[str, float]:
 
 
 def found(model, text: str, names) -> dict[str, float]:
-    mixtures = composition_of(model).lookup.of_prompts([text])
+    mixtures = experts_of(composition_of(model).lookup, [text])
     (experts,), (weights,) = mixtures.experts.tolist(), mixtures.weights.tolist()
     return {names[z]: w for z, w in zip(experts, weights, strict=True)}
 
@@ -72,7 +72,7 @@ def test_read_at_the_site_it_measures_what_the_layer_is_given(llama, llama_pool)
         logits_of(llama.model, torch.tensor([llama.tokenizer(text)["input_ids"]]))
     handle.remove()
     model = compose(llama_pool, llama, router="logo", logo_reads="site")
-    got = composition_of(model).lookup.scores(PROMPTS)
+    got = scores_of(composition_of(model).lookup, PROMPTS)
     for u, scores in zip(seen, got, strict=True):
         for expert, score in zip(llama_pool.experts, scores.tolist(), strict=True):
             lora = expert.lora[site]
@@ -113,10 +113,10 @@ def test_beams_are_those_of_each_prompt_alone(base, pool, cache):
 def test_experts_that_do_not_act_at_the_query_are_never_chosen(llama, uneven):
     model = compose(uneven, llama, router="logo")  # e3 acts at no query; k is 20
     lookup = composition_of(model).lookup
-    scores = lookup.scores(PROMPTS)
+    scores = scores_of(lookup, PROMPTS)
     assert (scores[:, :3] > 0).all()
     assert not scores[:, 3].any()
-    mixtures = lookup.of_prompts(PROMPTS)
+    mixtures = experts_of(lookup, PROMPTS)
     assert (mixtures.experts[:, 3] == 3).all()
     assert not mixtures.weights[:, 3].any()
     torch.testing.assert_close(mixtures.weights.sum(dim=1), torch.ones(len(PROMPTS)))
@@ -134,16 +134,16 @@ def test_without_a_query_the_first_site_of_the_last_block_is_read(llama, make_ex
     )
     model = compose(pool, llama, router="logo")
     with pytest.raises(RoutingError, match=r"reads 32 features .* act on 48 at .*set logo_reads"):
-        composition_of(model).lookup.scores(PROMPTS)
+        scores_of(composition_of(model).lookup, PROMPTS)
     detach(model)
     model = compose(pool, llama, router="logo", logo_reads="site")
-    assert (composition_of(model).lookup.scores(PROMPTS) > 0).all()
+    assert (scores_of(composition_of(model).lookup, PROMPTS) > 0).all()
 
 
 def test_it_is_saved_grows_and_shrinks(llama, uneven, tmp_path):
     ids = make_ids(rows=2)
     model = compose(uneven, llama, router="logo", input_k=2, logo_reads="site")
-    wanted, scores = logits_of(model, ids), composition_of(model).lookup.scores(PROMPTS)
+    wanted, scores = logits_of(model, ids), scores_of(composition_of(model).lookup, PROMPTS)
     marks = evaluate(model, CHOOSING).scores
     save(model, tmp_path / "routed")
     detach(model)
@@ -151,10 +151,10 @@ def test_it_is_saved_grows_and_shrinks(llama, uneven, tmp_path):
     assert torch.equal(logits_of(loaded, ids), wanted)
     assert evaluate(loaded, CHOOSING).scores == marks
     remove_experts(loaded, ["e0", "e3"])
-    left = composition_of(loaded).lookup.scores(PROMPTS)
+    left = scores_of(composition_of(loaded).lookup, PROMPTS)
     torch.testing.assert_close(left, scores[:, 1:3])  # sums of other lengths round otherwise
     add_experts(loaded, uneven.select(["e0"]))
-    found = composition_of(loaded).lookup.scores(PROMPTS)
+    found = scores_of(composition_of(loaded).lookup, PROMPTS)
     torch.testing.assert_close(found, scores[:, [1, 2, 0]])
 
 

@@ -25,6 +25,7 @@ from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task
 from tiny import assert_same_logits, logits_of
+from topic_prompts import experts_of, scores_of
 
 PROMPTS = ("plums or apples", "5 + 6 = 11, 1 + 9", "WHO? WHAT? WHERE?", "zigzag jazz;", "apples")
 CHOOSING = Task(
@@ -82,7 +83,7 @@ def assert_as_alone(base, pool: Pool, owners, routed, formatting=None) -> None:
 def test_the_vote_is_the_mean_over_tokens_and_sites(base, pool):
     expected = [vote(base, pool, text) for text in PROMPTS]
     model = compose(pool, base, router="phatgoose-input")
-    found = composition_of(model).lookup.scores(PROMPTS)
+    found = scores_of(composition_of(model).lookup, PROMPTS)
     detach(model)
     torch.testing.assert_close(
         found.double(), torch.tensor(expected).double(), atol=1e-3, rtol=1e-3
@@ -96,9 +97,8 @@ def test_inputs_are_read_as_the_evaluation_reads_them(base, pool):
     model = compose(pool, base, router="phatgoose-input")
     lookup = composition_of(model).lookup
     tokens = [base.tokenizer(p, truncation=True, max_length=3)["input_ids"] for p in PROMPTS]
-    expected = lookup.of_tokens(tokens).experts
-    assert not torch.allclose(lookup.scores(PROMPTS, cut), lookup.scores(PROMPTS))
-    assert torch.equal(lookup.find(CHOOSING.test, cut).experts, expected)
+    expected = lookup.find(tokens).experts
+    assert not torch.allclose(lookup.scores(tokens), scores_of(lookup, PROMPTS))
     with pytest.warns(UserWarning, match="cut to 3 tokens"):
         (score,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer, formatting=cut).scores
     detach(model)
@@ -109,7 +109,7 @@ def test_inputs_are_read_as_the_evaluation_reads_them(base, pool):
 @both_streams
 def test_each_input_gets_what_its_expert_alone_would_give(base, pool):
     model = compose(pool, base, router="phatgoose-input")
-    owners = composition_of(model).lookup.of_prompts(PROMPTS).experts.flatten().tolist()
+    owners = experts_of(composition_of(model).lookup, PROMPTS).experts.flatten().tolist()
     (routed,) = evaluate(model, CHOOSING, tokenizer=base.tokenizer).scores
     detach(model)
     assert_as_alone(base, pool, owners, routed)
@@ -120,7 +120,7 @@ def test_prompts_that_nobody_announced_are_read_as_they_pass(base, pool):
     for text in PROMPTS[:3]:
         ids = torch.tensor([base.tokenizer(text)["input_ids"]])
         model = compose(pool, base, router="phatgoose-input")
-        (owner,) = composition_of(model).lookup.of_prompts([text]).experts.flatten().tolist()
+        (owner,) = experts_of(composition_of(model).lookup, [text]).experts.flatten().tolist()
         with record(model) as recording:
             routed = logits_of(model, ids)
         assert recording.experts == pool.names
@@ -179,10 +179,10 @@ def in_the_decoder(expert: Expert) -> Expert:
 def test_experts_that_no_prompt_passes_come_last(base, pool, router):
     apart = Pool((in_the_decoder(pool.experts[0]), *pool.experts[1:]))
     lookup = composition_of(compose(apart, base, router=router, input_k=4)).lookup
-    scores = lookup.scores(PROMPTS)
+    scores = scores_of(lookup, PROMPTS)
     assert (scores[:, 0] == LEAST).all()
     assert (scores[:, 1:].max(dim=1).values < 0).any()  # where a score of 0 would win
-    found = lookup.of_prompts(PROMPTS)
+    found = experts_of(lookup, PROMPTS)
     assert (found.experts[:, -1] == 0).all()
     assert found.experts.sort().values.tolist() == [[0, 1, 2, 3]] * len(PROMPTS)
     torch.testing.assert_close(found.weights.sum(-1), torch.ones(len(PROMPTS)))
@@ -194,16 +194,16 @@ def test_experts_that_no_prompt_passes_come_last(base, pool, router):
 def test_where_no_expert_reads_prompts_all_are_equal(base, pool):
     apart = Pool(tuple(map(in_the_decoder, pool.experts)))
     lookup = composition_of(compose(apart, base, router="phatgoose-input")).lookup
-    assert not lookup.scores(PROMPTS).any()
+    assert not scores_of(lookup, PROMPTS).any()
 
 
 def test_it_is_saved_and_loaded_and_does_not_grow(llama, llama_pool, tmp_path):
     model = compose(llama_pool, llama, router="phatgoose-input")
-    expected = composition_of(model).lookup.scores(PROMPTS)
+    expected = scores_of(composition_of(model).lookup, PROMPTS)
     save(model, tmp_path / "routed")
     detach(model)
     again = load(tmp_path / "routed", llama)
-    assert torch.equal(composition_of(again).lookup.scores(PROMPTS), expected)
+    assert torch.equal(scores_of(composition_of(again).lookup, PROMPTS), expected)
     with pytest.raises(RoutingError, match="made for the experts that it has"):
         remove_experts(again, llama_pool.names[:1])
     detach(again)

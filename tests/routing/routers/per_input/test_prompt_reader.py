@@ -62,7 +62,7 @@ def test_after_an_evaluation_prompts_are_read_again(base, pool):
     wanted = passed(base, model, *batch_of(base, PROMPTS))
     evaluate(model, CHOOSING)
     assert torch.equal(passed(base, model, *batch_of(base, PROMPTS)), wanted)
-    with announcing(model, "any", CHOOSING.test) as before_pass:
+    with announcing(model, "any", [[1, 2, 3]]) as before_pass:
         before_pass([0])
     assert torch.equal(passed(base, model, *batch_of(base, PROMPTS)), wanted)
 
@@ -136,8 +136,8 @@ def test_a_cache_that_was_not_read_is_refused(llama, llama_pool):
 def test_a_prompt_one_token_longer_is_read_anew(llama, llama_pool):
     model = compose_by("retrieval", llama_pool, llama)
     lookup, seen = composition_of(model).lookup, []
-    reads = lookup.of_tokens
-    lookup.of_tokens = lambda prompts: seen.append(prompts) or reads(prompts)
+    reads = lookup.find
+    lookup.find = lambda prompts: seen.append(prompts) or reads(prompts)
     ids, _ = batch_of(llama, PROMPTS[:1])
     model(ids[:, :-1])
     model(ids)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 
 from mixed_by_hand import adding
 from phatgoose.base.loading import load_base
-from phatgoose.errors import ConfigError, PoolError
+from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import TaskScore, evaluate
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
@@ -22,11 +23,11 @@ from phatgoose.routing.recording import record
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.collating import pad_left, pad_right
-from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_examples
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of
 from topic_prompts import (
+    ASKED_OWNERS,
     CHOOSING,
     CHOSEN_OWNERS,
     OPEN,
@@ -35,6 +36,7 @@ from topic_prompts import (
     batch_of,
     both_streams,
     by_single,
+    experts_of,
     owner,
     passed,
     retrieving,
@@ -43,14 +45,14 @@ from toy_embedders import toy_embed
 
 
 def test_the_prompts_of_these_tests_ask_for_all_experts(llama_pool):
-    found = [owner(llama_pool, f"Answer Choices: None, Instance: {text}") for text in PROMPTS]
-    assert tuple(found) == OWNERS
+    assert tuple(owner(llama_pool, text) for text in PROMPTS) == OWNERS
+    asked = [owner(llama_pool, example.input) for example in CHOOSING.test]
     texts = [
         f"Answer Choices: {', '.join(example.choices)}, Instance: {example.input}"
         for example in CHOOSING.test
     ]
-    assert tuple(owner(llama_pool, text) for text in texts) == CHOSEN_OWNERS
-    assert owner(llama_pool, f"Answer Choices: None, Instance: {CHOOSING.test[1].input}") == "e0"
+    assert tuple(asked) == ASKED_OWNERS
+    assert tuple(owner(llama_pool, text, "paper") for text in texts) == CHOSEN_OWNERS
 
 
 @retrieving
@@ -122,21 +124,22 @@ def alone(originals, pool_of) -> Callable[..., list[TaskScore]]:
 
 @retrieving
 @pytest.mark.parametrize("budget", [1, 150, 4096])
+@pytest.mark.parametrize(("form", "owners"), [("prompt", ASKED_OWNERS), ("paper", CHOSEN_OWNERS)])
 @both_streams
-def test_choices_are_ranked_by_the_expert_of_the_input_with_its_choices(
-    base, kind, pool, budget, alone
+def test_choices_are_ranked_by_the_expert_of_the_input(
+    base, kind, pool, budget, alone, form, owners
 ):
-    model = compose_by("retrieval", pool, base)
+    model = compose(with_embeddings(pool, form), base, router="retrieval", retrieval_form=form)
     (score,) = evaluate(model, CHOOSING, token_budget=budget).scores
-    single = alone(kind, CHOOSING, CHOSEN_OWNERS)
+    single = alone(kind, CHOOSING, owners)
     for i, prediction in enumerate(score.predictions):
         wanted = single[i].predictions[i]
         assert prediction.scores == pytest.approx(wanted.scores, abs=1e-4)
         assert prediction.answer == wanted.answer
         others = [
             s.predictions[i].scores
-            for name, s in zip(CHOSEN_OWNERS, single, strict=True)
-            if name != CHOSEN_OWNERS[i]
+            for name, s in zip(owners, single, strict=True)
+            if name != owners[i]
         ]
         assert not any(scores == pytest.approx(wanted.scores, abs=1e-3) for scores in others)
 
@@ -157,13 +160,13 @@ def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch)
     seen = []
     monkeypatch.setattr(
         "phatgoose.routing.routers.per_input.embedding_reader.embed_texts",
-        lambda texts, embedder, _: seen.append((list(texts), embedder)) or toy_embed(texts),
+        lambda texts, embedder: seen.append((list(texts), embedder)) or toy_embed(texts),
     )
     evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)
     assert [len(texts) for texts, _ in seen] == [5, 5]
     assert {embedder for _, embedder in seen} == {DEFAULT_EMBEDDER}
-    assert seen[0][0][3] == "Answer Choices: WHO?, WHAT? WHY? WHO?, Instance: say"
-    assert seen[1][0][0] == "Answer Choices: None, Instance: plums or apples"
+    assert seen[0][0][3] == "say"  # as a served prompt is embedded, without its choices
+    assert seen[1][0][0] == "plums or apples"
 
 
 @retrieving
@@ -215,6 +218,45 @@ def test_experts_without_embeddings_are_named(llama, llama_pool):
         compose(llama_pool, llama, router="retrieval")
 
 
+@retrieving
+def test_the_paper_s_form_is_for_scoring_and_kept_with_a_model(llama, llama_pool, tmp_path):
+    pool = with_embeddings(llama_pool, "paper")
+    model = compose(pool, llama, router="retrieval", retrieval_form="paper")
+    scores = evaluate(model, CHOOSING).scores
+    with pytest.raises(RoutingError, match="embeds answer choices, which a prompt alone doesn't"):
+        passed(llama, model, *batch_of(llama, PROMPTS))
+    save(model, tmp_path / "routed")
+    loaded = load(tmp_path / "routed", dtype="float32")
+    assert evaluate(loaded, CHOOSING).scores == scores
+
+
+@pytest.mark.parametrize("router", ["retrieval", "centroid", "glider", "joint-discriminant"])
+def test_embeddings_of_another_form_are_refused_with_the_command_that_mends_it(
+    llama, llama_pool, router
+):
+    pool = with_embeddings(llama_pool, "paper")
+    old = Pool(tuple(replace(e, info=replace(e.info, embedding_form=None)) for e in pool.experts))
+    for each in (pool, old):  # experts made before the form was recorded have the paper's
+        with pytest.raises(PoolError, match=r"'e0' has embeddings of .*paper.*phatgoose measure"):
+            compose(each, llama, router=router)
+    with pytest.raises(PoolError, match=r"'e0' has embeddings of prompts .*--embedding-form paper"):
+        compose(with_embeddings(llama_pool), llama, router="retrieval", retrieval_form="paper")
+
+
+@pytest.mark.parametrize("router", ["retrieval", "centroid", "joint-discriminant"])
+def test_a_saved_model_with_embeddings_of_another_form_is_refused(
+    llama, llama_pool, tmp_path, toy_embedder, router
+):
+    save(compose(with_embeddings(llama_pool), llama, router=router), tmp_path / "routed")
+    detach(llama.model)
+    record = tmp_path / "routed" / "routed.json"
+    content = json.loads(record.read_text())
+    assert content["lookup"].pop("embedding_form") == "prompt"  # as before it was recorded
+    record.write_text(json.dumps(content))
+    with pytest.raises(RoutingError, match=r"embeddings are inputs behind .*phatgoose measure"):
+        load(tmp_path / "routed", llama)
+
+
 def test_embeddings_of_several_embedders_are_refused(llama, llama_pool):
     some = with_embeddings(llama_pool).experts
     other = replace(some[1], info=replace(some[1].info, embedder="other/embedder"))
@@ -258,7 +300,7 @@ def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base,
     detach(model)
     wanted = []
     for text, row in zip(PROMPTS, rows, strict=True):
-        (query,) = toy_embed([f"Answer Choices: None, Instance: {text}"]).double()
+        (query,) = toy_embed([text]).double()
         nearest = {
             expert.name: float((expert.embeddings.double() @ query).max())
             for expert in with_embeddings(pool).experts
@@ -275,7 +317,7 @@ def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base,
 def test_more_experts_an_input_than_there_are_is_told(llama, llama_pool, toy_embedder):
     with pytest.warns(UserWarning, match="input_k is 9, but the pool has 4 experts"):
         model = compose_by("retrieval", llama_pool, llama, input_k=9)
-    assert composition_of(model).lookup.of_prompts(PROMPTS).experts.shape == (5, 4)
+    assert experts_of(composition_of(model).lookup, PROMPTS).experts.shape == (5, 4)
 
 
 def has(package: str) -> bool:
@@ -299,8 +341,8 @@ def test_with_the_real_embedder_inputs_find_the_expert_of_their_subject(llama, l
     experts = tuple(
         replace(
             expert,
-            info=replace(expert.info, embedder=name),
-            embeddings=embed_examples([Example(t, "") for t in subjects[expert.name]]),
+            info=replace(expert.info, embedder=name, embedding_form="prompt"),
+            embeddings=embed_texts(subjects[expert.name]),
         )
         for expert in llama_pool.experts
     )

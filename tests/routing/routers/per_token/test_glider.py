@@ -21,14 +21,14 @@ from phatgoose.routing.saved.segments import add_to_saved, remove_from_saved, sa
 from phatgoose.tasks.collating import pad_left, pad_right
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids, random
-from topic_prompts import CHOOSING, PROMPTS, both_streams, passed, retrieving
+from topic_prompts import CHOOSING, PROMPTS, both_streams, experts_of, passed, retrieving
 from toy_embedders import toy_embed
 
 SITE = "model.layers.0.self_attn.q_proj"  # of the tiny Llama
 
 
 def cosines_of(pool, text: str) -> list[float]:
-    (query,) = toy_embed([f"Answer Choices: None, Instance: {text}"]).double()
+    (query,) = toy_embed([text]).double()
     means = [expert.embeddings.double().mean(dim=0) for expert in with_embeddings(pool).experts]
     return [float(query @ mean / mean.norm()) for mean in means]
 
@@ -48,7 +48,7 @@ def logits_by_hand(pool, u: Tensor, text: str, scale: float) -> dict[int, float]
 
 def serve(model, texts) -> None:
     lookup = composition_of(model).lookup
-    lookup.serve(lookup.of_prompts(texts))
+    lookup.serve(experts_of(lookup, texts))
 
 
 @retrieving

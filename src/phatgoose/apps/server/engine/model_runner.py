@@ -119,7 +119,7 @@ class ModelRunner:
         """
         if not isinstance(self._lookup, PromptReader):
             return [None] * len(prompts)
-        return [*self._lookup.of_tokens([list(each) for each in prompts]).each()]
+        return [*self._lookup.find([list(each) for each in prompts]).each()]
 
     def use_experts(self, experts: Sequence[Mixtures | None]) -> None:
         """Let the next pass use these, one a row, if the router picks experts by prompt."""

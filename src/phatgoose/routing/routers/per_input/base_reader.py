@@ -11,9 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ....base.sites import Site
-from ....config import Formatting
 from ....errors import RoutingError
-from ....tasks.encoding import Encoder
 from ....tasks.prompt_passes import PromptReading, read_prompts
 from ....tasks.task import Example
 from ...watching import unwatched
@@ -39,43 +37,21 @@ class BaseReader(PromptReader):
         """The experts for `scores` [texts, pool_size]: as `Mixtures.best` has it."""
         return Mixtures.best(scores, self.k, self.temperature)
 
-    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
-        """The experts of each example, read as `formatting` has it; choices play no part."""
-        return self.mixed(self.scores_of_examples(examples, formatting))
-
-    def of_prompts(self, texts: Sequence[str]) -> Mixtures:
+    def find(
+        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
+    ) -> Mixtures:
         """The experts of each prompt. Raises RoutingError when not attached."""
-        return self.mixed(self.scores(texts))
+        return self.mixed(self.scores(prompts))
 
-    def of_tokens(self, prompts: Sequence[list[int]]) -> Mixtures:
-        """The same of prompts given by their tokens, special ones included."""
-        return self.mixed(self._scores_of(prompts))
-
-    def scores(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
-        """The score of each prompt and expert, float32 [texts, pool_size]."""
-        encoder = self._encoder(formatting)
-        return self._scores_of([encoder.prompt(text) for text in texts])
-
-    def scores_of_examples(
-        self, examples: Sequence[Example], formatting: Formatting | None = None
-    ) -> Tensor:
-        """The same of examples, read as `formatting` has it."""
-        encoder = self._encoder(formatting)
-        return self._scores_of(
-            [encoder.fitted(example.input, example.passage).tokens for example in examples]
-        )
-
-    def _encoder(self, formatting: Formatting | None) -> Encoder:
-        return Encoder.for_model(self._attached, self.tokenizer, formatting)
+    def scores(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The score of each prompt and expert, float32 [prompts, pool_size]."""
+        return self._read_alone(prompts, self.reading(self._attached))
 
     @property
     def _attached(self) -> PreTrainedModel:
         if self._model is None:
             raise RoutingError(f"Router {self.name} reads prompts with a model; compose one.")
         return self._model
-
-    def _scores_of(self, prompts: Sequence[list[int]]) -> Tensor:
-        return self._read_alone(prompts, self.reading(self._attached))
 
     def _read_alone(self, prompts: Sequence[Sequence[int]], reading: PromptReading) -> Tensor:
         """What `reading` finds in each prompt, read by the base without any expert."""

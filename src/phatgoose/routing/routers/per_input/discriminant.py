@@ -192,9 +192,10 @@ class PromptDiscriminant(BaseReader):
         self._check(model)
         return _Scored(self.blocks, self._score)
 
-    def _scores_of(self, prompts: Sequence[list[int]]) -> Tensor:
+    def scores(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The score of each prompt and expert, float32 [prompts, E]."""
         if self.remembered is None:
-            return super()._scores_of(prompts)
+            return super().scores(prompts)
         self._check(self._attached)
         states = self.remembered.of(prompts, self._states_of)
         return self._score(states[:, :, self.blocks])

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ....config import Formatting
 from ....errors import PoolError, RoutingError
 from ....experts.expert import Expert
 from ....experts.pool import Pool
-from ....tasks.embeddings import embed_texts, load_embedder, retrieval_text
+from ....tasks.embeddings import PAPER_TEXT, PROMPT, TEXTS, embed_texts, load_embedder, prompt_texts
 from ....tasks.task import Example
 from ..mixtures import Mixtures
 from .prompt_reader import PromptReader
@@ -34,12 +33,12 @@ class PromptEmbedder:
         load_embedder(name)
         self.name, self.columns = name, columns
 
-    def vectors(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
-        """Unit vectors [texts, columns]; what is too long for the embedder is cut by `formatting`.
+    def vectors(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors [texts, columns].
 
         Raises RoutingError where they have another number of columns, and as `embed_texts` does.
         """
-        found = embed_texts(texts, self.name, (formatting or Formatting()).truncation)
+        found = embed_texts(texts, self.name)
         if found.shape[1] != self.columns:
             raise RoutingError(
                 f"The experts' embeddings have {self.columns} columns, those of {self.name} "
@@ -76,20 +75,14 @@ class EmbeddingReader(PromptReader):
         raise NotImplementedError
 
     def info(self) -> dict[str, Any]:
-        """The embedder's name."""
-        return {"embedder": self.embedder}
+        """The embedder's name, and what it embedded."""
+        return {"embedder": self.embedder, "embedding_form": PROMPT}
 
-    def of_prompts(self, texts: Sequence[str]) -> Mixtures:
-        """The experts of each prompt, without answer choices."""
-        return self._of([retrieval_text(text, ()) for text in texts])
-
-    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
-        """The experts of each example; its answer choices are a part of the query."""
-        texts = [retrieval_text(example.input, example.choices) for example in examples]
-        return self._of(texts, formatting)
-
-    def _of(self, texts: Sequence[str], formatting: Formatting | None = None) -> Mixtures:
-        return self.nearest_to(self.prompts.vectors(texts, formatting))
+    def find(
+        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
+    ) -> Mixtures:
+        """The experts of each prompt."""
+        return self.nearest_to(self.prompts.vectors(prompt_texts(self.tokenizer, prompts)))
 
 
 @dataclass(frozen=True)
@@ -101,13 +94,13 @@ class Embeddings:
     embedder: str
 
 
-def embeddings_of(pool: Pool, embedder: str | None = None) -> Embeddings:
+def embeddings_of(pool: Pool, embedder: str | None = None, form: str = PROMPT) -> Embeddings:
     """Those of all experts of `pool`; `owners` are indices in it.
 
-    Raises PoolError when an expert has none or they come from several embedders, or from another
-    than `embedder`.
+    Raises PoolError when an expert has none or has those of other texts than `form` says, or when
+    they come from several embedders, or from another than `embedder`.
     """
-    rows = [_embeddings(expert) for expert in pool.experts]
+    rows = [_embeddings(expert, form) for expert in pool.experts]
     kinds = {
         (str(expert.info.embedder), row.shape[1])
         for expert, row in zip(pool.experts, rows, strict=True)
@@ -124,11 +117,19 @@ def embeddings_of(pool: Pool, embedder: str | None = None) -> Embeddings:
     return Embeddings(unit, owners, found)
 
 
-def _embeddings(expert: Expert) -> Tensor:
+def _embeddings(expert: Expert, form: str) -> Tensor:
     if expert.embeddings is None or expert.info.embedder is None:
         lacks = "embeddings" if expert.embeddings is None else "record of its embedder"
         raise PoolError(
             f"Expert {expert.name!r} has no {lacks}; run 'phatgoose measure' on it, with "
             f"--task its data, or leave it out."
+        )
+    found = expert.info.embedding_form or PAPER_TEXT  # before it was recorded
+    if found != form:
+        flag = "" if form == PROMPT else f" --embedding-form {form}"
+        raise PoolError(
+            f"Expert {expert.name!r} has embeddings of {TEXTS.get(found, found)}, but this router "
+            f"compares {TEXTS[form]}; measure them again: phatgoose measure {expert.directory} "
+            f"--task ITS-DATA --embeddings --no-means --no-readings{flag}"
         )
     return expert.embeddings

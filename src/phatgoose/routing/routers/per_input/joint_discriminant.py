@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ....config import Formatting, Routing
+from ....config import Routing
 from ....experts.pool import Pool
 from ....experts.readings import moments_of
-from ....tasks.embeddings import retrieval_text, usable_embedder
-from ....tasks.task import Example
+from ....tasks.embeddings import PROMPT, prompt_texts, usable_embedder
 from ..lookup import Lookup, SavedLookup
-from ..mixtures import Mixtures
 from ..scores import Scores
 from .discriminant import (
     Discriminant,
@@ -112,39 +110,19 @@ class JointReader(PromptDiscriminant):
         self.prompts = PromptEmbedder(embedder, moments["mean"].shape[1])
         self.embedding_slopes, self.embedding_offsets = line_of(moments, routing)
 
-    def scores_of_examples(
-        self, examples: Sequence[Example], formatting: Formatting | None = None
-    ) -> Tensor:
-        """The scores of examples; their answer choices are a part of what is embedded."""
-        queries = [retrieval_text(each.input, each.choices) for each in examples]
-        return self._joined(super().scores_of_examples(examples, formatting), queries, formatting)
-
-    def of_tokens(self, prompts: Sequence[list[int]]) -> Mixtures:
-        """The experts of prompts given by their tokens; special ones are not embedded."""
-        texts = self.tokenizer.batch_decode(prompts, skip_special_tokens=True)
-        queries = [retrieval_text(text, ()) for text in texts]
-        return self.mixed(self._joined(self._scores_of(prompts), queries))
-
-    def scores(self, texts: Sequence[str], formatting: Formatting | None = None) -> Tensor:
-        """The score of each prompt, without answer choices, and expert, float32 [texts, E]."""
-        queries = [retrieval_text(text, ()) for text in texts]
-        return self._joined(super().scores(texts, formatting), queries, formatting)
-
-    def _joined(
-        self, read: Tensor, queries: Sequence[str], formatting: Formatting | None = None
-    ) -> Tensor:
-        """The scores `read` by the base, joined with those of the embedded `queries`."""
-        vectors = self.prompts.vectors(queries, formatting)
-        own = vectors @ self.embedding_slopes + self.embedding_offsets
-        return torch.lerp(read, own, self.routing.embedding_share)
+    def scores(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """The score of each prompt and expert, float32 [prompts, E]."""
+        vectors = self.prompts.vectors(prompt_texts(self.tokenizer, prompts))
+        embedded = vectors @ self.embedding_slopes + self.embedding_offsets
+        return torch.lerp(super().scores(prompts), embedded, self.routing.embedding_share)
 
     def tensors(self) -> dict[str, Tensor]:
         """The readings of all experts, and what their embeddings are like."""
         return {**super().tensors(), **_named(self.moments)}
 
     def info(self) -> dict[str, Any]:
-        """The embedder's name."""
-        return {"embedder": self.prompts.name}
+        """The embedder's name, and what it embedded."""
+        return {"embedder": self.prompts.name, "embedding_form": PROMPT}
 
     def grown(self, pool: Pool, first: int) -> JointReader:
         """The reader of the experts of `pool` too. Raises PoolError when they don't fit."""

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ....config import Formatting
 from ....errors import RoutingError
 from ....experts.pool import Pool
 from ....files.quoting import one_line
@@ -64,8 +63,10 @@ class TaskTable(Lookup):
         """The experts of the tasks."""
         return {"experts_by_task": self.experts}
 
-    def find(self, examples: Sequence[Example], formatting: Formatting | None = None) -> Mixtures:
-        """The expert of the present task, for each of `examples`."""
+    def find(
+        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
+    ) -> Mixtures:
+        """The expert of the present task, for each of `prompts`."""
         if self.mixtures is None:
             raise RoutingError(self.unknown)
-        return self.mixtures.shared_out(len(examples))
+        return self.mixtures.shared_out(len(prompts))

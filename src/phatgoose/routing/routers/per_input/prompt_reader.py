@@ -6,7 +6,7 @@ served by the experts of that one's prompt; where nobody has read it, it is refu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -61,14 +61,6 @@ class PromptReader(Lookup):
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         """Restore what `__getstate__` gave."""
         super().__setstate__({**state, "_of_caches": WeakKeyDictionary()})
-
-    def of_prompts(self, texts: Sequence[str]) -> Mixtures:
-        """The experts of each prompt."""
-        raise NotImplementedError
-
-    def of_tokens(self, prompts: Sequence[list[int]]) -> Mixtures:
-        """The same of prompts given by their tokens; special ones are no part of the text."""
-        return self.of_prompts(self.tokenizer.batch_decode(prompts, skip_special_tokens=True))
 
     def serve(self, mixtures: Mixtures | None) -> None:
         """Use `mixtures` for the rows to come; None goes back to reading prompts."""
@@ -144,7 +136,7 @@ class PromptReader(Lookup):
         if given.get("use_cache") is not False or not self._grew(ids):
             real = real_tokens(given)
             kept = zip(ids, torch.ones_like(ids).bool() if real is None else real, strict=True)
-            turn.mixtures = self.of_tokens([row[keep].tolist() for row, keep in kept])
+            turn.mixtures = self.find([row[keep].tolist() for row, keep in kept])
             turn.prompt = ids.cpu()
         turn.length = ids.shape[1]
 

@@ -1,22 +1,26 @@
 """Retrieval: for every input the expert of the nearest training input.
 
 Muqeeth et al. 2024, section 4.2; Jang et al. 2023. Experts share embeddings of up to 1000 of their
-training inputs (`training.router_statistics`); nearness is the cosine. With `input_k` above 1 the k
-experts that have the nearest training inputs act together, weighted by the softmax of these cosines
-over `input_temperature`: that is ours.
+training inputs (`training.router_statistics`); nearness is the cosine. Inputs are embedded as the
+model reads them. The released code embeds their answer choices too, which no served prompt has:
+`retrieval_form` "paper" does so in comparisons. With `input_k` above 1 the k experts that have the
+nearest training inputs act together, weighted by the softmax of these cosines over
+`input_temperature`: that is ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ....errors import RoutingError
 from ....experts.pool import Pool
-from ....tasks.embeddings import usable_embedder
+from ....tasks.embeddings import PROMPT, paper_texts, usable_embedder
+from ....tasks.task import Example
 from ...stacks.rows import joined
 from ..lookup import Lookup, SavedLookup
 from ..mixtures import Mixtures
@@ -39,7 +43,7 @@ class Retrieval(LookedUp):
 
     def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """The embeddings of the experts of `pool`, made by the embedder of those they join."""
-        found = embeddings_of(pool, info.get("embedder"))
+        found = embeddings_of(pool, info.get("embedder"), self.routing.retrieval_form)
         return {EMBEDDINGS: found.rows, OWNERS: found.owners}
 
     def lookup_of(
@@ -51,13 +55,13 @@ class Retrieval(LookedUp):
         ConfigError without `tokenizer`, or with an embedder that must be named or can't be loaded.
         """
         reads = self.needed(tokenizer)
-        found = embeddings_of(pool)
+        found = embeddings_of(pool, form=self.routing.retrieval_form)
         embedder = usable_embedder(found.embedder, self.routing.retrieval_embedder)
         return self._retriever(found.rows, found.owners, embedder, reads)
 
     def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
         """The same, read from a saved model. Raises RoutingError where no embedder is recorded."""
-        recorded = saved.embedder_for(self.spec.name)
+        recorded = saved.embedder_for(self.spec.name, self.routing.retrieval_form)
         reads, tensors = self.needed(tokenizer), saved.tensors
         embedder = usable_embedder(recorded, self.routing.retrieval_embedder)
         return self._retriever(tensors[EMBEDDINGS], tensors[OWNERS], embedder, reads)
@@ -65,8 +69,8 @@ class Retrieval(LookedUp):
     def _retriever(
         self, rows: Tensor, owners: Tensor, embedder: str, tokenizer: PreTrainedTokenizerBase
     ) -> Retriever:
-        k, temperature = self.input_k, self.input_temperature
-        return Retriever(rows, owners, embedder, tokenizer, k, temperature)
+        how = self.input_k, self.input_temperature, self.routing.retrieval_form
+        return Retriever(rows, owners, embedder, tokenizer, *how)
 
 
 class Retriever(EmbeddingReader):
@@ -82,13 +86,34 @@ class Retriever(EmbeddingReader):
         tokenizer: PreTrainedTokenizerBase,
         k: int = 1,
         temperature: float = 1.0,
+        form: str = PROMPT,
     ) -> None:
         """`embeddings` [M, dims] are unit vectors made by `embedder`, `owners` [M] their experts.
 
-        All else is as `EmbeddingReader` has it.
+        `form` says of what texts: prompts, or the paper's. All else is as `EmbeddingReader` has it.
         """
         super().__init__(embedder, embeddings.shape[1], tokenizer, k, temperature)
-        self.embeddings, self.owners = embeddings, owners
+        self.embeddings, self.owners, self.form = embeddings, owners, form
+
+    def find(
+        self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
+    ) -> Mixtures:
+        """The experts of each prompt.
+
+        Raises RoutingError for the paper's form without `examples`, whose choices are embedded.
+        """
+        if self.form == PROMPT:
+            return super().find(prompts)
+        if examples is None:
+            raise RoutingError(
+                "Router retrieval with retrieval_form 'paper' embeds answer choices, which a "
+                "prompt alone doesn't have: use it in compare, or set retrieval_form to 'prompt'."
+            )
+        return self.nearest_to(self.prompts.vectors(paper_texts(examples)))
+
+    def info(self) -> dict[str, Any]:
+        """The embedder's name, and what it embedded."""
+        return {**super().info(), "embedding_form": self.form}
 
     def tensors(self) -> dict[str, Tensor]:
         """The embeddings and their owners."""
@@ -96,7 +121,7 @@ class Retriever(EmbeddingReader):
 
     def grown(self, pool: Pool, first: int) -> Retriever:
         """The retriever with the embeddings of the experts of `pool` too."""
-        new = embeddings_of(pool, self.embedder)
+        new = embeddings_of(pool, self.embedder, self.form)
         owners = joined([self.owners, new.owners + first])
         return self._with(joined([self.embeddings, new.rows]), owners)
 
@@ -107,7 +132,8 @@ class Retriever(EmbeddingReader):
         return self._with(self.embeddings[stay], owners[stay])
 
     def _with(self, rows: Tensor, owners: Tensor) -> Retriever:
-        return Retriever(rows, owners, self.embedder, self.tokenizer, self.k, self.temperature)
+        how = self.k, self.temperature, self.form
+        return Retriever(rows, owners, self.embedder, self.tokenizer, *how)
 
     def nearest_to(self, queries: Tensor) -> Mixtures:
         """The k experts that own the embeddings nearest to each of `queries` [texts, dims]."""

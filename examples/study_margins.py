@@ -30,6 +30,7 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.per_input.base_reader import BaseReader
 from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
 
@@ -45,7 +46,7 @@ def main(suites: str, router: str, other: str, results: str, *pools: str) -> Non
     lookup = composition_of(compose(pool, base, router=router)).lookup
     if not isinstance(lookup, BaseReader):
         sys.exit(f"Router {router} doesn't score whole inputs by what the base reads.")
-    margins: dict[str, Array] = {}
+    margins, encoder = dict[str, Array](), Encoder.of(base)
     print("| dataset | first score | margin | above 0.2 |\n|---|---|---|---|")
     for asked in suites.split(","):
         suite, _, limit = asked.partition("=")
@@ -54,7 +55,8 @@ def main(suites: str, router: str, other: str, results: str, *pools: str) -> Non
         told = []
         for entry in own or opened.entries:
             drawn = entry.read(Sources(None, None)).evaluation_examples(int(limit), 0)
-            first, second = lookup.scores_of_examples(drawn).topk(2).values.T
+            prompts = [pair.prompt for pair in encoder.pairs(drawn)]
+            first, second = lookup.scores(prompts).topk(2).values.T
             margin = margins[entry.name] = (first - second).double().numpy()
             told.append((float(first.mean()), margin.mean(), np.mean(margin > 0.2)))
             print(f"| {entry.name} | {line_of(told[-1])} |", flush=True)

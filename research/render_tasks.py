@@ -5,8 +5,8 @@
 Each training task of ../shared/data has up to four wordings. One of them, drawn by a hash of the
 task's name, is held out. Writes
 
-    OUT/train/TASK.jsonl      training rows, and half of the validation rows to choose checkpoints by,
-                              in the other wordings
+    OUT/train/TASK.jsonl      training rows, and half of the validation rows to choose checkpoints
+                              by, in the other wordings
     OUT/own-new/TASK.jsonl    the other half of the validation rows, in the held-out wording
     OUT/own-known/TASK.jsonl  the same rows in the wordings of training
     OUT/eval/TASK.jsonl       evaluation tasks: wordings that share no instruction with training,

@@ -34,6 +34,7 @@ MOST_CHARACTERS = 16 << 20  # of one conversation
 MOST_BYTES = 8 * MOST_CHARACTERS  # of a reply
 KEPT = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # no keys, no tokens
 START = "import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main()"
+STOPPED = "The server was stopped."
 MODULE = f"{__package__}.text_process"
 
 
@@ -120,6 +121,8 @@ class UntrustedText:
             if process.is_over or "memory" in reply:
                 self._end()
                 self.ended += not self._is_closed
+        if self._is_closed and process.is_over:
+            raise BaseModelError(STOPPED)
         if "refused" in reply:
             raise BaseModelError(f"The base's {what} refuses the messages: {reply['refused']}")
         if "found" not in reply:
@@ -130,7 +133,7 @@ class UntrustedText:
     def _running(self) -> _Process:
         """The process, started if there is none."""
         if self._is_closed:
-            raise BaseModelError("The server was stopped.")
+            raise BaseModelError(STOPPED)
         if self._process is None or self._process.has_ended:
             self._end()
             process = self._process = _Process()

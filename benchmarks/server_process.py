@@ -121,14 +121,24 @@ def is_well(address: str, health: str = "healthz") -> bool:
         return False
 
 
+def tiny_base(folder: Path, template: str | None = None) -> str:
+    """A tiny base with random weights and a chat `template`, in `folder`."""
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from tiny import make_model, make_tokenizer
+
+    make_model("llama").save_pretrained(folder)
+    tokenizer = make_tokenizer(final_eos=False)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 def tiny_pool(folder: Path) -> str:
     """A pool of eight random experts on a tiny base, in `folder`."""
-    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    tiny_base(folder / "base")
     from phatgoose.base.loading import load_base
-    from tiny import make_model, make_tokenizer, write_expert
+    from tiny import write_expert
 
-    make_model("llama").save_pretrained(folder / "base")
-    make_tokenizer(final_eos=False).save_pretrained(folder / "base")
     base = load_base(folder / "base", dtype="float32")
     for z in range(8):
         write_expert(base, folder, f"e{z}", seed=z)

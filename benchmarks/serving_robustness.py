@@ -6,7 +6,8 @@
 `phatgoose serve` runs in its own process; everything is sent to 127.0.0.1. It gets bodies of 1 MiB
 that are costly to parse, connections that send half a request, a client that asks for 16 answers of
 1,000 tokens again and again beside others that ask for one of 16, requests one after another on one
-connection, and SIGTERM while 20 answers stream. Meanwhile /healthz is polled.
+connection, chats with bases whose templates take all time or memory, and SIGTERM while 20 answers
+stream and such templates run. Meanwhile /healthz is polled.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -33,20 +35,29 @@ from urllib.parse import urlsplit
 import openai
 
 from report import circumstances
-from server_process import Memory, arguments, prompt_of, served_pool, server, write
+from server_process import Memory, arguments, prompt_of, served_pool, server, tiny_base, write
 
 MIB = 1 << 20
 KEYS = ["greedy", *(f"polite{number}" for number in range(4))]
 HALF = b"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Le"
 FILES = 1024  # files that the server may have open, as most systems begin
+TEMPLATES = {  # of bases that may not stop the server
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "power": "{% set a = 9 %}{{ a ** (a ** a) }}",
+    "doubled": (
+        "{% set x = namespace(y='a' * 999) %}{% for i in range(60) %}{% set x.y = x.y + x.y %}"
+        "{% endfor %}{{ x.y | length }}"
+    ),
+}
+PROMPTLY = 20  # seconds for a process to end after its last stream
 GIVE_UP = 90  # seconds after which a silent server is called dead
 
 
-def request_of(body: bytes, key: str = KEYS[0]) -> bytes:
-    """A completion request's bytes; an empty body stands for endless chunks of one byte."""
+def request_of(body: bytes, key: str = KEYS[0], kind: str = "completions") -> bytes:
+    """A request's bytes; an empty body stands for endless chunks of one byte."""
     length = f"Content-Length: {len(body)}" if body else "Transfer-Encoding: chunked"
     head = (
-        "POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        f"POST /v1/{kind} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         f"Authorization: Bearer {key}\r\n{length}\r\n\r\n"
     )
     return head.encode() + (body or b"1\r\n[\r\n" * MIB)
@@ -115,11 +126,13 @@ class Prober:
         }
 
 
-def exchange(address: str, content: bytes, key: str = KEYS[0]) -> tuple[int, int]:
+def exchange(
+    address: str, content: bytes, key: str = KEYS[0], kind: str = "completions"
+) -> tuple[int, int]:
     """(status, bytes of the answer) to a request; status 0 if the connection broke."""
     with socket.create_connection(place_of(address), timeout=GIVE_UP) as sock:
         with suppress(OSError):
-            sock.sendall(request_of(content, key))
+            sock.sendall(request_of(content, key, kind))
         reply = http.client.HTTPResponse(sock)
         try:
             reply.begin()
@@ -157,6 +170,48 @@ def bodies(address: str, pid: int) -> dict[str, Any]:
             "mib_more": max(0, most - (before >> 20)),
         }
     return found
+
+
+def hostile_chat(name: str) -> bytes:
+    """A chat's body for the base with that template."""
+    messages = [{"role": "user", "content": "a"}]
+    return json.dumps({"model": name, "messages": messages, "max_tokens": 1}).encode()
+
+
+def templates(address: str, pid: int) -> dict[str, Any]:
+    """Two chats with each hostile base, while another client asks the pool."""
+    memory = Memory(pid)
+    before = memory.now()
+    answers: dict[str, list[int]] = {name: [] for name in TEMPLATES}
+    asking = threading.Event()
+    waits: list[float] = []
+
+    def chat(name: str) -> None:
+        answers[name].append(exchange(address, hostile_chat(name), kind="chat/completions")[0])
+
+    def polite() -> None:
+        while not asking.wait(0.1):
+            begun = time.perf_counter()
+            body = json.dumps({"model": "pool", "prompt": "a", "max_tokens": 1}).encode()
+            if exchange(address, body, KEYS[1])[0] == 200:
+                waits.append(time.perf_counter() - begun)
+
+    with Prober(address) as prober:
+        asker = threading.Thread(target=polite)
+        asker.start()
+        begun = time.perf_counter()
+        at_once([lambda name=name: chat(name) for name in [*TEMPLATES, *TEMPLATES]])
+        seconds = time.perf_counter() - begun
+        asking.set()
+        asker.join()
+    return {
+        "statuses": answers,
+        "seconds": round(seconds, 2),
+        "answered_meanwhile": len(waits),
+        "longest_wait": round(max(waits, default=0.0), 3),
+        "healthz": prober.summary,
+        "mib_more": max(0, max(memory.stop()) - (before >> 20)),
+    }
 
 
 def at_once(works: list[Callable[[], None]]) -> None:
@@ -291,7 +346,10 @@ async def polite_ones(address: str, rounds: int, greedy: int | None = None) -> d
 
 
 def stopped_at_work(address: str, pid: int, number: int = 20) -> dict[str, Any]:
-    """Send SIGTERM while `number` answers stream; counts how many were finished."""
+    """Send SIGTERM while `number` answers stream and two templates run for ever.
+
+    Counts how many streams were finished, and the seconds until the process had ended.
+    """
     streams, ready = [0] * number, threading.Barrier(number + 1)
     body = {"model": "pool", "prompt": "a", "max_tokens": 200, "stream": True, "ignore_eos": True}
 
@@ -309,8 +367,21 @@ def stopped_at_work(address: str, pid: int, number: int = 20) -> dict[str, Any]:
         ready.wait()
         os.kill(pid, signal.SIGTERM)
 
+    for name in ("loops", "power"):
+        body_of = hostile_chat(name)
+        send = partial(exchange, address, body_of, kind="chat/completions")
+        threading.Thread(target=send, daemon=True).start()
     at_once([*(lambda which=which: stream(which) for which in range(number)), signalled])
-    return {"streams": number, "finished": sum(streams)}
+    begun = time.perf_counter()
+    while Path(f"/proc/{pid}").exists() and not is_zombie(pid):
+        time.sleep(0.1)
+    ended = round(time.perf_counter() - begun, 1)
+    return {"streams": number, "finished": sum(streams), "ended_after": ended}
+
+
+def is_zombie(pid: int) -> bool:
+    """True when the process has ended and its parent hasn't asked yet."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) -> dict[str, Any]:
@@ -318,7 +389,10 @@ def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) ->
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "server.log"
-        with server([f"pool={place}"], None, KEYS, log, FILES) as (address, pid):
+        places = [f"pool={place}"]
+        for name, template in TEMPLATES.items():
+            places.append(f"{name}={tiny_base(Path(folder) / name, template)}")
+        with server(places, None, KEYS, log, FILES) as (address, pid):
             one_after_the_other(address, 3)  # warm
             if "latency" in parts:
                 found["one after the other"] = one_after_the_other(address)
@@ -326,6 +400,8 @@ def measure(place: str, parts: set[str], greedy: int, rounds: int, idle: int) ->
                 found["bodies"] = bodies(address, pid)
             if "connections" in parts:
                 found["half open"] = half_open(address, idle, log)
+            if "templates" in parts:
+                found["templates"] = templates(address, pid)
             if "fairness" in parts:
                 found["polite clients"] = fairness(address, greedy, rounds)
             if "sigterm" in parts:
@@ -342,6 +418,16 @@ def faults(found: dict[str, Any]) -> list[str]:
     streams = found.get("sigterm", {"streams": 0, "finished": 0})
     if streams["finished"] < streams["streams"]:
         wrong.append(f"{streams['finished']} of {streams['streams']} streams were finished")
+    if streams.get("ended_after", 0) > PROMPTLY:
+        wrong.append(f"the process ended {streams['ended_after']} seconds after the streams")
+    if hostile := found.get("templates"):
+        wrong += [
+            f"a chat with base {name} was answered with {statuses}"
+            for name, statuses in hostile["statuses"].items()
+            if set(statuses) != {400}
+        ]
+        if not hostile["answered_meanwhile"]:
+            wrong.append("nobody was answered beside hostile templates")
     if found.get("half open", {}).get("open_at_the_end"):
         wrong.append("half-open connections stayed")
     return wrong
@@ -350,13 +436,14 @@ def faults(found: dict[str, Any]) -> list[str]:
 def healths(found: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """What was sent, and how /healthz answered meanwhile."""
     measured = {**found.get("bodies", {}), "half-open connections": found.get("half open")}
+    measured["hostile templates"] = found.get("templates")
     return [(name, got["healthz"]) for name, got in measured.items() if got]
 
 
 def main() -> None:
     """Measure, print, write everything to a file."""
     parser = arguments(__doc__)
-    parser.add_argument("--only", default="latency,bodies,connections,fairness,sigterm")
+    parser.add_argument("--only", default="latency,bodies,connections,templates,fairness,sigterm")
     parser.add_argument("--greedy", type=int, default=1000, help="tokens of a greedy answer")
     parser.add_argument("--rounds", type=int, default=8, help="requests of each polite client")
     parser.add_argument("--idle", type=int, default=1200, help="half-open connections")

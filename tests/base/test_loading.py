@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -233,3 +235,20 @@ def test_hub_ids_are_known_by_their_form(name, wanted, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "gpt2").touch()
     assert is_hub_id(name) == wanted
+
+
+@pytest.mark.parametrize("name", ["nosuch", "you/nosuch"])
+def test_a_name_that_is_no_folder_fails_at_once_without_the_hub(monkeypatch, name):
+    """transformers alone tries six times in 24 seconds."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # nobody listens
+        address = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        files = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", files)
+        begun = time.monotonic()
+        wanted = "No folder of that name is here, and as a Hub id: The Hub can't be reached: "
+        with pytest.raises(BaseModelError, match=wanted):
+            load_base(name)
+        assert time.monotonic() - begun < 10

@@ -13,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import (
+    get_hf_file_metadata,
+    hf_hub_url,
+    is_offline_mode,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -52,6 +59,8 @@ HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
+CONFIG = "config.json"
+REACHING = 5.0  # seconds in which the Hub must answer that wasn't asked for this base before
 INDEX_ENDING = ".index.json"
 HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
 
@@ -101,6 +110,7 @@ def load_base(
     """
     torch_dtype = choose_dtype(dtype, device)
     with _loading(name) as place:
+        _check_in_reach(place, revision)
         config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
         _refuse_pickles(place, config, revision)
         how = {"revision": revision, "use_safetensors": True, **NO_CODE}
@@ -275,6 +285,24 @@ def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) 
                 f"convert it with transformers: from_pretrained, then save_pretrained to another "
                 f"folder."
             )
+
+
+def _check_in_reach(place: str, revision: str | None) -> None:
+    """Raise OSError when `place` is neither a folder nor cached and the Hub can't be reached.
+
+    transformers would try for half a minute.
+    """
+    cached = partial(try_to_load_from_cache, place, CONFIG, revision=revision)
+    if os.path.isdir(place) or is_offline_mode() or isinstance(cached(), str):
+        return
+    try:
+        get_hf_file_metadata(hf_hub_url(place, CONFIG, revision=revision), timeout=REACHING)
+    except HfHubHTTPError:
+        return  # it answered; transformers says what is wrong
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # of the HTTP library, which huggingface_hub has changed before
+        raise OSError(f"The Hub can't be reached: {first_line(error)}.") from error
 
 
 def _index(place: str, name: str, revision: str | None) -> Path | None:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base
 from ..base.positions import Positions, positions_of
+from ..base.untrusted_text import render_chat
 from ..config import Formatting
 from ..errors import TaskError
 from .cuts import Cut, Cuts, cut_tokens
@@ -228,9 +229,7 @@ class Encoder:
 
     def _chat(self, text: str) -> str:
         messages = [{"role": "user", "content": text}]
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        return render_chat(self.tokenizer, messages)
 
     def _apart(self, text: str) -> tuple[str, str]:
         """(the prompt's text, the white space between it and an answer)."""

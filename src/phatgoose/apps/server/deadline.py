@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from .api_errors import ApiError
+
 __all__ = ["Deadline"]
 
 
@@ -24,3 +26,8 @@ class Deadline:
     def left(self) -> float:
         """Seconds until then, 0 once it is over."""
         return max(0.0, self.end - asyncio.get_running_loop().time())
+
+    def missed(self) -> ApiError:
+        """The error of a request that wasn't answered by then."""
+        message = f"The answer took longer than {self.seconds:g} seconds."
+        return ApiError(504, message, code="timeout")

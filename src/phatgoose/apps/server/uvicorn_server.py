@@ -48,7 +48,12 @@ def server_of(app: FastAPI, limits: Serving) -> uvicorn.Server:
     Only proxies in FORWARDED_ALLOW_IPS may name a client's address. Only the server's own errors
     are logged: what strangers send would fill the disk.
     """
-    connections = ConnectionGuard(_connections(limits.max_connections), limits.read_timeout)
+    service = getattr(getattr(app, "state", None), "service", None)
+    connections = ConnectionGuard(
+        _connections(limits.max_connections),
+        limits.read_timeout,
+        lambda: service is not None and service.engine.waiting > 0,
+    )
     config = uvicorn.Config(
         app,
         http=cast("Any", connections.protocol),

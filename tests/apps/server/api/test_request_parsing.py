@@ -161,3 +161,27 @@ def test_the_fault_of_a_message_is_named():
         with pytest.raises(ApiError) as wrong:
             parsed(ChatRequest, json.dumps(body).encode())
         assert str(wrong.value.detail).startswith(complaint)
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ('"max_tokens": 1, "max_tokens": 1', "max_tokens"),
+        ('"mod\\u0065l": "mean"', "model"),
+        ('"stream_options": {"include_usage": true, "include_usage": false}', "include_usage"),
+        ('"x\\u001b": 1, "x\\u001b": 1', "x\\x1b"),
+        ('"' + "x" * 999 + '": 1, "' + "x" * 999 + '": 2', "x" * 59),
+    ],
+)
+def test_a_key_that_appears_twice_is_refused_by_name(client, fields, key):
+    body = f'{{"model": "goose", "prompt": "a", {fields}}}'
+    reply = client.post(PATH, content=body, headers=JSON)
+    assert reply.status_code == 400
+    error = reply.json()["error"]
+    assert error["message"] == f"The key {key} appears twice in one object."
+    assert (error["param"], error["code"]) == (key, "invalid_request")
+
+
+def test_the_same_key_in_two_objects_is_no_fault(client):
+    messages = '[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]'
+    assert parsed(ChatRequest, f'{{"model": "goose", "messages": {messages}}}'.encode())

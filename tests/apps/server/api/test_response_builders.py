@@ -28,7 +28,7 @@ def prepared(llama):
     preparer = RequestPreparer(ModelRunner(llama.model, llama.tokenizer), Serving())
 
     def prepare(request) -> PreparedRequest:
-        return preparer.prepare(request)
+        return preparer.prepare(request, preparer.prompts(request))
 
     return prepare
 

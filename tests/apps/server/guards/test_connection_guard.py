@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
 
 import serving
+from phatgoose.apps.server.engine.batches import Batch
 from phatgoose.apps.server.guards import connection_guard, request_guard
 from phatgoose.apps.server.guards.connection_guard import ConnectionGuard
 from phatgoose.config import Serving
@@ -198,6 +200,9 @@ class FakeTransport:
     def abort(self):
         self.closed = self.aborted = True
 
+    def set_write_buffer_limits(self, high=None, low=None):
+        pass
+
     def pause_reading(self):
         pass
 
@@ -257,3 +262,62 @@ async def look_at_connections(monkeypatch):
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+LONG = {**GREEDY, "max_tokens": 1000, "stream": True, "ignore_eos": True}
+
+
+@contextmanager
+def unread(address, number):
+    """So many clients that ask for a long stream and read nothing of it."""
+    parts = urlsplit(address)
+    body = json.dumps(LONG).encode()
+    with closed_at_the_end([socket.socket() for _ in range(number)]) as socks:
+        for sock in socks:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect((parts.hostname, parts.port))
+            sock.sendall(head(len(body)) + body)
+        yield socks
+
+
+@contextmanager
+def patient_for(pool, monkeypatch, **seconds):
+    """(address, engine) of a server whose guard has these times instead of the docs'."""
+    for name, value in {"CHECKING": 0.05, **seconds}.items():
+        monkeypatch.setattr(connection_guard, name, value)
+    app = serving.app_of(pool, Serving(max_tokens=1000, read_timeout=60))
+    with serving.running(app) as address:
+        yield address, app.state.service.engine
+
+
+def test_a_stream_that_nobody_reads_is_cut_off_and_frees_its_place(pool, monkeypatch):
+    server = patient_for(pool, monkeypatch, WRITING=0.5)
+    with server as (address, engine), serving.held(500) as released, unread(address, 1) as (sock,):
+        serving.until(lambda: engine.running == 1)
+        (sequence,) = engine._running()
+        serving.until(lambda: sequence.is_cancelled)
+        released.set()
+        serving.until(lambda: engine.running == 0)
+        assert len(sequence.generated) < 1000
+        assert b"[DONE]" not in said(sock)
+
+
+def test_streams_that_nobody_reads_make_room_for_who_waits(pool, monkeypatch):
+    """Beside 20 of them from one address a short answer waits for no other to end."""
+    steps, step = [], Batch.step
+
+    def slow(batch):
+        steps.append(len(batch.sequences))
+        time.sleep(0.004)
+        step(batch)
+
+    monkeypatch.setattr(Batch, "step", slow)
+    body = json.dumps(GREEDY).encode()
+    with patient_for(pool, monkeypatch, HURRIED=0.1) as (address, engine), unread(address, 20):
+        serving.until(lambda: engine.waiting and engine.running)
+        with opened(address) as sock:
+            sock.sendall(head(len(body), "Connection: close") + body)
+            assert said(sock).startswith(b"HTTP/1.1 200 ")
+        number = len(steps)
+    assert max(steps) >= 10
+    assert number < 1000

@@ -87,13 +87,8 @@ def _open_routes(service: Service) -> APIRouter:
         responses=responses_of(503, model=Health),
     )
     async def health() -> JSONResponse:
-        engine = service.engine
-        well = Health(
-            status="ok" if engine.is_alive else "failing",
-            waiting=engine.waiting,
-            running=engine.running,
-        )
-        return JSONResponse(well.model_dump(), 200 if engine.is_alive else 503)
+        health = service.health()
+        return JSONResponse(health.model_dump(), 200 if health.status == "ok" else 503)
 
     return router
 

@@ -73,8 +73,7 @@ class PendingReply:
             try:
                 event = await asyncio.wait_for(self._events.get(), self._deadline.left)
             except asyncio.TimeoutError:
-                message = f"The answer took longer than {self._deadline.seconds:g} seconds."
-                raise ApiError(504, message, code="timeout") from None
+                raise self._deadline.missed() from None
             if isinstance(event, Failure):
                 raise ApiError(500, event.message)
             left -= event.finish is not None

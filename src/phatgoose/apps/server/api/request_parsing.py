@@ -7,6 +7,8 @@ every form that a field may have takes minutes and gigabytes. So they are counte
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -27,13 +29,15 @@ Wanted = TypeVar("Wanted", bound=BaseModel)
 def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
     """The request in `body`. Raises ApiError, which repeats only names of fields.
 
-    JSON is strict: no half surrogate pairs, no NaN or infinity, no nesting deeper than 200.
+    JSON is strict: no half surrogate pairs, no NaN or infinity, no nesting deeper than 200, no key
+    twice in one object.
     """
     _check_size(body)
     try:
         value = from_json(body, allow_inf_nan=False, cache_strings="keys")
     except ValueError as error:
         raise _invalid(f"The body is not JSON: {error}.") from None
+    json.loads(body, object_pairs_hook=_check_keys)  # from_json silently takes the last of two
     try:
         return wanted.model_validate(value)
     except ValidationError as error:
@@ -54,6 +58,14 @@ def _check_size(body: bytes) -> None:
                 f"The body has more than {MOST_CONTAINERS} objects and lists or {MOST_FIELDS} "
                 f"fields."
             )
+
+
+def _check_keys(pairs: list[tuple[str, Any]]) -> None:
+    """Raise ApiError for a key that one object has twice: other programs would take the first."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        shown = shortened(key, SHOWN)[1:-1]
+        raise _invalid(f"The key {shown} appears twice in one object.", shown)
 
 
 def _first_of(error: ValidationError, body: Any) -> ApiError:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ....base.untrusted_text import MOST_SECONDS, UntrustedText, chat_of
 from ....config import Serving
-from ....errors import PhatgooseError
+from ....errors import BaseModelError, PhatgooseError
 from ....routing.routers.mixtures import Mixtures
 from ..api_errors import ApiError, bad_request, for_clients
 from ..engine.decoding import Decoding, seed_of
@@ -19,7 +19,7 @@ from .request_schema import ChatRequest, CompletionRequest
 
 __all__ = ["PreparedAnswer", "PreparedRequest", "RequestPreparer", "RequestPrompt"]
 
-TOO_LONG = "context_length_exceeded"
+TOO_LONG, UNREADABLE = "context_length_exceeded", "prompt_unreadable"
 CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
 DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
 ROLES = {"developer": "system"}  # OpenAI's newer name, and the one that templates know
@@ -55,20 +55,30 @@ class PreparedRequest:
 class RequestPreparer:
     """Prepares requests to one model, within the server's limits.
 
-    All methods raise ApiError for what the model or the server can't do.
+    `texts` runs the base's chat template and tokenizer. All methods raise ApiError for what the
+    model or the server can't do.
     """
 
-    def __init__(self, runner: ModelRunner, limits: Serving) -> None:
+    def __init__(
+        self, runner: ModelRunner, limits: Serving, texts: UntrustedText | None = None
+    ) -> None:
         self._runner, self._limits = runner, limits
+        self._texts = texts or UntrustedText(runner.tokenizer)
         context = None if runner.is_encoder_decoder else runner.context
         self._most_tokens = min(limits.max_batch_tokens, context or limits.max_batch_tokens)
 
-    def prepare(self, request: CompletionRequest | ChatRequest) -> PreparedRequest:
-        """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1."""
+    def prompts(
+        self, request: CompletionRequest | ChatRequest, seconds: float = MOST_SECONDS
+    ) -> list[RequestPrompt]:
+        """The prompts of `request`, read in `seconds` at most."""
         if isinstance(request, ChatRequest):
-            prompts = [self.chat_prompt(request)]
-        else:
-            prompts = self.completion_prompts(request)
+            return [self.chat_prompt(request, seconds)]
+        return self.completion_prompts(request, seconds)
+
+    def prepare(
+        self, request: CompletionRequest | ChatRequest, prompts: list[RequestPrompt]
+    ) -> PreparedRequest:
+        """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1."""
         owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
         decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
         try:
@@ -79,7 +89,9 @@ class RequestPreparer:
         answers = list(map(PreparedAnswer, owners, decodings, experts))
         return PreparedRequest(request, self._runner, prompts, answers)
 
-    def completion_prompts(self, request: CompletionRequest) -> list[RequestPrompt]:
+    def completion_prompts(
+        self, request: CompletionRequest, seconds: float = MOST_SECONDS
+    ) -> list[RequestPrompt]:
         """The prompts of a completion."""
         given = request.prompt
         is_one = isinstance(given, str) or isinstance(given[0], int)
@@ -87,9 +99,9 @@ class RequestPreparer:
         self._check_number(len(texts), request.n or 1)
         for text in texts:
             self._check_length(text, "prompt")
-        return [self._prompt(text) for text in texts]
+        return self._prompts(texts, seconds)
 
-    def chat_prompt(self, request: ChatRequest) -> RequestPrompt:
+    def chat_prompt(self, request: ChatRequest, seconds: float = MOST_SECONDS) -> RequestPrompt:
         """A conversation as the base's chat template writes it."""
         tokenizer = self._runner.tokenizer
         if not tokenizer.chat_template:
@@ -102,17 +114,15 @@ class RequestPreparer:
             | ({"name": message.name} if message.name else {})
             for message in request.messages
         ]
+        most = self._most_tokens * CHARACTERS
         try:
-            text = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise bad_request(
-                f"The base's chat template refuses the messages: {for_clients(error)}", "messages"
-            ) from error
-        self._check_length(text, "messages")
-        tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return RequestPrompt(tuple(tokens), str(text))
+            chat = chat_of(tokenizer, messages)
+            text = self._texts.chat(*chat, most=most, seconds=seconds)
+        except BaseModelError as error:
+            raise bad_request(for_clients(error), "messages", UNREADABLE) from error
+        self._check_count(text.length, "characters", CHARACTERS, "messages")
+        (tokens,) = self._tokens([str(text.content)], "messages", seconds)
+        return RequestPrompt(tuple(tokens), str(text.content))
 
     def decoding(
         self, request: CompletionRequest | ChatRequest, number: int, prompt: RequestPrompt
@@ -142,20 +152,34 @@ class RequestPreparer:
             ignores_end=bool(request.ignore_eos),
         )
 
-    def _prompt(self, given: str | Sequence[int]) -> RequestPrompt:
-        runner, tokenizer = self._runner, self._runner.tokenizer
-        if isinstance(given, str):
+    def _prompts(self, given: list[str | list[int]], seconds: float) -> list[RequestPrompt]:
+        """The prompts `given` as texts or tokens, all in the same form."""
+        runner = self._runner
+        texts = [each for each in given if isinstance(each, str)]
+        rows = [each for each in given if not isinstance(each, str)]
+        if texts:
             before, after = runner.added
-            text = tokenizer(given, add_special_tokens=False)["input_ids"]
-            return RequestPrompt((*before, *text, *after) or (_first(tokenizer),), given)
-        unknown = [token for token in given if token >= runner.vocabulary]
-        if unknown:
-            message = f"Token {unknown[0]} is unknown; the model has {runner.vocabulary}."
+            found = self._tokens(texts, "prompt", seconds)
+            tokens = [(*before, *each, *after) or (_first(runner.tokenizer),) for each in found]
+            return list(map(RequestPrompt, tokens, texts))
+        for token in (token for row in rows for token in row if token >= runner.vocabulary):
+            message = f"Token {token} is unknown; the model has {runner.vocabulary}."
             raise bad_request(message, "prompt")
-        shown = tokenizer.decode(
-            list(given), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return RequestPrompt(tuple(given), str(shown))
+        try:
+            shown = self._texts.texts(rows, seconds=seconds)
+        except BaseModelError as error:
+            raise bad_request(for_clients(error), "prompt", UNREADABLE) from error
+        return list(map(RequestPrompt, map(tuple, rows), shown))
+
+    def _tokens(self, texts: Sequence[str], field: str, seconds: float) -> list[list[int]]:
+        most = self._most_tokens * CHARACTERS  # what exceeds less is refused with its answer
+        try:
+            found = self._texts.tokens(texts, most=most, seconds=seconds)
+        except BaseModelError as error:
+            raise bad_request(for_clients(error), field, UNREADABLE) from error
+        for each in found:
+            self._check_count(each.length, "tokens", CHARACTERS, field)
+        return [each.content for each in found]
 
     def _check_number(self, prompts: int, n: int) -> None:
         most = self._limits.max_choices
@@ -166,8 +190,11 @@ class RequestPreparer:
     def _check_length(self, given: str | Sequence[int], field: str) -> None:
         """Refuse what can't fit before time is spent on turning it into tokens."""
         kind, each = ("characters", CHARACTERS) if isinstance(given, str) else ("tokens", 1)
-        if len(given) > self._most_tokens * each:
-            message = f"The prompt has {len(given)} {kind}; the model can hold {self._most_tokens}"
+        self._check_count(len(given), kind, each, field)
+
+    def _check_count(self, count: int, kind: str, each: int, field: str) -> None:
+        if count > self._most_tokens * each:
+            message = f"The prompt has {count} {kind}; the model can hold {self._most_tokens}"
             raise bad_request(f"{message} tokens.", field, TOO_LONG)
 
     def _length(self, asked: int | None, prompt: RequestPrompt) -> int:

@@ -210,8 +210,17 @@ class ModelList(Reply):
 
 
 class Health(Reply):
-    """Whether the server works, and how many answers wait and run."""
+    """Whether the server works, how many answers wait and run, and how prompts are read.
+
+    `reading` prompts are being turned into tokens or wait for it, the longest for `longest_reading`
+    seconds. `readers_stuck` won't come back; `readers_ended` exceeded their limits and were
+    replaced.
+    """
 
     status: Literal["ok", "failing"]
     waiting: int
     running: int
+    reading: int
+    longest_reading: float
+    readers_stuck: int
+    readers_ended: int

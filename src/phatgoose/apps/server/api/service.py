@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import TypeVar
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import anyio
 from fastapi import Request
 from starlette.responses import Response
 
 from ....analysis.site_labels import layers_and_kinds, site_label
+from ....base.untrusted_text import UntrustedText
 from ....config import Serving
 from ....errors import PhatgooseError
 from ....files.quoting import shortened
@@ -19,21 +21,24 @@ from ..api_errors import ApiError, bad_request, for_clients, without_paths
 from ..deadline import Deadline
 from ..engine.generation_engine import GenerationEngine
 from ..engine.loaded_models import LoadedModel, RoutingOverride
+from ..engine.model_runner import ModelRunner
 from ..engine.routing_cache import RoutingCache
 from ..guards.request_guard import BODY, CLIENT
 from ..metrics import Metrics
 from .pending_reply import EventStream, PendingReply, whole_answer
+from .readers import Readers
 from .request_parsing import parsed
-from .request_preparation import RequestPreparer
+from .request_preparation import PreparedRequest, RequestPreparer
 from .request_schema import ChatRequest, CompletionRequest
 from .response_builders import builder_of
-from .response_schema import ModelCard, Sites
+from .response_schema import Health, ModelCard, Sites
 
 __all__ = ["Service"]
 
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
 SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is started
-READERS = 2  # requests turned into tokens at once
+READERS = 2  # requests for which experts are looked up at once
+STUCK = 60.0  # seconds after which a reader won't come back: three times what its limits allow
 SHOWN = 80  # characters of a name that an error repeats
 
 Wanted = TypeVar("Wanted", CompletionRequest, ChatRequest)
@@ -49,16 +54,38 @@ class Service:
         self.begun = int(time.time())
         self.routings = RoutingCache(models, limits.max_routings)
         self._parsers = anyio.CapacityLimiter(PARSERS)
-        self._readers = anyio.CapacityLimiter(READERS)
+        self._lookups = Readers(READERS)
+        tokenizers = [loaded.runner.tokenizer for loaded in models.values()]
+        # One for each base: a template that takes long keeps nobody else's requests waiting.
+        self._texts = {id(each): _Texts(UntrustedText(each), Readers(1)) for each in tokenizers}
 
     def start(self) -> None:
         """Begin to compute answers."""
         self.engine.start()
+        for each in self._texts.values():
+            each.process.start()
 
     def stop(self) -> None:
-        """Stop computing, and wait a while for routings being composed."""
+        """Stop reading and computing, and wait a while for routings being composed."""
+        for each in self._texts.values():
+            each.process.close()
         self.engine.stop()
         self.routings.stop(self.limits.shutdown_timeout)
+
+    def health(self) -> Health:
+        """Whether answers are computed, and what is going on."""
+        readers = [self._lookups, *(each.readers for each in self._texts.values())]
+        running = [seconds for each in readers for seconds in each.running()]
+        stuck = sum(seconds > STUCK for seconds in running)
+        return Health(
+            status="ok" if self.engine.is_alive and not stuck else "failing",
+            waiting=self.engine.waiting,
+            running=self.engine.running,
+            reading=len(running) + sum(each.waiting for each in readers),
+            longest_reading=round(max(running, default=0.0), 1),
+            readers_stuck=stuck,
+            readers_ended=sum(each.process.ended for each in self._texts.values()),
+        )
 
     def cards(self) -> list[ModelCard]:
         """The cards of all models."""
@@ -112,8 +139,7 @@ class Service:
         except PhatgooseError as error:
             raise bad_request(for_clients(error), _only_override(request)) from error
         try:
-            prepare = RequestPreparer(found.runner, self.limits).prepare
-            prepared = await anyio.to_thread.run_sync(prepare, request, limiter=self._readers)
+            prepared = await self._prepared(request, found.runner, client, deadline)
             builder = builder_of(prepared)
 
             def done() -> None:
@@ -130,6 +156,29 @@ class Service:
         if request.stream:
             return EventStream(reply)
         return Response(await whole_answer(reply, http), media_type="application/json")
+
+    async def _prepared(
+        self,
+        request: CompletionRequest | ChatRequest,
+        runner: ModelRunner,
+        client: str,
+        deadline: Deadline,
+    ) -> PreparedRequest:
+        """The request as tokens, with its experts; both are found in threads."""
+        texts = self._texts[id(runner.tokenizer)]
+        preparer = RequestPreparer(runner, self.limits, texts.process)
+        read = partial(preparer.prompts, request)
+        prompts = await texts.readers.run(client, deadline, read)
+        return await self._lookups.run(
+            client, deadline, lambda _: preparer.prepare(request, prompts)
+        )
+
+
+class _Texts(NamedTuple):
+    """A base's chat template and tokenizer, and the thread that waits for them."""
+
+    process: UntrustedText
+    readers: Readers
 
 
 def _sites_of(loaded: LoadedModel) -> Sites | None:

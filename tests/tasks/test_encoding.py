@@ -289,6 +289,21 @@ def test_a_base_without_room_for_an_input_is_an_error():
         encoder.fitted("abc", followed_by=8)
 
 
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        ("{{ messages + 1 }}", "can only concatenate list"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
+        ("{{ nothing.at.all }}", "undefined"),
+        ("{{ 1 // 0 }}", "zero"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_filled_is_one_line(template, complaint):
+    with pytest.raises(TaskError, match=f"chat template can't be filled: .*{complaint}") as caught:
+        make_encoder(template=template, chat=True).prompt("Hello")
+    assert "\n" not in str(caught.value)
+
+
 def test_chat_without_a_template_is_refused():
     with pytest.raises(TaskError, match="no chat template"):
         make_encoder(chat=True)

@@ -20,8 +20,10 @@ from ..base.loading import Base
 from ..base.positions import Positions, positions_of
 from ..config import Formatting
 from ..errors import TaskError
+from ..files.quoting import first_line
 from .cuts import Cut, Cuts, cut_tokens
 from .task import Example, Span
+from .templates import TEMPLATE_FAILURES
 
 __all__ = ["Encoder", "Prompt", "Target", "TokenPair", "added_tokens"]
 
@@ -228,9 +230,14 @@ class Encoder:
 
     def _chat(self, text: str) -> str:
         messages = [{"role": "user", "content": text}]
-        return str(
-            self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        )
+        fill = self.tokenizer.apply_chat_template
+        try:
+            return str(fill(messages, tokenize=False, add_generation_prompt=True))
+        except TEMPLATE_FAILURES as error:
+            raise TaskError(
+                f"The base model's chat template can't be filled: {first_line(error)}; use it "
+                f"without --chat, or mend the template in its folder."
+            ) from error
 
     def _apart(self, text: str) -> tuple[str, str]:
         """(the prompt's text, the white space between it and an answer)."""

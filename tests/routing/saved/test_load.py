@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from phatgoose.base.loading import load_base
 from odd_files import rewrite
+from phatgoose.base.loading import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
 from phatgoose.experts.pool import Pool
 from phatgoose.files.regular_file import sha256_of

@@ -55,7 +55,12 @@ SAFE = (".safetensors", ".safetensors.index.json")
 INDEX = "model.safetensors.index.json"  # of weights in several files
 INDEX_ENDING = ".index.json"
 MOST_LAYERS = 1000  # each takes milliseconds to build, and the deepest models have a few hundred
-LAYER_COUNTS = ("num_hidden_layers", "num_layers", "num_encoder_layers", "num_decoder_layers")
+LAYER_COUNTS: tuple[str, ...] = (
+    "num_hidden_layers",
+    "num_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+)
 LAYER_COUNTS += ("encoder_layers", "decoder_layers", "n_layer", "n_layers")
 UNFIT = "ignore_mismatched_sizes"  # in what transformers says where sizes don't fit
 TOLD_IN_WORDS = (ValueError, RuntimeError)  # whose text says what is wrong without their names

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import TaskError
 from ..files.encodable import half_character
 from ..files.quoting import first_line, one_line, reason, shortened
+from ..files.regular_file import require_regular
 from .task import Example, Task
 from .templates import SEPARATOR, RowTemplate, longest_field
 
@@ -100,13 +101,9 @@ def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows
     if path.suffix not in readers:
         raise TaskError(f"Task {path} must be a .jsonl or .csv file, or hub:DATASET.")
     try:
-        there = path.is_file()
-    except OSError as error:  # a name that is too long, say
-        raise TaskError(
-            f"Task file {shortened(str(path))} can't be read: {reason(error)}."
-        ) from error
-    if not there:
-        raise TaskError(f"Task file {path} does not exist.")
+        require_regular(path, TaskError, f"Task file {one_line(path, 140)}")
+    except FileNotFoundError as error:
+        raise TaskError(f"Task file {path} does not exist.") from error
     return readers[path.suffix](path), path.name, default_name(path)
 
 

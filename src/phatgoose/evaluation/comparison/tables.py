@@ -20,7 +20,16 @@ __all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "in_per_cent"]
 __all__ += ["markdown_table", "write_tables"]
 
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
-FORMULAS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")  # how cells of them begin
+FORMULAS: tuple[str, ...] = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+)  # how cells of a spreadsheet's begin
+FORMULAS += ("\uff1d", "\uff0b", "\uff0d", "\uff20")  # the first four in full width
 ALL = "all datasets"  # the column over every suite's datasets, where there are several suites
 
 

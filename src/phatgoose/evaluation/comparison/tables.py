@@ -125,6 +125,10 @@ class Comparison:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Its rows and how many datasets."""
+        return f"<Comparison of {', '.join(self.results)} (datasets: {len(self.datasets)})>"
+
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
         """The datasets that each column of the table is the mean of."""

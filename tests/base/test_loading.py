@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from fake_hub import contents
+from phatgoose.apps.generation import generate
+from phatgoose.base import loading
 from phatgoose.base.loading import (
     choose_dtype,
     is_hub_id,
@@ -82,6 +84,67 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
 def test_a_folder_with_a_broken_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert str(tmp_path) in complaint_about(tmp_path)
+
+
+ODD = [  # by file: what it says, and what is said of that
+    ("config.json", {"num_attention_heads": 0}, "ZeroDivisionError"),
+    ("config.json", {"num_attention_heads": "4"}, "'num_attention_heads' expected int, got str"),
+    ("config.json", {"hidden_act": "nosuch"}, "KeyError: 'nosuch'"),
+    ("config.json", {"model_type": ["llama"]}, "unhashable"),
+    ("config.json", {"dtype": "nosuch"}, "no attribute 'nosuch'"),
+    ("config.json", {"pad_token_id": 10**6}, "Padding_idx"),
+    ("config.json", {"vocab_size": 0}, "IndexError"),
+    ("config.json", {"vocab_size": 299}, "sizes in its config.json are not those of its weights"),
+    ("config.json", {"num_hidden_layers": 3}, "lacks 9 of the tensors that its config.json asks"),
+    ("config.json", {"num_hidden_layers": -1}, "num_hidden_layers -1"),
+    ("config.json", 5, "not iterable"),
+    ("generation_config.json", [], "not a mapping"),
+    ("generation_config.json", {"num_return_sequences": "x"}, "TypeError"),
+    ("generation_config.json", {"eos_token_id": "x"}, "eos_token_id in generation_config.json"),
+    ("generation_config.json", {"eos_token_id": [[1]]}, "eos_token_id in generation_config.json"),
+    ("generation_config.json", {"bos_token_id": "x"}, "bos_token_id in generation_config.json"),
+    ("tokenizer_config.json", {"model_max_length": "x"}, "model_max_length is 'x'"),
+    ("tokenizer.json", {"added_tokens": 5}, "can't use its files"),
+]
+
+
+@pytest.mark.parametrize(("file", "said", "complaint"), ODD)
+def test_a_base_of_odd_files_is_one_line(base_folders, tmp_path, file, said, complaint):
+    folder = shutil.copytree(base_folders["llama"], tmp_path / "odd")
+    content = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(content | said if isinstance(said, dict) else said))
+    message = complaint_about(folder)
+    assert complaint in message
+    assert len(message) < 1000
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "load"),
+    [
+        ("llama", "num_hidden_layers", load_base),
+        ("llama", "num_hidden_layers", load_skeleton),
+        ("gpt2", "n_layer", load_skeleton),
+        ("t5", "num_decoder_layers", load_base),
+    ],
+)
+def test_layers_are_counted_before_they_are_built(
+    base_folders, tmp_path, monkeypatch, kind, name, load
+):
+    """Ten million take an hour and some hundred gigabytes."""
+    folder = shutil.copytree(base_folders[kind], tmp_path / "deep")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: 10**7}))
+    monkeypatch.setattr(loading.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("made"))
+    with pytest.raises(BaseModelError, match=f"{name} 10000000 .* wanted 0 to 1000 layers"):
+        load(str(folder))
+
+
+def test_a_base_whose_outputs_are_tuples_generates(base_folders, tmp_path):
+    folder = shutil.copytree(base_folders["llama"], tmp_path / "tuples")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"return_dict": False}))
+    base = load_base(folder, dtype="float32")
+    assert generate(base.model, base.tokenizer, "Hello").tokens
 
 
 def test_a_folder_without_weights_is_refused(base_folders, tmp_path):

@@ -45,6 +45,29 @@ def test_exact_match_takes_any_reference_and_no_part_of_one(llama):
     assert [prediction.correct for prediction in score.predictions] == [True, False, False]
 
 
+def test_a_task_may_be_named_by_its_file(llama, tmp_path):
+    file = tmp_path / "choice task.jsonl"
+    rows = [{"input": e.input, "target": e.target, "choices": e.choices} for e in CHOICE_TASK.test]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    wanted = evaluate(llama, CHOICE_TASK).scores[0]
+    for named in (file, str(file), [file]):
+        (score,) = evaluate(llama, named).scores
+        assert (score.task, score.score, score.n) == ("choice task", wanted.score, wanted.n)
+
+
+@pytest.mark.parametrize("given", ["tiny-base", None, 5])
+def test_what_is_no_model_is_refused_in_words(given):
+    with pytest.raises(EvaluationError, match="A model is scored, not"):
+        evaluate(given, CHOICE_TASK)
+
+
+def test_a_score_is_shown_without_its_predictions(llama):
+    shown = repr(evaluate(llama, CHOICE_TASK))
+    assert shown.startswith("Evaluation(scores=(TaskScore(task=")
+    assert "Prediction" not in shown
+    assert len(shown) < 300
+
+
 @pytest.mark.parametrize(
     ("right", "low", "high"), [(0, 0.0, 0.2775), (7, 0.3968, 0.8922), (10, 0.7225, 1.0)]
 )

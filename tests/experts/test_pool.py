@@ -44,6 +44,41 @@ def test_a_folder_of_experts_is_a_pool_in_the_order_of_names(write, tmp_path):
     assert pool.base == TINY_BASE
 
 
+def test_a_pool_is_a_mapping_of_its_experts_by_name(write, tmp_path):
+    for name in ("b", "a"):
+        write(name)
+    pool = Pool.open(tmp_path / "pool")
+    assert list(pool) == list(pool.keys()) == ["a", "b"]
+    assert list(pool.values()) == list(pool.experts)
+    assert dict(pool.items()) == {"a": pool.experts[0], "b": pool.experts[1]}
+    assert pool["b"] is pool.experts[1]
+    assert "a" in pool
+    assert "c" not in pool
+    assert 0 not in pool
+    assert pool.get("c") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [("c", "no expert 'c'; it has a"), (0, "By their order they are in pool.experts"), ([], "a")],
+)
+def test_an_expert_that_a_pool_lacks_is_a_key_error_with_the_names(write, name, complaint):
+    with pytest.raises(KeyError, match=complaint):
+        Pool.open(write("a"))[name]
+
+
+def test_a_pool_and_its_experts_are_shown_in_a_line(llama_pool):
+    more = Pool(tuple(dataclasses.replace(e) for _ in range(3) for e in llama_pool.experts))
+    base = llama_pool.base.id
+    assert repr(llama_pool) == f"<Pool on {base!r} (experts: 4): e0, e1, e2, e3>"
+    assert repr(more).endswith("(experts: 12): e0, e1, e2, e3, e0, e1, e2, e3, …>")
+    assert repr(Pool(())) == "<Pool (experts: 0): >"
+    first = llama_pool["e0"]
+    assert repr(first) == "<Expert 'e0', LoRA, gates, means, readings (sites: 14)>"
+    site = "model.layers.0.self_attn.q_proj"
+    assert repr(first.modules[site]) == "LoraFactors(A=[4, 32], B=[32, 4], scale=2.0)"
+
+
 def test_one_expert_is_a_pool(write):
     assert Pool.open(write("alone")).names == ("alone",)
 

@@ -47,7 +47,8 @@ def trained(base, out: Path, by: Callable[..., Expert] = train, **options) -> Ex
 
     For tests of an expert, not of its training.
     """
-    key = repr((by.__module__, base.reference, base.model.dtype, out.name, sorted(options.items())))
+    asked = [(name, getattr(value, "digest", value)) for name, value in sorted(options.items())]
+    key = repr((by.__module__, base.reference, base.model.dtype, out.name, asked))
     if key in TRAINED:
         out.mkdir(parents=True)
         for name, content in TRAINED[key].items():

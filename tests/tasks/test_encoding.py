@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from phatgoose.base.positions import Positions
 from phatgoose.config import Formatting
-from phatgoose.errors import TaskError
+from phatgoose.errors import BaseModelError, TaskError
 from phatgoose.tasks.cuts import Cut, Cuts
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example
@@ -287,6 +287,21 @@ def test_a_base_without_room_for_an_input_is_an_error():
     encoder = placed(Positions(8, 8))
     with pytest.raises(TaskError, match="has 8 positions, and the answer takes 8 of them"):
         encoder.fitted("abc", followed_by=8)
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        ("{{ messages + 1 }}", "can only concatenate list"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "recursion"),
+        ("{{ nothing.at.all }}", "undefined"),
+        ("{{ 1 // 0 }}", "zero"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_filled_is_one_line(template, complaint):
+    with pytest.raises(BaseModelError, match=f"chat template failed: .*{complaint}") as caught:
+        make_encoder(template=template, chat=True).prompt("Hello")
+    assert "\n" not in str(caught.value)
 
 
 def test_chat_without_a_template_is_refused():

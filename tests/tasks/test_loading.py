@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.loading import load_task
-from phatgoose.tasks.task import Example
+from phatgoose.tasks.loading import given_task, given_tasks, load_task
+from phatgoose.tasks.task import Example, Task
 
 ROWS = [
     {"input": "Is it good?", "target": "yes", "choices": ["yes", "no"]},
@@ -343,6 +343,89 @@ def test_an_unknown_split_is_refused_with_the_known_ones():
 def test_a_split_that_is_no_text_is_refused(split):
     message = complaint_about([ROWS[0], {**ROWS[0], "split": split}])
     assert f"row 2: split is {split!r}, but must be train, validation, test" in message
+
+
+COLUMNS = {"input": ["a", "b"], "target": ["x", "y"], "choices": [["x", "z"], ["y"]]}
+
+
+def frame(columns):
+    return pytest.importorskip("pandas").DataFrame(columns)
+
+
+def table(columns):
+    return pytest.importorskip("datasets").Dataset.from_dict(columns)
+
+
+@pytest.mark.parametrize("made", [dict, frame, table])
+def test_columns_are_as_good_as_rows(made):
+    rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*COLUMNS.values(), strict=True)]
+    wanted = load_task(rows)
+    assert load_task(made(COLUMNS)) == wanted
+    split = load_task({"train": made(COLUMNS), "test": made(COLUMNS)})
+    assert (split.train, split.test) == (wanted.train, wanted.train)
+
+
+def test_empty_cells_of_a_frame_are_no_values():
+    rows = frame({"input": ["a", "b"], "target": ["x", "y"], "choices": [["x"], None]})
+    assert [example.choices for example in load_task(rows).train] == [("x",), ()]
+    with pytest.raises(TaskError, match="memory, row 2: target is missing or empty"):
+        load_task(frame({"input": ["a", "b"], "target": ["x", float("nan")]}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [
+        ({"input": ["a"], "target": ["x", "y"]}, "different numbers of cells: input 1, target 2"),
+        ({"input": "a", "target": "x"}, "put a single row into a list"),
+        ({"input": 5}, "input is 5, but a dict holds a column"),
+        ({"text": ["a"]}, "the fields there are text"),
+        ({"train": {"input": "a", "target": "x"}}, "memory, train: input is 'a'"),
+        ({}, "has no examples"),
+        (5, "wanted rows .* got 5"),
+        (None, "wanted rows"),
+        (Task("t"), "wanted rows"),
+        ([5], "row 1: wanted a dict with fields, got 5"),
+    ],
+)
+def test_what_is_neither_rows_nor_columns_is_refused_in_words(rows, complaint):
+    with pytest.raises(TaskError, match=complaint):
+        load_task(rows)
+
+
+def test_columns_of_one_name_are_refused_in_a_frame_too():
+    both = frame({"input": ["a"], "target": ["x"], "more": ["y"]})
+    both.columns = ["input", "target", "target"]
+    with pytest.raises(TaskError, match="2 columns are named 'target'"):
+        load_task(both)
+
+
+def test_tasks_may_be_named_where_they_are_wanted(tmp_path):
+    file = tmp_path / "one.jsonl"
+    file.write_text('{"input": "a", "target": "x"}\n')
+    (one,) = given_tasks(file)
+    other = Task("other", train=one.train)
+    assert given_tasks(str(file)) == given_tasks([file]) == [one]
+    assert given_tasks(other) == [other]
+    assert given_tasks(iter([other, file])) == [other, one]
+    assert given_task(file) == one
+
+
+@pytest.mark.parametrize(
+    ("named", "complaint"),
+    [
+        ("nosuch", "must be a .jsonl or .csv file"),
+        ("no/such.jsonl", "does not exist"),
+        (5, "not 5"),
+        ([5], "not 5"),
+        ([{"input": "a", "target": "x"}], "load_task makes a Task of rows"),
+        ({"input": ["a"]}, "not a dict; load_task makes a Task of that"),
+    ],
+)
+def test_what_names_no_task_is_refused_in_words(named, complaint):
+    with pytest.raises(TaskError, match=complaint):
+        given_tasks(named)
+    with pytest.raises(TaskError):
+        given_task(named)
 
 
 def test_a_file_whose_name_is_too_long_is_refused_in_a_line(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from other_encoders import make_other
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base, load_base
 from phatgoose.config import IA3
-from phatgoose.errors import ConfigError, ExpertError, RoutingError
+from phatgoose.errors import BaseModelError, ConfigError, ExpertError, RoutingError, TaskError
 from phatgoose.training.progress import TrainingCallback
 from training_runs import (
     GATES,
@@ -26,6 +27,27 @@ from training_runs import (
     train,
     words,
 )
+
+
+@pytest.mark.parametrize(
+    ("task", "complaint"),
+    [("nosuch.jsonl", "does not exist"), (5, "not 5"), ([TASK], "not \\[<Task")],
+)
+def test_what_names_no_task_is_refused(llama, tmp_path, task, complaint):
+    with pytest.raises(TaskError, match=complaint):
+        train(llama, tmp_path / "new", task=task)
+
+
+def test_what_names_no_base_is_refused(llama, tmp_path):
+    with pytest.raises(BaseModelError, match="base is a LlamaForCausalLM; wanted its name"):
+        train(llama.model, tmp_path / "new")
+
+
+def test_a_task_in_a_file_and_a_base_in_a_folder_are_read(base_folders, tmp_path):
+    rows = [json.dumps({"input": e.input, "target": e.target}) for e in TASK.train]
+    (tmp_path / "echo.jsonl").write_text("\n".join(rows))
+    expert = train(base_folders["llama"], tmp_path / "new", task=tmp_path / "echo.jsonl")
+    assert expert.info.task["source"] == "echo.jsonl"
 
 
 @pytest.mark.parametrize(

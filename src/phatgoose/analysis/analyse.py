@@ -31,6 +31,7 @@ from ..routing.routers.automatic import settled
 from ..routing.routers.router import check_routing, router_of
 from ..routing.routers.scores import Scores, read_scores
 from ..tasks.encoding import Encoder
+from ..tasks.loading import given_tasks
 from ..tasks.task import Task, named_apart
 from .agreement import Agreement, DecisionFiles, agreement
 from .findings import findings_of, vector_similarity
@@ -46,7 +47,7 @@ __all__ = ["analyse"]
 
 def analyse(
     source: PreTrainedModel | Pool | str | Path,
-    tasks: Task | Iterable[Task],
+    tasks: Task | str | Path | Iterable[Task | str | Path],
     *,
     routers: Sequence[str] | None = None,
     routing: Routing | None = None,
@@ -78,7 +79,7 @@ def analyse(
     routed, and what composing and evaluating raise: of every router before the first one reads
     anything.
     """
-    tasks = named_apart([tasks] if isinstance(tasks, Task) else tasks)
+    tasks = named_apart(given_tasks(tasks))
     if not tasks:
         raise TaskError("No task was given to analyse.")
     smoothed([1.0], smoothing)  # refuse a bad one before the work

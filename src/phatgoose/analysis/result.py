@@ -74,6 +74,11 @@ class Analysis:
     smoothing: float = SMOOTHING
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Its routers, and how many experts and datasets."""
+        sizes = f"experts: {len(self.experts)}, datasets: {len(self.datasets)}"
+        return f"<Analysis of {', '.join(self.routers)} ({sizes})>"
+
     def distribution(self, router: str, dataset: str) -> NDArray[np.float64]:
         """A router's whole-model distribution on a dataset, [E]; for ORACLE its one expert."""
         if router == ORACLE and ORACLE not in self.routers:

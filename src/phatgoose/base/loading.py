@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,6 +26,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,8 +34,8 @@ from transformers import (
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from ..errors import BaseModelError
-from ..files.quoting import first_line, shortened
+from ..errors import BaseModelError, PhatgooseError
+from ..files.quoting import first_line, one_line, shortened
 from ..files.strict_json import read_json_object
 from .fingerprint import BaseReference, fingerprint
 from .smollm2 import SMOLLM2, smollm2_folder
@@ -62,6 +63,16 @@ INDEX = "model.safetensors.index.json"  # of weights in several files
 CONFIG = "config.json"
 REACHING = 5.0  # seconds in which the Hub must answer that wasn't asked for this base before
 INDEX_ENDING = ".index.json"
+MOST_LAYERS = 1000  # each takes milliseconds to build, and the deepest models have a few hundred
+LAYER_COUNTS: tuple[str, ...] = (
+    "num_hidden_layers",
+    "num_layers",
+    "num_encoder_layers",
+    "num_decoder_layers",
+)
+LAYER_COUNTS += ("encoder_layers", "decoder_layers", "n_layer", "n_layers")
+UNFIT = "ignore_mismatched_sizes"  # in what transformers says where sizes don't fit
+TOLD_IN_WORDS = (ValueError, RuntimeError)  # whose text says what is wrong without their names
 HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
 
 
@@ -105,23 +116,27 @@ def load_base(
     it, float32 elsewhere), "bfloat16", "float16" (read twice, the first time in bfloat16 for its
     fingerprint) or "float32". `device` None means the first GPU if there is one. No code from the
     model's repository runs and nothing is unpickled. Raises BaseModelError when the model can't be
-    found or loaded, needs code of its own, has pickled weights only, reads padding as text, or is
-    neither a causal nor a sequence-to-sequence language model.
+    found or loaded, needs code of its own, has pickled weights only, lacks some of its weights,
+    reads padding as text, or is neither a causal nor a sequence-to-sequence language model.
     """
     torch_dtype = choose_dtype(dtype, device)
     with _loading(name) as place:
         _check_in_reach(place, revision)
-        config = AutoConfig.from_pretrained(place, revision=revision, **NO_CODE)
+        config = _config_of(place, revision=revision)
         _refuse_pickles(place, config, revision)
         how = {"revision": revision, "use_safetensors": True, **NO_CODE}
         read = partial(_class_for(config).from_pretrained, place, **how)
         rounded = torch_dtype == torch.float16  # otherwise than a fingerprint rounds
         known = fingerprint(read(dtype=torch.bfloat16)) if rounded else None
-        model = read(dtype=torch_dtype)
+        model, report = read(dtype=torch_dtype, output_loading_info=True)
+        _refuse_missing_weights(name, report["missing_keys"])
+        _refuse_odd_ends(model.generation_config)
+        found = known or fingerprint(model)
     tokenizer = load_tokenizer(name, revision=revision)
+    model.config.return_dict = True  # a config may say otherwise, and outputs are read by name
     model.to(torch.device(device) if device is not None else _default_device())
     model.eval().requires_grad_(False)
-    return Base(model, tokenizer, recorded_id(name), revision, known or fingerprint(model))
+    return Base(model, tokenizer, recorded_id(name), revision, found)
 
 
 def is_hub_id(name: str) -> bool:
@@ -153,9 +168,7 @@ def load_skeleton(
     with _loading(name if isinstance(name, str) else type(name).__name__) as place:
         config: Any = name
         if isinstance(name, str):
-            config = AutoConfig.from_pretrained(
-                place, revision=revision, local_files_only=offline, **NO_CODE
-            )
+            config = _config_of(place, revision=revision, local_files_only=offline)
         with torch.device("meta"):
             return _class_for(config).from_config(config, **NO_CODE)
 
@@ -172,6 +185,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=revision, local_files_only=offline, **NO_CODE
         )
+        if not isinstance(tokenizer.model_max_length, int | float):
+            raise ValueError(f"model_max_length is {shortened(tokenizer.model_max_length)}.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -239,13 +254,25 @@ def _loading(name: str | Path) -> Iterator[str]:
     try:
         with quiet_loading():
             yield str(smollm2_folder() if str(name) == SMOLLM2 else name)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except PhatgooseError:
+        raise
+    except Exception as error:  # an odd config makes transformers raise anything
         here = "" if Path(name).exists() else "No folder of that name is here, and as a Hub id: "
         raise BaseModelError(
-            f"Base model {shortened(str(name), 200)} can't be loaded: {here}{first_line(error)} "
+            f"Base model {shortened(str(name), 200)} can't be loaded: {here}{_why(error)} "
             f"Wanted: a Hub id or a local folder of a causal or sequence-to-sequence transformers "
             f"model, or 'smollm2'."
         ) from error
+
+
+def _why(error: Exception) -> str:
+    """What `error`, raised while transformers loaded a model, says is wrong, as a sentence."""
+    if UNFIT in str(error):
+        return "The sizes in its config.json are not those of its weights."
+    if isinstance(error, OSError | ImportError | SafetensorError) or type(error) in TOLD_IN_WORDS:
+        return first_line(error)
+    said = " ".join(str(error).split())
+    return f"transformers can't use its files ({one_line(f'{type(error).__name__}: {said}')})."
 
 
 def check_heeds_masks(config: PreTrainedConfig) -> None:
@@ -260,6 +287,47 @@ def check_heeds_masks(config: PreTrainedConfig) -> None:
 def _class_for(config: PreTrainedConfig) -> Any:
     check_heeds_masks(config)
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def _config_of(place: str, **how: Any) -> PreTrainedConfig:
+    """The config of the folder or Hub id `place`, whose layers are counted before they are built.
+
+    Raises BaseModelError for more than anybody has trained, which would take minutes.
+    """
+    said, _ = PreTrainedConfig.get_config_dict(place, **how, **NO_CODE)
+    for part in (said, *said.values()):
+        for name in LAYER_COUNTS if isinstance(part, dict) else ():
+            count = part.get(name)
+            if isinstance(count, int) and not 0 <= count <= MOST_LAYERS:
+                raise BaseModelError(
+                    f"Base model {shortened(place)} has {name} {shortened(count)} in its "
+                    f"config.json; wanted 0 to {MOST_LAYERS} layers."
+                )
+    config: PreTrainedConfig = AutoConfig.from_pretrained(place, **how, **NO_CODE)
+    return config
+
+
+def _refuse_missing_weights(name: str | Path, missing: Iterable[str]) -> None:
+    """Raise BaseModelError where weights are `missing`, which transformers would draw at random."""
+    names = sorted(missing)
+    if names:
+        raise BaseModelError(
+            f"Base model {shortened(str(name), 200)} lacks {len(names)} of the tensors that its "
+            f"config.json asks for, {shortened(names[0])} among them; its files are not whole, or "
+            f"of another model."
+        )
+
+
+def _refuse_odd_ends(config: GenerationConfig) -> None:
+    """Raise ValueError unless the tokens that begin and end answers are ids, lists of ids or None.
+
+    transformers checks nothing of them before a text is generated.
+    """
+    for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        named = getattr(config, name)
+        listed = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(token) is int for token in listed):
+            raise ValueError(f"{name} in generation_config.json is {shortened(named)}.")
 
 
 def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) -> None:

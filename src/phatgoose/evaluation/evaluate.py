@@ -24,6 +24,7 @@ from ..files.quoting import shortened
 from ..routing.composition import announcing, composition_if_any
 from ..tasks.cuts import Cuts
 from ..tasks.encoding import Encoder
+from ..tasks.loading import given_tasks
 from ..tasks.task import Example, Task
 from .answers import Answer, Questions, answers_to, questions_to_answer, questions_to_rank
 from .intervals import CONFIDENCE, Interval, Sample, wilson_interval
@@ -134,8 +135,8 @@ class TaskScore:
     high: float
     ties: int
     by_metric: Mapping[str, float] = field(default_factory=dict)
-    cuts: Cuts = field(default_factory=Cuts)
-    predictions: tuple[Prediction, ...] = ()
+    cuts: Cuts = field(default_factory=Cuts, repr=False)
+    predictions: tuple[Prediction, ...] = field(default=(), repr=False)
 
     @property
     def sample(self) -> Sample:
@@ -174,7 +175,7 @@ class Evaluation:
 
 def evaluate(
     model: PreTrainedModel | Base,
-    tasks: Task | Iterable[Task],
+    tasks: Task | str | Path | Iterable[Task | str | Path],
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     limit: int | None = None,
@@ -183,7 +184,7 @@ def evaluate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     token_budget: int = TOKEN_BUDGET,
 ) -> Evaluation:
-    """The scores of `model`, routed or not, on `tasks`.
+    """The scores of `model`, routed or not, on `tasks`: Tasks, files, or `hub:DATASET`.
 
     A task is scored by its `metrics`. One that names none is scored by rank classification where
     its examples have choices: the answer is the choice of the highest mean log-likelihood per
@@ -198,8 +199,8 @@ def evaluate(
     another form.
 
     Raises EvaluationError for a task that mixes examples with and without choices, an unknown
-    metric or a combination that no answer can serve, a score that is not a number, or a missing
-    tokenizer; TaskError for an empty task.
+    metric or a combination that no answer can serve, a score that is not a number, a missing
+    tokenizer, or what is no model; TaskError for an empty task, and as `load_task` does.
     """
     settings = ScoringSettings(
         formatting or Formatting(), limit, seed, max_new_tokens, token_budget
@@ -209,18 +210,22 @@ def evaluate(
 
 def score_tasks(
     model: PreTrainedModel | Base,
-    tasks: Task | Iterable[Task],
+    tasks: Task | str | Path | Iterable[Task | str | Path],
     settings: ScoringSettings,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
     """As `evaluate`, which says more."""
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
+    if not hasattr(model, "generate"):
+        raise EvaluationError(
+            f"A model is scored, not {shortened(model)}; make one with compose, load, or "
+            f"transformers."
+        )
     encoder = Encoder.for_model(model, tokenizer or _tokenizer_of(model), settings.formatting)
     parts = composition_if_any(model)
     warn_of_other_formatting(parts.records if parts else (), encoder.formatting)
-    given = [tasks] if isinstance(tasks, Task) else tasks
-    sets = [EvaluationSet.of(task, settings) for task in given]  # refuses before anything is scored
+    sets = [EvaluationSet.of(task, settings) for task in given_tasks(tasks)]  # refuses first
     if not sets:
         raise EvaluationError("No task was given to evaluate on.")
     scores = []

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..base.fingerprint import BaseReference
 from ..base.loading import Base
+from ..config import KIND_NAMES
 from ..errors import ExpertError
 from ..files.atomic import new_directory
 from ..files.left_overs import bring_back
@@ -53,7 +54,7 @@ LAYOUT = _Layout()
 EXPERT_FILES = (*ADAPTER_FILES, *asdict(LAYOUT).values())  # every name that one may have
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Expert:
     """One expert: what its adapter does, its gates and its statistics, by site name.
 
@@ -75,6 +76,12 @@ class Expert:
     embeddings: Tensor | None = None
     readings: Mapping[str, Tensor] = field(default_factory=dict)
     files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        """Its name, its kind, and what it shares."""
+        shared = [part for part in ("gates", "means", "readings", "embeddings") if self.has(part)]
+        kind = KIND_NAMES[self.kind] if self.modules else "empty"
+        return f"<Expert {self.name!r}, {', '.join([kind, *shared])} (sites: {len(self.modules)})>"
 
     @property
     def name(self) -> str:

@@ -30,14 +30,19 @@ __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool", "check_manifest_name"]
 
 MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters
+MOST_NAMED = 8  # experts in the repr of a pool
 STAND_IN = ", or with stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
 REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "measure")
 
 
-@dataclass(frozen=True)
-class Pool:
-    """Experts that share a base model. Open one with `Pool.open`."""
+@dataclass(frozen=True, eq=False)
+class Pool(Mapping[str, Expert]):
+    """Experts that share a base model, by name. Open one with `Pool.open`.
+
+    `pool["reviews"]` is the expert of that name, `pool.experts[0]` the first one; `len`, `in`,
+    `keys`, `values` and `items` are those of any mapping.
+    """
 
     experts: tuple[Expert, ...]
 
@@ -112,8 +117,31 @@ class Pool:
         """Every site at which at least one expert acts."""
         return tuple(dict.fromkeys(site for expert in self.experts for site in expert.modules))
 
+    @cached_property
+    def _by_name(self) -> dict[str, Expert]:
+        return {expert.name: expert for expert in self.experts}
+
+    def __getitem__(self, name: object) -> Expert:
+        """The expert called `name`. Raises KeyError, which lists the names, when there is none."""
+        if isinstance(name, str) and name in self._by_name:
+            return self._by_name[name]
+        by_place = " By their order they are in pool.experts." if isinstance(name, int) else ""
+        raise KeyError(f"{self._unknown(name)}{by_place}")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
     def __len__(self) -> int:
         return len(self.experts)
+
+    def __repr__(self) -> str:
+        """How many experts, of which base, and the first names."""
+        on = f" on {self.base.id!r}" if self.experts else ""
+        more = ["…"] if len(self) > MOST_NAMED else []
+        return f"<Pool{on} (experts: {len(self)}): {', '.join([*self.names[:MOST_NAMED], *more])}>"
 
     def select(
         self, keep: Iterable[str] | None = None, leave_out: Iterable[str] | None = None
@@ -136,7 +164,7 @@ class Pool:
             raise PoolError("No expert is left in the pool after keep and leave_out.")
         return Pool(tuple(chosen))
 
-    def _unknown(self, name: str) -> str:
+    def _unknown(self, name: object) -> str:
         """The message for a `name` that no expert has; it may be a directory's."""
         held = [expert.name for expert in self.experts if expert.directory.name == name]
         hint = f" The directory {name!r} holds the expert {held[0]!r}." if held else ""

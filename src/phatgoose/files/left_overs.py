@@ -25,7 +25,7 @@ __all__ += ["open_to_readers", "temporary_file", "temporary_folder"]
 
 UNFINISHED, REPLACED = "unfinished", "replaced"  # a new result, and the old one it replaces
 YOUNG = 60.0  # seconds; the process that made so new a file may not have locked it yet
-NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor wait for a pipe
 
 
 @contextmanager

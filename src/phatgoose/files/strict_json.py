@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ExpertError, PhatgooseError
 from .quoting import one_line, reason
-from .regular_file import regular_file
+from .regular_file import regular_file, require_regular
 
 __all__ = ["MOST_JSON_BYTES", "distinct_keys", "parse_file", "read_json_object"]
 
@@ -47,7 +47,7 @@ def parse_file(
     there is no such file, `error` for anything else that is wrong.
     """
     try:
-        size = path.stat().st_size
+        size = require_regular(path, error, label)
         if size > most:
             raise error(f"{label} has {size} bytes; at most {most} are read.")
         content = parse(path.read_text(encoding="utf-8"))

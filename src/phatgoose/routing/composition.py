@@ -38,6 +38,11 @@ class Composition:
     layers: dict[str, RoutedLayer] = field(default_factory=dict)
     lookup: Lookup | None = None
 
+    def __repr__(self) -> str:
+        """The router, the base, and how many experts."""
+        what = f"{self.routing.router} on {self.base.id!r}"
+        return f"<Composition by {what} (experts: {len(self.experts)})>"
+
     @cached_property
     def router(self) -> Router:
         """The router that `routing` asks for."""

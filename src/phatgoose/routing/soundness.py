@@ -26,6 +26,8 @@ LARGEST = 127  # of whole numbers in int8
 SCALES = {"A": "A_scale", "B": "B_scale"}
 INDICES, FACTORS = (torch.int64,), (*FLOATS, torch.int8)
 OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
+UNIT = ("embeddings", "centroids")  # and which of them are unit vectors, or 0
+LONGEST = 1.01  # of unit vectors that are rounded
 SHARED = "ndvcbhfg"  # letters that stand for one size in all files
 
 
@@ -111,6 +113,7 @@ def check_tensors(
             raise RoutingError(f"{where}: {scale} belongs to {factor} in int8, and to that only.")
         if scale in held:
             _check_scale(where, scale, held[scale])
+    _check_numbers(where, held)
     return {letter: size for letter, size in found.items() if letter in SHARED}
 
 
@@ -128,6 +131,7 @@ def check_lookup(
     found = _sizes_of(where, held, forms, {**sizes, "E": pool_size})
     if OWNERS in held:
         _check_range(where, OWNERS, held[OWNERS], pool_size)
+    _check_numbers(where, held)
     return {letter: size for letter, size in found.items() if letter in SHARED}
 
 
@@ -197,6 +201,17 @@ def _check_scale(where: str, name: str, scale: Tensor) -> None:
     least, most = scale.aminmax()
     if least < 0 or most > torch.finfo(torch.float32).max / LARGEST:
         raise RoutingError(f"{where}: {name} has numbers from {least} to {most}, no scale of rows.")
+
+
+def _check_numbers(where: str, held: Mapping[str, Tensor]) -> None:
+    """Raise RoutingError where a variance is below 0, a deviation 0, or a unit vector longer."""
+    for name, tensor in held.items():
+        if name.endswith(".rest") and bool((tensor < 0).any()):
+            raise RoutingError(f"{where}: {name} has variances below 0.")
+        if name == "spread" and not bool((tensor > 0).all()):
+            raise RoutingError(f"{where}: {name} has numbers of 0 or less; wanted deviations.")
+        if name in UNIT and bool((tensor.float().norm(dim=-1) > LONGEST).any()):
+            raise RoutingError(f"{where}: {name} has rows that are longer than 1.")
 
 
 def _named(names: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from ..base.loading import quiet_loading
 from ..config import EMBEDDING_FORMS, GateTraining
 from ..errors import ConfigError
 from ..files.quoting import first_line, shortened
+from ..files.regular_file import refuse_pipes
 from .cuts import cut_tokens
 from .task import Example
 
@@ -170,6 +171,7 @@ def load_embedder(embedder: str) -> SentenceTransformer:
             f"Embedder {shortened(embedder)} has a character in its name that can't be printed; "
             f"rename the folder."
         )
+    refuse_pipes(embedder, ConfigError)
     try:
         with quiet_loading():
             return library.SentenceTransformer(
@@ -178,7 +180,7 @@ def load_embedder(embedder: str) -> SentenceTransformer:
                 trust_remote_code=False,
                 model_kwargs={"use_safetensors": True},
             )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # an odd file of a folder makes the library raise anything
         reason = first_line(error)
         raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {reason}") from error
 

@@ -14,20 +14,23 @@ from typing import Any
 from ..errors import TaskError
 from ..files.encodable import half_character
 from ..files.quoting import first_line, one_line, reason, shortened
+from ..files.regular_file import require_regular
 from .task import Example, Task
 from .templates import SEPARATOR, RowTemplate, longest_field
 
-__all__ = ["SPLITS", "check_task_name", "datasets_library", "default_name", "load_task"]
+__all__ = ["SPLITS", "check_task_name", "datasets_library", "default_name", "given_task"]
+__all__ += ["given_tasks", "load_task"]
 
 EMPTY = ("nan", "<NA>", "NaT")  # cells without a value: of floats, of pandas, of its dates
 PLAIN = (str, int, list, tuple, dict)  # what is no such cell
 SPLITS = ("train", "validation", "test")
 LONGEST_CELL = 2**31 - 1  # characters in a CSV file; a C long of Windows holds no more
+NO_TASK = "A task is a Task, a .jsonl or .csv file, or hub:DATASET"
 Rows = Iterator[tuple[str, Mapping[str, Any]]]  # each with its place, for messages
 
 
 def load_task(
-    source: str | Path | Iterable[Mapping[str, Any]],
+    source: str | Path | Iterable[Mapping[str, Any]] | Mapping[str, Any],
     *,
     name: str | None = None,
     template: str | None = None,
@@ -36,16 +39,18 @@ def load_task(
     """The task in `source`.
 
     `source` is a `.jsonl` or `.csv` file, `hub:ID`, `hub:ID:CONFIG` or either with `@REVISION`
-    (read with the `datasets` library), or rows in memory (dicts, a `Dataset`, a `DatasetDict`).
-    Rows have the fields `input`, `target`, and optionally `choices`, `references` and `split`
-    (train, validation or test; train when absent). Other splits of a `DatasetDict` are left out
-    with a warning. With `template` ("input ||| target", jinja2, as in promptsource), input and
-    target are rendered from whatever fields a row has, and with `choices` ("yes ||| no", jinja2)
-    the choices are. `name` defaults to the file's stem.
+    (read with the `datasets` library), or rows in memory: dicts, a dict of columns, a `DataFrame`,
+    a `Dataset`, or a dict of any of these by split, such as a `DatasetDict`. Rows have the fields
+    `input`, `target`, and optionally `choices`, `references` and `split` (train, validation or
+    test; train when absent). Other splits of such a dict are left out with a warning. With
+    `template` ("input ||| target", jinja2, as in promptsource), input and target are rendered from
+    whatever fields a row has, and with `choices` ("yes ||| no", jinja2) the choices are. `name`
+    defaults to the file's stem.
 
-    Raises TaskError, naming the line, for a missing file, broken line, missing field, a text that
-    holds half a character, an empty choice, a target that is not among the choices, a CSV row of
-    more cells than the header names, a name that is no UTF-8, or a source without examples.
+    Raises TaskError, naming the line, for what is none of these, a missing file, broken line,
+    missing field, a text that holds half a character, an empty choice, a target that is not among
+    the choices, a CSV row of more cells than the header names, a name that is no UTF-8, or a source
+    without examples.
     """
     rows, label, default_name = _open_source(source)
     for each in (name or default_name, label):
@@ -73,6 +78,37 @@ def load_task(
     )
 
 
+def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
+    """The tasks that a caller names: one or several, each a Task, a file or `hub:DATASET`.
+
+    Raises TaskError for anything else, and as `load_task` does.
+    """
+    alone = isinstance(given, Task | str | Path)
+    if not alone and (_is_frame(given) or isinstance(given, Mapping)):
+        raise TaskError(f"{NO_TASK}, not a {type(given).__name__}; load_task makes a Task of that.")
+    each: Any = [given] if alone else given
+    try:
+        return [task if isinstance(task, Task) else _named(task) for task in each]
+    except TypeError as error:
+        if hasattr(given, "__iter__"):
+            raise
+        raise TaskError(f"{NO_TASK}, not {shortened(given)}.") from error
+
+
+def given_task(given: Task | str | Path) -> Task:
+    """The one task that a caller names. Raises TaskError as `given_tasks` does."""
+    if not isinstance(given, Task | str | Path):
+        raise TaskError(f"{NO_TASK}, not {shortened(given)}; load_task makes a Task of rows.")
+    (task,) = given_tasks(given)
+    return task
+
+
+def _named(task: object) -> Task:
+    if not isinstance(task, str | Path):
+        raise TaskError(f"{NO_TASK}, not {shortened(task)}; load_task makes a Task of rows.")
+    return load_task(task)
+
+
 def check_task_name(name: str) -> None:
     """Raise TaskError where results can't be written under `name`: a file's that is no UTF-8."""
     if half_character(name) is not None:
@@ -89,7 +125,7 @@ def default_name(source: str | Path) -> str:
     return Path(source).stem
 
 
-def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows, str, str]:
+def _open_source(source: str | Path | Iterable[Any]) -> tuple[Rows, str, str]:
     """(rows, the source's name in messages and records, a name for the task)."""
     if isinstance(source, str) and source.startswith("hub:"):
         return _read_hub(source), source, default_name(source)
@@ -100,13 +136,9 @@ def _open_source(source: str | Path | Iterable[Mapping[str, Any]]) -> tuple[Rows
     if path.suffix not in readers:
         raise TaskError(f"Task {path} must be a .jsonl or .csv file, or hub:DATASET.")
     try:
-        there = path.is_file()
-    except OSError as error:  # a name that is too long, say
-        raise TaskError(
-            f"Task file {shortened(str(path))} can't be read: {reason(error)}."
-        ) from error
-    if not there:
-        raise TaskError(f"Task file {path} does not exist.")
+        require_regular(path, TaskError, f"Task file {one_line(path, 140)}")
+    except FileNotFoundError as error:
+        raise TaskError(f"Task file {path} does not exist.") from error
     return readers[path.suffix](path), path.name, default_name(path)
 
 
@@ -193,20 +225,70 @@ def datasets_library(needed_for: object) -> Any:
 
 
 def _read_memory(rows: Any, label: str = "memory") -> Rows:
-    if isinstance(rows, Mapping):  # a DatasetDict: split name -> rows
+    if isinstance(rows, Mapping) and not _are_columns(rows):  # a DatasetDict: split name -> rows
         unknown = [split for split in rows if split not in SPLITS]
         if unknown:
             warnings.warn(
                 f"{label}: splits left out: {', '.join(map(str, unknown))}.", stacklevel=4
             )
         for split in SPLITS:
-            for number, row in enumerate(rows.get(split, ()), 1):
+            for number, row in enumerate(_rows_of(rows.get(split, ()), f"{label}, {split}"), 1):
                 where = f"{label}, {split} row {number}"
                 yield where, {**_fields(row, where), "split": split}
         return
-    for number, row in enumerate(rows, 1):
+    for number, row in enumerate(_rows_of(rows, label), 1):
         where = f"{label}, row {number}"
         yield where, _fields(row, where)
+
+
+def _rows_of(rows: Any, label: str) -> Iterable[Any]:
+    """The rows of what a task is made of. Raises TaskError, naming `label`, for what has none."""
+    if isinstance(rows, Mapping):
+        return _rows_of_columns(rows, label)
+    if not _is_frame(rows):
+        if isinstance(rows, str | bytes | Task) or not hasattr(rows, "__iter__"):
+            raise TaskError(
+                f"{label}: wanted rows (dicts, a dict of columns or a DataFrame), a file, or "
+                f"hub:DATASET, got {shortened(rows)}."
+            )
+        found: Iterable[Any] = rows
+        return found
+    for name, count in Counter(rows.columns).items():
+        if count > 1:
+            raise TaskError(
+                f"{label}: {count} columns are named {shortened(name)}; give them different names."
+            )
+    columns = {name: rows[name] for name in rows.columns}
+    return _rows_of_columns(columns, label)
+
+
+def _rows_of_columns(columns: Mapping[str, Any], label: str) -> Iterator[dict[str, Any]]:
+    """The rows of columns of one length. Raises TaskError, naming `label`, where they are none."""
+    for name, cells in columns.items():
+        if isinstance(cells, str | bytes) or not hasattr(cells, "__len__"):
+            raise TaskError(
+                f"{label}: {name} is {shortened(cells)}, but a dict holds a column of cells for "
+                f"each field, or the rows of each split ({', '.join(SPLITS)}); put a single row "
+                f"into a list."
+            )
+    lengths = {str(name): len(cells) for name, cells in columns.items()}
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise TaskError(f"{label}: the columns have different numbers of cells: {told}.")
+    return (dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True))
+
+
+def _are_columns(rows: Mapping[Any, Any]) -> bool:
+    """True for a dict of columns: no name is a split's, and no cell is a row."""
+    if any(name in SPLITS or _is_frame(held) for name, held in rows.items()):
+        return False
+    cells = (next(iter(held), None) for held in rows.values() if hasattr(held, "__iter__"))
+    return not any(isinstance(cell, Mapping) for cell in cells)
+
+
+def _is_frame(rows: Any) -> bool:
+    """True for a DataFrame, of pandas or another library, which need not be installed."""
+    return hasattr(rows, "columns") and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
 
 
 def _fields(row: Any, where: str) -> Mapping[str, Any]:

@@ -66,6 +66,12 @@ class Task:
     metrics: tuple[str, ...] = ()
     max_new_tokens: int | None = None
 
+    def __repr__(self) -> str:
+        """Its name, where it came from, and how many examples each split has."""
+        splits = {split: getattr(self, split) for split in ("train", "validation", "test")}
+        counts = ", ".join(f"{split}: {len(held)}" for split, held in splits.items())
+        return f"<Task {self.name!r} from {self.source!r} ({counts})>"
+
     @property
     def digest(self) -> str:
         """A hash of all examples: the same for the same data, wherever they came from."""

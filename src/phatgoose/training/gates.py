@@ -79,9 +79,9 @@ class GatedLinear(ModifiedLinear):
 
 
 def train_gates(
-    base: Base | str,
+    base: Base | str | Path,
     adapter: str | Path,
-    task: Task,
+    task: Task | str | Path,
     *,
     out: str | Path,
     training: Training | None = None,

@@ -12,7 +12,7 @@ from ..base.fingerprint import dtype_name
 from ..base.loading import Base, load_base
 from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Peft, Training
-from ..errors import ExpertError
+from ..errors import BaseModelError, ExpertError
 from ..experts.adapter import kind_for
 from ..experts.expert import Expert
 from ..experts.expert_info import check_name
@@ -20,6 +20,7 @@ from ..files.left_overs import is_there
 from ..files.quoting import shortened
 from ..tasks.embeddings import load_embedder
 from ..tasks.encoding import Encoder
+from ..tasks.loading import given_task
 from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task
 from . import processes
@@ -58,8 +59,8 @@ class TrainingRun:
     @classmethod
     def of(
         cls,
-        base: Base | str,
-        task: Task,
+        base: Base | str | Path,
+        task: Task | str | Path,
         out: Path,
         *,
         training: Training | None,
@@ -76,12 +77,18 @@ class TrainingRun:
         task can't be used.
         """
         check_name(name or out.name)
+        task = given_task(task)
         gate_training = gate_training or GateTraining()
         if gate_training.embeddings:
             load_embedder(gate_training.embedder)
         processes.join()
         training = training or Training()
-        base = load_base(base) if isinstance(base, str) else base
+        base = load_base(base) if isinstance(base, str | Path) else base
+        if not isinstance(base, Base):
+            raise BaseModelError(
+                f"base is a {type(base).__name__}; wanted its name, its folder, or a loaded Base "
+                f"(phatgoose.base.loading.load_base)."
+            )
         run = cls(
             base=base,
             task=task.with_validation(training.seed),

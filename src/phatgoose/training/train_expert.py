@@ -37,8 +37,8 @@ JOINT_GATES = "gates.safetensors"
 
 
 def train_expert(
-    base: Base | str,
-    task: Task,
+    base: Base | str | Path,
+    task: Task | str | Path,
     *,
     out: str | Path,
     peft: Peft | None = None,
@@ -55,7 +55,8 @@ def train_expert(
     `peft` sets the kind and shape of the adapter; None is the paper's LoRA. Gates are trained after
     it, or with `gate_training.joint` together with it, for its steps and at its learning rate
     (paper Appendix A); the files are the same either way.
-    `base` is a loaded base or its name; a loaded one serves many tasks. Checkpoints are kept in
+    `base` is a loaded base or its name; a loaded one serves many tasks. `task` may be a file or
+    `hub:DATASET` too. Checkpoints are kept in
     `.<out's name>.work` beside `out`. `resume` continues an interrupted run (and loads a finished
     expert, with a warning where that has other settings), `restart` throws its work away; with
     neither, existing work is an error.

@@ -44,6 +44,21 @@ def test_every_setting_is_a_flag_with_its_help(command, configs):
             assert f"--no-{setting.name.replace('_', '-')}" in parameter.secondary_opts
 
 
+@pytest.mark.parametrize(
+    ("name", "tables"),
+    [
+        ("sites", "lora, ia3, bottleneck"),
+        ("init_std", "lora, bottleneck"),
+        ("rank", "lora"),
+        ("size", "bottleneck"),
+        ("seed", "training"),
+    ],
+)
+def test_a_setting_is_shown_under_every_kind_that_it_belongs_to(name, tables):
+    (shown,) = [p for p in COMMANDS["train"].params if p.name == name]
+    assert shown.rich_help_panel == f"Settings: {tables}"
+
+
 def test_gate_has_no_flag_for_what_is_not_its_business():
     """The adapter is trained already; a recipe may say how, and says it to `train`."""
     flags = {parameter.name for parameter in COMMANDS["gate"].params}

@@ -141,7 +141,7 @@ def test_a_broken_line_among_others_names_the_file(path, line):
 
 def test_a_place_that_cannot_be_read_or_written_is_told(path):
     path.mkdir(parents=True)
-    with pytest.raises(EvaluationError, match=r"results\.jsonl can't be read"):
+    with pytest.raises(EvaluationError, match=r"results\.jsonl is not a regular file"):
         ResultStore(path)
     (path / "file").write_text("")
     store = ResultStore(path / "file" / "results.jsonl")

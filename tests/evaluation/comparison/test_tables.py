@@ -195,6 +195,23 @@ def test_csv_quotes_names_with_commas(comparison):
     assert (first["suite"], first["dataset"]) == ('a "suite", so', "a")
 
 
+@pytest.mark.parametrize("first", ["=", "+", "-", "@", "\t", "\r", "\uff1d", "\uff20"])
+def test_no_cell_of_the_csv_is_a_formula(comparison, first):
+    name = f'{first}HYPERLINK("http://evil")'
+    results = {row: {name: found["a"]} for row, found in comparison.results.items()}
+    named = replace(comparison, suites={name: (name,)}, results=results, experts={})
+    rows = list(csv.reader(io.StringIO(named.to_csv(), newline="")))[1:]
+    assert {tuple(row[1:3]) for row in rows} == {(f"'{name}", f"'{name}")}
+
+
+def test_numbers_below_zero_stay_numbers_in_the_csv(comparison):
+    below = replace(comparison.results["base"]["a"], low=-0.25)
+    results = {"base": {"a": below}}
+    named = replace(comparison, suites={"one": ("a",)}, results=results, experts={})
+    (row,) = csv.DictReader(io.StringIO(named.to_csv()))
+    assert row["low"] == "-0.250000"
+
+
 def test_json_holds_everything(comparison):
     content = json.loads(json.dumps(comparison.to_dict()))
     assert content["settings"] == SETTINGS

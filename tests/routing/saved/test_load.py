@@ -9,9 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from odd_files import rewrite
 from phatgoose.base.loading import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
 from phatgoose.experts.pool import Pool
+from phatgoose.files.regular_file import sha256_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import RoutedLinear
@@ -19,6 +21,7 @@ from phatgoose.routing.recording import record
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
+from phatgoose.routing.saved.tensors import read_saved
 from routed_models import compose_by, of_task
 from tiny import logits_of, make_ids, make_model
 
@@ -134,6 +137,38 @@ def test_changed_weights_are_refused(saved):
     save_file(tensors, saved / "routed.safetensors")
     with pytest.raises(RoutingError, match="changed"):
         load(saved)
+
+
+def negated(tensor: torch.Tensor) -> torch.Tensor:
+    return -tensor - 1
+
+
+def doubled(tensor: torch.Tensor) -> torch.Tensor:
+    return 2 * tensor
+
+
+IMPOSSIBLE = [  # by router: a tensor of its file, what is done to it, and what is said then
+    ("discriminant", "lookup.readings.end.rest", negated, r"readings\.end\.rest has variances"),
+    ("joint-discriminant", "lookup.embedded.rest", negated, r"embedded\.rest has variances below"),
+    ("retrieval", "lookup.embeddings", doubled, "embeddings has rows that are longer than 1"),
+    ("centroid", "lookup.centroids", doubled, "centroids has rows that are longer than 1"),
+    ("phatgoose", "spread.", torch.zeros_like, "spread has numbers of 0 or less"),
+]
+
+
+@pytest.mark.parametrize(("router", "name", "change", "complaint"), IMPOSSIBLE)
+def test_numbers_that_nothing_can_have_measured_are_refused(
+    llama, llama_pool, toy_embedder, tmp_path, router, name, change, complaint
+):
+    affinity = {"affinity": "calibrated"} if name == "spread." else {}
+    save(compose_by(router, llama_pool, llama, **affinity), tmp_path / "routed")
+    weights, info = (tmp_path / "routed" / file for file in ("routed.safetensors", "routed.json"))
+    tensors = load_file(weights)
+    (changed, *_) = [each for each in tensors if each.startswith(name)]
+    save_file(tensors | {changed: change(tensors[changed])}, weights)
+    rewrite(info, weights_sha256=sha256_of(weights))
+    with pytest.raises(RoutingError, match=complaint):
+        read_saved(tmp_path / "routed")
 
 
 def test_missing_weights_are_told(saved):

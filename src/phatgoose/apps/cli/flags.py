@@ -110,7 +110,10 @@ class _Parameters:
         if self.configs:
             yield _option("recipe", RECIPE, None)
         tabled = [(s, table) for table in self.configs for s in self.settings[table]]
-        yield from {s.name: _setting_flag(s, table) for s, table in tabled}.values()
+        tables = {
+            s.name: [table for each, table in tabled if each.name == s.name] for s, _ in tabled
+        }
+        yield from {s.name: _setting_flag(s, ", ".join(tables[s.name])) for s, _ in tabled}.values()
 
     def filled(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """What the command is called with, from the `arguments` that typer parsed.

@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 
 from ...errors import EvaluationError
 from ...files.quoting import reason
+from ...files.regular_file import require_regular
 
 __all__ = ["ResultStore"]
 
@@ -105,6 +106,7 @@ class ResultStore:
             raise EvaluationError(f"{self.path} is a symbolic link; results go to a file itself.")
         if not self.path.exists():
             return
+        require_regular(self.path, EvaluationError)
         try:
             content = self.path.read_bytes()
             complete = content.rfind(b"\n") + 1

@@ -20,6 +20,16 @@ __all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "in_per_cent"]
 __all__ += ["markdown_table", "write_tables"]
 
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
+FORMULAS: tuple[str, ...] = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+)  # how cells of a spreadsheet's begin
+FORMULAS += ("\uff1d", "\uff0b", "\uff0d", "\uff20")  # the first four in full width
 ALL = "all datasets"  # the column over every suite's datasets, where there are several suites
 
 
@@ -115,6 +125,10 @@ class Comparison:
     notes: tuple[str, ...] = ()
     settings: Mapping[str, Any] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Its rows and how many datasets."""
+        return f"<Comparison of {', '.join(self.results)} (datasets: {len(self.datasets)})>"
+
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:
         """The datasets that each column of the table is the mean of."""
@@ -173,7 +187,10 @@ class Comparison:
         }
 
     def to_csv(self) -> str:
-        """One line per row and dataset, the single experts' included."""
+        """One line per row and dataset, the single experts' included.
+
+        A name that a spreadsheet would take for a formula begins with an apostrophe.
+        """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(
@@ -184,7 +201,8 @@ class Comparison:
                 for task in tasks:
                     r = results[task]
                     numbers = [f"{value:.6f}" for value in (r.score, r.low, r.high)]
-                    writer.writerow([name, suite, task, r.metric, *numbers, r.n, r.ties, r.seconds])
+                    names = map(_no_formula, (name, suite, task, r.metric))
+                    writer.writerow([*names, *numbers, r.n, r.ties, r.seconds])
         return text.getvalue()
 
     def to_markdown(self) -> str:
@@ -305,6 +323,14 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterat
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _no_formula(name: str) -> str:
+    """`name` as a cell that spreadsheets show as it is: datasets are named after strangers' files.
+
+    As OWASP advises against CSV injection, with the wide forms that some programs read too.
+    """
+    return f"'{name}" if name.startswith(FORMULAS) else name
 
 
 def _metrics(by_task: Mapping[str, str]) -> str:

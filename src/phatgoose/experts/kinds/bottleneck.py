@@ -44,7 +44,7 @@ LARGEST_SCALE = 1e9
 PARTS = ("down.weight", "down.bias", "up.weight", "up.bias")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BottleneckLayers(SiteModule):
     """One site's bottleneck adapter: `scale * (up f(down y + down_bias) + up_bias)` on y."""
 

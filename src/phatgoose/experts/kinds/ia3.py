@@ -24,7 +24,7 @@ __all__ = ["IA3_ENDING", "ScalingVector", "read_ia3", "write_ia3"]
 IA3_ENDING = ".ia3_l"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ScalingVector(SiteModule):
     """One site's (IA)³ vector l: it scales the input or the output of the linear layer."""
 

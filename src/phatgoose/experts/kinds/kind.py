@@ -26,6 +26,12 @@ class SiteModule(ABC):
 
     kind: ClassVar[str]
 
+    def __repr__(self) -> str:
+        """Its fields; of tensors the shape."""
+        held = ((name, value) for name, value in vars(self).items() if value is not None)
+        shown = (f"{n}={list(v.shape) if isinstance(v, Tensor) else repr(v)}" for n, v in held)
+        return f"{type(self).__name__}({', '.join(shown)})"
+
     @property
     def in_features(self) -> int | None:
         """The size n of the site's input, None for a module that never sees it."""

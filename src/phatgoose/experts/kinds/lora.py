@@ -26,7 +26,7 @@ __all__ = ["LORA_ENDINGS", "LoraFactors", "plus_product", "read_lora", "write_lo
 LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoraFactors(SiteModule):
     """One site's LoRA: the update is `scale * (B @ A @ u + bias)`."""
 

@@ -26,6 +26,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from ...errors import TaskError
+from ...files.regular_file import require_regular
 from ..task import Example
 from ..templates import SEPARATOR, TEMPLATE_FAILURES, longest_field
 from .entries import Sources
@@ -102,8 +103,10 @@ def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
     jinja2.
     """
     file = folder / dataset / FILE_NAME
-    if not file.is_file():
-        raise TaskError(f"Template file {file} does not exist; {HOW_TO_GET}")
+    try:
+        require_regular(file, TaskError, f"Template file {file}")
+    except FileNotFoundError as error:
+        raise TaskError(f"Template file {file} does not exist; {HOW_TO_GET}") from error
     try:
         loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
     except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:

@@ -12,7 +12,7 @@ from discriminants import scores_by_hand, trained_on
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.readings import PLACES
+from phatgoose.experts.readings import PLACES, readings_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
@@ -48,6 +48,19 @@ def test_prompts_of_a_task_go_to_its_expert(base, pool):
     model = compose(trained_on(base, pool), base, router="discriminant")
     mixtures = experts_of(composition_of(model).lookup, [text[:-2] for text in TOPICS])
     assert mixtures.experts[:, 0].tolist() == [0, 1, 2, 3]
+
+
+def test_experts_that_were_measured_on_one_prompt_each_are_refused(llama, llama_pool):
+    """Their covariances are 0, so that of all means can't be inverted."""
+    experts = []
+    for seed, expert in enumerate(llama_pool.experts):
+        states = torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(seed))
+        experts.append(replace(expert, readings=readings_of(states)))
+    pool = Pool(tuple(experts))
+    assert compose(pool, llama, router="discriminant", task_variance=0.0)
+    detach(llama.model)
+    with pytest.raises(RoutingError, match=r"can't invert .* with more examples"):
+        compose(pool, llama, router="discriminant", task_variance=1.0)
 
 
 def test_training_prompts_score_a_half_for_their_expert(llama, llama_pool):

@@ -21,6 +21,7 @@ from ....config import Routing
 from ....errors import ConfigError, PoolError, RoutingError
 from ....experts.pool import Pool
 from ....experts.readings import PARTS, PLACES, PromptStates
+from ....files.tensor_file import is_finite
 from ....tasks.prompt_passes import PromptReading
 from ..lookup import Lookup, SavedLookup
 from ..scores import Scores
@@ -108,7 +109,8 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     """The slopes [d, E] and offsets [E] of s_z, as PromptDiscriminant has it, as functions of x.
 
     `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
-    prompts (`experts.readings`); of `routing` count `shrinkage` and `task_variance`.
+    prompts (`experts.readings`); of `routing` count `shrinkage` and `task_variance`. Raises
+    RoutingError where the covariance can't be inverted, or what comes of it is not finite.
     """
     means, factors, rests = (moments[part].double() for part in PARTS)
     rows = factors.flatten(0, 1)
@@ -119,11 +121,19 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     centre = means.mean(dim=0)
     away = means - centre  # d_z
     spread += routing.task_variance / len(away) * away.T @ away
-    slopes = torch.cholesky_solve(away.T, torch.linalg.cholesky(spread))
+    root, failed = torch.linalg.cholesky_ex(spread)
+    slopes = torch.cholesky_solve(away.T, root)
     distances = (away * slopes.T).sum(dim=1)
     scale = distances.mean().clamp(min=torch.finfo(torch.float32).tiny)
     offsets = -0.5 * distances - centre @ slopes
-    return (slopes / scale).float(), (offsets / scale).float()
+    line = (slopes / scale).float(), (offsets / scale).float()
+    if failed or not all(map(is_finite, line)):
+        raise RoutingError(
+            f"Router {routing.router} can't invert the covariance of the experts' prompts: they "
+            f"vary too little beside how far the experts lie apart. Run 'phatgoose measure' on "
+            f"each with more examples, set task_variance to 0, or use another router."
+        )
+    return line
 
 
 class PromptDiscriminant(BaseReader):

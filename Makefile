@@ -2,11 +2,13 @@
 PYTHON ?= python3
 VENV   ?= .venv
 LOWEST  = .venv-lowest
+TOOLS   = .venv-tools
+SECONDS ?= 600
 OLD     = -W ignore::DeprecationWarning -W ignore::ResourceWarning
 BIN     = $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-heavy test-server test-lowest bench lint types docs dist image install install-dev clean
+.PHONY: demo test test-heavy test-server test-lowest bench lint types docs dist image fuzz audit sbom install install-dev clean
 
 demo: install
 	$(BIN)/phatgoose demo --out demo
@@ -14,7 +16,7 @@ demo: install
 test: install-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_FLAGS) -n 2 --dist loadfile --no-loadscope-reorder
 
-test-heavy: $(VENV)/.installed-gpu
+test-heavy: $(VENV)/.installed-heavy
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m heavy
 
 # The server under a load of a few seconds and under hostile clients: it loses no request and stays responsive.
@@ -49,6 +51,25 @@ image:
 	docker build -t phatgoose .
 	docker run --rm --entrypoint phatgoose phatgoose --version
 
+# SECONDS of fuzzing that follows coverage (tests/fuzz): nine tenths for the readers, one for the kernel.
+fuzz: $(VENV)/.installed-heavy
+	$(BIN)/python tests/fuzz/readers.py all $$(($(SECONDS) * 9 / 10))
+	$(BIN)/python tests/fuzz/kernel.py $$(($(SECONDS) / 10))
+
+# Known faults of the workflows and of the packages in .venv.
+audit: install $(TOOLS)/.installed
+	$(TOOLS)/bin/zizmor --offline .github
+	$(TOOLS)/bin/pip-audit --skip-editable --path $(VENV)/lib/python*/site-packages
+
+# What the core installs, as CycloneDX.
+sbom: install $(TOOLS)/.installed
+	$(TOOLS)/bin/cyclonedx-py environment $(BIN)/python --pyproject pyproject.toml --mc-type library --output-reproducible -o phatgoose.cdx.json
+
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip --disable-pip-version-check install -q 'cyclonedx-bom>=7' 'pip-audit>=2.9' 'zizmor>=1.20'
+	touch $@
+
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
 
@@ -65,8 +86,9 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml
 	touch $@
 
 # Triton, whose programs the heavy tests compile; torch imports it wherever it is, which takes time.
-$(VENV)/.installed-gpu: $(VENV)/.installed-dev
-	$(PIP) install -q -e '.[gpu]'
+# And Atheris, which fuzzes.
+$(VENV)/.installed-heavy: $(VENV)/.installed-dev
+	$(PIP) install -q -e '.[gpu,fuzz]'
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

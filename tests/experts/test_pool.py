@@ -384,3 +384,18 @@ def test_a_manifest_s_name_tells_that_it_is_one(write, tmp_path):
     assert complaint_about(tmp_path / "config.json").endswith(
         "is no pool manifest: it lacks 'manifest_version'."
     )
+
+
+@pytest.mark.parametrize("named", ["a\0", "a\x1b[2J", "hub:me/x\n", "a\x85", "a\u2028b"])
+def test_a_path_of_a_manifest_steers_no_terminal(tmp_path, named):
+    path = write_manifest(
+        tmp_path / "pool.json", {"manifest_version": 1, "experts": [{"path": named}]}
+    )
+    assert complaint_about(path).isprintable()
+
+
+def test_a_path_of_a_manifest_may_be_in_any_language(write, tmp_path):
+    Pool.open(write("a", place="\u0645\u06cc\u200c\u062e \u3000é")).write_manifest(
+        tmp_path / "pool.json"
+    )
+    assert Pool.open(tmp_path / "pool.json").names == ("a",)

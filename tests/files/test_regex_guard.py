@@ -108,6 +108,14 @@ def test_what_is_no_expression_is_told(pattern):
         check_patterns([pattern], "it")
 
 
+@pytest.mark.parametrize("pattern", ["a[\0\0", "[\x1b[2J", "(\n", "[" + "\u202e" * 1500])
+def test_what_re2_quotes_of_a_pattern_steers_no_terminal(pattern):
+    with pytest.raises(ExpertError) as caught:
+        check_patterns([pattern], "it")
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.parametrize("pattern", ["x" * 15_000_000, "(a|b)*" * 2_500_000])
 def test_long_patterns_are_refused_unread(pattern):
     with soon(1), pytest.raises(ExpertError, match=r"at most 2000"):

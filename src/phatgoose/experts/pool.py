@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -273,7 +274,7 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
         version, records = content["manifest_version"], content["experts"]
         places = [(record["path"], record) for record in records]
         for named, _ in places:
-            if not isinstance(named, str) or "\0" in named or len(named) > LONGEST_PATH:
+            if not isinstance(named, str) or len(named) > LONGEST_PATH or _steers(named):
                 raise TypeError(f"path is {shortened(named)}")
     except FileNotFoundError as error:
         raise PoolError(f"Manifest {path} can't be read: {reason(error)}.") from error
@@ -294,6 +295,11 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
     for expert, (_, record) in zip(prefetch(Expert.load, directories), places, strict=True):
         _check_hashes(expert, record)
         yield expert
+
+
+def _steers(path: str) -> bool:
+    """True for a path that errors couldn't name on one line; file names may hold anything else."""
+    return any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in path)
 
 
 def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:

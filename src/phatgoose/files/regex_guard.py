@@ -16,7 +16,7 @@ from typing import Any
 import re2
 
 from ..errors import ExpertError
-from .quoting import shortened
+from .quoting import one_line, shortened
 
 __all__ = ["BY_PATTERN", "NAMES", "ByName", "check_config", "check_patterns", "matching"]
 __all__ += ["value_at"]
@@ -137,8 +137,8 @@ def _plain(pattern: str) -> re.Pattern[str]:
 
 
 def _reason(error: Exception) -> str:
-    """What RE2 says; its messages are bytes."""
+    """What RE2 says, which quotes the pattern; its messages are bytes."""
     message = error.args[0] if error.args else error
-    return (
-        message.decode("utf-8", "backslashreplace") if isinstance(message, bytes) else str(message)
-    )
+    if isinstance(message, bytes):
+        message = message.decode("utf-8", "backslashreplace")
+    return one_line(message, 80)

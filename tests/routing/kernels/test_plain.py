@@ -50,6 +50,14 @@ def test_every_kernel_equals_the_reference_in_values_and_gradients(name, problem
     assert_equals_reference(problem, name)
 
 
+@pytest.mark.parametrize("tokens", [1, 2, 3, 9])
+@pytest.mark.parametrize("name", ON_CPUS)
+def test_a_token_that_names_an_expert_twice_gets_both_its_weights(name, tokens):
+    problem = make_problem(T=tokens, E=3, k=3, d=70)
+    problem.experts = torch.tensor([[1, 1, 1], [2, 0, 2], [0, 1, 2]]).repeat(3, 1)[:tokens]
+    assert_equals_reference(problem, name)
+
+
 def test_the_reference_is_the_sum_of_the_paper():
     problem = make_problem().mapped(Tensor.double)
     wanted = torch.zeros(5, 9).double()

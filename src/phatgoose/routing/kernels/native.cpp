@@ -219,7 +219,8 @@ struct Pairs {
     std::vector<index_t> place;  // index into experts and weights, [pairs]
     std::vector<Some> some;      // as many at a time as there are
     index_t used = 0;            // experts that have any
-    Pairs(const index_t* experts, const float* weights, index_t from, index_t to, index_t E) {
+    Pairs(const index_t* experts, const float* weights, index_t from, index_t to, index_t k,
+          index_t E) {
         std::vector<index_t> start(E + 1, 0);
         for (index_t p = from; p < to; p++)
             if (weights[p] != 0) start[experts[p] + 1]++;
@@ -234,10 +235,17 @@ struct Pairs {
             for (index_t q = start[e]; q < start[e + 1];) {
                 index_t left = start[e + 1] - q;
                 int count = left >= 4 ? 4 : left >= 2 ? 2 : 1;
+                while (count > 1 && has_one_token_twice(q, count, k)) count /= 2;
                 some.push_back({e, q, count});
                 q += count;
             }
         }
+    }
+    // A token that chose an expert twice: its rows of y would be added to at once, and one be lost.
+    bool has_one_token_twice(index_t q, int count, index_t k) const {
+        for (int m = 1; m < count; m++)
+            if (place[q + m] / k == place[q + m - 1] / k) return true;
+        return false;
     }
 };
 
@@ -282,7 +290,7 @@ template <class T>
 void update_some(T* y, const T* u, const index_t* experts, const float* weights, const T* A,
                  const T* B, index_t from, index_t to, index_t k, index_t E, index_t r, index_t n,
                  index_t d, index_t threads) {
-    Pairs pairs(experts, weights, from * k, to * k, E);
+    Pairs pairs(experts, weights, from * k, to * k, k, E);
     std::vector<float> inner(pairs.place.size() * r);
     const index_t tile = tile_of(pairs, d, threads), turns = pairs.some.size();
 #pragma omp parallel if (index_t(inner.size()) * (n + d) > 60000)

@@ -21,6 +21,7 @@ __all__ = ["LEVELS", "OPTIMISED", "compile_levels", "load_shipped"]
 
 # No -ffast-math: a library linked with it turns subnormal numbers off for the whole process.
 OPTIMISED = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
+OPTIMISED += ("-ffp-contract=off",)  # native.cpp says itself which products are added in one step
 PROCESSORS = Path("/proc/cpuinfo")
 X86 = ("x86_64", "amd64")
 

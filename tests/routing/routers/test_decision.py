@@ -120,6 +120,38 @@ def test_experts_with_one_vector_are_ties_in_whatever_place(make, n, tokens):
         assert router(u).experts.tolist() == wanted
 
 
+@each_router
+@settings(max_examples=60, derandomize=True)
+@given(
+    kinds=st.lists(st.integers(0, 4), min_size=2, max_size=24),
+    n=st.integers(2, 100),
+    T=st.integers(2, 9),
+    k=st.integers(1, 4),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 999),
+)
+def test_a_token_alone_chooses_as_in_a_batch(make, kinds, n, T, k, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    vectors = standardise(torch.randn(5, n, generator=generator))[kinds]  # of one kind: ties
+    router = make(vectors, k).to(dtype)
+    u = torch.randn(T, n, generator=generator).to(dtype)
+    exactly = {torch.no_grad: 0.0, torch.enable_grad: 1e-6}  # the native kernel, and torch
+    for context, slack in exactly.items():
+        with context():
+            tokens = u.clone().requires_grad_(context is torch.enable_grad)
+            together = router(tokens)
+            alone = [router(tokens[t : t + 1]) for t in range(T)]
+        assert torch.equal(torch.cat([each.experts for each in alone]), together.experts)
+        weights = torch.cat([each.weights for each in alone])
+        torch.testing.assert_close(weights, together.weights, rtol=slack, atol=slack)
+        for row in together.experts.tolist():
+            for kind in set(kinds):  # of equals the first
+                of_kind = [z for z in row if kinds[z] == kind]
+                assert (
+                    of_kind == [z for z, other in enumerate(kinds) if other == kind][: len(of_kind)]
+                )
+
+
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 def test_the_triton_programs_take_the_first_of_equal_experts_too():
     generator = torch.Generator().manual_seed(0)

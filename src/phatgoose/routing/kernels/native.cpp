@@ -9,8 +9,10 @@
 #include <cstring>
 #include <memory>
 #include <vector>
-#ifdef __AVX__
+#if defined(__AVX__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -58,6 +60,29 @@ inline floats load_some(const bf16* p) {
 }
 inline void store_some(float* p, floats v) { memcpy(p, &v, sizeof v); }
 
+// c + a b, rounded once where the processor can. It is spelt out because a compiler left to itself
+// (-ffp-contract) rounds once for some numbers of tokens and twice for others: experts with equal
+// gates would then differ, and a token alone would choose otherwise than in a batch.
+inline float add_product(float c, float a, float b) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return c + a * b;
+#endif
+}
+inline floats add_product(floats c, floats a, floats b) {
+#if defined(__AVX512F__)
+    return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX__) && defined(__FMA__)
+    return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+    return (floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+    return c + a * b;
+#endif
+}
+inline floats all(float x) { return x - floats{}; }
+
 inline float sum(floats v) {
 #ifdef __AVX512F__
     return _mm512_reduce_add_ps((__m512)v);
@@ -98,13 +123,14 @@ inline void dot_block(const T* const* u, const T* rows, index_t n, float* const*
         for (int m = 0; m < M; m++) a[m] = load_some(u[m] + at);
         for (int i = 0; i < R; i++) {
             floats b = load_some(rows + i * n + at);
-            for (int m = 0; m < M; m++) total[m][i] += a[m] * b;
+            for (int m = 0; m < M; m++) total[m][i] = add_product(total[m][i], a[m], b);
         }
     }
     for (int m = 0; m < M; m++)
         for (int i = 0; i < R; i++) {
             float value = sum(total[m][i]);
-            for (index_t j = at; j < n; j++) value += to_float(u[m][j]) * to_float(rows[i * n + j]);
+            for (index_t j = at; j < n; j++)
+                value = add_product(value, to_float(u[m][j]), to_float(rows[i * n + j]));
             out[m][i] = value;
         }
 }
@@ -136,10 +162,13 @@ float inverse_deviation(const T* u, index_t n, float eps) {
     floats squares{};
     for (at = 0; at + LANES <= n; at += LANES) {
         floats centred = load_some(u + at) - mean;
-        squares += centred * centred;
+        squares = add_product(squares, centred, centred);
     }
     float variance = sum(squares);
-    for (index_t j = at; j < n; j++) variance += (to_float(u[j]) - mean) * (to_float(u[j]) - mean);
+    for (index_t j = at; j < n; j++) {
+        float centred = to_float(u[j]) - mean;
+        variance = add_product(variance, centred, centred);
+    }
     return 1 / std::sqrt(variance / n + eps);
 }
 
@@ -262,8 +291,10 @@ void expand(float* const* total, const float* const* c, const T* B, index_t r, i
         }
         for (index_t i = 0; i < r; i++) {
             floats b = load_some(B + i * d + j), b_next = load_some(B + i * d + j + LANES);
-            for (int m = 0; m < M; m++)
-                left[m] += c[m][i] * b, right[m] += c[m][i] * b_next;
+            for (int m = 0; m < M; m++) {
+                left[m] = add_product(left[m], all(c[m][i]), b);
+                right[m] = add_product(right[m], all(c[m][i]), b_next);
+            }
         }
         for (int m = 0; m < M; m++) {
             store_some(total[m] + j, left[m]);
@@ -272,7 +303,8 @@ void expand(float* const* total, const float* const* c, const T* B, index_t r, i
     }
     for (; j < columns; j++)
         for (int m = 0; m < M; m++)
-            for (index_t i = 0; i < r; i++) total[m][j] += c[m][i] * to_float(B[i * d + j]);
+            for (index_t i = 0; i < r; i++)
+                total[m][j] = add_product(total[m][j], c[m][i], to_float(B[i * d + j]));
 }
 
 // Columns of B at a time: few, so that the running sums stay in the cache; but long rows where
@@ -353,8 +385,9 @@ void update_one(T* y, const T* u, const index_t* experts, const float* weights, 
             float scale = c[i] * weights[j];
             index_t at = 0;
             for (; at + LANES <= d; at += LANES)
-                store_some(total + at, load_some(total + at) + scale * load_some(row + at));
-            for (; at < d; at++) total[at] += scale * to_float(row[at]);
+                store_some(total + at,
+                           add_product(load_some(total + at), all(scale), load_some(row + at)));
+            for (; at < d; at++) total[at] = add_product(total[at], scale, to_float(row[at]));
         }
     }
     for (index_t at = 0; at < d; at++) {

@@ -30,6 +30,7 @@ class _Turn(threading.local):
     announced = False  # by somebody, rather than read
     prompt: Tensor | None = None  # read last
     length = 0  # of that prompt by now
+    given: int | None = None  # columns of the prompt that `generate` was given, until it is read
     depth = 0  # of calls inside calls of the model
     encoded: Tensor | None = None  # what the encoder made of the prompts read last
     checked: Tensor | None = None  # encoder outputs found to be those

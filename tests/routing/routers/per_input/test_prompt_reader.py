@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import announcing, composition_of
 from phatgoose.routing.routers.mixtures import Mixtures
+from phatgoose.routing.routers.per_input.prompt_reader import PromptReader
+from phatgoose.routing.routers.registry import ROUTERS
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import (
@@ -159,3 +162,120 @@ def test_encoder_outputs_of_other_prompts_are_refused(base, pool):
     with pytest.raises(RoutingError, match="pass input_ids in their place"):
         model(encoder_outputs=encoded, decoder_input_ids=start)
     assert_same_logits(model(first, decoder_input_ids=start).logits, wanted)
+
+
+REPEATING = ("plums, pears, plums, pears, plums", "5 + 6 = 11, 5 + 6 = 11, 5 +", "WHO? WHY? WHO? W")
+GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+ASSISTED = {
+    "assistant": lambda alone: {"assistant_model": alone},
+    "prompt lookup": lambda alone: {"prompt_lookup_num_tokens": 4},
+}
+
+
+def reading(model, ids, **options):
+    """What `model` generates, the mixture it read, and the columns of its first pass."""
+    columns, name = [], "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    look = model.register_forward_pre_hook(
+        lambda _, args, given: columns.append(given[name].shape[1]), with_kwargs=True
+    )
+    tokens = model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY, **options)
+    look.remove()
+    return tokens, composition_of(model).lookup.mixtures, columns[0]
+
+
+@retrieving
+@pytest.mark.parametrize("mode", ASSISTED)
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("router", ["discriminant", "joint-discriminant", "retrieval", "centroid"])
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+def test_drafts_of_an_answer_are_no_part_of_the_prompt(base, pool, router, k, mode):
+    alone = copy.deepcopy(base.model)
+    model = compose_by(router, pool, base, input_k=k)
+    drafted = []
+    for text in REPEATING:
+        ids, _ = batch_of(base, [text])
+        wanted, mixture, _ = reading(model, ids)
+        got, read, columns = reading(model, ids, **ASSISTED[mode](alone))
+        assert torch.equal(got, wanted)
+        assert torch.equal(read.experts, mixture.experts)
+        assert torch.equal(read.weights, mixture.weights)
+        drafted.append(columns > ids.shape[1])
+    assert base.is_encoder_decoder or all(drafted)  # else the test shows nothing
+
+
+def prompt_readers(pool, base):
+    """The models of all routers that read prompts, by name."""
+    for router in ROUTERS:
+        model = compose_by(router, pool, base)
+        if isinstance(composition_of(model).lookup, PromptReader):
+            yield router, model
+        detach(model)
+
+
+@retrieving
+def test_every_router_that_reads_prompts_says_what_it_can_not_read(llama, llama_pool):
+    ids, _ = batch_of(llama, PROMPTS[:1])
+    names = []
+    for router, model in prompt_readers(llama_pool, llama):
+        names.append(router)
+        name = composition_of(model).lookup.name
+        with pytest.raises(RoutingError, match=f"{name} reads whole prompts.*logits_to_keep"):
+            model(ids, logits_to_keep=3)
+        with pytest.raises(RoutingError, match=f"{name} reads whole prompts.*first pass has 4"):
+            model.generate(ids, prefill_chunk_size=4, **GREEDY)
+        model(ids, logits_to_keep=1)  # what a plain generation asks for
+        model.generate(ids, prefill_chunk_size=400, **GREEDY)
+    assert len(names) >= 9
+
+
+@retrieving
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_reads_its_own_prompts(llama, llama_pool, copied):
+    model = compose_by("retrieval", llama_pool, llama)
+    twin, ids = copied(model), batch_of(llama, REPEATING[:1])[0]
+    _, mixture, _ = reading(twin, ids, prompt_lookup_num_tokens=4)
+    assert composition_of(model).lookup.mixtures is None
+    assert torch.equal(mixture.experts, reading(model, ids)[1].experts)
+
+
+@retrieving
+def test_a_second_turn_in_the_same_cache_may_be_drafted(llama, llama_pool):
+    model = compose_by("retrieval", llama_pool, llama)
+    ids, more = (batch_of(llama, [text])[0] for text in (REPEATING[0], REPEATING[1]))
+    got = []
+    for options in ({}, {"prompt_lookup_num_tokens": 4}):
+        cache = {cache_argument(model): DynamicCache(config=model.config)}
+        first, mixture, _ = reading(model, ids, **cache, **options)
+        second, after, _ = reading(model, torch.cat([first, more], dim=1), **cache, **options)
+        assert torch.equal(after.experts, mixture.experts)
+        got.append(second)
+    assert torch.equal(*got)
+
+
+@retrieving
+def test_a_generation_without_a_cache_reads_its_own_prompt(llama, llama_pool):
+    """Also one that is the last prompt and one token more."""
+    model = compose_by("retrieval", llama_pool, llama)
+    lookup, seen = composition_of(model).lookup, []
+    reads = lookup.of_tokens
+    lookup.of_tokens = lambda prompts: seen.append(prompts) or reads(prompts)
+    ids, _ = batch_of(llama, PROMPTS[:1])
+    for given in (ids[:, :-1], ids):
+        model.generate(given, use_cache=False, max_new_tokens=1, do_sample=False)
+    assert [len(prompts[0]) for prompts in seen] == [ids.shape[1] - 1, ids.shape[1]]
+
+
+@retrieving
+@pytest.mark.parametrize("router", ["discriminant", "phatgoose-input", "logo", "retrieval"])
+def test_a_model_may_draft_for_itself(llama, llama_pool, router):
+    model = compose_by(router, llama_pool, llama)
+    ids, _ = batch_of(llama, REPEATING[:1])
+    wanted, mixture, _ = reading(model, ids)
+    got, read, _ = reading(model, ids, assistant_early_exit=1)
+    assert torch.equal(got, wanted)
+    assert torch.equal(read.experts, mixture.experts)
+
+
+def test_the_models_own_generate_comes_back(llama, llama_pool):
+    assert "generate" in vars(compose(llama_pool, llama, router="discriminant"))
+    assert "generate" not in vars(detach(llama.model))

@@ -2,11 +2,15 @@
 
 A pass that goes on where an earlier one ended, from its cache or from what its encoder gave, is
 served by the experts of that one's prompt; where nobody has read it, it is refused.
+
+A first pass of assisted decoding holds drafts of the answer after the prompt, and nothing in the
+pass tells them apart for certain. So `generate` of a causal model notes how long its prompt is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -78,12 +82,16 @@ class PromptReader(Lookup):
         if model.config.is_encoder_decoder:
             check = model.register_forward_pre_hook(self._check_encoded, with_kwargs=True)
             self._handles.append(check)
+        elif model.can_generate():
+            model.generate = partial(_generate, self, model)
 
     def detach(self) -> None:
         """Stop reading prompts."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self._model is not None:
+            vars(self._model).pop("generate", None)  # the model's own is its class's
         self._model = None
 
     @_uncompiled
@@ -134,11 +142,35 @@ class PromptReader(Lookup):
         if ids is None:
             raise RoutingError(f"Router {self.name} reads the input's tokens; pass input_ids.")
         if given.get("use_cache") is not False or not self._grew(ids):
-            real = real_tokens(given)
-            kept = zip(ids, torch.ones_like(ids).bool() if real is None else real, strict=True)
+            end, real = self._prompt_end(given), real_tokens(given)
+            real = torch.ones_like(ids).bool() if real is None else real
+            kept = zip(ids[:, :end], real[:, :end], strict=True)
             turn.mixtures = self.find([row[keep].tolist() for row, keep in kept])
-            turn.prompt = ids.cpu()
+            turn.prompt, turn.given = ids.cpu(), None
         turn.length = ids.shape[1]
+
+    def _prompt_end(self, given: Mapping[str, Any]) -> int:
+        """How many columns of a first pass are its prompt; drafts of assisted decoding follow it.
+
+        Raises RoutingError where the pass doesn't say, or holds a part of the prompt only.
+        """
+        columns, prompt = given["input_ids"].shape[1], self._turn.given
+        kept = given.get("logits_to_keep")  # with drafts, generate keeps one more than there are
+        kept = kept if isinstance(kept, int) and kept else None  # 0 keeps all
+        drafts = columns - prompt if prompt is not None else (kept or 1) - 1
+        if drafts == 0 or (prompt is not None and drafts > 0 and kept in (None, drafts + 1)):
+            return int(columns - drafts)
+        if prompt is None:
+            raise RoutingError(
+                f"Router {self.name} reads whole prompts, and can't say where this one ends: the "
+                f"pass keeps {kept} logits (logits_to_keep), as if drafts of an answer followed. "
+                f"Call the model's own generate, or leave logits_to_keep out."
+            )
+        raise RoutingError(
+            f"Router {self.name} reads whole prompts: generate was given one of {prompt} tokens, "
+            f"and its first pass has {columns}. Leave out what cuts or changes prompts "
+            f"(prefill_chunk_size, token_healing)."
+        )
 
     def _of_cache(self, cache: Any) -> Mixtures:
         """The experts of the prompt that `cache` holds."""
@@ -156,6 +188,20 @@ class PromptReader(Lookup):
         if prompt is None or ids.shape != (len(prompt), self._turn.length + 1):
             return False
         return torch.equal(ids[:, : prompt.shape[1]].cpu(), prompt)
+
+
+def _generate(
+    reader: PromptReader, model: PreTrainedModel, inputs: Any = None, *args: Any, **kwargs: Any
+) -> Any:
+    """What the class of `model` generates, while `reader` knows how long the prompt is."""
+    turn, given = reader._turn, kwargs.get("input_ids") if inputs is None else inputs
+    before = turn.given  # of a call around this one: the model may be its own assistant
+    turn.given = given.shape[1] if isinstance(given, Tensor) and given.dim() == 2 else None
+    turn.prompt = None  # what comes first is a new prompt
+    try:
+        return type(model).generate(model, inputs, *args, **kwargs)
+    finally:
+        turn.given = before
 
 
 def _values(output: Any) -> Iterable[Any]:

@@ -299,7 +299,8 @@ def test_a_base_without_room_for_an_input_is_an_error():
     ],
 )
 def test_a_chat_template_that_cannot_be_filled_is_one_line(template, complaint):
-    with pytest.raises(BaseModelError, match=f"chat template (failed|refuses).*{complaint}") as caught:
+    words = f"chat template (failed|refuses).*{complaint}"
+    with pytest.raises(BaseModelError, match=words) as caught:
         make_encoder(template=template, chat=True).prompt("Hello")
     assert "\n" not in str(caught.value)
 

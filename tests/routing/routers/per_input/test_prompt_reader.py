@@ -257,8 +257,8 @@ def test_a_generation_without_a_cache_reads_its_own_prompt(llama, llama_pool):
     """Also one that is the last prompt and one token more."""
     model = compose_by("retrieval", llama_pool, llama)
     lookup, seen = composition_of(model).lookup, []
-    reads = lookup.of_tokens
-    lookup.of_tokens = lambda prompts: seen.append(prompts) or reads(prompts)
+    reads = lookup.find
+    lookup.find = lambda prompts: seen.append(prompts) or reads(prompts)
     ids, _ = batch_of(llama, PROMPTS[:1])
     for given in (ids[:, :-1], ids):
         model.generate(given, use_cache=False, max_new_tokens=1, do_sample=False)

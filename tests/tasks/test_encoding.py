@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from phatgoose.base.positions import Positions
 from phatgoose.config import Formatting
-from phatgoose.errors import TaskError
+from phatgoose.errors import BaseModelError, TaskError
 from phatgoose.tasks.cuts import Cut, Cuts
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example
@@ -292,6 +292,12 @@ def test_a_base_without_room_for_an_input_is_an_error():
 def test_chat_without_a_template_is_refused():
     with pytest.raises(TaskError, match="no chat template"):
         make_encoder(chat=True)
+
+
+@pytest.mark.parametrize("template", ["{{ 1 + '' }}", "{% if %}", "{{ raise_exception('no') }}"])
+def test_what_a_chat_template_can_not_do_is_told(template):
+    with pytest.raises(BaseModelError, match="The base's chat template"):
+        make_encoder(template=template, chat=True).prompt("a")
 
 
 def test_a_tokenizer_without_an_end_of_sequence_is_refused():

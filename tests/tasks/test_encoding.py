@@ -310,6 +310,12 @@ def test_chat_without_a_template_is_refused():
         make_encoder(chat=True)
 
 
+@pytest.mark.parametrize("template", ["{{ 1 + '' }}", "{% if %}", "{{ raise_exception('no') }}"])
+def test_what_a_chat_template_can_not_do_is_told(template):
+    with pytest.raises(BaseModelError, match="The base's chat template"):
+        make_encoder(template=template, chat=True).prompt("a")
+
+
 def test_a_tokenizer_without_an_end_of_sequence_is_refused():
     tokenizer = make_tokenizer(final_eos=False)
     tokenizer.eos_token = None

@@ -14,7 +14,7 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["bound_spinning", "keep_to", "quota", "set_threads", "usable_cores"]
+__all__ = ["advice", "bound_spinning", "keep_to", "quota", "set_threads", "usable_cores"]
 
 SPINS = "20000"  # some tens of microseconds
 CGROUP_2 = Path("/sys/fs/cgroup/cpu.max")
@@ -39,6 +39,22 @@ def bound_spinning() -> None:
     """Set how long OpenMP's threads spin, here and in processes to come, unless the user has."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def advice() -> str | None:
+    """What to set where other processes keep the cores busy; None if the user has set something.
+
+    Loads torch.
+    """
+    import torch  # the command line must not load it
+
+    threads = torch.get_num_threads()
+    if threads < 2 or "OMP_WAIT_POLICY" in os.environ or os.environ.get("GOMP_SPINCOUNT") != SPINS:
+        return None
+    return (
+        f"computing with {threads} threads; if other processes keep the cores busy, set "
+        f"OMP_WAIT_POLICY=PASSIVE or OMP_NUM_THREADS=1"
+    )
 
 
 def keep_to(cores: float) -> int:

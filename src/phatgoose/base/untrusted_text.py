@@ -206,7 +206,7 @@ class _Process:
     """One process, and how it ended."""
 
     def __init__(self) -> None:
-        command = [sys.executable, "-I", "-c", START.format(module=MODULE), *sys.path]
+        command = [sys.executable, "-I", "-c", START.format(module=MODULE), *map(str, sys.path)]
         self._child = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,

@@ -10,6 +10,7 @@ import typer
 
 from ...config import ROUTING_SETTINGS, Routing, Serving
 from ..console.printing import say
+from ..processor import advice
 from .options import ModelOptions, ReplicaOptions, warn_of_unused
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def serve(
     if not keys and host not in ("127.0.0.1", "::1", "localhost"):
         say("no API key is set: whoever reaches this address may use it", err=True)
     if app is not None:
+        if (advised := advice()) is not None:
+            say(advised, err=True)
         run(app, host, port, serving)
     else:
         _serve_on_ray(models, serving, keys, hosts, replicas, host, port)

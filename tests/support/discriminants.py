@@ -34,6 +34,44 @@ def states_of(base, text: str) -> dict[str, Tensor]:
     return {"end": tokens[:, -1], "whole": tokens.mean(dim=1)}
 
 
+def quadratic(spread: Tensor, direction: Tensor) -> Tensor:
+    """The variance along a `direction` of length 1."""
+    return direction @ spread @ direction
+
+
+def bounded(means: Sequence[Tensor], spreads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """The means, and the mean covariance, of which no expert adds more than the median is worth.
+
+    One direction of one expert's covariance after the other.
+    """
+    E, middle = len(means), torch.stack(list(means)).quantile(0.5, dim=0)
+    distances = torch.stack([(mean - middle).norm() for mean in means])
+    most = E * distances.quantile(0.5)
+    near = [
+        mean if distance <= most else middle + (mean - middle) * most / distance
+        for mean, distance in zip(means, distances, strict=True)
+    ]
+    centre = torch.stack(near).mean(dim=0)
+    least = 1e-6 * torch.stack([(mean - centre) ** 2 for mean in near]).mean()
+    total = torch.zeros_like(spreads[0])
+    for spread in spreads:
+        for row in parted(spread):
+            own = row @ row
+            if own < 1e-12 * spread.trace():
+                continue
+            unit = row / own.sqrt()
+            bound = E * torch.stack([quadratic(s, unit) for s in spreads]).quantile(0.5) + least
+            total += torch.outer(row, row) * min(1.0, float(bound / own))
+    return near, total / E
+
+
+def parted(spread: Tensor) -> Tensor:
+    """The directions of a covariance times their deviations; the tests' have no more than 16."""
+    assert torch.linalg.matrix_rank(spread, hermitian=True, rtol=1e-6) <= 16
+    values, vectors = torch.linalg.eigh(spread)
+    return (vectors[:, -16:] * values[-16:].clamp(min=0).sqrt()).T
+
+
 def gaussian_scores(
     x: Tensor,
     means: Sequence[Tensor],
@@ -42,7 +80,7 @@ def gaussian_scores(
     task_variance: float = 0.0,
 ) -> Tensor:
     """log N(x; m_z, Σ) - log N(x; m, Σ), over D, of each expert's mean and covariance."""
-    spread = torch.stack(list(spreads)).mean(dim=0)
+    means, spread = bounded(means, spreads)
     own = torch.diag(spread.diagonal())
     spread = (1 - shrinkage) * spread + shrinkage * own
     spread = spread + 1e-6 * own.trace() / len(own) * torch.eye(len(own))
@@ -51,7 +89,8 @@ def gaussian_scores(
     spread = spread + task_variance * between.mean(dim=0)
     usual = MultivariateNormal(centre, spread).log_prob(x)
     inverse = torch.linalg.inv(spread)
-    distance = torch.stack([(m - centre) @ inverse @ (m - centre) for m in means]).mean()
+    distances = torch.stack([(m - centre) @ inverse @ (m - centre) for m in means])
+    distance = distances.clamp(max=len(means) * distances.quantile(0.5)).mean()
     logs = torch.stack([MultivariateNormal(m, spread).log_prob(x) for m in means])
     return (logs - usual) / distance
 

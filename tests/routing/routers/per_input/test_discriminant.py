@@ -73,6 +73,53 @@ def test_training_prompts_score_a_half_for_their_expert(llama, llama_pool):
     assert (scores.sum() - scores.trace()).item() / 12 < 0
 
 
+def turned(pool: Pool, z: int, change) -> Pool:
+    """The pool whose expert z has its readings changed by their names."""
+    expert = pool.experts[z]
+    readings = {name: change(name, part) for name, part in expert.readings.items()}
+    return Pool((*pool.experts[:z], replace(expert, readings=readings), *pool.experts[z + 1 :]))
+
+
+@both_streams
+@pytest.mark.parametrize("by", [100.0, 1e30])
+def test_means_of_one_expert_that_are_far_away_leave_the_others_their_prompts(base, pool, by):
+    own = trained_on(base, pool)
+    attacked = turned(own, 1, lambda name, part: by * part if name.endswith("mean") else part)
+    lookup = composition_of(compose(attacked, base, router="discriminant")).lookup
+    prompts = [text[:-2] for text in TOPICS]
+    assert lookup.scores(prompts).isfinite().all()
+    found = lookup.of_prompts(prompts).experts[:, 0].tolist()
+    assert [found[0], *found[2:]] == [0, 2, 3]
+
+
+@both_streams
+def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool):
+    own = trained_on(base, pool)
+    prompts = [text[:-2] for text in TOPICS]
+    plain = composition_of(compose(own, base, router="discriminant")).lookup.scores(prompts)
+    detach(base.model)
+
+    def masking(name: str, part: torch.Tensor) -> torch.Tensor:
+        if not name.endswith("factor"):
+            return part
+        means = [expert.readings[name.replace("factor", "mean")] for expert in own.experts]
+        others = torch.stack([each for z, each in enumerate(means) if z != 1], dim=1)  # [b, 3, d]
+        changed = part.clone()
+        changed[:, :3] = 100 * (others - others.mean(dim=1, keepdim=True))
+        return changed
+
+    lookup = composition_of(compose(turned(own, 1, masking), base, router="discriminant")).lookup
+    scores = lookup.scores(prompts)
+    assert [scores.argmax(dim=1)[z].item() for z in (0, 2, 3)] == [0, 2, 3]
+
+    def margins(found: torch.Tensor) -> torch.Tensor:
+        """How far the right one of the others is above the next of them."""
+        left = found[[0, 2, 3]][:, [0, 2, 3]]
+        return left.diagonal() - left.masked_fill(torch.eye(3).bool(), -torch.inf).amax(dim=1)
+
+    assert (margins(scores) > 0.1 * margins(plain)).all()
+
+
 @both_streams
 def test_a_batch_is_scored_as_its_rows_alone(base, pool):
     lookup = composition_of(compose(pool, base, router="discriminant")).lookup

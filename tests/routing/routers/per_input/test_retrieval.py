@@ -20,6 +20,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
+from phatgoose.routing.routers.per_input.retrieval import Retriever
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.collating import pad_left, pad_right
@@ -53,6 +54,35 @@ def test_the_prompts_of_these_tests_ask_for_all_experts(llama_pool):
     ]
     assert tuple(asked) == ASKED_OWNERS
     assert tuple(owner(llama_pool, text, "paper") for text in texts) == CHOSEN_OWNERS
+
+
+@retrieving
+def test_copies_of_all_others_win_no_more_than_two_experts_worth(llama):
+    rows = torch.nn.functional.normalize(torch.randn(4, 8, 64, generator=_seeded(0)), dim=-1)
+    copied = torch.cat([rows.flatten(0, 1), rows.flatten(0, 1)])  # expert 0 has them all, and first
+    owners = torch.cat([torch.zeros(32).long(), torch.arange(1, 5).repeat_interleave(8)])
+    reader = Retriever(copied, owners, DEFAULT_EMBEDDER, llama.tokenizer)
+    queries = rows.flatten(0, 1) + 0.01 * torch.randn(32, 64, generator=_seeded(1))
+    for k in (1, 2):
+        reader.k = k
+        first = reader.nearest_to(queries).experts[:, 0]
+        assert int((first == 0).sum()) <= 16
+        assert torch.equal(first[first > 0], owners[32:][first > 0])
+
+
+@retrieving
+def test_all_embeddings_are_searched_and_kept_where_numbers_are_alike(llama):
+    rows = torch.nn.functional.normalize(torch.randn(18, 64, generator=_seeded(0)), dim=-1)
+    owners = torch.tensor([0] * 8 + [1] * 4 + [2] * 6)
+    reader = Retriever(rows, owners, DEFAULT_EMBEDDER, llama.tokenizer)
+    assert reader.nearest_to(rows).experts[:, 0].tolist() == owners.tolist()
+    longer = torch.cat([owners, torch.full((40,), 3)])
+    flooded = Retriever(torch.cat([rows, rows[:1].expand(40, -1)]), longer, "e", llama.tokenizer)
+    assert len(flooded.tensors()["lookup.embeddings"]) == 58  # a pool that grows has new bounds
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 @retrieving

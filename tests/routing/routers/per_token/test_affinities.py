@@ -55,6 +55,20 @@ def case(three):
     return site, gates, mean, u
 
 
+@pytest.mark.parametrize("affinity", ["centred", "trimmed"])
+def test_far_means_of_one_expert_leave_the_others_affinities(llama, pool_of, affinity):
+    pool = pool_of("llama", (4, 4, 4, 4, 4))
+    site = pool.sites[0]
+    gates = pool.vectors("gates", site)
+    u = torch.randn(20, gates.shape[1], generator=torch.Generator().manual_seed(0))
+    means = {name: 1e30 * mean for name, mean in pool.experts[0].means.items()}
+    attacked = Pool((replace(pool.experts[0], means=means), *pool.experts[1:]))
+    plain = affinities_of(llama, pool, site, u, affinity=affinity)
+    found = affinities_of(llama, attacked, site, u, affinity=affinity)
+    assert found.isfinite().all()
+    assert (found - plain).abs().max() < 3 * plain.std()
+
+
 def test_raw_is_what_the_sigmoid_saw(llama, three, case):
     site, gates, _, u = case
     found = affinities_of(llama, three, site, u, affinity="raw")

@@ -23,6 +23,7 @@ from ....experts.pool import Pool
 from ....experts.readings import PARTS, PLACES, PromptStates
 from ....files.tensor_file import is_finite
 from ....tasks.prompt_passes import PromptReading
+from ..bounds import bound_of, bounded_means, bounded_variances
 from ..lookup import Lookup, SavedLookup
 from ..scores import Scores
 from .base_reader import BaseReader
@@ -109,10 +110,13 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     """The slopes [d, E] and offsets [E] of s_z, as PromptDiscriminant has it, as functions of x.
 
     `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
-    prompts (`experts.readings`); of `routing` count `shrinkage` and `task_variance`. Raises
-    RoutingError where the covariance can't be inverted, or what comes of it is not finite.
+    prompts (`experts.readings`); of `routing` count `shrinkage` and `task_variance`. What an expert
+    adds to the means over experts is bounded (`routers.bounds`). Raises RoutingError where the
+    covariance can't be inverted, or what comes of it is not finite.
     """
     means, factors, rests = (moments[part].double() for part in PARTS)
+    means = bounded_means(means)
+    factors, rests = bounded_variances(means, factors, rests)
     rows = factors.flatten(0, 1)
     shared = rows.T @ rows / len(means) + torch.diag(rests.mean(dim=0))
     diagonal = shared.diagonal()
@@ -120,11 +124,12 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     spread = (1 - routing.shrinkage) * shared + torch.diag(routing.shrinkage * diagonal + least)
     centre = means.mean(dim=0)
     away = means - centre  # d_z
-    spread += routing.task_variance / len(away) * away.T @ away
+    apart = _within(away.square().sum(dim=1))
+    spread += routing.task_variance / len(away) * (away.T * apart) @ away
     root, failed = torch.linalg.cholesky_ex(spread)
     slopes = torch.cholesky_solve(away.T, root)
     distances = (away * slopes.T).sum(dim=1)
-    scale = distances.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    scale = (_within(distances) * distances).mean().clamp(min=torch.finfo(torch.float32).tiny)
     offsets = -0.5 * distances - centre @ slopes
     line = (slopes / scale).float(), (offsets / scale).float()
     if failed or not all(map(is_finite, line)):
@@ -134,6 +139,11 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
             f"each with more examples, set task_variance to 0, or use another router."
         )
     return line
+
+
+def _within(values: Tensor) -> Tensor:
+    """The shares, at most 1, of `values` [E] that are within their bound."""
+    return torch.where(values > bound_of(values), bound_of(values) / values, 1.0)
 
 
 class PromptDiscriminant(BaseReader):
@@ -208,11 +218,15 @@ class PromptDiscriminant(BaseReader):
             return super().scores(prompts)
         self._check(self._attached)
         states = self.remembered.of(prompts, self._states_of)
-        return self._score(states[:, :, self.blocks])
+        return self.scores_of_states(states)
 
     def _states_of(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """What all blocks make of the prompts, [texts, 2, blocks, d]."""
         return self._read_alone(prompts, PromptStates(self._attached))
+
+    def scores_of_states(self, states: Tensor) -> Tensor:
+        """The scores [texts, E] of `states` [texts, 2, blocks, d] of all blocks."""
+        return self._score(states[:, :, self.blocks])
 
     def _score(self, states: Tensor) -> Tensor:
         """The mean over places and blocks of the scores [texts, E] of `states` of both places."""

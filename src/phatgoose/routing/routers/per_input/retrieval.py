@@ -6,6 +6,10 @@ model reads them. The released code embeds their answer choices too, which no se
 `retrieval_form` "paper" does so in comparisons. With `input_k` above 1 the k experts that have the
 nearest training inputs act together, weighted by the softmax of these cosines over
 `input_temperature`: that is ours.
+
+An expert that stores more than BOUND times as many embeddings as the pool's median is searched by
+so many of them, evenly spaced: copies of the other experts' could else win all of their prompts.
+That is ours too, and acts only where numbers differ so much.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from .looked_up import LookedUp
 
 __all__ = ["EMBEDDINGS", "OWNERS", "Retrieval", "Retriever"]
 
+BOUND = 2  # of an expert's embeddings, as a multiple of the pool's median
 EMBEDDINGS, OWNERS = "lookup.embeddings", "lookup.owners"  # their names in files
 
 
@@ -74,7 +79,10 @@ class Retrieval(LookedUp):
 
 
 class Retriever(EmbeddingReader):
-    """The experts that own the nearest stored training inputs, by cosine."""
+    """The experts that own the nearest stored training inputs, by cosine.
+
+    All of them are kept, so that a pool that grows or shrinks gets new bounds.
+    """
 
     name = "retrieval"
 
@@ -94,6 +102,8 @@ class Retriever(EmbeddingReader):
         """
         super().__init__(embedder, embeddings.shape[1], tokenizer, k, temperature)
         self.embeddings, self.owners, self.form = embeddings, owners, form
+        searched = _within_bound(owners)
+        self._rows, self._theirs = embeddings[searched], owners[searched]
 
     def find(
         self, prompts: Sequence[Sequence[int]], examples: Sequence[Example] | None = None
@@ -137,9 +147,21 @@ class Retriever(EmbeddingReader):
 
     def nearest_to(self, queries: Tensor) -> Mixtures:
         """The k experts that own the embeddings nearest to each of `queries` [texts, dims]."""
-        cosines = queries @ self.embeddings.T
+        cosines = queries @ self._rows.T
         if self.k == 1:
-            return Mixtures.alone(self.owners[cosines.argmax(dim=-1)])
+            return Mixtures.alone(self._theirs[cosines.argmax(dim=-1)])
         best = torch.full((len(cosines), int(self.owners.max()) + 1), -torch.inf)
-        best = best.scatter_reduce(1, self.owners.expand_as(cosines), cosines, "amax")
+        best = best.scatter_reduce(1, self._theirs.expand_as(cosines), cosines, "amax")
         return Mixtures.best(best, self.k, self.temperature)
+
+
+def _within_bound(owners: Tensor) -> Tensor:
+    """The rows to search [R], in order: of each of the `owners` [M] no more than its bound."""
+    counts = owners.bincount()
+    held = counts[counts > 0].double()
+    most = max(1, int(BOUND * held.quantile(0.5)))
+    if held.max() <= most:
+        return torch.arange(len(owners))
+    own = [(owners == z).nonzero().flatten() for z in counts.nonzero().flatten()]
+    spaced = [rows[torch.linspace(0, len(rows) - 1, min(len(rows), most)).long()] for rows in own]
+    return torch.cat(spaced).sort().values

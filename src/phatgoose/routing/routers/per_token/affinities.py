@@ -1,7 +1,8 @@
 """Affinities: five ways to score activations against gates or mean activations.
 
 docs/first-study.md compares them. The symbols are those of `per_token.vector_router`. M is the mean
-activation of the pool at a site [n]: the mean over experts of the means that they share.
+activation of the pool at a site [n]: the mean over experts of the means that they share, none of
+which moves it by more than the pool's median is worth (`routers.bounds`).
 
 standardised  v̄ᵀū, over √n: the paper's (section 3)
 raw           vᵀu, what the gate's sigmoid was trained on, so the gates' norms count
@@ -25,6 +26,7 @@ from ....config import PAPER
 from ....errors import ConfigError
 from ....experts.pool import Pool
 from ....tasks.neutral_text import over_neutral_text
+from ..bounds import bounded_means
 from ..decision import highest
 from ..router import RouterSite, SiteRouter, check_needs
 from .vector_router import ScoredByVectors, ScoredRouter, VectorRouter, products, standardise
@@ -111,7 +113,7 @@ def affinity_vectors(pool: Pool, site: str, kind: str, affinity: str) -> Tensor:
         return vectors
     if affinity not in NEED_MEANS:
         return standardise(vectors)
-    mean = pool.vectors("means", site).float().mean(dim=0)
+    mean = bounded_means(pool.vectors("means", site).float()).mean(dim=0)
     if affinity == "trimmed":
         return _trimmed(vectors, mean)
     standardised = standardise(vectors)

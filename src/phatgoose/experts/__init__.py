@@ -8,6 +8,7 @@ card.py         its model card
 readings.py     what it shares of how the base reads its prompts
 applied.py      one expert alone on its base
 input_format.py how an expert's training inputs became tokens
+signing.py      signatures of its files
 hub.py          experts on the Hugging Face Hub
 pool.py         many experts of one base
 importing/      experts made of other people's adapters

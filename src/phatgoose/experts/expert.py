@@ -48,6 +48,7 @@ class _Layout:
     info: str = "phatgoose.json"
     embeddings: str = "embeddings.safetensors"
     card: str = "README.md"
+    signature: str = "model.sig"
 
 
 LAYOUT = _Layout()

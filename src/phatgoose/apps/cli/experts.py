@@ -19,6 +19,7 @@ from .options import (
     EngineOptions,
     ExpertName,
     ExpertOut,
+    RequireSigner,
     RestartOptions,
     SourceOptions,
     TaskOption,
@@ -224,13 +225,19 @@ def measure(
     say(f"{_contents(measured)} -> {expert}")
 
 
-def check(directories: Annotated[list[Path], typer.Argument(help="Expert directories.")]) -> None:
+def check(
+    directories: Annotated[list[Path], typer.Argument(help="Expert directories.")],
+    require_signer: RequireSigner = None,
+) -> None:
     """Verify expert directories and name what is wrong.
 
     Hashes, names, shapes and finiteness are checked; the exit code is 2 when anything is wrong.
     """
     from ...experts.expert import Expert, check_expert
+    from ...experts.signing import check_signature
 
+    for directory in directories if require_signer else ():
+        check_signature(directory, require_signer or ())
     problems = {directory: check_expert(directory) for directory in directories}
     for directory, found in problems.items():
         if not found:

@@ -39,6 +39,7 @@ __all__ = [
     "PoolArgument",
     "RayOptions",
     "ReplicaOptions",
+    "RequireSigner",
     "RestartOptions",
     "ScoringOptions",
     "SourceOptions",
@@ -64,6 +65,11 @@ ModelArgument = Annotated[
     ),
 ]
 ExpertOut = Annotated[Path, "The expert directory to write."]
+RequireSigner = Annotated[
+    list[Path] | None,
+    "Use nothing of an expert unless the owner of this public key (PEM) signed every file of it; "
+    "repeatable, any of them will do (needs the extra 'sign').",
+]
 ExpertName = Annotated[str | None, "The expert's name; default: the name of --out."]
 TaskOption = Annotated[str, "The data it was trained on."]
 BaseOption = Annotated[str | None, "Base model: a Hub id, a local folder, or smollm2 (embedded)."]

@@ -18,6 +18,7 @@ from .options import (
     ExpertOut,
     ModelArgument,
     ModelOptions,
+    RequireSigner,
     TemplateOptions,
     check_routing_flags,
     only_with,
@@ -82,6 +83,10 @@ def push(
     ],
     private: Annotated[bool, "Make the repository private if it is new."] = False,
     message: Annotated[str | None, "The commit's message."] = None,
+    sign: Annotated[
+        Path | None,
+        "Sign the expert with this private key (PEM) first (needs the extra 'sign').",
+    ] = None,
 ) -> None:
     """Publish an expert on the Hub, as one commit.
 
@@ -89,7 +94,8 @@ def push(
     """
     from ...experts.hub import push as publish
 
-    say(f"{expert} -> {publish(expert, reference, private=private, message=message)}")
+    pushed = publish(expert, reference, private=private, message=message, sign=sign)
+    say(f"{expert} -> {pushed}")
 
 
 def pull(
@@ -97,11 +103,12 @@ def pull(
         str, typer.Argument(help="OWNER/NAME on the Hub, with /FOLDER and @REVISION if wanted.")
     ],
     out: ExpertOut,
+    require_signer: RequireSigner = None,
 ) -> None:
     """Fetch an expert from the Hub."""
     from ...experts.hub import pull as fetch
 
-    expert = fetch(reference, out)
+    expert = fetch(reference, out, signers=require_signer or ())
     say(f"{expert.name}: {len(expert.modules)} sites -> {out}")
 
 

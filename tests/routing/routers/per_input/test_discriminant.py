@@ -87,8 +87,8 @@ def test_means_of_one_expert_that_are_far_away_leave_the_others_their_prompts(ba
     attacked = turned(own, 1, lambda name, part: by * part if name.endswith("mean") else part)
     lookup = composition_of(compose(attacked, base, router="discriminant")).lookup
     prompts = [text[:-2] for text in TOPICS]
-    assert lookup.scores(prompts).isfinite().all()
-    found = lookup.of_prompts(prompts).experts[:, 0].tolist()
+    assert scores_of(lookup, prompts).isfinite().all()
+    found = experts_of(lookup, prompts).experts[:, 0].tolist()
     assert [found[0], *found[2:]] == [0, 2, 3]
 
 
@@ -96,7 +96,7 @@ def test_means_of_one_expert_that_are_far_away_leave_the_others_their_prompts(ba
 def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool):
     own = trained_on(base, pool)
     prompts = [text[:-2] for text in TOPICS]
-    plain = composition_of(compose(own, base, router="discriminant")).lookup.scores(prompts)
+    plain = scores_of(composition_of(compose(own, base, router="discriminant")).lookup, prompts)
     detach(base.model)
 
     def masking(name: str, part: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_a_covariance_that_masks_the_others_leaves_them_their_prompts(base, pool
         return changed
 
     lookup = composition_of(compose(turned(own, 1, masking), base, router="discriminant")).lookup
-    scores = lookup.scores(prompts)
+    scores = scores_of(lookup, prompts)
     assert [scores.argmax(dim=1)[z].item() for z in (0, 2, 3)] == [0, 2, 3]
 
     def margins(found: torch.Tensor) -> torch.Tensor:

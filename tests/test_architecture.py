@@ -115,6 +115,11 @@ def test_imports_point_to_the_same_entry_or_one_before_it():
             assert up, f"{MODULES[module]}, line {line}, imports {imported}, which comes later"
 
 
+def test_only_applications_import_the_root_which_imports_all_others():
+    importing = {module for module in MODULES if "phatgoose" in {i for i, _ in imports_of(module)}}
+    assert {module.split(".")[0] for module in importing} <= {"apps", "__main__"}
+
+
 def test_routing_does_not_import_training():
     for module in (name for name in MODULES if name.split(".")[0] == "routing"):
         assert not [name for name, _ in imports_of(module) if name.split(".")[0] == "training"]

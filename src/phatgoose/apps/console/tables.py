@@ -25,27 +25,19 @@ __all__ += ["owner_table", "pool_table", "routers_table", "scores_table"]
 def pool_table(pool: Pool) -> Table:
     """A row per expert: its kind, the sizes of its modules, and what it shares."""
     table = Table(title=f"{len(pool)} experts for {pool.base.id}")
-    for column in (
-        "expert",
-        "kind",
-        "sites",
-        "sizes",
-        "gates",
-        "means",
-        "readings",
-        "embeddings",
-        "folder",
-    ):
-        table.add_column(column, overflow="fold", no_wrap=column == "kind")
+    for column in ("expert", "kind", "sites", "sizes", "shares", "folder"):
+        table.add_column(column, overflow="fold", min_width=len(column))
     for expert in pool.experts:
+        shares = [part for part in ("gates", "means", "readings") if expert.has(part)]
+        if expert.embeddings is not None:
+            shares.append(f"{len(expert.embeddings)} embeddings")
         sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
         table.add_row(
             expert.name,
             KIND_NAMES[expert.kind],
             str(len(expert.modules)),
             "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
-            *("yes" if expert.has(part) else "no" for part in ("gates", "means", "readings")),
-            "no" if expert.embeddings is None else str(len(expert.embeddings)),
+            ", ".join(shares) or "nothing",
             str(expert.directory),
         )
     return table
@@ -86,7 +78,7 @@ def scores_table(evaluation: Evaluation, title: str) -> Table:
     """A row per task: its metric, its score with the interval, n and ties; and the mean."""
     table = Table(title=title)
     for column in ("task", "metric", "score", "95 % interval", "n", "ties"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for score in evaluation.scores:
         interval = f"{score.low:.3f} to {score.high:.3f}"
         cells = (score.task, score.metric, f"{score.score:.3f}", interval)
@@ -145,7 +137,7 @@ def _table(title: str, first: str, columns: Iterable[str]) -> Table:
     table = Table(title=title)
     table.add_column(first, no_wrap=True)
     for column in columns:
-        table.add_column(Text(column), justify="right")
+        table.add_column(Text(column), justify="right", overflow="fold")
     return table
 
 

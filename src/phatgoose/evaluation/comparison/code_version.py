@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
-from ... import __version__
 from ...routing.routers.registry import ROUTERS
 
 __all__ = ["code_version"]
@@ -25,8 +25,7 @@ SCORING = (  # these, and all that they import; the registry imports routers by 
     "routing.open_model",
     *(f"routing.routers.{home}" for home in HOMES),
 )
-
-
+RELEASE = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)  # read: the root imports this module
 KERNEL = PACKAGE / "routing" / "kernels" / "native.cpp"
 
 
@@ -45,7 +44,8 @@ def code_version() -> str:
     for definition in sorted(definitions):
         digest.update(definition.encode())
     digest.update(KERNEL.read_bytes())
-    return f"{__version__}+{digest.hexdigest()[:12]}"
+    (release,) = RELEASE.findall((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    return f"{release}+{digest.hexdigest()[:12]}"
 
 
 def _imported_by(modules: tuple[str, ...]) -> set[str]:

@@ -101,7 +101,10 @@ def read_info(path: Path) -> ExpertInfo:
 
 def info_json(info: ExpertInfo) -> str:
     """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
-    return json.dumps(_without_nan(asdict(info)), indent=2, ensure_ascii=False) + "\n"
+    content = _without_nan(asdict(info))
+    if info.embedding_form is None:
+        del content["embedding_form"]
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def _without_nan(value: Any) -> Any:

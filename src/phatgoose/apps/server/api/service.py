@@ -38,7 +38,7 @@ __all__ = ["Service"]
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
 SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is started
 READERS = 2  # requests for which experts are looked up at once
-STUCK = 60.0  # seconds after which a reader won't come back: three times what its limits allow
+STUCK = 30.0  # seconds after which a reader won't come back: three times what its limits allow
 SHOWN = 80  # characters of a name that an error repeats
 
 Wanted = TypeVar("Wanted", CompletionRequest, ChatRequest)

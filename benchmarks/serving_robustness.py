@@ -185,6 +185,7 @@ def templates(address: str, pid: int) -> dict[str, Any]:
     answers: dict[str, list[int]] = {name: [] for name in TEMPLATES}
     asking = threading.Event()
     waits: list[float] = []
+    lost: list[int] = []
 
     def chat(name: str) -> None:
         answers[name].append(exchange(address, hostile_chat(name), kind="chat/completions")[0])
@@ -193,8 +194,10 @@ def templates(address: str, pid: int) -> dict[str, Any]:
         while not asking.wait(0.1):
             begun = time.perf_counter()
             body = json.dumps({"model": "pool", "prompt": "a", "max_tokens": 1}).encode()
-            if exchange(address, body, KEYS[1])[0] == 200:
-                waits.append(time.perf_counter() - begun)
+            status, _ = exchange(address, body, KEYS[1])
+            waits.append(time.perf_counter() - begun)
+            if status != 200:
+                lost.append(status)
 
     with Prober(address) as prober:
         asker = threading.Thread(target=polite)
@@ -207,7 +210,8 @@ def templates(address: str, pid: int) -> dict[str, Any]:
     return {
         "statuses": answers,
         "seconds": round(seconds, 2),
-        "answered_meanwhile": len(waits),
+        "asked_meanwhile": len(waits),
+        "lost": lost,
         "longest_wait": round(max(waits, default=0.0), 3),
         "healthz": prober.summary,
         "mib_more": max(0, max(memory.stop()) - (before >> 20)),
@@ -426,8 +430,8 @@ def faults(found: dict[str, Any]) -> list[str]:
             for name, statuses in hostile["statuses"].items()
             if set(statuses) != {400}
         ]
-        if not hostile["answered_meanwhile"]:
-            wrong.append("nobody was answered beside hostile templates")
+        if hostile["lost"] or not hostile["asked_meanwhile"]:
+            wrong.append(f"requests beside hostile templates were lost: {hostile['lost']}")
     if found.get("half open", {}).get("open_at_the_end"):
         wrong.append("half-open connections stayed")
     return wrong

@@ -26,8 +26,8 @@ from ..files.quoting import one_line
 
 __all__ = ["MOST_SECONDS", "Counted", "UntrustedText", "render_chat"]
 
-MOST_SECONDS = 20.0  # for one answer, waiting for a processor included
-SECONDS = 5  # of processor time for one answer
+MOST_SECONDS = 10.0  # for one answer, waiting for a processor included
+SECONDS = 3  # of processor time for one answer
 STARTING = 60.0  # seconds for the process to start and load the tokenizer
 MEMORY = 512 << 20  # bytes beyond those it has after its start
 MOST_CHARACTERS = 16 << 20  # of one conversation

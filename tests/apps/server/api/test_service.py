@@ -124,6 +124,7 @@ def test_a_template_that_wants_everything_keeps_nobody_else_waiting(pool_of, mon
         whole = time.monotonic() - begun
         replies = [found[0] for _, found in asked]
         assert client.post(PATH, json=GREEDY).status_code == 200
+        serving.until(lambda: not client.get("/healthz").json()["running"])
         health = client.get("/healthz").json()
     assert [reply.status_code for reply in replies] == [400] * 3
     error = replies[0].json()["error"]
@@ -193,8 +194,8 @@ def test_a_tokenizer_that_wants_everything_is_an_error_of_its_request(pool_of, m
 
 def test_a_reader_that_does_not_come_back_is_told(client, monkeypatch):
     monkeypatch.setattr(service, "STUCK", 0.05)
-    prepare = service.RequestPreparer
-    with serving.blocked(monkeypatch, prepare, "prepare") as (called, go_on):
+    preparer = service.RequestPreparer
+    with serving.blocked(monkeypatch, preparer, "completion_prompts") as (called, go_on):
         thread, found = serving.in_a_thread(client.post, PATH, json=GREEDY)
         assert called.wait(30)
         serving.until(lambda: client.get("/healthz").status_code == 503)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -17,14 +18,16 @@ Found = TypeVar("Found")
 
 
 class Readers:
-    """Up to `most` threads at once. The next turn is that of the client served longest ago.
+    """Up to `most` threads. The next turn is that of the client served longest ago.
 
     All methods are for the event loop's thread. The threads are daemons of their own: those of
     asyncio and anyio are waited for when the process ends, even one that is stuck.
     """
 
     def __init__(self, most: int) -> None:
-        self._free = most
+        self._most = self._free = most
+        self._works: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._threads = 0
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of turns
         self._begun: dict[object, float] = {}
 
@@ -37,6 +40,12 @@ class Readers:
         """For how many seconds each running work has run."""
         now = asyncio.get_running_loop().time()
         return [now - begun for begun in self._begun.values()]
+
+    def stop(self) -> None:
+        """Let the threads end with what they are at; later works start others."""
+        for _ in range(self._threads):
+            self._works.put(None)
+        self._threads = 0
 
     async def run(self, client: str, deadline: Deadline, work: Callable[[float], Found]) -> Found:
         """What `work` returns; it is told how many seconds are left, and runs in a thread.
@@ -90,8 +99,15 @@ class Readers:
             with suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(finished, found, error)
 
-        threading.Thread(target=run, name="phatgoose-reader", daemon=True).start()
+        if self._threads < self._most:
+            self._threads += 1
+            threading.Thread(target=self._serve, name="phatgoose-reader", daemon=True).start()
+        self._works.put(run)
         return result
+
+    def _serve(self) -> None:
+        while (work := self._works.get()) is not None:
+            work()
 
     def _pass_on(self) -> None:
         """Give a thread's place to the next in turn."""

@@ -38,7 +38,7 @@ __all__ = ["Service"]
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
 SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is started
 READERS = 2  # requests for which experts are looked up at once
-STUCK = 60.0  # seconds after which a reader won't come back: three times what its limits allow
+STUCK = 30.0  # seconds after which a reader won't come back: three times what its limits allow
 SHOWN = 80  # characters of a name that an error repeats
 
 Wanted = TypeVar("Wanted", CompletionRequest, ChatRequest)
@@ -69,6 +69,8 @@ class Service:
         """Stop reading and computing, and wait a while for routings being composed."""
         for each in self._texts.values():
             each.process.close()
+            each.readers.stop()
+        self._lookups.stop()
         self.engine.stop()
         self.routings.stop(self.limits.shutdown_timeout)
 
@@ -164,14 +166,15 @@ class Service:
         client: str,
         deadline: Deadline,
     ) -> PreparedRequest:
-        """The request as tokens, with its experts; both are found in threads."""
+        """The request as tokens, with its experts; both are found in threads if that takes long."""
         texts = self._texts[id(runner.tokenizer)]
         preparer = RequestPreparer(runner, self.limits, texts.process)
         read = partial(preparer.prompts, request)
         prompts = await texts.readers.run(client, deadline, read)
-        return await self._lookups.run(
-            client, deadline, lambda _: preparer.prepare(request, prompts)
-        )
+        if not runner.looks_prompts_up:
+            return preparer.prepare(request, prompts)
+        prepare = partial(preparer.prepare, request, prompts)
+        return await self._lookups.run(client, deadline, lambda _: prepare())
 
 
 class _Texts(NamedTuple):

@@ -112,6 +112,11 @@ class ModelRunner:
             found: BaseModelOutput = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
         return found
 
+    @property
+    def looks_prompts_up(self) -> bool:
+        """True for a router that picks experts by prompt, which may take long."""
+        return isinstance(self._lookup, PromptReader)
+
     def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Mixtures | None]:
         """The experts that a router which picks by prompt has for each; None for other routers.
 

@@ -43,15 +43,15 @@ def input_device(model: PreTrainedModel) -> torch.device:
     return execution_device(model.get_input_embeddings()) if device.type == "meta" else device
 
 
-def parameters_of(model: PreTrainedModel) -> Iterator[Tensor]:
-    """The parameters of `model`, each once; offloaded ones are loaded one by one.
+def parameters_of(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `model` by name, each once; offloaded ones are loaded one by one.
 
     Raises BaseModelError for one without values.
     """
     tied = model.all_tied_weights_keys
     for name, parameter in model.named_parameters():
         if not parameter.is_meta:
-            yield parameter
+            yield name, parameter
         elif name not in tied:  # a tied one comes under its other name
             place, _, own = name.rpartition(".")
             module: Any = model.get_submodule(place)
@@ -60,7 +60,7 @@ def parameters_of(model: PreTrainedModel) -> Iterator[Tensor]:
             if not has_offloaded_params(module):
                 raise BaseModelError(NOWHERE)
             with align_module_device(module):
-                yield getattr(module, own)
+                yield name, getattr(module, own)
 
 
 def check_in_place(layers: Iterable[nn.Module]) -> None:

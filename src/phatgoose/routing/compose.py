@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.fingerprint import BaseReference, check_base, fingerprint, quantisation
+from ..base.fingerprint import (
+    BaseReference,
+    check_base,
+    fingerprint,
+    marks_of,
+    quantisation,
+    surely_differs,
+)
 from ..base.loading import Base, check_heeds_masks, load_base
 from ..base.offloading import check_in_place, execution_device
 from ..base.sites import ROUTED, Site, find_sites, replace_module
@@ -185,6 +192,10 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
         replace_module(model, name, layer)
     if parts.lookup is not None:
         parts.lookup.attach(model)
+    if not parts.marks:  # those of a model that grows are as old as it
+        parts.marks = marks_of(model)
+        is_here = all(mark.content is not None for mark in parts.marks.values())
+        parts.differs = is_here and surely_differs(model, parts.base)
     setattr(model, ROUTED, parts)
     model.save_pretrained = partial(save_pretrained, model)
     return model

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.fingerprint import BaseReference
+from ..base.fingerprint import BaseReference, Mark
 from ..base.sites import ROUTED
 from ..config import Formatting, Routing
 from ..errors import RoutingError
@@ -27,7 +27,8 @@ class Composition:
     """What a routed model is made of; found on it as `model.phatgoose`.
 
     `experts` are the pool's names in order, `records` their places and hashes; `layers` the routed
-    layers by site; `lookup` what the sites of a looked-up router share, None for other routers.
+    layers by site; `lookup` what the sites of a looked-up router share, None for other routers;
+    `marks` tell whether the base was changed since it was routed, `differs` whether it was before.
     """
 
     base: BaseReference
@@ -37,6 +38,8 @@ class Composition:
     routing: Routing
     layers: dict[str, RoutedLayer] = field(default_factory=dict)
     lookup: Lookup | None = None
+    marks: dict[str, Mark] = field(default_factory=dict)
+    differs: bool = False
 
     @cached_property
     def router(self) -> Router:

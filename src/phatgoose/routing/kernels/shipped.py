@@ -20,8 +20,9 @@ from pathlib import Path
 __all__ = ["LEVELS", "OPTIMISED", "compile_levels", "load_shipped"]
 
 # No -ffast-math: a library linked with it turns subnormal numbers off for the whole process.
-OPTIMISED = ("-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-OPTIMISED += ("-ffp-contract=off",)  # native.cpp says itself which products are added in one step
+# With -ffp-contract=off, native.cpp says itself which products are added in one step.
+EXACTLY = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+OPTIMISED = ("-std=c++17", "-O3", *EXACTLY, "-fPIC")
 PROCESSORS = Path("/proc/cpuinfo")
 X86 = ("x86_64", "amd64")
 

@@ -11,12 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.fingerprint import fingerprint, quantisation
+from ...base.fingerprint import changed_since, surely_differs
 from ...errors import RoutingError
 from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
 from ...files.quoting import reason
@@ -85,17 +84,16 @@ def save_pretrained(
 
 
 def _check_base(model: PreTrainedModel, parts: Composition) -> None:
-    """Raise RoutingError when weights of the base are other ones than when it was loaded.
-
-    Those of a quantised base can't be compared, nor in float16, which rounds otherwise.
-    """
-    known = parts.base.fingerprint
-    if not known or model.dtype == torch.float16 or quantisation(model):
-        return
-    if fingerprint(model) != known:
+    """Raise RoutingError when weights of the base have changed since it was loaded."""
+    changed, differs = changed_since(model, parts.marks), parts.differs
+    if any(mark.content is None for mark in parts.marks.values()):  # offloaded when it was routed
+        differs = surely_differs(model, parts.base)
+    if changed or differs:
+        name = f" ({changed})" if changed else ""
         raise RoutingError(
-            f"The weights of the base {parts.base.id!r} have changed since it was loaded (trained "
-            f"or resized?), and a routed model is saved without them; detach it and save the base."
+            f"The weights of the base {parts.base.id!r} have changed since it was loaded{name}: "
+            f"trained or resized? A routed model is saved without them; detach it and save the "
+            f"base."
         )
 
 

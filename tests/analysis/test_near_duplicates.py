@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from made_up_kind import pool_with_shifts, stack_with_shifts
 from mixed_experts import (
     renamed,
 )
 from phatgoose.analysis import near_duplicates as duplicates
 from phatgoose.analysis.near_duplicates import cosines, near_duplicates
-from phatgoose.errors import ConfigError
+from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.pool import Pool
@@ -102,3 +103,13 @@ def test_near_duplicates_are_found_among_all_kinds(llama_mixed):
     same = cosines(llama_mixed)
     assert same[2, 3] == same[0, 2] == 0  # of different kinds
     assert 0 < abs(float(same[3, 4])) < 0.9
+
+
+def test_a_kind_that_nothing_compares_is_refused_by_name(llama_pool, monkeypatch):
+    with pytest.raises(RoutingError, match=r"the kind 'shift' can't be stacked"):
+        cosines(pool_with_shifts(llama_pool))
+    stack = duplicates.stack_of(llama_pool, llama_pool.sites[0], torch.float32, torch.device("cpu"))
+    stack = stack_with_shifts(monkeypatch, stack)
+    monkeypatch.setattr(duplicates, "stack_of", lambda *_: stack)
+    with pytest.raises(RoutingError, match=r"the kind 'shift' can't be compared"):
+        cosines(llama_pool)

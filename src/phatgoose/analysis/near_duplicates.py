@@ -17,11 +17,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RoutingError
 from ..experts.pool import Pool
 from ..routing.stacks.bottleneck import BottleneckStack
 from ..routing.stacks.ia3 import ScalingStack
 from ..routing.stacks.lora import LoraStack
+from ..routing.stacks.part import Part
 from ..routing.stacks.site_stack import stack_of
 
 __all__ = ["Duplicate", "cosines", "near_duplicates"]
@@ -64,26 +65,32 @@ def near_duplicates(pool: Pool, threshold: float = 0.99) -> list[Duplicate]:
 def cosines(pool: Pool) -> Tensor:
     """The cosine of every two experts' updates, float64 [E, E]; 0 for an update that is zero.
 
-    Sums are float32 within a site, float64 over sites.
+    Sums are float32 within a site, float64 over sites. Raises RoutingError for a kind of expert
+    whose products are not known.
     """
     products = torch.zeros(len(pool), len(pool), dtype=torch.float64)
     for site in pool.sites:
         stack = stack_of(pool, site, torch.float32, torch.device("cpu"))
         for part, rows in stack.rows().items():
             at = stack.experts[rows]
-            products[at[:, None], at] += _products_of(getattr(stack, part))
+            products[at[:, None], at] += _products_of(part, stack.parts[part])
         pool.release()
     norms = products.diagonal().clamp(min=0).sqrt()
     norms = norms.where(norms > 0, torch.inf)
     return (products / norms[:, None] / norms).clamp(-1, 1)
 
 
-def _products_of(part: LoraStack | ScalingStack | BottleneckStack) -> Tensor:
-    """The scalar products of all updates of a part of a stack, [E, E]."""
+def _products_of(name: str, part: Part) -> Tensor:
+    """The scalar products of all updates of the part `name` of a stack, [E, E]."""
     if isinstance(part, ScalingStack):
         return (part.deltas @ part.deltas.T).double()
-    first, last = (part.A, part.B) if isinstance(part, LoraStack) else (part.down, part.up)
-    return _products(first, last)
+    if isinstance(part, LoraStack):
+        return _products(part.A, part.B)
+    if isinstance(part, BottleneckStack):
+        return _products(part.down, part.up)
+    raise RoutingError(
+        f"Experts of the kind {name!r} can't be compared with others; leave them out."
+    )
 
 
 def _products(A: Tensor, B: Tensor) -> Tensor:

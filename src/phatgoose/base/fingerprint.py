@@ -161,8 +161,9 @@ class Mark:
 def marks_of(model: PreTrainedModel) -> dict[str, Mark]:
     """The marks of all parameters and saved buffers of `model` by name: every number counts.
 
-    It reads the weights once, some 5 GB a second on one core, half as fast in float32. torch's counters of writes don't do:
-    fused optimisers, which Trainer uses, leave them as they were. Offloaded weights have no sums.
+    It reads the weights once, some 5 GB a second on one core, half as fast in float32. torch's
+    counters of writes don't do: fused optimisers, which Trainer uses, leave them as they were.
+    Offloaded weights have no sums.
     """
     with torch.no_grad():
         tensors = chain(model.named_parameters(), _saved_buffers(model))

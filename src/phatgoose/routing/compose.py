@@ -36,7 +36,7 @@ from .routers.registry import AUTO
 from .routers.router import RouterSite, check_routing, router_of, warn_of_constant_vectors
 from .routers.scores import Scores, read_scores
 from .saved.save import save_pretrained
-from .soundness import check_site
+from .soundness import check_folded, check_numbers, check_site
 from .stacks.site_stack import SiteStack, stack_of
 
 __all__ = ["Preparation", "compose", "detach", "install", "prepare", "routed_layers"]
@@ -171,14 +171,16 @@ def routed_layer(
     """The layer of a model of these `parts` that takes the place of `original` at `site`.
 
     `state` are the router's tensors there (`Router.state_at`). With `may_fold` the mean of all
-    experts is folded into the weight where that is cheaper.
+    experts is folded into the weight where that is cheaper. Raises as `soundness` does.
     """
     router, plain, size = parts.router, stack.plain_lora, len(parts.experts)
     if plain and may_fold and router.folds and is_cheaper_folded(original, plain):
-        return FoldedLinear(
-            original, site, folded_weight(original, plain, size), stack.experts, size
-        )
+        check_numbers(stack, site.name, parts.experts)
+        folded = folded_weight(original, plain, size)
+        check_folded(folded, site.name)
+        return FoldedLinear(original, site, folded, stack.experts, size)
     check_site(stack, site, size, state, router.form)
+    check_numbers(stack, site.name, parts.experts)
     module = router.at(RouterSite(site.name, stack.experts, size, state, parts.lookup))
     weight = original.weight
     kind = weight.dtype if weight.is_floating_point() else stack.dtype

@@ -38,6 +38,10 @@ __all__ = ["FoldedLinear", "RoutedLayer", "RoutedLinear", "folded_weight", "has_
 __all__ += ["is_cheaper_folded", "matrix_of"]
 
 
+# The parts of a stack that `RoutedLinear` adds; another one would be left out without a word.
+ADDED = frozenset(("lora", "input_scaling", "output_scaling", "bottleneck"))
+
+
 class RoutedLayer(nn.Module):
     """The frame of the layers of a routed model: a site, its experts, and the base's layer there.
 
@@ -100,8 +104,13 @@ class RoutedLinear(RoutedLayer):
         kernel: str = "auto",
         product: Kernel | None = None,
     ) -> None:
-        """`product` takes the place of `kernel` where another function than the sum is wanted."""
+        """`product` takes the place of `kernel` where another function than the sum is wanted.
+
+        Raises RoutingError for a part of `stack` that no formula here adds.
+        """
         super().__init__(base, site, stack.experts)
+        for part in stack.parts.keys() - ADDED:
+            raise RoutingError(f"Layers don't know how experts of the part {part!r} act.")
         self.router, self.kernel, self.product = router, kernel, product
         self.parts = {name: tuple(part.tensors()) for name, part in stack.parts.items()}
         for name, tensor in stack.tensors().items():

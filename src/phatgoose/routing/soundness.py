@@ -8,7 +8,7 @@ a bottleneck; P, I, O, N its experts that are LoRAs, scale inputs, scale outputs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +20,15 @@ from ..errors import RoutingError
 from ..files.tensor_file import FLOATS
 from .stacks.site_stack import PARTS, SiteStack
 
-__all__ = ["LARGEST", "SCALES", "SITE_TENSORS", "check_lookup", "check_site", "check_tensors"]
+__all__ = ["LARGEST", "SCALES", "SITE_TENSORS", "check_folded", "check_lookup", "check_numbers"]
+__all__ += ["check_site", "check_tensors"]
 
 LARGEST = 127  # of whole numbers in int8
 SCALES = {"A": "A_scale", "B": "B_scale"}
 INDICES, FACTORS = (torch.int64,), (*FLOATS, torch.int8)
 OWNERS = "owners"  # among a lookup's tensors, whose experts its rows are
+PRODUCTS = {"lora": ("A", "B"), "bottleneck": ("down", "up")}  # fields that are multiplied
+SQUARED = torch.finfo(torch.float32).max ** 0.5  # what a norm after the layer can still square
 SHARED = "ndvcbhfg"  # letters that stand for one size in all files
 
 
@@ -98,6 +101,12 @@ def check_tensors(
         raise RoutingError(f"{where}: there are stacks, but no {missing[0]} for the router.")
     forms = {**SITE_TENSORS, **{name: Form(letters) for name, letters in form.items()}}
     unknown = sorted(held.keys() - forms.keys())
+    for part, kind in PARTS.items():
+        if strange := sorted(set(unknown) & set(kind.names.values())):
+            raise RoutingError(
+                f"{where}: there are {', '.join(strange)} of experts of the kind {part!r}, whose "
+                f"sizes and types nothing here can check (SITE_TENSORS)."
+            )
     if unknown:
         raise RoutingError(f"{where}: there are {', '.join(unknown)}, which no router wants.")
     found = _sizes_of(where, held, forms, sizes)
@@ -129,6 +138,52 @@ def check_lookup(
     if OWNERS in held:
         _check_range(where, OWNERS, held[OWNERS], pool_size)
     return {letter: size for letter, size in found.items() if letter in SHARED}
+
+
+@torch.no_grad()
+def check_numbers(stack: SiteStack, where: str, names: Sequence[str]) -> None:
+    """Raise RoutingError for an expert whose update at the site `where` can't be computed with.
+
+    Every number of it, and of the product of its factors, must be one of the stack's type, scales
+    included, and one that float32 can square: a norm squares it in the next layer. `names` are
+    those of the pool's experts.
+    """
+    most = min(torch.finfo(stack.dtype).max, SQUARED)
+    for name, part in stack.parts.items():
+        factors = [getattr(part, field) for field in PRODUCTS.get(name, ())]
+        alone = [t for t in part.tensors().values() if all(t is not factor for factor in factors)]
+        alone = [tensor for tensor in alone if tensor.is_floating_point()]
+        bounds = [_lengths(tensor) for tensor in alone]
+        if factors:
+            bounds.append(_lengths(factors[0]) * _lengths(factors[1]))
+        doubtful = ~(torch.stack(bounds) <= most).all(dim=0)  # so is NaN
+        for row in doubtful.nonzero().flatten().tolist():
+            found = [tensor[row] for tensor in alone]
+            if factors:
+                found.append(factors[1][row].double().T @ factors[0][row].double())
+            largest = max(float(t.double().abs().nan_to_num(torch.inf).max()) for t in found)
+            if largest > most:
+                expert = names[int(stack.experts[stack.rows()[name][row]])]
+                raise RoutingError(
+                    f"Expert {expert!r} at {where}: its update has numbers of {largest:.1e}, more "
+                    f"than a layer in {stack.dtype} can use ({most:.1e}); leave it out "
+                    f"(--leave-out {expert}), or train it again."
+                )
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    """The norm of each expert's numbers, float32 [E]: none of them, nor of a product, is larger."""
+    lengths: Tensor = torch.linalg.vector_norm(rows.flatten(1), dim=1, dtype=torch.float32)
+    return lengths
+
+
+def check_folded(folded: Tensor, where: str) -> None:
+    """Raise RoutingError unless a weight with the mean of all experts inside is finite."""
+    if not bool(folded.isfinite().all()):
+        raise RoutingError(
+            f"The mean of all experts at {where}, added to the base's weight, is more than "
+            f"{folded.dtype} can hold; load the base in another type (--dtype)."
+        )
 
 
 def _sizes_of(

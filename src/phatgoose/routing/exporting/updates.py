@@ -27,6 +27,9 @@ from ..stacks.ia3 import ScalingStack
 __all__ = ["AddedUpdate", "CutLoss", "Update", "cut", "fixed_update", "merged_layer", "widened_to"]
 
 
+EXPORTED = ("lora", "input_scaling", "output_scaling")  # parts of a stack that an Update holds
+
+
 @dataclass(frozen=True)
 class Update:
     """What experts at constant shares do at a site; parts that nobody has are None."""
@@ -70,7 +73,8 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
     """What the experts of `layer` do at these `shares` [E of the pool].
 
     Factors of weight 1 keep their type, weighted ones are float32. Raises RoutingError for a
-    bottleneck adapter, whose part depends on the input in no linear way.
+    bottleneck adapter, whose part depends on the input in no linear way, and for any other kind of
+    expert that isn't in EXPORTED.
     """
     if isinstance(layer, FoldedLinear):
         return _unfolded(layer)
@@ -79,12 +83,14 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
     stack = layer.stack
     weights = shares.to(layer.experts.device)[layer.experts]
     own = {part: weights[rows] for part, rows in stack.rows().items()}
-    if stack.bottleneck is not None and bool(own["bottleneck"].any()):
-        row = int(stack.rows()["bottleneck"][own["bottleneck"].nonzero()[0, 0]])
-        raise RoutingError(
-            f"Expert {parts.experts[int(layer.experts[row])]!r} is a bottleneck adapter, which "
-            f"neither a LoRA nor a weight can hold; leave it out (--leave-out)."
-        )
+    for part, weight in own.items():
+        if part not in EXPORTED and bool(weight.any()):
+            row = int(stack.rows()[part][weight.nonzero()[0, 0]])
+            kind = "a bottleneck adapter" if part == "bottleneck" else f"of the kind {part!r}"
+            raise RoutingError(
+                f"Expert {parts.experts[int(layer.experts[row])]!r} is {kind}, which neither a "
+                f"LoRA nor a weight can hold; leave it out (--leave-out)."
+            )
     found = _no_lora(layer)
     if stack.lora is not None:
         w = own["lora"]

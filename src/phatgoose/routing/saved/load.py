@@ -17,6 +17,7 @@ from ..compose import dtype_at, install, resolve_base, routed_layer
 from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer
 from ..routers.lookup import SavedLookup
+from ..soundness import check_folded
 from ..stacks.site_stack import TENSORS, SiteStack
 from .description import ROUTED_INFO, base_in, read_description
 from .tensors import SavedModel, read_saved
@@ -85,6 +86,7 @@ def _layer(
                 f"router {parts.routing.router}; wanted [{site.out_features}, {site.in_features}] "
                 f"for router merged."
             )
+        check_folded(folded, name)
         return FoldedLinear(original, site, folded, experts, len(parts.experts))
     held = {kind: tensors[f"{kind}.{name}"] for kind in TENSORS if f"{kind}.{name}" in tensors}
     state = {kind: tensors[f"{kind}.{name}"] for kind in router.form}

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import RoutingError
 from ...experts.kinds.bottleneck import BottleneckLayers
 from ...experts.kinds.ia3 import ScalingVector
 from ...experts.kinds.kind import SiteModule
@@ -104,7 +105,16 @@ def stack_modules(
     dtype: torch.dtype,
     device: torch.device,
 ) -> SiteStack:
-    """The stack of one site's `modules`, which are those of the pool's `experts` (indices)."""
+    """The stack of one site's `modules`, which are those of the pool's `experts` (indices).
+
+    Raises RoutingError for a module of a kind that no part here stacks.
+    """
+    for module in modules:
+        if not isinstance(module, LoraFactors | BottleneckLayers | ScalingVector):
+            raise RoutingError(
+                f"Experts of the kind {module.kind!r} can't be stacked: no part of a stack holds "
+                f"{type(module).__name__} (docs/extending.md); leave them out (--leave-out)."
+            )
     loras = {row: m for row, m in enumerate(modules) if isinstance(m, LoraFactors)}
     bottlenecks = {row: m for row, m in enumerate(modules) if isinstance(m, BottleneckLayers)}
     scalings = {row: m for row, m in enumerate(modules) if isinstance(m, ScalingVector)}

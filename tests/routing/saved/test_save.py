@@ -198,13 +198,15 @@ CHANGES = [train_a_row, write_past_autograd, replace_weights, swap_rows, write_i
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_no_change_of_the_base_is_too_small_to_be_seen(base_folders, llama_pool, change, dtype):
+def test_no_change_of_the_base_is_too_small_to_be_seen(
+    base_folders, llama_pool, change, dtype, tmp_path
+):
     base = load_base(base_folders["llama"], dtype=dtype)
     base.model.model.register_buffer("scale", torch.ones(3))
     for model in (compose(llama_pool, base), copy.deepcopy(base.model)):
         change(model)
         with pytest.raises(RoutingError, match=CHANGED):
-            save(model, "nowhere")
+            save(model, tmp_path / "routed")
 
 
 def test_a_change_before_the_pool_grew_is_seen(llama, llama_pool, make_expert, tmp_path):

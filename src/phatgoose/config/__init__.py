@@ -21,7 +21,14 @@ from .routing import (
     Routing,
 )
 from .serving import Serving
-from .settings import Setting, Settings, from_mapping, require_one_of, settings_of
+from .settings import (
+    Setting,
+    Settings,
+    from_mapping,
+    given_or_default,
+    require_one_of,
+    settings_of,
+)
 from .training import TASK_FILES, TRUNCATIONS, Formatting, GateTraining, Training
 
 __all__ = [
@@ -48,6 +55,7 @@ __all__ = [
     "Settings",
     "Training",
     "from_mapping",
+    "given_or_default",
     "require_one_of",
     "settings_of",
 ]

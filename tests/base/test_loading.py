@@ -76,6 +76,11 @@ def test_a_hub_id_without_network_is_refused_by_name(monkeypatch):
     assert "no-such-owner/no-such-model" in complaint_about("no-such-owner/no-such-model")
 
 
+def test_a_file_is_refused_as_a_base(tmp_path):
+    (tmp_path / "task.jsonl").write_text("{}")
+    assert complaint_about(tmp_path / "task.jsonl").endswith("is a file; wanted its folder.")
+
+
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("nothing here")
     assert str(tmp_path) in complaint_about(tmp_path)

@@ -11,7 +11,7 @@ import pytest
 from scipy.stats import binomtest
 
 from phatgoose.config import Formatting
-from phatgoose.errors import EvaluationError, PhatgooseError, TaskError
+from phatgoose.errors import ConfigError, EvaluationError, PhatgooseError, TaskError
 from phatgoose.evaluation.evaluate import evaluate, metrics_of
 from phatgoose.evaluation.intervals import Sample, wilson_interval
 from phatgoose.evaluation.metrics import metric
@@ -59,6 +59,22 @@ def test_a_task_may_be_named_by_its_file(llama, tmp_path):
 def test_what_is_no_model_is_refused_in_words(given):
     with pytest.raises(EvaluationError, match="A model is scored, not"):
         evaluate(given, CHOICE_TASK)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"limit": "3"}, "limit is '3', but must be a whole number"),
+        ({"limit": 2.5}, "limit is 2.5, but must be a whole number"),
+        ({"seed": []}, r"seed is \[\], but must be a whole number"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0, but must be at least 1"),
+        ({"token_budget": -1}, "token_budget is -1, but must be at least 1"),
+        ({"formatting": {"chat": True}}, "formatting is .* class phatgoose.config.Formatting"),
+    ],
+)
+def test_settings_that_no_scoring_can_have_are_refused_in_words(llama, settings, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        evaluate(llama, CHOICE_TASK, **settings)
 
 
 def test_a_score_is_shown_without_its_predictions(llama):

@@ -79,6 +79,18 @@ def test_a_pool_and_its_experts_are_shown_in_a_line(llama_pool):
     assert repr(first.modules[site]) == "LoraFactors(A=[4, 32], B=[32, 4], scale=2.0)"
 
 
+def test_experts_that_are_loaded_are_a_pool(llama_pool):
+    one, two, *_ = llama_pool.experts
+    assert Pool.open(one).experts == (one,)
+    assert Pool.open([two, one.directory]).names == ("e1", "e0")
+    assert Pool.open((two, one)).experts == (two, one)
+
+
+@pytest.mark.parametrize("source", [None, 5, [5], [None], {"a": 1}])
+def test_what_is_no_pool_is_refused_in_words(source):
+    assert "A pool is a folder of experts" in complaint_about(source)
+
+
 def test_one_expert_is_a_pool(write):
     assert Pool.open(write("alone")).names == ("alone",)
 

@@ -12,7 +12,14 @@ import torch
 from oracle import mixture, naively_routed, update
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
-from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, WrongBaseError
+from phatgoose.errors import (
+    BaseModelError,
+    ConfigError,
+    ExpertError,
+    PoolError,
+    RoutingError,
+    WrongBaseError,
+)
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
@@ -40,6 +47,21 @@ def peft_logits(base, expert, ids):
 
 def routed_alone(base, *experts, name):
     return compose(Pool(experts), base, keep=[name], k=1)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "complaint"),
+    [
+        ({"base": 5}, BaseModelError, "base is a int; wanted a name"),
+        ({"routing": "arrow"}, ConfigError, "routing is 'arrow', but must be settings of class"),
+        ({"routing": {"k": 2}}, ConfigError, "must be settings of class phatgoose.config.Routing"),
+        ({"router": "oracle", "scores": {"e0": 5}}, PoolError, "wanted expert -> task -> score"),
+        ({"keep": [["e0"]]}, PoolError, r"no expert \['e0'\]"),
+    ],
+)
+def test_what_is_of_another_type_is_refused_in_words(llama, llama_pool, given, error, complaint):
+    with pytest.raises(error, match=complaint):
+        compose(llama_pool, **{"base": llama, **given})
 
 
 @pytest.mark.parametrize("k", [1, 2, 3, 4])

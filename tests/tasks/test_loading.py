@@ -392,6 +392,12 @@ def test_what_is_neither_rows_nor_columns_is_refused_in_words(rows, complaint):
         load_task(rows)
 
 
+@pytest.mark.parametrize("name", ["template", "choices", "name"])
+def test_what_must_be_a_text_is_refused_as_anything_else(name):
+    with pytest.raises(TaskError, match=rf"{name} is \['a'\], but must be a text"):
+        load_task(COLUMNS, **{name: ["a"]})
+
+
 def test_columns_of_one_name_are_refused_in_a_frame_too():
     both = frame({"input": ["a"], "target": ["x"], "more": ["y"]})
     both.columns = ["input", "target", "target"]

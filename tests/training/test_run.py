@@ -38,6 +38,12 @@ def test_what_names_no_task_is_refused(llama, tmp_path, task, complaint):
         train(llama, tmp_path / "new", task=task)
 
 
+@pytest.mark.parametrize("name", ["peft", "training", "gate_training", "formatting"])
+def test_what_is_no_settings_is_refused(llama, tmp_path, name):
+    with pytest.raises(ConfigError, match=f"{name} is 'lora', but must be settings of class"):
+        train(llama, tmp_path / "new", **{name: "lora"})
+
+
 def test_what_names_no_base_is_refused(llama, tmp_path):
     with pytest.raises(BaseModelError, match="base is a LlamaForCausalLM; wanted its name"):
         train(llama.model, tmp_path / "new")

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base
-from ..config import Formatting, Routing
+from ..config import Formatting, Routing, given_or_default
 from ..errors import ConfigError, TaskError
 from ..evaluation.evaluate import (
     MAX_NEW_TOKENS,
@@ -49,7 +49,7 @@ def analyse(
     source: PreTrainedModel | Pool | str | Path,
     tasks: Task | str | Path | Iterable[Task | str | Path],
     *,
-    routers: Sequence[str] | None = None,
+    routers: Sequence[str] | str | None = None,
     routing: Routing | None = None,
     base: Base | str | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -86,7 +86,9 @@ def analyse(
     scoring = ScoringSettings(formatting or Formatting(), limit, seed, max_new_tokens, token_budget)
     settings = ReadingSettings(scoring, score, examples)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
-    subject = _subject(source, routers, routing or Routing(), base, tokenizer, scores)
+    routers = [routers] if isinstance(routers, str) else routers
+    routing = given_or_default(Routing, routing, "routing")
+    subject = _subject(source, routers, routing, base, tokenizer, scores)
     if without_each:
         _check_without_each(subject, score)
     datasets = tuple(task.name for task in tasks)

@@ -251,6 +251,10 @@ def _loading(name: str | Path) -> Iterator[str]:
             f"Base model {shortened(str(name), 200)} has a character in its name that can't be "
             f"printed, an unusual space perhaps; rename the folder."
         )
+    if os.path.isfile(name):
+        raise BaseModelError(
+            f"Base model {shortened(str(name), 200)} is a file; wanted its folder."
+        )
     try:
         with quiet_loading():
             yield str(smollm2_folder() if str(name) == SMOLLM2 else name)

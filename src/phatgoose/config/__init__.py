@@ -21,7 +21,14 @@ from .routing import (
     Routing,
 )
 from .serving import Serving
-from .settings import Setting, Settings, from_mapping, require_one_of, settings_of
+from .settings import (
+    Setting,
+    Settings,
+    from_mapping,
+    given_or_default,
+    require_one_of,
+    settings_of,
+)
 from .training import (
     EMBEDDING_FORMS,
     TASK_FILES,
@@ -56,6 +63,7 @@ __all__ = [
     "Settings",
     "Training",
     "from_mapping",
+    "given_or_default",
     "require_one_of",
     "settings_of",
 ]

@@ -23,7 +23,7 @@ __all__ = [
     "Setting",
     "Settings",
 ]
-__all__ += ["from_mapping", "one_of", "require_one_of", "settings_of"]
+__all__ += ["from_mapping", "given_or_default", "one_of", "require_one_of", "settings_of"]
 
 Config = TypeVar("Config")
 
@@ -107,6 +107,18 @@ def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) ->
         return config(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
+
+
+def given_or_default(kind: type[Config], given: Config | None, name: str) -> Config:
+    """The settings `given`, or the default ones. Raises ConfigError where they are no `kind`."""
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        raise ConfigError(
+            f"{name} is {given!r:.60}, but must be settings of class phatgoose.config."
+            f"{kind.__name__}."
+        )
+    return given
 
 
 def _require(holds: bool, name: str, got: object, wanted: str) -> None:

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base, load_tokenizer
-from ..config import Formatting
-from ..errors import EvaluationError
+from ..config import Formatting, given_or_default
+from ..errors import ConfigError, EvaluationError
 from ..experts.input_format import warn_of_other_formatting
 from ..files.atomic import write_text
 from ..files.quoting import shortened
@@ -53,6 +55,16 @@ class ScoringSettings:
     seed: int = 0
     max_new_tokens: int = MAX_NEW_TOKENS
     token_budget: int = TOKEN_BUDGET
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that are none, or too small."""
+        given_or_default(Formatting, self.formatting, "formatting")
+        for name in ("limit", "seed", "max_new_tokens", "token_budget"):
+            value, least = getattr(self, name), -math.inf if name in ("limit", "seed") else 1
+            if not isinstance(value, Integral) and not (name == "limit" and value is None):
+                raise ConfigError(f"{name} is {shortened(value)}, but must be a whole number.")
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}, but must be at least {least}.")
 
 
 @dataclass(frozen=True)

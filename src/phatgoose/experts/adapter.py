@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base.sites import Site
 from ..config import IA3, Bottleneck, Lora, Peft
-from ..errors import ExpertError
+from ..errors import ConfigError, ExpertError
 from .kinds.bottleneck import BOTTLENECK_FILES, BottleneckLayers, read_bottleneck, write_bottleneck
 from .kinds.ia3 import ScalingVector, read_ia3, write_ia3
 from .kinds.kind import AdapterFiles, Kind, SiteModule
@@ -41,8 +41,14 @@ ADAPTER_FILES = tuple(name for files in FORMATS for name in (files.config, files
 
 
 def kind_for(peft: Peft) -> Kind:
-    """The kind of a new expert with these settings."""
-    return next(kind for kind in KINDS.values() if isinstance(peft, kind.config))
+    """The kind of a new expert with these settings. Raises ConfigError where they are none."""
+    for kind in KINDS.values():
+        if isinstance(peft, kind.config):
+            return kind
+    raise ConfigError(
+        f"peft is {peft!r:.60}, but must be settings of class phatgoose.config.Lora, IA3 or "
+        f"Bottleneck."
+    )
 
 
 def kind_of(files: AdapterFiles, config: Mapping[str, Any]) -> Kind:

@@ -32,6 +32,7 @@ __all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool", "check_manifest_name"]
 MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters
 MOST_NAMED = 8  # experts in the repr of a pool
+NO_POOL = "A pool is a folder of experts, hub:OWNER/NAME, a manifest, experts, or a list of these"
 STAND_IN = ", or with stand-ins for gates (--stand-in)"
 REMEDIES = {"gates": "gate"}  # commands that add what is missing
 REMEDIES |= dict.fromkeys(("means", "readings", "embeddings"), "measure")
@@ -48,30 +49,30 @@ class Pool(Mapping[str, Expert]):
     experts: tuple[Expert, ...]
 
     @classmethod
-    def open(cls, source: Pool | str | Path | Sequence[str | Path]) -> Pool:
+    def open(cls, source: Pool | Expert | str | Path | Sequence[Expert | str | Path]) -> Pool:
         """The pool in `source`, or `source` itself where it is a pool.
 
         `source` is a folder of expert directories, one expert directory, a reference to either on
-        the Hub ("hub:owner/name@revision"), a list of these, or a manifest written by
-        `write_manifest`, against whose hashes the experts are then checked. Every expert is read
-        and fully checked once. Raises PoolError when there is no expert, two share a name, or bases
-        differ; ExpertError for a bad expert.
+        the Hub ("hub:owner/name@revision"), an expert that is loaded, a list of these, or a
+        manifest written by `write_manifest`, against whose hashes the experts are then checked.
+        Every expert is read and fully checked once. Raises PoolError when there is no expert, two
+        share a name, or bases differ; ExpertError for a bad expert.
         """
         if isinstance(source, Pool):
             return source
+        if isinstance(source, Mapping) or not isinstance(source, Expert | str | Path | Iterable):
+            raise PoolError(f"{NO_POOL}, not {shortened(source)}.")
         if isinstance(source, str | Path) and Path(source).suffix == MANIFEST:
             return cls._of(_read_manifest(Path(source)))
-        places = [source] if isinstance(source, str | Path) else source
-        directories = [
-            directory for place in places for directory in _expert_directories(local_folder(place))
-        ]
-        if not directories:
+        places = [source] if isinstance(source, Expert | str | Path) else source
+        found = [each for place in places for each in _experts_at(place)]
+        if not found:
             raise PoolError(
                 f"No expert was found in {', '.join(map(str, places)) or 'an empty list'}; wanted "
                 f"expert directories, each with a {LAYOUT.info} ('phatgoose import' makes one of "
                 f"a PEFT adapter)."
             )
-        return cls._of(prefetch(Expert.load, directories))
+        return cls._of(prefetch(lambda e: e if isinstance(e, Expert) else Expert.load(e), found))
 
     @classmethod
     def _of(cls, experts: Iterable[Expert]) -> Pool:
@@ -155,9 +156,8 @@ class Pool(Mapping[str, Expert]):
         if isinstance(keep, str) or isinstance(leave_out, str):
             raise PoolError("keep and leave_out must be lists of names.")
         kept, left = list(keep) if keep is not None else list(self.names), list(leave_out or ())
-        names = set(self.names)
         for name in [*kept, *left]:
-            if name not in names:
+            if name not in self:
                 raise PoolError(self._unknown(name))
         staying = set(kept) - set(left)
         chosen = [expert for expert in self.experts if expert.name in staying]
@@ -242,6 +242,15 @@ def check_manifest_name(path: Path) -> None:
     """
     if path.suffix != MANIFEST and not is_stream(path):
         raise PoolError(f"{path} can't be a manifest's name; let it end in {MANIFEST}.")
+
+
+def _experts_at(place: object) -> Iterable[Expert | Path]:
+    """An expert that is loaded, or the directories of those at a place."""
+    if isinstance(place, Expert):
+        return [place]
+    if not isinstance(place, str | Path):
+        raise PoolError(f"{NO_POOL}, not {shortened(place)}.")
+    return _expert_directories(local_folder(place))
 
 
 def _expert_directories(place: Path) -> Iterator[Path]:

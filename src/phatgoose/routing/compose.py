@@ -24,8 +24,8 @@ from ..base.fingerprint import (
 from ..base.loading import Base, check_heeds_masks, load_base
 from ..base.offloading import check_in_place, execution_device
 from ..base.sites import ROUTED, Site, find_sites, replace_module
-from ..config import Routing, from_mapping
-from ..errors import RoutingError
+from ..config import Routing, from_mapping, given_or_default
+from ..errors import BaseModelError, RoutingError
 from ..experts.adapter import check_fit
 from ..experts.pool import Pool
 from ..files.prefetch import prefetch
@@ -67,8 +67,9 @@ def compose(
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an
     unknown setting, router or kernel, RoutingError when the base is routed already.
     """
+    routing = given_or_default(Routing, routing, "routing")
     if settings:
-        routing = from_mapping(Routing, {**vars(routing or Routing()), **settings}, "compose")
+        routing = from_mapping(Routing, {**vars(routing), **settings}, "compose")
     prepared = prepare(pool, base, routing, scores=scores, keep=keep, leave_out=leave_out)
     parts = prepared.parts
     parts.layers = {layer.site.name: layer for layer in routed_layers(prepared)}
@@ -241,6 +242,11 @@ def resolve_base(
     elif isinstance(base, str | Path):
         base = load_base(base, dtype=dtype)
     model = base.model if isinstance(base, Base) else base
+    if not isinstance(model, PreTrainedModel):
+        raise BaseModelError(
+            f"base is a {type(model).__name__}; wanted a name, a folder, a Base or a transformers "
+            f"model."
+        )
     check_heeds_masks(model.config)
     if hasattr(model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")

@@ -53,6 +53,8 @@ def load_task(
     without examples.
     """
     rows, label, default_name = _open_source(source)
+    if not isinstance(name, str | None):
+        raise TaskError(f"name is {shortened(name)}, but must be a text.")
     for each in (name or default_name, label):
         check_task_name(each)
     row_template = RowTemplate(template, choices)

@@ -9,6 +9,7 @@ from jinja2 import StrictUndefined, Template, TemplateError
 from jinja2.sandbox import SandboxedEnvironment
 
 from ..errors import TaskError
+from ..files.quoting import shortened
 from .task import Span
 
 __all__ = ["SEPARATOR", "TEMPLATE_FAILURES", "RowTemplate", "longest_field"]
@@ -32,6 +33,11 @@ class RowTemplate:
 
     def __init__(self, template: str | None, choices: str | None) -> None:
         environment = SandboxedEnvironment(undefined=StrictUndefined)
+        for name, text in (("template", template), ("choices", choices)):
+            if not isinstance(text, str | None):
+                raise TaskError(
+                    f"{name} is {shortened(text)}, but must be a text such as 'yes {SEPARATOR} no'."
+                )
         if template is not None and template.count(SEPARATOR) != 1:
             raise TaskError(f"template must have the form 'input {SEPARATOR} target'.")
         try:

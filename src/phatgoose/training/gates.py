@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..base.fingerprint import check_base
 from ..base.loading import Base
 from ..base.sites import find_sites
-from ..config import Formatting, GateTraining, Training
+from ..config import Formatting, GateTraining, Training, given_or_default
 from ..errors import ConfigError
 from ..experts.adapter import adapter_files, check_fit, read_modules
 from ..experts.applied import ModifiedLinear, applied
@@ -110,8 +110,10 @@ def train_gates(
             "joint is on, but an adapter that exists can't be trained together with its gates; "
             "turn it off here, or train a new expert."
         )
-    training, gate_training = training or Training(), gate_training or GateTraining()
-    settings = _gate_settings(training, gate_training) | asdict(formatting or Formatting())
+    training = given_or_default(Training, training, "training")
+    gate_training = given_or_default(GateTraining, gate_training, "gate_training")
+    formatting = given_or_default(Formatting, formatting, "formatting")
+    settings = _gate_settings(training, gate_training) | asdict(formatting)
     finished = finished_expert(out, settings, resume=resume)
     if finished is not None:
         return finished

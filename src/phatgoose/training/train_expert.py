@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ..base.loading import Base
-from ..config import Formatting, GateTraining, Lora, Peft, Training
+from ..config import Formatting, GateTraining, Lora, Peft, Training, given_or_default
 from ..experts.adapter import kind_for
 from ..experts.expert import Expert
 from ..tasks.cuts import Cuts
@@ -67,8 +67,11 @@ def train_expert(
     base pads inside, TaskError when the task can't be used.
     """
     out, peft = Path(out), peft or Lora()
-    training, gate_training = training or Training(), gate_training or GateTraining()
-    settings = settings_of_training(peft, training, gate_training, formatting or Formatting())
+    kind_for(peft)  # refuses what is none
+    training = given_or_default(Training, training, "training")
+    gate_training = given_or_default(GateTraining, gate_training, "gate_training")
+    formatting = given_or_default(Formatting, formatting, "formatting")
+    settings = settings_of_training(peft, training, gate_training, formatting)
     finished = finished_expert(out, settings, resume=resume)
     if finished is not None:
         return finished

@@ -42,6 +42,7 @@ from phatgoose.errors import (
     WrongBaseError,
 )
 from phatgoose.evaluation.comparison import cells as module
+from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.evaluate import evaluate, score
@@ -56,6 +57,13 @@ pytestmark = pytest.mark.usefixtures("toy_embedder")
 
 
 # What follows from them
+
+
+def test_a_task_is_a_suite_of_its_own(setting, tasks, llama, tmp_path):
+    task = next(iter(tasks.values()))
+    found = compare(setting.pool, task, "base", out=tmp_path / "out", base=llama)
+    assert dict(found.suites) == {task.name: (task.name,)}
+    assert repr(found) == "<Comparison of base (datasets: 1)>"
 
 
 def test_the_rows_stand_in_the_order_of_the_paper_then_references_then_those_that_know(done):

@@ -10,8 +10,10 @@ import pytest
 
 from paths import SHARED
 from phatgoose.errors import TaskError
+from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.local import local_suite
+from phatgoose.tasks.suites.registry import open_suite
 from phatgoose.tasks.task import Example
 from suite_files import FULL, write
 
@@ -22,6 +24,13 @@ def complaint(path: Path) -> str:
     with pytest.raises(TaskError) as caught:
         local_suite(path)
     return str(caught.value)
+
+
+def test_a_task_file_is_a_suite_of_its_own(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"input": "a", "target": "x"}\n')
+    suite = open_suite(tmp_path / "one.jsonl")
+    assert (suite.name, suite.names) == ("one", ("one",))
+    assert suite.load() == (load_task(tmp_path / "one.jsonl"),)
 
 
 def test_a_folders_task_files_are_its_suite(folder):
@@ -120,8 +129,8 @@ def test_a_suite_that_can_not_be_meant_is_refused(folder, text, message):
 
 
 def test_what_is_no_suite_is_refused(folder, tmp_path):
-    assert "must be a folder of task files or a .toml file" in complaint(folder / "b.jsonl")
-    assert "must be a folder of task files or a .toml file" in complaint(tmp_path / "nowhere")
+    assert "Task file" in complaint(folder / "nowhere.jsonl")
+    assert "must be a folder of task files, one of them, or a .toml" in complaint(tmp_path / "no")
     assert "can't be read: No such file" in complaint(tmp_path / "nowhere.toml")
     (tmp_path / "empty").mkdir()
     assert "empty has no tasks" in complaint(tmp_path / "empty")

@@ -53,7 +53,7 @@ def test_an_unknown_suite_lists_the_known_ones(tmp_path):
         "Suite 'bbq' is neither a known name (t0hi, t0ho, flan, bbh, bbl, bbh-23, bbl-24)"
         in message
     )
-    assert "nor a folder of task files nor a .toml file" in message
+    assert "nor a folder of task files nor a .toml, .jsonl or .csv file" in message
     with pytest.raises(TaskError, match="can't be read"):
         open_suite(tmp_path / "nowhere.toml")
 

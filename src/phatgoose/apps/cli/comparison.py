@@ -34,8 +34,8 @@ def compare(
         typer.Option(
             "--suite",
             "--suites",
-            help="t0ho, bbh, bbl, t0hi, flan, a folder of task files, or a suite file (.toml); "
-            "repeatable, or with commas.",
+            help="t0ho, bbh, bbl, t0hi, flan, a task file, a folder of them, or a suite file "
+            "(.toml); repeatable, or with commas.",
         ),
     ],
     methods: Annotated[

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ...base.fingerprint import check_base, dtype_name
 from ...base.loading import Base
 from ...base.sites import ROUTED
-from ...config import Formatting, Routing
+from ...config import Formatting, Routing, given_or_default
 from ...errors import ConfigError, RoutingError, TaskError
 from ...experts.input_format import warn_of_other_formatting
 from ...experts.pool import Pool
@@ -27,8 +27,9 @@ from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
 from ...routing.routers.scores import Scores, best_expert, best_expert_by_task
 from ...tasks.encoding import Encoder
-from ...tasks.suites.entries import Sources, Suite
+from ...tasks.suites.entries import Entry, Sources, Suite
 from ...tasks.suites.registry import open_suite
+from ...tasks.task import Task
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
 from .cells import Cell, CellWorkshop, cell_of
@@ -49,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 def compare(
     pool: Pool | str | Path,
-    suites: Iterable[Suite | str | Path],
+    suites: Iterable[Suite | Task | str | Path] | Suite | Task | str | Path,
     methods: Iterable[str] | str = "all",
     *,
     out: str | Path,
@@ -70,10 +71,10 @@ def compare(
     meets, with a note on the others. Oracle and best-individual run every single expert once.
     `references` adds further models by label: an expert (such as a multitask one), another pool
     (such as one of jointly trained experts), a routed model, a base by Hub id or path. `suites` are
-    names in `suites.registry.SUITES`, folders of task files, suite files or `Suite`s, whose files
-    are found by `sources`. `limit` draws so many examples of each dataset, the same ones for all
-    methods. `routing` gives k and the other settings of the routers. `engine` scores the cells;
-    None scores them in this process, with the same results.
+    names in `suites.registry.SUITES`, folders of task files, suite files, single task files, Tasks
+    or `Suite`s, whose files are found by `sources`. `limit` draws so many examples of each dataset,
+    the same ones for all methods. `routing` gives k and the other settings of the routers. `engine`
+    scores the cells; None scores them in this process, with the same results.
 
     Finished cells are kept in `out`/results.jsonl and reused. The tables are written to
     `out`/comparison.md, .csv and .json. Raises ConfigError for an unknown method, PoolError for one
@@ -82,7 +83,7 @@ def compare(
     them raise.
     """
     pool = Pool.open(pool)
-    routing = routing or Routing()
+    routing = given_or_default(Routing, routing, "routing")
     wanted, notes = runnable_methods(pool, methods, routing)
     settings = ScoringSettings(
         formatting or Formatting(), limit, seed, max_new_tokens, token_budget
@@ -154,14 +155,25 @@ def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
             check_base(row.base, base.reference, row.label)
 
 
+def _opened(suite: Suite | Task | str | Path) -> Suite:
+    """The suite of this name or place, or a task as a suite of its own."""
+    if isinstance(suite, Task):
+        task = suite
+        entry = Entry(task.name, lambda _: task, task.metrics, task.max_new_tokens)
+        return Suite(task.name, (entry,))
+    return suite if isinstance(suite, Suite) else open_suite(suite)
+
+
 def _load(
-    suites: Iterable[Suite | str | Path], sources: Sources | None, settings: ScoringSettings
+    suites: Iterable[Suite | Task | str | Path] | Suite | Task | str | Path,
+    sources: Sources | None,
+    settings: ScoringSettings,
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, EvaluationSet]]:
     """(datasets' names by suite, datasets by name); raises TaskError for names that clash."""
     columns: dict[str, tuple[str, ...]] = {}
     datasets: dict[str, EvaluationSet] = {}
-    for suite in [suites] if isinstance(suites, str | Path | Suite) else suites:
-        opened = suite if isinstance(suite, Suite) else open_suite(suite)
+    for suite in [suites] if isinstance(suites, str | Path | Suite | Task) else suites:
+        opened = _opened(suite)
         if opened.name in columns:
             raise TaskError(f"Two suites are called {opened.name!r}; rename one.")
         for task in opened.load(sources):

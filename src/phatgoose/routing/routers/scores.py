@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ...config import Routing
 from ...errors import ConfigError, PoolError
-from ...files.quoting import reason
+from ...files.quoting import reason, shortened
 from ...files.strict_json import read_json_object
 
 __all__ = ["Scores", "best_expert", "best_expert_by_task", "given_scores", "read_scores"]
@@ -43,12 +43,17 @@ def read_scores(path: str | Path) -> Scores:
 
 
 def given_scores(scores: Scores | None, routing: Routing) -> Scores:
-    """`scores`, which the router can't do without. Raises ConfigError when there are none."""
+    """`scores`, which the router can't do without.
+
+    Raises ConfigError when there are none, PoolError when they are none by expert and task.
+    """
     if scores is None:
         raise ConfigError(
             f"Router {routing.router} needs the scores of every single expert: those of a finished "
             f"'phatgoose compare' (--scores comparison.json)."
         )
+    if not isinstance(scores, Mapping) or not all(isinstance(s, Mapping) for s in scores.values()):
+        raise PoolError(f"scores are {shortened(scores)}; wanted expert -> task -> score.")
     return scores
 
 

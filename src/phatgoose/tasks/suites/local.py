@@ -23,7 +23,7 @@ TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
 
 
 def local_suite(path: str | Path) -> Suite:
-    """The suite in `path`: a folder of task files, or a TOML file.
+    """The suite in `path`: a folder of task files, one such file, or a TOML file.
 
     A folder's .jsonl and .csv files, hidden ones aside, are its tasks, in alphabetical order, and
     its name is the suite's. A TOML file has the keys `name` (default: the file's stem), `suffix`
@@ -36,7 +36,12 @@ def local_suite(path: str | Path) -> Suite:
     Evaluation checks that the metrics exist.
     """
     path = Path(path)
-    suite = _folder_suite(path) if path.is_dir() else _toml_suite(path)
+    if path.suffix in TASK_FILES and not path.is_dir():
+        if not path.is_file():
+            raise TaskError(f"Task file {path} does not exist.")
+        suite = Suite(path.stem, (_entry(path, path.stem),))
+    else:
+        suite = _folder_suite(path) if path.is_dir() else _toml_suite(path)
     if not suite.entries:
         raise TaskError(f"{path} has no tasks; wanted .jsonl or .csv files, or [[tasks]] in TOML.")
     for name in (suite.name, *suite.names):
@@ -80,7 +85,9 @@ def _folder_suite(folder: Path) -> Suite:
 
 def _toml_suite(path: Path) -> Suite:
     if path.suffix != ".toml":
-        raise TaskError(f"Suite {path} must be a folder of task files or a .toml file.")
+        raise TaskError(
+            f"Suite {path} must be a folder of task files, one of them, or a .toml file."
+        )
     content = read_toml(path, "Suite", TaskError)
     _require_known(content, SUITE_KEYS, str(path))
     name = _name(content, str(path), path.stem)

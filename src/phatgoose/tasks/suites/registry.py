@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from ...config import TASK_FILES
 from ...errors import TaskError
+from ...files.quoting import shortened
 from . import bigbench, flan, t0
 from .entries import Suite
 from .local import local_suite
@@ -38,17 +40,18 @@ SUITES: dict[str, SuiteRecord] = {
 
 
 def open_suite(name_or_path: str | Path) -> Suite:
-    """The suite of this name in SUITES, or the one in a folder of task files or a .toml file.
+    """The suite of this name in SUITES, or the one in a folder of task files or a file.
 
     A known name takes precedence over a folder of that name; write "./NAME" for the folder. Raises
     TaskError for anything else, and as `local_suite` does.
     """
     if isinstance(name_or_path, str) and name_or_path in SUITES:
         return SUITES[name_or_path].open()
-    path = Path(name_or_path)
-    if path.is_dir() or path.suffix == ".toml":
-        return local_suite(path)
+    if isinstance(name_or_path, str | Path):
+        path = Path(name_or_path)
+        if path.is_dir() or path.suffix in (".toml", *TASK_FILES):
+            return local_suite(path)
     raise TaskError(
-        f"Suite {str(name_or_path)!r} is neither a known name ({', '.join(SUITES)}) nor a folder "
-        f"of task files nor a .toml file."
+        f"Suite {shortened(name_or_path)} is neither a known name ({', '.join(SUITES)}) nor a "
+        f"folder of task files nor a .toml, .jsonl or .csv file."
     )

@@ -24,7 +24,7 @@ from ..routing.stacks.ia3 import ScalingStack
 from ..routing.stacks.lora import LoraStack
 from ..routing.stacks.site_stack import stack_of
 
-__all__ = ["Duplicate", "cosines", "near_duplicates"]
+__all__ = ["Duplicate", "cosines", "near_duplicates", "squared_norms"]
 
 BLOCK = 2048  # rows of factors at once
 
@@ -76,6 +76,15 @@ def cosines(pool: Pool) -> Tensor:
     norms = products.diagonal().clamp(min=0).sqrt()
     norms = norms.where(norms > 0, torch.inf)
     return (products / norms[:, None] / norms).clamp(-1, 1)
+
+
+def squared_norms(part: LoraStack | ScalingStack | BottleneckStack) -> Tensor:
+    """The squared Frobenius norm of each update of a part of a stack, float64 [E]."""
+    if isinstance(part, ScalingStack):
+        return part.deltas.double().square().sum(dim=1)
+    first, last = (part.A, part.B) if isinstance(part, LoraStack) else (part.down, part.up)
+    grams = (each.double() @ each.double().mT for each in (first, last))
+    return torch.stack(list(grams)).prod(dim=0).sum(dim=(1, 2)).clamp(min=0)
 
 
 def _products_of(part: LoraStack | ScalingStack | BottleneckStack) -> Tensor:

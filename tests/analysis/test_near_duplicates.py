@@ -13,11 +13,13 @@ from mixed_experts import (
     renamed,
 )
 from phatgoose.analysis import near_duplicates as duplicates
-from phatgoose.analysis.near_duplicates import cosines, near_duplicates
+from phatgoose.analysis.near_duplicates import cosines, near_duplicates, squared_norms
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.pool import Pool
+from phatgoose.routing.stacks.site_stack import stack_of
 
 
 def twin(expert: Expert, name: str, change) -> Expert:
@@ -50,6 +52,22 @@ def test_cosines_are_those_of_the_updates_written_out(uneven, monkeypatch, block
     whole = torch.stack([update(expert, uneven, widths) for expert in uneven.experts])
     unit = torch.nn.functional.normalize(whole, dim=-1)
     torch.testing.assert_close(cosines(uneven), unit @ unit.T, rtol=0, atol=1e-6)
+
+
+def test_squared_norms_are_those_of_the_updates_written_out(llama_mixed):
+    for site in llama_mixed.sites:
+        stack = stack_of(llama_mixed, site, torch.float64, torch.device("cpu"))
+        for part, rows in stack.rows().items():
+            got = squared_norms(part, stack.parts[part])
+            for norm, z in zip(got, stack.experts[rows].tolist(), strict=True):
+                module = llama_mixed.experts[z].modules[site]
+                if isinstance(module, LoraFactors):
+                    change = module.scale * module.B.double() @ module.A.double()
+                elif isinstance(module, ScalingVector):
+                    change = module.vector.double() - 1
+                else:
+                    change = module.scale * module.up.double() @ module.down.double()
+                assert float(norm) == pytest.approx(float(change.square().sum()), rel=1e-4)
 
 
 def test_the_same_update_in_other_factors_is_found_and_others_are_not(uneven):

@@ -40,7 +40,7 @@ def quadratic(spread: Tensor, direction: Tensor) -> Tensor:
 
 
 def bounded(means: Sequence[Tensor], spreads: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """The means, and the mean covariance, of which no expert adds more than the median is worth.
+    """The means, and the mean covariance, of which no expert adds more than 30 medians are worth.
 
     One direction of one expert's covariance after the other.
     """
@@ -60,7 +60,9 @@ def bounded(means: Sequence[Tensor], spreads: Sequence[Tensor]) -> tuple[list[Te
             if own < 1e-12 * spread.trace():
                 continue
             unit = row / own.sqrt()
-            bound = E * torch.stack([quadratic(s, unit) for s in spreads]).quantile(0.5) + least
+            bound = (
+                30 * E * torch.stack([quadratic(s, unit) for s in spreads]).quantile(0.5) + least
+            )
             total += torch.outer(row, row) * min(1.0, float(bound / own))
     return near, total / E
 

@@ -9,6 +9,7 @@ kl_to_oracle.py          divergence from Oracle's distribution, and its correlat
 agreement.py             how often routers agree, token by token
 importance.py            how much the score falls without each expert
 findings.py              what looks wrong with a routed model
+audit/                   experts of a pool that don't look like the others
 near_duplicates.py       experts of a pool that are nearly the same
 pool_sizes.py            scores against the size of the pool
 traces.py                one text, token by token: its experts at every site

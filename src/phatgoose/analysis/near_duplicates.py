@@ -25,7 +25,7 @@ from ..routing.stacks.lora import LoraStack
 from ..routing.stacks.part import Part
 from ..routing.stacks.site_stack import stack_of
 
-__all__ = ["Duplicate", "cosines", "near_duplicates"]
+__all__ = ["Duplicate", "cosines", "near_duplicates", "squared_norms"]
 
 BLOCK = 2048  # rows of factors at once
 
@@ -80,14 +80,32 @@ def cosines(pool: Pool) -> Tensor:
     return (products / norms[:, None] / norms).clamp(-1, 1)
 
 
+def squared_norms(name: str, part: Part) -> Tensor:
+    """The squared Frobenius norm of each update of the part `name` of a stack, float64 [E].
+
+    Raises RoutingError for a kind of expert that isn't known.
+    """
+    first, *last = (each.double() for each in _factors_of(name, part))
+    if not last:
+        return first.square().sum(dim=1)
+    grams = first @ first.mT, last[0] @ last[0].mT
+    return (grams[0] * grams[1]).sum(dim=(1, 2)).clamp(min=0)
+
+
 def _products_of(name: str, part: Part) -> Tensor:
     """The scalar products of all updates of the part `name` of a stack, [E, E]."""
+    first, *last = _factors_of(name, part)
+    return _products(first, last[0]) if last else (first @ first.T).double()
+
+
+def _factors_of(name: str, part: Part) -> tuple[Tensor, ...]:
+    """What the updates of a part are products of: two factors, or one vector for each expert."""
     if isinstance(part, ScalingStack):
-        return (part.deltas @ part.deltas.T).double()
+        return (part.deltas,)
     if isinstance(part, LoraStack):
-        return _products(part.A, part.B)
+        return part.A, part.B
     if isinstance(part, BottleneckStack):
-        return _products(part.down, part.up)
+        return part.down, part.up
     raise RoutingError(
         f"Experts of the kind {name!r} can't be compared with others; leave them out."
     )

@@ -12,6 +12,7 @@ from command_line import (
     refused,
     write_rows,
 )
+from planted import ATTACKS, attacked, honest
 
 
 @pytest.mark.parametrize("model", ["experts", "tiny-base", "experts/reviews"])
@@ -150,3 +151,43 @@ def test_a_file_that_cannot_be_written_is_told_before_the_work(here, phat, monke
     outcome = phat(*command, "--base", "tiny-base", "--json", "reviews.jsonl/x.json")
     assert outcome.code == 2
     assert "reviews.jsonl/x.json can't be written" in outcome.err
+
+
+@pytest.fixture
+def crowd(pool_of, tmp_path, monkeypatch):
+    """Eight experts in a folder of the current one, e2 with its own means for gates."""
+    monkeypatch.chdir(tmp_path)
+    pool = honest(pool_of("llama", (4,) * 8))
+    for expert in attacked(pool, 2, ATTACKS["gate equal to own mean"], 0, 1).experts:
+        expert.save(tmp_path / "crowd" / expert.name)
+    return tmp_path
+
+
+def test_audit_names_who_looks_unlike_the_others_and_exits_with_1(crowd, phat):
+    outcome = phat("audit", "crowd", "--no-neutral", "--json", "audit.json")
+    assert outcome.code == 1, outcome.err
+    assert "*" in outcome.out
+    assert "e2: its gates have a cosine of 1.00 with its own mean activations" in outcome.out
+    assert "--leave-out e2" in outcome.out
+    assert "note: Neutral text was not read" in outcome.out
+    written = json.loads((crowd / "audit.json").read_text())
+    assert {name for finding in written["findings"] for name in finding["experts"]} == {"e2"}
+    clean = phat("audit", *sorted((crowd / "crowd").glob("e[!2]")), "--no-neutral")
+    assert (clean.code, clean.err) == (0, "")
+    assert "nothing found" in clean.out
+
+
+def test_audit_reads_neutral_text_with_the_base(here, phat):
+    outcome = phat("audit", "experts", *BASE)
+    assert outcome.code == 0, outcome.err
+    assert "too few to compare" in outcome.out
+    assert "effect" in outcome.out
+    assert "Neutral text was not read" not in outcome.out
+
+
+def test_compose_warns_of_experts_that_look_unlike_the_others(crowd, phat):
+    outcome = phat("compose", "crowd", "--out", "routed")
+    assert outcome.code == 0
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("warning: 1 of 8 experts don't look like the others: e2.")
+    assert "phatgoose audit" in line

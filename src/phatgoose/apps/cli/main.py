@@ -25,8 +25,8 @@ __all__ = ["app", "main"]
 
 HELP = """Many independently trained PEFT experts, routed per token and module into one model.
 
-Start with `phatgoose demo`, or: train, check, pool, compose, generate, evaluate, compare,
-analyse, serve, export.
+Start with `phatgoose demo`, or: train, check, pool, audit, compose, generate, evaluate,
+compare, analyse, serve, export.
 """
 
 INTERRUPTED, READER_GONE = 130, 141  # as shells have it for SIGINT and SIGPIPE
@@ -46,6 +46,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "push": sharing.push,
     "pull": sharing.pull,
     "pool": routed.pool,
+    "audit": routed.audit,
     "compose": routed.compose,
     "export": sharing.export,
     "generate": routed.generate,
@@ -91,7 +92,8 @@ def _options(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit.
 
-    0 if all is well, 2 after a one-line error, 130 on Ctrl-C, 141 where nobody reads on.
+    0 if all is well, 1 where `audit` found something, 2 after a one-line error, 130 on Ctrl-C, 141
+    where nobody reads on.
     """
     set_threads()
     _quieten()

@@ -1,7 +1,8 @@
-"""Commands of aggregators: pool, compose, generate, evaluate, demo."""
+"""Commands of aggregators: pool, audit, compose, generate, evaluate, demo."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from ..console.printing import say, show
 from .options import (
     ANOTHER_OUT,
     BaseOption,
+    BaseOptions,
     ModelArgument,
     ModelOptions,
     PoolArgument,
@@ -25,7 +27,7 @@ from .options import (
     warn_of_unused,
 )
 
-__all__ = ["compose", "demo", "evaluate", "generate", "pool"]
+__all__ = ["audit", "compose", "demo", "evaluate", "generate", "pool"]
 
 
 def pool(
@@ -101,6 +103,39 @@ def _from_owner(pattern: str, folder: Path | None, base: str | None) -> list[Pat
     return []
 
 
+def audit(
+    *,
+    pool: PoolArgument,
+    neutral: Annotated[bool, "Read neutral text too, which needs the base."] = True,
+    json: Annotated[Path | None, "Write every number and finding here."] = None,
+    base: BaseOptions,
+) -> None:
+    """Look for experts of a pool that don't look like the others.
+
+    Weights, gates, statistics and embeddings are compared with the pool's median. The exit code is
+    1 with findings, 0 without. A finding is unusual, not proof of an attack.
+    """
+    if json:
+        require_writable(json, PoolError)
+    from ...analysis.audit.audit import audit as run
+    from ..console.tables import audit_table
+
+    opened = open_pool(pool)
+    report = run(opened, base.load_for(opened) if neutral else None)
+    if json:  # before the table, whose reader may have gone away
+        report.write_json(json)
+    show(audit_table(report), width=140)
+    for note in report.notes:
+        say(f"note: {note}")
+    for finding in report.findings:
+        say(finding.message)
+    if json:
+        say(f"numbers and findings -> {json}")
+    if report.findings:
+        raise typer.Exit(1)
+    say("nothing found")
+
+
 def compose(
     *,
     pool: PoolArgument,
@@ -112,14 +147,19 @@ def compose(
 ) -> None:
     """Make a routed model of a pool and save it.
 
-    It is written site by site: the pool may be larger than memory.
+    It is written site by site: the pool may be larger than memory. Experts that don't look like the
+    others are a warning ('phatgoose audit' says more).
     """
     require_free(out, RoutingError, ANOTHER_OUT)
+    from ...analysis.audit.audit import audit as look
     from ...routing.routers.registry import spec_of
     from ...routing.saved.segments import save_pool
 
     warn_of_unused(routing, given)
     opened = open_pool(pool).select(opening.keep, opening.leave_out)
+    unusual = look(opened).summary
+    if unusual:
+        warnings.warn(unusual, stacklevel=2)
     base = opening.load_for(opened)
     packed = save_pool(opened, out, base, routing=routing, scores=opening.scores, stored=stored)
     used = packed.routing

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from rich.table import Table
 from rich.text import Text
 
+from ...analysis.audit.audit import LIMITS, Audit
 from ...analysis.kl_to_oracle import ORACLE
 from ...analysis.measures import effective_experts, heaviest
 from ...analysis.near_duplicates import Duplicate
@@ -18,7 +20,7 @@ from ...evaluation.evaluate import Evaluation
 from ...experts.importing.hub_owner import Listing
 from ...experts.pool import Pool
 
-__all__ = ["datasets_table", "differences_table", "duplicates_table", "means_table"]
+__all__ = ["audit_table", "datasets_table", "differences_table", "duplicates_table", "means_table"]
 __all__ += ["owner_table", "pool_table", "routers_table", "scores_table"]
 
 
@@ -41,6 +43,47 @@ def pool_table(pool: Pool) -> Table:
             str(expert.directory),
         )
     return table
+
+
+AUDITED = {  # the signs of an audit that its table shows; --json has all
+    "update_size": "update",
+    "update_effect": "effect",
+    "update_spread": "module",
+    "gate_size": "gate",
+    "gate_own_mean": "cosine",
+    "gate_wins": "wins",
+    "mean_distance": "means",
+    "reading_distance": "readings",
+    "reading_trace": "varying",
+    "reading_masks": "masking",
+    "embedding_copies": "copied",
+    "embedding_wins": "nearest",
+    "centroid_neutral": "neutral",
+}
+
+
+def audit_table(report: Audit) -> Table:
+    """A row per expert with its signs, and the medians; what is beyond a limit is marked."""
+    table = Table(title=f"Audit of {len(report.experts)} experts; * is beyond the limit")
+    limits = {name: limit.of(len(report.experts)) for name, limit in LIMITS.items()}
+    shown = {name: title for name, title in AUDITED.items() if name in report.signs}
+    for column in ("expert", *shown.values()):
+        first = column == "expert"
+        table.add_column(column, no_wrap=first, justify="left" if first else "right")
+    for z, expert in enumerate(report.experts):
+        cells = [_sign(report.signs[name][z], limits[name]) for name in shown]
+        table.add_row(Text(expert), *cells)
+    table.add_section()
+    medians = [report.median(name) for name in shown]
+    table.add_row(Text("median"), *(_sign(median, math.inf) for median in medians))
+    table.add_row(Text("limit"), *(_sign(limits[name], math.inf) for name in shown))
+    return table
+
+
+def _sign(value: float | None, limit: float) -> Text:
+    if value is None:
+        return Text("")
+    return Text(f"{value:.3g}*", style="bold red") if value > limit else Text(f"{value:.3g}")
 
 
 def owner_table(listing: Listing) -> Table:

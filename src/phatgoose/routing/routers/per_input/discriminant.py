@@ -159,7 +159,8 @@ class PromptDiscriminant(BaseReader):
     The numerator is z's log-likelihood but for what all experts share. D makes blocks, places and
     pools alike: prompts of z's own task score about ½, those of all tasks -½ on average. With τ the
     mean of an unseen task is taken to lie around m_z, by a share of how far tasks lie around m, so
-    that what tells the experts' own tasks apart most can't outweigh everything else.
+    that what tells the experts' own tasks apart most can't outweigh everything else. What one
+    expert adds to m, S, B and D is bounded by the pool's median (`routers.bounds`).
     """
 
     name = "discriminant"

@@ -1,0 +1,169 @@
+"""Attackers on a pool, for `audit.py` and the tests: honest experts with something planted.
+
+An attack is a function of the pool, the index of the expert that turns, a random generator and a
+strength from 0 (as quiet as it may be and still work) to 2 (as loud as it comes). It returns the
+expert that takes the honest one's place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from phatgoose.experts.expert import MOST_EMBEDDINGS, Expert
+from phatgoose.experts.kinds.bottleneck import BottleneckLayers
+from phatgoose.experts.kinds.ia3 import ScalingVector
+from phatgoose.experts.kinds.kind import SiteModule
+from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.readings import PLACES
+
+__all__ = ["ATTACKS", "HARMLESS", "Attack", "attacked"]
+
+Attack = Callable[[Pool, int, torch.Generator, int], Expert]
+
+
+def masking_covariance(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """Prompts seem to vary most in those directions that tell the other experts' tasks apart."""
+    readings = dict(pool.experts[z].readings)
+    for place in PLACES:
+        means = torch.stack([expert.readings[f"{place}.mean"] for expert in pool.experts])
+        factor = readings[f"{place}.factor"].clone()
+        others = torch.cat([means[:z], means[z + 1 :]])
+        away = (others - others.mean(dim=0)).transpose(0, 1)[:, : factor.shape[1]]  # [b, w, d]
+        factor[:, : away.shape[1]] = (3.0, 10.0, 100.0)[strength] * away
+        readings[f"{place}.factor"] = factor
+    return replace(pool.experts[z], readings=readings)
+
+
+def scaled_readings(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """Means of readings that are far from everything, so that they move the pool's centre."""
+    by = (30.0, 1e4, 1e30)[strength]
+    readings = {
+        name: by * part if name.endswith(".mean") else part
+        for name, part in pool.experts[z].readings.items()
+    }
+    return replace(pool.experts[z], readings=readings)
+
+
+def copied_embeddings(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """The other experts' embeddings: exactly, or with some noise at strength 0."""
+    rows = _of_others(pool, z)
+    rows = rows[torch.randperm(len(rows), generator=draw)[:MOST_EMBEDDINGS]]
+    return replace(pool.experts[z], embeddings=_noisy(rows, 0.0 if strength else 0.1, draw))
+
+
+def flooding_embeddings(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """Embeddings between those of the others, so that one is near to everything."""
+    rows = _of_others(pool, z)
+    count = (len(_of(pool.experts[z])), 300, MOST_EMBEDDINGS)[strength]
+    one, two = (torch.randint(len(rows), (count,), generator=draw) for _ in range(2))
+    return replace(pool.experts[z], embeddings=_noisy(rows[one] + rows[two], 0.2, draw))
+
+
+def gate_is_own_mean(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """Gates that are the expert's own mean activations, with some noise at strength 0."""
+    expert = pool.experts[z]
+    gates = {
+        site: _near(mean, 0.3 if strength == 0 else 0.0, draw) * _norm_of(expert.gates[site], mean)
+        for site, mean in expert.means.items()
+    }
+    return replace(expert, gates=gates)
+
+
+def usual_direction(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """Gates that lie along what every expert's site usually sees, and so win everywhere."""
+    expert = pool.experts[z]
+    gates = {}
+    for site, own in expert.gates.items():
+        usual = pool.vectors("means", site).mean(dim=0)
+        gates[site] = _near(usual, (0.5, 0.2, 0.0)[strength], draw) * _norm_of(own, usual)
+    return replace(expert, gates=gates)
+
+
+def scaled_gates(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """Longer gates: of no use against router phatgoose, which standardises them."""
+    by = (100.0, 1e3, 1e6)[strength]
+    expert = pool.experts[z]
+    return replace(expert, gates={site: by * gate for site, gate in expert.gates.items()})
+
+
+def scaled_update(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """A larger update at every site, which outweighs the others' wherever updates are added."""
+    by = (10.0, 30.0, 1000.0)[strength]
+    expert = pool.experts[z]
+    modules = {site: _scaled(module, by) for site, module in expert.modules.items()}
+    return _with(expert, modules)
+
+
+def few_modules(pool: Pool, z: int, draw: torch.Generator, strength: int) -> Expert:
+    """An update that sits in a few modules, as that of a trigger may."""
+    by = (10.0, 20.0, 50.0)[strength]
+    expert = pool.experts[z]
+    names = list(expert.modules)
+    count = max(1, len(names) // 14)
+    loud = {names[i] for i in torch.randperm(len(names), generator=draw)[:count].tolist()}
+    modules = {s: _scaled(m, by if s in loud else 0.5) for s, m in expert.modules.items()}
+    return _with(expert, modules)
+
+
+ATTACKS: dict[str, Attack] = {
+    "masking covariance": masking_covariance,
+    "scaled reading means": scaled_readings,
+    "copied embeddings": copied_embeddings,
+    "flooding embeddings": flooding_embeddings,
+    "gate equal to own mean": gate_is_own_mean,
+    "gate along usual activation": usual_direction,
+    "scaled update": scaled_update,
+    "update in few modules": few_modules,
+}
+HARMLESS: dict[str, Attack] = {"scaled gate": scaled_gates}
+
+
+def attacked(pool: Pool, z: int, attack: Attack, seed: int, strength: int) -> Pool:
+    """`pool` with its expert `z` turned by `attack`."""
+    turned = attack(pool, z, torch.Generator().manual_seed(seed), strength)
+    return Pool((*pool.experts[:z], turned, *pool.experts[z + 1 :]))
+
+
+def _of_others(pool: Pool, z: int) -> Tensor:
+    return torch.cat([_of(expert) for i, expert in enumerate(pool.experts) if i != z])
+
+
+def _of(expert: Expert) -> Tensor:
+    return torch.empty(0) if expert.embeddings is None else expert.embeddings
+
+
+def _noisy(rows: Tensor, share: float, draw: torch.Generator) -> Tensor:
+    """Unit vectors: `rows` with noise of so large a share of their length."""
+    unit = functional.normalize(rows, dim=-1)
+    noise = functional.normalize(torch.randn(rows.shape, generator=draw), dim=-1)
+    return functional.normalize(unit + share * noise, dim=-1)
+
+
+def _near(vector: Tensor, share: float, draw: torch.Generator) -> Tensor:
+    return _noisy(vector[None], share, draw)[0]
+
+
+def _norm_of(vector: Tensor, direction: Tensor) -> Tensor:
+    """The length of `vector`, or where it is 0 that of `direction`."""
+    return vector.norm() if vector.any() else direction.norm()
+
+
+def _scaled(module: SiteModule, by: float) -> SiteModule:
+    """A module whose change is `by` times as large."""
+    if isinstance(module, LoraFactors):
+        return replace(module, scale=module.scale * by)
+    if isinstance(module, BottleneckLayers):
+        return replace(module, scale=module.scale * by)
+    if isinstance(module, ScalingVector):
+        return replace(module, vector=1 + by * (module.vector.float() - 1))
+    raise TypeError(f"no way to scale a {module.kind}")
+
+
+def _with(expert: Expert, modules: dict[str, SiteModule]) -> Expert:
+    return replace(expert, modules=modules)

@@ -33,7 +33,7 @@ from phatgoose.routing.routers.per_input.discriminant import (
     line_of,
     readings_in,
 )
-from phatgoose.tasks.embeddings import embed_examples
+from phatgoose.tasks.embeddings import embed_texts, prompt_texts
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts
 
@@ -73,7 +73,7 @@ def prompts_of(folder: Path, experts: int) -> list[tuple[Tensor, Tensor]]:
         examples = fresh_prompts(number, PROMPTS)
         prompts = [pair.prompt for pair in encoder.pairs(examples)]
         states = read_prompts(base.model, prompts, PromptStates(base.model))
-        found.append((states, embed_examples(examples)))
+        found.append((states, embed_texts(prompt_texts(base.tokenizer, prompts))))
     return found
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional
 from paths import ROOT
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import readings_of
-from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from attackers import ATTACKS, HARMLESS, attacked
@@ -40,7 +40,7 @@ def honest(pool: Pool, blocks: int = 2, size: int = 32) -> Pool:
         experts.append(
             replace(
                 expert,
-                info=replace(expert.info, embedder=DEFAULT_EMBEDDER),
+                info=replace(expert.info, embedder=DEFAULT_EMBEDDER, embedding_form=PROMPT),
                 means=means,
                 readings=readings_of(states),
                 embeddings=rows,

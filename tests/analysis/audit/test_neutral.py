@@ -23,7 +23,7 @@ def text(llama, monkeypatch):
         return torch.nn.functional.normalize(rows, dim=-1)
 
     monkeypatch.setattr(neutral, "can_embed", lambda: True)
-    monkeypatch.setattr(neutral, "embed_examples", embed)
+    monkeypatch.setattr(neutral, "embed_texts", embed)
     return read_neutral_text(llama, list(find_sites(llama.model)))
 
 

@@ -21,7 +21,7 @@ from ...routing.routers.per_input.centroid import centroids_of
 from ...routing.routers.per_input.discriminant import PromptDiscriminant, readings_in
 from ...routing.routers.per_input.embedding_reader import embeddings_of
 from ...routing.routers.per_token.vector_router import ScoredRouter, standardise
-from ...tasks.embeddings import DEFAULT_EMBEDDER, can_embed, embed_examples
+from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts, prompt_texts
 from ...tasks.encoding import Encoder
 from ...tasks.neutral_text import neutral_examples
 from ...tasks.prompt_passes import read_pairs, read_prompts
@@ -58,10 +58,12 @@ def read_neutral_text(base: Base, names: Iterable[str], *, embed: bool = True) -
         kept.setdefault(site.name, []).append(u[::EVERY].cpu())
 
     pairs = Encoder.for_model(base.model, base.tokenizer).pairs(neutral_examples())
+    prompts = [pair.prompt for pair in pairs]
     sites = {name: every[name] for name in names}
     read_pairs(base.model, sites, pairs, base.tokenizer.pad_token_id, see)
-    states = read_prompts(base.model, [pair.prompt for pair in pairs], PromptStates(base.model))
-    vectors = embed_examples(neutral_examples()) if embed and can_embed() else None
+    states = read_prompts(base.model, prompts, PromptStates(base.model))
+    texts = prompt_texts(base.tokenizer, prompts)
+    vectors = embed_texts(texts) if embed and can_embed() else None
     return NeutralText({name: torch.cat(parts) for name, parts in kept.items()}, states, vectors)
 
 
@@ -78,8 +80,9 @@ def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor
     if _share(pool, "readings"):
         reader = PromptDiscriminant(readings_in(pool), Routing(), base.tokenizer)
         found["reading_neutral"] = _shares(reader.scores_of_states(text.states))
-    by_default = all(expert.info.embedder == DEFAULT_EMBEDDER for expert in pool.experts)
-    if text.vectors is not None and _share(pool, "embeddings") and by_default:
+    made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
+    comparable = made == {(DEFAULT_EMBEDDER, PROMPT)}
+    if text.vectors is not None and comparable and _share(pool, "embeddings"):
         found |= _by_embeddings(pool, text.vectors)
     pool.release()
     return found

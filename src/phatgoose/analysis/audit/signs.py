@@ -219,7 +219,7 @@ def _neighbours(rows: Tensor, owners: Tensor, asked: Tensor) -> tuple[Tensor, Te
     The latter are indices of experts [asked]; no row is its own neighbour.
     """
     equals, nearest = [], []
-    for some in asked.split(max(1, COSINES // len(rows))):
+    for some in torch.split(asked, max(1, COSINES // len(rows))):
         cosines = rows[some] @ rows.T
         cosines[torch.arange(len(some)), some] = -2.0
         best = torch.full((len(some), int(owners[-1]) + 1), -2.0)

@@ -219,7 +219,9 @@ def _neighbours(rows: Tensor, owners: Tensor, asked: Tensor) -> tuple[Tensor, Te
     The latter are indices of experts [asked]; no row is its own neighbour.
     """
     equals, nearest = [], []
-    for some in torch.split(asked, max(1, COSINES // len(rows))):
+    step = max(1, COSINES // len(rows))
+    for first in range(0, len(asked), step):
+        some = asked[first : first + step]
         cosines = rows[some] @ rows.T
         cosines[torch.arange(len(some)), some] = -2.0
         best = torch.full((len(some), int(owners[-1]) + 1), -2.0)

@@ -176,3 +176,13 @@ def test_an_embedder_that_no_file_of_ours_could_record_is_refused():
     pytest.importorskip("sentence_transformers")
     with pytest.raises(ConfigError, match="can't be printed"):
         embeddings.load_embedder("an\u3000embedder")
+
+
+@pytest.mark.parametrize("modules", ["5", "[5]", '[{"type": 5}]', "{"])
+def test_an_embedder_of_odd_files_is_one_line(tmp_path, modules):
+    pytest.importorskip("sentence_transformers")
+    (tmp_path / "modules.json").write_text(modules)
+    (tmp_path / "config_sentence_transformers.json").write_text("{}")
+    with pytest.raises(ConfigError, match="can't be loaded") as caught:
+        load_embedder(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import readings_of
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers.per_input.prompt_reader import PromptReader
-from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, can_embed, embed_texts
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
 
 __all__ = ["ROUTERS", "measure_choosing"]
@@ -76,7 +76,7 @@ def _with_statistics(bench: Bench, count: int) -> Pool:
             means={site: torch.randn(v.shape, generator=seeds) for site, v in expert.gates.items()},
             readings=readings_of(states),
             embeddings=None if rows is None else rows.roll(len(experts), dims=1),
-            info=replace(expert.info, embedder=DEFAULT_EMBEDDER),
+            info=replace(expert.info, embedder=DEFAULT_EMBEDDER, embedding_form=PROMPT),
         )
         experts.append(measured)
     return Pool(tuple(experts))

@@ -175,7 +175,8 @@ def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
         statistics_module, "embed_texts", lambda texts, *_: seen.extend(texts) or embed(texts)
     )
     cut = Formatting(max_input_tokens=3, truncation="right")
-    found = measure(expert, base, TASK, means=False, embedding_form=form, formatting=cut)
+    with pytest.warns(UserWarning, match="cut to 3 tokens"):
+        found = measure(expert, base, TASK, means=False, embedding_form=form, formatting=cut)
     assert Expert.load(found.directory).info.embedding_form == form
     assert found.info.hyperparameters["embedding_form"] == form
     whole = [each.input for each in TASK.with_validation(TRAINING.seed).train]

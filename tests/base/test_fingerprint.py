@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from phatgoose.base.fingerprint import fingerprint
+from phatgoose.base.fingerprint import Mark, fingerprint
 from phatgoose.base.loading import load_base
 from tiny import make_model
 
@@ -60,3 +60,15 @@ def test_the_fingerprint_sees_the_number_of_heads():
     model = make_model("llama")
     model.config.num_attention_heads = 8
     assert fingerprint(model) != fingerprint(make_model("llama"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mark_sees_signs_and_places(dtype):
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mark = Mark.of(weight)
+    assert mark.fits(weight.clone())
+    negated, swapped = weight.clone(), weight.clone()
+    negated[:, 3] = -negated[:, 3]
+    swapped[:, :128] = weight[:, :128].roll(64, dims=1)
+    moved = weight[:, [1, 0, *range(2, 512)]]
+    assert not any(mark.fits(other) for other in (negated, swapped, moved))

@@ -136,7 +136,12 @@ class UntrustedText:
             raise BaseModelError(STOPPED)
         if self._process is None or self._process.has_ended:
             self._end()
-            process = self._process = _Process()
+            try:
+                process = self._process = _Process()
+            except OSError as error:  # no memory or processes left
+                raise BaseModelError(
+                    f"The process for the base's tokenizer didn't start: {one_line(error)}."
+                ) from error
             self._finalizer = weakref.finalize(self, process.end)
             setup = {
                 "tokenizer": self._described,

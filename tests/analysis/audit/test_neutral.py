@@ -30,7 +30,7 @@ def text(llama, monkeypatch):
 def test_shares_are_of_everything_and_effects_relative(llama, pool_of, text):
     pool = honest(pool_of("llama", (4,) * 6))
     found = neutral_signs(pool, llama, text)
-    for name in ("gate_neutral", "reading_neutral", "retrieval_neutral", "centroid_neutral"):
+    for name in ("gate_neutral", "retrieval_neutral", "centroid_neutral"):
         assert found[name].sum() == pytest.approx(1), name
     assert float(found["update_effect"].quantile(0.5)) == pytest.approx(1, rel=0.5)
 

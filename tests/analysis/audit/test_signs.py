@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from phatgoose.analysis.audit.signs import over_sites, ratios, signs_of
+from phatgoose.errors import PoolError
 from phatgoose.experts.pool import Pool
 from planted import honest
 
@@ -95,3 +96,20 @@ def test_numbers_whose_squares_overflow_float32_are_large_and_not_nan(pool):
 def test_embeddings_of_several_embedders_are_not_compared(pool):
     info = replace(pool.experts[0].info, embedder="another")
     assert "embedding_copies" not in signs_of(changed(pool, 0, info=info))
+
+
+def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(llama_pool):
+    pool = honest(llama_pool)
+    odd = {name: part[:, :1] for name, part in pool.experts[0].readings.items()}
+    mixed = Pool((replace(pool.experts[0], readings=odd), *pool.experts[1:]))
+    found = signs_of(mixed)
+    assert found["gate_size"].isfinite().all()
+    assert found.get("reading_distance", torch.full((1,), torch.nan))[0].isnan()
+    site = pool.sites[0]
+    gates = {**pool.experts[0].gates, site: pool.experts[0].gates[site][:-1]}
+    with pytest.raises(PoolError, match="they can't be of one base"):
+        signs_of(Pool((replace(pool.experts[0], gates=gates), *pool.experts[1:])))
+
+
+def test_nothing_is_compared_with_a_median_of_zero():
+    assert ratios(torch.tensor([0.0, 0, 0, 1, 2])).isnan().all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from phatgoose.config import Routing
 from phatgoose.routing.routers import bounds
 from phatgoose.routing.routers.bounds import (
     VARIED,
@@ -12,6 +13,7 @@ from phatgoose.routing.routers.bounds import (
     bounded_means,
     bounded_variances,
 )
+from phatgoose.routing.routers.per_input.discriminant import line_of
 from tiny import random
 
 
@@ -80,3 +82,24 @@ def test_a_large_pool_is_compared_with_some_of_its_experts(monkeypatch):
     shrunk, _ = bounded_variances(random(9, 4).double(), factor, rest)
     assert shrunk[4].square().sum(dim=1).max() < 9.1 * VARIED
     assert torch.equal(shrunk[0], factor[0])
+
+
+@pytest.mark.parametrize("groups", [[2, 1], [3, 1, 1], [5, 1, 1, 1], [6, 2, 2], [2, 2, 1]])
+@pytest.mark.parametrize("noise", [0.0, 0.03, 1.0])
+def test_experts_that_share_a_task_leave_the_others_theirs(groups, noise):
+    """Their means lie together, and the bound must not move every other mean onto them."""
+    draw = torch.Generator().manual_seed(len(groups))
+    d, tasks = 32, torch.arange(len(groups)).repeat_interleave(torch.tensor(groups))
+    centres = 10 * torch.nn.functional.normalize(torch.randn(len(groups), d, generator=draw), dim=1)
+    means = centres[tasks] + noise * torch.randn(len(tasks), d, generator=draw) / d**0.5
+    moments = {
+        "mean": means,
+        "factor": torch.zeros(len(tasks), 2, d),
+        "rest": torch.ones(len(tasks), d),
+    }
+    slopes, offsets = line_of(moments, Routing())
+    prompts = centres.repeat_interleave(50, dim=0)
+    prompts = prompts + torch.randn(len(prompts), d, generator=draw)
+    found = tasks[(prompts @ slopes + offsets).argmax(dim=1)]
+    right = (found == torch.arange(len(groups)).repeat_interleave(50)).float().mean()
+    assert right > 0.98

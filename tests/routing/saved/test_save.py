@@ -189,11 +189,22 @@ def swap_rows(model):
     rows[[3, 250]] = rows[[250, 3]]
 
 
+def negate_a_column(model):
+    columns = model.lm_head.weight.data
+    columns[:, 3] = -columns[:, 3]
+
+
+def swap_columns(model):
+    columns = model.lm_head.weight.data
+    columns[:, [0, 4]] = columns[:, [4, 0]]
+
+
 def write_into_a_buffer(model):
     model.model.scale[1] = 3
 
 
 CHANGES = [train_a_row, write_past_autograd, replace_weights, swap_rows, write_into_a_buffer]
+CHANGES += [negate_a_column, swap_columns]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

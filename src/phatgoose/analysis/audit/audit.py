@@ -20,10 +20,12 @@ from typing import Any
 from torch import Tensor
 
 from ...base.loading import Base
+from ...base.sites import find_sites
 from ...config import KIND_NAMES
 from ...errors import PoolError
 from ...experts.pool import Pool
 from ...files.atomic import write_text
+from ...routing.compose import check_pool_fits
 from ..findings import Finding
 from .neutral import neutral_signs, read_neutral_text
 from .signs import LEAST, signs_of
@@ -218,6 +220,8 @@ def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
     at. Raises as `Pool.open` does, ExpertError where an expert doesn't fit the base.
     """
     opened = Pool.open(pool)
+    if base is not None:
+        check_pool_fits(opened, find_sites(base.model))
     found = signs_of(opened)
     if base is not None:
         embed = any(expert.has("embeddings") for expert in opened.experts)

@@ -16,15 +16,13 @@ from ...base.sites import Site, find_sites
 from ...config import Routing
 from ...experts.kinds.kind import SiteModule
 from ...experts.pool import Pool
-from ...experts.readings import PromptStates
 from ...routing.routers.per_input.centroid import centroids_of
-from ...routing.routers.per_input.discriminant import PromptDiscriminant, readings_in
 from ...routing.routers.per_input.embedding_reader import embeddings_of
 from ...routing.routers.per_token.vector_router import ScoredRouter, standardise
 from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts, prompt_texts
 from ...tasks.encoding import Encoder
 from ...tasks.neutral_text import neutral_examples
-from ...tasks.prompt_passes import read_pairs, read_prompts
+from ...tasks.prompt_passes import read_pairs
 from .signs import over_sites, ratios
 
 __all__ = ["NeutralText", "neutral_signs", "read_neutral_text"]
@@ -37,12 +35,11 @@ TINY = 1e-30
 class NeutralText:
     """What a base makes of neutral text: the same for all pools of that base.
 
-    `inputs` [tokens, n] of the sites by name, `states` [passages, 2, blocks, d] as readings are
-    made of, and the passages' embeddings `vectors` [passages, dims], None without an embedder here.
+    `inputs` [tokens, n] of the sites by name, and the passages' embeddings `vectors` [passages,
+    dims], None without an embedder here.
     """
 
     inputs: Mapping[str, Tensor]
-    states: Tensor
     vectors: Tensor | None
 
 
@@ -61,10 +58,9 @@ def read_neutral_text(base: Base, names: Iterable[str], *, embed: bool = True) -
     prompts = [pair.prompt for pair in pairs]
     sites = {name: every[name] for name in names}
     read_pairs(base.model, sites, pairs, base.tokenizer.pad_token_id, see)
-    states = read_prompts(base.model, prompts, PromptStates(base.model))
     texts = prompt_texts(base.tokenizer, prompts)
     vectors = embed_texts(texts) if embed and can_embed() else None
-    return NeutralText({name: torch.cat(parts) for name, parts in kept.items()}, states, vectors)
+    return NeutralText({name: torch.cat(parts) for name, parts in kept.items()}, vectors)
 
 
 def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor]:
@@ -72,14 +68,10 @@ def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor
 
     `update_effect` is how much larger than the pool's median the change of a layer's output is
     under an expert's module, `effect_spread` what the site that stands out most is above that.
-    `gate_neutral`, `reading_neutral`, `retrieval_neutral` and `centroid_neutral` are the shares
-    that routers phatgoose (of tokens and sites), discriminant, retrieval and centroid (of passages)
-    would give to each expert.
+    `gate_neutral`, `retrieval_neutral` and `centroid_neutral` are the shares that routers phatgoose
+    (of tokens and sites), retrieval and centroid (of passages) would give to each expert.
     """
     found = {**_effects(pool, base, text), "gate_neutral": _by_gates(pool, text)}
-    if _share(pool, "readings"):
-        reader = PromptDiscriminant(readings_in(pool), Routing(), base.tokenizer)
-        found["reading_neutral"] = _shares(reader.scores_of_states(text.states))
     made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
     comparable = made == {(DEFAULT_EMBEDDER, PROMPT)}
     if text.vectors is not None and comparable and _share(pool, "embeddings"):

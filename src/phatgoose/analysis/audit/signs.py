@@ -7,12 +7,14 @@ sign is made of. Glossary: E experts, n inputs of a site, b blocks, d their widt
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ...errors import PoolError
 from ...experts.expert import Expert
 from ...experts.pool import Pool
 from ...experts.readings import PLACES
@@ -32,9 +34,16 @@ COSINES = 2**25  # at once
 
 
 def signs_of(pool: Pool) -> dict[str, Tensor]:
-    """The signs of the experts of `pool`, by name, float64 [E] each."""
+    """The signs of the experts of `pool`, by name, float64 [E] each.
+
+    Readings are compared among the experts whose have the usual sizes. Raises PoolError when
+    experts act on layers of different sizes, which can't be of one base.
+    """
+    _check_sizes(pool)
     found = {**_of_updates(pool), **_of_vectors(pool)}
-    readers = [z for z, expert in enumerate(pool.experts) if expert.has("readings")]
+    sizes = [tuple(part.shape for part in expert.readings.values()) for expert in pool.experts]
+    usual = Counter(size for size in sizes if size).most_common(1)
+    readers = [z for z, size in enumerate(sizes) if size and size == usual[0][0]]
     embedded = [z for z, expert in enumerate(pool.experts) if expert.has("embeddings")]
     found |= _spread_out(_of_readings, pool, readers)
     found |= _spread_out(_of_embeddings, pool, embedded)
@@ -42,14 +51,36 @@ def signs_of(pool: Pool) -> dict[str, Tensor]:
     return found
 
 
+def _check_sizes(pool: Pool) -> None:
+    for site in pool.sites:
+        seen: dict[str, tuple[int, str]] = {}
+        for expert in pool.experts:
+            for what, size in _sizes_at(expert, site):
+                first, name = seen.setdefault(what, (size, expert.name))
+                if size != first:
+                    raise PoolError(
+                        f"Experts {name!r} and {expert.name!r} act on {site} of {first} and {size} "
+                        f"{what}: they can't be of one base; leave one out."
+                    )
+
+
+def _sizes_at(expert: Expert, site: str) -> list[tuple[str, int]]:
+    module = expert.modules.get(site)
+    found = [("inputs", len(each[site])) for each in (expert.gates, expert.means) if site in each]
+    sizes = [("inputs", module.in_features), ("outputs", module.out_features)] if module else []
+    return found + [(what, size) for what, size in sizes if size is not None]
+
+
 def ratios(values: Tensor) -> Tensor:
-    """How many times the median each of `values` [.., E] is, float64; NaN with under LEAST numbers.
+    """How many times the median each of `values` [.., E] is, float64.
+
+    NaN with under LEAST numbers or a median of 0.
 
     Of numbers that are NaN nothing comes; none is taken for smaller than TINY.
     """
     known = values.isfinite() | values.isinf()
     middle = values.double().clamp(min=TINY).nanquantile(0.5, dim=-1, keepdim=True)
-    enough = known.sum(dim=-1, keepdim=True) >= LEAST
+    enough = (known.sum(dim=-1, keepdim=True) >= LEAST) & (middle > TINY)
     return (values.double().clamp(min=TINY) / middle).masked_fill(~enough, math.nan)
 
 
@@ -177,8 +208,10 @@ def _masking(away: Tensor, factor: Tensor, rest: Tensor) -> Tensor:
 def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
     """Embeddings: how many, how concentrated, whose rows they copy and at whose rows they win."""
     held = [functional.normalize(_rows_of(expert), dim=-1) for expert in pool.experts]
-    if len({(e.info.embedder, h.shape[1]) for e, h in zip(pool.experts, held, strict=True)}) > 1:
-        return {}  # of several embedders: nothing to compare
+    infos = [expert.info for expert in pool.experts]
+    made = {(info.embedder, info.embedding_form) for info in infos}
+    if len(made) > 1 or len({rows.shape[1] for rows in held}) > 1:
+        return {}  # of several embedders or forms: nothing to compare
     counts = torch.tensor([len(rows) for rows in held])
     owners, rows = torch.arange(len(held)).repeat_interleave(counts), torch.cat(held)
     asked = _sample(counts)

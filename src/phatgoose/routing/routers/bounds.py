@@ -26,13 +26,17 @@ def bound_of(values: Tensor) -> Tensor:
     return len(values) * values.double().quantile(0.5, dim=0)
 
 
-def bounded_means(means: Tensor) -> Tensor:
-    """`means` [E, n], each moved towards the median until its distance is within its bound."""
+def bounded_means(means: Tensor, least: float = 0.0) -> Tensor:
+    """`means` [E, n], each moved towards the median until its distance is within its bound.
+
+    No bound is below `least`: where most experts share a task their distances are next to nothing,
+    and another task's mean must not be moved onto theirs.
+    """
     exact = means.double()
     middle = exact.quantile(0.5, dim=0)
     away = exact - middle
     distance = away.norm(dim=1, keepdim=True)
-    bound = bound_of(distance)
+    bound = bound_of(distance).clamp(min=least)
     nearer = middle + away * (bound / distance.clamp(min=torch.finfo(torch.float64).tiny))
     return torch.where(distance > bound, nearer.to(means.dtype), means)
 

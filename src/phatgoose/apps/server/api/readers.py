@@ -55,13 +55,16 @@ class Readers:
         """
         try:
             await self._turn(client, deadline)
-            if not deadline.left:
-                self._pass_on()
-                raise deadline.missed()
-            result = self._start(work, deadline)
-            return await asyncio.wait_for(asyncio.shield(result), deadline.left)
         except asyncio.TimeoutError:
             raise deadline.missed() from None
+        if not deadline.left:
+            self._pass_on()
+            raise deadline.missed()
+        result = self._start(work, deadline)
+        await asyncio.wait([result], timeout=deadline.left)
+        if not result.done():
+            raise deadline.missed()
+        return result.result()  # which may raise a TimeoutError of the work's own
 
     async def _turn(self, client: str, deadline: Deadline) -> None:
         if self._free:
@@ -100,8 +103,13 @@ class Readers:
                 loop.call_soon_threadsafe(finished, found, error)
 
         if self._threads < self._most:
+            try:
+                threading.Thread(target=self._serve, name="phatgoose-reader", daemon=True).start()
+            except RuntimeError:  # no more threads can be started: the place goes to the next
+                del self._begun[result]
+                self._pass_on()
+                raise
             self._threads += 1
-            threading.Thread(target=self._serve, name="phatgoose-reader", daemon=True).start()
         self._works.put(run)
         return result
 

@@ -115,7 +115,8 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     covariance can't be inverted, or what comes of it is not finite.
     """
     means, factors, rests = (moments[part].double() for part in PARTS)
-    means = bounded_means(means)
+    deviation = (factors.square().sum(dim=(1, 2)) + rests.sum(dim=1)).quantile(0.5).sqrt()
+    means = bounded_means(means, least=len(means) * float(deviation))
     factors, rests = bounded_variances(means, factors, rests)
     rows = factors.flatten(0, 1)
     shared = rows.T @ rows / len(means) + torch.diag(rests.mean(dim=0))

@@ -21,6 +21,9 @@ from .prompt_reader import PromptReader
 __all__ = ["EmbeddingReader", "Embeddings", "PromptEmbedder", "embeddings_of"]
 
 
+MOST_CHARACTERS = 1 << 20  # a model of 100,000 tokens of context is given fewer
+
+
 class PromptEmbedder:
     """Embeds prompts as the training inputs of experts were."""
 
@@ -36,8 +39,16 @@ class PromptEmbedder:
     def vectors(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors [texts, columns].
 
-        Raises RoutingError where they have another number of columns, and as `embed_texts` does.
+        Raises RoutingError for a text of more than MOST_CHARACTERS, which only a tokenizer that
+        means harm makes of a prompt's tokens, where vectors have another number of columns, and as
+        `embed_texts` does.
         """
+        longest = max(map(len, texts), default=0)
+        if longest > MOST_CHARACTERS:
+            raise RoutingError(
+                f"The base's tokenizer makes {longest} characters of a prompt's tokens, more than "
+                f"the {MOST_CHARACTERS} that are embedded; use a router without an embedder."
+            )
         found = embed_texts(texts, self.name)
         if found.shape[1] != self.columns:
             raise RoutingError(

@@ -24,8 +24,8 @@ from findings import Finding, at_least, at_most, row
 from floors import Work
 from measuring import peak_memory, ratio, side_by_side
 from phatgoose.base.loading import twin
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
-from phatgoose.tasks.target_logits import contiguous_head
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.tasks.batching import contiguous_head
 from routed_speed import prefill
 
 __all__ = ["arrow_of_peft", "measure_arrow"]

@@ -22,9 +22,15 @@ from tqdm.auto import tqdm
 
 from attackers import ATTACKS, HARMLESS, attacked
 from honest_experts import honest_pools, small_base
-from phatgoose.analysis.audit.audit import LIMITS, Audit, report_of
-from phatgoose.analysis.audit.neutral import NeutralText, neutral_signs, read_neutral_text
-from phatgoose.analysis.audit.signs import signs_of
+from phatgoose.analysis.audit import (
+    LIMITS,
+    Audit,
+    NeutralText,
+    neutral_signs,
+    read_neutral_text,
+    report_of,
+)
+from phatgoose.analysis.audit_signs import signs_of
 from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.evaluation.intervals import wilson_interval

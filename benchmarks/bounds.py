@@ -27,12 +27,8 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates, moments_of
-from phatgoose.routing.routers.per_input import discriminant
-from phatgoose.routing.routers.per_input.discriminant import (
-    PromptDiscriminant,
-    line_of,
-    readings_in,
-)
+from phatgoose.routing.routers import discriminant
+from phatgoose.routing.routers.discriminant import PromptDiscriminant, line_of, readings_in
 from phatgoose.tasks.embeddings import embed_texts, prompt_texts
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts

@@ -17,7 +17,7 @@ from phatgoose.base.loading import twin
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import readings_of
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.per_input.prompt_reader import PromptReader
+from phatgoose.routing.routers.prompt_router import PromptReader
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts
 from routed_speed import prefill
 

@@ -27,8 +27,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from phatgoose.routing.kernels.choice import KERNELS, Kernel
-from phatgoose.routing.kernels.grouped import grouped, is_one_call
-from phatgoose.routing.kernels.plain import concat, gather
+from phatgoose.routing.kernels.plain import concat, gather, grouped, is_one_call
 from phatgoose.routing.kernels.triton_gpu import (
     in_blocks,
     one_by_one,
@@ -36,8 +35,8 @@ from phatgoose.routing.kernels.triton_gpu import (
     top_experts,
     triton_gpu,
 )
-from phatgoose.routing.routers.decision import highest
-from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
+from phatgoose.routing.routers.router import highest
+from phatgoose.routing.routers.vector_router import ScoredRouter, standardise
 from report import circumstances
 
 SHAPES = {  # inputs and outputs of the linears in a block

@@ -21,10 +21,9 @@ from typing import Any
 os.environ.setdefault("TQDM_DISABLE", "1")
 
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.tasks.suites.training_tasks import TrainingTask, open_tasks
-from phatgoose.training.planning.plan import plan_training
-from phatgoose.training.planning.schedule import schedule
-from phatgoose.training.planning.speed import measure_speed, most_memory
+from phatgoose.tasks.suites.registry import TrainingTask, open_tasks
+from phatgoose.training.plan import plan_training, schedule
+from phatgoose.training.plan_costs import measure_speed, most_memory
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
 from report import circumstances
 

@@ -42,15 +42,12 @@ import torch
 from huggingface_hub import constants
 
 from fake_hub import serving_hub
+from phatgoose.apps import tables  # noqa: F401
 from phatgoose.apps.cli import main as phatgoose
-from phatgoose.apps.console import tables  # noqa: F401
-from phatgoose.evaluation.comparison import (  # noqa: F401  loaded before forking
-    compare as comparison,
-)
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.hub import pull
 from phatgoose.experts.importing import adapter as importing  # noqa: F401  loaded before forking
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.tensors import SavedModel, read_saved
 from phatgoose.training import gates  # noqa: F401  loaded before forking

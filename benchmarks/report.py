@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from findings import ROWS, Finding
-from phatgoose.evaluation.comparison.circumstances import chip_of, commit_of
+from phatgoose.evaluation.comparison.cells import chip_of, commit_of
 
 __all__ = ["circumstances", "table", "write_json"]
 

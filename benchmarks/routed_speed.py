@@ -16,9 +16,8 @@ from measuring import Timing, ratio, side_by_side
 from phatgoose.base.loading import twin
 from phatgoose.base.sites import Site
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
-from phatgoose.routing.stacks.lora import LoraStack
-from phatgoose.routing.stacks.site_stack import SiteStack
+from phatgoose.routing.routers.vector_router import ScoredRouter, standardise
+from phatgoose.routing.stacks import LoraStack, SiteStack
 
 __all__ = ["decoder", "prefill", "random_layer"]
 

@@ -36,9 +36,9 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.jobs import Engine, LocalEngine
-from phatgoose.tasks.suites.training_tasks import TrainingTask
+from phatgoose.tasks.suites.registry import TrainingTask
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
 from plan_check import write_tasks
 from report import circumstances

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 
 __all__ = ["random_pool"]

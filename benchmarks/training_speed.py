@@ -32,12 +32,12 @@ from floors import Work
 from measuring import Timing, in_turns, ratio
 from phatgoose.base.loading import Base, quiet_loading, twin
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.tasks.collating import IGNORED
+from phatgoose.tasks.batching import IGNORED
 from phatgoose.tasks.encoding import Encoder, TokenPair
 from phatgoose.tasks.task import Task
 from phatgoose.training import gates
 from phatgoose.training import train_expert as training
-from phatgoose.training.loop import FitReport, fit
+from phatgoose.training.trainer import FitReport, fit
 
 __all__ = ["measure_gate_training", "measure_lora_training"]
 
@@ -205,7 +205,7 @@ def _peft_seconds(model: torch.nn.Module, pairs: Sequence[TokenPair], bench: Ben
 
 
 class _StepClock(TrainerCallback):  # type: ignore[misc]  # transformers is untyped
-    """Counts the seconds of optimiser steps, as `training.loop` does."""
+    """Counts the seconds of optimiser steps, as `training.trainer` does."""
 
     def __init__(self) -> None:
         self.seconds = self._begun = 0.0

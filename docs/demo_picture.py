@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from phatgoose.apps.console.colours import COLOURS
-from phatgoose.apps.demo.skills import SKILLS
+from phatgoose.apps.console import COLOURS
+from phatgoose.apps.demo.demo import SKILLS
 
 OUT = Path(__file__).parent / "figures" / "demo.png"
 TRACE = re.compile(r'<script type="application/json" class="trace">(.*?)</script>', re.S)

@@ -19,13 +19,13 @@ import torch
 from phatgoose.base.loading import Base, load_base
 from phatgoose.config import Routing
 from phatgoose.evaluation.comparison.cells import cell_of
+from phatgoose.evaluation.comparison.methods import single_rows
 from phatgoose.evaluation.comparison.result_store import ResultStore
-from phatgoose.evaluation.comparison.rows import single_rows
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings
 from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PromptStates
-from phatgoose.routing.routers.per_input.discriminant import PromptDiscriminant, readings_in
+from phatgoose.routing.routers.discriminant import PromptDiscriminant, readings_in
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.prompt_passes import read_prompts
 from phatgoose.tasks.suites.entries import Sources

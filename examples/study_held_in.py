@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-from phatgoose.apps.cli.recipe import read_recipe
+from phatgoose.apps.cli.options import read_recipe
 from phatgoose.apps.server.settings import served_models
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, from_mapping

@@ -28,7 +28,7 @@ from phatgoose.evaluation.intervals import Sample, dataset_replicates, interval_
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.per_input.base_reader import BaseReader
+from phatgoose.routing.routers.prompt_router import BaseReader
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.suites.entries import Sources

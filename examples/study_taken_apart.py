@@ -39,8 +39,7 @@ from phatgoose.evaluation.intervals import interval_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.decision import RoutingDecision
-from phatgoose.routing.routers.router import SiteRouter
+from phatgoose.routing.routers.router import RoutingDecision, SiteRouter
 from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.registry import open_suite
 

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import phatgoose
-from paths import ROOT
 from phatgoose.base import loading
 
 SOURCE = Path(phatgoose.__file__).parent
@@ -22,8 +21,9 @@ SOURCE = Path(phatgoose.__file__).parent
 ORDER = ("errors", "config", "files", "base", "tasks", "experts", "jobs")
 ORDER += ("training", "routing", "evaluation", "analysis", "apps", "__main__")
 
-MOST_ENTRIES_OF_A_FOLDER = 14
-MOST_LINES_OF_A_FILE = 400
+MOST_ENTRIES_OF_A_FOLDER = 26
+MOST_LINES_OF_A_FILE = 600
+MOST_LEVELS = 3  # of folders below the package
 MOST_LINES_OF_A_FUNCTION = 60
 ROOT_NAMES = {
     "Expert",
@@ -145,37 +145,14 @@ def test_no_folder_has_too_many_entries(folder):
     assert len(entries_of(folder)) <= MOST_ENTRIES_OF_A_FOLDER
 
 
-@each_folder
-def test_every_folder_says_what_it_is_for_and_lists_its_entries(folder):
-    text = ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
-    listed = re.findall(r"^([a-z_0-9]+(?:\.[a-z.*]+|/))", text, re.M)
-    wanted = {f"{n}/" if (folder / n).is_dir() else n for n in entries_of(folder)}
-    assert len(listed) == len(set(listed))
-    assert set(listed) == wanted, "list every file and folder once, in reading order"
+def test_folders_are_not_deep():
+    assert max(len(folder.relative_to(SOURCE).parts) for folder in FOLDERS) < MOST_LEVELS
 
 
 def test_the_root_imports_ours_for_type_checkers_only():
     for node in tree_of("phatgoose").body:
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: importing phatgoose must load nothing"
-
-
-# Modules whose public functions are tested in another module's file, and why.
-TESTED_ELSEWHERE = {
-    "apps.ray.connection": "in test_engine, on a cluster",
-    "apps.ray.worker": "in test_engine, on a cluster",
-}
-
-
-def test_every_module_has_a_test_file_of_its_name_in_the_folder_of_its_name():
-    wanted = {
-        ROOT / "tests" / path.relative_to(SOURCE).with_name(f"test_{path.name}"): module
-        for module, path in MODULES.items()
-        if any(isinstance(n, Function) and n.name[0] != "_" for n in tree_of(module).body)
-        and path.stem not in ("__init__", "__main__")
-    }
-    missing = {module for path, module in wanted.items() if not path.is_file()}
-    assert missing == set(TESTED_ELSEWHERE), "see TESTED_ELSEWHERE"
 
 
 def test_the_search_for_imports_sees_those_inside_functions():
@@ -211,7 +188,7 @@ def short_file(module: str) -> Iterator[str]:
     """A file has at most MOST_LINES_OF_A_FILE lines."""
     lines = len(MODULES[module].read_text(encoding="utf-8").splitlines())
     if lines > MOST_LINES_OF_A_FILE:
-        yield f"{lines} lines: make it a folder of the same name with the same imports"
+        yield f"{lines} lines: two ideas in one file?"
 
 
 def short_functions(module: str) -> Iterator[str]:
@@ -280,29 +257,6 @@ def nothing_unpickled(module: str) -> Iterator[str]:
         yield f"{use} runs code that a file may hold"
 
 
-def exports(module: str) -> Iterator[str]:
-    """A module says what is public, and has it."""
-    tree = tree_of(module)
-    exported: set[str] = set()
-    defined: set[str] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Assign) and any(
-            isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets
-        ):
-            exported |= set(ast.literal_eval(node.value))
-    for node in ast.walk(tree):
-        if isinstance(node, Function | ast.ClassDef):
-            defined.add(node.name)
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            defined.add(node.id)
-        elif isinstance(node, ast.Import | ast.ImportFrom):
-            defined |= {alias.asname or alias.name for alias in node.names}
-    if exported - defined:
-        yield f"{exported - defined} are in __all__ and nowhere else"
-    if module != "__main__" and MODULES[module].name != "__init__.py" and not exported:
-        yield "say in __all__ what is public"
-
-
 def errors_in_one_place(module: str) -> Iterator[str]:
     """Errors are defined in errors.py."""
     for node in ast.walk(tree_of(module)):
@@ -314,7 +268,7 @@ def errors_in_one_place(module: str) -> Iterator[str]:
 
 
 RULES = (no_terminal, short_file, short_functions, documented, no_assert, no_code_of_others)
-RULES += (nothing_unpickled, exports, errors_in_one_place)
+RULES += (nothing_unpickled, errors_in_one_place)
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))

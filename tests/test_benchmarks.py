@@ -113,7 +113,7 @@ def test_the_arithmetic_floors_are_those_of_the_issue(monkeypatch):
     monkeypatch.syspath_prepend(str(RUN.parent))
     from floors import Work
     from phatgoose.base.loading import load_skeleton
-    from phatgoose.training.planning.sizes import KNOWN_BASES
+    from phatgoose.training.plan_costs import KNOWN_BASES
 
     work = Work.of(load_skeleton(KNOWN_BASES["smollm2"]), rank=16)
     floors = [1 + work.routed(experts, k=2) / work.base() for experts in (36, 166)]

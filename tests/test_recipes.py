@@ -9,15 +9,14 @@ from pathlib import Path
 import pytest
 
 from paths import ROOT
-from phatgoose.apps.cli.recipe import RECIPE_TABLES, read_recipe
+from phatgoose.apps.cli.options import RECIPE_TABLES, read_recipe
 from phatgoose.config import from_mapping
 from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
-from phatgoose.files.strict_toml import read_toml
+from phatgoose.files.strict import read_toml
 from phatgoose.tasks.suites.entries import Suite
-from phatgoose.tasks.suites.registry import SUITES, open_suite
-from phatgoose.tasks.suites.training_tasks import open_tasks
-from phatgoose.training import router_statistics as statistics_module
+from phatgoose.tasks.suites.registry import SUITES, open_suite, open_tasks
+from phatgoose.training import statistics as statistics_module
 from toy_embedders import embed
 
 RECIPES = ROOT / "recipes"

@@ -17,9 +17,7 @@ from .base.fingerprint import BaseReference, check_base, dtype_name
 from .base.loading import Base, load_base, recorded_id
 from .base.smollm2 import SMOLLM2
 from .experts.hub import HubReference
-from .files.quoting import one_line
-
-__all__ = ["BaseLocation", "Engine", "Job", "LocalEngine", "Work", "Workshop", "absolute"]
+from .files.strict import one_line
 
 
 class Job(Protocol):

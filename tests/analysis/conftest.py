@@ -8,7 +8,7 @@ import pytest
 
 import phatgoose as pg
 from analysed import TASKS
-from phatgoose.analysis.result import Analysis
+from phatgoose.analysis.analyse import Analysis
 from routed_models import SCORES
 
 

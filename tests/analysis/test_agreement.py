@@ -7,7 +7,7 @@ import torch
 
 import phatgoose as pg
 from analysed import TASKS
-from phatgoose.analysis.agreement import DecisionFiles, agreement
+from phatgoose.analysis.measures import DecisionFiles, agreement
 from phatgoose.base.sites import Site
 from phatgoose.routing.compose import compose
 from phatgoose.routing.recording import record

@@ -9,7 +9,7 @@ import pytest
 
 import phatgoose as pg
 from analysed import TASKS, task
-from phatgoose.analysis.kl_to_oracle import ORACLE, kl_divergence
+from phatgoose.analysis.measures import ORACLE, kl_divergence
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
 from phatgoose.routing.compose import compose

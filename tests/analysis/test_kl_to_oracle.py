@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import pearsonr, spearmanr
 
-from phatgoose.analysis.kl_to_oracle import correlation, kl_divergence, smoothed
+from phatgoose.analysis.measures import correlation, kl_divergence, smoothed
 from phatgoose.errors import EvaluationError
 
 share = st.floats(0, 1, allow_subnormal=False)

@@ -11,14 +11,16 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
-from phatgoose.analysis.kl_to_oracle import SMOOTHING, kl_divergence, smoothed
 from phatgoose.analysis.measures import (
+    SMOOTHING,
     as_distribution,
     concentration,
     effective_experts,
     entropy,
+    kl_divergence,
     load,
     overlap,
+    smoothed,
 )
 from phatgoose.errors import EvaluationError
 

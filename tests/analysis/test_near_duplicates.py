@@ -12,14 +12,14 @@ from made_up_kind import pool_with_shifts, stack_with_shifts
 from mixed_experts import (
     renamed,
 )
-from phatgoose.analysis import near_duplicates as duplicates
-from phatgoose.analysis.near_duplicates import cosines, near_duplicates, squared_norms
+from phatgoose.analysis import findings as duplicates
+from phatgoose.analysis.findings import cosines, near_duplicates, squared_norms
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.stacks.site_stack import stack_of
+from phatgoose.routing.stacks import stack_of
 
 
 def twin(expert: Expert, name: str, change) -> Expert:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from analysed import encoder_of, new_tally, tallied
-from phatgoose.analysis.reading import pass_through
+from phatgoose.analysis.routing_distribution import pass_through
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record

@@ -8,8 +8,7 @@ import torch
 
 from analysed import EXAMPLES, encoder_of, tallied
 from oracle import token_weights
-from phatgoose.analysis.routing_distribution import MEASURES
-from phatgoose.analysis.site_labels import site_label
+from phatgoose.analysis.routing_distribution import MEASURES, site_label
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of

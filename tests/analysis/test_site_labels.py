@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phatgoose.analysis.site_labels import site_label
+from phatgoose.analysis.routing_distribution import site_label
 
 
 @pytest.mark.parametrize(

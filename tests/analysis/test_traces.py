@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from phatgoose.analysis.routing_distribution import PARTS
-from phatgoose.analysis.site_labels import site_label
+from phatgoose.analysis.routing_distribution import PARTS, site_label
 from phatgoose.analysis.traces import _in_bytes, trace
 from phatgoose.errors import RoutingError
 from phatgoose.experts.pool import Pool

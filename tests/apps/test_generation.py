@@ -8,10 +8,10 @@ from rich.color import Color, ColorSystem
 from transformers import GenerationConfig, pipeline
 
 from oracle import naively_routed
-from phatgoose.apps.console.colours import COLOURS, expert_style
+from phatgoose.apps.console import COLOURS, expert_style
 from phatgoose.apps.generation import Sampling, recorded_tokens
 from phatgoose.apps.generation import generate as written
-from phatgoose.base.detokenising import texts_of
+from phatgoose.base.loading import texts_of
 from phatgoose.errors import ConfigError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose

@@ -9,7 +9,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from batched import TOKENIZER
-from phatgoose.base.detokenising import UNFINISHED, Detokeniser, texts_of
+from phatgoose.base.loading import UNFINISHED, Detokeniser, texts_of
 
 
 @given(st.text(max_size=30), st.text(max_size=10))

@@ -16,13 +16,7 @@ from safetensors.torch import load_file
 from fake_hub import contents
 from phatgoose.apps.generation import generate
 from phatgoose.base import loading
-from phatgoose.base.loading import (
-    choose_dtype,
-    is_hub_id,
-    load_base,
-    load_skeleton,
-    load_tokenizer,
-)
+from phatgoose.base.loading import choose_dtype, is_hub_id, load_base, load_skeleton, load_tokenizer
 from phatgoose.errors import BaseModelError
 from refused_bases import complaint_about
 from tiny import make_model, make_tokenizer

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 
 from phatgoose.apps.generation import Sampling, generate
 from phatgoose.base.loading import load_skeleton
-from phatgoose.base.positions import Positions, positions_of
+from phatgoose.base.sites import Positions, positions_of
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from phatgoose.apps.cli.recipe import RECIPE_TABLES
+from phatgoose.apps.cli.options import RECIPE_TABLES
 from phatgoose.config import (
     IA3,
     Bottleneck,

@@ -8,7 +8,7 @@ import torch
 from mixed_experts import (
     each_kind,
 )
-from phatgoose.experts.applied import ModifiedLinear, applied
+from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.routing.compose import compose, detach
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 

@@ -30,9 +30,9 @@ from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, Expert, base_named_in, check_expert
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from phatgoose.files.left_overs import clear_left_overs
-from phatgoose.files.regular_file import sha256_of
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.files.atomic import clear_left_overs
+from phatgoose.files.strict import sha256_of
 
 
 def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -437,7 +437,7 @@ def test_an_old_expert_that_cannot_even_be_brought_back_is_kept_beside_its_place
             original.save(directory, overwrite=True)
     (kept,) = directory.parent.iterdir()
     assert contents(kept / directory.name) == before
-    monkeypatch.setattr("phatgoose.files.left_overs.YOUNG", -1.0)
+    monkeypatch.setattr("phatgoose.files.atomic.YOUNG", -1.0)
     clear_left_overs(directory)
     assert contents(directory) == before
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]

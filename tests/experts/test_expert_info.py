@@ -12,8 +12,7 @@ from changed_experts import (
     set_info,
 )
 from phatgoose.errors import ExpertError
-from phatgoose.experts.expert import LAYOUT, Expert, check_expert
-from phatgoose.experts.expert_info import FORMAT_VERSION
+from phatgoose.experts.expert import FORMAT_VERSION, LAYOUT, Expert, check_expert
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "a b", ".hidden", "-dash", "ä", "a\n", "a:b"])

@@ -19,9 +19,9 @@ from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.hub import HubReference, fetch, local_folder, pull, push, reference_of
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.bottleneck import BOTTLENECK_CONFIG
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.files.regular_file import sha256_of
+from phatgoose.files.strict import sha256_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import is_pool

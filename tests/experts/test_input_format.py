@@ -8,11 +8,7 @@ import pytest
 
 from phatgoose.config import Formatting
 from phatgoose.errors import ConfigError
-from phatgoose.experts.input_format import (
-    format_record,
-    recorded_formatting,
-    warn_of_other_formatting,
-)
+from phatgoose.experts.expert import format_record, recorded_formatting, warn_of_other_formatting
 
 OLD = {"max_input_tokens": 112, "max_target_tokens": 512, "chat": False}  # before truncation
 NEW = {**OLD, "truncation": "middle"}

@@ -16,7 +16,7 @@ from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.sites import find_sites
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError, PoolError
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import MANIFEST_VERSION, Pool
 from phatgoose.routing.compose import compose
 from tiny import TINY_BASE

@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phatgoose.files.encodable import half_character
+from phatgoose.files.strict import half_character
 
 
 @given(st.text())

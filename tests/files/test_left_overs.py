@@ -12,15 +12,14 @@ from links import KEPT, hidden
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.files import left_overs
-from phatgoose.files.atomic import new_directory, new_file
-from phatgoose.files.left_overs import is_there, temporary_folder
-from phatgoose.training.run import finished_expert
+from phatgoose.files import atomic as left_overs
+from phatgoose.files.atomic import is_there, new_directory, new_file, temporary_folder
+from phatgoose.training.trainer import finished_expert
 
 KILLED = """
 import os, sys
 from pathlib import Path
-from phatgoose.files.left_overs import REPLACED, temporary_file, temporary_folder
+from phatgoose.files.atomic import REPLACED, temporary_file, temporary_folder
 target = Path(sys.argv[1])
 with temporary_folder(target) as folder, temporary_file(target) as file:
     (folder / "half").write_text("half")

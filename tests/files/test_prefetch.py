@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-from phatgoose.files.prefetch import prefetch
+from phatgoose.files.tensor_file import prefetch
 
 
 @pytest.fixture(autouse=True, params=[1, 2])

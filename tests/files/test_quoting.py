@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 
-from phatgoose.files.quoting import first_line, one_line, reason, shortened
+from phatgoose.files.strict import first_line, one_line, reason, shortened
 
 
 def test_a_text_of_others_is_one_printable_line_of_bounded_length():

@@ -19,7 +19,7 @@ from paths import GOLDEN
 from phatgoose.errors import ExpertError, PhatgooseError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 from phatgoose.files.regex_guard import check_config, check_patterns, matching, value_at
 
 UNSLOTH = (  # what a library of that name writes into every adapter of a vision model

@@ -11,12 +11,12 @@ from command_line import refused
 from phatgoose.errors import ConfigError, EvaluationError, ExpertError, PoolError, TaskError
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.experts.pool import Pool
-from phatgoose.files.left_overs import bring_back
-from phatgoose.files.regular_file import refuse_pipes, regular_file, require_regular, sha256_of
+from phatgoose.files.atomic import bring_back
+from phatgoose.files.strict import refuse_pipes, regular_file, require_regular, sha256_of
 from phatgoose.tasks.embeddings import load_embedder
 from phatgoose.tasks.loading import load_task
-from phatgoose.tasks.suites.local import local_suite
-from phatgoose.tasks.suites.promptsource import read_templates
+from phatgoose.tasks.suites.p3 import read_templates
+from phatgoose.tasks.suites.registry import local_suite
 
 
 def test_a_file_and_a_link_inside_its_folder_will_do(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phatgoose.errors import ExpertError
-from phatgoose.files.strict_json import read_json_object
+from phatgoose.files.strict import read_json_object
 
 
 @pytest.mark.parametrize(

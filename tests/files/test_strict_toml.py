@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from odd_files import nested, one_line_of
-from phatgoose.apps.cli.recipe import read_recipe
+from phatgoose.apps.cli.options import read_recipe
 from phatgoose.errors import ConfigError, TaskError
-from phatgoose.files.strict_toml import MOST_TOML_BYTES, read_toml
-from phatgoose.tasks.suites.local import local_suite
+from phatgoose.files.strict import MOST_TOML_BYTES, read_toml
+from phatgoose.tasks.suites.registry import local_suite
 
 
 @pytest.mark.parametrize("depth", [500, 100_000])

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from phatgoose.errors import ExpertError
 from phatgoose.files import tensor_file as mapped
-from phatgoose.files.strict_json import MOST_JSON_BYTES
+from phatgoose.files.strict import MOST_JSON_BYTES
 from phatgoose.files.tensor_file import AT_ONCE, FEW, TYPES, Group, TensorFile
 
 STATUS = Path("/proc/self/status")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.files.user_cache import user_cache
+from phatgoose.files.atomic import user_cache
 
 
 def test_it_is_where_xdg_says(tmp_path, monkeypatch):

@@ -33,23 +33,25 @@ if __name__ == "__main__":
     import atheris
 
     with atheris.instrument_imports(include=["phatgoose"]):
-        import phatgoose.apps.server.api.request_parsing
+        import phatgoose.apps.server.requests
         import phatgoose.routing.saved.tensors  # noqa: F401
 
-from phatgoose.apps.server.api.request_parsing import parsed
-from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
 from phatgoose.apps.server.api_errors import ApiError
+from phatgoose.apps.server.requests import parsed
+from phatgoose.apps.server.schema import ChatRequest, CompletionRequest
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
-from phatgoose.experts.expert import LAYOUT, Expert, check_expert
-from phatgoose.experts.expert_info import info_json, read_info
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.expert import LAYOUT, Expert, check_expert, info_json, read_info
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.files.regex_guard import check_patterns, matching
-from phatgoose.files.strict_json import MOST_NESTED, read_json_object
-from phatgoose.files.strict_toml import read_toml
+from phatgoose.files.strict import MOST_NESTED, read_json_object, read_toml
 from phatgoose.files.tensor_file import TensorFile
-from phatgoose.routing.saved.description import ROUTED_INFO, ROUTED_WEIGHTS, read_description
-from phatgoose.routing.saved.tensors import read_saved
+from phatgoose.routing.saved.tensors import (
+    ROUTED_INFO,
+    ROUTED_WEIGHTS,
+    read_description,
+    read_saved,
+)
 
 MOST_CHARACTERS = 1500  # of a message
 STEERING = ("Cc", "Zl", "Zp")

@@ -24,7 +24,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.kernels.choice import KERNELS
-from phatgoose.routing.stacks.site_stack import stack_of
+from phatgoose.routing.stacks import stack_of
 from tiny import assert_same_logits, logits_of, make_ids, make_model, peft_model
 
 PRECISE = {"rtol": 1e-5, "atol": 1e-5}

@@ -15,11 +15,11 @@ from phatgoose.config import Routing
 from phatgoose.errors import RoutingError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
+from phatgoose.routing.checks import check_site
 from phatgoose.routing.compose import compose, detach, routed_layer, stack_at
 from phatgoose.routing.composition import Composition
 from phatgoose.routing.growing import add_experts
-from phatgoose.routing.soundness import check_site
-from phatgoose.routing.stacks.site_stack import SiteStack
+from phatgoose.routing.stacks import SiteStack
 from tiny import logits_of, make_ids
 
 STACKS: dict[str, Callable[[SiteStack, Tensor], tuple[SiteStack, Tensor | None]]] = {

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import phatgoose as pg
-from phatgoose.analysis.reading import read_examples
-from phatgoose.analysis.routing_distribution import RoutingTally
+from phatgoose.analysis.routing_distribution import RoutingTally, read_examples
 from phatgoose.routing.composition import composition_of
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.errors import ExpertError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
-from phatgoose.files.regular_file import sha256_of
+from phatgoose.files.strict import sha256_of
 
 SITE = "model.layers.0.self_attn.q_proj"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from damage import content_of, json_of
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.experts.kinds.bottleneck import BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 JSON_FILES = (LAYOUT.info, ADAPTER_CONFIG, BOTTLENECK_CONFIG)
 WEIGHTS = (ADAPTER_WEIGHTS, BOTTLENECK_WEIGHTS)

@@ -13,15 +13,14 @@ from safetensors.torch import save_file
 
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
-from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.expert_info import ExpertInfo
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.expert import LAYOUT, ExpertInfo
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.files.regular_file import sha256_of
+from phatgoose.files.strict import sha256_of
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.per_token.vector_router import VectorRouter
+from phatgoose.routing.routers.vector_router import VectorRouter
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids, write_expert
 

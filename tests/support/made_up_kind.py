@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from phatgoose.experts.kinds.kind import SiteModule
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.stacks.part import Part
-from phatgoose.routing.stacks.site_stack import PARTS, SiteStack
+from phatgoose.routing.stacks import PARTS, Part, SiteStack
 
 
 @dataclass(frozen=True)

@@ -24,10 +24,9 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.bottleneck import BottleneckLayers, write_bottleneck
 from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.kinds.lora import LoraFactors
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.training.new_modules.ia3 import scales_input
-from phatgoose.training.new_modules.registry import placed_sites
+from phatgoose.training.new_modules import placed_sites, scales_input
 from tiny import make_adapter, make_readings
 
 ACTIVATE = {"relu": torch.relu, "gelu": nn.functional.gelu, "silu": nn.functional.silu}

@@ -6,12 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from phatgoose.analysis.agreement import Agreement
+from phatgoose.analysis.analyse import Analysis, RouterAnalysis
 from phatgoose.analysis.findings import Finding
-from phatgoose.analysis.importance import Effect
-from phatgoose.analysis.result import Analysis, RouterAnalysis
-from phatgoose.analysis.routing_distribution import RoutingDistribution
-from phatgoose.analysis.site_labels import site_label
+from phatgoose.analysis.measures import Agreement, Effect
+from phatgoose.analysis.routing_distribution import RoutingDistribution, site_label
 from phatgoose.analysis.traces import Trace, TraceStream
 from phatgoose.evaluation.evaluate import TaskScore
 from phatgoose.evaluation.intervals import Interval

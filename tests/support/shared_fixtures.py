@@ -32,7 +32,7 @@ from phatgoose.errors import BaseModelError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.tasks.suites.entries import Sources
-from phatgoose.tasks.suites.training_tasks import TrainingTask, open_tasks
+from phatgoose.tasks.suites.registry import TrainingTask, open_tasks
 from routed_models import with_embeddings
 from suite_data import write_hub
 from tiny import (

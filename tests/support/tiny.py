@@ -31,7 +31,7 @@ from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import Base, load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.readings import PLACES, readings_of
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Task

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.routers.mixtures import Mixtures
-from phatgoose.routing.routers.per_input.base_reader import BaseReader
-from phatgoose.routing.routers.per_input.prompt_reader import PromptReader
-from phatgoose.tasks.collating import pad_left, pad_right, position_ids
+from phatgoose.routing.routers.prompt_router import BaseReader, PromptReader
+from phatgoose.routing.routers.router import Mixtures
+from phatgoose.tasks.batching import pad_left, pad_right, position_ids
 from phatgoose.tasks.embeddings import PROMPT
 from phatgoose.tasks.task import Example, Task
 from routed_models import with_embeddings

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phatgoose.routing.routers.per_input import embedding_reader as lookup
+from phatgoose.routing.routers import prompt_router as lookup
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from phatgoose.config import GateTraining, Lora, Training
-from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training.pool_jobs import ExpertJob
 
 LORA = Lora(rank=2)

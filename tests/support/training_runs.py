@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft, Training
-from phatgoose.experts.applied import applied
+from phatgoose.experts.adapter import applied
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import train_expert as training_module
 from phatgoose.training.gates import GatedLinear
-from phatgoose.training.loop import fit
 from phatgoose.training.train_expert import train_expert
+from phatgoose.training.trainer import fit
 from tiny import logits_of
 
 
@@ -134,7 +134,7 @@ def interrupted(monkeypatch, base, out: Path, function: str, call: int, **option
     assert not out.exists()
 
 
-PASS = "phatgoose.training.partial_trainer.target_logits"
+PASS = "phatgoose.training.trainer.target_logits"
 
 
 def gated_loss(base, expert: Expert, examples) -> float:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phatgoose.errors import BaseModelError
-from phatgoose.tasks.collating import (
+from phatgoose.tasks.batching import (
     Collator,
     batches_of_tokens,
     decoder_start,

@@ -18,16 +18,11 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.open_model import open_model
-from phatgoose.routing.routers.per_input import embedding_reader as lookup
+from phatgoose.routing.routers import prompt_router as lookup
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks import embeddings
-from phatgoose.tasks.embeddings import (
-    DEFAULT_EMBEDDER,
-    embed_texts,
-    load_embedder,
-    usable_embedder,
-)
+from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts, load_embedder, usable_embedder
 from routed_models import with_embeddings
 from tiny import make_tokenizer
 from toy_embedders import toy_embed

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from phatgoose.base.positions import Positions
+from phatgoose.base.sites import Positions
 from phatgoose.config import Formatting
 from phatgoose.errors import BaseModelError, TaskError
 from phatgoose.tasks.cuts import Cut, Cuts

@@ -9,7 +9,7 @@ import torch
 
 from phatgoose.base.sites import find_sites
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.neutral_text import PASSAGES, moments, neutral_examples, over_neutral_text
+from phatgoose.tasks.neutral import PASSAGES, moments, neutral_examples, over_neutral_text
 from tiny import logits_of
 
 DIGEST = "9fddd28e22dd9762326201a8e8152024ec5a354d4cfec972764b8aa09a797652"

@@ -12,7 +12,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from phatgoose.base.sites import find_sites
 from phatgoose.base.token_masks import watch_inputs
-from phatgoose.tasks.row_packing import BranchedText, can_pack, pack_rows, packed_batches
+from phatgoose.tasks.batching import BranchedText, can_pack, pack_rows, packed_batches
 from tiny import make_model
 
 TEXTS = (

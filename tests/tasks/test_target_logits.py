@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.tasks.collating import IGNORED, Collator
-from phatgoose.tasks.target_logits import (
+from phatgoose.tasks.batching import (
+    IGNORED,
+    Collator,
     contiguous_head,
     head_at,
     quick_backward,

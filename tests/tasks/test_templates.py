@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from phatgoose.tasks.templates import longest_field
+from phatgoose.tasks.loading import longest_field
 
 
 @pytest.mark.parametrize(

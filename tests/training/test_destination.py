@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from phatgoose.base.loading import Base
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import LAYOUT, check_expert
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
-from phatgoose.training.destination import SNAPSHOT, KeptWork, expert_folder
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
+from phatgoose.training.workdir import SNAPSHOT, KeptWork, expert_folder
 from training_jobs import LORA, job_in
 
 

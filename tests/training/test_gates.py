@@ -13,18 +13,17 @@ from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
-from phatgoose.experts.adapter import read_modules
-from phatgoose.experts.applied import ModifiedLinear, applied
+from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.routing.compose import compose
+from phatgoose.tasks.batching import target_logits
 from phatgoose.tasks.encoding import TokenPair
-from phatgoose.tasks.neutral_text import moments
-from phatgoose.tasks.target_logits import target_logits
+from phatgoose.tasks.neutral import moments
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import gates as gates_module
 from phatgoose.training.gates import GatedLinear, train_gates
-from phatgoose.training.loop import fit
-from phatgoose.training.router_statistics import mean_activations
+from phatgoose.training.statistics import mean_activations
+from phatgoose.training.trainer import fit
 from tiny import logits_of, make_adapter, make_ids, pairs_of
 from training_runs import train
 
@@ -433,7 +432,7 @@ def interrupt_after(monkeypatch, passes: int) -> None:
             raise KeyboardInterrupt
         return target_logits(model, batch)
 
-    monkeypatch.setattr("phatgoose.training.partial_trainer.target_logits", counted)
+    monkeypatch.setattr("phatgoose.training.trainer.target_logits", counted)
 
 
 def test_an_interrupted_gate_training_resumes_to_the_same_bits(

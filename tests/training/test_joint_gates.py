@@ -14,12 +14,12 @@ from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import GateTraining
 from phatgoose.errors import ConfigError
-from phatgoose.experts.applied import ModifiedLinear, applied
+from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as training_module
 from phatgoose.training.gates import train_gates
-from phatgoose.training.loop import fit
-from phatgoose.training.new_modules.registry import fresh_expert
+from phatgoose.training.new_modules import fresh_expert
+from phatgoose.training.trainer import fit
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from training_runs import (
     ADAPTER,

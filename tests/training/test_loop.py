@@ -14,7 +14,7 @@ from phatgoose.config import Training
 from phatgoose.errors import ConfigError
 from phatgoose.tasks.task import Task
 from phatgoose.training import processes
-from phatgoose.training.loop import _micro_batch
+from phatgoose.training.trainer import _micro_batch
 from tiny import peft_model
 from training_runs import (
     TASK,

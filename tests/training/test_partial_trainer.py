@@ -9,10 +9,10 @@ import pytest
 
 from phatgoose.config import GateTraining
 from phatgoose.errors import ExpertError
+from phatgoose.tasks.batching import target_logits
 from phatgoose.tasks.encoding import TokenPair
-from phatgoose.tasks.target_logits import target_logits
-from phatgoose.training import partial_trainer as trainer_module
-from phatgoose.training.partial_trainer import PartialTrainer, newest_checkpoint, visiting_order
+from phatgoose.training import trainer as trainer_module
+from phatgoose.training.trainer import PartialTrainer, newest_checkpoint, visiting_order
 from training_runs import (
     PASS,
     TRAINING,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from phatgoose.training.destination import expert_folder
 from phatgoose.training.pool_jobs import _ExpertWorkshop
+from phatgoose.training.workdir import expert_folder
 from training_jobs import LORA
 
 

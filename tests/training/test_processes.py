@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from phatgoose.base.loading import Base, load_base
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.experts.expert import LAYOUT, check_expert
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import processes
 from phatgoose.training.train_expert import train_expert

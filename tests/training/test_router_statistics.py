@@ -13,14 +13,13 @@ from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, TaskError, WrongBaseError
-from phatgoose.experts.adapter import read_modules
-from phatgoose.experts.applied import ModifiedLinear, applied
+from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training import router_statistics as statistics_module
+from phatgoose.training import statistics as statistics_module
 from phatgoose.training.gates import train_gates
-from phatgoose.training.router_statistics import measure
+from phatgoose.training.statistics import measure
 from phatgoose.training.train_expert import train_expert
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from toy_embedders import embed
@@ -33,7 +32,7 @@ TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, see
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_texts", embed)
-    monkeypatch.setattr("phatgoose.training.run.load_embedder", lambda _: None)
+    monkeypatch.setattr("phatgoose.training.trainer.load_embedder", lambda _: None)
 
 
 def train(base, out: Path, formatting: Formatting | None = None, **statistics) -> Expert:

@@ -9,9 +9,8 @@ import pytest
 from filelock import FileLock
 
 from phatgoose.errors import ConfigError, ExpertError
-from phatgoose.training.destination import LocalFolder
 from phatgoose.training.gates import train_gates
-from phatgoose.training.unfinished import discard_work, open_work, work_of
+from phatgoose.training.workdir import LocalFolder, discard_work, open_work, work_of
 from small_disks import FEW, TASK, everything, told, train
 
 HOLD = """
@@ -74,7 +73,7 @@ def test_the_work_is_removed_after_its_lock_is_free(tmp_path, monkeypatch):
             free.append(True)
         discard_work(out)
 
-    monkeypatch.setattr("phatgoose.training.unfinished.discard_work", discard)
+    monkeypatch.setattr("phatgoose.training.workdir.discard_work", discard)
     with open_work(out, {}, resume=False, restart=False):
         out.mkdir()
     assert free
@@ -92,7 +91,7 @@ def test_what_a_killed_restart_left_is_nobody_s(tmp_path, monkeypatch, how):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("phatgoose.training.unfinished.shutil.rmtree", killed)
+        patch.setattr("phatgoose.training.workdir.shutil.rmtree", killed)
         with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
             with open_work(out, {"a": 2}, resume=False, restart=True):
                 pass

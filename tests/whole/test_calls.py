@@ -27,10 +27,10 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record, watch
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.tasks.collating import Collator, pad_left, pad_right
+from phatgoose.tasks.batching import Collator, pad_left, pad_right
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.router_statistics import mean_activations
+from phatgoose.training.statistics import mean_activations
 from tiny import assert_same_logits, make_ids, make_tokenizer
 
 PROMPTS = ([40, 50, 60, 70, 80, 90], [100, 110, 120], [200, 30, 210, 31], [7, 250, 8])

@@ -18,12 +18,11 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.fixed.merged import UniformRouter
-from phatgoose.routing.routers.per_token.arrow import ArrowRouter
-from phatgoose.routing.routers.per_token.uniform_top_k import UniformTopKRouter
-from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
-from phatgoose.routing.stacks.lora import LoraStack
-from phatgoose.routing.stacks.site_stack import SiteStack
+from phatgoose.routing.routers.arrow import ArrowRouter
+from phatgoose.routing.routers.fixed import UniformRouter
+from phatgoose.routing.routers.uniform_top_k import UniformTopKRouter
+from phatgoose.routing.routers.vector_router import ScoredRouter, standardise
+from phatgoose.routing.stacks import LoraStack, SiteStack
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 SITE = Site("linear", in_features=16, out_features=24, stream="decoder")
@@ -40,7 +39,7 @@ each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.fixture(autouse=True)
 def _forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees the graphs of another; the eager layers use the kernels that graphs do."""
-    for user in ("routing.kernels.choice", "routing.routers.per_token.vector_router"):
+    for user in ("routing.kernels.choice", "routing.routers.vector_router"):
         monkeypatch.setattr(f"phatgoose.{user}.runs_natively", lambda *_: False)
     torch._dynamo.reset()
     yield

@@ -16,8 +16,7 @@ from phatgoose.experts.hub import push
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.saved.segments import add_to_saved, remove_from_saved
-from phatgoose.training.destination import expert_folder
-from phatgoose.training.unfinished import open_work
+from phatgoose.training.workdir import expert_folder, open_work
 
 
 def test_a_received_routed_folder_writes_through_no_link(llama, llama_pool, tmp_path, victim):

@@ -10,7 +10,7 @@ from odd_files import nested, one_line_of, rewrite
 from phatgoose.errors import ExpertError, TaskError
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.files.strict_json import MOST_NESTED
+from phatgoose.files.strict import MOST_NESTED
 from phatgoose.tasks.loading import load_task
 
 DEPTHS = [MOST_NESTED + 1, 500, 900, 100_000]

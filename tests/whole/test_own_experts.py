@@ -15,7 +15,7 @@ from phatgoose.analysis.analyse import analyse
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.generation import generate, recorded_tokens
 from phatgoose.apps.report.page import write_report
-from phatgoose.apps.server.engine.model_runner import ModelRunner
+from phatgoose.apps.server.models import ModelRunner
 from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base
 from phatgoose.base.sites import find_sites
@@ -25,9 +25,9 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.neutral_text import moments
+from phatgoose.tasks.neutral import moments
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.router_statistics import mean_activations
+from phatgoose.training.statistics import mean_activations
 from scored_tasks import CHOICE_TASK, naive_scores
 from tiny import logits_of, make_tokenizer
 

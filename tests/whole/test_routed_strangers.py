@@ -39,7 +39,7 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.routers.per_input.oracle import TaskTable
+from phatgoose.routing.routers.oracle import TaskTable
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
 from phatgoose.routing.saved.tensors import read_saved

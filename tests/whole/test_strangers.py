@@ -25,7 +25,7 @@ from phatgoose.apps.cli import main
 from phatgoose.errors import ExpertError, PhatgooseError, PoolError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert
 from phatgoose.experts.pool import Pool
-from phatgoose.files.strict_json import MOST_JSON_BYTES
+from phatgoose.files.strict import MOST_JSON_BYTES
 
 KINDS = ("expert", "ia3", "bottleneck")  # one golden directory of each
 EXAMPLES = int(os.environ.get("PHATGOOSE_FUZZ", "120"))

@@ -1,4 +1,16 @@
-"""What looks wrong with a routed model, and what to do about it."""
+"""Warnings of an analysis: what looks wrong, near-duplicates among it.
+
+Experts of a pool that are nearly the same.
+
+Two experts are compared by the cosine of their whole updates: all B A of all sites as one long
+vector, scales included. No B A is ever formed:
+
+    <B A, B' A'> = sum of (Bᵀ B') ⊙ (A A'ᵀ)
+
+which are products of r x r for each pair of experts and site, computed for blocks of experts at
+once. For a bottleneck adapter U D replaces B A, for (IA)³ the vector l - 1 does. Experts of
+different kinds have the cosine 0.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +25,119 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..errors import ConfigError, RoutingError
+from ..experts.pool import Pool
 from ..routing.composition import composition_of
 from ..routing.layers import RoutedLinear
+from ..routing.stacks import BottleneckStack, LoraStack, Part, ScalingStack, stack_of
 from .measures import effective_experts
 from .routing_distribution import RoutingDistribution
 
-__all__ = ["Finding", "findings_of", "vector_similarity"]
+BLOCK = 2048  # rows of factors at once
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """Two experts by name, the cosine of their updates, and whether their weights' files are equal.
+
+    Identical files have the cosine 1, whatever is in them.
+    """
+
+    one: str
+    other: str
+    cosine: float
+    identical: bool
+
+
+def near_duplicates(pool: Pool, threshold: float = 0.99) -> list[Duplicate]:
+    """Pairs of experts whose updates have a cosine of at least `threshold`, the nearest first.
+
+    Raises ConfigError for a threshold that is not above 0 and at most 1.
+    """
+    if not 0 < threshold <= 1:
+        raise ConfigError(f"duplicates is {threshold}, but must be above 0 and at most 1.")
+    hashes = [expert.info.adapter_sha256 for expert in pool.experts]
+    file = torch.tensor([hashes.index(sha256) for sha256 in hashes])
+    identical = file[:, None] == file
+    found = cosines(pool).masked_fill(identical, 1.0)
+    near = (found >= threshold).triu(diagonal=1)
+    pairs = [
+        Duplicate(pool.names[i], pool.names[j], float(found[i, j]), bool(identical[i, j]))
+        for i, j in near.nonzero().tolist()
+    ]
+    return sorted(pairs, key=lambda pair: (-pair.identical, -pair.cosine, pair.one, pair.other))
+
+
+def cosines(pool: Pool) -> Tensor:
+    """The cosine of every two experts' updates, float64 [E, E]; 0 for an update that is zero.
+
+    Sums are float32 within a site, float64 over sites. Raises RoutingError for a kind of expert
+    whose products are not known.
+    """
+    products = torch.zeros(len(pool), len(pool), dtype=torch.float64)
+    for site in pool.sites:
+        stack = stack_of(pool, site, torch.float32, torch.device("cpu"))
+        for part, rows in stack.rows().items():
+            at = stack.experts[rows]
+            products[at[:, None], at] += _products_of(part, stack.parts[part])
+        pool.release()
+    norms = products.diagonal().clamp(min=0).sqrt()
+    norms = norms.where(norms > 0, torch.inf)
+    return (products / norms[:, None] / norms).clamp(-1, 1)
+
+
+def squared_norms(name: str, part: Part) -> Tensor:
+    """The squared Frobenius norm of each update of the part `name` of a stack, float64 [E].
+
+    Raises RoutingError for a kind of expert that isn't known.
+    """
+    first, *last = (each.double() for each in _factors_of(name, part))
+    if not last:
+        return first.square().sum(dim=1)
+    grams = first @ first.mT, last[0] @ last[0].mT
+    return (grams[0] * grams[1]).sum(dim=(1, 2)).clamp(min=0)
+
+
+def _products_of(name: str, part: Part) -> Tensor:
+    """The scalar products of all updates of the part `name` of a stack, [E, E]."""
+    first, *last = _factors_of(name, part)
+    return _products(first, last[0]) if last else (first @ first.T).double()
+
+
+def _factors_of(name: str, part: Part) -> tuple[Tensor, ...]:
+    """What the updates of a part are products of: two factors, or one vector for each expert."""
+    if isinstance(part, ScalingStack):
+        return (part.deltas,)
+    if isinstance(part, LoraStack):
+        return part.A, part.B
+    if isinstance(part, BottleneckStack):
+        return part.down, part.up
+    raise RoutingError(
+        f"Experts of the kind {name!r} can't be compared with others; leave them out."
+    )
+
+
+def _products(A: Tensor, B: Tensor) -> Tensor:
+    """The scalar products of all updates of a stack, A [E, r, n] and B [E, r, d], [E, E]."""
+    E, r = A.shape[:2]
+    products = torch.empty(E, E, dtype=torch.float64)
+    step = max(1, BLOCK // r)
+    for first in range(0, E, step):
+        block, rest = slice(first, first + step), slice(first, E)
+        inner = A[block].flatten(0, 1) @ A[rest].flatten(0, 1).T  # [b r, E' r]
+        inner *= B[block].flatten(0, 1) @ B[rest].flatten(0, 1).T
+        sums = inner.view(len(A[block]), r, len(A[rest]), r).sum(dim=(1, 3))
+        products[block, rest] = sums.double()
+        products[rest, block] = sums.double().T
+    return products
+
+
+# -------------------------------------------------------------------------------------------------
+# What looks wrong with a routed model, and what to do about it.
+# -------------------------------------------------------------------------------------------------
 
 DOMINANT = 0.8  # an expert that is first choice more often than this takes everything
 DUPLICATE = 0.95  # vectors whose mean cosine is above this are nearly one

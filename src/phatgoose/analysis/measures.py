@@ -1,4 +1,6 @@
-"""Measures of a routing distribution, as docs/analysis.md states them; all logarithms are natural.
+"""Numbers of routing: entropy, agreement, divergence from Oracle, leave-one-out effects.
+
+Measures of a routing distribution, as docs/analysis.md states them; all logarithms are natural.
 
 A distribution here is an array [E] of shares that sum to 1.
 """
@@ -6,21 +8,23 @@ A distribution here is an array [E] of shares that sum to 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from ..errors import EvaluationError
-
-__all__ = [
-    "as_distribution",
-    "concentration",
-    "effective_experts",
-    "entropy",
-    "heaviest",
-    "load",
-    "overlap",
-]
+from ..base.sites import Stream
+from ..errors import ConfigError, EvaluationError
+from ..evaluation.evaluate import Evaluation
+from ..evaluation.intervals import Interval, Z, dataset_replicates, interval_of
+from ..routing.routers.router import Scores, best_expert_by_task
+from ..routing.watching import SitePass
+from .routing_distribution import Observer
 
 Array = NDArray[np.float64]
 
@@ -74,3 +78,250 @@ def heaviest(weights: Array, most: int) -> list[int]:
     """The experts of greatest weight [E], at most so many and none of weight 0, best first."""
     ranked = np.argsort(-weights, kind="stable")[:most]
     return [int(z) for z in ranked if weights[z] > 0]
+
+
+# -------------------------------------------------------------------------------------------------
+# Agreement of routers, token by token; their decisions are kept in files, not in memory.
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two routers agree over `decisions` (tokens x sites where both act).
+
+    `first` is the share of decisions with the same expert of greatest weight; equals share a first
+    choice equally, and two such choices agree by the sum over z of the smaller share. `overlap` is
+    the mean of the same sum over weights, min(w_z, w'_z), which is 1 where the weights are equal.
+    """
+
+    first: float
+    overlap: float
+    decisions: int
+
+
+class DecisionFiles(Observer):
+    """Writes the decisions of each pass to a file of its own in `folder`."""
+
+    def __init__(self, folder: Path, pool_index: Tensor) -> None:
+        """`pool_index[z]` is the index, among all routers' experts, of the model's expert z."""
+        self.folder, self.passes = folder, 0
+        self._pool_index = pool_index
+        self._tensors: dict[str, Tensor] = {}
+        folder.mkdir(parents=True)
+
+    def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
+        """Begin an empty file."""
+        self._tensors = {}
+
+    def add(self, passed: SitePass) -> None:
+        """Keep the decisions on real tokens."""
+        keep, site = passed.is_real().flatten(), passed.site.name
+        chosen = self._pool_index[passed.experts.cpu()[keep]]
+        self._tensors[f"experts.{site}"] = chosen.to(torch.int16).contiguous()
+        self._tensors[f"weights.{site}"] = passed.weights.cpu()[keep].float().contiguous()
+
+    def end_pass(self) -> None:
+        """Write the pass."""
+        save_file(self._tensors, self.folder / f"{self.passes:06}.safetensors")
+        self.passes += 1
+
+
+def agreement(first: Path, second: Path, pool_size: int) -> Agreement | None:
+    """The agreement of two routers that read the same batches, None if they share no site.
+
+    `first` and `second` are folders of `DecisionFiles`.
+    """
+    same, common, decisions = 0.0, 0.0, 0
+    for one, other in _pairs(first, second, pool_size):
+        same += float(torch.minimum(_first(one), _first(other)).sum())
+        common += float(torch.minimum(one, other).sum())
+        decisions += len(one)
+    return Agreement(same / decisions, common / decisions, decisions) if decisions else None
+
+
+def _pairs(first: Path, second: Path, pool_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both routers' weights over the pool [T, E], for each pass and site where both act."""
+    for file in sorted(first.iterdir()):
+        one, other = load_file(file), load_file(second / file.name)
+        for key in one.keys() & other.keys():
+            if key.startswith("experts."):
+                site = key.removeprefix("experts.")
+                dense = [_dense(tensors, site, pool_size) for tensors in (one, other)]
+                # A router that gives a token no expert here has made no choice to compare.
+                decided = dense[0].any(dim=1) & dense[1].any(dim=1)
+                yield dense[0][decided], dense[1][decided]
+
+
+def _first(weights: Tensor) -> Tensor:
+    """Each row's first choice, 1 at the expert of greatest weight, shared equally among equals."""
+    best = (weights == weights.amax(dim=1, keepdim=True)).float()
+    return best / best.sum(dim=1, keepdim=True)
+
+
+def _dense(tensors: Mapping[str, Tensor], site: str, pool_size: int) -> Tensor:
+    experts, weights = tensors[f"experts.{site}"], tensors[f"weights.{site}"]
+    return torch.zeros(len(experts), pool_size).scatter_add(1, experts.long(), weights.float())
+
+
+# -------------------------------------------------------------------------------------------------
+# KL to Oracle: how far a router's distribution is from Oracle's, and how that goes with its score.
+#
+# Paper section 4.4. Oracle sends all tokens of a dataset to its best single expert. The paper
+# finds a Pearson correlation of -0.2 between PHATGOOSE's divergence from Oracle and its score,
+# over datasets.
+# -------------------------------------------------------------------------------------------------
+
+ORACLE = "oracle"
+SMOOTHING = 0.01  # the share of the uniform distribution that is mixed in before a KL divergence
+
+
+def oracle_experts(
+    scores: Scores | None, experts: Sequence[str], datasets: Sequence[str]
+) -> dict[str, str]:
+    """The best single expert of each dataset; empty without `scores`.
+
+    Raises ConfigError for a dataset that has no scores.
+    """
+    if scores is None:
+        return {}
+    best = best_expert_by_task(scores, experts)
+    for dataset in datasets:
+        if dataset not in best:
+            raise ConfigError(
+                f"The scores of single experts don't have task {dataset!r}; they have "
+                f"{', '.join(sorted(best))}."
+            )
+    return {dataset: best[dataset] for dataset in datasets}
+
+
+def oracle_distribution(expert: str, experts: Sequence[str]) -> Array:
+    """Oracle's distribution where it chooses `expert`, [E]."""
+    return np.asarray(np.eye(len(experts))[list(experts).index(expert)])
+
+
+def smoothed(p: ArrayLike, smoothing: float = SMOOTHING) -> Array:
+    """(1 - s) p + s/E, so that no share is 0. Raises EvaluationError unless 0 < s < 1."""
+    if not 0 < smoothing < 1:
+        raise EvaluationError(f"smoothing is {smoothing}, but must be between 0 and 1.")
+    shares = as_distribution(p)
+    return np.asarray((1 - smoothing) * shares + smoothing / shares.shape[-1])
+
+
+def kl_divergence(p: ArrayLike, q: ArrayLike, smoothing: float = SMOOTHING) -> float:
+    """KL(p ‖ q) = sum of p ln(p/q), both smoothed alike; 0 for equals.
+
+    Without smoothing the divergence from Oracle is infinite, because Oracle's distribution has
+    zeros.
+    """
+    first, second = smoothed(p, smoothing), smoothed(q, smoothing)
+    return float(max(0.0, (first * np.log(first / second)).sum()))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """KL divergences between distributions p and q: `to` is KL(p ‖ q), `back` KL(q ‖ p)."""
+
+    to: float
+    back: float
+
+    @classmethod
+    def between(cls, p: ArrayLike, q: ArrayLike, smoothing: float = SMOOTHING) -> Divergence:
+        """The divergences in both directions."""
+        return cls(kl_divergence(p, q, smoothing), kl_divergence(q, p, smoothing))
+
+
+@dataclass(frozen=True)
+class Correlation:
+    """Pearson's and Spearman's coefficients over n pairs, with 95 % intervals.
+
+    Pearson's interval is Fisher's (z = artanh r, standard error 1/√(n - 3)); Spearman's the same
+    with Bonett and Wright's standard error √((1 + ρ²/2) / (n - 3)). Coefficients are None for fewer
+    than three pairs or where one side is constant, intervals for fewer than four.
+    """
+
+    n: int
+    pearson: float | None = None
+    pearson_interval: Interval | None = None
+    spearman: float | None = None
+    spearman_interval: Interval | None = None
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
+    """The correlation of `x` with `y`, which are pairs in order."""
+    first, second = np.asarray(x, float), np.asarray(y, float)
+    n = len(first)
+    if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+        return Correlation(n)
+    r, rho = _pearson(first, second), _pearson(_ranks(first), _ranks(second))
+    return Correlation(
+        n, r, _fisher_interval(r, 1, n), rho, _fisher_interval(rho, 1 + rho**2 / 2, n)
+    )
+
+
+def _pearson(x: Array, y: Array) -> float:
+    """The cosine of what `x` and `y` are beside their means."""
+    return min(1.0, max(-1.0, float(_direction(x) @ _direction(y))))
+
+
+def _direction(values: Array) -> Array:
+    scaled = values / np.abs(values).max()  # squares of the smallest numbers would be 0
+    centred = scaled - scaled.mean()
+    return np.asarray(centred / np.linalg.norm(centred))
+
+
+def _ranks(values: Array) -> Array:
+    """Ranks from 1; equal values share the mean of theirs."""
+    _, places, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return np.asarray((counts.cumsum() - (counts - 1) / 2)[places])
+
+
+def _fisher_interval(coefficient: float, variance: float, n: int) -> Interval | None:
+    if n < 4:
+        return None
+    if abs(coefficient) == 1:
+        return Interval(coefficient, coefficient)
+    half = Z * math.sqrt(variance / (n - 3))
+    centre = math.atanh(coefficient)
+    return Interval(math.tanh(centre - half), math.tanh(centre + half))
+
+
+# -------------------------------------------------------------------------------------------------
+# Which experts matter: how much the score falls without each of them.
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What an expert adds: the mean score with all experts less the mean score without this one.
+
+    `by_task` has the difference on each task. The interval of the mean resamples tasks and, within
+    them, examples, the same ones for both models.
+    """
+
+    expert: str
+    mean: float
+    interval: Interval
+    by_task: Mapping[str, float]
+
+
+def leave_one_out(
+    everyone: Evaluation, experts: Iterable[str], without: Callable[[str], Evaluation]
+) -> list[Effect]:
+    """The effect of each of `experts`, greatest first.
+
+    `without(expert)` evaluates the model without it on the tasks and examples of `everyone`.
+    """
+    effects = []
+    for expert in experts:
+        reduced = without(expert)
+        both = {"all": everyone.scores, "less": reduced.scores}
+        replicates = dataset_replicates(
+            {name: [score.sample for score in scores] for name, scores in both.items()}
+        )
+        by_task = {
+            one.task: one.score - other.score
+            for one, other in zip(everyone.scores, reduced.scores, strict=True)
+        }
+        interval = interval_of(replicates["all"] - replicates["less"])
+        effects.append(Effect(expert, everyone.mean - reduced.mean, interval, by_task))
+    return sorted(effects, key=lambda effect: effect.mean, reverse=True)

@@ -17,9 +17,7 @@ from ..errors import EvaluationError
 from ..evaluation.comparison.methods import METHODS, label_with_settings
 from ..evaluation.comparison.result_store import ResultStore
 from ..evaluation.intervals import Sample
-from ..files.quoting import one_line, shortened
-
-__all__ = ["PoolSizeCurve", "pool_size_curves"]
+from ..files.strict import one_line, shortened
 
 # What reading a result that compare didn't write may raise.
 FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)

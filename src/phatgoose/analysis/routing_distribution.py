@@ -1,12 +1,12 @@
-"""The routing distribution of a dataset: routing probabilities averaged over all its tokens.
+"""Routing distributions: probabilities averaged over tokens, by site (paper section 4.4).
 
-Paper section 4.4. Decisions are added up as they pass, so memory does not grow with the tokens.
+Where in a model a site is: its stack, its layer, its kind.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -15,13 +15,151 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
+from ..base.blocks import headless
+from ..base.offloading import input_device
 from ..base.sites import Stream
+from ..files.strict import one_line
+from ..routing.composition import announcing
+from ..routing.recording import watch
 from ..routing.watching import SitePass
-from .reading import Observer
-from .site_labels import SiteLabel, site_label
+from ..tasks.batching import Collator, batches_of_tokens, pad_right
+from ..tasks.encoding import Encoder, TokenPair
+from ..tasks.task import Example
 
-__all__ = ["MEASURES", "PARTS", "Measure", "Part", "RoutingDistribution", "RoutingTally"]
+STACKS = ("encoder", "decoder")
+
+
+@dataclass(frozen=True)
+class SiteLabel:
+    """Where a site is.
+
+    `stack` is "encoder" or "decoder" by the module that holds the site, "" in a model of one stack.
+    (Keys and values of cross-attention are in the decoder, though they read the encoder's tokens.)
+    `layer` counts the blocks of the stack from 0; -1 where the name has no number. `kind` is what
+    the site is called in every block, such as "self_attn.q_proj".
+    """
+
+    stack: str
+    layer: int
+    kind: str
+
+    @property
+    def layer_name(self) -> str:
+        """The layer for people to read: "7", or "encoder 7"."""
+        return f"{self.stack} {self.layer}".strip()
+
+
+def site_label(site: str) -> SiteLabel:
+    """The label of a site's module path, such as `model.layers.7.self_attn.q_proj`."""
+    parts = site.split(".")
+    stack = next((part for part in parts if part in STACKS), "")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    if not numbers:
+        return SiteLabel(stack, -1, site)
+    kind = [part for part in parts[numbers[0] + 1 :] if not part.isdigit() and part != "layer"]
+    return SiteLabel(stack, int(parts[numbers[0]]), ".".join(kind) or site)
+
+
+def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]:
+    """(names of the layers, kinds) that occur in `labels`, each once and in order."""
+    found = list(labels)
+    layers = dict.fromkeys(label.layer_name for label in found)
+    return list(layers), list(dict.fromkeys(label.kind for label in found))
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading a dataset with a routed model: prompt and right answer of every example, once each.
+#
+# This way all routers read the same tokens, so their decisions can be compared token by token.
+# (The released code's distributions take the answer that the model chose.)
+# -------------------------------------------------------------------------------------------------
+
+
+class Observer:
+    """Callback for the passes of a routed model; this base class ignores every event."""
+
+    def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
+        """Called before a pass; `parts` [rows, tokens] by stream: 0 for prompt, 1 for answer."""
+
+    def add(self, passed: SitePass) -> None:
+        """Called at each site of a pass."""
+
+    def end_pass(self) -> None:
+        """Called after a pass."""
+
+
+def read_examples(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    task: str,
+    examples: Sequence[Example],
+    observers: Sequence[Observer],
+    budget: int,
+) -> None:
+    """Pass every example's prompt and target through the routed `model`, watched by `observers`.
+
+    A batch holds at most `budget` tokens, padding included. The target's last token (the end of the
+    sequence) is never read, as in scoring. Raises RoutingError when the model is not routed, or has
+    router oracle and no score of `task`.
+    """
+    pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
+    with announcing(model, task, [pair.prompt for pair in pairs], examples) as before_pass:
+        bar = tqdm(total=len(pairs), desc=f"routing of {one_line(task)}", disable=None, leave=False)
+        for batch in batches_of_tokens([pair.length for pair in pairs], budget):
+            before_pass(batch)
+            pass_through(model, encoder, [pairs[index] for index in batch], observers)
+            bar.update(len(batch))
+        bar.close()
+
+
+def pass_through(
+    model: PreTrainedModel,
+    encoder: Encoder,
+    pairs: Sequence[TokenPair],
+    observers: Sequence[Observer],
+) -> None:
+    """One pass of `pairs` through the routed `model`, in rows padded on the right."""
+    inputs, parts = _inputs(model, encoder, pairs)
+    for observer in observers:
+        observer.begin_pass(parts)
+
+    def notify(passed: SitePass) -> None:
+        for observer in observers:
+            observer.add(passed)
+
+    with watch(model, notify), torch.inference_mode():
+        device = input_device(model)
+        headless(model)(**{name: rows.to(device) for name, rows in inputs.items()}, use_cache=False)
+    for observer in observers:
+        observer.end_pass()
+
+
+def _inputs(
+    model: PreTrainedModel, encoder: Encoder, pairs: Sequence[TokenPair]
+) -> tuple[dict[str, Tensor], dict[Stream, Tensor]]:
+    """(inputs, parts by stream): prompt and target in one row, or in encoder and decoder."""
+    pad = encoder.tokenizer.pad_token_id
+    if encoder.is_encoder_decoder:
+        inputs = Collator(model, pad)(pairs)
+        del inputs["labels"]
+        prompts, targets = inputs["input_ids"], inputs["decoder_input_ids"]
+        return inputs, {"encoder": torch.zeros_like(prompts), "decoder": torch.ones_like(targets)}
+    rows = [pair.prompt + pair.target[:-1] for pair in pairs]
+    parts = [[0] * len(pair.prompt) + [1] * (len(pair.target) - 1) for pair in pairs]
+    mask = pad_right([[1] * len(row) for row in rows], 0)
+    return {"input_ids": pad_right(rows, pad), "attention_mask": mask}, {
+        "decoder": pad_right(parts, 0)
+    }
+
+
+# -------------------------------------------------------------------------------------------------
+# The routing distribution of a dataset: routing probabilities averaged over all its tokens.
+#
+# Paper section 4.4. Decisions are added up as they pass, so memory does not grow with the tokens.
+# -------------------------------------------------------------------------------------------------
 
 Part = Literal["prompt", "answer"]
 PARTS: tuple[Part, ...] = ("prompt", "answer")

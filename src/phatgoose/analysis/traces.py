@@ -15,20 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..base.detokenising import texts_of
+from ..base.loading import texts_of
 from ..base.sites import Stream
 from ..errors import RoutingError
 from ..routing.composition import Composition, composition_of
-from ..routing.routers.decision import highest
-from ..routing.routers.mixtures import Mixtures
+from ..routing.routers.router import Mixtures, highest
 from ..routing.watching import SitePass
-from ..tasks.collating import decoder_start
+from ..tasks.batching import decoder_start
 from ..tasks.encoding import Encoder, TokenPair
-from .reading import Observer, pass_through
-from .routing_distribution import PARTS
-from .site_labels import SiteLabel, layers_and_kinds, site_label
-
-__all__ = ["Trace", "TraceKeeper", "TraceStream", "chosen_for_whole", "join_streams", "trace"]
+from .routing_distribution import (
+    PARTS,
+    Observer,
+    SiteLabel,
+    layers_and_kinds,
+    pass_through,
+    site_label,
+)
 
 Array = NDArray[np.float64]
 

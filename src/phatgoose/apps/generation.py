@@ -9,21 +9,18 @@ import torch
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..base.detokenising import texts_of
+from ..base.loading import texts_of
 from ..base.offloading import input_device
-from ..config import Formatting
-from ..config.settings import SEED
+from ..config import SEED, Formatting
 from ..errors import ConfigError, TaskError
-from ..evaluation.answers import questions_to_answer
-from ..files.encodable import half_character
+from ..evaluation.evaluate import questions_to_answer
+from ..files.strict import half_character
 from ..routing.recording import Recording
 from ..routing.recording import record as record_routing
 from ..tasks.encoding import Encoder
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example
-from .console.colours import coloured
-
-__all__ = ["Generation", "Sampling", "check_prompt", "check_text", "generate", "recorded_tokens"]
+from .console import coloured
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from ..config import POOL_SETTINGS, ROUTING_SETTINGS, Formatting, Routing, from_
 from ..errors import ConfigError, PoolError
 from ..routing.composition import Composition, composition_of
 from ..routing.open_model import is_pool, is_routed, open_model
-from ..tasks.collating import pad_left, pad_right
+from ..tasks.batching import pad_left, pad_right
 from ..tasks.cuts import cut_tokens
 from ..tasks.encoding import Encoder, added_tokens
 
@@ -35,7 +35,6 @@ try:
 except ImportError as error:
     raise ConfigError("The harness needs lm-eval: pip install 'phatgoose[harness]'.") from error
 
-__all__ = ["ModelArguments", "PhatgooseLM", "main"]
 
 MODEL = "phatgoose"
 WHERE = "model_args"

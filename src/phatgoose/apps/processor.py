@@ -14,8 +14,6 @@ import math
 import os
 from pathlib import Path
 
-__all__ = ["advice", "bound_spinning", "keep_to", "quota", "set_threads", "usable_cores"]
-
 SPINS = "20000"  # some tens of microseconds
 CGROUP_2 = Path("/sys/fs/cgroup/cpu.max")
 CGROUP_1 = (

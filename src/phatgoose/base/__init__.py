@@ -1,14 +1,12 @@
-"""The frozen base model: load it, find its sites, know which of its tokens are real.
+"""The frozen model that experts are trained on.
 
-loading.py         a model and its tokenizer, by Hub id or folder, in a fitting dtype
-smollm2.py         the embedded base "smollm2"
-fingerprint.py     which base is it? recognised by its weights
-sites.py           the linear layers at which experts act
-blocks.py          the layers that a prompt passes in turn
-positions.py       how many tokens the base can tell apart by position
-token_masks.py     which tokens are padding
-detokenising.py    tokens as text again
-untrusted_text.py  a base's chat template and tokenizer, in a process with limits
-text_process.py    what that process runs
-offloading.py      weights that accelerate keeps elsewhere between passes
+loading.py         load it, by name or folder
+sites.py           its linear layers: where experts act
+blocks.py          its blocks
+token_masks.py     which tokens of a pass are real
+fingerprint.py     whether two bases are the same, and whether one has changed
+offloading.py      weights that wait elsewhere
+untrusted_text.py  its chat template and tokenizer, run in a process of their own
+text_process.py    that process
+smollm2.py         the bundled base
 """

@@ -12,8 +12,6 @@ from ..errors import RoutingError
 from .sites import Stream
 from .token_masks import token_masks
 
-__all__ = ["blocks_of", "headless", "prompt_stack", "watch_blocks"]
-
 
 def prompt_stack(model: PreTrainedModel) -> nn.Module:
     """The part of `model` that reads prompts: an encoder, or a causal model without its head."""

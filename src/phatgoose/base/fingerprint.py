@@ -16,20 +16,6 @@ from transformers import PreTrainedModel
 from ..errors import WrongBaseError
 from .offloading import parameters_of
 
-__all__ = [
-    "BaseReference",
-    "Mark",
-    "changed_since",
-    "check_base",
-    "dtype_name",
-    "fingerprint",
-    "marks_of",
-    "number_format",
-    "quantisation",
-    "same_base",
-    "surely_differs",
-]
-
 # Enough to distinguish two trainings of one architecture, few enough to hash in a second.
 SAMPLES = 64
 WORDS = 64  # of 8 bytes: numbers that change places within so many leave a sum as it was

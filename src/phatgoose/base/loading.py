@@ -1,11 +1,14 @@
-"""Load base models: the frozen model in a fitting dtype, its tokenizer, or its bare structure."""
+"""Loading the base model, and its tokens as text.
+
+Load base models: the frozen model in a fitting dtype, its tokenizer, or its bare structure.
+"""
 
 from __future__ import annotations
 
 import copy
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -35,23 +38,9 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from ..errors import BaseModelError, PhatgooseError
-from ..files.quoting import first_line, one_line, shortened
-from ..files.strict_json import read_json_object
+from ..files.strict import first_line, one_line, read_json_object, shortened
 from .fingerprint import BaseReference, fingerprint
 from .smollm2 import SMOLLM2, smollm2_folder
-
-__all__ = [
-    "Base",
-    "check_heeds_masks",
-    "choose_dtype",
-    "is_hub_id",
-    "load_base",
-    "load_skeleton",
-    "load_tokenizer",
-    "quiet_loading",
-    "recorded_id",
-    "twin",
-]
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -381,3 +370,73 @@ def _index(place: str, name: str, revision: str | None) -> Path | None:
     """The file `name` of the folder or Hub id `place`, fetched if need be; None without one."""
     found = cached_file(place, name, revision=revision, _raise_exceptions_for_missing_entries=False)
     return None if found is None else Path(found)
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokens become text again, one piece for each.
+# -------------------------------------------------------------------------------------------------
+
+CONTEXT = 6  # tokens before the first one that decide whether it begins with a space
+LONGEST_CHARACTER = 8  # tokens after which an unfinished character is shown as it is
+UNFINISHED = "\ufffd"  # what stands for bytes that are no character yet
+
+
+def texts_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> tuple[str, ...]:
+    """Each token's part of the text that all of `tokens` make, as `shown_as` says."""
+    detokeniser = Detokeniser(tokenizer)
+    return tuple(shown_as(tokenizer, token, detokeniser.add(token)) for token in tokens)
+
+
+def shown_as(tokenizer: PreTrainedTokenizerBase, token: int, piece: str) -> str:
+    """`piece`, the text of `token` within another; where it has none its name if it is special.
+
+    A character whose bytes are spread over several tokens is shown at the last of them; the others
+    show U+FFFD.
+    """
+    alone = piece or text_of(tokenizer, token)
+    return alone if piece or UNFINISHED not in alone else UNFINISHED
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What one token says by itself, special ones too."""
+    return str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
+
+
+class Detokeniser:
+    """Turns tokens into text, one piece for each token.
+
+    A character whose bytes are spread over several tokens comes with the last of them. Special
+    tokens have no text.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
+        """`before` are the tokens that the text follows; their own text is left out."""
+        self._tokenizer = tokenizer
+        self._tokens = list(before[-CONTEXT:])
+        self._begin, self._done = 0, len(self._tokens)  # the window decoded, and what was returned
+
+    def add(self, token: int) -> str:
+        """The text that `token` adds; "" while a character is unfinished."""
+        self._tokens.append(token)
+        text = self._text(len(self._tokens))
+        waits = text.endswith(UNFINISHED) and len(self._tokens) - self._done < LONGEST_CHARACTER
+        return "" if waits else self._new(text)
+
+    def rest(self) -> str:
+        """The text of a character that was never finished."""
+        return self._new(self._text(len(self._tokens)))
+
+    def _new(self, text: str) -> str:
+        new = text[len(self._text(self._done)) :]
+        if new:
+            self._begin, self._done = self._done, len(self._tokens)
+        return new
+
+    def _text(self, end: int) -> str:
+        return str(
+            self._tokenizer.decode(
+                self._tokens[self._begin : end],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
+            )
+        )

@@ -16,8 +16,6 @@ from transformers import PreTrainedModel
 
 from ..errors import BaseModelError, RoutingError
 
-__all__ = ["check_in_place", "execution_device", "input_device", "parameters_of"]
-
 NOWHERE = (
     "The base model has no weights: they are on torch's meta device, and no hook of accelerate "
     "loads them layer by layer. Load it with weights."

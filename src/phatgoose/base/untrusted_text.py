@@ -22,9 +22,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from ..errors import BaseModelError
-from ..files.quoting import one_line
-
-__all__ = ["MOST_SECONDS", "Counted", "UntrustedText", "render_chat"]
+from ..files.strict import one_line
 
 MOST_SECONDS = 10.0  # for one answer, waiting for a processor included
 SECONDS = 3  # of processor time for one answer

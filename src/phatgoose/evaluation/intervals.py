@@ -20,9 +20,6 @@ from numpy.typing import NDArray
 
 from .metrics import metric
 
-__all__ = ["CONFIDENCE", "Interval", "Sample", "Z", "dataset_replicates", "interval_of"]
-__all__ += ["wilson_interval"]
-
 CONFIDENCE = 0.95
 Z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)  # standard errors to each side of a normal mean
 REPLICATES = 2000

@@ -1,7 +1,7 @@
 """Log-likelihoods of answer choices; each prompt is computed once where that can be.
 
 A causal model reads a prompt and all its choices in one row, and no choice sees another
-(`tasks.row_packing`). Where the attention mask can't express that, the prompt's keys and values
+(`tasks.batching`). Where the attention mask can't express that, the prompt's keys and values
 are kept and expanded over the choices; a sequence-to-sequence model keeps the encoder's output. A
 model that keeps more state than that reads the prompt with every choice.
 """
@@ -18,18 +18,20 @@ from transformers import DynamicCache, PreTrainedModel
 from ..base.offloading import input_device
 from ..base.token_masks import cache_argument
 from ..errors import EvaluationError
-from ..tasks.collating import (
+from ..tasks.batching import (
     IGNORED,
+    BranchedText,
     batches_of_tokens,
+    can_pack,
+    contiguous_head,
     decoder_start,
+    head_at,
+    pack_rows,
+    packed_batches,
     pad_left,
     pad_right,
     position_ids,
 )
-from ..tasks.row_packing import BranchedText, can_pack, pack_rows, packed_batches
-from ..tasks.target_logits import contiguous_head, head_at
-
-__all__ = ["BeforePass", "ChoicePrompt", "choice_log_likelihoods"]
 
 Tokens = Sequence[int]
 BeforePass = Callable[[Sequence[int]], None]  # takes the index of the prompt of each row to come

@@ -32,8 +32,6 @@ from numpy.typing import NDArray
 
 from ..errors import EvaluationError
 
-__all__ = ["METRICS", "Metric", "metric"]
-
 Array = NDArray[Any]
 Measure = Callable[[str, Sequence[str]], tuple[float, ...]]
 

@@ -1,15 +1,12 @@
 """An expert, and a pool of them: an adapter on disk with its gates and statistics.
 
-kinds/          what an expert of each kind adds at a site: LoRA, (IA)³, bottleneck adapter
-adapter.py      the registry of kinds; which one a directory holds, and whether it fits a base
-expert_info.py  what an expert says of itself: phatgoose.json
-expert.py       the expert directory
-card.py         its model card
-readings.py     what it shares of how the base reads its prompts
-applied.py      one expert alone on its base
-input_format.py how an expert's training inputs became tokens
-signing.py      signatures of its files
-hub.py          experts on the Hugging Face Hub
-pool.py         many experts of one base
-importing/      experts made of other people's adapters
+kinds/       what an expert of each kind adds at a site: LoRA, (IA)³, bottleneck adapter
+adapter.py   the registry of kinds; which one a directory holds, and whether it fits a base
+expert.py    the expert directory
+card.py      its model card
+readings.py  what it shares of how the base reads its prompts
+signing.py   signatures of its files
+hub.py       experts on the Hugging Face Hub
+pool.py      many experts of one base
+importing/   experts made of other people's adapters
 """

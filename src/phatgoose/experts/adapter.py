@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ..base.sites import Site
+from ..base.sites import Site, WrappedLinear, find_sites, linear_shape, replace_module
 from ..config import IA3, Bottleneck, Lora, Peft
 from ..errors import ConfigError, ExpertError
 from .kinds.bottleneck import BOTTLENECK_FILES, BottleneckLayers, read_bottleneck, write_bottleneck
 from .kinds.ia3 import ScalingVector, read_ia3, write_ia3
 from .kinds.kind import AdapterFiles, Kind, SiteModule
 from .kinds.lora import LoraFactors, read_lora, write_lora
-from .kinds.peft_files import PEFT_FILES
-
-__all__ = ["ADAPTER_FILES", "KINDS", "adapter_files", "check_fit", "kind_for", "kind_of"]
-__all__ += ["named_base", "read_modules"]
+from .kinds.peft import PEFT_FILES
 
 # Every kind of expert by its name; a new one is added here.
 KINDS: dict[str, Kind] = {
@@ -129,3 +128,53 @@ def check_fit(
                     f"Expert {name!r}, site {site}: the {kind} has shape "
                     f"{tuple(held[site].shape)}, the base model wants {(wanted[0],)}."
                 )
+
+
+# -------------------------------------------------------------------------------------------------
+# One expert alone on its base: a layer with its module at each of its sites.
+# -------------------------------------------------------------------------------------------------
+
+Layer = TypeVar("Layer", bound="ModifiedLinear")
+
+
+class ModifiedLinear(WrappedLinear):
+    """A linear layer under one expert's module (`kinds`), at full strength."""
+
+    def __init__(self, base: nn.Module, module: SiteModule) -> None:
+        super().__init__(base, *linear_shape(base))
+        self.module = module.at(self.weight)
+
+    def strength(self, u: Tensor) -> Tensor | float:
+        """The strength at which the module acts on u [.., n]: a number, or [.., 1] by token."""
+        return 1.0
+
+    def forward(self, u: Tensor) -> Tensor:
+        """[.., n] to [.., d]."""
+        return self.module.apply(self.base, u, self.strength(u))
+
+
+@contextmanager
+def applied(
+    model: PreTrainedModel, modules: Mapping[str, SiteModule], layer: type[Layer]
+) -> Iterator[dict[str, Layer]]:
+    """`layer`s with an expert's modules, by site, inside `model` while the context is open.
+
+    Raises ExpertError when a site or its shape doesn't fit the model.
+    """
+    check_fit("adapter", modules, find_sites(model))
+    layers = {site: layer(model.get_submodule(site), each) for site, each in modules.items()}
+    with replaced(model, layers):
+        yield layers
+
+
+@contextmanager
+def replaced(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`layers` in the place of submodules of `model`, by name, while the context is open."""
+    originals = {name: model.get_submodule(name) for name in layers}
+    try:
+        for name, layer in layers.items():
+            replace_module(model, name, layer)
+        yield
+    finally:
+        for name, original in originals.items():
+            replace_module(model, name, original)

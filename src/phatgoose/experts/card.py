@@ -9,10 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..base.loading import is_hub_id
-from ..files.quoting import one_line
+from ..files.strict import one_line
 from .adapter import KINDS
-
-__all__ = ["model_card"]
 
 CARD = """\
 ---

@@ -1,17 +1,23 @@
-"""The expert directory: an adapter, untouched, with gates and statistics in files beside it.
+"""The expert directory: what it says of itself, and everything that it holds.
 
-docs/format.md specifies the format. Everything is safetensors or JSON; nothing is pickled. A
-directory is written under another name and renamed, so that one that exists is complete.
+How an expert's training inputs became tokens, as it records it; a warning when use differs.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -20,22 +26,192 @@ from torch import Tensor
 
 from ..base.fingerprint import BaseReference
 from ..base.loading import Base
-from ..config import KIND_NAMES
-from ..errors import ExpertError
-from ..files.atomic import new_directory
-from ..files.left_overs import bring_back
-from ..files.quoting import shortened
-from ..files.regular_file import sha256_of
+from ..config import KIND_NAMES, Formatting, from_mapping
+from ..errors import ConfigError, ExpertError
+from ..files.atomic import bring_back, new_directory
+from ..files.strict import one_line, read_json_object, sha256_of, shortened
 from ..files.tensor_file import Group, TensorFile, is_finite
 from .adapter import ADAPTER_FILES, adapter_files, named_base, read_modules
 from .card import model_card
-from .expert_info import NAME, ExpertInfo, check_name, info_json, read_info
 from .kinds.kind import SiteModule, read_tensors
 from .kinds.lora import LoraFactors
 from .readings import readings_problems
 
-__all__ = ["EXPERT_FILES", "LAYOUT", "MOST_EMBEDDINGS", "Expert", "base_named_in", "check_expert"]
-__all__ += ["named_revision"]
+SHOWN = 3  # experts named in a warning
+UNRECORDED = {"truncation": "right"}  # of experts made before it was recorded
+
+
+def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Formatting | None:
+    """The formatting among an expert's hyperparameters, None when none is recorded.
+
+    Raises ConfigError, naming `where` it was found, for values that no formatting can have.
+    """
+    known = {
+        f.name: hyperparameters[f.name] for f in fields(Formatting) if f.name in hyperparameters
+    }
+    return from_mapping(Formatting, {**UNRECORDED, **known}, where) if known else None
+
+
+def format_record(
+    hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """What a pool's records say of it: settings, and how many inputs were cut if known.
+
+    None for an expert that records no formatting.
+    """
+    try:
+        formatting = recorded_formatting(hyperparameters, "hyperparameters")
+    except ConfigError:
+        return None
+    if formatting is None:
+        return None
+    kept = {name: getattr(formatting, name) for name in ("max_input_tokens", "truncation", "chat")}
+    return {**kept, "inputs_cut": metrics.get("inputs_cut")}
+
+
+def warn_of_other_formatting(records: Iterable[Mapping[str, Any]], given: Formatting) -> None:
+    """Warn of the experts in `records` whose training inputs were formatted otherwise than `given`.
+
+    Truncation is not compared for experts none of whose inputs were cut.
+    """
+    others: dict[str, list[str]] = defaultdict(list)
+    for record in records:
+        found = record.get("formatting")
+        if not isinstance(found, Mapping):
+            continue
+        try:
+            trained = recorded_formatting(found, "formatting")
+        except ConfigError:
+            continue  # a damaged record, on which nothing depends
+        if trained is None:
+            continue
+        names = ["chat"]
+        if found.get("inputs_cut") != 0:
+            names += ["max_input_tokens", "truncation"]
+        if any(getattr(trained, name) != getattr(given, name) for name in names):
+            others[_words(trained)].append(one_line(record.get("name"), 80))
+    for form, experts in others.items():
+        more = f" and {len(experts) - SHOWN} more" if len(experts) > SHOWN else ""
+        warnings.warn(
+            f"Inputs are read with {_words(given)}, but {', '.join(experts[:SHOWN])}{more} "
+            f"{'were' if len(experts) > 1 else 'was'} trained with {form}.",
+            stacklevel=3,
+        )
+
+
+def _words(formatting: Formatting) -> str:
+    return (
+        f"max_input_tokens {formatting.max_input_tokens}, truncation {formatting.truncation}"
+        f"{', in the chat template' if formatting.chat else ''}"
+    )
+
+
+# -------------------------------------------------------------------------------------------------
+# `phatgoose.json`: what an expert directory says of itself (docs/format.md).
+# -------------------------------------------------------------------------------------------------
+
+FORMAT_VERSION = 1
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+LONGEST_NAME = 200  # of new ones; names of temporary files beside an expert are longer
+OPTIONAL = (str, NoneType)
+TYPES: dict[str, Any] = {  # of every field but the version
+    "name": str,
+    "base.id": str,
+    "base.revision": OPTIONAL,
+    "base.fingerprint": OPTIONAL,
+    "adapter_sha256": str,
+    "vectors_sha256": OPTIONAL,
+    "embeddings_sha256": OPTIONAL,
+    "embedder": OPTIONAL,
+    "embedding_form": OPTIONAL,
+    "task": dict,
+    "hyperparameters": dict,
+    "metrics": dict,
+}
+
+
+@dataclass(frozen=True)
+class ExpertInfo:
+    """What `phatgoose.json` says. `task`, `hyperparameters` and `metrics` are free-form records.
+
+    `embedding_form` says what `embedder` embedded (`tasks.embeddings.TEXTS`). None for experts made
+    before it was recorded: theirs is the paper's.
+    """
+
+    name: str
+    base: BaseReference
+    adapter_sha256: str
+    vectors_sha256: str | None = None
+    embeddings_sha256: str | None = None
+    format_version: int = FORMAT_VERSION
+    task: Mapping[str, Any] = field(default_factory=dict)
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    embedder: str | None = None
+    embedding_form: str | None = None
+
+
+def check_name(name: str) -> None:
+    """Raise ExpertError unless `name` can be a new expert's (docs/format.md)."""
+    if not NAME.fullmatch(name) or len(name) > LONGEST_NAME:
+        raise ExpertError(
+            f"{shortened(name)} can't name an expert: use letters, digits, '.', '_' and '-' only, "
+            f"at most {LONGEST_NAME}, and begin with a letter or digit."
+        )
+
+
+def read_info(path: Path) -> ExpertInfo:
+    """What the `phatgoose.json` at `path` says.
+
+    Raises ExpertError when it is missing, damaged, of another version, or a field has a wrong type.
+    """
+    try:
+        content = read_json_object(path)
+        if content.get("format_version") != FORMAT_VERSION:
+            raise ExpertError(
+                f"{path}: format version {shortened(content.get('format_version'))} is unknown; "
+                f"this phatgoose reads version {FORMAT_VERSION}."
+            )
+        info = ExpertInfo(**{**content, "base": BaseReference(**content["base"])})
+    except FileNotFoundError as error:
+        holds = next(path.parent.glob(f"*/{path.name}"), None)
+        hint = f" It holds experts: name each ({holds.parent}, …)." if holds else ""
+        raise ExpertError(
+            f"{path.parent} is no expert directory: {path.name} is missing.{hint}"
+        ) from error
+    except (TypeError, KeyError) as error:
+        raise ExpertError(
+            f"{path} is not a valid description of an expert: {one_line(error)}."
+        ) from error
+    for key, wanted in TYPES.items():
+        value = attrgetter(key)(info)
+        if not isinstance(value, wanted) or (isinstance(value, str) and not value.isprintable()):
+            raise ExpertError(f"{path}: {key} is {shortened(value)}, which it can't be.")
+    return info
+
+
+def info_json(info: ExpertInfo) -> str:
+    """The content of `phatgoose.json`, with null for numbers that JSON lacks (a loss of NaN)."""
+    content = _without_nan(asdict(info))
+    if info.embedding_form is None:
+        del content["embedding_form"]
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# -------------------------------------------------------------------------------------------------
+# The expert directory: an adapter, untouched, with gates and statistics in files beside it.
+#
+# docs/format.md specifies the format. Everything is safetensors or JSON; nothing is pickled. A
+# directory is written under another name and renamed, so that one that exists is complete.
+# -------------------------------------------------------------------------------------------------
 
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 

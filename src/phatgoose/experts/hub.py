@@ -25,14 +25,10 @@ from huggingface_hub.utils.tqdm import (
 from ..base.loading import is_hub_id
 from ..errors import ExpertError
 from ..files.atomic import new_directory, require_free
-from ..files.quoting import one_line, shortened
-from ..files.regular_file import regular_file
+from ..files.strict import one_line, regular_file, shortened
 from .expert import EXPERT_FILES, LAYOUT, Expert
 from .signing import check_signature
 from .signing import sign as sign_expert
-
-__all__ = ["HubReference", "fetch", "local_folder", "pull", "push", "reference_of"]
-__all__ += ["without_progress_bars"]
 
 PREFIX = "hub:"
 REFERENCE = re.compile(

@@ -16,18 +16,12 @@ from torch import Tensor
 
 from ..base.fingerprint import BaseReference, same_base
 from ..errors import ExpertError, PoolError
-from ..files.atomic import is_stream, write_text
-from ..files.left_overs import being_replaced, bring_back
-from ..files.prefetch import prefetch
-from ..files.quoting import one_line, reason, shortened
-from ..files.regular_file import sha256_of
-from ..files.strict_json import read_json_object
+from ..files.atomic import being_replaced, bring_back, is_stream, write_text
+from ..files.strict import one_line, read_json_object, reason, sha256_of, shortened
+from ..files.tensor_file import prefetch
 from .adapter import adapter_files
-from .expert import LAYOUT, Expert
+from .expert import LAYOUT, Expert, format_record
 from .hub import HubReference, local_folder, reference_of
-from .input_format import format_record
-
-__all__ = ["MANIFEST_VERSION", "REMEDIES", "Pool", "check_manifest_name"]
 
 MANIFEST, MANIFEST_VERSION = ".json", 1  # how its name ends
 LONGEST_PATH = 1000  # characters

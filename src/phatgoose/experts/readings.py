@@ -17,9 +17,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..base.blocks import blocks_of
 from ..tasks.prompt_passes import PromptReading, last_token, mean_token
 
-__all__ = ["PARTS", "PLACES", "RANK", "PromptStates", "moments_of", "readings_of"]
-__all__ += ["readings_problems", "readings_size"]
-
 PLACES = ("end", "whole")
 PARTS = {"mean": 2, "factor": 3, "rest": 2}  # of a place, and how many dimensions each has
 RANK = 16  # of the covariance that is shared

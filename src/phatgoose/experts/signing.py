@@ -17,12 +17,15 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, ExpertError
 from ..files.atomic import write_text
-from ..files.quoting import first_line, reason, shortened
-from ..files.regular_file import regular_file
-from ..files.strict_json import MOST_JSON_BYTES, distinct_keys
+from ..files.strict import (
+    MOST_JSON_BYTES,
+    distinct_keys,
+    first_line,
+    reason,
+    regular_file,
+    shortened,
+)
 from .expert import EXPERT_FILES, LAYOUT
-
-__all__ = ["check_signature", "sign"]
 
 OF_GIT = {".git", ".gitattributes", ".github", ".gitignore"}  # which the library leaves out
 

@@ -1,30 +1,40 @@
-"""Write all or nothing: files and folders are made under temporary names and renamed."""
+"""Writing all or nothing, where files of ours are kept, and what interrupted writing left.
+
+Where phatgoose keeps what it has made once for this user.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from ..errors import PhatgooseError
-from .left_overs import (
-    REPLACED,
-    clear_left_overs,
-    is_there,
-    open_to_readers,
-    temporary_file,
-    temporary_folder,
-)
-from .quoting import reason
+from .strict import reason
 
-__all__ = ["WRITING_ERRORS", "is_stream", "new_directory", "new_file", "require_free"]
-__all__ += ["require_writable", "write_text"]
+
+def user_cache() -> Path:
+    """`phatgoose` in XDG_CACHE_HOME, or in ~/.cache; it need not be there yet.
+
+    As XDG has it a relative XDG_CACHE_HOME counts for nothing. Raises RuntimeError when nobody
+    knows where ~ is.
+    """
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    home = Path(named) if os.path.isabs(named) else Path("~/.cache").expanduser()
+    return home / "phatgoose"
+
+
+# -------------------------------------------------------------------------------------------------
+# Write all or nothing: files and folders are made under temporary names and renamed.
+# -------------------------------------------------------------------------------------------------
 
 OPEN_FILES = re.compile(r"/dev/fd|/proc/[^/]+(/task/[^/]+)?/fd")  # folders of them
 MOST_LINKS = 40
@@ -138,3 +148,185 @@ def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
             unfinished.write_text(content, encoding="utf-8")
     except OSError as problem:
         raise error(f"{path} can't be written: {reason(problem)}.") from problem
+
+
+# -------------------------------------------------------------------------------------------------
+# Temporary files and folders beside a result, and the removal of those that killed runs left.
+#
+# A process holds a lock (flock) on each of its own while it uses them, so an unlocked one has no
+# owner any more. On file systems without locks nothing is removed.
+# -------------------------------------------------------------------------------------------------
+
+try:
+    import fcntl
+except ImportError:  # on Windows leftovers stay
+    fcntl = None  # type: ignore[assignment]
+
+
+UNFINISHED, REPLACED = "unfinished", "replaced"  # a new result, and the old one it replaces
+YOUNG = 60.0  # seconds; the process that made so new a file may not have locked it yet
+NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)  # nor wait for a pipe
+
+
+@contextmanager
+def temporary_folder(target: Path, kind: str = UNFINISHED) -> Iterator[Path]:
+    """A new folder beside `target` for this process alone, removed when the context ends.
+
+    With kind REPLACED the caller moves the old `target` into it. If the context ends with nothing
+    at `target`, the old one is moved back; if that fails, the next run does it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=_prefix(target, kind), dir=target.parent))
+    held = _hold(folder)
+    try:
+        yield folder
+    finally:
+        with suppress(OSError):
+            _remove(folder, target)
+        if held is not None:
+            os.close(held)
+
+
+@contextmanager
+def temporary_file(target: Path) -> Iterator[Path]:
+    """A new empty file beside `target` with default modes, removed when the context ends."""
+    opened, name = tempfile.mkstemp(prefix=_prefix(target, UNFINISHED), dir=target.parent)
+    held = _lock(opened)
+    if not held:
+        os.close(opened)  # some systems can't rename an open file
+    try:
+        Path(name).chmod(0o666 & ~_mask())
+        yield Path(name)
+    finally:
+        with suppress(OSError):
+            os.unlink(name)
+        if held:
+            os.close(opened)
+
+
+def clear_left_overs(target: Path) -> None:
+    """Remove the temporary files and folders of `target` whose processes are gone.
+
+    A folder that was being replaced is moved back when it has no successor.
+    """
+    bring_back(target)
+    prefixes = tuple(_prefix(target, kind) for kind in (REPLACED, UNFINISHED))
+    for name in sorted(os.listdir(target.parent)):
+        if name.startswith(prefixes):
+            with suppress(OSError):  # another process may clear it too
+                _clear(target.parent / name, target)
+
+
+def bring_back(target: Path) -> None:
+    """Put what was at `target` back there where the process was killed that replaced it.
+
+    Nothing happens while that process is at it, or where the system doesn't allow it.
+    """
+    with suppress(OSError):
+        if not os.path.exists(target):
+            for name in os.listdir(target.parent):
+                if name.startswith(_prefix(target, REPLACED)):
+                    _bring_back(target.parent / name, target)
+
+
+def is_there(target: Path) -> bool:
+    """True when something is at `target`, brought back if need be, and may be seen."""
+    bring_back(target)
+    return os.path.exists(target)
+
+
+def being_replaced(folder: Path) -> list[Path]:
+    """The old results of `folder` that other processes replace just now, out of their place.
+
+    What can be brought back is.
+    """
+    kept = []
+    for name in sorted(os.listdir(folder)):
+        of, found, _ = name.rpartition(f".{REPLACED}-")
+        target = folder / of[1:]
+        if found and of.startswith("."):
+            bring_back(target)
+            if _is_kept(folder / name, target):
+                kept.append(folder / name / target.name)
+    return kept
+
+
+def _bring_back(path: Path, target: Path) -> None:
+    held = _hold(path)
+    if held is None:
+        return
+    try:
+        if _is_kept(path, target):
+            os.rename(path / target.name, target)
+            path.rmdir()
+    finally:
+        os.close(held)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give a temporary folder and all in it the default modes of new ones."""
+    mask = _mask()
+    for path in (folder, *folder.rglob("*")):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _clear(path: Path, target: Path) -> None:
+    found = path.lstat()
+    ours = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)  # opening a pipe may block
+    if not ours or time.time() - found.st_ctime < YOUNG:
+        return
+    held = _hold(path)
+    if held is None:
+        return
+    try:
+        _remove(path, target)
+    finally:
+        os.close(held)
+
+
+def _remove(path: Path, target: Path) -> None:
+    """Remove a temporary file or folder; move a replaced result without successor back."""
+    if _is_kept(path, target):
+        os.rename(path / target.name, target)
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_kept(path: Path, target: Path) -> bool:
+    """True for a folder that holds a replaced result which has no successor.
+
+    It was locked before the result was moved into it.
+    """
+    is_one = path.name.startswith(_prefix(target, REPLACED))
+    return is_one and os.path.exists(path / target.name) and not os.path.exists(target)
+
+
+def _prefix(target: Path, kind: str) -> str:
+    return f".{target.name}.{kind}-"
+
+
+def _hold(path: Path) -> int | None:
+    """`path`, opened and locked; None when another process holds it or it can't be locked."""
+    try:
+        opened = os.open(path, os.O_RDONLY | NO_LINK)
+    except OSError:
+        return None
+    if _lock(opened):
+        return opened
+    os.close(opened)
+    return None
+
+
+def _mask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _lock(opened: int) -> bool:
+    try:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (OSError, AttributeError):
+        return False
+    return True

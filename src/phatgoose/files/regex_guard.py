@@ -16,10 +16,7 @@ from typing import Any
 import re2
 
 from ..errors import ExpertError
-from .quoting import one_line, shortened
-
-__all__ = ["BY_PATTERN", "NAMES", "ByName", "check_config", "check_patterns", "matching"]
-__all__ += ["value_at"]
+from .strict import one_line, shortened
 
 NAMES = ("target_modules", "exclude_modules", "feedforward_modules")  # a list, or one pattern
 BY_PATTERN = "_pattern"  # suffix of the options that map patterns to values

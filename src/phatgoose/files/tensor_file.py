@@ -1,8 +1,6 @@
-"""safetensors files mapped into memory: read when used, never copied, released after use.
+"""Files of tensors: views of a mapping, and reading ahead.
 
-The tensors of a file are views of its mapping, so opening a file reads its header only. A file that
-is replaced (renamed over) keeps its old content for whoever has it open; one that is written in
-place would change under them, which nothing here ever does.
+Compute the next items in threads while the present one is used.
 """
 
 from __future__ import annotations
@@ -13,22 +11,57 @@ import json
 import math
 import mmap
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import ExpertError
-from .quoting import one_line, reason, shortened
-from .regular_file import regular_file
-from .strict_json import MOST_JSON_BYTES, distinct_keys
+from .strict import MOST_JSON_BYTES, distinct_keys, one_line, reason, regular_file, shortened
 
-__all__ = ["FLOATS", "Group", "TensorFile", "is_finite", "write_tensors"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`function` of every item, in order, computed in as many threads as torch has.
+
+    At most that many results wait to be taken, which bounds the memory. With one thread each is
+    computed when it is taken: handing it over takes longer than a small one. The first error, in
+    the order of items, is raised in its place; no further item is started.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield from map(function, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as workers:
+        try:
+            for item in items:
+                waiting.append(workers.submit(function, item))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+# -------------------------------------------------------------------------------------------------
+# safetensors files mapped into memory: read when used, never copied, released after use.
+#
+# The tensors of a file are views of its mapping, so opening a file reads its header only. A file
+# that is replaced (renamed over) keeps its old content for whoever has it open; one that is
+# written in place would change under them, which nothing here ever does.
+# -------------------------------------------------------------------------------------------------
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TYPES = {

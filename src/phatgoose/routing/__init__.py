@@ -1,16 +1,16 @@
-"""A pool becomes one routed model, whose layers choose experts for every token.
+"""A pool of experts becomes one routed model.
 
-routers/        which experts act on a token, and how much
-kernels/        the routed product
-stacks/         all experts' modules of a site
-soundness.py    checks that a site's tensors fit together
-watching.py     callbacks for what layers decide
-layers.py       linear layers that add their experts' updates
+compose.py      put the pool into the base
 composition.py  what a routed model is made of
-compose.py      compose and detach
+stacks.py       the modules of all experts at one site
+layers.py       the routed layer
+routers/        who chooses: one file for each router
+kernels/        how the sum of the chosen updates is computed
+checks.py       a site's tensors fit together
+watching.py     callbacks for what layers decide
 recording.py    every decision about a text
 growing.py      experts that join and leave
-saved/          routed models in folders
-open_model.py   a model from a routed folder, a pool, an expert or a base
-exporting/      a routed model becomes a PEFT adapter or a plain model
+saved/          routed models on disk
+export/         constant routing as a PEFT adapter or a plain model
+open_model.py   a pool, a saved model or a base, opened alike
 """

@@ -28,18 +28,22 @@ from ..config import Routing, from_mapping, given_or_default
 from ..errors import BaseModelError, RoutingError
 from ..experts.adapter import check_fit
 from ..experts.pool import Pool
-from ..files.prefetch import prefetch
+from ..files.tensor_file import prefetch
+from .checks import check_folded, check_numbers, check_site
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear, folded_weight, is_cheaper_folded
 from .routers.automatic import settled
 from .routers.registry import AUTO
-from .routers.router import RouterSite, check_routing, router_of, warn_of_constant_vectors
-from .routers.scores import Scores, read_scores
+from .routers.router import (
+    RouterSite,
+    Scores,
+    check_routing,
+    read_scores,
+    router_of,
+    warn_of_constant_vectors,
+)
 from .saved.save import save_pretrained
-from .soundness import check_folded, check_numbers, check_site
-from .stacks.site_stack import SiteStack, stack_of
-
-__all__ = ["Preparation", "compose", "detach", "install", "prepare", "routed_layers"]
+from .stacks import SiteStack, stack_of
 
 READ_AT_ONCE = 2**26  # bytes of experts' files in memory, beside the stacks made of them
 
@@ -172,7 +176,7 @@ def routed_layer(
     """The layer of a model of these `parts` that takes the place of `original` at `site`.
 
     `state` are the router's tensors there (`Router.state_at`). With `may_fold` the mean of all
-    experts is folded into the weight where that is cheaper. Raises as `soundness` does.
+    experts is folded into the weight where that is cheaper. Raises as `checks` does.
     """
     router, plain, size = parts.router, stack.plain_lora, len(parts.experts)
     if plain and may_fold and router.folds and is_cheaper_folded(original, plain):

@@ -16,10 +16,7 @@ from ..config import Routing
 from ..errors import RoutingError
 from ..tasks.task import Example
 from .layers import RoutedLayer, RoutedLinear
-from .routers.lookup import Lookup
-from .routers.router import Router, router_of
-
-__all__ = ["Composition", "announcing", "composition_if_any", "composition_of"]
+from .routers.router import Lookup, Router, router_of
 
 
 @dataclass

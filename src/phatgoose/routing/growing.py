@@ -1,7 +1,7 @@
 """Experts that join and leave a routed model, without reading those that stay.
 
 Afterwards the model is, bit for bit, what composing the new pool from the start would have made. A
-site's stack grows into spare rows, which are made when they run out (`rows.GROWTH`), so that adding
+site's stack grows into spare rows, which are made when they run out (`GROWTH`), so that adding
 costs what is added and, now and then, a copy; removing copies the rows that stay.
 """
 
@@ -25,10 +25,7 @@ from .compose import check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .routers.router import Router, warn_of_lowered_k
-from .stacks.rows import appended, joined, take_rows
-from .stacks.site_stack import SiteStack, joined_stacks, kept_stack
-
-__all__ = ["add_experts", "check_growth", "check_removal", "check_unfolded", "remove_experts"]
+from .stacks import SiteStack, appended, joined, joined_stacks, kept_stack, take_rows
 
 
 def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedModel:

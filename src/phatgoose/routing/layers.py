@@ -28,15 +28,9 @@ from transformers.pytorch_utils import Conv1D
 from ..base.sites import Site
 from ..errors import RoutingError
 from .kernels.choice import Kernel, choose_kernel, one_call
-from .routers.decision import RoutingDecision
-from .routers.router import SiteRouter
-from .stacks.lora import LoraStack
-from .stacks.site_stack import SiteStack
+from .routers.router import RoutingDecision, SiteRouter
+from .stacks import LoraStack, SiteStack
 from .watching import watches_over
-
-__all__ = ["FoldedLinear", "RoutedLayer", "RoutedLinear", "folded_weight", "has_plain_weight"]
-__all__ += ["is_cheaper_folded", "matrix_of"]
-
 
 # The parts of a stack that `RoutedLinear` adds; another one would be left out without a word.
 ADDED = frozenset(("lora", "input_scaling", "output_scaling", "bottleneck"))

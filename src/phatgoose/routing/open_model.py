@@ -14,22 +14,12 @@ from ..config import Routing
 from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
-from ..files.left_overs import bring_back
-from ..files.quoting import reason, shortened
+from ..files.atomic import bring_back
+from ..files.strict import reason, shortened
 from .compose import compose
-from .routers.scores import Scores
-from .saved.description import ROUTED_INFO
+from .routers.router import Scores
 from .saved.load import load
-
-__all__ = [
-    "OpenedModel",
-    "compose_pool",
-    "is_pool",
-    "is_routed",
-    "loaded_base",
-    "open_model",
-    "require_pool",
-]
+from .saved.tensors import ROUTED_INFO
 
 
 @dataclass(frozen=True)

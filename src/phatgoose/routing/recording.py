@@ -17,8 +17,6 @@ from ..base.sites import Stream
 from .composition import composition_of
 from .watching import OnSitePass, SitePass, watching
 
-__all__ = ["Recording", "record", "watch"]
-
 
 @contextmanager
 def record(model: PreTrainedModel) -> Iterator[Recording]:

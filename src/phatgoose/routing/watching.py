@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 from ..base.sites import Site
 from ..base.token_masks import TokenMasks, token_masks
 
-__all__ = ["OnSitePass", "SitePass", "Watch", "unwatched", "watches_over", "watching"]
-
 
 @dataclass(frozen=True)
 class SitePass:

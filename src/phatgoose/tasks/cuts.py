@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeVar
 
-from ..files.quoting import one_line
-
-__all__ = ["CUTS", "Cut", "Cuts", "cut_tokens", "recorded_share"]
+from ..files.strict import one_line
 
 CUTS = ("inputs", "inputs_cut", "inputs_cut_to", "inputs_cut_by")  # in an expert's metrics
 WARN_FROM = 0.1  # warn from this share of cut inputs on

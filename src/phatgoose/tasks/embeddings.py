@@ -17,8 +17,7 @@ from torch import Tensor
 from ..base.loading import quiet_loading
 from ..config import EMBEDDING_FORMS, GateTraining
 from ..errors import ConfigError
-from ..files.quoting import first_line, shortened
-from ..files.regular_file import refuse_pipes
+from ..files.strict import first_line, refuse_pipes, shortened
 from .cuts import cut_tokens
 from .task import Example
 
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DEFAULT_EMBEDDER", "PAPER_TEXT", "PROMPT", "TEXTS", "can_embed", "embed_texts"]
-__all__ += ["embedding_library", "load_embedder", "paper_texts", "prompt_texts"]
-__all__ += ["usable_embedder", "without_downloads"]
 
 DEFAULT_EMBEDDER = GateTraining.embedder
 PROMPT, PAPER_TEXT = EMBEDDING_FORMS

@@ -17,14 +17,12 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base
-from ..base.positions import Positions, positions_of
+from ..base.sites import Positions, positions_of
 from ..base.untrusted_text import render_chat
 from ..config import Formatting
 from ..errors import TaskError
 from .cuts import Cut, Cuts, cut_tokens
 from .task import Example, Span
-
-__all__ = ["Encoder", "Prompt", "Target", "TokenPair", "added_tokens"]
 
 SPACES = ("Ġ", "▁", " ")  # how vocabularies write a token's leading space
 CONTEXT = 48  # characters before an answer that can influence its tokens

@@ -1,4 +1,7 @@
-"""Load a task: from JSON Lines, CSV, a dataset on the Hub, or rows in memory."""
+"""Loading tasks: files, the Hub, rows in memory, and prompt templates.
+
+Prompt templates in promptsource's notation, `input ||| target` in jinja2, that users write.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,93 @@ import csv
 import json
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import TaskError
-from ..files.encodable import half_character
-from ..files.quoting import first_line, one_line, reason, shortened
-from ..files.regular_file import require_regular
-from .task import Example, Task
-from .templates import SEPARATOR, RowTemplate, longest_field
+from jinja2 import StrictUndefined, Template, TemplateError
+from jinja2.sandbox import SandboxedEnvironment
 
-__all__ = ["SPLITS", "check_task_name", "datasets_library", "default_name", "given_task"]
-__all__ += ["given_tasks", "load_task"]
+from ..errors import TaskError
+from ..files.strict import first_line, half_character, one_line, reason, require_regular, shortened
+from .task import Example, Span, Task
+
+SEPARATOR = "|||"
+# What an expression in a template may raise.
+TEMPLATE_FAILURES = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+
+
+class RowTemplate:
+    """Renders `input`, `target` and `choices` from the fields of a row; each may be left out."""
+
+    def __init__(self, template: str | None, choices: str | None) -> None:
+        environment = SandboxedEnvironment(undefined=StrictUndefined)
+        for name, text in (("template", template), ("choices", choices)):
+            if not isinstance(text, str | None):
+                raise TaskError(
+                    f"{name} is {shortened(text)}, but must be a text such as 'yes {SEPARATOR} no'."
+                )
+        if template is not None and template.count(SEPARATOR) != 1:
+            raise TaskError(f"template must have the form 'input {SEPARATOR} target'.")
+        try:
+            parts = template.split(SEPARATOR) if template else []
+            self._parts = [environment.from_string(part) for part in parts]
+            self._choices: Template | None = environment.from_string(choices) if choices else None
+        except TemplateError as error:
+            raise TaskError(f"template is not valid jinja2: {error}.") from error
+
+    def render(self, row: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+        """The row with the rendered fields added or replaced. Raises TaskError naming `where`."""
+        rendered = dict(row)
+        try:
+            if self._choices:
+                text = self._choices.render(row)
+                rendered["choices"] = [choice.strip() for choice in text.split(SEPARATOR)]
+            for key, part in zip(("input", "target"), self._parts, strict=False):
+                fields = {**row, "answer_choices": rendered.get("choices")}
+                rendered[key] = part.render(fields).strip()
+        except TEMPLATE_FAILURES as error:
+            raise TaskError(f"{where}: the template can't be filled: {error}.") from error
+        return rendered
+
+
+def longest_field(
+    row: Mapping[str, Any], text: str, shown: Callable[[str], str] = str
+) -> Span | None:
+    """Where `text` holds the longest of the values of `row` that occur in it exactly once.
+
+    Values inside lists and dicts count individually. `shown` maps a value to how its template
+    prints it. None where no value is found.
+    """
+    for value in sorted(_texts_in(row), key=len, reverse=True):
+        piece = shown(value).strip()
+        if piece and text.count(piece) == 1:
+            start = text.index(piece)
+            return start, start + len(piece)
+    return None
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts_in(item)
+
+
+# -------------------------------------------------------------------------------------------------
+# Load a task: from JSON Lines, CSV, a dataset on the Hub, or rows in memory.
+# -------------------------------------------------------------------------------------------------
 
 EMPTY = ("nan", "<NA>", "NaT")  # cells without a value: of floats, of pandas, of its dates
 PLAIN = (str, int, list, tuple, dict)  # what is no such cell

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 
 from ..errors import TaskError
 from .suites.entries import Entry, Sources
-from .suites.training_tasks import Origin, TrainingTask
+from .suites.registry import Origin, TrainingTask
 from .task import VALIDATION_MOST, Task, draw
-
-__all__ = ["mix", "mixture"]
 
 
 def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int = 0) -> Task:

@@ -14,13 +14,9 @@ from ..base.blocks import headless, prompt_stack, watch_blocks
 from ..base.offloading import input_device
 from ..base.sites import Site
 from ..base.token_masks import watch_inputs
-from ..files.quoting import one_line
-from .collating import Collator, batches_of_tokens, decoder_start, pad_right
+from ..files.strict import one_line
+from .batching import Collator, batches_of_tokens, contiguous_head, decoder_start, pad_right
 from .encoding import TokenPair
-from .target_logits import contiguous_head
-
-__all__ = ["PromptReading", "continued", "end_tokens", "last_token", "mean_token", "read_pairs"]
-__all__ += ["read_prompts"]
 
 BATCH_TOKENS = 1024  # of a pass, padding included: little padding, few passes
 PAIR_TOKENS = 4096  # the same with targets

@@ -11,8 +11,6 @@ from typing import Any
 
 from ..errors import TaskError
 
-__all__ = ["VALIDATION_MOST", "Example", "Span", "Task", "draw", "named_apart"]
-
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
 Span = tuple[int, int]  # characters of a text: the first, and the first after the span

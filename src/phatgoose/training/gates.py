@@ -18,22 +18,18 @@ from ..base.loading import Base
 from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Training, given_or_default
 from ..errors import ConfigError
-from ..experts.adapter import adapter_files, check_fit, read_modules
-from ..experts.applied import ModifiedLinear, applied
+from ..experts.adapter import ModifiedLinear, adapter_files, applied, check_fit, read_modules
 from ..experts.expert import LAYOUT, Expert
 from ..experts.kinds.kind import SiteModule
-from ..files.regular_file import sha256_of
+from ..files.strict import sha256_of
 from ..tasks.cuts import CUTS
 from ..tasks.encoding import TokenPair
-from ..tasks.neutral_text import moments
+from ..tasks.neutral import moments
 from ..tasks.task import Task
 from . import processes
-from .loop import FitReport, fit
-from .router_statistics import statistics_of
-from .run import TrainingRun, finished_expert
-from .unfinished import open_work
-
-__all__ = ["GatedLinear", "Record", "add_gates", "openness", "train_gates"]
+from .statistics import statistics_of
+from .trainer import FitReport, TrainingRun, finished_expert, fit
+from .workdir import open_work
 
 GATE_CHECKPOINT_EVERY = 25
 # Settings of `Training` that gates are trained with, too.
@@ -269,3 +265,29 @@ def _task_record(task: Task) -> dict[str, object]:
         "validation_examples": len(task.validation),
         "validation_origin": task.validation_origin,
     }
+
+
+# -------------------------------------------------------------------------------------------------
+# Joint gates: trained together with the expert (paper Appendix A), for comparison with `gates`.
+#
+# A joint gate v is part of the new module at its site (`new_modules`), which acts at the strength
+# sigmoid(v . u), as it does behind a gate trained later.
+# -------------------------------------------------------------------------------------------------
+
+
+def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
+    """An untrained gate: zeros, [n]."""
+    return nn.Parameter(torch.zeros(in_features, device=device))
+
+
+def take_gates(owners: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The trained gates, by site, of modules that hold one as `gate`; they lose it.
+
+    PEFT would save a gate that stayed in its layer.
+    """
+    gates = {}
+    for site, owner in owners.items():
+        gate: Tensor = owner.gate  # type: ignore[assignment]
+        gates[site] = gate.detach().cpu()
+        del owner.gate
+    return gates

@@ -12,14 +12,12 @@ from ..base.fingerprint import BaseReference
 from ..base.loading import Base, load_base, recorded_id
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..jobs import BaseLocation, Engine, LocalEngine
-from ..tasks.suites.training_tasks import TrainingTask
+from ..tasks.suites.registry import TrainingTask
 from . import processes
-from .destination import ExpertFolder, TrainedExpert, expert_folder
 from .progress import TrainingCallback
-from .run import settings_of_training, warn_of_other_settings
 from .train_expert import train_expert
-
-__all__ = ["ExpertJob", "train_experts"]
+from .trainer import settings_of_training, warn_of_other_settings
+from .workdir import ExpertFolder, TrainedExpert, expert_folder
 
 PATIENCE = 60.0  # seconds to wait for the lock of a lost worker on another machine
 

@@ -11,8 +11,6 @@ import os
 import torch
 from accelerate import PartialState
 
-__all__ = ["count", "is_first", "join", "rank", "wait_for_all"]
-
 
 def count() -> int:
     """The number of processes."""

@@ -12,10 +12,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
-from ..files.quoting import one_line
+from ..files.strict import one_line
 from . import processes
-
-__all__ = ["ProgressBar", "TrainingCallback"]
 
 logger = logging.getLogger(__name__)
 

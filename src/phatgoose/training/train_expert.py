@@ -1,6 +1,6 @@
 """Experts: an adapter of any kind trained on a task, then its gates and statistics.
 
-Gates follow the expert (`gates`), or are trained together with it (`joint_gates`).
+Gates follow the expert, or are trained together with it (both in `gates`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,11 @@ from ..experts.expert import Expert
 from ..tasks.cuts import Cuts
 from ..tasks.task import Task, draw
 from . import processes
-from .gates import Record, add_gates
-from .joint_gates import take_gates
-from .loop import FitReport, fit
-from .new_modules.fresh import FreshExpert
-from .new_modules.registry import fresh_expert, parameters_at
+from .gates import Record, add_gates, take_gates
+from .new_modules import FreshExpert, fresh_expert, parameters_at
 from .progress import TrainingCallback
-from .run import TrainingRun, finished_expert, settings_of_training
-from .unfinished import open_work
-
-__all__ = ["train_expert"]
+from .trainer import FitReport, TrainingRun, finished_expert, fit, settings_of_training
+from .workdir import open_work
 
 REPORT = "report.json"
 JOINT_GATES = "gates.safetensors"

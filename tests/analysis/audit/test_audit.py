@@ -8,8 +8,8 @@ import math
 import pytest
 
 from mixed_experts import mixed_pool_for
-from phatgoose.analysis.audit import neutral
-from phatgoose.analysis.audit.audit import LIMITS, audit
+from phatgoose.analysis import audit as neutral
+from phatgoose.analysis.audit import LIMITS, audit
 from phatgoose.experts.pool import Pool
 from planted import ATTACKS, HARMLESS, attacked, honest
 

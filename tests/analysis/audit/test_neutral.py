@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from mixed_experts import mixed_pool_for
-from phatgoose.analysis.audit import neutral
-from phatgoose.analysis.audit.neutral import neutral_signs, read_neutral_text
+from phatgoose.analysis import audit as neutral
+from phatgoose.analysis.audit import neutral_signs, read_neutral_text
 from phatgoose.base.sites import find_sites
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.pool import Pool

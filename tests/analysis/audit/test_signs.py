@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phatgoose.analysis.audit.signs import over_sites, ratios, signs_of
+from phatgoose.analysis.audit_signs import over_sites, ratios, signs_of
 from phatgoose.errors import PoolError
 from phatgoose.experts.pool import Pool
 from planted import honest

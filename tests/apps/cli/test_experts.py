@@ -23,7 +23,7 @@ from command_line import (
 from phatgoose.base.loading import load_base
 from phatgoose.config import Lora
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.training import router_statistics as statistics_module
+from phatgoose.training import statistics as statistics_module
 from tiny import make_adapter
 from toy_embedders import embed
 

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from phatgoose.apps.cli import app
-from phatgoose.apps.cli.flags import with_flags
+from phatgoose.apps.cli.options import with_flags
 from phatgoose.config import (
     IA3,
     Bottleneck,

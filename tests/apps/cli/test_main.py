@@ -31,8 +31,8 @@ from command_line import (
 )
 from phatgoose.apps.cli import app
 from phatgoose.experts.expert import LAYOUT, Expert
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
-from phatgoose.files.regular_file import sha256_of
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.files.strict import sha256_of
 
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 SITE = "model.layers.0.self_attn.q_proj"
@@ -357,7 +357,7 @@ def test_an_interruption_is_told_in_one_line(phat, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("phatgoose.experts.pool.Pool.open", interrupt)
-    monkeypatch.setattr("phatgoose.tasks.suites.training_tasks.open_tasks", interrupt)
+    monkeypatch.setattr("phatgoose.tasks.suites.registry.open_tasks", interrupt)
     for arguments, told in (
         (["pool", "anywhere"], "interrupted\n"),
         (["train", "anything"], "interrupted; it goes on with --resume\n"),

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.apps.cli.recipe import read_recipe
+from phatgoose.apps.cli.options import read_recipe
 from phatgoose.errors import ConfigError
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phatgoose.apps.console.colours import COLOURS, coloured, expert_style
+from phatgoose.apps.console import COLOURS, coloured, expert_style
 
 
 def test_tokens_have_their_experts_colours_above_a_legend():

@@ -16,7 +16,7 @@ from rich.text import Text
 import phatgoose.apps
 from paths import GOLDEN
 from phatgoose.apps.cli import main
-from phatgoose.apps.console.printing import PlainFormatter, complain, say, show
+from phatgoose.apps.console import PlainFormatter, complain, say, show
 
 APPS = Path(phatgoose.apps.__file__).parent
 STEERING = ["\x1b[2J", "\x1b]0;title\x07", "\x9b2J", "\r", "\x08", "\u202e", "\u2028", "\ud800"]
@@ -68,7 +68,7 @@ def test_markup_of_others_is_text(capsys, words):
 
 def test_commands_print_through_it_alone():
     for path in sorted(APPS.rglob("*.py")):
-        if path.name == "printing.py":
+        if path.name == "console.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = ast.unparse(node.func) if isinstance(node, ast.Call) else ""

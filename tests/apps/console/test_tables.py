@@ -8,7 +8,7 @@ from dataclasses import replace
 from rich.console import Console
 
 from made_comparison import EXPERTS, RIGHT, made_comparison
-from phatgoose.apps.console.tables import (
+from phatgoose.apps.tables import (
     datasets_table,
     differences_table,
     means_table,

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from phatgoose.apps.demo import demo
-from phatgoose.apps.demo.skills import SKILLS
+from phatgoose.apps.demo.demo import SKILLS
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.composition import composition_of

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from made_comparison import made_comparison
-from phatgoose.apps.demo.gains import gains_of, lifts_of, write_gains
+from phatgoose.apps.demo.demo import gains_of, lifts_of, write_gains
 
 
 def test_gains_are_over_the_base_and_each_single_expert_the_smallest_first():

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 
 from phatgoose.apps.demo import demo
-from phatgoose.apps.demo.skills import SKILLS, TASKS, trained_task, unseen_suite, unseen_tasks
+from phatgoose.apps.demo.demo import SKILLS, TASKS, trained_task, unseen_suite, unseen_tasks
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.task import Example
 

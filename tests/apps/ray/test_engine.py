@@ -26,18 +26,18 @@ from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, EngineError
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
-from phatgoose.tasks.suites.training_tasks import open_tasks
-from phatgoose.training.partial_trainer import COMPLETE
+from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
+from phatgoose.training.trainer import COMPLETE
 
 ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 
 from ray.cluster_utils import Cluster  # noqa: E402  there is none without ray
 
 from phatgoose.apps.ray import RayEngine, connected  # noqa: E402
-from phatgoose.apps.ray.worker import Worker  # noqa: E402
+from phatgoose.apps.ray.engine import Worker  # noqa: E402
 
 pytestmark = [
     pytest.mark.heavy,
@@ -150,7 +150,7 @@ def test_what_a_job_raises_is_raised_here_and_a_job_that_only_kills_is_given_up(
 def test_a_worker_keeps_to_its_cores(tmp_path, monkeypatch):
     told = []
     monkeypatch.chdir(tmp_path)
-    module = "phatgoose.apps.ray.worker"
+    module = "phatgoose.apps.ray.engine"
     monkeypatch.setattr(f"{module}.keep_to", told.append)
     monkeypatch.setattr(f"{module}.ray", MagicMock(**{"get.side_effect": lambda held: held}))
     Worker([Naps()], str(tmp_path), 2.0).open()

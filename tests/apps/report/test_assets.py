@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from phatgoose.apps.report.assets import inline_json
+from phatgoose.apps.report.page import inline_json
 
 
 def test_texts_cannot_break_out_of_the_page():

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from phatgoose.analysis.kl_to_oracle import correlation
+from phatgoose.analysis.measures import correlation
 from phatgoose.analysis.pool_sizes import PoolSizeCurve
-from phatgoose.apps.report.assets import EXPLORER_CSS, asset
 from phatgoose.apps.report.figures import (
     COLOURS,
     Point,
@@ -23,6 +22,7 @@ from phatgoose.apps.report.figures import (
     usage_bars,
     write_png,
 )
+from phatgoose.apps.report.page import EXPLORER_CSS, asset
 from routing_samples import make_profile, names_of
 
 

@@ -10,8 +10,14 @@ import pytest
 
 from browser import browser, page_at
 from phatgoose.analysis.pool_sizes import PoolSizeCurve
-from phatgoose.apps.report.assets import EXPLORER_CSS, EXPLORER_JS, asset, inline_json
-from phatgoose.apps.report.page import report_page, write_report
+from phatgoose.apps.report.page import (
+    EXPLORER_CSS,
+    EXPLORER_JS,
+    asset,
+    inline_json,
+    report_page,
+    write_report,
+)
 from phatgoose.errors import EvaluationError
 from routing_samples import DATASETS, make_analysis, make_trace
 

@@ -19,7 +19,7 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
-from phatgoose.routing.routers.per_input import base_reader
+from phatgoose.routing.routers import prompt_router as base_reader
 from phatgoose.tasks.suites.entries import Entry, Suite
 from phatgoose.tasks.task import Example, Task
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from phatgoose.evaluation.comparison import circumstances as module
-from phatgoose.evaluation.comparison.circumstances import circumstances
+from phatgoose.evaluation.comparison import cells as module
+from phatgoose.evaluation.comparison.cells import circumstances
 
 needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git")
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import phatgoose
-from phatgoose.evaluation.comparison import code_version as versions
-from phatgoose.evaluation.comparison.code_version import code_version
+from phatgoose.evaluation.comparison import cells as versions
+from phatgoose.evaluation.comparison.cells import code_version
 
 
 @pytest.fixture(scope="module")
@@ -78,9 +78,9 @@ def test_comments_docstrings_and_layout_do_not_count(version_with, package, uned
         ("routing/compose.py", "READ_AT_ONCE = 2**26", "READ_AT_ONCE = 2**25"),
         ("evaluation/intervals.py", "REPLICATES = 2000", "REPLICATES = 1000"),
         ("routing/kernels/plain.py", "import torch\n", "import torch as pytorch\n"),
-        ("routing/routers/per_token/vector_router.py", "def standardise(", "def standardize("),
-        ("routing/routers/per_token/phatgoose.py", "class Phatgoose(", "class PHATGOOSE("),
-        ("routing/routers/fixed/merged.py", "class Merged(", "class MergedExperts("),
+        ("routing/routers/vector_router.py", "def standardise(", "def standardize("),
+        ("routing/routers/phatgoose.py", "class Phatgoose(", "class PHATGOOSE("),
+        ("routing/routers/fixed.py", "class Merged(", "class MergedExperts("),
     ],
 )
 def test_a_change_of_what_the_code_does_counts(version_with, unedited, file, old, new):
@@ -89,7 +89,7 @@ def test_a_change_of_what_the_code_does_counts(version_with, unedited, file, old
 
 @pytest.mark.parametrize(
     "file",
-    ["evaluation/comparison/compare.py", "training/train_expert.py", "tasks/suites/local.py"],
+    ["evaluation/comparison/compare.py", "training/train_expert.py", "tasks/suites/registry.py"],
 )
 def test_code_that_no_score_depends_on_does_not_count(version_with, unedited, file):
     assert version_with(file, "import", "import this\nimport") == unedited
@@ -97,13 +97,12 @@ def test_code_that_no_score_depends_on_does_not_count(version_with, unedited, fi
 
 DECISIVE = (
     *("evaluation.evaluate", "routing.open_model", "routing.compose", "routing.saved.load"),
-    *("experts.pool", "experts.expert", "experts.kinds.peft_files", "base.loading", "base.sites"),
+    *("experts.pool", "experts.expert", "experts.kinds.peft", "base.loading", "base.sites"),
     *("routing.layers", "routing.kernels.choice", "routing.kernels.plain"),
-    *("routing.routers.registry", "routing.routers.per_token.arrow", "routing.routers.decision"),
-    *("routing.routers.lookup", "routing.routers.per_token.vector_router"),
-    *("routing.routers.fixed.merged", "routing.routers.per_token.random_experts"),
-    *("routing.routers.per_input.oracle", "tasks.embeddings", "routing.routers.scores", "config"),
-    *("tasks.encoding", "evaluation.likelihood", "tasks.row_packing", "evaluation.answers"),
+    *("routing.routers.registry", "routing.routers.arrow", "routing.routers.router"),
+    *("routing.routers.vector_router", "routing.routers.fixed", "routing.routers.random"),
+    *("routing.routers.oracle", "tasks.embeddings", "config"),
+    *("tasks.encoding", "evaluation.likelihood", "tasks.batching"),
     *("evaluation.metrics", "evaluation.intervals", "tasks.task"),
 )
 OTHER = ("apps", "tasks.suites", "training", "evaluation.comparison", "analysis", "jobs")

@@ -12,8 +12,14 @@ import torch
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
 from phatgoose.errors import BaseModelError, ConfigError, PoolError, WrongBaseError
-from phatgoose.evaluation.comparison.methods import DERIVED, METHODS
-from phatgoose.evaluation.comparison.rows import Row, reference_row, rows_of, single_rows
+from phatgoose.evaluation.comparison.methods import (
+    DERIVED,
+    METHODS,
+    Row,
+    reference_row,
+    rows_of,
+    single_rows,
+)
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach

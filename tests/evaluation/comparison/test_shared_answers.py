@@ -7,11 +7,11 @@ import torch
 
 from comparisons import TASKS, TOKENS, by_hand, cells_of
 from phatgoose.config import Routing
-from phatgoose.evaluation.comparison.shared_answers import SharedAnswers
+from phatgoose.evaluation.comparison.cells import SharedAnswers
 from phatgoose.evaluation.evaluate import EvaluationSet, ScoringSettings, score
 from phatgoose.routing.compose import detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.mixtures import NOBODY, Mixtures
+from phatgoose.routing.routers.router import NOBODY, Mixtures
 from phatgoose.tasks.encoding import Encoder
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")

@@ -20,7 +20,7 @@ from phatgoose.config import GateTraining, Training
 from phatgoose.errors import BaseModelError, ExpertError, WrongBaseError
 from phatgoose.experts.expert import check_expert
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task

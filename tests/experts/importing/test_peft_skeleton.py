@@ -13,7 +13,7 @@ from phatgoose.base.loading import load_base
 from phatgoose.errors import ExpertError
 from phatgoose.experts.importing import peft_skeleton as skeletons
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from tiny import (

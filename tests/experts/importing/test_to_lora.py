@@ -7,7 +7,7 @@ import pytest
 from import_cases import CASES, write_case
 from phatgoose.errors import ConfigError
 from phatgoose.experts.importing.adapter import import_adapter
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 
 
 @pytest.mark.parametrize("loss", [0.1, 0.3])

@@ -12,7 +12,7 @@ from changed_adapters import complaint_about
 from golden_sites import DOWN, QUERY
 from paths import GOLDENS
 from phatgoose.experts.expert import Expert
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 
 
 def test_the_golden_ia3_is_read_as_it_was_written():

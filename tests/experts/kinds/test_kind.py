@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from changed_adapters import change_tensors, complaint_about
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 
 SITE = "base_model.model.model.layers.0.self_attn.q_proj"
 

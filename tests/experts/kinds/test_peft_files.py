@@ -10,7 +10,7 @@ import torch
 from changed_adapters import change_tensors, complaint_about
 from phatgoose.experts.adapter import read_modules
 from phatgoose.experts.kinds.kind import read_tensors
-from phatgoose.experts.kinds.peft_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter_config
 
 
 def test_a_folder_without_a_config_is_no_adapter(tmp_path):

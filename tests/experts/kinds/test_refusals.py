@@ -8,7 +8,7 @@ import pytest
 from peft import LoraConfig
 
 from changed_adapters import complaint_about, set_config
-from phatgoose.experts.kinds.refusals import UNSUPPORTED
+from phatgoose.experts.kinds.peft import UNSUPPORTED
 from tiny import make_adapter
 
 REFUSED = [

@@ -15,9 +15,8 @@ from phatgoose.errors import ConfigError, RoutingError, TaskError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.exporting.export import EXPORT_INFO, export
-from phatgoose.routing.exporting.opening import open_routed
-from phatgoose.routing.exporting.texts import prompt_texts
+from phatgoose.routing.export.export import EXPORT_INFO, export, open_routed
+from phatgoose.routing.export.shares import prompt_texts
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear
 from routed_models import SCORES, compose_by
 from tiny import assert_same_logits, logits_of, make_ids, peft_model

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.experts.applied import replaced
+from phatgoose.experts.adapter import replaced
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.exporting.fidelity import fidelity
-from phatgoose.routing.exporting.texts import prompt_texts
+from phatgoose.routing.export.export import fidelity
+from phatgoose.routing.export.shares import prompt_texts
 from tiny import logits_of
 
 

@@ -8,7 +8,7 @@ from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.exporting.opening import open_routed
+from phatgoose.routing.export.export import open_routed
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.saved.save import save
 

@@ -9,8 +9,7 @@ from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.exporting.shares import constant_shares, shares_for, shares_of
-from phatgoose.routing.exporting.texts import prompt_texts
+from phatgoose.routing.export.shares import constant_shares, prompt_texts, shares_for, shares_of
 from phatgoose.routing.recording import record
 from routed_models import compose_by
 

@@ -6,7 +6,7 @@ import pytest
 
 from phatgoose.errors import TaskError
 from phatgoose.routing.compose import compose
-from phatgoose.routing.exporting.texts import (
+from phatgoose.routing.export.shares import (
     ANSWER_TOKENS,
     neutral_texts,
     passing,

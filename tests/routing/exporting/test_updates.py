@@ -10,7 +10,7 @@ from made_up_kind import stack_with_shifts
 from phatgoose.errors import RoutingError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.exporting.updates import (
+from phatgoose.routing.export.updates import (
     AddedUpdate,
     Update,
     cut,

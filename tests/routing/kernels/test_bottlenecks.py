@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernel_problems import bottleneck_arguments
-from phatgoose.routing.kernels.bottlenecks import (
+from phatgoose.routing.kernels.plain import (
     all_bottlenecks,
     choose_bottleneck,
     grouped_bottleneck,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from phatgoose.routing.kernels import building
-from phatgoose.routing.kernels.building import load_built
+from phatgoose.routing.kernels import native as building
+from phatgoose.routing.kernels.native import load_built
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 EVIL = """
@@ -51,7 +51,7 @@ def planted(tmp_path, source, folder) -> Path:
     shutil.rmtree(folder)
     evil = tmp_path / "evil.cpp"
     evil.write_text(EVIL.replace("PLACE", str(tmp_path / "mark")))
-    building._run("c++", "-shared", "-fPIC", "-o", str(tmp_path / "evil.so"), str(evil))
+    building._run_compiler("c++", "-shared", "-fPIC", "-o", str(tmp_path / "evil.so"), str(evil))
     digest = sha256((tmp_path / "evil.so").read_bytes()).hexdigest()
     folder.mkdir(mode=0o700)
     place = folder / f"{kept.name.rpartition('-')[0]}-{digest}.so"
@@ -192,13 +192,13 @@ def test_no_compiler_and_one_that_fails_are_told_in_one_line(source, tmp_path, m
 )
 @pytest.mark.parametrize("is_clang", [False, True])
 def test_no_second_openmp_is_named_beside_torchs(source, folder, monkeypatch, is_clang):
-    run = building._run
+    run = building._run_compiler
 
     def told(*command: str, folder: str | None = None) -> bytes:
         asked = b"#define __clang__ 1\n" if is_clang and "-dM" in command else b""
         return run(*command, folder=folder) + asked
 
-    monkeypatch.setattr(building, "_run", told)
+    monkeypatch.setattr(building, "_run_compiler", told)
     monkeypatch.setattr(building, "FLAGS", ("-fPIC", "-fopenmp"))
     source.write_text(
         'extern "C" int answer() {\n    int total = 0;\n'

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from kernel_problems import DIFFERENTIABLE, Problem, make_problem
-from phatgoose.config.routing import KERNELS as NAMES
-from phatgoose.config.routing import Routing
+from phatgoose.config import KERNELS as NAMES
+from phatgoose.config import Routing
 from phatgoose.errors import ConfigError
 from phatgoose.routing.kernels.choice import KERNELS, choose_kernel
 from phatgoose.routing.kernels.native import runs_natively

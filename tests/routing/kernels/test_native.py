@@ -17,8 +17,8 @@ from phatgoose.errors import ConfigError, RoutingError
 from phatgoose.routing.kernels.choice import KERNELS
 from phatgoose.routing.kernels.native import add_routed, native, top_experts
 from phatgoose.routing.kernels.triton_gpu import triton_gpu
-from phatgoose.routing.routers.per_token.arrow import ArrowRouter
-from phatgoose.routing.routers.per_token.vector_router import ScoredRouter
+from phatgoose.routing.routers.arrow import ArrowRouter
+from phatgoose.routing.routers.vector_router import ScoredRouter
 
 native_module = importlib.import_module(
     "phatgoose.routing.kernels.native"

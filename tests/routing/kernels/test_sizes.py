@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.routing.kernels.sizes import belong_together, misfit
+from phatgoose.routing.kernels.plain import belong_together, misfit
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ from phatgoose.routing.kernels.triton_gpu import (
     top_experts,
     triton_gpu,
 )
-from phatgoose.routing.routers.per_token.arrow import ArrowRouter
-from phatgoose.routing.routers.per_token.vector_router import ScoredRouter
+from phatgoose.routing.routers.arrow import ArrowRouter
+from phatgoose.routing.routers.vector_router import ScoredRouter
 from tiny import assert_same_logits, logits_of, make_ids, make_model
 
 module = importlib.import_module("phatgoose.routing.kernels.triton_gpu")
@@ -258,7 +258,7 @@ def test_a_routed_model_gives_the_same_logits_through_triton(at_once, llama_pool
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]])
     plain = compose(llama_pool, make_model("llama"), kernel="reference")
     wanted = logits_of(plain, ids, attention_mask=mask)
-    scoring = "phatgoose.routing.routers.per_token.vector_router"
+    scoring = "phatgoose.routing.routers.vector_router"
     monkeypatch.setattr(f"{scoring}.runs_natively", lambda *_: False)
     monkeypatch.setattr(f"{scoring}.runs_on_triton", lambda *_: True)
     calls = []

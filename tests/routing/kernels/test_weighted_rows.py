@@ -10,7 +10,7 @@ from kernel_problems import bottleneck_arguments
 from mixed_experts import (
     PRECISE,
 )
-from phatgoose.routing.kernels.weighted_rows import reference_rows, weighted_rows
+from phatgoose.routing.kernels.plain import reference_rows, weighted_rows
 
 
 @given(

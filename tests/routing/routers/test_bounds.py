@@ -7,13 +7,8 @@ import torch
 
 from phatgoose.config import Routing
 from phatgoose.routing.routers import bounds
-from phatgoose.routing.routers.bounds import (
-    VARIED,
-    bound_of,
-    bounded_means,
-    bounded_variances,
-)
-from phatgoose.routing.routers.per_input.discriminant import line_of
+from phatgoose.routing.routers.bounds import VARIED, bound_of, bounded_means, bounded_variances
+from phatgoose.routing.routers.discriminant import line_of
 from tiny import random
 
 

@@ -18,15 +18,11 @@ from phatgoose.routing.kernels.native import runs_natively
 from phatgoose.routing.kernels.native import top_experts as by_native
 from phatgoose.routing.kernels.triton_gpu import top_experts as by_triton
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.decision import highest
-from phatgoose.routing.routers.per_token.affinities import CentredRouter, RawRouter
-from phatgoose.routing.routers.per_token.arrow import ArrowRouter
-from phatgoose.routing.routers.per_token.uniform_top_k import UniformTopKRouter
-from phatgoose.routing.routers.per_token.vector_router import (
-    ScoredRouter,
-    VectorRouter,
-    standardise,
-)
+from phatgoose.routing.routers.affinities import CentredRouter, RawRouter
+from phatgoose.routing.routers.arrow import ArrowRouter
+from phatgoose.routing.routers.router import highest
+from phatgoose.routing.routers.uniform_top_k import UniformTopKRouter
+from phatgoose.routing.routers.vector_router import ScoredRouter, VectorRouter, standardise
 from routed_models import compose_by
 from tiny import make_ids
 

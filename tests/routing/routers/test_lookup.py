@@ -7,8 +7,7 @@ from threading import Thread
 
 import torch
 
-from phatgoose.routing.routers.lookup import Lookup
-from phatgoose.routing.routers.mixtures import Mixtures
+from phatgoose.routing.routers.router import Lookup, Mixtures
 
 
 def test_a_batch_is_that_of_the_thread_that_announced_it():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from phatgoose.routing.routers.mixtures import Mixtures
+from phatgoose.routing.routers.router import Mixtures
 
 
 def test_the_best_are_weighted_by_the_softmax_of_their_scores():

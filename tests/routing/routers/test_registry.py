@@ -9,9 +9,9 @@ from oracle import token_weights
 from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.per_input.prompt_reader import PromptReader
+from phatgoose.routing.routers.prompt_router import PromptReader
 from phatgoose.routing.routers.registry import ROUTERS
-from phatgoose.tasks.collating import pad_left, pad_right
+from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by
 from tiny import logits_of, make_ids, random
 from topic_prompts import experts_of

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from phatgoose.errors import RoutingError
-from phatgoose.routing.saved.description import read_description, removed_in
 from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.tensors import read_description, removed_in
 
 
 def edit_info(folder, change):

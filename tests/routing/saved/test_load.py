@@ -13,7 +13,7 @@ from odd_files import rewrite
 from phatgoose.base.loading import load_base
 from phatgoose.errors import RoutingError, WrongBaseError
 from phatgoose.experts.pool import Pool
-from phatgoose.files.regular_file import sha256_of
+from phatgoose.files.strict import sha256_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import RoutedLinear

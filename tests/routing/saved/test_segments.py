@@ -33,7 +33,7 @@ from phatgoose.errors import ConfigError, ExpertError, PoolError, RoutingError, 
 from phatgoose.experts.adapter import check_fit
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.ia3 import ScalingVector
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.growing import remove_experts
@@ -345,7 +345,7 @@ def own_memory() -> Iterator[Memory]:
 def test_a_thousand_experts_are_opened_composed_packed_and_found_again(
     llama, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("phatgoose.files.prefetch.torch.get_num_threads", lambda: 2)
+    monkeypatch.setattr("phatgoose.files.tensor_file.torch.get_num_threads", lambda: 2)
     pool = Pool.open(write_small_experts(llama, tmp_path / "experts", 1000, rank=1))
     assert len(pool) == 1000
     model = compose(pool, copy.deepcopy(llama))

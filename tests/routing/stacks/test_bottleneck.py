@@ -10,10 +10,8 @@ from mixed_experts import (
     PRECISE,
 )
 from phatgoose.experts.kinds.bottleneck import BottleneckLayers
-from phatgoose.routing.kernels.bottlenecks import (
-    grouped_bottleneck,
-)
-from phatgoose.routing.stacks.site_stack import stack_modules
+from phatgoose.routing.kernels.plain import grouped_bottleneck
+from phatgoose.routing.stacks import stack_modules
 
 
 def test_sizes_are_filled_up_with_zeros_which_changes_nothing():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from phatgoose.experts.pool import Pool
-from phatgoose.routing.stacks.site_stack import stack_of
+from phatgoose.routing.stacks import stack_of
 
 QUERY = "model.layers.0.self_attn.q_proj"
 

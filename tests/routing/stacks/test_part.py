@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from phatgoose.experts.kinds.ia3 import ScalingVector
-from phatgoose.routing.stacks.ia3 import OutputScalingStack
-from phatgoose.routing.stacks.part import row_tensor
+from phatgoose.routing.stacks import OutputScalingStack, row_tensor
 
 CPU = torch.device("cpu")
 

@@ -6,7 +6,7 @@ from growth_cases import assert_same_models, composed
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts
-from phatgoose.routing.stacks.rows import GROWTH
+from phatgoose.routing.stacks import GROWTH
 
 
 def test_growth_is_copied_now_and_then_only(llama, make_expert):

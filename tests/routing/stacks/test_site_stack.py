@@ -17,8 +17,8 @@ from phatgoose.experts.kinds.bottleneck import BottleneckLayers
 from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.routing.layers import RoutedLinear
-from phatgoose.routing.routers.fixed.merged import UniformRouter
-from phatgoose.routing.stacks.site_stack import stack_modules
+from phatgoose.routing.routers.fixed import UniformRouter
+from phatgoose.routing.stacks import stack_modules
 
 
 @given(seed=st.integers(0, 1000), tokens=st.integers(1, 5))

@@ -12,8 +12,7 @@ from paths import SHARED
 from phatgoose.errors import TaskError
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites.entries import Sources
-from phatgoose.tasks.suites.local import local_suite
-from phatgoose.tasks.suites.registry import open_suite
+from phatgoose.tasks.suites.registry import local_suite, open_suite
 from phatgoose.tasks.task import Example
 from suite_files import FULL, write
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.suites.p3 import P3Dataset, without
-from phatgoose.tasks.suites.promptsource import PromptTemplate
+from phatgoose.tasks.suites.p3 import P3Dataset, PromptTemplate, without
 
 DATASET = P3Dataset("rte", "aps/super_glue", "rte")
 TEMPLATES = [PromptTemplate(name, "{{premise}} ||| yes") for name in ("one", "two", "three")]

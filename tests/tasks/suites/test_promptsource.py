@@ -13,11 +13,7 @@ from hypothesis import strategies as st
 from p3_records import P3, RECORDS, needs_p3
 from phatgoose.errors import TaskError
 from phatgoose.tasks.suites.entries import Sources
-from phatgoose.tasks.suites.promptsource import (
-    PromptTemplate,
-    read_templates,
-    templates_folder,
-)
+from phatgoose.tasks.suites.p3 import PromptTemplate, read_templates, templates_folder
 from phatgoose.tasks.task import Example
 
 FILE = """
@@ -263,7 +259,7 @@ def test_choice_draws_the_same_for_the_same_row_and_differently_for_others():
 
 def test_choice_draws_the_same_in_another_process():
     script = (
-        "from phatgoose.tasks.suites.promptsource import PromptTemplate as T\n"
+        "from phatgoose.tasks.suites.p3 import PromptTemplate as T\n"
         "print(T('t', '{{range(10**4) | choice}} ||| x').render({'a': 'b', 'c': [1]}).input)"
     )
     runs = {

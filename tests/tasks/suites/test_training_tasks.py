@@ -15,7 +15,7 @@ from phatgoose.errors import TaskError
 from phatgoose.experts.expert import Expert
 from phatgoose.tasks.multitask import mixture
 from phatgoose.tasks.suites import p3
-from phatgoose.tasks.suites.training_tasks import open_tasks
+from phatgoose.tasks.suites.registry import open_tasks
 from phatgoose.training import pool_jobs as training_module
 
 datasets = pytest.importorskip("datasets")

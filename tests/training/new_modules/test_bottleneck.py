@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from phatgoose.config import Bottleneck
-from phatgoose.training.new_modules.bottleneck import count_bottleneck, new_bottleneck
-from phatgoose.training.new_modules.registry import placed_sites
+from phatgoose.training.new_modules import count_bottleneck, new_bottleneck, placed_sites
 
 
 @pytest.mark.parametrize("joint", [False, True])

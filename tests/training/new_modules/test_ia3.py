@@ -7,10 +7,7 @@ from torch import nn
 
 from phatgoose.config import IA3, Bottleneck
 from phatgoose.errors import ConfigError
-from phatgoose.training.new_modules.ia3 import scales_input
-from phatgoose.training.new_modules.registry import (
-    placed_sites,
-)
+from phatgoose.training.new_modules import placed_sites, scales_input
 
 
 def test_sites_can_be_chosen_and_unknown_models_must_have_them_chosen(llama):

@@ -14,8 +14,7 @@ from changed_adapters import adapter_of
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import IA3, KIND_NAMES, PEFT_KINDS, GateTraining, Peft
-from phatgoose.experts.adapter import KINDS
-from phatgoose.experts.applied import ModifiedLinear, applied
+from phatgoose.experts.adapter import KINDS, ModifiedLinear, applied
 from phatgoose.experts.expert import Expert, check_expert
 from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.kinds.bottleneck import BottleneckLayers
@@ -23,12 +22,12 @@ from phatgoose.experts.kinds.ia3 import ScalingVector
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.training import gates as gates_module
 from phatgoose.training.gates import GatedLinear, train_gates
-from phatgoose.training.new_modules.ia3 import scales_input
-from phatgoose.training.new_modules.registry import (
+from phatgoose.training.new_modules import (
     NEW_MODULES,
     fresh_expert,
     parameters_at,
     placed_sites,
+    scales_input,
 )
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (

@@ -17,9 +17,9 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import BaseModelError, ConfigError, TaskError
 from phatgoose.tasks.loading import load_task
-from phatgoose.tasks.suites.training_tasks import open_tasks
-from phatgoose.training.planning.plan import plan_training
-from phatgoose.training.planning.sizes import Shapes
+from phatgoose.tasks.suites.registry import open_tasks
+from phatgoose.training.plan import plan_training
+from phatgoose.training.plan_costs import Shapes
 from phatgoose.training.train_expert import train_expert
 from tiny import make_tokenizer
 

@@ -6,7 +6,7 @@ import warnings
 
 from phatgoose.tasks.encoding import Encoder
 from phatgoose.tasks.task import Example
-from phatgoose.training.planning.sample import pairs_of
+from phatgoose.training.plan_costs import pairs_of
 
 
 def test_pairs_are_the_encoders_own_and_cut_targets_are_no_news(llama):

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from phatgoose.errors import ConfigError
-from phatgoose.training.planning.plan import plan_training
-from phatgoose.training.planning.schedule import schedule
+from phatgoose.training.plan import plan_training, schedule
 from training_jobs import SETTINGS
 
 

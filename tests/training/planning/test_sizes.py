@@ -12,10 +12,10 @@ from phatgoose.base.loading import load_base, load_skeleton
 from phatgoose.config import Formatting, Lora
 from phatgoose.errors import BaseModelError
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.suites.training_tasks import open_tasks
-from phatgoose.training.new_modules.registry import placed_sites
-from phatgoose.training.planning.plan import plan_training
-from phatgoose.training.planning.sizes import KNOWN_BASES, Shapes
+from phatgoose.tasks.suites.registry import open_tasks
+from phatgoose.training.new_modules import placed_sites
+from phatgoose.training.plan import plan_training
+from phatgoose.training.plan_costs import KNOWN_BASES, Shapes
 from training_jobs import SETTINGS
 from training_runs import (
     SHAPES,

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.suites.training_tasks import open_tasks
-from phatgoose.training.planning.plan import plan_training
-from phatgoose.training.planning.speed import STATUS, Speed, measure_speed, most_memory
+from phatgoose.tasks.suites.registry import open_tasks
+from phatgoose.training.plan import plan_training
+from phatgoose.training.plan_costs import STATUS, Speed, measure_speed, most_memory
 from phatgoose.training.train_expert import train_expert
 from training_jobs import SETTINGS
 
@@ -49,7 +49,7 @@ def test_the_memory_is_that_of_the_longest_micro_batch_of_any_task(
         trained.append((task, settings["training"]))
         return train_expert(base, task, **settings)
 
-    monkeypatch.setattr("phatgoose.training.planning.speed.train_expert", record)
+    monkeypatch.setattr("phatgoose.training.plan_costs.train_expert", record)
     measure_speed(str(base_folders["llama"]), tasks, **SETTINGS, dtype="float32")
     (_, quick), (longest, once) = trained
     assert (quick.steps, once.steps, once.batch_size) == (6, 1, 2)
@@ -71,7 +71,7 @@ def test_speed_and_memory_are_measured_with_the_micro_batch_of_each_task(
         trained.append((task.name, len(task.train), training.batch_size, training.micro_batch_size))
         return train_expert(base, task, **settings)
 
-    monkeypatch.setattr("phatgoose.training.planning.speed.train_expert", record)
+    monkeypatch.setattr("phatgoose.training.plan_costs.train_expert", record)
     measure_speed(str(base_folders["llama"]), tasks, **SETTINGS, dtype="float32")
     assert trained == [("one", 18, 2, 1), ("two", 3, 3, 3)]  # the third has the settings' two
 
@@ -79,7 +79,7 @@ def test_speed_and_memory_are_measured_with_the_micro_batch_of_each_task(
 @pytest.mark.skipif(not STATUS.is_file(), reason="needs Linux's /proc")
 def test_a_processs_memory_is_its_own_not_its_parents():
     held = torch.ones(40_000_000)
-    code = "from phatgoose.training.planning.speed import most_memory; print(most_memory())"
+    code = "from phatgoose.training.plan_costs import most_memory; print(most_memory())"
     started = [sys.executable, "-c", code]
     child = subprocess.run(started, capture_output=True, text=True, check=True, close_fds=False)
     assert 50e6 < int(child.stdout) < most_memory() - held.nbytes / 2

@@ -11,29 +11,28 @@ from ...config import KIND_NAMES, Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...files.atomic import require_free
 from ...tasks.cuts import recorded_share
-from ..console.printing import say
-from .flags import ExpertShapes, Without
+from ..console import say
 from .options import (
     ANOTHER_OUT,
     BaseOptions,
     EngineOptions,
     ExpertName,
     ExpertOut,
+    ExpertShapes,
     RequireSigner,
     RestartOptions,
     SourceOptions,
     TaskOption,
     TemplateOptions,
+    Without,
     only_with,
 )
 from .plan import PlanOptions, plan_experts
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
-    from ...tasks.suites.training_tasks import TrainingTask
-    from ...training.destination import ExpertFolder, TrainedExpert
-
-__all__ = ["check", "gate", "measure", "train"]
+    from ...tasks.suites.registry import TrainingTask
+    from ...training.workdir import ExpertFolder, TrainedExpert
 
 
 def train(
@@ -71,10 +70,10 @@ def train(
     shape = shapes.of(peft or "lora")
     plan.check()
     from ...tasks.multitask import mixture
-    from ...tasks.suites.training_tasks import open_tasks
+    from ...tasks.suites.registry import open_tasks
     from ...training import processes
-    from ...training.destination import expert_folder
     from ...training.pool_jobs import ExpertJob, train_experts
+    from ...training.workdir import expert_folder
 
     opened = open_tasks(tasks, source.sources, **vars(template))
     if multitask is not None:
@@ -111,7 +110,7 @@ def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
 
 def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
     """Raise unless each task can have its expert under its own name in `folder`."""
-    from ...experts.expert_info import check_name
+    from ...experts.expert import check_name
 
     named: dict[str, str] = {}
     for task in tasks:
@@ -208,7 +207,7 @@ def measure(
     It is done with the seed and the formatting that the expert was trained with.
     """
     from ...experts.expert import Expert
-    from ...training.router_statistics import measure as measure_expert
+    from ...training.statistics import measure as measure_expert
 
     loaded, data = Expert.load(expert), template.load(task)
     measured = measure_expert(

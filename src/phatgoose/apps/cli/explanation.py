@@ -17,12 +17,10 @@ from ...analysis.routing_distribution import PARTS
 from ...analysis.traces import Trace, TraceStream, trace
 from ...config import Formatting
 from ...routing.composition import composition_of
-from ...routing.routers.per_input.prompt_reader import PromptReader
+from ...routing.routers.prompt_router import PromptReader
 from ...tasks.encoding import Encoder
-from ..console.colours import coloured, expert_style
+from ..console import coloured, expert_style
 from ..generation import Sampling, check_prompt, check_text, generate
-
-__all__ = ["Explanation", "explain"]
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,11 @@ from typer.exceptions import TyperException
 
 from ... import __version__
 from ...errors import PhatgooseError
-from ...files.quoting import first_line, reason, shortened
-from ..console.printing import PlainFormatter, complain, say
+from ...files.strict import first_line, reason, shortened
+from ..console import PlainFormatter, complain, say
 from ..processor import set_threads
-from . import analysis, comparison, experts, routed, segments, serving, sharing
-from .flags import with_flags
-
-__all__ = ["app", "main"]
+from . import evaluation, experts, routed, serving, sharing
+from .options import with_flags
 
 HELP = """Many independently trained PEFT experts, routed per token and module into one model.
 
@@ -52,13 +50,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "generate": routed.generate,
     "evaluate": routed.evaluate,
     "demo": routed.demo,
-    "add": segments.add,
-    "remove": segments.remove,
-    "compact": segments.compact,
-    "compare": comparison.compare,
-    "lm-eval": comparison.lm_eval,
-    "analyse": analysis.analyse,
-    "explain": analysis.explain,
+    "add": routed.add,
+    "remove": routed.remove,
+    "compact": routed.compact,
+    "compare": evaluation.compare,
+    "lm-eval": evaluation.lm_eval,
+    "analyse": evaluation.analyse,
+    "explain": evaluation.explain,
     "serve": serving.serve,
 }
 OTHERS_WORDS = {  # of a command that hands all its words on

@@ -1,22 +1,40 @@
-"""Options that several commands share, in groups: each option is defined and described once.
+"""Options of commands: recipes, flags made of dataclasses, and what commands share.
 
-A command takes a group as one parameter (`flags.with_flags`) and hands it on whole.
+Recipes: settings and tasks in a TOML file, one table for each class of settings.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
+import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
-from ...config import POOL_SETTINGS, Routing
+from ...config import (
+    PEFT_KINDS,
+    POOL_SETTINGS,
+    TASK_FILES,
+    Formatting,
+    GateTraining,
+    Peft,
+    Routing,
+    Serving,
+    Setting,
+    Training,
+    from_mapping,
+    require_one_of,
+    settings_of,
+)
 from ...errors import ConfigError
-from .flags import flag_of
+from ...files.strict import read_toml, shortened
+from ...routing.routers.registry import AUTO, ROUTERS
 
 if TYPE_CHECKING:
     from ...base.fingerprint import BaseReference
@@ -27,31 +45,273 @@ if TYPE_CHECKING:
     from ...tasks.suites.entries import Sources
     from ...tasks.task import Task
 
-__all__ = [
-    "ANOTHER_OUT",
-    "BaseOption",
-    "BaseOptions",
-    "EngineOptions",
-    "ExpertName",
-    "ExpertOut",
-    "ModelArgument",
-    "ModelOptions",
-    "PoolArgument",
-    "RayOptions",
-    "ReplicaOptions",
-    "RequireSigner",
-    "RestartOptions",
-    "ScoringOptions",
-    "SourceOptions",
-    "StoredOption",
-    "TaskOption",
-    "TemplateOptions",
-    "check_routing_flags",
-    "only_with",
-    "open_pool",
-    "split",
-    "warn_of_unused",
-]
+
+@dataclass(frozen=True)
+class Recipe:
+    """A TOML recipe: one table per config class, and the tasks to run it on.
+
+    `peft` is the kind of expert to train, a name in PEFT_KINDS. `data` and `templates` are the
+    folders of `tasks.suites.entries.Sources`.
+    """
+
+    base: str | None = None
+    tasks: tuple[str, ...] = ()
+    peft: str | None = None
+    tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    data: Path | None = None
+    templates: Path | None = None
+
+
+RECIPE_TABLES = {
+    **PEFT_KINDS,
+    "training": Training,
+    "gates": GateTraining,
+    "formatting": Formatting,
+    "routing": Routing,
+    "serving": Serving,
+}
+FOLDERS = ("data", "templates")
+MODELS = ("embedder", "retrieval_embedder")  # settings that are a folder or a Hub id
+EMBEDDED = "smollm2"  # a base that is no folder; base.smollm2 loads torch
+RECIPE_OPTIONS = frozenset({"base", "tasks", "peft", *FOLDERS})  # what stands above the tables
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """The recipe in the TOML file `path`; paths in it are relative to the file.
+
+    A task that begins with the name of a known suite is no path ("./NAME" is the folder). A base or
+    an embedder is a path where there is such a folder, and else a name as on the command line.
+    Raises ConfigError when the file is missing, isn't TOML or has unknown keys.
+    """
+    path = Path(path)
+    content = read_toml(path, "Recipe", ConfigError)
+    known = {*RECIPE_OPTIONS, *RECIPE_TABLES}
+    for key in content:
+        if key not in known:
+            raise ConfigError(
+                f"{path}: unknown key {shortened(key)}; known are {', '.join(sorted(known))}."
+            )
+    tables = {key: _table(path, content, key) for key in RECIPE_TABLES if key in content}
+    base, tasks = content.get("base"), content.get("tasks", [])
+    if not isinstance(base, str | None):
+        raise ConfigError(f"{path}: base is {shortened(base)}, but must be a Hub id or a path.")
+    if not (isinstance(tasks, list) and all(isinstance(task, str) for task in tasks)):
+        raise ConfigError(f"{path}: tasks must be a list of file names, suites or Hub ids.")
+    base = base if base is None else _model(path.parent, base)
+    peft = content.get("peft")
+    require_one_of([None, *PEFT_KINDS], f"{path}: peft", peft)
+    tasks = tuple(_relative_to(path.parent, task) for task in tasks)
+    return Recipe(base, tasks, peft, tables, *(_folder(path, content, key) for key in FOLDERS))
+
+
+def _table(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The settings in the recipe's table `key`."""
+    table = content[key]
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path}: {key} must be a table, such as [{key}].")
+    from_mapping(RECIPE_TABLES[key], table, f"{path}, [{key}]")
+    named = {name: _model(path.parent, table[name]) for name in MODELS if name in table}
+    return {**table, **named}
+
+
+def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
+    """The folder that the recipe names, None when it names none."""
+    value = content.get(key)
+    if not isinstance(value, str | None):
+        raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be a folder.")
+    return None if value is None else path.parent / value
+
+
+def _model(folder: Path, name: str) -> str:
+    """The model `name` in `folder`, or `name` as it is where no such folder is there."""
+    found = folder / name
+    elsewhere = found != Path(name) and name not in ("", EMBEDDED)
+    return str(found) if elsewhere and os.path.isdir(found) else name
+
+
+def _relative_to(folder: Path, task: str) -> str:
+    """`task` as it is when it names a suite or a Hub dataset or is absolute, else in `folder`."""
+    from ...tasks.suites.registry import SUITES  # loads numpy, which reading settings needn't
+
+    def in_suite(name: str) -> bool:
+        return name.split("/")[0] in SUITES and not name.endswith(TASK_FILES)
+
+    path = str(folder / task)
+    if in_suite(task) or task.startswith("hub:"):
+        return task
+    return os.path.join(os.curdir, path) if in_suite(path) else path
+
+
+# -------------------------------------------------------------------------------------------------
+# Command-line flags from annotations: a command takes objects, typer shows one flag per field.
+#
+# `Annotated[type, "help"]` is the flag of a parameter, of a field of an option group (options.py)
+# and of a setting (`config`), named after it; {"min": 1} may follow the help text. Settings are
+# their defaults, overlaid by the recipe, overlaid by the command line.
+# -------------------------------------------------------------------------------------------------
+
+TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
+RECIPE = Annotated[Path | None, "TOML file with settings; flags given here win over it."]
+
+
+# Settings that a flag leaves without a use: joint gates have the expert's rate, and raw inputs.
+IDLE = {"joint": ("gate_learning_rate", "gate_inputs")}
+
+
+@dataclass(frozen=True)
+class ExpertShapes:
+    """The shape that an expert of each kind would have, and the flags that were given."""
+
+    by_kind: Mapping[str, Peft]
+    flags: frozenset[str]
+
+    def of(self, kind: str) -> Peft:
+        """The shape of this kind. Raises ConfigError for flags that are another kind's."""
+        if kind not in self.by_kind:
+            raise ConfigError(f"--peft is {kind!r}, but must be one of {', '.join(self.by_kind)}.")
+        for name in sorted(self.flags):
+            owners = [k for k, config in PEFT_KINDS.items() if hasattr(config, name)]
+            if owners and kind not in owners:
+                flag = flag_of(name)
+                raise ConfigError(f"{flag} is for --peft {owners[0]}; the experts are {kind}.")
+        return self.by_kind[kind]
+
+
+@dataclass(frozen=True)
+class Without:
+    """Annotates a class of settings some of whose settings get no flag."""
+
+    names: tuple[str, ...]
+
+
+def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` as typer takes it: with one flag per field in place of each dataclass.
+
+    Classes of settings are parameters named as in `RECIPE_TABLES`; `ExpertShapes` stands for those
+    of all kinds of expert. A command with settings has --recipe, which also gives the options in
+    `RECIPE_OPTIONS` their default. A setting that several classes share is one flag and goes to all
+    of them. A parameter `given` receives the names of the settings in recipe and command line.
+    """
+    parts = _Parameters(inspect.signature(command, eval_str=True))
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        command(**parts.filled(arguments))
+
+    shown = list(parts.shown())
+    run.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in shown}
+    return run
+
+
+class _Parameters:
+    """A command's parameters: its own options, groups of them, and settings by table."""
+
+    def __init__(self, signature: inspect.Signature) -> None:
+        self.own: list[inspect.Parameter] = []
+        self.groups: dict[str, Any] = {}
+        self.configs: dict[str, Any] = {}
+        self.settings: dict[str, list[Setting]] = {}
+        self.shapes: str | None = None
+        self.takes_given = "given" in signature.parameters
+        for name, parameter in signature.parameters.items():
+            kind, *details = get_args(parameter.annotation) or (parameter.annotation,)
+            hidden = details[0].names if details and isinstance(details[0], Without) else ()
+            if kind is ExpertShapes:
+                self.shapes = name
+                self.configs |= PEFT_KINDS
+            elif kind in TABLE_OF:
+                self.configs[name] = kind
+                self.settings[name] = [s for s in settings_of(kind) if s.name not in hidden]
+            elif is_dataclass(kind):
+                self.groups[name] = kind
+                self.own += _fields_of(kind)
+            elif name != "given":
+                self.own.append(_option(name, parameter.annotation, parameter.default))
+        for table, config in self.configs.items():
+            self.settings.setdefault(table, list(settings_of(config)))
+
+    def shown(self) -> Iterator[inspect.Parameter]:
+        """What typer is shown."""
+        yield from self.own
+        if self.configs:
+            yield _option("recipe", RECIPE, None)
+        tabled = [(s, table) for table in self.configs for s in self.settings[table]]
+        tables = {
+            s.name: [table for each, table in tabled if each.name == s.name] for s, _ in tabled
+        }
+        yield from {s.name: _setting_flag(s, ", ".join(tables[s.name])) for s, _ in tabled}.values()
+
+    def filled(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """What the command is called with, from the `arguments` that typer parsed.
+
+        A flag that leaves another setting without a use (IDLE) takes no notice of the recipe's.
+        """
+        path = arguments.pop("recipe", None)
+        recipe = read_recipe(path) if path else Recipe()
+        names = {setting.name for each in self.settings.values() for setting in each}
+        flags = {name: arguments.pop(name) for name in names}
+        flags = {name: value for name, value in flags.items() if value is not None}
+        objects: dict[str, Any] = {}
+        given: set[str] = set()
+        for table, config in self.configs.items():
+            typed = {s.name: flags[s.name] for s in self.settings[table] if s.name in flags}
+            idle = {each for name, value in typed.items() if value for each in IDLE.get(name, ())}
+            written = recipe.tables.get(table, {})
+            values = {name: written[name] for name in written if name not in idle} | typed
+            objects[table] = from_mapping(config, values, "command line")
+            given |= values.keys()
+        for name in RECIPE_OPTIONS & arguments.keys():
+            arguments[name] = arguments[name] or getattr(recipe, name)
+        for name, group in self.groups.items():
+            objects[name] = group(**{f.name: arguments.pop(f.name) for f in fields(group)})
+        if self.shapes:
+            shapes = {kind: objects.pop(kind) for kind in PEFT_KINDS}
+            objects[self.shapes] = ExpertShapes(shapes, frozenset(flags))
+        if self.takes_given:
+            objects["given"] = frozenset(given)
+        return {**arguments, **objects}
+
+
+def flag_of(name: str) -> str:
+    """The flag of the setting or option with this name."""
+    return "--" + name.replace("_", "-")
+
+
+def _fields_of(group: Any) -> Iterator[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    return (_option(field.name, hints[field.name], field.default) for field in fields(group))
+
+
+def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    """A parameter, which is a flag if its annotation is a help text and a range of values."""
+    kind, *details = get_args(annotation) or (annotation,)
+    if details and isinstance(details[0], str):
+        flag = flag_of(name)
+        flags = f"{flag}/--no-{flag[2:]}" if kind is bool and default else flag
+        limits: dict[str, Any] = details[1] if details[1:] else {}
+        annotation = Annotated[kind, typer.Option(flags, help=details[0], **limits)]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return inspect.Parameter(name, keyword, default=default, annotation=annotation)
+
+
+def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
+    """The flag of a setting; None means that it was not given."""
+    kind = next(option for option in get_args(setting.type) or (setting.type,) if option)
+    shown = setting.help
+    shown += f" One of {', '.join((AUTO, *ROUTERS))}." if setting.name == "router" else ""
+    shown += "" if setting.default is None else f" (default: {setting.default})"
+    flag = flag_of(setting.name)
+    flags = f"{flag}/--no-{flag[2:]}" if kind is bool else flag
+    option = typer.Option(flags, help=shown, rich_help_panel=f"Settings: {panel}")
+    return _option(setting.name, Annotated[kind | None, option], None)
+
+
+# -------------------------------------------------------------------------------------------------
+# Options that several commands share, in groups: each option is defined and described once.
+#
+# A command takes a group as one parameter (`with_flags`) and hands it on whole.
+# -------------------------------------------------------------------------------------------------
 
 ANOTHER_OUT = "choose another --out"  # for `require_free`
 PoolArgument = Annotated[

@@ -14,17 +14,14 @@ from rich.text import Text
 from ...config import KIND_NAMES
 from ...errors import ConfigError
 from ...files.atomic import require_writable, write_text
-from ..console.printing import say, show
-from .flags import flag_of
-from .options import EngineOptions, only_with
+from ..console import say, show
+from .options import EngineOptions, flag_of, only_with
 
 if TYPE_CHECKING:
-    from ...tasks.suites.training_tasks import TrainingTask
-    from ...training.planning.costs import PlannedTask
-    from ...training.planning.plan import Plan
-    from ...training.planning.schedule import Schedule
+    from ...tasks.suites.registry import TrainingTask
+    from ...training.plan import Plan, Schedule
+    from ...training.plan_costs import PlannedTask
 
-__all__ = ["PlanOptions", "plan_experts"]
 
 WIDE = 180  # columns where output goes to a file
 TOTALS = ("steps", "sequences", "tokens", "seconds", "disk_bytes")
@@ -77,9 +74,8 @@ def plan_experts(
     """
     if options.json is not None:
         require_writable(options.json, ConfigError)
-    from ...training.planning.plan import plan_training
-    from ...training.planning.schedule import schedule
-    from ...training.planning.speed import measure_speed
+    from ...training.plan import plan_training, schedule
+    from ...training.plan_costs import measure_speed
 
     plan = plan_training(
         base,

@@ -1,17 +1,20 @@
-"""Commands of aggregators: pool, audit, compose, generate, evaluate, demo."""
+"""Commands of aggregators: pool, audit, compose, generate, evaluate, add, remove, compact, demo.
+
+Commands of aggregators: pool, audit, compose, generate, evaluate, demo.
+"""
 
 from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ...config import Formatting, Routing
 from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
 from ...files.atomic import require_free, require_writable
-from ..console.printing import say, show
+from ..console import say, show
 from .options import (
     ANOTHER_OUT,
     BaseOption,
@@ -27,7 +30,8 @@ from .options import (
     warn_of_unused,
 )
 
-__all__ = ["audit", "compose", "demo", "evaluate", "generate", "pool"]
+if TYPE_CHECKING:
+    from ...routing.saved.tensors import SavedModel
 
 
 def pool(
@@ -56,10 +60,10 @@ def pool(
     'hub:OWNER/*' lists what of an owner's repositories on the Hub can be routed on one base, and
     why the rest can't.
     """
-    from ...analysis.near_duplicates import near_duplicates
+    from ...analysis.findings import near_duplicates
     from ...experts.importing.hub_owner import is_owner
     from ...experts.pool import check_manifest_name
-    from ..console.tables import duplicates_table, pool_table
+    from ..tables import duplicates_table, pool_table
 
     if any(map(is_owner, places)):
         if len(places) > 1 or ((out or duplicates is not None) and import_ is None):
@@ -85,7 +89,7 @@ def pool(
 def _from_owner(pattern: str, folder: Path | None, base: str | None) -> list[Path]:
     """What an owner has, shown; the folder that it was fetched to, [] without one."""
     from ...experts.importing.hub_owner import MOST_REPOSITORIES, import_listed, list_owner
-    from ..console.tables import owner_table
+    from ..tables import owner_table
 
     listing = list_owner(pattern, base)
     able = bool(listing.routable)
@@ -117,8 +121,8 @@ def audit(
     """
     if json:
         require_writable(json, PoolError)
-    from ...analysis.audit.audit import audit as run
-    from ..console.tables import audit_table
+    from ...analysis.audit import audit as run
+    from ..tables import audit_table
 
     opened = open_pool(pool)
     report = run(opened, base.load_for(opened) if neutral else None)
@@ -151,7 +155,7 @@ def compose(
     others are a warning ('phatgoose audit' says more).
     """
     require_free(out, RoutingError, ANOTHER_OUT)
-    from ...analysis.audit.audit import audit as look
+    from ...analysis.audit import audit as look
     from ...base.sites import find_sites
     from ...routing.compose import check_pool_fits
     from ...routing.routers.registry import spec_of
@@ -219,7 +223,7 @@ def evaluate(
     """Score a model zero-shot on tasks."""
     from ...evaluation.evaluate import evaluate as run
     from ...tasks.task import named_apart
-    from ..console.tables import scores_table
+    from ..tables import scores_table
 
     if json:
         require_writable(json, EvaluationError)
@@ -245,3 +249,44 @@ def demo(
     from ..demo.demo import run_demo
 
     run_demo(base or "smollm2", out, seed=seed, all_methods=all_methods)
+
+
+# -------------------------------------------------------------------------------------------------
+# Commands that change a routed model's folder: add, remove, compact.
+# -------------------------------------------------------------------------------------------------
+
+FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]
+
+
+def add(model: FolderArgument, places: PoolArgument) -> None:
+    """Add experts to a routed model's folder."""
+    from ...routing.saved.segments import add_to_saved
+
+    _tell(add_to_saved(model, open_pool(places)), model)
+
+
+def remove(
+    model: FolderArgument, names: Annotated[list[str], typer.Argument(help="The experts' names.")]
+) -> None:
+    """Remove experts from a routed model's folder.
+
+    They stay in its files until it is compacted.
+    """
+    from ...routing.saved.segments import remove_from_saved
+
+    _tell(remove_from_saved(model, names), model)
+
+
+def compact(model: FolderArgument, stored: StoredOption = None) -> None:
+    """Write a routed model's folder anew, without what was removed."""
+    from ...routing.saved.segments import compact as rewrite
+
+    _tell(rewrite(model, stored=stored), model)
+
+
+def _tell(packed: SavedModel, model: Path) -> None:
+    files = len(packed.segments)
+    say(
+        f"{len(packed.names)} experts at {len(packed.sites)} sites in {files} "
+        f"{'file' if files == 1 else 'files'} -> {model}"
+    )

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ...config import ROUTING_SETTINGS, Routing, Serving
-from ..console.printing import say
+from ..console import say
 from ..processor import advice
 from .options import ModelOptions, ReplicaOptions, warn_of_unused
 
 if TYPE_CHECKING:
     from ..server.settings import ServedModel
-
-__all__ = ["serve"]
 
 
 def serve(

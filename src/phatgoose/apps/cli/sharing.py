@@ -10,7 +10,7 @@ import typer
 from ...config import KIND_NAMES, Formatting, Routing, settings_of
 from ...errors import ConfigError, RoutingError
 from ...files.atomic import require_free
-from ..console.printing import say
+from ..console import say
 from .options import (
     ANOTHER_OUT,
     BaseOption,
@@ -26,10 +26,8 @@ from .options import (
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
-    from ...routing.exporting.export import Export
-    from ...routing.exporting.texts import Texts
-
-__all__ = ["export", "import_command", "pull", "push"]
+    from ...routing.export.export import Export
+    from ...routing.export.shares import Texts
 
 
 def import_command(
@@ -155,8 +153,8 @@ def export(
     form = dict.fromkeys(given & {setting.name for setting in settings_of(Formatting)}, True)
     only_with("--prompt or --task", bool(prompt or task), form)
     texts = _texts(prompt, task, limit or 100, seed or 0, template, formatting)
-    from ...routing.exporting.export import export as run
-    from ...routing.exporting.opening import open_routed
+    from ...routing.export.export import export as run
+    from ...routing.export.export import open_routed
 
     check_routing_flags(model, routing, given)
     opened = open_routed(model, routing=routing, **vars(opening))
@@ -174,7 +172,7 @@ def _texts(
     formatting: Formatting,
 ) -> Texts | None:
     """What a mixture is fixed for, None for nothing."""
-    from ...routing.exporting.texts import Texts, prompt_texts
+    from ...routing.export.shares import Texts, prompt_texts
     from ..generation import check_text
 
     for each in prompt or ():
@@ -189,7 +187,7 @@ def _texts(
 
 def _told(result: Export) -> list[str]:
     """What was exported and what it lost, in lines."""
-    from ...routing.exporting.export import EXPORT_INFO
+    from ...routing.export.export import EXPORT_INFO
 
     shares = sorted(result.shares.whole().items(), key=lambda pair: -pair[1])
     mixture = ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares if share)

@@ -1,27 +1,146 @@
-"""The engine: starts workers, assigns jobs to them, and replaces lost workers.
+"""Jobs on a Ray cluster: the connection, workers, and the engine that replaces lost ones.
 
-When a worker is lost (its process was killed, its machine went away), its job's `again` is assigned
-to another one, which needs only the job's own folder. If this process dies, its workers end; the
-next run of the same jobs finds what they have finished.
+The connection to a Ray cluster; the only module that imports Ray.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import time
 from collections import Counter
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...errors import EngineError, PhatgooseError
-from ...files.quoting import first_line, one_line
-from ...jobs import AnyJob, AnyResult, Workshop
-from .connection import ray
-from .worker import PROGRESS, start_worker
+from ...errors import ConfigError, EngineError, PhatgooseError
+from ...files.strict import first_line, one_line
+from ...jobs import AnyJob, AnyResult, Job, Workshop
+from ..processor import bound_spinning, keep_to
 
-__all__ = ["RayEngine", "job_for"]
+bound_spinning()  # workers get it, with the environment of this process or by `_environment`
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster
+# Ray would give workers a lower priority than the command that they work for.
+os.environ.setdefault("RAY_worker_niceness", "0")
+# Otherwise Ray warns in every worker that uses no GPU.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+try:
+    import ray as ray  # for replicas.py too
+except ImportError as error:
+    raise ConfigError("The engine ray needs Ray: pip install 'phatgoose[ray]'.") from error
+
+
+OBJECT_STORE = 256 * 2**20  # bytes; datasets pass through it, models and experts don't
+PASSED_ON = (
+    "GOMP_SPINCOUNT",
+    "HF_ENDPOINT",
+    "HF_HUB_OFFLINE",
+    "OMP_WAIT_POLICY",
+    "PYTHONPATH",
+    "TOKENIZERS_PARALLELISM",
+)
+OURS = "PHATGOOSE_"
+
+
+@contextmanager
+def connected(address: str | None = None) -> Iterator[None]:
+    """Connect to the cluster at `address`; without one, to a new cluster of this machine alone.
+
+    `address` is HOST:PORT, ray://HOST:PORT or "auto" (the cluster that this machine is part of). An
+    existing connection is used and left open. Raises EngineError when no cluster answers.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    options: dict[str, Any] = {
+        "address": "local",
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE,
+    }
+    if address is not None:
+        options = {"address": address, "runtime_env": {"env_vars": _environment()}}
+    try:
+        ray.init(logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise EngineError(
+            f"No Ray cluster could be used at {address or 'here'}: {first_line(error)}"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _environment() -> dict[str, str]:
+    """The variables of this process that workers on other machines should have too."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in PASSED_ON or name.startswith(OURS)
+    }
+
+
+# -------------------------------------------------------------------------------------------------
+# A Ray actor that opens a workshop once and does one job after another with it.
+# -------------------------------------------------------------------------------------------------
+
+PROGRESS = "progress"  # the thread that answers `units` while a job runs
+
+
+class Worker:
+    """The actor; torch has as many threads in it as it has `cpus`."""
+
+    def __init__(self, workshop: list[Any], folder: str, cpus: float) -> None:
+        self._workshop, self._units, self._cpus = workshop, 0, cpus
+        with suppress(OSError):  # a machine without the folder needs absolute paths
+            os.chdir(folder)
+
+    def open(self) -> str:
+        """Open the workshop; returns Ray's id of the machine."""
+        keep_to(self._cpus)
+        # Fetched here: when Ray fetches it, it takes any error for a lost worker.
+        workshop: Workshop[Any, Any] = ray.get(self._workshop[0])
+        self._context = workshop.open(self._tell)
+        self._work = self._context.__enter__()
+        return str(ray.get_runtime_context().get_node_id())
+
+    def do(self, job: Job) -> Any:
+        """The job's result."""
+        self._units = 0
+        return self._work(job)
+
+    def units(self) -> int:
+        """How many units of the current job are done."""
+        return self._units
+
+    def _tell(self, units: int) -> None:
+        self._units += units
+
+
+def start_worker(workshop: Any, *, gpus: float, cpus: float) -> Any:
+    """A handle to a new worker, which starts when the cluster has room. `workshop` is a reference.
+
+    Ray could restart a lost worker, but wouldn't say which job it had; so the engine replaces it.
+    """
+    actor = ray.remote(
+        num_gpus=gpus,
+        num_cpus=cpus,
+        max_restarts=0,
+        concurrency_groups={PROGRESS: 1},
+    )(Worker)
+    return actor.remote([workshop], os.getcwd(), cpus)
+
+
+# -------------------------------------------------------------------------------------------------
+# The engine: starts workers, assigns jobs to them, and replaces lost workers.
+#
+# When a worker is lost (its process was killed, its machine went away), its job's `again` is
+# assigned to another one, which needs only the job's own folder. If this process dies, its workers
+# end; the next run of the same jobs finds what they have finished.
+# -------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from ...config import Serving
 from ...errors import ConfigError, EngineError
-from ...files.quoting import first_line
+from ...files.strict import first_line
 from ...jobs import absolute
 from ..processor import keep_to
 from ..server import ServedModel, create_app
-from .connection import ray
+from .engine import ray
 
 try:
     from ray import serve
@@ -23,7 +23,6 @@ try:
 except ImportError as error:
     raise ConfigError("Replicas need Ray Serve: pip install 'phatgoose[ray]'.") from error
 
-__all__ = ["replicated", "run_replicas"]
 
 NAME = "phatgoose"
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

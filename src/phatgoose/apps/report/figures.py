@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...analysis.kl_to_oracle import Correlation
+from ...analysis.measures import Correlation
 from ...analysis.pool_sizes import PoolSizeCurve
 from ...analysis.routing_distribution import Measure, RoutingDistribution
 from ...errors import ConfigError
@@ -33,16 +33,6 @@ try:
 except ImportError as error:
     raise ConfigError("Reports need matplotlib: pip install 'phatgoose[figures]'.") from error
 
-__all__ = [
-    "Point",
-    "dataset_matrix",
-    "divergence_scatter",
-    "heat_maps",
-    "pool_size_figure",
-    "svg_of",
-    "usage_bars",
-    "write_png",
-]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")

@@ -1,22 +1,363 @@
-"""The report of an analysis: a page that needs no network, its numbers and figures beside it."""
+"""The report of an analysis as one page: its sections, template and files.
+
+The files that pages are made of, as text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from numpy.typing import NDArray
 
 from ... import __version__
+from ...analysis.analyse import Analysis
+from ...analysis.measures import ORACLE, concentration, effective_experts, load
 from ...analysis.pool_sizes import PoolSizeCurve
-from ...analysis.result import Analysis
+from ...analysis.routing_distribution import PARTS
 from ...errors import EvaluationError
 from ...evaluation.comparison.methods import label_of
+from ...evaluation.comparison.tables import in_per_cent
 from ...files.atomic import write_text
-from ...files.quoting import reason
-from .assets import EXPLORER_CSS, EXPLORER_JS, asset, inline_json, render
-from .contents import sections_of
-from .figures import dataset_matrix, heat_maps, pool_size_figure, usage_bars, write_png
+from ...files.strict import reason
+from .figures import (
+    Point,
+    dataset_matrix,
+    divergence_scatter,
+    heat_maps,
+    pool_size_figure,
+    svg_of,
+    usage_bars,
+    write_png,
+)
 
-__all__ = ["REPORT", "report_page", "write_report"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FOLDER = Path(__file__).parent
+EXPLORER_JS, EXPLORER_CSS = "explorer.js", "explorer.css"  # any page may use them; see explorer.js
+
+
+def asset(name: str, folder: Path = FOLDER) -> str:
+    """The content of a file in `folder`, by default beside this one."""
+    return (folder / name).read_text(encoding="utf-8")
+
+
+def inline_json(content: Any) -> str:
+    """`content` as JSON that may stand inside a `<script>` element, whatever texts are in it."""
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
+
+
+def render(template: str, folder: Path = FOLDER, **values: Any) -> str:
+    """The template of that name in `folder`, filled; texts are escaped for HTML."""
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(values)
+
+
+# -------------------------------------------------------------------------------------------------
+# What the report's page says: its tables and figures, section by section.
+# -------------------------------------------------------------------------------------------------
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: the first cell of each row is its name."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+@dataclass(frozen=True)
+class PageFigure:
+    """A figure drawn for the page, and its caption."""
+
+    svg: str
+    caption: str
+
+    @classmethod
+    def of(cls, figure: Figure, name: str, caption: str) -> PageFigure:
+        """`figure` under a `name` of its own."""
+        return cls(svg_of(figure, name, caption), caption)
+
+
+@dataclass(frozen=True)
+class FigureGroup:
+    """Figures that fold away together."""
+
+    name: str
+    figures: Sequence[PageFigure]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of the page."""
+
+    id: str
+    name: str
+    texts: Sequence[str] = ()
+    tables: Sequence[Table] = ()
+    figures: Sequence[PageFigure] = ()
+    groups: Sequence[FigureGroup] = field(default=())
+
+
+def sections_of(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> list[Section]:
+    """All sections that the analysis has something for, in order."""
+    parts: Iterable[Section | None] = (
+        _scores(analysis),
+        _usage(analysis),
+        _layers(analysis),
+        _divergences(analysis),
+        _datasets(analysis),
+        _effects(analysis),
+        _sizes(curves),
+    )
+    return [part for part in parts if part is not None]
+
+
+def _scores(analysis: Analysis) -> Section | None:
+    rows = []
+    for name, router in analysis.routers.items():
+        scores = [router.scores[d] for d in analysis.datasets if d in router.scores]
+        if scores:
+            cells = [in_per_cent(s.score, s.low, s.high) for s in scores]
+            mean = sum(s.score for s in scores) / len(scores)
+            rows.append([label_of(name), *cells, f"{100 * mean:.1f}"])
+    if not rows:
+        return None
+    if analysis.oracle:
+        rows.append(["Oracle's expert", *(analysis.oracle[d] for d in analysis.datasets), ""])
+    first = next(router.scores for router in analysis.routers.values() if router.scores)
+    header = ["router", *(f"{d} (n = {first[d].n})" for d in analysis.datasets), "mean"]
+    return Section(
+        "scores",
+        "Scores",
+        tables=[Table("Zero-shot score in %, with 95 % intervals", header, rows)],
+    )
+
+
+def _usage(analysis: Analysis) -> Section:
+    shares = {label_of(name): router.mean() for name, router in analysis.routers.items()}
+    figure = PageFigure.of(
+        usage_bars(shares, analysis.experts),
+        "usage",
+        "Each expert's share of the weight, mean over datasets and sites; dashed: an even share.",
+    )
+    return Section(
+        "usage",
+        "Who is used",
+        [
+            "Decidedness is 1 less the mean entropy of a single token's distribution over ln E: 0 "
+            "where a router finds all experts alike, 1 where it knows just one."
+        ],
+        [_usage_table(analysis), _groups_table(analysis), *_agreement_table(analysis)],
+        [figure],
+    )
+
+
+def _usage_table(analysis: Analysis) -> Table:
+    rows = []
+    highest = math.log(max(2, len(analysis.experts)))  # one expert alone has no entropy anyway
+    for name, router in analysis.routers.items():
+        first, weight = router.mean("first"), router.mean()
+        top = int(first.argmax())
+        entropies = [found.token_entropy() for found in router.distributions.values()]
+        rows.append(
+            [
+                label_of(name),
+                f"{effective_experts(weight):.1f}",
+                f"{effective_experts(router.mean('probability')):.1f}",
+                f"{concentration(weight):.3f}",
+                f"{analysis.experts[top]} {100 * first[top]:.0f} % (load {load(first)[top]:.1f})",
+                f"{100 * (1 - float(np.mean(entropies)) / highest):.1f} %",
+            ]
+        )
+    return Table(
+        f"Over all {len(analysis.datasets)} datasets; {len(analysis.experts)} experts",
+        [
+            "router",
+            "effective experts (weights)",
+            "effective experts (before top-k)",
+            "concentration",
+            "most often first",
+            "decidedness of a token",
+        ],
+        rows,
+    )
+
+
+def _groups_table(analysis: Analysis) -> Table:
+    """Who serves prompts, answers, and each kind of site, by router."""
+    rows: dict[str, list[str]] = {}
+    for router in analysis.routers.values():
+        every = list(router.distributions.values())
+        groups = {f"{part}s": [found.whole(part=part) for found in every] for part in PARTS}
+        by_kind = [found.by_kind() for found in every]
+        for kind in dict.fromkeys(kind for held in by_kind for kind in held):
+            groups[kind] = [held[kind] for held in by_kind if kind in held]
+        for name, weights in groups.items():
+            rows.setdefault(name, [name]).append(_summary(np.mean(weights, axis=0), analysis))
+    return Table(
+        "Effective experts and the most used one, for the tokens of prompts and answers and for "
+        "each kind of site",
+        ["", *map(label_of, analysis.routers)],
+        list(rows.values()),
+    )
+
+
+def _summary(weight: Array, analysis: Analysis) -> str:
+    if not weight.any():
+        return ""
+    top = int(weight.argmax())
+    share = weight[top] / weight.sum()
+    return f"{effective_experts(weight):.1f}, {analysis.experts[top]} {100 * share:.0f} %"
+
+
+def _agreement_table(analysis: Analysis) -> Iterator[Table]:
+    rows = [
+        [
+            f"{label_of(a)} and {label_of(b)}",
+            f"{100 * found.first:.1f} %",
+            f"{found.overlap:.3f}",
+            _mean_divergence(analysis, a, b),
+            f"{found.decisions:,}",
+        ]
+        for (a, b), found in analysis.agreements.items()
+    ]
+    if rows:
+        chance = f"by chance {100 / len(analysis.experts):.1f} %"
+        yield Table(
+            "Agreement of routers, token by token and site by site",
+            [
+                "routers",
+                f"same first choice ({chance})",
+                "overlap of weights",
+                "KL to the other / back, mean over datasets",
+                "decisions",
+            ],
+            rows,
+        )
+
+
+def _mean_divergence(analysis: Analysis, router: str, other: str) -> str:
+    found = [analysis.divergence(router, other, dataset) for dataset in analysis.datasets]
+    to, back = (np.mean(values) for values in zip(*((d.to, d.back) for d in found), strict=True))
+    return f"{to:.3f} / {back:.3f}"
+
+
+def _layers(analysis: Analysis) -> Section:
+    groups = []
+    for index, dataset in enumerate(analysis.datasets):
+        figures: list[PageFigure] = []
+        for name, router in analysis.routers.items():
+            figure = heat_maps({dataset: router.distributions[dataset]}, oracle=analysis.oracle)
+            caption = f"{label_of(name)} on {dataset}: mean weight of each expert at each layer."
+            figures.append(PageFigure.of(figure, f"layers-{index}-{len(figures)}", caption))
+        groups.append(FigureGroup(dataset, figures))
+    return Section("layers", "Experts by layer", groups=groups)
+
+
+def _divergences(analysis: Analysis) -> Section | None:
+    if not analysis.oracle:
+        return None
+    rows, points, correlations = [], {}, {}
+    for name, router in analysis.routers.items():
+        if name == ORACLE:
+            continue
+        each = {d: analysis.divergence(name, ORACLE, d) for d in analysis.datasets}
+        rows.append([label_of(name), *(f"{e.to:.2f} / {e.back:.2f}" for e in each.values())])
+        found = analysis.correlation(name)
+        if found is not None:
+            label = label_of(name)
+            correlations[label] = found
+            points[label] = [Point(d, each[d].to, router.scores[d].score) for d in each]
+    if not rows:
+        return None
+    figures: list[PageFigure] = []
+    if points:
+        figure = divergence_scatter(points, correlations)
+        caption = (
+            "Score against KL(router ‖ Oracle), a point per dataset; r is Pearson's with Fisher's "
+            "95 % interval, ρ Spearman's. The paper finds r = −0.2."
+        )
+        figures.append(PageFigure.of(figure, "divergence", caption))
+    text = (
+        "Divergence of a router's whole-model distribution before top-k from Oracle's, which has "
+        f"all weight on one expert; both are mixed with {analysis.smoothing:g} of the uniform one."
+    )
+    caption = "KL(router ‖ Oracle) / KL(Oracle ‖ router) in nats"
+    table = Table(caption, ["router", *analysis.datasets], rows)
+    return Section("divergence", "How far from Oracle", [text], [table], figures)
+
+
+def _datasets(analysis: Analysis) -> Section:
+    figures: list[PageFigure] = []
+    tables: list[Table] = []
+    for index, (name, router) in enumerate(analysis.routers.items()):
+        figure = dataset_matrix(router.by_dataset(), analysis.experts, oracle=analysis.oracle)
+        ring = " A ring marks Oracle's expert." if analysis.oracle else ""
+        caption = f"{label_of(name)}: share of each expert on each dataset.{ring}"
+        figures.append(PageFigure.of(figure, f"datasets-{index}", caption))
+        if len(analysis.datasets) > 1:
+            tables.append(_overlap_table(analysis, label_of(name), analysis.overlaps(name)))
+    return Section("datasets", "Datasets beside each other", tables=tables, figures=figures)
+
+
+def _overlap_table(analysis: Analysis, label: str, overlaps: Array) -> Table:
+    rows = [
+        [dataset, *(f"{value:.2f}" for value in row)]
+        for dataset, row in zip(analysis.datasets, overlaps, strict=True)
+    ]
+    caption = f"{label}: overlap of the distributions of two datasets (1: the same)"
+    return Table(caption, ["", *analysis.datasets], rows)
+
+
+def _effects(analysis: Analysis) -> Section | None:
+    if not analysis.effects:
+        return None
+    rows = [
+        [
+            effect.expert,
+            in_per_cent(effect.mean, effect.interval.low, effect.interval.high, "+.1f"),
+            *(f"{100 * effect.by_task.get(d, math.nan):+.1f}" for d in analysis.datasets),
+        ]
+        for effect in analysis.effects
+    ]
+    table = Table(
+        f"{label_of(next(iter(analysis.routers)))}: score with all experts less that without this "
+        f"one, in points, with 95 % intervals over datasets and examples",
+        ["left out", "mean", *analysis.datasets],
+        rows,
+    )
+    return Section("effects", "Which experts matter", tables=[table])
+
+
+def _sizes(curves: Sequence[PoolSizeCurve]) -> Section | None:
+    if not curves:
+        return None
+    caption = "Mean score against the number of experts; faint points are single pools."
+    figure = PageFigure.of(pool_size_figure(curves), "sizes", caption)
+    return Section("sizes", "Pools of different size", figures=[figure])
+
+
+# -------------------------------------------------------------------------------------------------
+# The report of an analysis: a page that needs no network, its numbers and figures beside it.
+# -------------------------------------------------------------------------------------------------
 
 REPORT, NUMBERS, FIGURES = "report.html", "analysis.json", "figures"
 PER_ROUTER = LAYERS, DATASETS, USAGE = "layers", "datasets", "usage"  # kinds of figures

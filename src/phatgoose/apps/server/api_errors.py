@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import HTTPException
 
-from ...files.quoting import one_line
-
-__all__ = ["CLIENT_GONE", "ApiError", "bad_request", "busy"]
-__all__ += ["error_body", "for_clients", "without_paths"]
+from ...files.strict import one_line
 
 MOST_SHOWN = 500  # characters of an error
 
@@ -68,3 +67,31 @@ def for_clients(error: object) -> str:
 def without_paths(message: str) -> str:
     """`message` with each absolute path cut to its last part."""
     return PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], message)
+
+
+# -------------------------------------------------------------------------------------------------
+# The time by which a request must be answered.
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A request may take `seconds`, until the event loop's clock shows `end`."""
+
+    seconds: float
+    end: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        """The deadline `seconds` from now. Must be called in the event loop's thread."""
+        return cls(seconds, asyncio.get_running_loop().time() + seconds)
+
+    @property
+    def left(self) -> float:
+        """Seconds until then, 0 once it is over."""
+        return max(0.0, self.end - asyncio.get_running_loop().time())
+
+    def missed(self) -> ApiError:
+        """The error of a request that wasn't answered by then."""
+        message = f"The answer took longer than {self.seconds:g} seconds."
+        return ApiError(504, message, code="timeout")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection
 
+from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE_LATEST
 from prometheus_client import (
-    CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -16,8 +16,6 @@ from prometheus_client import (
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .api_errors import CLIENT_GONE
-
-__all__ = ["CONTENT_TYPE_LATEST", "Metrics", "MetricsMiddleware"]
 
 UNROUTED = "other"  # the path under which requests to unknown paths are counted
 

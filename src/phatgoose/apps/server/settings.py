@@ -11,9 +11,7 @@ from urllib.parse import parse_qsl
 
 from ...config import Routing, from_mapping, settings_of
 from ...errors import ConfigError
-from ...files.quoting import shortened
-
-__all__ = ["API_KEYS", "ServedModel", "keys_of", "served_models"]
+from ...files.strict import shortened
 
 API_KEYS = "PHATGOOSE_API_KEYS"  # the environment's keys, separated by commas
 

@@ -15,13 +15,12 @@ from fastapi import FastAPI
 
 from ...config import Serving
 from ...errors import ConfigError
-from ...files.quoting import reason
-from .guards.connection_guard import ConnectionGuard
+from ...files.strict import reason
+from .guards import ConnectionGuard
 
 if sys.platform != "win32":
     import resource
 
-__all__ = ["check_address", "run", "server_of"]
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 BACKLOG = 256  # connections that may wait to be accepted, and are accepted at once

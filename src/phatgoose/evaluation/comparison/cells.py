@@ -1,12 +1,31 @@
-"""Cells of a comparison: one row on one dataset, scored by a worker of an engine."""
+"""Cells of a comparison: one row on one dataset, with the code and machine that scored it.
+
+The version of the code that decides what a score is: results of another version are outdated.
+
+It is a hash of definitions, wherever they stand. Finished results stay valid when files are moved,
+split or joined, and when comments, docstrings or layout change.
+"""
 
 from __future__ import annotations
 
+import ast
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from ...base.fingerprint import number_format
 from ...base.loading import Base
@@ -15,15 +34,229 @@ from ...experts.expert import Expert
 from ...jobs import BaseLocation
 from ...routing.composition import composition_if_any
 from ...routing.open_model import OpenedModel
-from ...routing.routers.per_input.discriminant import PromptDiscriminant
-from ...routing.routers.per_input.remembered_states import RememberedStates
+from ...routing.routers.discriminant import PromptDiscriminant
+from ...routing.routers.prompt_router import PromptReader, RememberedStates
+from ...routing.routers.registry import ROUTERS
 from ...tasks.encoding import Encoder
-from ..evaluate import EvaluationSet, score
-from .code_version import code_version
-from .rows import Row, RowLocation
-from .shared_answers import SharedAnswers
+from ..evaluate import Answer, EvaluationSet, Questions, TaskScore, score, task_score
+from .methods import Row, RowLocation
 
-__all__ = ["Cell", "CellWorkshop", "cell_of"]
+PACKAGE = Path(__file__).parents[2]
+HOMES = [spec.home.rpartition(".")[0] for spec in ROUTERS.values() if isinstance(spec.home, str)]
+SCORING = (  # these, and all that they import; the registry imports routers by name
+    "evaluation.evaluate",
+    "routing.open_model",
+    *(f"routing.routers.{home}" for home in HOMES),
+)
+RELEASE = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)  # read: the root imports this module
+KERNEL = PACKAGE / "routing" / "kernels" / "native.cpp"
+
+
+@cache
+def code_version() -> str:
+    """The release and a hash of all definitions that decide what a score is.
+
+    They are the statements at the top of the scoring modules and of every module that these
+    import, without imports of our own and `__all__`, each once and in no order; and the source of
+    the native kernel.
+    """
+    definitions = {
+        text for module in _imported_by(SCORING) for text in _contents(module).definitions
+    }
+    digest = hashlib.sha256()
+    for definition in sorted(definitions):
+        digest.update(definition.encode())
+    digest.update(KERNEL.read_bytes())
+    (release,) = RELEASE.findall((PACKAGE / "__init__.py").read_text(encoding="utf-8"))
+    return f"{release}+{digest.hexdigest()[:12]}"
+
+
+def _imported_by(modules: tuple[str, ...]) -> set[str]:
+    """`modules` and every module of this package that they import, by dotted name."""
+    found: set[str] = set()
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        if module not in found:
+            found.add(module)
+            waiting.extend(_imports(module))
+    return found
+
+
+def _imports(module: str) -> Iterator[str]:
+    package = module.split(".")
+    if _file(module).name != "__init__.py":
+        package = package[:-1]
+    for level, source, names in _contents(module).imports:
+        above = package[: len(package) - level + 1]
+        origin = ".".join([*above, *([source] if source else [])])
+        for name in (origin, *(f"{origin}.{each}".lstrip(".") for each in names)):
+            if name and _file(name).is_file():
+                yield name
+
+
+@dataclass(frozen=True)
+class _Contents:
+    """What a file says: `imports` of our own as (level, module, names), and its `definitions`.
+
+    Definitions are the statements at its top, as text that no move changes.
+    """
+
+    imports: tuple[tuple[int, str | None, tuple[str, ...]], ...]
+    definitions: tuple[str, ...]
+
+
+def _contents(module: str) -> _Contents:
+    return _contents_of(_file(module).read_text(encoding="utf-8"))
+
+
+@lru_cache(maxsize=1024)
+def _contents_of(text: str) -> _Contents:
+    tree = ast.parse(text)
+    imports = tuple(
+        (node.level, node.module, tuple(alias.name for alias in node.names))
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.level
+    )
+    return _Contents(imports, tuple(map(ast.dump, _Essence().visit(tree).body)))
+
+
+class _Essence(ast.NodeTransformer):
+    """Removes what doesn't decide a score: docstrings, imports of our own and `__all__`."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:]
+        return super().generic_visit(node)
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        return None if node.level else node
+
+    def visit_If(self, node: ast.If) -> ast.AST | None:
+        return None if ast.unparse(node.test) == "TYPE_CHECKING" else self.generic_visit(node)
+
+    def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
+        return None if ast.unparse(node.targets[0]) == "__all__" else self.generic_visit(node)
+
+    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | None:
+        return None if ast.unparse(node.target) == "__all__" else self.generic_visit(node)
+
+
+def _file(module: str) -> Path:
+    place = PACKAGE.joinpath(*module.split("."))
+    package = place / "__init__.py"
+    return package if package.is_file() else place.with_suffix(".py")
+
+
+# -------------------------------------------------------------------------------------------------
+# When, by which commit and on what machine a comparison was made: what its file says of itself.
+# -------------------------------------------------------------------------------------------------
+
+PROCESSORS = Path("/proc/cpuinfo")
+SECONDS = 20  # for git
+DIGITS = 9  # of a commit
+
+
+def circumstances(device: torch.device, results: Path) -> dict[str, str | None]:
+    """`date`, `commit` and `machine` of a comparison on `device`, whose cells are in `results`.
+
+    The date, UTC, is that of the last finished cell. The commit is that of this package, None where
+    it is installed. The machine is its GPU or its processor, and the number of cores; workers
+    elsewhere may have other ones.
+    """
+    finished = datetime.fromtimestamp(results.stat().st_mtime, timezone.utc)
+    return {
+        "date": finished.isoformat(timespec="seconds"),
+        "commit": commit_of(PACKAGE),
+        "machine": f"{chip_of(device)}, {os.cpu_count()} cores",
+    }
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit of the checkout that `folder` is part of, with "+changes" where its files differ.
+
+    None where it is part of none, or there is no git.
+    """
+    if not _git(folder, "ls-files", "."):  # no checkout, or one of somebody else's
+        return None
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ".")
+    head = _git(folder, "rev-parse", f"--short={DIGITS}", "HEAD")
+    return f"{head}+changes" if head and changed else head
+
+
+def _git(folder: Path, *words: str) -> str | None:
+    """What git says of `folder`, None where it says nothing or there is no git."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    try:
+        done = subprocess.run(
+            [git, "-C", str(folder), *words], capture_output=True, timeout=SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.decode(errors="replace").strip() or None
+
+
+def chip_of(device: torch.device) -> str:
+    """The name of the GPU that `device` is, or of this machine's processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        text = PROCESSORS.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    names = (line.partition(":")[2].strip() for line in text.splitlines() if "model name" in line)
+    return next(names, "") or platform.processor() or platform.machine()
+
+
+# -------------------------------------------------------------------------------------------------
+# Answers that rows share: where one expert alone serves an input, it has answered already.
+# -------------------------------------------------------------------------------------------------
+
+
+def may_share(settings: Mapping[str, Any]) -> bool:
+    """True for a row whose `settings` say that its router chooses for whole inputs."""
+    return "input_k" in settings
+
+
+@dataclass(frozen=True)
+class SharedAnswers:
+    """What single experts answered: by expert and dataset, the results as they are stored."""
+
+    results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+
+    def score(
+        self, model: PreTrainedModel, dataset: EvaluationSet, questions: Questions
+    ) -> TaskScore | None:
+        """The score of a routed model that leaves each input to one expert, who has answered it.
+
+        None for other models, and where an expert's answers aren't known. What differs from scoring
+        the model itself is which inputs shared a batch, hence no more than rounding.
+        """
+        parts = composition_if_any(model)
+        lookup = parts.lookup if parts else None
+        # More experts an input are scored by the model, which then reads the inputs itself.
+        if not self.results or not isinstance(lookup, PromptReader) or lookup.k > 1:
+            return None
+        chosen = lookup.find(questions.prompts, dataset.examples).lone()
+        if parts is None or chosen is None:
+            return None
+        names = [parts.experts[z] for z in chosen.tolist()]
+        held = {name: self.results.get(name, {}).get(dataset.name) for name in set(names)}
+        if None in held.values():
+            return None
+        results = [held[name] or {} for name in names]
+        texts = [result["answers"][i] for i, result in enumerate(results)]
+        ties = sum(i in result["tied"] for i, result in enumerate(results))
+        found = task_score(dataset, [Answer(text) for text in texts])
+        return replace(found, ties=ties, cuts=questions.cuts)
+
+
+# -------------------------------------------------------------------------------------------------
+# Cells of a comparison: one row on one dataset, scored by a worker of an engine.
+# -------------------------------------------------------------------------------------------------
 
 Scorer = Callable[["Cell"], dict[str, Any]]
 

@@ -21,27 +21,29 @@ from ...base.loading import Base
 from ...base.sites import ROUTED
 from ...config import Formatting, Routing, given_or_default
 from ...errors import ConfigError, RoutingError, TaskError
-from ...experts.input_format import warn_of_other_formatting
+from ...experts.expert import warn_of_other_formatting
 from ...experts.pool import Pool
 from ...jobs import Engine, LocalEngine
 from ...routing.open_model import loaded_base
-from ...routing.routers.scores import Scores, best_expert, best_expert_by_task
+from ...routing.routers.router import Scores, best_expert, best_expert_by_task
 from ...tasks.encoding import Encoder
 from ...tasks.suites.entries import Entry, Sources, Suite
 from ...tasks.suites.registry import open_suite
 from ...tasks.task import Task
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
-from .cells import Cell, CellWorkshop, cell_of
-from .circumstances import circumstances
-from .code_version import code_version
-from .methods import DERIVED, METHODS, runnable_methods
+from .cells import (
+    Cell,
+    CellWorkshop,
+    SharedAnswers,
+    cell_of,
+    circumstances,
+    code_version,
+    may_share,
+)
+from .methods import DERIVED, METHODS, Row, reference_row, rows_of, runnable_methods, single_rows
 from .result_store import ResultStore
-from .rows import Row, reference_row, rows_of, single_rows
-from .shared_answers import SharedAnswers, may_share
 from .tables import Comparison, Result, write_tables
-
-__all__ = ["compare"]
 
 RESULTS = "results.jsonl"
 

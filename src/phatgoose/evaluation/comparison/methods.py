@@ -1,30 +1,37 @@
-"""The methods of a comparison: the base, and every router of the registry (paper section 4.2)."""
+"""The methods of a comparison, and the model that each composes.
+
+The methods of a comparison: the base, and every router of the registry (paper section 4.2).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from ...base.fingerprint import BaseReference, dtype_name
+from ...base.loading import Base, load_base
+from ...base.sites import ROUTED
 from ...config import Routing
 from ...errors import ConfigError, PoolError
 from ...experts.expert import Expert
+from ...experts.hub import local_folder
 from ...experts.pool import REMEDIES, Pool
-from ...routing.routers.registry import ROUTERS
+from ...files.strict import sha256_of
+from ...jobs import absolute
+from ...routing.compose import compose, detach
+from ...routing.open_model import OpenedModel, is_pool, is_routed, open_model
+from ...routing.routers.affinities import NEED_MEANS
+from ...routing.routers.registry import ROUTERS, spec_of
 from ...routing.routers.router import router_of
-
-__all__ = [
-    "BASE",
-    "DERIVED",
-    "METHODS",
-    "check_routable",
-    "label_of",
-    "label_with_settings",
-    "lacking",
-    "runnable_methods",
-    "unusual_settings",
-]
+from ...routing.saved.load import base_of
+from ...routing.saved.tensors import ROUTED_INFO
 
 BASE = "base"  # the method that routes nothing
 # In the order of the tables. A single expert is no method: Oracle and Best Individual choose one.
@@ -155,3 +162,156 @@ def _named(needs: tuple[str, ...]) -> tuple[str, str | None]:
     """(the `needs` for people, the command that makes the first of them if there is one)."""
     commands = [REMEDIES[need] for need in needs if need in REMEDIES]
     return " and ".join(NAMES.get(need, need) for need in needs), (*commands, None)[0]
+
+
+# -------------------------------------------------------------------------------------------------
+# The rows of a comparison: the model that each composes, and what identifies its results.
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of a comparison.
+
+    `identity` differs from that of any other model. `pool` None means the model at `place`, or the
+    base alone where that is None too.
+    """
+
+    name: str
+    label: str
+    identity: Mapping[str, Any]
+    pool: Pool | None = None
+    routing: Routing | None = None
+    place: str | None = None
+
+    @property
+    def base(self) -> BaseReference | None:
+        """The base that its experts are for; None for a base alone."""
+        if self.pool is not None:
+            return self.pool.base
+        return base_of(self.place) if self.place is not None and is_routed(self.place) else None
+
+    def portable(self) -> RowLocation:
+        """The row for another process, by the locations of its experts."""
+        place = None if self.place is None else absolute(self.place)
+        experts = None if self.pool is None else self.pool.records()
+        return RowLocation(
+            replace(self, pool=None, place=place),
+            None if experts is None else tuple(record["path"] for record in experts),
+        )
+
+    @contextmanager
+    def model(self, base: Base) -> Iterator[OpenedModel]:
+        """The row's model while the context is open; `base` is as it was afterwards."""
+        if self.pool is None and self.place is not None:
+            dtype = dtype_name(base.model.dtype)
+            given = base if is_routed(self.place) else None
+            opened = open_model(self.place, given, dtype=dtype, routing=self.routing)
+        elif self.pool is None or self.routing is None:
+            opened = OpenedModel(base.model, base.tokenizer)
+        else:
+            model = compose(self.pool, base, routing=self.routing)
+            opened = OpenedModel(model, base.tokenizer)
+        try:
+            yield opened
+        finally:
+            if hasattr(opened.model, ROUTED):
+                detach(opened.model)
+
+
+@dataclass(frozen=True)
+class RowLocation:
+    """A row by the locations of its experts, for another process; None where it has no pool."""
+
+    row: Row
+    experts: tuple[str, ...] | None
+
+    def open(self, loaded: dict[str, Expert]) -> Row:
+        """The row; experts that `loaded`, by location, lacks are loaded and added to it.
+
+        Raises PoolError when the experts there are not those that the row was made of.
+        """
+        if self.experts is None:
+            return self.row
+        for place in self.experts:
+            if place not in loaded:
+                loaded[place] = Expert.load(local_folder(place))
+        pool = Pool(tuple(loaded[place] for place in self.experts))
+        row = pool_row(self.row.name, self.row.label, pool, self.row.routing or Routing())
+        if row.identity != self.row.identity:
+            raise PoolError(
+                f"{self.row.label}: the experts that this worker finds at {self.experts[0]} and "
+                f"the other places are not those that the comparison was begun with."
+            )
+        return row
+
+
+def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
+    """The rows for those of `methods` that are not derived, in the order of METHODS."""
+    rows = []
+    for name, label in METHODS.items():
+        if name == BASE and name in methods:
+            rows.append(Row(name, label, {"model": "base"}))
+        elif name in methods and name not in DERIVED:
+            chosen = replace(routing, router=name, expert=None)
+            rows.append(pool_row(name, label, pool, chosen))
+    return rows
+
+
+def single_rows(pool: Pool) -> list[Row]:
+    """A row for each expert of the pool, alone."""
+    return [
+        pool_row(name, name, pool.select([name]), Routing(router="single", k=1))
+        for name in pool.names
+    ]
+
+
+def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
+    """A row for any other model: a routed model's folder, a pool, an expert, a base by id or path.
+
+    A pool is routed as PHATGOOSE, an expert stands alone. Raises ConfigError for a label that is
+    the name of a method, and what composing a pool would for its settings and experts.
+    """
+    if label in METHODS:
+        raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")
+    if is_routed(place):
+        identity = {"routed": sha256_of(Path(place) / ROUTED_INFO)}  # holds the weights' hash too
+        return Row(label, label, identity, routing=routing, place=str(place))
+    if not is_pool(place):
+        return Row(label, label, {"model": load_base(place).fingerprint}, place=str(place))
+    pool = Pool.open(place)
+    alone = Routing(router="single", k=1)
+    chosen = alone if len(pool) == 1 else replace(routing, router="phatgoose", expert=None)
+    check_routable(pool, chosen)
+    return pool_row(label, label, pool, chosen)
+
+
+def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
+    """The row of `pool` routed by `routing`."""
+    spec = spec_of(routing.router)
+    settings = {key: getattr(routing, key) for key in (*spec.settings, "kernel")}
+    shared = [*spec.needs]
+    if settings.get("affinity") in NEED_MEANS:
+        shared.append("means")
+    identity = {
+        "router": routing.router,
+        **settings,
+        "pool": [_expert_digest(expert, shared) for expert in pool.experts],
+    }
+    return Row(name, label, identity, pool, routing)
+
+
+def _expert_digest(expert: Expert, shared: Sequence[str]) -> str:
+    """A hash of what a router uses of an expert: its adapter and its `shared` parts."""
+    settings = sorted((site, module.settings) for site, module in expert.modules.items())
+    digest = hashlib.sha256(f"{expert.info.adapter_sha256} {settings}".encode())
+    for part in shared:
+        tensors: dict[str, Tensor] = {}
+        if part == "embeddings" and expert.embeddings is not None:
+            made_by = f"{expert.info.embedder} {expert.info.embedding_form}"
+            tensors = {made_by: expert.embeddings}
+        elif part in ("gates", "means", "readings"):
+            tensors = dict(getattr(expert, part))
+        for name in sorted(tensors):
+            digest.update(name.encode() + tensors[name].float().numpy().tobytes())
+    return digest.hexdigest()[:16]

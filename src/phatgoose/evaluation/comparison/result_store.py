@@ -14,10 +14,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ...errors import EvaluationError
-from ...files.quoting import reason
-from ...files.regular_file import require_regular
-
-__all__ = ["ResultStore"]
+from ...files.strict import reason, require_regular
 
 LOCK = ".lock"
 

@@ -16,9 +16,6 @@ from ...files.atomic import write_text
 from ..intervals import CONFIDENCE, Interval, Sample, dataset_replicates, interval_of
 from .methods import unusual_settings
 
-__all__ = ["ALL", "ANCHOR", "Comparison", "Result", "Summary", "in_per_cent"]
-__all__ += ["markdown_table", "write_tables"]
-
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
 FORMULAS: tuple[str, ...] = (
     "=",

@@ -25,28 +25,26 @@ from ...base.loading import is_hub_id, load_base, load_skeleton, recorded_id
 from ...base.sites import find_sites
 from ...errors import ConfigError, ExpertError
 from ...files.atomic import require_free
-from ...files.quoting import shortened
+from ...files.strict import shortened
 from ..adapter import KINDS, adapter_files, check_fit, named_base, read_modules
-from ..expert import LAYOUT, Expert, named_revision
-from ..expert_info import check_name
+from ..expert import LAYOUT, Expert, check_name, named_revision
 from ..hub import HubReference, fetch, reference_of
 from ..kinds.ia3 import IA3_ENDING, ScalingVector
 from ..kinds.kind import SiteModule
 from ..kinds.lora import LORA_ENDINGS, LoraFactors
-from ..kinds.peft_files import (
+from ..kinds.peft import (
     ADAPTER_WEIGHTS,
+    CONVERTIBLE,
     PEFT_FILES,
     PEFT_PREFIX,
     PICKLED_WEIGHTS,
     read_adapter_config,
     read_config,
     read_weights,
+    tensor_refusal,
 )
-from ..kinds.refusals import CONVERTIBLE, tensor_refusal
 from .peft_skeleton import Target, resolve
 from .to_lora import convert
-
-__all__ = ["import_adapter", "require_named_base", "resolved_modules"]
 
 WANTED = dict(  # for messages, by the end of a tensor's name
     zip(

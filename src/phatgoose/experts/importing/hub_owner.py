@@ -18,18 +18,13 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 
 from ...errors import PhatgooseError, PoolError
-from ...files.quoting import one_line, shortened
-from ...files.strict_json import MOST_JSON_BYTES
+from ...files.strict import MOST_JSON_BYTES, one_line, shortened
 from ..adapter import ADAPTER_FILES, adapter_files, kind_of
-from ..expert import EXPERT_FILES, LAYOUT
-from ..expert_info import check_name, read_info
+from ..expert import EXPERT_FILES, LAYOUT, check_name, read_info
 from ..hub import PREFIX, HubReference, pull, without_progress_bars
 from ..kinds.bottleneck import BOTTLENECK_CONFIG
-from ..kinds.peft_files import ADAPTER_CONFIG, PICKLED_WEIGHTS
+from ..kinds.peft import ADAPTER_CONFIG, PICKLED_WEIGHTS
 from .adapter import import_adapter, require_named_base
-
-__all__ = ["MOST_BYTES", "MOST_REPOSITORIES", "Found", "Listing", "import_listed", "is_owner"]
-__all__ += ["list_owner"]
 
 MOST_REPOSITORIES = 1000  # of an owner, those that the Hub names first
 MOST_BYTES = 2 * 2**30  # of an adapter; a larger one is imported by its own name

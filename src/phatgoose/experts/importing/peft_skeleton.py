@@ -29,14 +29,11 @@ from transformers.pytorch_utils import Conv1D
 from ...base.loading import load_skeleton
 from ...base.sites import Site, find_sites
 from ...errors import ExpertError
-from ...files.quoting import first_line, shortened
 from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
+from ...files.strict import first_line, shortened
 from ..kinds.ia3 import IA3_ENDING
 from ..kinds.lora import LORA_ENDINGS
-from ..kinds.peft_files import ADAPTER
-from ..kinds.refusals import CONFIGS
-
-__all__ = ["Skeleton", "Target", "peft_errors", "resolve", "spelled_out"]
+from ..kinds.peft import ADAPTER, CONFIGS
 
 ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern
 # What PEFT raises for odd values in a config.

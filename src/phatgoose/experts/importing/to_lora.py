@@ -21,13 +21,11 @@ from torch import Tensor
 from ...base.loading import load_base
 from ...base.sites import find_sites
 from ...errors import ExpertError
-from ...files.quoting import shortened
 from ...files.regex_guard import BY_PATTERN, check_config
+from ...files.strict import shortened
 from ..kinds.lora import LoraFactors
-from ..kinds.peft_files import ADAPTER, ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
+from ..kinds.peft import ADAPTER, ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
 from .peft_skeleton import peft_errors, spelled_out
-
-__all__ = ["Conversion", "convert"]
 
 SIZES = ("r", "n_frequency", "block_size", "gralora_k")  # sizes of the tensors that PEFT makes
 

@@ -3,7 +3,6 @@
 kind.py        what all kinds have: a module at a site, two files, a record
 lora.py        LoRA
 ia3.py         (IA)³
-peft_files.py  PEFT's files, which these two share
-refusals.py    PEFT's adapters that can't be routed, and why
 bottleneck.py  bottleneck adapters, in files of our own
+peft.py        PEFT's files, which these two share, and adapters that can't be routed
 """

@@ -17,20 +17,9 @@ from torch.nn import functional
 
 from ...config import ACTIVATIONS
 from ...errors import ExpertError
-from ...files.quoting import shortened
-from ...files.strict_json import read_json_object
+from ...files.strict import read_json_object, shortened
 from ...files.tensor_file import TensorFile
 from .kind import AdapterFiles, SiteModule, are_floats, read_tensors
-
-__all__ = [
-    "ACTIVATION",
-    "BOTTLENECK_CONFIG",
-    "BOTTLENECK_FILES",
-    "BOTTLENECK_WEIGHTS",
-    "BottleneckLayers",
-    "read_bottleneck",
-    "write_bottleneck",
-]
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": functional.relu,

@@ -2,7 +2,7 @@
 
     (W u + b) ⊙ (1 + σ (l - 1)), or with the input scaled W (u ⊙ (1 + σ (l - 1))) + b
 
-Stored in PEFT's files (`peft_files`).
+Stored in PEFT's files (`peft`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from ...errors import ExpertError
 from .kind import SiteModule, are_floats
-from .peft_files import ADAPTER_WEIGHTS, site_of, write_adapter
-
-__all__ = ["IA3_ENDING", "ScalingVector", "read_ia3", "write_ia3"]
+from .peft import ADAPTER_WEIGHTS, site_of, write_adapter
 
 IA3_ENDING = ".ia3_l"
 

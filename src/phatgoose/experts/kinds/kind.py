@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from ...config import Peft
 from ...files.tensor_file import FLOATS, TensorFile
 
-__all__ = ["AdapterFiles", "Kind", "SiteModule", "are_floats", "read_tensors"]
-
 
 class SiteModule(ABC):
     """What an expert does at one site. Each kind has a frozen dataclass of this base."""

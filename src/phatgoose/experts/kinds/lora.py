@@ -1,6 +1,6 @@
 """LoRA (Hu et al. 2021; paper section 3): W u + b + σ scale (B A u + b_B).
 
-b_B is there only where PEFT's lora_bias is on. Stored in PEFT's files (`peft_files`).
+b_B is there only where PEFT's lora_bias is on. Stored in PEFT's files (`peft`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ from torch.nn import functional
 from ...errors import ExpertError
 from ...files.regex_guard import value_at
 from .kind import SiteModule, are_floats
-from .peft_files import ADAPTER_WEIGHTS, PEFT_PREFIX, site_of, write_adapter
-
-__all__ = ["LORA_ENDINGS", "LoraFactors", "plus_product", "read_lora", "write_lora"]
+from .peft import ADAPTER_WEIGHTS, PEFT_PREFIX, site_of, write_adapter
 
 LORA_ENDINGS = (".lora_A.weight", ".lora_B.weight", ".lora_B.bias")
 

@@ -2,14 +2,9 @@
 
 choice.py           the signature, and which kernel serves
 plain.py            plain torch: a loop like the paper, concatenated, gathered, mttl's
-grouped.py          tokens sorted by expert
-weighted_rows.py    weighted sums of vectors: biases, (IA)³
-bottlenecks.py      the routed bottleneck
-sizes.py            whether tensors belong together
 native.py           the product and top-k in C++
 native.cpp          their source
 shipped.py          compiled into wheels: which library runs here
-building.py         compiling it on this machine
 triton_gpu.py       the same for GPUs
 triton_programs.py  their programs
 """

@@ -27,13 +27,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .grouped import grouped, is_one_call
 from .native import add_routed, native, runs_natively
-from .plain import concat, gather, reference
+from .plain import concat, gather, grouped, is_one_call, reference
 from .triton_gpu import add_routed as add_routed_on_gpu
 from .triton_gpu import runs_on_triton, triton_gpu
-
-__all__ = ["KERNELS", "AddRouted", "Kernel", "choose_kernel", "one_call"]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 AddRouted = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, float | None], None]

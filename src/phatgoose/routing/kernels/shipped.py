@@ -17,8 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["LEVELS", "OPTIMISED", "compile_levels", "load_shipped"]
-
 # No -ffast-math: a library linked with it turns subnormal numbers off for the whole process.
 # With -ffp-contract=off, native.cpp says itself which products are added in one step.
 EXACTLY = ("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")

@@ -23,10 +23,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from .sizes import belong_together, is_choice, misfit
-
-__all__ = ["add_routed", "computed_features", "in_blocks", "loaded_features", "one_by_one"]
-__all__ += ["runs_on_triton", "top_experts", "triton_gpu"]
+from .plain import belong_together, is_choice, misfit
 
 logger = logging.getLogger(__name__)
 

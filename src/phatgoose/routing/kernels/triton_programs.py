@@ -11,20 +11,6 @@ changes no result: Triton's interpreter can't multiply bfloat16.
 import triton
 import triton.language as tl
 
-__all__ = [
-    "add_choices",
-    "arrange_experts",
-    "choose_experts",
-    "count_pairs",
-    "expand_block",
-    "expand_token",
-    "place_pairs",
-    "score_and_choose",
-    "score_experts",
-    "shrink_block",
-    "shrink_pair",
-]
-
 
 @triton.jit
 def _affinities(

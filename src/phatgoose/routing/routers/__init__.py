@@ -1,14 +1,11 @@
-"""Routers: which experts act on a token at a site, and with which weights.
+"""Routers: which experts act, for every token at every site or for a whole prompt.
 
-registry.py  every router as one record
-automatic.py the router for who names none
-router.py    what a router is, for a model and at a site
-decision.py  what a router answers, and the rule for ties
-lookup.py    which experts serve each whole input
-bounds.py    what one expert may add to statistics of the pool, at most
-mixtures.py  the experts of some inputs, with their weights
-scores.py    every expert's score on every task
-per_token/   routers that choose for every token
-per_input/   routers that choose experts for a whole input
-fixed/       the same experts for everything
+registry.py       every router as one record
+router.py         what a router is: for a model, and at each site
+vector_router.py  one vector for each expert, the top k of a score
+affinities.py     other scores of vectors and activations than the paper's
+prompt_router.py  routers that choose for a whole prompt, and what they read it by
+bounds.py         no single expert decides what a pool shares
+automatic.py      router auto
+phatgoose.py, average_activation.py, arrow.py, merged and others: one router in each file
 """

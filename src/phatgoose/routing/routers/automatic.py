@@ -13,8 +13,6 @@ from ...experts.pool import Pool
 from ...tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed
 from .registry import AUTO, ROUTERS
 
-__all__ = ["DECODER_ONLY", "ENCODER_DECODER", "settled"]
-
 ENCODER_DECODER: tuple[str, ...] = ("phatgoose", "average-activation", "arrow", "merged")
 # A decoder's token is routed before the prompt has said its task: who reads all of it comes first.
 # Two kinds of reading come before one, where the embedder is on this machine.

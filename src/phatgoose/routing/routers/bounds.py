@@ -14,8 +14,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["VARIED", "bound_of", "bounded_means", "bounded_variances"]
-
 VARIED = 30
 COMPARED = 32  # experts at most whose median a direction's bound is made of
 SMALLEST = 1e-6  # of the means' own spread: no bound is nearer to 0

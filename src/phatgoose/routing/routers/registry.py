@@ -12,9 +12,7 @@ from typing import Any
 
 from ...config import Routing, settings_of
 from ...errors import ConfigError
-from ...files.quoting import shortened
-
-__all__ = ["AUTO", "ROUTERS", "RouterSpec", "spec_of"]
+from ...files.strict import shortened
 
 AUTO = "auto"  # no router: `automatic` puts the name of one in its place
 USED_BY_ALL = ("router", "expert", "kernel", "retrieval_embedder")  # or refused elsewhere
@@ -29,7 +27,7 @@ class RouterSpec:
     `settings` the fields of `Routing` that its results depend on. A router that `grows` can take
     experts in, or leave some out, without being composed anew. One that chooses for whole inputs
     has its own `input_k` and `input_temperature`, for settings of these names that are None. `home`
-    is its `Router`: the class, or "folder.module.Class" below this package.
+    is its `Router`: the class, or "module.Class" in this folder.
     """
 
     name: str
@@ -72,14 +70,14 @@ _ALL = (
         "random",
         "Random",
         "k experts drawn for every token, with equal weights",
-        "per_token.random_experts.Random",
+        "random.Random",
         settings=("k", "router_seed"),
     ),
     RouterSpec(
         "retrieval",
         "Retrieval",
         "for every input the expert of the nearest training input",
-        "per_input.retrieval.Retrieval",
+        "retrieval.Retrieval",
         needs=("embeddings",),
         settings=("retrieval_form", *INPUT),
         input_temperature=0.2,
@@ -88,7 +86,7 @@ _ALL = (
         "centroid",
         "Centroid",
         "for every input the experts whose mean training input is nearest",
-        "per_input.centroid.Centroid",
+        "centroid.Centroid",
         needs=("embeddings",),
         settings=INPUT,
         input_k=3,
@@ -98,7 +96,7 @@ _ALL = (
         "average-activation",
         "Average Activation",
         "the k experts whose mean training activation is most like the token's",
-        "per_token.average_activation.AverageActivation",
+        "average_activation.AverageActivation",
         needs=("means",),
         settings=("k", "eps", "affinity", "router_temperature"),
     ),
@@ -106,7 +104,7 @@ _ALL = (
         "arrow",
         "Arrow",
         "the k experts that would stretch the token's activation most",
-        "per_token.arrow.Arrow",
+        "arrow.Arrow",
         needs=("lora",),
         settings=("k", "arrow", "router_temperature"),
     ),
@@ -114,7 +112,7 @@ _ALL = (
         "spectr",
         "SpectR",
         "the k experts whose updates look at most of the token's activation",
-        "per_token.spectr.Spectr",
+        "spectr.Spectr",
         needs=("lora",),
         settings=("k", "spectr_shortlist"),
     ),
@@ -122,13 +120,13 @@ _ALL = (
         "merged",
         "Merged Experts",
         "the mean of all experts' updates",
-        "fixed.merged.Merged",
+        "fixed.Merged",
     ),
     RouterSpec(
         "uniform-top-k",
         "Uniform top-k",
         "PHATGOOSE's k experts with equal weights",
-        "per_token.uniform_top_k.UniformTopK",
+        "uniform_top_k.UniformTopK",
         needs=("gates",),
         settings=("k", "eps", "stand_in"),
     ),
@@ -136,7 +134,7 @@ _ALL = (
         "phatgoose",
         "PHATGOOSE",
         "the k experts whose gates the token's activation fits best",
-        "per_token.phatgoose.Phatgoose",
+        "phatgoose.Phatgoose",
         needs=("gates",),
         settings=("k", "eps", "stand_in", "affinity", "router_temperature"),
     ),
@@ -144,7 +142,7 @@ _ALL = (
         "phatgoose-input",
         "PHATGOOSE per input",
         "for every input the expert whose gates its tokens fit best on average",
-        "per_input.phatgoose_input.PhatgooseInput",
+        "phatgoose_input.PhatgooseInput",
         needs=("gates", "means"),
         settings=("eps", *INPUT),
         grows=False,
@@ -153,7 +151,7 @@ _ALL = (
         "glider",
         "GLIDER",
         "PHATGOOSE's scores, and how near the whole input is to each expert's training inputs",
-        "per_token.glider.Glider",
+        "glider.Glider",
         needs=("gates", "embeddings"),
         settings=("k", "eps", "router_temperature", "glider_lambda"),
     ),
@@ -161,7 +159,7 @@ _ALL = (
         "logo",
         "LoGo",
         "for every input the experts whose updates of one layer are longest at the prompt's end",
-        "per_input.logo.Logo",
+        "logo.Logo",
         needs=("lora",),
         settings=("input_k", "logo_reads"),
         input_k=20,
@@ -170,7 +168,7 @@ _ALL = (
         "discriminant",
         "Discriminant",
         "for every input the expert whose training prompts the base reads most like it",
-        "per_input.discriminant.Discriminant",
+        "discriminant.Discriminant",
         needs=("readings",),
         settings=(*READING, *INPUT),
         input_temperature=0.1,
@@ -179,7 +177,7 @@ _ALL = (
         "joint-discriminant",
         "Joint Discriminant",
         "for every input the experts whose training prompts base and embedder read most like it",
-        "per_input.joint_discriminant.JointDiscriminant",
+        "joint_discriminant.JointDiscriminant",
         needs=("readings", "embeddings"),
         settings=(*READING, "embedding_share", *INPUT),
         input_k=3,
@@ -189,7 +187,7 @@ _ALL = (
         "phatgoose-evidence",
         "PHATGOOSE with evidence",
         "the k experts whose gates fit best, given how well they fit the whole prompt",
-        "per_token.shortlisted.ByEvidence",
+        "shortlisted.ByEvidence",
         needs=("gates", "means"),
         settings=("k", "eps", "affinity", "router_temperature", "prior", *INPUT),
         grows=False,
@@ -200,7 +198,7 @@ _ALL = (
         "discriminant-phatgoose",
         "Discriminant + PHATGOOSE",
         "the k experts whose gates fit best, of those that discriminant shortlists for the input",
-        "per_token.shortlisted.ByDiscriminant",
+        "shortlisted.ByDiscriminant",
         needs=("gates", "readings"),
         settings=("k", "eps", "affinity", "router_temperature", "prior", *READING, *INPUT),
         input_k=5,
@@ -210,7 +208,7 @@ _ALL = (
         "best-individual",
         "Best Individual",
         "the one expert with the best mean score over all tasks",
-        "fixed.best_individual.BestIndividual",
+        "fixed.BestIndividual",
         given=("scores",),
         grows=False,
     ),
@@ -218,7 +216,7 @@ _ALL = (
         "oracle",
         "Oracle",
         "for every task the expert with the best score on it",
-        "per_input.oracle.Oracle",
+        "oracle.Oracle",
         given=("scores", "task"),
         grows=False,
     ),
@@ -226,7 +224,7 @@ _ALL = (
         "single",
         "Single expert",
         "the one expert that `expert` names",
-        "fixed.single.Single",
+        "fixed.Single",
         given=("expert",),
         grows=False,
     ),

@@ -13,16 +13,13 @@ from ...base.loading import Base
 from ...base.offloading import execution_device
 from ...base.sites import Site, find_sites
 from ...errors import RoutingError, WrongBaseError
+from ..checks import check_folded
 from ..compose import dtype_at, install, resolve_base, routed_layer
 from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer
-from ..routers.lookup import SavedLookup
-from ..soundness import check_folded
-from ..stacks.site_stack import TENSORS, SiteStack
-from .description import ROUTED_INFO, base_in, read_description
-from .tensors import SavedModel, read_saved
-
-__all__ = ["base_of", "load"]
+from ..routers.router import SavedLookup
+from ..stacks import TENSORS, SiteStack
+from .tensors import ROUTED_INFO, SavedModel, base_in, read_description, read_saved
 
 
 def load(

@@ -18,13 +18,10 @@ from transformers import PreTrainedModel
 from ...base.fingerprint import changed_since, surely_differs
 from ...errors import RoutingError
 from ...files.atomic import WRITING_ERRORS, new_directory, new_file, write_text
-from ...files.quoting import reason
-from ...files.regular_file import sha256_of
+from ...files.strict import reason, sha256_of
 from ..composition import Composition, composition_of
 from ..layers import FoldedLinear, RoutedLayer, RoutedLinear
-from .description import ROUTED_INFO, ROUTED_WEIGHTS, routing_record
-
-__all__ = ["described", "layer_tensors", "save", "save_pretrained"]
+from .tensors import ROUTED_INFO, ROUTED_WEIGHTS, routing_record
 
 FORMAT_VERSION = 1
 OTHERS = ("config.json", "adapter_config.json")  # of models that from_pretrained would find

@@ -24,20 +24,30 @@ from ...base.loading import Base
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.pool import Pool
-from ...files.atomic import new_directory, require_free, write_text
-from ...files.left_overs import clear_left_overs, temporary_file
-from ...files.quoting import reason
+from ...files.atomic import (
+    clear_left_overs,
+    new_directory,
+    require_free,
+    temporary_file,
+    write_text,
+)
+from ...files.strict import reason
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
 from ..growing import check_growth, check_removal, check_unfolded
-from ..routers.router import router_of
-from ..routers.scores import Scores
-from ..stacks.site_stack import stack_of
-from .description import ROUTED_INFO, ROUTED_WEIGHTS
+from ..routers.router import Scores, router_of
+from ..stacks import stack_of
 from .save import described, layer_tensors
-from .tensors import FACTORS, SEGMENT_FILE, SavedModel, described_by, quantised, read_saved
-
-__all__ = ["STORED", "add_to_saved", "compact", "remove_from_saved", "save_pool"]
+from .tensors import (
+    FACTORS,
+    ROUTED_INFO,
+    ROUTED_WEIGHTS,
+    SEGMENT_FILE,
+    SavedModel,
+    described_by,
+    quantised,
+    read_saved,
+)
 
 STORED: dict[str, torch.dtype] = {
     "float32": torch.float32,

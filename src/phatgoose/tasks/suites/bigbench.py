@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import TaskError
-from ...files.strict_toml import read_toml
+from ...files.strict import read_toml
 from ..task import Example, Task
 from .entries import Entry, Sources, Suite
 from .hub import read_rows
-
-__all__ = ["bbh", "bbl"]
 
 SUFFIX = "\nAnswer:"  # the whole prompt: no instruction, no worked examples
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from ...errors import TaskError
 from ..task import Task
 
-__all__ = ["Entry", "Sources", "Suite"]
-
 
 @dataclass(frozen=True)
 class Sources:

@@ -16,13 +16,11 @@ from typing import Any
 import numpy as np
 
 from ...errors import TaskError
-from ...files.strict_toml import read_toml
+from ...files.strict import read_toml
 from ..task import Example, Task
 from .entries import Entry, Sources, Suite
 from .hub import read_rows
 from .t0 import held_in_entry, t0_held_in
-
-__all__ = ["flan"]
 
 METRICS = ("rouge-l",)
 ZERO_SHOT = ("zs_noopt", "zs_opt")  # the released code trains and validates only on these

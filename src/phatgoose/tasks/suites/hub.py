@@ -15,11 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from ...errors import TaskError
-from ...files.quoting import first_line
+from ...files.strict import first_line
 from ..loading import datasets_library
 from .entries import Sources
-
-__all__ = ["read_rows"]
 
 PARQUET_REVISION = "refs/convert/parquet"  # the Hub's own export of datasets that need a script
 NEEDS_A_SCRIPT = re.compile(r"\bscripts?\b|trust_remote_code")  # in errors of `datasets`

@@ -1,23 +1,268 @@
-"""Examples from the rows of a dataset and P3's prompt templates.
+"""P3: promptsource's templates, and examples made of rows and templates.
 
-P3 is Sanh et al. 2022, "Multitask Prompted Training Enables Zero-Shot Task Generalization".
+Prompt templates in promptsource's files, read and rendered without the package.
+
+A template is a jinja2 text, `input ||| target`, filled from a row of its dataset. It renders what
+`Template.apply` of promptsource 0.2.3 gives, which the paper's code calls, including the truncation
+of long fields (Bach et al. 2022, "PromptSource"). We differ in three points: a `|||` in a row never
+splits, not even in a list, a dict or an answer choice; the filter `choice` draws the same element
+for the same row; and jinja2 runs in its sandbox.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import random
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
+from jinja2 import Template, TemplateError, pass_context
+from jinja2.filters import do_truncate
+from jinja2.meta import find_undeclared_variables
+from jinja2.runtime import Context
+from jinja2.sandbox import SandboxedEnvironment
+
 from ...errors import TaskError
+from ...files.strict import require_regular
+from ..loading import SEPARATOR, TEMPLATE_FAILURES, longest_field
 from ..task import Example
 from .entries import Sources
 from .hub import read_rows
-from .promptsource import PromptTemplate, read_templates, templates_folder
 
-__all__ = ["P3Dataset", "Picker", "Row", "without"]
+FILE_NAME = "templates.yaml"
+# promptsource's own substitute for a separator inside a row: some templates name it.
+PROTECTED = "3ed2dface8203c4c9dfb1a5dc58e41e0"
+LONGEST_VALUE = 2048  # characters of each expression, where promptsource cuts by default
+DRAWS = "draws of this row"  # a name that no template can spell
+HOW_TO_GET = (
+    "unpack promptsource 0.2.3 and give its folder promptsource/templates, or install it: "
+    "pip install --no-deps --ignore-requires-python promptsource==0.2.3"
+)
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """A prompt template of promptsource.
+
+    `jinja` renders to `input ||| target`, or `input ||| target ||| target...` where several are
+    right. `answer_choices` renders to `choice ||| choice...`; None is an open-ended template.
+    `original_task` says that the prompt poses the dataset's original task.
+    """
+
+    name: str
+    jinja: str
+    answer_choices: str | None = None
+    original_task: bool = False
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """The fields of a row that the template mentions."""
+        names: set[str] = set()
+        for source in (self.jinja, self.answer_choices or ""):
+            names |= find_undeclared_variables(ENVIRONMENT.parse(source))
+        return frozenset(names - {"answer_choices"} - ENVIRONMENT.globals.keys())
+
+    def render(self, row: Mapping[str, Any]) -> Example | None:
+        """The row's example; None where the template gives no input or no target.
+
+        The target is the first of the right answers; the references are all of them where a
+        template gives several, empty otherwise. Templates render to nothing on purpose (a prompt
+        only for one kind of question), or lack an input or a target for a row. The paper's code
+        trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its p3.py, lines 133 to 143); we
+        leave such pairs out. The same row always gives the same text. Raises TaskError when an
+        expression fails on the row.
+        """
+        if "answer_choices" in row:
+            raise TaskError(f"Template {self.name!r}: a row has a field answer_choices of its own.")
+        values: dict[str, Any] = {key: _protect(value) for key, value in row.items()}
+        values[DRAWS] = _Draws(self.name, row)
+        choices: list[str] | None = None
+        try:
+            if self.answer_choices is not None:
+                choices = _split(_compiled(self.answer_choices).render(values))
+            values["answer_choices"] = _protect(choices)
+            parts = _split(_compiled(_truncating(self.jinja)).render(values))
+        except TEMPLATE_FAILURES as error:
+            raise TaskError(f"Template {self.name!r} can't be filled: {error}.") from error
+        if len(parts) < 2 or not parts[0] or not parts[1]:
+            return None
+        references = tuple(part for part in parts[1:] if part) if len(parts) > 2 else ()
+        passage = longest_field(row, parts[0], _shortened)
+        return Example(parts[0], parts[1], tuple(choices or ()), references, passage)
+
+
+def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
+    """The templates of `dataset` ("NAME" or "NAME/CONFIG"), sorted by name as promptsource does.
+
+    They are in `folder/NAME/CONFIG/templates.yaml`. Raises TaskError, naming the file, when it is
+    missing, has another format, a tag other than promptsource's two, or a template that isn't valid
+    jinja2.
+    """
+    file = folder / dataset / FILE_NAME
+    try:
+        require_regular(file, TaskError, f"Template file {file}")
+    except FileNotFoundError as error:
+        raise TaskError(f"Template file {file} does not exist; {HOW_TO_GET}") from error
+    try:
+        loaded = yaml.load(file.read_text(encoding="utf-8"), Loader=_Loader)
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise TaskError(f"Template file {file} can't be read: {reason}.") from error
+    listed = loaded.get("templates") if isinstance(loaded, dict) else None
+    if not isinstance(listed, dict) or not listed:
+        raise TaskError(f"Template file {file} has no templates; wanted promptsource's format.")
+    templates = [_template(node, file) for node in listed.values()]
+    return tuple(sorted(templates, key=lambda template: template.name))
+
+
+def templates_folder(sources: Sources) -> Path:
+    """The folder of promptsource's templates: `sources.templates`, or the installed package's.
+
+    The package is found, not imported. Raises TaskError, saying what to do, when there is neither.
+    """
+    if sources.templates is not None:
+        if not sources.templates.is_dir():
+            raise TaskError(f"Template folder {sources.templates} does not exist; {HOW_TO_GET}")
+        return sources.templates
+    spec = importlib.util.find_spec("promptsource")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        folder = Path(place) / "templates"
+        if folder.is_dir():
+            return folder
+    raise TaskError(f"Prompt templates are missing; {HOW_TO_GET}")
+
+
+# --- rendering ---
+
+
+class _Draws:
+    """The draws of the filter `choice` for one row: random, but repeatable."""
+
+    def __init__(self, name: str, row: Mapping[str, Any]) -> None:
+        self._name, self._row = name, row
+        self._random: random.Random | None = None
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        if self._random is None:  # most templates never draw
+            self._random = random.Random(f"{self._name} {dict(self._row)!r}")
+        if len(items) == 0:
+            raise IndexError("cannot choose from an empty sequence")  # as Python does from 3.11 on
+        return self._random.choice(items)
+
+
+@pass_context
+def _choice(context: Context, items: Sequence[Any]) -> Any:
+    """One of `items`; promptsource draws it from the global random state."""
+    return context[DRAWS](items)
+
+
+def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
+    """The most frequent of `items`, in order; None when there are none."""
+    counts = Counter(items)
+    if not counts:
+        return None
+    most = max(counts.values())
+    return [item for item, count in counts.items() if count == most]
+
+
+def _environment() -> SandboxedEnvironment:
+    environment = SandboxedEnvironment()
+    environment.globals["zip"] = zip
+    environment.filters["choice"] = _choice
+    environment.filters["most_frequent"] = _most_frequent
+    return environment
+
+
+ENVIRONMENT = _environment()
+
+
+@lru_cache(maxsize=2048)
+def _compiled(source: str) -> Template:
+    return ENVIRONMENT.from_string(source)
+
+
+@lru_cache(maxsize=2048)
+def _truncating(jinja: str) -> str:
+    """The template with each expression truncated, exactly as promptsource writes it."""
+    return jinja.replace("}}", f" | string | truncate({LONGEST_VALUE}) }}}}")
+
+
+def _shortened(value: str) -> str:
+    """A value as a plain expression prints it."""
+    return do_truncate(ENVIRONMENT, value, LONGEST_VALUE)
+
+
+def _split(text: str) -> list[str]:
+    return [part.replace(PROTECTED, SEPARATOR).strip() for part in text.split(SEPARATOR)]
+
+
+def _protect(value: Any) -> Any:
+    """A copy of a row's value in which no text contains a separator."""
+    if isinstance(value, str):
+        return value.replace(SEPARATOR, PROTECTED)
+    if isinstance(value, Mapping):
+        return {key: _protect(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_protect(item) for item in value]
+    return value
+
+
+# --- reading ---
+
+
+SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is 10 times faster
+
+
+class _Loader(SafeLoader):  # type: ignore[misc]
+    """YAML's plain types and promptsource's two tags, as dicts. Any other tag is an error."""
+
+
+def _mapping(loader: _Loader, node: yaml.Node) -> dict[str, Any]:
+    mapping: dict[str, Any] = loader.construct_mapping(node, deep=True)
+    return mapping
+
+
+for _tag in ("!Template", "!TemplateMetadata"):
+    _Loader.add_constructor(_tag, _mapping)
+
+
+def _template(node: Any, file: Path) -> PromptTemplate:
+    """The template that `node` describes, its jinja2 checked."""
+    name = node.get("name") if isinstance(node, dict) else None
+    if not isinstance(name, str):
+        raise TaskError(f"Template file {file}: wanted a template with a name, got {node!r:.60}.")
+    where = f"Template file {file}, template {name!r}"
+    jinja, choices = node.get("jinja"), node.get("answer_choices")
+    if not isinstance(jinja, str) or not isinstance(choices, str | None):
+        raise TaskError(f"{where}: jinja and answer_choices must be texts.")
+    metadata = node.get("metadata") or {}
+    if not isinstance(metadata, dict):
+        raise TaskError(f"{where}: metadata must be fields, got {metadata!r:.60}.")
+    template = PromptTemplate(
+        name,
+        jinja,
+        choices or None,
+        original_task=bool(metadata.get("original_task")),
+    )
+    try:
+        for source in (template.answer_choices or "", _truncating(template.jinja)):
+            _compiled(source)
+    except TemplateError as error:
+        raise TaskError(f"{where} is not valid jinja2: {error}.") from error
+    return template
+
+
+# -------------------------------------------------------------------------------------------------
+# Examples from the rows of a dataset and P3's prompt templates.
+#
+# P3 is Sanh et al. 2022, "Multitask Prompted Training Enables Zero-Shot Task Generalization".
+# -------------------------------------------------------------------------------------------------
 
 Row = Mapping[str, Any]
 

@@ -1,20 +1,163 @@
-"""The suites that are known by name. A new one is a module with a function, and a record here."""
+"""Suites by name: the paper's, one's own, and what a user can name to train on.
+
+One's own suites: a folder of task files, or a TOML file that lists them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
-from ...config import TASK_FILES
+from ...config import TASK_FILES, Training
 from ...errors import TaskError
-from ...files.quoting import shortened
+from ...files.strict import read_toml, shortened
+from ..loading import SPLITS, check_task_name, default_name, load_task
+from ..task import Task
 from . import bigbench, flan, t0
-from .entries import Suite
-from .local import local_suite
+from .entries import Entry, Sources, Suite
 
-__all__ = ["SUITES", "SuiteRecord", "open_suite"]
+SUITE_KEYS = ("name", "suffix", "tasks")
+TASK_KEYS = ("file", "name", "metrics", "max_new_tokens", "suffix")
+
+
+def local_suite(path: str | Path) -> Suite:
+    """The suite in `path`: a folder of task files, one such file, or a TOML file.
+
+    A folder's .jsonl and .csv files, hidden ones aside, are its tasks, in alphabetical order, and
+    its name is the suite's. A TOML file has the keys `name` (default: the file's stem), `suffix`
+    (text appended to every input) and, for each task, a table `[[tasks]]` with `file` (relative to
+    the TOML file) and optionally `name`, `metrics`, `max_new_tokens` and a `suffix` of its own.
+
+    An entry reads its task file when it is read itself. Raises TaskError, naming file and key, for
+    a path that is neither, a suite without tasks, a task file that doesn't exist, an unknown key, a
+    value of the wrong type, a name that is empty or no UTF-8, or two tasks with one name.
+    Evaluation checks that the metrics exist.
+    """
+    path = Path(path)
+    if path.suffix in TASK_FILES and not path.is_dir():
+        if not path.is_file():
+            raise TaskError(f"Task file {path} does not exist.")
+        suite = Suite(path.stem, (_entry(path, path.stem),))
+    else:
+        suite = _folder_suite(path) if path.is_dir() else _toml_suite(path)
+    if not suite.entries:
+        raise TaskError(f"{path} has no tasks; wanted .jsonl or .csv files, or [[tasks]] in TOML.")
+    for name in (suite.name, *suite.names):
+        check_task_name(name)
+    for name, count in Counter(suite.names).items():
+        if count > 1:
+            raise TaskError(
+                f"{path}: {count} tasks are called {name!r}; give them different names."
+            )
+    return suite
+
+
+def _entry(
+    file: Path,
+    name: str,
+    metrics: tuple[str, ...] = (),
+    max_new_tokens: int | None = None,
+    suffix: str = "",
+) -> Entry:
+    """The entry of one task file; `suffix` is appended to every input."""
+
+    def read(_: Sources) -> Task:
+        task = load_task(file, name=name)
+        splits: dict[str, Any] = {
+            split: tuple(replace(each, input=each.input + suffix) for each in getattr(task, split))
+            for split in SPLITS
+        }
+        return replace(task, **splits, metrics=metrics, max_new_tokens=max_new_tokens)
+
+    return Entry(name, read, metrics, max_new_tokens, source=str(file))
+
+
+def _folder_suite(folder: Path) -> Suite:
+    files = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in TASK_FILES and not file.name.startswith(".")
+    )
+    return Suite(folder.resolve().name, tuple(_entry(file, file.stem) for file in files))
+
+
+def _toml_suite(path: Path) -> Suite:
+    if path.suffix != ".toml":
+        raise TaskError(
+            f"Suite {path} must be a folder of task files, one of them, or a .toml file."
+        )
+    content = read_toml(path, "Suite", TaskError)
+    _require_known(content, SUITE_KEYS, str(path))
+    name = _name(content, str(path), path.stem)
+    suffix = _text(content, "suffix", str(path), "")
+    tables = content.get("tasks", [])
+    if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
+        raise TaskError(f"{path}: tasks must be tables, each headed [[tasks]].")
+    return Suite(
+        name,
+        tuple(
+            _listed_entry(table, f"{path}, task {number}", path.parent, suffix)
+            for number, table in enumerate(tables, 1)
+        ),
+    )
+
+
+def _listed_entry(table: Mapping[str, Any], where: str, folder: Path, suffix: str) -> Entry:
+    """The entry of one table [[tasks]], checked."""
+    _require_known(table, TASK_KEYS, where)
+    file = folder / _text(table, "file", where)
+    if file.suffix not in TASK_FILES:
+        raise TaskError(f"{where}: file is {file}, but must be a .jsonl or .csv file.")
+    if not file.is_file():
+        raise TaskError(f"{where}: file {file} does not exist.")
+    metrics = table.get("metrics", [])
+    if not (isinstance(metrics, list) and all(isinstance(metric, str) for metric in metrics)):
+        raise TaskError(
+            f'{where}: metrics is {shortened(metrics)}, but must be a list such as ["accuracy"].'
+        )
+    most = table.get("max_new_tokens")
+    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise TaskError(
+            f"{where}: max_new_tokens is {shortened(most)}, but must be a whole number above 0."
+        )
+    return _entry(
+        file,
+        _name(table, where, file.stem),
+        tuple(metrics),
+        most,
+        _text(table, "suffix", where, suffix),
+    )
+
+
+def _require_known(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise TaskError(f"{where}: unknown key {shortened(key)}; known are {', '.join(known)}.")
+
+
+def _name(table: Mapping[str, Any], where: str, default: str) -> str:
+    name = _text(table, "name", where, default)
+    if not name:
+        raise TaskError(f"{where}: name is empty; give one, or leave the key out for {default!r}.")
+    return name
+
+
+def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
+    value = table.get(key, default)
+    if value is None:
+        raise TaskError(f"{where}: {key} is missing.")
+    if not isinstance(value, str):
+        raise TaskError(f"{where}: {key} is {shortened(value)}, but must be a text.")
+    return value
+
+
+# -------------------------------------------------------------------------------------------------
+# The suites that are known by name. A new one is a module with a function, and a record here.
+# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -55,3 +198,133 @@ def open_suite(name_or_path: str | Path) -> Suite:
         f"Suite {shortened(name_or_path)} is neither a known name ({', '.join(SUITES)}) nor a "
         f"folder of task files nor a .toml, .jsonl or .csv file."
     )
+
+
+# -------------------------------------------------------------------------------------------------
+# What a user can name to train on: a suite, one of its datasets, a task file, a Hub dataset.
+#
+# The paper's pools have 36 and 166 datasets, so each is loaded only when its training begins.
+# -------------------------------------------------------------------------------------------------
+
+HUB = "hub:"
+
+Origin = Literal["file", "copy", "hub"]
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """A dataset to train on that is not loaded yet.
+
+    `named` is what a user writes for it alone, such as "t0hi/ag_news". Its data come from `origin`:
+    a "file" of the user's own, a "copy" of a Hub dataset in `sources.data`, or the "hub" itself.
+    """
+
+    entry: Entry
+    named: str
+    origin: Origin
+    sources: Sources
+
+    @property
+    def name(self) -> str:
+        """The task's name, and that of its expert."""
+        return self.entry.name
+
+    def settings(self, training: Training) -> Training:
+        """`training` for this task: with the micro-batch that its suite names for it, if any."""
+        most = self.entry.micro_batch_size
+        return training if most is None else replace(training, micro_batch_size=most)
+
+    def without_micro_batch(self) -> TrainingTask:
+        """The same task without a micro-batch of its own, so that `settings` changes nothing."""
+        return replace(self, entry=replace(self.entry, micro_batch_size=None))
+
+    def load(self) -> Task:
+        """The task, loaded anew at each call. Raises TaskError when it can't be."""
+        return self.entry.read(self.sources)
+
+    def portable(self) -> TrainingTask:
+        """The same task for another machine, which reads copies and Hub datasets itself.
+
+        A file of the user's own is read here, and its content travels.
+        """
+        if self.origin == "file":
+            task = self.load()
+            return replace(self, entry=replace(self.entry, read=lambda _: task))
+        folders = [
+            folder and folder.absolute() for folder in (self.sources.data, self.sources.templates)
+        ]
+        return replace(self, sources=Sources(*folders))
+
+
+def open_tasks(
+    names: Sequence[str],
+    sources: Sources | None = None,
+    *,
+    template: str | None = None,
+    choices: str | None = None,
+) -> list[TrainingTask]:
+    """The datasets that `names` stand for, in order; nothing is loaded.
+
+    A name is a suite (t0hi, flan, a suite file .toml, a folder of task files), which means all its
+    datasets, one dataset of a suite (`t0hi/ag_news`, `mine.toml/reviews`), a task file (.jsonl,
+    .csv) or `hub:DATASET`. `template` and `choices`, as in `load_task`, are for the latter two.
+
+    Raises TaskError for a name that is none of these, an unknown dataset, a suite to evaluate on
+    only, a file that doesn't exist, and templates where nothing uses them.
+    """
+    sources = sources or Sources()
+    tasks: list[TrainingTask] = []
+    for name in names:
+        if name.startswith(HUB) or name.endswith(TASK_FILES):
+            tasks.append(_single(name, sources, template, choices))
+        elif template or choices:
+            raise TaskError(
+                f"A template is for task files and hub:DATASET; {name} has prompts of its own."
+            )
+        else:
+            tasks += _of_suite(name, sources)
+    return tasks
+
+
+def _single(name: str, sources: Sources, template: str | None, choices: str | None) -> TrainingTask:
+    """The task of a file or of the Hub."""
+    origin: Origin = "hub" if name.startswith(HUB) else "file"
+    if origin == "file" and not Path(name).is_file():
+        raise TaskError(f"Task file {name} does not exist.")
+    entry = Entry(
+        default_name(name),
+        lambda _: load_task(name, template=template, choices=choices),
+        source=name,
+    )
+    return TrainingTask(entry, name, origin, sources)
+
+
+def _of_suite(name: str, sources: Sources) -> list[TrainingTask]:
+    """The tasks of a suite, or of one of its datasets."""
+    whole, _, dataset = name.rpartition("/")
+    if whole in SUITES or whole.endswith(".toml"):
+        suite = whole
+        entries: tuple[Entry, ...] = (_trainable(suite).entry(dataset),)
+    else:
+        suite = name.rstrip("/")
+        entries = _trainable(name).entries
+    hub: Origin = "hub" if sources.data is None else "copy"
+    origin: Origin = hub if suite in SUITES else "file"
+    return [TrainingTask(entry, f"{suite}/{entry.name}", origin, sources) for entry in entries]
+
+
+def _trainable(name: str) -> Suite:
+    """The suite `name`. Raises TaskError where it is unknown or only to evaluate on."""
+    trainable = [known for known, record in SUITES.items() if record.trainable]
+    if name in SUITES and name not in trainable:
+        raise TaskError(
+            f"Suite {name} is only for evaluation; suites to train on are {', '.join(trainable)}."
+        )
+    is_local = name.endswith(".toml") or (name and Path(name).is_dir())
+    if name not in SUITES and not is_local:
+        raise TaskError(
+            f"{name!r} can't be trained on; wanted a task file (.jsonl, .csv), hub:DATASET, "
+            f"{' or '.join(trainable)}, one of their datasets such as {trainable[0]}/ag_news, a "
+            f"suite file (.toml) or a folder of task files."
+        )
+    return open_suite(name)

@@ -18,13 +18,10 @@ from typing import Any
 import numpy as np
 
 from ...errors import TaskError
-from ...files.strict_toml import read_toml
+from ...files.strict import read_toml
 from ..task import Task
 from .entries import Entry, Sources, Suite
-from .p3 import P3Dataset, Picker, Row, without
-from .promptsource import PromptTemplate
-
-__all__ = ["held_in_entry", "t0_held_in", "t0_held_out"]
+from .p3 import P3Dataset, Picker, PromptTemplate, Row, without
 
 SEED = 42
 SET_APART_SEED = 1234

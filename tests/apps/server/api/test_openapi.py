@@ -7,8 +7,8 @@ from fastapi import FastAPI, HTTPException
 from starlette.testclient import TestClient
 
 import serving  # noqa: F401  skips where the extra is missing
-from phatgoose.apps.server.api.openapi import body_of, install_errors, responses_of, streamed
-from phatgoose.apps.server.api.request_schema import ChatRequest
+from phatgoose.apps.server.app import body_of, install_errors, responses_of, streamed
+from phatgoose.apps.server.schema import ChatRequest
 
 
 @pytest.fixture

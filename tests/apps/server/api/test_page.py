@@ -9,7 +9,7 @@ import pytest
 
 import serving
 from browser import PATIENCE, browser
-from phatgoose.apps.server.api.page import CSS, HEADERS, PAGE, SCRIPT
+from phatgoose.apps.server.app import CSS, HEADERS, PAGE, SCRIPT
 from phatgoose.config import Serving
 
 PROMPT = "to be or not"

@@ -8,10 +8,10 @@ import pytest
 from pydantic import ValidationError
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.api import request_parsing
-from phatgoose.apps.server.api.request_parsing import parsed
-from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
+from phatgoose.apps.server import requests as request_parsing
 from phatgoose.apps.server.api_errors import ApiError
+from phatgoose.apps.server.requests import parsed
+from phatgoose.apps.server.schema import ChatRequest, CompletionRequest
 
 MIB = 1 << 20
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from phatgoose.apps.server.api.request_preparation import RequestPreparer
-from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
 from phatgoose.apps.server.api_errors import ApiError
-from phatgoose.apps.server.engine.model_runner import ModelRunner
+from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.requests import RequestPreparer
+from phatgoose.apps.server.schema import ChatRequest, CompletionRequest
 from phatgoose.config import Serving
 from short_bases import few_places
 from tiny import with_added

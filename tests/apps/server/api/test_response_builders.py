@@ -6,12 +6,12 @@ import json
 
 import pytest
 
-from phatgoose.apps.server.api.request_preparation import PreparedRequest, RequestPreparer
-from phatgoose.apps.server.api.request_schema import ChatRequest, CompletionRequest
-from phatgoose.apps.server.api.response_builders import builder_of
-from phatgoose.apps.server.engine.model_runner import ModelRunner
-from phatgoose.apps.server.engine.sequences import Progress, ScoredToken
-from phatgoose.base.detokenising import UNFINISHED
+from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.requests import PreparedRequest, RequestPreparer
+from phatgoose.apps.server.responses import builder_of
+from phatgoose.apps.server.schema import ChatRequest, CompletionRequest
+from phatgoose.apps.server.sequences import Progress, ScoredToken
+from phatgoose.base.loading import UNFINISHED
 from phatgoose.config import Serving
 from serving import CHAT_TEMPLATE
 

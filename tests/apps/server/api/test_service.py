@@ -10,10 +10,9 @@ import pytest
 from tokenizers import Regex, normalizers, pre_tokenizers
 
 import serving
-from phatgoose.apps.server import ServedModel, create_app
-from phatgoose.apps.server.api import service
-from phatgoose.apps.server.engine import loaded_models
-from phatgoose.apps.server.engine.routing_cache import RoutingCache
+from phatgoose.apps.server import ServedModel, create_app, service
+from phatgoose.apps.server import models as loaded_models
+from phatgoose.apps.server.routing_cache import RoutingCache
 from phatgoose.base import untrusted_text
 from phatgoose.config import Serving
 

@@ -18,7 +18,7 @@ def _no_gradients():
 @pytest.fixture(scope="module")
 def runner_of(pool_of):
     """`runner_of(kind, router)`: the pool of that kind of base, composed, without end tokens."""
-    from phatgoose.apps.server.engine.model_runner import ModelRunner
+    from phatgoose.apps.server.models import ModelRunner
 
     made = {}
 

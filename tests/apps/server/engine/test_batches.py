@@ -9,9 +9,9 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
-from phatgoose.apps.server.engine.batches import Batch
-from phatgoose.apps.server.engine.decoding import Decoding
-from phatgoose.apps.server.engine.model_runner import ModelRunner
+from phatgoose.apps.server.engine import Batch
+from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.sequences import Decoding
 from tiny import VOCABULARY
 
 OTHERS = ("average-activation", "arrow", "spectr", "glider", "merged", "single")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.engine.decoding import Decoding, Sampler, seed_of, token_scores
+from phatgoose.apps.server.sequences import Decoding, Sampler, seed_of, token_scores
 
 
 def test_sampling_follows_temperature_and_top_p():

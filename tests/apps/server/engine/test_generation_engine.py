@@ -9,10 +9,9 @@ import torch
 
 from batched import GREEDY, by_generate, finish, prompt_of, raises, row_of
 from phatgoose.apps.server.api_errors import ApiError
-from phatgoose.apps.server.engine.batches import Batch
-from phatgoose.apps.server.engine.generation_engine import GenerationEngine
-from phatgoose.apps.server.engine.sequences import Failure
+from phatgoose.apps.server.engine import Batch, GenerationEngine
 from phatgoose.apps.server.metrics import Metrics
+from phatgoose.apps.server.sequences import Failure
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
 

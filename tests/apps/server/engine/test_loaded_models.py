@@ -9,7 +9,7 @@ import pytest
 
 import serving
 from phatgoose.apps.server import ServedModel, create_app, served_models
-from phatgoose.apps.server.engine.loaded_models import _Bases
+from phatgoose.apps.server.models import _Bases
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, Serving

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from batched import by_generate, finish, prompt_of, row_of
-from phatgoose.apps.server.engine import prefill
-from phatgoose.apps.server.engine.batches import Batch
-from phatgoose.apps.server.engine.decoding import Decoding
+from phatgoose.apps.server import engine as prefill
+from phatgoose.apps.server.engine import Batch
+from phatgoose.apps.server.sequences import Decoding
 from tiny import VOCABULARY
 
 

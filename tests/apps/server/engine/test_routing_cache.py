@@ -7,8 +7,8 @@ import math
 import pytest
 
 import serving
-from phatgoose.apps.server.deadline import Deadline
-from phatgoose.apps.server.engine.loaded_models import LoadedModel, RoutingOverride
+from phatgoose.apps.server.api_errors import Deadline
+from phatgoose.apps.server.models import LoadedModel, RoutingOverride
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from batched import GREEDY, alone, finish, prompt_of, row_of
 from phatgoose.analysis.traces import trace
-from phatgoose.apps.server.engine.batches import Batch
-from phatgoose.apps.server.engine.decoding import Alternative, Decoding, TokenScores
+from phatgoose.apps.server.engine import Batch
+from phatgoose.apps.server.sequences import Alternative, Decoding, TokenScores
 from phatgoose.tasks.encoding import Encoder
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from phatgoose.apps.server.engine.stop_texts import earliest, held_back
+from phatgoose.apps.server.sequences import earliest, held_back
 
 
 def test_where_a_stop_begins_and_what_may_be_one():

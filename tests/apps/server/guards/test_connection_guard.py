@@ -12,9 +12,10 @@ from urllib.parse import urlsplit
 import pytest
 
 import serving
-from phatgoose.apps.server.engine.batches import Batch
-from phatgoose.apps.server.guards import connection_guard, request_guard
-from phatgoose.apps.server.guards.connection_guard import ConnectionGuard
+from phatgoose.apps.server import guards as connection_guard
+from phatgoose.apps.server import guards as request_guard
+from phatgoose.apps.server.engine import Batch
+from phatgoose.apps.server.guards import ConnectionGuard
 from phatgoose.config import Serving
 
 GREEDY = {"model": "goose", "prompt": "to be", "max_tokens": 3, "temperature": 0}

@@ -8,8 +8,7 @@ import pytest
 
 import serving  # noqa: F401  skips without the extra
 from phatgoose.apps.server.api_errors import ApiError
-from phatgoose.apps.server.guards.access_control import AccessControl
-from phatgoose.apps.server.guards.request_guard import AT_ONCE, RequestBody, RequestGuard
+from phatgoose.apps.server.guards import AT_ONCE, AccessControl, RequestBody, RequestGuard
 
 MIB = 1 << 20
 

@@ -16,11 +16,11 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.layers import FoldedLinear, RoutedLinear, folded_weight, is_cheaper_folded
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.fixed.merged import UniformRouter
+from phatgoose.routing.routers.fixed import UniformRouter
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.routing.stacks.lora import LoraStack
-from phatgoose.tasks.collating import pad_left, pad_right
+from phatgoose.routing.stacks import LoraStack
+from phatgoose.tasks.batching import pad_left, pad_right
 from tiny import assert_same_logits, logits_of, make_ids, random
 
 LARGE = (24, 9, 20)  # ranks at which merging folds at every site of every tiny base

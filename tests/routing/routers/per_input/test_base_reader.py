@@ -9,8 +9,8 @@ from phatgoose.base.blocks import prompt_stack
 from phatgoose.errors import RoutingError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.mixtures import Mixtures
-from phatgoose.routing.routers.per_input.base_reader import BaseReader, routed_sites
+from phatgoose.routing.routers.prompt_router import BaseReader, routed_sites
+from phatgoose.routing.routers.router import Mixtures
 from phatgoose.tasks.prompt_passes import PromptReading, last_token
 from topic_prompts import PROMPTS, both_streams, scores_of
 

@@ -15,15 +15,15 @@ from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, PoolError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.pool import Pool
-from phatgoose.files.regular_file import sha256_of
+from phatgoose.files.strict import sha256_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.routers.per_input.centroid import centroids_of
+from phatgoose.routing.routers.centroid import centroids_of
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
-from phatgoose.tasks.collating import pad_left, pad_right
+from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import CHOOSING, PROMPTS, both_streams, experts_of, passed, retrieving

@@ -9,8 +9,8 @@ from phatgoose.errors import PoolError, RoutingError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.per_input import embedding_reader
-from phatgoose.routing.routers.per_input.embedding_reader import embeddings_of
+from phatgoose.routing.routers import prompt_router as embedding_reader
+from phatgoose.routing.routers.prompt_router import embeddings_of
 from phatgoose.tasks.task import Example
 from routed_models import with_embeddings
 from topic_prompts import PROMPTS, experts_of, tokens_of

@@ -16,7 +16,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.tasks.collating import pad_left, pad_right
+from phatgoose.tasks.batching import pad_left, pad_right
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import CHOOSING, PROMPTS, both_streams, experts_of, passed, scores_of
 

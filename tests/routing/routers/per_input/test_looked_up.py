@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from phatgoose.errors import RoutingError
-from phatgoose.routing.routers.lookup import Lookup
-from phatgoose.routing.routers.mixtures import Mixtures
-from phatgoose.routing.routers.per_input.looked_up import LookedUpRouter
+from phatgoose.routing.routers.prompt_router import LookedUpRouter
+from phatgoose.routing.routers.router import Lookup, Mixtures
 
 
 class Fixed(Lookup):

@@ -10,8 +10,7 @@ import torch
 from mixed_by_hand import adding
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import PoolError, RoutingError
-from phatgoose.evaluation.comparison.methods import lacking
-from phatgoose.evaluation.comparison.rows import rows_of
+from phatgoose.evaluation.comparison.methods import lacking, rows_of
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
@@ -19,8 +18,8 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import remove_experts
 from phatgoose.routing.recording import record, watch
-from phatgoose.routing.routers.per_input.phatgoose_input import LEAST
-from phatgoose.routing.routers.per_token.vector_router import standardise
+from phatgoose.routing.routers.phatgoose_input import LEAST
+from phatgoose.routing.routers.vector_router import standardise
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task

@@ -14,9 +14,9 @@ from phatgoose.errors import ConfigError, EvaluationError, RoutingError
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import announcing, composition_of
-from phatgoose.routing.routers.mixtures import Mixtures
-from phatgoose.routing.routers.per_input.prompt_reader import PromptReader
+from phatgoose.routing.routers.prompt_router import PromptReader
 from phatgoose.routing.routers.registry import ROUTERS
+from phatgoose.routing.routers.router import Mixtures
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import (

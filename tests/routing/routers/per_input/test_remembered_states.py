@@ -7,8 +7,8 @@ import torch
 
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.per_input import base_reader
-from phatgoose.routing.routers.per_input.remembered_states import RememberedStates
+from phatgoose.routing.routers import prompt_router as base_reader
+from phatgoose.routing.routers.prompt_router import RememberedStates
 from topic_prompts import PROMPTS, both_streams, scores_of
 
 ROUTINGS = (

@@ -20,10 +20,10 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.per_input.retrieval import Retriever
+from phatgoose.routing.routers.retrieval import Retriever
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.tasks.collating import pad_left, pad_right
+from phatgoose.tasks.batching import pad_left, pad_right
 from phatgoose.tasks.embeddings import DEFAULT_EMBEDDER, embed_texts
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of
@@ -189,7 +189,7 @@ def test_open_tasks_are_answered_by_the_experts_of_their_inputs(base, kind, pool
 def test_an_evaluation_embeds_every_example_once(llama, llama_pool, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        "phatgoose.routing.routers.per_input.embedding_reader.embed_texts",
+        "phatgoose.routing.routers.prompt_router.embed_texts",
         lambda texts, embedder: seen.append((list(texts), embedder)) or toy_embed(texts),
     )
     evaluate(compose_by("retrieval", llama_pool, llama), [CHOOSING, OPEN], max_new_tokens=2)

@@ -9,7 +9,7 @@ import torch
 
 from phatgoose.config import AFFINITIES, Routing
 from phatgoose.errors import ConfigError, PoolError, RoutingError
-from phatgoose.evaluation.comparison.rows import rows_of
+from phatgoose.evaluation.comparison.methods import rows_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
@@ -18,7 +18,7 @@ from phatgoose.routing.routers.router import RouterSite, router_of
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.neutral_text import neutral_examples
+from phatgoose.tasks.neutral import neutral_examples
 from tiny import logits_of, make_ids
 
 EPS = 1e-5

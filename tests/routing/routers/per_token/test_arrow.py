@@ -22,12 +22,12 @@ from phatgoose.config import ARROW_FORMS
 from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora import LoraFactors
-from phatgoose.experts.kinds.peft_files import ADAPTER_WEIGHTS
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.kernels.plain import mixed_factors
-from phatgoose.routing.routers.per_token.arrow import ArrowRouter, arrow_vector
+from phatgoose.routing.routers.arrow import ArrowRouter, arrow_vector
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids

@@ -18,7 +18,7 @@ from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.routing.saved.segments import add_to_saved, remove_from_saved, save_pool
-from phatgoose.tasks.collating import pad_left, pad_right
+from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids, random
 from topic_prompts import CHOOSING, PROMPTS, both_streams, experts_of, passed, retrieving

@@ -11,7 +11,7 @@ from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.recording import record
-from phatgoose.routing.routers.per_token.random_experts import RandomRouter
+from phatgoose.routing.routers.random import RandomRouter
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.task import Example, Task

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from phatgoose.config.routing import AFFINITIES
+from phatgoose.config import AFFINITIES
 from phatgoose.errors import PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.mixtures import Mixtures
-from phatgoose.routing.routers.per_token.vector_router import standardise
+from phatgoose.routing.routers.router import Mixtures
+from phatgoose.routing.routers.vector_router import standardise
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from tiny import assert_same_logits, logits_of, make_ids, random

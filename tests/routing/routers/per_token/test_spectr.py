@@ -18,10 +18,10 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import remove_experts
-from phatgoose.routing.routers.per_token.spectr import SpectrRouter, right_singular_vectors
+from phatgoose.routing.routers.spectr import SpectrRouter, right_singular_vectors
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.tasks.collating import pad_left, pad_right
+from phatgoose.tasks.batching import pad_left, pad_right
 from tiny import assert_same_logits, logits_of, make_ids, random
 from topic_prompts import PROMPTS, both_streams, passed
 

@@ -9,14 +9,13 @@ import torch
 
 from phatgoose.config import Routing
 from phatgoose.errors import PoolError
-from phatgoose.evaluation.comparison.methods import lacking
-from phatgoose.evaluation.comparison.rows import rows_of
+from phatgoose.evaluation.comparison.methods import lacking, rows_of
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.per_token.arrow import arrow_vector
-from phatgoose.routing.routers.per_token.stand_in import gates_or_stand_ins
-from phatgoose.routing.routers.per_token.vector_router import standardise
+from phatgoose.routing.routers.arrow import arrow_vector
+from phatgoose.routing.routers.stand_in import gates_or_stand_ins
+from phatgoose.routing.routers.vector_router import standardise
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from tiny import logits_of, make_ids

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import layer_norm
 
-from phatgoose.routing.routers.per_token.vector_router import ScoredRouter, standardise
+from phatgoose.routing.routers.vector_router import ScoredRouter, standardise
 from tiny import random
 
 EPS = 1e-5

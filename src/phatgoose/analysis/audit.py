@@ -1,0 +1,402 @@
+"""The audit of a pool: which experts don't look like the others.
+
+Signs that neutral text shows: who wins where no expert's task is asked, and who changes what.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..base.loading import Base
+from ..base.offloading import execution_device
+from ..base.sites import Site, find_sites
+from ..config import KIND_NAMES, Routing
+from ..errors import PoolError
+from ..experts.kinds.kind import SiteModule
+from ..experts.pool import Pool
+from ..files.atomic import write_text
+from ..routing.compose import check_pool_fits
+from ..routing.routers.centroid import centroids_of
+from ..routing.routers.prompt_router import embeddings_of
+from ..routing.routers.vector_router import ScoredRouter, standardise
+from ..tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts, prompt_texts
+from ..tasks.encoding import Encoder
+from ..tasks.neutral import neutral_examples
+from ..tasks.prompt_passes import read_pairs
+from .audit_signs import LEAST, over_sites, ratios, signs_of
+from .findings import Finding
+
+EVERY = 12  # of the tokens of neutral text one is kept at each site
+TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class NeutralText:
+    """What a base makes of neutral text: the same for all pools of that base.
+
+    `inputs` [tokens, n] of the sites by name, and the passages' embeddings `vectors` [passages,
+    dims], None without an embedder here.
+    """
+
+    inputs: Mapping[str, Tensor]
+    vectors: Tensor | None
+
+
+@torch.no_grad()
+def read_neutral_text(base: Base, names: Iterable[str], *, embed: bool = True) -> NeutralText:
+    """What `base` makes of neutral text at the sites of these `names`.
+
+    With `embed` it is embedded too, where the default embedder is on this machine.
+    """
+    every, kept = find_sites(base.model), dict[str, list[Tensor]]()
+
+    def see(site: Site, u: Tensor) -> None:
+        kept.setdefault(site.name, []).append(u[::EVERY].cpu())
+
+    pairs = Encoder.for_model(base.model, base.tokenizer).pairs(neutral_examples())
+    prompts = [pair.prompt for pair in pairs]
+    sites = {name: every[name] for name in names}
+    read_pairs(base.model, sites, pairs, base.tokenizer.pad_token_id, see)
+    texts = prompt_texts(base.tokenizer, prompts)
+    vectors = embed_texts(texts) if embed and can_embed() else None
+    return NeutralText({name: torch.cat(parts) for name, parts in kept.items()}, vectors)
+
+
+def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor]:
+    """The signs of the experts of `pool` over neutral text, by name, float64 [E] each.
+
+    `update_effect` is how much larger than the pool's median the change of a layer's output is
+    under an expert's module, `effect_spread` what the site that stands out most is above that.
+    `gate_neutral`, `retrieval_neutral` and `centroid_neutral` are the shares that routers phatgoose
+    (of tokens and sites), retrieval and centroid (of passages) would give to each expert.
+    """
+    found = {**_effects(pool, base, text), "gate_neutral": _by_gates(pool, text)}
+    made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
+    comparable = made == {(DEFAULT_EMBEDDER, PROMPT)}
+    if text.vectors is not None and comparable and _share(pool, "embeddings"):
+        found |= _by_embeddings(pool, text.vectors)
+    pool.release()
+    return found
+
+
+def _share(pool: Pool, part: str) -> bool:
+    """True where every expert has the `part`, and there are several."""
+    return len(pool) > 1 and all(expert.has(part) for expert in pool.experts)
+
+
+@torch.no_grad()
+def _effects(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor]:
+    rows = []
+    for name, u in text.inputs.items():
+        row = torch.full((len(pool),), math.nan, dtype=torch.float64)
+        for z, expert in enumerate(pool.experts):
+            if len(u) and name in expert.modules:
+                row[z] = _change(base.model.get_submodule(name), u, expert.modules[name])
+        rows.append(ratios(row))
+    size, spread = over_sites(torch.stack(rows, dim=1))
+    return {"update_effect": size, "effect_spread": spread}
+
+
+def _change(layer: torch.nn.Module, u: Tensor, module: SiteModule) -> float:
+    """The norm of what `module` adds to the output of `layer` for u [T, n], over the output's."""
+    u = u.to(execution_device(layer))
+    plain = layer(u)
+    changed = module.at(torch.empty(0, dtype=u.dtype, device=u.device)).apply(layer, u)
+    difference = (changed.double() - plain.double()).norm()
+    return float(difference / plain.double().norm().clamp(min=TINY))
+
+
+def _by_gates(pool: Pool, text: NeutralText) -> Tensor:
+    """The share of tokens and sites at which each expert's gate fits best, where it has one."""
+    first, seen = (torch.zeros(len(pool), dtype=torch.float64) for _ in range(2))
+    for name, u in text.inputs.items():
+        gated = [z for z, expert in enumerate(pool.experts) if name in expert.gates]
+        if len(gated) < 2:
+            continue
+        gates = standardise(torch.stack([pool.experts[z].gates[name] for z in gated]))
+        best = ScoredRouter(gates, 1, Routing().eps).affinities(u).argmax(dim=1)
+        first[gated] += torch.bincount(best, minlength=len(gated)).double()
+        seen[gated] += len(u)
+    return first / seen.masked_fill(seen == 0, math.nan)
+
+
+def _by_embeddings(pool: Pool, queries: Tensor) -> dict[str, Tensor]:
+    """The shares of passages that routers retrieval and centroid give to each expert."""
+    stored = embeddings_of(pool)
+    best = torch.full((len(queries), len(pool)), -math.inf)
+    cosines = queries @ stored.rows.T
+    best = best.scatter_reduce(1, stored.owners.expand_as(cosines), cosines, "amax")
+    nearest = queries @ centroids_of(pool).rows.T
+    return {"retrieval_neutral": _shares(best), "centroid_neutral": _shares(nearest)}
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """The share of rows of `scores` [rows, E] that each expert wins, float64 [E]."""
+    return functional.one_hot(scores.argmax(dim=1), scores.shape[1]).double().mean(dim=0)
+
+
+# -------------------------------------------------------------------------------------------------
+# The audit of a pool: experts whose signs are beyond what honest experts were seen to have.
+#
+# Limits come from half of a hundred honest experts made for that, never from the other half, on
+# which `benchmarks/audit.py` reports: a ratio may be twice the largest that was seen there, a
+# share or a cosine lies half-way from the largest to 1; in pools of ten, and again in pools of
+# five. Of copied embeddings and of wins at others' there were none, and their limits are by what
+# they mean. An expert beyond a limit is unusual, and not shown to be an attack.
+# -------------------------------------------------------------------------------------------------
+
+MANY = 8  # experts whose median hardly wanders
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a sign may be at most, and what is said of one above that.
+
+    `message` has {value} and {median}. In pools of fewer than MANY experts the limit is `few`, if
+    that is given: medians of few wander. `small` says that the sign means something in pools of any
+    size; other signs need LEAST experts.
+    """
+
+    most: float
+    message: str
+    small: bool = False
+    few: float | None = None
+
+    def of(self, experts: int) -> float:
+        """The limit in a pool of so many experts."""
+        return self.most if self.few is None or experts >= MANY else self.few
+
+
+LIMITS: dict[str, Limit] = {
+    "update_size": Limit(
+        20,
+        "its update is {value:.3g} times as large as the median of its kind: it outweighs others "
+        "wherever updates are added, most of all with routers merged and logo",
+        few=78,
+    ),
+    "update_effect": Limit(
+        21,
+        "its modules change outputs on neutral text {value:.3g} times as much as the median "
+        "expert's: it outweighs others wherever updates are added",
+        few=280,
+    ),
+    "update_spread": Limit(
+        6.7,
+        "one module's update is {value:.3g} times as large as its others are (each against the "
+        "pool's median at that module; {median:.3g} is usual): updates made for a trigger can look "
+        "like that",
+    ),
+    "effect_spread": Limit(
+        32,
+        "one module changes outputs {value:.3g} times as much as its others do (each against the "
+        "pool's median at that module; {median:.3g} is usual): updates made for a trigger can look "
+        "like that",
+    ),
+    "gate_size": Limit(
+        35,
+        "its gates are {value:.3g} times as long as the median: harmless with router phatgoose, "
+        "which standardises them, but it decides with --affinity raw",
+        few=54,
+    ),
+    "gate_own_mean": Limit(
+        0.74,
+        "its gates have a cosine of {value:.2f} with its own mean activations (median "
+        "{median:.2f}): trained gates don't, and such ones win tokens of others",
+        small=True,
+    ),
+    "gate_usual": Limit(
+        0.63,
+        "its gates have a cosine of {value:.2f} with what sites usually see (median {median:.2f}): "
+        "they win by a constant, whatever a prompt asks",
+    ),
+    "gate_wins": Limit(
+        0.64,
+        "its gates win at {value:.0%} of the others' mean activations (median {median:.0%})",
+        few=0.87,
+    ),
+    "gate_neutral": Limit(
+        0.69,
+        "its gates fit {value:.0%} of the tokens of neutral text best (median {median:.0%})",
+        few=0.84,
+    ),
+    "mean_distance": Limit(
+        4.9,
+        "its mean activations are {value:.3g} times as far from the pool's as the median expert's: "
+        "they move affinities centred and trimmed",
+        few=7,
+    ),
+    "reading_distance": Limit(
+        5.9,
+        "the means of its readings are {value:.3g} times as far from the pool's as the median "
+        "expert's: they move routers named after discriminants",
+        few=9.6,
+    ),
+    "reading_trace": Limit(
+        1200,
+        "its readings vary {value:.3g} times as much as the median expert's: they hide differences "
+        "between the others from routers named after discriminants",
+    ),
+    "reading_masks": Limit(
+        380,
+        "its readings vary {value:.3g} times as much as the median expert's in those directions in "
+        "which the others differ: they hide these from routers named after discriminants",
+    ),
+    "embedding_count": Limit(
+        5,
+        "it stores {value:.3g} times as many embeddings as the median expert: more chances to be "
+        "nearest with router retrieval",
+    ),
+    "embedding_copies": Limit(
+        0.1,
+        "{value:.0%} of its embeddings are also those of other experts (median {median:.0%}): "
+        "copied, or made of the same data",
+        small=True,
+    ),
+    "embedding_wins": Limit(
+        0.2,
+        "one of its embeddings is nearest to {value:.0%} of the others' own (median {median:.0%})",
+    ),
+    "centroid_wins": Limit(
+        0.2,
+        "the mean of its embeddings is nearest to {value:.0%} of the others' own (median "
+        "{median:.0%})",
+    ),
+    "retrieval_neutral": Limit(
+        0.79,
+        "router retrieval would give it {value:.0%} of neutral prompts (median {median:.0%})",
+        few=0.88,
+    ),
+    "centroid_neutral": Limit(
+        0.83,
+        "router centroid would give it {value:.0%} of neutral prompts (median {median:.0%})",
+        few=0.85,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What an audit found: `signs` by name, a number for each of the `experts` or None.
+
+    `findings` have the sign's name as their kind and one expert each. `notes` say what could not be
+    compared.
+    """
+
+    experts: tuple[str, ...]
+    signs: Mapping[str, tuple[float | None, ...]]
+    findings: tuple[Finding, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def unusual(self) -> tuple[str, ...]:
+        """The experts with findings, in the pool's order."""
+        named = {name for finding in self.findings for name in finding.experts}
+        return tuple(name for name in self.experts if name in named)
+
+    @property
+    def summary(self) -> str:
+        """The findings on one line; empty without any."""
+        if not self.findings:
+            return ""
+        return (
+            f"{len(self.unusual)} of {len(self.experts)} experts don't look like the others: "
+            f"{', '.join(self.unusual)}. 'phatgoose audit' on the pool says why; --leave-out NAME "
+            f"composes without one."
+        )
+
+    def median(self, name: str) -> float | None:
+        """The median of a sign over the experts that have it; None where none has."""
+        known = [value for value in self.signs[name] if value is not None]
+        return median(known) if known else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, with the limits; numbers that JSON lacks are null."""
+        return {
+            "experts": list(self.experts),
+            "signs": {name: list(values) for name, values in self.signs.items()},
+            "limits": {name: limit.of(len(self.experts)) for name, limit in LIMITS.items()},
+            "findings": [asdict(finding) for finding in self.findings],
+            "notes": list(self.notes),
+        }
+
+    def write_json(self, path: str | Path) -> None:
+        """Write `to_dict` to `path`. Raises PoolError where that can't be written."""
+        write_text(Path(path), json.dumps(self.to_dict(), indent=2) + "\n", PoolError)
+
+
+def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
+    """The audit of `pool`: every expert against the pool's median.
+
+    With the `base` neutral text is read too, which takes a pass over forty passages and, with
+    embeddings, the default embedder where it is on this machine. Without it only files are looked
+    at. Raises as `Pool.open` does, ExpertError where an expert doesn't fit the base.
+    """
+    opened = Pool.open(pool)
+    if base is not None:
+        check_pool_fits(opened, find_sites(base.model))
+    found = signs_of(opened)
+    if base is not None:
+        embed = any(expert.has("embeddings") for expert in opened.experts)
+        text = read_neutral_text(base, opened.sites, embed=embed)
+        found |= neutral_signs(opened, base, text)
+    return report_of(opened, found)
+
+
+def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
+    """The audit of `pool` by its `signs`, as `signs_of` and `neutral_signs` have them."""
+    findings = [
+        finding for name in LIMITS if name in signs for finding in _beyond(pool, name, signs)
+    ]
+    findings.sort(key=lambda finding: pool.names.index(finding.experts[0]))
+    plain = {name: tuple(map(_plain, values.tolist())) for name, values in signs.items()}
+    return Audit(pool.names, plain, tuple(findings), tuple(_notes(pool, signs)))
+
+
+def _beyond(pool: Pool, name: str, signs: Mapping[str, Tensor]) -> Iterator[Finding]:
+    limit, values = LIMITS[name], signs[name]
+    if len(pool) < LEAST and not limit.small:
+        return
+    usual = float(values.nanquantile(0.5))
+    for z in (values > limit.of(len(pool))).nonzero().flatten().tolist():
+        what = limit.message.format(value=float(values[z]), median=usual)
+        message = (
+            f"{pool.names[z]}: {what}. Look at where it comes from, compare the pool without it "
+            f"(--leave-out {pool.names[z]})."
+        )
+        yield Finding(name, message, (pool.names[z],))
+
+
+def _notes(pool: Pool, signs: Mapping[str, Tensor]) -> Iterator[str]:
+    """What could not be compared, a sentence each."""
+    if len(pool) < LEAST:
+        yield (
+            f"{len(pool)} experts are too few to compare with a median ({LEAST} are needed): only "
+            f"gates that equal means and copied embeddings are looked for."
+        )
+    for kind in dict.fromkeys(expert.kind for expert in pool.experts):
+        count = sum(expert.kind == kind for expert in pool.experts)
+        if count < LEAST <= len(pool):
+            yield (
+                f"{count} of kind {KIND_NAMES[kind]} are too few to compare the sizes of updates "
+                f"with their own kind{'' if 'update_effect' in signs else '; a base compares all'}."
+            )
+    for part in ("gates", "means", "readings", "embeddings"):
+        without = [expert.name for expert in pool.experts if not expert.has(part)]
+        if without:
+            yield f"No {part}, so nothing to look at: {', '.join(without)}."
+    if "update_effect" not in signs:
+        yield "Neutral text was not read: that needs the base."
+
+
+def _plain(value: float) -> float | None:
+    return value if math.isfinite(value) else None

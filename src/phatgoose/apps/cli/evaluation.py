@@ -1,0 +1,247 @@
+"""Commands of researchers: compare, lm-eval, analyse, explain.
+
+Commands of researchers: compare, lm-eval.
+"""
+
+from __future__ import annotations
+
+import json as json_format
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ...config import Formatting, Routing
+from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
+from ...files.atomic import require_writable, write_text
+from ...files.strict import half_character, shortened
+from ..console import say, show
+from .options import (
+    BaseOptions,
+    EngineOptions,
+    ModelArgument,
+    ModelOptions,
+    PoolArgument,
+    ScoringOptions,
+    SourceOptions,
+    TemplateOptions,
+    Without,
+    only_with,
+    open_pool,
+    split,
+    warn_of_unused,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...base.loading import Base
+    from ...experts.pool import Pool
+
+
+def compare(
+    *,
+    pool: PoolArgument,
+    suites: Annotated[
+        list[str],
+        typer.Option(
+            "--suite",
+            "--suites",
+            help="t0ho, bbh, bbl, t0hi, flan, a task file, a folder of them, or a suite file "
+            "(.toml); repeatable, or with commas.",
+        ),
+    ],
+    methods: Annotated[
+        list[str],
+        typer.Option("--method", "--methods", help="all, or names; repeatable, or with commas."),
+    ] = ["all"],  # noqa: B006  typer wants a list
+    reference: Annotated[
+        list[str] | None,
+        "LABEL=MODEL: one more row, from an expert, a pool, a routed model or a base (repeatable).",
+    ] = None,
+    out: Annotated[Path, "Folder of results and tables."] = Path("comparison"),
+    scoring: ScoringOptions,
+    source: SourceOptions,
+    base: BaseOptions,
+    engine: EngineOptions,
+    routing: Annotated[Routing, Without(("router", "expert"))],
+    formatting: Formatting,
+) -> None:
+    """Score many methods on whole suites, side by side; finished cells in --out are kept."""
+    references = _references(reference or [])
+    from ...evaluation.comparison.compare import compare as run
+    from ..tables import differences_table, means_table
+
+    opened = open_pool(pool)
+    with engine.open() as chosen:
+        comparison = run(
+            opened,
+            split(suites),
+            split(methods),
+            out=out,
+            base=base.load_for(opened),
+            references=references,
+            routing=routing,
+            formatting=formatting,
+            sources=source.sources,
+            engine=chosen,
+            **vars(scoring),
+        )
+    for table in (means_table(comparison), differences_table(comparison)):
+        if table is not None:
+            show(table)
+    say(f"tables -> {out / 'comparison.md'}, .csv, .json; cells -> {out / 'results.jsonl'}")
+
+
+def lm_eval(context: typer.Context) -> None:
+    """lm-evaluation-harness' own command, with --model phatgoose known to it."""
+    from ..harness import main
+
+    main(context.args)
+
+
+def _references(values: list[str]) -> dict[str, str]:
+    """Models by label, from LABEL=MODEL."""
+    references = {}
+    for value in values:
+        label, sign, place = value.partition("=")
+        if not (label and sign and place):
+            raise ConfigError(f"--reference is {value!r}, but must have the form LABEL=MODEL.")
+        if half_character(label) is not None:
+            raise ConfigError(f"The label of --reference {shortened(value)} is not UTF-8.")
+        if label in references:
+            raise ConfigError(f"Two references are called {label!r}; rename one.")
+        references[label] = place
+    return references
+
+
+# -------------------------------------------------------------------------------------------------
+# Commands to see the routing: analyse, explain.
+# -------------------------------------------------------------------------------------------------
+
+
+def analyse(
+    *,
+    model: ModelArgument,
+    task: Annotated[list[str] | None, "Task file or hub:DATASET (repeatable)."] = None,
+    suite: Annotated[list[str] | None, "A suite, as for compare (repeatable)."] = None,
+    out: Annotated[Path, "Folder of the report."] = Path("analysis"),
+    against: Annotated[
+        list[str] | None, "Another router over the same pool; repeatable, or with commas."
+    ] = None,
+    results: Annotated[Path | None, "results.jsonl of compare: for curves over pool sizes."] = None,
+    leave_one_out: Annotated[bool, "Score the pool without each expert in turn."] = False,
+    score: Annotated[bool, "Score the tasks too."] = True,
+    examples: Annotated[int, "Texts of each task to show token by token.", {"min": 0}] = 1,
+    smoothing: Annotated[float, "Share of the uniform distribution in KL divergences."] = 0.01,
+    opening: ModelOptions,
+    scoring: ScoringOptions,
+    template: TemplateOptions,
+    source: SourceOptions,
+    routing: Routing,
+    formatting: Formatting,
+    given: frozenset[str],
+) -> None:
+    """See where the tokens of tasks go: one page, numbers, figures."""
+    from ...analysis.analyse import analyse as run
+    from ...analysis.pool_sizes import pool_size_curves
+    from ...tasks.suites.registry import open_suite
+    from ..report.page import REPORT, write_report
+    from ..tables import routers_table
+
+    only_with("--task", bool(task), vars(template))
+    only_with("--suite", bool(suite), vars(source))
+    tasks = [template.load(name) for name in task or []]
+    tasks += [read for name in suite or [] for read in open_suite(name).load(source.sources)]
+    if not tasks:
+        raise TaskError("Name what to read with --task or --suite.")
+    curves = pool_size_curves(results) if results else []
+    subject, base = _subject(model, opening, routing, given)
+    if base is not None and not against:
+        warn_of_unused(routing, given)
+    require_writable(out / REPORT, EvaluationError)
+    analysis = run(
+        subject,
+        tasks,
+        routers=split(against) if base is None else [routing.router, *split(against)],
+        routing=routing,
+        base=base,
+        scores=opening.scores,
+        formatting=formatting,
+        score=score,
+        without_each=leave_one_out,
+        examples=examples,
+        smoothing=smoothing,
+        **vars(scoring),
+    )
+    show(routers_table(analysis))
+    for router, found in analysis.routers.items():
+        for finding in found.findings:
+            warnings.warn(f"{router}: {finding.message}", stacklevel=2)
+    say(f"report -> {write_report(analysis, out, curves)}")
+
+
+def _subject(
+    model: str, opening: ModelOptions, routing: Routing, given: frozenset[str]
+) -> tuple[PreTrainedModel | Pool, Base | None]:
+    """What is analysed: a routed model, or a pool and the base of its experts."""
+    from ...experts.pool import Pool
+    from ...routing.open_model import is_pool, is_routed
+
+    if is_routed(model):
+        return opening.open(model, routing, given).model, None
+    if is_pool(model):
+        pool = Pool.open(model).select(opening.keep, opening.leave_out)
+        return pool, opening.load_for(pool)
+    raise RoutingError(
+        f"{model} is neither a pool nor a routed model; a base alone routes nothing."
+    )
+
+
+def explain(
+    *,
+    model: ModelArgument,
+    prompt: Annotated[str, typer.Argument(help="The text to explain.")],
+    answer: Annotated[str | None, "Explain this answer instead of the model's own."] = None,
+    layer: Annotated[str | None, "Look at one layer: 7, or 'encoder 7'. Default: all."] = None,
+    kind: Annotated[str | None, "Look at one kind of site, such as q_proj. Default: all."] = None,
+    table: Annotated[bool, "List every token with its experts' weights."] = False,
+    json: Annotated[Path | None, "Write weights and the whole trace here."] = None,
+    opening: ModelOptions,
+    max_new_tokens: Annotated[
+        int | None, "Tokens of the model's own answer at most; default: 16.", {"min": 1}
+    ] = None,
+    routing: Routing,
+    formatting: Formatting,
+    given: frozenset[str],
+) -> None:
+    """Show which experts serve each token of a prompt.
+
+    Each token of prompt and answer has the colour of the expert of greatest weight.
+    """
+    from .explanation import explain as run
+
+    if answer is not None and max_new_tokens is not None:
+        raise ConfigError(
+            "--max-new-tokens is for the model's own answer; leave it out with --answer."
+        )
+    if json:
+        require_writable(json, EvaluationError)
+    opened = opening.open(model, routing, given)
+    explanation = run(
+        opened.model,
+        opened.tokenizer,
+        prompt,
+        answer,
+        formatting=formatting,
+        max_new_tokens=max_new_tokens or 16,
+        layer=layer,
+        kind=kind,
+    )
+    if json:  # before the rest, whose reader may have gone away
+        content = json_format.dumps(explanation.to_dict(), ensure_ascii=False) + "\n"
+        write_text(json, content, EvaluationError)
+    show(*explanation.coloured(), *(explanation.table() if table else ()))
+    if json:
+        say(f"weights and trace -> {json}")

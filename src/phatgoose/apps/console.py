@@ -1,0 +1,108 @@
+"""What the commands print: the one place where strangers' text reaches the user's terminal.
+
+Names of experts, tasks and folders, and tokens, may come from strangers. Their control characters
+are escaped (they could rewrite the screen, or the line above), and none of their text is taken for
+rich's markup.
+"""
+
+from __future__ import annotations
+
+import logging
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import typer
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
+from rich.text import Text
+
+# Control characters, surrogates, Unicode line ends, and marks that turn the text direction.
+STEERING = ("Cc", "Cs", "Zl", "Zp")
+TURNING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def harmless(text: str) -> str:
+    """`text` with what could steer a terminal replaced by Python's escapes."""
+    return "".join(repr(c)[1:-1] if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) in STEERING or character in TURNING
+
+
+def plain(text: object) -> str:
+    """`text` on one line, harmless."""
+    return harmless(str(text)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print `text` on one line, to the standard error if `err`."""
+    typer.echo(plain(text), err=err)
+
+
+def complain(kind: str, message: object, style: str) -> None:
+    """Print "kind: message" on one line of the standard error, `kind` in rich's `style`."""
+    line = Text.assemble((f"{kind}:", style), f" {harmless(' '.join(str(message).split()))}")
+    Console(stderr=True, soft_wrap=True, highlight=False).print(line)
+
+
+def show(*things: RenderableType, wrap: bool = True, width: int | None = None) -> None:
+    """Print texts, tables and other renderables of rich, one below the other, without markup.
+
+    `wrap` False leaves long lines to the terminal. `width` is the number of columns where output
+    goes to a file; a terminal has its own.
+    """
+    console = Console(markup=False, emoji=False, highlight=False)
+    if width is not None and not console.is_terminal:
+        console = Console(markup=False, emoji=False, highlight=False, width=width)
+    for thing in things:
+        console.print(_Harmless(thing) if wrap else Text(harmless(str(thing))), soft_wrap=not wrap)
+
+
+@dataclass(frozen=True)
+class _Harmless:
+    """A renderable of rich's, all of whose text is harmless."""
+
+    thing: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        for segment in console.render(self.thing, options):
+            yield Segment(harmless(segment.text), segment.style, segment.control)
+
+
+class PlainFormatter(logging.Formatter):
+    """Formats log records as harmless lines."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record and its traceback, if any, with escapes for what could steer a terminal."""
+        return harmless(super().format(record))
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokens in the colours of their experts.
+# -------------------------------------------------------------------------------------------------
+
+# Paul Tol's "bright" colours: colour-blind readers can tell them apart, and so can terminals of 16
+# colours, where each of them falls on another one.
+COLOURS = ("#EE6677", "#4477AA", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
+
+
+def coloured(tokens: Iterable[tuple[str, int | None, bool]], labels: Mapping[int, str]) -> Text:
+    """Tokens (text, expert or None, bold) in their experts' colours, with a legend of `labels`."""
+    text = Text()
+    for token, expert, is_bold in tokens:
+        style = "" if expert is None else expert_style(expert)
+        text.append(token, style=style + (" bold" if is_bold else ""))
+    text.append("\n\n")
+    for expert, label in labels.items():
+        text.append(f" {label} ", style=f"reverse {expert_style(expert)}")
+        text.append(" ")
+    return text
+
+
+def expert_style(expert: int) -> str:
+    """The colour of an expert; after seven they start again, underlined."""
+    return COLOURS[expert % len(COLOURS)] + (" underline" if expert >= len(COLOURS) else "")

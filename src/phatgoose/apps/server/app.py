@@ -1,0 +1,287 @@
+"""The server's application: routes, errors, OpenAPI schema and page.
+
+The page at /: a prompt, answers that stream, and each token's experts.
+
+It is one self-contained file that asks the API for everything it shows of the models. Its headers
+let the browser run only these scripts and styles and reach only this server.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from ... import __version__
+from ...config import Serving
+from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
+from .api_errors import ApiError, error_body
+from .guards import AccessControl, RequestGuard
+from .metrics import CONTENT_TYPE_LATEST, MetricsMiddleware
+from .models import REQUESTABLE_ROUTERS, load_models
+from .schema import (
+    ChatReply,
+    ChatRequest,
+    CompletionReply,
+    CompletionRequest,
+    ErrorReply,
+    Health,
+    ModelCard,
+    ModelList,
+)
+from .service import Service
+from .settings import ServedModel
+
+FOLDER = Path(__file__).parent
+
+
+def _allowed(content: str) -> str:
+    """The source in a Content-Security-Policy that allows this text alone."""
+    digest = hashlib.sha256(content.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+CSS = asset("report.css") + asset(EXPLORER_CSS) + asset("page.css", FOLDER)
+ROUTERS = f"const ROUTERS = {json.dumps(['', *REQUESTABLE_ROUTERS])};\n"
+SCRIPT = asset(EXPLORER_JS) + ROUTERS + asset("page.js", FOLDER)
+PAGE = render("page.html.jinja", FOLDER, css=CSS, script=SCRIPT)
+HEADERS = {
+    "Content-Security-Policy": (
+        f"default-src 'none'; script-src {_allowed(SCRIPT)}; style-src {_allowed(CSS)}; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    ),
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+# -------------------------------------------------------------------------------------------------
+# Error handlers, and an OpenAPI schema that describes them.
+# -------------------------------------------------------------------------------------------------
+
+DESCRIPTIONS = {
+    400: "The request is invalid, or the model can't answer it.",
+    401: "There is no valid API key.",
+    403: "The host name is unknown, or the request comes from another server's page.",
+    404: "There is no such model.",
+    408: "The request took too long to arrive.",
+    413: "The request is too large.",
+    415: "The content type is not JSON.",
+    429: "Too many requests are waiting.",
+    500: "The answer could not be computed.",
+    503: "The server does not work.",
+    504: "The answer took too long.",
+}
+RETRY = {"Retry-After": {"description": "Seconds to wait.", "schema": {"type": "integer"}}}
+CHALLENGE = {
+    "WWW-Authenticate": {"description": "How to authenticate.", "schema": {"type": "string"}}
+}
+OPENAPI_HEADERS: dict[int, dict[str, Any]] = {429: RETRY, 401: CHALLENGE}
+PLACE = "#/components/schemas/{model}"
+EVENTS = {
+    "schema": {"description": "Server-sent events, each with a chunk; the last is [DONE]."},
+    "example": 'data: {"id": …}\n\ndata: [DONE]\n\n',
+}
+
+
+def responses_of(
+    *statuses: int, model: type[BaseModel] = ErrorReply
+) -> dict[int | str, dict[str, Any]]:
+    """The error responses of a route."""
+    return {
+        status: {
+            "description": DESCRIPTIONS[status],
+            "model": model,
+            **({"headers": OPENAPI_HEADERS[status]} if status in OPENAPI_HEADERS else {}),
+        }
+        for status in statuses
+    }
+
+
+def streamed(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The responses of a route that answers whole or as a stream."""
+    description = "The answer, or with stream a chunk in each event."
+    streams = {"description": description, "content": {"text/event-stream": EVENTS}}
+    return {**responses_of(*statuses), 200: streams}
+
+
+def body_of(wanted: type[BaseModel]) -> dict[str, Any]:
+    """The schema of a body that its route reads by itself."""
+    form = {"schema": {"$ref": PLACE.format(model=wanted.__name__)}}
+    return {"requestBody": {"required": True, "content": {"application/json": form}}}
+
+
+def install_errors(app: FastAPI) -> None:
+    """Answer every error of `app` in OpenAI's form, and describe that in its schema."""
+    app.add_exception_handler(HTTPException, _refused)
+    app.add_exception_handler(Exception, _failed)
+    app.openapi = _schema_of(app)  # type: ignore[method-assign]
+
+
+def _refused(_: Request, error: Exception) -> JSONResponse:
+    if not isinstance(error, HTTPException):
+        return _failed(_, error)
+    plain = error_body(error.status_code, str(error.detail))
+    body = error.body if isinstance(error, ApiError) else plain
+    return JSONResponse(body, error.status_code, error.headers)
+
+
+def _failed(_: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(error_body(500, "The server failed; its log says more."), 500)
+
+
+def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
+    """FastAPI's schema with our request bodies and without its own validation errors."""
+
+    def schema() -> dict[str, Any]:
+        if app.openapi_schema is not None:
+            return app.openapi_schema
+        found = FastAPI.openapi(app)
+        for path in found["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        models = found["components"]["schemas"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            models.pop(name, None)
+        _, bodies = models_json_schema(
+            [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=PLACE
+        )
+        models.update(bodies["$defs"])
+        return found
+
+    return schema
+
+
+# -------------------------------------------------------------------------------------------------
+# The FastAPI application and its routes.
+# -------------------------------------------------------------------------------------------------
+
+
+def create_app(
+    models: Sequence[ServedModel],
+    serving: Serving | None = None,
+    api_keys: Sequence[str] = (),
+    hosts: Sequence[str] = (),
+) -> FastAPI:
+    """The application that serves `models`. They are opened now; the engine runs while it does.
+
+    Without `api_keys` everybody may use it who asks for one of `hosts` or a loopback name of this
+    machine (`AccessControl`). Raises what opening a model does.
+    """
+    limits = serving or Serving()
+    service = Service(load_models(models), limits)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        service.start()
+        try:
+            yield
+        finally:
+            service.stop()
+
+    app = FastAPI(
+        title="phatgoose",
+        version=__version__,
+        description="Routed models under OpenAI's protocol; see docs/serving.md.",
+        lifespan=lifespan,
+        docs_url=None,  # FastAPI's pages load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.state.service = service
+    app.include_router(_open_routes(service))
+    scheme = HTTPBearer(auto_error=False, description="An API key of this server.")
+    keyed = [Depends(scheme)] if api_keys else []  # for the schema; RequestGuard checks keys
+    refused = (401, 403) if api_keys else (403,)
+    app.include_router(_guarded_routes(service, *refused), dependencies=keyed)
+    access = AccessControl(hosts, api_keys)
+    app.add_middleware(
+        RequestGuard, access=access, most=limits.max_body, seconds=limits.read_timeout
+    )
+    paths = {getattr(route, "path", "") for route in app.routes}
+    app.add_middleware(MetricsMiddleware, metrics=service.metrics, paths=paths)
+    install_errors(app)
+    return app
+
+
+def _open_routes(service: Service) -> APIRouter:
+    """Routes without a key: the page and the health check, which say nothing of the models."""
+    router = APIRouter()
+
+    @router.get("/", response_class=HTMLResponse, summary="A page to try the models on")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(PAGE, headers=HEADERS)
+
+    @router.get(
+        "/healthz",
+        summary="Does the server work?",
+        response_model=Health,
+        responses=responses_of(503, model=Health),
+    )
+    async def health() -> JSONResponse:
+        health = service.health()
+        return JSONResponse(health.model_dump(), 200 if health.status == "ok" else 503)
+
+    return router
+
+
+def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
+    """Routes that need an API key, if there are any; `guarded` are the guards' statuses."""
+    router = APIRouter()
+    refused = responses_of(*guarded)
+
+    @router.get(
+        "/metrics",
+        summary="Numbers for Prometheus",
+        response_class=Response,
+        responses={**refused, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
+    )
+    async def metrics() -> Response:
+        return Response(service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    @router.get("/v1/models", summary="What is served", responses=refused)
+    async def models() -> ModelList:
+        return ModelList(data=service.cards())
+
+    @router.get(
+        "/v1/models/{name:path}", summary="One model", responses=responses_of(404, *guarded)
+    )
+    async def model(name: str) -> ModelCard:
+        return service.card(service.find(name))
+
+    answered = streamed(400, 404, 408, 413, 415, 429, 500, 504, *guarded)
+
+    @router.post(
+        "/v1/completions",
+        summary="Continue a text",
+        response_model=CompletionReply,
+        responses=answered,
+        openapi_extra=body_of(CompletionRequest),
+    )
+    async def completions(request: Request) -> Response:
+        return await service.answer(CompletionRequest, request)
+
+    @router.post(
+        "/v1/chat/completions",
+        summary="Answer in a conversation",
+        response_model=ChatReply,
+        responses=answered,
+        openapi_extra=body_of(ChatRequest),
+    )
+    async def chat(request: Request) -> Response:
+        return await service.answer(ChatRequest, request)
+
+    return router

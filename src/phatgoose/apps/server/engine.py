@@ -1,0 +1,505 @@
+"""The engine: one thread that generates all answers, in batches.
+
+Sequences that wait to be computed; clients take turns.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutput
+
+from ...analysis.traces import TraceKeeper, TraceStream
+from ...base.loading import texts_of
+from ...config import Serving
+from ...errors import PhatgooseError
+from ...tasks.batching import decoder_start, pad_left
+from .api_errors import bad_request, busy, for_clients
+from .metrics import Metrics
+from .models import Cache, ModelRunner, drop_columns, join
+from .sequences import ANSWER, PROMPT, ActiveSequence, Failure, TokenScores, token_scores
+
+
+class FairQueue:
+    """A queue of sequences for each client.
+
+    The next turn is that of the client served longest ago; each client's own keep their order.
+    """
+
+    def __init__(self) -> None:
+        self._by_client: dict[str, list[ActiveSequence]] = {}  # in the order of their turns
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_client.values()))
+
+    def __iter__(self) -> Iterator[ActiveSequence]:
+        return (each for own in self._by_client.values() for each in own)
+
+    def count(self, client: str) -> int:
+        """How many sequences of `client` wait."""
+        return len(self._by_client.get(client, ()))
+
+    def heads(self) -> list[ActiveSequence]:
+        """Each client's next sequence, in the order of their turns."""
+        return [own[0] for own in self._by_client.values()]
+
+    def add(self, sequences: Sequence[ActiveSequence]) -> None:
+        """Append `sequences`, each to its client's queue."""
+        for each in sequences:
+            self._by_client.setdefault(each.client, []).append(each)
+
+    def take(self, head: ActiveSequence) -> None:
+        """Remove `head`, one of `heads`; its client goes to the end of the line."""
+        own = self._by_client.pop(head.client)
+        if own[1:]:
+            self._by_client[head.client] = own[1:]
+
+    def drop_cancelled(self) -> None:
+        """Remove cancelled sequences."""
+        waiting = [each for each in self if not each.is_cancelled]
+        self._by_client = {}
+        self.add(waiting)
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading prompts: keys, values and what is reported about prompt tokens.
+# -------------------------------------------------------------------------------------------------
+
+# Most logits in one pass where prompts are scored; longer prompts are read in several passes.
+MOST_LOGITS = 1 << 26
+
+
+@dataclass
+class Prefilled:
+    """What reading the prompts of some sequences gave, in their order.
+
+    `mask` [rows, columns] is 0 at padding, `logits` [rows, V] are those after the last token,
+    `encoded` is an encoder-decoder model's.
+    """
+
+    cache: Cache
+    mask: Tensor
+    logits: Tensor
+    encoded: BaseModelOutput | None = None
+
+
+def prefill(runner: ModelRunner, sequences: Sequence[ActiveSequence]) -> Prefilled:
+    """Read the prompts of `sequences` together, each distinct one once."""
+    sharing: dict[tuple[int, ...], list[ActiveSequence]] = {}
+    for each in sequences:
+        sharing.setdefault(each.prompt, []).append(each)
+    distinct = _DistinctPrompts(runner, list(sharing.values()))
+    runner.use_experts([group[0].experts for group in sharing.values()])
+    found = distinct.read_and_encode() if runner.is_encoder_decoder else distinct.read()
+    row_of = {prompt: row for row, prompt in enumerate(sharing)}
+    rows = torch.tensor([row_of[each.prompt] for each in sequences], device=runner.device)
+    found.cache.batch_select_indices(rows)
+    encoded = encoded_rows(found.encoded, rows)
+    return Prefilled(found.cache, found.mask[rows], found.logits[rows], encoded)
+
+
+def encoded_rows(encoded: BaseModelOutput | None, rows: Tensor) -> BaseModelOutput | None:
+    """Some rows of an encoder's output."""
+    if encoded is None:
+        return None
+    return type(encoded)(last_hidden_state=encoded.last_hidden_state[rows])
+
+
+def keeper_for(sequences: Sequence[ActiveSequence]) -> TraceKeeper | None:
+    """What keeps a pass's routing, if one of `sequences` reports it."""
+    return TraceKeeper() if any(each.decoding.routing for each in sequences) else None
+
+
+class _DistinctPrompts:
+    """A row for each distinct prompt; `owners` are the sequences that begin with it."""
+
+    def __init__(self, runner: ModelRunner, owners: list[list[ActiveSequence]]) -> None:
+        self._runner, self._owners = runner, owners
+        self._everyone = [each for group in owners for each in group]
+        prompts = [group[0].prompt for group in owners]
+        self._ids = pad_left(prompts, runner.pad).to(runner.device)
+        self._mask = pad_left([[1] * len(each) for each in prompts], 0).to(runner.device)
+        self._padding = [self._ids.shape[1] - len(each) for each in prompts]
+
+    def read(self) -> Prefilled:
+        """Read with a causal model, in one pass, or in several where prompts are scored."""
+        runner, (rows, columns) = self._runner, self._ids.shape
+        cache = runner.new_cache()
+        is_scored = any(each.decoding.scores_prompt for each in self._everyone)
+        wide = max(1, MOST_LOGITS // (rows * runner.vocabulary)) if is_scored else columns
+        scores: list[list[TokenScores]] = [[] for _ in self._owners]
+        for begin in range(0, columns, wide):
+            end = min(begin + wide, columns)
+            keeper = keeper_for(self._everyone)
+            ids, mask = self._ids[:, begin:end], self._mask[:, :end]
+            logits = runner.decode(ids, mask, cache, keeper, all_logits=is_scored)
+            for row in range(rows):
+                scores[row] += self._scores(row, logits[row], begin, end)
+            self._report_routing(keeper, begin, end)
+        for row, group in enumerate(self._owners):
+            for each in group:
+                if each.decoding.scores_prompt:
+                    each.emit_prompt(scores[row])
+        return Prefilled(cache, self._mask, logits[:, -1].float())
+
+    def _scores(self, row: int, logits: Tensor, begin: int, end: int) -> list[TokenScores]:
+        """Scores of the tokens that follow the columns `begin` to `end`, given their `logits`."""
+        wanting = [each for each in self._owners[row] if each.decoding.scores_prompt]
+        if not wanting:
+            return []
+        most = max(each.decoding.logprobs or 0 for each in self._owners[row])
+        pad = self._padding[row]
+        targets = self._ids[row, max(begin, pad) + 1 : end + 1].tolist()
+        return token_scores(logits[max(0, pad - begin) :][: len(targets)], targets, most)
+
+    def read_and_encode(self) -> Prefilled:
+        """Read with an encoder-decoder model: the encoder's pass and the decoder's first token."""
+        runner = self._runner
+        cache, keeper = runner.new_cache(), keeper_for(self._everyone)
+        encoded = runner.encode(self._ids, self._mask, keeper)
+        start = torch.full_like(self._ids[:, :1], decoder_start(runner.model))
+        logits = runner.answer(start, self._mask, encoded, cache, keeper)
+        self._report_routing(keeper, 0, self._ids.shape[1])
+        return Prefilled(cache, self._mask, logits[:, -1].float(), encoded)
+
+    def _report_routing(self, keeper: TraceKeeper | None, begin: int, end: int) -> None:
+        """Give each sequence the routing of its prompt's tokens in the columns `begin` to `end`.
+
+        An encoder-decoder model's decoder has read the token that begins an answer instead.
+        """
+        for name, stream in keeper.streams().items() if keeper is not None else ():
+            is_start = self._runner.is_encoder_decoder and name == "decoder"
+            for row, group in enumerate(self._owners):
+                part = (
+                    self._start_of(stream, row) if is_start else self._part(stream, row, begin, end)
+                )
+                for each in group:
+                    if each.decoding.routing and part.tokens:
+                        each.add_routing(part)
+
+    def _start_of(self, stream: TraceStream, row: int) -> TraceStream:
+        start = decoder_start(self._runner.model)
+        pieces = texts_of(self._runner.tokenizer, [start])
+        return stream.some(slice(row, row + 1), pieces, [ANSWER])
+
+    def _part(self, stream: TraceStream, row: int, begin: int, end: int) -> TraceStream:
+        """What `stream`, of the columns `begin` to `end`, has of the prompt in `row`."""
+        pad, width, sequence = self._padding[row], end - begin, self._owners[row][0]
+        first = max(begin, pad)
+        pieces = texts_of(self._runner.tokenizer, sequence.prompt)[first - pad : max(0, end - pad)]
+        chosen = slice(row * width + first - begin, (row + 1) * width)
+        return stream.some(chosen, pieces, [PROMPT] * len(pieces))
+
+
+# -------------------------------------------------------------------------------------------------
+# Sequences that one model computes together, one token each per step.
+#
+# Sequences join between two steps, once their prompts have been read, and leave when they are
+# finished. An encoder-decoder model's begin together and none joins later, since some such models
+# count positions by the batch.
+# -------------------------------------------------------------------------------------------------
+
+
+class Batch:
+    """Sequences of one model, a row each, with their keys and values."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.runner = runner
+        self.sequences: list[ActiveSequence] = []
+        self._cache = runner.new_cache()
+        self._mask = torch.ones(0, 0)  # [rows, columns]: of all tokens held, or of the encoder's
+        self._encoded: BaseModelOutput | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """True if sequences may join now."""
+        return not self.sequences or not self.runner.is_encoder_decoder
+
+    def tokens_with(self, newcomers: Sequence[ActiveSequence] = ()) -> int:
+        """Tokens held, padding included, when the longest ends, if `newcomers` join."""
+        together = [*self.sequences, *newcomers]
+        return len(together) * max((each.most_tokens for each in together), default=0)
+
+    def join(self, newcomers: Sequence[ActiveSequence]) -> None:
+        """Read the prompts of `newcomers`, take them in and choose the first token of each."""
+        read = prefill(self.runner, newcomers)
+        if self.sequences:
+            join(self._cache, read.cache)
+            columns = max(self._mask.shape[1], read.mask.shape[1])
+            both = (
+                torch.nn.functional.pad(mask, (columns - mask.shape[1], 0))
+                for mask in (self._mask, read.mask)
+            )
+            self._mask = torch.cat(list(both))
+        else:
+            self._cache, self._mask, self._encoded = read.cache, read.mask, read.encoded
+        self.sequences += newcomers
+        for sequence, logits in zip(newcomers, read.logits, strict=True):
+            sequence.advance(logits)
+        self.drop_finished()
+
+    def step(self) -> None:
+        """One more token for every sequence."""
+        runner, sequences = self.runner, self.sequences
+        ids = torch.tensor([[each.generated[-1]] for each in sequences], device=runner.device)
+        keeper = keeper_for(sequences)
+        runner.use_experts([each.experts for each in sequences])
+        if self._encoded is not None:
+            logits = runner.answer(ids, self._mask, self._encoded, self._cache, keeper)
+        else:
+            self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
+            logits = runner.decode(ids, self._mask, self._cache, keeper)
+        if keeper is not None:
+            self._report_routing(keeper)
+        for sequence, scores in zip(sequences, logits[:, -1].float(), strict=True):
+            sequence.advance(scores)
+        self.drop_finished()
+
+    def drop_finished(self) -> None:
+        """Remove sequences that are over, and columns that none of the others needs."""
+        kept = [row for row, each in enumerate(self.sequences) if not each.is_over]
+        if len(kept) == len(self.sequences):
+            return
+        self.sequences = [self.sequences[row] for row in kept]
+        if not kept:
+            self._cache, self._encoded = self.runner.new_cache(), None
+            return
+        rows = torch.tensor(kept, device=self.runner.device)
+        self._cache.batch_select_indices(rows)
+        self._mask, self._encoded = self._mask[rows], encoded_rows(self._encoded, rows)
+        unused = int(self._mask.any(dim=0).long().argmax())
+        if unused and self._encoded is None:
+            drop_columns(self._cache, unused)
+            self._mask = self._mask[:, unused:]
+
+    def _report_routing(self, keeper: TraceKeeper) -> None:
+        """Give each sequence the routing of the token that it chose last."""
+        for stream in keeper.streams().values():
+            for row, sequence in enumerate(self.sequences):
+                if sequence.decoding.routing:
+                    last = stream.some(slice(row, row + 1), sequence.shown[-1:], [ANSWER])
+                    sequence.add_routing(last)
+
+
+# -------------------------------------------------------------------------------------------------
+# The engine: one thread that generates all answers, a step of every batch in turn.
+#
+# Sequences wait in one queue for all models, and clients take turns. A sequence is admitted while
+# the tokens that all batches will hold stay within the limit; a client who has some running
+# already gets more only while enough is left for others. A batch has sequences of one model and
+# routing only.
+# -------------------------------------------------------------------------------------------------
+
+MOST_READ = 2048  # prompt tokens read between two steps, unless a single prompt is longer
+SHARE = 3  # a client may hold three times the tokens left free: alone three quarters of all
+FAILED = "The answer could not be computed; the server's log says more."
+STOPPED = "The server was stopped."
+
+log = logging.getLogger(__name__)
+
+
+class GenerationEngine:
+    """Computes sequences; all public methods may be called from any thread."""
+
+    def __init__(self, limits: Serving, metrics: Metrics) -> None:
+        self._limits, self._metrics = limits, metrics
+        self._queue = FairQueue()
+        self._batches: list[Batch] = []
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to compute, in a thread of its own."""
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="phatgoose-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End at the next step; unfinished sequences fail."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """True while answers are computed."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def submit(self, sequences: Sequence[ActiveSequence]) -> None:
+        """Queue the `sequences` of one request, all or none.
+
+        Raises ApiError when the queue is full, the client has enough in it, or it can never take so
+        many sequences or such long ones.
+        """
+        limits, new = self._limits, len(sequences)
+        longest = max(each.most_tokens for each in sequences)
+        if longest > limits.max_batch_tokens:
+            raise bad_request(
+                f"Prompt and answer have {longest} tokens together; at most "
+                f"{limits.max_batch_tokens} can be computed here.",
+                "max_tokens",
+                "context_length_exceeded",
+            )
+        most = min(limits.max_queue, limits.max_client_queue)
+        if new > most:
+            raise bad_request(f"{new} answers were asked for at once; at most {most} can wait.")
+        with self._changed:
+            if self._stopping:
+                raise busy(STOPPED)
+            if len(self._queue) + new > limits.max_queue:
+                raise busy(f"{len(self._queue)} answers are waiting already; try again in a while.")
+            own = self._queue.count(sequences[0].client)
+            if own + new > limits.max_client_queue:
+                raise busy(f"{own} answers of yours are waiting already; try again in a while.")
+            self._queue.add(sequences)
+            self._changed.notify()
+        self._update_metrics()
+
+    def cancel(self, sequences: Sequence[ActiveSequence]) -> None:
+        """Stop computing `sequences`; their places are free from the next step on."""
+        with self._changed:
+            for each in sequences:
+                each.is_cancelled = True
+            self._queue.drop_cancelled()
+            self._changed.notify()
+        self._update_metrics()
+
+    @property
+    def running(self) -> int:
+        """How many sequences are being computed."""
+        return len(self._running())
+
+    @property
+    def waiting(self) -> int:
+        """How many sequences are in the queue."""
+        with self._changed:
+            return len(self._queue)
+
+    def _running(self) -> list[ActiveSequence]:
+        return [each for batch in list(self._batches) for each in batch.sequences]
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._wait():
+                    self._admit()
+                    for batch in self._batches:
+                        if batch.sequences:
+                            self._guarded(batch, batch.step)
+                    self._drop_empty()
+                    self._update_metrics()
+        finally:
+            with self._changed:
+                self._stopping = True
+                left = [*self._running(), *self._queue]
+                self._batches.clear()
+                self._queue = FairQueue()
+            _fail(left, STOPPED)
+
+    def _wait(self) -> bool:
+        """Wait for something to do; False when the engine is to stop."""
+        with self._changed:
+            while not (self._queue or self._batches or self._stopping):
+                self._changed.wait()
+            return not self._stopping
+
+    def _drop_empty(self) -> None:
+        self._batches = [batch for batch in self._batches if batch.sequences]
+
+    def _admit(self) -> None:
+        """Drop cancelled sequences and admit others from the queue."""
+        for batch in self._batches:
+            batch.drop_finished()
+        self._drop_empty()
+        read = 0
+        while read < MOST_READ and (group := self._next_group(MOST_READ - read)):
+            read += _padded(group)
+            batch = self._batch_for(group[0].runner)
+            self._guarded(batch, partial(batch.join, group), group)
+
+    def _next_group(self, most_read: int) -> list[ActiveSequence]:
+        """Sequences of one model from the queue, as many as may be admitted together."""
+        group: list[ActiveSequence] = []
+        with self._changed:
+            while (head := self._next(group, most_read)) is not None:
+                self._queue.take(head)
+                group.append(head)
+        return group
+
+    def _next(self, group: Sequence[ActiveSequence], most_read: int) -> ActiveSequence | None:
+        """The sequence that joins `group` next, None if none may.
+
+        While one doesn't fit, clients with running sequences get no more, so that it isn't passed
+        over for ever.
+        """
+        is_short = False
+        for head in self._queue.heads():
+            together = [*group, head]
+            if group and (head.runner is not group[0].runner or _padded(together) > most_read):
+                continue
+            held = self._held_by(head.client, group)
+            if held and is_short:
+                continue
+            free = self._limits.max_batch_tokens - self._tokens_with(together)
+            if free < 0:
+                is_short = True
+            elif not held or held + head.most_tokens <= SHARE * free:
+                return head
+        return None
+
+    def _held_by(self, client: str, group: Sequence[ActiveSequence]) -> int:
+        """Tokens of the sequences of `client` that are running or in `group`."""
+        own = (each for each in (*self._running(), *group) if each.client == client)
+        return sum(each.most_tokens for each in own)
+
+    def _tokens_with(self, group: Sequence[ActiveSequence]) -> int:
+        """Tokens that all batches hold if `group` joins."""
+        batch = self._batch_for(group[0].runner)
+        others = sum(each.tokens_with() for each in self._batches if each is not batch)
+        return others + batch.tokens_with(group)
+
+    def _batch_for(self, runner: ModelRunner) -> Batch:
+        """The batch that sequences of `runner` join; a new one if none is open."""
+        for batch in self._batches:
+            if batch.runner is runner and batch.is_open:
+                return batch
+        return Batch(runner)
+
+    def _guarded(
+        self, batch: Batch, work: Callable[[], None], joining: Sequence[ActiveSequence] = ()
+    ) -> None:
+        """Do `work` for `batch`; if it fails, so do the batch's sequences and no others."""
+        if batch not in self._batches:
+            self._batches.append(batch)
+        size = len(batch.sequences) + len(joining)
+        self._metrics.count_batch(size)
+        try:
+            work()
+        except Exception as error:
+            log.exception("A batch of %d answers failed.", size)
+            concerned, batch.sequences = [*batch.sequences, *joining], []
+            _fail(concerned, for_clients(error) if isinstance(error, PhatgooseError) else FAILED)
+
+    def _update_metrics(self) -> None:
+        self._metrics.set_load(self.waiting, self.running)
+
+
+def _padded(sequences: Sequence[ActiveSequence]) -> int:
+    """Tokens of the prompts of `sequences`, padding included."""
+    return len(sequences) * max(len(each.prompt) for each in sequences)
+
+
+def _fail(sequences: Iterable[ActiveSequence], message: str) -> None:
+    for each in sequences:
+        if not each.is_over:
+            each.is_cancelled = True
+            each.deliver(Failure(message))

@@ -1,0 +1,368 @@
+"""The served models, and one forward pass of each.
+
+Keys and values of many sequences in one cache, padded on the left.
+
+transformers' caches can drop rows; joining two caches and dropping columns is done here.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+from ...analysis.traces import TraceKeeper
+from ...base.fingerprint import BaseReference, dtype_name
+from ...base.loading import Base, choose_dtype, load_base, load_tokenizer, twin
+from ...base.sites import positions_of
+from ...base.token_masks import cache_argument
+from ...config import Routing
+from ...errors import BaseModelError, ConfigError, RoutingError
+from ...experts.pool import Pool
+from ...routing.composition import Composition, composition_if_any, composition_of
+from ...routing.layers import RoutedLinear
+from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
+from ...routing.recording import watch
+from ...routing.routers.prompt_router import PromptReader
+from ...routing.routers.registry import AUTO, ROUTERS, spec_of
+from ...routing.routers.router import Mixtures
+from ...routing.saved.load import base_of, load
+from ...routing.saved.tensors import HASHES
+from ...tasks.batching import contiguous_head, position_ids
+from ...tasks.encoding import added_tokens
+from ...tasks.prompt_passes import end_tokens
+from .settings import ServedModel
+
+Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has no types for mypy
+
+
+def join(one: Cache, other: Cache) -> None:
+    """Add the rows of `other` to `one`, both padded on the left to the longer one's columns."""
+    columns = max(one.get_seq_length(), other.get_seq_length())
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        mine.keys = torch.cat([_padded(mine.keys, columns), _padded(theirs.keys, columns)])
+        mine.values = torch.cat([_padded(mine.values, columns), _padded(theirs.values, columns)])
+
+
+def _padded(states: Tensor, columns: int) -> Tensor:
+    """`states` [rows, heads, tokens, n] with zeros before them: [rows, heads, columns, n]."""
+    return torch.nn.functional.pad(states, (0, 0, columns - states.shape[-2], 0))
+
+
+def drop_columns(cache: Cache, columns: int) -> None:
+    """Drop the first `columns` of every row."""
+    for layer in cache.layers:
+        layer.keys = layer.keys[..., columns:, :].contiguous()
+        layer.values = layer.values[..., columns:, :].contiguous()
+
+
+# -------------------------------------------------------------------------------------------------
+# One forward pass of a served model, whatever its architecture.
+# -------------------------------------------------------------------------------------------------
+
+
+class ModelRunner:
+    """A model with its tokenizer; each pass adds to a cache of keys and values.
+
+    `ends` are the tokens that end an answer. `context` is how many tokens the model can hold (None:
+    any number), an encoder-decoder model's encoder. `added` are the tokens before and after the
+    text of a prompt. A pass shows its routing to `keeper`, if there is one.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        self.ends = frozenset(end_tokens(model, tokenizer))
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        self.positions = positions_of(model)
+        self.context = self.positions.prompt or self.positions.trained
+        self.added = added_tokens(tokenizer, is_encoder_decoder=self.is_encoder_decoder)
+        self.vocabulary = int(model.get_input_embeddings().num_embeddings)
+        known = inspect.signature(model.forward).parameters
+        self._takes_positions = "position_ids" in known
+        self._takes_keep = "logits_to_keep" in known
+        self._cache_name = cache_argument(model)
+        parts = composition_if_any(model)
+        self._lookup = parts.lookup if parts else None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        device: torch.device = self.model.device
+        return device
+
+    def new_cache(self) -> Cache:
+        """An empty cache for the model."""
+        if self.is_encoder_decoder:
+            return EncoderDecoderCache(DynamicCache(), DynamicCache())
+        return DynamicCache()
+
+    def decode(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        cache: Cache,
+        keeper: TraceKeeper | None = None,
+        *,
+        all_logits: bool = False,
+    ) -> Tensor:
+        """A causal model's logits of the tokens `ids` [rows, columns], the last column's at least.
+
+        `mask` [rows, cached and present columns] is 0 at padding.
+        """
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        if self._takes_positions:
+            inputs["position_ids"] = position_ids(mask)[:, -ids.shape[1] :]
+        if self._takes_keep and not all_logits:
+            inputs["logits_to_keep"] = 1
+        return self._pass(inputs, cache, keeper)
+
+    def answer(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        encoded: BaseModelOutput,
+        cache: Cache,
+        keeper: TraceKeeper | None = None,
+    ) -> Tensor:
+        """An encoder-decoder model's logits of the decoder's tokens `ids` [rows, 1].
+
+        `encoded` comes from `encode`; `mask` [rows, columns] is 0 at the encoder's padding.
+        """
+        inputs = {"decoder_input_ids": ids, "attention_mask": mask, "encoder_outputs": encoded}
+        return self._pass(inputs, cache, keeper)
+
+    def encode(
+        self, ids: Tensor, mask: Tensor, keeper: TraceKeeper | None = None
+    ) -> BaseModelOutput:
+        """The encoder's output for the prompts `ids` [rows, columns]."""
+        with self._watched(keeper):
+            found: BaseModelOutput = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
+        return found
+
+    @property
+    def looks_prompts_up(self) -> bool:
+        """True for a router that picks experts by prompt, which may take long."""
+        return isinstance(self._lookup, PromptReader)
+
+    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Mixtures | None]:
+        """The experts that a router which picks by prompt has for each; None for other routers.
+
+        May be slow (it may read each prompt with another model): not for the engine's thread.
+        """
+        if not isinstance(self._lookup, PromptReader):
+            return [None] * len(prompts)
+        return [*self._lookup.find([list(each) for each in prompts]).each()]
+
+    def use_experts(self, experts: Sequence[Mixtures | None]) -> None:
+        """Let the next pass use these, one a row, if the router picks experts by prompt."""
+        if isinstance(self._lookup, PromptReader):
+            self._lookup.serve(Mixtures.joined(each for each in experts if each is not None))
+
+    def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
+        with self._watched(keeper), contiguous_head(self.model):
+            logits: Tensor = self.model(
+                **inputs, **{self._cache_name: cache}, use_cache=True
+            ).logits
+        return logits
+
+    def _watched(self, keeper: TraceKeeper | None) -> Any:
+        return watch(self.model, keeper.add) if keeper is not None else nullcontext()
+
+
+# -------------------------------------------------------------------------------------------------
+# The served models.
+#
+# All routings over one base share its weights, and those of the same experts their stacked
+# factors.
+# -------------------------------------------------------------------------------------------------
+
+REQUESTABLE_ROUTERS = tuple(name for name, spec in ROUTERS.items() if "task" not in spec.given)
+BY_TASK = "Router {} chooses by a task's name, which no request has."
+
+
+@dataclass(frozen=True)
+class RoutingOverride:
+    """What a request changes of its model's routing; None leaves a setting as it is served."""
+
+    router: str | None = None
+    k: int | None = None
+    keep: tuple[str, ...] | None = None
+    leave_out: tuple[str, ...] | None = None
+
+
+class _Bases:
+    """Base models, each loaded once."""
+
+    def __init__(self) -> None:
+        self._loaded: list[tuple[Base, str]] = []
+
+    def get(self, wanted: BaseReference, dtype: str) -> Base:
+        """The base `wanted` in `dtype`; weights of the same name or fingerprint are loaded once.
+
+        Under another name they have that one's tokenizer, where it is to be found.
+        """
+        dtype = dtype_name(choose_dtype(dtype))
+        for base, of in self._loaded:
+            if of == dtype and (base.id, base.revision) == (wanted.id, wanted.revision):
+                return base
+        for base, of in self._loaded:
+            if of == dtype and base.fingerprint == wanted.fingerprint:
+                return _renamed(base, wanted)
+        base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
+        self._loaded.append((base, dtype))
+        return base
+
+
+def _renamed(base: Base, wanted: BaseReference) -> Base:
+    """`base` by the name `wanted` and with the tokenizer there; itself where there is none."""
+    try:
+        tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
+    except BaseModelError:
+        return base
+    return replace(base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision)
+
+
+class LoadedModel:
+    """An opened model, and what it takes to compose it with another routing.
+
+    `parts` is None for a base alone.
+    """
+
+    def __init__(self, settings: ServedModel, bases: _Bases) -> None:
+        """Raises what opening a model does, and ConfigError for settings that it can't have."""
+        self.settings = settings
+        self._check()
+        place = settings.place
+        named = BaseReference(settings.base) if settings.base else None
+        if is_routed(place):
+            self.base = bases.get(named or base_of(place), settings.dtype)
+            model = load(place, twin(self.base), retrieval_embedder=self._embedder)
+            self.parts: Composition | None = composition_of(model)
+            self.routing = self.parts.routing
+        elif is_pool(place):
+            self.base = bases.get(named or self.pool.base, settings.dtype)
+            model = self.compose(self.pool, settings.routing or Routing())
+            self.parts = composition_of(model)
+            self.routing = self.parts.routing
+        else:
+            self.base = bases.get(BaseReference(place), settings.dtype)
+            self.routing, self.parts = Routing(), None
+            model = twin(self.base).model
+        if getattr(model, "_is_stateful", False):
+            raise BaseModelError(
+                f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
+                f"such a model and doesn't serve it."
+            )
+        self.runner = ModelRunner(model, self.base.tokenizer)
+
+    def _check(self) -> None:
+        settings = self.settings
+        embedder_alone = Routing(retrieval_embedder=self._embedder)  # any model may be given one
+        routing = (
+            None if settings.routing == embedder_alone and self._embedder else settings.routing
+        )
+        given = routing or settings.keep or settings.leave_out or settings.scores
+        if given:
+            require_pool(settings.place)
+        router = settings.routing.router if settings.routing else None
+        if router not in (None, AUTO) and "task" in spec_of(router).given:
+            raise ConfigError(BY_TASK.format(router))
+
+    @property
+    def _embedder(self) -> str | None:
+        return self.settings.routing.retrieval_embedder if self.settings.routing else None
+
+    @cached_property
+    def pool(self) -> Pool:
+        """The model's experts. Raises RoutingError for a saved model if they weren't found."""
+        if is_routed(self.settings.place):
+            raise RoutingError(
+                f"{self.settings.name!r} is a saved model; its routing can be changed only while a "
+                f"pool with its experts, as they were when it was saved, is served beside it "
+                f"(phatgoose serve MODEL POOL)."
+            )
+        opened = Pool.open(self.settings.place)
+        return opened.select(self.settings.keep, self.settings.leave_out)
+
+    def find_experts(self, pools: Iterable[Pool]) -> None:
+        """Take a saved model's experts from the first of `pools` that has all of them.
+
+        The places that its own file names are not the operator's: they are neither opened nor
+        fetched.
+        """
+        if self.parts is None or not is_routed(self.settings.place):
+            return
+        wanted = [_identity(record) for record in self.parts.records]
+        for pool in pools:
+            identities = map(_identity, pool.records())
+            held = dict(zip(identities, pool.experts, strict=True))
+            if all(identity in held for identity in wanted):
+                self.pool = Pool(tuple(held[identity] for identity in wanted))
+                return
+
+    def compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
+        """`pool` composed over the base, sharing its weights."""
+        scores = self.settings.scores
+        return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
+
+    def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
+        """The routing and the experts with `override` applied.
+
+        A k that changes nothing is left out: one above the pool's size, or of a router that uses
+        all experts. Raises RoutingError for a model without experts and for a router that needs
+        more than a request has, PoolError for unknown experts.
+        """
+        if self.parts is None:
+            raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
+        if override.router and "task" in spec_of(override.router).given:
+            raise RoutingError(BY_TASK.format(override.router))
+        pool = self.pool.select(override.keep, override.leave_out)
+        routing = self.routing
+        if override.router is not None and override.router != routing.router:
+            routing = replace(routing, router=override.router, expert=None)
+        uses_k = spec_of(routing.router).uses_k
+        k = min(override.k or routing.k, len(pool)) if uses_k else self.routing.k
+        return replace(routing, k=k), pool
+
+
+def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:
+    """What records of the same expert have in common, wherever its files are."""
+    return tuple(record.get(key) for key in ("name", *HASHES))
+
+
+def load_models(served: Sequence[ServedModel]) -> dict[str, LoadedModel]:
+    """All models by name, opened. Raises what opening a model does."""
+    bases = _Bases()
+    models: dict[str, LoadedModel] = {}
+    for settings in served:
+        loaded = LoadedModel(settings, bases)
+        share_factors(loaded.runner.model, [each.runner.model for each in models.values()])
+        models[settings.name] = loaded
+    pools = [each.pool for each in models.values() if is_pool(each.settings.place)]
+    for loaded in models.values():
+        loaded.find_experts(pools)
+    return models
+
+
+def share_factors(model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> None:
+    """Let `model` use the stacked factors of those of `others` that have the same experts."""
+    parts = composition_if_any(model)
+    for other in map(composition_if_any, others):
+        if parts is None or other is None or other.records != parts.records:
+            continue
+        for name, layer in parts.layers.items():
+            twin_layer = other.layers[name]
+            if not isinstance(layer, RoutedLinear) or type(layer) is not type(twin_layer):
+                continue
+            if layer.stack.dtype == twin_layer.stack.dtype:
+                for tensor in layer.stack.tensors():
+                    setattr(layer, tensor, getattr(twin_layer, tensor))

@@ -1,0 +1,349 @@
+"""A request's bytes become prompts as tokens and decoding settings, at bounded cost.
+
+A body's bytes to a validated request, at bounded cost.
+
+A body of 1 MiB can hold hundreds of thousands of lists and objects. Creating them takes seconds,
+since Python's garbage collector scans all of them again and again, and validating each against
+every form that a field may have takes minutes and gigabytes. So they are counted first.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, cast
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, from_json
+from transformers import PreTrainedTokenizerBase
+
+from ...base.untrusted_text import MOST_SECONDS, UntrustedText, chat_of
+from ...config import Serving
+from ...errors import BaseModelError, PhatgooseError
+from ...files.strict import shortened
+from ...routing.routers.router import Mixtures
+from .api_errors import ApiError, bad_request, for_clients
+from .models import ModelRunner
+from .schema import ChatRequest, CompletionRequest
+from .sequences import Decoding, seed_of
+
+MOST_CONTAINERS = 10_000  # objects and lists in one request
+MOST_FIELDS = 20_000  # of all objects together
+SHOWN = 60  # characters of a field's name that an error repeats
+
+Wanted = TypeVar("Wanted", bound=BaseModel)
+
+
+def parsed(wanted: type[Wanted], body: bytes) -> Wanted:
+    """The request in `body`. Raises ApiError, which repeats only names of fields.
+
+    JSON is strict: no half surrogate pairs, no NaN or infinity, no nesting deeper than 200, no key
+    twice in one object.
+    """
+    _check_size(body)
+    try:
+        value = from_json(body, allow_inf_nan=False, cache_strings="keys")
+    except ValueError as error:
+        raise _invalid(f"The body is not JSON: {error}.") from None
+    json.loads(body, object_pairs_hook=_check_keys)  # from_json silently takes the last of two
+    try:
+        return wanted.model_validate(value)
+    except ValidationError as error:
+        raise _first_of(error, value) from None
+
+
+def _check_size(body: bytes) -> None:
+    """Raise ApiError for more containers or fields than a sensible request has."""
+
+    def is_small(text: bytes) -> bool:
+        containers = text.count(b"[") + text.count(b"{")
+        return containers <= MOST_CONTAINERS and text.count(b":") <= MOST_FIELDS
+
+    if not is_small(body):
+        without_escapes = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+        if not is_small(b"".join(without_escapes.split(b'"')[::2])):  # outside of strings
+            raise _invalid(
+                f"The body has more than {MOST_CONTAINERS} objects and lists or {MOST_FIELDS} "
+                f"fields."
+            )
+
+
+def _check_keys(pairs: list[tuple[str, Any]]) -> None:
+    """Raise ApiError for a key that one object has twice: other programs would take the first."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        shown = shortened(key, SHOWN)[1:-1]
+        raise _invalid(f"The key {shown} appears twice in one object.", shown)
+
+
+def _first_of(error: ValidationError, body: Any) -> ApiError:
+    """The first error of a request, `body`.
+
+    Where a field may have several forms there is one error for each of them. That of the form is
+    told which the value has the most of: its error lies deepest, and isn't about its type.
+    """
+    found = [
+        (_place_of(each, body), each)
+        for each in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    at = len(found[0][0])
+    same = [each for each in found if each[0][:at] == found[0][0] and len(each[1]["loc"]) > at]
+    place, first = max(same or found[:1], key=_how_far)
+    shown = [shortened(str(part), SHOWN)[1:-1] for part in place]
+    message = f"{'.'.join(shown)}: {first['msg']}" if shown else str(first["msg"])
+    return _invalid(message, shown[0] if shown else None)
+
+
+def _place_of(error: ErrorDetails, body: Any) -> tuple[int | str, ...]:
+    """Where in `body` an error is: its location without the names of the forms of a field."""
+    place, value = [], body
+    for part in error["loc"]:
+        inside = isinstance(value, dict) and part in value
+        if inside or (isinstance(value, list) and isinstance(part, int)):
+            value = value[part]
+        elif error["type"] != "missing" or part != error["loc"][-1]:
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+class _Reach(NamedTuple):
+    """How far a value was right before its error."""
+
+    depth: int
+    item: int  # of the list that it is in
+    fits: bool  # in its type
+
+
+def _how_far(found: tuple[tuple[int | str, ...], ErrorDetails]) -> _Reach:
+    place, error = found
+    last = place[-1] if place else ""
+    item = last if isinstance(last, int) else 0
+    return _Reach(len(place), item, not error["type"].endswith("_type"))
+
+
+def _invalid(message: str, param: str | None = None) -> ApiError:
+    return bad_request(message, param, "invalid_request")
+
+
+# -------------------------------------------------------------------------------------------------
+# A request's prompts as tokens and its decoding settings, checked against the model's limits.
+# -------------------------------------------------------------------------------------------------
+
+TOO_LONG, UNREADABLE = "context_length_exceeded", "prompt_unreadable"
+CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
+DEFAULT_LENGTH = 16  # of a completion, as OpenAI has it
+ROLES = {"developer": "system"}  # OpenAI's newer name, and the one that templates know
+
+
+@dataclass(frozen=True)
+class RequestPrompt:
+    """A prompt's tokens, and the text that stands for them where a prompt is echoed."""
+
+    tokens: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True)
+class PreparedAnswer:
+    """One answer to generate; `experts` are set by a router that picks experts by prompt."""
+
+    prompt: RequestPrompt
+    decoding: Decoding
+    experts: Mixtures | None
+
+
+@dataclass(frozen=True)
+class PreparedRequest:
+    """A request ready for the engine: its prompts, and its answers by number."""
+
+    request: CompletionRequest | ChatRequest
+    runner: ModelRunner
+    prompts: list[RequestPrompt]
+    answers: list[PreparedAnswer]
+
+
+class RequestPreparer:
+    """Prepares requests to one model, within the server's limits.
+
+    `texts` runs the base's chat template and tokenizer. All methods raise ApiError for what the
+    model or the server can't do.
+    """
+
+    def __init__(
+        self, runner: ModelRunner, limits: Serving, texts: UntrustedText | None = None
+    ) -> None:
+        self._runner, self._limits = runner, limits
+        self._texts = texts or UntrustedText(runner.tokenizer)
+        context = None if runner.is_encoder_decoder else runner.context
+        self._most_tokens = min(limits.max_batch_tokens, context or limits.max_batch_tokens)
+
+    def prompts(
+        self, request: CompletionRequest | ChatRequest, seconds: float = MOST_SECONDS
+    ) -> list[RequestPrompt]:
+        """The prompts of `request`, read in `seconds` at most."""
+        if isinstance(request, ChatRequest):
+            return [self.chat_prompt(request, seconds)]
+        return self.completion_prompts(request, seconds)
+
+    def prepare(
+        self, request: CompletionRequest | ChatRequest, prompts: list[RequestPrompt]
+    ) -> PreparedRequest:
+        """What the engine needs; prompt i has the answers from i n to (i + 1) n - 1."""
+        owners = [prompt for prompt in prompts for _ in range(request.n or 1)]
+        decodings = [self.decoding(request, *pair) for pair in enumerate(owners)]
+        try:
+            found = self._runner.experts_of([prompt.tokens for prompt in prompts])
+        except PhatgooseError as error:
+            raise ApiError(500, for_clients(error)) from error
+        experts = [each for each in found for _ in range(request.n or 1)]
+        answers = list(map(PreparedAnswer, owners, decodings, experts))
+        return PreparedRequest(request, self._runner, prompts, answers)
+
+    def completion_prompts(
+        self, request: CompletionRequest, seconds: float = MOST_SECONDS
+    ) -> list[RequestPrompt]:
+        """The prompts of a completion."""
+        given = request.prompt
+        is_one = isinstance(given, str) or isinstance(given[0], int)
+        texts = cast("list[str | list[int]]", [given] if is_one else given)
+        self._check_number(len(texts), request.n or 1)
+        for text in texts:
+            self._check_length(text, "prompt")
+        return self._prompts(texts, seconds)
+
+    def chat_prompt(self, request: ChatRequest, seconds: float = MOST_SECONDS) -> RequestPrompt:
+        """A conversation as the base's chat template writes it."""
+        tokenizer = self._runner.tokenizer
+        if not tokenizer.chat_template:
+            message = "The base model has no chat template; use /v1/completions."
+            raise bad_request(message, "model", "no_chat_template")
+        self._check_number(1, request.n or 1)
+        self._check_length("".join(message.text for message in request.messages), "messages")
+        messages = [
+            {"role": ROLES.get(message.role, message.role), "content": message.text}
+            | ({"name": message.name} if message.name else {})
+            for message in request.messages
+        ]
+        most = self._most_tokens * CHARACTERS
+        try:
+            chat = chat_of(tokenizer, messages)
+            text = self._texts.chat(*chat, most=most, seconds=seconds)
+        except BaseModelError as error:
+            raise bad_request(for_clients(error), "messages", UNREADABLE) from error
+        self._check_count(text.length, "characters", CHARACTERS, "messages")
+        (tokens,) = self._tokens([str(text.content)], "messages", seconds)
+        return RequestPrompt(tuple(tokens), str(text.content))
+
+    def decoding(
+        self, request: CompletionRequest | ChatRequest, number: int, prompt: RequestPrompt
+    ) -> Decoding:
+        """How answer `number` of `request` is generated, after `prompt`."""
+        is_echo = isinstance(request, CompletionRequest) and bool(request.echo)
+        if isinstance(request, ChatRequest):
+            asked = request.max_completion_tokens or request.max_tokens
+            logprobs = (request.top_logprobs or 0) if request.logprobs else None
+            if request.top_logprobs and not request.logprobs:
+                raise bad_request("top_logprobs needs logprobs to be true.", "top_logprobs")
+        else:
+            asked = DEFAULT_LENGTH if request.max_tokens is None else request.max_tokens
+            logprobs = request.logprobs
+            if is_echo and self._runner.is_encoder_decoder:
+                raise bad_request("An encoder-decoder model doesn't echo its prompt.", "echo")
+        stop = request.stop or []
+        return Decoding(
+            max_tokens=self._length(asked, prompt),
+            temperature=1.0 if request.temperature is None else request.temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=seed_of(request.seed, number),
+            stop=(stop,) if isinstance(stop, str) else tuple(stop),
+            logprobs=logprobs,
+            echo=is_echo,
+            routing=bool(request.routing),
+            ignores_end=bool(request.ignore_eos),
+        )
+
+    def _prompts(self, given: list[str | list[int]], seconds: float) -> list[RequestPrompt]:
+        """The prompts `given` as texts or tokens, all in the same form."""
+        runner = self._runner
+        texts = [each for each in given if isinstance(each, str)]
+        rows = [each for each in given if not isinstance(each, str)]
+        if texts:
+            before, after = runner.added
+            found = self._tokens(texts, "prompt", seconds)
+            tokens = [(*before, *each, *after) or (_first(runner.tokenizer),) for each in found]
+            return list(map(RequestPrompt, tokens, texts))
+        for token in (token for row in rows for token in row if token >= runner.vocabulary):
+            message = f"Token {token} is unknown; the model has {runner.vocabulary}."
+            raise bad_request(message, "prompt")
+        try:
+            shown = self._texts.texts(rows, seconds=seconds)
+        except BaseModelError as error:
+            raise bad_request(for_clients(error), "prompt", UNREADABLE) from error
+        return list(map(RequestPrompt, map(tuple, rows), shown))
+
+    def _tokens(self, texts: Sequence[str], field: str, seconds: float) -> list[list[int]]:
+        most = self._most_tokens * CHARACTERS  # what exceeds less is refused with its answer
+        try:
+            found = self._texts.tokens(texts, most=most, seconds=seconds)
+        except BaseModelError as error:
+            raise bad_request(for_clients(error), field, UNREADABLE) from error
+        for each in found:
+            self._check_count(each.length, "tokens", CHARACTERS, field)
+        return [each.content for each in found]
+
+    def _check_number(self, prompts: int, n: int) -> None:
+        most = self._limits.max_choices
+        if prompts * n > most:
+            message = f"Prompts times n are {prompts * n} answers; one request may have {most}."
+            raise bad_request(message, "n")
+
+    def _check_length(self, given: str | Sequence[int], field: str) -> None:
+        """Refuse what can't fit before time is spent on turning it into tokens."""
+        kind, each = ("characters", CHARACTERS) if isinstance(given, str) else ("tokens", 1)
+        self._check_count(len(given), kind, each, field)
+
+    def _check_count(self, count: int, kind: str, each: int, field: str) -> None:
+        if count > self._most_tokens * each:
+            message = f"The prompt has {count} {kind}; the model can hold {self._most_tokens}"
+            raise bad_request(f"{message} tokens.", field, TOO_LONG)
+
+    def _length(self, asked: int | None, prompt: RequestPrompt) -> int:
+        """The tokens to generate: those asked for, or as many as there is room for."""
+        limit = self._limits.max_tokens
+        if asked is not None and asked > limit:
+            message = f"max_tokens is {asked}; this server generates {limit} at most."
+            raise bad_request(message, "max_tokens")
+        self._check_positions(asked or 0, prompt)
+        given, wanted = len(prompt.tokens), 1 if asked is None else asked
+        room = self._most_tokens - given
+        if room < wanted:
+            raise bad_request(
+                f"The prompt has {given} tokens and the answer {wanted}; the model can hold "
+                f"{self._most_tokens} together.",
+                {None: "messages", 0: "prompt"}.get(asked, "max_tokens"),
+                TOO_LONG,
+            )
+        if self._runner.is_encoder_decoder and self._runner.positions.answer is not None:
+            room = min(room, self._runner.positions.answer)
+        return min(room, limit) if asked is None else asked
+
+    def _check_positions(self, asked: int, prompt: RequestPrompt) -> None:
+        """Refuse more tokens than an encoder's or a decoder's positions, which are separate."""
+        if not self._runner.is_encoder_decoder:
+            return
+        given, positions = len(prompt.tokens), self._runner.positions
+        if positions.prompt is not None and given > positions.prompt:
+            held = f"the model's encoder can hold {positions.prompt}."
+            raise bad_request(f"The prompt has {given} tokens; {held}", "prompt", TOO_LONG)
+        if positions.answer is not None and asked > positions.answer:
+            held = f"the model's decoder can hold {positions.answer}."
+            raise bad_request(f"max_tokens is {asked}; {held}", "max_tokens", TOO_LONG)
+
+
+def _first(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that an empty prompt begins with."""
+    bos = tokenizer.bos_token_id
+    return int(tokenizer.eos_token_id if bos is None else bos)

@@ -1,0 +1,315 @@
+"""One answer while it is generated.
+
+Where an answer ends: the texts that its request wants it to stop before.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from ...analysis.traces import TraceStream
+from ...base.loading import Detokeniser, shown_as, text_of
+from ...routing.routers.router import Mixtures
+from .models import ModelRunner
+
+
+def earliest(text: str, stops: Sequence[str], begin: int) -> int | None:
+    """Where the first of `stops` in `text` begins, searched from `begin` on; None if nowhere."""
+    found = [index for stop in stops if (index := text.find(stop, max(0, begin))) >= 0]
+    return min(found, default=None)
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """How many characters at the end of `text` may be the beginning of one of `stops`."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-length:]) for stop in stops):
+            return length
+    return 0
+
+
+# -------------------------------------------------------------------------------------------------
+# Choosing the next token, and log-probabilities of alternatives.
+# -------------------------------------------------------------------------------------------------
+
+COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
+SEEDS = 1 << 63
+LEAST = -9999.0  # stands for minus infinity, which JSON doesn't have
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How an answer is generated.
+
+    `temperature` 0 is greedy. With `ignores_end` only `max_tokens` and `stop` end it. `logprobs` is
+    the number of alternatives reported with each token (None: no log-probabilities at all); with
+    `echo` the prompt's tokens are reported too. `routing` reports each token's experts.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    echo: bool = False
+    routing: bool = False
+    ignores_end: bool = False
+
+    @property
+    def scores_prompt(self) -> bool:
+        """True if the log-probabilities of the prompt's tokens are wanted."""
+        return self.echo and self.logprobs is not None
+
+
+class Alternative(NamedTuple):
+    """A token and its log-probability at temperature 1."""
+
+    token: int
+    logprob: float
+
+
+class TokenScores(NamedTuple):
+    """A token with its log-probability, and the best alternatives, best first."""
+
+    own: Alternative
+    top: tuple[Alternative, ...]
+
+
+class Sampler:
+    """Chooses tokens with its own random generator, so that they don't depend on the batch."""
+
+    def __init__(self, decoding: Decoding, device: torch.device) -> None:
+        self._generator: torch.Generator | None = None
+        self._warpers = LogitsProcessorList()
+        if decoding.temperature < COLDEST:
+            return
+        self._generator = torch.Generator(device).manual_seed(decoding.seed)
+        if decoding.temperature != 1:
+            self._warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
+        if decoding.top_p < 1:
+            self._warpers.append(TopPLogitsWarper(decoding.top_p))
+
+    def __call__(self, logits: Tensor) -> int:
+        """The token chosen by `logits` [V], float32."""
+        if self._generator is None:
+            return int(logits.argmax())
+        scores = self._warpers(None, logits[None])
+        return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
+
+
+def token_scores(logits: Tensor, tokens: list[int], most: int) -> list[TokenScores]:
+    """The scores of each of the T `tokens` that followed `logits` [T, V], with `most` alternatives.
+
+    Log-probabilities are computed in float32.
+    """
+    scores = torch.log_softmax(logits, dim=-1, dtype=torch.float32).clamp(min=LEAST)
+    own = scores.gather(1, torch.tensor(tokens, device=scores.device)[:, None])[:, 0].tolist()
+    best = scores.topk(most, dim=-1)
+    rows = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        TokenScores(Alternative(token, score), tuple(map(Alternative, ids, values)))
+        for token, score, (ids, values) in zip(tokens, own, rows, strict=True)
+    ]
+
+
+def seed_of(seed: int | None, number: int) -> int:
+    """The seed of answer `number` of a request that asked for `seed`; None draws one."""
+    if seed is None:
+        return secrets.randbelow(SEEDS)
+    return (seed + number) % SEEDS
+
+
+# -------------------------------------------------------------------------------------------------
+# One answer while it is generated, and the events that it emits.
+# -------------------------------------------------------------------------------------------------
+
+PROMPT, ANSWER = 0, 1  # parts of a trace
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token as text with its log-probability (None: not asked for, or the prompt's first token).
+
+    `place` is where that text begins in what is told, an echoed prompt included. Tokens that make
+    one character together stand at its place, and special ones, which have no text, between others.
+    `top` are the best alternatives, best first, each with its text.
+    """
+
+    text: str
+    place: int
+    logprob: float | None = None
+    top: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is new of answer number `choice`.
+
+    `tokens` are those of `text`. `routing` has the tokens that passed the model since the last
+    event: each passes one step after it was chosen, and the last one never. `finish` is None while
+    more is to come. `generated` counts all tokens of the answer so far.
+    """
+
+    choice: int
+    text: str
+    tokens: tuple[ScoredToken, ...] = ()
+    routing: tuple[TraceStream, ...] = ()
+    finish: Finish | None = None
+    generated: int = 0
+
+    @property
+    def size(self) -> int:
+        """How many tokens it reports."""
+        return len(self.tokens) + sum(len(stream.tokens) for stream in self.routing)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The server could not compute the answer; `message` is for people."""
+
+    message: str
+
+
+class ActiveSequence:
+    """One answer: its prompt, the tokens generated so far, and who receives its events.
+
+    `deliver` is called from the engine's thread, and no more once `is_cancelled` is set. `choice`
+    is the answer's number in its request, `client` who sent that, and `experts` those that a
+    router which picks experts by prompt has found. `echoed` is the text of the prompt that is
+    told before the answer.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        prompt: Sequence[int],
+        decoding: Decoding,
+        deliver: Callable[[Progress | Failure], None],
+        choice: int = 0,
+        client: str = "",
+        experts: Mixtures | None = None,
+        echoed: str = "",
+    ) -> None:
+        self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding
+        self.deliver, self.choice, self.client, self.experts = deliver, choice, client, experts
+        self.is_cancelled = False
+        self.finish: Finish | None = None
+        self.generated: list[int] = []
+        self.shown: list[str] = []  # each generated token as text
+        self._routing: list[TraceStream] = []
+        self._ends = () if decoding.ignores_end else runner.ends
+        self._sampler = Sampler(decoding, runner.device)
+        before = () if runner.is_encoder_decoder else self.prompt  # the text that it continues
+        self._detokeniser = Detokeniser(runner.tokenizer, before)
+        self._echoed = echoed
+        self._text, self._sent = "", 0  # all text so far, and how much of it was delivered
+        self._unsent: list[tuple[int, ScoredToken]] = []  # (end in the text, token)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens of prompt and answer together, at most."""
+        return len(self.prompt) + self.decoding.max_tokens
+
+    @property
+    def is_over(self) -> bool:
+        """True if nothing more is to be computed."""
+        return self.is_cancelled or self.finish is not None
+
+    def emit_prompt(self, scores: Sequence[TokenScores]) -> None:
+        """Deliver the prompt's tokens; `scores` has all but the first."""
+        first, *others = self._placed_pieces(self.prompt)
+        scored = [self._scored(*each, own) for each, own in zip(others, scores, strict=True)]
+        self._deliver(Progress(self.choice, "", (ScoredToken(*first), *scored)))
+
+    def _placed_pieces(self, tokens: Sequence[int]) -> Iterator[tuple[str, int]]:
+        """Each of `tokens` as text, and where that begins, within the echoed prompt."""
+        detokeniser, end = Detokeniser(self.runner.tokenizer), 0
+        for token in tokens:
+            piece = detokeniser.add(token)
+            text = shown_as(self.runner.tokenizer, token, piece)
+            yield text, min(end, len(self._echoed))
+            is_special = not piece and self._echoed.startswith(text, end)
+            end += len(text) if is_special else len(piece)
+
+    def add_routing(self, stream: TraceStream) -> None:
+        """Keep the routing of tokens that passed the model, for the next event."""
+        self._routing.append(stream)
+
+    def advance(self, logits: Tensor) -> None:
+        """Choose the next token by `logits` [V] and deliver what is new."""
+        if self.decoding.max_tokens == 0:
+            self.finish = "length"
+            self._emit()
+            return
+        token = self._sampler(logits)
+        self.generated.append(token)
+        piece, begin = self._detokeniser.add(token), len(self._text)
+        self._text += piece
+        self.shown.append(shown_as(self.runner.tokenizer, token, piece))
+        scored = self._scored_answer(token, len(self._echoed) + begin, logits)
+        self._unsent.append((len(self._text), scored))
+        if token in self._ends:
+            self.finish = "stop"
+        elif len(self.generated) >= self.decoding.max_tokens:
+            self.finish = "length"
+        if self.finish is not None:
+            self._text += self._detokeniser.rest()
+        self._cut_at_stop(len(self._text) - begin)
+        self._emit()
+
+    def _scored_answer(self, token: int, place: int, logits: Tensor) -> ScoredToken:
+        shown = self.shown[-1]
+        if self.decoding.logprobs is None:
+            return ScoredToken(shown, place)
+        (scores,) = token_scores(logits[None], [token], self.decoding.logprobs)
+        return self._scored(shown, place, scores)
+
+    def _scored(self, text: str, place: int, scores: TokenScores) -> ScoredToken:
+        tokenizer, own = self.runner.tokenizer, scores.own.token
+        top = tuple(
+            (text if each.token == own else text_of(tokenizer, each.token), each.logprob)
+            for each in scores.top[: self.decoding.logprobs]
+        )
+        return ScoredToken(text, place, scores.own.logprob, top)
+
+    def _cut_at_stop(self, new: int) -> None:
+        """End the text before a stop text that its last `new` characters complete."""
+        stops = self.decoding.stop
+        longest = max((len(stop) for stop in stops), default=0)
+        cut = earliest(self._text, stops, max(self._sent, len(self._text) - new - longest))
+        if cut is not None:
+            self._text, self.finish = self._text[:cut], "stop"
+            begins = [self._sent, *(end for end, _ in self._unsent[:-1])]
+            pairs = zip(begins, self._unsent, strict=True)
+            self._unsent = [unsent for begin, unsent in pairs if begin < cut]
+
+    def _emit(self) -> None:
+        """Deliver the text that can't become part of a stop text any more, with its tokens."""
+        held = 0 if self.finish else held_back(self._text, self.decoding.stop)
+        safe = len(self._text) - held
+        ready = [each for each in self._unsent if self.finish or each[0] <= safe]
+        if ready and not self.finish:
+            safe = ready[-1][0]
+        self._unsent = self._unsent[len(ready) :]
+        text = self._text[self._sent : safe] if ready or self.finish else ""
+        self._sent += len(text)
+        if self.finish and self._routing and self.shown:
+            self._routing.append(self._routing[-1].without_experts(self.shown[-1], ANSWER))
+        routing, self._routing = tuple(self._routing), []
+        if text or ready or routing or self.finish:
+            tokens = tuple(token for _, token in ready)
+            generated = len(self.generated)
+            self._deliver(Progress(self.choice, text, tokens, routing, self.finish, generated))
+
+    def _deliver(self, progress: Progress) -> None:
+        if not self.is_cancelled:
+            self.deliver(progress)

@@ -1,0 +1,215 @@
+"""Tables of pools, scores, comparisons and analyses for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from ..analysis.analyse import Analysis
+from ..analysis.audit import LIMITS, Audit
+from ..analysis.findings import Duplicate
+from ..analysis.measures import ORACLE, effective_experts, heaviest
+from ..config import KIND_NAMES
+from ..evaluation.comparison.methods import BASE, label_of
+from ..evaluation.comparison.tables import ANCHOR, Comparison, Result
+from ..evaluation.evaluate import Evaluation
+from ..experts.importing.hub_owner import Listing
+from ..experts.pool import Pool
+
+
+def pool_table(pool: Pool) -> Table:
+    """A row per expert: its kind, the sizes of its modules, and what it shares."""
+    table = Table(title=f"{len(pool)} experts for {pool.base.id}")
+    for column in ("expert", "kind", "sites", "sizes", "shares", "folder"):
+        table.add_column(column, overflow="fold", min_width=len(column))
+    for expert in pool.experts:
+        shares = [part for part in ("gates", "means", "readings") if expert.has(part)]
+        if expert.embeddings is not None:
+            shares.append(f"{len(expert.embeddings)} embeddings")
+        sizes = sorted({m.size for m in expert.modules.values() if m.size is not None})
+        table.add_row(
+            expert.name,
+            KIND_NAMES[expert.kind],
+            str(len(expert.modules)),
+            "-".join(str(size) for size in dict.fromkeys((*sizes[:1], *sizes[-1:]))),
+            ", ".join(shares) or "nothing",
+            str(expert.directory),
+        )
+    return table
+
+
+AUDITED = {  # the signs of an audit that its table shows; --json has all
+    "update_size": "update",
+    "update_effect": "effect",
+    "update_spread": "module",
+    "gate_size": "gate",
+    "gate_own_mean": "cosine",
+    "gate_wins": "wins",
+    "mean_distance": "means",
+    "reading_distance": "readings",
+    "reading_trace": "varying",
+    "reading_masks": "masking",
+    "embedding_copies": "copied",
+    "embedding_wins": "nearest",
+    "centroid_neutral": "neutral",
+}
+
+
+def audit_table(report: Audit) -> Table:
+    """A row per expert with its signs, and the medians; what is beyond a limit is marked."""
+    table = Table(title=f"Audit of {len(report.experts)} experts; * is beyond the limit")
+    limits = {name: limit.of(len(report.experts)) for name, limit in LIMITS.items()}
+    shown = {name: title for name, title in AUDITED.items() if name in report.signs}
+    for column in ("expert", *shown.values()):
+        first = column == "expert"
+        table.add_column(column, no_wrap=first, justify="left" if first else "right")
+    for z, expert in enumerate(report.experts):
+        cells = [_sign(report.signs[name][z], limits[name]) for name in shown]
+        table.add_row(Text(expert), *cells)
+    table.add_section()
+    medians = [report.median(name) for name in shown]
+    table.add_row(Text("median"), *(_sign(median, math.inf) for median in medians))
+    table.add_row(Text("limit"), *(_sign(limits[name], math.inf) for name in shown))
+    return table
+
+
+def _sign(value: float | None, limit: float) -> Text:
+    if value is None:
+        return Text("")
+    return Text(f"{value:.3g}*", style="bold red") if value > limit else Text(f"{value:.3g}")
+
+
+def owner_table(listing: Listing) -> Table:
+    """A row per expert or adapter of an owner: what it is, and why it can't be routed if so."""
+    others = f"; {listing.others} other repositories" if listing.others else ""
+    able = f"{len(listing.routable)} of {len(listing.found)} can be routed"
+    table = Table(title=f"{able} on {listing.base or 'no base'}{others}")
+    for column in ("repository", "form", "kind", "base", "MB", "routed"):
+        table.add_column(column, overflow="fold")
+    for each in listing.found:
+        cells = (
+            each.place,
+            "expert" if each.is_expert else "adapter",
+            KIND_NAMES.get(each.kind or "", ""),
+            each.base or "",
+            f"{each.size / 1e6:.1f}",
+            "yes" if each.refusal is None else f"no: {each.refusal}",
+        )
+        table.add_row(*map(Text, cells))
+    return table
+
+
+def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> Table:
+    """A row per pair of experts that are nearly the same."""
+    table = Table(title=f"{len(pairs)} pairs with a cosine of {threshold:g} or more")
+    for column in ("expert", "expert", "cosine", "files"):
+        table.add_column(column, overflow="fold")
+    for pair in pairs:
+        files = "identical" if pair.identical else "differ"
+        table.add_row(pair.one, pair.other, f"{pair.cosine:.4f}", files)
+    return table
+
+
+def scores_table(evaluation: Evaluation, title: str) -> Table:
+    """A row per task: its metric, its score with the interval, n and ties; and the mean."""
+    table = Table(title=title)
+    for column in ("task", "metric", "score", "95 % interval", "n", "ties"):
+        table.add_column(column, overflow="fold")
+    for score in evaluation.scores:
+        interval = f"{score.low:.3f} to {score.high:.3f}"
+        cells = (score.task, score.metric, f"{score.score:.3f}", interval)
+        table.add_row(*cells, str(score.n), str(score.ties))
+    table.add_section()
+    table.add_row("mean", "", f"{evaluation.mean:.3f}", "", "", "")
+    return table
+
+
+def means_table(comparison: Comparison) -> Table:
+    """A row per method, a column per suite: the mean over its datasets in per cent, interval."""
+    columns = [f"{column} ({len(tasks)})" for column, tasks in comparison.columns.items()]
+    table = _table("mean score in %, [95 % interval]; * not zero-shot", "method", columns)
+    for row, summaries in comparison.summaries.items():
+        _add(table, comparison, row, (summary.in_per_cent for summary in summaries.values()))
+    return table
+
+
+def differences_table(comparison: Comparison) -> Table | None:
+    """The same rows and columns less PHATGOOSE, in points; None where there is nothing to show."""
+    others = [row for row in comparison.results if row != ANCHOR]
+    if ANCHOR not in comparison.results or not others:
+        return None
+    label = comparison.labels[ANCHOR]
+    title = f"difference to {label} in points, [95 % interval in pairs]"
+    table = _table(title, "method", comparison.columns)
+    for row in others:
+        summaries = comparison.summaries[row].values()
+        _add(table, comparison, row, (summary.difference_in_points for summary in summaries))
+    return table
+
+
+def datasets_table(comparison: Comparison, bold: str = ANCHOR) -> Table:
+    """A row per model, a column per dataset: per cent ± half the interval.
+
+    The base comes first, then each single expert, then the other methods; row `bold` is bold.
+    """
+    tasks = comparison.datasets
+    columns = [*(task.replace("_", " ") for task in tasks), "mean"]
+    table = _table(
+        "zero-shot score in %, ± half the 95 % interval; * not zero-shot", "model", columns
+    )
+    first = {name: results for name, results in comparison.results.items() if name == BASE}
+    for row, results in {**first, **comparison.experts, **comparison.results}.items():
+        mean = 100 * sum(results[task].score for task in tasks) / len(tasks)
+        cells = [*(_cell(results[task]) for task in tasks), f"{mean:.1f}"]
+        _add(table, comparison, row, cells, bold)
+    return table
+
+
+def _cell(result: Result) -> str:
+    return f"{100 * result.score:.0f} ±{50 * (result.high - result.low):.0f}"
+
+
+def _table(title: str, first: str, columns: Iterable[str]) -> Table:
+    table = Table(title=title)
+    table.add_column(first, no_wrap=True)
+    for column in columns:
+        table.add_column(Text(column), justify="right", overflow="fold")
+    return table
+
+
+def _add(
+    table: Table, comparison: Comparison, row: str, cells: Iterable[str], bold: str = ANCHOR
+) -> None:
+    style = "bold" if row == bold else ""
+    table.add_row(Text(comparison.title(row)), *map(Text, cells), style=style)
+
+
+def routers_table(analysis: Analysis) -> Table:
+    """A row per router and dataset: score, effective number of experts, who they are, KL."""
+    table = Table(title=f"Routing of {len(analysis.experts)} experts")
+    for column in ("router", "dataset", "score", "effective", "most used"):
+        table.add_column(column, overflow="fold")
+    if analysis.oracle:
+        table.add_column("Oracle's", overflow="fold")
+        table.add_column("KL to Oracle")
+    for name, router in analysis.routers.items():
+        for dataset in analysis.datasets:
+            weight = router.distributions[dataset].whole("weight")
+            score = router.scores.get(dataset)
+            cells = [
+                label_of(name),
+                dataset,
+                f"{100 * score.score:.1f} %" if score else "",
+                f"{effective_experts(weight):.1f}",
+                ", ".join(
+                    f"{analysis.experts[z]} {100 * weight[z]:.0f} %" for z in heaviest(weight, 2)
+                ),
+            ]
+            if analysis.oracle:
+                divergence = analysis.divergence(name, ORACLE, dataset).to
+                cells += [analysis.oracle[dataset], f"{divergence:.2f}"]
+            table.add_row(*map(Text, cells))
+    return table

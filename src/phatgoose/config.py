@@ -1,0 +1,475 @@
+"""Settings, as frozen dataclasses: one place for names, defaults, help texts and checks.
+
+How a setting works: a typed field with a help text and a limit, checked when it is set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+
+from .errors import ConfigError
+
+Config = TypeVar("Config")
+
+SEEDS = 1 << 32  # numpy accepts no larger ones, and Trainer seeds numpy too
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a setting must be, in words and as a test. A setting that is None passes."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+AT_LEAST_1 = Limit("at least 1", lambda value: value >= 1)
+POSITIVE = Limit("above 0", lambda value: value > 0)
+NOT_NEGATIVE = Limit("0 or more", lambda value: value >= 0)
+RATIO = Limit("from 0 to 1", lambda value: 0 <= value <= 1)
+SEED = Limit(f"from 0 to {SEEDS - 1}", lambda value: 0 <= value < SEEDS)
+
+
+def one_of(known: Sequence[str]) -> Limit:
+    """The limit of a setting that must be one of the `known` names."""
+    return Limit(f"one of {', '.join(known)}", lambda value: value in known)
+
+
+class Settings:
+    """Base of all settings: checks each value against the type of its field.
+
+    Subclasses are frozen dataclasses whose fields are `Annotated[type, help text]`, with a `Limit`
+    as a third part where not every value will do. Numbers of other libraries (numpy's) become
+    Python's, and integers given for a float become floats.
+    """
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value of the wrong type, not finite, or beyond its limit."""
+        for setting in settings_of(type(self)):
+            value = _typed(setting, getattr(self, setting.name))
+            if setting.limit is not None and value is not None:
+                _require(setting.limit.holds(value), setting.name, value, setting.limit.words)
+            object.__setattr__(self, setting.name, value)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a config class, for the command line and the recipes."""
+
+    name: str
+    type: Any
+    help: str
+    default: Any
+    limit: Limit | None = None
+
+
+def settings_of(config: type) -> tuple[Setting, ...]:
+    """The settings of a config class, in field order."""
+    return _read_off(config)
+
+
+@cache
+def _read_off(config: type) -> tuple[Setting, ...]:
+    hints = get_type_hints(config, include_extras=True)
+    settings = []
+    for item in dataclasses.fields(config):
+        annotated, help_text, *limit = get_args(hints[item.name])
+        settings.append(Setting(item.name, annotated, help_text, item.default, *limit))
+    return tuple(settings)
+
+
+def from_mapping(config: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """A `config` filled from `values`; missing fields keep their default.
+
+    Raises ConfigError, naming `where`, for an unknown key or a value that `config` refuses.
+    """
+    known = [setting.name for setting in settings_of(config)]
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{where}: unknown setting {key!r}; known are {', '.join(known)}.")
+    try:
+        return config(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def given_or_default(kind: type[Config], given: Config | None, name: str) -> Config:
+    """The settings `given`, or the default ones. Raises ConfigError where they are no `kind`."""
+    if given is None:
+        return kind()
+    if not isinstance(given, kind):
+        raise ConfigError(
+            f"{name} is {given!r:.60}, but must be settings of class phatgoose.config."
+            f"{kind.__name__}."
+        )
+    return given
+
+
+def _require(holds: bool, name: str, got: object, wanted: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} is {got!r}, but must be {wanted}.")
+
+
+def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
+    """Raise ConfigError unless `got`, the value of `name`, is one of `known`."""
+    if got not in known:
+        names = ", ".join(name for name in known if name is not None)
+        raise ConfigError(f"{name} is {got!r}, but must be one of {names}.")
+
+
+def _typed(setting: Setting, value: Any) -> Any:
+    """`value` as one of the types of `setting`. Raises ConfigError where none fits."""
+    kinds = get_args(setting.type) or (setting.type,)
+    if isinstance(value, bool | NoneType) and type(value) in kinds:
+        return value
+    if not isinstance(value, bool):
+        if int in kinds and isinstance(value, Integral):
+            return int(value)
+        if float in kinds and isinstance(value, Real):
+            return _finite(setting.name, value)
+        if str in kinds and isinstance(value, str):
+            return value
+    wanted = " or ".join(TYPE_NAMES[kind] for kind in kinds if kind in TYPE_NAMES)
+    raise ConfigError(f"{setting.name} is {value!r}, but must be {wanted}.")
+
+
+def _finite(name: str, value: Real) -> float:
+    """`value` as a float. Raises ConfigError for infinity, NaN and too large integers."""
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    _require(math.isfinite(number), name, number, "a finite number")
+    return number
+
+
+# -------------------------------------------------------------------------------------------------
+# The shapes of experts, one class for each kind.
+# -------------------------------------------------------------------------------------------------
+
+ACTIVATIONS = ("relu", "gelu", "silu")
+PLACEMENTS = ("houlsby", "pfeiffer")
+
+# Help texts of settings that several kinds of expert share, as one flag.
+SITES = (
+    "Regular expression to search for in a site's module path. Default: every linear layer of "
+    "every block (lora); keys, values and the last feed-forward layer, as PEFT selects them for "
+    "the base's architecture (ia3); the layers of the placement (bottleneck)."
+)
+INIT_STD = "Standard deviation of the initial A (lora) or D (bottleneck); B and U start at zero."
+
+
+@dataclass(frozen=True)
+class Lora(Settings):
+    """The shape of a LoRA expert: W u + (alpha / rank) B A u at every site (paper section 3)."""
+
+    rank: Annotated[int, "Rank r of each LoRA module.", AT_LEAST_1] = 16
+    alpha: Annotated[float, "LoRA alpha; the update is scaled by alpha / rank.", POSITIVE] = 1.0
+    init_std: Annotated[float, INIT_STD, POSITIVE] = 0.01
+    sites: Annotated[str | None, SITES] = None
+
+
+@dataclass(frozen=True)
+class IA3(Settings):
+    """The shape of an (IA)³ expert (Liu et al. 2022): l ⊙ (W u + b), or W (l ⊙ u) + b."""
+
+    sites: Annotated[str | None, SITES] = None
+    feedforward: Annotated[
+        str | None,
+        "Regular expression to search for: these sites scale their input instead of their output. "
+        "Default: PEFT's choice (the last feed-forward layer).",
+    ] = None
+
+
+@dataclass(frozen=True)
+class Bottleneck(Settings):
+    """The shape of a bottleneck adapter: y + scale (U f(D y + b_D) + b_U) on a layer's output y."""
+
+    placement: Annotated[
+        str,
+        "houlsby (after attention and after the feed-forward network of each block) or pfeiffer "
+        "(only after the latter).",
+        one_of(PLACEMENTS),
+    ] = "houlsby"
+    size: Annotated[int, "Size of the bottleneck.", AT_LEAST_1] = 64
+    activation: Annotated[
+        str, "Activation f in the bottleneck: relu, gelu or silu.", one_of(ACTIVATIONS)
+    ] = "relu"
+    scale: Annotated[float, "Factor on the adapter's output.", POSITIVE] = 1.0
+    init_std: Annotated[float, INIT_STD, POSITIVE] = 0.01
+    sites: Annotated[str | None, SITES] = None
+
+
+Peft = Lora | IA3 | Bottleneck
+PEFT_KINDS: dict[str, type[Peft]] = {"lora": Lora, "ia3": IA3, "bottleneck": Bottleneck}
+KIND_NAMES = {"lora": "LoRA", "ia3": "(IA)³", "bottleneck": "bottleneck"}  # for people
+
+
+# -------------------------------------------------------------------------------------------------
+# How experts and gates are trained, and how examples become tokens.
+# -------------------------------------------------------------------------------------------------
+
+TASK_FILES = (".csv", ".jsonl")
+TRUNCATIONS = ("middle", "left", "right")
+GATE_INPUTS = ("raw", "standardised")
+EMBEDDING_FORMS = ("prompt", "paper")
+
+
+@dataclass(frozen=True)
+class Training(Settings):
+    """How an expert is trained (paper section 4.1)."""
+
+    steps: Annotated[int, "Optimiser steps.", AT_LEAST_1] = 1000
+    batch_size: Annotated[int, "Sequences per optimiser step.", AT_LEAST_1] = 1024
+    micro_batch_size: Annotated[int, "Sequences per forward pass, accumulated.", AT_LEAST_1] = 8
+    learning_rate: Annotated[float, "AdamW learning rate.", POSITIVE] = 5e-3
+    warmup_ratio: Annotated[
+        float, "Share of the steps in which the learning rate rises.", RATIO
+    ] = 0.06
+    weight_decay: Annotated[float, "AdamW weight decay.", NOT_NEGATIVE] = 0.0
+    max_grad_norm: Annotated[float, "Gradient clipping by global norm.", POSITIVE] = 1.0
+    eval_every: Annotated[
+        int,
+        "Steps between validations; each saves a checkpoint, and the best one wins.",
+        AT_LEAST_1,
+    ] = 100
+    eval_examples: Annotated[
+        int, "Maximum validation examples to use, drawn by the seed.", AT_LEAST_1
+    ] = 500
+    seed: Annotated[int, "Seed of initialisation, data order and validation split.", SEED] = 0
+
+
+@dataclass(frozen=True)
+class GateTraining(Settings):
+    """How the gates are trained (paper section 3), and which statistics other routers get.
+
+    Batch size, warm-up, clipping, weight decay and seed are those of `Training` (paper section
+    4.1).
+    """
+
+    joint: Annotated[
+        bool,
+        "Train gates together with the expert instead of after it (paper appendix A), for the "
+        "expert's steps and at its learning rate.",
+    ] = False
+    gate_steps: Annotated[int, "Optimiser steps of gate training.", AT_LEAST_1] = 100
+    gate_learning_rate: Annotated[
+        float | None, "Learning rate of gate training; default: the expert's.", POSITIVE
+    ] = None
+    gate_inputs: Annotated[
+        str,
+        "What gates are trained on: activations raw (paper), or standardised by the base's mean "
+        "and deviation over neutral text.",
+        one_of(GATE_INPUTS),
+    ] = "raw"
+    statistics_examples: Annotated[
+        int, "Training examples to measure for the statistics below.", AT_LEAST_1
+    ] = 1000
+    means: Annotated[bool, "Measure mean activations (for router average-activation)."] = True
+    readings: Annotated[
+        bool,
+        "Measure how the base alone reads the prompts (for routers named after discriminants).",
+    ] = True
+    embeddings: Annotated[
+        bool,
+        "Embed training inputs (for routers joint-discriminant, retrieval, centroid and glider; "
+        "needs the extra 'retrieval').",
+    ] = False
+    embedder: Annotated[str, "Sentence embedder: a Hub id or a local folder."] = (
+        "sentence-transformers/all-MiniLM-L6-v2"
+    )
+    embedding_form: Annotated[
+        str,
+        "What is embedded: the prompt as the model reads it, or, for router retrieval as in the "
+        "paper, the input behind its answer choices (paper).",
+        one_of(EMBEDDING_FORMS),
+    ] = "prompt"
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError as all settings do, and for what joint gates can't have."""
+        super().__post_init__()
+        if self.joint and self.gate_learning_rate is not None:
+            raise ConfigError(
+                f"gate_learning_rate is {self.gate_learning_rate:g}, but joint gates are trained "
+                f"at the expert's; leave it out, or turn joint off."
+            )
+        if self.joint and self.gate_inputs != "raw":
+            raise ConfigError(
+                f"gate_inputs is {self.gate_inputs!r}, but joint gates see raw inputs; turn joint "
+                f"off."
+            )
+
+
+@dataclass(frozen=True)
+class Formatting(Settings):
+    """How an example becomes tokens."""
+
+    max_input_tokens: Annotated[
+        int, "Maximum tokens of an input; longer ones are cut.", AT_LEAST_1
+    ] = 512
+    truncation: Annotated[
+        str,
+        "Which part of a long input to cut: middle (of the template's longest field if known, else "
+        "of the input; keeps three times as much after the cut as before), left, or right (as in "
+        "the paper).",
+        one_of(TRUNCATIONS),
+    ] = "middle"
+    max_target_tokens: Annotated[
+        int,
+        "Maximum tokens of a target; longer ones are cut on the right, with a warning.",
+        AT_LEAST_1,
+    ] = 512
+    chat: Annotated[bool, "Wrap inputs in the base model's chat template."] = False
+
+
+# -------------------------------------------------------------------------------------------------
+# How a routed model chooses experts.
+# -------------------------------------------------------------------------------------------------
+
+PAPER = "standardised"
+AFFINITIES = (PAPER, "raw", "trimmed", "centred", "calibrated")
+ARROW_FORMS = ("svd", "peft", "mttl")
+READING_PLACES = ("both", "end", "whole")
+LOGO_READS = ("block", "site")
+KERNELS = ("auto", "reference", "concat", "gather", "grouped", "native", "triton")
+
+
+@dataclass(frozen=True)
+class Routing(Settings):
+    """How a routed model chooses experts (paper sections 3 and 4.2)."""
+
+    router: Annotated[str, "Which router chooses experts."] = "phatgoose"
+    k: Annotated[int, "Experts per token at each site.", AT_LEAST_1] = 2
+    kernel: Annotated[str, f"{', '.join(KERNELS[:-1])} or {KERNELS[-1]}.", one_of(KERNELS)] = "auto"
+    eps: Annotated[
+        float, "Added to var(u) under the root when standardising activations u.", POSITIVE
+    ] = 1e-5
+    expert: Annotated[str | None, "Expert to use with router single."] = None
+    arrow: Annotated[
+        str, "Variant of router arrow: svd (the paper's), peft or mttl.", one_of(ARROW_FORMS)
+    ] = "svd"
+    spectr_shortlist: Annotated[
+        int | None,
+        "Router spectr chooses among so many by Arrow's scores; default: all.",
+        AT_LEAST_1,
+    ] = None
+    logo_reads: Annotated[
+        str,
+        "Router logo reads what enters its block, or its site: block, site.",
+        one_of(LOGO_READS),
+    ] = "block"
+    glider_lambda: Annotated[
+        float, "How much router glider makes of whole inputs, beside its gates.", NOT_NEGATIVE
+    ] = 3.0
+    router_seed: Annotated[int, "Seed of router random.", SEED] = 0
+    stand_in: Annotated[
+        bool, "Use the Arrow vector of an expert that has no gates, which is a guess."
+    ] = False
+    affinity: Annotated[
+        str,
+        "How gates or means score activations: standardised (paper), raw, trimmed, centred or "
+        "calibrated (on neutral text).",
+        one_of(AFFINITIES),
+    ] = "standardised"
+    router_temperature: Annotated[float, "Divides affinities before the softmax.", POSITIVE] = 1.0
+    retrieval_embedder: Annotated[
+        str | None, "Embedder of routers that use one, where it isn't the default one."
+    ] = None
+    retrieval_form: Annotated[
+        str,
+        "What router retrieval embeds: the prompt, or in comparisons the paper's text, the input "
+        "behind its answer choices (paper), for experts with embeddings of that form.",
+        one_of(EMBEDDING_FORMS),
+    ] = "prompt"
+    reading_place: Annotated[
+        str,
+        "What router discriminant reads of a prompt: its end (last token), the whole (mean over "
+        "tokens), or both.",
+        one_of(READING_PLACES),
+    ] = "both"
+    reading_from: Annotated[
+        float, "The first block that it reads, as a share of the depth.", RATIO
+    ] = 0.0
+    reading_to: Annotated[
+        float, "The last block that it reads, as a share of the depth.", RATIO
+    ] = 1.0
+    shrinkage: Annotated[
+        float, "How far it shrinks the experts' covariance to its diagonal.", RATIO
+    ] = 0.3
+    task_variance: Annotated[
+        float,
+        "How far it takes a new task to lie from an expert's own, as a share of how far the "
+        "experts' tasks lie apart.",
+        NOT_NEGATIVE,
+    ] = 0.0
+    embedding_share: Annotated[
+        float,
+        "How far router joint-discriminant goes by embeddings rather than by the base's readings.",
+        RATIO,
+    ] = 0.5
+    prior: Annotated[
+        float,
+        "On a shortlist (discriminant-phatgoose, phatgoose-evidence): how much an expert's share "
+        "of the input counts beside its gates.",
+        NOT_NEGATIVE,
+    ] = 1.0
+    input_k: Annotated[
+        int | None, "Experts per input, where a router chooses so; default: its own.", AT_LEAST_1
+    ] = None
+    input_temperature: Annotated[
+        float | None, "Divides scores of inputs before their softmax; default: its own.", POSITIVE
+    ] = None
+
+    @property
+    def changed(self) -> frozenset[str]:
+        """The names of the settings that aren't the usual ones."""
+        usual = vars(Routing())
+        return frozenset(name for name, value in vars(self).items() if value != usual[name])
+
+
+ROUTING_SETTINGS = frozenset(setting.name for setting in settings_of(Routing))
+# A saved model has its routing already; only where its embedder is may be told anew.
+POOL_SETTINGS = ROUTING_SETTINGS - {"retrieval_embedder"}
+
+
+# -------------------------------------------------------------------------------------------------
+# The limits of a server.
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Serving(Settings):
+    """The limits of `phatgoose serve` (docs/serving.md)."""
+
+    max_tokens: Annotated[int, "Maximum tokens to generate for one answer.", AT_LEAST_1] = 1024
+    max_choices: Annotated[
+        int, "Maximum answers to one request (its prompts times its n).", AT_LEAST_1
+    ] = 64
+    max_queue: Annotated[
+        int, "Maximum answers that wait; further requests are refused.", AT_LEAST_1
+    ] = 256
+    max_client_queue: Annotated[int, "Maximum answers of one client that wait.", AT_LEAST_1] = 128
+    max_batch_tokens: Annotated[
+        int,
+        "Maximum tokens to compute together, prompts, answers and padding included.",
+        AT_LEAST_1,
+    ] = 16384
+    max_routings: Annotated[
+        int, "Requested routings to keep in memory, beside the served models.", AT_LEAST_1
+    ] = 8
+    max_body: Annotated[int, "Maximum bytes of a request.", AT_LEAST_1] = 1 << 20
+    max_connections: Annotated[int, "Maximum open connections.", AT_LEAST_1] = 1000
+    read_timeout: Annotated[
+        int, "Seconds for a request's headers, and again for its body, to arrive.", AT_LEAST_1
+    ] = 20
+    timeout: Annotated[int, "Maximum seconds per request, waiting included.", AT_LEAST_1] = 300
+    shutdown_timeout: Annotated[
+        int, "Seconds for running requests to finish after a signal to stop.", AT_LEAST_1
+    ] = 30

@@ -1,0 +1,262 @@
+"""Files of others, read strictly: JSON, TOML, regular files only, and what is quoted of them.
+
+Other people's words in our error messages: short, printable, on one line.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import stat
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import ExpertError, PhatgooseError
+
+
+def one_line(text: object, most: int = 300) -> str:
+    """`text` as one printable line of at most `most` characters.
+
+    Errors of other libraries, for instance, may hold names from the files that they failed to read.
+    """
+    line = "".join(c if c.isprintable() else " " for c in str(text))
+    return line if len(line) <= most else f"{line[:most]}…"
+
+
+def shortened(value: object, most: int = 80) -> str:
+    """The `repr` of `value`, as one line of at most `most` characters."""
+    return one_line(repr(value), most)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what `error` says, or its type where it says nothing."""
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def reason(problem: Exception) -> str:
+    """Why a file can't be read or written, in the system's words."""
+    return str(getattr(problem, "strerror", None) or problem)
+
+
+# -------------------------------------------------------------------------------------------------
+# Text that no UTF-8 can hold: half of a character.
+# -------------------------------------------------------------------------------------------------
+
+
+def half_character(text: str) -> str | None:
+    """The first character of `text` that UTF-8 can't encode, None where it can encode all.
+
+    JSON may hold one where a text was cut within an emoji; Python makes one of a byte in an
+    argument or a file's name that is not UTF-8. No tokenizer reads it and no file takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return text[error.start]
+    return None
+
+
+# -------------------------------------------------------------------------------------------------
+# Files of a stranger's folder: regular ones only, and none outside of it.
+#
+# An expert may come from anywhere, so nothing outside its folder is read on its behalf: a symbolic
+# link must stay in the folder. In a Hub cache it may lead from a snapshot to the blobs of the same
+# repository, which is how huggingface_hub keeps files.
+# -------------------------------------------------------------------------------------------------
+
+HASHED_AT_ONCE = 2**20
+
+
+def regular_file(path: Path, error: type[PhatgooseError] = ExpertError) -> Path:
+    """`path`, checked to be a regular file that lies in its own folder.
+
+    Raises as `require_regular` does, and `error` for a symbolic link that leads out of the folder.
+    """
+    require_regular(path, error)
+    place, folder = path.resolve(), path.parent.resolve()
+    if not any(place.is_relative_to(known) for known in (folder, *_blobs_of(folder))):
+        raise error(f"{path} is a symbolic link that leads out of its folder; copy the file there.")
+    return path
+
+
+def require_regular(path: Path, error: type[PhatgooseError], label: str | None = None) -> int:
+    """The size of the file at `path`, which messages call `label`.
+
+    Raises FileNotFoundError when there is none, `error` when it is something else: a folder, or a
+    pipe or a device, which may never end.
+    """
+    label = label or str(path)
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        raise
+    except (OSError, RuntimeError, ValueError) as problem:  # a loop of links, a name with a NUL
+        raise error(f"{label} can't be read: {reason(problem)}.") from problem
+    if not stat.S_ISREG(found.st_mode):
+        raise error(f"{label} is not a regular file.")
+    return found.st_size
+
+
+def refuse_pipes(place: str | Path, error: type[PhatgooseError]) -> None:
+    """Raise `error` where the folder `place`, which another library reads, holds pipes or devices.
+
+    In it, or in a folder in it. Anything else than a folder is left to that library.
+    """
+    for path in (*Path(place).glob("*"), *Path(place).glob("*/*")):
+        if path.is_fifo() or path.is_char_device():
+            raise error(f"{path} is not a regular file.")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal. Raises ExpertError when it can't be read."""
+    digest = hashlib.sha256()
+    try:
+        with regular_file(path).open("rb") as file:
+            while part := file.read(HASHED_AT_ONCE):
+                digest.update(part)
+        return digest.hexdigest()
+    except OSError as error:
+        raise ExpertError(f"{path} can't be read: {reason(error)}.") from error
+
+
+def _blobs_of(folder: Path) -> tuple[Path, ...]:
+    """Where huggingface_hub keeps the files of a cached snapshot, if `folder` is in one."""
+    for above in (folder, *folder.parents):
+        if above.parent.name == "snapshots" and above.parent.parent.name.startswith("models--"):
+            return (above.parent.parent / "blobs",)
+    return ()
+
+
+# -------------------------------------------------------------------------------------------------
+# JSON files of bounded size and depth, read strictly.
+# -------------------------------------------------------------------------------------------------
+
+MOST_JSON_BYTES = 16 * 2**20
+MOST_NESTED = 100  # lists and objects inside each other; copying and writing recurse too
+
+
+def read_json_object(path: Path, error: type[PhatgooseError] = ExpertError) -> dict[str, Any]:
+    """The JSON object in the file `path`.
+
+    Strict: UTF-8, no duplicate keys, no NaN or infinity, at most MOST_JSON_BYTES and MOST_NESTED
+    levels. Raises FileNotFoundError when there is no such file, `error` for anything else that is
+    wrong.
+    """
+    regular_file(path, error)
+    content = parse_file(path, str(path), "JSON", MOST_JSON_BYTES, _parse_json, error)
+    if not isinstance(content, dict):
+        raise error(f"{path} is not valid JSON for this: wanted an object, {{...}}.")
+    return content
+
+
+def parse_file(
+    path: Path,
+    label: str,
+    kind: str,
+    most: int,
+    parse: Callable[[str], Any],
+    error: type[PhatgooseError],
+) -> Any:
+    """What `parse` makes of the text in `path`, of at most `most` bytes and MOST_NESTED levels.
+
+    `label` and `kind` are what messages call the file and its format. Raises FileNotFoundError when
+    there is no such file, `error` for anything else that is wrong.
+    """
+    try:
+        size = require_regular(path, error, label)
+        if size > most:
+            raise error(f"{label} has {size} bytes; at most {most} are read.")
+        content = parse(path.read_text(encoding="utf-8"))
+        if _nested(content) > MOST_NESTED:
+            raise RecursionError
+    except FileNotFoundError:
+        raise
+    except OSError as problem:
+        raise error(f"{label} can't be read: {reason(problem)}.") from problem
+    except RecursionError as problem:
+        raise error(f"{label} is not valid {kind}: it is nested too deeply.") from problem
+    except ValueError as problem:
+        raise error(f"{label} is not valid {kind}: {one_line(problem)}.") from problem
+    return content
+
+
+def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of `pairs`, for json's object_pairs_hook. Raises ValueError for a repeated key."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        times = Counter(key for key, _ in pairs)
+        raise ValueError(f"the key {times.most_common(1)[0][0]!r} appears twice in one object")
+    return found
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(
+        text,
+        object_pairs_hook=distinct_keys,
+        parse_constant=_no_constant,
+        parse_float=_finite,
+    )
+
+
+def _nested(content: Any) -> int:
+    """How many levels of lists and objects `content` has, counted up to MOST_NESTED + 1."""
+    level, depth = [content], 0
+    while depth <= MOST_NESTED:
+        level = [each for each in level if isinstance(each, dict | list)]
+        if not level:
+            break
+        depth += 1
+        level = [inner for each in level for inner in _parts(each)]
+    return depth
+
+
+def _parts(content: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return content.values() if isinstance(content, dict) else content
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if math.isinf(number):
+        raise ValueError(f"{text} is too large")
+    return number
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+# -------------------------------------------------------------------------------------------------
+# TOML files of bounded size.
+# -------------------------------------------------------------------------------------------------
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+MOST_TOML_BYTES = 2**20  # less than of JSON: the parser is slower
+MOST_DOTS = 1000  # in a line: the parser's time grows with the square of a dotted key's length
+
+
+def read_toml(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
+    """The table in the TOML file `path`, which messages call a `what`, such as "Recipe".
+
+    Raises `error` when there is no such file, or it is not TOML, larger than MOST_TOML_BYTES or
+    nested deeper than MOST_NESTED levels.
+    """
+    label = f"{what} {path}"
+    try:
+        return dict(parse_file(path, label, "TOML", MOST_TOML_BYTES, _parse_toml, error))
+    except FileNotFoundError as problem:
+        raise error(f"{label} can't be read: {reason(problem)}.") from problem
+
+
+def _parse_toml(text: str) -> Any:
+    if max(line.count(".") for line in text.split("\n")) > MOST_DOTS:
+        raise RecursionError
+    return tomllib.loads(text)

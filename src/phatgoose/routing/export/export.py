@@ -1,0 +1,277 @@
+"""Export: a routed model with constant routing as a PEFT adapter or a plain model.
+
+How far an export's logits are from the routed model's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from ...base.loading import quiet_loading
+from ...config import Routing
+from ...errors import ConfigError, RoutingError
+from ...experts.adapter import replaced
+from ...experts.kinds.lora import LoraFactors, write_lora
+from ...experts.pool import Pool
+from ...files.atomic import new_directory, require_free
+from ..compose import install, prepare, routed_layers
+from ..composition import Composition, composition_of
+from ..open_model import is_pool, is_routed, loaded_base, open_model
+from ..routers.router import Scores
+from .shares import Inputs, Shares, Texts, neutral_texts, passing, read_texts, shares_of
+from .updates import AddedUpdate, CutLoss, Update, cut, fixed_update, merged_layer, widened_to
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """The export beside the routed model, on the tokens of some `texts` (their name).
+
+    `difference` is the mean absolute difference of logits, over all `tokens` and the vocabulary;
+    `agreement` the share of the tokens after which both would greedily say the same.
+    """
+
+    texts: str
+    tokens: int
+    difference: float
+    agreement: float
+
+
+@torch.inference_mode()
+def fidelity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    layers: Mapping[str, nn.Module],
+    texts: Texts,
+) -> Fidelity:
+    """The routed `model` compared with itself with `layers` in the place of the routed ones.
+
+    Raises as `read_texts` does.
+    """
+    tokens, difference, same = 0, 0.0, 0
+    for inputs in passing(model, texts, read_texts(model, tokenizer, texts)):
+        wanted = _logits(model, inputs)
+        with replaced(model, layers):
+            got = _logits(model, inputs)
+        tokens += len(wanted)
+        difference += float((got - wanted).abs().double().mean(dim=-1).sum())
+        same += int((got.argmax(dim=-1) == wanted.argmax(dim=-1)).sum())
+    return Fidelity(texts.name, tokens, difference / tokens, same / tokens)
+
+
+def _logits(model: PreTrainedModel, inputs: Inputs) -> Tensor:
+    """float32 [tokens, vocabulary]."""
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits[0].float()
+
+
+# -------------------------------------------------------------------------------------------------
+# Opening a model to export it: as it always is, but with every expert's factors.
+# -------------------------------------------------------------------------------------------------
+
+
+def open_routed(
+    place: str | Path,
+    base: str | None = None,
+    *,
+    dtype: str = "auto",
+    routing: Routing | None = None,
+    keep: Iterable[str] | None = None,
+    leave_out: Iterable[str] | None = None,
+    scores: Scores | str | Path | None = None,
+) -> PreTrainedModel:
+    """The routed model, or the pool composed by `routing`, at `place`; the rest as `open_model`.
+
+    In a pool under router merged nothing is folded into weights, from which factors can't be had
+    back exactly. Raises RoutingError for a base model alone, and what `open_model` does.
+    """
+    if is_routed(place):
+        opened = open_model(
+            place,
+            base,
+            dtype=dtype,
+            routing=routing,
+            keep=keep,
+            leave_out=leave_out,
+            scores=scores,
+        )
+        return opened.model
+    if not is_pool(place):
+        raise RoutingError(f"{place} is neither a routed model nor a pool; there is no routing.")
+    pool = Pool.open(place).select(keep, leave_out)
+    prepared = prepare(pool, loaded_base(pool, base, dtype), routing, scores=scores)
+    prepared.parts.router.folds = False
+    prepared.parts.layers = {layer.site.name: layer for layer in routed_layers(prepared)}
+    return install(prepared.model, prepared.parts)
+
+
+# -------------------------------------------------------------------------------------------------
+# Export: a routed model with constant routing as a PEFT LoRA adapter, or as a plain model.
+#
+# An adapter is exact where all experts are LoRAs: a sum of LoRAs is a LoRA of the sum of their
+# ranks. A merged model is exact for (IA)³ too. Nothing of ours is needed to load either.
+# -------------------------------------------------------------------------------------------------
+
+EXPORT_INFO = "phatgoose_export.json"
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was exported to `folder`, and how near it is to the routed model.
+
+    `losses` are an adapter's cuts by site, {} for a merged model. `fidelity` is None where the base
+    came without a tokenizer.
+    """
+
+    folder: Path
+    merged: bool
+    shares: Shares
+    losses: Mapping[str, CutLoss] = field(default_factory=dict)
+    fidelity: Fidelity | None = None
+
+    @property
+    def rank(self) -> int:
+        """The adapter's rank, 0 for a merged model."""
+        return max((loss.rank for loss in self.losses.values()), default=0)
+
+    @property
+    def lost(self) -> float:
+        """The Frobenius norm of all that cuts took off, as a share of that of all updates."""
+        lost, norm = (
+            math.hypot(*(getattr(loss, name) for loss in self.losses.values()))
+            for name in ("lost", "norm")
+        )
+        return lost / norm if norm else 0.0
+
+    def record(self, parts: Composition) -> dict[str, Any]:
+        """The content of EXPORT_INFO; numbers by site where there are any."""
+        sites = {
+            site: {"shares": self.shares.at(site)}
+            | (asdict(self.losses[site]) if site in self.losses else {})
+            for site in self.shares.by_site
+        }
+        return {
+            "form": "merged model" if self.merged else "PEFT adapter",
+            "base": asdict(parts.base),
+            "router": parts.routing.router,
+            "chosen_for": self.shares.chosen_for,
+            "experts": self.shares.whole(),
+            "lost": self.lost,
+            "fidelity": asdict(self.fidelity) if self.fidelity else None,
+            "sites": sites,
+        }
+
+
+def export(
+    model: PreTrainedModel,
+    out: str | Path,
+    *,
+    texts: Texts | None = None,
+    merged: bool = False,
+    rank: int | None = None,
+) -> Export:
+    """What was written of the routed `model` to the folder `out`, complete or not at all.
+
+    Routing must be constant, or is made so: each site mixes the experts as the router does on
+    average over `texts`. An adapter is one of PEFT's, of one rank at all sites; `rank` cuts it by
+    SVD. `merged` writes the whole model with the updates in its weights, and the tokenizer. The
+    logits are compared on `texts`, without any on neutral text.
+
+    Raises RoutingError when the model is not routed, its routing is not constant and there are no
+    texts, an expert can't be exported in this form, or `out` exists or can't be written;
+    ConfigError for a rank that can't be; and what reading the texts does.
+    """
+    if rank is not None and (merged or rank < 1):
+        raise ConfigError("rank is for adapters, and at least 1; a merged model has none.")
+    target, parts = Path(out), composition_of(model)
+    require_free(target, RoutingError)
+    shares = shares_of(model, texts)
+    updates = {
+        site: fixed_update(layer, shares.by_site[site], parts)
+        for site, layer in parts.layers.items()
+    }
+    losses: dict[str, CutLoss] = {}
+    layers: dict[str, nn.Module] = {site: layer.base for site, layer in parts.layers.items()}
+    updates = {site: update for site, update in updates.items() if not update.is_nothing}
+    if merged:
+        layers |= {site: merged_layer(parts.layers[site], each) for site, each in updates.items()}
+    else:
+        updates, losses = _loras(updates, rank)
+        layers |= {site: AddedUpdate(layers[site], each) for site, each in updates.items()}
+    near = None
+    if parts.tokenizer is not None:
+        near = fidelity(model, parts.tokenizer, layers, texts or neutral_texts())
+    result = Export(target, merged, shares, losses, near)
+    with new_directory(target, RoutingError) as work:
+        if merged:
+            _write_model(model, layers, parts, work)
+        else:
+            write_lora(work, _factors(updates), _about(model, parts))
+        text = json.dumps(result.record(parts), indent=2) + "\n"
+        (work / EXPORT_INFO).write_text(text, encoding="utf-8")
+    return result
+
+
+def _loras(
+    updates: Mapping[str, Update], rank: int | None
+) -> tuple[dict[str, Update], dict[str, CutLoss]]:
+    """(updates of one rank, what cuts lost), each by site.
+
+    One rank at all sites with a scale of 1 means the same to PEFT, which has a rank and a scale for
+    each site, and to programs that know one alpha or one rank for all. Raises RoutingError where
+    there is more than LoRAs, or nothing.
+    """
+    for site, update in updates.items():
+        if not update.is_lora:
+            raise RoutingError(
+                f"At {site} an (IA)³ scales the layer, which no LoRA does exactly: export with "
+                f"--merged, or leave such experts out (--leave-out)."
+            )
+    if not updates:
+        raise RoutingError("The experts change nothing at these shares; there is no adapter.")
+    cuts = {site: cut(update, rank) for site, update in updates.items()}
+    widest = max(max(update.rank for update, _ in cuts.values()), 1)
+    return (
+        {site: widened_to(update, widest) for site, (update, _) in cuts.items()},
+        {site: loss for site, (_, loss) in cuts.items()},
+    )
+
+
+def _factors(updates: Mapping[str, Update]) -> dict[str, LoraFactors]:
+    """The updates as LoRAs on the CPU; their scale is the integer 1, since Ollama wants one."""
+    return {
+        site: LoraFactors(
+            each.A.cpu(), each.B.cpu(), 1, None if each.bias is None else each.bias.cpu()
+        )
+        for site, each in updates.items()
+    }
+
+
+def _about(model: PreTrainedModel, parts: Composition) -> dict[str, Any]:
+    """What the adapter's configuration says of base and task."""
+    conv = any(isinstance(layer.base, Conv1D) for layer in parts.layers.values())
+    about = {
+        "base_model_name_or_path": parts.base.id,
+        "revision": parts.base.revision,
+        "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+    }
+    return about | ({"fan_in_fan_out": True} if conv else {})
+
+
+def _write_model(
+    model: PreTrainedModel, layers: Mapping[str, nn.Module], parts: Composition, folder: Path
+) -> None:
+    """The model with `layers` in the place of the routed ones, as transformers writes it."""
+    with replaced(model, layers), torch.no_grad(), quiet_loading():
+        type(model).save_pretrained(model, folder)  # the model's own is that of routed models
+    if parts.tokenizer is not None:
+        parts.tokenizer.save_pretrained(folder)

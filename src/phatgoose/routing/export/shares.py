@@ -1,0 +1,202 @@
+"""The constant share of each expert at each site: the routing's own, or that for some prompts.
+
+The prompts that a mixture is chosen for and an export is compared on, as a model reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...base.blocks import headless
+from ...base.offloading import input_device
+from ...config import Formatting
+from ...errors import ConfigError, RoutingError, TaskError
+from ...tasks.cuts import Cuts
+from ...tasks.encoding import Encoder
+from ...tasks.neutral import neutral_examples
+from ...tasks.prompt_passes import continued
+from ...tasks.task import Example
+from ..composition import Composition, announcing, composition_of
+from ..layers import FoldedLinear, RoutedLayer
+from ..recording import watch
+from ..routers.fixed import UniformRouter
+from ..routers.prompt_router import LookedUpRouter
+from ..watching import SitePass
+
+ANSWER_TOKENS = 16  # of the greedy answer that the decoder of an encoder-decoder model reads
+NEUTRAL = 8  # passages
+
+Inputs = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Prompts, the inputs of `examples`, under the `name` of their task; targets are not read."""
+
+    name: str
+    examples: Sequence[Example]
+    formatting: Formatting | None = None
+
+
+def prompt_texts(prompts: Sequence[str], formatting: Formatting | None = None) -> Texts:
+    """These prompts. Raises TaskError when one is empty."""
+    if not all(prompts):
+        raise TaskError("The prompt is empty.")
+    return Texts("the prompt", [Example(prompt, "") for prompt in prompts], formatting)
+
+
+def neutral_texts() -> Texts:
+    """Passages of many kinds, to compare models where no prompts are given."""
+    return Texts("neutral text", neutral_examples()[:NEUTRAL])
+
+
+@torch.inference_mode()
+def read_texts(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts
+) -> list[Inputs]:
+    """The inputs of a pass of each prompt, one row each, for `passing`.
+
+    The decoder of an encoder-decoder model reads the greedy answer of `model`, of ANSWER_TOKENS
+    at most. Raises as `announcing` does, and TaskError where the base leaves no room for a prompt.
+    """
+    encoder = Encoder.for_model(model, tokenizer, texts.formatting)
+    prompts = [encoder.fitted(each.input, each.passage) for each in texts.examples]
+    lengths = [len(prompt.tokens) for prompt in prompts]
+    Cuts.of([each.cut for each in prompts], lengths, encoder.positions.trained).report(texts.name)
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt.tokens], device=input_device(model))
+        found.append({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    if encoder.is_encoder_decoder:
+        for inputs in passing(model, texts, found):
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            answer = continued(model, tokenizer, ids, mask, ANSWER_TOKENS)
+            inputs["decoder_input_ids"] = answer[:, : max(1, answer.shape[1] - 1)]
+    return found
+
+
+def passing(model: PreTrainedModel, texts: Texts, inputs: Sequence[Inputs]) -> Iterator[Inputs]:
+    """The `inputs` one by one; routers that choose for whole inputs know whose turn it is.
+
+    Raises as `announcing` does.
+    """
+    prompts = [each["input_ids"][0].tolist() for each in inputs]
+    with announcing(model, texts.name, prompts, texts.examples) as before_pass:
+        for row, each in enumerate(inputs):
+            before_pass([row])
+            yield each
+
+
+# -------------------------------------------------------------------------------------------------
+# The constant share of each expert at each site: the routing's own, or that for some prompts.
+# -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much each of `experts` adds at each site, whatever the input: float64 [E] by site.
+
+    `chosen_for` names the texts that the mixture was chosen for, None where routing is constant.
+    """
+
+    experts: tuple[str, ...]
+    by_site: Mapping[str, Tensor]
+    chosen_for: str | None = None
+
+    def whole(self) -> dict[str, float]:
+        """The mean over all sites, by expert."""
+        mean = torch.stack(list(self.by_site.values())).mean(dim=0)
+        return dict(zip(self.experts, mean.tolist(), strict=True))
+
+    def at(self, site: str) -> dict[str, float]:
+        """Those at one site that are not 0, by expert."""
+        shares = zip(self.experts, self.by_site[site].tolist(), strict=True)
+        return {name: share for name, share in shares if share}
+
+
+def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
+    """The shares of a routed `model`: constant ones, or else those for `texts`.
+
+    Raises RoutingError when the model is not routed, or its routing is not constant and there are
+    no texts; else as `shares_for` does.
+    """
+    parts = composition_of(model)
+    constant = constant_shares(parts)
+    if constant is not None:
+        return constant
+    if texts is None:
+        routers = [getattr(layer, "router", None) for layer in parts.layers.values()]
+        whole = any(isinstance(router, LookedUpRouter) for router in routers)
+        turn = "input" if whole else "token"
+        raise RoutingError(
+            f"Router {parts.routing.router} chooses anew for every {turn}, which no adapter can "
+            f"hold: fix its mixture with --prompt or --task, or route by merged or single."
+        )
+    if parts.tokenizer is None:
+        raise ConfigError("To fix a mixture for texts, hand the base over with its tokenizer.")
+    return shares_for(model, parts.tokenizer, texts)
+
+
+def constant_shares(parts: Composition) -> Shares | None:
+    """The shares where routing depends on no input, None where it does.
+
+    It is constant for routers merged, single and best-individual, and for any with one expert.
+    """
+    alone = len(parts.experts) == 1
+    weights = {}
+    for site, layer in parts.layers.items():
+        weight = 1.0 if alone else _weight_of_each(layer)
+        if weight is None:
+            return None
+        weights[site] = torch.zeros(len(parts.experts), dtype=torch.float64)
+        weights[site][layer.experts.cpu()] = weight
+    return Shares(parts.experts, weights)
+
+
+def _weight_of_each(layer: RoutedLayer) -> float | None:
+    """The weight of every expert of a layer, None where it depends on the input."""
+    if isinstance(layer, FoldedLinear):
+        return layer.weight_of_each
+    router = getattr(layer, "router", None)
+    return router.weight if isinstance(router, UniformRouter) else None
+
+
+def shares_for(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts) -> Shares:
+    """The mean weight of each expert over the tokens of each prompt, then over the prompts.
+
+    Every site has its own. For a router that chooses for whole inputs this is the mean of its
+    mixtures. A site that no token passes has 0. Raises as `read_texts` does.
+    """
+    parts = composition_of(model)
+    inputs = read_texts(model, tokenizer, texts)
+    totals = _nothing(parts)
+    for each in passing(model, texts, inputs):
+        for site, mean in _mean_weights(model, parts, each).items():
+            totals[site] += mean
+    shares = {site: total / len(inputs) for site, total in totals.items()}
+    return Shares(parts.experts, shares, chosen_for=texts.name)
+
+
+def _nothing(parts: Composition) -> dict[str, Tensor]:
+    """Zeros for every expert, by site."""
+    return {site: torch.zeros(len(parts.experts), dtype=torch.float64) for site in parts.layers}
+
+
+@torch.inference_mode()
+def _mean_weights(model: PreTrainedModel, parts: Composition, inputs: Inputs) -> dict[str, Tensor]:
+    """The mean weight of each expert over the tokens of one pass, float64 [E] by site."""
+    sums, tokens = _nothing(parts), dict.fromkeys(parts.layers, 0)
+
+    def add(passed: SitePass) -> None:
+        weights = passed.dense_weights(len(parts.experts))
+        sums[passed.site.name] += weights.double().sum(dim=0)
+        tokens[passed.site.name] += len(weights)
+
+    with watch(model, add):
+        headless(model)(**inputs, use_cache=False)
+    return {site: total / max(tokens[site], 1) for site, total in sums.items()}

@@ -1,0 +1,114 @@
+"""Arrow: an expert's vector is the direction in which it stretches its input most.
+
+Ostapenko et al. 2024; Muqeeth et al. 2024, section 4.2. The vector is the first right singular
+vector of B A, found without forming the d x n product: with Aᵀ = Q R, B A = (B Rᵀ) Qᵀ, so the SVD
+of the small d x r matrix B Rᵀ gives it; a second QR makes that r x r.
+
+Forms, chosen by the setting `arrow`:
+    svd   exact vectors, top k, outputs mixed: the paper's form, and the default
+    peft  as peft's create_arrow_model: 15 steps of power iteration from a random start, which may
+          stop short of the exact vector when two singular values are close
+    mttl  exact vectors, but as in mttl all experts take part (k is not used) and the factors are
+          mixed before their product, (sum w B)(sum w A) u, which is another function
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...config import ARROW_FORMS, Routing, require_one_of
+from ...experts.kinds.lora import LoraFactors
+from ...experts.pool import Pool
+from ..kernels.plain import mixed_factors
+from .router import RouterSite, SiteRouter
+from .vector_router import ScoredByVectors, VectorRouter, products
+
+POWER_STEPS = 15
+SMALLEST = 1e-8
+
+
+class Arrow(ScoredByVectors):
+    """Router arrow."""
+
+    def __init__(self, routing: Routing) -> None:
+        super().__init__(routing)
+        self.mixes = routing.arrow == "mttl"
+        self.product = mixed_factors if self.mixes else None
+
+    @property
+    def uses_k(self) -> bool:
+        """False in mttl's form, in which all experts take part."""
+        return not self.mixes
+
+    def vectors_at(self, pool: Pool, site: str) -> Tensor:
+        """The experts' first right singular vectors, float32 [E, n]."""
+        factors = [expert.lora[site] for expert in pool.experts if site in expert.lora]
+        return torch.stack([arrow_vector(lora, self.routing.arrow) for lora in factors])
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        """The router's module at one site."""
+        vectors = site.state["vectors"]
+        return ArrowRouter(vectors, len(vectors) if self.mixes else self.routing.k)
+
+
+class ArrowRouter(VectorRouter):
+    """The top k of |vᵀu|, softmax of the same numbers over those k.
+
+    Only the line of v matters, not its sign. Neither side is standardised and nothing is scaled, as
+    in Ostapenko et al. 2024; the released code of PHATGOOSE divides by a temperature of 10 and √n.
+    """
+
+    fused = one_call = unsigned = True
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """|vᵀu| for every token and expert, float32 [T, E]."""
+        return products(u, self.vectors).abs()
+
+
+def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
+    """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero.
+
+    `seed` starts the power iteration of the form "peft". Raises ConfigError for an unknown form.
+    """
+    require_one_of(ARROW_FORMS, "arrow", form)
+    A, B = lora.A.float(), lora.B.float()
+    if form == "peft":
+        return _power_iteration(A, B, seed)
+    small = small_svd(A, B)
+    direction = small.V[0] if small.values[0] > 0 else torch.zeros_like(small.V[0])
+    vector: Tensor = small.Q @ direction
+    return vector.float()
+
+
+class SmallSVD(NamedTuple):
+    """The right half of an SVD of B A [d, n] of rank r, float64: its right vectors are V Qᵀ.
+
+    `values` [r], largest first; `V` [r, r] orthogonal; `Q` [n, r] with orthonormal columns.
+    """
+
+    values: Tensor
+    V: Tensor
+    Q: Tensor
+
+
+def small_svd(A: Tensor, B: Tensor) -> SmallSVD:
+    """Of B A, for A [r, n] and B [d, r], by two QR decompositions and an SVD of r x r."""
+    Q, R = torch.linalg.qr(A.double().T)  # [n, r], [r, r]
+    small = torch.linalg.qr(B.double(), mode="r").R @ R.T  # [r, r]
+    _, values, V = torch.linalg.svd(small)
+    return SmallSVD(values, V, Q)
+
+
+def _power_iteration(A: Tensor, B: Tensor, seed: int) -> Tensor:
+    """The same by 15 multiplications with A^T B^T B A, as peft's ArrowLoraLinearLayer does it."""
+    generator = torch.Generator().manual_seed(seed)
+    vector: Tensor = torch.randn(A.shape[1], generator=generator)
+    vector = vector / (vector.norm() + SMALLEST)
+    inner = B.T @ B
+    for _ in range(POWER_STEPS):
+        vector = A.T @ (inner @ (A @ vector))
+        vector = vector / (vector.norm() + SMALLEST)
+    return vector

@@ -1,0 +1,90 @@
+"""GLIDER: PHATGOOSE's affinities, and how near the whole input is to each expert's training inputs.
+
+Li et al., EMNLP 2025. At every site and for every token
+
+    logit_z = v̄_zᵀū / √n + λ cos(embedding of the input, centroid of expert z),
+
+and the k experts with the highest logits act, weighted by the softmax over them. The first term is
+the gates' (`routers.phatgoose`), the second is the same at all sites and for all tokens of an
+input.
+
+Published, the second term compares descriptions of tasks that a language model wrote, one for each
+expert's task and one for each evaluation task; the released code looks the latter up by the task's
+name and sets λ by evaluation suite, from 3 to 1000. That is not zero-shot. Here the prompt itself
+is embedded and held against the centroid of the expert's training inputs (`routers.centroid`),
+with one λ for everything: 3, which the released scripts use for BIG-bench. `router_temperature`
+divides the whole logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from ...config import Routing
+from ...errors import RoutingError
+from ...experts.pool import Pool
+from .affinities import AffinityRouting
+from .centroid import Centroid, CentroidReader
+from .router import Lookup, Mixtures, RouterSite
+from .vector_router import ScoredRouter
+
+
+class GliderReader(CentroidReader):
+    """The cosines of an input to all centroids, in the place of weights."""
+
+    name = "glider"
+    chooses = False
+
+    def nearest_to(self, queries: Tensor) -> Mixtures:
+        """All experts for each of `queries` [texts, dims], with their cosines."""
+        cosines = queries @ self.centroids.T
+        return Mixtures(torch.arange(cosines.shape[1]).expand_as(cosines), cosines)
+
+
+class GliderRouter(ScoredRouter):
+    """The top k of v̄ᵀū/√n + λ cos, softmax over those k."""
+
+    fused = one_call = False
+    acting: Tensor
+
+    def __init__(self, site: RouterSite, routing: Routing, lookup: Lookup) -> None:
+        """`lookup` holds the cosines; the temperature divides λ, as it has divided the gates."""
+        super().__init__(site.state["vectors"], routing.k, routing.eps)
+        self.lookup, self.scale = lookup, routing.glider_lambda / routing.router_temperature
+        self.sees_all = site.sees_all
+        self.register_buffer("acting", site.experts, persistent=False)
+
+    def affinities(self, u: Tensor) -> Tensor:
+        """The logits of every token of u [T, n] and expert, float32 [T, E].
+
+        Raises as `Lookup.of_each` does.
+        """
+        cosines = self.lookup.of_each(u, self.sees_all).weights[:, self.acting]
+        return super().affinities(u) + self.scale * cosines
+
+
+class Glider(AffinityRouting, Centroid):
+    """Router glider."""
+
+    vectors = "gates"
+    reader: ClassVar[type[CentroidReader]] = GliderReader
+
+    def check(self, pool: Pool) -> None:
+        """Raise as router phatgoose does, and ConfigError for another affinity than the paper's."""
+        self.refuse_other_affinities("router glider")
+        super().check(pool)
+
+    @property
+    def form(self) -> Mapping[str, str]:
+        """The gates [E, n]."""
+        return {"vectors": "En"}
+
+    def at(self, site: RouterSite) -> GliderRouter:
+        """The router's module at one site."""
+        if site.lookup is None:
+            raise RoutingError("Router glider has no centroids to hold inputs against.")
+        return GliderRouter(site, self.routing, site.lookup)

@@ -1,0 +1,103 @@
+"""SpectR: the experts whose updates look at most of the token's activation.
+
+Fleshman and Van Durme, COLM 2025 (arXiv 2504.03454). With B A = U S Vᵀ an expert's factors are
+A* = Vᵀ and B* = U S; its score for a token is |A* u|, the length of u in the input space of the
+update. S plays no part: an expert that hardly stretches a direction scores as one that stretches it
+much. The k experts with the highest scores get the weight 1/k each.
+
+As published, k is 4, while `k` has its usual default here. The released code multiplies A* by the
+LoRAs' common scale, which changes no ranking, keeps a rank's direction even where its singular
+value is 0 (here it is left out, so an update of zero scores 0), and mixes the factors before their
+product, (Σ w B*)(Σ w A*) u, so that B* of one expert meets A* of another. Here outputs are mixed,
+Σ w B A u, which for k = 1 is the same.
+
+With `spectr_shortlist` = N the choice is that of LAG (Fleshman and Van Durme, arXiv 2507.05346,
+equations 6 and 7): of the N experts with the highest |a₁ᵀu|, a₁ being the first row of A* (Arrow's
+vector), those with the highest |A* u|. LAG takes one of 20 (k = 1) and saves the other products by
+that; here all are computed, for the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...experts.kinds.lora import LoraFactors
+from ...experts.pool import Pool
+from .arrow import small_svd
+from .router import Router, RouterSite, RoutingDecision, SiteRouter, highest
+from .vector_router import products
+
+NOTHING = 1e-6  # singular values below this share of the largest are rounding
+DIRECTIONS = "directions"  # the name of A* in files
+
+
+class Spectr(Router):
+    """Router spectr."""
+
+    @property
+    def form(self) -> Mapping[str, str]:
+        """The rows of A* of each expert [E, q, n], q being the highest rank; zeros fill up."""
+        return {DIRECTIONS: "Eqn"}
+
+    def state_at(self, pool: Pool, site: str) -> dict[str, Tensor]:
+        """The rows of A* of the experts of `pool` that act at `site`, float32."""
+        held = [right_singular_vectors(e.lora[site]) for e in pool.experts if site in e.lora]
+        rank = max(len(rows) for rows in held)
+        filled = [functional.pad(rows, (0, 0, 0, rank - len(rows))) for rows in held]
+        return {DIRECTIONS: torch.stack(filled)}
+
+    def at(self, site: RouterSite) -> SiteRouter:
+        """The router's module at one site."""
+        return SpectrRouter(site.state[DIRECTIONS], self.routing.k, self.routing.spectr_shortlist)
+
+
+class SpectrRouter(SiteRouter):
+    """The top k of |A* u|, each with the weight 1/k; among a shortlist if there is one."""
+
+    kept = (DIRECTIONS,)
+    directions: Tensor
+
+    def __init__(self, directions: Tensor, k: int, shortlist: int | None = None) -> None:
+        """`directions` [E, q, n] are the rows of A*, or zeros; `k` is lowered to E.
+
+        `shortlist` is how many experts are left by their first rows; never fewer than k.
+        """
+        super().__init__()
+        self.register_buffer(DIRECTIONS, directions.float(), persistent=False)
+        self.k = min(k, len(directions))
+        self.shortlist = None if shortlist is None else max(self.k, shortlist)
+
+    def scores(self, u: Tensor) -> Tensor:
+        """|A* u| for every token of u [T, n] and expert, float32 [T, E]; -inf off the shortlist."""
+        E, q, n = self.directions.shape
+        along = products(u, self.directions.reshape(E * q, n)).view(len(u), E, q)
+        scores: Tensor = along.norm(dim=-1)
+        if self.shortlist is None or self.shortlist >= E:
+            return scores
+        listed = highest(along[..., 0].abs(), self.shortlist)
+        off = torch.full_like(scores, -torch.inf)
+        return off.scatter(1, listed, scores.gather(1, listed))
+
+    def forward(self, u: Tensor) -> RoutingDecision:
+        """The decision for u [T, n]."""
+        experts = highest(self.scores(u), self.k)
+        return RoutingDecision(experts, torch.full(experts.shape, 1 / self.k, device=u.device))
+
+    def distribution(self, u: Tensor) -> Tensor:
+        """The softmax of the scores over all experts, 0 off the shortlist, [T, E]."""
+        return self.scores(u).softmax(dim=-1)
+
+
+def right_singular_vectors(lora: LoraFactors) -> Tensor:
+    """A* = Vᵀ of B A = U S Vᵀ, the largest singular value first, float32 [r, n].
+
+    Rows whose singular value is 0 are zeros.
+    """
+    small = small_svd(lora.A, lora.B)
+    left_out = small.values <= NOTHING * small.values[0]
+    rows = small.V[: len(small.values)] @ small.Q.T
+    return rows.masked_fill(left_out[:, None], 0.0).float()

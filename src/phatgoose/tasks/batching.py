@@ -1,0 +1,389 @@
+"""Batches as model inputs: padding, several texts in a row, logits of targets only.
+
+Batches as model inputs: token pairs collated, rows padded, rows grouped by length.
+"""
+
+from __future__ import annotations
+
+import heapq
+import inspect
+import itertools
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from ..errors import BaseModelError
+from ..files.strict import shortened
+from .encoding import TokenPair
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+
+
+class Collator:
+    """Collates token pairs into inputs for one kind of model.
+
+    Causal models get prompt and target in one left-padded row, so that all targets end in the last
+    columns; sequence-to-sequence models get them separately. `labels` is [rows, longest target],
+    aligned right or left accordingly, IGNORED where there is no target token. With `packs`, pairs
+    share rows where the model can be packed: `labels` [1, tokens] then holds all target tokens and
+    `places` [tokens] the positions that predict them, in any order of the pairs. Raises
+    BaseModelError as `decoder_start` does.
+    """
+
+    def __init__(self, model: PreTrainedModel, pad_token_id: int, *, packs: bool = False) -> None:
+        self._pad, self._dtype = pad_token_id, model.dtype
+        # On several GPUs Trainer splits batches by rows, but places count all rows.
+        self._packs = packs and can_pack(model) and torch.cuda.device_count() < 2
+        self._is_encoder_decoder = bool(model.config.is_encoder_decoder)
+        # In a causal model a prompt's last token predicts an answer's first.
+        self._start = decoder_start(model) if self._is_encoder_decoder else 0
+        accepted = inspect.signature(model.forward).parameters
+        self._wants_positions = "position_ids" in accepted
+
+    def __call__(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
+        """The pairs as tensors that `target_logits` and the model's forward take."""
+        if self._packs:
+            return self._packed(pairs)
+        return self._seq2seq(pairs) if self._is_encoder_decoder else self._causal(pairs)
+
+    def _packed(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
+        """A target's last token predicts nothing, so it is only a label."""
+        texts = [BranchedText((pair.prompt + pair.target)[:-1]) for pair in pairs]
+        (rows,) = packed_batches([text.length for text in texts], sys.maxsize)
+        packed = pack_rows([[texts[i] for i in row] for row in rows], self._pad, self._dtype)
+        places, labels = list[int](), list[int]()
+        for index, start in zip(
+            [i for row in rows for i in row], packed.starts.tolist(), strict=True
+        ):
+            first = max(len(pairs[index].prompt), 1)  # a text's first token can't be predicted
+            places += range(start + first - 1, start + texts[index].length)
+            labels += (pairs[index].prompt + pairs[index].target)[first:]
+        return {**packed.inputs, "labels": torch.tensor([labels]), "places": torch.tensor(places)}
+
+    def _causal(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
+        rows = [pair.prompt + pair.target for pair in pairs]
+        batch = {
+            "input_ids": pad_left(rows, self._pad),
+            "attention_mask": pad_left([[1] * len(row) for row in rows], 0),
+            "labels": pad_left([pair.target for pair in pairs], IGNORED),
+        }
+        if self._wants_positions:
+            batch["position_ids"] = position_ids(batch["attention_mask"])
+        return batch
+
+    def _seq2seq(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
+        prompts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
+        return {
+            "input_ids": pad_right(prompts, self._pad),
+            "attention_mask": pad_right([[1] * len(row) for row in prompts], 0),
+            "decoder_input_ids": pad_right(
+                [[self._start, *row[:-1]] for row in targets], self._pad
+            ),
+            "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
+            "labels": pad_right(targets, IGNORED),
+        }
+
+
+def decoder_start(model: PreTrainedModel) -> int:
+    """The id of the token that the answers of a sequence-to-sequence `model` begin with.
+
+    Raises BaseModelError where its config names none: any guess would train or score other answers
+    than the base was made for.
+    """
+    start: int | None = getattr(model.config, "decoder_start_token_id", None)
+    if start is None:
+        raise BaseModelError(
+            f"Base model {shortened(model.name_or_path)} has no decoder_start_token_id, the token "
+            f"that its answers begin with; set it in the config.json of a local copy (T5's is "
+            f"its pad_token_id)."
+        )
+    return start
+
+
+def pad_left(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """The rows as one [rows, longest] tensor, padded with `value` on the left."""
+    longest = max((len(row) for row in rows), default=0)
+    return torch.tensor([[value] * (longest - len(row)) + list(row) for row in rows])
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """The rows as one [rows, longest] tensor, padded with `value` on the right."""
+    longest = max((len(row) for row in rows), default=0)
+    return torch.tensor([list(row) + [value] * (longest - len(row)) for row in rows])
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions [rows, columns] that count real tokens only, so padding does not shift a text."""
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def batches_of_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Batches of indices of rows of similar length, each at most `budget` tokens when padded.
+
+    Every row comes once, a row longer than the budget alone. The longest come first, so that memory
+    runs out early or never.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) + 1) * lengths[batch[0]] > budget:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+# -------------------------------------------------------------------------------------------------
+# Batches with almost no padding: several texts share a row, and none attends to another.
+#
+# A text is a stem and branches that continue it: a prompt and its answer choices. A row holds
+# texts one after the other. The attention mask lets a branch see only its stem and itself, and
+# positions restart with each text and return to the stem's end with each branch. So the model's
+# output for every token is the same as for its stem and branch alone.
+# -------------------------------------------------------------------------------------------------
+
+IMPLEMENTATIONS = ("sdpa", "eager")  # of attention: those that add a mask to the scores
+FULL = "full_attention"
+# In a row of so many tokens, each costs twice as much as alone, because attention is computed over
+# the whole row, masked parts too. Measured on SmolLM2-135M in bfloat16 on a CPU; it only decides
+# how rows are filled.
+COSTLY_ROW = 700
+FILLS = (1.0, 0.95, 0.9, 0.8, 0.7)  # shares of its budget to which a batch may be filled
+
+
+@dataclass(frozen=True)
+class BranchedText:
+    """A stem of at least one token, and branches that each continue it separately."""
+
+    stem: Sequence[int]
+    branches: Sequence[Sequence[int]] = ()
+
+    @property
+    def length(self) -> int:
+        """The tokens of stem and branches together."""
+        return len(self.stem) + sum(map(len, self.branches))
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Texts as a batch of rows.
+
+    `owners` [rows, columns] is the index of each token's text, -1 for padding; `starts` [texts] is
+    where each text begins when the rows are concatenated. A text's tokens are contiguous: its stem,
+    then its branches in order.
+    """
+
+    inputs: dict[str, Tensor]
+    owners: Tensor
+    starts: Tensor
+
+
+def can_pack(model: PreTrainedModel) -> bool:
+    """True for a causal model that takes positions and any attention mask in all its layers.
+
+    Transformers passes a mask of four dimensions on unchanged where attention goes through its own
+    interface. Layers with a window or a state would see beyond their text.
+    """
+    config = model.config.get_text_config()
+    return bool(
+        not model.config.is_encoder_decoder
+        and model._supports_attention_backend
+        and not model._is_stateful
+        and config._attn_implementation in IMPLEMENTATIONS
+        and set(getattr(config, "layer_types", None) or [FULL]) == {FULL}
+        and getattr(config, "sliding_window", None) is None
+        and "position_ids" in inspect.signature(model.forward).parameters
+    )
+
+
+def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[int]]]:
+    """Batches of rows of text indices: every text once, at most `budget` tokens with padding.
+
+    A text longer than the budget comes alone. The longest come first, so that memory runs out early
+    or never. A nearly full batch may leave its last texts to the next one, where fitting them all
+    would take long rows.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    while order:
+        ends = sorted({_filled(order, lengths, fill * budget) for fill in FILLS}, reverse=True)
+        found = [_rows(order[:end], lengths, budget) for end in ends]
+        _, rows = min(found, key=lambda each: each[0])
+        yield rows
+        order = order[sum(map(len, rows)) :]
+
+
+def _filled(order: Sequence[int], lengths: Sequence[int], room: float) -> int:
+    """How many of the first texts in `order` fit into `room` together, at least one."""
+    totals = itertools.accumulate(lengths[i] for i in order)
+    return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= room, totals)))
+
+
+def _rows(
+    order: Sequence[int], lengths: Sequence[int], budget: int
+) -> tuple[float, list[list[int]]]:
+    """The cost of a token, and the indices in `order`, longest first, in the cheapest rows.
+
+    One row for all, without padding, always fits the budget but is seldom cheap.
+    """
+    total = sum(lengths[i] for i in order)
+    best, rows = math.inf, list[list[int]]()
+    for count in range(-(-total // lengths[order[0]]), 0, -1):
+        if 1 + total / count / COSTLY_ROW >= 0.98 * best:
+            break  # even without padding, fewer and longer rows would save almost nothing
+        shared = _distributed(order, lengths, count)
+        columns = max(sum(lengths[i] for i in row) for row in shared)
+        tokens = len(shared) * columns
+        cost = tokens / total * (1 + columns / COSTLY_ROW)
+        if cost < best and (tokens <= budget or count == 1):
+            best, rows = cost, shared
+    return best, rows
+
+
+def _distributed(order: Sequence[int], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """`count` rows of indices, each index put into the shortest row so far."""
+    rows = [(0, row, list[int]()) for row in range(count)]
+    for index in order:
+        filled, row, indices = rows[0]
+        indices.append(index)
+        heapq.heapreplace(rows, (filled + lengths[index], row, indices))
+    return [indices for _, _, indices in rows if indices]
+
+
+def pack_rows(
+    rows: Sequence[Sequence[BranchedText]], pad_token_id: int, dtype: torch.dtype
+) -> PackedBatch:
+    """The texts of each row as one batch; `dtype` is that of the model.
+
+    `inputs` are what its forward pass takes. Texts are numbered row by row. Padding sees the first
+    token of its row and not itself, which is how `token_masks` recognises it.
+    """
+    columns = max(sum(text.length for text in row) for row in rows)
+    shape = (len(rows), columns)
+    tokens, positions = torch.full(shape, pad_token_id), torch.zeros(shape, dtype=torch.long)
+    owners, branches = torch.full(shape, -1), torch.zeros(shape, dtype=torch.long)
+    starts: list[int] = []
+    for row, texts in enumerate(rows):
+        at = 0
+        for text in texts:
+            starts.append(row * columns + at)
+            for branch, part in enumerate([text.stem, *text.branches]):
+                place, begin = slice(at, at + len(part)), len(text.stem) if branch else 0
+                tokens[row, place] = torch.tensor(part, dtype=torch.long)
+                positions[row, place] = torch.arange(begin, begin + len(part))
+                owners[row, place], branches[row, place] = len(starts) - 1, branch
+                at += len(part)
+    mask = torch.zeros(len(rows), 1, columns, columns, dtype=dtype)
+    mask.masked_fill_(~_visible(owners, branches).unsqueeze(1), torch.finfo(dtype).min)
+    inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": mask}
+    return PackedBatch(inputs, owners, torch.tensor(starts))
+
+
+def _visible(owners: Tensor, branches: Tensor) -> Tensor:
+    """Whether each token (row of the result) sees each (column), [rows, columns, columns]."""
+    columns = owners.shape[1]
+    earlier = torch.ones(columns, columns, dtype=torch.bool).tril()
+    same_text = owners.unsqueeze(2) == owners.unsqueeze(1)
+    same_branch = branches.unsqueeze(2) == branches.unsqueeze(1)
+    in_stem = (branches == 0).unsqueeze(1)
+    padding = owners.eq(-1).unsqueeze(2)
+    first = torch.arange(columns) == 0
+    return torch.where(padding, first, earlier & same_text & (same_branch | in_stem))
+
+
+# -------------------------------------------------------------------------------------------------
+# The logits of target tokens, and no more of them than needed.
+# -------------------------------------------------------------------------------------------------
+
+# Up to so many tokens in a row, keeping all attention probabilities takes no more memory than the
+# rest of a backward pass (six bytes per token, head and column).
+SHORT_ROW = 256
+
+
+def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The logits that predict `batch["labels"]`: its shape and the vocabulary's.
+
+    `batch` comes from `Collator`. Causal models that can be packed compute no others, and those
+    with `logits_to_keep` few.
+    """
+    inputs: dict[str, Any] = {
+        key: value for key, value in batch.items() if key not in ("labels", "places")
+    }
+    inner = _unwrapped(model)
+    if "places" in batch:
+        columns = batch["input_ids"].shape[1]
+        with head_at(inner, batch["places"]), quick_backward(inner, columns):
+            return _logits(model, inputs)
+    if "decoder_input_ids" in batch:
+        return _logits(model, inputs)
+    kept = batch["labels"].shape[1] + 1
+    if "logits_to_keep" in inspect.signature(inner.forward).parameters:
+        inputs["logits_to_keep"] = kept
+    return _logits(model, inputs)[:, -kept:-1]
+
+
+def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    logits: Tensor = model(**inputs, use_cache=False).logits
+    return logits
+
+
+def _unwrapped(model: nn.Module) -> Any:
+    """The transformers model inside wrappers for several devices or PEFT's layers."""
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
+
+
+@contextmanager
+def _head_input(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Apply `change` to the input of the output layer of `model` while the context is open."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    handle = head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def contiguous_head(model: nn.Module) -> AbstractContextManager[None]:
+    """Hand the output layer of `model` contiguous rows while the context is open.
+
+    Logits asked for at the last positions only reach it as a strided view, for which torch copies
+    the whole output matrix once per row: a quarter of a training step (SmolLM2, 8 x 128 tokens),
+    half of reading one prompt of 24. A view of one row counts as contiguous, and is copied too.
+    """
+    return _head_input(model, lambda hidden: hidden.clone(memory_format=torch.contiguous_format))
+
+
+def head_at(model: nn.Module, places: Tensor) -> AbstractContextManager[None]:
+    """Compute logits at `places` only, [1, places, vocabulary], while the context is open.
+
+    `places` count the tokens of a batch, row by row.
+    """
+    return _head_input(model, lambda hidden: hidden.flatten(0, 1)[places].unsqueeze(0))
+
+
+@contextmanager
+def quick_backward(model: PreTrainedModel, columns: int) -> Iterator[None]:
+    """Use the attention with the faster backward pass while the context is open.
+
+    On a CPU plain products take half the time of torch's fused kernel, but they keep every
+    probability, so only where rows of `columns` tokens are short. `model` can be packed.
+    """
+    usual = model.config.get_text_config()._attn_implementation
+    if model.device.type != "cpu" or columns > SHORT_ROW or usual == "eager":
+        yield
+        return
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)

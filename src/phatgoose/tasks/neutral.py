@@ -1,0 +1,76 @@
+"""Neutral text: forty passages of many kinds, the same for everybody, to measure gates against.
+
+What a site sees of any text at all tells no task from another. Contributors and aggregators who
+measure it on the same passages take off the same. Not in the paper. The passages are ours; gates
+trained with them depend on them, so they never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..base.sites import Site, find_sites
+from .encoding import Encoder
+from .prompt_passes import read_pairs
+from .task import Example
+
+PASSAGES = Path(__file__).with_name("neutral.txt")  # separated by empty lines
+
+
+def neutral_examples() -> list[Example]:
+    """The passages, each cut in two at the space nearest its middle: input and target."""
+    passages = PASSAGES.read_text(encoding="utf-8").strip().split("\n\n")
+    return [_halves(passage) for passage in passages]
+
+
+def over_neutral_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    names: Iterable[str],
+    numbers: Callable[[str, Tensor], Tensor],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and deviation over the passages' tokens of some numbers, float32 [m] each, by site.
+
+    The sites are those of these `names`. `numbers(name, u)` gives the numbers, [tokens, m], for the
+    inputs u [tokens, n] of a site. The deviation's denominator is the number of tokens. A site that
+    no token reaches, inside one of the base's own experts, has 0 and 1.
+    """
+    every = find_sites(model)
+    sites = {name: every[name] for name in names}
+    sums: dict[str, Tensor] = {}
+
+    def see(site: Site, u: Tensor) -> None:
+        exact = numbers(site.name, u).double()
+        ones = torch.ones_like(exact)
+        found = torch.stack([each.sum(dim=0) for each in (ones, exact, exact.square())])
+        sums[site.name] = sums.get(site.name, 0) + found.cpu()
+
+    for site in sites.values():
+        see(site, torch.zeros(0, site.in_features))
+    pairs = Encoder.for_model(model, tokenizer).pairs(neutral_examples())
+    read_pairs(model, sites, pairs, tokenizer.pad_token_id, see)
+    return {name: _moments(*sums[name]) for name in sites}
+
+
+def moments(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Iterable[str]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and deviation of each site's input over the passages' tokens, float32 [n] each."""
+    return over_neutral_text(model, tokenizer, names, lambda _, u: u)
+
+
+def _moments(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
+    mean = total / count.clamp(min=1)
+    variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+    return mean.float(), variance.sqrt().masked_fill(count == 0, 1.0).float()
+
+
+def _halves(passage: str) -> Example:
+    spaces = [place for place, letter in enumerate(passage) if letter.isspace()]
+    middle = min(spaces, key=lambda place: abs(place - len(passage) / 2))
+    return Example(passage[:middle].rstrip(), passage[middle:].lstrip())

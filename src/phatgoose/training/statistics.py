@@ -1,0 +1,217 @@
+"""Statistics for other routers, which a contributor may share beside gates (paper section 4.2).
+
+Mean activations are for Average Activation, embeddings of training inputs for Retrieval, readings
+of prompts for router discriminant, which isn't the paper's. They are measured when an expert is
+trained, or later.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..base.fingerprint import check_base
+from ..base.loading import Base, load_base
+from ..base.sites import Site, find_sites
+from ..config import Formatting, GateTraining
+from ..errors import ConfigError, ExpertError
+from ..experts.adapter import ModifiedLinear, applied
+from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert, recorded_formatting
+from ..experts.kinds.kind import SiteModule
+from ..experts.readings import PromptStates, readings_of
+from ..tasks.cuts import Cuts
+from ..tasks.embeddings import (
+    DEFAULT_EMBEDDER,
+    PAPER_TEXT,
+    PROMPT,
+    embed_texts,
+    paper_texts,
+    prompt_texts,
+)
+from ..tasks.encoding import Encoder, TokenPair
+from ..tasks.prompt_passes import read_pairs, read_prompts
+from ..tasks.task import Example, Task, draw
+
+
+def measure(
+    expert: Expert | str | Path,
+    base: Base | str,
+    task: Task,
+    *,
+    examples: int = 1000,
+    means: bool = True,
+    readings: bool = True,
+    embeddings: bool = True,
+    embedder: str = DEFAULT_EMBEDDER,
+    embedding_form: str = PROMPT,
+    seed: int | None = None,
+    formatting: Formatting | None = None,
+) -> Expert:
+    """The expert with its statistics measured on `task`, its directory rewritten.
+
+    `task` should be the data that the expert was trained on. A random sample of its training split
+    is measured: at most `examples`, for embeddings at most 1000. `seed` (of the sample and of the
+    validation split) and `formatting` default to what the expert records of its training, which
+    gives the same numbers as then. What isn't asked for stays as it is in the directory by then, as
+    do adapter and gates; the model card is written anew.
+
+    Raises ConfigError when nothing is asked for or embedding isn't possible, WrongBaseError when
+    `base` isn't the expert's, ExpertError when the directory holds foreign files, which rewriting
+    would lose, or has become another expert meanwhile, TaskError when the task can't be used.
+    """
+    expert = expert if isinstance(expert, Expert) else Expert.load(expert)
+    if not (means or readings or embeddings):
+        raise ConfigError("There is nothing to measure: ask for means, readings or embeddings.")
+    settings = GateTraining(
+        statistics_examples=examples,
+        means=means,
+        readings=readings,
+        embeddings=embeddings,
+        embedder=embedder,
+        embedding_form=embedding_form,
+    )
+    _refuse_foreign_files(expert.directory)
+    base = load_base(base) if isinstance(base, str) else base
+    check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
+    recorded = expert.info.hyperparameters
+    if seed is None:
+        seed = recorded["seed"] if isinstance(recorded.get("seed"), int) else 0
+    if formatting is None:
+        formatting = recorded_formatting(recorded, f"Expert {expert.name!r}, hyperparameters")
+    encoder = Encoder.of(base, formatting)
+    found = statistics_of(base, expert.modules, task.with_validation(seed), encoder, settings, seed)
+    found.cuts.report(task.name)
+    place = expert.directory.resolve()  # where a link leads, rather than in its place
+    now = Expert.load(place)  # another process may have measured something else meanwhile
+    if now.info.adapter_sha256 != expert.info.adapter_sha256:
+        raise ExpertError(f"{place} has become another expert while it was measured.")
+    return _with_statistics(now, found, settings).save(place, overwrite=True)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured, None where it wasn't asked for: `means` by site, `embeddings` in rows.
+
+    `readings` are those of `readings_of`; `cuts` counts the inputs that were cut before they were
+    passed through the base.
+    """
+
+    means: Mapping[str, Tensor] | None = None
+    readings: Mapping[str, Tensor] | None = None
+    embeddings: Tensor | None = None
+    cuts: Cuts = field(default_factory=Cuts)
+
+
+def statistics_of(
+    base: Base,
+    modules: Mapping[str, SiteModule],
+    task: Task,
+    encoder: Encoder,
+    settings: GateTraining,
+    seed: int,
+    *,
+    shows_bars: bool = True,
+) -> Statistics:
+    """The statistics that `settings` asks for, of the expert `modules` on a sample of `task.train`.
+
+    Means are measured with the expert at full strength, as it acts when it is routed to, readings
+    without it. `shows_bars` False shows no progress. Raises ExpertError when the expert doesn't fit
+    the base, ConfigError when embedding isn't possible.
+    """
+    means, readings, embeddings, cuts = None, None, None, Cuts()
+    label = task.name if shows_bars else None
+    count = settings.statistics_examples
+    if settings.embeddings:
+        examples = draw(task.train, min(count, MOST_EMBEDDINGS), seed)
+        embeddings = embed_texts(_embedded(examples, encoder, settings), settings.embedder)
+    pairs = []
+    if settings.means or settings.readings:
+        pairs = encoder.pairs(draw(task.train, count, seed))
+        cuts = encoder.cuts(pairs)
+    if settings.readings:
+        base.model.eval()
+        prompts = [pair.prompt for pair in pairs]
+        states = read_prompts(base.model, prompts, PromptStates(base.model), label)
+        readings = readings_of(states)
+    if settings.means:
+        sites = {name: site for name, site in find_sites(base.model).items() if name in modules}
+        padding = base.tokenizer.pad_token_id
+        with applied(base.model, modules, ModifiedLinear):
+            means = mean_activations(base.model, sites, pairs, padding, label)
+    return Statistics(means, readings, embeddings, cuts)
+
+
+def _embedded(examples: Sequence[Example], encoder: Encoder, settings: GateTraining) -> list[str]:
+    """The texts to embed for `examples`."""
+    if settings.embedding_form == PAPER_TEXT:
+        return paper_texts(examples)
+    prompts = [encoder.fitted(row.input, row.passage).tokens for row in examples]
+    return prompt_texts(encoder.tokenizer, prompts)
+
+
+def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) -> Expert:
+    """The expert with what was `found` by `settings`, and what it had where nothing was."""
+    measured = replace(
+        expert,
+        means=expert.means if found.means is None else found.means,
+        readings=expert.readings if found.readings is None else found.readings,
+        embeddings=expert.embeddings if found.embeddings is None else found.embeddings,
+    )
+    recorded = {
+        **expert.info.hyperparameters,
+        "statistics_examples": settings.statistics_examples,
+        "means": bool(measured.means),
+        "readings": bool(measured.readings),
+        "embeddings": measured.embeddings is not None,
+    }
+    info = replace(expert.info, hyperparameters=recorded)
+    if found.embeddings is not None:
+        how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
+        info = replace(
+            info,
+            embedder=settings.embedder,
+            embedding_form=settings.embedding_form,
+            hyperparameters={**recorded, **how},
+        )
+    return replace(measured, info=info)
+
+
+def mean_activations(
+    model: PreTrainedModel,
+    sites: Mapping[str, Site],
+    pairs: Sequence[TokenPair],
+    pad_token_id: int,
+    label: str | None = None,
+) -> dict[str, Tensor]:
+    """The mean input of each site over all real tokens of `pairs`, float32 [n] by site name.
+
+    Prompt and right target are passed in one go, and padding is left out (paper section 4.2,
+    Average Activation). The released code keeps only the decoder's last step. Zero at a site that
+    no token reached, inside one of the base's own experts.
+    """
+    totals = {
+        name: torch.zeros(site.in_features, dtype=torch.float64) for name, site in sites.items()
+    }
+    counts = Counter[str]()
+
+    def add(site: Site, u: Tensor) -> None:
+        totals[site.name] += u.double().sum(dim=0).cpu()
+        counts[site.name] += len(u)
+
+    read_pairs(model, sites, pairs, pad_token_id, add, label)
+    return {name: (total / max(counts[name], 1)).float() for name, total in totals.items()}
+
+
+def _refuse_foreign_files(directory: Path) -> None:
+    foreign = {path.name for path in directory.iterdir()} - set(EXPERT_FILES)
+    if foreign:
+        raise ExpertError(
+            f"{directory} also holds {', '.join(sorted(foreign))}, which rewriting the expert "
+            f"would lose; move that away first."
+        )

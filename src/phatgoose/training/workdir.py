@@ -1,0 +1,437 @@
+"""Where unfinished work and finished experts lie, here or at a URL.
+
+Unfinished training: the folder beside its result in which a run works, locked, and can resume.
+
+The folder's name starts with a dot, so that nothing takes it for a finished result.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple, Protocol
+
+import fsspec
+from filelock import FileLock, Timeout
+
+from ..errors import ConfigError, ExpertError, PhatgooseError
+from ..experts.expert import EXPERT_FILES, LAYOUT, Expert
+from ..files.atomic import WRITING_ERRORS, is_there, write_text
+from ..files.strict import first_line, reason
+from . import processes
+
+IDENTITY, LOCK = "run.json", "lock"
+
+
+@contextmanager
+def open_work(
+    out: Path, identity: Mapping[str, Any], *, resume: bool, restart: bool
+) -> Iterator[Path]:
+    """The folder `.<out's name>.work` beside `out`: new, or (`resume`) left by an earlier run.
+
+    `identity` is what a run must share to resume the work: base, data and settings. The folder is
+    locked while the context is open, or until the process is killed; of several processes of one
+    training (`processes`) the first holds the lock. When the context ends and `out` is there, the
+    work is removed. Raises ExpertError when `out` is there at first, when there is unfinished work
+    and neither `resume` nor `restart` is set, another process holds the lock, or the folder can't
+    be written; ConfigError when the work to resume has another identity.
+    """
+    work = work_of(out)
+    if not processes.is_first():
+        processes.wait_for_all()
+        yield work
+        return
+    file, content = work / IDENTITY, json.dumps(identity, indent=2)
+    try:
+        _refuse_links(work)
+        work.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(work / LOCK)
+        with lock.acquire(timeout=0):
+            if out.exists():
+                raise ExpertError(f"Another process has made {out} meanwhile.")
+            if restart or not file.is_file():  # a restart that was killed leaves no identity
+                _empty(work)
+            if not file.is_file():
+                write_text(file, content, ExpertError)
+            elif not resume:
+                raise ExpertError(
+                    f"Unfinished work was found in {work}; use resume to continue it or restart to "
+                    f"throw it away."
+                )
+            elif file.read_text(encoding="utf-8") != content:
+                raise ConfigError(
+                    f"The unfinished work in {work} had other settings, data or another base; "
+                    f"repeat them, or use restart to throw it away."
+                )
+            processes.wait_for_all()
+            yield work
+        if out.exists():
+            discard_work(out)  # its lock is free: some file systems remove no open file
+    except Timeout as problem:
+        raise ExpertError(f"Another process is at work on {out}, in {work}.") from problem
+    except WRITING_ERRORS as problem:
+        raise ExpertError(f"{out} can't be written: {reason(problem)}.") from problem
+
+
+def discard_work(out: Path) -> None:
+    """Remove the work beside a finished `out`, or what of it can be removed."""
+    shutil.rmtree(work_of(out), ignore_errors=True)
+
+
+def wait_for_work(out: Path, seconds: float) -> None:
+    """Return when no process is at work on `out`, or after so many `seconds`.
+
+    A process on another machine needs a moment to notice that its connection is lost.
+    """
+    lock = work_of(out) / LOCK
+    if seconds > 0 and lock.exists():
+        with suppress(Timeout), FileLock(lock).acquire(timeout=seconds):
+            pass
+
+
+def work_of(out: Path) -> Path:
+    """The folder of the unfinished work on `out`."""
+    return out.parent / f".{out.name}.work"
+
+
+def _refuse_links(work: Path) -> None:
+    """Raise ExpertError when `work` is or holds a symbolic link, which no run makes."""
+    for path in (work, *(work.rglob("*") if not work.is_symlink() else ())):
+        if path.is_symlink():
+            raise ExpertError(f"{path} is a symbolic link, which no unfinished work is; remove it.")
+
+
+def _empty(work: Path) -> None:
+    """Remove everything in `work` but its lock; first what says whose work it is.
+
+    What a kill leaves is then nobody's.
+    """
+    (work / IDENTITY).unlink(missing_ok=True)
+    for path in work.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+# -------------------------------------------------------------------------------------------------
+# Where experts go: a directory, or a URL that fsspec can open (s3://…, gs://…).
+#
+# Experts are always trained in a directory. For a URL that is a temporary one, and each part is
+# copied up as soon as it is complete: checkpoints, the trained adapter, the expert. An unfinished
+# expert is copied down before its training resumes, so it can resume on any machine. Nothing locks
+# a URL, and only one process trains an expert that goes to it.
+# -------------------------------------------------------------------------------------------------
+
+TRIAL = "trial"  # an empty file that shows that one can write
+SNAPSHOT = "snapshot.json"  # the files of unfinished work and their sizes, written last
+UNFINISHED = ".unfinished-"  # between a file's name and random digits, until it is whole
+
+
+@dataclass(frozen=True)
+class TrainedExpert:
+    """What is reported of a finished expert: its name, where it is, metrics and settings."""
+
+    name: str
+    place: str
+    metrics: Mapping[str, Any]
+    hyperparameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+class ExpertFolder(Protocol):
+    """Where experts go."""
+
+    def place(self, name: str) -> str:
+        """Where the expert `name` is, or will be."""
+
+    def has(self, name: str) -> bool:
+        """True when something of that name is there already."""
+
+    def finished(self, name: str) -> TrainedExpert:
+        """The finished expert `name`. Raises ExpertError when it can't be read."""
+
+    def training(
+        self, name: str, patience: float, *, restart: bool = False
+    ) -> AbstractContextManager[Destination]:
+        """A context with the directory to train `name` in; the expert is here when it ends well.
+
+        A lost worker's lock on unfinished work is waited for, up to `patience` seconds. `restart`
+        is the run's, which throws unfinished work away. Raises ConfigError where several processes
+        train the expert and can't share the folder.
+        """
+
+    def portable(self) -> ExpertFolder:
+        """The same folder for another process, which may have another working directory."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The directory to train an expert in; `on_saved` is to be called when a part is complete."""
+
+    out: Path
+    on_saved: Callable[[], None]
+
+
+def expert_folder(out: str | Path) -> ExpertFolder:
+    """The folder at `out`, a path or a URL. Raises ConfigError for a URL that can't be used."""
+    if "://" not in str(out):
+        return LocalFolder(Path(out))
+    try:
+        files, root = fsspec.core.url_to_fs(str(out))
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{out} can't be used as a folder: {error}") from error
+    return RemoteFolder(str(out).rstrip("/"), files, root.rstrip("/"))
+
+
+@dataclass(frozen=True)
+class LocalFolder:
+    """A directory, shared by all workers where there are several."""
+
+    path: Path
+
+    def place(self, name: str) -> str:
+        """Where the expert `name` is, or will be."""
+        return str(self.path / name)
+
+    def has(self, name: str) -> bool:
+        """True when something of that name is there already."""
+        return is_there(self.path / name)
+
+    def finished(self, name: str) -> TrainedExpert:
+        """The expert `name`; unfinished work left beside it is removed."""
+        expert = Expert.load(self.path / name)
+        discard_work(self.path / name)
+        info = expert.info
+        return TrainedExpert(expert.name, self.place(name), info.metrics, info.hyperparameters)
+
+    @contextmanager
+    def training(
+        self, name: str, patience: float, *, restart: bool = False
+    ) -> Iterator[Destination]:
+        """The directory itself, where complete parts stay; a run that restarts empties its work."""
+        wait_for_work(self.path / name, patience)
+        yield Destination(self.path / name, lambda: None)
+
+    def portable(self) -> LocalFolder:
+        """The same by its absolute path."""
+        return LocalFolder(self.path.absolute())
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder of one of fsspec's file systems."""
+
+    url: str
+    files: Any  # an fsspec file system
+    root: str
+
+    def place(self, name: str) -> str:
+        """Where the expert `name` is, or will be."""
+        return f"{self.url}/{name}"
+
+    def has(self, name: str) -> bool:
+        """True when the whole expert is there: its description is copied last.
+
+        Raises ExpertError where the store doesn't answer.
+        """
+        with self._reported(name, "read"):
+            return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
+
+    def finished(self, name: str) -> TrainedExpert:
+        """The expert `name`, from its description alone; unfinished work beside it is removed."""
+        place = f"{self.root}/{name}/{LAYOUT.info}"
+        with self._reported(name, "read"):
+            info = json.loads(self.files.cat_file(place))
+            found = TrainedExpert(
+                name, self.place(name), info["metrics"], info.get("hyperparameters", {})
+            )
+        with suppress(Exception):  # the expert is whole, whoever may remove what
+            self._kept_work(name).remove()
+        return found
+
+    @contextmanager
+    def training(
+        self, name: str, patience: float, *, restart: bool = False
+    ) -> Iterator[Destination]:
+        """A temporary directory with what was copied up of the expert's unfinished training.
+
+        With `restart` that is removed first, so that no later run can take it up again.
+        """
+        if processes.count() > 1:
+            raise ConfigError(
+                f"{self.url} is for one process; {processes.count()} processes that train one "
+                f"expert need a folder that all of them see."
+            )
+        kept = self._kept_work(name)
+        with tempfile.TemporaryDirectory(prefix="phatgoose-") as scratch:
+            out = Path(scratch) / name
+            work = work_of(out)
+
+            def keep() -> None:
+                with self._reported(name, "written"):
+                    kept.keep(work)
+
+            with self._reported(name, "written"):
+                if restart:
+                    kept.remove()
+                kept.fetch(work)
+                kept.try_out(Path(scratch))  # rather than after the first steps
+            yield Destination(out, keep)
+            with self._reported(name, "written"):
+                self._send(out, f"{self.root}/{name}")
+                kept.remove()
+
+    @contextmanager
+    def _reported(self, name: str, done: str) -> Iterator[None]:
+        """What goes wrong meanwhile, which each store calls by names of its own, as ExpertError."""
+        try:
+            yield
+        except PhatgooseError:
+            raise
+        except Exception as error:
+            told = f"{self.place(name)} can't be {done}: {first_line(error)}"
+            raise ExpertError(told) from error
+
+    def portable(self) -> RemoteFolder:
+        """Itself: a URL is the same everywhere."""
+        return self
+
+    def _kept_work(self, name: str) -> KeptWork:
+        return KeptWork(self.files, f"{self.root}/.{name}.work")
+
+    def _send(self, directory: Path, place: str) -> None:
+        """Copy an expert up, its description last, after what an earlier copy left is removed."""
+        names = {path.name for path in directory.iterdir()}
+        for name in sorted(names - {LAYOUT.info}):
+            _put_whole(self.files, directory / name, f"{place}/{name}")
+        self._remove_left_overs(place, names)
+        _put_whole(self.files, directory / LAYOUT.info, f"{place}/{LAYOUT.info}")
+
+    def _remove_left_overs(self, place: str, names: set[str]) -> None:
+        """Remove an expert's files at `place` but `names`; what no expert has is not ours."""
+        self.files.invalidate_cache()
+        for entry in self.files.ls(place, detail=True):
+            name = entry["name"].rpartition("/")[2]
+            ours = name.partition(UNFINISHED)[0] in EXPERT_FILES and entry["type"] == "file"
+            if ours and name not in names:
+                self.files.rm_file(f"{place}/{name}")
+
+
+class Stamp(NamedTuple):
+    """What changes with a file: its size, and when it was written, in nanoseconds."""
+
+    size: int
+    written: int
+
+    @classmethod
+    def of(cls, path: Path) -> Stamp:
+        """That of the file at `path`."""
+        status = path.stat()
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass
+class KeptWork:
+    """The copy of one expert's unfinished work in the folder `above` of an fsspec file system.
+
+    `own` holds the files that this process has copied up or down, as they were then: another run's
+    file may have the same name and size, and other content.
+    """
+
+    files: Any
+    above: str
+    own: dict[str, Stamp] = field(default_factory=dict)
+
+    def fetch(self, work: Path) -> None:
+        """Copy it down to `work`; when its list or a listed file is incomplete, remove it all."""
+        try:
+            listed = json.loads(self.files.cat_file(f"{self.above}/{SNAPSHOT}"))
+        except FileNotFoundError:
+            return
+        except (ValueError, RecursionError):
+            listed = None
+        if not self._is_fetched(listed, work):
+            shutil.rmtree(work, ignore_errors=True)
+            self.remove()
+
+    def _is_fetched(self, listed: object, work: Path) -> bool:
+        """Copy the `listed` files down; False as soon as one isn't what the list says."""
+        if not isinstance(listed, dict) or not all(_is_inside(file) for file in listed):
+            return False
+        for file, size in listed.items():
+            (work / file).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self.files.get_file(f"{self.above}/{file}", str(work / file))
+            except FileNotFoundError:
+                return False
+            self.own[file] = Stamp.of(work / file)
+            if self.own[file].size != size:
+                return False
+        return True
+
+    def try_out(self, scratch: Path) -> None:
+        """Write a file and remove it. Raises what the file system does where that can't be."""
+        trial = scratch / TRIAL
+        trial.touch()
+        _put(self.files, trial, f"{self.above}.{TRIAL}")
+        self.files.rm_file(f"{self.above}.{TRIAL}")
+        trial.unlink()
+
+    def keep(self, work: Path) -> None:
+        """Copy up what is new in `work`, then the list of its files; then remove what it lost."""
+        stamps = {
+            path.relative_to(work).as_posix(): Stamp.of(path)
+            for path in sorted(work.rglob("*"))
+            if path.is_file() and path.name != LOCK
+        }
+        there = self._sizes()
+        for file, stamp in stamps.items():
+            if self.own.get(file) != stamp or there.get(file) != stamp.size:
+                _put(self.files, work / file, f"{self.above}/{file}")
+                self.own[file] = stamp
+        sizes = {file: stamp.size for file, stamp in stamps.items()}
+        (work.parent / SNAPSHOT).write_text(json.dumps(sizes), encoding="utf-8")
+        _put_whole(self.files, work.parent / SNAPSHOT, f"{self.above}/{SNAPSHOT}")
+        for file in there.keys() - sizes.keys():
+            self.files.rm_file(f"{self.above}/{file}")
+
+    def remove(self) -> None:
+        """Remove it all, its list first: without it the rest counts for nothing."""
+        self.own.clear()
+        self.files.invalidate_cache()
+        for place in (f"{self.above}/{SNAPSHOT}", self.above):
+            if self.files.exists(place):
+                self.files.rm(place, recursive=True)
+
+    def _sizes(self) -> dict[str, int]:
+        """Sizes of the files that are there, by their path in the work."""
+        self.files.invalidate_cache()
+        if not self.files.exists(self.above):
+            return {}
+        found = self.files.find(self.above, detail=True)
+        sizes = {path[len(self.above) + 1 :]: entry["size"] for path, entry in found.items()}
+        return {path: size for path, size in sizes.items() if not path.startswith(SNAPSHOT)}
+
+
+def _put_whole(files: Any, path: Path, place: str) -> None:
+    """Copy a file up under a random name, then rename it."""
+    unfinished = f"{place}{UNFINISHED}{secrets.token_hex(8)}"
+    _put(files, path, unfinished)
+    files.mv(unfinished, place)
+
+
+def _put(files: Any, path: Path, place: str) -> None:
+    files.makedirs(place.rpartition("/")[0], exist_ok=True)
+    files.put_file(str(path), place)
+
+
+def _is_inside(file: str) -> bool:
+    """True for a relative path that stays inside its folder."""
+    path = PurePosixPath(file)
+    return not path.is_absolute() and ".." not in path.parts

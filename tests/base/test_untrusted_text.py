@@ -107,6 +107,8 @@ def test_closing_ends_a_question_and_refuses_others(opened):
     assert texts.ended == 0
     with pytest.raises(BaseModelError, match="stopped"):
         texts.tokens(["a"], most=9)
+    texts.start()  # an application may run again
+    works(texts)
 
 
 def tokenizer_with(*, normalizer=None, pre_tokenizer=None):

@@ -63,12 +63,13 @@ class UntrustedText:
             self._described = _description(tokenizer)
 
     def start(self) -> None:
-        """Start the process now rather than with the first question."""
+        """Start the process now rather than with the first question, also after `close`."""
         with self._turn:
+            self._is_closed = False
             self._running()
 
     def close(self) -> None:
-        """End the process, whatever it is at; questions fail from now on."""
+        """End the process, whatever it is at; questions fail until `start`."""
         self._is_closed = True
         process = self._process
         if process is not None:

@@ -81,9 +81,7 @@ class PlainFormatter(logging.Formatter):
         return harmless(super().format(record))
 
 
-# -------------------------------------------------------------------------------------------------
 # Tokens in the colours of their experts.
-# -------------------------------------------------------------------------------------------------
 
 # Paul Tol's "bright" colours: colour-blind readers can tell them apart, and so can terminals of 16
 # colours, where each of them falls on another one.

@@ -372,9 +372,7 @@ def _index(place: str, name: str, revision: str | None) -> Path | None:
     return None if found is None else Path(found)
 
 
-# -------------------------------------------------------------------------------------------------
 # Tokens become text again, one piece for each.
-# -------------------------------------------------------------------------------------------------
 
 CONTEXT = 6  # tokens before the first one that decide whether it begins with a space
 LONGEST_CHARACTER = 8  # tokens after which an unfinished character is shown as it is

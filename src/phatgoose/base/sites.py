@@ -135,9 +135,7 @@ def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-# -------------------------------------------------------------------------------------------------
 # How many tokens a base model can distinguish by position.
-# -------------------------------------------------------------------------------------------------
 
 # What architectures call their table of positions, learned or precomputed.
 TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")

@@ -142,13 +142,11 @@ def _relative_to(folder: Path, task: str) -> str:
     return os.path.join(os.curdir, path) if in_suite(path) else path
 
 
-# -------------------------------------------------------------------------------------------------
 # Command-line flags from annotations: a command takes objects, typer shows one flag per field.
 #
 # `Annotated[type, "help"]` is the flag of a parameter, of a field of an option group (options.py)
 # and of a setting (`config`), named after it; {"min": 1} may follow the help text. Settings are
 # their defaults, overlaid by the recipe, overlaid by the command line.
-# -------------------------------------------------------------------------------------------------
 
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
 RECIPE = Annotated[Path | None, "TOML file with settings; flags given here win over it."]
@@ -307,11 +305,9 @@ def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
     return _option(setting.name, Annotated[kind | None, option], None)
 
 
-# -------------------------------------------------------------------------------------------------
 # Options that several commands share, in groups: each option is defined and described once.
 #
 # A command takes a group as one parameter (`with_flags`) and hands it on whole.
-# -------------------------------------------------------------------------------------------------
 
 ANOTHER_OUT = "choose another --out"  # for `require_free`
 PoolArgument = Annotated[

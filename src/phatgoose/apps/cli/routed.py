@@ -251,9 +251,7 @@ def demo(
     run_demo(base or "smollm2", out, seed=seed, all_methods=all_methods)
 
 
-# -------------------------------------------------------------------------------------------------
 # Commands that change a routed model's folder: add, remove, compact.
-# -------------------------------------------------------------------------------------------------
 
 FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]
 

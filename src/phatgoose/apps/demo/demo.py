@@ -84,9 +84,7 @@ def unseen_suite(tasks: list[Task]) -> Suite:
     return Suite("unseen", tuple(map(entry, tasks)))
 
 
-# -------------------------------------------------------------------------------------------------
 # How far a routed model's mean is above the base's and each single expert's.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -142,14 +140,12 @@ def write_gains(
     write_text(path, json.dumps(content, indent=2) + "\n", EvaluationError)
 
 
-# -------------------------------------------------------------------------------------------------
 # The demo: the whole story on small tasks of our own, on a laptop, in minutes.
 #
 # It trains five experts with their gates, composes them, and compares the result with the base and
 # each single expert on five tasks that no expert was trained on. Each of those asks for the skill
 # of one training task in another domain and other words, so its score says whether routing carries
 # a skill over.
-# -------------------------------------------------------------------------------------------------
 
 ROUTER = AUTO  # the demo's router; PHATGOOSE stands beside it in the table
 BESIDE = (BASE, "merged", "retrieval", "phatgoose", "oracle")

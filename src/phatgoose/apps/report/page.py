@@ -67,9 +67,7 @@ def render(template: str, folder: Path = FOLDER, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-# -------------------------------------------------------------------------------------------------
 # What the report's page says: its tables and figures, section by section.
-# -------------------------------------------------------------------------------------------------
 
 Array = NDArray[np.float64]
 
@@ -355,9 +353,7 @@ def _sizes(curves: Sequence[PoolSizeCurve]) -> Section | None:
     return Section("sizes", "Pools of different size", figures=[figure])
 
 
-# -------------------------------------------------------------------------------------------------
 # The report of an analysis: a page that needs no network, its numbers and figures beside it.
-# -------------------------------------------------------------------------------------------------
 
 REPORT, NUMBERS, FIGURES = "report.html", "analysis.json", "figures"
 PER_ROUTER = LAYERS, DATASETS, USAGE = "layers", "datasets", "usage"  # kinds of figures

@@ -24,8 +24,7 @@ class Job(Protocol):
     """A piece of work with the same result wherever and however often it is done."""
 
     @property
-    def name(self) -> str:
-        """Its name in messages."""
+    def name(self) -> str: ...
 
     @property
     def group(self) -> str:

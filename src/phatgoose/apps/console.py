@@ -77,7 +77,6 @@ class PlainFormatter(logging.Formatter):
     """Formats log records as harmless lines."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record and its traceback, if any, with escapes for what could steer a terminal."""
         return harmless(super().format(record))
 
 

@@ -115,7 +115,6 @@ def _table(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
-    """The folder that the recipe names, None when it names none."""
     value = content.get(key)
     if not isinstance(value, str | None):
         raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be a folder.")
@@ -230,7 +229,6 @@ class _Parameters:
             self.settings.setdefault(table, list(settings_of(config)))
 
     def shown(self) -> Iterator[inspect.Parameter]:
-        """What typer is shown."""
         yield from self.own
         if self.configs:
             yield _option("recipe", RECIPE, None)
@@ -437,7 +435,6 @@ class TemplateOptions:
     choices: Annotated[str | None, "jinja2 template of the answer choices, 'yes ||| no'."] = None
 
     def load(self, source: str) -> Task:
-        """The task in a file, or hub:DATASET."""
         from ...tasks.loading import load_task
 
         return load_task(source, **vars(self))

@@ -119,7 +119,6 @@ def _table(plan: Plan) -> Table:
 
 
 def _expert(plan: Plan) -> str:
-    """What one expert is, in words."""
     return (
         f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {KIND_NAMES[plan.peft]} "
         f"parameters (kept in {plan.dtype}), {plan.gate_parameters:,} gate parameters. Checkpoints "
@@ -172,7 +171,6 @@ def _duration(seconds: float) -> str:
 
 
 def _amount(number: float) -> str:
-    """A large number in thousands, millions or billions."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:,.1f} {unit}"

@@ -277,16 +277,13 @@ class _Shown:
 
     @property
     def is_few(self) -> bool:
-        """True where there is space for large text."""
         return len(self.rows) <= 12
 
     @property
     def font_size(self) -> int:
-        """That of the labels."""
         return 9 if self.is_few else 7
 
     def of(self, values: Array) -> Array:
-        """The rows of `values` [E, ..] that are shown."""
         return np.asarray(values[self.rows])
 
     def said(self, shares: Array) -> str:

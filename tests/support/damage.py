@@ -107,11 +107,9 @@ def cut(draw: st.DrawFn, files: Sequence[str]) -> Damage:
 
 @st.composite
 def flip(draw: st.DrawFn, files: Sequence[str]) -> Damage:
-    file, place, value = (
-        draw(st.sampled_from(files)),
-        draw(st.floats(0, 1)),
-        draw(st.integers(0, 255)),
-    )
+    file = draw(st.sampled_from(files))
+    place = draw(st.floats(0, 1))
+    value = draw(st.integers(0, 255))
 
     def do(folder: Path) -> None:
         content = bytearray(content_of(folder / file))
@@ -182,10 +180,8 @@ def replace(draw: st.DrawFn, files: Sequence[str]) -> Damage:
 @st.composite
 def json_value(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     """Another value, or another text of a value, somewhere in a JSON file."""
-    file, picks = (
-        draw(st.sampled_from(files)),
-        draw(st.lists(st.integers(0, 50), min_size=1, max_size=3)),
-    )
+    file = draw(st.sampled_from(files))
+    picks = draw(st.lists(st.integers(0, 50), min_size=1, max_size=3))
     value, text = draw(contents), draw(st.none() | raw)
 
     def do(folder: Path) -> None:
@@ -212,12 +208,10 @@ def json_value(draw: st.DrawFn, files: Sequence[str]) -> Damage:
 @st.composite
 def json_key(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     """A key of a JSON file once more, gone, or a new one."""
-    file, pick, name, value = (
-        draw(st.sampled_from(files)),
-        draw(st.integers(0, 50)),
-        draw(names),
-        draw(contents),
-    )
+    file = draw(st.sampled_from(files))
+    pick = draw(st.integers(0, 50))
+    name = draw(names)
+    value = draw(contents)
     how = draw(st.sampled_from(["twice", "gone", "new"]))
 
     def do(folder: Path) -> None:
@@ -304,10 +298,8 @@ CHANGES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 def tensor(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     """A tensor of another dtype, shape or value, gone, renamed, or one more, in a valid file."""
     file, pick = draw(st.sampled_from(files)), draw(st.integers(0, 200))
-    how, name = (
-        draw(st.sampled_from(["gone", "more", "moved", *CHANGES])),
-        draw(st.text(max_size=30)),
-    )
+    how = draw(st.sampled_from(["gone", "more", "moved", *CHANGES]))
+    name = draw(st.text(max_size=30))
     place = draw(st.integers(0, 10))
 
     def do(folder: Path) -> None:

@@ -60,8 +60,7 @@ def test_a_damaged_directory_is_an_expert_or_one_line(done, rehash, kind):
         assert time.process_time() - begun < MOST_SECONDS
         assert sorted(path.name for path in folder.parent.rglob("*")) == before
         if expert is None:
-            assert message.isprintable() or "\\" in repr(message)
-            assert "\n" not in message
+            assert message.isprintable()
             assert len(message) < 1500
             assert SECRET not in message
             assert check_expert(folder)

@@ -72,8 +72,6 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """Runs jobs in this process, in order."""
-
     remote = False
 
     def run(
@@ -106,7 +104,6 @@ class BaseLocation:
 
     @classmethod
     def of(cls, base: Base) -> BaseLocation:
-        """The location of a loaded base."""
         dtype = dtype_name(base.model.dtype)
         return cls(recorded_id(base.id), dtype, base.reference)
 

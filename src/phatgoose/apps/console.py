@@ -74,8 +74,6 @@ class _Harmless:
 
 
 class PlainFormatter(logging.Formatter):
-    """Formats log records as harmless lines."""
-
     def format(self, record: logging.LogRecord) -> str:
         return harmless(super().format(record))
 

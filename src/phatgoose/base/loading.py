@@ -204,7 +204,6 @@ def _cpu_is_fast_at_bf16() -> bool:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' progress bars and advice while a model is loaded."""
     verbosity, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
@@ -384,7 +383,6 @@ class Detokeniser:
         self._begin, self._done = 0, len(self._tokens)  # the window decoded, and what was returned
 
     def add(self, token: int) -> str:
-        """The text that `token` adds; "" while a character is unfinished."""
         self._tokens.append(token)
         text = self._text(len(self._tokens))
         waits = text.endswith(UNFINISHED) and len(self._tokens) - self._done < LONGEST_CHARACTER

@@ -126,7 +126,6 @@ def _find_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule `name` of `model` by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

@@ -241,7 +241,6 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache in a call's arguments, None without one."""
     return given.get("past_key_values", given.get("cache"))
 
 

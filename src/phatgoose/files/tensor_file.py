@@ -132,7 +132,6 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self.records)
 
     def sha256(self) -> str:
-        """The SHA-256 of the mapped file, in hexadecimal."""
         digest = hashlib.sha256()
         for begin in range(0, len(self._bytes), AT_ONCE):
             digest.update(self._content(begin, begin + AT_ONCE))

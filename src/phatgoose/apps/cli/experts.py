@@ -229,7 +229,6 @@ def check(
 
 
 def _contents(expert: Expert) -> str:
-    """What an expert has, on one line."""
     parts = ("gates", "means", "readings", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
     share = recorded_share(expert.info.metrics)

@@ -105,7 +105,6 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def _table(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The settings in the recipe's table `key`."""
     table = content[key]
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {key} must be a table, such as [{key}].")
@@ -270,7 +269,6 @@ class _Parameters:
 
 
 def flag_of(name: str) -> str:
-    """The flag of the setting or option with this name."""
     return "--" + name.replace("_", "-")
 
 
@@ -292,7 +290,6 @@ def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
-    """The flag of a setting; None means that it was not given."""
     kind = next(option for option in get_args(setting.type) or (setting.type,) if option)
     shown = setting.help
     shown += f" One of {', '.join((AUTO, *ROUTERS))}." if setting.name == "router" else ""
@@ -335,7 +332,6 @@ StoredOption = Annotated[
 
 
 def open_pool(places: list[Path]) -> Pool:
-    """The pool in these places (`PoolArgument`)."""
     from ...experts.pool import Pool
 
     return Pool.open(places[0] if len(places) == 1 else places)
@@ -348,8 +344,6 @@ def split(values: list[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """Which base model, computed in which type."""
-
     base: BaseOption = None
     dtype: Annotated[str, "auto, bfloat16, float16 or float32."] = "auto"
 
@@ -427,8 +421,6 @@ class ModelOptions(BaseOptions):
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """How the rows of a task become examples."""
-
     template: Annotated[str | None, "jinja2 template 'input ||| target' over a row's fields."] = (
         None
     )
@@ -442,8 +434,6 @@ class TemplateOptions:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Where the files of suites are."""
-
     data: Annotated[Path | None, "Folder of copies of Hub datasets; default: the Hub itself."] = (
         None
     )
@@ -451,7 +441,6 @@ class SourceOptions:
 
     @property
     def sources(self) -> Sources:
-        """The same for `tasks.suites`."""
         from ...tasks.suites.entries import Sources
 
         return Sources(**vars(self))
@@ -472,21 +461,16 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class RestartOptions:
-    """What becomes of unfinished training."""
-
     resume: Annotated[bool, "Continue unfinished work."] = False
     restart: Annotated[bool, "Throw unfinished work away."] = False
 
     def __post_init__(self) -> None:
-        """Raise ConfigError where both are asked for."""
         if self.resume and self.restart:
             raise ConfigError("--resume continues what --restart throws away; give one of them.")
 
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where work is done."""
-
     engine: Annotated[str, "local (this process) or ray (needs the extra 'ray')."] = "local"
     address: Annotated[
         str | None,
@@ -513,8 +497,6 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class EngineOptions(RayOptions):
-    """Where jobs are done."""
-
     workers: Annotated[
         int | None, "With --engine ray: so many workers; default: all that fit.", {"min": 1}
     ] = None
@@ -539,8 +521,6 @@ class EngineOptions(RayOptions):
 
 @dataclass(frozen=True)
 class ReplicaOptions(RayOptions):
-    """Where copies of a server run."""
-
     replicas: Annotated[
         int | None, "With --engine ray: so many copies of the server (default: 1).", {"min": 1}
     ] = None

@@ -30,8 +30,6 @@ ORIGINS = {"file": "", "copy": " (copy)", "hub": " (Hub)"}
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is planned instead of trained, and at which speed."""
-
     plan: Annotated[
         bool,
         "Train nothing and download nothing: print steps, time, memory and disk; "
@@ -127,7 +125,6 @@ def _expert(plan: Plan) -> str:
 
 
 def _spread(spread: Schedule, bound: str) -> str:
-    """How long the workers take and what their machines must have, in words."""
     workers = "1 worker" if spread.workers == 1 else f"{spread.workers} workers"
     gpus = f" ({spread.gpus:g} GPUs)" if spread.gpus else ""
     return (

@@ -126,7 +126,6 @@ def lifts_of(comparison: Comparison, skills: dict[str, str]) -> dict[str, float]
 def write_gains(
     path: Path, row: str, gains: list[Gain], lifts: dict[str, float], written: dict[str, float]
 ) -> None:
-    """Write the gains of `row`, each expert's lift and what `row` scores in writing, as JSON."""
     found = [asdict(gain) for gain in gains]
     content = {"router": row, "lifts": lifts, "gains": found, "written": written}
     write_text(path, json.dumps(content, indent=2) + "\n", EvaluationError)
@@ -199,13 +198,11 @@ def _step(title: str, rest: str = "") -> Text:
 
 
 def _shown(router: str) -> list[str]:
-    """The methods of the table, in its order; Retrieval needs a sentence embedder."""
     wanted = {*BESIDE, router} - (set() if can_embed() else {"retrieval"})
     return [name for name in METHODS if name in wanted]
 
 
 def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
-    """The experts of SKILLS, those that `folder` lacks trained behind one progress bar."""
     training, gates = replace(TRAINING, seed=seed), replace(GATES, embeddings=can_embed())
     missing = [name for name in SKILLS if not (folder / name).is_dir()]
     steps = len(missing) * (training.steps + gates.gate_steps)
@@ -246,7 +243,6 @@ def _written(scores: dict[str, float]) -> str:
 
 
 def _ending(out: Path, report: Path) -> str:
-    """Where the results are, and three commands to go on with."""
     installed = Path(sys.executable).with_name(COMMAND)
     program = COMMAND if shutil.which(COMMAND) else installed
     return (

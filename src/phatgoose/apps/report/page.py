@@ -32,7 +32,6 @@ EXPLORER_JS, EXPLORER_CSS = "explorer.js", "explorer.css"  # any page may use th
 
 
 def asset(name: str, folder: Path = FOLDER) -> str:
-    """The content of a file in `folder`, by default beside this one."""
     return (folder / name).read_text(encoding="utf-8")
 
 
@@ -58,8 +57,6 @@ Array = NDArray[np.float64]
 
 
 class Table(NamedTuple):
-    """A table: the first cell of each row is its name."""
-
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -86,7 +83,6 @@ class Section(NamedTuple):
 
 
 def sections_of(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> list[Section]:
-    """All sections that the analysis has something for, in order."""
     parts: Iterable[Section | None] = (
         _scores(analysis),
         _usage(analysis),
@@ -171,7 +167,6 @@ def _usage_table(analysis: Analysis) -> Table:
 
 
 def _groups_table(analysis: Analysis) -> Table:
-    """Who serves prompts, answers, and each kind of site, by router."""
     rows: dict[str, list[str]] = {}
     for router in analysis.routers.values():
         every = list(router.distributions.values())
@@ -371,7 +366,6 @@ def _remove_figures(folder: Path) -> None:
 
 
 def report_page(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> str:
-    """The page, as HTML with everything in it."""
     parts = sections_of(analysis, curves)
     findings = [
         (label_of(name), finding.message)

@@ -9,6 +9,5 @@ progress.py      what is said meanwhile
 processes.py     several processes of one training
 workdir.py       where unfinished work and finished experts lie
 pool_jobs.py     many experts
-plan.py          time, memory and disk, worked out beforehand
-plan_costs.py    the costs of one expert
+plan.py          steps, memory, time and disk, worked out beforehand
 """

@@ -37,8 +37,8 @@ from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, Task, draw
 from .new_modules import modules_for, parameters_at, placed_sites
-from .progress import TrainingCallback
 from .train_expert import train_expert
+from .trainer import TrainingCallback
 
 SAMPLE = 200  # examples whose tokens are counted
 TFLOPS = 100.0  # sustained by an A100- or H100-class GPU in bfloat16; assumed, not measured

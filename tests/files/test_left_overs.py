@@ -14,7 +14,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.files import atomic as left_overs
 from phatgoose.files.atomic import is_there, new_directory, new_file, temporary_folder
-from phatgoose.training.trainer import finished_expert
+from phatgoose.training.train_expert import finished_expert
 
 KILLED = """
 import os, sys

@@ -90,8 +90,8 @@ def without_dropout(model: nn.Module) -> None:
 def spying_on_fit(monkeypatch, look):
     """Call `look(model)` right after the LoRA was fitted, before it is saved and taken off."""
 
-    def spy(model, **arguments):
-        report = fit(model, **arguments)
+    def spy(model, *arguments, **options):
+        report = fit(model, *arguments, **options)
         look(model)
         return report
 

@@ -20,9 +20,9 @@ from phatgoose.tasks.batching import target_logits
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.neutral import moments
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training import gates as gates_module
-from phatgoose.training.gates import GatedLinear, train_gates
+from phatgoose.training.gates import GatedLinear
 from phatgoose.training.statistics import mean_activations
+from phatgoose.training.train_expert import train_gates
 from phatgoose.training.trainer import fit
 from tiny import logits_of, make_adapter, make_ids, pairs_of
 from training_runs import train
@@ -254,11 +254,11 @@ def test_gates_of_a_plain_adapter_record_no_training_that_nobody_made(llama, ada
 def test_only_gates_are_handed_to_the_optimiser(llama, adapter, tmp_path, monkeypatch):
     trained = []
 
-    def spy(model, **arguments):
+    def spy(model, *arguments, **options):
         trained.extend(name for name, p in model.named_parameters() if p.requires_grad)
-        return fit(model, **arguments)
+        return fit(model, *arguments, **options)
 
-    monkeypatch.setattr(gates_module, "fit", spy)
+    monkeypatch.setattr("phatgoose.training.train_expert.fit", spy)
     expert = train_gates(
         llama, adapter, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
     )
@@ -438,7 +438,7 @@ def interrupt_after(monkeypatch, passes: int) -> None:
 def test_an_interrupted_gate_training_resumes_to_the_same_bits(
     llama, adapter, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(gates_module, "GATE_CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr("phatgoose.training.train_expert.GATE_CHECKPOINT_EVERY", 2)
     settings = {"training": TRAINING, "gate_training": GATES}
     wanted = train_gates(llama, adapter, TASK, out=tmp_path / "whole", **settings)
     with monkeypatch.context() as patch:

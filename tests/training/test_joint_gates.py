@@ -17,8 +17,8 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts.adapter import ModifiedLinear, applied
 from phatgoose.experts.expert import Expert
 from phatgoose.training import train_expert as training_module
-from phatgoose.training.gates import train_gates
 from phatgoose.training.new_modules import fresh_expert
+from phatgoose.training.train_expert import train_gates
 from phatgoose.training.trainer import fit
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from training_runs import (
@@ -181,9 +181,9 @@ def test_an_expert_and_its_gates_are_those_of_a_naive_loop(base, tmp_path, monke
     without_dropout(base.model)
     started: list[Factors] = []
 
-    def spy(model, **arguments):
+    def spy(model, *arguments, **options):
         started.append(copies_of(factors_in(model)))
-        return fit(model, **arguments)
+        return fit(model, *arguments, **options)
 
     monkeypatch.setattr(training_module, "fit", spy)
     training = replace(TRAINING, steps=steps, batch_size=6, eval_every=steps, warmup_ratio=0.0)
@@ -220,7 +220,7 @@ def test_the_adapter_is_plain_lora_and_the_gates_are_ours(base, tmp_path):
 
 
 def test_it_is_one_stage_and_says_so(llama, tmp_path, monkeypatch):
-    monkeypatch.setattr("phatgoose.training.gates.fit", interrupt)
+    monkeypatch.setattr(*on_call("phatgoose.training.train_expert.fit", 2, interrupt))
     expert = train(llama, tmp_path / "echo")
     assert expert.info.hyperparameters["joint"] is True
     assert not expert.info.hyperparameters.keys() & {"gate_steps", "gate_learning_rate"}
@@ -285,7 +285,7 @@ CUTS = {
     "after a checkpoint": (PASS, 8),
     "before the gates are kept": ("phatgoose.training.train_expert.save_file", 1),
     "before the adapter is in place": ("os.rename", 1),
-    "in the statistics": ("phatgoose.training.gates.statistics_of", 1),
+    "in the statistics": ("phatgoose.training.train_expert.statistics_of", 1),
     "before the expert is in place": ("os.rename", 2),
 }
 
@@ -308,7 +308,7 @@ def test_a_resumed_run_with_dropout_ends_in_the_same_bits(base, tmp_path, monkey
 
 
 def test_a_resumed_run_trains_nothing_twice(llama, tmp_path, monkeypatch, whole):
-    cut = ("phatgoose.training.gates.statistics_of", 1)
+    cut = ("phatgoose.training.train_expert.statistics_of", 1)
     interrupted(monkeypatch, llama, tmp_path / "cut", *cut, gate_training=JOINT)
     monkeypatch.setattr(*on_call(PASS, 1, interrupt))
     assert_same_expert(train(llama, tmp_path / "cut", resume=True), whole)

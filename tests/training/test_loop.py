@@ -13,8 +13,7 @@ from torch import Tensor
 from phatgoose.config import Training
 from phatgoose.errors import ConfigError
 from phatgoose.tasks.task import Task
-from phatgoose.training import processes
-from phatgoose.training.trainer import _micro_batch
+from phatgoose.training.trainer import _micro_batch, is_first, process_count, process_rank
 from tiny import peft_model
 from training_runs import (
     TASK,
@@ -68,7 +67,7 @@ def test_the_last_step_is_validated_whatever_the_interval(llama, tmp_path, caplo
 def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
     task = Task("liar", words("yes", "yes", "yes", "yes"), validation=words("no", "maybe"))
     training = replace(TRAINING, steps=10, learning_rate=0.1)
-    with caplog.at_level(logging.INFO, "phatgoose.training.progress"):
+    with caplog.at_level(logging.INFO, "phatgoose.training.trainer"):
         expert = train(llama, tmp_path / "liar", task, training)
     logged = re.findall(r"step (\d+) of 10, validation loss ([\d.]+)", caplog.text)
     losses = {int(step): float(loss) for step, loss in logged}
@@ -83,7 +82,7 @@ def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
 def test_a_process_takes_an_equal_share_of_a_batch_or_says_why_not(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "1")
-    assert (processes.count(), processes.rank(), processes.is_first()) == (3, 1, False)
+    assert (process_count(), process_rank(), is_first()) == (3, 1, False)
     assert _micro_batch(Training(batch_size=12, micro_batch_size=8)) == 4
     assert _micro_batch(Training(batch_size=30, micro_batch_size=8)) == 5
     with pytest.raises(ConfigError, match="batch_size is 16, but must be a multiple of the 3"):

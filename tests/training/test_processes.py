@@ -17,8 +17,14 @@ from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training import processes
 from phatgoose.training.train_expert import train_expert
+from phatgoose.training.trainer import (
+    is_first,
+    join_processes,
+    process_count,
+    process_rank,
+    wait_for_all,
+)
 
 ANSWERS = ("yes", "no, never", "perhaps")
 ROWS = [Example(f"Number {i}{'!' * (i % 5)}:", ANSWERS[i % 3]) for i in range(23)]
@@ -76,6 +82,6 @@ def test_two_processes_train_the_expert_of_one(base_folders, llama, tmp_path, jo
 
 
 def test_one_process_is_the_first_of_one_and_waits_for_nobody():
-    assert (processes.count(), processes.rank(), processes.is_first()) == (1, 0, True)
-    processes.join()
-    processes.wait_for_all()
+    assert (process_count(), process_rank(), is_first()) == (1, 0, True)
+    join_processes()
+    wait_for_all()

@@ -18,9 +18,8 @@ from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import statistics as statistics_module
-from phatgoose.training.gates import train_gates
 from phatgoose.training.statistics import measure
-from phatgoose.training.train_expert import train_expert
+from phatgoose.training.train_expert import train_expert, train_gates
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from toy_embedders import embed
 from training_runs import trained
@@ -32,7 +31,7 @@ TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, see
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_texts", embed)
-    monkeypatch.setattr("phatgoose.training.trainer.load_embedder", lambda _: None)
+    monkeypatch.setattr("phatgoose.training.train_expert.load_embedder", lambda _: None)
 
 
 def train(base, out: Path, formatting: Formatting | None = None, **statistics) -> Expert:

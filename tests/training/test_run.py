@@ -13,7 +13,7 @@ from phatgoose.base.fingerprint import fingerprint
 from phatgoose.base.loading import Base, load_base
 from phatgoose.config import IA3
 from phatgoose.errors import BaseModelError, ConfigError, ExpertError, RoutingError, TaskError
-from phatgoose.training.progress import TrainingCallback
+from phatgoose.training.trainer import TrainingCallback
 from training_runs import (
     GATES,
     LORA,
@@ -152,7 +152,7 @@ def test_no_bar_is_shown_beside_that_of_a_caller_who_has_one(llama, tmp_path, mo
         hidden.append(disable)
         return tqdm(disable=True, **others)
 
-    for module in ("training.progress", "tasks.prompt_passes"):
+    for module in ("training.trainer", "tasks.prompt_passes"):
         monkeypatch.setattr(f"phatgoose.{module}.tqdm", bar)
     done = []
     callback = TrainingCallback(on_steps=done.append, shows_bar=False)

@@ -9,7 +9,7 @@ import pytest
 from filelock import FileLock
 
 from phatgoose.errors import ConfigError, ExpertError
-from phatgoose.training.gates import train_gates
+from phatgoose.training.train_expert import train_gates
 from phatgoose.training.workdir import LocalFolder, discard_work, open_work, work_of
 from small_disks import FEW, TASK, everything, told, train
 

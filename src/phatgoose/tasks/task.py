@@ -7,12 +7,13 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import TaskError
 
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
+T = TypeVar("T")
 Span = tuple[int, int]  # characters of a text: the first, and the first after the span
 
 
@@ -115,7 +116,7 @@ class Task:
         return draw(examples, limit, seed)
 
 
-def draw(examples: tuple[Example, ...], most: int | None, seed: int) -> tuple[Example, ...]:
+def draw(examples: tuple[T, ...], most: int | None, seed: int) -> tuple[T, ...]:
     """At most `most` of the examples (None: all), the same for a given seed, in file order."""
     if most is None or most >= len(examples):
         return examples

@@ -24,7 +24,7 @@ from ..errors import ConfigError, ExpertError, PhatgooseError
 from ..experts.expert import EXPERT_FILES, LAYOUT, Expert
 from ..files.atomic import WRITING_ERRORS, is_there, write_text
 from ..files.strict import first_line, reason
-from . import processes
+from .trainer import is_first, process_count, wait_for_all
 
 IDENTITY, LOCK = "run.json", "lock"
 
@@ -43,8 +43,8 @@ def open_work(
     be written; ConfigError when the work to resume has another identity.
     """
     work = work_of(out)
-    if not processes.is_first():
-        processes.wait_for_all()
+    if not is_first():
+        wait_for_all()
         yield work
         return
     file, content = work / IDENTITY, json.dumps(identity, indent=2)
@@ -69,7 +69,7 @@ def open_work(
                     f"The unfinished work in {work} had other settings, data or another base; "
                     f"repeat them, or use restart to throw it away."
                 )
-            processes.wait_for_all()
+            wait_for_all()
             yield work
         if out.exists():
             discard_work(out)  # its lock is free: some file systems remove no open file
@@ -263,9 +263,9 @@ class RemoteFolder:
 
         With `restart` that is removed first, so that no later run can take it up again.
         """
-        if processes.count() > 1:
+        if process_count() > 1:
             raise ConfigError(
-                f"{self.url} is for one process; {processes.count()} processes that train one "
+                f"{self.url} is for one process; {process_count()} processes that train one "
                 f"expert need a folder that all of them see."
             )
         kept = self._kept_work(name)

@@ -146,7 +146,7 @@ def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
     ],
 )
 def test_a_file_that_cannot_be_written_is_told_before_the_work(here, phat, monkeypatch, command):
-    for work in ("apps.cli.options.ModelOptions.open", "training.plan.plan_training"):
+    for work in ("apps.cli.options.ModelOptions.open", "training.plan.Planner.measure"):
         monkeypatch.setattr(f"phatgoose.{work}", lambda *_, **__: pytest.fail("worked"))
     outcome = phat(*command, "--base", "tiny-base", "--json", "reviews.jsonl/x.json")
     assert outcome.code == 2

@@ -71,8 +71,8 @@ def train(
     plan.check()
     from ...tasks.multitask import mixture
     from ...tasks.suites.registry import open_tasks
-    from ...training import processes
     from ...training.pool_jobs import ExpertJob, train_experts
+    from ...training.trainer import is_first
     from ...training.workdir import expert_folder
 
     opened = open_tasks(tasks, source.sources, **vars(template))
@@ -97,7 +97,7 @@ def train(
     with engine.open() as chosen:
         trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
         for number, expert in enumerate(trained, 1):
-            if processes.is_first():
+            if is_first():
                 say(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
 
 
@@ -163,11 +163,11 @@ def gate(
     if not unfinished.resume:
         require_free(out, ExpertError, f"{ANOTHER_OUT}, or --resume")
     from ...experts.expert import base_named_in
-    from ...training import processes
-    from ...training.gates import train_gates
+    from ...training.train_expert import train_gates
+    from ...training.trainer import is_first, join_processes
 
     loaded = template.load(task)
-    processes.join()  # each loads the base onto its own GPU
+    join_processes()  # each loads the base onto its own GPU
     expert = train_gates(
         base.load(None if base.base else base_named_in(adapter)),
         adapter,
@@ -179,7 +179,7 @@ def gate(
         name=name,
         **vars(unfinished),
     )
-    if processes.is_first():
+    if is_first():
         say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
 
 

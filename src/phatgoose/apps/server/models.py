@@ -1,20 +1,22 @@
-"""The served models, and one forward pass of each.
+"""The served models, one forward pass of each, and the routings that requests ask for.
 
-Keys and values of many sequences in one cache, padded on the left.
-
-transformers' caches can drop rows; joining two caches and dropping columns is done here.
+All routings over one base share its weights, and those of the same experts their stacked factors.
 """
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
@@ -27,46 +29,23 @@ from ...base.token_masks import cache_argument
 from ...config import Routing
 from ...errors import BaseModelError, ConfigError, RoutingError
 from ...experts.pool import Pool
-from ...routing.composition import Composition, composition_if_any, composition_of
+from ...routing.composition import composition_if_any
 from ...routing.layers import RoutedLinear
 from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
 from ...routing.routers.prompt_router import PromptReader
-from ...routing.routers.registry import AUTO, ROUTERS, spec_of
+from ...routing.routers.registry import AUTO, spec_of
 from ...routing.routers.router import Mixtures
 from ...routing.saved.load import base_of, load
 from ...routing.saved.tensors import HASHES
 from ...tasks.batching import contiguous_head, position_ids
+from ...tasks.embeddings import without_downloads
 from ...tasks.encoding import added_tokens
 from ...tasks.prompt_passes import end_tokens
+from .protocol import ApiError, Deadline, RoutingOverride, busy
 from .settings import ServedModel
 
 Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has no types for mypy
-
-
-def join(one: Cache, other: Cache) -> None:
-    """Add the rows of `other` to `one`, both padded on the left to the longer one's columns."""
-    columns = max(one.get_seq_length(), other.get_seq_length())
-    for mine, theirs in zip(one.layers, other.layers, strict=True):
-        mine.keys = torch.cat([_padded(mine.keys, columns), _padded(theirs.keys, columns)])
-        mine.values = torch.cat([_padded(mine.values, columns), _padded(theirs.values, columns)])
-
-
-def _padded(states: Tensor, columns: int) -> Tensor:
-    """`states` [rows, heads, tokens, n] with zeros before them: [rows, heads, columns, n]."""
-    return torch.nn.functional.pad(states, (0, 0, columns - states.shape[-2], 0))
-
-
-def drop_columns(cache: Cache, columns: int) -> None:
-    """Drop the first `columns` of every row."""
-    for layer in cache.layers:
-        layer.keys = layer.keys[..., columns:, :].contiguous()
-        layer.values = layer.values[..., columns:, :].contiguous()
-
-
-# -------------------------------------------------------------------------------------------------
-# One forward pass of a served model, whatever its architecture.
-# -------------------------------------------------------------------------------------------------
 
 
 class ModelRunner:
@@ -95,12 +74,10 @@ class ModelRunner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         device: torch.device = self.model.device
         return device
 
     def new_cache(self) -> Cache:
-        """An empty cache for the model."""
         if self.is_encoder_decoder:
             return EncoderDecoderCache(DynamicCache(), DynamicCache())
         return DynamicCache()
@@ -168,35 +145,16 @@ class ModelRunner:
             self._lookup.serve(Mixtures.joined(each for each in experts if each is not None))
 
     def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
+        held = {self._cache_name: cache}
         with self._watched(keeper), contiguous_head(self.model):
-            logits: Tensor = self.model(
-                **inputs, **{self._cache_name: cache}, use_cache=True
-            ).logits
+            logits: Tensor = self.model(**inputs, **held, use_cache=True).logits
         return logits
 
     def _watched(self, keeper: TraceKeeper | None) -> Any:
         return watch(self.model, keeper.add) if keeper is not None else nullcontext()
 
 
-# -------------------------------------------------------------------------------------------------
-# The served models.
-#
-# All routings over one base share its weights, and those of the same experts their stacked
-# factors.
-# -------------------------------------------------------------------------------------------------
-
-REQUESTABLE_ROUTERS = tuple(name for name, spec in ROUTERS.items() if "task" not in spec.given)
 BY_TASK = "Router {} chooses by a task's name, which no request has."
-
-
-@dataclass(frozen=True)
-class RoutingOverride:
-    """What a request changes of its model's routing; None leaves a setting as it is served."""
-
-    router: str | None = None
-    k: int | None = None
-    keep: tuple[str, ...] | None = None
-    leave_out: tuple[str, ...] | None = None
 
 
 class _Bases:
@@ -218,6 +176,7 @@ class _Bases:
             if of == dtype and base.fingerprint == wanted.fingerprint:
                 return _renamed(base, wanted)
         base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
+        base = replace(base, marks={})  # nothing here changes weights
         self._loaded.append((base, dtype))
         return base
 
@@ -246,17 +205,14 @@ class LoadedModel:
         if is_routed(place):
             self.base = bases.get(named or base_of(place), settings.dtype)
             model = load(place, twin(self.base), retrieval_embedder=self._embedder)
-            self.parts: Composition | None = composition_of(model)
-            self.routing = self.parts.routing
         elif is_pool(place):
             self.base = bases.get(named or self.pool.base, settings.dtype)
             model = self.compose(self.pool, settings.routing or Routing())
-            self.parts = composition_of(model)
-            self.routing = self.parts.routing
         else:
             self.base = bases.get(BaseReference(place), settings.dtype)
-            self.routing, self.parts = Routing(), None
             model = twin(self.base).model
+        self.parts = composition_if_any(model)
+        self.routing = self.parts.routing if self.parts else Routing()
         if getattr(model, "_is_stateful", False):
             raise BaseModelError(
                 f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
@@ -266,15 +222,13 @@ class LoadedModel:
 
     def _check(self) -> None:
         settings = self.settings
-        embedder_alone = Routing(retrieval_embedder=self._embedder)  # any model may be given one
-        routing = (
-            None if settings.routing == embedder_alone and self._embedder else settings.routing
-        )
-        given = routing or settings.keep or settings.leave_out or settings.scores
-        if given:
+        routing = settings.routing
+        if self._embedder and routing == Routing(retrieval_embedder=self._embedder):
+            routing = None  # any model may be given an embedder
+        if routing or settings.keep or settings.leave_out or settings.scores:
             require_pool(settings.place)
-        router = settings.routing.router if settings.routing else None
-        if router not in (None, AUTO) and "task" in spec_of(router).given:
+        router = settings.routing.router if settings.routing else AUTO
+        if router != AUTO and "task" in spec_of(router).given:
             raise ConfigError(BY_TASK.format(router))
 
     @property
@@ -294,11 +248,9 @@ class LoadedModel:
         return opened.select(self.settings.keep, self.settings.leave_out)
 
     def find_experts(self, pools: Iterable[Pool]) -> None:
-        """Take a saved model's experts from the first of `pools` that has all of them.
-
-        The places that its own file names are not the operator's: they are neither opened nor
-        fetched.
-        """
+        """Take a saved model's experts from the first of `pools` that has all of them."""
+        # The places that its own file names are not the operator's: they are neither opened nor
+        # fetched.
         if self.parts is None or not is_routed(self.settings.place):
             return
         wanted = [_identity(record) for record in self.parts.records]
@@ -366,3 +318,142 @@ def share_factors(model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> 
             if layer.stack.dtype == twin_layer.stack.dtype:
                 for tensor in layer.stack.tensors():
                     setattr(layer, tensor, getattr(twin_layer, tensor))
+
+
+FOR_EACH = 2  # routings composed at once for one client: as many as the page shows side by side
+
+Key = tuple[str, Routing, tuple[str, ...]]  # model, routing, experts
+
+
+class Acquired(NamedTuple):
+    """A model for one request, which calls `release` when it is done."""
+
+    runner: ModelRunner
+    release: Callable[[], None] = lambda: None
+
+
+@dataclass(eq=False)
+class CachedRouting:
+    """A routing, composed or being composed for `client`, and how many `requests` need it."""
+
+    client: str
+    runner: asyncio.Future[ModelRunner]
+    requests: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        """True once it is composed; False also if that failed."""
+        return self.runner.done() and self.runner.exception() is None
+
+    def release(self) -> None:
+        self.requests -= 1
+
+
+class RoutingCache:
+    """At most `most` routings of `models`, composed off the engine's thread, oldest use first.
+
+    A request waits for its own routing, at most until its deadline, while others are served. The
+    least recently used routing that no request needs makes room for a new one. All methods run in
+    the event loop's thread, but for `_compose`.
+    """
+
+    def __init__(self, models: Mapping[str, LoadedModel], most: int) -> None:
+        self._models, self._most = models, most
+        self._cached: dict[Key, CachedRouting] = {}
+        self._composing = threading.Lock()  # one at a time: it takes all cores anyway
+        self._threads: set[threading.Thread] = set()
+
+    @property
+    def composed(self) -> list[ModelRunner]:
+        return [each.runner.result() for each in list(self._cached.values()) if each.is_ready]
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._cached) - len(self.composed)
+
+    @property
+    def requests(self) -> int:
+        """How many requests need one or wait for one."""
+        return sum(each.requests for each in self._cached.values())
+
+    async def acquire(
+        self, loaded: LoadedModel, override: RoutingOverride, client: str, deadline: Deadline
+    ) -> Acquired:
+        """`loaded` with `override` applied, composed if it isn't cached.
+
+        Raises PhatgooseError for an impossible override, ApiError when too much is asked for at
+        once or it isn't there by the `deadline`.
+        """
+        if override == RoutingOverride():
+            return Acquired(loaded.runner)
+        routing, pool = await run_in_threadpool(loaded.overridden, override)
+        if loaded.parts and (routing, pool.names) == (loaded.routing, loaded.parts.experts):
+            return Acquired(loaded.runner)
+        key = (loaded.settings.name, routing, pool.names)
+        if key not in self._cached:
+            self._begin(key, loaded, pool, client)
+        cached = self._cached[key] = self._cached.pop(key)  # now the last
+        cached.requests += 1
+        try:
+            runner = await asyncio.wait_for(asyncio.shield(cached.runner), deadline.left)
+        except BaseException as error:
+            cached.release()
+            if isinstance(error, asyncio.TimeoutError):
+                seconds = f"{deadline.seconds:g} seconds"
+                message = f"The routing wasn't composed in {seconds}; it goes on."
+                raise ApiError(504, message, code="timeout") from None
+            raise
+        return Acquired(runner, cached.release)
+
+    def stop(self, seconds: float) -> None:
+        """Wait for what is being composed, `seconds` at most."""
+        end = time.monotonic() + seconds
+        for thread in list(self._threads):
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _begin(self, key: Key, loaded: LoadedModel, pool: Pool, client: str) -> None:
+        """Start to compose a routing. Raises ApiError when there is no room for it."""
+        clients = [each.client for each in self._cached.values() if not each.is_ready]
+        if len(clients) >= self._most or clients.count(client) >= FOR_EACH:
+            raise busy("Too many routings are being composed; try again in a while.", 5)
+        self._make_room()
+        loop = asyncio.get_running_loop()
+        self._cached[key] = CachedRouting(client, loop.create_future())
+
+        def work() -> None:
+            found: ModelRunner | Exception
+            try:
+                found = self._compose(loaded, pool, key[1])
+            except Exception as error:
+                found = error
+            self._threads.discard(threading.current_thread())
+            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._end, key, found)
+
+        thread = threading.Thread(target=work, name="phatgoose-composer", daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def _make_room(self) -> None:
+        if len(self._cached) < self._most:
+            return
+        for key, each in self._cached.items():
+            if each.is_ready and not each.requests:
+                del self._cached[key]
+                return
+        raise busy("Too many different routings are in use; try again in a while.", 5)
+
+    def _compose(self, loaded: LoadedModel, pool: Pool, routing: Routing) -> ModelRunner:
+        with self._composing, without_downloads():  # a client must not start downloads
+            model = loaded.compose(pool, routing)
+            runners = [*(each.runner for each in self._models.values()), *self.composed]
+            share_factors(model, [runner.model for runner in runners])
+            return ModelRunner(model, loaded.base.tokenizer)
+
+    def _end(self, key: Key, found: ModelRunner | Exception) -> None:
+        if isinstance(found, Exception):
+            failed = self._cached.pop(key).runner
+            failed.set_exception(found)
+            failed.exception()  # marks it as seen, if nobody waits
+        else:
+            self._cached[key].runner.set_result(found)

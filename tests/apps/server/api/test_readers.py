@@ -8,8 +8,8 @@ import threading
 import pytest
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.api_errors import ApiError, Deadline
-from phatgoose.apps.server.readers import Readers
+from phatgoose.apps.server.protocol import ApiError, Deadline
+from phatgoose.apps.server.service import Readers
 
 
 def test_clients_take_turns():

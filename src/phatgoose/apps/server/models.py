@@ -1,22 +1,18 @@
-"""The served models, one forward pass of each, and the routings that requests ask for.
+"""The served models, and one forward pass of each.
 
 All routings over one base share its weights, and those of the same experts their stacked factors.
 """
 
 from __future__ import annotations
 
-import asyncio
 import inspect
-import threading
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
@@ -39,10 +35,9 @@ from ...routing.routers.router import Mixtures
 from ...routing.saved.load import base_of, load
 from ...routing.saved.tensors import HASHES
 from ...tasks.batching import contiguous_head, position_ids
-from ...tasks.embeddings import without_downloads
 from ...tasks.encoding import added_tokens
 from ...tasks.prompt_passes import end_tokens
-from .protocol import ApiError, Deadline, RoutingOverride, busy
+from .protocol import RoutingOverride
 from .settings import ServedModel
 
 Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has no types for mypy
@@ -318,142 +313,3 @@ def share_factors(model: PreTrainedModel, others: Sequence[PreTrainedModel]) -> 
             if layer.stack.dtype == twin_layer.stack.dtype:
                 for tensor in layer.stack.tensors():
                     setattr(layer, tensor, getattr(twin_layer, tensor))
-
-
-FOR_EACH = 2  # routings composed at once for one client: as many as the page shows side by side
-
-Key = tuple[str, Routing, tuple[str, ...]]  # model, routing, experts
-
-
-class Acquired(NamedTuple):
-    """A model for one request, which calls `release` when it is done."""
-
-    runner: ModelRunner
-    release: Callable[[], None] = lambda: None
-
-
-@dataclass(eq=False)
-class CachedRouting:
-    """A routing, composed or being composed for `client`, and how many `requests` need it."""
-
-    client: str
-    runner: asyncio.Future[ModelRunner]
-    requests: int = 0
-
-    @property
-    def is_ready(self) -> bool:
-        """True once it is composed; False also if that failed."""
-        return self.runner.done() and self.runner.exception() is None
-
-    def release(self) -> None:
-        self.requests -= 1
-
-
-class RoutingCache:
-    """At most `most` routings of `models`, composed off the engine's thread, oldest use first.
-
-    A request waits for its own routing, at most until its deadline, while others are served. The
-    least recently used routing that no request needs makes room for a new one. All methods run in
-    the event loop's thread, but for `_compose`.
-    """
-
-    def __init__(self, models: Mapping[str, LoadedModel], most: int) -> None:
-        self._models, self._most = models, most
-        self._cached: dict[Key, CachedRouting] = {}
-        self._composing = threading.Lock()  # one at a time: it takes all cores anyway
-        self._threads: set[threading.Thread] = set()
-
-    @property
-    def composed(self) -> list[ModelRunner]:
-        return [each.runner.result() for each in list(self._cached.values()) if each.is_ready]
-
-    @property
-    def unfinished(self) -> int:
-        return len(self._cached) - len(self.composed)
-
-    @property
-    def requests(self) -> int:
-        """How many requests need one or wait for one."""
-        return sum(each.requests for each in self._cached.values())
-
-    async def acquire(
-        self, loaded: LoadedModel, override: RoutingOverride, client: str, deadline: Deadline
-    ) -> Acquired:
-        """`loaded` with `override` applied, composed if it isn't cached.
-
-        Raises PhatgooseError for an impossible override, ApiError when too much is asked for at
-        once or it isn't there by the `deadline`.
-        """
-        if override == RoutingOverride():
-            return Acquired(loaded.runner)
-        routing, pool = await run_in_threadpool(loaded.overridden, override)
-        if loaded.parts and (routing, pool.names) == (loaded.routing, loaded.parts.experts):
-            return Acquired(loaded.runner)
-        key = (loaded.settings.name, routing, pool.names)
-        if key not in self._cached:
-            self._begin(key, loaded, pool, client)
-        cached = self._cached[key] = self._cached.pop(key)  # now the last
-        cached.requests += 1
-        try:
-            runner = await asyncio.wait_for(asyncio.shield(cached.runner), deadline.left)
-        except BaseException as error:
-            cached.release()
-            if isinstance(error, asyncio.TimeoutError):
-                seconds = f"{deadline.seconds:g} seconds"
-                message = f"The routing wasn't composed in {seconds}; it goes on."
-                raise ApiError(504, message, code="timeout") from None
-            raise
-        return Acquired(runner, cached.release)
-
-    def stop(self, seconds: float) -> None:
-        """Wait for what is being composed, `seconds` at most."""
-        end = time.monotonic() + seconds
-        for thread in list(self._threads):
-            thread.join(max(0.0, end - time.monotonic()))
-
-    def _begin(self, key: Key, loaded: LoadedModel, pool: Pool, client: str) -> None:
-        """Start to compose a routing. Raises ApiError when there is no room for it."""
-        clients = [each.client for each in self._cached.values() if not each.is_ready]
-        if len(clients) >= self._most or clients.count(client) >= FOR_EACH:
-            raise busy("Too many routings are being composed; try again in a while.", 5)
-        self._make_room()
-        loop = asyncio.get_running_loop()
-        self._cached[key] = CachedRouting(client, loop.create_future())
-
-        def work() -> None:
-            found: ModelRunner | Exception
-            try:
-                found = self._compose(loaded, pool, key[1])
-            except Exception as error:
-                found = error
-            self._threads.discard(threading.current_thread())
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(self._end, key, found)
-
-        thread = threading.Thread(target=work, name="phatgoose-composer", daemon=True)
-        self._threads.add(thread)
-        thread.start()
-
-    def _make_room(self) -> None:
-        if len(self._cached) < self._most:
-            return
-        for key, each in self._cached.items():
-            if each.is_ready and not each.requests:
-                del self._cached[key]
-                return
-        raise busy("Too many different routings are in use; try again in a while.", 5)
-
-    def _compose(self, loaded: LoadedModel, pool: Pool, routing: Routing) -> ModelRunner:
-        with self._composing, without_downloads():  # a client must not start downloads
-            model = loaded.compose(pool, routing)
-            runners = [*(each.runner for each in self._models.values()), *self.composed]
-            share_factors(model, [runner.model for runner in runners])
-            return ModelRunner(model, loaded.base.tokenizer)
-
-    def _end(self, key: Key, found: ModelRunner | Exception) -> None:
-        if isinstance(found, Exception):
-            failed = self._cached.pop(key).runner
-            failed.set_exception(found)
-            failed.exception()  # marks it as seen, if nobody waits
-        else:
-            self._cached[key].runner.set_result(found)

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import anyio
 from fastapi import Request
+from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from ...analysis.routing_distribution import layers_and_kinds, site_label
 from ...base.untrusted_text import UntrustedText
-from ...config import Serving
+from ...config import Routing, Serving
 from ...errors import PhatgooseError
+from ...experts.pool import Pool
 from ...files.strict import shortened
+from ...tasks.embeddings import without_downloads
 from .engine import GenerationEngine
 from .guards import CLIENT, REQUEST_BODY, Metrics
-from .models import LoadedModel, ModelRunner, RoutingCache
+from .models import LoadedModel, ModelRunner, share_factors
 from .protocol import (
     ApiError,
     ChatRequest,
@@ -34,6 +37,7 @@ from .protocol import (
     RoutingOverride,
     Sites,
     bad_request,
+    busy,
     for_clients,
     without_paths,
 )
@@ -76,8 +80,6 @@ class Service:
         """Stop reading and computing, and wait a while for routings being composed."""
         for each in self._texts.values():
             each.process.close()
-            each.readers.stop()
-        self._lookups.stop()
         self.engine.stop()
         self.routings.stop(self.limits.shutdown_timeout)
 
@@ -218,17 +220,127 @@ def _check_routing(request: CompletionRequest | ChatRequest, loaded: LoadedModel
         raise bad_request(f"There is no kind {kind}; kinds are {kinds}.", "routing")
 
 
-class Readers:
-    """Up to `most` threads that turn requests into tokens; the client served longest ago is next.
+FOR_EACH = 2  # routings composed at once for one client: as many as the page shows side by side
 
-    All methods are for the event loop's thread. The threads are daemons of their own: those of
-    asyncio and anyio are waited for when the process ends, even one that is stuck.
+Key = tuple[str, Routing, tuple[str, ...]]  # model, routing, experts
+
+
+class Acquired(NamedTuple):
+    """A model for one request, which calls `release` when it is done."""
+
+    runner: ModelRunner
+    release: Callable[[], None] = lambda: None
+
+
+@dataclass(eq=False)
+class CachedRouting:
+    """A routing, composed or being composed for `client`, and how many `requests` need it."""
+
+    client: str
+    runner: asyncio.Future[ModelRunner]
+    requests: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.runner.done() and self.runner.exception() is None
+
+    def release(self) -> None:
+        self.requests -= 1
+
+
+class RoutingCache:
+    """At most `most` routings of `models`, composed off the engine's thread, oldest use first.
+
+    A request waits for its own routing, at most until its deadline, while others are served. The
+    least recently used routing that no request needs makes room for a new one. All methods run in
+    the event loop's thread, but for `_compose`.
+    """
+
+    def __init__(self, models: Mapping[str, LoadedModel], most: int) -> None:
+        self._models, self._most = models, most
+        self._cached: dict[Key, CachedRouting] = {}
+        self._composing = threading.Lock()  # one at a time: it takes all cores anyway
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def composed(self) -> list[ModelRunner]:
+        return [each.runner.result() for each in list(self._cached.values()) if each.is_ready]
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._cached) - len(self.composed)
+
+    @property
+    def requests(self) -> int:
+        """How many requests need one or wait for one."""
+        return sum(each.requests for each in self._cached.values())
+
+    async def acquire(
+        self, loaded: LoadedModel, override: RoutingOverride, client: str, deadline: Deadline
+    ) -> Acquired:
+        """`loaded` with `override` applied, composed if it isn't cached.
+
+        Raises PhatgooseError for an impossible override, ApiError when too much is asked for at
+        once or it isn't there by the `deadline`.
+        """
+        if override == RoutingOverride():
+            return Acquired(loaded.runner)
+        routing, pool = await run_in_threadpool(loaded.overridden, override)
+        if loaded.parts and (routing, pool.names) == (loaded.routing, loaded.parts.experts):
+            return Acquired(loaded.runner)
+        key = (loaded.settings.name, routing, pool.names)
+        if key not in self._cached:
+            self._begin(key, loaded, pool, client)
+        cached = self._cached[key] = self._cached.pop(key)  # now the last
+        cached.requests += 1
+        try:
+            runner = await asyncio.wait_for(asyncio.shield(cached.runner), deadline.left)
+        except BaseException as error:
+            cached.release()
+            if isinstance(error, asyncio.TimeoutError):
+                seconds = f"{deadline.seconds:g} seconds"
+                message = f"The routing wasn't composed in {seconds}; it goes on."
+                raise ApiError(504, message, code="timeout") from None
+            raise
+        return Acquired(runner, cached.release)
+
+    def stop(self, seconds: float) -> None:
+        """Wait for what is being composed, `seconds` at most."""
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _begin(self, key: Key, loaded: LoadedModel, pool: Pool, client: str) -> None:
+        """Start to compose a routing. Raises ApiError when there is no room for it."""
+        clients = [each.client for each in self._cached.values() if not each.is_ready]
+        if len(clients) >= self._most or clients.count(client) >= FOR_EACH:
+            raise busy("Too many routings are being composed; try again in a while.", 5)
+        if len(self._cached) >= self._most:
+            unused = (k for k, each in self._cached.items() if each.is_ready and not each.requests)
+            if (oldest := next(unused, None)) is None:
+                raise busy("Too many different routings are in use; try again in a while.", 5)
+            del self._cached[oldest]
+        thread, runner = in_thread(lambda: self._compose(loaded, pool, key[1]))
+        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key))
+        self._cached[key] = CachedRouting(client, runner)
+
+    def _compose(self, loaded: LoadedModel, pool: Pool, routing: Routing) -> ModelRunner:
+        with self._composing, without_downloads():  # a client must not start downloads
+            model = loaded.compose(pool, routing)
+            runners = [*(each.runner for each in self._models.values()), *self.composed]
+            share_factors(model, [runner.model for runner in runners])
+            return ModelRunner(model, loaded.base.tokenizer)
+
+
+class Readers:
+    """Up to `most` works at once, in threads; the client served longest ago is next.
+
+    All methods are for the event loop's thread.
     """
 
     def __init__(self, most: int) -> None:
-        self._most = self._free = most
-        self._works: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._threads = 0
+        self._free = most
         self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of turns
         self._begun: dict[object, float] = {}
 
@@ -241,12 +353,6 @@ class Readers:
         now = asyncio.get_running_loop().time()
         return [now - begun for begun in self._begun.values()]
 
-    def stop(self) -> None:
-        """Let the threads end with what they are at; later works start others."""
-        for _ in range(self._threads):
-            self._works.put(None)
-        self._threads = 0
-
     async def run(self, client: str, deadline: Deadline, work: Callable[[float], Found]) -> Found:
         """What `work` returns; it is told how many seconds are left, and runs in a thread.
 
@@ -257,10 +363,15 @@ class Readers:
             await self._turn(client, deadline)
         except asyncio.TimeoutError:
             raise deadline.missed() from None
-        if not deadline.left:
+        try:
+            if not (seconds := deadline.left):
+                raise deadline.missed()
+            _, result = in_thread(lambda: work(seconds))
+        except BaseException:  # also where no more threads can be started
             self._pass_on()
-            raise deadline.missed()
-        result = self._start(work, deadline)
+            raise
+        self._begun[result] = asyncio.get_running_loop().time()
+        result.add_done_callback(self._finished)
         await asyncio.wait([result], timeout=deadline.left)
         if not result.done():
             raise deadline.missed()
@@ -280,42 +391,9 @@ class Readers:
             place.cancel()
             raise
 
-    def _start(self, work: Callable[[float], Found], deadline: Deadline) -> asyncio.Future[Found]:
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[Any] = loop.create_future()
-        result.add_done_callback(lambda done: done.cancelled() or done.exception())
-        seconds = deadline.left
-        self._begun[result] = loop.time()
-
-        def finished(found: Any, error: BaseException | None) -> None:
-            del self._begun[result]
-            self._pass_on()
-            if not result.done():
-                result.set_result(found) if error is None else result.set_exception(error)
-
-        def run() -> None:
-            found, error = None, None
-            try:
-                found = work(seconds)
-            except BaseException as problem:
-                error = problem if isinstance(problem, Exception) else RuntimeError(str(problem))
-            with suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(finished, found, error)
-
-        if self._threads < self._most:
-            try:
-                threading.Thread(target=self._serve, name="phatgoose-reader", daemon=True).start()
-            except RuntimeError:  # no more threads can be started: the place goes to the next
-                del self._begun[result]
-                self._pass_on()
-                raise
-            self._threads += 1
-        self._works.put(run)
-        return result
-
-    def _serve(self) -> None:
-        while (work := self._works.get()) is not None:
-            work()
+    def _finished(self, result: asyncio.Future[Any]) -> None:
+        del self._begun[result]
+        self._pass_on()
 
     def _pass_on(self) -> None:
         """Give a thread's place to the next in turn."""
@@ -329,3 +407,27 @@ class Readers:
                 place.set_result(None)
                 return
         self._free += 1
+
+
+def in_thread(work: Callable[[], Found]) -> tuple[threading.Thread, asyncio.Future[Found]]:
+    """A daemon thread that does `work`, and what comes of it. For the event loop's thread.
+
+    Threads of asyncio and anyio are waited for when the process ends, even one that is stuck.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Any] = loop.create_future()
+    result.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be unseen
+
+    def run() -> None:
+        try:
+            end = partial(result.set_result, work())
+        except Exception as error:
+            end = partial(result.set_exception, error)
+        except BaseException as error:  # a panic in Rust
+            end = partial(result.set_exception, RuntimeError(str(error)))
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(end)
+
+    thread = threading.Thread(target=run, name="phatgoose-work", daemon=True)
+    thread.start()
+    return thread, result

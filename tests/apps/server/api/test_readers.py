@@ -83,7 +83,7 @@ def test_a_stuck_thread_does_not_keep_the_loop_from_ending():
         asked.cancel()
 
     asyncio.run(asyncio.wait_for(give_up(), 30))
-    stuck = [each for each in threading.enumerate() if each.name == "phatgoose-reader"]
+    stuck = [each for each in threading.enumerate() if each.name == "phatgoose-work"]
     assert stuck
     assert all(each.daemon for each in stuck)
     go_on.set()

@@ -12,7 +12,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 import serving
 from phatgoose.apps.server import ServedModel, create_app, service
 from phatgoose.apps.server import models as loaded_models
-from phatgoose.apps.server.models import RoutingCache
+from phatgoose.apps.server.service import RoutingCache
 from phatgoose.base import untrusted_text
 from phatgoose.config import Serving
 

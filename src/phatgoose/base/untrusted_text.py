@@ -63,15 +63,15 @@ class UntrustedText:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self._tokenizer = tokenizer
-        self._described: str | None = None
+        self._described = None if tokenizer is None else _description(tokenizer)
+        # One of Python code is transformers' own, and is used in this process.
+        self._own = tokenizer if self._described is None else None
+        self._splits = bool(getattr(tokenizer, "split_special_tokens", False))
         self._turn = threading.Lock()
         self._process: _Process | None = None
         self._finalizer: Any = None  # ends the process when this object or the program ends
         self._is_closed = False
         self.ended = 0  # processes that exceeded a limit
-        if tokenizer is not None:
-            self._described = _description(tokenizer)
 
     def start(self) -> None:
         """Start the process now rather than with the first question, also after `close`."""
@@ -105,24 +105,17 @@ class UntrustedText:
         self, texts: Sequence[str], left: TimeLeft | None = None, *, most: int
     ) -> list[Counted]:
         """The tokens of each text without added ones, cut to `most`."""
-        if self._described is None:
+        if self._own is not None:
             found = [list(self._own(text, add_special_tokens=False).input_ids) for text in texts]
             return [Counted(each[:most], len(each)) for each in found]
         return self._ask({"texts": list(texts), "most": most}, left, "tokenizer")
 
     def texts(self, tokens: Sequence[Sequence[int]], left: TimeLeft | None = None) -> list[str]:
         """Each row of tokens as text without special tokens."""
-        if self._described is None:
-            return [self._own.decode(list(each), skip_special_tokens=True) for each in tokens]
+        if self._own is not None:
+            return [str(self._own.decode(list(each), skip_special_tokens=True)) for each in tokens]
         question = {"tokens": [list(each) for each in tokens], "most": MOST_CHARACTERS}
         return [str(each.content) for each in self._ask(question, left, "tokenizer")]
-
-    @property
-    def _own(self) -> Any:
-        """The tokenizer in this process: one of Python code, which is transformers' own."""
-        if self._tokenizer is None:
-            raise BaseModelError("There is no tokenizer.")
-        return self._tokenizer
 
     def _ask(self, question: Mapping[str, Any], left: TimeLeft | None, what: str) -> list[Counted]:
         left = left or TimeLeft()
@@ -156,7 +149,7 @@ class UntrustedText:
             self._finalizer = weakref.finalize(self, process.end)
             setup = {
                 "tokenizer": self._described,
-                "split_special_tokens": bool(getattr(self._tokenizer, "split_special_tokens", 0)),
+                "split_special_tokens": self._splits,
                 "memory": MEMORY,
                 "seconds": SECONDS,
             }
@@ -271,7 +264,6 @@ class _Process:
 
     @property
     def reason(self) -> str:
-        """Why the process is over."""
         code = self._child.wait()
         if self._is_late:
             return "it took too long"

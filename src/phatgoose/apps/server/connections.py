@@ -186,7 +186,8 @@ def run(app: FastAPI, host: str, port: int, limits: Serving) -> None:
 
     Must be called in the main thread. Raises ConfigError when it can't listen at the address.
     """
-    with _listening(host, port) as listener, _ended_by_signals():
+    # uvicorn raises the signal that ended it again, which would end the process too.
+    with _listening(host, port) as listener, handling_signals(lambda *_: None):
         server_of(app, limits).run([listener])
 
 
@@ -243,9 +244,9 @@ def _listening(host: str, port: int) -> socket.socket:
 
 
 @contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Keep the signal that ended uvicorn, which it raises again, from ending the process too."""
-    before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+def handling_signals(handle: Callable[..., None]) -> Iterator[None]:
+    """SIGTERM and SIGINT call `handle` while the context is open."""
+    before = {number: signal.signal(number, handle) for number in SIGNALS}
     try:
         yield
     finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.api_errors import without_paths
+from phatgoose.apps.server.protocol import without_paths
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.api_errors import Deadline
+from phatgoose.apps.server.protocol import Deadline
 
 
 def test_what_is_left_runs_out_and_no_further():

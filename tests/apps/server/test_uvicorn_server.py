@@ -18,7 +18,7 @@ import pytest
 import serving
 from phatgoose.apps.cli import main
 from phatgoose.apps.server import ServedModel, create_app, run
-from phatgoose.apps.server.uvicorn_server import _connections
+from phatgoose.apps.server.connections import _connections
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError, PhatgooseError
 

@@ -7,8 +7,8 @@ from fastapi import FastAPI, HTTPException
 from starlette.testclient import TestClient
 
 import serving  # noqa: F401  skips where the extra is missing
-from phatgoose.apps.server.app import body_of, install_errors, responses_of, streamed
-from phatgoose.apps.server.schema import ChatRequest
+from phatgoose.apps.server.app import answering, install_errors, responses_of
+from phatgoose.apps.server.protocol import ChatReply, ChatRequest
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def client():
     def broken() -> None:
         raise ValueError("a secret")
 
-    @app.post("/chat", responses=streamed(400), openapi_extra=body_of(ChatRequest))
+    @app.post("/chat", **answering(ChatRequest, ChatReply))
     def chat() -> None: ...
 
     return TestClient(app, raise_server_exceptions=False)

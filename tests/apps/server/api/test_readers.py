@@ -8,8 +8,8 @@ import threading
 import pytest
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.api_errors import ApiError, Deadline
-from phatgoose.apps.server.readers import Readers
+from phatgoose.apps.server.protocol import ApiError, Deadline
+from phatgoose.apps.server.service import Readers
 
 
 def test_clients_take_turns():
@@ -83,7 +83,7 @@ def test_a_stuck_thread_does_not_keep_the_loop_from_ending():
         asked.cancel()
 
     asyncio.run(asyncio.wait_for(give_up(), 30))
-    stuck = [each for each in threading.enumerate() if each.name == "phatgoose-reader"]
+    stuck = [each for each in threading.enumerate() if each.name == "phatgoose-work"]
     assert stuck
     assert all(each.daemon for each in stuck)
     go_on.set()

@@ -9,9 +9,9 @@ from pydantic import ValidationError
 
 import serving  # noqa: F401  skips without the extra
 from phatgoose.apps.server import requests as request_parsing
-from phatgoose.apps.server.api_errors import ApiError
+from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.requests import parsed
-from phatgoose.apps.server.schema import ChatRequest, CompletionRequest
+from phatgoose.apps.server.protocol import ChatRequest, CompletionRequest
 
 MIB = 1 << 20
 
@@ -149,7 +149,7 @@ def test_the_fault_is_named_that_the_value_has(field, value, complaint):
     with pytest.raises(ApiError) as wrong:
         parsed(CompletionRequest, json.dumps({**GREEDY, field: value}).encode())
     assert str(wrong.value.detail).startswith(complaint)
-    assert wrong.value.param == field
+    assert wrong.value.body["error"]["param"] == field
 
 
 def test_the_fault_of_a_message_is_named():

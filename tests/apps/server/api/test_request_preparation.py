@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from phatgoose.apps.server.api_errors import ApiError
+from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.models import ModelRunner
 from phatgoose.apps.server.requests import RequestPreparer
-from phatgoose.apps.server.schema import ChatRequest, CompletionRequest
+from phatgoose.apps.server.protocol import ChatRequest, CompletionRequest
 from phatgoose.config import Serving
 from short_bases import few_places
 from tiny import with_added
@@ -43,7 +43,7 @@ def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
         ("a", 25, "max_tokens is 25; the model's decoder can hold 24."),
     ):
         request = asked(text, max_tokens=tokens)
-        (prompt,) = preparer.completion_prompts(request)
+        (prompt,) = preparer.prompts(request)
         with pytest.raises(ApiError) as refusal:
             preparer.decoding(request, 0, prompt)
         assert (refusal.value.status_code, refusal.value.detail) == (400, words)
@@ -54,5 +54,5 @@ def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
 def test_a_text_that_an_answer_follows_has_no_end(llama):
     tokenizer = with_added(["<bos>"], ["</s>"])
     runner = ModelRunner(llama.model, tokenizer)
-    (prompt,) = RequestPreparer(runner, Serving()).completion_prompts(asked("ab"))
+    (prompt,) = RequestPreparer(runner, Serving()).prompts(asked("ab"))
     assert tokenizer.decode(list(prompt.tokens)) == "<bos>ab"

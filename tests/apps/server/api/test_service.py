@@ -12,7 +12,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 import serving
 from phatgoose.apps.server import ServedModel, create_app, service
 from phatgoose.apps.server import models as loaded_models
-from phatgoose.apps.server.routing_cache import RoutingCache
+from phatgoose.apps.server.service import RoutingCache
 from phatgoose.base import untrusted_text
 from phatgoose.config import Serving
 
@@ -23,7 +23,7 @@ PATH = "/v1/completions"
 
 
 @pytest.mark.parametrize(
-    ("owner", "step"), [(service, "parsed"), (service.RequestPreparer, "completion_prompts")]
+    ("owner", "step"), [(service, "parsed"), (service.RequestPreparer, "prompts")]
 )
 def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, owner, step):
     with serving.blocked(monkeypatch, owner, step) as (called, go_on):
@@ -194,7 +194,7 @@ def test_a_tokenizer_that_wants_everything_is_an_error_of_its_request(pool_of, m
 def test_a_reader_that_does_not_come_back_is_told(client, monkeypatch):
     monkeypatch.setattr(service, "STUCK", 0.05)
     preparer = service.RequestPreparer
-    with serving.blocked(monkeypatch, preparer, "completion_prompts") as (called, go_on):
+    with serving.blocked(monkeypatch, preparer, "prompts") as (called, go_on):
         thread, found = serving.in_a_thread(client.post, PATH, json=GREEDY)
         assert called.wait(30)
         serving.until(lambda: client.get("/healthz").status_code == 503)

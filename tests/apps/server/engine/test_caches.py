@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import DynamicCache
 
-from phatgoose.apps.server.models import drop_columns, join
+from phatgoose.apps.server.engine import drop_columns, join
 
 
 def cache(rows: int, tokens: int, value: float) -> DynamicCache:

@@ -8,16 +8,15 @@ import pytest
 import torch
 
 from batched import GREEDY, by_generate, finish, prompt_of, raises, row_of
-from phatgoose.apps.server.api_errors import ApiError
+from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.engine import Batch, GenerationEngine
-from phatgoose.apps.server.metrics import Metrics
 from phatgoose.apps.server.sequences import Failure
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
 
 
 def engine_of(**limits):
-    return GenerationEngine(Serving(**{"max_batch_tokens": 4096, **limits}), Metrics())
+    return GenerationEngine(Serving(**{"max_batch_tokens": 4096, **limits}))
 
 
 @pytest.fixture

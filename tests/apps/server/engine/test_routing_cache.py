@@ -7,7 +7,7 @@ import math
 import pytest
 
 import serving
-from phatgoose.apps.server.api_errors import Deadline
+from phatgoose.apps.server.protocol import Deadline
 from phatgoose.apps.server.models import LoadedModel, RoutingOverride
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError

@@ -7,9 +7,9 @@ import socket
 import pytest
 
 import serving
-from phatgoose.apps.server import guards as connection_guard
+from phatgoose.apps.server import connections as connection_guard
 from phatgoose.apps.server import guards as request_guard
-from phatgoose.apps.server.api_errors import ApiError
+from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.guards import AccessControl, host_of
 from phatgoose.config import Serving
 

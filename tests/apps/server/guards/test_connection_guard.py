@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 import pytest
 
 import serving
-from phatgoose.apps.server import guards as connection_guard
+from phatgoose.apps.server import connections as connection_guard
 from phatgoose.apps.server import guards as request_guard
 from phatgoose.apps.server.engine import Batch
-from phatgoose.apps.server.guards import ConnectionGuard
+from phatgoose.apps.server.connections import ConnectionGuard, GuardedConnection
 from phatgoose.config import Serving
 
 GREEDY = {"model": "goose", "prompt": "to be", "max_tokens": 3, "temperature": 0}
@@ -218,7 +218,7 @@ def test_small_answers_leave_at_once():
         transport.get_extra_info = {"socket": sock}.get
         server = serving.server_of(nobody, Serving())
         options = {"config": server.config, "server_state": server.server_state, "app_state": {}}
-        connection = ConnectionGuard(3, 1000).protocol(**options)
+        connection = GuardedConnection(ConnectionGuard(3, 1000), **options)
         connection.connection_made(transport)
         connection.connection_lost(None)
 
@@ -238,7 +238,7 @@ async def look_at_connections(monkeypatch):
     options = {"config": server.config, "server_state": server.server_state, "app_state": {}}
 
     def connected():
-        connection, transport = all_of_them.protocol(**options), FakeTransport()
+        connection, transport = GuardedConnection(all_of_them, **options), FakeTransport()
         connection.connection_made(transport)
         return connection, transport
 
@@ -258,7 +258,7 @@ async def look_at_connections(monkeypatch):
     assert transport.aborted
     for connection, _ in [*pairs, (refused, transport)]:
         connection.connection_lost(None)
-    assert len(all_of_them) == 0
+    assert all_of_them.open == set()
     tasks = list(server.server_state.tasks)
     for task in tasks:
         task.cancel()

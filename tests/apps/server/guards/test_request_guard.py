@@ -7,7 +7,7 @@ import json
 import pytest
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.api_errors import ApiError
+from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.guards import AT_ONCE, AccessControl, RequestBody, RequestGuard
 
 MIB = 1 << 20

@@ -1,35 +1,121 @@
-"""Request and response bodies: OpenAI's fields, and ours for routing.
-
-Request bodies: OpenAI's fields, and ours for routing.
+"""OpenAI's protocol: errors, and the bodies of requests and responses, with our fields for routing.
 
 Unknown fields are refused by name rather than ignored. Fields of OpenAI's that aren't supported are
 accepted with the value that asks for nothing. A list is validated up to its first error: collecting
-all errors of a long one would take longer than any answer.
+all errors of a long one would take longer than any answer. Docstrings of bodies are part of
+/openapi.json.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import asyncio
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
+from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field
 
-from .models import REQUESTABLE_ROUTERS, RoutingOverride
-from .sequences import Finish
+from ...files.strict import one_line
+from ...routing.routers.registry import ROUTERS
+
+MOST_SHOWN = 500  # characters of an error
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+PART = r"[^/\\'\":;,]*[^/\\'\":;,\s]"  # of a path; names may have spaces
+PATH = re.compile(rf"(?<![\w.:/-])(?:~|[A-Za-z]:)?(?:[/\\]{PART})+")  # an absolute one
+CLIENT_GONE = 499  # nginx's status of a request whose client has disconnected
+
+
+class ApiError(HTTPException):
+    """Why a request is not answered; `param` is the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.body = error_body(status, message, code, param)
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def busy(message: str, seconds: int = 1) -> ApiError:
+    """The error of a request that may be repeated after some `seconds`."""
+    return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
+
+
+def error_body(
+    status: int, message: str, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's JSON body of an error."""
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def for_clients(error: object) -> str:
+    """An error of the library as clients see it: one line, shortened, without absolute paths."""
+    return without_paths(one_line(error, MOST_SHOWN))
+
+
+def without_paths(message: str) -> str:
+    """`message` with each absolute path cut to its last part."""
+    return PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], message)
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A request may take `seconds`, until the event loop's clock shows `end`."""
+
+    seconds: float
+    end: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        """The deadline `seconds` from now. Must be called in the event loop's thread."""
+        return cls(seconds, asyncio.get_running_loop().time() + seconds)
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.end - asyncio.get_running_loop().time())
+
+    def missed(self) -> ApiError:
+        message = f"The answer took longer than {self.seconds:g} seconds."
+        return ApiError(504, message, code="timeout")
+
+
+# Requests.
 
 MOST_LOGPROBS = 20
 MOST_PROMPTS = MOST_MESSAGES = 5_000  # of one request
 SEED = 1 << 63
 MOST_TOKENS = 1 << 20  # in a prompt; what the model can hold is checked later
+REQUESTABLE_ROUTERS = tuple(name for name, spec in ROUTERS.items() if "task" not in spec.given)
 Name = Annotated[str, Field(min_length=1, max_length=512)]
 Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
-if TYPE_CHECKING:
-    Router = str
-else:
-    Router = Literal[REQUESTABLE_ROUTERS]
+Router = Literal[REQUESTABLE_ROUTERS]  # type: ignore[valid-type]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class RoutingOverride:
+    """What a request changes of its model's routing; None leaves a setting as it is served."""
+
+    router: str | None = None
+    k: int | None = None
+    keep: tuple[str, ...] | None = None
+    leave_out: tuple[str, ...] | None = None
 
 
 class Strict(BaseModel):
@@ -91,12 +177,10 @@ class GenerationRequest(Strict):
 
     @property
     def routing_detail(self) -> RoutingDetail:
-        """Which part of the routing is reported, if any is."""
         return self.routing if isinstance(self.routing, RoutingDetail) else RoutingDetail()
 
     @property
     def override(self) -> RoutingOverride:
-        """What it changes of the model's routing."""
         keep, leave_out = (
             None if names is None else tuple(names) for names in (self.keep, self.leave_out)
         )
@@ -146,7 +230,6 @@ class Message(Strict):
 
     @property
     def text(self) -> str:
-        """The whole text."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
@@ -174,9 +257,7 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
 
 
-# -------------------------------------------------------------------------------------------------
-# Response bodies.
-# -------------------------------------------------------------------------------------------------
+# Responses.
 
 
 class Reply(BaseModel):

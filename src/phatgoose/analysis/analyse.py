@@ -116,7 +116,6 @@ class Analysis:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """Its routers, and how many experts and datasets."""
         sizes = f"experts: {len(self.experts)}, datasets: {len(self.datasets)}"
         return f"<Analysis of {', '.join(self.routers)} ({sizes})>"
 
@@ -202,7 +201,6 @@ class Analysis:
 
 
 def _numbers(found: RoutingDistribution) -> dict[str, Any]:
-    """The measures of a distribution, and its mean weights and probabilities by site."""
     whole = found.whole("weight")
     numbers: dict[str, Any] = {
         "tokens": {part: found.passed(part) for part in PARTS},
@@ -234,9 +232,7 @@ def _numbers(found: RoutingDistribution) -> dict[str, Any]:
     return numbers
 
 
-# -------------------------------------------------------------------------------------------------
 # The analysis of a routed model, or of one pool under several routers.
-# -------------------------------------------------------------------------------------------------
 
 
 def analyse(
@@ -456,7 +452,6 @@ def _one_router(
     settings: ReadingSettings,
     files: Path | None,
 ) -> RouterAnalysis:
-    """What the router of `model` does with the tasks; its decisions are kept in `files`, if any."""
     parts, scoring = composition_of(model), settings.scoring
     encoder = Encoder.for_model(model, subject.tokenizer, scoring.formatting)
     model.eval()
@@ -500,7 +495,6 @@ def _effects(
     settings: ReadingSettings,
     found: Mapping[str, RouterAnalysis],
 ) -> list[Effect]:
-    """The effect of each expert under the first router."""
     router = subject.routers[0]
 
     def without(expert: str) -> Evaluation:

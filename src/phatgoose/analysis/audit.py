@@ -90,7 +90,6 @@ def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor
 
 
 def _share(pool: Pool, part: str) -> bool:
-    """True where every expert has the `part`, and there are several."""
     return len(pool) > 1 and all(expert.has(part) for expert in pool.experts)
 
 
@@ -131,7 +130,6 @@ def _by_gates(pool: Pool, text: NeutralText) -> Tensor:
 
 
 def _by_embeddings(pool: Pool, queries: Tensor) -> dict[str, Tensor]:
-    """The shares of passages that routers retrieval and centroid give to each expert."""
     stored = embeddings_of(pool)
     best = torch.full((len(queries), len(pool)), -math.inf)
     cosines = queries @ stored.rows.T
@@ -145,7 +143,6 @@ def _shares(scores: Tensor) -> Tensor:
     return functional.one_hot(scores.argmax(dim=1), scores.shape[1]).double().mean(dim=0)
 
 
-# -------------------------------------------------------------------------------------------------
 # The audit of a pool: experts whose signs are beyond what honest experts were seen to have.
 #
 # Limits come from half of a hundred honest experts made for that, never from the other half, on
@@ -153,7 +150,6 @@ def _shares(scores: Tensor) -> Tensor:
 # share or a cosine lies half-way from the largest to 1; in pools of ten, and again in pools of
 # five. Of copied embeddings and of wins at others' there were none, and their limits are by what
 # they mean. An expert beyond a limit is unusual, and not shown to be an attack.
-# -------------------------------------------------------------------------------------------------
 
 MANY = 8  # experts whose median hardly wanders
 
@@ -173,7 +169,6 @@ class Limit:
     few: float | None = None
 
     def of(self, experts: int) -> float:
-        """The limit in a pool of so many experts."""
         return self.most if self.few is None or experts >= MANY else self.few
 
 
@@ -299,7 +294,6 @@ class Audit:
 
     @property
     def unusual(self) -> tuple[str, ...]:
-        """The experts with findings, in the pool's order."""
         named = {name for finding in self.findings for name in finding.experts}
         return tuple(name for name in self.experts if name in named)
 
@@ -377,7 +371,6 @@ def _beyond(pool: Pool, name: str, signs: Mapping[str, Tensor]) -> Iterator[Find
 
 
 def _notes(pool: Pool, signs: Mapping[str, Tensor]) -> Iterator[str]:
-    """What could not be compared, a sentence each."""
     if len(pool) < LEAST:
         yield (
             f"{len(pool)} experts are too few to compare with a median ({LEAST} are needed): only "

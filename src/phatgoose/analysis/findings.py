@@ -135,9 +135,7 @@ def _products(A: Tensor, B: Tensor) -> Tensor:
     return products
 
 
-# -------------------------------------------------------------------------------------------------
 # What looks wrong with a routed model, and what to do about it.
-# -------------------------------------------------------------------------------------------------
 
 DOMINANT = 0.8  # an expert that is first choice more often than this takes everything
 DUPLICATE = 0.95  # vectors whose mean cosine is above this are nearly one

@@ -80,9 +80,7 @@ def heaviest(weights: Array, most: int) -> list[int]:
     return [int(z) for z in ranked if weights[z] > 0]
 
 
-# -------------------------------------------------------------------------------------------------
 # Agreement of routers, token by token; their decisions are kept in files, not in memory.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -110,18 +108,15 @@ class DecisionFiles(Observer):
         folder.mkdir(parents=True)
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Begin an empty file."""
         self._tensors = {}
 
     def add(self, passed: SitePass) -> None:
-        """Keep the decisions on real tokens."""
         keep, site = passed.is_real().flatten(), passed.site.name
         chosen = self._pool_index[passed.experts.cpu()[keep]]
         self._tensors[f"experts.{site}"] = chosen.to(torch.int16).contiguous()
         self._tensors[f"weights.{site}"] = passed.weights.cpu()[keep].float().contiguous()
 
     def end_pass(self) -> None:
-        """Write the pass."""
         save_file(self._tensors, self.folder / f"{self.passes:06}.safetensors")
         self.passes += 1
 
@@ -163,13 +158,11 @@ def _dense(tensors: Mapping[str, Tensor], site: str, pool_size: int) -> Tensor:
     return torch.zeros(len(experts), pool_size).scatter_add(1, experts.long(), weights.float())
 
 
-# -------------------------------------------------------------------------------------------------
 # KL to Oracle: how far a router's distribution is from Oracle's, and how that goes with its score.
 #
 # Paper section 4.4. Oracle sends all tokens of a dataset to its best single expert. The paper
 # finds a Pearson correlation of -0.2 between PHATGOOSE's divergence from Oracle and its score,
 # over datasets.
-# -------------------------------------------------------------------------------------------------
 
 ORACLE = "oracle"
 SMOOTHING = 0.01  # the share of the uniform distribution that is mixed in before a KL divergence
@@ -195,7 +188,6 @@ def oracle_experts(
 
 
 def oracle_distribution(expert: str, experts: Sequence[str]) -> Array:
-    """Oracle's distribution where it chooses `expert`, [E]."""
     return np.asarray(np.eye(len(experts))[list(experts).index(expert)])
 
 
@@ -226,7 +218,6 @@ class Divergence:
 
     @classmethod
     def between(cls, p: ArrayLike, q: ArrayLike, smoothing: float = SMOOTHING) -> Divergence:
-        """The divergences in both directions."""
         return cls(kl_divergence(p, q, smoothing), kl_divergence(q, p, smoothing))
 
 
@@ -247,7 +238,6 @@ class Correlation:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """The correlation of `x` with `y`, which are pairs in order."""
     first, second = np.asarray(x, float), np.asarray(y, float)
     n = len(first)
     if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
@@ -285,9 +275,7 @@ def _fisher_interval(coefficient: float, variance: float, n: int) -> Interval | 
     return Interval(math.tanh(centre - half), math.tanh(centre + half))
 
 
-# -------------------------------------------------------------------------------------------------
 # Which experts matter: how much the score falls without each of them.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

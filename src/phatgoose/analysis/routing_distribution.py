@@ -48,7 +48,6 @@ class SiteLabel:
 
     @property
     def layer_name(self) -> str:
-        """The layer for people to read: "7", or "encoder 7"."""
         return f"{self.stack} {self.layer}".strip()
 
 
@@ -70,12 +69,10 @@ def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]
     return list(layers), list(dict.fromkeys(label.kind for label in found))
 
 
-# -------------------------------------------------------------------------------------------------
 # Reading a dataset with a routed model: prompt and right answer of every example, once each.
 #
 # This way all routers read the same tokens, so their decisions can be compared token by token.
 # (The released code's distributions take the answer that the model chose.)
-# -------------------------------------------------------------------------------------------------
 
 
 class Observer:
@@ -155,11 +152,9 @@ def _inputs(
     }
 
 
-# -------------------------------------------------------------------------------------------------
 # The routing distribution of a dataset: routing probabilities averaged over all its tokens.
 #
 # Paper section 4.4. Decisions are added up as they pass, so memory does not grow with the tokens.
-# -------------------------------------------------------------------------------------------------
 
 Part = Literal["prompt", "answer"]
 PARTS: tuple[Part, ...] = ("prompt", "answer")
@@ -187,7 +182,6 @@ class RoutingDistribution:
 
     @cached_property
     def labels(self) -> dict[str, SiteLabel]:
-        """Each site's label."""
         return {site: site_label(site) for site in self.tokens}
 
     def by_site(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
@@ -248,7 +242,6 @@ class RoutingDistribution:
         return RoutingDistribution(tuple(experts), self.tokens, sums, self.entropies)
 
     def __add__(self, other: RoutingDistribution) -> RoutingDistribution:
-        """Both datasets as one."""
         return RoutingDistribution(
             self.experts,
             _added(self.tokens, other.tokens),
@@ -288,7 +281,6 @@ class RoutingTally(Observer):
         self._parts = parts
 
     def add(self, passed: SitePass) -> None:
-        """Count one pass through one site."""
         site, groups = passed.site.name, self._groups(passed)  # [2, T]
         used = passed.dense_weights(len(self.experts))
         probabilities = torch.zeros_like(used).index_copy_(
@@ -318,7 +310,6 @@ class RoutingTally(Observer):
 
     @property
     def distribution(self) -> RoutingDistribution:
-        """The sums so far."""
         return RoutingDistribution(
             self.experts,
             _arrays(self._tokens),
@@ -328,7 +319,6 @@ class RoutingTally(Observer):
 
 
 def _of(sums: Array, part: Part | None) -> Array:
-    """The row of `part`, or both rows added."""
     return np.asarray(sums.sum(axis=0) if part is None else sums[PARTS.index(part)])
 
 

@@ -75,7 +75,6 @@ class TraceStream:
         return dense / len(sites)
 
     def has(self, layer: str | None = None, kind: str | None = None) -> bool:
-        """True if there is a site of that layer and kind."""
         return bool(self._sites(layer, kind))
 
     def _sites(self, layer: str | None, kind: str | None) -> list[int]:
@@ -112,7 +111,6 @@ class TraceStream:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
         layers, kinds = layers_and_kinds(self.sites)
         return {
             "name": self.name,
@@ -139,7 +137,6 @@ class Trace:
     whole: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: what the token explorer reads."""
         return {
             "format": "phatgoose-trace-1",
             "router": self.router,
@@ -216,7 +213,6 @@ class TraceKeeper(Observer):
         self._seen: dict[str, list[tuple[str, Tensor, Tensor, bool]]] = {}
 
     def add(self, passed: SitePass) -> None:
-        """Keep the experts of greatest weight."""
         site, weights = passed.site, passed.weights.detach().float().cpu()
         kept = highest(weights, min(MOST_KEPT, weights.shape[1]))
         best, shares = passed.experts.cpu().gather(1, kept), weights.gather(1, kept)

@@ -142,7 +142,6 @@ def _padded(
 def _score_causal(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
-    """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = input_device(model)
     prompts = pad_left([prompt for prompt, _ in rows], pad).to(device)
     real = pad_left([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
@@ -171,7 +170,6 @@ def _score_causal(
 def _score_whole(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
-    """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = input_device(model)
     texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
     labels = pad_left([choice for _, choices in rows for choice in choices], IGNORED).to(device)
@@ -187,7 +185,6 @@ def _score_whole(
 def _score_seq2seq(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
-    """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = input_device(model)
     prompts = pad_right([prompt for prompt, _ in rows], pad).to(device)
     real = pad_right([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
@@ -245,6 +242,5 @@ def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _passes(model: PreTrainedModel, **arguments: Tensor | int) -> dict[str, Tensor | int]:
-    """Those of `arguments` that this model's forward takes."""
     accepted = inspect.signature(model.forward).parameters
     return {name: value for name, value in arguments.items() if name in accepted}

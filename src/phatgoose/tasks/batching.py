@@ -50,7 +50,6 @@ class Collator:
         self._wants_positions = "position_ids" in accepted
 
     def __call__(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
-        """The pairs as tensors that `target_logits` and the model's forward take."""
         if self._packs:
             return self._packed(pairs)
         return self._seq2seq(pairs) if self._is_encoder_decoder else self._causal(pairs)
@@ -143,14 +142,12 @@ def batches_of_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]
         yield batch
 
 
-# -------------------------------------------------------------------------------------------------
 # Batches with almost no padding: several texts share a row, and none attends to another.
 #
 # A text is a stem and branches that continue it: a prompt and its answer choices. A row holds
 # texts one after the other. The attention mask lets a branch see only its stem and itself, and
 # positions restart with each text and return to the stem's end with each branch. So the model's
 # output for every token is the same as for its stem and branch alone.
-# -------------------------------------------------------------------------------------------------
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # of attention: those that add a mask to the scores
 FULL = "full_attention"
@@ -170,7 +167,6 @@ class BranchedText:
 
     @property
     def length(self) -> int:
-        """The tokens of stem and branches together."""
         return len(self.stem) + sum(map(len, self.branches))
 
 
@@ -300,9 +296,7 @@ def _visible(owners: Tensor, branches: Tensor) -> Tensor:
     return torch.where(padding, first, earlier & same_text & (same_branch | in_stem))
 
 
-# -------------------------------------------------------------------------------------------------
 # The logits of target tokens, and no more of them than needed.
-# -------------------------------------------------------------------------------------------------
 
 # Up to so many tokens in a row, keeping all attention probabilities takes no more memory than the
 # rest of a backward pass (six bytes per token, head and column).
@@ -337,14 +331,12 @@ def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
 
 
 def _unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside wrappers for several devices or PEFT's layers."""
     inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
     return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
 @contextmanager
 def _head_input(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Apply `change` to the input of the output layer of `model` while the context is open."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
     try:

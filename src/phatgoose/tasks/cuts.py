@@ -79,7 +79,6 @@ class Cuts:
 
     @property
     def share(self) -> float:
-        """The share of the inputs that were cut."""
         return self.cut / self.inputs if self.inputs else 0.0
 
     def text(self, what: str = "input") -> str:

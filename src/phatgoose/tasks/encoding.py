@@ -58,7 +58,6 @@ class TokenPair:
 
     @property
     def length(self) -> int:
-        """The number of tokens of prompt and target together."""
         return len(self.prompt) + len(self.target)
 
 
@@ -88,7 +87,6 @@ class Encoder:
 
     @classmethod
     def of(cls, base: Base, formatting: Formatting | None = None) -> Encoder:
-        """The encoder for a base model."""
         return cls.for_model(base.model, base.tokenizer, formatting)
 
     @classmethod
@@ -98,7 +96,6 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         formatting: Formatting | None = None,
     ) -> Encoder:
-        """The encoder for a model, routed or not."""
         return cls(
             tokenizer,
             is_encoder_decoder=bool(model.config.is_encoder_decoder),
@@ -113,7 +110,6 @@ class Encoder:
         return TokenPair(prompt.tokens, answer.tokens, prompt.cut, answer.cut)
 
     def pairs(self, examples: Iterable[Example]) -> list[TokenPair]:
-        """Prompts and targets of `examples`."""
         return [self.pair(each.input, each.target, each.passage) for each in examples]
 
     def prompt(self, text: str) -> list[int]:
@@ -193,7 +189,6 @@ class Encoder:
         return min(most, places - (self._around if self.formatting.chat else 0))
 
     def _cut(self, text: str, tokens: list[int], passage: Span | None, room: int) -> list[int]:
-        """At most `room` of the `tokens` of `text`."""
         how = self.formatting.truncation
         if passage is not None and how == "middle" and self.tokenizer.is_fast:
             places = self._encoded(text, return_offsets_mapping=True)["offset_mapping"]
@@ -222,7 +217,6 @@ class Encoder:
 
     @cached_property
     def _end_of_chat(self) -> str:
-        """The text before an answer in the chat template."""
         return _end_of(self._chat(""))
 
     def _chat(self, text: str) -> str:
@@ -237,7 +231,6 @@ class Encoder:
         return prompt, text[len(prompt) :] or ("" if prompt[-1:].isspace() else " ")
 
     def _following(self, prompt: str, text: str) -> list[int]:
-        """The tokens of `text` after `prompt`, tokenised together."""
         end = self._end_of_chat if self.formatting.chat else _end_of(prompt)
         context, joined = self._encoded([end, end + text])["input_ids"]
         if joined[: len(context)] == context:

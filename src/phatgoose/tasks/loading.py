@@ -93,9 +93,7 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
-# -------------------------------------------------------------------------------------------------
 # Load a task: from JSON Lines, CSV, a dataset on the Hub, or rows in memory.
-# -------------------------------------------------------------------------------------------------
 
 EMPTY = ("nan", "<NA>", "NaT")  # cells without a value: of floats, of pandas, of its dates
 PLAIN = (str, int, list, tuple, dict)  # what is no such cell
@@ -174,7 +172,6 @@ def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[
 
 
 def given_task(given: Task | str | Path) -> Task:
-    """The one task that a caller names. Raises TaskError as `given_tasks` does."""
     if not isinstance(given, Task | str | Path):
         raise TaskError(f"{NO_TASK}, not {shortened(given)}; load_task makes a Task of rows.")
     (task,) = given_tasks(given)
@@ -262,7 +259,6 @@ def _read_csv(path: Path) -> Rows:
 
 
 def _fitting(row: Mapping[str | None, Any], where: str) -> Mapping[str, Any]:
-    """The row of a CSV file. Raises TaskError where it has more cells than there are columns."""
     if None in row:  # where DictReader puts them
         raise TaskError(
             f"{where}: more cells than the header names; put a text that holds a comma in double "
@@ -272,7 +268,6 @@ def _fitting(row: Mapping[str | None, Any], where: str) -> Mapping[str, Any]:
 
 
 def _require_different(names: Sequence[str], path: Path) -> None:
-    """Raise TaskError where two columns have one name; columns without a name are nobody's."""
     for name, count in Counter(filter(None, names)).items():
         if count > 1:
             raise TaskError(
@@ -320,7 +315,6 @@ def _read_memory(rows: Any, label: str = "memory") -> Rows:
 
 
 def _rows_of(rows: Any, label: str) -> Iterable[Any]:
-    """The rows of what a task is made of. Raises TaskError, naming `label`, for what has none."""
     if isinstance(rows, Mapping):
         return _rows_of_columns(rows, label)
     if not _is_frame(rows):
@@ -341,7 +335,6 @@ def _rows_of(rows: Any, label: str) -> Iterable[Any]:
 
 
 def _rows_of_columns(columns: Mapping[str, Any], label: str) -> Iterator[dict[str, Any]]:
-    """The rows of columns of one length. Raises TaskError, naming `label`, where they are none."""
     for name, cells in columns.items():
         if isinstance(cells, str | bytes) or not hasattr(cells, "__len__"):
             raise TaskError(
@@ -376,7 +369,6 @@ def _fields(row: Any, where: str) -> Mapping[str, Any]:
 
 
 def _example(row: Mapping[str, Any], where: str) -> Example:
-    """The example in `row`. Raises TaskError, naming `where`, for a bad field."""
     texts = {}
     for key in ("input", "target"):
         value = _plain(row.get(key))

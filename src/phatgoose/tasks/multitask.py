@@ -65,13 +65,10 @@ def mixture(
 
 @dataclass(frozen=True)
 class _Mixture(TrainingTask):
-    """A `mixture` of `tasks`."""
-
     tasks: tuple[TrainingTask, ...]
     most: int | None
     seed: int
 
     def portable(self) -> TrainingTask:
-        """The mixture of what each task is for another machine."""
         tasks = [task.portable() for task in self.tasks]
         return mixture(tasks, self.name, most=self.most, seed=self.seed)

@@ -179,7 +179,6 @@ class _WholeConfig(GenerationConfig):  # type: ignore[misc]
     """
 
     def update(self, defaults_only: bool = False, **given: Any) -> dict[str, Any]:
-        """As GenerationConfig's, but `defaults_only` fills in nobody else's defaults."""
         if defaults_only:
             usual = self._get_default_generation_params()
             usual.pop("max_length", None)  # it warns of one beside max_new_tokens

@@ -65,7 +65,6 @@ class Task:
     max_new_tokens: int | None = None
 
     def __repr__(self) -> str:
-        """Its name, where it came from, and how many examples each split has."""
         splits = {split: getattr(self, split) for split in ("train", "validation", "test")}
         counts = ", ".join(f"{split}: {len(held)}" for split, held in splits.items())
         return f"<Task {self.name!r} from {self.source!r} ({counts})>"
@@ -124,7 +123,6 @@ def draw(examples: tuple[Example, ...], most: int | None, seed: int) -> tuple[Ex
 
 
 def named_apart(tasks: Iterable[Task]) -> list[Task]:
-    """These tasks. Raises TaskError when two of them have one name."""
     found = list(tasks)
     names = [task.name for task in found]
     for name in names:

@@ -72,7 +72,6 @@ def code_version() -> str:
 
 
 def _imported_by(modules: tuple[str, ...]) -> set[str]:
-    """`modules` and every module of this package that they import, by dotted name."""
     found: set[str] = set()
     waiting = list(modules)
     while waiting:
@@ -149,9 +148,7 @@ def _file(module: str) -> Path:
     return package if package.is_file() else place.with_suffix(".py")
 
 
-# -------------------------------------------------------------------------------------------------
 # When, by which commit and on what machine a comparison was made: what its file says of itself.
-# -------------------------------------------------------------------------------------------------
 
 PROCESSORS = Path("/proc/cpuinfo")
 SECONDS = 20  # for git
@@ -186,7 +183,6 @@ def commit_of(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git says of `folder`, None where it says nothing or there is no git."""
     git = shutil.which("git")
     if git is None:
         return None
@@ -211,9 +207,7 @@ def chip_of(device: torch.device) -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-# -------------------------------------------------------------------------------------------------
 # Answers that rows share: where one expert alone serves an input, it has answered already.
-# -------------------------------------------------------------------------------------------------
 
 
 def may_share(settings: Mapping[str, Any]) -> bool:
@@ -254,9 +248,7 @@ class SharedAnswers:
         return replace(found, ties=ties, cuts=questions.cuts)
 
 
-# -------------------------------------------------------------------------------------------------
 # Cells of a comparison: one row on one dataset, scored by a worker of an engine.
-# -------------------------------------------------------------------------------------------------
 
 Scorer = Callable[["Cell"], dict[str, Any]]
 
@@ -272,7 +264,6 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
         return f"{self.row} on {self.dataset}"
 
     @property
@@ -333,7 +324,6 @@ class CellWorkshop:
             yield score
 
     def portable(self) -> PortableCellWorkshop:
-        """The workshop for another process, by the locations of base and experts."""
         rows = {name: row.portable() for name, row in self.rows.items()}
         base = BaseLocation.of(self.base)
         return PortableCellWorkshop(base, rows, self.datasets, code_version(), self.shared)
@@ -364,7 +354,6 @@ class PortableCellWorkshop:
             yield score
 
     def portable(self) -> PortableCellWorkshop:
-        """Itself."""
         return self
 
 

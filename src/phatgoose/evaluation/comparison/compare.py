@@ -118,7 +118,6 @@ def compare(
 def _settings(
     base: Base, pool: Pool, settings: ScoringSettings, routing: Routing
 ) -> dict[str, Any]:
-    """How everything was scored, as plain data."""
     return {
         "base": asdict(base.reference),
         "dtype": dtype_name(base.model.dtype),
@@ -158,7 +157,6 @@ def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
 
 
 def _opened(suite: Suite | Task | str | Path) -> Suite:
-    """The suite of this name or place, or a task as a suite of its own."""
     if isinstance(suite, Task):
         task = suite
         entry = Entry(task.name, lambda _: task, task.metrics, task.max_new_tokens)
@@ -242,7 +240,6 @@ def _run(
 
 
 def _stored(cells: Iterable[Cell], store: ResultStore) -> dict[str, Mapping[str, Any]]:
-    """What the store has of `cells`, by dataset; all of them are there."""
     return {cell.dataset: store.get(cell.key) or {} for cell in cells}
 
 

@@ -46,7 +46,6 @@ NAMES = {"lora": "LoRA factors"}  # of needs, for people, where their own name s
 
 
 def label_of(router: str) -> str:
-    """The name of a router in tables."""
     return METHODS.get(router, router)
 
 
@@ -164,9 +163,7 @@ def _named(needs: tuple[str, ...]) -> tuple[str, str | None]:
     return " and ".join(NAMES.get(need, need) for need in needs), (*commands, None)[0]
 
 
-# -------------------------------------------------------------------------------------------------
 # The rows of a comparison: the model that each composes, and what identifies its results.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -192,7 +189,6 @@ class Row:
         return base_of(self.place) if self.place is not None and is_routed(self.place) else None
 
     def portable(self) -> RowLocation:
-        """The row for another process, by the locations of its experts."""
         place = None if self.place is None else absolute(self.place)
         experts = None if self.pool is None else self.pool.records()
         return RowLocation(
@@ -259,7 +255,6 @@ def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
 
 
 def single_rows(pool: Pool) -> list[Row]:
-    """A row for each expert of the pool, alone."""
     return [
         pool_row(name, name, pool.select([name]), Routing(router="single", k=1))
         for name in pool.names
@@ -287,7 +282,6 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
 
 
 def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
-    """The row of `pool` routed by `routing`."""
     spec = spec_of(routing.router)
     settings = {key: getattr(routing, key) for key in (*spec.settings, "kernel")}
     shared = [*spec.needs]

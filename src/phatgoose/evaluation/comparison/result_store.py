@@ -67,7 +67,6 @@ class ResultStore:
             lock.release()
 
     def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The result stored under `key`, None when there is none."""
         return self._results.get(_digest(key))
 
     def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:

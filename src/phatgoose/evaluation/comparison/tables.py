@@ -49,21 +49,17 @@ class Result:
 
     @property
     def score(self) -> float:
-        """The mean over the dataset's metrics, from 0 to 1."""
         return self.sample.score
 
     @property
     def n(self) -> int:
-        """The number of examples."""
         return self.sample.n
 
     @property
     def in_per_cent(self) -> str:
-        """The score and its interval, as tables show them."""
         return in_per_cent(self.score, self.low, self.high)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
         sample = self.sample
         return {
             "metric": self.metric,
@@ -92,12 +88,10 @@ class Summary:
 
     @property
     def in_per_cent(self) -> str:
-        """The mean and its interval, as tables show them."""
         return in_per_cent(self.mean, self.interval.low, self.interval.high)
 
     @property
     def difference_in_points(self) -> str:
-        """The difference and its interval, as tables show them; empty where there is none."""
         if self.difference is None or self.difference_interval is None:
             return ""
         low, high = self.difference_interval.low, self.difference_interval.high

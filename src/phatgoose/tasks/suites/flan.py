@@ -57,7 +57,6 @@ def flan() -> Suite:
 
 
 def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
-    """The entry of a dataset whose rows are prompts, in a folder of the repository `dataset`."""
     most = row["max_length"] - 1  # it counts the decoder's start token
     folder = f"FLANV2/{row['path']}"
     task = Task(row["name"], source=f"{dataset}, {folder}", metrics=METRICS, max_new_tokens=most)
@@ -76,7 +75,6 @@ def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
 
 
 def _split(task: Task, examples: list[Example]) -> Task:
-    """`task` with the examples divided into training and validation."""
     order = np.random.RandomState(SPLIT_SEED).permutation(len(examples))
     count = min(int(len(examples) * VALIDATION_SHARE), VALIDATION_MOST)
     train = order[count:]

@@ -180,7 +180,6 @@ def _saved_dataset(folder: Path, request: _Request) -> Path | None:
 
 
 def _files(root: Path, request: _Request) -> list[Path]:
-    """The files that hold the split. Raises TaskError when there are none."""
     declared = _declared_configs(root, request)
     name = request.config or _default_of(declared)
     if name is not None and name in declared:
@@ -201,7 +200,6 @@ def _files(root: Path, request: _Request) -> list[Path]:
 
 
 def _declared_configs(root: Path, request: _Request) -> Mapping[str, Mapping[str, Any]]:
-    """The configurations in the README's header, by name."""
     readme = root / "README.md"
     if not readme.is_file():
         return {}
@@ -302,7 +300,6 @@ def _groups(folder: Path, files: list[Path], fits: Callable[[str], bool]) -> dic
 
 
 def _missing_split(request: _Request, folder: Path, there: set[str]) -> TaskError:
-    """The error for a split that `folder` lacks, naming what is there instead."""
     if there:
         return TaskError(f"{request} isn't in {folder}; there are {', '.join(sorted(there)[:8])}.")
     return TaskError(

@@ -62,7 +62,6 @@ class PromptTemplate:
 
     @cached_property
     def fields(self) -> frozenset[str]:
-        """The fields of a row that the template mentions."""
         names: set[str] = set()
         for source in (self.jinja, self.answer_choices or ""):
             names |= find_undeclared_variables(ENVIRONMENT.parse(source))
@@ -233,7 +232,6 @@ for _tag in ("!Template", "!TemplateMetadata"):
 
 
 def _template(node: Any, file: Path) -> PromptTemplate:
-    """The template that `node` describes, its jinja2 checked."""
     name = node.get("name") if isinstance(node, dict) else None
     if not isinstance(name, str):
         raise TaskError(f"Template file {file}: wanted a template with a name, got {node!r:.60}.")
@@ -258,11 +256,9 @@ def _template(node: Any, file: Path) -> PromptTemplate:
     return template
 
 
-# -------------------------------------------------------------------------------------------------
 # Examples from the rows of a dataset and P3's prompt templates.
 #
 # P3 is Sanh et al. 2022, "Multitask Prompted Training Enables Zero-Shot Task Generalization".
-# -------------------------------------------------------------------------------------------------
 
 Row = Mapping[str, Any]
 
@@ -286,7 +282,6 @@ class P3Dataset:
 
     @property
     def source(self) -> str:
-        """Where the data come from, in words."""
         return f"{self.hub}, prompts of P3"
 
     @property
@@ -295,7 +290,6 @@ class P3Dataset:
         return "/".join(filter(None, (self.hub.split("/")[-1], self.config)))
 
     def prompt_templates(self, sources: Sources) -> list[PromptTemplate]:
-        """The templates without the ignored ones, sorted by name."""
         if self.prompt:
             choices = "|||".join(self.prompt_choices)
             return [PromptTemplate(self.name, self.prompt, choices, original_task=True)]
@@ -336,8 +330,6 @@ def without(
 
 
 class _Renamed(Sequence[Row]):
-    """Rows with other names for some of their fields."""
-
     def __init__(self, rows: Sequence[Row], names: Mapping[str, str]) -> None:
         self._rows, self._names = rows, names
 
@@ -385,7 +377,6 @@ class Picker:
         return self._some("evaluation", (e and replace(e, row=number) for number, e in numbered))
 
     def warn(self) -> None:
-        """Warn once about the pairs that were left out."""
         if self._left_out:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self._left_out.items())
             first = f" First failure: {self._failure}" if self._failure else ""

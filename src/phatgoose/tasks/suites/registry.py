@@ -63,8 +63,6 @@ def _entry(
     max_new_tokens: int | None = None,
     suffix: str = "",
 ) -> Entry:
-    """The entry of one task file; `suffix` is appended to every input."""
-
     def read(_: Sources) -> Task:
         task = load_task(file, name=name)
         splits: dict[str, Any] = {
@@ -107,7 +105,6 @@ def _toml_suite(path: Path) -> Suite:
 
 
 def _listed_entry(table: Mapping[str, Any], where: str, folder: Path, suffix: str) -> Entry:
-    """The entry of one table [[tasks]], checked."""
     _require_known(table, TASK_KEYS, where)
     file = folder / _text(table, "file", where)
     if file.suffix not in TASK_FILES:
@@ -155,9 +152,7 @@ def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = 
     return value
 
 
-# -------------------------------------------------------------------------------------------------
 # The suites that are known by name. A new one is a module with a function, and a record here.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -200,11 +195,9 @@ def open_suite(name_or_path: str | Path) -> Suite:
     )
 
 
-# -------------------------------------------------------------------------------------------------
 # What a user can name to train on: a suite, one of its datasets, a task file, a Hub dataset.
 #
 # The paper's pools have 36 and 166 datasets, so each is loaded only when its training begins.
-# -------------------------------------------------------------------------------------------------
 
 HUB = "hub:"
 
@@ -226,7 +219,6 @@ class TrainingTask:
 
     @property
     def name(self) -> str:
-        """The task's name, and that of its expert."""
         return self.entry.name
 
     def settings(self, training: Training) -> Training:
@@ -287,7 +279,6 @@ def open_tasks(
 
 
 def _single(name: str, sources: Sources, template: str | None, choices: str | None) -> TrainingTask:
-    """The task of a file or of the Hub."""
     origin: Origin = "hub" if name.startswith(HUB) else "file"
     if origin == "file" and not Path(name).is_file():
         raise TaskError(f"Task file {name} does not exist.")
@@ -300,7 +291,6 @@ def _single(name: str, sources: Sources, template: str | None, choices: str | No
 
 
 def _of_suite(name: str, sources: Sources) -> list[TrainingTask]:
-    """The tasks of a suite, or of one of its datasets."""
     whole, _, dataset = name.rpartition("/")
     if whole in SUITES or whole.endswith(".toml"):
         suite = whole

@@ -96,7 +96,6 @@ class _HeldIn(P3Dataset):
 
     @property
     def train_examples(self) -> int:
-        """The number of pairs of a row and a template to train on."""
         pairs = (self.train_rows - self.set_apart) * self.train_templates
         return min(pairs, MOST_TRAIN_PAIRS)
 

@@ -33,7 +33,7 @@ def test_no_tie_is_counted_where_there_is_none(llama):
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_choice_listed_twice_ties_with_itself(base, packed, monkeypatch):
     if not packed:
-        monkeypatch.setattr("phatgoose.evaluation.likelihood.can_pack", lambda _: False)
+        monkeypatch.setattr("phatgoose.tasks.batching.can_pack", lambda _: False)
     first = evaluate(base, CHOICE_TASK).scores[0].predictions
     twice = tuple(
         replace(e, choices=(*e.choices, p.answer))

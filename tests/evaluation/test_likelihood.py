@@ -33,7 +33,7 @@ def test_rank_classification_is_the_naive_one(base, budget):
 @pytest.mark.parametrize("budget", [1, 4096])
 def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch, budget):
     wanted = evaluate(llama, CHOICE_TASK).scores[0].predictions
-    monkeypatch.setattr("phatgoose.evaluation.likelihood.can_pack", lambda _: False)
+    monkeypatch.setattr("phatgoose.tasks.batching.can_pack", lambda _: False)
     got = evaluate(llama, CHOICE_TASK, token_budget=budget).scores[0].predictions
     for one, other in zip(got, wanted, strict=True):
         assert one.scores == pytest.approx(other.scores, abs=1e-5)

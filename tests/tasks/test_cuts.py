@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phatgoose.tasks.cuts import CUTS, Cut, Cuts, cut_tokens, recorded_share
+from phatgoose.tasks.encoding import CUTS, Cut, Cuts, cut_tokens, recorded_share
 
 TRUNCATIONS = ("middle", "left", "right")
 

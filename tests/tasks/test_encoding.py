@@ -9,8 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from phatgoose.base.sites import Positions
 from phatgoose.config import Formatting
 from phatgoose.errors import BaseModelError, TaskError
-from phatgoose.tasks.cuts import Cut, Cuts
-from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.encoding import Cut, Cuts, Encoder
 from phatgoose.tasks.task import Example
 from tiny import make_tokenizer, with_added
 

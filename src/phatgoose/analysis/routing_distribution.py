@@ -1,13 +1,10 @@
-"""Routing distributions: probabilities averaged over tokens, by site (paper section 4.4).
-
-Where in a model a site is: its stack, its layer, its kind.
-"""
+"""Routing distributions: probabilities averaged over tokens, by site (paper section 4.4)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -37,9 +34,8 @@ class SiteLabel:
     """Where a site is.
 
     `stack` is "encoder" or "decoder" by the module that holds the site, "" in a model of one stack.
-    (Keys and values of cross-attention are in the decoder, though they read the encoder's tokens.)
-    `layer` counts the blocks of the stack from 0; -1 where the name has no number. `kind` is what
-    the site is called in every block, such as "self_attn.q_proj".
+    `layer` counts the blocks of the stack from 0; -1 if the name has no number. `kind` is what the
+    site is called in every block, such as "self_attn.q_proj".
     """
 
     stack: str
@@ -69,23 +65,17 @@ def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]
     return list(layers), list(dict.fromkeys(label.kind for label in found))
 
 
-# Reading a dataset with a routed model: prompt and right answer of every example, once each.
-#
-# This way all routers read the same tokens, so their decisions can be compared token by token.
-# (The released code's distributions take the answer that the model chose.)
-
-
 class Observer:
     """Callback for the passes of a routed model; this base class ignores every event."""
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Called before a pass; `parts` [rows, tokens] by stream: 0 for prompt, 1 for answer."""
+        """Before a pass; `parts` [rows, tokens] by stream: 0 for prompt, 1 for answer."""
 
     def add(self, passed: SitePass) -> None:
-        """Called at each site of a pass."""
+        """At each site of a pass."""
 
     def end_pass(self) -> None:
-        """Called after a pass."""
+        """After a pass."""
 
 
 def read_examples(
@@ -96,11 +86,13 @@ def read_examples(
     observers: Sequence[Observer],
     budget: int,
 ) -> None:
-    """Pass every example's prompt and target through the routed `model`, watched by `observers`.
+    """Pass every example's prompt and right answer through the routed `model`, once each.
 
-    A batch holds at most `budget` tokens, padding included. The target's last token (the end of the
-    sequence) is never read, as in scoring. Raises RoutingError when the model is not routed, or has
-    router oracle and no score of `task`.
+    So all routers read the same tokens, and their decisions can be compared token by token. (The
+    released code's distributions take the answer that the model chose.) A batch holds at most
+    `budget` tokens, padding included. The target's last token (the end of the sequence) is never
+    read, as in scoring. Raises RoutingError when the model is not routed, or has router oracle and
+    no score of `task`.
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
     with announcing(model, task, [pair.prompt for pair in pairs], examples) as before_pass:
@@ -151,10 +143,6 @@ def _inputs(
         "decoder": pad_right(parts, 0)
     }
 
-
-# The routing distribution of a dataset: routing probabilities averaged over all its tokens.
-#
-# Paper section 4.4. Decisions are added up as they pass, so memory does not grow with the tokens.
 
 Part = Literal["prompt", "answer"]
 PARTS: tuple[Part, ...] = ("prompt", "answer")
@@ -239,7 +227,7 @@ class RoutingDistribution:
             measure: {site: spread(rows) for site, rows in sites.items()}
             for measure, sites in self.sums.items()
         }
-        return RoutingDistribution(tuple(experts), self.tokens, sums, self.entropies)
+        return replace(self, experts=tuple(experts), sums=sums)
 
     def __add__(self, other: RoutingDistribution) -> RoutingDistribution:
         return RoutingDistribution(
@@ -259,10 +247,7 @@ class RoutingDistribution:
 
 
 class RoutingTally(Observer):
-    """An `Observer` that adds up routing decisions; `distribution` is the result so far.
-
-    Memory is a few numbers per site and expert, however many tokens pass.
-    """
+    """Adds up routing decisions: a few numbers per site and expert, however many tokens pass."""
 
     def __init__(self, experts: Sequence[str], present: Mapping[str, Tensor]) -> None:
         """`experts` are the pool's names; `present[site]` those that act there (indices) [E]."""
@@ -274,10 +259,7 @@ class RoutingTally(Observer):
         self._entropies: dict[str, Tensor] = {}
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Take the next tokens' parts: 0 for prompt, 1 for answer, [rows, tokens] by stream.
-
-        Without them, or where shapes differ, all tokens count as prompt.
-        """
+        # Without parts, or if shapes differ, all tokens count as prompt.
         self._parts = parts
 
     def add(self, passed: SitePass) -> None:

@@ -124,7 +124,7 @@ def _squad_f1(prediction: str, reference: str) -> float:
 def _rouge_l(prediction: str, reference: str) -> float:
     """The F-measure of the longest common subsequence of words (rouge-score).
 
-    Not stemmed, because `evaluate.load("rouge")`, which the released code calls, doesn't by default.
+    Not stemmed: `evaluate.load("rouge")`, which the released code calls, doesn't by default.
     rouge-score sees lower-cased words of a-z and 0-9 alone: answers in other scripts score 0.
     """
     score: float = _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure

@@ -1,10 +1,8 @@
-"""Batches as model inputs: padding, several texts in a row, logits of targets only.
-
-Batches as model inputs: token pairs collated, rows padded, rows grouped by length.
-"""
+"""Batches as model inputs: padding, several texts in a row, logits of targets only."""
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import inspect
 import itertools
@@ -33,10 +31,10 @@ class Collator:
 
     Causal models get prompt and target in one left-padded row, so that all targets end in the last
     columns; sequence-to-sequence models get them separately. `labels` is [rows, longest target],
-    aligned right or left accordingly, IGNORED where there is no target token. With `packs`, pairs
-    share rows where the model can be packed: `labels` [1, tokens] then holds all target tokens and
-    `places` [tokens] the positions that predict them, in any order of the pairs. Raises
-    BaseModelError as `decoder_start` does.
+    aligned right or left accordingly, IGNORED without a target token. With `packs`, pairs share
+    rows if the model can be packed: `labels` [1, tokens] then holds all target tokens and `places`
+    [tokens] the positions that predict them, in any order of the pairs. Raises BaseModelError as
+    `decoder_start` does.
     """
 
     def __init__(self, model: PreTrainedModel, pad_token_id: int, *, packs: bool = False) -> None:
@@ -211,17 +209,12 @@ def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[in
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while order:
-        ends = sorted({_filled(order, lengths, fill * budget) for fill in FILLS}, reverse=True)
-        found = [_rows(order[:end], lengths, budget) for end in ends]
+        totals = list(itertools.accumulate(lengths[i] for i in order))
+        ends = {max(1, bisect.bisect_right(totals, fill * budget)) for fill in FILLS}
+        found = [_rows(order[:end], lengths, budget) for end in sorted(ends, reverse=True)]
         _, rows = min(found, key=lambda each: each[0])
         yield rows
         order = order[sum(map(len, rows)) :]
-
-
-def _filled(order: Sequence[int], lengths: Sequence[int], room: float) -> int:
-    """How many of the first texts in `order` fit into `room` together, at least one."""
-    totals = itertools.accumulate(lengths[i] for i in order)
-    return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= room, totals)))
 
 
 def _rows(
@@ -296,8 +289,6 @@ def _visible(owners: Tensor, branches: Tensor) -> Tensor:
     return torch.where(padding, first, earlier & same_text & (same_branch | in_stem))
 
 
-# The logits of target tokens, and no more of them than needed.
-
 # Up to so many tokens in a row, keeping all attention probabilities takes no more memory than the
 # rest of a backward pass (six bytes per token, head and column).
 SHORT_ROW = 256
@@ -312,7 +303,8 @@ def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     inputs: dict[str, Any] = {
         key: value for key, value in batch.items() if key not in ("labels", "places")
     }
-    inner = _unwrapped(model)
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     if "places" in batch:
         columns = batch["input_ids"].shape[1]
         with head_at(inner, batch["places"]), quick_backward(inner, columns):
@@ -328,11 +320,6 @@ def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
-
-
-def _unwrapped(model: nn.Module) -> Any:
-    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
 
 
 @contextmanager
@@ -368,7 +355,7 @@ def quick_backward(model: PreTrainedModel, columns: int) -> Iterator[None]:
     """Use the attention with the faster backward pass while the context is open.
 
     On a CPU plain products take half the time of torch's fused kernel, but they keep every
-    probability, so only where rows of `columns` tokens are short. `model` can be packed.
+    probability, so only if rows of `columns` tokens are short. `model` can be packed.
     """
     usual = model.config.get_text_config()._attn_implementation
     if model.device.type != "cpu" or columns > SHORT_ROW or usual == "eager":

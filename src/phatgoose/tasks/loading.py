@@ -1,6 +1,6 @@
 """Loading tasks: files, the Hub, rows in memory, and prompt templates.
 
-Prompt templates in promptsource's notation, `input ||| target` in jinja2, that users write.
+Templates that users write have promptsource's notation, `input ||| target` in jinja2.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import csv
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,9 @@ from ..files.strict import first_line, half_character, one_line, reason, require
 from .task import Example, Span, Task
 
 SEPARATOR = "|||"
-# What an expression in a template may raise.
 TEMPLATE_FAILURES = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
+    *(TemplateError, ArithmeticError, AttributeError, LookupError),
+    *(MemoryError, RecursionError, TypeError, ValueError),
 )
 
 
@@ -93,8 +86,6 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
-# Load a task: from JSON Lines, CSV, a dataset on the Hub, or rows in memory.
-
 EMPTY = ("nan", "<NA>", "NaT")  # cells without a value: of floats, of pandas, of its dates
 PLAIN = (str, int, list, tuple, dict)  # what is no such cell
 SPLITS = ("train", "validation", "test")
@@ -121,10 +112,9 @@ def load_task(
     whatever fields a row has, and with `choices` ("yes ||| no", jinja2) the choices are. `name`
     defaults to the file's stem.
 
-    Raises TaskError, naming the line, for what is none of these, a missing file, broken line,
-    missing field, a text that holds half a character, an empty choice, a target that is not among
-    the choices, a CSV row of more cells than the header names, a name that is no UTF-8, or a source
-    without examples.
+    Raises TaskError, naming the line, for anything else, a row that is broken or lacks a field, a
+    text that holds half a character, an empty choice, a target that is not among the choices, a
+    name that is no UTF-8, or a source without examples.
     """
     rows, label, default_name = _open_source(source)
     if not isinstance(name, str | None):
@@ -145,13 +135,8 @@ def load_task(
     if not any(splits.values()):
         place = source if isinstance(source, str | Path) else label
         raise TaskError(f"{place} has no examples.")
-    return Task(
-        name or default_name,
-        train=tuple(splits["train"]),
-        validation=tuple(splits["validation"]),
-        test=tuple(splits["test"]),
-        source=label,
-    )
+    train, validation, test = (tuple(splits[split]) for split in SPLITS)
+    return Task(name or default_name, train, validation, test, source=label)
 
 
 def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
@@ -172,10 +157,7 @@ def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[
 
 
 def given_task(given: Task | str | Path) -> Task:
-    if not isinstance(given, Task | str | Path):
-        raise TaskError(f"{NO_TASK}, not {shortened(given)}; load_task makes a Task of rows.")
-    (task,) = given_tasks(given)
-    return task
+    return given if isinstance(given, Task) else _named(given)
 
 
 def _named(task: object) -> Task:
@@ -185,7 +167,7 @@ def _named(task: object) -> Task:
 
 
 def check_task_name(name: str) -> None:
-    """Raise TaskError where results can't be written under `name`: a file's that is no UTF-8."""
+    """Raise TaskError if results can't be written under `name`: a file's that is no UTF-8."""
     if half_character(name) is not None:
         raise TaskError(
             f"{shortened(name)} can't be a name in results, for it is not UTF-8; rename that file "
@@ -221,21 +203,18 @@ def _read_jsonl(path: Path) -> Rows:
     try:
         with path.open(encoding="utf-8-sig") as lines:  # str.splitlines would split at U+2028 too
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _parse(line, where)
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise TaskError(f"{where}: broken JSON ({one_line(error)}).") from error
+                if not isinstance(row, dict):
+                    raise TaskError(f"{where}: wanted an object with fields, got {line[:40]!r}.")
+                yield where, row
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"Task file {path} can't be read: {reason(error)}.") from error
-
-
-def _parse(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{where}: broken JSON ({one_line(error)}).") from error
-    if not isinstance(row, dict):
-        raise TaskError(f"{where}: wanted an object with fields, got {line[:40]!r}.")
-    return row
 
 
 def _read_csv(path: Path) -> Rows:
@@ -244,10 +223,15 @@ def _read_csv(path: Path) -> Rows:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             try:
-                _require_different(reader.fieldnames or (), path)
+                _require_different(filter(None, reader.fieldnames or ()), path)
                 for row in reader:
                     where = f"{path}, line {reader.line_num}"
-                    yield where, _fitting(row, where)
+                    if None in row:  # where DictReader puts what is beyond the header
+                        raise TaskError(
+                            f"{where}: more cells than the header names; put a text that holds a "
+                            f"comma in double quotes."
+                        )
+                    yield where, row
             except csv.Error as error:
                 raise TaskError(
                     f"{path}, the row from line {reader.line_num + 1}: broken CSV ({error}); a "
@@ -258,20 +242,11 @@ def _read_csv(path: Path) -> Rows:
         raise TaskError(f"Task file {path} can't be read: {reason(error)}.") from error
 
 
-def _fitting(row: Mapping[str | None, Any], where: str) -> Mapping[str, Any]:
-    if None in row:  # where DictReader puts them
-        raise TaskError(
-            f"{where}: more cells than the header names; put a text that holds a comma in double "
-            f"quotes."
-        )
-    return {str(name): cell for name, cell in row.items()}
-
-
-def _require_different(names: Sequence[str], path: Path) -> None:
-    for name, count in Counter(filter(None, names)).items():
+def _require_different(names: Iterable[Any], where: str | Path) -> None:
+    for name, count in Counter(names).items():
         if count > 1:
             raise TaskError(
-                f"{path}: {count} columns are named {shortened(name)}; give them different names."
+                f"{where}: {count} columns are named {shortened(name)}; give them different names."
             )
 
 
@@ -298,20 +273,21 @@ def datasets_library(needed_for: object) -> Any:
 
 
 def _read_memory(rows: Any, label: str = "memory") -> Rows:
+    parts: list[tuple[str, str, Any, dict[str, str]]] = [(label, f"{label},", rows, {})]
     if isinstance(rows, Mapping) and not _are_columns(rows):  # a DatasetDict: split name -> rows
-        unknown = [split for split in rows if split not in SPLITS]
+        unknown = ", ".join(str(split) for split in rows if split not in SPLITS)
         if unknown:
-            warnings.warn(
-                f"{label}: splits left out: {', '.join(map(str, unknown))}.", stacklevel=4
-            )
-        for split in SPLITS:
-            for number, row in enumerate(_rows_of(rows.get(split, ()), f"{label}, {split}"), 1):
-                where = f"{label}, {split} row {number}"
-                yield where, {**_fields(row, where), "split": split}
-        return
-    for number, row in enumerate(_rows_of(rows, label), 1):
-        where = f"{label}, row {number}"
-        yield where, _fields(row, where)
+            warnings.warn(f"{label}: splits left out: {unknown}.", stacklevel=4)
+        places = {split: f"{label}, {split}" for split in SPLITS}
+        parts = [
+            (place, place, rows.get(split, ()), {"split": split}) for split, place in places.items()
+        ]
+    for place, before, part, split in parts:
+        for number, row in enumerate(_rows_of(part, place), 1):
+            where = f"{before} row {number}"
+            if not isinstance(row, Mapping):
+                raise TaskError(f"{where}: wanted a dict with fields, got {row!r:.40}.")
+            yield where, {**row, **split}
 
 
 def _rows_of(rows: Any, label: str) -> Iterable[Any]:
@@ -325,13 +301,8 @@ def _rows_of(rows: Any, label: str) -> Iterable[Any]:
             )
         found: Iterable[Any] = rows
         return found
-    for name, count in Counter(rows.columns).items():
-        if count > 1:
-            raise TaskError(
-                f"{label}: {count} columns are named {shortened(name)}; give them different names."
-            )
-    columns = {name: rows[name] for name in rows.columns}
-    return _rows_of_columns(columns, label)
+    _require_different(rows.columns, label)
+    return _rows_of_columns({name: rows[name] for name in rows.columns}, label)
 
 
 def _rows_of_columns(columns: Mapping[str, Any], label: str) -> Iterator[dict[str, Any]]:
@@ -360,12 +331,6 @@ def _are_columns(rows: Mapping[Any, Any]) -> bool:
 def _is_frame(rows: Any) -> bool:
     """True for a DataFrame, of pandas or another library, which need not be installed."""
     return hasattr(rows, "columns") and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
-
-
-def _fields(row: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(row, Mapping):
-        raise TaskError(f"{where}: wanted a dict with fields, got {row!r:.40}.")
-    return row
 
 
 def _example(row: Mapping[str, Any], where: str) -> Example:
@@ -414,7 +379,6 @@ def _plain(value: Any) -> Any:
 
 
 def _listed(cell: str, where: str) -> list[Any]:
-    """The items of a list in a CSV cell. Raises TaskError where it is JSON, but broken."""
     looks_like_json = cell.startswith("[") and cell.rstrip().endswith("]")
     try:
         return list(json.loads(cell)) if looks_like_json else cell.split(SEPARATOR)
@@ -425,7 +389,6 @@ def _listed(cell: str, where: str) -> list[Any]:
 
 
 def _whole(text: str, where: str) -> str:
-    """`text`. Raises TaskError where it holds half a character, which no tokenizer reads."""
     half = half_character(text)
     if half is not None:
         raise TaskError(

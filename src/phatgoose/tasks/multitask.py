@@ -20,7 +20,7 @@ def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int 
     Training draws from them uniformly, so from each task in proportion to its size. A task with
     more than `most` examples gives `most`, drawn once by `seed` (as T0 caps large datasets); None
     caps nothing. Validation examples are each task's own, or those that `with_validation(seed)`
-    sets apart, at most VALIDATION_MOST of each, so that the few that training draws of them are not
+    sets apart, up to VALIDATION_MOST of each, so that the few that training draws of them are not
     all of the largest task. There is no test split.
 
     Raises TaskError when there are no tasks, one can't be trained on, or `most` is below 1.

@@ -172,12 +172,8 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 class _WholeConfig(GenerationConfig):  # type: ignore[misc]
-    """A config whose open fields have the library's defaults.
-
-    `generate` fills those of any other from the model's generation_config, which may penalise
-    repetitions, suppress tokens or stop at texts: other answers than the model's likeliest.
-    """
-
+    # `generate` fills the open fields of any other config from the model's generation_config, which
+    # may penalise repetitions, suppress tokens or stop at texts: not the model's likeliest answers.
     def update(self, defaults_only: bool = False, **given: Any) -> dict[str, Any]:
         if defaults_only:
             usual = self._get_default_generation_params()

@@ -22,8 +22,7 @@ from ..experts.adapter import ModifiedLinear, adapter_files, applied, check_fit,
 from ..experts.expert import LAYOUT, Expert
 from ..experts.kinds.kind import SiteModule
 from ..files.strict import sha256_of
-from ..tasks.cuts import CUTS
-from ..tasks.encoding import TokenPair
+from ..tasks.encoding import CUTS, TokenPair
 from ..tasks.neutral import moments
 from ..tasks.task import Task
 from . import processes

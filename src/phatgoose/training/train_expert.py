@@ -18,7 +18,7 @@ from ..base.loading import Base
 from ..config import Formatting, GateTraining, Lora, Peft, Training, given_or_default
 from ..experts.adapter import kind_for
 from ..experts.expert import Expert
-from ..tasks.cuts import Cuts
+from ..tasks.encoding import Cuts
 from ..tasks.task import Task, draw
 from . import processes
 from .gates import Record, add_gates, take_gates

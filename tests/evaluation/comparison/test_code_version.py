@@ -64,7 +64,7 @@ def test_comments_docstrings_and_layout_do_not_count(version_with, package, uned
         ('"""Zero-shot evaluation', '"""Zero-shot scores'),  # a module's docstring
         ('"""What the model answered', '"""The words that the model answered'),  # a class's
         ('"""The unweighted mean', '"""The plain mean'),  # a method's
-        ('    """Wilson\'s interval of a share of right answers, else a bootstrap."""\n', ""),
+        ('    """The score of these `answers` to the examples of an evaluation set."""\n', ""),
     ):
         assert old in edited
         edited = edited.replace(old, new, 1)

@@ -184,7 +184,7 @@ def stop_time(patch: pytest.MonkeyPatch) -> None:
     """Nothing takes any time and all is made at once: so all files of two runs are the same."""
     patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
     where = {"date": "2026-11-26T10:00:00+00:00", "commit": None, "machine": "A Chip, 2 cores"}
-    patch.setattr("phatgoose.evaluation.comparison.compare.circumstances", lambda *_: where)
+    patch.setattr("phatgoose.evaluation.comparison.cells.circumstances", lambda *_: where)
 
 
 @pytest.fixture
@@ -386,11 +386,8 @@ def test_another_precision_or_base_leaves_nothing(setting, out, computed):
 
 
 def test_edited_code_leaves_nothing(setting, out, computed, monkeypatch):
-    for place in (
-        "phatgoose.evaluation.comparison.cells.code_version",
-        "phatgoose.evaluation.comparison.compare.code_version",
-    ):
-        monkeypatch.setattr(place, lambda: "0.1.0+edited")
+    place = "phatgoose.evaluation.comparison.cells.code_version"
+    monkeypatch.setattr(place, lambda: "0.1.0+edited")
     comparison = setting.run(out, ["base"])
     assert computed == cells_of("base")
     assert comparison.settings["code"] == "0.1.0+edited"

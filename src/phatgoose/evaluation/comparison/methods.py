@@ -1,7 +1,4 @@
-"""The methods of a comparison, and the model that each composes.
-
-The methods of a comparison: the base, and every router of the registry (paper section 4.2).
-"""
+"""The methods of a comparison: the base, and every router of the registry (paper section 4.2)."""
 
 from __future__ import annotations
 
@@ -50,10 +47,7 @@ def label_of(router: str) -> str:
 
 
 def label_with_settings(identity: Mapping[str, Any]) -> str:
-    """The name of the router of a row's `identity`, with every setting that isn't the usual one.
-
-    Such as "Discriminant, reading place = end, input k = 3".
-    """
+    """Such as "Discriminant, reading place = end, input k = 3", from a row's `identity`."""
     return ", ".join([label_of(identity["router"]), *unusual_settings(identity)])
 
 
@@ -161,9 +155,6 @@ def _named(needs: tuple[str, ...]) -> tuple[str, str | None]:
     """(the `needs` for people, the command that makes the first of them if there is one)."""
     commands = [REMEDIES[need] for need in needs if need in REMEDIES]
     return " and ".join(NAMES.get(need, need) for need in needs), (*commands, None)[0]
-
-
-# The rows of a comparison: the model that each composes, and what identifies its results.
 
 
 @dataclass(frozen=True)

@@ -31,13 +31,12 @@ class ResultStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._keys: dict[str, Mapping[str, Any]] = {}
-        self._results: dict[str, Mapping[str, Any]] = {}
+        self._records: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
         self._cut_off_at: int | None = None
         for line in self._complete_lines():
             try:
                 record = json.loads(line)
-                self._keep(record["key"], record["result"])
+                self._records[_digest(record["key"])] = record["key"], record["result"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise EvaluationError(
                     f"{self.path} is no file of results: {line[:40]!r} is no result. Move it away."
@@ -67,7 +66,7 @@ class ResultStore:
             lock.release()
 
     def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        return self._results.get(_digest(key))
+        return self._records.get(_digest(key), (key, None))[1]
 
     def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Keep `result` under `key`, in memory and on the disk."""
@@ -83,21 +82,16 @@ class ResultStore:
                 os.fsync(file.fileno())
         except OSError as error:
             raise EvaluationError(f"{self.path} can't be written: {reason(error)}.") from error
-        self._keep(key, result)
+        self._records[_digest(key)] = key, result
 
     def items(self) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         """(key, result) of all results, in the order in which they were first added."""
-        return ((key, self._results[digest]) for digest, key in self._keys.items())
-
-    def _keep(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        digest = _digest(key)
-        self._keys[digest], self._results[digest] = key, result
+        return iter(self._records.values())
 
     def __len__(self) -> int:
-        return len(self._results)
+        return len(self._records)
 
     def _complete_lines(self) -> Iterator[str]:
-        """The file's lines, without a last one that was cut off while it was written."""
         if self.path.is_symlink():
             raise EvaluationError(f"{self.path} is a symbolic link; results go to a file itself.")
         if not self.path.exists():

@@ -40,20 +40,13 @@ def flan() -> Suite:
     the rest (500 000 at most) training: the same rows as in the released code.
     """
     table = read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
-    prompted = {
-        group: tuple(_prompted_entry(table["dataset"], row) for row in table[group])
-        for group in ("flan2021", "niv2", "addition")
-    }
-    return Suite(
-        "flan",
-        (
-            *t0_held_in().entries,
-            *prompted["flan2021"],
-            *prompted["niv2"],
-            *(held_in_entry(row) for row in table["p3"]),
-            *prompted["addition"],
-        ),
-    )
+    entries = [*t0_held_in().entries]
+    for group in ("flan2021", "niv2", "p3", "addition"):
+        if group == "p3":
+            entries += map(held_in_entry, table[group])
+        else:
+            entries += (_prompted_entry(table["dataset"], row) for row in table[group])
+    return Suite("flan", tuple(entries))
 
 
 def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
@@ -64,14 +57,7 @@ def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
     def read(sources: Sources) -> Task:
         return _split(task, list(_zero_shot_examples(sources, dataset, folder)))
 
-    return Entry(
-        task.name,
-        read,
-        metrics=METRICS,
-        max_new_tokens=most,
-        micro_batch_size=row["micro_batch_size"],
-        source=task.source,
-    )
+    return Entry(task.name, read, METRICS, most, row["micro_batch_size"], source=task.source)
 
 
 def _split(task: Task, examples: list[Example]) -> Task:

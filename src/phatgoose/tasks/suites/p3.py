@@ -1,6 +1,6 @@
-"""P3: promptsource's templates, and examples made of rows and templates.
+"""P3: promptsource's templates, read and rendered without the package, and examples of them.
 
-Prompt templates in promptsource's files, read and rendered without the package.
+P3 is Sanh et al. 2022, "Multitask Prompted Training Enables Zero-Shot Task Generalization".
 
 A template is a jinja2 text, `input ||| target`, filled from a row of its dataset. It renders what
 `Template.apply` of promptsource 0.2.3 gives, which the paper's code calls, including the truncation
@@ -92,7 +92,9 @@ class PromptTemplate:
         if len(parts) < 2 or not parts[0] or not parts[1]:
             return None
         references = tuple(part for part in parts[1:] if part) if len(parts) > 2 else ()
-        passage = longest_field(row, parts[0], _shortened)
+        passage = longest_field(
+            row, parts[0], lambda value: do_truncate(ENVIRONMENT, value, LONGEST_VALUE)
+        )
         return Example(parts[0], parts[1], tuple(choices or ()), references, passage)
 
 
@@ -137,9 +139,6 @@ def templates_folder(sources: Sources) -> Path:
     raise TaskError(f"Prompt templates are missing; {HOW_TO_GET}")
 
 
-# --- rendering ---
-
-
 class _Draws:
     """The draws of the filter `choice` for one row: random, but repeatable."""
 
@@ -170,15 +169,9 @@ def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
     return [item for item, count in counts.items() if count == most]
 
 
-def _environment() -> SandboxedEnvironment:
-    environment = SandboxedEnvironment()
-    environment.globals["zip"] = zip
-    environment.filters["choice"] = _choice
-    environment.filters["most_frequent"] = _most_frequent
-    return environment
-
-
-ENVIRONMENT = _environment()
+ENVIRONMENT = SandboxedEnvironment()
+ENVIRONMENT.globals["zip"] = zip
+ENVIRONMENT.filters |= {"choice": _choice, "most_frequent": _most_frequent}
 
 
 @lru_cache(maxsize=2048)
@@ -190,11 +183,6 @@ def _compiled(source: str) -> Template:
 def _truncating(jinja: str) -> str:
     """The template with each expression truncated, exactly as promptsource writes it."""
     return jinja.replace("}}", f" | string | truncate({LONGEST_VALUE}) }}}}")
-
-
-def _shortened(value: str) -> str:
-    """A value as a plain expression prints it."""
-    return do_truncate(ENVIRONMENT, value, LONGEST_VALUE)
 
 
 def _split(text: str) -> list[str]:
@@ -210,9 +198,6 @@ def _protect(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_protect(item) for item in value]
     return value
-
-
-# --- reading ---
 
 
 SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is 10 times faster
@@ -255,10 +240,6 @@ def _template(node: Any, file: Path) -> PromptTemplate:
         raise TaskError(f"{where} is not valid jinja2: {error}.") from error
     return template
 
-
-# Examples from the rows of a dataset and P3's prompt templates.
-#
-# P3 is Sanh et al. 2022, "Multitask Prompted Training Enables Zero-Shot Task Generalization".
 
 Row = Mapping[str, Any]
 
@@ -358,8 +339,7 @@ class Picker:
 
     def training(self, pairs: Iterable[tuple[Row, PromptTemplate]]) -> tuple[Example, ...]:
         """Examples to train on; their choices are those that the prompt offers, if any."""
-        examples = (self._example(row, template) for row, template in pairs)
-        return self._some("training", examples)
+        return self._some("training", (self._example(row, template) for row, template in pairs))
 
     def graded(self, pairs: Iterable[tuple[Row, PromptTemplate]]) -> tuple[Example, ...]:
         """Examples to score: with choices to rank, or without where text is generated."""
@@ -408,21 +388,16 @@ class Picker:
         return example
 
     def _graded(self, row: Row, template: PromptTemplate) -> Example | None:
-        return (self._open_ended if self._generated else self._ranked)(row, template)
-
-    def _ranked(self, row: Row, template: PromptTemplate) -> Example | None:
-        example = self._example(row, template)
-        if example is not None and example.target not in example.choices:
-            self._left_out["whose target is not among the answer choices"] += 1
-            return None
-        return example
-
-    def _open_ended(self, row: Row, template: PromptTemplate) -> Example | None:
         example = self._example(row, template)
         if example is None:
             return None
-        found = self._accepted(row, self._references) if self._references else ()
-        return replace(example, choices=(), references=found or example.references)
+        if self._generated:
+            found = self._accepted(row, self._references) if self._references else ()
+            return replace(example, choices=(), references=found or example.references)
+        if example.target in example.choices:
+            return example
+        self._left_out["whose target is not among the answer choices"] += 1
+        return None
 
     def _accepted(self, row: Row, path: str) -> tuple[str, ...]:
         """The answers at `path` in a row, without empty ones."""

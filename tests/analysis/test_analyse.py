@@ -33,11 +33,6 @@ def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_
         pg.detach(model)
 
 
-def test_the_base_is_left_as_it_was(llama, llama_pool):
-    pg.analyse(llama_pool, TASKS, base=llama, score=False)
-    compose(llama_pool, llama)  # refused if it were still routed
-
-
 def test_oracle_and_divergences(found):
     assert found.oracle == {"first": "e1", "second": "e2"}
     for dataset, expert in found.oracle.items():

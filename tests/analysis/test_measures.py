@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
 
 from phatgoose.analysis.measures import (
@@ -55,23 +54,6 @@ def test_measures_stay_in_their_ranges(pair):
     assert overlap(p, q) == pytest.approx(1 - np.abs(p - q).sum() / 2)
     most = math.log(((1 - SMOOTHING) + SMOOTHING / size) / (SMOOTHING / size))
     assert 0 <= kl_divergence(p, q) <= most + 1e-9
-
-
-@given(two)
-def test_measures_of_equals(pair):
-    p, _ = pair
-    assert kl_divergence(p, p) == 0
-    assert overlap(p, p) == pytest.approx(1)
-
-
-@given(two, st.floats(0.001, 0.9))
-@example((np.array([0, 0.5, 0.5]), np.array([0, 0.5, 0.5 - 1e-13])), 0.5)
-def test_pinsker_holds_after_smoothing(pair, smoothing):
-    p, q = smoothed(pair[0], smoothing), smoothed(pair[1], smoothing)
-    distance = 1 - overlap(p, q)
-    assert kl_divergence(*pair, smoothing) >= 2 * distance**2 - 1e-9
-    with np.errstate(invalid="ignore"):  # scipy's sum for nearly equal ones may fall below 0
-        assert np.nan_to_num(jensenshannon(p, q)) <= math.sqrt(math.log(2)) + 1e-9
 
 
 @pytest.mark.parametrize("experts", [2, 8, 166])

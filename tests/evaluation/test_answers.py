@@ -26,10 +26,6 @@ def test_ties_are_counted_and_the_first_choice_is_taken(llama):
     assert score.score == pytest.approx(1 / 3)
 
 
-def test_no_tie_is_counted_where_there_is_none(llama):
-    assert evaluate(llama, CHOICE_TASK).scores[0].ties == 0
-
-
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_choice_listed_twice_ties_with_itself(base, packed, monkeypatch):
     if not packed:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -78,17 +77,6 @@ def test_no_task_has_most_of_the_validation_examples_because_it_is_large():
     assert mixed.validation[:500] != tasks[0].validation[:500]  # a draw, not the head of the file
 
 
-def test_a_mixture_of_one_task_is_its_data():
-    task = make_task("a", 9, 3)
-    mixed = mix([task], "a")
-    assert (mixed.train, mixed.validation) == (task.train, task.validation)
-
-
-def test_what_differs_only_in_the_cap_has_another_digest():
-    tasks = [make_task("a", 9, 1)]
-    assert mix(tasks, "x", most=3).digest != mix(tasks, "x").digest
-
-
 @given(
     st.lists(st.tuples(st.integers(2, 30), st.integers(0, 5)), min_size=1, max_size=5),
     st.integers(1, 30),
@@ -134,9 +122,3 @@ def test_a_mixture_trains_like_any_task(llama, tmp_path):
         4,
     )
     assert record["source"] == "mixture of a.jsonl (5), b.jsonl (5)"
-
-
-def test_choices_travel_with_their_examples():
-    task = make_task("a", 4, 1)
-    chosen = replace(task, train=(Example("q", "yes", ("yes", "no")), *task.train))
-    assert mix([task, chosen], "both").train[4].choices == ("yes", "no")

@@ -47,11 +47,6 @@ def test_hardly_anything_is_padding():
     assert sum(count * columns for count, columns, _ in batches) < 1.05 * sum(lengths)
 
 
-def test_rows_stay_short_where_that_costs_no_padding():
-    (rows,) = packed_batches([10] * 6, 60)
-    assert sorted(rows) == [[index] for index in range(6)]
-
-
 def test_a_batch_is_not_filled_at_the_price_of_long_rows():
     lengths = [145, 140] * 10 + [130] * 10  # 4150 tokens: one of them too many for the budget
     batches = as_rows(lengths, packed_batches(lengths, 4096))

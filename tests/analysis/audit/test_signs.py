@@ -109,7 +109,3 @@ def test_experts_of_other_sizes_are_refused_and_odd_readings_left_out(llama_pool
     gates = {**pool.experts[0].gates, site: pool.experts[0].gates[site][:-1]}
     with pytest.raises(PoolError, match="they can't be of one base"):
         signs_of(Pool((replace(pool.experts[0], gates=gates), *pool.experts[1:])))
-
-
-def test_nothing_is_compared_with_a_median_of_zero():
-    assert ratios(torch.tensor([0.0, 0, 0, 1, 2])).isnan().all()

@@ -35,7 +35,6 @@ from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
 from phatgoose.errors import (
     ConfigError,
-    EvaluationError,
     PoolError,
     RoutingError,
     TaskError,
@@ -46,7 +45,6 @@ from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.evaluate import evaluate, score
-from phatgoose.evaluation.intervals import Interval
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.routers.registry import ROUTERS as REGISTRY
@@ -91,25 +89,6 @@ def test_oracle_is_the_best_expert_of_each_dataset_and_best_individual_that_of_a
     assert len(set(choices["oracle"].values())) > 1
 
 
-def test_a_suites_mean_is_that_of_its_datasets_unweighted(done):
-    for row, summaries in done.comparison.summaries.items():
-        results = done.comparison.results[row]
-        for column, names in {**SUITES, "all datasets": TASKS}.items():
-            wanted = np.mean([results[name].score for name in names])
-            assert summaries[column].mean == pytest.approx(wanted, abs=1e-12)
-            assert summaries[column].interval.low <= wanted <= summaries[column].interval.high
-            if row != "phatgoose":
-                own = done.comparison.summaries["phatgoose"][column].mean
-                assert summaries[column].difference == summaries[column].mean - own
-
-
-def test_rows_of_the_same_answers_differ_by_exactly_nothing(done):
-    for same in done.comparison.summaries["a pool"].values():
-        assert (same.difference, same.difference_interval) == (0, Interval(0, 0))
-    for other in done.comparison.summaries["base"].values():
-        assert other.difference_interval.low < other.difference_interval.high
-
-
 @pytest.mark.parametrize("router", ["oracle", "best-individual"])
 def test_the_written_scores_make_the_model_of_the_row(done, setting, tasks, llama, router):
     model = compose(setting.pool, llama, router=router, scores=done.folder / "comparison.json")
@@ -146,22 +125,6 @@ def test_the_base_is_the_same_bit_by_bit_afterwards(setting, llama, tmp_path):
     before = logits_of(llama.model, ids)
     options = {"references": setting.references, "suites": setting.suites[1], "limit": 1}
     setting.run(tmp_path, "all", base=llama, **options)
-    assert not hasattr(llama.model, "phatgoose")
-    assert torch.equal(logits_of(llama.model, ids), before)
-
-
-@pytest.mark.parametrize("row", ["base", "retrieval", "merged", "phatgoose", "arrow", "e1"])
-def test_the_base_is_the_same_after_an_error_within(setting, llama, tmp_path, monkeypatch, row):
-    ids = make_ids(3)
-    before = logits_of(llama.model, ids)
-
-    def broken(*_, **__):
-        raise EvaluationError("broken")
-
-    monkeypatch.setattr(module, "score", broken)
-    methods = ["oracle"] if row in EXPERTS else [row]
-    with pytest.raises(EvaluationError, match="broken"):
-        setting.run(tmp_path, methods, base=llama)
     assert not hasattr(llama.model, "phatgoose")
     assert torch.equal(logits_of(llama.model, ids), before)
 
@@ -256,27 +219,12 @@ def test_a_killed_comparison_goes_on_where_it_stopped(setting, tmp_path, compute
     assert files(out) == files(whole)
 
 
-def test_a_broken_line_in_the_middle_is_told_and_nothing_is_lost(setting, out):
-    store = out / "results.jsonl"
-    first, *rest = store.read_text().split("\n")
-    store.write_text("\n".join([first, "{broken", *rest]))
-    before = files(out)
-    with pytest.raises(EvaluationError, match=r"out/results\.jsonl is no file of results"):
-        setting.run(out, ["base"])
-    assert files(out) == before
-
-
 def test_a_finished_comparison_is_only_read(setting, done, out, computed):
     before = files(out)
     comparison = setting.run(out, references=setting.references)
     assert computed == []
     assert files(out) == before
     assert comparison.summaries == done.comparison.summaries
-
-
-def test_a_part_of_a_finished_comparison_needs_nothing(setting, out, computed):
-    comparison = setting.run(out, ["merged", "oracle"], suites=setting.suites[1])
-    assert (computed, list(comparison.results)) == ([], ["merged", "oracle"])
 
 
 def test_more_methods_and_references_are_added(setting, tmp_path, computed):
@@ -347,11 +295,6 @@ def test_other_answers_lengths_leave_choices_and_tasks_of_their_own(setting, out
 def test_another_formatting_leaves_nothing(setting, out, computed):
     setting.run(out, ["base"], formatting=Formatting(max_input_tokens=7))
     assert computed == cells_of("base")
-
-
-def test_inputs_that_were_cut_on_the_right_are_scored_anew(setting, out, computed):
-    setting.run(out, ["base"], formatting=Formatting(truncation="right"))
-    assert computed == cells_of("base")  # though none is cut: the rule belongs to the key
 
 
 def test_what_is_cut_is_told_once_a_dataset_and_kept_with_each_cell(setting, tmp_path):
@@ -555,19 +498,6 @@ def test_experts_of_another_base_are_refused(setting, pool_of, tmp_path):
             lambda out, options=options: setting.run(out, ["base", "merged"], **options),
             tmp_path,
         )
-
-
-def test_one_dataset_under_two_metrics_is_two(setting, tmp_path):
-    (tmp_path / "s.toml").write_text(
-        f'[[tasks]]\nfile = "{setting.suites[1]}/choose.jsonl"\nmetrics = ["rouge-l"]\n'
-    )
-    suites = [*setting.suites, tmp_path / "s.toml"]
-    refused(
-        TaskError,
-        "different datasets called 'choose'",
-        lambda out: setting.run(out, ["base"], suites=suites),
-        tmp_path,
-    )
 
 
 def test_an_expert_that_is_called_like_a_method_is_refused(setting, tmp_path):

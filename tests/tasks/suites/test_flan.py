@@ -47,15 +47,8 @@ def test_the_suite_has_the_papers_166_datasets_in_its_order():
     families = [name.split("_")[0] for name in suite.names]
     assert families[36:72] == ["flan2021"] * 36
     assert families[72:147] == ["niv2"] * 75
-    assert suite.names[147:154] == (
-        "wsc",
-        "copa",
-        "hellaswag",
-        "wic",
-        "race_high",
-        "race_middle",
-        "web_questions",
-    )
+    added = "wsc copa hellaswag wic race_high race_middle web_questions"
+    assert " ".join(suite.names[147:154]) == added
     assert families[154:] == ["dialog"] * 4 + ["flan2021"] * 8
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -45,11 +44,6 @@ def test_a_folders_task_files_are_its_suite(folder):
     assert (second.metrics, second.max_new_tokens) == ((), None)
 
 
-def test_the_name_of_the_folder_one_is_in_is_found(folder, monkeypatch):
-    monkeypatch.chdir(folder)
-    assert local_suite(".").name == "mine"
-
-
 def test_a_toml_file_lists_tasks_and_how_they_are_scored(folder):
     suite = local_suite(write(folder.parent, FULL))
     assert suite.name == "my-suite"
@@ -75,13 +69,6 @@ def test_name_and_suffix_have_defaults(folder):
     suite = local_suite(write(folder, '[[tasks]]\nfile = "b.jsonl"\n'))
     assert (suite.name, suite.names) == ("suite", ("b",))
     assert suite.load()[0].test[0].input == "Is it?"
-
-
-def test_task_files_may_have_absolute_paths(folder, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    suite = local_suite(write(elsewhere, f"[[tasks]]\nfile = {json.dumps(str(folder / 'a.csv'))}"))
-    assert suite.load()[0].test == (Example("1+1", "2"),)
 
 
 def test_files_are_read_when_an_entry_is(folder):
@@ -153,11 +140,6 @@ def write_task(file: Path) -> None:
         pytest.skip("this file system has no such names")
 
 
-def test_a_toml_file_that_is_no_text_is_refused(folder):
-    (folder / "suite.toml").write_bytes(b"\xff\xfe")
-    assert "is not valid TOML" in complaint(folder / "suite.toml")
-
-
 @pytest.mark.real
 def test_a_folder_of_real_tasks_is_a_suite():
     if not REAL.is_dir():
@@ -173,17 +155,6 @@ def test_a_folder_of_real_tasks_is_a_suite():
             task = entry.read(Sources())
             assert task.name == entry.name
             assert task.evaluation_examples(limit=1)
-
-
-@pytest.mark.real
-def test_a_toml_file_of_real_tasks_is_a_suite(tmp_path):
-    if not REAL.is_dir():
-        pytest.skip(f"{REAL} is not there")
-    file = json.dumps(str(REAL / "bb_snarks.jsonl"))
-    table = f'suffix = "\\nAnswer:"\n[[tasks]]\nfile = {file}\nmetrics = ["accuracy"]\n'
-    (task,) = local_suite(write(tmp_path, table)).load()
-    assert task.metrics == ("accuracy",)
-    assert all(example.input.endswith("\nAnswer:") for example in task.test)
 
 
 def test_hidden_files_are_no_tasks(folder):

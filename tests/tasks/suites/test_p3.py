@@ -19,13 +19,3 @@ def test_templates_are_left_out_by_name():
 def test_a_template_that_is_left_out_must_be_there():
     with pytest.raises(TaskError, match="templates of super_glue/rte have no 'four'"):
         without(TEMPLATES, ["one", "four"], DATASET)
-
-
-def test_a_prompt_of_ones_own_replaces_the_templates():
-    dataset = P3Dataset("trec", "CogComp/trec", prompt="{{text}} ||| a", prompt_choices=("a", "b"))
-    (template,) = dataset.prompt_templates(sources=None)
-    assert (template.name, template.answer_choices, template.original_task) == (
-        "trec",
-        "a|||b",
-        True,
-    )

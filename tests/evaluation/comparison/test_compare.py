@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -52,9 +51,6 @@ from phatgoose.tasks.suites.entries import Entry, Suite
 from tiny import logits_of, make_ids
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
-
-
-# What follows from them
 
 
 def test_a_task_is_a_suite_of_its_own(setting, tasks, llama, tmp_path):
@@ -117,9 +113,6 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
     assert settings.keys() >= {"commit"}
 
 
-# The base
-
-
 def test_the_base_is_the_same_bit_by_bit_afterwards(setting, llama, tmp_path):
     ids = make_ids(3)
     before = logits_of(llama.model, ids)
@@ -135,9 +128,6 @@ def test_a_base_that_is_routed_already_is_refused(setting, llama, tmp_path):
         setting.run(tmp_path / "out", ["base"], base=llama)
     assert hasattr(llama.model, "phatgoose")
     assert not (tmp_path / "out").exists()
-
-
-# Going on
 
 
 SMALL = ("base", "phatgoose", "oracle")  # 5 rows on 4 datasets
@@ -247,12 +237,41 @@ def test_more_suites_are_added(setting, out, tmp_path, computed):
     assert comparison.columns["all datasets"] == (*TASKS, "new")
 
 
-def test_one_more_expert_leaves_single_experts_and_the_base(setting, out, computed, pool_of):
-    (*_, another) = pool_of("llama").experts
-    pool = Pool((*setting.pool.experts, another))
-    methods = ["base", "merged", "phatgoose", "oracle"]
+def with_another_expert(pool: Pool, more: Pool) -> Pool:
+    return Pool((*pool.experts, more.experts[-1]))
+
+
+def with_other_gates(pool: Pool, _: Pool) -> Pool:
+    return with_first(pool, gates={site: -gate for site, gate in pool.experts[0].gates.items()})
+
+
+def with_another_scale(pool: Pool, _: Pool) -> Pool:
+    lora = pool.experts[0].lora.items()  # lora_alpha stands beside the weights' file
+    return with_first(pool, modules={site: replace(each, scale=9.0) for site, each in lora})
+
+
+READ_GATES = [name for name, spec in REGISTRY.items() if "gates" in spec.needs]
+READ_GATES.remove("phatgoose-input")  # leaves each input to an expert who has answered it
+
+
+@pytest.mark.parametrize(
+    ("change", "methods", "computed_rows"),
+    [
+        (
+            with_another_expert,
+            ["base", "merged", "phatgoose", "oracle"],
+            ["merged", "phatgoose", "e3"],
+        ),
+        (with_other_gates, "all", READ_GATES),
+        (with_another_scale, ["base", "merged", "oracle"], ["merged", "e0"]),
+    ],
+)
+def test_other_experts_leave_what_does_not_depend_on_them(
+    setting, out, computed, pool_of, change, methods, computed_rows
+):
+    pool = change(setting.pool, pool_of("llama"))
     setting.run(out, methods, pool=pool, suites=setting.suites[1])
-    assert computed == cells_of("merged", "phatgoose", "e3", tasks=SUITES["plain"])
+    assert computed == cells_of(*computed_rows, tasks=SUITES["plain"])
 
 
 def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
@@ -261,40 +280,24 @@ def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
     assert computed == cells_of(*rows, tasks=SUITES["plain"])
 
 
-def test_other_gates_leave_what_does_not_depend_on_them(setting, out, computed):
-    gates = {site: -gate for site, gate in setting.pool.experts[0].gates.items()}
-    setting.run(out, pool=with_first(setting.pool, gates=gates), suites=setting.suites[1])
-    rows = [name for name, spec in REGISTRY.items() if "gates" in spec.needs]
-    rows.remove("phatgoose-input")  # leaves each input to an expert who has answered it
-    assert computed == cells_of(*rows, tasks=SUITES["plain"])
-
-
-def test_another_scale_of_an_adapter_leaves_the_other_experts(setting, out, computed):
-    lora = setting.pool.experts[0].lora.items()  # lora_alpha stands beside the weights' file
-    modules = {site: replace(each, scale=9.0) for site, each in lora}
-    pool = with_first(setting.pool, modules=modules)
-    setting.run(out, ["base", "merged", "oracle"], pool=pool, suites=setting.suites[1])
-    assert computed == cells_of("merged", "e0", tasks=SUITES["plain"])
-
-
-def test_other_examples_leave_nothing(setting, out, computed):
-    setting.run(out, ["base"], limit=3)  # all that count has
-    assert computed == cells_of("base", tasks=["choose", "pick", "say"])
-    setting.run(out, ["base"], limit=3, seed=1)
-    assert computed[3:] == cells_of("base", tasks=["choose", "pick", "say"])
-    setting.run(out, ["base"], limit=9)  # more than any has
-    assert len(computed) == 6
-
-
-def test_other_answers_lengths_leave_choices_and_tasks_of_their_own(setting, out, computed):
-    setting.run(out, ["base"], max_new_tokens=TOKENS + 1)
-    assert computed == cells_of("base", tasks=["count"])
+LARGER = [name for name in TASKS if name != "count"]  # has three examples
 
 
 @pytest.mark.filterwarnings("ignore:.* cut to 7 tokens")
-def test_another_formatting_leaves_nothing(setting, out, computed):
-    setting.run(out, ["base"], formatting=Formatting(max_input_tokens=7))
-    assert computed == cells_of("base")
+@pytest.mark.parametrize(
+    ("options", "tasks"),
+    [
+        ({"limit": 3}, LARGER),
+        ({"limit": 3, "seed": 1}, LARGER),
+        ({"limit": 9}, []),
+        ({"max_new_tokens": TOKENS + 1}, ["count"]),  # choices and tasks of their own stay
+        ({"formatting": Formatting(max_input_tokens=7)}, TASKS),
+        ({"formatting": Formatting(truncation="right")}, TASKS),  # though none is cut
+    ],
+)
+def test_other_examples_or_forms_are_scored_anew(setting, out, computed, options, tasks):
+    setting.run(out, ["base"], **options)
+    assert computed == cells_of("base", tasks=tasks)
 
 
 def test_what_is_cut_is_told_once_a_dataset_and_kept_with_each_cell(setting, tmp_path):
@@ -334,9 +337,6 @@ def test_edited_code_leaves_nothing(setting, out, computed, monkeypatch):
     comparison = setting.run(out, ["base"])
     assert computed == cells_of("base")
     assert comparison.settings["code"] == "0.1.0+edited"
-
-
-# What is drawn and what is left out
 
 
 def test_all_methods_score_the_same_examples(setting, tasks, tmp_path, monkeypatch):
@@ -386,9 +386,7 @@ def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, nothing):
 )
 def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, method, complaint):
     pool = with_first(setting.pool, **part)
-    refused(
-        PoolError, complaint, lambda out: setting.run(out, ["base", method], pool=pool), tmp_path
-    )
+    refused(PoolError, complaint, setting, tmp_path, methods=["base", method], pool=pool)
 
 
 def test_a_method_that_cannot_have_the_settings_is_left_out_of_all_and_refused_by_name(
@@ -401,10 +399,8 @@ def test_a_method_that_cannot_have_the_settings_is_left_out_of_all_and_refused_b
     assert left_out == {"uniform-top-k", "glider"}
     assert len(comparison.notes) == 2
 
-    def run(out):
-        setting.run(out, ["base", "glider"], **options)
-
-    refused(ConfigError, "router glider can only be standardised", run, tmp_path)
+    options["methods"] = ["base", "glider"]
+    refused(ConfigError, "router glider can only be standardised", setting, tmp_path, **options)
 
 
 def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_path):
@@ -429,13 +425,11 @@ def test_each_finished_cell_is_told(setting, tmp_path, caplog):
     ]
 
 
-# What is refused, before anything is computed
-
-
-def refused(error: type[Exception], complaint: str, run: Callable[[Path], Any], out: Path) -> None:
+def refused(error: type[Exception], complaint: str, setting: Any, folder: Path, **options) -> None:
+    """The comparison is refused before anything is computed or written."""
     with pytest.raises(error, match=complaint):
-        run(out / "new")
-    assert not (out / "new").exists()
+        setting.run(folder / "refused", **{"methods": ["base", "merged"], **options})
+    assert not (folder / "refused").exists()
 
 
 @pytest.mark.parametrize(
@@ -454,60 +448,40 @@ def test_what_cannot_be_compared_is_told(setting, tmp_path, error, complaint, ar
     places = arguments.get("references", {})
     references = {label: setting.references[place] for label, place in places.items()}
     options = {"methods": ["oracle"], **arguments, "references": references}
-    refused(error, complaint, lambda out: setting.run(out, **options), tmp_path)
+    refused(error, complaint, setting, tmp_path, **options)
 
 
-def test_two_datasets_of_one_name_or_two_suites_of_one_name_are_refused(setting, tmp_path):
+def test_different_datasets_of_one_name_or_two_suites_of_one_name_are_refused(setting, tmp_path):
     write_rows(tmp_path / "other" / "choose.jsonl", CHOOSE[:5])
     write_rows(tmp_path / "other" / "plain" / "pick.jsonl", PICK)
-    for new, complaint in (
-        (tmp_path / "other", "different datasets called 'choose'"),
-        (tmp_path / "other" / "plain", "Two suites are called 'plain'"),
-    ):
-        suites = [*setting.suites, new]
-        refused(
-            TaskError,
-            complaint,
-            lambda out, suites=suites: setting.run(out, ["base"], suites=suites),
-            tmp_path,
-        )
-
-
-def test_a_routed_model_of_another_base_is_refused(setting, tmp_path):
-    options = {
-        "base": load_base(setting.references["a base"], dtype="float32"),
-        "references": {"old": setting.references["a routed model"]},
-    }
-    refused(
-        WrongBaseError,
-        "The base of old is",
-        lambda out: setting.run(out, ["base"], **options),
-        tmp_path,
+    (tmp_path / "s.toml").write_text(
+        f'[[tasks]]\nfile = "{setting.suites[1]}/choose.jsonl"\nmetrics = ["rouge-l"]\n'
     )
+    for new, complaint in (
+        ("other", "different datasets called 'choose'"),
+        ("s.toml", "different datasets called 'choose'"),  # by its metrics
+        ("other/plain", "Two suites are called 'plain'"),
+    ):
+        suites = [*setting.suites, tmp_path / new]
+        refused(TaskError, complaint, setting, tmp_path, suites=suites)
 
 
-def test_experts_of_another_base_are_refused(setting, pool_of, tmp_path):
+def test_experts_and_routed_models_of_another_base_are_refused(setting, pool_of, tmp_path):
     foreign = pool_of("t5", (4, 4)).experts[0].directory
+    another = load_base(setting.references["a base"], dtype="float32")
+    old = {"old": setting.references["a routed model"]}
     for label, options in (
         ("joint", {"references": {"joint": foreign}}),
-        ("Merged Experts", {"base": load_base(setting.references["a base"], dtype="float32")}),
+        ("Merged Experts", {"base": another}),
+        ("old", {"base": another, "references": old, "methods": ["base"]}),
     ):
-        refused(
-            WrongBaseError,
-            f"The base of {label} is",
-            lambda out, options=options: setting.run(out, ["base", "merged"], **options),
-            tmp_path,
-        )
+        refused(WrongBaseError, f"The base of {label} is", setting, tmp_path, **options)
 
 
 def test_an_expert_that_is_called_like_a_method_is_refused(setting, tmp_path):
     first = setting.pool.experts[0]
     pool = with_first(setting.pool, info=replace(first.info, name="random"))
-    refused(
-        ConfigError,
-        "both called 'random'",
-        lambda out: setting.run(out, ["random", "oracle"], pool=pool),
-        tmp_path,
-    )
+    options = {"methods": ["random", "oracle"], "pool": pool}
+    refused(ConfigError, "both called 'random'", setting, tmp_path, **options)
     comparison = setting.run(tmp_path, ["random"], pool=pool, limit=1)  # nothing to mix up
     assert list(comparison.results) == ["random"]

@@ -96,15 +96,6 @@ def test_of_two_who_want_to_add_results_the_second_is_told(path):
     assert len(ResultStore(path)) == 2
 
 
-def test_a_place_that_cannot_be_made_is_told(tmp_path):
-    (tmp_path / "file").write_text("")
-    with (
-        pytest.raises(EvaluationError, match="can't be written"),
-        ResultStore.alone(tmp_path / "file" / "results.jsonl"),
-    ):
-        pass
-
-
 @pytest.mark.parametrize(
     "line", ["{not json", "", "[]", "7", '{"key": {}}', '{"result": {}}', '{"key": {"n": 0}, "re']
 )
@@ -117,12 +108,17 @@ def test_a_broken_line_among_others_names_the_file(path, line):
     assert path.read_text() == f"{first}\n{line}\n{second}\n"  # left as it was
 
 
-def test_a_place_that_cannot_be_read_or_written_is_told(path):
+def test_a_place_that_cannot_be_read_or_written_is_told(path, tmp_path):
+    (tmp_path / "other").write_bytes(b"\xff\xfe\n")
+    with pytest.raises(EvaluationError, match="can't be read"):
+        ResultStore(tmp_path / "other")
     path.mkdir(parents=True)
     with pytest.raises(EvaluationError, match=r"results\.jsonl is not a regular file"):
         ResultStore(path)
     (path / "file").write_text("")
     store = ResultStore(path / "file" / "results.jsonl")
+    with pytest.raises(EvaluationError, match="can't be written"), ResultStore.alone(store.path):
+        pass
     with pytest.raises(EvaluationError, match=r"results\.jsonl can't be written: File exists"):
         store.add(KEY, {})
     assert store.get(KEY) is None

@@ -92,12 +92,6 @@ def test_an_interval_follows_its_seed_and_holds_the_score():
     assert matches(*values).interval(1) != matches(*values).interval(2)
 
 
-@pytest.mark.parametrize("values", [(1,), (0, 0, 0), (1, 1, 1, 1), (0.25, 0.25)])
-def test_examples_that_are_all_alike_leave_no_doubt(values):
-    interval = matches(*values).interval()
-    assert (interval.low, interval.high) == pytest.approx((values[0], values[0]), abs=1e-12)
-
-
 def in_rows(values, rows) -> Sample:
     return Sample.of(["accuracy"], [[(value,)] for value in values], rows)
 
@@ -120,19 +114,6 @@ def test_rows_of_several_sizes_count_by_their_examples():
     assert sample.replicates(np.array([(1, 1, 1, 1), (2, 2, 2, 0), (0, 0, 0, 2)])) == pytest.approx(
         [3 / 4, 1, 0], abs=1e-12
     )
-
-
-@pytest.mark.parametrize("metrics", [["bleu"], ["rouge-l", "bleu"]], ids="+".join)
-def test_rows_of_several_sizes_are_drawn_under_every_metric(metrics):
-    marks = [[METRICS[name].measure(*row) for name in metrics] for row in ROWS]
-    sample = Sample.of(metrics, marks, [7, 3, 7, 7])
-    drawn = [i for i in (0, 0, 2, 2, 3, 3)]  # row 7 twice, with all of its examples
-    (got,) = sample.replicates(weights_of([drawn], 4))
-    assert got == pytest.approx(sample_of(metrics, [ROWS[i] for i in drawn]).score, abs=1e-12)
-    interval = sample.interval()
-    assert 0 <= interval.low <= sample.score <= interval.high <= 1
-    (mean,) = dataset_replicates({"one": [sample]}, replicates=1)["one"]
-    assert 0 <= mean <= 1
 
 
 @pytest.mark.parametrize("rows", [None, [4, 2, 9], [None, None, None], [1, None, 1]], ids=str)
@@ -183,14 +164,6 @@ def scored(*means: float, n: int = 200, seed: int = 0) -> list[Sample]:
     return [matches(*(generator.random(n) < mean).astype(float)) for mean in means]
 
 
-def test_models_with_the_same_answers_never_differ():
-    samples = scored(0.3, 0.5, 0.9)
-    replicates = dataset_replicates({"one": samples, "other": scored(0.3, 0.5, 0.9)})
-    assert replicates["one"].shape == (2000,)
-    assert np.array_equal(replicates["one"], replicates["other"])
-    assert replicates["one"].std() > 0.01
-
-
 def test_a_lead_on_every_example_is_the_same_in_every_resample():
     marks = [np.random.default_rng(d).random(30) / 2 for d in range(4)]
     lower = [matches(*row) for row in marks]
@@ -206,14 +179,6 @@ def test_a_models_replicates_do_not_depend_on_the_company():
     assert np.array_equal(both["one"], alone)
     assert not np.array_equal(both["other"], alone)
     assert list(both) == ["other", "one"]
-
-
-def test_replicates_follow_their_seed_and_number():
-    models = {"one": scored(0.3, 0.5)}
-    once = dataset_replicates(models, replicates=50, seed=3)["one"]
-    assert once.shape == (50,)
-    assert np.array_equal(dataset_replicates(models, replicates=50, seed=3)["one"], once)
-    assert not np.array_equal(dataset_replicates(models, replicates=50, seed=4)["one"], once)
 
 
 def test_certain_datasets_are_resampled_by_datasets_alone():

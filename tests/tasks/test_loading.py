@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import strategies as st
 
 from phatgoose.errors import TaskError
-from phatgoose.tasks.loading import given_task, given_tasks, load_task
+from phatgoose.tasks.loading import given_task, given_tasks, load_task, longest_field
 from phatgoose.tasks.task import Example, Task
 
 ROWS = [
@@ -24,7 +23,6 @@ EXAMPLES = (
     Example("Is it good?", "yes", ("yes", "no")),
     Example("Is it bad?", "no", ("yes", "no")),
 )
-TEXTS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
 
 
 def write_lines(path: Path, *lines: str) -> Path:
@@ -425,3 +423,22 @@ def test_lists_may_be_arrays():
     assert load_task([{**row, "choices": numpy.array([])}]).train == (Example("a", "x"),)
     with pytest.raises(TaskError, match="input is missing"):
         load_task([{**row, "input": numpy.array(["a", "b"])}])
+
+
+@pytest.mark.parametrize(
+    ("values", "text", "wanted"),
+    [
+        ({"a": "long one", "b": "short"}, "short, then long one.", "long one"),
+        ({"a": "changed by a filter", "b": "short"}, "CHANGED BY A FILTER short", "short"),
+        ({"a": "twice", "b": "one"}, "twice, twice, one", "one"),
+        (
+            {"a": ["x", {"deep": " nested text\n"}], "b": 3},
+            "in it nested text stands",
+            "nested text",
+        ),
+        ({"a": "absent", "b": "", "c": None}, "nothing of it", None),
+    ],
+)
+def test_the_longest_value_that_stands_in_a_text_once(values, text, wanted):
+    found = longest_field(values, text)
+    assert (None if found is None else text[slice(*found)]) == wanted

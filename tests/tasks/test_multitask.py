@@ -8,11 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import TaskError
 from phatgoose.tasks.multitask import mix
 from phatgoose.tasks.task import Example, Task, draw
-from phatgoose.training.train_expert import train_expert
 
 
 def rows(name: str, count: int) -> tuple[Example, ...]:
@@ -102,23 +100,3 @@ def test_no_task_gives_more_than_it_has_or_than_the_cap(sizes, most):
 def test_what_cannot_be_mixed_is_refused(tasks, most, complaint):
     with pytest.raises(TaskError, match=complaint):
         mix(tasks, "mix", most=most)
-
-
-def test_a_mixture_trains_like_any_task(llama, tmp_path):
-    mixed = mix([make_task("a", 5, 2), make_task("b", 30, 2)], "both", most=5)
-    training = Training(steps=2, batch_size=4, eval_every=2)
-    expert = train_expert(
-        llama,
-        mixed,
-        out=tmp_path / "both",
-        peft=Lora(rank=2),
-        training=training,
-        gate_training=GateTraining(gate_steps=1),
-    )
-    record = expert.info.task
-    assert (record["name"], record["train_examples"], record["validation_examples"]) == (
-        "both",
-        10,
-        4,
-    )
-    assert record["source"] == "mixture of a.jsonl (5), b.jsonl (5)"

@@ -32,13 +32,7 @@ from comparisons import (
 from forked import forked, kill_self, needs_fork
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
-from phatgoose.errors import (
-    ConfigError,
-    PoolError,
-    RoutingError,
-    TaskError,
-    WrongBaseError,
-)
+from phatgoose.errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
 from phatgoose.evaluation.comparison import cells as module
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.evaluation.comparison.methods import METHODS
@@ -308,20 +302,6 @@ def test_what_is_cut_is_told_once_a_dataset_and_kept_with_each_cell(setting, tmp
     assert [line.split(":")[0] for line in lines] == ["choose"]
     for _, result in ResultStore(tmp_path / "results.jsonl").items():
         assert result["cuts"]["cut"] == (9 if result["task"] == "choose" else 0)
-
-
-def test_experts_trained_on_inputs_of_another_form_are_told(setting, tmp_path):
-    expert = setting.pool.experts[0]
-    info = replace(expert.info, hyperparameters={"max_input_tokens": 112})
-    pool = Pool((replace(expert, info=info), *setting.pool.experts[1:]))
-    with pytest.warns(UserWarning, match="e0 was trained with max_input_tokens 112, truncation r"):
-        setting.run(tmp_path, ["merged"], pool=pool, limit=2)
-
-
-def test_changed_examples_of_the_same_name_are_scored_anew(setting, out, tmp_path, computed):
-    rows = [CHOOSE[1], *CHOOSE[1:]]
-    setting.run(out, ["base"], suites=write_rows(tmp_path / "plain/choose.jsonl", rows).parent)
-    assert computed == cells_of("base", tasks=["choose"])
 
 
 def test_another_precision_or_base_leaves_nothing(setting, out, computed):

@@ -11,6 +11,7 @@ from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.task import Example
 
 datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 BBH_22 = """
 boolean_expressions causal_judgment date_understanding disambiguation_qa
@@ -40,14 +41,6 @@ GENERATED = {
     "repeat_copy_logic": ("exact-match", 63),
     "word_sorting": ("exact-match", 127),
 }
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def question(text: str, targets: list[str], scores: dict[str, int] | None = None) -> dict:

@@ -13,19 +13,10 @@ from phatgoose.tasks.suites.entries import Sources
 from phatgoose.tasks.suites.hub import PARQUET_REVISION, read_rows
 
 datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 TRAIN = [{"text": "good", "label": 1}, {"text": "bad", "label": 0}]
 TEST = [{"text": "fine", "label": 1}]
-
-
-@pytest.fixture(autouse=True)
-def _private_cache(tmp_path, monkeypatch):
-    """Nothing that the library writes stays behind, and it shows no progress bars."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 @pytest.fixture

@@ -160,11 +160,7 @@ OPTIONS = {"fruit": "a lemon", "label": 0, "options": ["red", " blue"], "key": 1
             Example("aa", "b", ("b",)),
         ),
         ("Q ||| red ||| ||| blue |||", None, Example("Q", "red", (), ("red", "blue"))),
-        (
-            "Q ||| {{options | join(' ||| ')}}",
-            None,
-            Example("Q", "red", (), ("red", "blue")),
-        ),
+        ("Q ||| {{options | join(' ||| ')}}", None, Example("Q", "red", (), ("red", "blue"))),
     ],
 )
 def test_input_targets_and_choices_are_rendered_from_the_row(jinja, choices, wanted):

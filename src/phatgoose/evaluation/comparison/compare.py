@@ -149,9 +149,7 @@ def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
 
 
 def _load(
-    suites: Iterable[Source] | Source,
-    sources: Sources | None,
-    settings: ScoringSettings,
+    suites: Iterable[Source] | Source, sources: Sources | None, settings: ScoringSettings
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, EvaluationSet]]:
     """(datasets' names by suite, datasets by name)."""
     columns: dict[str, tuple[str, ...]] = {}

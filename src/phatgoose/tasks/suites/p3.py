@@ -228,10 +228,7 @@ def _template(node: Any, file: Path) -> PromptTemplate:
     if not isinstance(metadata, dict):
         raise TaskError(f"{where}: metadata must be fields, got {metadata!r:.60}.")
     template = PromptTemplate(
-        name,
-        jinja,
-        choices or None,
-        original_task=bool(metadata.get("original_task")),
+        name, jinja, choices or None, original_task=bool(metadata.get("original_task"))
     )
     try:
         for source in (template.answer_choices or "", _truncating(template.jinja)):

@@ -108,7 +108,8 @@ def test_a_router_that_cannot_be_is_refused_before_others_read(
     llama, llama_pool, monkeypatch, router, error, message
 ):
     monkeypatch.setattr(
-        "phatgoose.analysis.analyse.read_examples", lambda *_: pytest.fail("read something")
+        "phatgoose.analysis.routing_distribution.read_examples",
+        lambda *_: pytest.fail("read something"),
     )
     with pytest.raises(error, match=message):
         pg.analyse(llama_pool, TASKS, routers=["phatgoose", router], base=llama)

@@ -6,7 +6,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -20,14 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..base.loading import Base
 from ..config import Formatting, Routing, given_or_default
 from ..errors import ConfigError, EvaluationError, TaskError
-from ..evaluation.evaluate import (
-    MAX_NEW_TOKENS,
-    TOKEN_BUDGET,
-    Evaluation,
-    ScoringSettings,
-    TaskScore,
-    score_tasks,
-)
+from ..evaluation import evaluate
+from ..evaluation.evaluate import Evaluation, ScoringSettings, TaskScore
 from ..experts.pool import Pool
 from ..files.atomic import write_text
 from ..routing.compose import compose, detach
@@ -38,18 +32,10 @@ from ..routing.routers.router import Scores, check_routing, read_scores, router_
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
 from ..tasks.task import Task, named_apart
-from . import measures
+from . import measures, routing_distribution
 from .findings import Finding, findings_of, vector_similarity
 from .measures import ORACLE, SMOOTHING, Agreement, Correlation, Divergence, Effect
-from .routing_distribution import (
-    MEASURES,
-    PARTS,
-    Measure,
-    Observer,
-    RoutingDistribution,
-    RoutingTally,
-    read_examples,
-)
+from .routing_distribution import MEASURES, PARTS, Measure, RoutingDistribution, RoutingTally
 from .traces import Trace, trace
 
 
@@ -231,8 +217,8 @@ def analyse(
     without_each: bool = False,
     examples: int = 1,
     smoothing: float = SMOOTHING,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    token_budget: int = TOKEN_BUDGET,
+    max_new_tokens: int = evaluate.MAX_NEW_TOKENS,
+    token_budget: int = evaluate.TOKEN_BUDGET,
 ) -> Analysis:
     """Where the tokens of `tasks` go in a routed model, or in a pool under each of `routers`.
 
@@ -385,13 +371,11 @@ def _composed_subject(
     if tokenizer is None:
         raise ConfigError("The model came without its tokenizer; pass it.")
 
-    @contextmanager
-    def already(_: str) -> Iterator[PreTrainedModel]:
-        yield model
+    def already(_: str) -> AbstractContextManager[PreTrainedModel]:
+        return nullcontext(model)
 
-    return _Subject(
-        parts.experts, (parts.routing.router,), parts.routing, tokenizer, already, False
-    )
+    names = (parts.routing.router,)
+    return _Subject(parts.experts, names, parts.routing, tokenizer, already, is_pool=False)
 
 
 def _read_routers(
@@ -404,15 +388,10 @@ def _read_routers(
             with subject.opened(name) as model:
                 found[name] = _one_router(model, subject, tasks, settings, files)
         agreements = {
-            (a, b): common
+            (a, b): measures.agreement(Path(folder) / a, Path(folder) / b, len(subject.experts))
             for a, b in combinations(found, 2)
-            if (
-                common := measures.agreement(
-                    Path(folder) / a, Path(folder) / b, len(subject.experts)
-                )
-            )
         }
-    return found, agreements
+    return found, {pair: common for pair, common in agreements.items() if common}
 
 
 def _one_router(
@@ -432,10 +411,16 @@ def _one_router(
     for task in tasks:
         chosen = task.evaluation_examples(scoring.limit, scoring.seed)
         tally = RoutingTally(parts.experts, present)
-        observers: list[Observer] = [tally, *decisions]
-        read_examples(model, encoder, task.name, chosen, observers, scoring.token_budget)
+        observers: list[routing_distribution.Observer] = [tally, *decisions]
+        routing_distribution.read_examples(
+            model, encoder, task.name, chosen, observers, scoring.token_budget
+        )
         distributions[task.name] = tally.distribution.over(subject.experts)
-    scores = score_tasks(model, tasks, scoring, subject.tokenizer).scores if settings.score else ()
+    scores = (
+        evaluate.score_tasks(model, tasks, scoring, subject.tokenizer).scores
+        if settings.score
+        else ()
+    )
     similarity = vector_similarity(model)
     return RouterAnalysis(
         distributions,
@@ -469,7 +454,7 @@ def _effects(
 
     def without(expert: str) -> Evaluation:
         with subject.opened(router, expert) as model:
-            return score_tasks(model, tasks, settings.scoring, subject.tokenizer)
+            return evaluate.score_tasks(model, tasks, settings.scoring, subject.tokenizer)
 
     everyone = Evaluation(tuple(found[router].scores.values()))
     return measures.leave_one_out(everyone, subject.experts, without)

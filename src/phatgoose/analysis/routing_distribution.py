@@ -139,9 +139,8 @@ def _inputs(
     rows = [pair.prompt + pair.target[:-1] for pair in pairs]
     parts = [[0] * len(pair.prompt) + [1] * (len(pair.target) - 1) for pair in pairs]
     mask = pad_right([[1] * len(row) for row in rows], 0)
-    return {"input_ids": pad_right(rows, pad), "attention_mask": mask}, {
-        "decoder": pad_right(parts, 0)
-    }
+    inputs = {"input_ids": pad_right(rows, pad), "attention_mask": mask}
+    return inputs, {"decoder": pad_right(parts, 0)}
 
 
 Part = Literal["prompt", "answer"]
@@ -254,9 +253,8 @@ class RoutingTally(Observer):
         self.experts = tuple(experts)
         self._present = {site: indices.cpu() for site, indices in present.items()}
         self._parts: Mapping[Stream, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
-        self._sums: dict[Measure, dict[str, Tensor]] = {measure: {} for measure in MEASURES}
-        self._entropies: dict[str, Tensor] = {}
+        names = (*MEASURES, "tokens", "entropies")
+        self._sums: dict[str, dict[str, Tensor]] = {name: {} for name in names}
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
         # Without parts, or if shapes differ, all tokens count as prompt.
@@ -270,17 +268,16 @@ class RoutingTally(Observer):
         )
         best = used.amax(dim=1, keepdim=True)
         first = ((used == best) & (used > 0)).float()
-        entropies = torch.special.entr(probabilities).sum(dim=1, keepdim=True)
-        rows: dict[Measure, Tensor] = {
+        rows = {
             "probability": probabilities,
             "weight": used,
             "chosen": (used > 0).float(),
             "first": first / first.sum(dim=1, keepdim=True).clamp(min=1),
+            "tokens": torch.ones_like(best),
+            "entropies": torch.special.entr(probabilities).sum(dim=1, keepdim=True),
         }
-        for measure, row in rows.items():
-            _accumulate(self._sums[measure], site, groups @ row.double())
-        _accumulate(self._tokens, site, groups.sum(dim=1))
-        _accumulate(self._entropies, site, (groups @ entropies.double())[:, 0])
+        for name, row in rows.items():
+            self._sums[name][site] = self._sums[name].get(site, 0) + groups @ row.double()
 
     def _groups(self, passed: SitePass) -> Tensor:
         """Which of T tokens are real ones of the prompt and of the answer, [2, T]."""
@@ -292,24 +289,20 @@ class RoutingTally(Observer):
 
     @property
     def distribution(self) -> RoutingDistribution:
-        return RoutingDistribution(
-            self.experts,
-            _arrays(self._tokens),
-            {measure: _arrays(self._sums[measure]) for measure in MEASURES},
-            _arrays(self._entropies),
+        sums = {
+            name: {site: rows.numpy().copy() for site, rows in sites.items()}
+            for name, sites in self._sums.items()
+        }
+        tokens, entropies = (
+            {site: rows[:, 0] for site, rows in sums[name].items()}
+            for name in ("tokens", "entropies")
         )
+        by_measure = {measure: sums[measure] for measure in MEASURES}
+        return RoutingDistribution(self.experts, tokens, by_measure, entropies)
 
 
 def _of(sums: Array, part: Part | None) -> Array:
     return np.asarray(sums.sum(axis=0) if part is None else sums[PARTS.index(part)])
-
-
-def _accumulate(into: dict[str, Tensor], site: str, more: Tensor) -> None:
-    into[site] = into[site] + more if site in into else more
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    return {site: tensor.numpy().copy() for site, tensor in tensors.items()}
 
 
 def _added(first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:

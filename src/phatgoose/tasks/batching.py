@@ -58,9 +58,8 @@ class Collator:
         (rows,) = packed_batches([text.length for text in texts], sys.maxsize)
         packed = pack_rows([[texts[i] for i in row] for row in rows], self._pad, self._dtype)
         places, labels = list[int](), list[int]()
-        for index, start in zip(
-            [i for row in rows for i in row], packed.starts.tolist(), strict=True
-        ):
+        order = [i for row in rows for i in row]
+        for index, start in zip(order, packed.starts.tolist(), strict=True):
             first = max(len(pairs[index].prompt), 1)  # a text's first token can't be predicted
             places += range(start + first - 1, start + texts[index].length)
             labels += (pairs[index].prompt + pairs[index].target)[first:]
@@ -79,12 +78,11 @@ class Collator:
 
     def _seq2seq(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
         prompts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
+        inputs = [[self._start, *row[:-1]] for row in targets]
         return {
             "input_ids": pad_right(prompts, self._pad),
             "attention_mask": pad_right([[1] * len(row) for row in prompts], 0),
-            "decoder_input_ids": pad_right(
-                [[self._start, *row[:-1]] for row in targets], self._pad
-            ),
+            "decoder_input_ids": pad_right(inputs, self._pad),
             "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
             "labels": pad_right(targets, IGNORED),
         }
@@ -209,7 +207,7 @@ def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[in
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while order:
-        totals = list(itertools.accumulate(lengths[i] for i in order))
+        totals = list(itertools.accumulate(lengths[i] for i in order[: budget + 1]))
         ends = {max(1, bisect.bisect_right(totals, fill * budget)) for fill in FILLS}
         found = [_rows(order[:end], lengths, budget) for end in sorted(ends, reverse=True)]
         _, rows = min(found, key=lambda each: each[0])

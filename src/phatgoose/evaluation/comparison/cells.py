@@ -33,7 +33,7 @@ from ...routing.routers.prompt_router import PromptReader, RememberedStates
 from ...routing.routers.registry import ROUTERS
 from ...tasks.encoding import Encoder
 from ..evaluate import Answer, EvaluationSet, Questions, TaskScore, score, task_score
-from .methods import Row, RowLocation
+from .methods import Row
 
 PACKAGE = Path(__file__).parents[2]
 HOMES = [spec.home.rpartition(".")[0] for spec in ROUTERS.values() if isinstance(spec.home, str)]
@@ -260,69 +260,62 @@ def cell_of(row: Row, dataset: EvaluationSet, base: Base) -> Cell:
 
 @dataclass(frozen=True)
 class CellWorkshop:
-    """Scores cells with a base, from rows and datasets by name."""
+    """Scores cells with a base, from rows and datasets by name.
 
-    base: Base
+    One for another process has the locations of base and experts, which it loads itself, each once,
+    and the version of the `code` that it was made by.
+    """
+
+    base: Base | BaseLocation
     rows: Mapping[str, Row]
     datasets: Mapping[str, EvaluationSet]
     shared: SharedAnswers = field(default_factory=SharedAnswers)
+    code: str = ""
 
     @contextmanager
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
         """A function that scores a cell and returns its result as it is stored.
 
         A row stays composed until a cell of another row comes, and rows that go by the same
-        readings of the base share them. Closing the context restores the base.
+        readings of the base share them. Closing the context restores the base. Raises
+        EvaluationError if another version of the code is here than the one that began.
         """
+        base, rows = self._loaded()
         remembered = RememberedStates()
         with ExitStack() as composed:
             at: str | None = None
-            opened = OpenedModel(self.base.model, self.base.tokenizer)
+            opened = OpenedModel(base.model, base.tokenizer)
 
             def score(cell: Cell) -> dict[str, Any]:
                 nonlocal at, opened
                 if cell.row != at:
                     at = None
                     composed.close()
-                    opened = composed.enter_context(self.rows[cell.row].model(self.base))
+                    opened = composed.enter_context(rows[cell.row].model(base))
                     at = cell.row
-                    if opened.model is self.base.model:
+                    if opened.model is base.model:
                         _remember(opened, remembered)
                 return _score(opened, self.datasets[cell.dataset], self.shared)
 
             yield score
 
-    def portable(self) -> PortableCellWorkshop:
-        rows = {name: row.portable() for name, row in self.rows.items()}
-        base = BaseLocation.of(self.base)
-        return PortableCellWorkshop(base, rows, self.datasets, code_version(), self.shared)
-
-
-@dataclass(frozen=True)
-class PortableCellWorkshop:
-    """A `CellWorkshop` for another process, which loads base and experts itself, each once."""
-
-    base: BaseLocation
-    rows: Mapping[str, RowLocation]
-    datasets: Mapping[str, EvaluationSet]
-    code: str
-    shared: SharedAnswers
-
-    @contextmanager
-    def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
+    def _loaded(self) -> tuple[Base, Mapping[str, Row]]:
+        if not isinstance(self.base, BaseLocation):
+            return self.base, self.rows
         if self.code != code_version():
             raise EvaluationError(
                 f"A worker runs phatgoose {code_version()}, but the comparison was begun with "
                 f"{self.code}; install the same version on all machines."
             )
-        loaded: dict[str, Expert] = {}
-        rows = {name: row.open(loaded) for name, row in self.rows.items()}
-        workshop = CellWorkshop(self.base.load(), rows, self.datasets, self.shared)
-        with workshop.open(tell) as score:
-            yield score
+        experts: dict[str, Expert] = {}
+        return self.base.load(), {name: row.loaded(experts) for name, row in self.rows.items()}
 
-    def portable(self) -> PortableCellWorkshop:
-        return self
+    def portable(self) -> CellWorkshop:
+        if isinstance(self.base, BaseLocation):
+            return self
+        rows = {name: row.portable() for name, row in self.rows.items()}
+        base = BaseLocation.of(self.base)
+        return replace(self, base=base, rows=rows, code=code_version())
 
 
 def _remember(opened: OpenedModel, remembered: RememberedStates) -> None:

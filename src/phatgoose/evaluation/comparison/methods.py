@@ -162,7 +162,7 @@ class Row:
     """One model of a comparison.
 
     `identity` differs from that of any other model. `pool` None means the model at `place`, or the
-    base alone where that is None too.
+    base alone if that is None too. In another process `locations` of experts stand for the pool.
     """
 
     name: str
@@ -171,6 +171,7 @@ class Row:
     pool: Pool | None = None
     routing: Routing | None = None
     place: str | None = None
+    locations: tuple[str, ...] = ()
 
     @property
     def base(self) -> BaseReference | None:
@@ -179,13 +180,31 @@ class Row:
             return self.pool.base
         return base_of(self.place) if self.place is not None and is_routed(self.place) else None
 
-    def portable(self) -> RowLocation:
+    def portable(self) -> Row:
+        """The row for another process, which `loaded` turns into this one."""
         place = None if self.place is None else absolute(self.place)
-        experts = None if self.pool is None else self.pool.records()
-        return RowLocation(
-            replace(self, pool=None, place=place),
-            None if experts is None else tuple(record["path"] for record in experts),
-        )
+        records = () if self.pool is None else self.pool.records()
+        locations = tuple(record["path"] for record in records)
+        return replace(self, pool=None, place=place, locations=locations)
+
+    def loaded(self, experts: dict[str, Expert]) -> Row:
+        """The row with its pool; experts that `experts`, by location, lacks are loaded and added.
+
+        Raises PoolError when the experts there are not those that the row was made of.
+        """
+        if not self.locations:
+            return self
+        for place in self.locations:
+            if place not in experts:
+                experts[place] = Expert.load(local_folder(place))
+        pool = Pool(tuple(experts[place] for place in self.locations))
+        row = pool_row(self.name, self.label, pool, self.routing or Routing())
+        if row.identity != self.identity:
+            raise PoolError(
+                f"{self.label}: the experts that this worker finds at {self.locations[0]} and the "
+                f"other places are not those that the comparison was begun with."
+            )
+        return row
 
     @contextmanager
     def model(self, base: Base) -> Iterator[OpenedModel]:
@@ -204,33 +223,6 @@ class Row:
         finally:
             if hasattr(opened.model, ROUTED):
                 detach(opened.model)
-
-
-@dataclass(frozen=True)
-class RowLocation:
-    """A row by the locations of its experts, for another process; None where it has no pool."""
-
-    row: Row
-    experts: tuple[str, ...] | None
-
-    def open(self, loaded: dict[str, Expert]) -> Row:
-        """The row; experts that `loaded`, by location, lacks are loaded and added to it.
-
-        Raises PoolError when the experts there are not those that the row was made of.
-        """
-        if self.experts is None:
-            return self.row
-        for place in self.experts:
-            if place not in loaded:
-                loaded[place] = Expert.load(local_folder(place))
-        pool = Pool(tuple(loaded[place] for place in self.experts))
-        row = pool_row(self.row.name, self.row.label, pool, self.row.routing or Routing())
-        if row.identity != self.row.identity:
-            raise PoolError(
-                f"{self.row.label}: the experts that this worker finds at {self.experts[0]} and "
-                f"the other places are not those that the comparison was begun with."
-            )
-        return row
 
 
 def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:

@@ -75,10 +75,9 @@ def read_neutral_text(base: Base, names: Iterable[str], *, embed: bool = True) -
 def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor]:
     """The signs of the experts of `pool` over neutral text, by name, float64 [E] each.
 
-    `update_effect` is how much larger than the pool's median the change of a layer's output is
-    under an expert's module, `effect_spread` what the site that stands out most is above that.
-    `gate_neutral`, `retrieval_neutral` and `centroid_neutral` are the shares that routers phatgoose
-    (of tokens and sites), retrieval and centroid (of passages) would give to each expert.
+    `update_effect` is the change of a layer's output under an expert's module, over the pool's
+    median, `effect_spread` how far the site that stands out most is above that. The others are the
+    shares of tokens and sites (`gate_neutral`) or passages that routers would give to each expert.
     """
     found = {**_effects(pool, base, text), "gate_neutral": _by_gates(pool, text)}
     made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}

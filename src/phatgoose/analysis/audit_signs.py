@@ -34,8 +34,8 @@ COSINES = 2**25  # at once
 def signs_of(pool: Pool) -> dict[str, Tensor]:
     """The signs of the experts of `pool`, by name, float64 [E] each.
 
-    Readings are compared among the experts whose have the usual sizes. Raises PoolError when
-    experts act on layers of different sizes, which can't be of one base.
+    Readings are compared among experts whose readings have the usual sizes. Raises PoolError if
+    experts act on layers of different sizes.
     """
     _check_sizes(pool)
     found = {**_of_updates(pool), **_of_vectors(pool)}

@@ -150,8 +150,7 @@ def findings_of(
 ) -> list[Finding]:
     """What looks wrong in one router's `distributions` (by dataset) and vectors, worst first.
 
-    `similarity` [E, E] is that of `vector_similarity`. None means a router that doesn't compare
-    experts, about which nothing is found.
+    `similarity` is that of `vector_similarity`; without it nothing is found.
     """
     if not distributions or similarity is None or len(similarity) < 2:
         return []
@@ -221,9 +220,8 @@ def _duplicates(experts: Sequence[str], similarity: NDArray[Any]) -> Iterator[Fi
 def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     """Mean cosine of two experts' router vectors over the sites where both act, [E, E].
 
-    Gates and means are compared as the router scores with them: standardised (paper section 3),
-    for affinity raw as they are; arrow's vectors up to their sign. 0 where two never meet or one is
-    constant. None for routers without vectors. Raises RoutingError when `model` is not routed.
+    As the router scores with them: standardised (paper section 3), raw, or arrow's up to their
+    sign. 0 if two never meet or one is constant. None for routers without vectors.
     """
     parts = composition_of(model)
     size = len(parts.experts)

@@ -83,9 +83,8 @@ def heaviest(weights: Array, most: int) -> list[int]:
 class Agreement:
     """How far two routers agree over `decisions` (tokens x sites where both act).
 
-    `first` is the share of decisions with the same expert of greatest weight; equals share a first
-    choice equally, and two such choices agree by the sum over z of the smaller share. `overlap` is
-    the mean of the same sum over weights, min(w_z, w'_z), which is 1 where the weights are equal.
+    `first` is the share of decisions with the same first choice, which experts of equal weight
+    share. `overlap` is the mean of the sum over z of min(w_z, w'_z), which is 1 for equal weights.
     """
 
     first: float
@@ -207,9 +206,9 @@ class Divergence:
 class Correlation:
     """Pearson's and Spearman's coefficients over n pairs, with 95 % intervals.
 
-    Pearson's interval is Fisher's (z = artanh r, standard error 1/√(n - 3)); Spearman's the same
-    with Bonett and Wright's standard error √((1 + ρ²/2) / (n - 3)). Coefficients are None for fewer
-    than three pairs or where one side is constant, intervals for fewer than four.
+    By Fisher's z = artanh r, with standard error 1/√(n - 3); for Spearman's that of Bonett and
+    Wright, √((1 + ρ²/2) / (n - 3)). Coefficients need three pairs and no constant side, intervals
+    four.
     """
 
     n: int

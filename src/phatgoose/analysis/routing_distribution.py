@@ -197,10 +197,11 @@ class RoutingDistribution:
         return groups.get("", np.zeros(len(self.experts)))
 
     def token_entropy(self, part: Part | None = None) -> float:
-        """Mean entropy of one token's distribution at one site, over tokens, then sites.
+        """Mean entropy of one token's distribution at one site, over tokens, then sites; 0 for
+        none.
 
-        Low where the router is sure about single tokens. `entropy(whole("probability"))` less this
-        is the mutual information of expert with token and site. 0 if nothing passed.
+        `entropy(whole("probability"))` less this is the mutual information of expert with token and
+        site.
         """
         means = [
             float(_of(total, part) / _of(self.tokens[site], part))

@@ -107,9 +107,9 @@ def answers_to(
 ) -> list[Answer]:
     """The model's answer to each question, in order; `label` names the task in messages.
 
-    Where choices are ranked, the choice of the highest mean log-likelihood per target token, the
-    first of equals. Elsewhere greedily generated text without white space around it. A batch has at
-    most `budget` tokens. Raises EvaluationError for a log-likelihood that is not a number.
+    The choice of the highest mean log-likelihood per target token, the first of equals, or greedily
+    generated text without white space around it. A batch has at most `budget` tokens. Raises
+    EvaluationError for a log-likelihood that is not a number.
     """
     find = _ranked if questions.max_new_tokens is None else _generated
     answers: dict[int, Answer] = {}
@@ -250,10 +250,9 @@ class Prediction:
 class TaskScore:
     """One task's score, from 0 to 1: the mean over its metrics, with its 95 % interval.
 
-    `metric` names them in words, `by_metric` has the score in each. The interval is Wilson's where
-    the score is a share of right answers, else a bootstrap over examples; both know examples that
-    were made of one row. `ties` counts the examples whose best choices scored equally; the first of
-    them was taken.
+    The interval is Wilson's if the score is a share of right answers, else a bootstrap over
+    examples; both account for examples made of one row. `ties` counts the examples whose best
+    choices scored equally; the first of them was taken.
     """
 
     task: str

@@ -125,9 +125,8 @@ def dataset_replicates(
 ) -> dict[str, Array]:
     """Each model's mean over datasets in each resample, [replicates] by model.
 
-    `samples[model]` has one sample per dataset, the same datasets and examples for all models. A
-    resample draws datasets with replacement, and for every dataset drawn its examples (or rows).
-    All models share the draws.
+    All models have the same datasets and examples, and share the draws: datasets with replacement,
+    and for every dataset drawn its examples (or rows).
     """
     generator = np.random.default_rng(seed)
     count = len(next(iter(samples.values())))

@@ -81,8 +81,7 @@ def _means(
 ) -> Iterator[tuple[int, list[float]]]:
     """(index, means) from the logits [places, vocabulary] of texts, one text after the other.
 
-    The first place of a text predicts the first token of all its choices, the next ones the rest of
-    the first choice, and so on.
+    The first place of a text predicts the first token of all its choices, the next ones the rest.
     """
     places, labels, lengths, begin = list[int](), list[int](), list[int](), 0
     for each in choices:

@@ -101,10 +101,10 @@ def _identical_stripped(prediction: str, reference: str) -> float:
 
 
 def _squad_words(text: str) -> list[str]:
-    """The words that SQuAD compares: lower case, without ASCII punctuation and English articles.
+    """The words that SQuAD compares: `normalize_answer` of evaluate-v1.1.py (Rajpurkar et al.
+    2016).
 
-    `normalize_answer` of SQuAD's evaluate-v1.1.py (Rajpurkar et al. 2016); transformers 5 no longer
-    has it. Punctuation is deleted before articles are, so "the-end" is the one word "theend".
+    Punctuation is deleted before articles are, so "the-end" is the one word "theend".
     """
     return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
 

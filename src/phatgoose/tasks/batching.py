@@ -91,8 +91,7 @@ class Collator:
 def decoder_start(model: PreTrainedModel) -> int:
     """The id of the token that the answers of a sequence-to-sequence `model` begin with.
 
-    Raises BaseModelError where its config names none: any guess would train or score other answers
-    than the base was made for.
+    Raises BaseModelError if its config names none: a guess could train or score other answers.
     """
     start: int | None = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
@@ -201,9 +200,8 @@ def can_pack(model: PreTrainedModel) -> bool:
 def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[int]]]:
     """Batches of rows of text indices: every text once, at most `budget` tokens with padding.
 
-    A text longer than the budget comes alone. The longest come first, so that memory runs out early
-    or never. A nearly full batch may leave its last texts to the next one, where fitting them all
-    would take long rows.
+    As `batches_of_tokens`, but a nearly full batch may leave its last texts to the next one, if
+    fitting them all would take long rows.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while order:
@@ -249,10 +247,10 @@ def _distributed(order: Sequence[int], lengths: Sequence[int], count: int) -> li
 def pack_rows(
     rows: Sequence[Sequence[BranchedText]], pad_token_id: int, dtype: torch.dtype
 ) -> PackedBatch:
-    """The texts of each row as one batch; `dtype` is that of the model.
+    """The texts of each row as one batch, numbered row by row; `dtype` is that of the model.
 
-    `inputs` are what its forward pass takes. Texts are numbered row by row. Padding sees the first
-    token of its row and not itself, which is how `token_masks` recognises it.
+    Padding sees the first token of its row and not itself, which is how `token_masks` recognises
+    it.
     """
     columns = max(sum(text.length for text in row) for row in rows)
     shape = (len(rows), columns)
@@ -333,9 +331,8 @@ def _head_input(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 def contiguous_head(model: nn.Module) -> AbstractContextManager[None]:
     """Hand the output layer of `model` contiguous rows while the context is open.
 
-    Logits asked for at the last positions only reach it as a strided view, for which torch copies
-    the whole output matrix once per row: a quarter of a training step (SmolLM2, 8 x 128 tokens),
-    half of reading one prompt of 24. A view of one row counts as contiguous, and is copied too.
+    Logits of the last positions reach it as a strided view, for which torch copies the whole output
+    matrix once per row: a quarter of a training step, half of reading one prompt of 24.
     """
     return _head_input(model, lambda hidden: hidden.clone(memory_format=torch.contiguous_format))
 

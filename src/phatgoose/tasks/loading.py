@@ -65,10 +65,9 @@ class RowTemplate:
 def longest_field(
     row: Mapping[str, Any], text: str, shown: Callable[[str], str] = str
 ) -> Span | None:
-    """Where `text` holds the longest of the values of `row` that occur in it exactly once.
+    """Where `text` holds the longest of the values of `row` that occur in it exactly once, or None.
 
-    Values inside lists and dicts count individually. `shown` maps a value to how its template
-    prints it. None where no value is found.
+    Values inside lists and dicts count individually. `shown` maps a value to its printed form.
     """
     for value in sorted(_texts_in(row), key=len, reverse=True):
         piece = shown(value).strip()

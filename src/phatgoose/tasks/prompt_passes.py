@@ -58,8 +58,8 @@ def read_prompts(
 ) -> Tensor:
     """What `reading` finds in each of the `prompts`, given by their tokens, [prompts, ..].
 
-    Each passes once, in batches of prompts of like length, through the encoder or all of a causal
-    model but its head. A progress bar shows the `label`, if there is one.
+    In batches of prompts of like length, through the encoder or all of a causal model but its head.
+    A progress bar shows the `label`, if there is one.
     """
     stack, device = prompt_stack(model), input_device(model)
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}

@@ -130,11 +130,11 @@ DIGITS = 9  # of a commit
 
 
 def circumstances(device: torch.device, results: Path) -> dict[str, str | None]:
-    """`date`, `commit` and `machine` of a comparison on `device`, whose cells are in `results`.
+    """`date` of the last finished cell (UTC), `commit` of this package and `machine` of a
+    comparison.
 
-    The date, UTC, is that of the last finished cell. The commit is that of this package, None if it
-    is installed. The machine is its GPU or its processor, and the number of cores; workers
-    elsewhere may have other ones.
+    The commit is None if the package is installed. The machine is the GPU or processor of `device`
+    and the number of cores; workers elsewhere may have other ones.
     """
     finished = datetime.fromtimestamp(results.stat().st_mtime, timezone.utc)
     return {
@@ -326,10 +326,9 @@ def _remember(opened: OpenedModel, remembered: RememberedStates) -> None:
 
 
 def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -> dict[str, Any]:
-    """The result of one cell, as it is stored.
+    """The result of one cell, as it is stored: `tied` are examples with several best choices.
 
-    `tied` names examples with several best choices; `rows`, where several examples were made of one
-    row, which they were made of.
+    `rows`, if several examples were made of one row, tells which they were made of.
     """
     begun = time.monotonic()
     encoder = Encoder.for_model(opened.model, opened.tokenizer, dataset.settings.formatting)

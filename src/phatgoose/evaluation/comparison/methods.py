@@ -66,8 +66,7 @@ def runnable_methods(
 ) -> tuple[list[str], list[str]]:
     """(names of the methods to run, notes on those of "all" that were left out).
 
-    Raises ConfigError for an unknown name; for a named one that can't be run PoolError, or
-    ConfigError where it can't have the settings in `routing`.
+    Raises ConfigError for an unknown name or settings that a named one can't have, else PoolError.
     """
     wanted = [methods] if isinstance(methods, str) else list(methods)
     for name in wanted:
@@ -111,10 +110,9 @@ Lacks = dict[str, tuple[str, ...]]  # by the name of an expert, what it has not
 
 
 def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, Lacks]:
-    """For each method that needs more than adapters, what experts lack of its needs.
+    """For each method that needs more than adapters, what experts lack of its needs, if anything.
 
-    Experts that lack nothing are not there. With `stand_in` LoRAs need no gates, where gates are
-    all that is needed.
+    With `stand_in` LoRAs need no gates, if gates are all that is needed.
     """
 
     def lacks(expert: Expert, need: str, needs: tuple[str, ...]) -> bool:
@@ -247,8 +245,8 @@ def single_rows(pool: Pool) -> list[Row]:
 def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     """A row for any other model: a routed model's folder, a pool, an expert, a base by id or path.
 
-    A pool is routed as PHATGOOSE, an expert stands alone. Raises ConfigError for a label that is
-    the name of a method, and what composing a pool would for its settings and experts.
+    A pool is routed as PHATGOOSE, an expert stands alone. Raises ConfigError for the label of a
+    method.
     """
     if label in METHODS:
         raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")

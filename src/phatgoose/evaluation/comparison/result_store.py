@@ -20,13 +20,13 @@ LOCK = ".lock"
 
 
 class ResultStore:
-    """Results by key in the JSON Lines file `path`, which the first result creates.
+    """Results by key (any JSON object) in the JSON Lines file `path`, which the first result
+    creates.
 
-    A key is any JSON object; equal content means equal key. Every result is on the disk when `add`
-    returns, so an interruption loses only the result being computed. Reading changes nothing: a
-    last line that was cut off is dropped from the file when the next result is added. Raises
-    EvaluationError when the file can't be read or written, is a symbolic link, or has a line that
-    is no result.
+    Every result is on the disk when `add` returns, so an interruption loses only the one in
+    progress. Reading changes nothing: a last line that was cut off goes when the next result is
+    added. Raises EvaluationError when the file can't be read or written, is a symbolic link, or has
+    a line that is no result.
     """
 
     def __init__(self, path: str | Path) -> None:

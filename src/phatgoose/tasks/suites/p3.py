@@ -68,13 +68,11 @@ class PromptTemplate:
         return frozenset(names - {"answer_choices"} - ENVIRONMENT.globals.keys())
 
     def render(self, row: Mapping[str, Any]) -> Example | None:
-        """The row's example; None where the template gives no input or no target.
+        """The row's example; None if the template gives no input or no target, on purpose or not.
 
-        The target is the first of the right answers; the references are all of them where a
-        template gives several, empty otherwise. Templates render to nothing on purpose (a prompt
-        only for one kind of question), or lack an input or a target for a row. The paper's code
-        trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its p3.py, lines 133 to 143); we
-        leave such pairs out. The same row always gives the same text. Raises TaskError when an
+        The target is the first of the right answers; the references are all of them if there are
+        several. The paper's code trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its
+        p3.py, lines 133 to 143). The same row always gives the same text. Raises TaskError if an
         expression fails on the row.
         """
         if "answer_choices" in row:
@@ -101,9 +99,8 @@ class PromptTemplate:
 def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
     """The templates of `dataset` ("NAME" or "NAME/CONFIG"), sorted by name as promptsource does.
 
-    They are in `folder/NAME/CONFIG/templates.yaml`. Raises TaskError, naming the file, when it is
-    missing, has another format, a tag other than promptsource's two, or a template that isn't valid
-    jinja2.
+    They are in `folder/NAME/CONFIG/templates.yaml`. Raises TaskError, naming the file, if it is
+    missing or not as promptsource writes it.
     """
     file = folder / dataset / FILE_NAME
     try:
@@ -321,9 +318,9 @@ class _Renamed(Sequence[Row]):
 class Picker:
     """Makes examples of one dataset's pairs of a row and a template, and counts those left out.
 
-    It leaves out pairs for which the template fails or renders no input or no target and, where
-    answers are ranked, pairs whose target is not among the choices. The paper's code uses
-    "<NO INPUT>" and "<NO LABEL>" instead, and the choice closest to the target.
+    These are pairs without an input or a target and, if answers are ranked, whose target is no
+    choice. The paper's code uses "<NO INPUT>" and "<NO LABEL>", and the choice closest to the
+    target.
     """
 
     def __init__(

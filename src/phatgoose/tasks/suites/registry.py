@@ -79,7 +79,7 @@ def _toml_suite(path: Path) -> Suite:
         )
     content = read_toml(path, "Suite", TaskError)
     _require_known(content, SUITE_KEYS, str(path))
-    name = _name(content, str(path), path.stem)
+    name = _text(content, "name", str(path), path.stem)
     suffix = _text(content, "suffix", str(path), "")
     tables = content.get("tasks", [])
     if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
@@ -108,7 +108,7 @@ def _listed_entry(table: Mapping[str, Any], where: str, folder: Path, suffix: st
         raise TaskError(
             f"{where}: max_new_tokens is {shortened(most)}, but must be a whole number above 0."
         )
-    name = _name(table, where, file.stem)
+    name = _text(table, "name", where, file.stem)
     return _entry(file, name, tuple(metrics), most, _text(table, "suffix", where, suffix))
 
 
@@ -118,19 +118,14 @@ def _require_known(table: Mapping[str, Any], known: tuple[str, ...], where: str)
             raise TaskError(f"{where}: unknown key {shortened(key)}; known are {', '.join(known)}.")
 
 
-def _name(table: Mapping[str, Any], where: str, default: str) -> str:
-    name = _text(table, "name", where, default)
-    if not name:
-        raise TaskError(f"{where}: name is empty; give one, or leave the key out for {default!r}.")
-    return name
-
-
 def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
     value = table.get(key, default)
     if value is None:
         raise TaskError(f"{where}: {key} is missing.")
     if not isinstance(value, str):
         raise TaskError(f"{where}: {key} is {shortened(value)}, but must be a text.")
+    if key == "name" and not value:
+        raise TaskError(f"{where}: name is empty; give one, or leave the key out for {default!r}.")
     return value
 
 
@@ -236,9 +231,7 @@ def open_tasks(
     A name is a suite (t0hi, flan, a suite file .toml, a folder of task files), which means all its
     datasets, one dataset of a suite (`t0hi/ag_news`, `mine.toml/reviews`), a task file (.jsonl,
     .csv) or `hub:DATASET`. `template` and `choices`, as in `load_task`, are for the latter two.
-
-    Raises TaskError for a name that is none of these, an unknown dataset, a suite to evaluate on
-    only, a file that doesn't exist, and templates where nothing uses them.
+    Raises TaskError for anything else, and for a suite to evaluate on only.
     """
     sources = sources or Sources()
     tasks: list[TrainingTask] = []

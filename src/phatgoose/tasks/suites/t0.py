@@ -72,11 +72,10 @@ def t0_held_out() -> Suite:
 
 @dataclass(frozen=True, kw_only=True)
 class _HeldIn(P3Dataset):
-    """A dataset to train on.
+    """A dataset to train on: `validation` is a split, of which at most `validation_rows` are used.
 
-    `validation` is a split, of which at most `validation_rows` random rows are used (None: all).
-    `set_apart` rows of it become validation where it is also the training split. `references` is
-    the path to a row's accepted answers, which generated text is compared with.
+    `set_apart` rows of it become validation if it is also the training split. `references` is the
+    path to a row's accepted answers, which generated text is compared with.
     """
 
     metrics: tuple[str, ...] = ACCURACY

@@ -10,7 +10,7 @@ import typer
 from ...config import KIND_NAMES, Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...files.atomic import require_free
-from ...tasks.cuts import recorded_share
+from ...tasks.encoding import recorded_share
 from ..console import say
 from .options import (
     ANOTHER_OUT,

@@ -9,9 +9,8 @@ from pydantic import ValidationError
 
 import serving  # noqa: F401  skips without the extra
 from phatgoose.apps.server import requests as request_parsing
-from phatgoose.apps.server.protocol import ApiError
+from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
 from phatgoose.apps.server.requests import parsed
-from phatgoose.apps.server.protocol import ChatRequest, CompletionRequest
 
 MIB = 1 << 20
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
 from phatgoose.apps.server.requests import RequestPreparer
-from phatgoose.apps.server.protocol import ChatRequest, CompletionRequest
 from phatgoose.config import Serving
 from short_bases import few_places
 from tiny import with_added

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.protocol import ChatRequest, CompletionRequest
 from phatgoose.apps.server.requests import PreparedRequest, RequestPreparer
 from phatgoose.apps.server.responses import builder_of
-from phatgoose.apps.server.protocol import ChatRequest, CompletionRequest
 from phatgoose.apps.server.sequences import Progress, ScoredToken
 from phatgoose.base.loading import UNFINISHED
 from phatgoose.config import Serving

@@ -7,8 +7,8 @@ import math
 import pytest
 
 import serving
-from phatgoose.apps.server.protocol import Deadline
 from phatgoose.apps.server.models import LoadedModel, RoutingOverride
+from phatgoose.apps.server.protocol import Deadline
 from phatgoose.config import Serving
 from phatgoose.errors import ConfigError
 

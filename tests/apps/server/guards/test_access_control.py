@@ -9,8 +9,8 @@ import pytest
 import serving
 from phatgoose.apps.server import connections as connection_guard
 from phatgoose.apps.server import guards as request_guard
-from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.guards import AccessControl, host_of
+from phatgoose.apps.server.protocol import ApiError
 from phatgoose.config import Serving
 
 MIB = 1 << 20

@@ -14,8 +14,8 @@ import pytest
 import serving
 from phatgoose.apps.server import connections as connection_guard
 from phatgoose.apps.server import guards as request_guard
-from phatgoose.apps.server.engine import Batch
 from phatgoose.apps.server.connections import ConnectionGuard, GuardedConnection
+from phatgoose.apps.server.engine import Batch
 from phatgoose.config import Serving
 
 GREEDY = {"model": "goose", "prompt": "to be", "max_tokens": 3, "temperature": 0}

@@ -7,8 +7,8 @@ import json
 import pytest
 
 import serving  # noqa: F401  skips without the extra
-from phatgoose.apps.server.protocol import ApiError
 from phatgoose.apps.server.guards import AT_ONCE, AccessControl, RequestBody, RequestGuard
+from phatgoose.apps.server.protocol import ApiError
 
 MIB = 1 << 20
 

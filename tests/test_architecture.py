@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import phatgoose
+from phatgoose import errors
 from phatgoose.base import loading
 
 SOURCE = Path(phatgoose.__file__).parent
@@ -271,6 +272,11 @@ def test_the_search_for_pickles_finds_some():
 
 def test_the_settings_that_forbid_code_forbid_it():
     assert loading.NO_CODE == {"trust_remote_code": False}
+
+
+def test_errors_are_one_tree():
+    found = [thing for thing in vars(errors).values() if isinstance(thing, type)]
+    assert all(issubclass(thing, errors.PhatgooseError) for thing in found)
 
 
 def test_no_module_is_a_drawer_for_odds_and_ends():

@@ -11,7 +11,7 @@ import typer
 from ...config import ROUTING_SETTINGS, Routing, Serving
 from ..console import say
 from ..processor import advice
-from .options import ModelOptions, ReplicaOptions, warn_of_unused
+from . import options
 
 if TYPE_CHECKING:
     from ..server.settings import ServedModel
@@ -39,8 +39,8 @@ def serve(
         "Another name that the server is asked for by, such as a proxy's (repeatable; "
         "'*': any). Without it those of this machine's loopback and --host.",
     ] = None,
-    opening: ModelOptions,
-    replicas: ReplicaOptions,
+    opening: options.ModelOptions,
+    replicas: options.ReplicaOptions,
     routing: Routing,
     serving: Serving,
     given: frozenset[str],
@@ -60,7 +60,7 @@ def serve(
     )
     for each in models:
         if each.routing is not None:
-            warn_of_unused(each.routing)
+            options.warn_of_unused(each.routing)
     keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))
@@ -84,11 +84,10 @@ def _serve_on_ray(
     serving: Serving,
     keys: tuple[str, ...],
     hosts: tuple[str, ...],
-    replicas: ReplicaOptions,
+    replicas: options.ReplicaOptions,
     host: str,
     port: int,
 ) -> None:
-    """Serve by replicas on a Ray cluster until the process is told to end."""
     from ..ray import connected
     from ..ray.replicas import run_replicas
 

@@ -10,7 +10,6 @@ import typer
 from ...config import KIND_NAMES, Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...files.atomic import require_free
-from ...tasks.encoding import recorded_share
 from ..console import say
 from . import options
 from .plan import PlanOptions, plan_experts
@@ -109,6 +108,8 @@ def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resu
 
 
 def _summary(expert: TrainedExpert) -> str:
+    from ...tasks.encoding import recorded_share
+
     metrics = expert.metrics
     loss, speed = metrics.get("expert_validation_loss"), metrics.get("gate_tokens_per_second")
     if loss is None:  # an expert of `gate` or `import` is there already
@@ -229,6 +230,8 @@ def check(
 
 
 def _contents(expert: Expert) -> str:
+    from ...tasks.encoding import recorded_share
+
     parts = ("gates", "means", "readings", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
     share = recorded_share(expert.info.metrics)

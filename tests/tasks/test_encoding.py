@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import pytest
 from hypothesis import given, settings
@@ -213,33 +214,27 @@ def placed(
     )
 
 
-def test_a_causal_input_leaves_positions_to_its_answer():
-    encoder = placed(Positions(12, 12))
-    pair = encoder.pair("abcdefghijkl", "yes")  # a space and </s> are the answer's too
-    assert text_of(encoder, pair.prompt + pair.target) == "aghijkl yes</s>"
-    assert pair.cut == Cut(most=7, lost=5)
-    assert len(encoder.fitted("abcdefghijkl", followed_by=4).tokens) == 8
-
-
-def test_an_encoder_s_positions_are_the_input_s_alone():
-    encoder = placed(Positions(9, 6), is_encoder_decoder=T5)
-    pair = encoder.pair("abcdefghijkl", "yes")
-    assert text_of(encoder, pair.prompt) == "abghijkl</s>"
-    assert text_of(encoder, pair.target) == "yes</s>"
-
-
-def test_a_chat_template_counts_against_positions():
-    encoder = placed(Positions(18, 18), chat=True)
-    prompt = encoder.fitted("abcdefghijkl", followed_by=3)
-    assert len(prompt.tokens) <= 15
-    assert text_of(encoder, prompt.tokens) == "<u>aijkl</u><a>"
-
-
-def test_a_target_is_cut_to_the_base_s_positions():
-    encoder = placed(Positions(8, 8))
-    pair = encoder.pair("abc", "0123456789")
-    assert pair.target_cut == Cut(most=7, lost=5)
-    assert text_of(encoder, pair.prompt + pair.target) == "c 01234</s>"
+@pytest.mark.parametrize(
+    ("encoder", "target", "wanted", "cut", "target_cut"),
+    [  # a causal model's answer takes positions of its input: a space and </s> too
+        (placed(Positions(12, 12)), "yes", "aghijkl yes</s>", Cut(7, 5), None),
+        (
+            placed(Positions(9, 6), is_encoder_decoder=T5),
+            "yes",
+            "abghijkl</s>yes</s>",
+            Cut(9, 4),
+            None,
+        ),
+        (placed(Positions(8, 8)), "0123456789", "l 01234</s>", Cut(1, 11), Cut(7, 5)),
+        (placed(Positions(18, 18), chat=True), "y", "<u>ahijkl</u><a>y</s>", Cut(6, 6), None),
+    ],
+    ids=["causal", "t5", "target", "chat"],
+)
+def test_what_exceeds_the_base_s_positions_is_cut(encoder, target, wanted, cut, target_cut):
+    pair = encoder.pair("abcdefghijkl", target)
+    assert text_of(encoder, pair.prompt) + text_of(encoder, pair.target) == wanted
+    assert pair.cut == cut
+    assert pair.target_cut == target_cut
 
 
 def test_a_base_without_room_for_an_input_is_an_error():
@@ -299,45 +294,34 @@ def some(cut: int, inputs: int) -> Cuts:
     return Cuts.of([Cut(512, 80 + i) for i in range(cut)] + [None] * (inputs - cut))
 
 
-def test_what_was_cut_is_told_in_one_line(caplog):
-    with caplog.at_level(logging.INFO, "phatgoose"):
-        some(12, 400).report("reviews")
-    line = "reviews: 12 of 400 inputs (3 %) cut to 512 tokens, by 86 in the median"
-    assert caplog.messages == [line]
-
-
-def test_from_a_tenth_on_it_is_a_warning():
-    told = r"reviews: 40 of 400 inputs \(10 %\) cut to 512 tokens, by 100 in the median\."
-    with pytest.warns(UserWarning, match=told):
-        some(40, 400).report("reviews")
-    with pytest.warns(UserWarning, match=r"it: 1 of 1 input \(100 %\)"):
-        some(1, 1).report("it")
-
-
-def test_nothing_is_told_when_nothing_was_cut(caplog):
-    with caplog.at_level(logging.INFO):
-        some(0, 400).report("reviews")
-        Cuts().report("reviews")
-    assert not caplog.messages
-
-
-def test_cut_targets_are_told_however_few_they_are():
-    targets = [Cut(8, 3), Cut(8, 5), *[None] * 98]
-    cuts = Cuts.of([None] * 100, targets=targets)
-    with pytest.warns(
-        UserWarning, match=r"it: 2 of 100 targets \(2 %\) cut to 8 tokens, by 4 in the median\."
-    ) as told:
+@pytest.mark.parametrize(
+    ("cuts", "logged", "warned"),
+    [
+        (some(12, 400), "it: 12 of 400 inputs (3 %) cut to 512 tokens, by 86 in the median", None),
+        (some(1, 400), "it: 1 of 400 inputs (under 1 %) cut to 512 tokens, by 80 in the", None),
+        (some(40, 400), None, "it: 40 of 400 inputs (10 %) cut to 512 tokens, by 100 in the m"),
+        (some(1, 1), None, "it: 1 of 1 input (100 %)"),
+        (some(0, 400), None, None),
+        (Cuts(), None, None),
+        (
+            Cuts.of([None] * 100, targets=[Cut(8, 3), Cut(8, 5), *[None] * 98]),
+            None,
+            "it: 2 of 100 targets (2 %) cut to 8 tokens, by 4 in the median.",
+        ),
+        (Cuts.of([None] * 100, targets=[None] * 100), None, None),
+        (
+            Cuts.of([None] * 3, [2048, 2049, 5000], 2048),
+            None,
+            "it: 2 of 3 inputs and their answers are longer than the 2048",
+        ),
+    ],
+)
+def test_what_was_cut_is_logged_and_from_a_tenth_on_warned_of(cuts, logged, warned, caplog):
+    with caplog.at_level(logging.INFO, "phatgoose"), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         cuts.report("it")
-    assert len(told) == 1
-    Cuts.of([None] * 100, targets=[None] * 100).report("it")
-
-
-def test_inputs_beyond_what_the_base_was_made_for_are_told():
-    cuts = Cuts.of([None] * 3, [2048, 2049, 5000], 2048)
-    with pytest.warns(
-        UserWarning, match="it: 2 of 3 inputs and their answers are longer than the 2048"
-    ):
-        cuts.report("it")
+    for found, wanted in ((caplog.messages, logged), ([str(w.message) for w in told], warned)):
+        assert [text[: len(wanted or "")] for text in found] == ([wanted] if wanted else [])
 
 
 def test_an_expert_s_metrics_tell_the_share_again():

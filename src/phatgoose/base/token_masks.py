@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,7 @@ from ..errors import RoutingError
 from .sites import Site, Stream
 
 
-@dataclass(frozen=True)
-class _Names:
+class _Names(NamedTuple):
     mask: str
     tokens: tuple[str, ...]
 

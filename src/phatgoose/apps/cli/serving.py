@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +11,6 @@ from ...config import ROUTING_SETTINGS, Routing, Serving
 from ..console import say
 from ..processor import advice
 from . import options
-
-if TYPE_CHECKING:
-    from ..server.settings import ServedModel
 
 
 def serve(
@@ -75,19 +71,7 @@ def serve(
         if (advised := advice()) is not None:
             say(advised, err=True)
         run(app, host, port, serving)
-    else:
-        _serve_on_ray(models, serving, keys, hosts, replicas, host, port)
-
-
-def _serve_on_ray(
-    models: Sequence[ServedModel],
-    serving: Serving,
-    keys: tuple[str, ...],
-    hosts: tuple[str, ...],
-    replicas: options.ReplicaOptions,
-    host: str,
-    port: int,
-) -> None:
+        return
     from ..ray import connected
     from ..ray.replicas import run_replicas
 

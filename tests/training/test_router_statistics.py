@@ -194,14 +194,6 @@ def test_the_expert_at_full_strength_is_the_peft_model(base, tmp_path):
     assert torch.equal(logits_of(base.model, ids), plain)
 
 
-def test_full_strength_ends_with_its_context_even_after_an_error(llama, tmp_path):
-    lora, ids = read_modules(make_adapter(llama, tmp_path / "adapter")), make_ids()
-    plain = logits_of(llama.model, ids)
-    with pytest.raises(LookupError), applied(llama.model, lora, ModifiedLinear):
-        raise LookupError
-    assert torch.equal(logits_of(llama.model, ids), plain)
-
-
 def test_means_measured_with_gates_trained_are_those_without_them(llama, tmp_path):
     adapter = make_adapter(llama, tmp_path / "adapter")
     training = replace(TRAINING, learning_rate=0.5)

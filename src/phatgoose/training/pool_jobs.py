@@ -132,8 +132,7 @@ class _ExpertWorkshop:
                     restart=job.restart,
                     callback=TrainingCallback(tell, destination.on_saved),
                 )
-            info, place = expert.info, self.folder.place(job.name)
-            return TrainedExpert(expert.name, place, info.metrics, info.hyperparameters)
+            return TrainedExpert.of(expert.info, self.folder.place(job.name))
 
         yield train
 

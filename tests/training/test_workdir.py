@@ -1,7 +1,9 @@
-"""Where experts go: directories, and fsspec's folders, which keep unfinished work too."""
+"""Work and experts, here and at URLs: complete or absent, whoever is killed or competes."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,153 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 
 from phatgoose.base.loading import Base
 from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.expert import LAYOUT, check_expert
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
-from phatgoose.training.pool_jobs import ExpertJob, train_experts
-from phatgoose.training.workdir import SNAPSHOT, KeptWork, expert_folder
+from phatgoose.training.pool_jobs import ExpertJob, _ExpertWorkshop, train_experts
+from phatgoose.training.train_expert import train_gates
+from phatgoose.training.workdir import (
+    SNAPSHOT,
+    KeptWork,
+    LocalFolder,
+    discard_work,
+    expert_folder,
+    open_work,
+    work_of,
+)
+from small_disks import FEW, TASK, everything, told, train
 from training_jobs import LORA, job_in
+
+HOLD = """
+from filelock import FileLock
+lock = FileLock({!r})
+lock.acquire()
+print("held", flush=True)
+input()
+"""
+
+
+def test_one_process_at_a_time_is_at_a_piece_of_work(tmp_path):
+    out = tmp_path / "expert"
+    with open_work(out, {"a": 1}, resume=False, restart=False) as work:
+        (work / "checkpoint").write_text("1")
+    lock = str(tmp_path / ".expert.work" / "lock")
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD.format(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    with other:
+        assert other.stdout.readline() == b"held\n"
+        for resume, restart in ((True, False), (False, True), (False, False)):
+            with pytest.raises(ExpertError, match="Another process is at work"):  # noqa: SIM117
+                with open_work(out, {"a": 1}, resume=resume, restart=restart):
+                    pass
+        assert (work / "checkpoint").exists()
+        other.kill()
+    with open_work(out, {"a": 1}, resume=True, restart=False) as again:
+        assert (again / "checkpoint").read_text() == "1"
+
+
+def test_unfinished_work_is_continued_or_thrown_away_as_asked(tmp_path):
+    out = tmp_path / "expert"
+
+    def opened(identity: int = 1, **how: bool) -> list[str]:
+        given = {"resume": False, "restart": False, **how}
+        with open_work(out, {"a": identity}, **given) as work:
+            found = sorted(path.name for path in work.iterdir())
+            (work / "folder").mkdir(exist_ok=True)
+            return found
+
+    assert opened() == ["lock", "run.json"]
+    assert "resume" in told(opened)
+    assert opened(resume=True) == ["folder", "lock", "run.json"]
+    with pytest.raises(ConfigError, match="other settings"):
+        opened(2, resume=True)
+    assert opened(2, restart=True) == ["lock", "run.json"]
+    discard_work(out)
+    assert everything(tmp_path) == set()
+    discard_work(out)
+
+
+def test_the_work_is_removed_after_its_lock_is_free(tmp_path, monkeypatch):
+    """NFS and Windows remove no file that is open."""
+    out, free = tmp_path / "expert", []
+
+    def discard(out):
+        with FileLock(work_of(out) / "lock").acquire(timeout=0):
+            free.append(True)
+        discard_work(out)
+
+    monkeypatch.setattr("phatgoose.training.workdir.discard_work", discard)
+    with open_work(out, {}, resume=False, restart=False):
+        out.mkdir()
+    assert free
+    assert everything(tmp_path) == {"expert"}
+
+
+@pytest.mark.parametrize("how", ["resume", "restart", "neither"])
+def test_what_a_killed_restart_left_is_nobody_s(tmp_path, monkeypatch, how):
+    out = tmp_path / "expert"
+    with open_work(out, {"a": 1}, resume=False, restart=False) as work:
+        for number in (1, 2):
+            (work / f"checkpoint-{number}").mkdir()
+
+    def killed(path):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("phatgoose.training.workdir.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):  # noqa: SIM117
+            with open_work(out, {"a": 2}, resume=False, restart=True):
+                pass
+    assert sorted(path.name for path in work.iterdir()) == ["checkpoint-1", "checkpoint-2", "lock"]
+    with open_work(out, {"a": 3}, resume=how == "resume", restart=how == "restart"):
+        assert sorted(path.name for path in work.iterdir()) == ["lock", "run.json"]
+
+
+def test_an_expert_that_another_process_has_made_meanwhile_is_not_made_again(tmp_path):
+    (tmp_path / "expert").mkdir()
+    for how in ("resume", "restart", "neither"):
+        given = {"resume": how == "resume", "restart": how == "restart"}
+        with (
+            pytest.raises(ExpertError, match=r"Another process has made .*expert meanwhile"),
+            open_work(tmp_path / "expert", {}, **given),
+        ):
+            pass
+
+
+def train_again(base, out):
+    train(base, out, resume=True)
+
+
+def finished_in_folder(_, out):
+    LocalFolder(out.parent).finished(out.name)
+
+
+@pytest.mark.parametrize("finish", [train_again, finished_in_folder])
+def test_work_beside_what_is_no_expert_stays(llama, tmp_path, finish):
+    with open_work(tmp_path / "expert", {}, resume=False, restart=False) as work:
+        (work / "checkpoint").touch()
+    (tmp_path / "expert").mkdir()
+    with pytest.raises(ExpertError, match="no expert directory"):
+        finish(llama, tmp_path / "expert")
+    assert (work / "checkpoint").exists()
+
+
+def test_what_was_left_beside_a_finished_expert_is_tidied_up(llama, tmp_path):
+    expert = train(llama, tmp_path / "expert")
+    work_of(tmp_path / "expert").mkdir()
+    assert train(llama, tmp_path / "expert", resume=True).info == expert.info
+    assert {path.name for path in tmp_path.iterdir()} == {"expert"}
+    gated = train_gates(llama, expert.directory, TASK, out=tmp_path / "gated", **FEW)
+    work_of(tmp_path / "gated").mkdir()
+    again = train_gates(llama, expert.directory, TASK, out=tmp_path / "gated", resume=True, **FEW)
+    assert again.info == gated.info
+    assert {path.name for path in tmp_path.iterdir()} == {"expert", "gated"}
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -40,7 +180,7 @@ def names_in(url: str) -> set[str]:
     return {path.rpartition("/")[2] for path in files.ls(root, detail=False)}
 
 
-def train(base: Base, job: ExpertJob, out: str) -> list[Any]:
+def train_to(base: Base, job: ExpertJob, out: str) -> list[Any]:
     return list(train_experts(base, [job], out=out, peft=LORA))
 
 
@@ -65,14 +205,14 @@ def interrupted(base: Base, job: ExpertJob, url: str, monkeypatch, copies: int) 
     with monkeypatch.context() as patch:
         interrupt_at(patch, copies)
         with pytest.raises(MachineLostError):
-            train(base, job, url)
+            train_to(base, job, url)
 
 
 @pytest.fixture(scope="module")
 def alone(originals, tmp_path_factory) -> tuple[Any, Path]:
     """What an uninterrupted training on this machine tells, and where its expert is."""
     folder = tmp_path_factory.mktemp("here")
-    (finished,) = train(originals["llama"].copied(), job_in(folder), str(folder))
+    (finished,) = train_to(originals["llama"].copied(), job_in(folder), str(folder))
     return finished, folder / "numbers"
 
 
@@ -84,7 +224,7 @@ def with_seed(seed: int, job: ExpertJob) -> ExpertJob:
 def alone_with_seven(originals, tmp_path_factory) -> tuple[Any, Path]:
     """The same with another seed."""
     folder = tmp_path_factory.mktemp("seven")
-    (finished,) = train(originals["llama"].copied(), with_seed(7, job_in(folder)), str(folder))
+    (finished,) = train_to(originals["llama"].copied(), with_seed(7, job_in(folder)), str(folder))
     return finished, folder / "numbers"
 
 
@@ -95,8 +235,8 @@ def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
     interrupted(llama, job, url, monkeypatch, copies)
     assert names_in(url) == {".numbers.work"}
     with pytest.raises(ExpertError, match="Unfinished work"):
-        train(llama, job, url)
-    (trained,) = train(llama, job.again(), url)
+        train_to(llama, job, url)
+    (trained,) = train_to(llama, job.again(), url)
     assert trained.place == f"{url}/numbers"
     assert trained.metrics["expert_best_step"] == alone[0].metrics["expert_best_step"]
     assert names_in(url) == {"numbers"}
@@ -105,7 +245,7 @@ def test_a_training_goes_on_elsewhere_from_what_was_copied_up(
     got = tensors_of(url, "numbers", tmp_path / "fetched")
     assert wanted.keys() == got.keys()
     assert all(got[name].equal(tensor) for name, tensor in wanted.items())
-    (again,) = train(llama, job.again(), url)
+    (again,) = train_to(llama, job.again(), url)
     assert again == trained
 
 
@@ -117,8 +257,8 @@ def test_a_restarted_training_keeps_nothing_of_the_old_one(
     interrupted(llama, job, url, monkeypatch, 2)
     interrupted(llama, replace(seven, restart=True), url, monkeypatch, copies)
     with pytest.raises(ConfigError, match="had other settings"):
-        train(llama, job.again(), url)
-    (trained,) = train(llama, seven.again(), url)
+        train_to(llama, job.again(), url)
+    (trained,) = train_to(llama, seven.again(), url)
     told, folder = alone_with_seven
     assert trained.metrics["expert_best_step"] == told.metrics["expert_best_step"]
     wanted = load_file(folder / ADAPTER_WEIGHTS) | load_file(folder / LAYOUT.vectors)
@@ -136,7 +276,7 @@ def test_a_restart_that_is_lost_at_once_leaves_nothing_to_take_up(url, job, llam
 
     monkeypatch.setattr("phatgoose.training.train_expert.open_work", die)
     with pytest.raises(MachineLostError):
-        train(llama, replace(job, restart=True), url)
+        train_to(llama, replace(job, restart=True), url)
     assert names_in(url) == set()
 
 
@@ -242,7 +382,7 @@ def test_what_a_killed_copy_left_of_an_expert_is_removed(url, job, llama, tmp_pa
     for name in left | others:
         files.makedirs(f"{root}/numbers/{name}".rpartition("/")[0], exist_ok=True)
         files.put_file(str(tmp_path / LAYOUT.embeddings), f"{root}/numbers/{name}")
-    train(llama, job, url)
+    train_to(llama, job, url)
     there = {path.partition("/numbers/")[2] for path in files.find(f"{root}/numbers")}
     assert there & left == set()
     assert others < there
@@ -313,7 +453,7 @@ def test_a_store_that_takes_nothing_is_told_before_the_work(url, job, llama, mon
         "phatgoose.training.pool_jobs.train_expert", lambda *_, **__: pytest.fail("trained")
     )
     with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be written: no credentials$"):
-        train(llama, job, url)
+        train_to(llama, job, url)
 
 
 @pytest.mark.parametrize(
@@ -323,9 +463,26 @@ def test_what_a_store_says_is_one_line(url, job, llama, monkeypatch, asked, told
     folder = expert_folder(url)
     monkeypatch.setattr(type(folder.files), asked, refuse)
     with pytest.raises(ExpertError, match=rf"^{url}/numbers can't be {told}: no credentials$"):
-        train(llama, job, url)
+        train_to(llama, job, url)
 
 
 def test_a_folder_that_nothing_can_open_is_refused():
     with pytest.raises(ConfigError, match=r"nowhere://experts can't be used as a folder"):
         expert_folder("nowhere://experts")
+
+
+def test_a_task_file_is_read_here_and_comes_along(job, tmp_path):
+    task = job.task.load()
+    moved = job.task.portable()
+    (tmp_path / "numbers.jsonl").unlink()
+    assert moved.load().digest == task.digest
+
+
+def test_what_goes_elsewhere_knows_no_working_directory(base_folders, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(base_folders["llama"])
+    workshop = _ExpertWorkshop("base", "float32", expert_folder("out"), LORA, None, 0.0)
+    there = workshop.portable()
+    assert there.folder.path == tmp_path / "out"
+    monkeypatch.chdir("/")
+    assert there.base.load().id == "base"

@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 
-for package in ("fastapi", "uvicorn", "prometheus_client"):
-    pytest.importorskip(package, reason="needs phatgoose[serve]")
+pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
+pytest.importorskip("uvicorn", reason="needs phatgoose[serve]")
+pytest.importorskip("prometheus_client", reason="needs phatgoose[serve]")
 
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from phatgoose.apps.server import ServedModel, create_app
-from phatgoose.apps.server.engine import Batch
 from phatgoose.apps.server.connections import server_of
+from phatgoose.apps.server.engine import Batch
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.experts.pool import Pool

@@ -75,6 +75,11 @@ def ask(client: TestClient, status: int = 200, path: str = PATH, **body: Any) ->
     return reply.json()
 
 
+def text_of(client: TestClient, **body: Any) -> str:
+    """The text of the first answer to `body`."""
+    return str(ask(client, **body)["choices"][0]["text"])
+
+
 def error_of(client: TestClient, status: int = 400, path: str = PATH, **body: Any) -> Any:
     """The error in the answer to `body`."""
     return ask(client, status, path, **body)["error"]

@@ -18,8 +18,6 @@ from phatgoose.apps.server.sequences import (
     Decoding,
     Sampler,
     TokenScores,
-    earliest,
-    held_back,
     seed_of,
     token_scores,
 )
@@ -172,16 +170,6 @@ class FixedEncoder:
 
     def pair(self, *_):
         return self._pair
-
-
-def test_where_a_stop_begins_and_what_may_be_one():
-    assert earliest("abcabc", ["c", "bc"], 0) == 1
-    assert earliest("abcabc", ["bc"], 2) == 4
-    assert earliest("abc", [], 0) is None
-    assert held_back("abcde", ["deal", "x"]) == 2
-    assert held_back("abcd", ["deal", "dx"]) == 1
-    assert held_back("abc", ["deal"]) == 0
-    assert held_back("deal", ["deal"]) == 0  # whole: found by `earliest`
 
 
 def test_sampling_follows_temperature_and_top_p():

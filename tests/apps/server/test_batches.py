@@ -4,27 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
 
 from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
-from phatgoose.apps.server.engine import Batch
+from phatgoose.apps.server import engine
+from phatgoose.apps.server.engine import Batch, drop_columns, join
 from phatgoose.apps.server.models import ModelRunner
 from phatgoose.apps.server.sequences import Decoding
 from tiny import VOCABULARY
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 OTHERS = ("average-activation", "arrow", "spectr", "glider", "merged", "single")
 OTHERS += ("retrieval", "centroid", "logo", "discriminant", "joint-discriminant")
 OTHERS += ("phatgoose-input", "phatgoose-evidence", "discriminant-phatgoose")
-
-
-def test_a_row_alone_gets_what_generate_gives(runner_of, kind):
-    runner = runner_of(kind)
-    for seed in range(2):
-        row = alone(runner, prompt_of(seed))
-        assert row.generated == by_generate(runner, prompt_of(seed), 12)
-        assert row.finish == "length"
 
 
 def test_rows_together_get_what_each_gets_alone(runner_of, kind):
@@ -35,8 +31,10 @@ def test_rows_together_get_what_each_gets_alone(runner_of, kind):
     ]
     batch.join(rows)
     finish(batch)
-    for seed, row in enumerate(rows):
-        assert row.generated == by_generate(runner, prompt_of(seed), 2 + 4 * (seed % 3))
+    rows.append(alone(runner, prompt_of(0), replace(GREEDY, max_tokens=10)))
+    for row, seed in zip(rows, (0, 1, 2, 3, 4, 0), strict=True):
+        assert row.generated == by_generate(runner, prompt_of(seed), row.decoding.max_tokens)
+        assert row.finish == "length"
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
@@ -67,10 +65,8 @@ def test_sliding_windows_slide_in_batches_too():
     config = MistralConfig(vocab_size=VOCABULARY, **small, **heads, **ids)
     runner = ModelRunner(MistralForCausalLM(config).eval(), TOKENIZER)
     runner.ends = frozenset()
-    batch, rows = (
-        Batch(runner),
-        [row_of(runner, prompt_of(seed, 20 - 7 * seed)) for seed in range(3)],
-    )
+    batch = Batch(runner)
+    rows = [row_of(runner, prompt_of(seed, 20 - 7 * seed)) for seed in range(3)]
     batch.join(rows[:1])
     batch.step()
     batch.join(rows[1:])
@@ -104,12 +100,8 @@ def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
 
 def test_columns_that_nobody_needs_are_dropped(runner_of):
     batch = Batch(runner_of())
-    batch.join(
-        [
-            row_of(runner_of(), prompt_of(0, 40), replace(GREEDY, max_tokens=2)),
-            row_of(runner_of(), prompt_of(1, 4)),
-        ]
-    )
+    short = row_of(runner_of(), prompt_of(0, 40), replace(GREEDY, max_tokens=2))
+    batch.join([short, row_of(runner_of(), prompt_of(1, 4))])
     assert batch._mask.shape == (2, 40)
     batch.step()
     assert batch._mask.shape == (1, 5)
@@ -127,3 +119,68 @@ def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
     batch.join([row_of(runner, prompt_of(7)), *rows])
     finish(batch)
     assert [row.generated for row in rows] == single
+
+
+def test_a_prompt_that_several_answers_share_is_read_once(runner_of, monkeypatch):
+    runner = runner_of()
+    seen, decode = [], runner.decode
+
+    def watched(ids, *arguments, **options):
+        seen.append(tuple(ids.shape))
+        return decode(ids, *arguments, **options)
+
+    monkeypatch.setattr(runner, "decode", watched)
+    batch = Batch(runner)
+    rows = [row_of(runner, prompt_of(0, 6), choice=i) for i in range(3)]
+    rows.append(row_of(runner, prompt_of(1, 8)))
+    batch.join(rows)
+    finish(batch)
+    assert seen[0] == (2, 8)
+    assert seen[1] == (4, 1)
+    assert rows[0].generated == rows[2].generated == by_generate(runner, prompt_of(0, 6), 12)
+
+
+def test_a_long_prompt_is_scored_in_several_passes(runner_of, monkeypatch):
+    runner = runner_of()
+    wish = Decoding(2, 0.0, logprobs=1, echo=True, routing=True)
+    prompts = [prompt_of(1, 23), prompt_of(2, 11)]
+
+    def told():
+        batch, rows = Batch(runner), [row_of(runner, prompt, wish) for prompt in prompts]
+        batch.join(rows)
+        finish(batch)
+        return [row.deliver for row in rows]
+
+    at_once = told()
+    monkeypatch.setattr(engine, "MOST_LOGITS", 2 * 4 * VOCABULARY)  # four columns at a time
+    for one, other in zip(at_once, told(), strict=True):
+        assert [t.text for t in one.tokens] == [t.text for t in other.tokens]
+        scores = [[t.logprob for t in each.tokens[1:]] for each in (one, other)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+        experts = [np.concatenate([s.experts for s in each.routing]) for each in (one, other)]
+        assert (experts[0] == experts[1]).mean() > 0.98
+
+
+def cache(rows: int, tokens: int, value: float) -> DynamicCache:
+    """One layer of two heads whose states are all `value`."""
+    states = torch.full((rows, 2, tokens, 4), value)
+    made = DynamicCache()
+    made.update(states, states + 10, 0)
+    return made
+
+
+def test_rows_are_padded_on_the_left_to_the_longer_ones_columns():
+    one = cache(1, 2, 1.0)
+    join(one, cache(2, 3, 2.0))
+    keys, values = one.layers[0].keys, one.layers[0].values
+    assert keys.shape == values.shape == (3, 2, 3, 4)
+    assert keys[:, 0, :, 0].tolist() == [[0, 1, 1], [2, 2, 2], [2, 2, 2]]
+    assert values[:, 0, :, 0].tolist() == [[0, 11, 11], [12, 12, 12], [12, 12, 12]]
+
+
+def test_the_first_columns_are_dropped():
+    one = cache(1, 2, 1.0)
+    join(one, cache(1, 3, 2.0))
+    drop_columns(one, 1)
+    assert one.get_seq_length() == 2
+    assert one.layers[0].keys[:, 1, :, 3].tolist() == [[1, 1], [2, 2]]

@@ -13,8 +13,17 @@ from hypothesis import strategies as st
 from batched import GREEDY, alone, finish, prompt_of, row_of
 from phatgoose.analysis.traces import trace
 from phatgoose.apps.server.engine import Batch
-from phatgoose.apps.server.sequences import Alternative, Decoding, TokenScores
+from phatgoose.apps.server.sequences import (
+    Alternative,
+    Decoding,
+    Sampler,
+    TokenScores,
+    seed_of,
+    token_scores,
+)
 from phatgoose.tasks.encoding import Encoder
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def test_log_probabilities_are_those_of_one_pass(runner_of, kind):
@@ -72,8 +81,13 @@ def test_a_stop_cuts_the_text_and_nothing_of_it_is_told_before(runner_of):
 def test_a_stop_in_bytes_that_are_no_character_cuts_too(runner_of):
     row = row_of(runner_of(), prompt_of(1), Decoding(5, 0.0, stop=("\ufffd",)))
     for token in row.runner.tokenizer.convert_tokens_to_ids(["a", *4 * "ÿ"]):  # 0xff four times
-        row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
+        advance(row, token)
     assert (row.deliver.text, row.finish) == ("a", "stop")
+
+
+def advance(row, token):
+    """Let `token` be the one that is chosen."""
+    row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
 
 
 TEXTS = st.text(st.sampled_from("a \n.äß漢\u0301😀👩\u200d🚀"), min_size=1, max_size=12)
@@ -90,7 +104,7 @@ def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answ
         row.emit_prompt([TokenScores(Alternative(token, -1.0), ()) for token in before[1:]])
     for token in after:
         if row.finish is None:
-            row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
+            advance(row, token)
     shown = (prompt if echo else "") + answer
     places = [place for place, each in enumerate(shown) for _ in each.encode()]
     told = row.deliver.tokens
@@ -104,7 +118,7 @@ def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answ
 def test_an_end_token_is_placed_after_the_text(runner_of):
     row = row_of(runner_of(), prompt_of(1), Decoding(2, 0.0, logprobs=0), echoed="abc")
     for token in (40, 1):
-        row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
+        advance(row, token)
     assert [(each.text, each.place) for each in row.deliver.tokens][1] == ("</s>", 4)
 
 
@@ -156,3 +170,30 @@ class FixedEncoder:
 
     def pair(self, *_):
         return self._pair
+
+
+def test_sampling_follows_temperature_and_top_p():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+    def shares(**wish):
+        sampler = Sampler(Decoding(1, seed=3, **wish), torch.device("cpu"))
+        drawn = torch.tensor([sampler(logits) for _ in range(600)])
+        return drawn.bincount(minlength=4) / 600
+
+    torch.testing.assert_close(shares(temperature=1.0), logits.softmax(0), atol=0.08, rtol=0)
+    torch.testing.assert_close(shares(temperature=2.0), (logits / 2).softmax(0), atol=0.08, rtol=0)
+    assert shares(temperature=1.0, top_p=0.7)[2:].sum() == 0
+    assert shares(temperature=1.0, top_p=0.0)[0] == 1
+    assert shares(temperature=1e-30)[0] == 1
+
+
+def test_seeds_of_one_request_differ_and_a_missing_one_is_drawn():
+    assert [seed_of(5, i) for i in range(3)] == [5, 6, 7]
+    assert seed_of(-1, 0) >= 0
+    assert seed_of(None, 0) != seed_of(None, 0)
+
+
+def test_infinite_log_probabilities_are_told_as_numbers():
+    logits = torch.tensor([[0.0, -torch.inf]])
+    ((own, top),) = token_scores(logits, [1], 2)
+    assert own.logprob == top[1].logprob == -9999

@@ -11,8 +11,9 @@ import serving
 from browser import PATIENCE, browser
 from phatgoose.apps.server.app import CSS, HEADERS, PAGE, SCRIPT
 from phatgoose.config import Serving
+from serving import PROMPT
 
-PROMPT = "to be or not"
+LIMITS = Serving(max_tokens=500)
 
 
 @pytest.fixture(scope="module")
@@ -21,17 +22,9 @@ def chromium():
         yield opened
 
 
-def app_of(pool, *, chat=False, **options):
-    app = serving.app_of(pool, Serving(max_tokens=500), **options)
-    for served in app.state.service.models.values():
-        served.runner.ends = frozenset()
-        served.runner.tokenizer.chat_template = serving.CHAT_TEMPLATE if chat else None
-    return app
-
-
 @pytest.fixture(scope="module")
 def app(pool_of):
-    return app_of(pool_of("llama"))
+    return serving.app_of(pool_of("llama"), LIMITS, endless=True)
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +70,6 @@ def looks(page, side="a"):
     ]
 
 
-# --- without a browser ----------------------------------------------------------------------------
-
-
 def test_the_page_stands_alone_and_says_so_to_the_browser(app):
     with serving.client_of(app) as client:
         reply = client.get("/")
@@ -94,9 +84,6 @@ def test_the_page_stands_alone_and_says_so_to_the_browser(app):
     ids = re.findall(r'\bid="([^"]+)"', PAGE)
     assert len(ids) == len(set(ids))
     assert set(re.findall(r'\bfor="([^"]+)"', PAGE)) <= set(ids)
-
-
-# --- in a browser ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -211,7 +198,8 @@ def test_what_goes_wrong_is_told(chromium, address):
 
 
 def test_a_key_is_asked_for_where_there_is_one(chromium, pool_of):
-    app = app_of(pool_of("llama"), chat=True, api_keys=["secret"])
+    options = {"template": serving.CHAT_TEMPLATE, "endless": True, "api_keys": ["secret"]}
+    app = serving.app_of(pool_of("llama"), LIMITS, **options)
     with (
         serving.running(app) as address,
         visit(chromium, address, expected=["401"]) as page,

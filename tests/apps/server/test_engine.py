@@ -14,6 +14,8 @@ from phatgoose.apps.server.sequences import Failure
 from phatgoose.config import Serving
 from phatgoose.errors import RoutingError
 
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
 
 def engine_of(**limits):
     return GenerationEngine(Serving(**{"max_batch_tokens": 4096, **limits}))
@@ -64,20 +66,29 @@ def test_more_rows_than_fit_wait_for_their_turn(runner_of):
     assert all(row.finish == "length" for row in rows)
 
 
-def test_what_can_never_fit_and_what_comes_too_much_is_refused(runner_of):
-    engine = engine_of(max_queue=3, max_batch_tokens=30)
-    with pytest.raises(ApiError, match="32 tokens") as refused:
-        engine.submit([row_of(runner_of(), prompt_of(0, 20))])
-    assert refused.value.status_code == 400
-    with pytest.raises(ApiError, match="at most 3") as refused:
-        engine.submit([row_of(runner_of(), prompt_of(0, 5)) for _ in range(4)])
-    assert refused.value.status_code == 400
-    engine.submit([row_of(runner_of(), prompt_of(0, 5)) for _ in range(2)])
-    with pytest.raises(ApiError, match="2 answers are waiting") as refused:
-        engine.submit([row_of(runner_of(), prompt_of(0, 5)) for _ in range(2)])
-    assert refused.value.status_code == 429
-    assert refused.value.headers["Retry-After"] == "1"
+@pytest.mark.parametrize(
+    ("limits", "number", "tokens", "status", "said"),
+    [
+        ({"max_batch_tokens": 30}, 1, 20, 400, "32 tokens"),
+        ({"max_queue": 3}, 4, 5, 400, "at most 3"),
+        ({"max_queue": 3}, 2, 5, 429, "2 answers are waiting"),
+        ({"max_client_queue": 4}, 5, 5, 400, "at most 4"),
+        ({"max_client_queue": 3}, 2, 5, 429, "2 answers of yours are waiting"),
+    ],
+)
+def test_what_can_never_fit_and_what_comes_too_much_is_refused(
+    runner_of, limits, number, tokens, status, said
+):
+    engine = engine_of(**limits)
+    engine.submit(short_rows(runner_of(), 2, "greedy", prompt=5))
+    with pytest.raises(ApiError, match=said) as refused:
+        engine.submit(short_rows(runner_of(), number, "greedy", prompt=tokens))
+    assert refused.value.status_code == status
+    assert status == 400 or refused.value.headers["Retry-After"] == "1"
     assert engine.waiting == 2
+    if "max_client_queue" in limits:
+        engine.submit(short_rows(runner_of(), 3, "other"))
+        assert engine.waiting == 5
 
 
 def short_rows(runner, number, client, tokens=12, prompt=8):
@@ -137,19 +148,6 @@ def test_a_long_row_is_not_passed_over_for_ever(runner_of):
     assert computed(engine) == ["long"]
     end(engine, "long")
     assert computed(engine) == ["greedy"] * 3
-
-
-def test_a_client_fills_its_part_of_the_queue_alone(runner_of):
-    engine = engine_of(max_queue=10, max_client_queue=4)
-    engine.submit(short_rows(runner_of(), 3, "greedy"))
-    with pytest.raises(ApiError, match="3 answers of yours are waiting") as refused:
-        engine.submit(short_rows(runner_of(), 2, "greedy"))
-    assert refused.value.status_code == 429
-    with pytest.raises(ApiError, match="at most 4") as refused:
-        engine.submit(short_rows(runner_of(), 5, "other"))
-    assert refused.value.status_code == 400
-    engine.submit(short_rows(runner_of(), 4, "other"))
-    assert engine.waiting == 7
 
 
 def test_the_engine_looks_no_expert_up(runner_of, toy_embedder, monkeypatch):

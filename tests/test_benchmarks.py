@@ -16,6 +16,7 @@ import pytest
 import torch
 from peft import ArrowConfig, create_arrow_model
 from safetensors import safe_open
+from transformers import LlamaConfig
 
 from command_line import Outcome
 from paths import ROOT
@@ -128,9 +129,17 @@ def test_the_arithmetic_floors_are_those_of_the_issue(monkeypatch):
     monkeypatch.syspath_prepend(str(RUN.parent))
     from floors import Work
     from phatgoose.base.loading import load_skeleton
-    from phatgoose.training.plan_costs import KNOWN_BASES
 
-    work = Work.of(load_skeleton(KNOWN_BASES["smollm2"]), rank=16)
+    smollm2 = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    work = Work.of(load_skeleton(smollm2), rank=16)
     floors = [1 + work.routed(experts, k=2) / work.base() for experts in (36, 166)]
     assert floors == pytest.approx([1.14, 1.32], abs=0.01)
 

@@ -90,7 +90,7 @@ def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
     assert f"{count} tasks" in last
     assert f"{count * 1100:,}" in last
     assert outcome.out.count("1,000 + 100") == count
-    assert re.search(r"≤ [\d.]+ G +│ ≤ [\d.,]+ days", last)  # no lengths are known here
+    assert re.search(r"≤ [\d.]+G +│ ≤ [\d.,]+ days", last)  # no lengths are known here
     assert not (tmp_path / "experts").exists()
 
 
@@ -104,7 +104,7 @@ def test_eight_experts_on_real_data_are_planned(phat, tmp_path):
     assert "8 experts to train on smollm2" in outcome.out
     assert "210 sites, 4,884,480 LoRA parameters" in outcome.out
     assert outcome.out.count("80 + 40") == 8
-    assert "For 8 of 8 tasks" in outcome.out
+    assert "≤" not in outcome.out  # the data are here
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, suite: str, names: tuple[str, ...]) -> None:
@@ -131,7 +131,6 @@ def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
     planned = phat("train", "--recipe", name, "--plan", *FEW, *SHORT)
     assert planned.out.count("2 + 2") == len(names)
     assert "≤" not in planned.out
-    assert "the tokens of a sequence are measured" in planned.out
     trained = phat("train", "--recipe", name, *FEW, *SHORT)
     assert (trained.code, trained.err) == (0, "")
     for expert in (Expert.load(Path("experts") / task) for task in names):

@@ -26,7 +26,7 @@ from phatgoose.files.atomic import (
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from phatgoose.training.trainer import finished_expert
+from phatgoose.training.train_expert import finished_expert
 from small_disks import everything, told
 
 

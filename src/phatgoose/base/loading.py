@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import BaseModelError, PhatgooseError
 from ..files.strict import first_line, one_line, read_json_object, shortened
-from .fingerprint import BaseReference, fingerprint
+from .fingerprint import BaseReference, Mark, fingerprint
 from .smollm2 import SMOLLM2, smollm2_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -63,7 +63,8 @@ class Base:
 
     `id` is what the user named (a Hub id, a folder by its absolute path, or "smollm2"); `revision`
     is the requested Hub commit, None for the default one; `fingerprint` identifies the weights
-    whatever their name.
+    whatever their name. `marks` None means that each composition takes marks of the weights;
+    otherwise the first fills them in and they serve all twins: for weights that nothing changes.
     """
 
     model: PreTrainedModel
@@ -71,6 +72,7 @@ class Base:
     id: str
     revision: str | None
     fingerprint: str
+    marks: dict[str, Mark] | None = None
 
     @property
     def reference(self) -> BaseReference:

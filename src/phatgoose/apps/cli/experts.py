@@ -10,7 +10,6 @@ import typer
 from ...config import KIND_NAMES, Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...files.atomic import require_free
-from ...tasks.cuts import recorded_share
 from ..console import say
 from . import options
 from .plan import PlanOptions, plan_experts
@@ -57,8 +56,8 @@ def train(
     plan.check()
     from ...tasks.multitask import mixture
     from ...tasks.suites.registry import open_tasks
-    from ...training import processes
     from ...training.pool_jobs import ExpertJob, train_experts
+    from ...training.trainer import is_first
     from ...training.workdir import expert_folder
 
     opened = open_tasks(tasks, source.sources, **vars(template))
@@ -85,7 +84,7 @@ def train(
     with engine.open() as chosen:
         trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
         for number, expert in enumerate(trained, 1):
-            if processes.is_first():
+            if is_first():
                 say(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
 
 
@@ -109,6 +108,8 @@ def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resu
 
 
 def _summary(expert: TrainedExpert) -> str:
+    from ...tasks.encoding import recorded_share
+
     metrics = expert.metrics
     loss, speed = metrics.get("expert_validation_loss"), metrics.get("gate_tokens_per_second")
     if loss is None:  # an expert of `gate` or `import` is there already
@@ -143,11 +144,11 @@ def gate(
     if not unfinished.resume:
         require_free(out, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
     from ...experts.expert import base_named_in
-    from ...training import processes
-    from ...training.gates import train_gates
+    from ...training.train_expert import train_gates
+    from ...training.trainer import is_first, join_processes
 
     loaded = template.load(task)
-    processes.join()  # each loads the base onto its own GPU
+    join_processes()  # each loads the base onto its own GPU
     expert = train_gates(
         base.load(None if base.base else base_named_in(adapter)),
         adapter,
@@ -159,7 +160,7 @@ def gate(
         name=name,
         **vars(unfinished),
     )
-    if processes.is_first():
+    if is_first():
         say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
 
 
@@ -229,6 +230,8 @@ def check(
 
 
 def _contents(expert: Expert) -> str:
+    from ...tasks.encoding import recorded_share
+
     parts = ("gates", "means", "readings", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
     share = recorded_share(expert.info.metrics)

@@ -39,8 +39,8 @@ from ...tasks.embeddings import can_embed
 from ...tasks.loading import load_task
 from ...tasks.suites.entries import Entry, Suite
 from ...tasks.task import Task
-from ...training.progress import TrainingCallback
 from ...training.train_expert import train_expert
+from ...training.trainer import TrainingCallback
 from ..console import show
 from ..generation import Sampling, generate, recorded_tokens
 from ..report.page import write_report

@@ -85,15 +85,12 @@ def by_single(base, pool: Pool, names, run) -> list:
 
 
 def tokens_of(lookup: PromptReader, texts: Sequence[str]) -> list[list[int]]:
-    """The prompts' tokens, as a model reads them."""
     return [list(lookup.tokenizer(text)["input_ids"]) for text in texts]
 
 
 def experts_of(lookup: PromptReader, texts: Sequence[str]) -> Mixtures:
-    """The experts that `lookup` finds for these prompts."""
     return lookup.find(tokens_of(lookup, texts))
 
 
 def scores_of(lookup: BaseReader, texts: Sequence[str]) -> Tensor:
-    """The scores that `lookup` gives all experts for these prompts."""
     return lookup.scores(tokens_of(lookup, texts))

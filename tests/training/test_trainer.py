@@ -202,8 +202,6 @@ def test_the_newest_complete_checkpoint_is_the_one_to_go_on_from(tmp_path):
 ANSWERS = ("yes", "no, never", "perhaps")
 ROWS = [Example(f"Number {i}{'!' * (i % 5)}:", ANSWERS[i % 3]) for i in range(23)]
 NUMBERS = Task("numbers", tuple(ROWS[:16]), validation=tuple(ROWS[16:]))  # 7: not to be halved
-    "numbers", train=tuple(ROWS[:16]), validation=tuple(ROWS[16:])
-)  # 7: not to be halved
 SHARED = Training(steps=5, batch_size=8, micro_batch_size=2, eval_every=2, learning_rate=2e-2)
 
 

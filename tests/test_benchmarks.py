@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
+import runpy
+import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +20,6 @@ from transformers import LlamaConfig
 
 from command_line import Outcome
 from paths import ROOT
-from programs import run_program
 
 pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 
@@ -35,6 +39,17 @@ ROWS = {
     "growth": 3,
 }
 FLOORLESS = ("memory", "packed", "loop", "choice")
+
+
+def run_program(script: Path, *arguments: object) -> int:
+    """The exit status of `script`; what it sets for its whole process is undone afterwards."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        patch.syspath_prepend(str(script.parent))
+        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(script), run_name="__main__")
+    return int(caught.value.code or 0)
 
 
 @pytest.fixture

@@ -76,21 +76,6 @@ def test_the_papers_recipes_differ_in_their_tasks_only():
     assert (t0.base, t0.tables) == (flan.base, flan.tables)
 
 
-def test_eight_experts_are_the_four_and_four_more():
-    four, eight = (read_recipe(RECIPES / f"smollm2-{n}-experts.toml") for n in ("four", "eight"))
-    assert eight.tasks[:4] == four.tasks
-    added = ["trec", "qasc", "glue_qqp", "common_gen"]
-    assert [Path(task).stem for task in eight.tasks[4:]] == added
-    gates = {"gate_steps": 40, "embeddings": True, "statistics_examples": 300}
-    gates = {**four.tables["gates"], **gates}
-    training = {"steps": 80, "batch_size": 8, "micro_batch_size": 8, "eval_every": 40}
-    training = {**four.tables["training"], **training, "eval_examples": 50}
-    assert eight.tables == {**four.tables, "training": training, "gates": gates}
-
-
-# --- plans ---
-
-
 @each_of_the_papers
 def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
     _, count = THE_PAPERS[name]
@@ -120,9 +105,6 @@ def test_eight_experts_on_real_data_are_planned(phat, tmp_path):
     assert "210 sites, 4,884,480 LoRA parameters" in outcome.out
     assert outcome.out.count("80 + 40") == 8
     assert "≤" not in outcome.out  # the data are here
-
-
-# --- runs ---
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, suite: str, names: tuple[str, ...]) -> None:

@@ -25,7 +25,6 @@ from ..experts.adapter import ModifiedLinear, applied
 from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert, recorded_formatting
 from ..experts.kinds.kind import SiteModule
 from ..experts.readings import PromptStates, readings_of
-from ..tasks.cuts import Cuts
 from ..tasks.embeddings import (
     DEFAULT_EMBEDDER,
     PAPER_TEXT,
@@ -34,7 +33,7 @@ from ..tasks.embeddings import (
     paper_texts,
     prompt_texts,
 )
-from ..tasks.encoding import Encoder, TokenPair
+from ..tasks.encoding import Cuts, Encoder, TokenPair
 from ..tasks.prompt_passes import read_pairs, read_prompts
 from ..tasks.task import Task, draw
 

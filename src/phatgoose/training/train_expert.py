@@ -28,9 +28,8 @@ from ..experts.adapter import adapter_files, applied, check_fit, kind_for, read_
 from ..experts.expert import LAYOUT, Expert, check_name
 from ..files.atomic import is_there
 from ..files.strict import sha256_of, shortened
-from ..tasks.cuts import CUTS
 from ..tasks.embeddings import load_embedder
-from ..tasks.encoding import Encoder
+from ..tasks.encoding import CUTS, Encoder
 from ..tasks.loading import given_task
 from ..tasks.neutral import moments
 from ..tasks.prompt_passes import read_pairs

@@ -81,26 +81,6 @@ def test_finished_experts_are_left_out_when_resumed(planned_here, phat):
     assert "1 experts are finished" in outcome.out
 
 
-@pytest.mark.parametrize(
-    ("flags", "complaint"),
-    [
-        (["--tflops", "3"], "--tflops is for --plan"),
-        (["--tokens-per-second", "0"], "--tokens-per-second is for --plan"),
-        (["--json", "p.json"], "--json is for --plan"),
-        (["--plan", "--tflops", "-1"], "tflops is -1.0"),
-        (["--plan", "--tokens-per-second", "0"], "tokens_per_second is 0.0"),
-        (["--plan", "--base", "nobody/nothing"], "config.json at hand"),
-        (["--plan", "--json", "single.jsonl/p.json"], "can't be written"),
-        (["--plan", "--measure", "--tflops", "3"], "--tflops gives a speed, and --measure finds"),
-        (["--measure"], "--measure is for --plan"),
-        (["--workers", "2"], "--workers is for --engine ray"),
-        (["--engine", "slurm"], "must be local or ray"),
-    ],
-)
-def test_bad_plans_are_refused(planned_here, phat, flags, complaint):
-    refused(phat("train", "counting.jsonl", "--base", "tiny-base", *flags), complaint)
-
-
 def test_times_are_in_fitting_units():
     seconds = [0, 89, 90, 5400, 359_999, 864_000]
     told = ["0 s", "89 s", "1.5 min", "1.5 h", "100.0 h", "10.0 days"]

@@ -28,8 +28,6 @@ format_sizeof = tqdm.format_sizeof  # 1234 as 1.23k
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is planned instead of trained, and at which speed."""
-
     plan: Annotated[
         bool,
         "Train nothing and download nothing: print steps, time, memory and disk; "

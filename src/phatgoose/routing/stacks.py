@@ -72,6 +72,13 @@ def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     return tensor[: len(rows)] if are_first else tensor.index_select(0, rows)
 
 
+def renumbered(left: Tensor, count: int) -> Tensor:
+    """The place of each of `count` rows among those that are `left` (indices, in order), or -1."""
+    found = torch.full((count,), -1, device=left.device)
+    found[left] = torch.arange(len(left), device=left.device)
+    return found
+
+
 def used_width(tensors: Sequence[Tensor]) -> int:
     """The width beyond which all rows [E, r, ..] of all `tensors` are zero; 1 at least."""
     width = tensors[0].shape[1]
@@ -419,8 +426,7 @@ def _joined_field(parts: Sequence[Any], field: str) -> dict[str, Tensor]:
 
 def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
     """The stack of the experts in these `rows` (in order), no wider than they need."""
-    place = torch.full((len(stack.experts),), -1, device=rows.device)
-    place[rows] = torch.arange(len(rows), device=rows.device)
+    place = renumbered(rows, len(stack.experts))
     tensors: dict[str, Tensor] = {}
     for name, own in stack.rows().items():
         part, places = stack.parts[name], place[own]

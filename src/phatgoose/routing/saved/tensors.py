@@ -24,7 +24,7 @@ from ...files.tensor_file import TensorFile, prefetch
 from ..checks import LARGEST, OWNERS, SCALES, SITE_TENSORS, check_lookup, check_tensors
 from ..routers.phatgoose_input import VOTES
 from ..routers.router import router_of
-from ..stacks import TENSORS, SiteStack, joined, joined_stacks, kept_stack, take_rows
+from ..stacks import TENSORS, SiteStack, joined, joined_stacks, kept_stack, renumbered, take_rows
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
@@ -176,8 +176,7 @@ class SavedTensors(Mapping[str, Tensor]):
         """`left` are the indices of the experts that are left, in order."""
         self._segments = segments
         count = sum(segment.experts for segment in segments)
-        self._place = torch.full((count,), -1)
-        self._place[list(left)] = torch.arange(len(left))
+        self._place = renumbered(torch.tensor(left), count)
         self._rows = {}  # by site, where experts that act there were removed
         gone = set()
         names = [

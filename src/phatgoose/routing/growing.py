@@ -25,7 +25,15 @@ from .compose import check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
 from .routers.router import Router, warn_of_lowered_k
-from .stacks import SiteStack, appended, joined, joined_stacks, kept_stack, renumbered, take_rows
+from .stacks import (
+    SitePart,
+    SiteStack,
+    appended,
+    joined_parts,
+    joined_state,
+    kept_part,
+    renumbered,
+)
 
 
 def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedModel:
@@ -160,28 +168,24 @@ def _grown(
     known, room = layer.router.state(), layer.room
     if added is None:
         return _layer(layer.base, site, layer.stack, known, new, room)
-    if layer.stack.plain_lora and added.plain_lora:
+    if layer.stack.plain_lora and added.plain_lora:  # into spare rows, without a copy of the others
         room = {
             name: appended(rows, added.tensors()[name], room.get(name))
             for name, rows in layer.stack.tensors().items()
         }
         experts = torch.cat([layer.experts, added.experts])
         stack = SiteStack.of({name: rows[: len(experts)] for name, rows in room.items()}, experts)
-    else:
-        stack, room = joined_stacks([layer.stack, added]), {}
-    state = {name: joined([rows, state[name].to(rows)]) for name, rows in known.items()}
-    return _layer(layer.base, site, stack, state, new, room)
+        return _layer(layer.base, site, stack, joined_state([known, state]), new, room)
+    part = joined_parts([SitePart(layer.stack, known), SitePart(added, state)])
+    return _layer(layer.base, site, *part, new, {})
 
 
 def _shrunk(layer: RoutedLayer, new: Composition, place: Tensor) -> RoutedLayer | None:
     """The layer without the experts whose `place` is -1, None if it has no other."""
-    places = place.to(layer.experts.device)[layer.experts]
-    rows = (places >= 0).nonzero().flatten()
-    if not isinstance(layer, RoutedLinear) or not len(rows):
+    if not isinstance(layer, RoutedLinear):
         return None
-    state = {name: take_rows(held, rows) for name, held in layer.router.state().items()}
-    stack = replace(kept_stack(layer.stack, rows), experts=places[rows])
-    return _layer(layer.base, layer.site, stack, state, new, layer.room)
+    part = kept_part(SitePart(layer.stack, layer.router.state()), place)
+    return part and _layer(layer.base, layer.site, *part, new, layer.room)
 
 
 def _layer(

@@ -6,8 +6,8 @@ Rows of experts: joined, appended into spare room, taken out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -442,6 +442,41 @@ def kept_stack(stack: SiteStack, rows: Tensor) -> SiteStack:
     if "B_bias" in tensors and not tensors["B_bias"].any():
         del tensors["B_bias"]
     return SiteStack.of(tensors, stack.experts[rows])
+
+
+class SitePart(NamedTuple):
+    """Some experts at one site: their stack, and their rows of the router's tensors there.
+
+    Models in memory (`growing`) and in files (`saved.tensors`) grow and shrink by these alone.
+    """
+
+    stack: SiteStack
+    state: Mapping[str, Tensor]
+
+
+def joined_parts(parts: Sequence[SitePart]) -> SitePart:
+    """All experts of the parts, in order; the router's tensors as the first part has them."""
+    state = joined_state([part.state for part in parts])
+    return SitePart(joined_stacks([part.stack for part in parts]), state)
+
+
+def joined_state(states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """A router's tensors of several parts, in the type and on the device of the first."""
+    first, *others = states
+    return {
+        name: joined([rows, *(state[name].to(rows) for state in others)])
+        for name, rows in first.items()
+    }
+
+
+def kept_part(part: SitePart, place: Tensor) -> SitePart | None:
+    """The part without experts whose `place` [pool] is -1, numbered anew; None if none is left."""
+    found = place.to(part.stack.experts.device)[part.stack.experts]
+    rows = (found >= 0).nonzero().flatten()
+    if not len(rows):
+        return None
+    stack = replace(kept_stack(part.stack, rows), experts=found[rows])
+    return SitePart(stack, {name: take_rows(held, rows) for name, held in part.state.items()})
 
 
 def _narrowed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.fingerprint import check_base
 from ...base.loading import Base
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
@@ -34,7 +33,7 @@ from ...files.atomic import (
 from ...files.strict import reason
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
-from ..growing import check_growth, check_removal, check_unfolded
+from ..growing import check_growth, check_removal
 from ..routers.router import Scores, router_of
 from ..stacks import stack_of
 from .save import described, layer_tensors
@@ -115,9 +114,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
         router, first = router_of(saved.routing), saved.segments[0].tensors
-        check_growth(router, saved.names, pool)
-        check_unfolded(_has_folded(saved))
-        check_base(pool.base, saved.base)
+        check_growth(router, saved.names, pool, saved.base, folded=_has_folded(saved))
         _check_sizes(saved, pool)
         lookup_rows = router.lookup_rows(pool, saved.info.get("lookup", {}))
         _check_rows(lookup_rows, first)
@@ -155,8 +152,8 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
     """
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
-        left = check_removal(router_of(saved.routing), saved.names, names)
-        check_unfolded(_has_folded(saved))
+        router, folded = router_of(saved.routing), _has_folded(saved)
+        left = check_removal(router, saved.names, names, folded=folded)
         stay = {saved.left[z] for z in left}
         gone = [z for z in range(len(saved.info["experts"])) if z not in stay]
         return _describe(folder, saved, segments=_segments(saved), removed=gone)

@@ -122,7 +122,6 @@ class ModelRunner:
 
     @property
     def looks_prompts_up(self) -> bool:
-        """True for a router that picks experts by prompt, which may take long."""
         return isinstance(self._lookup, PromptReader)
 
     def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Mixtures | None]:
@@ -153,8 +152,6 @@ BY_TASK = "Router {} chooses by a task's name, which no request has."
 
 
 class _Bases:
-    """Base models, each loaded once."""
-
     def __init__(self) -> None:
         self._loaded: list[tuple[Base, str]] = []
 
@@ -257,7 +254,6 @@ class LoadedModel:
                 return
 
     def compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
-        """`pool` composed over the base, sharing its weights."""
         scores = self.settings.scores
         return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
 

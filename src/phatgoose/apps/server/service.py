@@ -272,7 +272,6 @@ class RoutingCache:
 
     @property
     def requests(self) -> int:
-        """How many requests need one or wait for one."""
         return sum(each.requests for each in self._cached.values())
 
     async def acquire(

@@ -24,8 +24,7 @@ from ..errors import ConfigError, PoolError
 from ..routing.composition import composition_of
 from ..routing.open_model import is_pool, is_routed, open_model
 from ..tasks.batching import pad_left, pad_right
-from ..tasks.cuts import cut_tokens
-from ..tasks.encoding import Encoder, added_tokens
+from ..tasks.encoding import Encoder, added_tokens, cut_tokens
 
 try:
     from lm_eval.__main__ import cli_evaluate

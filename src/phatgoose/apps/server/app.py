@@ -22,21 +22,10 @@ from starlette.responses import Response
 from ... import __version__
 from ...config import Serving
 from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
+from . import protocol
 from .guards import AccessControl, MetricsMiddleware, RequestGuard
 from .models import load_models
-from .protocol import (
-    REQUESTABLE_ROUTERS,
-    ApiError,
-    ChatReply,
-    ChatRequest,
-    CompletionReply,
-    CompletionRequest,
-    ErrorReply,
-    Health,
-    ModelCard,
-    ModelList,
-    error_body,
-)
+from .protocol import REQUESTABLE_ROUTERS, ApiError, error_body
 from .service import Service
 from .settings import ServedModel
 
@@ -93,7 +82,7 @@ EVENTS = {
 
 
 def responses_of(
-    *statuses: int, model: type[BaseModel] = ErrorReply
+    *statuses: int, model: type[BaseModel] = protocol.ErrorReply
 ) -> dict[int | str, dict[str, Any]]:
     return {
         status: {
@@ -146,7 +135,8 @@ def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
         for name in ("HTTPValidationError", "ValidationError"):
             models.pop(name, None)
         _, bodies = models_json_schema(
-            [(CompletionRequest, "validation"), (ChatRequest, "validation")], ref_template=PLACE
+            [(protocol.CompletionRequest, "validation"), (protocol.ChatRequest, "validation")],
+            ref_template=PLACE,
         )
         models.update(bodies["$defs"])
         return found
@@ -166,8 +156,8 @@ async def page() -> HTMLResponse:
 @open_routes.get(
     "/healthz",
     summary="Does the server work?",
-    response_model=Health,
-    responses=responses_of(503, model=Health),
+    response_model=protocol.Health,
+    responses=responses_of(503, model=protocol.Health),
 )
 async def health(request: Request) -> JSONResponse:
     health = request.app.state.service.health()
@@ -186,12 +176,12 @@ async def metrics(request: Request) -> Response:
 
 
 @guarded_routes.get("/v1/models", summary="What is served")
-async def models(request: Request) -> ModelList:
-    return ModelList(data=request.app.state.service.cards())
+async def models(request: Request) -> protocol.ModelList:
+    return protocol.ModelList(data=request.app.state.service.cards())
 
 
 @guarded_routes.get("/v1/models/{name:path}", summary="One model", responses=responses_of(404))
-async def model(name: str, request: Request) -> ModelCard:
+async def model(name: str, request: Request) -> protocol.ModelCard:
     service: Service = request.app.state.service
     return service.card(service.find(name))
 
@@ -199,21 +189,21 @@ async def model(name: str, request: Request) -> ModelCard:
 @guarded_routes.post(
     "/v1/completions",
     summary="Continue a text",
-    **answering(CompletionRequest, CompletionReply),
+    **answering(protocol.CompletionRequest, protocol.CompletionReply),
 )
 async def completions(request: Request) -> Response:
     service: Service = request.app.state.service
-    return await service.answer(CompletionRequest, request)
+    return await service.answer(protocol.CompletionRequest, request)
 
 
 @guarded_routes.post(
     "/v1/chat/completions",
     summary="Answer in a conversation",
-    **answering(ChatRequest, ChatReply),
+    **answering(protocol.ChatRequest, protocol.ChatReply),
 )
 async def chat(request: Request) -> Response:
     service: Service = request.app.state.service
-    return await service.answer(ChatRequest, request)
+    return await service.answer(protocol.ChatRequest, request)
 
 
 def create_app(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -166,20 +166,16 @@ class _Bases:
                 return base
         for base, of in self._loaded:
             if of == dtype and base.fingerprint == wanted.fingerprint:
-                return _renamed(base, wanted)
+                with suppress(BaseModelError):  # no tokenizer there
+                    tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
+                    return replace(
+                        base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision
+                    )
+                return base
         base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
         base = replace(base, marks={})  # nothing here changes weights
         self._loaded.append((base, dtype))
         return base
-
-
-def _renamed(base: Base, wanted: BaseReference) -> Base:
-    """`base` by the name `wanted` and with the tokenizer there; itself where there is none."""
-    try:
-        tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
-    except BaseModelError:
-        return base
-    return replace(base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision)
 
 
 class LoadedModel:

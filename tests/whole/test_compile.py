@@ -127,7 +127,7 @@ def test_an_announced_expert_is_one_graph_with_the_rest(small):
     compiled, ids = torch.compile(model, fullgraph=True, backend="eager"), make_ids(rows=2)
     found = []
     for task in ("one", "other"):
-        composition_of(model).lookup.begin_task(task)
+        composition_of(model).context.use(composition_of(model).context.choose([[]], task=task))
         found.append(logits_of(compiled, ids, use_cache=False))
         assert_same_logits(found[-1], logits_of(model, ids, use_cache=False))
     assert not torch.equal(*found)

@@ -113,7 +113,7 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         self.arguments = ModelArguments.of(arguments)
         model = _open_routed(self.arguments)
         parts = composition_of(model)
-        _refuse_lookup(parts)
+        _refuse_whole_prompts(parts)
         super().__init__(
             pretrained=model,
             tokenizer=parts.tokenizer,
@@ -239,8 +239,8 @@ def _present(device: str | None) -> str | None:
     return None if missing else device
 
 
-def _refuse_lookup(parts: Composition) -> None:
-    if parts.lookup is not None:
+def _refuse_whole_prompts(parts: Composition) -> None:
+    if parts.prompt_router is not None:
         raise ConfigError(
             f"Router {parts.routing.router} needs whole examples, which lm_eval hands over in "
             f"pieces; score it with 'phatgoose evaluate', or use another router."

@@ -26,7 +26,7 @@ from ..errors import ConfigError, EvaluationError
 from ..experts.expert import warn_of_other_formatting
 from ..files.atomic import write_text
 from ..files.strict import one_line, shortened
-from ..routing.composition import announcing, composition_if_any
+from ..routing.composition import composition_if_any, routing_for
 from ..tasks.batching import batches_of_tokens, pad_left, pad_right
 from ..tasks.cuts import Cut, Cuts
 from ..tasks.encoding import Encoder
@@ -391,7 +391,8 @@ def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -
     """The score of `model` on an evaluation set, whose `questions` are encoded for it."""
     model.eval()
     name = chosen.name
-    with announcing(model, name, questions.prompts, chosen.examples) as before_pass:
+    prompts, examples = questions.prompts, chosen.examples
+    with routing_for(model, prompts, task=name, examples=examples) as before_pass:
         answers = answers_to(questions, model, chosen.settings.token_budget, name, before_pass)
     return replace(task_score(chosen, answers), cuts=questions.cuts)
 

@@ -9,7 +9,6 @@ from oracle import token_weights
 from phatgoose.errors import ConfigError
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
-from phatgoose.routing.routers.prompt_router import PromptReader
 from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by
@@ -27,9 +26,8 @@ def test_an_unknown_router_is_refused(llama, llama_pool):
 @pytest.mark.parametrize("router", ROUTERS)
 def test_weights_of_every_router_sum_to_one(llama, llama_pool, toy_embedder, router):
     model = compose_by(router, llama_pool, llama)
-    if isinstance(composition_of(model).lookup, PromptReader):
-        lookup = composition_of(model).lookup
-        lookup.serve(experts_of(lookup, ("plums", "1 + 2", "WHO?")))
+    if composition_of(model).context and router != "oracle":
+        composition_of(model).context.use(experts_of(model, ("plums", "1 + 2", "WHO?")))
     for layer in composition_of(model).layers.values():
         decision = layer.router(random(6, layer.in_features))
         assert decision.experts.shape == decision.weights.shape

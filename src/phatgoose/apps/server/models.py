@@ -25,15 +25,15 @@ from ...base.loading import Base, choose_dtype, load_base, load_tokenizer, twin
 from ...base.sites import positions_of
 from ...base.token_masks import cache_argument
 from ...config import Routing
-from ...errors import BaseModelError, ConfigError, RoutingError
+from ...errors import BaseModelError, RoutingError
 from ...experts.pool import Pool
 from ...routing.composition import Composition, composition_if_any, composition_of
+from ...routing.context import Choice
 from ...routing.layers import RoutedLinear
 from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
-from ...routing.routers.prompt_router import PromptReader
 from ...routing.routers.registry import AUTO, ROUTERS, spec_of
-from ...routing.routers.router import Mixtures
+from ...routing.routers.router import check_served, router_of
 from ...routing.saved.load import base_of, load
 from ...routing.saved.tensors import HASHES
 from ...tasks.batching import contiguous_head, position_ids
@@ -91,7 +91,7 @@ class ModelRunner:
         self._takes_keep = "logits_to_keep" in known
         self._cache_name = cache_argument(model)
         parts = composition_if_any(model)
-        self._lookup = parts.lookup if parts else None
+        self._context = parts.context if parts else None
 
     @property
     def device(self) -> torch.device:
@@ -151,21 +151,21 @@ class ModelRunner:
     @property
     def looks_prompts_up(self) -> bool:
         """True for a router that picks experts by prompt, which may take long."""
-        return isinstance(self._lookup, PromptReader)
+        return self._context is not None
 
-    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Mixtures | None]:
+    def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Choice | None]:
         """The experts that a router which picks by prompt has for each; None for other routers.
 
         May be slow (it may read each prompt with another model): not for the engine's thread.
         """
-        if not isinstance(self._lookup, PromptReader):
+        if self._context is None:
             return [None] * len(prompts)
-        return [*self._lookup.find([list(each) for each in prompts]).each()]
+        return [*self._context.choose([list(each) for each in prompts]).each()]
 
-    def use_experts(self, experts: Sequence[Mixtures | None]) -> None:
+    def use_experts(self, experts: Sequence[Choice | None]) -> None:
         """Let the next pass use these, one a row, if the router picks experts by prompt."""
-        if isinstance(self._lookup, PromptReader):
-            self._lookup.serve(Mixtures.joined(each for each in experts if each is not None))
+        if self._context is not None:
+            self._context.use(Choice.joined(each for each in experts if each is not None))
 
     def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
         with self._watched(keeper), contiguous_head(self.model):
@@ -186,7 +186,6 @@ class ModelRunner:
 # -------------------------------------------------------------------------------------------------
 
 REQUESTABLE_ROUTERS = tuple(name for name, spec in ROUTERS.items() if "task" not in spec.given)
-BY_TASK = "Router {} chooses by a task's name, which no request has."
 
 
 @dataclass(frozen=True)
@@ -262,6 +261,8 @@ class LoadedModel:
                 f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
                 f"such a model and doesn't serve it."
             )
+        if self.parts is not None:
+            check_served(self.parts.router)
         self.runner = ModelRunner(model, self.base.tokenizer)
 
     def _check(self) -> None:
@@ -273,9 +274,8 @@ class LoadedModel:
         given = routing or settings.keep or settings.leave_out or settings.scores
         if given:
             require_pool(settings.place)
-        router = settings.routing.router if settings.routing else None
-        if router not in (None, AUTO) and "task" in spec_of(router).given:
-            raise ConfigError(BY_TASK.format(router))
+        if settings.routing and settings.routing.router != AUTO:
+            check_served(router_of(settings.routing))
 
     @property
     def _embedder(self) -> str | None:
@@ -323,15 +323,15 @@ class LoadedModel:
         """
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
-        if override.router and "task" in spec_of(override.router).given:
-            raise RoutingError(BY_TASK.format(override.router))
         pool = self.pool.select(override.keep, override.leave_out)
         routing = self.routing
         if override.router is not None and override.router != routing.router:
             routing = replace(routing, router=override.router, expert=None)
         uses_k = spec_of(routing.router).uses_k
         k = min(override.k or routing.k, len(pool)) if uses_k else self.routing.k
-        return replace(routing, k=k), pool
+        routing = replace(routing, k=k)
+        check_served(router_of(routing))
+        return routing, pool
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:

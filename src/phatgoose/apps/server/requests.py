@@ -23,7 +23,7 @@ from ...base.untrusted_text import MOST_SECONDS, UntrustedText, chat_of
 from ...config import Serving
 from ...errors import BaseModelError, PhatgooseError
 from ...files.strict import shortened
-from ...routing.routers.router import Mixtures
+from ...routing.context import Choice
 from .api_errors import ApiError, bad_request, for_clients
 from .models import ModelRunner
 from .schema import ChatRequest, CompletionRequest
@@ -152,7 +152,7 @@ class PreparedAnswer:
 
     prompt: RequestPrompt
     decoding: Decoding
-    experts: Mixtures | None
+    experts: Choice | None
 
 
 @dataclass(frozen=True)

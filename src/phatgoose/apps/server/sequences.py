@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from ...analysis.traces import TraceStream
 from ...base.loading import Detokeniser, shown_as, text_of
-from ...routing.routers.router import Mixtures
+from ...routing.context import Choice
 from .models import ModelRunner
 
 
@@ -196,7 +196,7 @@ class ActiveSequence:
         deliver: Callable[[Progress | Failure], None],
         choice: int = 0,
         client: str = "",
-        experts: Mixtures | None = None,
+        experts: Choice | None = None,
         echoed: str = "",
     ) -> None:
         self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding

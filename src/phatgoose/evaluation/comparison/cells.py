@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...base.fingerprint import number_format
@@ -34,8 +35,6 @@ from ...experts.expert import Expert
 from ...jobs import BaseLocation
 from ...routing.composition import composition_if_any
 from ...routing.open_model import OpenedModel
-from ...routing.routers.discriminant import PromptDiscriminant
-from ...routing.routers.prompt_router import PromptReader, RememberedStates
 from ...routing.routers.registry import ROUTERS
 from ...tasks.encoding import Encoder
 from ..evaluate import Answer, EvaluationSet, Questions, TaskScore, score, task_score
@@ -236,12 +235,13 @@ class SharedAnswers:
         the model itself is which inputs shared a batch, hence no more than rounding.
         """
         parts = composition_if_any(model)
-        lookup = parts.lookup if parts else None
         # More experts an input are scored by the model, which then reads the inputs itself.
-        if not self.results or not isinstance(lookup, PromptReader) or lookup.k > 1:
+        if parts is None or parts.context is None or parts.context.router.k > 1:
             return None
-        chosen = lookup.find(questions.prompts, dataset.examples).lone()
-        if parts is None or chosen is None:
+        if not self.results or "task" in parts.router.spec.given:
+            return None
+        chosen = parts.context.choose(questions.prompts, examples=dataset.examples).lone()
+        if chosen is None:
             return None
         names = [parts.experts[z] for z in chosen.tolist()]
         held = {name: self.results.get(name, {}).get(dataset.name) for name in set(names)}
@@ -314,7 +314,7 @@ class CellWorkshop:
         A row stays composed until a cell of another row comes, and rows that go by the same
         readings of the base share them. Closing the context restores the base.
         """
-        remembered = RememberedStates()
+        remembered: dict[tuple[int, ...], Tensor] = {}
         with ExitStack() as composed:
             at: str | None = None
             opened = OpenedModel(self.base.model, self.base.tokenizer)
@@ -368,11 +368,11 @@ class PortableCellWorkshop:
         return self
 
 
-def _remember(opened: OpenedModel, remembered: RememberedStates) -> None:
+def _remember(opened: OpenedModel, remembered: dict[tuple[int, ...], Tensor]) -> None:
     """Let the routed model `opened` use what is `remembered` of its base, and add to it."""
     parts = composition_if_any(opened.model)
-    if parts is not None and isinstance(parts.lookup, PromptDiscriminant):
-        parts.lookup.remembered = remembered
+    if parts is not None and parts.prompt_router is not None:
+        parts.prompt_router.remember(remembered)
 
 
 def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -> dict[str, Any]:

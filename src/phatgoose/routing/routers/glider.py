@@ -19,30 +19,27 @@ divides the whole logit.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ...config import Routing
-from ...errors import RoutingError
 from ...experts.pool import Pool
+from ..context import Choice, RoutingContext
 from .affinities import AffinityRouting
-from .centroid import Centroid, CentroidReader
-from .router import Lookup, Mixtures, RouterSite
+from .centroid import Centroid, NearestCentroids
+from .router import RouterSite
 from .vector_router import ScoredRouter
 
 
-class GliderReader(CentroidReader):
-    """The cosines of an input to all centroids, in the place of weights."""
+class AllCentroids(NearestCentroids):
+    """The cosines of a prompt to all centroids, in the place of weights."""
 
     name = "glider"
     chooses = False
 
-    def nearest_to(self, queries: Tensor) -> Mixtures:
-        """All experts for each of `queries` [texts, dims], with their cosines."""
-        cosines = queries @ self.centroids.T
-        return Mixtures(torch.arange(cosines.shape[1]).expand_as(cosines), cosines)
+    def choice(self, scores: Tensor) -> Choice:
+        return Choice(torch.arange(scores.shape[1]).expand_as(scores), scores)
 
 
 class GliderRouter(ScoredRouter):
@@ -51,19 +48,19 @@ class GliderRouter(ScoredRouter):
     fused = one_call = False
     acting: Tensor
 
-    def __init__(self, site: RouterSite, routing: Routing, lookup: Lookup) -> None:
-        """`lookup` holds the cosines; the temperature divides λ, as it has divided the gates."""
+    def __init__(self, site: RouterSite, routing: Routing, context: RoutingContext) -> None:
+        """`context` has the cosines; the temperature divides λ, as it has divided the gates."""
         super().__init__(site.state["vectors"], routing.k, routing.eps)
-        self.lookup, self.scale = lookup, routing.glider_lambda / routing.router_temperature
+        self.context, self.scale = context, routing.glider_lambda / routing.router_temperature
         self.sees_all = site.sees_all
         self.register_buffer("acting", site.experts, persistent=False)
 
     def affinities(self, u: Tensor) -> Tensor:
         """The logits of every token of u [T, n] and expert, float32 [T, E].
 
-        Raises as `Lookup.of_each` does.
+        Raises as `RoutingContext.of_each` does.
         """
-        cosines = self.lookup.of_each(u, self.sees_all).weights[:, self.acting]
+        cosines = self.context.of_each(u, self.sees_all).weights[:, self.acting]
         return super().affinities(u) + self.scale * cosines
 
 
@@ -71,7 +68,7 @@ class Glider(AffinityRouting, Centroid):
     """Router glider."""
 
     vectors = "gates"
-    reader: ClassVar[type[CentroidReader]] = GliderReader
+    chooser = AllCentroids
 
     def check(self, pool: Pool) -> None:
         """Raise as router phatgoose does, and ConfigError for another affinity than the paper's."""
@@ -85,6 +82,4 @@ class Glider(AffinityRouting, Centroid):
 
     def at(self, site: RouterSite) -> GliderRouter:
         """The router's module at one site."""
-        if site.lookup is None:
-            raise RoutingError("Router glider has no centroids to hold inputs against.")
-        return GliderRouter(site, self.routing, site.lookup)
+        return GliderRouter(site, self.routing, self.context_of(site))

@@ -139,15 +139,6 @@ _ALL = (
         settings=("k", "eps", "stand_in", "affinity", "router_temperature"),
     ),
     RouterSpec(
-        "phatgoose-input",
-        "PHATGOOSE per input",
-        "for every input the expert whose gates its tokens fit best on average",
-        "phatgoose_input.PhatgooseInput",
-        needs=("gates", "means"),
-        settings=("eps", *INPUT),
-        grows=False,
-    ),
-    RouterSpec(
         "glider",
         "GLIDER",
         "PHATGOOSE's scores, and how near the whole input is to each expert's training inputs",
@@ -181,17 +172,6 @@ _ALL = (
         needs=("readings", "embeddings"),
         settings=(*READING, "embedding_share", *INPUT),
         input_k=3,
-        input_temperature=0.05,
-    ),
-    RouterSpec(
-        "phatgoose-evidence",
-        "PHATGOOSE with evidence",
-        "the k experts whose gates fit best, given how well they fit the whole prompt",
-        "shortlisted.ByEvidence",
-        needs=("gates", "means"),
-        settings=("k", "eps", "affinity", "router_temperature", "prior", *INPUT),
-        grows=False,
-        input_k=8,
         input_temperature=0.05,
     ),
     RouterSpec(

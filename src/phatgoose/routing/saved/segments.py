@@ -35,6 +35,7 @@ from ...files.strict import reason
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
 from ..growing import check_growth, check_removal, check_unfolded
+from ..routers.prompt_router import ByPrompt
 from ..routers.router import Scores, router_of
 from ..stacks import stack_of
 from .save import described, layer_tensors
@@ -94,7 +95,7 @@ def save_pool(
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from _indices(pool)
-        yield from (parts.lookup.tensors() if parts.lookup else {}).items()
+        yield from (parts.prompt_router.tables.saved() if parts.prompt_router else {}).items()
         for layer in routed_layers(prepared):
             yield from _as_stored(layer_tensors(layer), kind)
 
@@ -119,15 +120,18 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         check_unfolded(_has_folded(saved))
         check_base(pool.base, saved.base)
         _check_sizes(saved, pool)
-        lookup_rows = router.lookup_rows(pool, saved.info.get("lookup", {}))
-        _check_rows(lookup_rows, first)
+        rows: dict[str, Tensor] = {}
+        if isinstance(router, ByPrompt):
+            embedder = saved.info.get("lookup", {}).get("embedder")
+            rows = router.tables(pool, embedder=embedder).saved()
+        _check_rows(rows, first)
         kind = _kind_of(first)
         kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
         computed = kind if kind not in (None, torch.int8) else torch.float32
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
             yield from _indices(pool)
-            yield from lookup_rows.items()
+            yield from rows.items()
             for site in pool.sites:
                 held = stack_of(pool, site, computed, torch.device("cpu")).tensors()
                 held = {f"{name}.{site}": tensor for name, tensor in held.items()}
@@ -260,7 +264,7 @@ def _as_stored(
 
 
 def _check_rows(rows: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-    """Raise ExpertError unless `rows` are of the sizes of those `held` by a lookup."""
+    """Raise ExpertError unless `rows` are of the sizes of those `held` of a prompt router."""
     for name, tensor in rows.items():
         got, wanted = tuple(tensor.shape[1:]), tuple(held[name].shape[1:])
         if got != wanted:

@@ -22,7 +22,7 @@ from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
 from ..checks import LARGEST, OWNERS, SCALES, SITE_TENSORS, check_lookup, check_tensors
-from ..routers.phatgoose_input import VOTES
+from ..routers.prompt_router import ByPrompt, Tables
 from ..routers.router import router_of
 from ..stacks import TENSORS, SiteStack, joined, joined_stacks, kept_stack, take_rows
 
@@ -220,7 +220,7 @@ class SavedTensors(Mapping[str, Tensor]):
             place = self._place[self._counted(name)]
             return place[place >= 0]
         tensor = self._joined(name)
-        if kind == "lookup" and not name.startswith(VOTES):
+        if kind == "lookup":
             owners = self._counted(OWNED) if OWNED in self._names else slice(None)
             return tensor[self._place[owners] >= 0]
         return take_rows(tensor, self._rows[site]) if site in self._rows else tensor
@@ -284,6 +284,19 @@ class SavedModel:
     def names(self) -> tuple[str, ...]:
         """The names of the experts that are left."""
         return tuple(record["name"] for record in self.records)
+
+    def stack(self, site: str) -> SiteStack:
+        """The experts' modules at `site`."""
+        held = self.tensors
+        stored = {kind: held[f"{kind}.{site}"] for kind in TENSORS if f"{kind}.{site}" in held}
+        return SiteStack.of(stored, held[f"experts.{site}"])
+
+    @property
+    def tables(self) -> Tables:
+        """What its prompt router knows of the experts, if it has one."""
+        begin = "lookup."
+        held = {n.removeprefix(begin): self.tensors[n] for n in self.tensors if n.startswith(begin)}
+        return Tables(self.names, held, self.info.get("lookup", {}))
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -383,7 +396,7 @@ class _Forms(NamedTuple):
 def _forms(routing: Routing) -> _Forms:
     """Those of the router of `routing`. Raises ConfigError."""
     router = router_of(routing)
-    return _Forms(router.form, router.lookup_form)
+    return _Forms(router.form, router.prompt_form if isinstance(router, ByPrompt) else {})
 
 
 def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _Sizes:
@@ -395,10 +408,6 @@ def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _S
         if kind == "lookup" and site in forms.lookup:
             lookup[site] = file[name]
             continue
-        if name.startswith(VOTES):
-            kind, site = "votes", name.removeprefix(VOTES)
-        elif kind == "votes":
-            kind = ""
         if kind not in (*SITE_TENSORS, *forms.site) or not site:
             raise RoutingError(
                 f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."

@@ -60,8 +60,8 @@ def generate(
 ) -> Generation:
     """The text that `model` generates after `prompt`.
 
-    Raises RoutingError to `record` a model that is not routed and for a router that can't choose by
-    a prompt alone, TaskError as `check_prompt` does.
+    Raises RoutingError to `record` a model that is not routed, ConfigError for a router that can't
+    choose by a prompt alone, TaskError as `check_prompt` does.
     """
     check_prompt(prompt)
     parts = composition_if_any(model)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.loading import Base, load_base
 from ..config import Routing, from_mapping, given_or_default
-from ..errors import ConfigError, RoutingError
+from ..errors import ConfigError
 from ..experts.hub import HubReference
 from ..experts.pool import Pool
 from ..files.atomic import bring_back
@@ -130,8 +130,8 @@ def open_prompt_router(
     `routing` and `settings` are those of `compose`; of a saved model's only the embedder counts.
     Prompts are as a `PromptRouter` takes them: text without a `tokenizer` for routers that go by
     embeddings alone; those that go by what the base makes of a prompt are handed `base` in
-    `choose`. Raises RoutingError for a router that doesn't choose by prompts, and what composing or
-    loading raises of the experts.
+    `choose`. Raises ConfigError for a router that doesn't choose by a prompt alone, and what
+    composing or loading raises of the experts.
     """
     routing = given_or_default(Routing, routing, "routing")
     if settings:
@@ -151,10 +151,10 @@ def open_prompt_router(
 
 
 def _by_prompt(routing: Routing) -> ByPrompt:
-    """The router of `routing`. Raises RoutingError for one that doesn't choose by prompts."""
+    """The router of `routing`. Raises ConfigError for one that doesn't choose by prompts."""
     router = None if routing.router == AUTO else router_of(routing)
     if not isinstance(router, ByPrompt):
-        raise RoutingError(
+        raise ConfigError(
             f"Router {routing.router} doesn't choose by a prompt alone; use retrieval, centroid, "
             f"discriminant, joint-discriminant or logo."
         )

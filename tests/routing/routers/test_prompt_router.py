@@ -209,7 +209,7 @@ def test_a_model_that_is_routed_otherwise_does_not_read_for_it(llama, llama_pool
 @pytest.mark.parametrize("router", ["phatgoose", "merged", "auto", "oracle", "paper"])
 def test_routers_that_need_more_than_a_prompt_are_refused(llama_pool, router):
     form = {"router": "retrieval", "retrieval_form": "paper"}
-    with pytest.raises(RoutingError, match=r"doesn't choose by a prompt alone|task's name|paper"):
+    with pytest.raises(ConfigError, match=r"doesn't choose by a prompt alone|task's name|paper"):
         open_prompt_router(llama_pool, **(form if router == "paper" else {"router": router}))
 
 

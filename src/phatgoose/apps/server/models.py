@@ -318,8 +318,8 @@ class LoadedModel:
         """The routing and the experts with `override` applied.
 
         A k that changes nothing is left out: one above the pool's size, or of a router that uses
-        all experts. Raises RoutingError for a model without experts and for a router that needs
-        more than a request has, PoolError for unknown experts.
+        all experts. Raises RoutingError for a model without experts, ConfigError for a router that
+        needs more than a request has, PoolError for unknown experts.
         """
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")

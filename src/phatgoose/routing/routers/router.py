@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...config import Routing
-from ...errors import ConfigError, PoolError, RoutingError
+from ...errors import ConfigError, PoolError
 from ...experts.pool import Pool
 from ...files.strict import read_json_object, reason, shortened
 from ..context import RoutingContext
@@ -255,9 +255,9 @@ def router_of(routing: Routing) -> Router:
 
 
 def check_served(router: Router) -> None:
-    """Raise RoutingError for a router that can't choose by a prompt alone."""
+    """Raise ConfigError for a router that can't choose by a prompt alone."""
     if router.unserved:
-        raise RoutingError(router.unserved)
+        raise ConfigError(router.unserved)
 
 
 def check_routing(router: Router, pool: Pool) -> None:

@@ -27,7 +27,6 @@ from ..base.token_masks import (
     real_tokens,
 )
 from ..errors import RoutingError
-from ..tasks.task import Example
 from .watching import unwatched
 
 NOBODY = -1  # stands among experts for none: the base's own output
@@ -91,11 +90,8 @@ class Chooser(Protocol):
         self,
         prompts: Sequence[Sequence[int]],
         base: PreTrainedModel | None = None,
-        *,
-        examples: Sequence[Example] | None = None,
-        task: str | None = None,
-    ) -> Choice:
-        """The experts of each prompt."""
+        **known: Any,
+    ) -> Choice: ...
 
 
 class _Present(threading.local):
@@ -159,15 +155,9 @@ class RoutingContext:
         """Use `choice` for the rows of the passes to come; None goes back to reading prompts."""
         self._present.choice, self._present.announced = choice, choice is not None
 
-    def choose(
-        self,
-        prompts: Sequence[Sequence[int]],
-        *,
-        examples: Sequence[Example] | None = None,
-        task: str | None = None,
-    ) -> Choice:
+    def choose(self, prompts: Sequence[Sequence[int]], **known: Any) -> Choice:
         """The experts of each prompt, given by its tokens; as `PromptRouter.choose` has it."""
-        return self.router.choose(prompts, self._model, examples=examples, task=task)
+        return self.router.choose(prompts, self._model, **known)
 
     def of_each(self, u: Tensor, sees_all: bool = True) -> Choice:
         """The experts of each token of u [T, n], on its device: T / rows tokens in turn for a row.

@@ -53,7 +53,8 @@ def same(one, other) -> bool:
 
 
 def test_the_best_are_weighted_by_the_softmax_of_their_scores():
-    router = PromptRouter(Tables(("a", "b", "c")), None, 2, 0.5)
+    router = PromptRouter(Tables(("a", "b", "c")))
+    router.k, router.temperature = 2, 0.5
     scores = torch.tensor([[0.1, 0.7, 0.3], [2.0, -1.0, 2.0]])
     found = router.choice(scores)
     assert found.experts.tolist() == [[1, 2], [0, 2]]  # of equals the first

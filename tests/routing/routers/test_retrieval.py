@@ -82,7 +82,7 @@ def test_all_embeddings_are_searched_and_kept_where_numbers_are_alike():
 
 def retriever_of(rows: torch.Tensor, owners: torch.Tensor) -> Retriever:
     tables = Tables(tuple("abcde"), {"embeddings": rows, "owners": owners})
-    return Retriever(None, tables, "embeddings", DEFAULT_EMBEDDER)
+    return Retriever(tables, DEFAULT_EMBEDDER)
 
 
 def _seeded(seed: int) -> torch.Generator:

@@ -14,7 +14,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase
 
 from ...experts.pool import Pool
 from .prompt_router import (
@@ -40,7 +39,7 @@ class NearestCentroids(EmbeddingRouter):
 class Centroid(ByPrompt):
     """Router centroid, and the frame of others that go by centroids."""
 
-    chooser: ClassVar[type[NearestCentroids]] = NearestCentroids
+    nearest: ClassVar[type[NearestCentroids]] = NearestCentroids
     prompt_form: ClassVar[Mapping[str, str]] = {"centroids": "Ec"}
 
     def tables(
@@ -50,12 +49,9 @@ class Centroid(ByPrompt):
         found = centroids_of(pool, embedder)
         return Tables(pool.names, {"centroids": found.rows}, found.info())
 
-    def prompt_router(
-        self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> PromptRouter:
+    def chooser(self, tables: Tables) -> PromptRouter:
         """The centroids, and the embedder of prompts."""
-        how = tokenizer, self.input_k, self.input_temperature
-        return self.chooser(tables, "centroids", self.embedder(tables), *how)
+        return self.nearest(tables, tables.tensors["centroids"], self.embedder(tables))
 
 
 def centroids_of(pool: Pool, embedder: str | None = None) -> Embeddings:

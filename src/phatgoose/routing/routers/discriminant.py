@@ -10,11 +10,11 @@ one task differ count little, wording among them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ...base.blocks import blocks_of
 from ...errors import ConfigError, PoolError, RoutingError
@@ -29,6 +29,7 @@ from .router import Scores
 SMALLEST = 1e-6  # of the mean variance: what every direction varies by at least
 MOST_BYTES = 2**30  # of remembered states: some 7,000 prompts of a base of 30 blocks of 576 numbers
 
+Line = tuple[Tensor, Tensor]  # slopes [d, E] and offsets [E] of scores
 States = dict[tuple[int, ...], Tensor]  # of all blocks [2, blocks, d], by a prompt's tokens
 
 
@@ -67,26 +68,17 @@ class Discriminant(ByPrompt):
         }
         return Tables(pool.names, stacked)
 
-    def prompt_router(
-        self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> PromptRouter:
+    def chooser(self, tables: Tables) -> PromptRouter:
         """The discriminants of blocks and places."""
-        how = {"k": self.input_k, "temperature": self.input_temperature}
-        return self.discriminant(tables, tokenizer=tokenizer, **how)
+        return self.discriminant(tables)
 
-    def discriminant(self, tables: Tables, **how: Any) -> PromptDiscriminant:
+    def discriminant(self, tables: Tables) -> PromptDiscriminant:
         """That of the readings in `tables`."""
         asked = self.routing
-        return PromptDiscriminant(
-            tables,
-            place=asked.reading_place,
-            first=asked.reading_from,
-            last=asked.reading_to,
-            line=self.line,
-            **how,
-        )
+        where = asked.reading_place, asked.reading_from, asked.reading_to
+        return PromptDiscriminant(tables, self.line, *where)
 
-    def line(self, moments: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def line(self, moments: Mapping[str, Tensor]) -> Line:
         """`line_of` with the settings."""
         asked = self.routing
         return line_of(moments, asked.shrinkage, asked.task_variance, asked.router)
@@ -94,7 +86,7 @@ class Discriminant(ByPrompt):
 
 def line_of(
     moments: Mapping[str, Tensor], shrinkage: float, task_variance: float, router: str
-) -> tuple[Tensor, Tensor]:
+) -> Line:
     """The slopes [d, E] and offsets [E] of s_z, as PromptDiscriminant has it, as functions of x.
 
     `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
@@ -156,20 +148,13 @@ class PromptDiscriminant(BaseRouter):
     remembered: States | None = None  # None: every prompt is read when it comes
 
     def __init__(
-        self,
-        tables: Tables,
-        *,
-        place: str,
-        first: float,
-        last: float,
-        line: Callable[..., tuple[Tensor, Tensor]],
-        **how: Any,
+        self, tables: Tables, line: Callable[..., Line], place: str, first: float, last: float
     ) -> None:
         """Blocks between the shares `first` and `last` of the depth are read, at `place` or "both".
 
         `line` is `line_of` with its settings. Raises ConfigError when no block lies there.
         """
-        super().__init__(tables, **how)
+        super().__init__(tables)
         self.depth, self.size = tables.tensors["readings.end.mean"].shape[1:]
         self.blocks = _blocks_between(first, last, self.depth)
         chosen = PLACES if place == "both" else (place,)

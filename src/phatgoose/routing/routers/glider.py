@@ -68,7 +68,7 @@ class Glider(AffinityRouting, Centroid):
     """Router glider."""
 
     vectors = "gates"
-    chooser = AllCentroids
+    nearest = AllCentroids
 
     def check(self, pool: Pool) -> None:
         """Raise as router phatgoose does, and ConfigError for another affinity than the paper's."""

@@ -11,15 +11,15 @@ act; a prompt of one expert's own task leaves next to no weight to the other two
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ...experts.pool import Pool
 from ...experts.readings import PARTS, moments_of
-from .discriminant import Discriminant, PromptDiscriminant, States
+from .discriminant import Discriminant, Line, PromptDiscriminant, States
 from .prompt_router import Embedder, Prompt, PromptRouter, Tables, embeddings_of
 from .router import Scores
 
@@ -44,15 +44,12 @@ class JointDiscriminant(Discriminant):
         readings = super().tables(pool).tensors
         return Tables(pool.names, {**readings, **moments}, found.info())
 
-    def prompt_router(
-        self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> PromptRouter:
+    def chooser(self, tables: Tables) -> PromptRouter:
         """Both discriminants, and the embedder of prompts."""
         moments = {part: tables.tensors[f"embedded.{part}"] for part in PARTS}
         embedder = Embedder(self.embedder(tables), moments["mean"].shape[1])
-        by_base, line = self.discriminant(tables, tokenizer=tokenizer), self.line(moments)
-        how = tokenizer, self.input_k, self.input_temperature
-        return JointRouter(tables, by_base, embedder, line, self.routing.embedding_share, *how)
+        by_base, line = self.discriminant(tables), self.line(moments)
+        return JointRouter(by_base, embedder, line, self.routing.embedding_share)
 
 
 class JointRouter(PromptRouter):
@@ -64,16 +61,10 @@ class JointRouter(PromptRouter):
     name = "joint-discriminant"
 
     def __init__(
-        self,
-        tables: Tables,
-        by_base: PromptDiscriminant,
-        embedder: Embedder,
-        line: tuple[Tensor, Tensor],
-        share: float,
-        *how: Any,
+        self, by_base: PromptDiscriminant, embedder: Embedder, line: Line, share: float
     ) -> None:
-        """`line` are slopes and offsets of the embeddings' s_z, `share` is w."""
-        super().__init__(tables, *how)
+        """`line` is that of the embeddings' s_z, `share` is w."""
+        super().__init__(by_base.tables)
         self.by_base, self.embedder, self.line, self.share = by_base, embedder, line, share
 
     def remember(self, states: States) -> None:
@@ -82,14 +73,14 @@ class JointRouter(PromptRouter):
     def features(
         self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None
     ) -> tuple[Tensor, Tensor]:
-        return self.by_base.features(prompts, base), self._vectors(prompts)
+        return self.by_base.features(self.tokens(prompts), base), self._vectors(prompts)
 
     def scores(self, features: tuple[Tensor, Tensor]) -> Tensor:
         states, vectors = features
         return self._joined(self.by_base.scores(states), vectors)
 
     def score(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
-        return self._joined(self.by_base.score(prompts, base), self._vectors(prompts))
+        return self._joined(self.by_base.score(self.tokens(prompts), base), self._vectors(prompts))
 
     def _vectors(self, prompts: Sequence[Prompt]) -> Tensor:
         return self.embedder.vectors(self.texts(prompts))

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ...base.blocks import blocks_of
 from ...base.sites import ROUTED, Site, find_sites
@@ -42,11 +42,9 @@ SMALLEST = 1e-20  # of a sum of scores
 class Logo(ByPrompt):
     """Router logo."""
 
-    def prompt_router(
-        self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> PromptRouter:
+    def chooser(self, tables: Tables) -> PromptRouter:
         """The lengths of updates; what it scores with are the experts themselves."""
-        return LogoRouter(self.routing.logo_reads == "site", tables, tokenizer, self.input_k)
+        return LogoRouter(tables, at_site=self.routing.logo_reads == "site")
 
 
 class LogoRouter(BaseRouter):
@@ -57,9 +55,9 @@ class LogoRouter(BaseRouter):
 
     name = "logo"
 
-    def __init__(self, at_site: bool, tables: Tables, *how: Any) -> None:
+    def __init__(self, tables: Tables, *, at_site: bool) -> None:
         """`at_site` reads what the site is given, rather than what enters its block."""
-        super().__init__(tables, *how)
+        super().__init__(tables)
         self.at_site = at_site
 
     def reading(self, base: PreTrainedModel) -> PromptReading:

@@ -6,14 +6,14 @@ It knows the tasks' answers beforehand: not zero-shot.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ...errors import RoutingError
 from ...experts.pool import Pool
 from ...files.strict import one_line
-from ...tasks.task import Example
 from ..context import Choice
 from .prompt_router import ByPrompt, Prompt, PromptRouter, Tables
 from .router import Scores, best_expert_by_task, given_scores
@@ -32,9 +32,7 @@ class Oracle(ByPrompt):
         chosen = {task: pool.names.index(expert) for task, expert in best.items()}
         return Tables(pool.names, info={"experts_by_task": chosen})
 
-    def prompt_router(
-        self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> PromptRouter:
+    def chooser(self, tables: Tables) -> PromptRouter:
         """One expert for each task. Raises RoutingError when a saved model has none."""
         if "experts_by_task" not in tables.info:
             raise RoutingError("Router oracle needs lookup.experts_by_task in routed.json.")
@@ -45,23 +43,17 @@ class ByTask(PromptRouter):
     """One expert for each task, whatever the prompt."""
 
     name = "oracle"
-    unserved = Oracle.unserved
 
     def choose(
-        self,
-        prompts: Sequence[Prompt],
-        base: PreTrainedModel | None = None,
-        *,
-        examples: Sequence[Example] | None = None,
-        task: str | None = None,
+        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
     ) -> Choice:
-        """The expert of `task`, for each of `prompts`. Raises RoutingError when it has none."""
+        """The expert of the `task`, for each of `prompts`. Raises RoutingError when it has none."""
+        task, best = known.get("task"), dict[str, int](self.tables.info["experts_by_task"])
         if task is None:
-            raise RoutingError(self.unserved)
-        best = self.tables.info["experts_by_task"]
+            raise RoutingError(str(self.unserved))
         if task not in best:
-            known = one_line(", ".join(sorted(best)))
+            tasks = one_line(", ".join(sorted(best)))
             raise RoutingError(
-                f"Router oracle has no scores for task {task!r}; it has them for {known}."
+                f"Router oracle has no scores for task {task!r}; it has them for {tasks}."
             )
         return Choice.alone(torch.full((len(prompts),), best[task]))

@@ -27,7 +27,6 @@ from ...tasks.embeddings import (
     usable_embedder,
 )
 from ...tasks.prompt_passes import PromptReading, read_prompts
-from ...tasks.task import Example
 from ..context import NOBODY, Choice, RoutingContext, base_alone
 from ..stacks import SiteStack
 from .router import Router, RouterSite, RoutingDecision, Scores, SiteRouter, highest
@@ -88,19 +87,14 @@ class PromptRouter:
     """
 
     name: str = "this router"
-    unserved: str | None = None  # as `Router.unserved`
     chooses = True  # False where its weights are scores of all experts, not a choice among them
+    tokenizer: PreTrainedTokenizerBase | None = None
+    k = 1  # experts act on a prompt
+    temperature = 1.0  # divides scores before the softmax
+    unserved: str | None = None  # as `Router.unserved`
 
-    def __init__(
-        self,
-        tables: Tables,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        k: int = 1,
-        temperature: float = 1.0,
-    ) -> None:
-        """`k` experts act on a prompt, weighted by the softmax of their scores / temperature."""
-        self.tables, self.tokenizer = tables, tokenizer
-        self.k, self.temperature = k, temperature
+    def __init__(self, tables: Tables) -> None:
+        self.tables = tables
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -126,18 +120,13 @@ class PromptRouter:
         return Choice(experts, weights)
 
     def choose(
-        self,
-        prompts: Sequence[Prompt],
-        base: PreTrainedModel | None = None,
-        *,
-        examples: Sequence[Example] | None = None,
-        task: str | None = None,
+        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
     ) -> Choice:
         """The experts of each prompt and their weights, [prompts, k]; `Choice.named` names them.
 
-        `examples`, which the prompts were made of, and the `task` they belong to are known in
-        evaluations only. Raises RoutingError where `base` is needed and missing or another one than
-        the experts read, ConfigError where a `tokenizer` is.
+        Evaluations hand over what else is `known`: the `task` and its `examples`. Raises
+        RoutingError where `base` is needed and missing or another one than the experts read,
+        ConfigError where a `tokenizer` is.
         """
         return self.choice(self.score(prompts, base))
 
@@ -201,10 +190,9 @@ class Embedder:
 class EmbeddingRouter(PromptRouter):
     """A prompt router whose features are embeddings of text; `rows` [.., columns] are experts'."""
 
-    def __init__(self, tables: Tables, rows: str, embedder: str, *how: Any) -> None:
-        super().__init__(tables, *how)
-        self.rows = tables.tensors[rows]
-        self.embedder = Embedder(embedder, self.rows.shape[-1])
+    def __init__(self, tables: Tables, rows: Tensor, embedder: str) -> None:
+        super().__init__(tables)
+        self.rows, self.embedder = rows, Embedder(embedder, rows.shape[-1])
 
     def features(self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None) -> Tensor:
         """Unit vectors [prompts, columns]."""
@@ -280,15 +268,22 @@ class ByPrompt(Router):
         """
         return Tables(pool.names)
 
-    def prompt_router(
-        self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> PromptRouter:
-        """The prompt router of the experts in `tables`.
+    def chooser(self, tables: Tables) -> PromptRouter:
+        """The prompt router of the experts in `tables`, without tokenizer, k and temperature.
 
         Raises RoutingError when these aren't whole, ConfigError where an embedder must be named or
         can't be loaded.
         """
         raise NotImplementedError
+
+    def prompt_router(
+        self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> PromptRouter:
+        """The prompt router of the experts in `tables`. Raises as `chooser` does."""
+        found = self.chooser(tables)
+        found.tokenizer, found.unserved = tokenizer, self.unserved
+        found.k, found.temperature = self.input_k, self.input_temperature
+        return found
 
     def for_model(self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None) -> PromptRouter:
         """The same for a routed model, whose prompts are tokens: ConfigError without tokenizer."""

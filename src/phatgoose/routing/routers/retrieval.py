@@ -19,12 +19,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ...errors import RoutingError
 from ...experts.pool import Pool
 from ...tasks.embeddings import PROMPT, paper_texts
-from ...tasks.task import Example
 from ..context import Choice
 from .prompt_router import (
     OWNERS,
@@ -64,13 +63,9 @@ class Retrieval(ByPrompt):
         tensors = {"embeddings": found.rows, OWNERS: found.owners}
         return Tables(pool.names, tensors, found.info(form))
 
-    def prompt_router(
-        self, tables: Tables, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> PromptRouter:
+    def chooser(self, tables: Tables) -> PromptRouter:
         """The embeddings, and the embedder of prompts."""
-        embedder = self.embedder(tables, self.routing.retrieval_form)
-        how = tokenizer, self.input_k, self.input_temperature
-        return Retriever(self.unserved, tables, "embeddings", embedder, *how)
+        return Retriever(tables, self.embedder(tables, self.routing.retrieval_form))
 
 
 class Retriever(EmbeddingRouter):
@@ -81,31 +76,24 @@ class Retriever(EmbeddingRouter):
 
     name = "retrieval"
 
-    def __init__(self, unserved: str | None, *how: Any) -> None:
-        """Where `unserved` says why, `choose` embeds examples in the paper's form."""
-        super().__init__(*how)
-        self.unserved = unserved
-        owners = self.tables.tensors[OWNERS]
+    def __init__(self, tables: Tables, embedder: str) -> None:
+        owners = tables.tensors[OWNERS]
         searched = _within_bound(owners)
-        self.rows, self._theirs = self.rows[searched], owners[searched]
+        super().__init__(tables, tables.tensors["embeddings"][searched], embedder)
+        self._theirs = owners[searched]
 
     def choose(
-        self,
-        prompts: Sequence[Prompt],
-        base: PreTrainedModel | None = None,
-        *,
-        examples: Sequence[Example] | None = None,
-        task: str | None = None,
+        self, prompts: Sequence[Prompt], base: PreTrainedModel | None = None, **known: Any
     ) -> Choice:
-        """The experts of each prompt; in the paper's form, of each of `examples`.
+        """The experts of each prompt; in the paper's form, of each of the `examples`.
 
         Raises RoutingError for the paper's form without these, whose choices are embedded.
         """
         if not self.unserved:
             return super().choose(prompts)
-        if examples is None:
+        if known.get("examples") is None:
             raise RoutingError(self.unserved)
-        return self.choice(self.scores(self.embedder.vectors(paper_texts(examples))))
+        return self.choice(self.scores(self.embedder.vectors(paper_texts(known["examples"]))))
 
     def scores(self, features: Tensor) -> Tensor:
         """The highest cosine of each expert's embeddings to `features`, [prompts, E]."""

@@ -41,7 +41,7 @@ def main(suite_at: str, out: str, limit: str, routers: str, *pools: str) -> None
     for entry in tqdm([entry for entry in entries if entry.name not in finished], unit="task"):
         task = entry.read(Sources(None, None))
         record: dict[str, object] = {"task": task.name}
-        rows = {"base": None, "own": Routing(router="single", expert=task.name)}
+        rows = {"base": None, "own": Routing(router=f"single:expert={task.name}")}
         rows |= {name: routing_of(name) for name in named}
         samples = {}
         for label, routing in rows.items():

@@ -84,7 +84,7 @@ def strangers(loaded_bases, tmp_path_factory) -> Path:
         "plain": (uneven, Routing()),
         "small": (uneven, Routing()),
         "retrieval": (uneven, Routing(router="retrieval")),
-        "spectr": (uneven, Routing(router="spectr", spectr_shortlist=2)),
+        "spectr": (uneven, Routing(router="spectr:shortlist=2")),
         "glider": (uneven, Routing(router="glider")),
         "joint": (uneven, Routing(router="joint-discriminant")),
         "mixed": (mixed, Routing()),

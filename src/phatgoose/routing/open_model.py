@@ -91,8 +91,8 @@ def open_model(
     if keep or leave_out or scores:
         require_pool(place)
     if is_routed(place):
-        embedder = routing.retrieval_embedder if routing else None
-        routed = load(place, base, dtype=dtype, retrieval_embedder=embedder)
+        embedder = routing.embedder if routing else None
+        routed = load(place, base, dtype=dtype, embedder=embedder)
     elif is_pool(place):
         routed = compose_pool(
             Pool.open(place).select(keep, leave_out),

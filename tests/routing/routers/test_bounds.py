@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.config import Routing
 from phatgoose.routing.routers import bounds
 from phatgoose.routing.routers.bounds import VARIED, bound_of, bounded_means, bounded_variances
+from phatgoose.routing.routers.configs import Reading
 from phatgoose.routing.routers.discriminant import line_of
 from tiny import random
 
@@ -92,7 +92,7 @@ def test_experts_that_share_a_task_leave_the_others_theirs(groups, noise):
         "factor": torch.zeros(len(tasks), 2, d),
         "rest": torch.ones(len(tasks), d),
     }
-    slopes, offsets = line_of(moments, Routing())
+    slopes, offsets = line_of(moments, Reading())
     prompts = centres.repeat_interleave(50, dim=0)
     prompts = prompts + torch.randn(len(prompts), d, generator=draw)
     found = tasks[(prompts @ slopes + offsets).argmax(dim=1)]

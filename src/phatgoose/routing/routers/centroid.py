@@ -98,7 +98,7 @@ class Centroid(LookedUp):
     def _reader(
         self, rows: Tensor, recorded: str, tokenizer: PreTrainedTokenizerBase
     ) -> CentroidReader:
-        embedder = usable_embedder(recorded, self.routing.retrieval_embedder)
+        embedder = usable_embedder(recorded, self.routing.embedder)
         return self.reader(rows, embedder, tokenizer, self.input_k, self.input_temperature)
 
 

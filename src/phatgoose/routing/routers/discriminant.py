@@ -17,13 +17,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ...base.blocks import blocks_of
-from ...config import Routing
 from ...errors import ConfigError, PoolError, RoutingError
 from ...experts.pool import Pool
 from ...experts.readings import PARTS, PLACES, PromptStates
 from ...files.tensor_file import is_finite
 from ...tasks.prompt_passes import PromptReading
 from .bounds import bound_of, bounded_means, bounded_variances
+from .configs import Reading
 from .prompt_router import BaseReader, LookedUp, RememberedStates
 from .router import Lookup, SavedLookup, Scores
 
@@ -80,7 +80,7 @@ class Discriminant(LookedUp):
         self, readings: Readings, tokenizer: PreTrainedTokenizerBase | None
     ) -> PromptDiscriminant:
         asked = self.needed(tokenizer), self.input_k, self.input_temperature
-        return PromptDiscriminant(readings, self.routing, *asked)
+        return PromptDiscriminant(readings, self.config, *asked)
 
 
 def readings_in(pool: Pool) -> Readings:
@@ -100,11 +100,11 @@ def joined_moments(old: Readings, new: Readings, what: str = "readings") -> Read
     return {part: torch.cat([tensor, new[part]]) for part, tensor in old.items()}
 
 
-def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Tensor]:
+def line_of(moments: Mapping[str, Tensor], config: Reading) -> tuple[Tensor, Tensor]:
     """The slopes [d, E] and offsets [E] of s_z, as PromptDiscriminant has it, as functions of x.
 
     `moments` are `mean` [E, d], `factor` [E, f, d] and `rest` [E, d] of the experts' training
-    prompts (`experts.readings`); of `routing` count `shrinkage` and `task_variance`. What an expert
+    prompts (`experts.readings`); of `config` count `shrinkage` and `task_variance`. What an expert
     adds to the means over experts is bounded (`routers.bounds`). Raises RoutingError where the
     covariance can't be inverted, or what comes of it is not finite.
     """
@@ -116,11 +116,11 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     shared = rows.T @ rows / len(means) + torch.diag(rests.mean(dim=0))
     diagonal = shared.diagonal()
     least = SMALLEST * diagonal.mean() + torch.finfo(torch.float32).tiny
-    spread = (1 - routing.shrinkage) * shared + torch.diag(routing.shrinkage * diagonal + least)
+    spread = (1 - config.shrinkage) * shared + torch.diag(config.shrinkage * diagonal + least)
     centre = means.mean(dim=0)
     away = means - centre  # d_z
     apart = _within(away.square().sum(dim=1))
-    spread += routing.task_variance / len(away) * (away.T * apart) @ away
+    spread += config.task_variance / len(away) * (away.T * apart) @ away
     root, failed = torch.linalg.cholesky_ex(spread)
     slopes = torch.cholesky_solve(away.T, root)
     distances = (away * slopes.T).sum(dim=1)
@@ -129,9 +129,9 @@ def line_of(moments: Mapping[str, Tensor], routing: Routing) -> tuple[Tensor, Te
     line = (slopes / scale).float(), (offsets / scale).float()
     if failed or not all(map(is_finite, line)):
         raise RoutingError(
-            f"Router {routing.router} can't invert the covariance of the experts' prompts: they "
-            f"vary too little beside how far the experts lie apart. Run 'phatgoose measure' on "
-            f"each with more examples, set task_variance to 0, or use another router."
+            "Router discriminant can't invert the covariance of the experts' prompts: they vary "
+            "too little beside how far the experts lie apart. Run 'phatgoose measure' on each with "
+            "more examples, set task_variance to 0, or use another router."
         )
     return line
 
@@ -164,20 +164,20 @@ class PromptDiscriminant(BaseReader):
     def __init__(
         self,
         readings: Readings,
-        routing: Routing,
+        config: Reading,
         tokenizer: PreTrainedTokenizerBase,
         k: int = 1,
         temperature: float = 1.0,
     ) -> None:
-        """`readings` are those of all experts; of `routing` those settings of a discriminant count.
+        """`readings` are those of all experts; `config` says how they are used.
 
-        Raises ConfigError when no block lies between `reading_from` and `reading_to`.
+        Raises ConfigError when no block lies between `first` and `last`.
         """
         super().__init__(tokenizer, k, temperature)
-        self.readings, self.routing = readings, routing
+        self.readings, self.config = readings, config
         self.depth, self.size = readings["end.mean"].shape[1:]
-        self.blocks = _blocks_between(routing.reading_from, routing.reading_to, self.depth)
-        chosen = PLACES if routing.reading_place == "both" else (routing.reading_place,)
+        self.blocks = _blocks_between(config.first, config.last, self.depth)
+        chosen = PLACES if config.place == "both" else (config.place,)
         self.places = [PLACES.index(place) for place in chosen]
         found = [[self._line(place, block) for block in self.blocks] for place in chosen]
         self.slopes = torch.stack([torch.stack([slopes for slopes, _ in row]) for row in found])
@@ -186,7 +186,7 @@ class PromptDiscriminant(BaseReader):
     def _line(self, place: str, block: int) -> tuple[Tensor, Tensor]:
         """The scores' slopes [d, E] and offsets [E] as functions of x at one place and block."""
         moments = {part: self.readings[f"{place}.{part}"][:, block] for part in PARTS}
-        return line_of(moments, self.routing)
+        return line_of(moments, self.config)
 
     def tensors(self) -> dict[str, Tensor]:
         """The readings of all experts."""
@@ -201,7 +201,7 @@ class PromptDiscriminant(BaseReader):
         return self._of({part: tensor[place >= 0] for part, tensor in self.readings.items()})
 
     def _of(self, readings: Readings) -> PromptDiscriminant:
-        return PromptDiscriminant(readings, self.routing, self.tokenizer, self.k, self.temperature)
+        return PromptDiscriminant(readings, self.config, self.tokenizer, self.k, self.temperature)
 
     def reading(self, model: PreTrainedModel) -> PromptReading:
         """The discriminant at work. Raises RoutingError when `model` isn't what experts read."""
@@ -257,7 +257,7 @@ def _blocks_between(first: float, last: float, depth: int) -> list[int]:
     blocks = [block for block in range(depth) if first <= (block + 1) / depth <= last]
     if not blocks:
         raise ConfigError(
-            f"No block of {depth} lies between reading_from {first:g} and reading_to {last:g}, as "
+            f"No block of {depth} lies between first={first:g} and last={last:g}, as "
             f"shares of the depth; choose them further apart."
         )
     return blocks

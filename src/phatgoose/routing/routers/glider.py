@@ -12,25 +12,22 @@ Published, the second term compares descriptions of tasks that a language model 
 expert's task and one for each evaluation task; the released code looks the latter up by the task's
 name and sets λ by evaluation suite, from 3 to 1000. That is not zero-shot. Here the prompt itself
 is embedded and held against the centroid of the expert's training inputs (`routers.centroid`),
-with one λ for everything: 3, which the released scripts use for BIG-bench. `router_temperature`
+with one λ for everything: 3, which the released scripts use for BIG-bench. `temperature`
 divides the whole logit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ...config import Routing
 from ...errors import RoutingError
-from ...experts.pool import Pool
-from .affinities import AffinityRouting
 from .centroid import Centroid, CentroidReader
+from .configs import Glider as GliderConfig
+from .phatgoose import PaperRule, PhatgooseRouter
 from .router import Lookup, Mixtures, RouterSite
-from .vector_router import ScoredRouter
 
 
 class GliderReader(CentroidReader):
@@ -45,16 +42,16 @@ class GliderReader(CentroidReader):
         return Mixtures(torch.arange(cosines.shape[1]).expand_as(cosines), cosines)
 
 
-class GliderRouter(ScoredRouter):
+class GliderRouter(PhatgooseRouter):
     """The top k of v̄ᵀū/√n + λ cos, softmax over those k."""
 
     fused = one_call = False
     acting: Tensor
 
-    def __init__(self, site: RouterSite, routing: Routing, lookup: Lookup) -> None:
+    def __init__(self, site: RouterSite, k: int, config: GliderConfig, lookup: Lookup) -> None:
         """`lookup` holds the cosines; the temperature divides λ, as it has divided the gates."""
-        super().__init__(site.state["vectors"], routing.k, routing.eps)
-        self.lookup, self.scale = lookup, routing.glider_lambda / routing.router_temperature
+        super().__init__(site.state["vectors"], k, config.eps)
+        self.lookup, self.scale = lookup, config.weight / config.temperature
         self.sees_all = site.sees_all
         self.register_buffer("acting", site.experts, persistent=False)
 
@@ -67,24 +64,13 @@ class GliderRouter(ScoredRouter):
         return super().affinities(u) + self.scale * cosines
 
 
-class Glider(AffinityRouting, Centroid):
+class Glider(PaperRule, Centroid):
     """Router glider."""
 
-    vectors = "gates"
     reader: ClassVar[type[CentroidReader]] = GliderReader
-
-    def check(self, pool: Pool) -> None:
-        """Raise as router phatgoose does, and ConfigError for another affinity than the paper's."""
-        self.refuse_other_affinities("router glider")
-        super().check(pool)
-
-    @property
-    def form(self) -> Mapping[str, str]:
-        """The gates [E, n]."""
-        return {"vectors": "En"}
 
     def at(self, site: RouterSite) -> GliderRouter:
         """The router's module at one site."""
         if site.lookup is None:
             raise RoutingError("Router glider has no centroids to hold inputs against.")
-        return GliderRouter(site, self.routing, site.lookup)
+        return GliderRouter(site, self.k, self.config, site.lookup)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ...config import Routing
 from ...experts.pool import Pool
 from ...experts.readings import moments_of
 from ...tasks.embeddings import PROMPT, prompt_texts, usable_embedder
+from .configs import JointDiscriminant as JointConfig
 from .discriminant import (
     Discriminant,
     PromptDiscriminant,
@@ -74,9 +74,9 @@ class JointDiscriminant(Discriminant):
         recorded: str,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> JointReader:
-        embedder = usable_embedder(recorded, self.routing.retrieval_embedder)
+        embedder = usable_embedder(recorded, self.routing.embedder)
         asked = self.needed(tokenizer), self.input_k, self.input_temperature
-        return JointReader(readings, moments, embedder, self.routing, *asked)
+        return JointReader(readings, moments, embedder, self.config, *asked)
 
 
 class JointReader(PromptDiscriminant):
@@ -86,13 +86,14 @@ class JointReader(PromptDiscriminant):
     """
 
     name = "joint-discriminant"
+    config: JointConfig
 
     def __init__(
         self,
         readings: Readings,
         moments: Readings,
         embedder: str,
-        routing: Routing,
+        config: JointConfig,
         tokenizer: PreTrainedTokenizerBase,
         k: int = 1,
         temperature: float = 1.0,
@@ -102,16 +103,16 @@ class JointReader(PromptDiscriminant):
         By part, `mean` [E, c], `factor` [E, g, c] and `rest` [E, c]; all else is as
         `PromptDiscriminant` has it. Raises as that does, and as `PromptEmbedder`.
         """
-        super().__init__(readings, routing, tokenizer, k, temperature)
+        super().__init__(readings, config, tokenizer, k, temperature)
         self.moments = moments
         self.prompts = PromptEmbedder(embedder, moments["mean"].shape[1])
-        self.embedding_slopes, self.embedding_offsets = line_of(moments, routing)
+        self.embedding_slopes, self.embedding_offsets = line_of(moments, config)
 
     def scores(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """The score of each prompt and expert, float32 [prompts, E]."""
         vectors = self.prompts.vectors(prompt_texts(self.tokenizer, prompts))
         embedded = vectors @ self.embedding_slopes + self.embedding_offsets
-        return torch.lerp(super().scores(prompts), embedded, self.routing.embedding_share)
+        return torch.lerp(super().scores(prompts), embedded, self.config.embedding_share)
 
     def tensors(self) -> dict[str, Tensor]:
         """The readings of all experts, and what their embeddings are like."""
@@ -134,7 +135,7 @@ class JointReader(PromptDiscriminant):
         return self._with(*stay)
 
     def _with(self, readings: Readings, moments: Readings) -> JointReader:
-        how = self.routing, self.tokenizer, self.k, self.temperature
+        how = self.config, self.tokenizer, self.k, self.temperature
         return JointReader(readings, moments, self.prompts.name, *how)
 
 

@@ -5,10 +5,10 @@ the last block, s_z = |scale_z B_z A_z h| for the last token's h; the k experts 
 act on the whole input, Σ w B A u at every site with w_z = s_z / Σ s over those k. k is 20 as there.
 
 As in the released code, h is the stream that enters the block, before the block's norm; the
-projection itself, and a LoRA there, is given what comes out of that norm, which `logo_reads` "site"
-reads. There h comes from a pass with experts at work, all at once for the first input and then
-those that the input before had chosen; here from the base alone, so that an input's experts depend
-on nothing but the input.
+projection itself, and a LoRA there, is given what comes out of that norm, which the setting
+reads=site reads. There h comes from a pass with experts at work, all at once for the first input
+and then those that the input before had chosen; here from the base alone, so that an input's
+experts depend on nothing but the input.
 
 The last block is the last one where LoRAs act, the encoder's in encoder-decoder models. Where none
 act at a query projection it is the block's first site that has some. Experts that don't act there
@@ -51,7 +51,7 @@ class Logo(LookedUp):
         return self._reader(saved.experts, tokenizer)
 
     def _reader(self, pool_size: int, tokenizer: PreTrainedTokenizerBase | None) -> LogoReader:
-        at_site = self.routing.logo_reads == "site"
+        at_site = self.config.reads == "site"
         return LogoReader(self.needed(tokenizer), pool_size, self.input_k, at_site=at_site)
 
 
@@ -133,7 +133,7 @@ class _Lengths(PromptReading):
         if hidden.shape[-1] != self._layer.in_features:
             raise RoutingError(
                 f"Router logo reads {hidden.shape[-1]} features before the block, but LoRAs act on "
-                f"{self._layer.in_features} at {self._layer.site.name}; set logo_reads to site."
+                f"{self._layer.in_features} at {self._layer.site.name}; use logo:reads=site."
             )
         self._read(hidden)
 

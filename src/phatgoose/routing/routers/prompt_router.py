@@ -39,15 +39,13 @@ class LookedUp(Router):
 
     @property
     def input_k(self) -> int:
-        """How many experts an input gets: the setting, or else the router's own number."""
-        asked = self.routing.input_k
-        return self.spec.input_k if asked is None else asked
+        """How many experts an input gets."""
+        return self.k
 
     @property
     def input_temperature(self) -> float:
-        """What divides scores before the softmax: the setting, or else the router's own number."""
-        asked = self.routing.input_temperature
-        return self.spec.input_temperature if asked is None else asked
+        """What divides scores before the softmax."""
+        return float(self.config.temperature)
 
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""

@@ -3,9 +3,9 @@
 Muqeeth et al. 2024, section 4.2; Jang et al. 2023. Experts share embeddings of up to 1000 of their
 training inputs (`training.statistics`); nearness is the cosine. Inputs are embedded as the
 model reads them. The released code embeds their answer choices too, which no served prompt has:
-`retrieval_form` "paper" does so in comparisons. With `input_k` above 1 the k experts that have the
+the setting form=paper does so in comparisons. With k above 1 the k experts that have the
 nearest training inputs act together, weighted by the softmax of these cosines over
-`input_temperature`: that is ours.
+`temperature`: that is ours.
 
 An expert that stores more than BOUND times as many embeddings as the pool's median is searched by
 so many of them, evenly spaced: copies of the other experts' could else win all of their prompts.
@@ -43,7 +43,7 @@ class Retrieval(LookedUp):
 
     def lookup_rows(self, pool: Pool, info: Mapping[str, Any]) -> Mapping[str, Tensor]:
         """The embeddings of the experts of `pool`, made by the embedder of those they join."""
-        found = embeddings_of(pool, info.get("embedder"), self.routing.retrieval_form)
+        found = embeddings_of(pool, info.get("embedder"), self.config.form)
         return {EMBEDDINGS: found.rows, OWNERS: found.owners}
 
     def lookup_of(
@@ -55,21 +55,21 @@ class Retrieval(LookedUp):
         ConfigError without `tokenizer`, or with an embedder that must be named or can't be loaded.
         """
         reads = self.needed(tokenizer)
-        found = embeddings_of(pool, form=self.routing.retrieval_form)
-        embedder = usable_embedder(found.embedder, self.routing.retrieval_embedder)
+        found = embeddings_of(pool, form=self.config.form)
+        embedder = usable_embedder(found.embedder, self.routing.embedder)
         return self._retriever(found.rows, found.owners, embedder, reads)
 
     def saved_lookup(self, saved: SavedLookup, tokenizer: PreTrainedTokenizerBase | None) -> Lookup:
         """The same, read from a saved model. Raises RoutingError where no embedder is recorded."""
-        recorded = saved.embedder_for(self.spec.name, self.routing.retrieval_form)
+        recorded = saved.embedder_for(self.spec.name, self.config.form)
         reads, tensors = self.needed(tokenizer), saved.tensors
-        embedder = usable_embedder(recorded, self.routing.retrieval_embedder)
+        embedder = usable_embedder(recorded, self.routing.embedder)
         return self._retriever(tensors[EMBEDDINGS], tensors[OWNERS], embedder, reads)
 
     def _retriever(
         self, rows: Tensor, owners: Tensor, embedder: str, tokenizer: PreTrainedTokenizerBase
     ) -> Retriever:
-        how = self.input_k, self.input_temperature, self.routing.retrieval_form
+        how = self.input_k, self.input_temperature, self.config.form
         return Retriever(rows, owners, embedder, tokenizer, *how)
 
 
@@ -111,8 +111,8 @@ class Retriever(EmbeddingReader):
             return super().find(prompts)
         if examples is None:
             raise RoutingError(
-                "Router retrieval with retrieval_form 'paper' embeds answer choices, which a "
-                "prompt alone doesn't have: use it in compare, or set retrieval_form to 'prompt'."
+                "Router retrieval:form=paper embeds answer choices, which a prompt alone doesn't "
+                "have: use it in compare, or leave form=paper out."
             )
         return self.nearest_to(self.prompts.vectors(paper_texts(examples)))
 

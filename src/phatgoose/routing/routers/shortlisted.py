@@ -2,9 +2,7 @@
 
 Not in the paper. A token of a decoder's prompt doesn't know the task yet, its gates can't either;
 the base's reading of the whole prompt does. So a router that chooses for whole inputs shortlists
-`input_k` experts for each, and at every site PHATGOOSE's k experts of them act. Router
-discriminant-phatgoose goes by `routers.discriminant`; router phatgoose-evidence by
-`routers.phatgoose_input`: the gates' own affinities, added up over the prompt's tokens and sites.
+`shortlist` experts for each, and at every site PHATGOOSE's k experts of them act.
 """
 
 from __future__ import annotations
@@ -14,29 +12,29 @@ from torch import Tensor
 
 from ...errors import RoutingError
 from .discriminant import Discriminant
-from .phatgoose import Phatgoose
-from .phatgoose_input import PhatgooseInput
+from .phatgoose import Phatgoose, TopKRouter
 from .prompt_router import rows_at
 from .router import Lookup, RouterSite, RoutingDecision, SiteRouter, highest
-from .vector_router import VectorRouter
 
 
-class Shortlisted(Phatgoose):
-    """The frame of both routers: a `Lookup` shortlists, gates choose."""
+class ByDiscriminant(Phatgoose, Discriminant):
+    """Router discriminant-phatgoose: a `Lookup` shortlists, gates choose."""
+
+    @property
+    def input_k(self) -> int:
+        """How many experts the discriminant shortlists for an input."""
+        return int(self.config.shortlist)
+
+    @property
+    def input_temperature(self) -> float:
+        """What divides their scores before the softmax."""
+        return float(self.config.shortlist_temperature)
 
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""
         if site.lookup is None:
             raise RoutingError(f"Router {self.spec.name} has nothing to shortlist experts with.")
-        return ShortlistedRouter(self.scorer(site), site, site.lookup, self.routing.prior)
-
-
-class ByDiscriminant(Shortlisted, Discriminant):
-    """Router discriminant-phatgoose."""
-
-
-class ByEvidence(Shortlisted, PhatgooseInput):
-    """Router phatgoose-evidence."""
+        return ShortlistedRouter(self.scorer(site), site, site.lookup, self.config.prior)
 
 
 class ShortlistedRouter(SiteRouter):
@@ -49,7 +47,7 @@ class ShortlistedRouter(SiteRouter):
     kept = ("vectors",)
     position: Tensor
 
-    def __init__(self, gates: VectorRouter, site: RouterSite, lookup: Lookup, prior: float) -> None:
+    def __init__(self, gates: TopKRouter, site: RouterSite, lookup: Lookup, prior: float) -> None:
         """`gates` score the experts of `site`, for which `lookup` holds each row's shortlist."""
         super().__init__()
         position = rows_at(site.experts, site.pool_size)

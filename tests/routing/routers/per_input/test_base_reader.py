@@ -46,7 +46,7 @@ def test_scores_are_the_bases_while_experts_act(base, pool):
         stack = prompt_stack(base.model)
         hidden = stack(input_ids=torch.tensor([row]), output_hidden_states=True).hidden_states
         wanted.append(hidden[1][0, -1, :4])
-    model = compose(pool, base, router="phatgoose-input")
+    model = compose(pool, base, router="discriminant")
     lookup = composition_of(model).lookup
     reader = ByHidden(base.tokenizer, k=2, temperature=2.0)
     with pytest.raises(RoutingError, match="by-hidden reads prompts with a model"):

@@ -17,7 +17,7 @@ from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
-from routed_models import with_embeddings
+from routed_models import text_of, with_embeddings
 from tiny import assert_same_logits, logits_of, make_ids
 from topic_prompts import PROMPTS, both_streams, retrieving, scores_of
 from toy_embedders import toy_embed
@@ -47,7 +47,7 @@ def embedding_scores(pool: Pool, text: str, **how: float) -> torch.Tensor:
     ],
 )
 def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shrinkage):
-    model = compose(with_embeddings(pool), base, router=NAME, **settings)
+    model = compose(with_embeddings(pool), base, router=text_of(NAME, **settings))
     lookup = composition_of(model).lookup
     got = scores_of(lookup, PROMPTS)
     for row, text in enumerate(PROMPTS):
@@ -59,20 +59,20 @@ def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shri
 
 def test_experts_join_and_leave(llama, llama_pool):
     ids, pool = make_ids(rows=3), with_embeddings(llama_pool)
-    wanted = logits_of(compose(pool, llama, router=NAME, input_k=2), ids)
+    wanted = logits_of(compose(pool, llama, router=NAME, k=2), ids)
     detach(llama.model)
-    model = compose(pool.select(["e0", "e1"]), llama, router=NAME, input_k=2)
+    model = compose(pool.select(["e0", "e1"]), llama, router=NAME, k=2)
     add_experts(model, pool.select(["e2", "e3"]))
     assert_same_logits(logits_of(model, ids), wanted)
     remove_experts(model, ["e0"])
     left = logits_of(model, ids)
     detach(model)
-    rest = compose(pool.select(["e1", "e2", "e3"]), llama, router=NAME, input_k=2)
+    rest = compose(pool.select(["e1", "e2", "e3"]), llama, router=NAME, k=2)
     assert_same_logits(left, logits_of(rest, ids))
 
 
 def test_a_saved_model_is_the_same(llama, llama_pool, tmp_path):
-    model = compose(with_embeddings(llama_pool), llama, router=NAME, embedding_share=0.7)
+    model = compose(with_embeddings(llama_pool), llama, router=f"{NAME}:embedding_share=0.7")
     wanted = scores_of(composition_of(model).lookup, PROMPTS)
     save(model, tmp_path / "routed")
     detach(model)
@@ -102,6 +102,6 @@ def test_experts_that_lack_either_are_named(llama, llama_pool):
 def test_a_strangers_embedder_must_be_named(llama, llama_pool):
     experts = with_embeddings(llama_pool).experts
     other = [replace(e, info=replace(e.info, embedder="them/theirs")) for e in experts]
-    with pytest.raises(ConfigError, match="--retrieval-embedder"):
+    with pytest.raises(ConfigError, match="--embedder"):
         compose(Pool(tuple(other)), llama, router=NAME)
-    compose(Pool(tuple(other)), llama, router=NAME, retrieval_embedder="them/theirs")
+    compose(Pool(tuple(other)), llama, router=NAME, embedder="them/theirs")

@@ -56,7 +56,7 @@ def found(model, text: str, names) -> dict[str, float]:
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_experts_and_weights_are_those_of_the_released_code(base, kind, pool, k):
     wanted = [shares(base, pool, LAST_QUERY[kind], text, k) for text in PROMPTS]
-    model = compose(pool, base, router="logo", input_k=k)
+    model = compose(pool, base, router="logo", k=k)
     for text, expected in zip(PROMPTS, wanted, strict=True):
         assert found(model, text, pool.names) == pytest.approx(expected, abs=1e-5)
     assert k == 4 or len({tuple(each) for each in wanted}) > 1
@@ -71,7 +71,7 @@ def test_read_at_the_site_it_measures_what_the_layer_is_given(llama, llama_pool)
     for text in PROMPTS:
         logits_of(llama.model, torch.tensor([llama.tokenizer(text)["input_ids"]]))
     handle.remove()
-    model = compose(llama_pool, llama, router="logo", logo_reads="site")
+    model = compose(llama_pool, llama, router="logo:reads=site")
     got = scores_of(composition_of(model).lookup, PROMPTS)
     for u, scores in zip(seen, got, strict=True):
         for expert, score in zip(llama_pool.experts, scores.tolist(), strict=True):
@@ -89,7 +89,7 @@ def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, kind, pool, pa
         ids = torch.tensor([row])
         with adding(base, pool, shares(base, pool, LAST_QUERY[kind], text, 3)):
             wanted.append(passed(base, base.model, ids, torch.ones_like(ids)))
-    model = compose(pool, base, router="logo", input_k=3)
+    model = compose(pool, base, router="logo", k=3)
     ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
     assert_same_logits(passed(base, model, ids, mask), torch.cat(wanted))
 
@@ -97,7 +97,7 @@ def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, kind, pool, pa
 @both_streams
 @pytest.mark.parametrize("cache", [True, False])
 def test_beams_are_those_of_each_prompt_alone(base, pool, cache):
-    model = compose(pool, base, router="logo", input_k=2)
+    model = compose(pool, base, router="logo", k=2)
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "num_beams": 3}
     pad = pad_right if base.is_encoder_decoder else pad_left
     rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS[:3]]
@@ -133,16 +133,18 @@ def test_without_a_query_the_first_site_of_the_last_block_is_read(llama, make_ex
         tuple(make_expert(llama, f"e{z}", seed=z, target_modules=["down_proj"]) for z in (0, 1))
     )
     model = compose(pool, llama, router="logo")
-    with pytest.raises(RoutingError, match=r"reads 32 features .* act on 48 at .*set logo_reads"):
+    with pytest.raises(
+        RoutingError, match=r"reads 32 features .* act on 48 at .*use logo:reads=site"
+    ):
         scores_of(composition_of(model).lookup, PROMPTS)
     detach(model)
-    model = compose(pool, llama, router="logo", logo_reads="site")
+    model = compose(pool, llama, router="logo:reads=site")
     assert (scores_of(composition_of(model).lookup, PROMPTS) > 0).all()
 
 
 def test_it_is_saved_grows_and_shrinks(llama, uneven, tmp_path):
     ids = make_ids(rows=2)
-    model = compose(uneven, llama, router="logo", input_k=2, logo_reads="site")
+    model = compose(uneven, llama, router="logo:reads=site", k=2)
     wanted, scores = logits_of(model, ids), scores_of(composition_of(model).lookup, PROMPTS)
     marks = evaluate(model, CHOOSING).scores
     save(model, tmp_path / "routed")
@@ -159,8 +161,8 @@ def test_it_is_saved_grows_and_shrinks(llama, uneven, tmp_path):
 
 
 def test_it_needs_loras_and_a_tokenizer(llama, llama_pool, tmp_path):
-    with pytest.raises(ConfigError, match="logo_reads is 'end', but must be one of block, site"):
-        compose(llama_pool, llama, router="logo", logo_reads="end")
+    with pytest.raises(ConfigError, match="reads is 'end', but must be one of block, site"):
+        compose(llama_pool, llama, router="logo:reads=end")
     with pytest.raises(ConfigError, match="Router logo reads prompts"):
         compose(llama_pool, llama.model, router="logo")
     other = make_kind("ia3", llama, tmp_path / "ia3")

@@ -190,7 +190,7 @@ def reading(model, ids, **options):
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 def test_drafts_of_an_answer_are_no_part_of_the_prompt(base, pool, router, k, mode):
     alone = copy.deepcopy(base.model)
-    model = compose_by(router, pool, base, input_k=k)
+    model = compose_by(router, pool, base, k=k)
     drafted = []
     for text in REPEATING:
         ids, _ = batch_of(base, [text])
@@ -225,7 +225,7 @@ def test_every_router_that_reads_prompts_says_what_it_can_not_read(llama, llama_
             model.generate(ids, prefill_chunk_size=4, **GREEDY)
         model(ids, logits_to_keep=1)  # what a plain generation asks for
         model.generate(ids, prefill_chunk_size=400, **GREEDY)
-    assert len(names) >= 9
+    assert len(names) >= 7
 
 
 @retrieving
@@ -266,7 +266,7 @@ def test_a_generation_without_a_cache_reads_its_own_prompt(llama, llama_pool):
 
 
 @retrieving
-@pytest.mark.parametrize("router", ["discriminant", "phatgoose-input", "logo", "retrieval"])
+@pytest.mark.parametrize("router", ["discriminant", "logo", "retrieval"])
 def test_a_model_may_draft_for_itself(llama, llama_pool, router):
     model = compose_by(router, llama_pool, llama)
     ids, _ = batch_of(llama, REPEATING[:1])

@@ -12,10 +12,10 @@ from phatgoose.routing.routers.prompt_router import RememberedStates
 from topic_prompts import PROMPTS, both_streams, scores_of
 
 ROUTINGS = (
-    {},
-    {"reading_place": "end", "shrinkage": 1.0},
-    {"reading_from": 0.6},
-    {"router": "discriminant-phatgoose"},
+    "discriminant",
+    "discriminant:place=end,shrinkage=1",
+    "discriminant:first=0.6",
+    "discriminant-phatgoose",
 )
 
 
@@ -50,8 +50,8 @@ def test_routers_choose_alike_by_what_others_read(base, pool, first, monkeypatch
     """In whatever order they come: all blocks in both places are remembered."""
     routings = [*ROUTINGS[first:], *ROUTINGS[:first]]
     wanted = []
-    for settings in routings:
-        model = compose(pool, base, **{"router": "discriminant", **settings})
+    for router in routings:
+        model = compose(pool, base, router=router)
         wanted.append(scores_of(composition_of(model).lookup, PROMPTS))
         detach(model)
     passes, read_prompts = [], base_reader.read_prompts
@@ -62,8 +62,8 @@ def test_routers_choose_alike_by_what_others_read(base, pool, first, monkeypatch
 
     monkeypatch.setattr(base_reader, "read_prompts", counted)
     states = RememberedStates()
-    for settings, scores in zip(routings, wanted, strict=True):
-        model = compose(pool, base, **{"router": "discriminant", **settings})
+    for router, scores in zip(routings, wanted, strict=True):
+        model = compose(pool, base, router=router)
         lookup = composition_of(model).lookup
         lookup.remembered = states
         torch.testing.assert_close(scores_of(lookup, PROMPTS), scores, atol=1e-5, rtol=1e-5)

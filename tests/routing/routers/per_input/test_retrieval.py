@@ -159,7 +159,7 @@ def alone(originals, pool_of) -> Callable[..., list[TaskScore]]:
 def test_choices_are_ranked_by_the_expert_of_the_input(
     base, kind, pool, budget, alone, form, owners
 ):
-    model = compose(with_embeddings(pool, form), base, router="retrieval", retrieval_form=form)
+    model = compose(with_embeddings(pool, form), base, router=f"retrieval:form={form}")
     (score,) = evaluate(model, CHOOSING, token_budget=budget).scores
     single = alone(kind, CHOOSING, owners)
     for i, prediction in enumerate(score.predictions):
@@ -251,7 +251,7 @@ def test_experts_without_embeddings_are_named(llama, llama_pool):
 @retrieving
 def test_the_paper_s_form_is_for_scoring_and_kept_with_a_model(llama, llama_pool, tmp_path):
     pool = with_embeddings(llama_pool, "paper")
-    model = compose(pool, llama, router="retrieval", retrieval_form="paper")
+    model = compose(pool, llama, router="retrieval:form=paper")
     scores = evaluate(model, CHOOSING).scores
     with pytest.raises(RoutingError, match="embeds answer choices, which a prompt alone doesn't"):
         passed(llama, model, *batch_of(llama, PROMPTS))
@@ -270,7 +270,7 @@ def test_embeddings_of_another_form_are_refused_with_the_command_that_mends_it(
         with pytest.raises(PoolError, match=r"'e0' has embeddings of .*paper.*phatgoose measure"):
             compose(each, llama, router=router)
     with pytest.raises(PoolError, match=r"'e0' has embeddings of prompts .*--embedding-form paper"):
-        compose(with_embeddings(llama_pool), llama, router="retrieval", retrieval_form="paper")
+        compose(with_embeddings(llama_pool), llama, router="retrieval:form=paper")
 
 
 @pytest.mark.parametrize("router", ["retrieval", "centroid", "joint-discriminant"])
@@ -323,7 +323,7 @@ def test_the_nearest_is_so_by_its_angle_however_long_an_embedding_is(llama, llam
 @both_streams
 @pytest.mark.parametrize("pad", [pad_left, pad_right])
 def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base, pool, pad):
-    model = compose_by("retrieval", pool, base, input_k=3, input_temperature=0.3)
+    model = compose_by("retrieval", pool, base, k=3, temperature=0.3)
     rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
     ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
     got = passed(base, model, ids, mask)
@@ -345,8 +345,8 @@ def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base,
 
 
 def test_more_experts_an_input_than_there_are_is_told(llama, llama_pool, toy_embedder):
-    with pytest.warns(UserWarning, match="input_k is 9, but the pool has 4 experts"):
-        model = compose_by("retrieval", llama_pool, llama, input_k=9)
+    with pytest.warns(UserWarning, match="k is 9, but the pool has 4 experts"):
+        model = compose_by("retrieval", llama_pool, llama, k=9)
     assert experts_of(composition_of(model).lookup, PROMPTS).experts.shape == (5, 4)
 
 

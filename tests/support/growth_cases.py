@@ -56,7 +56,7 @@ def uneven_pool(base: Base, folder: Path) -> Pool:
 
 
 def composed(router: str, pool: Pool, base: Base, **options: object):
-    given = {"router": router, "k": 2, **options}
+    given = {"router": router, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a k that is lowered
         pool = with_embeddings(pool) if router in EMBEDDED else pool

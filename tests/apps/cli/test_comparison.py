@@ -219,8 +219,8 @@ def test_help_shows_its_flags_and_none_that_mean_nothing_here(phat):
     assert outcome.code == 0
     shown = set(re.findall(r"--[a-z-]+", re.sub(r"\x1b\[[0-9;]*m", "", outcome.out)))
     wanted = "suites methods reference out limit seed max-new-tokens data templates base recipe"
-    assert {f"--{flag}" for flag in [*wanted.split(), "k", "arrow", "router-seed", "chat"]} <= shown
-    assert not {"--router", "--expert", "--scores", "--steps"} & shown
+    assert {f"--{flag}" for flag in [*wanted.split(), "k", "kernel", "embedder", "chat"]} <= shown
+    assert not {"--router", "--scores", "--steps"} & shown
 
 
 @pytest.mark.parametrize(

@@ -131,8 +131,8 @@ def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
         1,
         "--k",
         1,
-        "--router-temperature",
-        2,
+        "--router",
+        "arrow:temperature=2",
     ]
     assert phat(*taken, *BASE).err == ""
 

@@ -30,4 +30,7 @@ def test_identities_of_the_time_of_one_routing_for_all_are_those_of_now():
     assert routing_of(then) == {"router": "discriminant:place=end", "k": 1, "kernel": "auto"}
     then = {"router": "phatgoose", "k": 1, "affinity": "centred", "pool": ["a"]}
     assert label_with_settings(then) == "PHATGOOSE, affinity = centred, k = 1"
-    assert label_with_settings({"router": "phatgoose-input", "eps": 0.1}) == "phatgoose-input, eps = 0.1"
+    assert (
+        label_with_settings({"router": "phatgoose-input", "eps": 0.1})
+        == "phatgoose-input, eps = 0.1"
+    )

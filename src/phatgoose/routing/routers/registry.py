@@ -318,8 +318,8 @@ def split_routers(texts: Iterable[str]) -> list[str]:
     found: list[str] = []
     for text in texts:
         for part in filter(None, text.split(",")):
-            is_setting = "=" in part and ":" not in part
-            if is_setting and found and ":" in found[-1]:
+            name, sign, _ = part.partition("=")
+            if sign and name.isidentifier() and found and ":" in found[-1]:
                 found[-1] += f",{part}"
             else:
                 found.append(part)

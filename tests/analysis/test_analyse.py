@@ -16,7 +16,7 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
 from routed_models import SCORES
 
-SINGLE = Routing(router="single", expert="e0")
+SINGLE = Routing(router="single:expert=e0")
 
 
 def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_pool):

@@ -36,8 +36,8 @@ def generate(model, ids, mask=None, seed=0, **options):
 
 def test_a_router_that_goes_by_answer_choices_generates_nothing(llama, llama_pool, toy_embedder):
     pool = with_embeddings(llama_pool, "paper")
-    model = compose(pool, llama, router="retrieval", retrieval_form="paper")
-    with pytest.raises(ConfigError, match="'paper' embeds answer choices"):
+    model = compose(pool, llama, router="retrieval:form=paper")
+    with pytest.raises(ConfigError, match="form=paper embeds answer choices"):
         written(model, llama.tokenizer, "Hi")
 
 

@@ -339,8 +339,8 @@ def test_a_k_above_the_pool_is_lowered_with_a_warning(llama, llama_pool):
         ({"k": 2.5}, ConfigError, "k is 2.5, but must be a whole number"),
         ({"k": True}, ConfigError, "k is True"),
         ({"kernel": None}, ConfigError, "kernel is None"),
-        ({"router_temperature": "hot"}, ConfigError, "router_temperature is 'hot'"),
-        ({"eps": 0.0}, ConfigError, "eps"),
+        ({"router": "arrow:temperature=hot"}, ConfigError, "temperature is 'hot'"),
+        ({"router": "phatgoose:eps=0"}, ConfigError, "eps is 0"),
     ],
 )
 def test_impossible_settings_are_refused_and_leave_the_base_alone(

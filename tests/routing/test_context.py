@@ -345,7 +345,7 @@ def reading(model, ids, **options):
 @pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
 def test_drafts_of_an_answer_are_no_part_of_the_prompt(base, pool, router, k, mode):
     alone = copy.deepcopy(base.model)
-    model = compose_by(router, pool, base, input_k=k)
+    model = compose_by(router, pool, base, k=k)
     drafted = []
     for text in REPEATING:
         ids, _ = batch_of(base, [text])

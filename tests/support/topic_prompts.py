@@ -78,7 +78,7 @@ def by_single(base, pool: Pool, names, run) -> list:
     """`run(model, place)` for each of the names, with that expert alone."""
     results = {}
     for name in dict.fromkeys(names):
-        model = compose(pool, base, router="single", expert=name)
+        model = compose(pool, base, router=f"single:expert={name}")
         results |= {place: run(model, place) for place in range(len(names)) if names[place] == name}
         detach(model)
     return [results[place] for place in range(len(names))]

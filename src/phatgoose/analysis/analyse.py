@@ -38,6 +38,7 @@ from ..routing.composition import composition_of, routing_for
 from ..routing.open_model import is_routed, loaded_base, open_model
 from ..routing.routers.automatic import settled
 from ..routing.routers.prompt_router import ByPrompt
+from ..routing.routers.registry import spec_of
 from ..routing.routers.router import Scores, check_routing, read_scores, router_of
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
@@ -269,10 +270,9 @@ def analyse(
     `compose`, determine the Oracle to compare with. `examples` texts of each task are traced token
     by token. `smoothing` is that of the KL divergences.
 
-    Raises ConfigError for `routers` or `without_each` with a composed model or an expert without
-    router single, TaskError for no task or two of one name, RoutingError for a model that is not
-    routed, and what composing and evaluating raise: of every router before the first one reads
-    anything.
+    Raises ConfigError for `routers` or `without_each` with a composed model, TaskError for no task
+    or two of one name, RoutingError for a model that is not routed, and what composing and
+    evaluating raise: of every router before the first one reads anything.
     """
     tasks = named_apart(given_tasks(tasks))
     if not tasks:
@@ -356,17 +356,15 @@ def _subject(
         for name in asked
     }
     names = [found[name].router for name in routers or (routing.router,)]
-    if routing.expert is not None and "single" not in names:
-        raise ConfigError(f"expert is for router single; here it is {', '.join(names)}.")
     routing = found[routing.router]
     tokenizer = tokenizer or loaded.tokenizer
     for name in names[1:]:  # the first is composed before anything is read
-        _check_router(_alone(routing, name), pool, scores, loaded.tokenizer)
+        _check_router(replace(routing, router=name), pool, scores, loaded.tokenizer)
 
     @contextmanager
     def opened(router: str, without: str | None = None) -> Iterator[PreTrainedModel]:
         members = pool if without is None else pool.select(leave_out=[without])
-        model = compose(members, loaded, routing=_alone(routing, router), scores=scores)
+        model = compose(members, loaded, routing=replace(routing, router=router), scores=scores)
         try:
             yield model
         finally:
@@ -379,11 +377,6 @@ def _subject(
         tokenizer,
         opened,
     )
-
-
-def _alone(routing: Routing, router: str) -> Routing:
-    """`routing` for one of several routers; only single has an expert of its own."""
-    return replace(routing, router=router, expert=routing.expert if router == "single" else None)
 
 
 def _check_router(
@@ -429,7 +422,7 @@ def _composed_subject(
 def _check_without_each(subject: _Subject, score: bool) -> None:
     if not (subject.is_pool and score and len(subject.experts) > 1):
         raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
-    if subject.routers[0] == "single":
+    if spec_of(subject.routers[0]).name == "single":
         raise ConfigError("Router single can't do without its expert; name another one first.")
 
 

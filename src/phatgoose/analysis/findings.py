@@ -185,7 +185,7 @@ def _dominant(found: RoutingDistribution, where: str) -> Iterator[Finding]:
             "takes-everything",
             f"{name} is the first choice of {first[best]:.0%} of all decisions {where} (the "
             f"weights are worth {worth:.1f} experts): the pool is routed almost as {name} alone. "
-            f"Compare with --router single --expert {name}.",
+            f"Compare with --router single:expert={name}.",
             (name,),
         )
 
@@ -232,9 +232,9 @@ def _duplicates(experts: Sequence[str], similarity: NDArray[Any]) -> Iterator[Fi
 def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     """Mean cosine of two experts' router vectors over the sites where both act, [E, E].
 
-    Gates and means are compared as the router scores with them: standardised (paper section 3),
-    for affinity raw as they are; arrow's vectors up to their sign. 0 where two never meet or one is
-    constant. None for routers without vectors. Raises RoutingError when `model` is not routed.
+    Gates and means are compared as the router scores with them: standardised (paper section 3);
+    arrow's vectors up to their sign. 0 where two never meet or one is constant.
+    None for routers without vectors. Raises RoutingError when `model` is not routed.
     """
     parts = composition_of(model)
     size = len(parts.experts)
@@ -242,8 +242,7 @@ def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     for layer in parts.layers.values():
         if not (isinstance(layer, RoutedLinear) and "vectors" in layer.router.kept):
             return None
-        vectors = layer.router.vectors[:, : layer.in_features]  # centred ones have an offset more
-        unit = torch.nn.functional.normalize(vectors.float().cpu(), dim=1)
+        unit = torch.nn.functional.normalize(layer.router.vectors.float().cpu(), dim=1)
         cosines = unit @ unit.T
         experts = layer.experts.cpu()
         rows = experts[:, None]

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import EvaluationError
-from ..evaluation.comparison.methods import METHODS, label_with_settings
+from ..errors import ConfigError, EvaluationError
+from ..evaluation.comparison.methods import METHODS, label_with_settings, routing_of
 from ..evaluation.comparison.result_store import ResultStore
 from ..evaluation.intervals import Sample
 from ..files.strict import one_line, shortened
@@ -79,13 +79,14 @@ def _cell(path: str | Path, key: Any, result: Any) -> _Cell | None:
     """
     try:
         method = dict(key["method"])
-        members = tuple(sorted(map(str, method.pop("pool", ()))))
+        members = tuple(sorted(map(str, method.get("pool", ()))))
         if not members or method.get("router") in (None, "single"):
             return None
+        method = routing_of(method)  # those of earlier versions join those of this one
         same = json.dumps([key["base"], key["dtype"], method], sort_keys=True)
         label_with_settings(method)
         return _Cell(same, members, (str(key["task"]), str(key["examples"])), _score(result))
-    except (*FOREIGN, EvaluationError) as error:
+    except (*FOREIGN, ConfigError, EvaluationError) as error:
         raise EvaluationError(
             f"{path} is no results.jsonl of compare: the result of {shortened(key)} can't be read "
             f"({type(error).__name__}: {one_line(error)})."

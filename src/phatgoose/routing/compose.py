@@ -63,10 +63,10 @@ def compose(
 
     `base` is a name, a loaded `Base` or a transformers model; None loads the one the pool was
     trained on. `routing` says how experts are chosen, and `settings` are fields of it by name:
-    `compose(pool, router="arrow", k=3)`; None and no settings are PHATGOOSE with k = 2. `keep` and
-    `leave_out` select experts by name. Routers oracle and best-individual need the `scores` of the
-    single experts: expert -> task -> score, or the comparison.json of a comparison. Undo with
-    `detach`.
+    `compose(pool, router="arrow:form=peft", k=3)`; None and no settings are PHATGOOSE with k = 2.
+    `keep` and `leave_out` select experts by name. Routers oracle and best-individual need the
+    `scores` of the single experts: expert -> task -> score, or the comparison.json of a comparison.
+    Undo with `detach`.
 
     Raises WrongBaseError when the base is not the experts' own, ExpertError when one doesn't fit
     it, PoolError for unknown experts or missing vectors, embeddings or scores, ConfigError for an

@@ -99,8 +99,8 @@ def open_model(
     if keep or leave_out or scores:
         require_pool(place)
     if is_routed(place):
-        embedder = routing.retrieval_embedder if routing else None
-        routed = load(place, base, dtype=dtype, retrieval_embedder=embedder)
+        embedder = routing.embedder if routing else None
+        routed = load(place, base, dtype=dtype, embedder=embedder)
     elif is_pool(place):
         routed = compose_pool(
             Pool.open(place).select(keep, leave_out),
@@ -139,7 +139,7 @@ def open_prompt_router(
     stacks: dict[str, Callable[[torch.dtype], SiteStack]]
     if not isinstance(place, Pool) and is_routed(place):
         saved = read_saved(Path(place))
-        routing = replace(saved.routing, retrieval_embedder=routing.retrieval_embedder)
+        routing = replace(saved.routing, embedder=routing.embedder)
         router, tables = _by_prompt(routing), saved.tables
         stacks = {site: partial(_stored_stack, saved, site) for site in saved.sites}
     else:

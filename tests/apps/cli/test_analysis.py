@@ -122,7 +122,7 @@ def test_a_setting_that_the_router_ignores_is_told(told, analysed):
         (("POOL", *TASKS, "--data", "copies"), "--data is for --suite, which was not given"),
         (("POOL", *TASKS, "--results", "none.jsonl"), "none.jsonl don't exist"),
         (("POOL", *TASKS, "--no-score", "--leave-one-out"), "needs a pool of several"),
-        (("POOL", *TASKS, "--expert", "e0"), "expert is for router single; here it is phatgoose"),
+        (("POOL", *TASKS, "--against", "arrow:frm=1"), "router arrow: unknown setting 'frm'"),
         (("POOL", *TASKS, "--against", "oracle"), "Router oracle needs the scores"),
         (("POOL", *TASKS, "--scores", "first.jsonl"), "first.jsonl holds no scores"),
     ],

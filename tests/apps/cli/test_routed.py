@@ -114,7 +114,7 @@ def test_bytes_that_are_no_text_and_seeds_of_no_kind_are_refused(here, phat, com
 
 
 def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
-    ignored = ["--router", "merged", "--k", 1, "--affinity", "raw", *BASE]
+    ignored = ["--router", "merged", "--k", 1, *BASE]
     for command in (
         ["compose", "experts", "--out", "routed"],
         ["generate", "experts", "Film", "--max-new-tokens", 1],
@@ -122,7 +122,7 @@ def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
     ):
         outcome = phat(*command, *ignored)
         assert outcome.code == 0
-        assert outcome.err == "warning: Router merged doesn't use --affinity, --k.\n"
+        assert outcome.err == "warning: Router merged doesn't use --k.\n"
     taken = [
         "generate",
         "experts",
@@ -131,8 +131,8 @@ def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
         1,
         "--k",
         1,
-        "--router-temperature",
-        2,
+        "--router",
+        "arrow:temperature=2",
     ]
     assert phat(*taken, *BASE).err == ""
 

@@ -28,8 +28,14 @@ def test_places_name_models_and_their_routing(tmp_path):
     odd = tmp_path / "a=b?c"
     odd.mkdir()
     models = served_models(
-        ["x/experts", "mine=pool.json", "hub:me/x@v1", str(odd), "arrow=experts?router=arrow&k=3"],
-        routing=Routing(eps=1e-3),
+        [
+            "x/experts",
+            "mine=pool.json",
+            "hub:me/x@v1",
+            str(odd),
+            "arrow=experts?router=arrow:form=peft&k=3",
+        ],
+        routing=Routing(kernel="gather"),
     )
     assert [(model.name, model.place) for model in models] == [
         ("experts", "x/experts"),
@@ -38,24 +44,13 @@ def test_places_name_models_and_their_routing(tmp_path):
         ("a=b?c", str(odd)),
         ("arrow", "experts"),
     ]
-    assert [model.routing for model in models[:4]] == [Routing(eps=1e-3)] * 4
-    assert models[4].routing == Routing("arrow", 3, eps=1e-3)
+    assert [model.routing for model in models[:4]] == [Routing(kernel="gather")] * 4
+    assert models[4].routing == Routing("arrow:form=peft", 3, "gather")
 
 
 def test_every_setting_of_a_routing_is_read_as_its_type():
-    written = "spectr_shortlist=2&input_k=3&input_temperature=0.5&stand_in=true&expert=7&eps=1"
-    (model,) = served_models([f"x?{written}"], routing=Routing(k=4))
-    assert model.routing == Routing(
-        k=4,
-        spectr_shortlist=2,
-        input_k=3,
-        input_temperature=0.5,
-        stand_in=True,
-        expert="7",
-        eps=1.0,
-    )
-    (model,) = served_models(["x?stand_in=false"], routing=Routing(stand_in=True))
-    assert model.routing == Routing()
+    (model,) = served_models(["x?k=3&kernel=concat&embedder=7"], routing=Routing("arrow", k=4))
+    assert model.routing == Routing("arrow", 3, "concat", "7")
 
 
 @pytest.mark.parametrize(
@@ -66,8 +61,8 @@ def test_every_setting_of_a_routing_is_read_as_its_type():
         (["x?router"], "router=NAME"),
         (["x?k=two"], "k is 'two'"),
         (["x?rooter=arrow"], "unknown setting 'rooter'"),
-        (["x?input_k="], "input_k is '', but must be a whole number"),
-        (["x?stand_in=1"], "stand_in is '1', but must be true or false"),
+        (["x?k="], "k is '', but must be a whole number"),
+        (["x?stand_in=true"], "stand_in has left phatgoose"),
         (["x?k=2&router=arrow&k=3"], "'k' is given 2 times"),
     ],
     ids=str,

@@ -71,7 +71,7 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
         ("base", None),
         ("merged", {"router": "merged"}),
         ("phatgoose", {"k": 2}),
-        ("e1", {"router": "single", "expert": "e1"}),
+        ("e1", {"router": "single:expert=e1"}),
     ):
         model = compose(pool, base, **options) if options else base
         for name in ("choose", "count"):
@@ -85,12 +85,12 @@ def test_a_sequence_to_sequence_base_is_compared_alike(
 
 @pytest.mark.filterwarnings("ignore:.* cut to [237] tokens")
 def test_settings_reach_every_model(setting, tasks, llama, tmp_path):
-    routing, formatting = Routing(k=1, eps=0.5), Formatting(max_input_tokens=3)
+    routing, formatting = Routing(k=1), Formatting(max_input_tokens=3)
     options = {"routing": routing, "formatting": formatting, "max_new_tokens": 2, "token_budget": 9}
-    methods = ["uniform-top-k", "phatgoose"]
+    methods = ["uniform-top-k:eps=0.5", "phatgoose:eps=0.5"]
     comparison = setting.run(tmp_path, methods, suites=setting.suites[1], **options)
     for row in methods:
-        model = compose(setting.pool, llama, router=row, k=1, eps=0.5)
+        model = compose(setting.pool, llama, router=row, k=1)
         for name in ("choose", "count"):
             (alone,) = evaluate(
                 model, tasks[name], formatting=formatting, max_new_tokens=2, token_budget=9
@@ -118,6 +118,6 @@ def test_rows_that_go_by_the_same_readings_read_each_prompt_once(setting, tmp_pa
         return read_prompts(model, prompts, reading)
 
     monkeypatch.setattr(base_reader, "read_prompts", counted)
-    rows = ["discriminant", "discriminant-phatgoose", "joint-discriminant"]
-    setting.run(tmp_path, rows, routing=Routing(reading_place="end", input_k=2))
+    rows = ["discriminant:place=end", "discriminant-phatgoose", "joint-discriminant"]
+    setting.run(tmp_path, rows, routing=Routing(k=2))
     assert len(read) == len(set(map(tuple, read))) > 0

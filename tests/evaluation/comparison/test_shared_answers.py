@@ -28,7 +28,7 @@ def test_shared_answers_are_those_of_the_model_itself(setting, tasks, llama, rou
         alone = by_hand(name, setting, llama)
         known[name] = {each: result_of(alone, task, llama) for each, task in tasks.items()}
         detach(alone)
-    model = by_hand(router, setting, llama, input_k=1)
+    model = by_hand(router, setting, llama, k=1)
     served = set()
     for name, task in tasks.items():
         chosen, encoder = of(task, llama)
@@ -89,5 +89,5 @@ def test_a_comparison_shares_where_single_experts_are_scored(setting, tmp_path, 
 
 
 def test_several_experts_an_input_are_scored_themselves(setting, tmp_path, computed):
-    setting.run(tmp_path, ["retrieval", "oracle"], routing=Routing(input_k=2))
+    setting.run(tmp_path, ["retrieval", "oracle"], routing=Routing(k=2))
     assert computed == cells_of("e0", "e1", "e2", "retrieval")

@@ -52,8 +52,8 @@ def assert_found(model, pool: Pool, **options) -> None:
     ("options", "used"),
     [
         ({}, {}),  # three, and 0.2
-        ({"input_k": 1}, {"k": 1}),
-        ({"input_k": 2, "input_temperature": 1.0}, {"k": 2, "temperature": 1.0}),
+        ({"k": 1}, {"k": 1}),
+        ({"k": 2, "temperature": 1.0}, {"k": 2, "temperature": 1.0}),
     ],
 )
 def test_the_nearest_means_are_weighted_by_the_softmax_of_their_cosines(

@@ -16,16 +16,16 @@ from phatgoose.experts.readings import PLACES, readings_of
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.tasks.task import Example, Task
-from routed_models import TOPICS
+from routed_models import TOPICS, text_of
 from topic_prompts import PROMPTS, both_streams, experts_of, scores_of
 
 # By what they change: the places and blocks (of two) that are read, shrinkage and task variance.
 SETTINGS = {
     "all": ({}, PLACES, (0, 1), 0.3, 0.0),
-    "end": ({"reading_place": "end"}, ("end",), (0, 1), 0.3, 0.0),
-    "whole": ({"reading_place": "whole"}, ("whole",), (0, 1), 0.3, 0.0),
-    "first": ({"reading_to": 0.5}, PLACES, (0,), 0.3, 0.0),
-    "last": ({"reading_from": 0.6, "shrinkage": 0.9}, PLACES, (1,), 0.9, 0.0),
+    "end": ({"place": "end"}, ("end",), (0, 1), 0.3, 0.0),
+    "whole": ({"place": "whole"}, ("whole",), (0, 1), 0.3, 0.0),
+    "first": ({"last": 0.5}, PLACES, (0,), 0.3, 0.0),
+    "last": ({"first": 0.6, "shrinkage": 0.9}, PLACES, (1,), 0.9, 0.0),
     "diagonal": ({"shrinkage": 1.0}, PLACES, (0, 1), 1.0, 0.0),
     "drawn": ({"task_variance": 0.5}, PLACES, (0, 1), 0.3, 0.5),
 }
@@ -36,7 +36,7 @@ SETTINGS = {
 def test_scores_are_gaussian_log_likelihoods(base, pool, case):
     settings, *how = SETTINGS[case]
     wanted = torch.stack([scores_by_hand(base, pool, text, *how) for text in PROMPTS])
-    model = compose(pool, base, router="discriminant", **settings)
+    model = compose(pool, base, router=text_of("discriminant", **settings))
     got = scores_of(model, PROMPTS)
     torch.testing.assert_close(got.double(), wanted, atol=2e-4, rtol=1e-3)
 
@@ -55,16 +55,16 @@ def test_experts_that_were_measured_on_one_prompt_each_are_refused(llama, llama_
         states = torch.randn(1, 2, 2, 32, generator=torch.Generator().manual_seed(seed))
         experts.append(replace(expert, readings=readings_of(states)))
     pool = Pool(tuple(experts))
-    assert compose(pool, llama, router="discriminant", task_variance=0.0)
+    assert compose(pool, llama, router="discriminant:task_variance=0")
     detach(llama.model)
     with pytest.raises(RoutingError, match=r"can't invert .* with more examples"):
-        compose(pool, llama, router="discriminant", task_variance=1.0)
+        compose(pool, llama, router="discriminant:task_variance=1")
 
 
 def test_training_prompts_score_a_half_for_their_expert(llama, llama_pool):
     """On average over each expert's own prompts and over experts, by the definition of D."""
     means = torch.stack([e.readings["end.mean"][0] for e in llama_pool.experts])
-    model = compose(llama_pool, llama, router="discriminant", reading_place="end", reading_to=0.5)
+    model = compose(llama_pool, llama, router="discriminant:place=end,last=0.5")
     router = composition_of(model).prompt_router
     scores = means @ router.slopes[0, 0] + router.offsets[0, 0]
     assert scores.diagonal().mean().item() == pytest.approx(0.5, abs=1e-4)
@@ -124,12 +124,12 @@ def test_an_evaluation_is_that_of_each_inputs_expert(base, pool):
         "choosing",
         test=tuple(Example(prompt, "yes", ("yes", "no, never", "plums")) for prompt in PROMPTS),
     )
-    model = compose(pool, base, router="discriminant", input_k=1)
+    model = compose(pool, base, router="discriminant", k=1)
     owners = experts_of(model, PROMPTS).experts[:, 0].tolist()
     (routed,) = evaluate(model, task, tokenizer=base.tokenizer).scores
     detach(model)
     for place, owner in enumerate(owners):
-        single = compose(pool, base, router="single", expert=pool.names[owner])
+        single = compose(pool, base, router=f"single:expert={pool.names[owner]}")
         (alone,) = evaluate(single, task, tokenizer=base.tokenizer).scores
         detach(single)
         torch.testing.assert_close(
@@ -164,8 +164,8 @@ def test_readings_of_another_base_are_refused(llama, llama_pool):
 
 
 def test_a_range_without_blocks_is_refused(llama, llama_pool):
-    with pytest.raises(ConfigError, match=r"No block of 2 lies between reading_from 0\.6"):
-        compose(llama_pool, llama, router="discriminant", reading_from=0.6, reading_to=0.9)
+    with pytest.raises(ConfigError, match=r"No block of 2 lies between first=0\.6"):
+        compose(llama_pool, llama, router="discriminant:first=0.6,last=0.9")
 
 
 def test_experts_that_all_read_alike_score_nothing(llama, llama_pool):

@@ -12,7 +12,7 @@ from phatgoose.errors import ConfigError, PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.readings import PLACES
 from phatgoose.routing.compose import compose
-from routed_models import with_embeddings
+from routed_models import text_of, with_embeddings
 from topic_prompts import PROMPTS, both_streams, retrieving, scores_of
 from toy_embedders import toy_embed
 
@@ -41,7 +41,7 @@ def embedding_scores(pool: Pool, text: str, **how: float) -> torch.Tensor:
     ],
 )
 def test_scores_are_means_of_two_discriminants(base, pool, settings, share, shrinkage):
-    model = compose(with_embeddings(pool), base, router=NAME, **settings)
+    model = compose(with_embeddings(pool), base, router=text_of(NAME, **settings))
     got = scores_of(model, PROMPTS)
     for row, text in enumerate(PROMPTS):
         read = scores_by_hand(base, pool, text, PLACES, (0, 1), shrinkage, 0.0)
@@ -62,6 +62,6 @@ def test_experts_that_lack_either_are_named(llama, llama_pool):
 def test_a_strangers_embedder_must_be_named(llama, llama_pool):
     experts = with_embeddings(llama_pool).experts
     other = [replace(e, info=replace(e.info, embedder="them/theirs")) for e in experts]
-    with pytest.raises(ConfigError, match="--retrieval-embedder"):
+    with pytest.raises(ConfigError, match="--embedder"):
         compose(Pool(tuple(other)), llama, router=NAME)
-    compose(Pool(tuple(other)), llama, router=NAME, retrieval_embedder="them/theirs")
+    compose(Pool(tuple(other)), llama, router=NAME, embedder="them/theirs")

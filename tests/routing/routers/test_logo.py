@@ -51,7 +51,7 @@ def found(model, text: str, names) -> dict[str, float]:
 @pytest.mark.parametrize("k", [1, 2, 4])
 def test_experts_and_weights_are_those_of_the_released_code(base, kind, pool, k):
     wanted = [shares(base, pool, LAST_QUERY[kind], text, k) for text in PROMPTS]
-    model = compose(pool, base, router="logo", input_k=k)
+    model = compose(pool, base, router="logo", k=k)
     for text, expected in zip(PROMPTS, wanted, strict=True):
         assert found(model, text, pool.names) == pytest.approx(expected, abs=1e-5)
     assert k == 4 or len({tuple(each) for each in wanted}) > 1
@@ -66,7 +66,7 @@ def test_read_at_the_site_it_measures_what_the_layer_is_given(llama, llama_pool)
     for text in PROMPTS:
         logits_of(llama.model, torch.tensor([llama.tokenizer(text)["input_ids"]]))
     handle.remove()
-    model = compose(llama_pool, llama, router="logo", logo_reads="site")
+    model = compose(llama_pool, llama, router="logo:reads=site")
     got = scores_of(model, PROMPTS)
     for u, scores in zip(seen, got, strict=True):
         for expert, score in zip(llama_pool.experts, scores.tolist(), strict=True):
@@ -84,7 +84,7 @@ def test_every_row_of_a_padded_batch_is_its_mixture_by_hand(base, kind, pool, pa
         ids = torch.tensor([row])
         with adding(base, pool, shares(base, pool, LAST_QUERY[kind], text, 3)):
             wanted.append(passed(base, base.model, ids, torch.ones_like(ids)))
-    model = compose(pool, base, router="logo", input_k=3)
+    model = compose(pool, base, router="logo", k=3)
     ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
     assert_same_logits(passed(base, model, ids, mask), torch.cat(wanted))
 
@@ -111,16 +111,18 @@ def test_without_a_query_the_first_site_of_the_last_block_is_read(llama, make_ex
         tuple(make_expert(llama, f"e{z}", seed=z, target_modules=["down_proj"]) for z in (0, 1))
     )
     model = compose(pool, llama, router="logo")
-    with pytest.raises(RoutingError, match=r"reads 32 features .* act on 48 at .*set logo_reads"):
+    with pytest.raises(
+        RoutingError, match=r"reads 32 features .* act on 48 at .*use logo:reads=site"
+    ):
         scores_of(model, PROMPTS)
     detach(model)
-    model = compose(pool, llama, router="logo", logo_reads="site")
+    model = compose(pool, llama, router="logo:reads=site")
     assert (scores_of(model, PROMPTS) > 0).all()
 
 
 def test_it_needs_loras_and_a_tokenizer(llama, llama_pool, tmp_path):
-    with pytest.raises(ConfigError, match="logo_reads is 'end', but must be one of block, site"):
-        compose(llama_pool, llama, router="logo", logo_reads="end")
+    with pytest.raises(ConfigError, match="reads is 'end', but must be one of block, site"):
+        compose(llama_pool, llama, router="logo:reads=end")
     with pytest.raises(ConfigError, match="Router logo reads prompts"):
         compose(llama_pool, llama.model, router="logo")
     other = make_kind("ia3", llama, tmp_path / "ia3")

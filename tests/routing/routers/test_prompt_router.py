@@ -36,7 +36,7 @@ from topic_prompts import (
 )
 from toy_embedders import toy_embed
 
-pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:input_k")]
+pytestmark = [pytest.mark.usefixtures("toy_embedder"), pytest.mark.filterwarnings("ignore:k is")]
 
 BY_TEXT = ("retrieval", "centroid", "glider")
 BY_BASE = ("discriminant", "discriminant-phatgoose", "logo")
@@ -69,7 +69,7 @@ def test_the_best_are_weighted_by_the_softmax_of_their_scores():
 @both_streams
 @each_router
 def test_features_give_the_scores_and_these_the_choice(base, pool, router):
-    model = compose(with_embeddings(pool), base, router=router, input_k=3, k=2)
+    model = compose(with_embeddings(pool), base, router=router, k=3)
     chooser, prompts = composition_of(model).prompt_router, tokens_of(model, PROMPTS)
     scores = chooser.scores(chooser.features(prompts, model))
     torch.testing.assert_close(scores, chooser.score(prompts, model), atol=1e-5, rtol=1e-5)
@@ -82,7 +82,7 @@ def test_features_give_the_scores_and_these_the_choice(base, pool, router):
 @each_router
 @pytest.mark.parametrize("cache", [True, False])
 def test_beams_are_those_of_each_prompt_alone(base, pool, router, cache):
-    model = compose(with_embeddings(pool), base, router=router, input_k=2)
+    model = compose(with_embeddings(pool), base, router=router, k=2)
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "num_beams": 3}
     ids, mask = batch_of(base, PROMPTS[:3])
     got = model.generate(ids, attention_mask=mask, use_cache=cache, **options)[:, -5:]
@@ -93,8 +93,8 @@ def test_beams_are_those_of_each_prompt_alone(base, pool, router, cache):
 
 
 def test_more_experts_a_prompt_than_there_are_is_told(llama, llama_pool):
-    with pytest.warns(UserWarning, match="input_k is 9, but the pool has 4 experts"):
-        model = compose(with_embeddings(llama_pool), llama, router="retrieval", input_k=9)
+    with pytest.warns(UserWarning, match="k is 9, but the pool has 4 experts"):
+        model = compose(with_embeddings(llama_pool), llama, router="retrieval", k=9)
     assert experts_of(model, PROMPTS).experts.shape == (5, 4)
 
 
@@ -170,13 +170,13 @@ def no_weights(monkeypatch) -> None:
 @both_streams
 @each_router
 def test_alone_it_chooses_as_in_a_composed_model(base, pool, router, tmp_path, request):
-    model = compose(with_embeddings(pool), base, router=router, input_k=2)
+    model = compose(with_embeddings(pool), base, router=router, k=2)
     prompts, wanted = tokens_of(model, PROMPTS), experts_of(model, PROMPTS)
     save(model, tmp_path / "routed")
     detach(model)
     request.getfixturevalue("no_weights")
     for chooser in (
-        open_prompt_router(with_embeddings(pool), base.tokenizer, router=router, input_k=2),
+        open_prompt_router(with_embeddings(pool), base.tokenizer, router=router, k=2),
         open_prompt_router(tmp_path / "routed", base.tokenizer),
     ):
         assert chooser.experts == pool.names
@@ -207,11 +207,12 @@ def test_a_model_that_is_routed_otherwise_does_not_read_for_it(llama, llama_pool
         chooser.choose(PROMPTS, compose(llama_pool, llama))
 
 
-@pytest.mark.parametrize("router", ["phatgoose", "merged", "auto", "oracle", "paper"])
+@pytest.mark.parametrize(
+    "router", ["phatgoose", "merged", "auto", "oracle", "retrieval:form=paper"]
+)
 def test_routers_that_need_more_than_a_prompt_are_refused(llama_pool, router):
-    form = {"router": "retrieval", "retrieval_form": "paper"}
     with pytest.raises(ConfigError, match=r"doesn't choose by a prompt alone|task's name|paper"):
-        open_prompt_router(llama_pool, **(form if router == "paper" else {"router": router}))
+        open_prompt_router(llama_pool, router=router)
 
 
 # Embeddings
@@ -267,7 +268,7 @@ def test_pools_whose_embeddings_can_not_be_compared_are_refused(llama, llama_poo
         with pytest.raises(PoolError, match=told):
             compose(given, llama, router=router)
     with pytest.raises(PoolError, match=r"'e0' has embeddings of prompts .*--embedding-form paper"):
-        compose(pool, llama, router="retrieval", retrieval_form="paper")
+        compose(pool, llama, router="retrieval:form=paper")
 
 
 @pytest.mark.parametrize("router", EMBEDDED)
@@ -299,14 +300,14 @@ def test_a_saved_model_of_other_embeddings_is_refused(
 def test_discriminants_choose_alike_by_what_others_read(base, pool, room, monkeypatch):
     """In whatever order they come: all blocks in both places are remembered."""
     routings = [
-        {"router": "discriminant"},
-        {"router": "discriminant", "reading_place": "end", "shrinkage": 1.0},
-        {"router": "joint-discriminant", "reading_from": 0.6},
-        {"router": "discriminant-phatgoose"},
+        "discriminant",
+        "discriminant:place=end,shrinkage=1",
+        "joint-discriminant:first=0.6",
+        "discriminant-phatgoose",
     ]
     pool, wanted = with_embeddings(pool), []
-    for settings in routings:
-        wanted.append(scores_of(compose(pool, base, **settings), PROMPTS))
+    for router in routings:
+        wanted.append(scores_of(compose(pool, base, router=router), PROMPTS))
         detach(base.model)
     passes, read = [], prompt_router.read_prompts
 
@@ -317,8 +318,8 @@ def test_discriminants_choose_alike_by_what_others_read(base, pool, room, monkey
     monkeypatch.setattr(prompt_router, "read_prompts", counted)
     monkeypatch.setattr(discriminant, "MOST_BYTES", room)
     states = {}
-    for settings, scores in zip(routings, wanted, strict=True):
-        model = compose(pool, base, **settings)
+    for router, scores in zip(routings, wanted, strict=True):
+        model = compose(pool, base, router=router)
         composition_of(model).prompt_router.remember(states)
         torch.testing.assert_close(
             scores_of(model, [*PROMPTS, PROMPTS[0]])[:-1], scores, atol=1e-5, rtol=1e-5

@@ -161,7 +161,7 @@ def alone(originals, pool_of) -> Callable[..., list[TaskScore]]:
 def test_choices_are_ranked_by_the_expert_of_the_input(
     base, kind, pool, budget, alone, form, owners
 ):
-    model = compose(with_embeddings(pool, form), base, router="retrieval", retrieval_form=form)
+    model = compose(with_embeddings(pool, form), base, router=f"retrieval:form={form}")
     (score,) = evaluate(model, CHOOSING, token_budget=budget).scores
     single = alone(kind, CHOOSING, owners)
     for i, prediction in enumerate(score.predictions):
@@ -229,7 +229,7 @@ def test_an_expert_adds_nothing_where_it_does_not_act(llama, make_expert):
 @retrieving
 def test_the_paper_s_form_is_for_scoring_and_kept_with_a_model(llama, llama_pool, tmp_path):
     pool = with_embeddings(llama_pool, "paper")
-    model = compose(pool, llama, router="retrieval", retrieval_form="paper")
+    model = compose(pool, llama, router="retrieval:form=paper")
     scores = evaluate(model, CHOOSING).scores
     with pytest.raises(RoutingError, match="embeds answer choices, which a prompt alone doesn't"):
         passed(llama, model, *batch_of(llama, PROMPTS))
@@ -251,7 +251,7 @@ def test_the_nearest_is_so_by_its_angle_however_long_an_embedding_is(llama, llam
 @both_streams
 @pytest.mark.parametrize("pad", [pad_left, pad_right])
 def test_several_nearest_experts_are_mixed_by_the_softmax_of_their_cosines(base, pool, pad):
-    model = compose_by("retrieval", pool, base, input_k=3, input_temperature=0.3)
+    model = compose_by("retrieval", pool, base, k=3, temperature=0.3)
     rows = [base.tokenizer(text)["input_ids"] for text in PROMPTS]
     ids, mask = pad(rows, 0), pad([[1] * len(row) for row in rows], 0)
     got = passed(base, model, ids, mask)

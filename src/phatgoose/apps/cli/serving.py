@@ -11,7 +11,7 @@ import typer
 from ...config import ROUTING_SETTINGS, Routing, Serving
 from ..console import say
 from ..processor import advice
-from .options import ModelOptions, ReplicaOptions, warn_of_unused
+from .options import ModelOptions, ReplicaOptions, check_router
 
 if TYPE_CHECKING:
     from ..server.settings import ServedModel
@@ -60,7 +60,7 @@ def serve(
     )
     for each in models:
         if each.routing is not None:
-            warn_of_unused(each.routing)
+            check_router(each.routing)
     keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))

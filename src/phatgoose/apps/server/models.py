@@ -32,7 +32,7 @@ from ...routing.context import Choice
 from ...routing.layers import RoutedLinear
 from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
-from ...routing.routers.registry import AUTO, ROUTERS, spec_of
+from ...routing.routers.registry import AUTO, ROUTERS
 from ...routing.routers.router import check_served, router_of
 from ...routing.saved.load import base_of, load
 from ...routing.saved.tensors import HASHES
@@ -244,18 +244,19 @@ class LoadedModel:
         named = BaseReference(settings.base) if settings.base else None
         if is_routed(place):
             self.base = bases.get(named or base_of(place), settings.dtype)
-            model = load(place, twin(self.base), retrieval_embedder=self._embedder)
+            model = load(place, twin(self.base), embedder=self._embedder)
             self.parts: Composition | None = composition_of(model)
-            self.routing = self.parts.routing
         elif is_pool(place):
             self.base = bases.get(named or self.pool.base, settings.dtype)
             model = self.compose(self.pool, settings.routing or Routing())
             self.parts = composition_of(model)
-            self.routing = self.parts.routing
         else:
             self.base = bases.get(BaseReference(place), settings.dtype)
-            self.routing, self.parts = Routing(), None
+            self.parts = None
             model = twin(self.base).model
+        self.routing = Routing()
+        if self.parts is not None:
+            self.routing = _numbered(self.parts.routing, len(self.parts.experts))
         if getattr(model, "_is_stateful", False):
             raise BaseModelError(
                 f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
@@ -267,7 +268,7 @@ class LoadedModel:
 
     def _check(self) -> None:
         settings = self.settings
-        embedder_alone = Routing(retrieval_embedder=self._embedder)  # any model may be given one
+        embedder_alone = Routing(embedder=self._embedder)  # any model may be given one
         routing = (
             None if settings.routing == embedder_alone and self._embedder else settings.routing
         )
@@ -279,7 +280,7 @@ class LoadedModel:
 
     @property
     def _embedder(self) -> str | None:
-        return self.settings.routing.retrieval_embedder if self.settings.routing else None
+        return self.settings.routing.embedder if self.settings.routing else None
 
     @cached_property
     def pool(self) -> Pool:
@@ -317,21 +318,26 @@ class LoadedModel:
     def overridden(self, override: RoutingOverride) -> tuple[Routing, Pool]:
         """The routing and the experts with `override` applied.
 
-        A k that changes nothing is left out: one above the pool's size, or of a router that uses
-        all experts. Raises RoutingError for a model without experts, ConfigError for a router that
-        needs more than a request has, PoolError for unknown experts.
+        Raises RoutingError for a model without experts, ConfigError for a router that needs more
+        than a request has, PoolError for unknown experts.
         """
         if self.parts is None:
             raise RoutingError(f"{self.settings.name!r} is a base model alone; it has no experts.")
         pool = self.pool.select(override.keep, override.leave_out)
         routing = self.routing
-        if override.router is not None and override.router != routing.router:
-            routing = replace(routing, router=override.router, expert=None)
-        uses_k = spec_of(routing.router).uses_k
-        k = min(override.k or routing.k, len(pool)) if uses_k else self.routing.k
-        routing = replace(routing, k=k)
+        if override.router is not None:
+            asked = self.settings.routing.k if self.settings.routing else None
+            routing = replace(routing, router=override.router, k=asked)
+        if override.k is not None:
+            routing = replace(routing, k=override.k)
         check_served(router_of(routing))
-        return routing, pool
+        return _numbered(routing, len(pool)), pool
+
+
+def _numbered(routing: Routing, experts: int) -> Routing:
+    """`routing` with the k that it comes to among so many experts: equal ones become the same."""
+    router = router_of(routing)
+    return replace(router.routing, k=min(router.k, experts) or None)
 
 
 def _identity(record: Mapping[str, Any]) -> tuple[object, ...]:

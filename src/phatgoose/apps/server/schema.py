@@ -9,10 +9,12 @@ all errors of a long one would take longer than any answer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from ...errors import ConfigError
+from ...routing.routers.registry import choice_of
 from .models import REQUESTABLE_ROUTERS, RoutingOverride
 from .sequences import Finish
 
@@ -25,10 +27,19 @@ Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Token = Annotated[int, Field(ge=0, lt=1 << 31)]
 Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
-if TYPE_CHECKING:
-    Router = str
-else:
-    Router = Literal[REQUESTABLE_ROUTERS]
+
+
+def _requestable(router: str) -> str:
+    """`router` as tables write it. Raises ValueError for one that no request can name."""
+    if router.partition(":")[0] not in REQUESTABLE_ROUTERS:
+        raise ValueError(f"Input should be one of {', '.join(REQUESTABLE_ROUTERS)}")
+    try:
+        return choice_of(router).text
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+Router = Annotated[str, Field(min_length=1, max_length=512), AfterValidator(_requestable)]
 Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
 
 
@@ -81,8 +92,14 @@ class GenerationRequest(Strict):
     ignore_eos: bool | None = Field(
         False, description="Continue after the token that ends an answer (for benchmarks)."
     )
-    router: Router | None = Field(None, description="Instead of the router that it is served with.")
-    k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token at each site.")
+    router: Router | None = Field(
+        None,
+        description="Instead of the router that it is served with: "
+        f"{', '.join(REQUESTABLE_ROUTERS)}; settings follow, as in arrow:form=peft.",
+    )
+    k: int | None = Field(
+        None, ge=1, le=1 << 16, description="Experts per token at each site, or per input."
+    )
     keep: Names | None = Field(None, description="Use only these experts.")
     leave_out: Names | None = Field(None, description="Leave out these experts.")
     routing: bool | RoutingDetail | None = Field(
@@ -229,7 +246,7 @@ class RoutingReport(Reply):
     """
 
     router: str
-    k: int
+    k: int | None
     experts: list[str]
     tokens: list[TokenRouting]
     trace: dict[str, Any] | None = None

@@ -41,11 +41,14 @@ from ..evaluate import Answer, EvaluationSet, Questions, TaskScore, score, task_
 from .methods import Row, RowLocation
 
 PACKAGE = Path(__file__).parents[2]
-HOMES = [spec.home.rpartition(".")[0] for spec in ROUTERS.values() if isinstance(spec.home, str)]
 SCORING = (  # these, and all that they import; the registry imports routers by name
     "evaluation.evaluate",
     "routing.open_model",
-    *(f"routing.routers.{home}" for home in HOMES),
+    *(
+        f"routing.routers{spec.home.rpartition('.')[0]}"
+        for spec in ROUTERS.values()
+        if isinstance(spec.home, str) and spec.home.startswith(".")
+    ),
 )
 RELEASE = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)  # read: the root imports this module
 KERNEL = PACKAGE / "routing" / "kernels" / "native.cpp"
@@ -213,11 +216,6 @@ def chip_of(device: torch.device) -> str:
 # -------------------------------------------------------------------------------------------------
 # Answers that rows share: where one expert alone serves an input, it has answered already.
 # -------------------------------------------------------------------------------------------------
-
-
-def may_share(settings: Mapping[str, Any]) -> bool:
-    """True for a row whose `settings` say that its router chooses for whole inputs."""
-    return "input_k" in settings
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def shares_of(model: PreTrainedModel, texts: Texts | None = None) -> Shares:
         whole = any(isinstance(router, ChosenExperts) for router in routers)
         turn = "input" if whole else "token"
         raise RoutingError(
-            f"Router {parts.routing.router} chooses anew for every {turn}, which no adapter can "
+            f"Router {parts.routing.name} chooses anew for every {turn}, which no adapter can "
             f"hold: fix its mixture with --prompt or --task, or route by merged or single."
         )
     if parts.tokenizer is None:

@@ -74,14 +74,12 @@ class Discriminant(ByPrompt):
 
     def discriminant(self, tables: Tables) -> PromptDiscriminant:
         """That of the readings in `tables`."""
-        asked = self.routing
-        where = asked.reading_place, asked.reading_from, asked.reading_to
+        where = self.config.place, self.config.first, self.config.last
         return PromptDiscriminant(tables, self.line, *where)
 
     def line(self, moments: Mapping[str, Tensor]) -> Line:
         """`line_of` with the settings."""
-        asked = self.routing
-        return line_of(moments, asked.shrinkage, asked.task_variance, asked.router)
+        return line_of(moments, self.config.shrinkage, self.config.task_variance, self.spec.name)
 
 
 def line_of(
@@ -219,7 +217,7 @@ def _blocks_between(first: float, last: float, depth: int) -> list[int]:
     blocks = [block for block in range(depth) if first <= (block + 1) / depth <= last]
     if not blocks:
         raise ConfigError(
-            f"No block of {depth} lies between reading_from {first:g} and reading_to {last:g}, as "
+            f"No block of {depth} lies between first={first:g} and last={last:g}, as "
             f"shares of the depth; choose them further apart."
         )
     return blocks

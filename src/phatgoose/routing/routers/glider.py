@@ -12,24 +12,20 @@ Published, the second term compares descriptions of tasks that a language model 
 expert's task and one for each evaluation task; the released code looks the latter up by the task's
 name and sets λ by evaluation suite, from 3 to 1000. That is not zero-shot. Here the prompt itself
 is embedded and held against the centroid of the expert's training inputs (`routers.centroid`),
-with one λ for everything: 3, which the released scripts use for BIG-bench. `router_temperature`
+with one λ for everything: 3, which the released scripts use for BIG-bench. `temperature`
 divides the whole logit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from ...config import Routing
-from ...experts.pool import Pool
 from ..context import Choice, RoutingContext
-from .affinities import AffinityRouting
 from .centroid import Centroid, NearestCentroids
+from .configs import Glider as GliderConfig
+from .phatgoose import PaperRule, PhatgooseRouter
 from .router import RouterSite
-from .vector_router import ScoredRouter
 
 
 class AllCentroids(NearestCentroids):
@@ -42,16 +38,18 @@ class AllCentroids(NearestCentroids):
         return Choice(torch.arange(scores.shape[1]).expand_as(scores), scores)
 
 
-class GliderRouter(ScoredRouter):
+class GliderRouter(PhatgooseRouter):
     """The top k of v̄ᵀū/√n + λ cos, softmax over those k."""
 
     fused = one_call = False
     acting: Tensor
 
-    def __init__(self, site: RouterSite, routing: Routing, context: RoutingContext) -> None:
+    def __init__(
+        self, site: RouterSite, k: int, config: GliderConfig, context: RoutingContext
+    ) -> None:
         """`context` has the cosines; the temperature divides λ, as it has divided the gates."""
-        super().__init__(site.state["vectors"], routing.k, routing.eps)
-        self.context, self.scale = context, routing.glider_lambda / routing.router_temperature
+        super().__init__(site.state["vectors"], k, config.eps)
+        self.context, self.scale = context, config.weight / config.temperature
         self.sees_all = site.sees_all
         self.register_buffer("acting", site.experts, persistent=False)
 
@@ -64,22 +62,11 @@ class GliderRouter(ScoredRouter):
         return super().affinities(u) + self.scale * cosines
 
 
-class Glider(AffinityRouting, Centroid):
+class Glider(PaperRule, Centroid):
     """Router glider."""
 
-    vectors = "gates"
     nearest = AllCentroids
-
-    def check(self, pool: Pool) -> None:
-        """Raise as router phatgoose does, and ConfigError for another affinity than the paper's."""
-        self.refuse_other_affinities("router glider")
-        super().check(pool)
-
-    @property
-    def form(self) -> Mapping[str, str]:
-        """The gates [E, n]."""
-        return {"vectors": "En"}
 
     def at(self, site: RouterSite) -> GliderRouter:
         """The router's module at one site."""
-        return GliderRouter(site, self.routing, self.context_of(site))
+        return GliderRouter(site, self.k, self.config, self.context_of(site))

@@ -49,7 +49,7 @@ class JointDiscriminant(Discriminant):
         moments = {part: tables.tensors[f"embedded.{part}"] for part in PARTS}
         embedder = Embedder(self.embedder(tables), moments["mean"].shape[1])
         by_base, line = self.discriminant(tables), self.line(moments)
-        return JointRouter(by_base, embedder, line, self.routing.embedding_share)
+        return JointRouter(by_base, embedder, line, self.config.embedding_share)
 
 
 class JointRouter(PromptRouter):

@@ -5,7 +5,7 @@ the last block, s_z = |scale_z B_z A_z h| for the last token's h; the k experts 
 act on the whole input, Σ w B A u at every site with w_z = s_z / Σ s over those k. k is 20 as there.
 
 As in the released code, h is the stream that enters the block, before the block's norm; the
-projection itself, and a LoRA there, is given what comes out of that norm, which `logo_reads` "site"
+projection itself, and a LoRA there, is given what comes out of that norm, which reads=site
 reads. There h comes from a pass with experts at work, all at once for the first input and then
 those that the input before had chosen; here from the base alone, so that an input's experts depend
 on nothing but the input.
@@ -44,7 +44,7 @@ class Logo(ByPrompt):
 
     def chooser(self, tables: Tables) -> PromptRouter:
         """The lengths of updates; what it scores with are the experts themselves."""
-        return LogoRouter(tables, at_site=self.routing.logo_reads == "site")
+        return LogoRouter(tables, at_site=self.config.reads == "site")
 
 
 class LogoRouter(BaseRouter):
@@ -129,7 +129,7 @@ class _Lengths(PromptReading):
         if hidden.shape[-1] != self._site.in_features:
             raise RoutingError(
                 f"Router logo reads {hidden.shape[-1]} features before the block, but LoRAs act on "
-                f"{self._site.in_features} at {self._site.name}; set logo_reads to site."
+                f"{self._site.in_features} at {self._site.name}; use logo:reads=site."
             )
         self._read(hidden)
 

@@ -248,15 +248,13 @@ class ByPrompt(Router):
 
     @property
     def input_k(self) -> int:
-        """How many experts a prompt gets: the setting, or else the router's own number."""
-        asked = self.routing.input_k
-        return self.spec.input_k if asked is None else asked
+        """How many experts a prompt gets."""
+        return self.k
 
     @property
     def input_temperature(self) -> float:
-        """What divides scores before the softmax: the setting, or else the router's own number."""
-        asked = self.routing.input_temperature
-        return self.spec.input_temperature if asked is None else asked
+        """What divides scores before the softmax."""
+        return float(getattr(self.config, "temperature", 1.0))
 
     def tables(
         self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
@@ -327,7 +325,7 @@ class ByPrompt(Router):
                 f"{self.spec.name} compares {TEXTS[form]}. Measure its experts' embeddings again "
                 f"(phatgoose measure), then compose and save the pool again."
             )
-        return usable_embedder(tables.info["embedder"], self.routing.retrieval_embedder)
+        return usable_embedder(tables.info["embedder"], self.routing.embedder)
 
 
 class ChosenExperts(SiteRouter):

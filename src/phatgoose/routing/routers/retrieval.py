@@ -3,9 +3,9 @@
 Muqeeth et al. 2024, section 4.2; Jang et al. 2023. Experts share embeddings of up to 1000 of their
 training inputs (`training.statistics`); nearness is the cosine. Inputs are embedded as the
 model reads them. The released code embeds their answer choices too, which no served prompt has:
-`retrieval_form` "paper" does so in comparisons. With `input_k` above 1 the k experts that have the
+the setting form=paper does so in comparisons. With k above 1 the k experts that have the
 nearest training inputs act together, weighted by the softmax of these cosines over
-`input_temperature`: that is ours.
+`temperature`: that is ours.
 
 An expert that stores more than BOUND times as many embeddings as the pool's median is searched by
 so many of them, evenly spaced: copies of the other experts' could else win all of their prompts.
@@ -47,25 +47,25 @@ class Retrieval(ByPrompt):
     @property
     def unserved(self) -> str | None:  # type: ignore[override]
         """Why the paper's form can't choose by a prompt alone."""
-        if self.routing.retrieval_form == PROMPT:
+        if self.config.form == PROMPT:
             return None
         return (
-            "Router retrieval with retrieval_form 'paper' embeds answer choices, which a prompt "
-            "alone doesn't have: use it in compare, or set retrieval_form to 'prompt'."
+            "Router retrieval:form=paper embeds answer choices, which a prompt alone doesn't have: "
+            "use it in compare, or leave form=paper out."
         )
 
     def tables(
         self, pool: Pool, scores: Scores | None = None, embedder: str | None = None
     ) -> Tables:
         """The embeddings of the experts of `pool`."""
-        form = self.routing.retrieval_form
+        form = self.config.form
         found = embeddings_of(pool, embedder, form)
         tensors = {"embeddings": found.rows, OWNERS: found.owners}
         return Tables(pool.names, tensors, found.info(form))
 
     def chooser(self, tables: Tables) -> PromptRouter:
         """The embeddings, and the embedder of prompts."""
-        return Retriever(tables, self.embedder(tables, self.routing.retrieval_form))
+        return Retriever(tables, self.embedder(tables, self.config.form))
 
 
 class Retriever(EmbeddingRouter):

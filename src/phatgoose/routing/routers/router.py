@@ -6,9 +6,9 @@ import math
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from ...experts.pool import Pool
 from ...files.strict import read_json_object, reason, shortened
 from ..context import RoutingContext
 from ..kernels.choice import Kernel
-from .registry import RouterSpec, spec_of
+from .registry import choice_of, spec_of
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def given_scores(scores: Scores | None, routing: Routing) -> Scores:
     """
     if scores is None:
         raise ConfigError(
-            f"Router {routing.router} needs the scores of every single expert: those of a finished "
+            f"Router {routing.name} needs the scores of every single expert: those of a finished "
             f"'phatgoose compare' (--scores comparison.json)."
         )
     if not isinstance(scores, Mapping) or not all(isinstance(s, Mapping) for s in scores.values()):
@@ -192,18 +192,22 @@ class Router:
     unserved: str | None = None  # why it can't choose by a prompt alone, as a sentence
     folds = False  # True: the same weights for all tokens, which can be folded into the base's
 
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
+    config: Any  # its own settings, of the class that its record in the registry names
 
-    @property
-    def spec(self) -> RouterSpec:
-        """Its record in the registry."""
-        return spec_of(self.routing.router)
+    def __init__(self, routing: Routing) -> None:
+        choice = choice_of(routing.router)
+        self.spec, self.config = choice
+        self.routing = replace(routing, router=choice.text, k=routing.k or self.spec.k)
 
     @property
     def uses_k(self) -> bool:
-        """True where the number of experts a token gets is `k`."""
-        return self.spec.uses_k
+        """True if the user can choose the number of experts that a token, or an input, gets."""
+        return self.spec.k is not None
+
+    @property
+    def k(self) -> int:
+        """That number, as set or the router's own; 0 if the user can't choose it."""
+        return (self.routing.k or 0) if self.uses_k else 0
 
     @property
     def grows(self) -> str | None:
@@ -263,29 +267,20 @@ def check_served(router: Router) -> None:
 def check_routing(router: Router, pool: Pool) -> None:
     """Refuse a routing that can't be; warn when `k` exceeds the pool.
 
-    Raises ConfigError for settings that don't go together, PoolError naming the experts that lack
-    what the router needs.
+    Raises PoolError naming the experts that lack what the router needs.
     """
-    routing = router.routing
-    if routing.expert is not None and "expert" not in router.spec.given:
-        raise ConfigError(f"expert is for router single; the router is {routing.router}.")
     router.check(pool)
     warn_of_lowered_k(router, len(pool), "the pool has", stacklevel=4)
 
 
 def warn_of_lowered_k(router: Router, size: int, of: str, stacklevel: int) -> None:
-    """Warn when `k` or `input_k`, where the router uses it, exceeds the `size` of the pool.
+    """Warn when `k`, if the router uses it, exceeds the `size` of the pool.
 
-    Not of the default, which nobody may have asked for. `of` begins what is said of the size.
+    Not of the router's own, which nobody may have asked for. `of` begins what is said of the size.
     """
-    uses = {"k": router.uses_k, "input_k": "input_k" in router.spec.settings}
-    experts = "1 expert" if size == 1 else f"{size} experts"
-    for name, used in uses.items():
-        asked = getattr(router.routing, name)
-        if used and asked not in (None, getattr(Routing, name)) and asked > size:
-            warnings.warn(
-                f"{name} is {asked}, but {of} {experts}; {name} is lowered.", stacklevel=stacklevel
-            )
+    if router.uses_k and router.k != router.spec.k and router.k > size:
+        experts = "1 expert" if size == 1 else f"{size} experts"
+        warnings.warn(f"k is {router.k}, but {of} {experts}; k is lowered.", stacklevel=stacklevel)
 
 
 def check_needs(pool: Pool, needs: tuple[str, ...], what: str) -> None:

@@ -1,8 +1,8 @@
 """PHATGOOSE on a shortlist: gates choose for every token, among the experts that fit its prompt.
 
 Not in the paper. A token of a decoder's prompt doesn't know the task yet, its gates can't either;
-the base's reading of the whole prompt does. So `routers.discriminant` shortlists `input_k` experts
-for each prompt, and at every site PHATGOOSE's k experts of them act.
+the base's reading of the whole prompt does. So `routers.discriminant` shortlists some experts for
+each prompt, and at every site PHATGOOSE's k experts of them act.
 """
 
 from __future__ import annotations
@@ -12,19 +12,28 @@ from torch import Tensor
 
 from ..context import RoutingContext
 from .discriminant import Discriminant
-from .phatgoose import Phatgoose
+from .phatgoose import Phatgoose, TopKRouter
 from .prompt_router import rows_at
 from .router import RouterSite, RoutingDecision, SiteRouter, highest
-from .vector_router import VectorRouter
 
 
 class ByDiscriminant(Phatgoose, Discriminant):
-    """Router discriminant-phatgoose."""
+    """Router discriminant-phatgoose: the context has a shortlist, gates choose."""
+
+    @property
+    def input_k(self) -> int:
+        """How many experts the discriminant shortlists for a prompt."""
+        return int(self.config.shortlist)
+
+    @property
+    def input_temperature(self) -> float:
+        """What divides their scores before the softmax."""
+        return float(self.config.shortlist_temperature)
 
     def at(self, site: RouterSite) -> SiteRouter:
         """The router's module at one site."""
         gates, context = self.scorer(site), self.context_of(site)
-        return ShortlistedRouter(gates, site, context, self.routing.prior)
+        return ShortlistedRouter(gates, site, context, self.config.prior)
 
 
 class ShortlistedRouter(SiteRouter):
@@ -38,7 +47,7 @@ class ShortlistedRouter(SiteRouter):
     position: Tensor
 
     def __init__(
-        self, gates: VectorRouter, site: RouterSite, context: RoutingContext, prior: float
+        self, gates: TopKRouter, site: RouterSite, context: RoutingContext, prior: float
     ) -> None:
         """`gates` score the experts of `site`, of which `context` has each row's shortlist."""
         super().__init__()

@@ -27,18 +27,18 @@ def load(
     base: Base | PreTrainedModel | str | None = None,
     *,
     dtype: str = "auto",
-    retrieval_embedder: str | None = None,
+    embedder: str | None = None,
 ) -> PreTrainedModel:
     """The routed model that `save` wrote to `directory`; the experts' own files are not needed.
 
     A `base` that is a name is loaded in `dtype`, and so is the recorded one that None means; a
-    loaded base stays as it is. `retrieval_embedder` is that of `compose`.
+    loaded base stays as it is. `embedder` is that of `compose`.
     Raises RoutingError when the folder is missing or damaged, WrongBaseError when the base is
-    another one, ConfigError where router retrieval needs an embedder that wasn't named.
+    another one, ConfigError if the router needs an embedder that wasn't named.
     """
     directory = Path(directory)
     saved = read_saved(directory)
-    wanted, routing = saved.base, replace(saved.routing, retrieval_embedder=retrieval_embedder)
+    wanted, routing = saved.base, replace(saved.routing, embedder=embedder)
     found = resolve_base(base, wanted, dtype)
     check_base(wanted, found.reference)
     sites = find_sites(found.model)
@@ -81,7 +81,7 @@ def _layer(
         if not router.folds or folded.shape != (site.out_features, site.in_features):
             raise RoutingError(
                 f"Experts at {name} are folded into a weight of shape {list(folded.shape)} for "
-                f"router {parts.routing.router}; wanted [{site.out_features}, {site.in_features}] "
+                f"router {parts.routing.name}; wanted [{site.out_features}, {site.in_features}] "
                 f"for router merged."
             )
         check_folded(folded, name)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,15 @@ from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
 from ..checks import LARGEST, OWNERS, SCALES, SITE_TENSORS, check_lookup, check_tensors
+from ..routers.earlier import translated
 from ..routers.prompt_router import ByPrompt, Tables
+from ..routers.registry import choice_of
 from ..routers.router import router_of
 from ..stacks import TENSORS, SiteStack, joined, joined_stacks, kept_stack, take_rows
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
 VERSIONS = (1, 2)  # 2 has segments
-NAMED_ANEW = "retrieval_embedder"  # by the user who loads the model: a file can't have one loaded
 HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
 
 
@@ -93,13 +94,21 @@ def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
 
 
 def routing_in(info: Mapping[str, Any]) -> Routing:
-    """The settings in a description. Raises TypeError or ConfigError when they are none."""
-    return Routing(**{**info["routing"], NAMED_ANEW: None})
+    """The routing in a description, as it is written now or was before settings had routers.
+
+    An embedder isn't there: the user who loads the model names it, a file can't have one loaded.
+    Raises TypeError or ConfigError when it is none.
+    """
+    if not isinstance(info["routing"], dict):
+        raise TypeError(f"routing is {shortened(info['routing'])}")
+    routing = Routing(**translated(info["routing"]))
+    choice_of(routing.router)
+    return routing
 
 
 def routing_record(routing: Routing) -> dict[str, Any]:
     """What a description says of `routing`: all but the embedder."""
-    return {key: value for key, value in asdict(routing).items() if key != NAMED_ANEW}
+    return {"router": routing.router, "k": routing.k, "kernel": routing.kernel}
 
 
 def _check_experts(info: Mapping[str, Any]) -> None:

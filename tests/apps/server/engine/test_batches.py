@@ -16,7 +16,7 @@ from tiny import VOCABULARY
 
 OTHERS = ("average-activation", "arrow", "spectr", "glider", "merged", "single")
 OTHERS += ("retrieval", "centroid", "logo", "discriminant", "joint-discriminant")
-OTHERS += ("phatgoose-input", "phatgoose-evidence", "discriminant-phatgoose")
+OTHERS += ("discriminant-phatgoose",)
 
 
 def test_a_row_alone_gets_what_generate_gives(runner_of, kind):

@@ -82,7 +82,7 @@ def test_settings_that_a_model_cannot_have_are_refused(pool):
         create_app([ServedModel("b", pool.base.id, Routing())])
     for routing, told in (
         (Routing("oracle"), "goes by the task's name"),
-        (Routing("retrieval", retrieval_form="paper"), "'paper' embeds answer choices"),
+        (Routing("retrieval:form=paper"), "form=paper embeds answer choices"),
     ):
         with pytest.raises(ConfigError, match=told):
             create_app([ServedModel("b", str(serving.folder_of(pool)), routing)])

@@ -1,4 +1,4 @@
-"""PHATGOOSE among the experts that a prompt's discriminant, or its gates together, name."""
+"""PHATGOOSE among the experts that a prompt's discriminant names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.context import Choice
-from phatgoose.routing.routers.vector_router import standardise
+from phatgoose.routing.routers.configs import AFFINITIES
+from phatgoose.routing.routers.phatgoose import standardise
+from phatgoose.routing.saved.load import load
+from phatgoose.routing.saved.save import save
 from tiny import assert_same_logits, logits_of, make_ids, random
 
 NAME = "discriminant-phatgoose"
@@ -33,11 +36,10 @@ def by_hand(gates, u, shortlist, shares, k, prior) -> dict[int, float]:
 
 
 @both_streams
-@pytest.mark.parametrize("name", [NAME])
 @pytest.mark.parametrize("prior", [0.0, 1.0, 0.3])
 @pytest.mark.parametrize("k", [1, 2, 4])
-def test_gates_choose_within_each_rows_shortlist(base, pool, name, k, prior):
-    model = compose(pool, base, router=name, k=k, prior=prior)
+def test_gates_choose_within_each_rows_shortlist(base, pool, k, prior):
+    model = compose(pool, base, router=f"{NAME}:prior={prior}", k=k)
     shares = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]])
     shortlists = torch.tensor([[3, 0, 2], [1, 2, 0]])
     composition_of(model).context.use(Choice(shortlists, shares))
@@ -54,23 +56,21 @@ def test_gates_choose_within_each_rows_shortlist(base, pool, name, k, prior):
             assert got == pytest.approx(wanted, abs=1e-5)
 
 
-@pytest.mark.parametrize("name", [NAME])
 @both_streams
-def test_a_shortlist_of_all_without_prior_is_phatgoose(base, pool, name):
+def test_a_shortlist_of_all_without_prior_is_phatgoose(base, pool):
     ids = make_ids(rows=3)
     wanted = logits_of(compose(pool, base, router="phatgoose"), ids)
     detach(base.model)
-    got = logits_of(compose(pool, base, router=name, input_k=4, prior=0.0), ids)
+    got = logits_of(compose(pool, base, router=f"{NAME}:shortlist=4,prior=0"), ids)
     assert_same_logits(got, wanted)
 
 
-@pytest.mark.parametrize(("name", "chooser"), [(NAME, "discriminant")])
 @both_streams
-def test_a_shortlist_of_one_is_the_expert_of_who_makes_it(base, pool, name, chooser):
+def test_a_shortlist_of_one_is_the_expert_of_who_makes_it(base, pool):
     ids = make_ids(rows=3)
-    wanted = logits_of(compose(pool, base, router=chooser, input_k=1), ids)
+    wanted = logits_of(compose(pool, base, router="discriminant", k=1), ids)
     detach(base.model)
-    got = logits_of(compose(pool, base, router=name, input_k=1), ids)
+    got = logits_of(compose(pool, base, router=f"{NAME}:shortlist=1"), ids)
     assert_same_logits(got, wanted)
 
 
@@ -117,8 +117,17 @@ def test_the_distribution_is_the_whole_shortlists(llama, llama_pool):
     assert (shares[:, [1, 3]] > 0).all()
 
 
-@pytest.mark.parametrize(("name", "part"), [(NAME, "readings")])
-def test_stand_ins_are_no_setting_of_it(llama, llama_pool, name, part):
+@pytest.mark.parametrize("affinity", AFFINITIES)
+def test_it_is_saved_with_what_its_affinity_needs(llama, llama_pool, tmp_path, affinity):
+    model, ids = compose(llama_pool, llama, router=f"{NAME}:affinity={affinity}"), make_ids(rows=2)
+    wanted = logits_of(model, ids)
+    save(model, tmp_path / "routed")
+    detach(model)
+    assert_same_logits(logits_of(load(tmp_path / "routed", llama), ids), wanted)
+
+
+@pytest.mark.parametrize("part", ["readings", "gates"])
+def test_it_needs_both(llama, llama_pool, part):
     bare = Pool((replace(llama_pool.experts[0], **{part: {}}), *llama_pool.experts[1:]))
     with pytest.raises(PoolError, match=f"'e0' has no {part}"):
-        compose(bare, llama, router=name, stand_in=True)
+        compose(bare, llama, router=NAME)

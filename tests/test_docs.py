@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import typer
@@ -119,8 +120,10 @@ RUNNABLE = [d for d in DOCUMENTS if any(block.runs for block in blocks_of(d))]
 
 
 @pytest.mark.parametrize("document", RUNNABLE, ids=lambda document: document.name)
-def test_examples_that_say_so_run(document, reader, phat):
-    namespace: dict[str, object] = {"__name__": "example"}
+def test_examples_that_say_so_run(document, reader, phat, monkeypatch):
+    module = ModuleType("example")  # which dataclasses look up
+    monkeypatch.setitem(sys.modules, "example", module)
+    namespace = vars(module)
     for block in (block for block in blocks_of(document) if block.runs):
         if block.kind == "python":
             padded = "\n" * (block.line - 1) + block.code  # so that a failure names its line
@@ -251,8 +254,6 @@ def test_every_router_is_in_the_page_of_routers():
     table = page.partition("## All of them")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `([a-z-]+)` \|", table, flags=re.MULTILINE)
     assert sorted(rows) == KNOWN
-    assert len(KNOWN) == 19
-    assert "any of nineteen" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_drawing_of_imports_is_up_to_date():

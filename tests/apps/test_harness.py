@@ -235,6 +235,8 @@ def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
     folder = str(folder_of(llama_pool))
     with pytest.raises(ConfigError, match="unknown setting 'routr'; known are router, k, kernel"):
         PhatgooseLM(pool=folder, routr="phatgoose")
+    with pytest.raises(ConfigError, match="router arrow: unknown setting 'frm'"):
+        PhatgooseLM(pool=folder, router="arrow:form=peft+frm=1")
     with pytest.raises(ConfigError, match="k is 'two', but must be"):
         PhatgooseLM(pool=folder, k="two")
     with pytest.raises(ConfigError, match="pool is missing"):

@@ -327,7 +327,7 @@ class LoadedModel:
             raise RoutingError(BY_TASK.format(override.router))
         pool = self.pool.select(override.keep, override.leave_out)
         routing = self.routing
-        if override.router is not None:
+        if override.router not in (None, routing.router):  # whose k needn't suit another router
             asked = self.settings.routing.k if self.settings.routing else None
             routing = replace(routing, router=override.router, k=asked)
         if override.k is not None:

@@ -224,6 +224,8 @@ def test_what_a_template_refuses_is_told(chat, client):
         {"keep": ["e1", "e2"]},
         {"leave_out": ["e0"]},
         {"router": "single", "keep": ["e3"]},
+        {"router": "single:expert=e2"},
+        {"router": "arrow:temperature=0.01,form=peft"},
     ],
     ids=str,
 )
@@ -300,7 +302,15 @@ def test_routings_that_cannot_be_had_are_refused(client):
         "No expert is left"
         in error_of(client, **GREEDY, leave_out=["e0", "e1", "e2", "e3"])["message"]
     )
-    assert error_of(client, **GREEDY, router="oracle")["param"] == "router"
+    for router, said in (
+        ("oracle", "one of random"),
+        ("arrow:frm=peft", "router arrow: unknown setting 'frm'; known are form"),
+        ("phatgoose:eps=0", "must be above 0"),
+        ("phatgoose-input", "one of random"),
+    ):
+        error = error_of(client, **GREEDY, router=router)
+        assert error["param"] == "router"
+        assert said in error["message"]
     assert "embeddings" in error_of(client, **GREEDY, router="retrieval")["message"]
     assert "comparison" in error_of(client, **GREEDY, router="best-individual")["message"]
     assert "layers are 0, 1" in error_of(client, **GREEDY, routing={"layer": "7"})["message"]

@@ -7,7 +7,7 @@ import typer
 
 from fake_packages import install
 from phatgoose.apps.cli import app
-from phatgoose.apps.cli.options import with_flags
+from phatgoose.apps.cli.options import open_pool, split, with_flags
 from phatgoose.config import (
     IA3,
     Bottleneck,
@@ -130,3 +130,14 @@ def test_a_router_of_another_package_is_known_to_commands(phat, tmp_path, monkey
     assert told.out == "theirs: none of ours\n"
     assert told.err.startswith("warning: phatgoose.routers: lost of their-spec can't be loaded")
     assert "Router lost can't be loaded" in phat("routers", "lost").err
+
+
+def test_names_are_repeated_or_listed():
+    assert split(["a,b", "c", ",d,"]) == ["a", "b", "c", "d"]
+    assert split(None) == []
+
+
+def test_one_place_or_several_make_a_pool(llama_pool):
+    one, two = (expert.directory for expert in llama_pool.experts[:2])
+    assert open_pool([one.parent]).names == llama_pool.names
+    assert open_pool([one, two]).names == ("e0", "e1")

@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from made_up_kind import pool_with_shifts, stack_with_shifts
-from mixed_experts import (
-    renamed,
-)
+from mixed_experts import renamed
 from phatgoose.analysis import findings as duplicates
 from phatgoose.analysis.findings import cosines, near_duplicates, squared_norms
 from phatgoose.errors import ConfigError, RoutingError

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.fingerprint import (
     BaseReference,
+    Mark,
     check_base,
     fingerprint,
     marks_of,
@@ -122,6 +123,7 @@ def prepare(
         records=pool.records(),
         routing=router.routing,
         prompt_router=prompt_router,
+        marks=found.marks,
     )
     parts.router.read_base(found.model, found.tokenizer, pool)
     return Preparation(pool, found.model, sites, parts)
@@ -203,7 +205,7 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
     if parts.context is not None:
         parts.context.attach(model)
     if not parts.marks:  # those of a model that grows are as old as it
-        parts.marks = marks_of(model)
+        parts.marks.update(marks_of(model))  # in place: twins of a base may share them
         is_here = all(mark.content is not None for mark in parts.marks.values())
         parts.differs = is_here and surely_differs(model, parts.base)
     setattr(model, ROUTED, parts)
@@ -234,6 +236,7 @@ class ResolvedBase:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     reference: BaseReference
+    marks: dict[str, Mark]
 
 
 def resolve_base(
@@ -270,4 +273,5 @@ def resolve_base(
             stacklevel=3,
         )
         reference = replace(reference, fingerprint=wanted.fingerprint)
-    return ResolvedBase(model, tokenizer, reference)
+    shared = base.marks if isinstance(base, Base) else None
+    return ResolvedBase(model, tokenizer, reference, {} if shared is None else shared)

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from phatgoose.base.loading import load_base
-from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.lora import LoraFactors
 from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
@@ -116,13 +115,6 @@ def test_power_iteration_stops_short_where_two_singular_values_are_close():
     assert peft.abs()[0] < 0.99
 
 
-def test_an_unknown_variant_is_refused(llama, llama_pool):
-    with pytest.raises(ConfigError, match="arrow is 'qr', but must be one of svd, peft, mttl"):
-        arrow_vector(factors(1, 2, 3), "qr")
-    with pytest.raises(ConfigError, match="form is 'qr'"):
-        compose(llama_pool, llama, router="arrow:form=qr")
-
-
 # The decision
 
 
@@ -213,15 +205,6 @@ def test_without_a_spectral_gap_the_variant_of_peft_is_still_that_of_peft(llama,
         detach(llama.model)
     assert_same_logits(got["peft"], wanted)
     assert not torch.allclose(got["svd"], wanted, atol=1e-2)
-
-
-def test_k_and_router_change_the_model(llama, spread):
-    ids, logits = make_ids(), []
-    for router, k in (("arrow", 1), ("arrow", 2), ("arrow", 4), ("arrow:form=mttl", 4)):
-        logits.append(logits_of(compose(spread("llama"), llama, router=router, k=k), ids))
-        detach(llama.model)
-    for i, one in enumerate(logits):
-        assert not any(torch.allclose(one, other, atol=1e-2) for other in logits[i + 1 :])
 
 
 # As in mttl

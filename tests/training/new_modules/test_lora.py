@@ -18,7 +18,7 @@ from training_runs import (
 def test_lora_starts_as_the_method_says(llama, tmp_path, monkeypatch):
     started = {}
 
-    def start(model, **arguments):
+    def start(model, *_, **options):
         named = model.named_parameters()
         started.update({name: p.detach().clone() for name, p in named if p.requires_grad})
         raise LookupError

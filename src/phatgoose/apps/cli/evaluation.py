@@ -16,21 +16,7 @@ from ...files.atomic import require_writable, write_text
 from ...files.strict import half_character, shortened
 from ...routing.routers.registry import ROUTERS, RouterSpec, spec_of, split_routers, written
 from ..console import say, show
-from .options import (
-    BaseOptions,
-    EngineOptions,
-    ModelArgument,
-    ModelOptions,
-    PoolArgument,
-    ScoringOptions,
-    SourceOptions,
-    TemplateOptions,
-    Without,
-    check_router,
-    only_with,
-    open_pool,
-    split,
-)
+from . import options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -41,7 +27,7 @@ if TYPE_CHECKING:
 
 def compare(
     *,
-    pool: PoolArgument,
+    pool: options.PoolArgument,
     suites: Annotated[
         list[str],
         typer.Option(
@@ -65,11 +51,11 @@ def compare(
         "LABEL=MODEL: one more row, from an expert, a pool, a routed model or a base (repeatable).",
     ] = None,
     out: Annotated[Path, "Folder of results and tables."] = Path("comparison"),
-    scoring: ScoringOptions,
-    source: SourceOptions,
-    base: BaseOptions,
-    engine: EngineOptions,
-    routing: Annotated[Routing, Without(("router",))],
+    scoring: options.ScoringOptions,
+    source: options.SourceOptions,
+    base: options.BaseOptions,
+    engine: options.EngineOptions,
+    routing: Annotated[Routing, options.Without(("router",))],
     formatting: Formatting,
 ) -> None:
     """Score many methods on whole suites, side by side; finished cells in --out are kept."""
@@ -77,11 +63,11 @@ def compare(
     from ...evaluation.comparison.compare import compare as run
     from ..tables import differences_table, means_table
 
-    opened = open_pool(pool)
+    opened = options.open_pool(pool)
     with engine.open() as chosen:
         comparison = run(
             opened,
-            split(suites),
+            options.split(suites),
             split_routers(methods),
             out=out,
             base=base.load_for(opened),
@@ -106,7 +92,6 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _references(values: list[str]) -> dict[str, str]:
-    """Models by label, from LABEL=MODEL."""
     references = {}
     for value in values:
         label, sign, place = value.partition("=")
@@ -120,14 +105,9 @@ def _references(values: list[str]) -> dict[str, str]:
     return references
 
 
-# -------------------------------------------------------------------------------------------------
-# Commands to see the routing: analyse, routers, explain.
-# -------------------------------------------------------------------------------------------------
-
-
 def analyse(
     *,
-    model: ModelArgument,
+    model: options.ModelArgument,
     task: Annotated[list[str] | None, "Task file or hub:DATASET (repeatable)."] = None,
     suite: Annotated[list[str] | None, "A suite, as for compare (repeatable)."] = None,
     out: Annotated[Path, "Folder of the report."] = Path("analysis"),
@@ -139,10 +119,10 @@ def analyse(
     score: Annotated[bool, "Score the tasks too."] = True,
     examples: Annotated[int, "Texts of each task to show token by token.", {"min": 0}] = 1,
     smoothing: Annotated[float, "Share of the uniform distribution in KL divergences."] = 0.01,
-    opening: ModelOptions,
-    scoring: ScoringOptions,
-    template: TemplateOptions,
-    source: SourceOptions,
+    opening: options.ModelOptions,
+    scoring: options.ScoringOptions,
+    template: options.TemplateOptions,
+    source: options.SourceOptions,
     routing: Routing,
     formatting: Formatting,
     given: frozenset[str],
@@ -154,8 +134,8 @@ def analyse(
     from ..report.page import REPORT, write_report
     from ..tables import routers_table
 
-    only_with("--task", bool(task), vars(template))
-    only_with("--suite", bool(suite), vars(source))
+    options.only_with("--task", bool(task), vars(template))
+    options.only_with("--suite", bool(suite), vars(source))
     tasks = [template.load(name) for name in task or []]
     tasks += [read for name in suite or [] for read in open_suite(name).load(source.sources)]
     if not tasks:
@@ -163,7 +143,7 @@ def analyse(
     curves = pool_size_curves(results) if results else []
     subject, base = _subject(model, opening, routing, given)
     if base is not None and not against:
-        check_router(routing)
+        options.check_router(routing)
     require_writable(out / REPORT, EvaluationError)
     others = split_routers(against or [])
     analysis = run(
@@ -188,7 +168,7 @@ def analyse(
 
 
 def _subject(
-    model: str, opening: ModelOptions, routing: Routing, given: frozenset[str]
+    model: str, opening: options.ModelOptions, routing: Routing, given: frozenset[str]
 ) -> tuple[PreTrainedModel | Pool, Base | None]:
     """What is analysed: a routed model, or a pool and the base of its experts."""
     from ...experts.pool import Pool
@@ -242,14 +222,14 @@ def _needs(spec: RouterSpec) -> str:
 
 def explain(
     *,
-    model: ModelArgument,
+    model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to explain.")],
     answer: Annotated[str | None, "Explain this answer instead of the model's own."] = None,
     layer: Annotated[str | None, "Look at one layer: 7, or 'encoder 7'. Default: all."] = None,
     kind: Annotated[str | None, "Look at one kind of site, such as q_proj. Default: all."] = None,
     table: Annotated[bool, "List every token with its experts' weights."] = False,
     json: Annotated[Path | None, "Write weights and the whole trace here."] = None,
-    opening: ModelOptions,
+    opening: options.ModelOptions,
     max_new_tokens: Annotated[
         int | None, "Tokens of the model's own answer at most; default: 16.", {"min": 1}
     ] = None,

@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...config import Routing, require_one_of
+from ...config import Routing
 from ...experts.kinds.lora import LoraFactors
 from ...experts.pool import Pool
 from ..kernels.plain import mixed_factors
-from .configs import ARROW_FORMS
 from .phatgoose import ByVectors, TopKRouter, products
 from .router import RouterSite, SiteRouter
 
@@ -72,9 +71,8 @@ class ArrowRouter(TopKRouter):
 def arrow_vector(lora: LoraFactors, form: str = "svd", seed: int = 0) -> Tensor:
     """The unit vector of one expert at one site, float32 [n]; zeros if the update is zero.
 
-    `seed` starts the power iteration of the form "peft". Raises ConfigError for an unknown form.
+    `seed` starts the power iteration of the form "peft".
     """
-    require_one_of(ARROW_FORMS, "arrow", form)
     A, B = lora.A.float(), lora.B.float()
     if form == "peft":
         return _power_iteration(A, B, seed)

@@ -55,6 +55,7 @@ def load(
         records=saved.records,
         routing=routing,
         prompt_router=prompt_router,
+        marks=found.marks,
     )
     for name in saved.sites:
         parts.layers[name] = _layer(found.model, sites[name], saved, parts)

@@ -57,7 +57,7 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
 def answers_of(inputs: Sequence[str], tokens: int, base: Base, pool: Pool) -> list[dict[str, Any]]:
     """Rows whose targets are what one model after the other answers: all score more than 0."""
     rows = []
-    turns = ({"k": 1}, {"router": "merged"}, {"router": "single", "expert": "e1"}, {"k": 2}, {})
+    turns = ({"k": 1}, {"router": "merged"}, {"router": "single:expert=e1"}, {"k": 2}, {})
     for text, options in zip(inputs, turns, strict=False):
         model = compose(pool, base, **options)
         task = Task("t", test=(Example(text, "x"),))
@@ -93,9 +93,9 @@ def cells_of(*rows: str, tasks: Sequence[str] = TASKS) -> list[tuple[str, str]]:
 def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
     """The model of a row, composed without `compare`, with `options` of routing."""
     if row in ROUTERS:
-        return compose(setting.pool, base, router=row, k=2, **options)
+        return compose(setting.pool, base, router=row, **options)
     if row in EXPERTS:
-        return compose(setting.pool, base, router="single", expert=row)
+        return compose(setting.pool, base, router=f"single:expert={row}")
     place = setting.references.get(row)
     return {
         "base": lambda: base,

@@ -15,8 +15,10 @@ from ..config import SEED, Formatting
 from ..errors import ConfigError, TaskError
 from ..evaluation.evaluate import Questions
 from ..files.strict import half_character
+from ..routing.composition import composition_if_any
 from ..routing.recording import Recording
 from ..routing.recording import record as record_routing
+from ..routing.routers.router import check_served
 from ..tasks.encoding import Encoder
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example
@@ -57,9 +59,13 @@ def generate(
 ) -> Generation:
     """The text that `model` generates after `prompt`.
 
-    Raises RoutingError to `record` a model that is not routed, TaskError as `check_prompt` does.
+    Raises RoutingError to `record` a model that is not routed, ConfigError for a router that can't
+    choose by a prompt alone, TaskError as `check_prompt` does.
     """
     check_prompt(prompt)
+    parts = composition_if_any(model)
+    if parts is not None:
+        check_served(parts.router)
     sampling = sampling or Sampling()
     encoder = Encoder.for_model(model, tokenizer, formatting)
     asked = Example(prompt, "")

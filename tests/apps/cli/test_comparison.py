@@ -102,7 +102,7 @@ def test_tables_show_the_means_differences_and_intervals_of_the_files(here, phat
 
 
 def test_the_command_is_the_function(here, phat):
-    settings = ["--seed", "5", "--k", "1", "--eps", "0.1"]
+    settings = ["--seed", "5", "--k", "1"]
     phat("compare", "experts", *BOTH, *LIMIT, *settings, "--out", "x")
     compare(
         "experts",
@@ -112,7 +112,7 @@ def test_the_command_is_the_function(here, phat):
         base=load_base("tiny-base", dtype="float32"),
         limit=3,
         seed=5,
-        routing=Routing(k=1, eps=0.1),
+        routing=Routing(k=1),
         formatting=Formatting(),
         max_new_tokens=2,
     )
@@ -171,8 +171,8 @@ def test_help_shows_its_flags_and_none_that_mean_nothing_here(phat):
     assert outcome.code == 0
     shown = set(re.findall(r"--[a-z-]+", re.sub(r"\x1b\[[0-9;]*m", "", outcome.out)))
     wanted = "suites methods reference out limit seed max-new-tokens data templates base recipe"
-    assert {f"--{flag}" for flag in [*wanted.split(), "k", "arrow", "router-seed", "chat"]} <= shown
-    assert not {"--router", "--expert", "--scores", "--steps"} & shown
+    assert {f"--{flag}" for flag in [*wanted.split(), "k", "kernel", "embedder", "chat"]} <= shown
+    assert not {"--router", "--scores", "--steps"} & shown
 
 
 def test_its_scores_serve_oracle_and_best_individual(here, phat):

@@ -21,7 +21,7 @@ from ...base.untrusted_text import MOST_SECONDS, TimeLeft, UntrustedText, chat_o
 from ...config import Serving
 from ...errors import BaseModelError, EngineError, PhatgooseError
 from ...files.strict import shortened
-from ...routing.routers.router import Mixtures
+from ...routing.context import Choice
 from .models import ModelRunner
 from .protocol import AnyRequest, ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
 from .sequences import Decoding, seed_of
@@ -137,7 +137,7 @@ class PreparedAnswer:
 
     prompt: RequestPrompt
     decoding: Decoding
-    experts: Mixtures | None
+    experts: Choice | None
 
 
 @dataclass(frozen=True)

@@ -90,7 +90,7 @@ class ResponseBuilder:
         streams = join_streams(progress.routing)
         report = protocol.RoutingReport(
             router=parts.routing.router,
-            k=parts.routing.k,
+            k=parts.router.k or None,
             experts=list(parts.experts),
             tokens=[
                 token

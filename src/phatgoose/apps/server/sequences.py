@@ -13,7 +13,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopPLogit
 
 from ...analysis.traces import TraceStream
 from ...base.loading import Detokeniser, shown_as, text_of
-from ...routing.routers.router import Mixtures
+from ...routing.context import Choice
 from .models import ModelRunner
 from .protocol import Finish
 
@@ -184,7 +184,7 @@ class ActiveSequence:
         deliver: Callable[[Progress | Failure], None],
         choice: int = 0,
         client: str = "",
-        experts: Mixtures | None = None,
+        experts: Choice | None = None,
         echoed: str = "",
     ) -> None:
         self.runner, self.prompt, self.decoding = runner, tuple(prompt), decoding

@@ -103,7 +103,7 @@ class Service:
             created=self.begun,
             base=protocol.without_paths(loaded.base.id),
             router=parts.routing.router if parts else None,
-            k=parts.routing.k if parts else None,
+            k=(parts.router.k or None) if parts else None,
             experts=list(parts.experts) if parts else [],
             sites=_sites_of(loaded),
             context=runner.context,

@@ -27,7 +27,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from phatgoose.routing.kernels.choice import KERNELS, Kernel
-from phatgoose.routing.kernels.plain import concat, gather, grouped, is_one_call
+from phatgoose.experts.kinds.sums import is_one_call
+from phatgoose.routing.kernels.plain import concat, gather, grouped
 from phatgoose.routing.kernels.triton_gpu import (
     in_blocks,
     one_by_one,

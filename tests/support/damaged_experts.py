@@ -8,11 +8,11 @@ from pathlib import Path
 
 from damage import content_of, json_of
 from phatgoose.experts.expert import LAYOUT
-from phatgoose.experts.kinds.bottleneck import BOTTLENECK_CONFIG, BOTTLENECK_WEIGHTS
+from phatgoose.experts.kinds.bottleneck.module import FILES
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
-JSON_FILES = (LAYOUT.info, ADAPTER_CONFIG, BOTTLENECK_CONFIG)
-WEIGHTS = (ADAPTER_WEIGHTS, BOTTLENECK_WEIGHTS)
+JSON_FILES = (LAYOUT.info, ADAPTER_CONFIG, FILES.config)
+WEIGHTS = (ADAPTER_WEIGHTS, FILES.weights)
 TENSOR_FILES = (*WEIGHTS, LAYOUT.vectors, LAYOUT.embeddings)
 FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
 

@@ -14,7 +14,7 @@ from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
 from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.batching import target_logits
 from phatgoose.tasks.encoding import TokenPair

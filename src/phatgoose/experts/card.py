@@ -10,7 +10,7 @@ from typing import Any
 
 from ..base.loading import is_hub_id
 from ..files.strict import one_line
-from .adapter import KINDS
+from .kinds.registry import kinds
 
 CARD = """\
 ---
@@ -57,7 +57,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
 
     It begins with the front matter that the Hub reads. `info` is what `phatgoose.json` says.
     """
-    in_peft = KINDS[kind].peft_type is not None
+    in_peft = kinds()[kind].peft_type is not None
     base = info["base"]
     return CARD.format(
         name=info["name"],
@@ -66,7 +66,7 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
         revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
         fingerprint=_code(base["fingerprint"] or "not recorded"),
         sites=sites,
-        kind=KINDS[kind].title,
+        kind=kinds()[kind].title,
         tag=kind if in_peft else "adapter",
         library="peft" if in_peft else "phatgoose",
         alone=ALONE.format(name=info["name"]) if in_peft else "",

@@ -20,7 +20,7 @@ from ..config import Formatting, GateTraining, Training, given_or_default
 from ..errors import ConfigError
 from ..experts.adapter import ModifiedLinear, adapter_files, applied, check_fit, read_modules
 from ..experts.expert import LAYOUT, Expert
-from ..experts.kinds.kind import SiteModule
+from ..experts.kinds.kind import SiteModule, openness
 from ..files.strict import sha256_of
 from ..tasks.cuts import CUTS
 from ..tasks.encoding import TokenPair
@@ -35,12 +35,6 @@ GATE_CHECKPOINT_EVERY = 25
 # Settings of `Training` that gates are trained with, too.
 SHARED = ("batch_size", "micro_batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")
 SMALLEST_DEVIATION = 0.01  # of a site's mean deviation, for features that never change
-
-
-def openness(u: Tensor, v: Tensor) -> Tensor:
-    """How far gate v [n] is open for each token, `sigmoid(v . u)`: u [.., n] to [.., 1]."""
-    score = u @ v.to(u.dtype)
-    return torch.sigmoid(score.float()).to(u.dtype).unsqueeze(-1)
 
 
 class GatedLinear(ModifiedLinear):
@@ -270,14 +264,9 @@ def _task_record(task: Task) -> dict[str, object]:
 # -------------------------------------------------------------------------------------------------
 # Joint gates: trained together with the expert (paper Appendix A), for comparison with `gates`.
 #
-# A joint gate v is part of the new module at its site (`new_modules`), which acts at the strength
+# A joint gate v is part of the new module at its site (`experts.kinds`), which acts at the strength
 # sigmoid(v . u), as it does behind a gate trained later.
 # -------------------------------------------------------------------------------------------------
-
-
-def new_gate(in_features: int, device: torch.device) -> nn.Parameter:
-    """An untrained gate: zeros, [n]."""
-    return nn.Parameter(torch.zeros(in_features, device=device))
 
 
 def take_gates(owners: Mapping[str, nn.Module]) -> dict[str, Tensor]:

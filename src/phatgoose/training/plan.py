@@ -17,11 +17,10 @@ from ..base.fingerprint import dtype_name
 from ..base.loading import choose_dtype, load_tokenizer
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import BaseModelError, ConfigError, TaskError
-from ..experts.adapter import kind_for
+from ..experts.kinds.registry import kind_for
 from ..tasks.encoding import Encoder
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Task
-from .new_modules import modules_for
 from .plan_costs import (
     EMBEDDING_DIMS,
     MEASURED,
@@ -162,7 +161,7 @@ def plan_training(
         if given is not None and not (0 < given < math.inf):
             raise ConfigError(f"{name} is {given!r}, but must be above 0 and finite.")
     shapes = Shapes.of(base, peft)
-    kept = modules_for(peft).dtype or choose_dtype(dtype)
+    kept = kind_for(peft).new_modules.dtype or choose_dtype(dtype)
     costs = CostModel(
         shapes,
         training,

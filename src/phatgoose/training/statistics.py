@@ -22,7 +22,7 @@ from ..base.sites import Site, find_sites
 from ..config import Formatting, GateTraining
 from ..errors import ConfigError, ExpertError
 from ..experts.adapter import ModifiedLinear, applied
-from ..experts.expert import EXPERT_FILES, MOST_EMBEDDINGS, Expert, recorded_formatting
+from ..experts.expert import MOST_EMBEDDINGS, Expert, expert_files, recorded_formatting
 from ..experts.kinds.kind import SiteModule
 from ..experts.readings import PromptStates, readings_of
 from ..tasks.cuts import Cuts
@@ -209,7 +209,7 @@ def mean_activations(
 
 
 def _refuse_foreign_files(directory: Path) -> None:
-    foreign = {path.name for path in directory.iterdir()} - set(EXPERT_FILES)
+    foreign = {path.name for path in directory.iterdir()} - set(expert_files())
     if foreign:
         raise ExpertError(
             f"{directory} also holds {', '.join(sorted(foreign))}, which rewriting the expert "

@@ -16,13 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from ..base.loading import Base
 from ..config import Formatting, GateTraining, Lora, Peft, Training, given_or_default
-from ..experts.adapter import kind_for
 from ..experts.expert import Expert
+from ..experts.kinds.kind import FreshExpert
+from ..experts.kinds.registry import kind_for
 from ..tasks.cuts import Cuts
 from ..tasks.task import Task, draw
 from . import processes
 from .gates import Record, add_gates, take_gates
-from .new_modules import FreshExpert, fresh_expert, parameters_at
+from .new_modules import fresh_expert, parameters_at
 from .progress import TrainingCallback
 from .trainer import FitReport, TrainingRun, finished_expert, fit, settings_of_training
 from .workdir import open_work

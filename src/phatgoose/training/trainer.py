@@ -29,8 +29,8 @@ from ..base.loading import Base, load_base
 from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Peft, Training
 from ..errors import BaseModelError, ConfigError, ExpertError
-from ..experts.adapter import kind_for
 from ..experts.expert import Expert, check_name
+from ..experts.kinds.registry import kind_for
 from ..files.atomic import is_there
 from ..files.strict import first_line, one_line, shortened
 from ..tasks.batching import IGNORED, Collator, contiguous_head, target_logits

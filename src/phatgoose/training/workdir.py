@@ -21,7 +21,7 @@ import fsspec
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, ExpertError, PhatgooseError
-from ..experts.expert import EXPERT_FILES, LAYOUT, Expert
+from ..experts.expert import LAYOUT, Expert, expert_files
 from ..files.atomic import WRITING_ERRORS, is_there, write_text
 from ..files.strict import first_line, reason
 from . import processes
@@ -318,7 +318,7 @@ class RemoteFolder:
         self.files.invalidate_cache()
         for entry in self.files.ls(place, detail=True):
             name = entry["name"].rpartition("/")[2]
-            ours = name.partition(UNFINISHED)[0] in EXPERT_FILES and entry["type"] == "file"
+            ours = name.partition(UNFINISHED)[0] in expert_files() and entry["type"] == "file"
             if ours and name not in names:
                 self.files.rm_file(f"{place}/{name}")
 

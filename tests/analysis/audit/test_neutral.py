@@ -11,7 +11,7 @@ from mixed_experts import mixed_pool_for
 from phatgoose.analysis import audit as neutral
 from phatgoose.analysis.audit import neutral_signs, read_neutral_text
 from phatgoose.base.sites import find_sites
-from phatgoose.experts.kinds.lora import LoraFactors
+from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.experts.pool import Pool
 from planted import DIMS, honest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.experts.adapter import replaced
+from phatgoose.base.sites import replaced
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.export.export import fidelity

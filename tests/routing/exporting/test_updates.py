@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from made_up_kind import stack_with_shifts
 from phatgoose.errors import RoutingError
 from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
@@ -18,7 +17,6 @@ from phatgoose.routing.export.updates import (
     merged_layer,
     widened_to,
 )
-from phatgoose.routing.layers import RoutedLinear
 from tiny import random
 
 UPDATE = Update(random(6, 9, seed=1), random(7, 6, seed=2))
@@ -78,13 +76,3 @@ def test_layers_hold_an_update_beside_or_inside_their_weight(llama, llama_pool):
     layer.base.weight = nn.Parameter(before.to("meta"), requires_grad=False)
     with pytest.raises(RoutingError, match="quantised or kept elsewhere"):
         merged_layer(layer, update)
-
-
-def test_an_expert_of_an_unknown_kind_is_named_and_not_left_out(llama, llama_pool, monkeypatch):
-    parts = composition_of(compose(llama_pool, llama))
-    layer = next(iter(parts.layers.values()))
-    stack = stack_with_shifts(monkeypatch, layer.stack)
-    monkeypatch.setattr(RoutedLinear, "stack", stack)
-    with pytest.raises(RoutingError, match=r"Expert 'e3' is of the kind 'shift'"):
-        fixed_update(layer, torch.full((4,), 0.25), parts)
-    assert fixed_update(layer, torch.tensor([0.5, 0.5, 0, 0]), parts).rank > 0  # it has no share

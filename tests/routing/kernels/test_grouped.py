@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from phatgoose.routing.kernels.plain import expert_products, is_one_call
+from phatgoose.experts.kinds.sums import expert_products, is_one_call
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

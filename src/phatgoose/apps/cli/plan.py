@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from rich.text import Text
 
-from ...config import KIND_NAMES
 from ...errors import ConfigError
+from ...experts.kinds.registry import kinds
 from ...files.atomic import require_writable, write_text
 from ..console import say, show
 from .options import EngineOptions, flag_of, only_with
@@ -121,7 +121,7 @@ def _table(plan: Plan) -> Table:
 def _expert(plan: Plan) -> str:
     """What one expert is, in words."""
     return (
-        f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {KIND_NAMES[plan.peft]} "
+        f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {kinds()[plan.peft].label} "
         f"parameters (kept in {plan.dtype}), {plan.gate_parameters:,} gate parameters. Checkpoints "
         f"while it trains: up to {_size(plan.working_bytes)}."
     )

@@ -156,15 +156,12 @@ def compose(
     """
     require_free(out, RoutingError, ANOTHER_OUT)
     from ...analysis.audit import audit as look
-    from ...base.sites import find_sites
-    from ...routing.compose import check_pool_fits
     from ...routing.routers.registry import spec_of
     from ...routing.saved.segments import save_pool
 
     warn_of_unused(routing, given)
     opened = open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
-    check_pool_fits(opened, find_sites(base.model))
     unusual = look(opened).summary
     if unusual:
         warnings.warn(unusual, stacklevel=2)

@@ -31,6 +31,7 @@ from ...base.fingerprint import number_format
 from ...base.loading import Base
 from ...errors import EvaluationError
 from ...experts.expert import Expert
+from ...experts.kinds.registry import KINDS
 from ...jobs import BaseLocation
 from ...routing.composition import composition_if_any
 from ...routing.open_model import OpenedModel
@@ -43,10 +44,17 @@ from .methods import Row, RowLocation
 
 PACKAGE = Path(__file__).parents[2]
 HOMES = [spec.home.rpartition(".")[0] for spec in ROUTERS.values() if isinstance(spec.home, str)]
-SCORING = (  # these, and all that they import; the registry imports routers by name
+KIND_PLACES = [
+    place.partition(":")[0].removeprefix("phatgoose.")
+    for kind in KINDS.values()
+    for place in (kind.module, *kind.parts)
+    if isinstance(place, str)
+]
+SCORING = (  # these, and all that they import; registries import routers and kinds by name
     "evaluation.evaluate",
     "routing.open_model",
     *(f"routing.routers.{home}" for home in HOMES),
+    *KIND_PLACES,
 )
 RELEASE = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)  # read: the root imports this module
 KERNEL = PACKAGE / "routing" / "kernels" / "native.cpp"

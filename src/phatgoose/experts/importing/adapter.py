@@ -26,12 +26,12 @@ from ...base.sites import find_sites
 from ...errors import ConfigError, ExpertError
 from ...files.atomic import require_free
 from ...files.strict import shortened
-from ..adapter import KINDS, adapter_files, check_fit, named_base, read_modules
+from ..adapter import adapter_files, check_fit, named_base, read_modules
 from ..expert import LAYOUT, Expert, check_name, named_revision
 from ..hub import HubReference, fetch, reference_of
-from ..kinds.ia3 import IA3_ENDING, ScalingVector
+from ..kinds.ia3.module import IA3_ENDING, ScalingVector
 from ..kinds.kind import SiteModule
-from ..kinds.lora import LORA_ENDINGS, LoraFactors
+from ..kinds.lora.module import LORA_ENDINGS, LoraFactors
 from ..kinds.peft import (
     ADAPTER_WEIGHTS,
     CONVERTIBLE,
@@ -163,8 +163,8 @@ def _write_adapter(
     """`folder`, with `modules` written anew; what `config` says of task and base is kept."""
     kept = ("task_type", PEFT_FILES.base_key, "revision", "fan_in_fan_out")
     about = {key: config[key] for key in kept if config.get(key) is not None}
-    kind = next((module.kind for module in modules.values()), "lora")
-    return KINDS[kind].write(folder, modules, about)
+    made = next((type(module) for module in modules.values()), LoraFactors)
+    return made.write(folder, modules, about)
 
 
 def _config_of(folder: Path) -> dict[str, Any]:

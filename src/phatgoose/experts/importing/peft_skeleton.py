@@ -31,8 +31,8 @@ from ...base.sites import Site, find_sites
 from ...errors import ExpertError
 from ...files.regex_guard import BY_PATTERN, NAMES, ByName, matching, value_at
 from ...files.strict import first_line, shortened
-from ..kinds.ia3 import IA3_ENDING
-from ..kinds.lora import LORA_ENDINGS
+from ..kinds.ia3.module import IA3_ENDING
+from ..kinds.lora.module import LORA_ENDINGS
 from ..kinds.peft import ADAPTER, CONFIGS
 
 ALL_LINEAR = "all-linear"  # a word of PEFT's, no pattern

@@ -23,7 +23,7 @@ from ...base.sites import find_sites
 from ...errors import ExpertError
 from ...files.regex_guard import BY_PATTERN, check_config
 from ...files.strict import shortened
-from ..kinds.lora import LoraFactors
+from ..kinds.lora.module import LoraFactors
 from ..kinds.peft import ADAPTER, ADAPTER_CONFIG, PEFT_PREFIX, read_config, read_weights
 from .peft_skeleton import peft_errors, spelled_out
 

@@ -1,20 +1,23 @@
-"""PEFT's files: those that can be routed, and those that are refused, with the reason.
-
-PEFT adapters that can't be routed: types, options and tensors, each with the reason.
-"""
+"""PEFT's files and models, which LoRA and (IA)³ share; what is refused of PEFT's, and why."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import IA3Config, LoraConfig, PeftConfig
+import torch
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, TaskType, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
+from ...base.loading import Base
+from ...base.sites import Site
 from ...errors import ExpertError
 from ...files.regex_guard import check_config
 from ...files.strict import one_line, read_json_object, reason, shortened
@@ -212,9 +215,17 @@ def read_weights(directory: Path) -> TensorFile:
     return read_tensors(directory / ADAPTER_WEIGHTS)
 
 
-PEFT_FILES = AdapterFiles(
-    ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path", read_adapter_config, read_weights
-)
+class PeftFiles(AdapterFiles):
+    """PEFT's files of a plain LoRA or (IA)³."""
+
+    def read_config(self, directory: Path) -> dict[str, Any]:
+        return read_adapter_config(directory)
+
+    def read_weights(self, directory: Path) -> TensorFile:
+        return read_weights(directory)
+
+
+PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path")
 
 
 def site_of(key: str, endings: tuple[str, ...], directory: Path) -> str:
@@ -239,3 +250,42 @@ def write_adapter(
 def _is_number(value: object) -> bool:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and abs(value) <= LARGEST_ALPHA  # type: ignore[arg-type]
+
+
+# -------------------------------------------------------------------------------------------------
+# A base under PEFT, in training.
+# -------------------------------------------------------------------------------------------------
+
+
+def peft_options(base: Base, sites: dict[str, Site]) -> dict[str, Any]:
+    """What the configurations of all of PEFT's adapters say of the base and these sites of it."""
+    first = base.model.get_submodule(next(iter(sites)))
+    return {
+        "task_type": TaskType.SEQ_2_SEQ_LM if base.is_encoder_decoder else TaskType.CAUSAL_LM,
+        "target_modules": list(sites),
+        "fan_in_fan_out": isinstance(first, Conv1D),
+        "revision": base.revision,
+    }
+
+
+@contextmanager
+def under_peft(base: Base, config: PeftConfig) -> Iterator[PeftModel]:
+    """The base as PEFT's model with a fresh adapter of this `config`, while the context is open."""
+    with warnings.catch_warnings():
+        # PEFT reads a property that transformers has renamed; a user can't act on it.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")
+        model = get_peft_model(base.model, config)
+    try:
+        yield model
+    finally:
+        model.unload()
+
+
+def save_peft(model: PeftModel, base: Base, folder: Path, dtype: torch.dtype) -> None:
+    """Write PEFT's files of the adapter in `dtype`."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+    model.peft_config[ADAPTER].base_model_name_or_path = base.id
+    model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card; the expert has its own

@@ -18,10 +18,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from ...base.loading import quiet_loading
+from ...base.sites import replaced
 from ...config import Routing
 from ...errors import ConfigError, RoutingError
-from ...experts.adapter import replaced
-from ...experts.kinds.lora import LoraFactors, write_lora
+from ...experts.kinds.lora.module import LoraFactors
 from ...experts.pool import Pool
 from ...files.atomic import new_directory, require_free
 from ..compose import install, prepare, routed_layers
@@ -215,7 +215,7 @@ def export(
         if merged:
             _write_model(model, layers, parts, work)
         else:
-            write_lora(work, _factors(updates), _about(model, parts))
+            LoraFactors.write(work, _factors(updates), _about(model, parts))
         text = json.dumps(result.record(parts), indent=2) + "\n"
         (work / EXPORT_INFO).write_text(text, encoding="utf-8")
     return result

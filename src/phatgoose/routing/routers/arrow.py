@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ...config import ARROW_FORMS, Routing, require_one_of
-from ...experts.kinds.lora import LoraFactors
+from ...experts.kinds.lora.module import LoraFactors
 from ...experts.pool import Pool
 from ..kernels.plain import mixed_factors
 from .router import RouterSite, SiteRouter

@@ -18,7 +18,7 @@ from ..compose import dtype_at, install, resolve_base, routed_layer
 from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer
 from ..routers.router import SavedLookup
-from ..stacks import TENSORS, SiteStack
+from ..stacks import SiteStack, declared
 from .tensors import ROUTED_INFO, SavedModel, base_in, read_description, read_saved
 
 
@@ -85,7 +85,8 @@ def _layer(
             )
         check_folded(folded, name)
         return FoldedLinear(original, site, folded, experts, len(parts.experts))
-    held = {kind: tensors[f"{kind}.{name}"] for kind in TENSORS if f"{kind}.{name}" in tensors}
+    stacked = (kind for kind in declared().tensors if f"{kind}.{name}" in tensors)
+    held = {kind: tensors[f"{kind}.{name}"] for kind in stacked}
     state = {kind: tensors[f"{kind}.{name}"] for kind in router.form}
     stack = SiteStack.of(held, experts).to(device, dtype)
     return routed_layer(original, site, stack, state, parts, may_fold=False)

@@ -21,10 +21,10 @@ from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
-from ..checks import LARGEST, OWNERS, SCALES, SITE_TENSORS, check_lookup, check_tensors
+from ..checks import LARGEST, OWNERS, SCALE, check_lookup, check_tensors, tensors_of_sites
 from ..routers.phatgoose_input import VOTES
 from ..routers.router import router_of
-from ..stacks import TENSORS, SiteStack, joined, joined_stacks, kept_stack, take_rows
+from ..stacks import SiteStack, declared, joined, joined_stacks, kept_stack, take_rows
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
@@ -157,7 +157,6 @@ def _check_lookup(lookup: Any, experts: int) -> None:
 
 OWNED = f"lookup.{OWNERS}"
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
-FACTORS = ("A", "B")
 
 
 @dataclass(frozen=True)
@@ -180,9 +179,9 @@ class SavedTensors(Mapping[str, Tensor]):
         self._place[list(left)] = torch.arange(len(left))
         self._rows = {}  # by site, where experts that act there were removed
         gone = set()
-        names = [
-            name for name in self._all_names() if name.partition(".")[0] not in SCALES.values()
-        ]
+        self._stacked = declared().tensors
+        scales = {name + SCALE for name in self._stacked}
+        names = [name for name in self._all_names() if name.partition(".")[0] not in scales]
         for name in names:
             kind, _, site = name.partition(".")
             if kind == "experts" and len(left) < count:
@@ -192,12 +191,13 @@ class SavedTensors(Mapping[str, Tensor]):
                     gone.add(site)
         parts = [(kind, site) for kind, _, site in (n.partition(".") for n in names)]
         parts = [(kind, site) for kind, site in parts if site not in gone]
-        mixed = {site for kind, site in parts if kind in TENSORS and kind not in FACTORS}
+        plain = ("A", "B")  # of a stack of plain LoRAs, which has these whichever are left
+        mixed = {site for kind, site in parts if kind in self._stacked and kind not in plain}
         self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a site and its stack, by name
         self._names: dict[str, None] = {}
         for kind, site in parts:
             # Which tensors a stack of several kinds has depends on the experts that are left.
-            held = self._stack(site) if kind in TENSORS and site in mixed else (kind,)
+            held = self._stack(site) if kind in self._stacked and site in mixed else (kind,)
             self._names |= {f"{name}.{site}": None for name in held}
         self._latest = ("", {})
 
@@ -214,7 +214,7 @@ class SavedTensors(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         kind, _, site = name.partition(".")
-        if kind in TENSORS:
+        if kind in self._stacked:
             return self._stack(site)[kind]
         if name == OWNED or kind == "experts":
             place = self._place[self._counted(name)]
@@ -236,7 +236,7 @@ class SavedTensors(Mapping[str, Tensor]):
                 file = segment.tensors
                 if f"experts.{site}" not in file:
                     continue
-                names = (kind for kind in TENSORS if f"{kind}.{site}" in file)
+                names = (kind for kind in self._stacked if f"{kind}.{site}" in file)
                 held = {kind: dequantised(file, f"{kind}.{site}") for kind in names}
                 stacks.append(SiteStack.of(held, file[f"experts.{site}"]))
             stack = joined_stacks(stacks)
@@ -389,6 +389,7 @@ def _forms(routing: Routing) -> _Forms:
 def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _Sizes:
     """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = {}
+    known_names = {*tensors_of_sites(), *forms.site}
     lookup = {}
     for name in file:
         kind, _, site = name.partition(".")
@@ -399,7 +400,7 @@ def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _S
             kind, site = "votes", name.removeprefix(VOTES)
         elif kind == "votes":
             kind = ""
-        if kind not in (*SITE_TENSORS, *forms.site) or not site:
+        if kind not in known_names or not site:
             raise RoutingError(
                 f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."
             )
@@ -421,7 +422,7 @@ def quantised(kind: str, site: str, factor: Tensor) -> Iterator[tuple[str, Tenso
     scale = numbers.abs().amax(dim=-1) / LARGEST
     whole = (numbers / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round()
     yield f"{kind}.{site}", whole.clamp(-LARGEST, LARGEST).to(torch.int8)
-    yield f"{kind}_scale.{site}", scale
+    yield f"{kind}{SCALE}.{site}", scale
 
 
 def dequantised(file: Mapping[str, Tensor], name: str) -> Tensor:
@@ -430,4 +431,4 @@ def dequantised(file: Mapping[str, Tensor], name: str) -> Tensor:
     if tensor.dtype != torch.int8:
         return tensor
     kind, _, site = name.partition(".")
-    return tensor.float() * file[f"{kind}_scale.{site}"][..., None]
+    return tensor.float() * file[f"{kind}{SCALE}.{site}"][..., None]

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ...errors import ExpertError
-from .kind import SiteModule, are_floats
-from .peft import ADAPTER_WEIGHTS, site_of, write_adapter
+from ....errors import ExpertError
+from ..kind import AdapterFiles, SiteModule, are_floats
+from ..peft import ADAPTER_WEIGHTS, PEFT_FILES, site_of, write_adapter
 
 IA3_ENDING = ".ia3_l"
 
@@ -27,6 +27,7 @@ class ScalingVector(SiteModule):
     """One site's (IA)³ vector l: it scales the input or the output of the linear layer."""
 
     kind: ClassVar[str] = "ia3"
+    files: ClassVar[AdapterFiles] = PEFT_FILES
 
     vector: Tensor  # [n] or [d]
     on_input: bool
@@ -54,40 +55,35 @@ class ScalingVector(SiteModule):
         y: Tensor = base(u)
         return (y * factor).to(y.dtype)
 
+    @classmethod
+    def read(
+        cls, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
+    ) -> dict[str, ScalingVector]:
+        """As SiteModule's. PEFT has vectors of outputs as [d, 1] and those of inputs as [1, n]."""
+        vectors = {}
+        for key, tensor in sorted(tensors.items()):
+            site = site_of(key, (IA3_ENDING,), directory)
+            if tensor.dim() != 2 or sorted(tensor.shape)[0] != 1 or not are_floats(tensor):
+                raise ExpertError(
+                    f"{directory}, site {site}: wanted a vector of shape (d, 1) or (1, n), in "
+                    f"floating point, got {tuple(tensor.shape)} of {tensor.dtype}."
+                )
+            vectors[site] = ScalingVector(tensor.flatten(), on_input=tensor.shape[0] == 1)
+        if not vectors:
+            raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no (IA)³ vectors.")
+        return vectors
 
-def read_ia3(
-    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
-) -> dict[str, ScalingVector]:
-    """The (IA)³ vectors by site of a PEFT adapter that was read already.
-
-    PEFT stores those of outputs as [d, 1] and those of inputs as [1, n]. Raises ExpertError for any
-    other tensor.
-    """
-    vectors = {}
-    for key, tensor in sorted(tensors.items()):
-        site = site_of(key, (IA3_ENDING,), directory)
-        if tensor.dim() != 2 or sorted(tensor.shape)[0] != 1 or not are_floats(tensor):
-            raise ExpertError(
-                f"{directory}, site {site}: wanted a vector of shape (d, 1) or (1, n), in floating "
-                f"point, got {tuple(tensor.shape)} of {tensor.dtype}."
-            )
-        vectors[site] = ScalingVector(tensor.flatten(), on_input=tensor.shape[0] == 1)
-    if not vectors:
-        raise ExpertError(f"{directory}: {ADAPTER_WEIGHTS} holds no (IA)³ vectors.")
-    return vectors
-
-
-def write_ia3(
-    folder: Path, scalings: Mapping[str, ScalingVector], about: Mapping[str, Any]
-) -> Path:
-    """`folder`, with these vectors by site in PEFT's files; `about` goes into the configuration."""
-    config = {
-        **about,
-        "peft_type": "IA3",
-        "feedforward_modules": sorted(site for site, each in scalings.items() if each.on_input),
-    }
-    tensors = {
-        site + IA3_ENDING: each.vector.view((1, -1) if each.on_input else (-1, 1))
-        for site, each in scalings.items()
-    }
-    return write_adapter(folder, config, scalings, tensors)
+    @classmethod
+    def write(
+        cls, folder: Path, modules: Mapping[str, ScalingVector], about: Mapping[str, Any]
+    ) -> Path:
+        config = {
+            **about,
+            "peft_type": "IA3",
+            "feedforward_modules": sorted(site for site, each in modules.items() if each.on_input),
+        }
+        tensors = {
+            site + IA3_ENDING: each.vector.view((1, -1) if each.on_input else (-1, 1))
+            for site, each in modules.items()
+        }
+        return write_adapter(folder, config, modules, tensors)

@@ -15,9 +15,9 @@ from floors import Work
 from measuring import Timing, ratio, side_by_side
 from phatgoose.base.loading import twin
 from phatgoose.base.sites import Site
+from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.routing.layers import RoutedLinear
 from phatgoose.routing.routers.vector_router import ScoredRouter, standardise
-from phatgoose.experts.kinds.lora.stack import LoraStack
 from phatgoose.routing.stacks import SiteStack
 
 __all__ = ["decoder", "prefill", "random_layer"]

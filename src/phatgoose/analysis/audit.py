@@ -389,7 +389,8 @@ def _notes(pool: Pool, signs: Mapping[str, Tensor]) -> Iterator[str]:
         if count < LEAST <= len(pool):
             yield (
                 f"{count} of kind {kinds()[kind].label} are too few to compare the sizes of "
-                f"updates with their own kind{'' if 'update_effect' in signs else '; a base compares all'}."
+                f"updates with their own kind"
+                f"{'' if 'update_effect' in signs else '; a base compares all'}."
             )
     for part in ("gates", "means", "readings", "embeddings"):
         without = [expert.name for expert in pool.experts if not expert.has(part)]

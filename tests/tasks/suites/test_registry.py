@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fake_packages import install
 from phatgoose.errors import TaskError
+from phatgoose.tasks.suites import registry
 from phatgoose.tasks.suites.entries import Entry, Suite
 from phatgoose.tasks.suites.registry import SUITES, open_suite
 from suite_files import FULL, write
@@ -65,3 +67,16 @@ def test_listing_the_suites_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_suite_of_another_package_is_known_by_name(tmp_path, monkeypatch):
+    code = "from phatgoose.tasks.suites.entries import Suite\n"
+    code += "from phatgoose.tasks.suites.registry import SuiteRecord\n"
+    code += "MINE = SuiteRecord(lambda: Suite('mine', ()), trainable=True)\n"
+    points = {registry.GROUP: {"mine": "their_suites:MINE", "t0ho": "their_suites:MINE"}}
+    install(tmp_path, monkeypatch, "their_suites", code, points)
+    monkeypatch.setattr(registry, "SUITES", dict(registry.SUITES))
+    registry._add_others.cache_clear()
+    with pytest.warns(UserWarning, match="t0ho is left out: the name 't0ho' is taken"):
+        assert open_suite("mine").name == "mine"
+    registry._add_others.cache_clear()

@@ -132,10 +132,10 @@ def _model(folder: Path, name: str) -> str:
 
 def _relative_to(folder: Path, task: str) -> str:
     """`task` as it is when it names a suite or a Hub dataset or is absolute, else in `folder`."""
-    from ...tasks.suites.registry import SUITES  # loads numpy, which reading settings needn't
+    from ...tasks.suites.registry import known_suites  # loads numpy, which reading settings needn't
 
     def in_suite(name: str) -> bool:
-        return name.split("/")[0] in SUITES and not name.endswith(TASK_FILES)
+        return name.split("/")[0] in known_suites() and not name.endswith(TASK_FILES)
 
     path = str(folder / task)
     if in_suite(task) or task.startswith("hub:"):

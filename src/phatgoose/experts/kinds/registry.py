@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...config import IA3, Bottleneck, Lora, Peft
 from ...errors import ConfigError
-from ...files.entry_points import load_entry_points
+from ...files.entry_points import add_entry_points
 
 if TYPE_CHECKING:
     from .kind import NewModules, Part, SiteModule
@@ -106,12 +106,7 @@ def kinds() -> Mapping[str, Kind]:
 
 @cache
 def _add_others() -> None:
-    for point, found in load_entry_points(GROUP).items():
-        if isinstance(found, Kind) and found.name not in KINDS:
-            KINDS[found.name] = found
-        else:
-            what = "its name is taken" if isinstance(found, Kind) else "it is no record of a kind"
-            warnings.warn(f"{GROUP}: {point} is left out: {what}.", stacklevel=2)
+    add_entry_points(GROUP, KINDS, Kind)
 
 
 def loaded_kinds() -> tuple[Kind, ...]:

@@ -18,7 +18,6 @@ from .kinds.registry import Kind, loaded_kinds
 
 
 def formats() -> tuple[AdapterFiles, ...]:
-    """The files of all kinds."""
     return tuple(dict.fromkeys(kind.site_module.files for kind in loaded_kinds()))
 
 
@@ -27,7 +26,6 @@ def adapter_file_names() -> tuple[str, ...]:
 
 
 def kind_of(files: AdapterFiles, config: Mapping[str, Any]) -> Kind:
-    """The kind of the adapter that `config`, read from such `files`, describes."""
     peft_type = config.get("peft_type") if files is PEFT_FILES else None
     return next(
         kind
@@ -125,11 +123,9 @@ class ModifiedLinear(WrappedLinear):
         self.module = module.at(self.weight)
 
     def strength(self, u: Tensor) -> Tensor | float:
-        """The strength at which the module acts on u [.., n]: a number, or [.., 1] by token."""
         return 1.0
 
     def forward(self, u: Tensor) -> Tensor:
-        """[.., n] to [.., d]."""
         return self.module.apply(self.base, u, self.strength(u))
 
 

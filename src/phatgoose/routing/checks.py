@@ -171,7 +171,6 @@ def _lengths(rows: Tensor) -> Tensor:
 
 
 def check_folded(folded: Tensor, where: str) -> None:
-    """Raise RoutingError unless a weight with the mean of all experts inside is finite."""
     if not bool(folded.isfinite().all()):
         raise RoutingError(
             f"The mean of all experts at {where}, added to the base's weight, is more than "
@@ -245,7 +244,6 @@ def _check_range(
 
 
 def _check_scale(where: str, name: str, scale: Tensor) -> None:
-    """Raise RoutingError unless numbers of int8 times `scale` are finite."""
     least, most = scale.aminmax()
     if least < 0 or most > torch.finfo(torch.float32).max / LARGEST:
         raise RoutingError(f"{where}: {name} has numbers from {least} to {most}, no scale of rows.")

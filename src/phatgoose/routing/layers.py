@@ -58,11 +58,9 @@ class RoutedLayer(nn.Module):
         self.register_buffer("experts", experts, persistent=False)
 
     def extra_repr(self) -> str:
-        """The base's layer."""
         return repr(self.base)
 
     def train(self, mode: bool = True) -> RoutedLayer:
-        """Self, and the base's layer, in training or evaluation mode."""
         self.base.train(mode)
         return super().train(mode)
 
@@ -117,7 +115,6 @@ class RoutedLinear(RoutedLayer):
 
     @property
     def stack(self) -> SiteStack:
-        """The experts' modules as they are now."""
         return SiteStack(self.experts, self._parts())
 
     def _parts(self) -> dict[str, Any]:
@@ -165,7 +162,6 @@ class RoutedLinear(RoutedLayer):
         return True
 
     def _all_parts(self, u: Tensor) -> Tensor:
-        """`forward` where others than plain LoRAs act."""
         parts, decision = self._parts(), self.choose(u)
         chosen = {name: self._among(name, decision) for name in parts}
         scaled = u

@@ -52,12 +52,10 @@ class Found:
 
     @property
     def place(self) -> str:
-        """The repository, and the folder in it."""
         return str(replace(self.reference, revision=None)).removeprefix(PREFIX)
 
     @property
     def name(self) -> str:
-        """The name of its folder in a pool."""
         return self.place.partition("/")[2].replace("/", "--")
 
 
@@ -77,7 +75,6 @@ class Listing:
 
     @property
     def routable(self) -> tuple[Found, ...]:
-        """Those that can be routed on the base."""
         return tuple(each for each in self.found if each.refusal is None)
 
 
@@ -142,7 +139,6 @@ def import_listed(listing: Listing, out: str | Path) -> Listing:
 
 
 def _import(found: Found, folder: Path) -> str | None:
-    """Why `found` can't be had in `folder`, None when it is there."""
     target = folder / found.name
     if target.exists():
         return None
@@ -176,7 +172,6 @@ def _in_repository(model: Any) -> Iterator[Found]:
 
 
 def _sizes(model: Any) -> dict[str, int]:
-    """The sizes of a repository's files in bytes; {} when the Hub doesn't say."""
     try:
         told = HfApi().model_info(model.id, revision=model.sha, files_metadata=True)
     except Exception:  # no common base class, see `hub`
@@ -185,7 +180,6 @@ def _sizes(model: Any) -> dict[str, int]:
 
 
 def _examined(reference: HubReference, files: set[str], sizes: Mapping[str, int]) -> Found:
-    """What the descriptions in a folder of a repository say of it."""
     inside = f"{reference.folder}/" if reference.folder else ""
     held = {name: sizes.get(inside + name) for name in files}
     has_weights = any(n.endswith(".safetensors") and n in files for n in adapter_file_names())
@@ -216,7 +210,6 @@ def _fetched_bytes(inside: str, sizes: Mapping[str, int]) -> int:
 
 
 def _described(found: Found, descriptions: list[str]) -> Found:
-    """`found` with what its `descriptions`, files of the repository, say."""
     reference = found.reference
     try:
         snapshot = snapshot_download(
@@ -248,7 +241,6 @@ def _commonest(found: list[Found]) -> str | None:
 
 
 def _on_base(found: Found, base: str | None) -> Found:
-    """`found`, refused where its base is another."""
     if found.refusal is not None or found.base == base:
         return found
     return replace(found, refusal=f"its base is {shortened(found.base)}")

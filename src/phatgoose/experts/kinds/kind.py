@@ -338,7 +338,6 @@ class Held:
 
     @property
     def types(self) -> tuple[torch.dtype, ...]:
-        """The types that it may have in a file."""
         more = {"index": INDICES, "factor": (*FLOATS, torch.int8)}
         return more.get(self.dtype, FLOATS)
 

@@ -22,7 +22,7 @@ from ...errors import ExpertError
 from ...files.regex_guard import check_config
 from ...files.strict import one_line, read_json_object, reason, shortened
 from ...files.tensor_file import TensorFile
-from .kind import AdapterFiles, read_tensors
+from .kind import AdapterFiles
 
 # PEFT's types that are routed as they are.
 CONFIGS: dict[str, type[PeftConfig]] = {"LORA": LoraConfig, "IA3": IA3Config}
@@ -183,46 +183,33 @@ def read_config(directory: Path) -> dict[str, Any]:
         ) from error
 
 
-def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """The configuration of a plain LoRA or (IA)³.
-
-    Raises ExpertError, with the reason, when it is missing, broken or something else.
-    """
-    config = read_config(directory)
-    refuse_kind(config, directory)
-    refuse_options(config, directory)
-    wrong = [] if _is_number(config.get("lora_alpha", 8)) else ["lora_alpha"]
-    for key in PATTERNS:
-        value = config.get(key) or {}
-        if not isinstance(value, dict) or not all(map(_is_number, value.values())):
-            wrong.append(key)
-    check_config(config, str(directory / ADAPTER_CONFIG))
-    for key in wrong:
-        raise ExpertError(
-            f"{directory / ADAPTER_CONFIG}: {key} is {shortened(config[key])}, which PEFT can't "
-            f"have written."
-        )
-    return config
-
-
-def read_weights(directory: Path) -> TensorFile:
-    """Every tensor of the adapter in `directory`. Raises ExpertError; pickled ones are refused."""
-    if not (directory / ADAPTER_WEIGHTS).is_file() and (directory / PICKLED_WEIGHTS).is_file():
-        raise ExpertError(
-            f"{directory} holds pickled weights ({PICKLED_WEIGHTS}), which are never read: they "
-            f"could run code. Save the adapter again as safetensors."
-        )
-    return read_tensors(directory / ADAPTER_WEIGHTS)
-
-
 class PeftFiles(AdapterFiles):
-    """PEFT's files of a plain LoRA or (IA)³."""
+    """The files of a plain LoRA or (IA)³. Others, and pickled ones, are refused with the reason."""
 
     def read_config(self, directory: Path) -> dict[str, Any]:
-        return read_adapter_config(directory)
+        config = read_config(directory)
+        refuse_kind(config, directory)
+        refuse_options(config, directory)
+        wrong = [] if _is_number(config.get("lora_alpha", 8)) else ["lora_alpha"]
+        for key in PATTERNS:
+            value = config.get(key) or {}
+            if not isinstance(value, dict) or not all(map(_is_number, value.values())):
+                wrong.append(key)
+        check_config(config, str(directory / ADAPTER_CONFIG))
+        for key in wrong:
+            raise ExpertError(
+                f"{directory / ADAPTER_CONFIG}: {key} is {shortened(config[key])}, which PEFT "
+                f"can't have written."
+            )
+        return config
 
     def read_weights(self, directory: Path) -> TensorFile:
-        return read_weights(directory)
+        if not (directory / ADAPTER_WEIGHTS).is_file() and (directory / PICKLED_WEIGHTS).is_file():
+            raise ExpertError(
+                f"{directory} holds pickled weights ({PICKLED_WEIGHTS}), which are never read: "
+                f"they could run code. Save the adapter again as safetensors."
+            )
+        return super().read_weights(directory)
 
 
 PEFT_FILES = PeftFiles(ADAPTER_CONFIG, ADAPTER_WEIGHTS, "base_model_name_or_path")
@@ -282,7 +269,6 @@ def under_peft(base: Base, config: PeftConfig) -> Iterator[PeftModel]:
 
 
 def save_peft(model: PeftModel, base: Base, folder: Path, dtype: torch.dtype) -> None:
-    """Write PEFT's files of the adapter in `dtype`."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)

@@ -69,7 +69,6 @@ def fidelity(
 
 
 def _logits(model: PreTrainedModel, inputs: Inputs) -> Tensor:
-    """float32 [tokens, vocabulary]."""
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits[0].float()
 
@@ -140,7 +139,6 @@ class Export:
 
     @property
     def rank(self) -> int:
-        """The adapter's rank, 0 for a merged model."""
         return max((loss.rank for loss in self.losses.values()), default=0)
 
     @property
@@ -257,7 +255,6 @@ def _factors(updates: Mapping[str, Update]) -> dict[str, LoraFactors]:
 
 
 def _about(model: PreTrainedModel, parts: Composition) -> dict[str, Any]:
-    """What the adapter's configuration says of base and task."""
     conv = any(isinstance(layer.base, Conv1D) for layer in parts.layers.values())
     about = {
         "base_model_name_or_path": parts.base.id,

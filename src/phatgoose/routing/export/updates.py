@@ -37,17 +37,14 @@ class Update:
 
     @property
     def rank(self) -> int:
-        """The rank R of the factors."""
         return len(self.A)
 
     @property
     def is_lora(self) -> bool:
-        """True where a LoRA, with or without a bias, is all there is."""
         return self.input_factor is None and self.output_factor is None
 
     @property
     def is_nothing(self) -> bool:
-        """True where nothing changes."""
         return self.rank == 0 and self.bias is None and self.is_lora
 
 
@@ -94,7 +91,6 @@ def fixed_update(layer: RoutedLayer, shares: Tensor, parts: Composition) -> Upda
 
 
 def _with(update: Update, more: Constant) -> Update:
-    """`update` and `more` at once."""
     A, B, bias = update.A, update.B, update.bias
     if more.A is not None and more.B is not None:
         A = torch.cat([A, more.A]) if update.rank else more.A
@@ -115,7 +111,6 @@ def _product(one: Tensor | None, other: Tensor | None) -> Tensor | None:
 
 
 def _unfolded(layer: FoldedLinear) -> Update:
-    """The mean that is folded into a layer's weight, as factors of full rank."""
     delta = layer.folded.float() - matrix_of(layer.base).float()
     n, d = layer.in_features, layer.out_features
     eye = torch.eye(min(n, d), dtype=delta.dtype, device=delta.device)
@@ -164,7 +159,6 @@ class AddedUpdate(WrappedLinear):
         self.update = update
 
     def forward(self, u: Tensor) -> Tensor:
-        """[.., n] to [.., d]."""
         y: Tensor = self.base(u)
         update = self.update
         inner = functional.linear(u.to(update.A.dtype), update.A)
@@ -214,7 +208,6 @@ def _merged_weight(layer: RoutedLayer, update: Update) -> Tensor:
 
 
 def _with_parameters(base: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of a linear layer with these parameters, in the types of its own."""
     own = base._parameters
     made = copy.copy(base)
     made._parameters = dict(own)

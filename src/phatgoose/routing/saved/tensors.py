@@ -23,7 +23,7 @@ from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
 from ..checks import LARGEST, OWNERS, SCALE, check_lookup, check_tensors, tensors_of_sites
 from ..routers.phatgoose_input import VOTES
-from ..routers.router import router_of
+from ..routers.router import Router, router_of
 from ..stacks import SiteStack, declared, joined, joined_stacks, kept_stack, take_rows
 
 ROUTED_INFO = "routed.json"
@@ -172,7 +172,6 @@ class SavedTensors(Mapping[str, Tensor]):
     """All tensors of a saved model by name, as one file of the experts that are left has them."""
 
     def __init__(self, segments: Sequence[Segment], left: Sequence[int]) -> None:
-        """`left` are the indices of the experts that are left, in order."""
         self._segments = segments
         count = sum(segment.experts for segment in segments)
         self._place = torch.full((count,), -1)
@@ -229,7 +228,6 @@ class SavedTensors(Mapping[str, Tensor]):
         return dict.fromkeys(name for segment in self._segments for name in segment.tensors)
 
     def _stack(self, site: str) -> dict[str, Tensor]:
-        """The tensors of the stack at `site`."""
         if self._latest[0] != site:
             stacks = []
             for segment in self._segments:
@@ -267,33 +265,27 @@ class SavedModel:
 
     @property
     def base(self) -> BaseReference:
-        """The base it was made of."""
         return base_in(self.info)
 
     @property
     def routing(self) -> Routing:
-        """How it chooses experts."""
         return routing_in(self.info)
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Those of the experts that are left."""
         return [self.info["experts"][z] for z in self.left]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the experts that are left."""
         return tuple(record["name"] for record in self.records)
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
-        """Where at least one of them acts."""
         begin = "experts."
         return tuple(n.removeprefix(begin) for n in self.tensors if n.startswith(begin))
 
     @cached_property
     def tensors(self) -> SavedTensors:
-        """All tensors of the experts that are left."""
         return SavedTensors(self.segments, self.left)
 
 
@@ -310,7 +302,7 @@ def read_saved(directory: Path) -> SavedModel:
 def described_by(info: dict[str, Any], directory: Path) -> SavedModel:
     """The model that `info` says the files in `directory` are. Raises as `read_saved` does."""
     path = directory / ROUTED_INFO
-    forms = _forms(routing_in(info))
+    router = router_of(routing_in(info))
     count = len(info["experts"])
     try:
         entries = _entries(info, count)
@@ -325,15 +317,13 @@ def described_by(info: dict[str, Any], directory: Path) -> SavedModel:
     segments, first, sizes = [], 0, _Sizes({}, {})
     for entry in entries:
         file = files[entry.file, entry.sha256]
-        sizes = _checked(file, entry.experts, sizes, forms)
+        sizes = _checked(file, entry.experts, sizes, router)
         segments.append(Segment(file, first, entry.experts))
         first += entry.experts
     return SavedModel(info, tuple(segments), left)
 
 
 class _Entry(NamedTuple):
-    """A file of a saved model as its description names it."""
-
     file: str
     sha256: str
     experts: int
@@ -373,27 +363,14 @@ class _Sizes(NamedTuple):
     lookup: dict[str, int]
 
 
-class _Forms(NamedTuple):
-    """The forms of what a router keeps at a site, and of what its lookup saves."""
-
-    site: Mapping[str, str]
-    lookup: Mapping[str, str]
-
-
-def _forms(routing: Routing) -> _Forms:
-    """Those of the router of `routing`. Raises ConfigError."""
-    router = router_of(routing)
-    return _Forms(router.form, router.lookup_form)
-
-
-def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _Sizes:
+def _checked(file: TensorFile, experts: int, known: _Sizes, router: Router) -> _Sizes:
     """`known` and what `file`, a segment of so many experts, adds to it. Raises RoutingError."""
     by_site: dict[str, dict[str, Tensor]] = {}
-    known_names = {*tensors_of_sites(), *forms.site}
+    known_names = {*tensors_of_sites(), *router.form}
     lookup = {}
     for name in file:
         kind, _, site = name.partition(".")
-        if kind == "lookup" and site in forms.lookup:
+        if kind == "lookup" and site in router.lookup_form:
             lookup[site] = file[name]
             continue
         if name.startswith(VOTES):
@@ -408,11 +385,11 @@ def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _S
     sites = dict(known.sites)
     for site, held in by_site.items():
         sites[site] = check_tensors(
-            f"{file.path}, {site}", held, experts, sites.get(site, {}), forms.site
+            f"{file.path}, {site}", held, experts, sites.get(site, {}), router.form
         )
-    if not forms.lookup:
+    if not router.lookup_form:
         return _Sizes(sites, known.lookup)
-    found = check_lookup(str(file.path), lookup, experts, known.lookup, forms.lookup)
+    found = check_lookup(str(file.path), lookup, experts, known.lookup, router.lookup_form)
     return _Sizes(sites, found)
 
 

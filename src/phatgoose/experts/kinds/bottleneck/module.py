@@ -64,7 +64,6 @@ class BottleneckLayers(SiteModule):
         return replace(self, down=down, down_bias=down_bias, up=up, up_bias=up_bias, scale=1.0)
 
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-        """The base's output y plus what the layers make of it at this strength, [.., d]."""
         y: Tensor = base(u)
         inner = ACTIVATION[self.activation](functional.linear(y, self.down, self.down_bias))
         return y + strength * functional.linear(inner, self.up, self.up_bias)
@@ -103,7 +102,6 @@ class BottleneckLayers(SiteModule):
 
 
 def _fit_together(down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor) -> bool:
-    """True when the four make one bottleneck, in floating point."""
     parts = (down, down_bias, up, up_bias)
     if (down.dim(), up.dim()) != (2, 2) or not are_floats(*parts) or min(down.shape) < 1:
         return False

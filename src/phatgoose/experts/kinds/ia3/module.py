@@ -34,12 +34,10 @@ class ScalingVector(SiteModule):
 
     @property
     def in_features(self) -> int | None:
-        """The size n of the site's input, None where the output is scaled."""
         return len(self.vector) if self.on_input else None
 
     @property
     def out_features(self) -> int | None:
-        """The size d of the site's output, None where the input is scaled."""
         return None if self.on_input else len(self.vector)
 
     def at(self, weight: Tensor) -> ScalingVector:
@@ -47,7 +45,6 @@ class ScalingVector(SiteModule):
         return ScalingVector(self.vector.to(weight.device, torch.float32), self.on_input)
 
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-        """The base's output with its input or itself scaled at this strength, [.., d]."""
         factor = 1 + strength * (self.vector - 1)
         if self.on_input:
             scaled: Tensor = base((u * factor).to(u.dtype))

@@ -55,7 +55,6 @@ class LoraFactors(SiteModule):
         return LoraFactors(self.A.to(weight), B, 1.0, bias)
 
     def apply(self, base: nn.Module, u: Tensor, strength: Tensor | float = 1.0) -> Tensor:
-        """The base's output plus the update at this strength, [.., d]."""
         y: Tensor = base(u)
         if self.bias is not None:
             y = y + strength * self.bias

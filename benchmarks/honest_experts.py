@@ -22,8 +22,8 @@ from phatgoose.base.smollm2 import smollm2_folder
 from phatgoose.config import IA3, Bottleneck, GateTraining, Lora, Peft, Training
 from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.progress import TrainingCallback
 from phatgoose.training.train_expert import train_expert
+from phatgoose.training.trainer import TrainingCallback
 
 __all__ = ["POOL", "fresh_prompts", "honest_pools", "small_base"]
 

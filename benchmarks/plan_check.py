@@ -22,8 +22,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.tasks.suites.registry import TrainingTask, open_tasks
-from phatgoose.training.plan import plan_training, schedule
-from phatgoose.training.plan_costs import measure_speed, most_memory
+from phatgoose.training.plan import Planner, most_memory
 from phatgoose.training.pool_jobs import ExpertJob, train_experts
 from report import circumstances
 
@@ -97,10 +96,10 @@ def main() -> None:
     planned_with = {**settings, "training": training, "gate_training": gates}
     with tempfile.TemporaryDirectory() as folder:
         tasks = write_tasks(Path(folder), options.experts, options.rows)
-        speed = measure_speed(options.base, tasks, **planned_with)
-        plan = plan_training(options.base, tasks, **planned_with, speed=speed)
-        counted = plan_training(options.base, tasks, **planned_with, tokens_per_second=1.0)
-        spread = schedule(plan, workers=1)
+        planner = Planner(options.base, **planned_with)
+        counted = planner.plan(tasks)
+        planner.speed = planner.measure(tasks)
+        plan = planner.plan(tasks)
         files = [task.named for task in tasks]
         job = (options.base, files, training, gates, f"{folder}/experts", settings)
         # a process of its own, so that the trial's memory doesn't count
@@ -108,15 +107,15 @@ def main() -> None:
             seconds, memory, speeds = process.submit(train, *job).result()
         disk = size_of(Path(folder) / "experts")
     rows = {
-        "seconds": (spread.seconds, seconds),
-        "disk_bytes": (spread.disk_bytes, disk),
-        "memory_bytes": (spread.memory_bytes, memory),
+        "seconds": (plan.seconds_on(1), seconds),
+        "disk_bytes": (plan.totals()["disk_bytes"], disk),
+        "memory_bytes": (plan.memory_bytes, memory),
         "memory_bytes, counted": (counted.memory_bytes, memory),
     }
     record = {
         "where": circumstances(),
         "recipe": {**vars(options), "out": None},
-        "speed": vars(speed),
+        "speed": planner.speed._asdict(),
         "tokens_per_second": speeds,
         "rows": {
             name: {"planned": planned, "measured": got, "ratio": planned / got}

@@ -50,7 +50,7 @@ from phatgoose.experts.importing import adapter as importing  # noqa: F401  load
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.tensors import SavedModel, read_saved
-from phatgoose.training import gates  # noqa: F401  loaded before forking
+from phatgoose.training import train_expert  # noqa: F401  loaded before forking
 from tiny import make_model, make_tokenizer
 
 FEW = "--batch-size 4 --steps 6 --gate-steps 6 --eval-every 2 --statistics-examples 4 --rank 2"

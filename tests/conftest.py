@@ -28,7 +28,7 @@ LONGEST = (
     "test_demo.py",
     "test_benchmarks.py",
     "test_page.py",
-    "test_smollm2.py",
+    "test_loading.py",
 )
 LONGEST += ("test_reliability.py", "test_compile.py", "test_recipes.py")
 

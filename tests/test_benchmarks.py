@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import os
+import runpy
+import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from peft import ArrowConfig, create_arrow_model
 from safetensors import safe_open
+from transformers import LlamaConfig
 
 from command_line import Outcome
 from paths import ROOT
-from programs import run_program
 
 pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 
@@ -34,6 +39,17 @@ ROWS = {
     "growth": 3,
 }
 FLOORLESS = ("memory", "packed", "loop", "choice")
+
+
+def run_program(script: Path, *arguments: object) -> int:
+    """The exit status of `script`; what it sets for its whole process is undone afterwards."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        patch.syspath_prepend(str(script.parent))
+        patch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
+        with pytest.raises(SystemExit) as caught:
+            runpy.run_path(str(script), run_name="__main__")
+    return int(caught.value.code or 0)
 
 
 @pytest.fixture
@@ -113,9 +129,17 @@ def test_the_arithmetic_floors_are_those_of_the_issue(monkeypatch):
     monkeypatch.syspath_prepend(str(RUN.parent))
     from floors import Work
     from phatgoose.base.loading import load_skeleton
-    from phatgoose.training.plan_costs import KNOWN_BASES
 
-    work = Work.of(load_skeleton(KNOWN_BASES["smollm2"]), rank=16)
+    smollm2 = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        tie_word_embeddings=True,
+    )
+    work = Work.of(load_skeleton(smollm2), rank=16)
     floors = [1 + work.routed(experts, k=2) / work.base() for experts in (36, 166)]
     assert floors == pytest.approx([1.14, 1.32], abs=0.01)
 

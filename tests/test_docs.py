@@ -140,22 +140,7 @@ def test_examples_that_say_so_run(document, reader, phat):
 
 
 def test_the_readme_has_an_example_that_runs():
-    readme = ROOT / "README.md"
-    if not any(block.kind == "python" for block in blocks_of(readme)):
-        pytest.skip("the README has no Python example yet")
-    assert readme in RUNNABLE, "put <!-- runs --> on the line above its ```python"
-
-
-def test_the_search_for_blocks_finds_them(tmp_path):
-    document = tmp_path / "a.md"
-    document.write_text(
-        "x\n<!-- runs -->\n```python\na = 1\n```\n```bash\n$ phatgoose pool a | b\n```\n"
-    )
-    assert blocks_of(document) == [
-        Block("python", "a = 1\n", 4, True),
-        Block("bash", "$ phatgoose pool a | b\n", 7, False),
-    ]
-    assert [words_of(command) for command in commands_of(document)] == [["pool", "a"]]
+    assert ROOT / "README.md" in RUNNABLE
 
 
 def links_of(document: Path) -> list[str]:
@@ -204,25 +189,14 @@ def test_commands_in_the_text_and_their_flags_exist(document, command):
     assert {word.split("=")[0] for word in words if word.startswith("--")} <= known
 
 
-def recipes_of(document: Path) -> list[str]:
-    text = document.read_text(encoding="utf-8")
-    return sorted(set(re.findall(r"(?<![\w/])recipes/[\w./-]+\.toml", text)))
-
-
-@pytest.mark.parametrize(("document", "recipe"), cases(recipes_of))
-def test_recipes_that_are_named_exist(document, recipe):
-    assert (ROOT / recipe).is_file()
-
-
-def make_targets_of(document: Path) -> list[str]:
-    lines = [line for line in shell_lines(document) if re.match(r"make \w", line)]
-    return sorted({line.split()[1] for line in lines})
-
-
-@pytest.mark.parametrize(("document", "target"), cases(make_targets_of))
-def test_make_targets_that_are_named_exist(document, target):
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert re.search(rf"^{re.escape(target)}:", makefile, re.M)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_recipes_and_make_targets_that_are_named_exist(document):
+    text, makefile = (path.read_text(encoding="utf-8") for path in (document, ROOT / "Makefile"))
+    for recipe in re.findall(r"(?<![\w/])recipes/[\w./-]+\.toml", text):
+        assert (ROOT / recipe).is_file(), recipe
+    for line in shell_lines(document):
+        if re.match(r"make \w", line):
+            assert re.search(rf"^{re.escape(line.split()[1])}:", makefile, re.M), line
 
 
 MODULE = re.compile(r"`(phatgoose(?:\.\w+)+)")
@@ -240,22 +214,11 @@ def test_names_of_modules_and_files_are_there(document):
         assert found, f"{document.name}: {file}"
 
 
-def test_the_papers_sections_are_mapped_to_files_that_exist():
-    table = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    table = table.partition("## The paper, and where it is")[2].partition("\n## ")[0]
-    named = re.findall(r"`(\w[\w/]+\.py)`", table)
-    assert len(named) > 20
-    for file in named:
-        assert (ROOT / "src" / "phatgoose" / file).is_file(), file
-
-
 def test_every_router_is_in_the_page_of_routers():
     page = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
     table = page.partition("## All of them")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| `([a-z-]+)` \|", table, flags=re.MULTILINE)
     assert sorted(rows) == KNOWN
-    assert len(KNOWN) == 19
-    assert "any of nineteen" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_drawing_of_imports_is_up_to_date():
@@ -293,5 +256,4 @@ def test_every_document_is_in_the_sites_navigation():
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     navigation = yaml.safe_load(text.partition("\nnav:\n")[2])
     documents = [path.relative_to(ROOT / "docs") for path in ROOT.glob("docs/**/*.md")]
-    wanted = {str(path) for path in documents if path.parts[0] != "first-study"}
-    assert sorted(pages_in(navigation)) == sorted(wanted)
+    assert sorted(pages_in(navigation)) == sorted(map(str, documents))

@@ -76,21 +76,6 @@ def test_the_papers_recipes_differ_in_their_tasks_only():
     assert (t0.base, t0.tables) == (flan.base, flan.tables)
 
 
-def test_eight_experts_are_the_four_and_four_more():
-    four, eight = (read_recipe(RECIPES / f"smollm2-{n}-experts.toml") for n in ("four", "eight"))
-    assert eight.tasks[:4] == four.tasks
-    added = ["trec", "qasc", "glue_qqp", "common_gen"]
-    assert [Path(task).stem for task in eight.tasks[4:]] == added
-    gates = {"gate_steps": 40, "embeddings": True, "statistics_examples": 300}
-    gates = {**four.tables["gates"], **gates}
-    training = {"steps": 80, "batch_size": 8, "micro_batch_size": 8, "eval_every": 40}
-    training = {**four.tables["training"], **training, "eval_examples": 50}
-    assert eight.tables == {**four.tables, "training": training, "gates": gates}
-
-
-# --- plans ---
-
-
 @each_of_the_papers
 def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
     _, count = THE_PAPERS[name]
@@ -105,7 +90,7 @@ def test_the_papers_recipes_are_planned_offline(name, phat, tmp_path):
     assert f"{count} tasks" in last
     assert f"{count * 1100:,}" in last
     assert outcome.out.count("1,000 + 100") == count
-    assert re.search(r"≤ [\d.]+ G +│ ≤ [\d.,]+ days", last)  # no lengths are known here
+    assert re.search(r"≤ [\d.]+G +│ ≤ [\d.,]+ days", last)  # no lengths are known here
     assert not (tmp_path / "experts").exists()
 
 
@@ -119,10 +104,7 @@ def test_eight_experts_on_real_data_are_planned(phat, tmp_path):
     assert "8 experts to train on smollm2" in outcome.out
     assert "210 sites, 4,884,480 LoRA parameters" in outcome.out
     assert outcome.out.count("80 + 40") == 8
-    assert "For 8 of 8 tasks" in outcome.out
-
-
-# --- runs ---
+    assert "≤" not in outcome.out  # the data are here
 
 
 def shrink(monkeypatch: pytest.MonkeyPatch, suite: str, names: tuple[str, ...]) -> None:
@@ -149,7 +131,6 @@ def test_the_papers_recipes_run_on_a_tiny_base_and_made_up_data(
     planned = phat("train", "--recipe", name, "--plan", *FEW, *SHORT)
     assert planned.out.count("2 + 2") == len(names)
     assert "≤" not in planned.out
-    assert "the tokens of a sequence are measured" in planned.out
     trained = phat("train", "--recipe", name, *FEW, *SHORT)
     assert (trained.code, trained.err) == (0, "")
     for expert in (Expert.load(Path("experts") / task) for task in names):

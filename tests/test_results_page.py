@@ -1,4 +1,4 @@
-"""docs/results.md: what docs/results_page.py makes of the comparisons that are kept."""
+"""docs/results.md: what research/results/page.py makes of the comparisons that are kept."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from made_comparison import SETTINGS, made_comparison
 from paths import ROOT
 
 WHERE = {"date": "2026-11-26T10:00:00+00:00", "commit": "abcdef123", "machine": "A Chip, 2 cores"}
-PROGRAM = runpy.run_path(str(ROOT / "docs" / "results_page.py"))
+PROGRAM = runpy.run_path(str(ROOT / "research" / "results" / "page.py"))
 
 
 def comparison(**settings) -> dict:
@@ -32,7 +32,7 @@ def rows(page: str) -> list[list[str]]:
 
 def test_the_page_is_what_the_program_writes():
     page = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
-    assert page == PROGRAM["page"](), "run: python docs/results_page.py --write"
+    assert page == PROGRAM["page"](), "run: python research/results/page.py --write"
 
 
 def test_bases_are_parts_pools_and_suites_columns(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 
 from paths import ROOT
 
-PERFORMANCE = ROOT / "docs" / "performance.md"
+PERFORMANCE = ROOT / "research" / "performance.md"
 
 
 @pytest.fixture

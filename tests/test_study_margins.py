@@ -1,4 +1,4 @@
-"""examples/study_margins.py: what is unsure is answered by the other router."""
+"""research/study/margins.py: what is unsure is answered by the other router."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POOL = ["aaaaaaaa", "bbbbbbbb"]
 
 @pytest.fixture
 def margins():
-    return runpy.run_path(str(ROOT / "examples" / "study_margins.py"))
+    return runpy.run_path(str(ROOT / "research" / "study" / "margins.py"))
 
 
 @pytest.fixture

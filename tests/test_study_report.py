@@ -1,4 +1,4 @@
-"""examples/study_report.py: what of a comparison may be committed, and its tables."""
+"""research/study/report.py: what of a comparison may be committed, and its tables."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from paths import ROOT
 from phatgoose.evaluation.comparison.result_store import ResultStore
 
-PROGRAM = ROOT / "examples" / "study_report.py"
+PROGRAM = ROOT / "research" / "study" / "report.py"
 
 
 @pytest.fixture

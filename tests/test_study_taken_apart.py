@@ -1,4 +1,4 @@
-"""examples/study_taken_apart.py: whose choices are replaced, against the expert alone."""
+"""research/study/taken_apart.py: whose choices are replaced, against the expert alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ IDS = make_ids(rows=2, tokens=6)
 
 @pytest.fixture
 def replace_choices(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "examples")  # where its neighbour is
-    return runpy.run_path(str(ROOT / "examples" / "study_taken_apart.py"))["replace_choices"]
+    monkeypatch.syspath_prepend(ROOT / "research" / "study")  # where its neighbour is
+    return runpy.run_path(str(ROOT / "research" / "study" / "taken_apart.py"))["replace_choices"]
 
 
 def replaced(model, replace_choices, row):

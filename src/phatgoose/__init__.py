@@ -38,8 +38,7 @@ if TYPE_CHECKING:
     from .routing.saved.load import load
     from .routing.saved.save import save
     from .tasks.loading import load_task
-    from .training.gates import train_gates
-    from .training.train_expert import train_expert
+    from .training.train_expert import train_expert, train_gates
 
 __all__ = [
     "Expert",
@@ -68,7 +67,7 @@ _HOMES = {
     "load_task": "tasks.loading",
     "save": "routing.saved.save",
     "train_expert": "training.train_expert",
-    "train_gates": "training.gates",
+    "train_gates": "training.train_expert",
 }
 
 

@@ -1,7 +1,4 @@
-"""Settings, as frozen dataclasses: one place for names, defaults, help texts and checks.
-
-How a setting works: a typed field with a help text and a limit, checked when it is set.
-"""
+"""Settings, as frozen dataclasses: one place for names, defaults, help texts and checks."""
 
 from __future__ import annotations
 
@@ -55,8 +52,9 @@ class Settings:
         """Raise ConfigError for a value of the wrong type, not finite, or beyond its limit."""
         for setting in settings_of(type(self)):
             value = _typed(setting, getattr(self, setting.name))
-            if setting.limit is not None and value is not None:
-                _require(setting.limit.holds(value), setting.name, value, setting.limit.words)
+            limit = setting.limit
+            if limit is not None and value is not None and not limit.holds(value):
+                raise ConfigError(f"{setting.name} is {value!r}, but must be {limit.words}.")
             object.__setattr__(self, setting.name, value)
 
 
@@ -113,11 +111,6 @@ def given_or_default(kind: type[Config], given: Config | None, name: str) -> Con
     return given
 
 
-def _require(holds: bool, name: str, got: object, wanted: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} is {got!r}, but must be {wanted}.")
-
-
 def require_one_of(known: Sequence[str | None], name: str, got: object) -> None:
     """Raise ConfigError unless `got`, the value of `name`, is one of `known`."""
     if got not in known:
@@ -134,21 +127,17 @@ def _typed(setting: Setting, value: Any) -> Any:
         if int in kinds and isinstance(value, Integral):
             return int(value)
         if float in kinds and isinstance(value, Real):
-            return _finite(setting.name, value)
+            try:
+                number = float(value)
+            except OverflowError:
+                number = math.inf
+            if not math.isfinite(number):
+                raise ConfigError(f"{setting.name} is {number!r}, but must be a finite number.")
+            return number
         if str in kinds and isinstance(value, str):
             return value
     wanted = " or ".join(TYPE_NAMES[kind] for kind in kinds if kind in TYPE_NAMES)
     raise ConfigError(f"{setting.name} is {value!r}, but must be {wanted}.")
-
-
-def _finite(name: str, value: Real) -> float:
-    """`value` as a float. Raises ConfigError for infinity, NaN and too large integers."""
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    _require(math.isfinite(number), name, number, "a finite number")
-    return number
 
 
 # -------------------------------------------------------------------------------------------------

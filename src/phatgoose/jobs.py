@@ -24,8 +24,7 @@ class Job(Protocol):
     """A piece of work with the same result wherever and however often it is done."""
 
     @property
-    def name(self) -> str:
-        """Its name in messages."""
+    def name(self) -> str: ...
 
     @property
     def group(self) -> str:
@@ -73,8 +72,6 @@ class Engine(Protocol):
 
 
 class LocalEngine:
-    """Runs jobs in this process, in order."""
-
     remote = False
 
     def run(
@@ -107,7 +104,6 @@ class BaseLocation:
 
     @classmethod
     def of(cls, base: Base) -> BaseLocation:
-        """The location of a loaded base."""
         dtype = dtype_name(base.model.dtype)
         return cls(recorded_id(base.id), dtype, base.reference)
 

@@ -1,20 +1,28 @@
-"""The analysis as a whole: routers over a pool, Oracle, agreement, effects, findings, traces."""
+"""The analysis as a whole: routers over a pool, Oracle, agreement, effects, findings, JSON."""
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 import phatgoose as pg
 from analysed import TASKS, task
-from phatgoose.analysis.measures import ORACLE, kl_divergence
+from phatgoose.analysis.measures import ORACLE, DecisionFiles, agreement, kl_divergence
+from phatgoose.base.sites import Site
 from phatgoose.config import Routing
 from phatgoose.errors import ConfigError, EvaluationError, PoolError, RoutingError, TaskError
 from phatgoose.routing.compose import compose
+from phatgoose.routing.recording import record
 from phatgoose.routing.saved.save import save
+from phatgoose.routing.watching import SitePass
+from phatgoose.tasks.encoding import Encoder
 from routed_models import SCORES
+from routing_samples import make_analysis
 
 SINGLE = Routing(router="single", expert="e0")
 
@@ -31,11 +39,6 @@ def test_each_router_is_read_and_scored_as_if_it_were_alone(found, llama, llama_
         scores = pg.evaluate(model, TASKS).scores
         assert tuple(found.routers[router].scores.values()) == scores
         pg.detach(model)
-
-
-def test_the_base_is_left_as_it_was(llama, llama_pool):
-    pg.analyse(llama_pool, TASKS, base=llama, score=False)
-    compose(llama_pool, llama)  # refused if it were still routed
 
 
 def test_oracle_and_divergences(found):
@@ -105,7 +108,8 @@ def test_a_router_that_cannot_be_is_refused_before_others_read(
     llama, llama_pool, monkeypatch, router, error, message
 ):
     monkeypatch.setattr(
-        "phatgoose.analysis.analyse.read_examples", lambda *_: pytest.fail("read something")
+        "phatgoose.analysis.routing_distribution.read_examples",
+        lambda *_: pytest.fail("read something"),
     )
     with pytest.raises(error, match=message):
         pg.analyse(llama_pool, TASKS, routers=["phatgoose", router], base=llama)
@@ -125,3 +129,98 @@ def test_an_oracle_without_scores_of_a_task_leaves_the_base_unrouted(llama, llam
     with suppress(RoutingError, ConfigError):
         pg.analyse(llama_pool, [task("third")], routers=["oracle"], base=llama, scores=SCORES)
     compose(llama_pool, llama)
+
+
+def test_the_json_holds_the_numbers_and_no_text_of_the_data(found, tmp_path):
+    found.write_json(tmp_path / "analysis.json")
+    content = (tmp_path / "analysis.json").read_text()
+    data = json.loads(content)
+    assert data["experts"] == ["e0", "e1", "e2", "e3"]
+    assert len(data["divergences"]) == 3 * 2 * 2  # each router to each other one, on two datasets
+    profile = found.routers["arrow"].distributions["first"]
+    assert data["routers"]["arrow"]["datasets"]["first"]["weight"] == profile.whole().tolist()
+    assert data["leave_one_out"][0]["expert"] == found.effects[0].expert
+    assert "first 0 is" not in content
+    assert "NaN" not in content
+
+
+def test_made_up_analyses_have_all_the_numbers_too():
+    analysis = make_analysis(8)
+    assert analysis.correlation("phatgoose").n == 4
+    assert json.dumps(analysis.to_dict(), allow_nan=False)
+    assert replace(analysis, oracle={}).correlation("phatgoose") is None
+
+
+def test_effects_are_differences_of_scores(found, llama, llama_pool):
+    assert {effect.expert for effect in found.effects} == set(llama_pool.names)
+    means = [effect.mean for effect in found.effects]
+    assert means == sorted(means, reverse=True)
+    effect = found.effects[0]
+    less = compose(llama_pool, llama, leave_out=[effect.expert])
+    reduced = pg.evaluate(less, TASKS)
+    for score in reduced.scores:
+        everyone = found.routers["phatgoose"].scores[score.task].score
+        assert effect.by_task[score.task] == pytest.approx(everyone - score.score)
+    assert effect.interval.low <= effect.mean <= effect.interval.high
+
+
+def test_agreement_is_that_of_recordings(found, llama, llama_pool):
+    tops, weights = {}, {}
+    for router in ("phatgoose", "arrow"):
+        model = compose(llama_pool, llama, router=router)
+        encoder = Encoder(llama.tokenizer, is_encoder_decoder=False)
+        pairs = [encoder.pair(e.input, e.target) for t in TASKS for e in t.evaluation_examples()]
+        with record(model) as recording, torch.no_grad():
+            for pair in pairs:
+                model(input_ids=torch.tensor([pair.prompt + pair.target[:-1]]))
+        rows = [torch.cat([part[0] for part in passes]) for passes in recording.weights.values()]
+        weights[router] = torch.cat(rows)
+        tops[router] = weights[router].argmax(dim=1)
+        pg.detach(model)
+    common = found.agreements["phatgoose", "arrow"]
+    same = (tops["phatgoose"] == tops["arrow"]).float().mean().item()
+    shared = torch.minimum(*weights.values()).sum(dim=1).mean().item()
+    assert common.decisions == len(weights["arrow"])
+    assert common.first == pytest.approx(same, abs=0.01)
+    assert common.overlap == pytest.approx(shared, abs=0.01)
+
+
+def test_routers_without_a_choice_in_common_have_no_agreement(tmp_path):
+    site = Site("a", 2, 2, "decoder")
+    for name, weights in (("one", torch.tensor([[0.0]])), ("other", torch.tensor([[1.0]]))):
+        files = DecisionFiles(tmp_path / name, torch.tensor([1]))
+        files.begin_pass({})
+        experts = torch.tensor([[0]])
+        files.add(SitePass(site, experts, weights, None, (1, 1), lambda w=weights: w))
+        files.end_pass()
+    assert agreement(tmp_path / "one", tmp_path / "other", 2) is None
+    same = agreement(tmp_path / "other", tmp_path / "other", 2)
+    assert (same.first, same.overlap, same.decisions) == (1, 1, 1)
+
+
+def decided(folder, weights, experts=(0, 1, 2)):
+    """The file of one pass of tokens with these `weights` [T, k] of these experts, in `folder`."""
+    site, weights = Site("a", 2, 2, "decoder"), torch.tensor(weights)
+    files = DecisionFiles(folder, torch.arange(3))
+    files.begin_pass({})
+    chosen = torch.tensor([experts[: weights.shape[1]]] * len(weights))
+    files.add(SitePass(site, chosen, weights, None, (1, len(weights)), lambda: weights))
+    files.end_pass()
+    return folder
+
+
+def test_equals_share_the_first_choice(tmp_path):
+    tied = decided(tmp_path / "tied", [[0.5, 0.5]])
+    first = decided(tmp_path / "first", [[0.7, 0.3]])
+    last = decided(tmp_path / "last", [[0.3, 0.7]])
+    three = decided(tmp_path / "three", [[1 / 3, 1 / 3, 1 / 3]])
+    assert agreement(tied, tied, 3).first == 1
+    assert agreement(tied, first, 3).first == agreement(tied, last, 3).first == 0.5
+    assert agreement(three, tied, 3).first == pytest.approx(2 / 3)
+    assert agreement(first, last, 3).first == 0
+
+
+def test_close_weights_are_no_equals(tmp_path):
+    close = decided(tmp_path / "close", [[0.5, 0.5 + 1e-5]])  # equal in half precision
+    first = decided(tmp_path / "first", [[0.7, 0.3]])
+    assert agreement(close, first, 3).first == 0

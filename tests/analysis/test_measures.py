@@ -1,4 +1,4 @@
-"""Measures of routing distributions: ranges, definitions, and numbers known otherwise."""
+"""Measures of routing distributions, and correlations, compared to scipy's."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from scipy.spatial.distance import jensenshannon
 from scipy.stats import entropy as scipy_entropy
+from scipy.stats import pearsonr, spearmanr
 
 from phatgoose.analysis.measures import (
     SMOOTHING,
     as_distribution,
     concentration,
+    correlation,
     effective_experts,
     entropy,
     kl_divergence,
@@ -57,23 +58,6 @@ def test_measures_stay_in_their_ranges(pair):
     assert 0 <= kl_divergence(p, q) <= most + 1e-9
 
 
-@given(two)
-def test_measures_of_equals(pair):
-    p, _ = pair
-    assert kl_divergence(p, p) == 0
-    assert overlap(p, p) == pytest.approx(1)
-
-
-@given(two, st.floats(0.001, 0.9))
-@example((np.array([0, 0.5, 0.5]), np.array([0, 0.5, 0.5 - 1e-13])), 0.5)
-def test_pinsker_holds_after_smoothing(pair, smoothing):
-    p, q = smoothed(pair[0], smoothing), smoothed(pair[1], smoothing)
-    distance = 1 - overlap(p, q)
-    assert kl_divergence(*pair, smoothing) >= 2 * distance**2 - 1e-9
-    with np.errstate(invalid="ignore"):  # scipy's sum for nearly equal ones may fall below 0
-        assert np.nan_to_num(jensenshannon(p, q)) <= math.sqrt(math.log(2)) + 1e-9
-
-
 @pytest.mark.parametrize("experts", [2, 8, 166])
 def test_one_expert_and_all_alike_are_the_extremes(experts):
     one, even = np.eye(experts)[0], np.full(experts, 1 / experts)
@@ -88,3 +72,69 @@ def test_one_expert_and_all_alike_are_the_extremes(experts):
 def test_what_is_no_distribution_is_refused(values):
     with pytest.raises(EvaluationError, match="nothing recorded"):
         as_distribution(values)
+
+
+def test_a_divergence_from_oracle_is_finite_and_known():
+    even, oracle = np.full(4, 0.25), np.eye(4)[0]
+    s, low = (0.99 + 0.01 / 4), 0.01 / 4
+    wanted = 0.25 * math.log(0.25 / s) + 0.75 * math.log(0.25 / low)
+    assert kl_divergence(even, oracle) == pytest.approx(wanted)
+    assert kl_divergence(oracle, even) == pytest.approx(
+        s * math.log(s / 0.25) + 3 * low * math.log(low / 0.25)
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0, 1, -1, math.nan])
+def test_smoothing_must_be_a_share(smoothing):
+    with pytest.raises(EvaluationError, match="between 0 and 1"):
+        smoothed([0.5, 0.5], smoothing)
+
+
+@given(st.lists(st.tuples(share, share), min_size=4, max_size=30))
+def test_correlations_are_those_of_scipy_with_fishers_interval(pairs):
+    x, y = zip(*pairs, strict=True)
+    if np.std(x) < 1e-6 or np.std(y) < 1e-6:
+        return
+    found = correlation(x, y)
+    wanted = pearsonr(x, y)
+    assert found.n == len(x)
+    assert found.pearson == pytest.approx(wanted.statistic, abs=1e-6)
+    assert found.spearman == pytest.approx(spearmanr(x, y).statistic, abs=1e-6)
+    if abs(wanted.statistic) < 1 - 1e-9:
+        interval = wanted.confidence_interval(0.95)
+        assert found.pearson_interval.low == pytest.approx(interval.low, abs=1e-6)
+        assert found.pearson_interval.high == pytest.approx(interval.high, abs=1e-6)
+    assert found.spearman_interval.low <= found.spearman + 1e-9
+    assert found.spearman_interval.high >= found.spearman - 1e-9
+
+
+def test_spearmans_interval_is_wider_than_fishers():
+    x, y = [1, 2, 3, 4, 5, 6], [2, 1, 4, 3, 6, 5]
+    found = correlation(x, y)
+    error = math.sqrt((1 + found.spearman**2 / 2) / 3)
+    assert math.atanh(found.spearman_interval.high) == pytest.approx(
+        math.atanh(found.spearman) + 1.959964 * error, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize(("x", "y"), [([], []), ([1, 2], [3, 4]), ([1, 1, 1], [1, 2, 3])])
+def test_no_coefficient_without_enough_to_go_by(x, y):
+    found = correlation(x, y)
+    assert found.pearson is None
+    assert found.spearman is None
+
+
+def test_three_pairs_have_coefficients_but_no_interval():
+    found = correlation([1, 2, 3], [1, 2, 4])
+    assert found.pearson == pytest.approx(pearsonr([1, 2, 3], [1, 2, 4]).statistic)
+    assert found.pearson_interval is None
+
+
+def test_equal_values_share_the_mean_of_their_ranks():
+    x, y = [1, 1, 2, 3, 3, 3, 4], [5, 4, 4, 4, 2, 1, 1]
+    assert correlation(x, y).spearman == pytest.approx(spearmanr(x, y).statistic, rel=1e-12)
+
+
+def test_the_smallest_numbers_correlate_too():
+    found = correlation([0, 0, 5e-324, 5e-324], [1, 2, 3, 4])
+    assert found.pearson == pytest.approx(2 / math.sqrt(5))

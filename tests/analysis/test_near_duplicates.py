@@ -8,9 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mixed_experts import (
-    renamed,
-)
+from mixed_experts import renamed
 from phatgoose.analysis import findings as duplicates
 from phatgoose.analysis.findings import cosines, near_duplicates, squared_norms
 from phatgoose.errors import ConfigError

@@ -68,11 +68,6 @@ def test_the_last_version_of_the_code_counts(store):
     assert curve.scores == {1: (1.0,), 2: (0.5,)}
 
 
-def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(EvaluationError, match="don't exist"):
-        pool_size_curves(tmp_path / "results.jsonl")
-
-
 KEY = {"base": "b", "dtype": "d", "task": "t", "examples": "x", "code": "c"}
 METHOD = {"router": "phatgoose", "pool": ["a"]}
 RESULT = {"metrics": ["accuracy"], "marks": [[[1.0]]]}

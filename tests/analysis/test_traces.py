@@ -94,14 +94,6 @@ def test_weights_in_bytes_sum_to_the_whole():
     assert (_in_bytes(np.zeros((2, 3))) == 0).all()
 
 
-def test_characters_of_several_tokens_stay_whole(llama, llama_pool):
-    text = "a é\n€"
-    (stream,) = traced(llama, llama_pool, prompt=text, answer="b")[2].streams
-    pieces = [token for token, part in zip(stream.tokens, stream.parts, strict=True) if not part]
-    assert len(pieces) == len(llama.tokenizer(text)["input_ids"])
-    assert "".join(pieces).replace("\ufffd", "") == text
-
-
 @pytest.mark.parametrize("kind", ["llama"], indirect=True)
 def test_what_was_chosen_for_the_whole_text_is_told(base, pool):
     def whole(router, **options):

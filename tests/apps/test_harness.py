@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from dataclasses import replace
 from functools import partial
@@ -15,13 +14,14 @@ import torch
 
 pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
 
-import lm_eval
 from lm_eval.api import registry
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
+import harness_tasks
+from harness_tasks import EXAMPLES, answers_of, results_of
 from phatgoose.apps import harness
 from phatgoose.apps.harness import ModelArguments, PhatgooseLM
 from phatgoose.errors import ConfigError, PoolError
@@ -31,44 +31,13 @@ from phatgoose.routing.compose import compose
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved.save import save
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.task import Example, Task
+from phatgoose.tasks.task import Task
 
-EXAMPLES = (
-    Example("is it?", "yes", ("yes", "no")),
-    Example("which of the three letters is it", "b", ("a", "b", "c")),
-    Example("one", "certainly not", ("certainly not", "perhaps", "no", "y")),
-    Example("a far longer input that makes other rows need padding", "no", ("no", "nope")),
-    Example("two lines\nof input", "maybe", ("maybe", "mayhem")),
-)
 KINDS_HERE = pytest.mark.parametrize("kind", ["llama", "t5"])
-
-YAML = """
-task: my_task
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {folder}/rows.jsonl}}
-  cache_dir: {folder}/cache
-output_type: {output_type}
-test_split: test
-doc_to_text: "{{{{input}}}}"
-doc_to_target: {target}
-{more}
-"""
-CHOICES = """
-doc_to_choice: choices
-metric_list:
-  - {metric: acc, aggregation: mean, higher_is_better: true}
-"""
-OPEN = """
-generation_kwargs: {until: ["zzz"], max_gen_toks: 6}
-metric_list:
-  - {metric: exact_match, aggregation: mean, higher_is_better: true}
-"""
 
 
 @pytest.fixture(autouse=True)
 def _no_look_around(monkeypatch):
-    """lm_eval describes the machine in each result, which takes a second; and no network at all."""
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
@@ -76,42 +45,13 @@ def _no_look_around(monkeypatch):
 @pytest.fixture
 def write_task(tmp_path):
     """A function that writes `my_task` to a folder, in the style of `output_type`."""
-
-    def write(output_type: str = "multiple_choice") -> Path:
-        folder = tmp_path / "tasks"
-        folder.mkdir()
-        rows = [
-            {
-                "input": example.input,
-                "target": example.target,
-                "choices": example.choices,
-                "label": example.choices.index(example.target),
-            }
-            for example in EXAMPLES
-        ]
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        with_choices = output_type == "multiple_choice"
-        text = YAML.format(
-            folder=folder,
-            output_type=output_type,
-            target="label" if with_choices else "target",
-            more=CHOICES if with_choices else OPEN,
-        )
-        (folder / "my_task.yaml").write_text(text)
-        return folder
-
-    return write
+    return partial(harness_tasks.write_task, tmp_path)
 
 
 def run(pool_folder: Path, tasks: Path, **arguments: object) -> dict:
     """lm_eval's results of `--model phatgoose`."""
-    return lm_eval.simple_evaluate(
-        model="phatgoose",
-        model_args={"pool": str(pool_folder), "dtype": "float32", **arguments},
-        tasks=["my_task"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
-    )
+    given = {"pool": str(pool_folder), "dtype": "float32", **arguments}
+    return results_of("phatgoose", tasks, model_args=given)
 
 
 def folder_of(pool) -> Path:
@@ -120,8 +60,7 @@ def folder_of(pool) -> Path:
 
 def scores_of(results: dict) -> list[list[float]]:
     """The log-likelihood of each choice of each example, in file order."""
-    samples = sorted(results["samples"]["my_task"], key=lambda sample: sample["doc_id"])
-    return [[float(answer[0][0]) for answer in sample["resps"]] for sample in samples]
+    return [[float(score) for score, _ in answers] for answers in answers_of(results)]
 
 
 def encoder_of(model) -> Encoder:
@@ -161,12 +100,7 @@ def test_without_end_of_sequence_the_numbers_are_those_of_lm_eval_s_own_model(
     if base.is_encoder_decoder:  # this tokenizer, unlike T5's, keeps the space before a choice
         text = (tasks / "my_task.yaml").read_text()
         (tasks / "my_task.yaml").write_text(text + 'target_delimiter: ""\n')
-    wanted = lm_eval.simple_evaluate(
-        model=own,
-        tasks=["my_task"],
-        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-        bootstrap_iters=0,
-    )
+    wanted = results_of(own, tasks)
     got = run(folder_of(pool), tasks, k=2)
     assert got["results"]["my_task"]["acc,none"] == wanted["results"]["my_task"]["acc,none"]
     for mine, theirs in zip(scores_of(got), scores_of(wanted), strict=True):
@@ -233,16 +167,17 @@ def test_a_manifest_and_another_place_of_the_base_are_taken(llama_pool, base_fol
 
 def test_arguments_that_cannot_be_used_are_refused(llama_pool, tmp_path):
     folder = str(folder_of(llama_pool))
-    with pytest.raises(ConfigError, match="unknown setting 'routr'; known are router, k, kernel"):
-        PhatgooseLM(pool=folder, routr="phatgoose")
-    with pytest.raises(ConfigError, match="k is 'two', but must be"):
-        PhatgooseLM(pool=folder, k="two")
-    with pytest.raises(ConfigError, match="pool is missing"):
-        PhatgooseLM(k=2)
-    with pytest.raises(PoolError, match="has no expert '7'"):
-        PhatgooseLM(pool=folder, keep=7)
-    with pytest.raises(PoolError, match="is neither a pool nor a routed model"):
-        PhatgooseLM(pool=str(tmp_path / "nothing"))
+    for arguments, error, said in (
+        ({"pool": folder, "routr": "phatgoose"}, ConfigError, "unknown setting 'routr'; known are"),
+        ({"pool": folder, "k": "two"}, ConfigError, "k is 'two', but must be"),
+        ({"k": 2}, ConfigError, "pool is missing"),
+        ({"pool": folder, "keep": 7}, PoolError, "has no expert '7'"),
+        ({"pool": str(tmp_path / "x")}, PoolError, "is neither a pool nor a routed model"),
+        ({"pool": "x", "truncation": "top"}, ConfigError, "but must be one of middle"),
+        ({"pool": "x", "max_input_tokens": 0}, ConfigError, "max_input_tokens is 0"),
+    ):
+        with pytest.raises(error, match=said):
+            PhatgooseLM(**arguments)
     assert ModelArguments.of({"pool": 7}).pool == "7"
 
 
@@ -292,10 +227,6 @@ def test_contexts_are_cut_to_what_the_model_holds(llama_pool):
     with pytest.warns(UserWarning, match="too long"):
         context, continuation = opened._encode_pair(text, " yes")
     assert len(context) + len(continuation) == opened.max_length + 1
-    with pytest.raises(ConfigError, match="truncation is 'top', but must be one of middle"):
-        ModelArguments.of({"pool": "x", "truncation": "top"})
-    with pytest.raises(ConfigError, match="max_input_tokens is 0"):
-        ModelArguments.of({"pool": "x", "max_input_tokens": 0})
 
 
 def test_lm_eval_loads_the_model_from_our_entry_point(monkeypatch):

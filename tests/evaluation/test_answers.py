@@ -1,16 +1,21 @@
-"""Answers: the best choice or generated text."""
+"""Answers: log-likelihoods of choices, or generated text."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
+import torch
 from transformers import GenerationConfig
 
+from oracle import naively_routed
+from phatgoose.errors import EvaluationError
 from phatgoose.evaluation.evaluate import evaluate
+from phatgoose.evaluation.likelihood import choice_log_likelihoods
+from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
-from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, open_task
+from scored_tasks import CHOICE_TASK, greedy_text, inputs_of, naive_scores, open_task
+from tiny import logits_of
 
 
 def test_ties_are_counted_and_the_first_choice_is_taken(llama):
@@ -26,14 +31,10 @@ def test_ties_are_counted_and_the_first_choice_is_taken(llama):
     assert score.score == pytest.approx(1 / 3)
 
 
-def test_no_tie_is_counted_where_there_is_none(llama):
-    assert evaluate(llama, CHOICE_TASK).scores[0].ties == 0
-
-
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_choice_listed_twice_ties_with_itself(base, packed, monkeypatch):
     if not packed:
-        monkeypatch.setattr("phatgoose.evaluation.likelihood.can_pack", lambda _: False)
+        monkeypatch.setattr("phatgoose.tasks.batching.can_pack", lambda _: False)
     first = evaluate(base, CHOICE_TASK).scores[0].predictions
     twice = tuple(
         replace(e, choices=(*e.choices, p.answer))
@@ -76,22 +77,6 @@ def test_a_task_bounds_its_own_answers(base):
     assert usual == greedy_text(base.model, base, "a", 64)
 
 
-def test_the_head_gets_rows_that_lie_together_when_answers_are_written(llama):
-    layouts = []
-    head = llama.model.get_output_embeddings()
-    written = Task("written", train=tuple(Example(text, "x") for text in ("a b", "c d", "e f")))
-    answers = evaluate(llama, written, max_new_tokens=2).scores[0].predictions
-    with ExitStack() as stack:
-        hook = head.register_forward_hook(
-            lambda _, inputs, output: layouts.append((len(output), inputs[0].is_contiguous()))
-        )
-        stack.callback(hook.remove)
-        again = evaluate(llama, written, max_new_tokens=2).scores[0].predictions
-    assert {rows for rows, _ in layouts} == {3}
-    assert all(together for _, together in layouts)
-    assert again == answers
-
-
 def test_evaluation_writes_the_likeliest_answers(base):
     task = open_task(base, tokens=5)
     base.model.generation_config = GenerationConfig(
@@ -99,3 +84,62 @@ def test_evaluation_writes_the_likeliest_answers(base):
     )
     answers = evaluate(base, task, max_new_tokens=5).scores[0].predictions
     assert [p.correct for p in answers] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("budget", [1, 90, 4096])
+def test_rank_classification_is_the_naive_one(base, budget):
+    score = evaluate(base, CHOICE_TASK, token_budget=budget).scores[0]
+    right = 0
+    for example, prediction in zip(CHOICE_TASK.test, score.predictions, strict=True):
+        wanted = naive_scores(base.model, base, example)
+        assert prediction.scores == pytest.approx(wanted, abs=1e-4)
+        assert prediction.answer == example.choices[wanted.index(max(wanted))]
+        assert prediction.correct == (prediction.answer == example.target)
+        right += prediction.correct
+    assert (score.score, score.n) == (right / 5, 5)
+    assert score.metric == "rank classification accuracy"
+
+
+@pytest.mark.parametrize("budget", [1, 4096])
+def test_a_model_that_cannot_be_packed_is_scored_alike(llama, monkeypatch, budget):
+    wanted = evaluate(llama, CHOICE_TASK).scores[0].predictions
+    monkeypatch.setattr("phatgoose.tasks.batching.can_pack", lambda _: False)
+    got = evaluate(llama, CHOICE_TASK, token_budget=budget).scores[0].predictions
+    for one, other in zip(got, wanted, strict=True):
+        assert one.scores == pytest.approx(other.scores, abs=1e-5)
+
+
+def test_a_prompt_without_tokens_is_refused(llama):
+    with pytest.raises(EvaluationError, match="no tokens"):
+        list(choice_log_likelihoods(llama.model, [([], [[7], [9]])], 0, 100))
+
+
+def test_a_routed_model_is_scored_as_the_naively_routed_one(base, pool):
+    with naively_routed(base.model, pool.experts, k=2):
+        wanted = [naive_scores(base.model, base, example) for example in CHOICE_TASK.test]
+    score = evaluate(compose(pool, base), CHOICE_TASK).scores[0]
+    for prediction, scores in zip(score.predictions, wanted, strict=True):
+        assert prediction.scores == pytest.approx(scores, abs=1e-4)
+
+
+def test_choices_of_a_single_token_need_no_second_pass(base):
+    prompt = base.tokenizer("is it?")["input_ids"]
+    ((index, scores),) = choice_log_likelihoods(base.model, [(prompt, [[7], [9], [1]])], 0, 100)
+    if base.is_encoder_decoder:
+        start = torch.tensor([[0]])
+        row = logits_of(base.model, torch.tensor([prompt]), decoder_input_ids=start)[0, -1]
+    else:
+        row = logits_of(base.model, torch.tensor([prompt]))[0, -1]
+    assert index == 0
+    assert scores == pytest.approx(row.log_softmax(-1)[[7, 9, 1]].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5"], indirect=True)
+def test_a_decoder_reads_choices_of_similar_length_together(base):
+    prompt, shapes = base.tokenizer("is it?")["input_ids"], []
+    choices = [[token] * length for token, length in enumerate((9, 1, 8, 2, 1), start=3)]
+    base.model.get_decoder().register_forward_pre_hook(
+        lambda _, __, given: shapes.append(tuple(given["input_ids"].shape)), with_kwargs=True
+    )
+    list(choice_log_likelihoods(base.model, [(prompt, choices)], 0, 100))
+    assert shapes == [(2, 9), (1, 2), (2, 1)]

@@ -50,20 +50,6 @@ def sacrebleu_of(corpus: Sequence[Row]) -> float:
 # What all metrics share
 
 
-def test_metrics_are_found_by_their_names():
-    assert list(METRICS) == [
-        "accuracy",
-        "exact-match",
-        "normalised-exact-match",
-        "squad-exact-match",
-        "squad-f1",
-        "rouge-l",
-        "bleu",
-    ]
-    assert all(metric(name) is each and each.name == name for name, each in METRICS.items())
-    assert len({each.label for each in METRICS.values()}) == len(METRICS)
-
-
 def test_an_unknown_metric_is_refused_with_the_known_ones():
     with pytest.raises(EvaluationError, match=r"'rouge' is unknown; known are accuracy, .*, bleu"):
         metric("rouge")
@@ -112,19 +98,6 @@ def test_a_weighted_sum_of_statistics_scores_the_resampled_set(name, corpus, dat
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-12)
 
 
-@each_metric
-def test_combine_takes_any_leading_shape_and_a_number_of_examples_for_each(name):
-    scorer, corpus = METRICS[name], [("the cat sat down", ["the cat sat down"]), ("x", ["y"])]
-    one, both = (statistics_of(scorer, corpus[:k]).sum(0) for k in (1, 2))
-    sums, n = np.array([[one, both, one]] * 2), np.array([[1, 2, 1]] * 2)
-    scores = scorer.combine(sums, n)
-    assert scores.shape == (2, 3)
-    expected = [1.0, score_of(name, corpus), 1.0]
-    np.testing.assert_allclose(scores, [expected] * 2, rtol=0, atol=1e-12)
-    assert scorer.combine(one, 1).shape == ()
-    assert scorer.combine(sums[:0], n[:0]).shape == (0, 3)
-
-
 def test_importing_the_metrics_is_light():
     code = "import sys, phatgoose.evaluation.metrics; print(*sys.modules)"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -147,11 +120,6 @@ def test_without_its_package_a_metric_says_what_to_install(name, module, package
     with pytest.raises(EvaluationError, match=wanted):
         METRICS[name].measure("one", ["two"])
     assert METRICS[name].combine(np.ones((1, 10)), 1).shape == (1,)  # what is stored is still read
-
-
-@each_metric
-def test_every_metric_is_installed_here(name):
-    METRICS[name].check_installed()
 
 
 # Accuracy and exact match
@@ -188,10 +156,6 @@ def test_exact_matches(prediction, references, accuracy, exact, normalised):
     assert score("squad-exact-match", prediction, *references) == normalised
 
 
-def test_scores_of_matches_are_means_over_examples():
-    assert score_of("accuracy", [("a", ["a"]), ("b", ["c"]), ("d", ["d", "e"]), ("", ["f"])]) == 0.5
-
-
 # SQuAD F1
 
 
@@ -213,39 +177,7 @@ def test_squad_f1(prediction, references, expected):
     assert score("squad-f1", prediction, *references) == pytest.approx(expected, abs=1e-12)
 
 
-plain_words = st.lists(st.sampled_from(["cat", "dog", "sat"]), min_size=1, max_size=6)
-
-
-@given(plain_words, plain_words)
-def test_squad_f1_is_the_harmonic_mean_of_precision_and_recall(ours, theirs):
-    shared = sum(min(ours.count(word), theirs.count(word)) for word in set(ours))
-    expected = 0.0
-    if shared:
-        precision, recall = shared / len(ours), shared / len(theirs)
-        expected = 2 * precision * recall / (precision + recall)
-    found = score("squad-f1", " ".join(ours), " ".join(theirs))
-    assert found == pytest.approx(expected, abs=1e-12)
-
-
 # ROUGE-L
-
-
-@pytest.mark.parametrize(
-    ("prediction", "references", "expected"),
-    [
-        ("police kill the gunman", ["police killed the gunman"], 3 / 4),  # Lin 2004; not stemmed
-        ("the gunman kill police", ["police killed the gunman"], 2 / 4),
-        ("Police!", ["police killed the gunman"], 2 / 5),  # precision 1, recall 1/4
-        ("police", ["a thief", "police kill", "POLICE"], 1),
-        ("", ["police"], 0),
-        ("police", [""], 0),
-        ("", [""], 0),
-        ("猫", ["猫"], 0),  # no word of a-z or 0-9
-        ("café au lait", ["caf au lait"], 1),
-    ],
-)
-def test_rouge_l(prediction, references, expected):
-    assert score("rouge-l", prediction, *references) == pytest.approx(expected, abs=1e-12)
 
 
 @given(corpora)
@@ -273,36 +205,6 @@ def test_bleu_by_hand():
     assert statistics_of(METRICS["bleu"], corpus).sum(0).tolist() == [*matches, *totals, *lengths]
     geometric = math.exp(sum(math.log(m / t) for m, t in zip(matches, totals, strict=True)) / 4)
     assert score_of("bleu", corpus) == pytest.approx(geometric, abs=1e-12)
-
-
-def test_bleu_penalises_brevity_by_the_closest_reference():
-    cut = ("the cat sat on", ["the cat sat on the mat", "the cat sat on the mat all day"])
-    assert METRICS["bleu"].measure(*cut) == (4, 3, 2, 1, 4, 3, 2, 1, 4, 6)
-    assert score_of("bleu", [cut]) == pytest.approx(math.exp(1 - 6 / 4), abs=1e-12)
-
-
-def test_bleu_smooths_orders_without_a_match():
-    pairs = ("a b x c", ["a b y", "x c z q"])
-    assert METRICS["bleu"].measure(*pairs) == (4, 2, 0, 0, 4, 3, 2, 1, 4, 4)
-    expected = (4 / 4 * 2 / 3 * (1 / 2) / 2 * (1 / 4) / 1) ** (
-        1 / 4
-    )  # none: half a match, then 1/4
-    assert score_of("bleu", [pairs]) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("corpus", [[("", [""])], [("", ["a b c d"])], [("猫", ["犬"])]])
-def test_bleu_without_a_match_is_0(corpus):
-    assert score_of("bleu", corpus) == 0.0
-
-
-def test_bleu_of_short_answers_is_0_even_where_they_are_right():
-    assert score("bleu", "yes it is", "yes it is") == 0.0
-    assert sacrebleu_of([("yes it is", ["yes it is"])]) == pytest.approx(0.0, abs=1e-9)
-
-
-def test_bleu_is_of_the_corpus_not_the_mean_over_examples():
-    right, short = ("one two three four", ["one two three four"]), ("yes", ["yes"])
-    assert score_of("bleu", [right, short]) == pytest.approx(1.0, abs=1e-12)
 
 
 def test_bleu_refuses_fractions_of_examples():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+import threading
 from hashlib import sha256
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from phatgoose.errors import ExpertError
 from phatgoose.files import tensor_file as mapped
 from phatgoose.files.strict import MOST_JSON_BYTES
-from phatgoose.files.tensor_file import AT_ONCE, FEW, TYPES, Group, TensorFile
+from phatgoose.files.tensor_file import AT_ONCE, FEW, TYPES, Group, TensorFile, prefetch
 
 STATUS = Path("/proc/self/status")
 
@@ -163,10 +164,8 @@ def test_a_header_of_many_megabytes_is_refused_before_it_is_parsed(tmp_path, mon
 @pytest.mark.parametrize("shape", [[0, 2**62], [3, 0, 2**50], [2**62, 0, 2**62], [2**63, 0]])
 def test_an_empty_tensor_of_impossible_sizes_is_refused(tmp_path, shape):
     table = {"a": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}
-    text = json.dumps(table).encode()
-    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(ExpertError, match="damaged or truncated"):
-        TensorFile(tmp_path / "a.safetensors")
+        TensorFile(write_raw(tmp_path / "a.safetensors", table, b""))
 
 
 def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
@@ -178,3 +177,37 @@ def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch
     monkeypatch.setattr(mapped, "_check_header", refuse)
     with pytest.raises(ExpertError, match=r"x.safetensors can't be read: Permission denied\.$"):
         TensorFile(tmp_path / "x.safetensors")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request, monkeypatch) -> int:
+    """What torch says of its threads, of which these tests use one."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    return request.param
+
+
+def test_results_come_in_the_order_of_their_items_and_few_wait(threads):
+    started = []
+
+    def square(number: int) -> int:
+        started.append(number)
+        return number * number
+
+    results = prefetch(square, range(20))
+    assert next(results) == 0
+    assert len(started) <= threads + 1
+    assert list(results) == [number * number for number in range(1, 20)]
+
+
+def test_one_thread_is_the_one_that_takes_the_results(threads):
+    used = set(prefetch(lambda _: threading.get_ident(), range(20)))
+    assert (used == {threading.get_ident()}) == (threads == 1)
+
+
+@pytest.mark.usefixtures("threads")
+def test_an_error_is_raised_in_its_place():
+    results = prefetch(lambda number: 1 // number, [1, 0, 1])
+    assert next(results) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    assert list(results) == []

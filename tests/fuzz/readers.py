@@ -36,9 +36,8 @@ if __name__ == "__main__":
         import phatgoose.apps.server.requests
         import phatgoose.routing.saved.tensors  # noqa: F401
 
-from phatgoose.apps.server.api_errors import ApiError
+from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
 from phatgoose.apps.server.requests import parsed
-from phatgoose.apps.server.schema import ChatRequest, CompletionRequest
 from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
 from phatgoose.experts.expert import LAYOUT, Expert, check_expert, info_json, read_info
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS

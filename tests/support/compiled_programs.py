@@ -37,7 +37,6 @@ POINTERS = {  # what they point at where it isn't the model's own type
 }
 OWN = ("u", "vectors", "A", "B", "parts", "delta")  # of the model's type
 SIZES = ("n", "d")  # a multiple of 16, or not
-MULTIPLY = {"score_and_choose", "score_experts", "shrink_block", "expand_block"}
 
 
 @dataclass(frozen=True)

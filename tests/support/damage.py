@@ -1,8 +1,7 @@
-"""Damage done to a folder of JSON and safetensors files: strategies that draw functions doing it.
+"""Damage done to folders of JSON and safetensors files, and what Python does meanwhile.
 
-Each is given the names of the files that it may take; what stands there by then may be anything,
-since another damage may have come before. Used for expert directories (test_strangers.py) and for
-routed models (test_routed_strangers.py).
+Strategies draw functions that damage; each is given the names of the files that it may take. What
+stands there by then may be anything, since another damage may have come before.
 """
 
 from __future__ import annotations
@@ -10,13 +9,20 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+
+from phatgoose.experts.expert import LAYOUT
+from phatgoose.experts.kinds.bottleneck.module import FILES
+from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 Damage = Callable[[Path], None]
 
@@ -107,11 +113,9 @@ def cut(draw: st.DrawFn, files: Sequence[str]) -> Damage:
 
 @st.composite
 def flip(draw: st.DrawFn, files: Sequence[str]) -> Damage:
-    file, place, value = (
-        draw(st.sampled_from(files)),
-        draw(st.floats(0, 1)),
-        draw(st.integers(0, 255)),
-    )
+    file = draw(st.sampled_from(files))
+    place = draw(st.floats(0, 1))
+    value = draw(st.integers(0, 255))
 
     def do(folder: Path) -> None:
         content = bytearray(content_of(folder / file))
@@ -182,10 +186,8 @@ def replace(draw: st.DrawFn, files: Sequence[str]) -> Damage:
 @st.composite
 def json_value(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     """Another value, or another text of a value, somewhere in a JSON file."""
-    file, picks = (
-        draw(st.sampled_from(files)),
-        draw(st.lists(st.integers(0, 50), min_size=1, max_size=3)),
-    )
+    file = draw(st.sampled_from(files))
+    picks = draw(st.lists(st.integers(0, 50), min_size=1, max_size=3))
     value, text = draw(contents), draw(st.none() | raw)
 
     def do(folder: Path) -> None:
@@ -212,12 +214,10 @@ def json_value(draw: st.DrawFn, files: Sequence[str]) -> Damage:
 @st.composite
 def json_key(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     """A key of a JSON file once more, gone, or a new one."""
-    file, pick, name, value = (
-        draw(st.sampled_from(files)),
-        draw(st.integers(0, 50)),
-        draw(names),
-        draw(contents),
-    )
+    file = draw(st.sampled_from(files))
+    pick = draw(st.integers(0, 50))
+    name = draw(names)
+    value = draw(contents)
     how = draw(st.sampled_from(["twice", "gone", "new"]))
 
     def do(folder: Path) -> None:
@@ -304,10 +304,8 @@ CHANGES: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 def tensor(draw: st.DrawFn, files: Sequence[str]) -> Damage:
     """A tensor of another dtype, shape or value, gone, renamed, or one more, in a valid file."""
     file, pick = draw(st.sampled_from(files)), draw(st.integers(0, 200))
-    how, name = (
-        draw(st.sampled_from(["gone", "more", "moved", *CHANGES])),
-        draw(st.text(max_size=30)),
-    )
+    how = draw(st.sampled_from(["gone", "more", "moved", *CHANGES]))
+    name = draw(st.text(max_size=30))
     place = draw(st.integers(0, 10))
 
     def do(folder: Path) -> None:
@@ -360,3 +358,74 @@ def do_all(done: Sequence[Damage], folder: Path) -> None:
             damage(folder)
         except (OSError, UnicodeError):  # what one damage did, another can't build upon
             continue
+
+
+# The files of an expert's directory, to be damaged, and its hashes made to fit.
+JSON_FILES = (LAYOUT.info, ADAPTER_CONFIG, FILES.config)
+WEIGHTS = (ADAPTER_WEIGHTS, FILES.weights)
+TENSOR_FILES = (*WEIGHTS, LAYOUT.vectors, LAYOUT.embeddings)
+FILES = (*JSON_FILES, *TENSOR_FILES, LAYOUT.card)
+
+
+def record_hashes(folder: Path) -> None:
+    """Write the files' present hashes into the description, so that deeper checks are reached."""
+    try:
+        info = json_of(folder / LAYOUT.info)
+        weights = next((file for file in WEIGHTS if (folder / file).is_file()), WEIGHTS[0])
+        for file, key in (
+            (weights, "adapter"),
+            (LAYOUT.vectors, "vectors"),
+            (LAYOUT.embeddings, "embeddings"),
+        ):
+            info[f"{key}_sha256"] = sha256(content_of(folder / file)).hexdigest()
+        (folder / LAYOUT.info).write_text(json.dumps(info))
+    except (OSError, ValueError, TypeError):
+        return
+
+
+# What Python does while a context is open, by its audit events.
+WATCHED = {
+    "open",
+    "exec",
+    "compile",
+    "import",
+    "pickle.find_class",
+    "os.system",
+    "subprocess.Popen",
+    "socket.connect",
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "shutil.rmtree",
+}
+seen: list[tuple[str, tuple[Any, ...]]] | None = None
+
+
+def _audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if seen is not None and event in WATCHED:
+        seen.append((event, arguments))
+
+
+sys.addaudithook(_audit)
+
+
+@contextmanager
+def watched() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """The audited events of this process while the context is open."""
+    global seen
+    seen = found = []
+    try:
+        yield found
+    finally:
+        seen = None
+
+
+def unexpected(events: list[tuple[str, tuple[Any, ...]]], folder: Path) -> list[Any]:
+    """The events that are no opening of a file of `folder` for reading."""
+    odd = []
+    for event, arguments in events:
+        path, mode = (arguments[0], arguments[1]) if event == "open" else (None, None)
+        inside = isinstance(path, str) and Path(path).resolve().is_relative_to(folder.resolve())
+        if not (event == "open" and inside and (mode is None or "r" in str(mode))):
+            odd.append((event, arguments))
+    return odd

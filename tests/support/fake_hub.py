@@ -99,18 +99,6 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self._answer()
-
-    def do_GET(self) -> None:
-        self._answer()
-
-    def do_POST(self) -> None:
-        self._answer()
-
-    def do_PUT(self) -> None:
-        self._answer()
-
     def _answer(self) -> None:
         length = int(self.headers.get("Content-Length") or 0)
         body = self.rfile.read(length) if length else self._read_chunks()
@@ -135,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
         if len(parts) > 4 and parts[2] == "resolve":
             return self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         return self._send(404, {"error": f"unknown request {request}"})
+
+    do_HEAD = do_GET = do_POST = do_PUT = _answer  # noqa: N815
 
     def _read_chunks(self) -> bytes:
         if self.headers.get("Transfer-Encoding") != "chunked":
@@ -170,13 +160,10 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, infos, link=link)
 
     def _api(self, name: str, rest: list[str], body: bytes) -> None:
-        repository = self.hub.repositories.get(name)
-        if repository is None:
-            return self._send(404, {"error": "no such repository"}, code="RepoNotFound")
         what, revision = (rest[0], rest[1]) if len(rest) > 1 else ("revision", "main")
-        sha = repository.find(revision)
-        if sha is None:
-            return self._send(404, {"error": "no such revision"}, code="RevisionNotFound")
+        if (found := self._find(name, revision)) is None:
+            return None
+        repository, sha = found
         if what == "revision":
             return self._send(200, self._info(name, repository, sha))
         if what == "tree":
@@ -228,16 +215,22 @@ class _Handler(BaseHTTPRequestHandler):
         return self._send(200, {})
 
     def _resolve(self, name: str, revision: str, path: str) -> None:
-        repository = self.hub.repositories.get(name)
-        if repository is None:
-            return self._send(404, {"error": "no such repository"}, code="RepoNotFound")
-        sha = repository.find(revision)
-        if sha is None:
-            return self._send(404, {"error": "no such revision"}, code="RevisionNotFound")
+        if (found := self._find(name, revision)) is None:
+            return None
+        repository, sha = found
         data = repository.commits[sha].get(path)
         if data is None:
             return self._send(404, {"error": "no such file"}, code="EntryNotFound", sha=sha)
         return self._send(200, data, sha=sha, etag=hashlib.sha256(data).hexdigest())
+
+    def _find(self, name: str, revision: str) -> tuple[Repository, str] | None:
+        """The repository and commit; None where there is none, which is answered."""
+        repository = self.hub.repositories.get(name)
+        sha = repository.find(revision) if repository else None
+        if repository is None or sha is None:
+            missing = "Revision" if repository else "Repo"
+            return self._send(404, {"error": "no such thing"}, code=f"{missing}NotFound")
+        return repository, sha
 
     def _send(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import socket
 import threading
 import time
@@ -22,13 +23,18 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from phatgoose.apps.server import ServedModel, create_app
+from phatgoose.apps.server.connections import server_of
 from phatgoose.apps.server.engine import Batch
-from phatgoose.apps.server.uvicorn_server import server_of
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing, Serving
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 
+PATH, CHATS = "/v1/completions", "/v1/chat/completions"
+JSON = {"Content-Type": "application/json"}
+PROMPT = "to be or not"
+GREEDY = {"model": "goose", "prompt": PROMPT, "max_tokens": 6, "temperature": 0}
+CHAT = {"model": "goose", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 5}
 CHAT_TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'system' and not loop.first %}"
     "{{ raise_exception('The system speaks first.') }}{% endif %}"
@@ -37,14 +43,55 @@ CHAT_TEMPLATE = (
 )
 
 
-def app_of(pool: Pool, limits: Serving | None = None, **options: Any) -> FastAPI:
-    """An application that serves `pool`, float32, as "goose" and under router merged as "mean"."""
-    place = str(pool.experts[0].directory.parent)
+def app_of(
+    pool: Pool,
+    limits: Serving | None = None,
+    *,
+    template: str | None = None,
+    endless: bool = False,
+    **options: Any,
+) -> FastAPI:
+    """An application that serves `pool`, float32, as "goose" and under router merged as "mean".
+
+    With a chat `template` for the base, and if `endless` without tokens that end answers.
+    """
+    place = str(folder_of(pool))
     models = [
         ServedModel("goose", place, dtype="float32"),
         ServedModel("mean", place, Routing("merged"), dtype="float32"),
     ]
-    return create_app(models, limits, **options)
+    app = create_app(models, limits, **options)
+    for served in app.state.service.models.values():
+        served.runner.tokenizer.chat_template = template
+        if endless:
+            served.runner.ends = frozenset()
+    return app
+
+
+def ask(client: TestClient, status: int = 200, path: str = PATH, **body: Any) -> Any:
+    """The JSON of the answer to `body`, which has this status."""
+    reply = client.post(path, json=body)
+    assert reply.status_code == status, reply.text
+    return reply.json()
+
+
+def text_of(client: TestClient, **body: Any) -> str:
+    """The text of the first answer to `body`."""
+    return str(ask(client, **body)["choices"][0]["text"])
+
+
+def error_of(client: TestClient, status: int = 400, path: str = PATH, **body: Any) -> Any:
+    """The error in the answer to `body`."""
+    return ask(client, status, path, **body)["error"]
+
+
+def events(client: TestClient, path: str = PATH, **body: Any) -> list[Any]:
+    """The chunks of the stream that answers `body`."""
+    with client.stream("POST", path, json={**body, "stream": True}) as reply:
+        assert reply.headers["content-type"].startswith("text/event-stream")
+        lines = [line.removeprefix("data: ") for line in reply.iter_lines() if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
 
 
 @contextmanager

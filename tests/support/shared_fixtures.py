@@ -6,12 +6,9 @@ import gc
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cache, lru_cache
-from pathlib import Path
-from typing import Any
 
 import jinja2
 import pytest
@@ -19,30 +16,22 @@ import torch
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
-from command_line import Outcome, open_row, review, run, write_rows
+from command_line import open_row, review, run, write_rows
 from copies import Original
-from fake_hub import FakeHub, serving_hub, use_hub
+from fake_hub import serving_hub, use_hub
 from growth_cases import uneven_pool
 from links import KEPT
 from mixed_experts import mixed_pool_for
 from paths import GOLDEN
-from phatgoose.base.loading import Base, load_base
+from phatgoose.base.loading import load_base
 from phatgoose.base.smollm2 import smollm2_folder
 from phatgoose.errors import BaseModelError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.tasks.suites.entries import Sources
-from phatgoose.tasks.suites.registry import TrainingTask, open_tasks
+from phatgoose.tasks.suites.registry import open_tasks
 from routed_models import with_embeddings
 from suite_data import write_hub
-from tiny import (
-    KINDS,
-    TINY_BASE,
-    make_adapter,
-    make_model,
-    make_tokenizer,
-    write_expert,
-)
+from tiny import KINDS, TINY_BASE, make_adapter, make_model, make_tokenizer, write_expert
 from toy_embedders import use_toy_embedder
 
 # How long an example takes depends on who else is at work.
@@ -51,7 +40,7 @@ settings.load_profile("any clock")
 
 
 @pytest.fixture(scope="session")
-def base_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def base_folders(tmp_path_factory):
     """A local folder per kind of tiny base, as a user would have one."""
     folders = {}
     for kind in KINDS:
@@ -63,41 +52,36 @@ def base_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
-    """Each kind of base in turn."""
+def kind(request):
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
-def loaded_bases(base_folders: dict[str, Path]) -> dict[str, Base]:
+def loaded_bases(base_folders):
     """Each kind of base, loaded once: to be copied, which is far quicker than loading again."""
     return {kind: load_base(folder, dtype="float32") for kind, folder in base_folders.items()}
 
 
 @pytest.fixture(scope="session")
-def originals(loaded_bases: dict[str, Base]) -> dict[str, Original[Base]]:
-    """Each kind of base, to be copied."""
+def originals(loaded_bases):
     return {kind: Original(base) for kind, base in loaded_bases.items()}
 
 
 @pytest.fixture
-def base(kind: str, originals: dict[str, Original[Base]]) -> Base:
+def base(kind, originals):
     """A fresh base of the current kind, float32."""
     return originals[kind].copied()
 
 
 @pytest.fixture
-def llama(originals: dict[str, Original[Base]]) -> Base:
+def llama(originals):
     """A fresh tiny Llama, float32, for tests that need one base only."""
     return originals["llama"].copied()
 
 
 @pytest.fixture(scope="session")
-def _converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that holds the embedded base where its packages are there: converted once a run.
-
-    transformers reads the whole file three times, and makes the table of names for each layer.
-    """
+def _converted(tmp_path_factory):
+    """A cache that holds the embedded base, if its packages are there: converted once a run."""
     own = tmp_path_factory.getbasetemp()
     cache = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "converted"
     cache.mkdir(exist_ok=True)
@@ -106,6 +90,7 @@ def _converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with suppress(ImportError):
             import gguf
 
+            # transformers reads the whole file three times, and makes the names for each layer.
             for name in ("GGUFReader", "get_tensor_name_map"):
                 patch.setattr(gguf, name, lru_cache(1)(getattr(gguf, name)))
         with suppress(BaseModelError):
@@ -114,32 +99,23 @@ def _converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def smollm2_cache(_converted: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache of `_converted`, as the user's."""
+def smollm2_cache(_converted, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(_converted))
     return _converted
 
 
-MakeExpert = Callable[..., Expert]
-
-
 @pytest.fixture
-def make_expert(tmp_path: Path) -> MakeExpert:
+def make_expert(tmp_path):
     """A function that writes a random expert: `make_expert(base, name, seed=…, rank=…)`."""
     return lambda base, name, **options: write_expert(base, tmp_path, name, **options)
 
 
 @pytest.fixture(scope="session")
-def pool_of(
-    loaded_bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Pool]:
-    """`pool_of(kind)`: four random experts, e0 to e3, for that base, made once.
-
-    `ranks` says how many there are, and of what rank each.
-    """
+def pool_of(loaded_bases, tmp_path_factory):
+    """`pool_of(kind)`: four random experts, e0 to e3, for that base, made once."""
 
     @cache
-    def make(kind: str, ranks: tuple[int, ...] = (4, 4, 4, 4)) -> Pool:
+    def make(kind: str, ranks: tuple[int, ...] = (4, 4, 4, 4)):
         folder = tmp_path_factory.mktemp(kind)
         return Pool(
             tuple(
@@ -152,21 +128,17 @@ def pool_of(
 
 
 @pytest.fixture
-def pool(kind: str, pool_of: Callable[..., Pool]) -> Pool:
-    """Four random experts, e0 to e3, for the current base."""
+def pool(kind, pool_of):
     return pool_of(kind)
 
 
 @pytest.fixture
-def llama_pool(pool_of: Callable[..., Pool]) -> Pool:
-    """Four random experts, e0 to e3, for the tiny Llama."""
+def llama_pool(pool_of):
     return pool_of("llama")
 
 
 @pytest.fixture(scope="session")
-def adapters(
-    loaded_bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
+def adapters(loaded_bases, tmp_path_factory):
     """Adapters of three ranks; the one of rank 2 acts on queries only."""
     base, folder = loaded_bases["llama"], tmp_path_factory.mktemp("adapters")
     return {
@@ -177,10 +149,10 @@ def adapters(
 
 
 @pytest.fixture
-def write(adapters: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
+def write(adapters, tmp_path):
     """A function that writes an expert: `write(name, adapter, **what from_peft takes)`."""
 
-    def expert(name: str, adapter: str = "four", *, place: str = "pool", **options: Any) -> Path:
+    def expert(name, adapter="four", *, place="pool", **options):
         plain = Expert.from_peft(adapters[adapter], {}, name=name)
         gates = {site: torch.ones(lora.A.shape[1]) for site, lora in plain.lora.items()}
         for vector in gates.values():
@@ -193,45 +165,37 @@ def write(adapters: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def mixed_pool_of(
-    loaded_bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Pool]:
-    """`mixed_pool_of(kind)`: `mixed_pool_for` the tiny base of that kind, made once."""
+def mixed_pool_of(loaded_bases, tmp_path_factory):
     return cache(lambda kind: mixed_pool_for(loaded_bases[kind], tmp_path_factory.mktemp(kind)))
 
 
 @pytest.fixture
-def mixed_pool(kind: str, mixed_pool_of: Callable[[str], Pool]) -> Pool:
-    """Experts of every kind, for the current base."""
+def mixed_pool(kind, mixed_pool_of):
     return mixed_pool_of(kind)
 
 
 @pytest.fixture
-def llama_mixed(mixed_pool_of: Callable[[str], Pool]) -> Pool:
-    """Experts of every kind, for the tiny Llama."""
+def llama_mixed(mixed_pool_of):
     return mixed_pool_of("llama")
 
 
 @pytest.fixture(scope="session")
-def uneven(loaded_bases: dict[str, Base], tmp_path_factory: pytest.TempPathFactory) -> Pool:
-    """`uneven_pool` for the tiny Llama."""
+def uneven(loaded_bases, tmp_path_factory):
     return uneven_pool(loaded_bases["llama"], tmp_path_factory.mktemp("uneven"))
 
 
 @pytest.fixture
-def toy_embedder(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`toy_embed` in place of the default sentence embedder."""
+def toy_embedder(monkeypatch):
     use_toy_embedder(monkeypatch)
 
 
 @pytest.fixture
-def golden_copy(tmp_path: Path) -> Path:
-    """A copy of the golden expert, to damage."""
+def golden_copy(tmp_path):
     return shutil.copytree(GOLDEN, tmp_path / "golden")
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+def hub(tmp_path, monkeypatch):
     """A hub of one's own with an empty cache, online."""
     with serving_hub() as served:
         use_hub(served, tmp_path / "cache", monkeypatch)
@@ -239,11 +203,8 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 @pytest.fixture
-def pair(llama_pool: Pool, tmp_path: Path) -> list[Path]:
-    """Directories of two experts of the tiny Llama, the first with embeddings.
-
-    They name it as if it was on the Hub, so that they may go there.
-    """
+def pair(llama_pool, tmp_path):
+    """Directories of two experts of a Llama "on the Hub", the first with embeddings."""
     places = []
     for expert in (with_embeddings(llama_pool).experts[0], llama_pool.experts[1]):
         base = replace(expert.info.base, id="me/tiny-llama")
@@ -253,21 +214,19 @@ def pair(llama_pool: Pool, tmp_path: Path) -> list[Path]:
 
 
 @pytest.fixture
-def victim(tmp_path: Path) -> Path:
-    """A file that must stay as it is."""
+def victim(tmp_path):
     (tmp_path / "victim").write_text(KEPT)
     return tmp_path / "victim"
 
 
 @pytest.fixture
-def phat(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+def phat(capsys):
     """`phat(*arguments)`: the command run in this process."""
     return lambda *arguments: run(capsys, *arguments)
 
 
 @pytest.fixture(scope="session")
-def hub_copies(tmp_path_factory) -> Sources:
-    """Where `write_hub` wrote its copies."""
+def hub_copies(tmp_path_factory):
     datasets = pytest.importorskip("datasets")
     datasets.disable_progress_bars()
     places = write_hub(tmp_path_factory.mktemp("hub"))
@@ -276,9 +235,7 @@ def hub_copies(tmp_path_factory) -> Sources:
 
 
 @pytest.fixture
-def planned_here(
-    tmp_path: Path, base_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> Path:
+def planned_here(tmp_path, base_folders, monkeypatch):
     """The current folder: a tiny base, and files to plan a training on."""
     write_rows(tmp_path / "counting.jsonl", [open_row(i) for i in range(20)])
     write_rows(tmp_path / "reviews.jsonl", [review(i) for i in range(30)])
@@ -289,15 +246,14 @@ def planned_here(
 
 
 @pytest.fixture
-def three_tasks(tmp_path: Path) -> list[TrainingTask]:
-    """Three tasks of twenty rows, in files."""
+def three_tasks(tmp_path):
     for name in ("one", "two", "three"):
         write_rows(tmp_path / f"{name}.jsonl", [open_row(i) for i in range(20)])
     return open_tasks([str(tmp_path / f"{name}.jsonl") for name in ("one", "two", "three")])
 
 
 @pytest.fixture
-def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+def _offline(monkeypatch):
     """Any connection is a failure."""
 
     def connect(self, address):
@@ -307,23 +263,20 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
+def _one_thread():
     """Tiny tensors gain nothing from threads; a second OpenMP pool makes them 100 times slower."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _imported_for_good() -> None:
-    """What lives between files of tests, such as imported modules, is no garbage.
-
-    A Trainer looks through all that isn't frozen each time, seconds for what the libraries hold.
-    """
+def _imported_for_good():
+    """A Trainer looks through all that isn't frozen: seconds for what the libraries hold."""
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _templates_compiled_once() -> Iterator[None]:
+def _templates_compiled_once():
     """PEFT writes a model card beside every adapter and compiles its template each time, 40 ms."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jinja2.Environment, "compile", lru_cache(64)(jinja2.Environment.compile))

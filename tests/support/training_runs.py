@@ -62,7 +62,7 @@ def trained(base, out: Path, by: Callable[..., Expert] = train, **options) -> Ex
 TRAINED: dict[str, dict[str, bytes]] = {}  # files by name, of what was trained with these options
 
 
-def target_nll(model, base, examples) -> Tensor:
+def target_nll(model, base, examples, read=logits_of) -> Tensor:
     """The negative log-likelihood of every target token, one example at a time, no padding."""
     losses = []
     for example in examples:
@@ -71,11 +71,16 @@ def target_nll(model, base, examples) -> Tensor:
         target = base.tokenizer(space + example.target, add_special_tokens=False)["input_ids"] + [1]
         if base.is_encoder_decoder:
             shifted = torch.tensor([[0, *target[:-1]]])
-            logits = logits_of(model, torch.tensor([prompt]), decoder_input_ids=shifted)[0]
+            logits = read(model, torch.tensor([prompt]), decoder_input_ids=shifted)[0]
         else:
-            logits = logits_of(model, torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
+            logits = read(model, torch.tensor([prompt + target]))[0, len(prompt) - 1 : -1]
         losses.append(-logits.float().log_softmax(-1)[range(len(target)), target])
     return torch.cat(losses)
+
+
+def with_graph(model: nn.Module, ids: Tensor, **inputs: Tensor) -> Tensor:
+    """The logits, to be differentiated."""
+    return model(ids, **inputs).logits
 
 
 def without_dropout(model: nn.Module) -> None:
@@ -90,8 +95,8 @@ def without_dropout(model: nn.Module) -> None:
 def spying_on_fit(monkeypatch, look):
     """Call `look(model)` right after the LoRA was fitted, before it is saved and taken off."""
 
-    def spy(model, **arguments):
-        report = fit(model, **arguments)
+    def spy(model, *arguments, **options):
+        report = fit(model, *arguments, **options)
         look(model)
         return report
 

@@ -1,16 +1,20 @@
-"""Prompts and targets as tokens, cut where asked."""
+"""Prompts and targets as tokens, cut if asked, and what is said of cuts."""
 
 from __future__ import annotations
 
+import logging
+import warnings
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from phatgoose.base.sites import Positions
 from phatgoose.config import Formatting
 from phatgoose.errors import BaseModelError, TaskError
-from phatgoose.tasks.cuts import Cut, Cuts
-from phatgoose.tasks.encoding import Encoder
+from phatgoose.tasks.encoding import CUTS, Cut, Cuts, Encoder, cut_tokens, recorded_share
 from phatgoose.tasks.task import Example
 from tiny import make_tokenizer, with_added
 
@@ -79,24 +83,6 @@ def test_a_target_ends_with_the_end_of_sequence_and_has_it_once(encoder):
     assert target.count(EOS) == 1
 
 
-def test_a_pair_knows_its_length(encoder):
-    pair = encoder.pair("abc", "de")
-    assert pair.length == len(encoder.prompt("abc")) + len(encoder.target("abc", "de").tokens)
-
-
-def test_a_causal_target_is_set_off_by_a_space():
-    encoder = make_encoder(CAUSAL)
-    pair = encoder.pair("Answer:", "yes")
-    assert text_of(encoder, pair.prompt + pair.target) == "Answer: yes</s>"
-
-
-@pytest.mark.parametrize("ending", [" ", "\n"])
-def test_a_prompt_that_ends_in_white_space_is_followed_at_once(ending):
-    encoder = make_encoder(CAUSAL)
-    pair = encoder.pair("Answer:" + ending, "yes")
-    assert text_of(encoder, pair.prompt + pair.target) == f"Answer:{ending}yes</s>"
-
-
 def test_t5_reads_its_prompt_with_a_final_end_of_sequence_and_its_target_without_a_space():
     encoder = make_encoder(T5)
     pair = encoder.pair("Answer:", "yes")
@@ -104,23 +90,17 @@ def test_t5_reads_its_prompt_with_a_final_end_of_sequence_and_its_target_without
     assert text_of(encoder, pair.target) == "yes</s>"
 
 
-CUTS = {"middle": "ahij", "left": "ghij", "right": "abcd"}  # of "abcdefghij", to four tokens
-each_cut = pytest.mark.parametrize("truncation", CUTS)
+KEPT = {"middle": "ahij", "left": "ghij", "right": "abcd"}  # of "abcdefghij", to four tokens
+each_cut = pytest.mark.parametrize("truncation", KEPT)
 
 
 @each_cut
 def test_long_inputs_lose_their_middle_or_an_end(truncation):
     encoder = make_encoder(CAUSAL, max_input_tokens=4, truncation=truncation)
     prompt = encoder.fitted("abcdefghij")
-    assert text_of(encoder, prompt.tokens) == CUTS[truncation]
+    assert text_of(encoder, prompt.tokens) == KEPT[truncation]
     assert prompt.cut == Cut(most=4, lost=6)
     assert encoder.fitted("abcd").cut is None
-
-
-def test_inputs_lose_their_middle_unless_another_cut_is_asked_for():
-    assert make_encoder(max_input_tokens=4).prompt("abcdefghij") == make_encoder(
-        max_input_tokens=4, truncation="middle"
-    ).prompt("abcdefghij")
 
 
 @each_cut
@@ -130,7 +110,7 @@ def test_what_the_tokenizer_adds_survives_a_cut(is_encoder_decoder, truncation):
     formatting = Formatting(max_input_tokens=6 if is_encoder_decoder else 5, truncation=truncation)
     encoder = Encoder(tokenizer, is_encoder_decoder=is_encoder_decoder, formatting=formatting)
     end = "</s>" if is_encoder_decoder else ""
-    assert text_of(encoder, encoder.prompt("abcdefghij")) == f"<bos>{CUTS[truncation]}{end}"
+    assert text_of(encoder, encoder.prompt("abcdefghij")) == f"<bos>{KEPT[truncation]}{end}"
 
 
 def test_the_longest_field_is_shortened_rather_than_the_prompt():
@@ -147,12 +127,9 @@ def test_a_field_that_is_too_short_leaves_the_text_to_be_cut():
     encoder = make_encoder(max_input_tokens=4)
     assert encoder.fitted("abcdefghij", (3, 5)) == encoder.fitted("abcdefghij")
     assert encoder.fitted("abcdefghij", (8, 8)) == encoder.fitted("abcdefghij")
-
-
-@pytest.mark.parametrize("truncation", ["left", "right"])
-def test_a_cut_at_an_end_asks_for_no_field(truncation):
-    encoder = make_encoder(max_input_tokens=4, truncation=truncation)
-    assert encoder.fitted("abcdefghij", (0, 8)) == encoder.fitted("abcdefghij")
+    for truncation in ("left", "right"):  # which ask for no field
+        encoder = make_encoder(max_input_tokens=4, truncation=truncation)
+        assert encoder.fitted("abcdefghij", (0, 8)) == encoder.fitted("abcdefghij")
 
 
 @pytest.mark.parametrize("is_encoder_decoder", [CAUSAL, T5])
@@ -179,12 +156,6 @@ def test_cut_targets_of_pairs_are_counted_and_not_told_one_by_one():
     assert cuts.targets == Cuts(inputs=4, cut=2, most=4, median=2)
 
 
-def test_a_target_that_just_fits_is_whole():
-    encoder = make_encoder(T5, max_target_tokens=4)
-    target = encoder.target("x", "abc")
-    assert (text_of(encoder, target.tokens), target.cut) == ("abc</s>", None)
-
-
 def test_a_chat_template_wraps_the_input_when_asked_for():
     encoder = make_encoder(template=CHAT, chat=True)
     pair = encoder.pair("hello", "hi")
@@ -192,20 +163,9 @@ def test_a_chat_template_wraps_the_input_when_asked_for():
     assert text_of(encoder, pair.target) == "hi</s>"
 
 
-def test_a_chat_template_is_left_alone_when_not_asked_for():
-    encoder = make_encoder(template=CHAT)
-    assert text_of(encoder, encoder.prompt("hello")) == "hello"
-
-
 def test_cutting_a_chat_input_cuts_the_text_and_not_the_template():
     encoder = make_encoder(template=CHAT, chat=True, max_input_tokens=4)
     assert text_of(encoder, encoder.prompt("hello")) == "<u>hllo</u><a>"
-
-
-def test_a_causal_prompt_does_not_end_with_the_end_of_sequence():
-    encoder = Encoder(with_added([], ["</s>"]), is_encoder_decoder=False)
-    pair = encoder.pair("Answer:", "yes")
-    assert text_of(encoder, pair.prompt + pair.target) == "Answer: yes</s>"
 
 
 @pytest.mark.parametrize("make", [sentencepiece, byte_pairs])
@@ -254,33 +214,27 @@ def placed(
     )
 
 
-def test_a_causal_input_leaves_positions_to_its_answer():
-    encoder = placed(Positions(12, 12))
-    pair = encoder.pair("abcdefghijkl", "yes")  # a space and </s> are the answer's too
-    assert text_of(encoder, pair.prompt + pair.target) == "aghijkl yes</s>"
-    assert pair.cut == Cut(most=7, lost=5)
-    assert len(encoder.fitted("abcdefghijkl", followed_by=4).tokens) == 8
-
-
-def test_an_encoder_s_positions_are_the_input_s_alone():
-    encoder = placed(Positions(9, 6), is_encoder_decoder=T5)
-    pair = encoder.pair("abcdefghijkl", "yes")
-    assert text_of(encoder, pair.prompt) == "abghijkl</s>"
-    assert text_of(encoder, pair.target) == "yes</s>"
-
-
-def test_a_chat_template_counts_against_positions():
-    encoder = placed(Positions(18, 18), chat=True)
-    prompt = encoder.fitted("abcdefghijkl", followed_by=3)
-    assert len(prompt.tokens) <= 15
-    assert text_of(encoder, prompt.tokens) == "<u>aijkl</u><a>"
-
-
-def test_a_target_is_cut_to_the_base_s_positions():
-    encoder = placed(Positions(8, 8))
-    pair = encoder.pair("abc", "0123456789")
-    assert pair.target_cut == Cut(most=7, lost=5)
-    assert text_of(encoder, pair.prompt + pair.target) == "c 01234</s>"
+@pytest.mark.parametrize(
+    ("encoder", "target", "wanted", "cut", "target_cut"),
+    [  # a causal model's answer takes positions of its input: a space and </s> too
+        (placed(Positions(12, 12)), "yes", "aghijkl yes</s>", Cut(7, 5), None),
+        (
+            placed(Positions(9, 6), is_encoder_decoder=T5),
+            "yes",
+            "abghijkl</s>yes</s>",
+            Cut(9, 4),
+            None,
+        ),
+        (placed(Positions(8, 8)), "0123456789", "l 01234</s>", Cut(1, 11), Cut(7, 5)),
+        (placed(Positions(18, 18), chat=True), "y", "<u>ahijkl</u><a>y</s>", Cut(6, 6), None),
+    ],
+    ids=["causal", "t5", "target", "chat"],
+)
+def test_what_exceeds_the_base_s_positions_is_cut(encoder, target, wanted, cut, target_cut):
+    pair = encoder.pair("abcdefghijkl", target)
+    assert text_of(encoder, pair.prompt) + text_of(encoder, pair.target) == wanted
+    assert pair.cut == cut
+    assert pair.target_cut == target_cut
 
 
 def test_a_base_without_room_for_an_input_is_an_error():
@@ -310,14 +264,76 @@ def test_chat_without_a_template_is_refused():
         make_encoder(chat=True)
 
 
-@pytest.mark.parametrize("template", ["{{ 1 + '' }}", "{% if %}", "{{ raise_exception('no') }}"])
-def test_what_a_chat_template_can_not_do_is_told(template):
-    with pytest.raises(BaseModelError, match="The base's chat template"):
-        make_encoder(template=template, chat=True).prompt("a")
-
-
 def test_a_tokenizer_without_an_end_of_sequence_is_refused():
     tokenizer = make_tokenizer(final_eos=False)
     tokenizer.eos_token = None
     with pytest.raises(TaskError, match="no end-of-sequence token"):
         Encoder(tokenizer, is_encoder_decoder=False)
+
+
+TRUNCATIONS = ("middle", "left", "right")
+
+
+@settings(max_examples=100)
+@given(st.integers(0, 40), st.integers(0, 50), st.sampled_from(TRUNCATIONS))
+def test_as_much_is_kept_as_there_is_room_in_order(count, room, truncation):
+    left = cut_tokens(range(count), room, truncation)
+    assert len(left) == min(count, room)
+    assert left == sorted(set(left))
+    if truncation != "right" and left:
+        assert left[-1] == count - 1
+    if truncation == "right" and left:
+        assert left[0] == 0
+
+
+def test_a_middle_cut_keeps_a_quarter_before_it_and_three_quarters_behind():
+    assert cut_tokens(range(100), 8, "middle") == [0, 1, *range(94, 100)]
+
+
+def some(cut: int, inputs: int) -> Cuts:
+    return Cuts.of([Cut(512, 80 + i) for i in range(cut)] + [None] * (inputs - cut))
+
+
+@pytest.mark.parametrize(
+    ("cuts", "logged", "warned"),
+    [
+        (some(12, 400), "it: 12 of 400 inputs (3 %) cut to 512 tokens, by 86 in the median", None),
+        (some(1, 400), "it: 1 of 400 inputs (under 1 %) cut to 512 tokens, by 80 in the", None),
+        (some(40, 400), None, "it: 40 of 400 inputs (10 %) cut to 512 tokens, by 100 in the m"),
+        (some(1, 1), None, "it: 1 of 1 input (100 %)"),
+        (some(0, 400), None, None),
+        (Cuts(), None, None),
+        (
+            Cuts.of([None] * 100, targets=[Cut(8, 3), Cut(8, 5), *[None] * 98]),
+            None,
+            "it: 2 of 100 targets (2 %) cut to 8 tokens, by 4 in the median.",
+        ),
+        (Cuts.of([None] * 100, targets=[None] * 100), None, None),
+        (
+            Cuts.of([None] * 3, [2048, 2049, 5000], 2048),
+            None,
+            "it: 2 of 3 inputs and their answers are longer than the 2048",
+        ),
+    ],
+)
+def test_what_was_cut_is_logged_and_from_a_tenth_on_warned_of(cuts, logged, warned, caplog):
+    with caplog.at_level(logging.INFO, "phatgoose"), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        cuts.report("it")
+    for found, wanted in ((caplog.messages, logged), ([str(w.message) for w in told], warned)):
+        assert [text[: len(wanted or "")] for text in found] == ([wanted] if wanted else [])
+
+
+def test_an_expert_s_metrics_tell_the_share_again():
+    assert some(12, 400).record() == dict(zip(CUTS, (400, 12, 512, 86), strict=True))
+    assert some(0, 4).record() == {"inputs": 4, "inputs_cut": 0}
+    assert recorded_share(some(12, 400).record()) == "3 %"
+    assert recorded_share(some(0, 4).record()) == "0 %"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "cut"), [(None, None), ("4", 1), (4, 5), (4, -1), (0, 0), (True, 0)]
+)
+def test_metrics_that_say_no_share_say_none(inputs, cut):
+    assert recorded_share({"inputs": inputs, "inputs_cut": cut}) is None
+    assert recorded_share({}) is None

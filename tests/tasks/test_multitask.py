@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phatgoose.config import GateTraining, Lora, Training
 from phatgoose.errors import TaskError
 from phatgoose.tasks.multitask import mix
 from phatgoose.tasks.task import Example, Task, draw
-from phatgoose.training.train_expert import train_expert
 
 
 def rows(name: str, count: int) -> tuple[Example, ...]:
@@ -78,17 +75,6 @@ def test_no_task_has_most_of_the_validation_examples_because_it_is_large():
     assert mixed.validation[:500] != tasks[0].validation[:500]  # a draw, not the head of the file
 
 
-def test_a_mixture_of_one_task_is_its_data():
-    task = make_task("a", 9, 3)
-    mixed = mix([task], "a")
-    assert (mixed.train, mixed.validation) == (task.train, task.validation)
-
-
-def test_what_differs_only_in_the_cap_has_another_digest():
-    tasks = [make_task("a", 9, 1)]
-    assert mix(tasks, "x", most=3).digest != mix(tasks, "x").digest
-
-
 @given(
     st.lists(st.tuples(st.integers(2, 30), st.integers(0, 5)), min_size=1, max_size=5),
     st.integers(1, 30),
@@ -114,29 +100,3 @@ def test_no_task_gives_more_than_it_has_or_than_the_cap(sizes, most):
 def test_what_cannot_be_mixed_is_refused(tasks, most, complaint):
     with pytest.raises(TaskError, match=complaint):
         mix(tasks, "mix", most=most)
-
-
-def test_a_mixture_trains_like_any_task(llama, tmp_path):
-    mixed = mix([make_task("a", 5, 2), make_task("b", 30, 2)], "both", most=5)
-    training = Training(steps=2, batch_size=4, eval_every=2)
-    expert = train_expert(
-        llama,
-        mixed,
-        out=tmp_path / "both",
-        peft=Lora(rank=2),
-        training=training,
-        gate_training=GateTraining(gate_steps=1),
-    )
-    record = expert.info.task
-    assert (record["name"], record["train_examples"], record["validation_examples"]) == (
-        "both",
-        10,
-        4,
-    )
-    assert record["source"] == "mixture of a.jsonl (5), b.jsonl (5)"
-
-
-def test_choices_travel_with_their_examples():
-    task = make_task("a", 4, 1)
-    chosen = replace(task, train=(Example("q", "yes", ("yes", "no")), *task.train))
-    assert mix([task, chosen], "both").train[4].choices == ("yes", "no")

@@ -9,7 +9,7 @@ import torch
 
 from phatgoose.base.sites import find_sites
 from phatgoose.tasks.encoding import Encoder
-from phatgoose.tasks.neutral import PASSAGES, moments, neutral_examples, over_neutral_text
+from phatgoose.tasks.neutral import PASSAGES, moments, neutral_examples
 from tiny import logits_of
 
 DIGEST = "9fddd28e22dd9762326201a8e8152024ec5a354d4cfec972764b8aa09a797652"
@@ -50,13 +50,3 @@ def test_moments_are_those_of_all_real_tokens(base):
         torch.testing.assert_close(mean, tokens.mean(dim=0), atol=1e-4, rtol=1e-3)
         wanted = tokens.std(dim=0, correction=0)
         torch.testing.assert_close(deviation, wanted, atol=1e-3, rtol=1e-2)
-
-
-def test_any_numbers_can_be_asked_for(llama):
-    name, site = next(iter(find_sites(llama.model).items()))
-    found = over_neutral_text(
-        llama.model, llama.tokenizer, {name: site}, lambda _, u: u.new_full((len(u), 3), 2.0)
-    )
-    mean, deviation = found[name]
-    assert mean.tolist() == [2.0] * 3
-    assert deviation.tolist() == [0.0] * 3

@@ -32,12 +32,6 @@ def test_a_given_validation_split_is_kept():
     assert task.validation_origin == "given"
 
 
-def test_a_made_validation_split_is_a_recorded_tenth():
-    task = numbered(40).with_validation(seed=3)
-    assert (len(task.train), len(task.validation)) == (36, 4)
-    assert task.validation_origin == "4 of 40 training examples, seed 3"
-
-
 @settings(max_examples=30)
 @given(st.integers(2, 80), st.integers(0, 5))
 def test_a_made_validation_split_takes_from_training_and_loses_nothing(count, seed):
@@ -47,11 +41,6 @@ def test_a_made_validation_split_takes_from_training_and_loses_nothing(count, se
     assert split.validation
     assert sorted(split.train + split.validation, key=str) == sorted(task.train, key=str)
     assert split == task.with_validation(seed)
-
-
-def test_another_seed_chooses_other_validation_examples():
-    task = numbered(100)
-    assert task.with_validation(0).validation != task.with_validation(1).validation
 
 
 def test_a_made_validation_split_has_at_most_500_examples():

@@ -12,20 +12,17 @@ from torch import Tensor, nn
 from phatgoose.base.loading import load_base
 from phatgoose.base.sites import find_sites
 from phatgoose.config import Formatting, GateTraining, Training
-from phatgoose.errors import ConfigError, ExpertError, PhatgooseError
+from phatgoose.errors import ConfigError, ExpertError
 from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
 from phatgoose.experts.kinds.lora.module import LoraFactors
-from phatgoose.routing.compose import compose
-from phatgoose.tasks.batching import target_logits
 from phatgoose.tasks.encoding import TokenPair
 from phatgoose.tasks.neutral import moments
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training import gates as gates_module
-from phatgoose.training.gates import GatedLinear, train_gates
+from phatgoose.training.gates import GatedLinear
 from phatgoose.training.statistics import mean_activations
-from phatgoose.training.trainer import fit
+from phatgoose.training.train_expert import train_gates
 from tiny import logits_of, make_adapter, make_ids, pairs_of
-from training_runs import train
+from training_runs import PASS, interrupt, on_call, target_nll, train, with_graph
 
 TASK = Task(
     "echo",
@@ -49,6 +46,12 @@ def make_gated_linear(gate: Tensor | None = None) -> tuple[GatedLinear, LoraFact
     return layer, lora
 
 
+def gated(base, adapter, out, **options):
+    """Gates trained for an adapter, with these settings unless told otherwise."""
+    settings = {"training": TRAINING, "gate_training": GATES, **options}
+    return train_gates(base, adapter, TASK, out=out, **settings)
+
+
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.clone() for key, value in model.state_dict().items()}
 
@@ -64,17 +67,12 @@ def adapter(llama, tmp_path):
 
 
 def test_a_gate_starts_at_zeros_and_has_no_bias():
-    layer, _ = make_gated_linear()
+    layer, lora = make_gated_linear()
     assert layer.gate.shape == (8,)
     assert not layer.gate.any()
     assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["gate"]
-
-
-def test_at_the_start_half_of_the_update_is_added():
-    layer, lora = make_gated_linear()
-    u = normal(2, 4, 8, seed=2)
-    wanted = layer.base(u) + 0.5 * lora.scale * u @ lora.A.T @ lora.B.T
-    torch.testing.assert_close(layer(u), wanted)
+    u = normal(2, 4, 8, seed=2)  # half of the update is added at the start
+    torch.testing.assert_close(layer(u), layer.base(u) + 0.5 * lora.scale * u @ lora.A.T @ lora.B.T)
 
 
 def test_the_gate_scales_the_update_and_never_the_base():
@@ -103,12 +101,10 @@ def test_a_gate_on_standardised_inputs_is_the_same_gate_elsewhere():
 def test_gates_are_trained_on_what_neutral_text_leaves_unusual(base, tmp_path):
     adapter = make_adapter(base, tmp_path / "adapter")
     raw, standardised = (
-        train_gates(
+        gated(
             base,
             adapter,
-            TASK,
-            out=tmp_path / inputs,
-            training=TRAINING,
+            tmp_path / inputs,
             gate_training=GateTraining(gate_steps=1, means=False, gate_inputs=inputs),
         )
         for inputs in ("raw", "standardised")
@@ -125,11 +121,6 @@ def test_gates_are_trained_on_what_neutral_text_leaves_unusual(base, tmp_path):
     assert standardised.info.hyperparameters["gate_inputs"] == "standardised"
 
 
-def test_joint_gates_see_raw_inputs_only():
-    with pytest.raises(ConfigError, match="joint gates see raw inputs; turn joint off"):
-        GateTraining(joint=True, gate_inputs="standardised")
-
-
 def test_the_gradient_of_a_gate_is_the_derivative_of_the_method():
     layer, lora = make_gated_linear(0.3 * normal(8, seed=3))
     u, cotangent = normal(6, 8, seed=2), normal(6, 5, seed=4)
@@ -139,23 +130,6 @@ def test_the_gradient_of_a_gate_is_the_derivative_of_the_method():
     sigma = torch.sigmoid(u @ layer.gate.detach().double())
     slope = sigma * (1 - sigma) * (update * cotangent).sum(dim=-1)
     torch.testing.assert_close(got.double(), slope @ u, rtol=1e-5, atol=1e-5)
-
-
-def test_the_gradient_of_a_gate_agrees_with_finite_differences():
-    layer, _ = make_gated_linear(0.3 * normal(8, seed=3))
-    u, cotangent = normal(6, 8, seed=2), normal(6, 5, seed=4).double()
-
-    def loss() -> Tensor:
-        return (layer(u).double() * cotangent).sum()
-
-    (got,) = torch.autograd.grad(loss(), [layer.gate])
-    start, step = layer.gate.detach().clone(), 1e-2
-    for i, direction in enumerate(step * torch.eye(8)):
-        layer.gate.data.copy_(start + direction)
-        above = loss().item()
-        layer.gate.data.copy_(start - direction)
-        slope = (above - loss().item()) / (2 * step)
-        assert got[i].item() == pytest.approx(slope, abs=2e-3)
 
 
 def test_gates_of_a_whole_model_agree_with_finite_differences(base, kind, tmp_path):
@@ -194,9 +168,7 @@ def test_gate_training_changes_the_gates_and_nothing_else(base, tmp_path):
     folder = make_adapter(base, tmp_path / "adapter")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     before, modules = weights_of(base.model), dict(base.model.named_modules())
-    expert = train_gates(
-        base, folder, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
-    )
+    expert = gated(base, folder, tmp_path / "expert")
     assert same_weights(base.model, before)
     assert dict(base.model.named_modules()) == modules
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
@@ -209,27 +181,16 @@ def test_gate_training_changes_the_gates_and_nothing_else(base, tmp_path):
 def test_what_was_cut_of_the_gates_inputs_is_told_and_recorded(llama, adapter, tmp_path):
     cut = Formatting(max_input_tokens=5, truncation="left")
     with pytest.warns(UserWarning, match="echo: 5 of 6 inputs .83 %. cut to 5 tokens, by 2"):
-        expert = train_gates(
-            llama,
-            adapter,
-            TASK,
-            out=tmp_path / "expert",
-            training=TRAINING,
-            gate_training=GATES,
-            formatting=cut,
-        )
+        expert = gated(llama, adapter, tmp_path / "expert", formatting=cut)
     assert expert.info.metrics["inputs_cut"] == 5
     assert expert.info.hyperparameters["truncation"] == "left"
 
 
 def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, tmp_path):
-    def gated(adapter, out, **options):
-        return train_gates(llama, adapter, TASK, out=tmp_path / out, training=other, **options)
-
     expert = train(llama, tmp_path / "expert")  # TRAINING and GATES of training_runs
     first = dict(expert.info.hyperparameters)
     other = replace(TRAINING, batch_size=2, warmup_ratio=0.5, seed=3)
-    again = gated(expert.directory, "again", gate_training=GATES)
+    again = gated(llama, expert.directory, tmp_path / "again", training=other)
     wanted = {**first, "gate_steps": 4, "gate_learning_rate": 0.05, "seed": 3}
     wanted |= {"gate_batch_size": 2, "gate_micro_batch_size": 2, "gate_warmup_ratio": 0.5}
     wanted |= {"gate_weight_decay": 0.0, "gate_max_grad_norm": 1.0}
@@ -237,33 +198,17 @@ def test_the_settings_of_an_adapters_own_training_are_no_gate_trainings(llama, t
     assert (wanted["steps"], wanted["learning_rate"], wanted["eval_every"]) == (4, 0.02, 2)
     assert again.info.metrics["expert_steps"] == wanted["steps"]
     given = replace(GATES, gate_learning_rate=0.01)
-    third = gated(again.directory, "third", gate_training=given)
+    options = {"training": other, "gate_training": given}
+    third = gated(llama, again.directory, tmp_path / "third", **options)
     assert third.info.hyperparameters == {**wanted, "gate_learning_rate": 0.01}
 
 
 def test_gates_of_a_plain_adapter_record_no_training_that_nobody_made(llama, adapter, tmp_path):
-    expert = train_gates(
-        llama, adapter, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
-    )
+    expert = gated(llama, adapter, tmp_path / "expert")
     got = expert.info.hyperparameters
     assert not {field.name for field in fields(Training)} - {"seed"} & got.keys()
     assert (got["gate_steps"], got["gate_learning_rate"], got["gate_batch_size"]) == (4, 0.05, 4)
     assert (got["seed"], got["max_input_tokens"]) == (0, 512)
-
-
-def test_only_gates_are_handed_to_the_optimiser(llama, adapter, tmp_path, monkeypatch):
-    trained = []
-
-    def spy(model, **arguments):
-        trained.extend(name for name, p in model.named_parameters() if p.requires_grad)
-        return fit(model, **arguments)
-
-    monkeypatch.setattr(gates_module, "fit", spy)
-    expert = train_gates(
-        llama, adapter, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
-    )
-    assert sorted(trained) == sorted(f"{site}.gate" for site in expert.gates)
-    assert not any(parameter.requires_grad for parameter in llama.model.parameters())
 
 
 def naive_gates(base, adapter, steps: int, learning_rate: float) -> dict[str, Tensor]:
@@ -283,14 +228,8 @@ def naive_gates(base, adapter, steps: int, learning_rate: float) -> dict[str, Te
     handles = [base.model.get_submodule(site).register_forward_hook(hook_of(site)) for site in lora]
     optimiser = torch.optim.AdamW(gates.values(), lr=learning_rate, weight_decay=0)
     for _ in range(steps):
-        losses = []
-        for example in TASK.train:
-            prompt = base.tokenizer(example.input)["input_ids"]
-            target = [*base.tokenizer(" " + example.target)["input_ids"], 1]
-            logits = base.model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
-            losses.append(-logits.log_softmax(-1)[range(len(target)), target])
         optimiser.zero_grad()
-        torch.cat(losses).mean().backward()
+        target_nll(base.model, base, TASK.train, with_graph).mean().backward()
         nn.utils.clip_grad_norm_(gates.values(), 1.0)
         optimiser.step()
     for handle in handles:
@@ -301,14 +240,8 @@ def naive_gates(base, adapter, steps: int, learning_rate: float) -> dict[str, Te
 def test_gates_are_those_of_a_naive_training_loop(llama, adapter, tmp_path):
     rate = 0.05
     training = replace(TRAINING, batch_size=len(TASK.train), warmup_ratio=0.0)
-    expert = train_gates(
-        llama,
-        adapter,
-        TASK,
-        out=tmp_path / "expert",
-        training=training,
-        gate_training=GateTraining(gate_steps=3, gate_learning_rate=rate),
-    )
+    settings = GateTraining(gate_steps=3, gate_learning_rate=rate)
+    expert = gated(llama, adapter, tmp_path / "e", training=training, gate_training=settings)
     naive = naive_gates(llama, adapter, 3, rate)
     for site, gate in expert.gates.items():
         torch.testing.assert_close(gate, naive[site], rtol=0, atol=1e-2 * rate)
@@ -317,9 +250,8 @@ def test_gates_are_those_of_a_naive_training_loop(llama, adapter, tmp_path):
 def test_the_learning_rate_of_gates_is_the_experts_unless_given(llama, adapter, tmp_path):
     def trained(out: str, training: Training, rate: float | None):
         settings = GateTraining(gate_steps=2, gate_learning_rate=rate)
-        return train_gates(
-            llama, adapter, TASK, out=tmp_path / out, training=training, gate_training=settings
-        ).gates
+        options = {"training": training, "gate_training": settings}
+        return gated(llama, adapter, tmp_path / out, **options).gates
 
     default = trained("a", replace(TRAINING, learning_rate=0.02), None)
     given = trained("b", TRAINING, 0.02)
@@ -331,9 +263,7 @@ def test_the_learning_rate_of_gates_is_the_experts_unless_given(llama, adapter, 
 def test_gates_are_trained_in_float32_on_a_bfloat16_base(llama, adapter, tmp_path):
     half = load_base(llama.id, dtype="bfloat16")
     before = weights_of(half.model)
-    expert = train_gates(
-        half, adapter, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
-    )
+    expert = gated(half, adapter, tmp_path / "expert")
     assert same_weights(half.model, before)
     gates = torch.cat(list(expert.gates.values()))
     assert gates.dtype == torch.float32
@@ -375,18 +305,14 @@ def test_mean_activations_are_those_of_one_example_at_a_time(base, monkeypatch):
 
 def test_the_means_of_an_expert_are_measured_with_it_and_without_gates(base, tmp_path):
     folder = make_adapter(base, tmp_path / "adapter")
-    expert = train_gates(
-        base, folder, TASK, out=tmp_path / "expert", training=TRAINING, gate_training=GATES
-    )
+    expert = gated(base, folder, tmp_path / "expert")
     with applied(base.model, expert.lora, ModifiedLinear):
         assert_same_means(expert.means, naive_means(base.model, expert.lora, pairs_of(base, TASK)))
 
 
 def test_means_of_a_sample_come_from_that_many_examples(llama, adapter, tmp_path):
     settings = replace(GATES, statistics_examples=1)
-    expert = train_gates(
-        llama, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=settings
-    )
+    expert = gated(llama, adapter, tmp_path / "e", gate_training=settings)
     site = next(iter(expert.means))
     with applied(llama.model, expert.lora, ModifiedLinear):
         singles = [naive_means(llama.model, [site], [pair])[site] for pair in pairs_of(llama, TASK)]
@@ -394,65 +320,29 @@ def test_means_of_a_sample_come_from_that_many_examples(llama, adapter, tmp_path
     assert sorted(gaps)[0] < 1e-5 < sorted(gaps)[1]
 
 
-def test_means_can_be_left_out(llama, adapter, tmp_path):
-    settings = replace(GATES, means=False)
-    expert = train_gates(
-        llama, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=settings
-    )
-    assert not expert.means
-
-
 def test_an_adapter_for_another_base_is_refused(base_folders, adapter, tmp_path):
     gpt2 = load_base(base_folders["gpt2"], dtype="float32")
     with pytest.raises(ExpertError, match=r"model\.layers\.0"):
-        train_gates(gpt2, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=GATES)
-
-
-def test_a_routed_base_is_refused(llama, llama_pool, adapter, tmp_path):
-    compose(llama_pool, llama)
-    with pytest.raises(PhatgooseError, match="routed"):
-        train_gates(
-            llama, adapter, TASK, out=tmp_path / "e", training=TRAINING, gate_training=GATES
-        )
-
-
-def test_an_existing_place_is_refused(llama, adapter, tmp_path):
-    (tmp_path / "expert").mkdir()
-    with pytest.raises(ExpertError, match="exists already"):
-        train_gates(llama, adapter, TASK, out=tmp_path / "expert")
-
-
-def interrupt_after(monkeypatch, passes: int) -> None:
-    """Make training stop with KeyboardInterrupt after so many forward passes."""
-    calls = []
-
-    def counted(model, batch):
-        calls.append(1)
-        if len(calls) > passes:
-            raise KeyboardInterrupt
-        return target_logits(model, batch)
-
-    monkeypatch.setattr("phatgoose.training.trainer.target_logits", counted)
+        gated(gpt2, adapter, tmp_path / "e")
 
 
 def test_an_interrupted_gate_training_resumes_to_the_same_bits(
     llama, adapter, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(gates_module, "GATE_CHECKPOINT_EVERY", 2)
-    settings = {"training": TRAINING, "gate_training": GATES}
-    wanted = train_gates(llama, adapter, TASK, out=tmp_path / "whole", **settings)
+    monkeypatch.setattr("phatgoose.training.train_expert.GATE_CHECKPOINT_EVERY", 2)
+    wanted = gated(llama, adapter, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        interrupt_after(patch, passes=7)  # in the fourth of four steps of two passes
+        patch.setattr(*on_call(PASS, 8, interrupt))  # in the fourth of four steps of two passes
         with pytest.raises(KeyboardInterrupt):
-            train_gates(llama, adapter, TASK, out=tmp_path / "cut", **settings)
+            gated(llama, adapter, tmp_path / "cut")
     assert not (tmp_path / "cut").exists()
     with pytest.raises(ExpertError, match="resume"):
-        train_gates(llama, adapter, TASK, out=tmp_path / "cut", **settings)
+        gated(llama, adapter, tmp_path / "cut")
     with pytest.raises(ConfigError, match="other settings"):
         train_gates(llama, adapter, TASK, out=tmp_path / "cut", resume=True)
-    got = train_gates(llama, adapter, TASK, out=tmp_path / "cut", resume=True, **settings)
+    got = gated(llama, adapter, tmp_path / "cut", resume=True)
     assert all(torch.equal(got.gates[site], wanted.gates[site]) for site in wanted.gates)
     assert not list(tmp_path.glob(".*"))
-    other = {**settings, "training": replace(TRAINING, batch_size=TRAINING.batch_size + 1)}
+    other = replace(TRAINING, batch_size=TRAINING.batch_size + 1)
     with pytest.warns(UserWarning, match="with other settings: gate_batch_size"):
-        train_gates(llama, adapter, TASK, out=tmp_path / "cut", resume=True, **other)
+        gated(llama, adapter, tmp_path / "cut", resume=True, training=other)

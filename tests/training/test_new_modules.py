@@ -23,9 +23,10 @@ from phatgoose.experts.kinds.ia3.module import ScalingVector
 from phatgoose.experts.kinds.ia3.training import scales_input
 from phatgoose.experts.kinds.lora.module import LoraFactors
 from phatgoose.tasks.task import Task
-from phatgoose.training import gates as gates_module
-from phatgoose.training.gates import GatedLinear, train_gates
+from phatgoose.training import trainer
+from phatgoose.training.gates import GatedLinear
 from phatgoose.training.new_modules import fresh_expert, parameters_at, placed_sites
+from phatgoose.training.train_expert import train_gates
 from tiny import assert_same_logits, logits_of, make_ids, peft_model
 from training_runs import (
     GATES,
@@ -222,13 +223,13 @@ def test_a_gate_scales_the_whole_change_and_alone_has_a_gradient(name):
 def test_gate_training_hands_gates_alone_to_the_optimiser(llama, shape, tmp_path, monkeypatch):
     bare = trained(llama, tmp_path / "echo", train, shape=SHAPES[shape])
     files = {path.name: path.read_bytes() for path in bare.directory.iterdir()}
-    handed, fit = [], gates_module.fit
+    handed, fit = [], trainer.fit
 
-    def spy(model, **arguments):
+    def spy(model, *arguments, **options):
         handed.extend(name for name, p in model.named_parameters() if p.requires_grad)
-        return fit(model, **arguments)
+        return fit(model, *arguments, **options)
 
-    monkeypatch.setattr(gates_module, "fit", spy)
+    monkeypatch.setattr("phatgoose.training.train_expert.fit", spy)
     before = {key: value.clone() for key, value in llama.model.state_dict().items()}
     gated_expert = train_gates(
         llama, bare.directory, TASK, out=tmp_path / "again", training=TRAINING, gate_training=GATES

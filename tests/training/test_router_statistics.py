@@ -18,9 +18,8 @@ from phatgoose.experts.expert import LAYOUT, Expert
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import statistics as statistics_module
-from phatgoose.training.gates import train_gates
 from phatgoose.training.statistics import measure
-from phatgoose.training.train_expert import train_expert
+from phatgoose.training.train_expert import train_expert, train_gates
 from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
 from toy_embedders import embed
 from training_runs import trained
@@ -32,7 +31,7 @@ TRAINING = Training(steps=2, batch_size=4, eval_every=2, learning_rate=0.05, see
 @pytest.fixture(autouse=True)
 def _embedder(monkeypatch):
     monkeypatch.setattr(statistics_module, "embed_texts", embed)
-    monkeypatch.setattr("phatgoose.training.trainer.load_embedder", lambda _: None)
+    monkeypatch.setattr("phatgoose.training.train_expert.load_embedder", lambda _: None)
 
 
 def train(base, out: Path, formatting: Formatting | None = None, **statistics) -> Expert:
@@ -193,14 +192,6 @@ def test_the_expert_at_full_strength_is_the_peft_model(base, tmp_path):
         got = logits_of(base.model, ids)
     assert_same_logits(got, logits_of(peft_model(base, folder), ids))
     assert torch.equal(logits_of(base.model, ids), plain)
-
-
-def test_full_strength_ends_with_its_context_even_after_an_error(llama, tmp_path):
-    lora, ids = read_modules(make_adapter(llama, tmp_path / "adapter")), make_ids()
-    plain = logits_of(llama.model, ids)
-    with pytest.raises(LookupError), applied(llama.model, lora, ModifiedLinear):
-        raise LookupError
-    assert torch.equal(logits_of(llama.model, ids), plain)
 
 
 def test_means_measured_with_gates_trained_are_those_without_them(llama, tmp_path):

@@ -16,7 +16,7 @@ from phatgoose.experts.importing.adapter import import_adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.saved.save import save
-from phatgoose.training.gates import train_gates
+from phatgoose.training.train_expert import train_gates
 from small_disks import FEW, TASK, everything, mount, told, train
 
 

@@ -27,8 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from audited import unexpected, watched
-from damage import content_of, damages, do_all, json_of
+from damage import content_of, damages, do_all, json_of, unexpected, watched
 from growth_cases import uneven_pool
 from mixed_experts import mixed_pool_for
 from phatgoose.apps.cli import main

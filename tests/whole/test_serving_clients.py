@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -12,9 +10,7 @@ import serving
 from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
 from phatgoose.routing.compose import compose
-
-PROMPT = "to be or not"
-
+from serving import PROMPT
 
 FUZZ = int(os.environ.get("PHATGOOSE_FUZZ", "15"))  # requests made up for each path and mode
 
@@ -26,10 +22,8 @@ def pool(pool_of):
 
 @pytest.fixture(scope="module")
 def app(pool):
-    app = serving.app_of(pool, Serving(max_tokens=64), api_keys=["secret"])
-    for served in app.state.service.models.values():
-        served.runner.tokenizer.chat_template = serving.CHAT_TEMPLATE
-    return app
+    options = {"template": serving.CHAT_TEMPLATE, "api_keys": ["secret"]}
+    return serving.app_of(pool, Serving(max_tokens=64), **options)
 
 
 @pytest.fixture(scope="module")
@@ -48,21 +42,12 @@ def client(address):
 def test_openai_completes_as_generate_does(client, pool):
     tokenizer = load_base(pool.base.id, dtype="float32").tokenizer
     tokens = serving.generated(pool, tokenizer(PROMPT)["input_ids"], 8)
-    reply = client.completions.create(
-        model="goose", prompt=PROMPT, max_tokens=8, temperature=0, logprobs=2, echo=True
-    )
+    wish = {"model": "goose", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    reply = client.completions.create(**wish, logprobs=2, echo=True)
     assert reply.choices[0].text == PROMPT + tokenizer.decode(tokens, skip_special_tokens=True)
     assert len(reply.choices[0].logprobs.tokens) == reply.usage.total_tokens
-    stream = client.completions.create(
-        model="goose",
-        prompt=PROMPT,
-        max_tokens=8,
-        temperature=0,
-        stream=True,
-        stream_options={"include_usage": True},
-        extra_body={"routing": True},
-    )
-    chunks = list(stream)
+    options = {"stream_options": {"include_usage": True}, "extra_body": {"routing": True}}
+    chunks = list(client.completions.create(**wish, stream=True, **options))
     text = "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
     assert PROMPT + text == reply.choices[0].text
     assert chunks[-1].usage == reply.usage
@@ -113,27 +98,15 @@ def test_openai_raises_its_own_errors(client, address):
 def test_lm_eval_s_local_completions_score_as_in_this_process(
     address, pool, tmp_path, monkeypatch, output_type, concurrent
 ):
-    lm_eval = pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
+    pytest.importorskip("lm_eval", reason="needs the extra 'harness'")
     pytest.importorskip("tenacity", reason="needs lm-eval[api]")
     pytest.importorskip("aiohttp", reason="needs lm-eval[api]")
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+    from harness_tasks import answers_of, results_of, write_task
+
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     tasks = write_task(tmp_path, output_type)
-
-    def samples(model, **options):
-        found = lm_eval.simple_evaluate(
-            model=model,
-            tasks=["served_task"],
-            task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
-            bootstrap_iters=0,
-            **options,
-        )["samples"]["served_task"]
-        found = sorted(found, key=lambda sample: sample["doc_id"])
-        return [[answer[0] for answer in sample["resps"]] for sample in found]
-
     base = load_base(pool.base.id, dtype="float32")
     own = HFLM(pretrained=compose(pool, base), tokenizer=base.tokenizer, softmax_dtype="float32")
     arguments = {
@@ -144,56 +117,14 @@ def test_lm_eval_s_local_completions_score_as_in_this_process(
         "num_concurrent": concurrent,
         "batch_size": 2,
     }
-    for got, wanted in zip(
-        samples("local-completions", model_args=arguments), samples(own), strict=True
-    ):
+    found = answers_of(results_of("local-completions", tasks, model_args=arguments))
+    for got, wanted in zip(found, answers_of(results_of(own, tasks)), strict=True):
         if output_type == "generate_until":
             assert got == wanted
             continue
         for (score, is_greedy), (wanted_score, wanted_greedy) in zip(got, wanted, strict=True):
             assert float(score) == pytest.approx(float(wanted_score), abs=1e-4)
             assert str(is_greedy) == str(wanted_greedy)
-
-
-TASK = """
-task: served_task
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}, cache_dir: {folder}/cache}}
-output_type: {output_type}
-test_split: test
-doc_to_text: "{{{{input}}}}"
-doc_to_target: target
-{more}
-"""
-
-
-CHOICES = """
-doc_to_choice: choices
-metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
-"""
-
-
-OPEN = """
-generation_kwargs: {until: ["zzz"], max_gen_toks: 6}
-metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
-"""
-
-
-def write_task(folder: Path, output_type: str) -> Path:
-    rows = [
-        {"input": "is it?", "target": "yes", "choices": ["yes", "no"]},
-        {"input": "which of the three", "target": "b", "choices": ["a", "b", "c"]},
-        {
-            "input": "a far longer input that needs padding",
-            "target": "no",
-            "choices": ["no", "ney"],
-        },
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = CHOICES if output_type == "multiple_choice" else OPEN
-    text = TASK.format(folder=folder, output_type=output_type, more=more)
-    (folder / "served_task.yaml").write_text(text)
-    return folder
 
 
 @pytest.mark.parametrize("mode", ["positive", "negative"])

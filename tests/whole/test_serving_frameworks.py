@@ -63,9 +63,8 @@ print(json.dumps({
 
 @pytest.fixture(scope="module")
 def address(pool_of):
-    app = serving.app_of(pool_of("llama"), Serving(max_tokens=64), api_keys=["secret"])
-    for served in app.state.service.models.values():
-        served.runner.tokenizer.chat_template = serving.CHAT_TEMPLATE
+    options = {"template": serving.CHAT_TEMPLATE, "api_keys": ["secret"]}
+    app = serving.app_of(pool_of("llama"), Serving(max_tokens=64), **options)
     with serving.running(app) as address:
         yield f"{address}/v1"
 
@@ -85,15 +84,8 @@ def asked(address: str, path: str, **wish: Any) -> dict[str, Any]:
     ("package", "script"), [("langchain_openai", LANGCHAIN), ("litellm", LITELLM)]
 )
 def test_clients_of_frameworks_get_the_server_s_answers(address, package, script):
-    there = subprocess.run(
-        [
-            PYTHON,
-            "-c",
-            f"import importlib.util as u, sys; sys.exit(u.find_spec('{package}') is None)",
-        ],
-        check=False,
-    )
-    if there.returncode:
+    look = f"import importlib.util as u, sys; sys.exit(u.find_spec('{package}') is None)"
+    if subprocess.run([PYTHON, "-c", look], check=False).returncode:
         pytest.skip(f"needs {package} in {PYTHON}; name a Python that has it in PHATGOOSE_CLIENTS")
     done = subprocess.run(
         [PYTHON, "-c", script, address], capture_output=True, text=True, timeout=550, check=False

@@ -1,7 +1,4 @@
-"""The analysis of a routed model on tasks, and its result.
-
-What an analysis found, and its form in JSON.
-"""
+"""The analysis of a routed model on tasks, or of one pool under several routers."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from pathlib import Path
@@ -23,14 +20,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..base.loading import Base
 from ..config import Formatting, Routing, given_or_default
 from ..errors import ConfigError, EvaluationError, TaskError
-from ..evaluation.evaluate import (
-    MAX_NEW_TOKENS,
-    TOKEN_BUDGET,
-    Evaluation,
-    ScoringSettings,
-    TaskScore,
-    score_tasks,
-)
+from ..evaluation import evaluate
+from ..evaluation.evaluate import Evaluation, ScoringSettings, TaskScore
 from ..experts.pool import Pool
 from ..files.atomic import write_text
 from ..routing.compose import compose, detach
@@ -41,35 +32,10 @@ from ..routing.routers.router import Scores, check_routing, read_scores, router_
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
 from ..tasks.task import Task, named_apart
+from . import measures, routing_distribution
 from .findings import Finding, findings_of, vector_similarity
-from .measures import (
-    ORACLE,
-    SMOOTHING,
-    Agreement,
-    Correlation,
-    DecisionFiles,
-    Divergence,
-    Effect,
-    agreement,
-    concentration,
-    correlation,
-    effective_experts,
-    entropy,
-    leave_one_out,
-    load,
-    oracle_distribution,
-    oracle_experts,
-    overlap,
-    smoothed,
-)
-from .routing_distribution import (
-    PARTS,
-    Measure,
-    Observer,
-    RoutingDistribution,
-    RoutingTally,
-    read_examples,
-)
+from .measures import ORACLE, SMOOTHING, Agreement, Correlation, Divergence, Effect
+from .routing_distribution import MEASURES, PARTS, Measure, RoutingDistribution, RoutingTally
 from .traces import Trace, trace
 
 
@@ -116,20 +82,22 @@ class Analysis:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """Its routers, and how many experts and datasets."""
         sizes = f"experts: {len(self.experts)}, datasets: {len(self.datasets)}"
         return f"<Analysis of {', '.join(self.routers)} ({sizes})>"
 
     def distribution(self, router: str, dataset: str) -> NDArray[np.float64]:
         """A router's whole-model distribution on a dataset, [E]; for ORACLE its one expert."""
         if router == ORACLE and ORACLE not in self.routers:
-            return oracle_distribution(self.oracle[dataset], self.experts)
+            chosen = np.zeros(len(self.experts))
+            chosen[self.experts.index(self.oracle[dataset])] = 1
+            return chosen
         return self.routers[router].distributions[dataset].whole("probability")
 
     def divergence(self, router: str, other: str, dataset: str) -> Divergence:
         """The KL divergences between two routers, or a router and ORACLE, on a dataset."""
         p, q = self.distribution(router, dataset), self.distribution(other, dataset)
-        return Divergence.between(p, q, self.smoothing)
+        to, back = (measures.kl_divergence(*each, self.smoothing) for each in ((p, q), (q, p)))
+        return Divergence(to, back)
 
     def correlation(self, router: str, other: str = ORACLE) -> Correlation | None:
         """That of KL(router‖other) with the router's score over datasets (paper section 4.4).
@@ -143,12 +111,12 @@ class Analysis:
             (self.divergence(router, other, dataset).to, scores[dataset].score)
             for dataset in self.datasets
         ]
-        return correlation(*zip(*pairs, strict=True))
+        return measures.correlation(*zip(*pairs, strict=True))
 
     def overlaps(self, router: str) -> NDArray[np.float64]:
         """Overlap of a router's distributions on every two datasets, by weight, [D, D]."""
         whole = self.routers[router].by_dataset().values()
-        return np.array([[overlap(p, q) for q in whole] for p in whole])
+        return np.array([[measures.overlap(p, q) for q in whole] for p in whole])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: all numbers, no text of the data."""
@@ -202,41 +170,35 @@ class Analysis:
 
 
 def _numbers(found: RoutingDistribution) -> dict[str, Any]:
-    """The measures of a distribution, and its mean weights and probabilities by site."""
-    whole = found.whole("weight")
+    def plain(rows: Mapping[str, NDArray[np.float64]]) -> dict[str, list[float]]:
+        return {name: row.tolist() for name, row in rows.items()}
+
+    whole, groups = found.whole("weight"), {"layer": found.by_layer(), "kind": found.by_kind()}
     numbers: dict[str, Any] = {
         "tokens": {part: found.passed(part) for part in PARTS},
         "token_entropy": found.token_entropy(),
-        "probability": found.whole("probability").tolist(),
-        "weight": whole.tolist(),
-        "chosen": found.whole("chosen").tolist(),
-        "first": found.whole("first").tolist(),
+        **{measure: found.whole(measure).tolist() for measure in MEASURES},
         "by_part": {part: found.whole("weight", part).tolist() for part in PARTS},
-        "by_layer": {name: rows.tolist() for name, rows in found.by_layer().items()},
-        "by_kind": {name: rows.tolist() for name, rows in found.by_kind().items()},
+        **{f"by_{group}": plain(rows) for group, rows in groups.items()},
         "by_site": {
-            measure: {name: rows.tolist() for name, rows in found.by_site(measure).items()}
-            for measure in ("probability", "weight")
+            "probability": plain(found.by_site("probability")),
+            "weight": plain(found.by_site("weight")),
         },
     }
     if whole.any():
-        groups = {"layer": found.by_layer(), "kind": found.by_kind()}
         numbers |= {
-            "load": load(whole).tolist(),
+            "load": measures.load(whole).tolist(),
             "effective_experts_by": {
-                group: {name: effective_experts(row) for name, row in rows.items() if row.any()}
+                group: {
+                    name: measures.effective_experts(row) for name, row in rows.items() if row.any()
+                }
                 for group, rows in groups.items()
             },
-            "entropy": entropy(whole),
-            "effective_experts": effective_experts(whole),
-            "concentration": concentration(whole),
+            "entropy": measures.entropy(whole),
+            "effective_experts": measures.effective_experts(whole),
+            "concentration": measures.concentration(whole),
         }
     return numbers
-
-
-# -------------------------------------------------------------------------------------------------
-# The analysis of a routed model, or of one pool under several routers.
-# -------------------------------------------------------------------------------------------------
 
 
 def analyse(
@@ -255,8 +217,8 @@ def analyse(
     without_each: bool = False,
     examples: int = 1,
     smoothing: float = SMOOTHING,
-    max_new_tokens: int = MAX_NEW_TOKENS,
-    token_budget: int = TOKEN_BUDGET,
+    max_new_tokens: int = evaluate.MAX_NEW_TOKENS,
+    token_budget: int = evaluate.TOKEN_BUDGET,
 ) -> Analysis:
     """Where the tokens of `tasks` go in a routed model, or in a pool under each of `routers`.
 
@@ -270,23 +232,24 @@ def analyse(
 
     Raises ConfigError for `routers` or `without_each` with a composed model or an expert without
     router single, TaskError for no task or two of one name, RoutingError for a model that is not
-    routed, and what composing and evaluating raise: of every router before the first one reads
-    anything.
+    routed, and what composing and evaluating raise: all before the first router reads anything.
     """
     tasks = named_apart(given_tasks(tasks))
     if not tasks:
         raise TaskError("No task was given to analyse.")
-    smoothed([1.0], smoothing)  # refuse a bad one before the work
+    measures.smoothed([1.0], smoothing)  # refuse a bad one before the work
     scoring = ScoringSettings(formatting or Formatting(), limit, seed, max_new_tokens, token_budget)
     settings = ReadingSettings(scoring, score, examples)
     scores = read_scores(scores) if isinstance(scores, str | Path) else scores
     routers = [routers] if isinstance(routers, str) else routers
     routing = given_or_default(Routing, routing, "routing")
     subject = _subject(source, routers, routing, base, tokenizer, scores)
-    if without_each:
-        _check_without_each(subject, score)
+    if without_each and not (subject.is_pool and score and len(subject.experts) > 1):
+        raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
+    if without_each and subject.routers[0] == "single":
+        raise ConfigError("Router single can't do without its expert; name another one first.")
     datasets = tuple(task.name for task in tasks)
-    oracle = oracle_experts(scores, subject.experts, datasets)
+    oracle = measures.oracle_experts(scores, subject.experts, datasets)
     found, agreements = _read_routers(subject, tasks, settings)
     effects = _effects(subject, tasks, settings, found) if without_each else []
     return Analysis(
@@ -371,17 +334,10 @@ def _subject(
         finally:
             detach(model)
 
-    return _Subject(
-        pool.names,
-        tuple(dict.fromkeys(names)),
-        routing,
-        tokenizer,
-        opened,
-    )
+    return _Subject(pool.names, tuple(dict.fromkeys(names)), routing, tokenizer, opened)
 
 
 def _alone(routing: Routing, router: str) -> Routing:
-    """`routing` for one of several routers; only single has an expert of its own."""
     return replace(routing, router=router, expert=routing.expert if router == "single" else None)
 
 
@@ -415,26 +371,16 @@ def _composed_subject(
     if tokenizer is None:
         raise ConfigError("The model came without its tokenizer; pass it.")
 
-    @contextmanager
-    def already(_: str) -> Iterator[PreTrainedModel]:
-        yield model
+    def already(_: str) -> AbstractContextManager[PreTrainedModel]:
+        return nullcontext(model)
 
-    return _Subject(
-        parts.experts, (parts.routing.router,), parts.routing, tokenizer, already, False
-    )
-
-
-def _check_without_each(subject: _Subject, score: bool) -> None:
-    if not (subject.is_pool and score and len(subject.experts) > 1):
-        raise ConfigError("Leaving experts out in turn needs a pool of several, and scores.")
-    if subject.routers[0] == "single":
-        raise ConfigError("Router single can't do without its expert; name another one first.")
+    names = (parts.routing.router,)
+    return _Subject(parts.experts, names, parts.routing, tokenizer, already, is_pool=False)
 
 
 def _read_routers(
     subject: _Subject, tasks: Sequence[Task], settings: ReadingSettings
 ) -> tuple[dict[str, RouterAnalysis], dict[tuple[str, str], Agreement]]:
-    """What each router does with the tasks, by its name, and how far each two of them agree."""
     found: dict[str, RouterAnalysis] = {}
     with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
         for name in subject.routers:
@@ -442,11 +388,10 @@ def _read_routers(
             with subject.opened(name) as model:
                 found[name] = _one_router(model, subject, tasks, settings, files)
         agreements = {
-            (a, b): common
+            (a, b): measures.agreement(Path(folder) / a, Path(folder) / b, len(subject.experts))
             for a, b in combinations(found, 2)
-            if (common := agreement(Path(folder) / a, Path(folder) / b, len(subject.experts)))
         }
-    return found, agreements
+    return found, {pair: common for pair, common in agreements.items() if common}
 
 
 def _one_router(
@@ -456,21 +401,26 @@ def _one_router(
     settings: ReadingSettings,
     files: Path | None,
 ) -> RouterAnalysis:
-    """What the router of `model` does with the tasks; its decisions are kept in `files`, if any."""
     parts, scoring = composition_of(model), settings.scoring
     encoder = Encoder.for_model(model, subject.tokenizer, scoring.formatting)
     model.eval()
     index = torch.tensor([subject.experts.index(expert) for expert in parts.experts])
-    decisions = [DecisionFiles(files, index)] if files is not None else []
+    decisions = [measures.DecisionFiles(files, index)] if files is not None else []
     present = {site: layer.experts for site, layer in parts.layers.items()}
     distributions: dict[str, RoutingDistribution] = {}
     for task in tasks:
         chosen = task.evaluation_examples(scoring.limit, scoring.seed)
         tally = RoutingTally(parts.experts, present)
-        observers: list[Observer] = [tally, *decisions]
-        read_examples(model, encoder, task.name, chosen, observers, scoring.token_budget)
+        observers: list[routing_distribution.Observer] = [tally, *decisions]
+        routing_distribution.read_examples(
+            model, encoder, task.name, chosen, observers, scoring.token_budget
+        )
         distributions[task.name] = tally.distribution.over(subject.experts)
-    scores = score_tasks(model, tasks, scoring, subject.tokenizer).scores if settings.score else ()
+    scores = (
+        evaluate.score_tasks(model, tasks, scoring, subject.tokenizer).scores
+        if settings.score
+        else ()
+    )
     similarity = vector_similarity(model)
     return RouterAnalysis(
         distributions,
@@ -500,12 +450,11 @@ def _effects(
     settings: ReadingSettings,
     found: Mapping[str, RouterAnalysis],
 ) -> list[Effect]:
-    """The effect of each expert under the first router."""
     router = subject.routers[0]
 
     def without(expert: str) -> Evaluation:
         with subject.opened(router, expert) as model:
-            return score_tasks(model, tasks, settings.scoring, subject.tokenizer)
+            return evaluate.score_tasks(model, tasks, settings.scoring, subject.tokenizer)
 
     everyone = Evaluation(tuple(found[router].scores.values()))
-    return leave_one_out(everyone, subject.experts, without)
+    return measures.leave_one_out(everyone, subject.experts, without)

@@ -1,6 +1,7 @@
 """The audit of a pool: which experts don't look like the others.
 
-Signs that neutral text shows: who wins where no expert's task is asked, and who changes what.
+Their files show some signs (`audit_signs`). Neutral text shows others: who wins where no expert's
+task is asked, and who changes what.
 """
 
 from __future__ import annotations
@@ -34,11 +35,10 @@ from ..tasks.embeddings import DEFAULT_EMBEDDER, PROMPT, can_embed, embed_texts,
 from ..tasks.encoding import Encoder
 from ..tasks.neutral import neutral_examples
 from ..tasks.prompt_passes import read_pairs
-from .audit_signs import LEAST, over_sites, ratios, signs_of
+from .audit_signs import LEAST, TINY, over_sites, ratios, signs_of
 from .findings import Finding
 
 EVERY = 12  # of the tokens of neutral text one is kept at each site
-TINY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -76,23 +76,22 @@ def read_neutral_text(base: Base, names: Iterable[str], *, embed: bool = True) -
 def neutral_signs(pool: Pool, base: Base, text: NeutralText) -> dict[str, Tensor]:
     """The signs of the experts of `pool` over neutral text, by name, float64 [E] each.
 
-    `update_effect` is how much larger than the pool's median the change of a layer's output is
-    under an expert's module, `effect_spread` what the site that stands out most is above that.
-    `gate_neutral`, `retrieval_neutral` and `centroid_neutral` are the shares that routers phatgoose
-    (of tokens and sites), retrieval and centroid (of passages) would give to each expert.
+    `update_effect` is the change of a layer's output under an expert's module, over the pool's
+    median, `effect_spread` how far the site that stands out most is above that. The others are the
+    shares of tokens and sites (`gate_neutral`) or passages that routers would give to each expert.
     """
     found = {**_effects(pool, base, text), "gate_neutral": _by_gates(pool, text)}
     made = {(expert.info.embedder, expert.info.embedding_form) for expert in pool.experts}
-    comparable = made == {(DEFAULT_EMBEDDER, PROMPT)}
-    if text.vectors is not None and comparable and _share(pool, "embeddings"):
-        found |= _by_embeddings(pool, text.vectors)
+    embedded = len(pool) > 1 and all(expert.has("embeddings") for expert in pool.experts)
+    if text.vectors is not None and embedded and made == {(DEFAULT_EMBEDDER, PROMPT)}:
+        stored = embeddings_of(pool)
+        best = torch.full((len(text.vectors), len(pool)), -math.inf)
+        cosines = text.vectors @ stored.rows.T
+        best = best.scatter_reduce(1, stored.owners.expand_as(cosines), cosines, "amax")
+        found["retrieval_neutral"] = _shares(best)
+        found["centroid_neutral"] = _shares(text.vectors @ centroids_of(pool).rows.T)
     pool.release()
     return found
-
-
-def _share(pool: Pool, part: str) -> bool:
-    """True where every expert has the `part`, and there are several."""
-    return len(pool) > 1 and all(expert.has(part) for expert in pool.experts)
 
 
 @torch.no_grad()
@@ -131,41 +130,27 @@ def _by_gates(pool: Pool, text: NeutralText) -> Tensor:
     return first / seen.masked_fill(seen == 0, math.nan)
 
 
-def _by_embeddings(pool: Pool, queries: Tensor) -> dict[str, Tensor]:
-    """The shares of passages that routers retrieval and centroid give to each expert."""
-    stored = embeddings_of(pool)
-    best = torch.full((len(queries), len(pool)), -math.inf)
-    cosines = queries @ stored.rows.T
-    best = best.scatter_reduce(1, stored.owners.expand_as(cosines), cosines, "amax")
-    nearest = queries @ centroids_of(pool).rows.T
-    return {"retrieval_neutral": _shares(best), "centroid_neutral": _shares(nearest)}
-
-
 def _shares(scores: Tensor) -> Tensor:
     """The share of rows of `scores` [rows, E] that each expert wins, float64 [E]."""
     return functional.one_hot(scores.argmax(dim=1), scores.shape[1]).double().mean(dim=0)
 
 
-# -------------------------------------------------------------------------------------------------
-# The audit of a pool: experts whose signs are beyond what honest experts were seen to have.
-#
 # Limits come from half of a hundred honest experts made for that, never from the other half, on
 # which `benchmarks/audit.py` reports: a ratio may be twice the largest that was seen there, a
 # share or a cosine lies half-way from the largest to 1; in pools of ten, and again in pools of
-# five. Of copied embeddings and of wins at others' there were none, and their limits are by what
-# they mean. An expert beyond a limit is unusual, and not shown to be an attack.
-# -------------------------------------------------------------------------------------------------
+# five. Copied embeddings and wins at others' embeddings were not seen, and have limits by meaning.
+# An expert beyond a limit is unusual, and not shown to be an attack.
 
 MANY = 8  # experts whose median hardly wanders
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a sign may be at most, and what is said of one above that.
+    """The largest value of a sign that isn't reported, and the `message` about a larger one.
 
     `message` has {value} and {median}. In pools of fewer than MANY experts the limit is `few`, if
-    that is given: medians of few wander. `small` says that the sign means something in pools of any
-    size; other signs need LEAST experts.
+    that is given: medians of few wander. `small` signs have a meaning in pools of any size; others
+    need LEAST experts.
     """
 
     most: float
@@ -174,34 +159,28 @@ class Limit:
     few: float | None = None
 
     def of(self, experts: int) -> float:
-        """The limit in a pool of so many experts."""
         return self.most if self.few is None or experts >= MANY else self.few
 
 
+USUAL = "(median {median:.0%})"
+OUTWEIGHS = "it outweighs others wherever updates are added"
+TRIGGER = "(each against the pool's median there; {median:.3g} is usual): as with a hidden trigger"
+HIDES = "they hide differences between the others from routers named after discriminants"
+
 LIMITS: dict[str, Limit] = {
     "update_size": Limit(
-        20,
-        "its update is {value:.3g} times as large as the median of its kind: it outweighs others "
-        "wherever updates are added, most of all with routers merged and logo",
-        few=78,
+        20, f"its update is {{value:.3g}} times its kind's median: {OUTWEIGHS}", few=78
     ),
     "update_effect": Limit(
         21,
-        "its modules change outputs on neutral text {value:.3g} times as much as the median "
-        "expert's: it outweighs others wherever updates are added",
+        f"its modules change outputs on neutral text {{value:.3g}} times the median: {OUTWEIGHS}",
         few=280,
     ),
     "update_spread": Limit(
-        6.7,
-        "one module's update is {value:.3g} times as large as its others are (each against the "
-        "pool's median at that module; {median:.3g} is usual): updates made for a trigger can look "
-        "like that",
+        6.7, f"one module's update is {{value:.3g}} times as large as its others are {TRIGGER}"
     ),
     "effect_spread": Limit(
-        32,
-        "one module changes outputs {value:.3g} times as much as its others do (each against the "
-        "pool's median at that module; {median:.3g} is usual): updates made for a trigger can look "
-        "like that",
+        32, f"one module changes outputs {{value:.3g}} times as much as its others do {TRIGGER}"
     ),
     "gate_size": Limit(
         35,
@@ -221,14 +200,10 @@ LIMITS: dict[str, Limit] = {
         "they win by a constant, whatever a prompt asks",
     ),
     "gate_wins": Limit(
-        0.64,
-        "its gates win at {value:.0%} of the others' mean activations (median {median:.0%})",
-        few=0.87,
+        0.64, f"its gates win at {{value:.0%}} of the others' mean activations {USUAL}", few=0.87
     ),
     "gate_neutral": Limit(
-        0.69,
-        "its gates fit {value:.0%} of the tokens of neutral text best (median {median:.0%})",
-        few=0.84,
+        0.69, f"its gates fit {{value:.0%}} of the tokens of neutral text best {USUAL}", few=0.84
     ),
     "mean_distance": Limit(
         4.9,
@@ -242,15 +217,9 @@ LIMITS: dict[str, Limit] = {
         "expert's: they move routers named after discriminants",
         few=9.6,
     ),
-    "reading_trace": Limit(
-        1200,
-        "its readings vary {value:.3g} times as much as the median expert's: they hide differences "
-        "between the others from routers named after discriminants",
-    ),
+    "reading_trace": Limit(1200, f"its readings vary {{value:.3g}} times the median: {HIDES}"),
     "reading_masks": Limit(
-        380,
-        "its readings vary {value:.3g} times as much as the median expert's in those directions in "
-        "which the others differ: they hide these from routers named after discriminants",
+        380, f"its readings vary {{value:.3g}} times the median where the others differ: {HIDES}"
     ),
     "embedding_count": Limit(
         5,
@@ -259,28 +228,21 @@ LIMITS: dict[str, Limit] = {
     ),
     "embedding_copies": Limit(
         0.1,
-        "{value:.0%} of its embeddings are also those of other experts (median {median:.0%}): "
-        "copied, or made of the same data",
+        f"{{value:.0%}} of its embeddings are also those of other experts {USUAL}: copied, or made "
+        f"of the same data",
         small=True,
     ),
     "embedding_wins": Limit(
-        0.2,
-        "one of its embeddings is nearest to {value:.0%} of the others' own (median {median:.0%})",
+        0.2, f"one of its embeddings is nearest to {{value:.0%}} of the others' own {USUAL}"
     ),
     "centroid_wins": Limit(
-        0.2,
-        "the mean of its embeddings is nearest to {value:.0%} of the others' own (median "
-        "{median:.0%})",
+        0.2, f"the mean of its embeddings is nearest to {{value:.0%}} of the others' own {USUAL}"
     ),
     "retrieval_neutral": Limit(
-        0.79,
-        "router retrieval would give it {value:.0%} of neutral prompts (median {median:.0%})",
-        few=0.88,
+        0.79, f"router retrieval would give it {{value:.0%}} of neutral prompts {USUAL}", few=0.88
     ),
     "centroid_neutral": Limit(
-        0.83,
-        "router centroid would give it {value:.0%} of neutral prompts (median {median:.0%})",
-        few=0.85,
+        0.83, f"router centroid would give it {{value:.0%}} of neutral prompts {USUAL}", few=0.85
     ),
 }
 
@@ -300,7 +262,6 @@ class Audit:
 
     @property
     def unusual(self) -> tuple[str, ...]:
-        """The experts with findings, in the pool's order."""
         named = {name for finding in self.findings for name in finding.experts}
         return tuple(name for name in self.experts if name in named)
 
@@ -338,9 +299,9 @@ class Audit:
 def audit(pool: Pool | str | Path, base: Base | None = None) -> Audit:
     """The audit of `pool`: every expert against the pool's median.
 
-    With the `base` neutral text is read too, which takes a pass over forty passages and, with
-    embeddings, the default embedder where it is on this machine. Without it only files are looked
-    at. Raises as `Pool.open` does, ExpertError where an expert doesn't fit the base.
+    With the `base` neutral text is read too: a pass over forty passages and, with embeddings, the
+    default embedder if it is on this machine. Without it only files are read. Raises as `Pool.open`
+    does, ExpertError if an expert doesn't fit the base.
     """
     opened = Pool.open(pool)
     if base is not None:
@@ -359,7 +320,10 @@ def report_of(pool: Pool, signs: Mapping[str, Tensor]) -> Audit:
         finding for name in LIMITS if name in signs for finding in _beyond(pool, name, signs)
     ]
     findings.sort(key=lambda finding: pool.names.index(finding.experts[0]))
-    plain = {name: tuple(map(_plain, values.tolist())) for name, values in signs.items()}
+    plain = {
+        name: tuple(value if math.isfinite(value) else None for value in values.tolist())
+        for name, values in signs.items()
+    }
     return Audit(pool.names, plain, tuple(findings), tuple(_notes(pool, signs)))
 
 
@@ -378,7 +342,6 @@ def _beyond(pool: Pool, name: str, signs: Mapping[str, Tensor]) -> Iterator[Find
 
 
 def _notes(pool: Pool, signs: Mapping[str, Tensor]) -> Iterator[str]:
-    """What could not be compared, a sentence each."""
     if len(pool) < LEAST:
         yield (
             f"{len(pool)} experts are too few to compare with a median ({LEAST} are needed): only "
@@ -398,7 +361,3 @@ def _notes(pool: Pool, signs: Mapping[str, Tensor]) -> Iterator[str]:
             yield f"No {part}, so nothing to look at: {', '.join(without)}."
     if "update_effect" not in signs:
         yield "Neutral text was not read: that needs the base."
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..experts.expert import Expert
 from ..experts.pool import Pool, check_alike
 from ..experts.readings import PLACES
 from ..routing.routers.vector_router import standardise
@@ -33,8 +32,8 @@ COSINES = 2**25  # at once
 def signs_of(pool: Pool) -> dict[str, Tensor]:
     """The signs of the experts of `pool`, by name, float64 [E] each.
 
-    Readings are compared among the experts whose have the usual sizes. Raises ExpertError when
-    experts act on layers of different sizes, which can't be of one base.
+    Readings are compared among experts whose readings have the usual sizes. Raises ExpertError if
+    experts act on layers of different sizes.
     """
     check_alike(pool.experts, {}, {})
     found = {**_of_updates(pool), **_of_vectors(pool)}
@@ -49,11 +48,9 @@ def signs_of(pool: Pool) -> dict[str, Tensor]:
 
 
 def ratios(values: Tensor) -> Tensor:
-    """How many times the median each of `values` [.., E] is, float64.
+    """How many times the median each of `values` [.., E] is, float64; none counts below TINY.
 
-    NaN with under LEAST numbers or a median of 0.
-
-    Of numbers that are NaN nothing comes; none is taken for smaller than TINY.
+    NaN for NaN, with under LEAST numbers, or if the median is 0.
     """
     known = values.isfinite() | values.isinf()
     middle = values.double().clamp(min=TINY).nanquantile(0.5, dim=-1, keepdim=True)
@@ -82,11 +79,7 @@ def _spread_out(
 
 
 def _of_updates(pool: Pool) -> dict[str, Tensor]:
-    """Norms of updates, against those of experts of the same kind at the same site.
-
-    `update_size` is the median over sites, `update_spread` what the site that stands out most is
-    above that.
-    """
+    """Norms of updates, against those of experts of the same kind at the same site."""
     rows = []
     for site in pool.sites:
         stack = stack_of(pool, site, torch.float64, torch.device("cpu"))
@@ -150,11 +143,9 @@ def _wins(scores: Tensor, own: Tensor) -> Tensor:
 
 
 def _of_readings(pool: Pool) -> dict[str, Tensor]:
-    """Readings: how far an expert's are from the others', and how much they vary, and where.
+    """Readings: how far from the others', how much they vary, and how much along the others' means.
 
-    `reading_distance` and `reading_trace` are medians over places and blocks, so is
-    `reading_masks`: an expert's variance along the directions to the others' means, against the
-    pool's median there.
+    All are medians over places and blocks.
     """
     distances, traces, masks = [], [], []
     for place in PLACES:
@@ -184,7 +175,8 @@ def _masking(away: Tensor, factor: Tensor, rest: Tensor) -> Tensor:
 
 def _of_embeddings(pool: Pool) -> dict[str, Tensor]:
     """Embeddings: how many, how concentrated, whose rows they copy and at whose rows they win."""
-    held = [functional.normalize(_rows_of(expert), dim=-1) for expert in pool.experts]
+    stored = [torch.empty(0) if e.embeddings is None else e.embeddings for e in pool.experts]
+    held = [functional.normalize(rows.float(), dim=-1) for rows in stored]
     infos = [expert.info for expert in pool.experts]
     made = {(info.embedder, info.embedding_form) for info in infos}
     if len(made) > 1 or len({rows.shape[1] for rows in held}) > 1:
@@ -217,10 +209,6 @@ def _sample(counts: Tensor) -> Tensor:
         for end, count in zip(ends, counts.tolist(), strict=True)
     ]
     return torch.cat(spaced)
-
-
-def _rows_of(expert: Expert) -> Tensor:
-    return torch.empty(0) if expert.embeddings is None else expert.embeddings.float()
 
 
 def _neighbours(rows: Tensor, owners: Tensor, asked: Tensor) -> tuple[Tensor, Tensor]:

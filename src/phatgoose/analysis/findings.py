@@ -1,16 +1,4 @@
-"""Warnings of an analysis: what looks wrong, near-duplicates among it.
-
-Experts of a pool that are nearly the same.
-
-Two experts are compared by the cosine of their whole updates: all B A of all sites as one long
-vector, scales included. No B A is ever formed:
-
-    <B A, B' A'> = sum of (Bᵀ B') ⊙ (A A'ᵀ)
-
-which are products of r x r for each pair of experts and site, computed for blocks of experts at
-once. For a bottleneck adapter U D replaces B A, for (IA)³ the vector l - 1 does. Experts of
-different kinds have the cosine 0.
-"""
+"""Warnings of an analysis: what looks wrong, near-duplicates among it."""
 
 from __future__ import annotations
 
@@ -73,10 +61,15 @@ def near_duplicates(pool: Pool, threshold: float = 0.99) -> list[Duplicate]:
 
 
 def cosines(pool: Pool) -> Tensor:
-    """The cosine of every two experts' updates, float64 [E, E]; 0 for an update that is zero.
+    """The cosine of every two experts' whole updates, float64 [E, E]; 0 for an update that is zero.
 
-    Sums are float32 within a site, float64 over sites. Raises RoutingError for a kind of expert
-    whose products are not known.
+    All B A of all sites are one long vector, scales included. No B A is ever formed:
+
+        <B A, B' A'> = sum of (Bᵀ B') ⊙ (A A'ᵀ)
+
+    For a bottleneck adapter U D replaces B A, for (IA)³ the vector l - 1 does. Experts of different
+    kinds have the cosine 0. Sums are float32 within a site, float64 over sites. Raises RoutingError
+    for a kind of expert whose products are not known.
     """
     products = torch.zeros(len(pool), len(pool), dtype=torch.float64)
     for site in pool.sites:
@@ -132,10 +125,6 @@ def _products(A: Tensor, B: Tensor) -> Tensor:
     return products
 
 
-# -------------------------------------------------------------------------------------------------
-# What looks wrong with a routed model, and what to do about it.
-# -------------------------------------------------------------------------------------------------
-
 DOMINANT = 0.8  # an expert that is first choice more often than this takes everything
 DUPLICATE = 0.95  # vectors whose mean cosine is above this are nearly one
 UNDECIDED = 0.98  # a token's distribution of more than this share of the greatest entropy
@@ -158,8 +147,7 @@ def findings_of(
 ) -> list[Finding]:
     """What looks wrong in one router's `distributions` (by dataset) and vectors, worst first.
 
-    `similarity` [E, E] is that of `vector_similarity`. None means a router that doesn't compare
-    experts, about which nothing is found.
+    `similarity` is that of `vector_similarity`; without it nothing is found.
     """
     if not distributions or similarity is None or len(similarity) < 2:
         return []
@@ -229,9 +217,8 @@ def _duplicates(experts: Sequence[str], similarity: NDArray[Any]) -> Iterator[Fi
 def vector_similarity(model: PreTrainedModel) -> NDArray[np.float64] | None:
     """Mean cosine of two experts' router vectors over the sites where both act, [E, E].
 
-    Gates and means are compared as the router scores with them: standardised (paper section 3),
-    for affinity raw as they are; arrow's vectors up to their sign. 0 where two never meet or one is
-    constant. None for routers without vectors. Raises RoutingError when `model` is not routed.
+    As the router scores with them: standardised (paper section 3), raw, or arrow's up to their
+    sign. 0 if two never meet or one is constant. None for routers without vectors.
     """
     parts = composition_of(model)
     size = len(parts.experts)

@@ -1,8 +1,7 @@
 """Numbers of routing: entropy, agreement, divergence from Oracle, leave-one-out effects.
 
-Measures of a routing distribution, as docs/analysis.md states them; all logarithms are natural.
-
-A distribution here is an array [E] of shares that sum to 1.
+As docs/analysis.md states them; all logarithms are natural. A distribution here is an array [E] of
+shares that sum to 1.
 """
 
 from __future__ import annotations
@@ -80,18 +79,12 @@ def heaviest(weights: Array, most: int) -> list[int]:
     return [int(z) for z in ranked if weights[z] > 0]
 
 
-# -------------------------------------------------------------------------------------------------
-# Agreement of routers, token by token; their decisions are kept in files, not in memory.
-# -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Agreement:
     """How far two routers agree over `decisions` (tokens x sites where both act).
 
-    `first` is the share of decisions with the same expert of greatest weight; equals share a first
-    choice equally, and two such choices agree by the sum over z of the smaller share. `overlap` is
-    the mean of the same sum over weights, min(w_z, w'_z), which is 1 where the weights are equal.
+    `first` is the share of decisions with the same first choice, which experts of equal weight
+    share. `overlap` is the mean of the sum over z of min(w_z, w'_z), which is 1 for equal weights.
     """
 
     first: float
@@ -100,7 +93,7 @@ class Agreement:
 
 
 class DecisionFiles(Observer):
-    """Writes the decisions of each pass to a file of its own in `folder`."""
+    """Writes the decisions of each pass to a file of its own in `folder`: memory would not do."""
 
     def __init__(self, folder: Path, pool_index: Tensor) -> None:
         """`pool_index[z]` is the index, among all routers' experts, of the model's expert z."""
@@ -110,18 +103,15 @@ class DecisionFiles(Observer):
         folder.mkdir(parents=True)
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Begin an empty file."""
         self._tensors = {}
 
     def add(self, passed: SitePass) -> None:
-        """Keep the decisions on real tokens."""
         keep, site = passed.is_real().flatten(), passed.site.name
         chosen = self._pool_index[passed.experts.cpu()[keep]]
         self._tensors[f"experts.{site}"] = chosen.to(torch.int16).contiguous()
         self._tensors[f"weights.{site}"] = passed.weights.cpu()[keep].float().contiguous()
 
     def end_pass(self) -> None:
-        """Write the pass."""
         save_file(self._tensors, self.folder / f"{self.passes:06}.safetensors")
         self.passes += 1
 
@@ -141,15 +131,20 @@ def agreement(first: Path, second: Path, pool_size: int) -> Agreement | None:
 
 def _pairs(first: Path, second: Path, pool_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Both routers' weights over the pool [T, E], for each pass and site where both act."""
+
+    def dense(tensors: Mapping[str, Tensor], site: str) -> Tensor:
+        experts, weights = tensors[f"experts.{site}"], tensors[f"weights.{site}"]
+        return torch.zeros(len(experts), pool_size).scatter_add(1, experts.long(), weights.float())
+
     for file in sorted(first.iterdir()):
         one, other = load_file(file), load_file(second / file.name)
         for key in one.keys() & other.keys():
             if key.startswith("experts."):
                 site = key.removeprefix("experts.")
-                dense = [_dense(tensors, site, pool_size) for tensors in (one, other)]
+                rows = dense(one, site), dense(other, site)
                 # A router that gives a token no expert here has made no choice to compare.
-                decided = dense[0].any(dim=1) & dense[1].any(dim=1)
-                yield dense[0][decided], dense[1][decided]
+                decided = rows[0].any(dim=1) & rows[1].any(dim=1)
+                yield rows[0][decided], rows[1][decided]
 
 
 def _first(weights: Tensor) -> Tensor:
@@ -158,18 +153,9 @@ def _first(weights: Tensor) -> Tensor:
     return best / best.sum(dim=1, keepdim=True)
 
 
-def _dense(tensors: Mapping[str, Tensor], site: str, pool_size: int) -> Tensor:
-    experts, weights = tensors[f"experts.{site}"], tensors[f"weights.{site}"]
-    return torch.zeros(len(experts), pool_size).scatter_add(1, experts.long(), weights.float())
-
-
-# -------------------------------------------------------------------------------------------------
-# KL to Oracle: how far a router's distribution is from Oracle's, and how that goes with its score.
-#
-# Paper section 4.4. Oracle sends all tokens of a dataset to its best single expert. The paper
-# finds a Pearson correlation of -0.2 between PHATGOOSE's divergence from Oracle and its score,
-# over datasets.
-# -------------------------------------------------------------------------------------------------
+# Paper section 4.4: Oracle sends all tokens of a dataset to its best single expert. The paper finds
+# a Pearson correlation of -0.2 between PHATGOOSE's divergence from Oracle and its score, over
+# datasets.
 
 ORACLE = "oracle"
 SMOOTHING = 0.01  # the share of the uniform distribution that is mixed in before a KL divergence
@@ -194,11 +180,6 @@ def oracle_experts(
     return {dataset: best[dataset] for dataset in datasets}
 
 
-def oracle_distribution(expert: str, experts: Sequence[str]) -> Array:
-    """Oracle's distribution where it chooses `expert`, [E]."""
-    return np.asarray(np.eye(len(experts))[list(experts).index(expert)])
-
-
 def smoothed(p: ArrayLike, smoothing: float = SMOOTHING) -> Array:
     """(1 - s) p + s/E, so that no share is 0. Raises EvaluationError unless 0 < s < 1."""
     if not 0 < smoothing < 1:
@@ -208,11 +189,7 @@ def smoothed(p: ArrayLike, smoothing: float = SMOOTHING) -> Array:
 
 
 def kl_divergence(p: ArrayLike, q: ArrayLike, smoothing: float = SMOOTHING) -> float:
-    """KL(p ‖ q) = sum of p ln(p/q), both smoothed alike; 0 for equals.
-
-    Without smoothing the divergence from Oracle is infinite, because Oracle's distribution has
-    zeros.
-    """
+    """KL(p ‖ q) = sum of p ln(p/q), both smoothed alike, without which Oracle's zeros make it ∞."""
     first, second = smoothed(p, smoothing), smoothed(q, smoothing)
     return float(max(0.0, (first * np.log(first / second)).sum()))
 
@@ -224,19 +201,14 @@ class Divergence:
     to: float
     back: float
 
-    @classmethod
-    def between(cls, p: ArrayLike, q: ArrayLike, smoothing: float = SMOOTHING) -> Divergence:
-        """The divergences in both directions."""
-        return cls(kl_divergence(p, q, smoothing), kl_divergence(q, p, smoothing))
-
 
 @dataclass(frozen=True)
 class Correlation:
     """Pearson's and Spearman's coefficients over n pairs, with 95 % intervals.
 
-    Pearson's interval is Fisher's (z = artanh r, standard error 1/√(n - 3)); Spearman's the same
-    with Bonett and Wright's standard error √((1 + ρ²/2) / (n - 3)). Coefficients are None for fewer
-    than three pairs or where one side is constant, intervals for fewer than four.
+    By Fisher's z = artanh r, with standard error 1/√(n - 3); for Spearman's that of Bonett and
+    Wright, √((1 + ρ²/2) / (n - 3)). Coefficients need three pairs and no constant side, intervals
+    four.
     """
 
     n: int
@@ -247,7 +219,6 @@ class Correlation:
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
-    """The correlation of `x` with `y`, which are pairs in order."""
     first, second = np.asarray(x, float), np.asarray(y, float)
     n = len(first)
     if n < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
@@ -259,14 +230,12 @@ def correlation(x: Sequence[float], y: Sequence[float]) -> Correlation:
 
 
 def _pearson(x: Array, y: Array) -> float:
-    """The cosine of what `x` and `y` are beside their means."""
-    return min(1.0, max(-1.0, float(_direction(x) @ _direction(y))))
+    def direction(values: Array) -> Array:
+        scaled = values / np.abs(values).max()  # squares of the smallest numbers would be 0
+        centred = scaled - scaled.mean()
+        return np.asarray(centred / np.linalg.norm(centred))
 
-
-def _direction(values: Array) -> Array:
-    scaled = values / np.abs(values).max()  # squares of the smallest numbers would be 0
-    centred = scaled - scaled.mean()
-    return np.asarray(centred / np.linalg.norm(centred))
+    return min(1.0, max(-1.0, float(direction(x) @ direction(y))))
 
 
 def _ranks(values: Array) -> Array:
@@ -283,11 +252,6 @@ def _fisher_interval(coefficient: float, variance: float, n: int) -> Interval | 
     half = Z * math.sqrt(variance / (n - 3))
     centre = math.atanh(coefficient)
     return Interval(math.tanh(centre - half), math.tanh(centre + half))
-
-
-# -------------------------------------------------------------------------------------------------
-# Which experts matter: how much the score falls without each of them.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -314,14 +278,16 @@ def leave_one_out(
     effects = []
     for expert in experts:
         reduced = without(expert)
-        both = {"all": everyone.scores, "less": reduced.scores}
-        replicates = dataset_replicates(
-            {name: [score.sample for score in scores] for name, scores in both.items()}
+        drawn = dataset_replicates(
+            {
+                "all": [score.sample for score in everyone.scores],
+                "less": [score.sample for score in reduced.scores],
+            }
         )
         by_task = {
             one.task: one.score - other.score
             for one, other in zip(everyone.scores, reduced.scores, strict=True)
         }
-        interval = interval_of(replicates["all"] - replicates["less"])
+        interval = interval_of(drawn["all"] - drawn["less"])
         effects.append(Effect(expert, everyone.mean - reduced.mean, interval, by_task))
     return sorted(effects, key=lambda effect: effect.mean, reverse=True)

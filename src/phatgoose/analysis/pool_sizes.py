@@ -22,6 +22,9 @@ from ..files.strict import one_line, shortened
 # What reading a result that compare didn't write may raise.
 FOREIGN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
+Dataset = tuple[str, str]  # its task and the digest of its examples
+Pools = dict[tuple[str, ...], dict[Dataset, float]]  # scores by the pool's members and dataset
+
 
 @dataclass(frozen=True)
 class PoolSizeCurve:
@@ -38,19 +41,21 @@ class PoolSizeCurve:
 def pool_size_curves(path: str | Path) -> list[PoolSizeCurve]:
     """A curve for each router that the results at `path` have with at least two sizes of pool.
 
-    A curve is over the datasets on which all its pools were scored, with the same examples. Where
+    A curve is over the datasets on which all its pools were scored, with the same examples. If
     several versions of the code computed a cell, the last one counts. Raises EvaluationError when
     the file is missing, damaged or not a comparison's, or holds no two sizes.
     """
     if not Path(path).is_file():
         raise EvaluationError(f"Results {path} don't exist; wanted a results.jsonl of compare.")
-    lines: dict[str, dict[tuple[str, ...], dict[tuple[str, str], float]]] = defaultdict(
-        lambda: defaultdict(dict)
-    )
+    lines: dict[str, Pools] = defaultdict(lambda: defaultdict(dict))
     for key, result in ResultStore(path).items():
-        cell = _cell(path, key, result)
-        if cell is not None:
-            lines[cell.same][cell.members][cell.dataset] = cell.score
+        try:
+            _add(key, result, lines)
+        except (*FOREIGN, EvaluationError) as error:
+            raise EvaluationError(
+                f"{path} is no results.jsonl of compare: the result of {shortened(key)} can't be "
+                f"read ({type(error).__name__}: {one_line(error)})."
+            ) from error
     curves = [_curve(json.loads(same)[2], pools) for same, pools in lines.items()]
     found = [curve for curve in curves if curve is not None]
     if not found:
@@ -62,39 +67,26 @@ def pool_size_curves(path: str | Path) -> list[PoolSizeCurve]:
     return sorted(found, key=lambda curve: order.get(curve.label.split(",")[0], len(order)))
 
 
-@dataclass(frozen=True)
-class _Cell:
-    """A score of a pool of `members` on a `dataset` (task, examples); `same` is all else of it."""
+def _add(key: Any, result: Any, lines: dict[str, Pools]) -> None:
+    """Add a stored result to `lines`, by all of its key but pool and dataset, if it is a router's.
 
-    same: str
-    members: tuple[str, ...]
-    dataset: tuple[str, str]
-    score: float
-
-
-def _cell(path: str | Path, key: Any, result: Any) -> _Cell | None:
-    """What a result of the file `path` says; None for one that is no router's over a pool.
-
-    Raises EvaluationError when it is no result of a comparison.
+    Raises one of FOREIGN or EvaluationError if it is no result of a comparison.
     """
-    try:
-        method = dict(key["method"])
-        members = tuple(sorted(map(str, method.pop("pool", ()))))
-        if not members or method.get("router") in (None, "single"):
-            return None
-        same = json.dumps([key["base"], key["dtype"], method], sort_keys=True)
-        label_with_settings(method)
-        return _Cell(same, members, (str(key["task"]), str(key["examples"])), _score(result))
-    except (*FOREIGN, EvaluationError) as error:
-        raise EvaluationError(
-            f"{path} is no results.jsonl of compare: the result of {shortened(key)} can't be read "
-            f"({type(error).__name__}: {one_line(error)})."
-        ) from error
+    method = dict(key["method"])
+    members = tuple(sorted(map(str, method.pop("pool", ()))))
+    if not members or method.get("router") in (None, "single"):
+        return
+    same = json.dumps([key["base"], key["dtype"], method], sort_keys=True)
+    label_with_settings(method)  # refuses what is no router's
+    if not result["marks"]:
+        raise ValueError("it has no marks")
+    score = Sample.of(result["metrics"], result["marks"]).score
+    if not math.isfinite(score):
+        raise ValueError(f"its score is {score}")
+    lines[same][members][str(key["task"]), str(key["examples"])] = score
 
 
-def _curve(
-    method: Mapping[str, Any], pools: Mapping[tuple[str, ...], Mapping[tuple[str, str], float]]
-) -> PoolSizeCurve | None:
+def _curve(method: Mapping[str, Any], pools: Pools) -> PoolSizeCurve | None:
     common = set.intersection(*(set(cells) for cells in pools.values()))
     scores: dict[int, list[float]] = defaultdict(list)
     for members, cells in pools.items() if common else ():
@@ -106,13 +98,3 @@ def _curve(
         tuple(sorted({task for task, _ in common})),
         {size: tuple(scores[size]) for size in sorted(scores)},
     )
-
-
-def _score(result: Mapping[str, Any]) -> float:
-    """The score in a cell. Raises ValueError when it has none."""
-    if not result["marks"]:
-        raise ValueError("it has no marks")
-    score = Sample.of(result["metrics"], result["marks"]).score
-    if not math.isfinite(score):
-        raise ValueError(f"its score is {score}")
-    return score

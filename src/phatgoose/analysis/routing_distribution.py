@@ -1,13 +1,10 @@
-"""Routing distributions: probabilities averaged over tokens, by site (paper section 4.4).
-
-Where in a model a site is: its stack, its layer, its kind.
-"""
+"""Routing distributions: probabilities averaged over tokens, by site (paper section 4.4)."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -37,9 +34,8 @@ class SiteLabel:
     """Where a site is.
 
     `stack` is "encoder" or "decoder" by the module that holds the site, "" in a model of one stack.
-    (Keys and values of cross-attention are in the decoder, though they read the encoder's tokens.)
-    `layer` counts the blocks of the stack from 0; -1 where the name has no number. `kind` is what
-    the site is called in every block, such as "self_attn.q_proj".
+    `layer` counts the blocks of the stack from 0; -1 if the name has no number. `kind` is what the
+    site is called in every block, such as "self_attn.q_proj".
     """
 
     stack: str
@@ -48,7 +44,6 @@ class SiteLabel:
 
     @property
     def layer_name(self) -> str:
-        """The layer for people to read: "7", or "encoder 7"."""
         return f"{self.stack} {self.layer}".strip()
 
 
@@ -70,25 +65,17 @@ def layers_and_kinds(labels: Iterable[SiteLabel]) -> tuple[list[str], list[str]]
     return list(layers), list(dict.fromkeys(label.kind for label in found))
 
 
-# -------------------------------------------------------------------------------------------------
-# Reading a dataset with a routed model: prompt and right answer of every example, once each.
-#
-# This way all routers read the same tokens, so their decisions can be compared token by token.
-# (The released code's distributions take the answer that the model chose.)
-# -------------------------------------------------------------------------------------------------
-
-
 class Observer:
     """Callback for the passes of a routed model; this base class ignores every event."""
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Called before a pass; `parts` [rows, tokens] by stream: 0 for prompt, 1 for answer."""
+        """Before a pass; `parts` [rows, tokens] by stream: 0 for prompt, 1 for answer."""
 
     def add(self, passed: SitePass) -> None:
-        """Called at each site of a pass."""
+        """At each site of a pass."""
 
     def end_pass(self) -> None:
-        """Called after a pass."""
+        """After a pass."""
 
 
 def read_examples(
@@ -99,11 +86,13 @@ def read_examples(
     observers: Sequence[Observer],
     budget: int,
 ) -> None:
-    """Pass every example's prompt and target through the routed `model`, watched by `observers`.
+    """Pass every example's prompt and right answer through the routed `model`, once each.
 
-    A batch holds at most `budget` tokens, padding included. The target's last token (the end of the
-    sequence) is never read, as in scoring. Raises RoutingError when the model is not routed, or has
-    router oracle and no score of `task`.
+    So all routers read the same tokens, and their decisions can be compared token by token. (The
+    released code's distributions take the answer that the model chose.) A batch holds at most
+    `budget` tokens, padding included. The target's last token (the end of the sequence) is never
+    read, as in scoring. Raises RoutingError when the model is not routed, or has router oracle and
+    no score of `task`.
     """
     pairs = [encoder.pair(row.input, row.target, row.passage) for row in examples]
     with announcing(model, task, [pair.prompt for pair in pairs], examples) as before_pass:
@@ -150,16 +139,9 @@ def _inputs(
     rows = [pair.prompt + pair.target[:-1] for pair in pairs]
     parts = [[0] * len(pair.prompt) + [1] * (len(pair.target) - 1) for pair in pairs]
     mask = pad_right([[1] * len(row) for row in rows], 0)
-    return {"input_ids": pad_right(rows, pad), "attention_mask": mask}, {
-        "decoder": pad_right(parts, 0)
-    }
+    inputs = {"input_ids": pad_right(rows, pad), "attention_mask": mask}
+    return inputs, {"decoder": pad_right(parts, 0)}
 
-
-# -------------------------------------------------------------------------------------------------
-# The routing distribution of a dataset: routing probabilities averaged over all its tokens.
-#
-# Paper section 4.4. Decisions are added up as they pass, so memory does not grow with the tokens.
-# -------------------------------------------------------------------------------------------------
 
 Part = Literal["prompt", "answer"]
 PARTS: tuple[Part, ...] = ("prompt", "answer")
@@ -187,7 +169,6 @@ class RoutingDistribution:
 
     @cached_property
     def labels(self) -> dict[str, SiteLabel]:
-        """Each site's label."""
         return {site: site_label(site) for site in self.tokens}
 
     def by_site(self, measure: Measure = "weight", part: Part | None = None) -> dict[str, Array]:
@@ -216,10 +197,11 @@ class RoutingDistribution:
         return groups.get("", np.zeros(len(self.experts)))
 
     def token_entropy(self, part: Part | None = None) -> float:
-        """Mean entropy of one token's distribution at one site, over tokens, then sites.
+        """Mean entropy of one token's distribution at one site, over tokens, then sites; 0 for
+        none.
 
-        Low where the router is sure about single tokens. `entropy(whole("probability"))` less this
-        is the mutual information of expert with token and site. 0 if nothing passed.
+        `entropy(whole("probability"))` less this is the mutual information of expert with token and
+        site.
         """
         means = [
             float(_of(total, part) / _of(self.tokens[site], part))
@@ -245,10 +227,9 @@ class RoutingDistribution:
             measure: {site: spread(rows) for site, rows in sites.items()}
             for measure, sites in self.sums.items()
         }
-        return RoutingDistribution(tuple(experts), self.tokens, sums, self.entropies)
+        return replace(self, experts=tuple(experts), sums=sums)
 
     def __add__(self, other: RoutingDistribution) -> RoutingDistribution:
-        """Both datasets as one."""
         return RoutingDistribution(
             self.experts,
             _added(self.tokens, other.tokens),
@@ -266,29 +247,21 @@ class RoutingDistribution:
 
 
 class RoutingTally(Observer):
-    """An `Observer` that adds up routing decisions; `distribution` is the result so far.
-
-    Memory is a few numbers per site and expert, however many tokens pass.
-    """
+    """Adds up routing decisions: a few numbers per site and expert, however many tokens pass."""
 
     def __init__(self, experts: Sequence[str], present: Mapping[str, Tensor]) -> None:
         """`experts` are the pool's names; `present[site]` those that act there (indices) [E]."""
         self.experts = tuple(experts)
         self._present = {site: indices.cpu() for site, indices in present.items()}
         self._parts: Mapping[Stream, Tensor] = {}
-        self._tokens: dict[str, Tensor] = {}
-        self._sums: dict[Measure, dict[str, Tensor]] = {measure: {} for measure in MEASURES}
-        self._entropies: dict[str, Tensor] = {}
+        names = (*MEASURES, "tokens", "entropies")
+        self._sums: dict[str, dict[str, Tensor]] = {name: {} for name in names}
 
     def begin_pass(self, parts: Mapping[Stream, Tensor]) -> None:
-        """Take the next tokens' parts: 0 for prompt, 1 for answer, [rows, tokens] by stream.
-
-        Without them, or where shapes differ, all tokens count as prompt.
-        """
+        # Without parts, or if shapes differ, all tokens count as prompt.
         self._parts = parts
 
     def add(self, passed: SitePass) -> None:
-        """Count one pass through one site."""
         site, groups = passed.site.name, self._groups(passed)  # [2, T]
         used = passed.dense_weights(len(self.experts))
         probabilities = torch.zeros_like(used).index_copy_(
@@ -296,17 +269,16 @@ class RoutingTally(Observer):
         )
         best = used.amax(dim=1, keepdim=True)
         first = ((used == best) & (used > 0)).float()
-        entropies = torch.special.entr(probabilities).sum(dim=1, keepdim=True)
-        rows: dict[Measure, Tensor] = {
+        rows = {
             "probability": probabilities,
             "weight": used,
             "chosen": (used > 0).float(),
             "first": first / first.sum(dim=1, keepdim=True).clamp(min=1),
+            "tokens": torch.ones_like(best),
+            "entropies": torch.special.entr(probabilities).sum(dim=1, keepdim=True),
         }
-        for measure, row in rows.items():
-            _accumulate(self._sums[measure], site, groups @ row.double())
-        _accumulate(self._tokens, site, groups.sum(dim=1))
-        _accumulate(self._entropies, site, (groups @ entropies.double())[:, 0])
+        for name, row in rows.items():
+            self._sums[name][site] = self._sums[name].get(site, 0) + groups @ row.double()
 
     def _groups(self, passed: SitePass) -> Tensor:
         """Which of T tokens are real ones of the prompt and of the answer, [2, T]."""
@@ -318,26 +290,20 @@ class RoutingTally(Observer):
 
     @property
     def distribution(self) -> RoutingDistribution:
-        """The sums so far."""
-        return RoutingDistribution(
-            self.experts,
-            _arrays(self._tokens),
-            {measure: _arrays(self._sums[measure]) for measure in MEASURES},
-            _arrays(self._entropies),
+        sums = {
+            name: {site: rows.numpy().copy() for site, rows in sites.items()}
+            for name, sites in self._sums.items()
+        }
+        tokens, entropies = (
+            {site: rows[:, 0] for site, rows in sums[name].items()}
+            for name in ("tokens", "entropies")
         )
+        by_measure = {measure: sums[measure] for measure in MEASURES}
+        return RoutingDistribution(self.experts, tokens, by_measure, entropies)
 
 
 def _of(sums: Array, part: Part | None) -> Array:
-    """The row of `part`, or both rows added."""
     return np.asarray(sums.sum(axis=0) if part is None else sums[PARTS.index(part)])
-
-
-def _accumulate(into: dict[str, Tensor], site: str, more: Tensor) -> None:
-    into[site] = into[site] + more if site in into else more
-
-
-def _arrays(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
-    return {site: tensor.numpy().copy() for site, tensor in tensors.items()}
 
 
 def _added(first: Mapping[str, Array], second: Mapping[str, Array]) -> dict[str, Array]:

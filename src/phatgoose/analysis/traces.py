@@ -5,7 +5,7 @@ docs/analysis.md has the JSON form ("Traces"), which the token explorer of the r
 
 from __future__ import annotations
 
-import base64
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,7 +75,6 @@ class TraceStream:
         return dense / len(sites)
 
     def has(self, layer: str | None = None, kind: str | None = None) -> bool:
-        """True if there is a site of that layer and kind."""
         return bool(self._sites(layer, kind))
 
     def _sites(self, layer: str | None, kind: str | None) -> list[int]:
@@ -104,15 +103,18 @@ class TraceStream:
 
     def tokens_dict(self) -> dict[str, Any]:
         """The tokens alone, as plain data that the token explorer can append."""
+
+        def base64(array: NDArray[Any]) -> str:
+            return b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")
+
         return {
             "tokens": list(self.tokens),
             "parts": list(self.parts),
-            "experts": _base64(self.experts.astype("<u2")),
-            "weights": _base64(self.weights),
+            "experts": base64(self.experts.astype("<u2")),
+            "weights": base64(self.weights),
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
         layers, kinds = layers_and_kinds(self.sites)
         return {
             "name": self.name,
@@ -139,7 +141,6 @@ class Trace:
     whole: tuple[tuple[str, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: what the token explorer reads."""
         return {
             "format": "phatgoose-trace-1",
             "router": self.router,
@@ -216,7 +217,6 @@ class TraceKeeper(Observer):
         self._seen: dict[str, list[tuple[str, Tensor, Tensor, bool]]] = {}
 
     def add(self, passed: SitePass) -> None:
-        """Keep the experts of greatest weight."""
         site, weights = passed.site, passed.weights.detach().float().cpu()
         kept = highest(weights, min(MOST_KEPT, weights.shape[1]))
         best, shares = passed.experts.cpu().gather(1, kept), weights.gather(1, kept)
@@ -226,29 +226,22 @@ class TraceKeeper(Observer):
     def streams(self) -> dict[str, TraceStream]:
         """The streams that were passed: every token of every row, in turn.
 
-        Tokens have no texts and parts yet; `TraceStream.some` adds them. Sites that see some of the
-        tokens only, inside a mixture of experts of the base's own, are left out.
+        Tokens have no texts and parts yet; `TraceStream.some` adds them.
         """
         return {name: self._stream(name) for name in self._seen}
 
     def _stream(self, name: str) -> TraceStream:
         tokens = max(len(best) for _, best, _, _ in self._seen[name])
+        # Sites inside a mixture of experts of the base's own see some of the tokens only.
         seen = [each for each in self._seen[name] if len(each[1]) == tokens]
-        kept = max(best.shape[1] for _, best, _, _ in seen)
-        shape = (tokens, len(seen), kept)
+        shape = (tokens, len(seen), max(best.shape[1] for _, best, _, _ in seen))
         experts, shares = np.zeros(shape, np.uint16), np.zeros(shape)
         for index, (_, best, weights, _) in enumerate(seen):
             experts[:, index, : best.shape[1]] = best.numpy()
             shares[:, index, : best.shape[1]] = weights.numpy()
-        return TraceStream(
-            name,
-            (),
-            (),
-            tuple(site_label(site) for site, _, _, _ in seen),
-            experts,
-            _in_bytes(shares),
-            any(is_cut for _, _, _, is_cut in seen),
-        )
+        sites = tuple(site_label(site) for site, _, _, _ in seen)
+        is_cut = any(is_cut for _, _, _, is_cut in seen)
+        return TraceStream(name, (), (), sites, experts, _in_bytes(shares), is_cut)
 
 
 def _in_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
@@ -258,7 +251,3 @@ def _in_bytes(shares: NDArray[Any]) -> NDArray[np.uint8]:
     """
     sums = np.rint(np.cumsum(shares, axis=-1).clip(0, 1) * FULL).astype(int)
     return np.asarray(np.diff(sums, axis=-1, prepend=0), np.uint8)
-
-
-def _base64(array: NDArray[Any]) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode("ascii")

@@ -74,16 +74,11 @@ class _Harmless:
 
 
 class PlainFormatter(logging.Formatter):
-    """Formats log records as harmless lines."""
-
     def format(self, record: logging.LogRecord) -> str:
-        """The record and its traceback, if any, with escapes for what could steer a terminal."""
         return harmless(super().format(record))
 
 
-# -------------------------------------------------------------------------------------------------
 # Tokens in the colours of their experts.
-# -------------------------------------------------------------------------------------------------
 
 # Paul Tol's "bright" colours: colour-blind readers can tell them apart, and so can terminals of 16
 # colours, where each of them falls on another one.

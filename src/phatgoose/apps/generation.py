@@ -13,7 +13,7 @@ from ..base.loading import texts_of
 from ..base.offloading import input_device
 from ..config import SEED, Formatting
 from ..errors import ConfigError, TaskError
-from ..evaluation.evaluate import questions_to_answer
+from ..evaluation.evaluate import Questions
 from ..files.strict import half_character
 from ..routing.recording import Recording
 from ..routing.recording import record as record_routing
@@ -64,7 +64,7 @@ def generate(
     sampling = sampling or Sampling()
     encoder = Encoder.for_model(model, tokenizer, formatting)
     asked = Example(prompt, "")
-    questions = questions_to_answer(encoder, [asked], sampling.max_new_tokens)
+    questions = Questions.of(encoder, [asked], sampling.max_new_tokens)
     questions.cuts.report("the prompt")
     ids = torch.tensor([questions.rows[0][0]], device=input_device(model))
     torch.manual_seed(sampling.seed)

@@ -21,11 +21,10 @@ from ..base.fingerprint import dtype_name
 from ..base.loading import choose_dtype, load_base
 from ..config import POOL_SETTINGS, ROUTING_SETTINGS, Formatting, Routing, from_mapping
 from ..errors import ConfigError, PoolError
-from ..routing.composition import Composition, composition_of
+from ..routing.composition import composition_of
 from ..routing.open_model import is_pool, is_routed, open_model
 from ..tasks.batching import pad_left, pad_right
-from ..tasks.cuts import cut_tokens
-from ..tasks.encoding import Encoder, added_tokens
+from ..tasks.encoding import Encoder, added_tokens, cut_tokens
 
 try:
     from lm_eval.__main__ import cli_evaluate
@@ -93,7 +92,6 @@ class ModelArguments(Routing):
 
     @property
     def routing(self) -> Routing:
-        """The routing alone."""
         return Routing(**{name: getattr(self, name) for name in ROUTING_SETTINGS})
 
 
@@ -113,7 +111,11 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         self.arguments = ModelArguments.of(arguments)
         model = _open_routed(self.arguments)
         parts = composition_of(model)
-        _refuse_lookup(parts)
+        if parts.lookup is not None:
+            raise ConfigError(
+                f"Router {parts.routing.router} needs whole examples, which lm_eval hands over in "
+                f"pieces; score it with 'phatgoose evaluate', or use another router."
+            )
         super().__init__(
             pretrained=model,
             tokenizer=parts.tokenizer,
@@ -216,7 +218,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
     """The routed model in a folder, or one composed of a pool."""
-    device = _present(arguments.device)
+    device = arguments.device
+    if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+        device = None  # lm_eval's default is cuda:0, also on a machine without a GPU
     dtype = dtype_name(choose_dtype(arguments.dtype, device))
     base = load_base(arguments.base, dtype=dtype, device=device) if arguments.base else None
     if not (is_routed(arguments.pool) or is_pool(arguments.pool)):
@@ -231,20 +235,6 @@ def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
         scores=arguments.scores,
     ).model
     return model.to(device) if device else model
-
-
-def _present(device: str | None) -> str | None:
-    """`device`, or None for a GPU on a machine without one: lm_eval's default is cuda:0."""
-    missing = device is not None and device.startswith("cuda") and not torch.cuda.is_available()
-    return None if missing else device
-
-
-def _refuse_lookup(parts: Composition) -> None:
-    if parts.lookup is not None:
-        raise ConfigError(
-            f"Router {parts.routing.router} needs whole examples, which lm_eval hands over in "
-            f"pieces; score it with 'phatgoose evaluate', or use another router."
-        )
 
 
 def _names(joined: str | None) -> list[str] | None:

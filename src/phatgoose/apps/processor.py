@@ -1,11 +1,10 @@
-"""The processor: threads that soon sleep while they wait, and no more than the process may use.
+"""Threads: they soon sleep while they wait, and there are no more than the process may use.
 
 Both are read when torch is loaded, so the command sets them before. Threads of GNU's OpenMP spin
 for long by default: beside another busy process a product then waits for a thread that isn't
 running, and takes many times as long. Sleeping at once would cost a quarter of the speed alone
 (docs/performance.md). torch doesn't know a container's quota and starts a thread for every core of
-the machine. A worker of a cluster shares its machine with others and inherits what the command has
-set for itself: it keeps to the cores that it was given (`keep_to`).
+the machine.
 """
 
 from __future__ import annotations
@@ -23,10 +22,7 @@ CGROUP_1 = (
 
 
 def set_threads() -> None:
-    """Set how long OpenMP's threads spin and, under a quota, their number.
-
-    What the user has set stays.
-    """
+    """Set how long OpenMP's threads spin and, under a quota, their number, unless the user has."""
     bound_spinning()
     cores = quota()
     if cores is not None and cores < (os.cpu_count() or 1):
@@ -56,10 +52,10 @@ def advice() -> str | None:
 
 
 def keep_to(cores: float) -> int:
-    """Have torch use no more threads than `cores`, which are this worker's, and return how many.
+    """Have torch use no more threads than `cores`, which are a worker's, and return how many.
 
-    No more either than torch had, so than OMP_NUM_THREADS, nor than the process may use; at least
-    one. Loads torch.
+    No more either than torch had (a worker inherits what the command has set for itself), nor than
+    the process may use; at least one. Loads torch.
     """
     import torch  # the command line must not load it
 
@@ -70,10 +66,8 @@ def keep_to(cores: float) -> int:
 
 def usable_cores() -> int:
     """The cores that this process may use: of the machine, by its affinity and by its quota."""
-    if hasattr(os, "sched_getaffinity"):
-        allowed = len(os.sched_getaffinity(0))
-    else:
-        allowed = os.cpu_count() or 1
+    has_affinity = hasattr(os, "sched_getaffinity")
+    allowed = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
     return min(allowed, quota() or allowed)
 
 

@@ -21,7 +21,6 @@ from ..experts.pool import Pool
 
 
 def pool_table(pool: Pool) -> Table:
-    """A row per expert: its kind, the sizes of its modules, and what it shares."""
     table = Table(title=f"{len(pool)} experts for {pool.base.id}")
     for column in ("expert", "kind", "sites", "sizes", "shares", "folder"):
         table.add_column(column, overflow="fold", min_width=len(column))
@@ -83,7 +82,6 @@ def _sign(value: float | None, limit: float) -> Text:
 
 
 def owner_table(listing: Listing) -> Table:
-    """A row per expert or adapter of an owner: what it is, and why it can't be routed if so."""
     others = f"; {listing.others} other repositories" if listing.others else ""
     able = f"{len(listing.routable)} of {len(listing.found)} can be routed"
     table = Table(title=f"{able} on {listing.base or 'no base'}{others}")
@@ -103,7 +101,6 @@ def owner_table(listing: Listing) -> Table:
 
 
 def duplicates_table(pairs: Sequence[Duplicate], threshold: float) -> Table:
-    """A row per pair of experts that are nearly the same."""
     table = Table(title=f"{len(pairs)} pairs with a cosine of {threshold:g} or more")
     for column in ("expert", "expert", "cosine", "files"):
         table.add_column(column, overflow="fold")

@@ -91,7 +91,6 @@ def fingerprint(model: PreTrainedModel) -> str:
 
 
 def _sample(parameter: Tensor) -> bytes:
-    """A hash of the shape of `parameter` and of evenly spaced elements."""
     if kind := _quantised_type(parameter):
         return hashlib.sha256(f"{tuple(parameter.shape)} {kind}".encode()).digest()
     flat = parameter.detach().reshape(-1)
@@ -117,7 +116,6 @@ class Mark:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Mark:
-        """The mark of `tensor`; one without values has no sums."""
         content = None if tensor.is_meta else _content(tensor)
         rounded = None
         if tensor.dtype in (torch.float32, torch.bfloat16) and not _has_parts(tensor):
@@ -181,7 +179,6 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _has_parts(tensor: Tensor) -> bool:
-    """True for a tensor that is made of others, as torchao's quantised ones are."""
     return hasattr(tensor, "__tensor_flatten__")
 
 
@@ -217,7 +214,6 @@ def _placed(numbers: Tensor) -> int:
 
 
 def _are_all(tensor: Tensor, kind: torch.dtype) -> bool:
-    """True for numbers of float32 of which each is one of the narrower `kind`."""
     return torch.equal(tensor.to(kind).float(), tensor)
 
 
@@ -231,7 +227,6 @@ def quantisation(model: PreTrainedModel) -> str | None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """The dtype as settings name it, such as "bfloat16"."""
     return str(dtype).removeprefix("torch.")
 
 

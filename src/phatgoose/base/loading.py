@@ -1,7 +1,4 @@
-"""Loading the base model, and its tokens as text.
-
-Load base models: the frozen model in a fitting dtype, its tokenizer, or its bare structure.
-"""
+"""Base models: loaded frozen in a fitting dtype, or as a bare structure; their tokens as text."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..errors import BaseModelError, PhatgooseError
 from ..files.strict import first_line, one_line, read_json_object, shortened
-from .fingerprint import BaseReference, fingerprint
+from .fingerprint import BaseReference, Mark, fingerprint
 from .smollm2 import SMOLLM2, smollm2_folder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,13 +50,8 @@ CONFIG = "config.json"
 REACHING = 5.0  # seconds in which the Hub must answer that wasn't asked for this base before
 INDEX_ENDING = ".index.json"
 MOST_LAYERS = 1000  # each takes milliseconds to build, and the deepest models have a few hundred
-LAYER_COUNTS: tuple[str, ...] = (
-    "num_hidden_layers",
-    "num_layers",
-    "num_encoder_layers",
-    "num_decoder_layers",
-)
-LAYER_COUNTS += ("encoder_layers", "decoder_layers", "n_layer", "n_layers")
+LAYER_COUNTS = {"num_hidden_layers", "num_layers", "num_encoder_layers", "num_decoder_layers"}
+LAYER_COUNTS |= {"encoder_layers", "decoder_layers", "n_layer", "n_layers"}
 UNFIT = "ignore_mismatched_sizes"  # in what transformers says where sizes don't fit
 TOLD_IN_WORDS = (ValueError, RuntimeError)  # whose text says what is wrong without their names
 HEED_NO_MASK = ("rwkv", "xlstm")  # transformers' types whose state takes in padding
@@ -71,7 +63,8 @@ class Base:
 
     `id` is what the user named (a Hub id, a folder by its absolute path, or "smollm2"); `revision`
     is the requested Hub commit, None for the default one; `fingerprint` identifies the weights
-    whatever their name.
+    whatever their name. `marks` None means that each composition takes marks of the weights;
+    otherwise the first fills them in and they serve all twins: for weights that nothing changes.
     """
 
     model: PreTrainedModel
@@ -79,15 +72,14 @@ class Base:
     id: str
     revision: str | None
     fingerprint: str
+    marks: dict[str, Mark] | None = None
 
     @property
     def reference(self) -> BaseReference:
-        """What an expert records of its base."""
         return BaseReference(self.id, self.revision, self.fingerprint)
 
     @property
     def is_encoder_decoder(self) -> bool:
-        """True for sequence-to-sequence models such as T5, False for causal ones."""
         return bool(self.model.config.is_encoder_decoder)
 
 
@@ -214,7 +206,6 @@ def _cpu_is_fast_at_bf16() -> bool:
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' progress bars and advice while a model is loaded."""
     verbosity, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),
@@ -231,10 +222,7 @@ def quiet_loading() -> Iterator[None]:
 
 @contextmanager
 def _loading(name: str | Path) -> Iterator[str]:
-    """The Hub id or folder of the base `name`; errors while it is open become BaseModelErrors.
-
-    Also for a name that no file of ours could record, such as one with a no-break space.
-    """
+    """The Hub id or folder of the base `name`; errors while it is open become BaseModelErrors."""
     if not str(name).isprintable():
         raise BaseModelError(
             f"Base model {shortened(str(name), 200)} has a character in its name that can't be "
@@ -259,7 +247,6 @@ def _loading(name: str | Path) -> Iterator[str]:
 
 
 def _why(error: Exception) -> str:
-    """What `error`, raised while transformers loaded a model, says is wrong, as a sentence."""
     if UNFIT in str(error):
         return "The sizes in its config.json are not those of its weights."
     if isinstance(error, OSError | ImportError | SafetensorError) or type(error) in TOLD_IN_WORDS:
@@ -269,7 +256,6 @@ def _why(error: Exception) -> str:
 
 
 def check_heeds_masks(config: PreTrainedConfig) -> None:
-    """Raise BaseModelError for a kind of model that reads padding as if it were text."""
     if config.model_type in HEED_NO_MASK:
         raise BaseModelError(
             f"Models of type {config.model_type} read padding as if it were text, so that what "
@@ -283,13 +269,10 @@ def _class_for(config: PreTrainedConfig) -> Any:
 
 
 def _config_of(place: str, **how: Any) -> PreTrainedConfig:
-    """The config of the folder or Hub id `place`, whose layers are counted before they are built.
-
-    Raises BaseModelError for more than anybody has trained, which would take minutes.
-    """
+    """The config of `place`. Raises BaseModelError for layers that would take minutes to build."""
     said, _ = PreTrainedConfig.get_config_dict(place, **how, **NO_CODE)
     for part in (said, *said.values()):
-        for name in LAYER_COUNTS if isinstance(part, dict) else ():
+        for name in sorted(LAYER_COUNTS) if isinstance(part, dict) else ():
             count = part.get(name)
             if isinstance(count, int) and not 0 <= count <= MOST_LAYERS:
                 raise BaseModelError(
@@ -301,7 +284,6 @@ def _config_of(place: str, **how: Any) -> PreTrainedConfig:
 
 
 def _refuse_missing_weights(name: str | Path, missing: Iterable[str]) -> None:
-    """Raise BaseModelError where weights are `missing`, which transformers would draw at random."""
     names = sorted(missing)
     if names:
         raise BaseModelError(
@@ -312,10 +294,7 @@ def _refuse_missing_weights(name: str | Path, missing: Iterable[str]) -> None:
 
 
 def _refuse_odd_ends(config: GenerationConfig) -> None:
-    """Raise ValueError unless the tokens that begin and end answers are ids, lists of ids or None.
-
-    transformers checks nothing of them before a text is generated.
-    """
+    """Raise ValueError unless the tokens that begin and end answers are ids, lists or None."""
     for name in ("bos_token_id", "eos_token_id", "decoder_start_token_id"):
         named = getattr(config, name)
         listed = named if isinstance(named, list) else [] if named is None else [named]
@@ -324,15 +303,16 @@ def _refuse_odd_ends(config: GenerationConfig) -> None:
 
 
 def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) -> None:
-    """Raise BaseModelError when the weights at `place` are, or name, pickled files.
-
-    `place` is a folder or a Hub id, of which no more than an index is fetched.
-    """
+    """Raise BaseModelError when the weights at `place` are, or name, pickled files."""
     named = [str(getattr(config, "transformers_weights", None) or INDEX)]
     for name in dict.fromkeys((INDEX, *named)):
-        index = _index(place, name, revision) if name.endswith(INDEX_ENDING) else None
+        if not name.endswith(INDEX_ENDING):
+            continue
+        index = cached_file(
+            place, name, revision=revision, _raise_exceptions_for_missing_entries=False
+        )
         if index is not None:
-            shards = read_json_object(index, BaseModelError).get("weight_map")
+            shards = read_json_object(Path(index), BaseModelError).get("weight_map")
             named += map(str, shards.values()) if isinstance(shards, dict) else ["no weight_map"]
     folder = Path(place)
     has_safe = any((folder / file).is_file() for file in ("model.safetensors", INDEX))
@@ -349,7 +329,7 @@ def _refuse_pickles(place: str, config: PreTrainedConfig, revision: str | None) 
 
 
 def _check_in_reach(place: str, revision: str | None) -> None:
-    """Raise OSError when `place` is neither a folder nor cached and the Hub can't be reached.
+    """Raise OSError when `place` is on the Hub only and the Hub can't be reached.
 
     transformers would try for half a minute.
     """
@@ -365,16 +345,6 @@ def _check_in_reach(place: str, revision: str | None) -> None:
     except Exception as error:  # of the HTTP library, which huggingface_hub has changed before
         raise OSError(f"The Hub can't be reached: {first_line(error)}.") from error
 
-
-def _index(place: str, name: str, revision: str | None) -> Path | None:
-    """The file `name` of the folder or Hub id `place`, fetched if need be; None without one."""
-    found = cached_file(place, name, revision=revision, _raise_exceptions_for_missing_entries=False)
-    return None if found is None else Path(found)
-
-
-# -------------------------------------------------------------------------------------------------
-# Tokens become text again, one piece for each.
-# -------------------------------------------------------------------------------------------------
 
 CONTEXT = 6  # tokens before the first one that decide whether it begins with a space
 LONGEST_CHARACTER = 8  # tokens after which an unfinished character is shown as it is
@@ -403,10 +373,9 @@ def text_of(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
 
 
 class Detokeniser:
-    """Turns tokens into text, one piece for each token.
+    """Turns tokens into text, one piece for each token; special tokens have none.
 
-    A character whose bytes are spread over several tokens comes with the last of them. Special
-    tokens have no text.
+    A character whose bytes are spread over several tokens comes with the last of them.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, before: Sequence[int] = ()) -> None:
@@ -416,14 +385,12 @@ class Detokeniser:
         self._begin, self._done = 0, len(self._tokens)  # the window decoded, and what was returned
 
     def add(self, token: int) -> str:
-        """The text that `token` adds; "" while a character is unfinished."""
         self._tokens.append(token)
         text = self._text(len(self._tokens))
         waits = text.endswith(UNFINISHED) and len(self._tokens) - self._done < LONGEST_CHARACTER
         return "" if waits else self._new(text)
 
     def rest(self) -> str:
-        """The text of a character that was never finished."""
         return self._new(self._text(len(self._tokens)))
 
     def _new(self, text: str) -> str:

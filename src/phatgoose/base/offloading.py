@@ -36,7 +36,6 @@ def execution_device(layer: Any) -> torch.device:
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """The device of the inputs of `model`."""
     device = model.device
     return execution_device(model.get_input_embeddings()) if device.type == "meta" else device
 

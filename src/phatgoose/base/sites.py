@@ -1,6 +1,4 @@
-"""Sites: the linear layers where experts act, and the positions that a base has.
-
-Sites: where in a base model an expert acts.
+"""Sites, the linear layers where experts act, and the positions that a base has.
 
 A site is a linear layer inside one of the model's repeated blocks, named by its module path, such
 as `model.layers.0.self_attn.q_proj` (paper section 3: LoRA modifies every linear layer). Embeddings
@@ -112,12 +110,10 @@ class WrappedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight; some models read its dtype."""
         return self.base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
-        """The base layer's bias."""
         return self.base.bias  # type: ignore[return-value]
 
 
@@ -132,7 +128,6 @@ def _find_wrapper(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the submodule `name` of `model` by `module`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -150,9 +145,7 @@ def replaced(model: PreTrainedModel, layers: Mapping[str, nn.Module]) -> Iterato
             replace_module(model, name, original)
 
 
-# -------------------------------------------------------------------------------------------------
 # How many tokens a base model can distinguish by position.
-# -------------------------------------------------------------------------------------------------
 
 # What architectures call their table of positions, learned or precomputed.
 TABLES = ("wpe", "embed_positions", "position_embeddings", "positions_embed", "pos_encoding")
@@ -189,7 +182,6 @@ def positions_of(model: PreTrainedModel) -> Positions:
 
 
 def _places(stack: nn.Module) -> int | None:
-    """The size of the table of positions in `stack`, None without one."""
     for module in stack.modules():
         for name in TABLES:
             table: Any = getattr(module, name, None)

@@ -40,7 +40,6 @@ def smollm2_folder() -> Path:
 
 
 def _package_folder() -> Path:
-    """The folder that holds FILE."""
     spec = importlib.util.find_spec(PACKAGE)  # finds, does not import
     source = Path(next(iter(spec.submodule_search_locations or [""]))) if spec else None
     found = source is not None and (source / FILE).is_file()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,7 @@ from ..errors import RoutingError
 from .sites import Site, Stream
 
 
-@dataclass(frozen=True)
-class _Names:
-    """A module's argument names for a stream's mask, and for each form of its tokens."""
-
+class _Names(NamedTuple):
     mask: str
     tokens: tuple[str, ...]
 
@@ -104,8 +101,7 @@ class TokenMasks:
     """
 
     def __init__(self, architecture: str) -> None:
-        """`architecture` names the model in errors."""
-        self.architecture = architecture
+        self.architecture = architecture  # for errors
         self._calls: list[Mapping[Stream, _Tokens]] = []  # the current one and those inside it
 
     @property
@@ -133,10 +129,7 @@ class TokenMasks:
         return grid
 
     def real_tokens(self, u: Tensor, stream: Stream) -> Tensor | None:
-        """A boolean mask in the shape of `grid`, None when every token of `u` [.., n] is real.
-
-        Raises as `grid` does.
-        """
+        """A boolean mask in the shape of `grid`, None when every token of `u` [.., n] is real."""
         tokens = self._of(stream)
         return None if tokens is None else tokens.real(self.grid(u, stream))
 
@@ -215,7 +208,6 @@ def watch_inputs(
 def given_arguments(
     module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All arguments of a call of `module` by name."""
     names = inspect.signature(module.forward).parameters if args else ()
     return {**dict(zip(names, args, strict=False)), **kwargs}
 
@@ -244,12 +236,10 @@ def callable_parts(model: PreTrainedModel) -> dict[nn.Module, Mapping[Stream, _N
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The name of the argument for keys and values in this transformers release."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def cache_of(given: Mapping[str, Any]) -> Any:
-    """The cache in a call's arguments, None without one."""
     return given.get("past_key_values", given.get("cache"))
 
 
@@ -263,7 +253,6 @@ def cached_tokens(given: Mapping[str, Any]) -> int | None:
 
 
 def _streams(names: Mapping[Stream, _Names], given: Mapping[str, Any]) -> Mapping[Stream, _Tokens]:
-    """The tokens of each stream of a call with the arguments `given`."""
     streams: dict[Stream, _Tokens] = {}
     for stream, known in names.items():
         forms = (given.get(form) for form in known.tokens)

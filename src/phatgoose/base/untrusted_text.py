@@ -13,15 +13,17 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from ..errors import BaseModelError
+from ..errors import BaseModelError, EngineError
 from ..files.strict import one_line
 
 MOST_SECONDS = 10.0  # for one answer, waiting for a processor included
@@ -33,6 +35,7 @@ MOST_BYTES = 8 * MOST_CHARACTERS  # of a reply
 KEPT = ("TZ", "SYSTEMROOT", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # no keys, no tokens
 START = "import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main()"
 STOPPED = "The server was stopped."
+NO_START = "The process for the base's tokenizer didn't start: {}."
 MODULE = f"{__package__}.text_process"
 
 
@@ -43,24 +46,32 @@ class Counted(NamedTuple):
     length: int
 
 
+@dataclass
+class TimeLeft:
+    """The seconds that a request's questions may still take together."""
+
+    seconds: float = MOST_SECONDS
+
+
 class UntrustedText:
     """Renders and tokenises for one tokenizer, or without one only renders.
 
     The process starts with the first question. Threads take turns. All questions raise
     BaseModelError when the template refuses its messages, when template or tokenizer fail, and when
-    they take more than `seconds`, MOST_SECONDS, or the process's limits.
+    they take more than the time `left` or the process's limits; EngineError when there is no
+    process: it can't be started, or was closed.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        self._tokenizer = tokenizer
-        self._described: str | None = None
+        self._described = None if tokenizer is None else _description(tokenizer)
+        # One of Python code is transformers' own, and is used in this process.
+        self._own = tokenizer if self._described is None else None
+        self._splits = bool(getattr(tokenizer, "split_special_tokens", False))
         self._turn = threading.Lock()
         self._process: _Process | None = None
         self._finalizer: Any = None  # ends the process when this object or the program ends
         self._is_closed = False
         self.ended = 0  # processes that exceeded a limit
-        if tokenizer is not None:
-            self._described = _description(tokenizer)
 
     def start(self) -> None:
         """Start the process now rather than with the first question, also after `close`."""
@@ -81,47 +92,43 @@ class UntrustedText:
         self,
         template: str,
         variables: Mapping[str, Any],
+        left: TimeLeft | None = None,
         *,
         most: int = MOST_CHARACTERS,
-        seconds: float = MOST_SECONDS,
     ) -> Counted:
         """What a chat `template` writes, cut to `most` characters."""
         question = {"template": template, "variables": dict(variables), "most": most}
-        (found,) = self._ask(question, seconds, "chat template")
+        (found,) = self._ask(question, left, "chat template")
         return found
 
     def tokens(
-        self, texts: Sequence[str], *, most: int, seconds: float = MOST_SECONDS
+        self, texts: Sequence[str], left: TimeLeft | None = None, *, most: int
     ) -> list[Counted]:
         """The tokens of each text without added ones, cut to `most`."""
-        if self._described is None:
+        if self._own is not None:
             found = [list(self._own(text, add_special_tokens=False).input_ids) for text in texts]
             return [Counted(each[:most], len(each)) for each in found]
-        return self._ask({"texts": list(texts), "most": most}, seconds, "tokenizer")
+        return self._ask({"texts": list(texts), "most": most}, left, "tokenizer")
 
-    def texts(self, tokens: Sequence[Sequence[int]], *, seconds: float = MOST_SECONDS) -> list[str]:
+    def texts(self, tokens: Sequence[Sequence[int]], left: TimeLeft | None = None) -> list[str]:
         """Each row of tokens as text without special tokens."""
-        if self._described is None:
-            return [self._own.decode(list(each), skip_special_tokens=True) for each in tokens]
+        if self._own is not None:
+            return [str(self._own.decode(list(each), skip_special_tokens=True)) for each in tokens]
         question = {"tokens": [list(each) for each in tokens], "most": MOST_CHARACTERS}
-        return [str(each.content) for each in self._ask(question, seconds, "tokenizer")]
+        return [str(each.content) for each in self._ask(question, left, "tokenizer")]
 
-    @property
-    def _own(self) -> Any:
-        """The tokenizer in this process: one of Python code, which is transformers' own."""
-        if self._tokenizer is None:
-            raise BaseModelError("There is no tokenizer.")
-        return self._tokenizer
-
-    def _ask(self, question: Mapping[str, Any], seconds: float, what: str) -> list[Counted]:
+    def _ask(self, question: Mapping[str, Any], left: TimeLeft | None, what: str) -> list[Counted]:
+        left = left or TimeLeft()
         with self._turn:
             process = self._running()
-            reply = process.ask(question, min(seconds, MOST_SECONDS))
+            begun = time.monotonic()
+            reply = process.ask(question, left.seconds)
+            left.seconds -= time.monotonic() - begun
             if process.is_over or "memory" in reply:
                 self._end()
                 self.ended += not self._is_closed
         if self._is_closed and process.is_over:
-            raise BaseModelError(STOPPED)
+            raise EngineError(STOPPED)
         if "refused" in reply:
             raise BaseModelError(f"The base's {what} refuses the messages: {reply['refused']}")
         if "found" not in reply:
@@ -132,27 +139,23 @@ class UntrustedText:
     def _running(self) -> _Process:
         """The process, started if there is none."""
         if self._is_closed:
-            raise BaseModelError(STOPPED)
+            raise EngineError(STOPPED)
         if self._process is None or self._process.has_ended:
             self._end()
             try:
                 process = self._process = _Process()
             except OSError as error:  # no memory or processes left
-                raise BaseModelError(
-                    f"The process for the base's tokenizer didn't start: {one_line(error)}."
-                ) from error
+                raise EngineError(NO_START.format(one_line(error))) from error
             self._finalizer = weakref.finalize(self, process.end)
             setup = {
                 "tokenizer": self._described,
-                "split_special_tokens": bool(getattr(self._tokenizer, "split_special_tokens", 0)),
+                "split_special_tokens": self._splits,
                 "memory": MEMORY,
                 "seconds": SECONDS,
             }
             if "ready" not in process.ask(setup, STARTING):
                 self._end()
-                raise BaseModelError(
-                    f"The process for the base's tokenizer didn't start: {process.reason}."
-                )
+                raise EngineError(NO_START.format(process.reason))
         return self._process
 
     def _end(self) -> None:
@@ -256,12 +259,11 @@ class _Process:
 
     @property
     def has_ended(self) -> bool:
-        """True when the process is over, also if something else has ended it."""
+        """True when the process is over, also if something else ended it."""
         return self.is_over or self._child.poll() is not None
 
     @property
     def reason(self) -> str:
-        """Why the process is over."""
         code = self._child.wait()
         if self._is_late:
             return "it took too long"

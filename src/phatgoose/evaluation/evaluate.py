@@ -1,4 +1,4 @@
-"""Zero-shot evaluation: rank classification where there are choices, generation elsewhere.
+"""Zero-shot evaluation: rank classification if there are choices, generation elsewhere.
 
 As in the paper's released code. Every score comes with its n and a 95 % interval.
 """
@@ -28,12 +28,11 @@ from ..files.atomic import write_text
 from ..files.strict import one_line, shortened
 from ..routing.composition import announcing, composition_if_any
 from ..tasks.batching import batches_of_tokens, pad_left, pad_right
-from ..tasks.cuts import Cut, Cuts
-from ..tasks.encoding import Encoder
+from ..tasks.encoding import Cuts, Encoder
 from ..tasks.loading import given_tasks
 from ..tasks.prompt_passes import continued
 from ..tasks.task import Example, Task
-from .intervals import CONFIDENCE, Interval, Sample, wilson_interval
+from .intervals import CONFIDENCE, Sample, wilson_interval
 from .likelihood import BeforePass, ChoicePrompt, choice_log_likelihoods
 from .metrics import METRICS, metric
 
@@ -54,67 +53,53 @@ class Answer:
 class Questions:
     """The tokens of `examples` for one base: each prompt with its answer choices.
 
-    `max_new_tokens` bounds each generated answer; None where choices are ranked instead. `cuts`
-    counts what prompts and choices lost.
+    `max_new_tokens` bounds each generated answer; None if choices are ranked instead. `cuts` counts
+    what prompts and choices lost.
     """
 
     examples: Sequence[Example]
     encoder: Encoder
     rows: Sequence[ChoicePrompt]
     cuts: Cuts
-    max_new_tokens: int | None = None
+    max_new_tokens: int | None
+
+    @classmethod
+    def of(
+        cls, encoder: Encoder, examples: Sequence[Example], max_new_tokens: int | None
+    ) -> Questions:
+        """The examples with their choices, or with room for `max_new_tokens` generated tokens.
+
+        Raises EvaluationError if the base has too few positions for the latter.
+        """
+        places, most = encoder.positions.answer, max_new_tokens or 0
+        if places is not None and most + (not encoder.is_encoder_decoder) > places:
+            raise EvaluationError(
+                f"max_new_tokens is {most}, but the base has {places} positions for an input and "
+                f"its answer; ask for fewer."
+            )
+        ranked = max_new_tokens is None
+        targets = [
+            [encoder.target(row.input, choice) for choice in (row.choices if ranked else ())]
+            for row in examples
+        ]
+        longest = [max((len(t.tokens) for t in each), default=most) for each in targets]
+        prompts = [
+            encoder.fitted(row.input, row.passage, followed_by=tokens)
+            for row, tokens in zip(examples, longest, strict=True)
+        ]
+        cuts = Cuts.of(
+            [prompt.cut for prompt in prompts],
+            [len(p.tokens) + tokens for p, tokens in zip(prompts, longest, strict=True)],
+            encoder.positions.trained,
+            targets=[target.cut for each in targets for target in each],
+        )
+        choices = ([target.tokens for target in each] for each in targets)
+        rows = [(prompt.tokens, each) for prompt, each in zip(prompts, choices, strict=True)]
+        return cls(examples, encoder, rows, cuts, max_new_tokens)
 
     @property
     def prompts(self) -> list[list[int]]:
-        """The tokens of each prompt."""
         return [list(prompt) for prompt, _ in self.rows]
-
-
-def questions_to_rank(encoder: Encoder, examples: Sequence[Example]) -> Questions:
-    """The examples with their answer choices, to be ranked."""
-    targets = [[encoder.target(row.input, choice) for choice in row.choices] for row in examples]
-    choices = [[target.tokens for target in each] for each in targets]
-    cuts = [target.cut for each in targets for target in each]
-    longest = [max(map(len, each)) for each in choices]
-    return _questions(encoder, examples, choices, longest, choice_cuts=cuts)
-
-
-def questions_to_answer(
-    encoder: Encoder, examples: Sequence[Example], max_new_tokens: int
-) -> Questions:
-    """The examples with room for `max_new_tokens` generated tokens.
-
-    Raises EvaluationError when the base has too few positions for them.
-    """
-    places = encoder.positions.answer
-    if places is not None and max_new_tokens + (not encoder.is_encoder_decoder) > places:
-        raise EvaluationError(
-            f"max_new_tokens is {max_new_tokens}, but the base has {places} positions for an input "
-            f"and its answer; ask for fewer."
-        )
-    none: list[list[list[int]]] = [[] for _ in examples]
-    lengths = [max_new_tokens] * len(examples)
-    return _questions(encoder, examples, none, lengths, max_new_tokens=max_new_tokens)
-
-
-def _questions(
-    encoder: Encoder,
-    examples: Sequence[Example],
-    choices: Sequence[list[list[int]]],
-    answer_lengths: Sequence[int],
-    *,
-    choice_cuts: Sequence[Cut | None] = (),
-    max_new_tokens: int | None = None,
-) -> Questions:
-    prompts = [
-        encoder.fitted(row.input, row.passage, followed_by=tokens)
-        for row, tokens in zip(examples, answer_lengths, strict=True)
-    ]
-    lengths = [len(p.tokens) + tokens for p, tokens in zip(prompts, answer_lengths, strict=True)]
-    rows = [(prompt.tokens, each) for prompt, each in zip(prompts, choices, strict=True)]
-    trained = encoder.positions.trained
-    cuts = Cuts.of([prompt.cut for prompt in prompts], lengths, trained, targets=choice_cuts)
-    return Questions(examples, encoder, rows, cuts, max_new_tokens)
 
 
 def answers_to(
@@ -122,9 +107,9 @@ def answers_to(
 ) -> list[Answer]:
     """The model's answer to each question, in order; `label` names the task in messages.
 
-    Where choices are ranked, the choice of the highest mean log-likelihood per target token, the
-    first of equals. Elsewhere greedily generated text without white space around it. A batch has at
-    most `budget` tokens. Raises EvaluationError for a log-likelihood that is not a number.
+    The choice of the highest mean log-likelihood per target token, the first of equals, or greedily
+    generated text without white space around it. A batch has at most `budget` tokens. Raises
+    EvaluationError for a log-likelihood that is not a number.
     """
     find = _ranked if questions.max_new_tokens is None else _generated
     answers: dict[int, Answer] = {}
@@ -170,9 +155,7 @@ def _generated(
             yield index, Answer(text.strip())
 
 
-# -------------------------------------------------------------------------------------------------
 # Scores of a task's examples, and of several tasks.
-# -------------------------------------------------------------------------------------------------
 
 TOKEN_BUDGET = 4096
 MAX_NEW_TOKENS = 64
@@ -184,8 +167,8 @@ WRITTEN = "exact-match"  # the metric of generated answers where a task names no
 class ScoringSettings:
     """How tasks are scored.
 
-    `limit` draws so many examples of each task, the same ones for one `seed`; None keeps all.
-    `max_new_tokens` bounds generated answers where a task sets no bound. `token_budget` bounds a
+    `limit` draws that many examples of each task, the same ones for one `seed`; None keeps all.
+    `max_new_tokens` bounds generated answers if a task sets no bound. `token_budget` bounds a
     batch, padding included.
     """
 
@@ -196,7 +179,6 @@ class ScoringSettings:
     token_budget: int = TOKEN_BUDGET
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for numbers that are none, or too small."""
         given_or_default(Formatting, self.formatting, "formatting")
         for name in ("limit", "seed", "max_new_tokens", "token_budget"):
             value, least = getattr(self, name), -math.inf if name in ("limit", "seed") else 1
@@ -225,7 +207,6 @@ class EvaluationSet:
 
     @property
     def is_ranked(self) -> bool:
-        """True where the answer is one of the example's choices, False where it is generated."""
         return self.metrics == (CHOSEN,)
 
     @cached_property
@@ -241,19 +222,17 @@ class EvaluationSet:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def questions(self, encoder: Encoder) -> Questions:
-        """The examples as tokens."""
-        if self.is_ranked:
-            return questions_to_rank(encoder, self.examples)
-        return questions_to_answer(encoder, self.examples, self.max_new_tokens)
+        most = None if self.is_ranked else self.max_new_tokens
+        return Questions.of(encoder, self.examples, most)
 
 
 @dataclass(frozen=True)
 class Prediction:
     """What the model answered to one example.
 
-    `correct` is True when the answer equals an accepted one, whatever the metrics. `scores` holds
-    the mean log-likelihood per target token of each choice, in order; empty for generated answers.
-    `marks` are the answer's statistics in each of the task's metrics. `row` is the example's.
+    `correct` is True if the answer equals an accepted one, whatever the metrics. `scores` are those
+    of `Answer`. `marks` are the answer's statistics in each of the task's metrics. `row` is the
+    example's.
     """
 
     answer: str
@@ -264,7 +243,6 @@ class Prediction:
 
     @property
     def tied(self) -> bool:
-        """True where several choices score highest."""
         return bool(self.scores) and self.scores.count(max(self.scores)) > 1
 
 
@@ -272,10 +250,9 @@ class Prediction:
 class TaskScore:
     """One task's score, from 0 to 1: the mean over its metrics, with its 95 % interval.
 
-    `metric` names them in words, `by_metric` has the score in each. The interval is Wilson's where
-    the score is a share of right answers, else a bootstrap over examples; both know examples that
-    were made of one row. `ties` counts the examples whose best choices scored equally; the first of
-    them was taken.
+    The interval is Wilson's if the score is a share of right answers, else a bootstrap over
+    examples; both account for examples made of one row. `ties` counts the examples whose best
+    choices scored equally; the first of them was taken.
     """
 
     task: str
@@ -291,7 +268,6 @@ class TaskScore:
 
     @property
     def sample(self) -> Sample:
-        """The answers' statistics, from the predictions."""
         return _sample(tuple(self.by_metric), self.predictions)
 
     def to_dict(self, *, predictions: bool = False) -> dict[str, Any]:
@@ -337,16 +313,15 @@ def evaluate(
 ) -> Evaluation:
     """The scores of `model`, routed or not, on `tasks`: Tasks, files, or `hub:DATASET`.
 
-    A task is scored by its `metrics`. One that names none is scored by rank classification where
-    its examples have choices: the answer is the choice of the highest mean log-likelihood per
-    target token, end-of-sequence included. Elsewhere it is scored by exact match, without white
-    space around the answers. Answers that are not chosen are generated greedily, at most the task's
-    own `max_new_tokens` or else the number given here. `limit` draws so many examples of each task,
-    the same ones for one `seed`. `tokenizer` None takes that of the routed model or its base.
-    `token_budget` bounds a batch.
+    A task is scored by its `metrics`. If it names none, its examples' choices are ranked by the
+    highest mean log-likelihood per target token, end-of-sequence included. Without choices it is
+    scored by exact match, without white space around the answers. Answers that are not chosen are
+    generated greedily, up to the task's own `max_new_tokens` or else the number given here. `limit`
+    draws that many examples of each task, the same ones for one `seed`. `tokenizer` None takes that
+    of the routed model or its base. `token_budget` bounds a batch.
 
     `formatting` None means the default one. Cut inputs are logged, and a warning from a tenth of
-    them on. It is a warning too when the experts of a routed model were trained on inputs of
+    them on. Another warning tells if the experts of a routed model were trained on inputs of
     another form.
 
     Raises EvaluationError for a task that mixes examples with and without choices, an unknown
@@ -365,7 +340,6 @@ def score_tasks(
     settings: ScoringSettings,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
-    """As `evaluate`, which says more."""
     if isinstance(model, Base):
         model, tokenizer = model.model, tokenizer or model.tokenizer
     if not hasattr(model, "generate"):
@@ -390,18 +364,17 @@ def score_tasks(
 def score(model: PreTrainedModel, chosen: EvaluationSet, questions: Questions) -> TaskScore:
     """The score of `model` on an evaluation set, whose `questions` are encoded for it."""
     model.eval()
-    name = chosen.name
+    name, budget = chosen.name, chosen.settings.token_budget
     with announcing(model, name, questions.prompts, chosen.examples) as before_pass:
-        answers = answers_to(questions, model, chosen.settings.token_budget, name, before_pass)
+        answers = answers_to(questions, model, budget, name, before_pass)
     return replace(task_score(chosen, answers), cuts=questions.cuts)
 
 
 def metrics_of(task: Task, examples: Sequence[Example]) -> tuple[str, ...]:
     """The metrics that score `task` on `examples`: its own, or those that fit the examples.
 
-    Raises EvaluationError for an unknown one or one whose package isn't installed, for rank
-    classification without choices, with references of which none is a choice or with a metric of
-    generated answers, and for a task without metrics that has both kinds of examples.
+    Raises EvaluationError for an unknown one or one whose package isn't installed, and for metrics
+    that these examples can't be scored by.
     """
     with_choices = {bool(example.choices) for example in examples}
     if not task.metrics and len(with_choices) > 1:
@@ -439,20 +412,25 @@ def _tokenizer_of(model: PreTrainedModel) -> PreTrainedTokenizerBase:
 
 def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
     """The score of these `answers` to the examples of an evaluation set."""
-    metrics = chosen.metrics
     predictions = []
     for example, answer in zip(chosen.examples, answers, strict=True):
         accepted = example.answers
         if not answer.scores:
             accepted = tuple(text.strip() for text in accepted)
-        marks = tuple(METRICS[name].measure(answer.text, example.answers) for name in metrics)
+        marks = tuple(
+            METRICS[name].measure(answer.text, example.answers) for name in chosen.metrics
+        )
         correct = answer.text in accepted
         predictions.append(Prediction(answer.text, correct, answer.scores, marks, example.row))
-    sample = _sample(metrics, predictions)
-    interval = _interval(sample)
+    sample = _sample(chosen.metrics, predictions)
+    first = sample.statistics[0]
+    if len(sample.metrics) == first.shape[1] == 1 and ((first == 0) | (first == 1)).all():
+        interval = wilson_interval(sample.score * sample.independent, sample.independent)
+    else:
+        interval = sample.interval()
     return TaskScore(
         task=chosen.name,
-        metric=" + ".join(METRICS[name].label for name in metrics),
+        metric=" + ".join(METRICS[name].label for name in chosen.metrics),
         score=sample.score,
         n=sample.n,
         low=interval.low,
@@ -465,11 +443,3 @@ def task_score(chosen: EvaluationSet, answers: Sequence[Answer]) -> TaskScore:
 
 def _sample(metrics: tuple[str, ...], predictions: Sequence[Prediction]) -> Sample:
     return Sample.of(metrics, [p.marks for p in predictions], [p.row for p in predictions])
-
-
-def _interval(sample: Sample) -> Interval:
-    """Wilson's interval of a share of right answers, else a bootstrap."""
-    marks = sample.statistics[0]
-    if len(sample.metrics) > 1 or marks.shape[1] > 1 or not ((marks == 0) | (marks == 1)).all():
-        return sample.interval()
-    return wilson_interval(sample.score * sample.independent, sample.independent)

@@ -1,10 +1,10 @@
 """Intervals: how far a score moves with other examples or other datasets.
 
 Shares of right answers have Wilson's interval, everything else one by resampling. A resample
-reweights per-example statistics (`evaluation.metrics`). Models scored on the same examples are
-resampled alike, so their differences can be compared in pairs. Examples that were made of one row
-of a dataset, in several templates, are not independent: rows are drawn instead of examples, and
-Wilson's interval counts as many examples as would be worth as much if they were.
+reweights per-example statistics (`evaluation.metrics`). Models scored on the same examples share
+their resamples, so their differences are compared in pairs. Examples made of one row of a dataset,
+in several templates, are not independent. So rows are drawn instead of examples, and Wilson's
+interval counts the effective number of independent examples.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Interval:
 class Sample:
     """One model's answers to one dataset, as statistics per metric and example.
 
-    `statistics[m]` is [n, s_m] for the metric named `metrics[m]`. `rows` [n] numbers from 0 on the
-    rows that the examples were made of; None where each has its own.
+    `statistics[m]` is [n, s_m] for the metric named `metrics[m]`. `rows` [n] numbers the rows that
+    the examples were made of, from 0; None if each example has its own.
     """
 
     metrics: tuple[str, ...]
@@ -56,21 +56,19 @@ class Sample:
     ) -> Sample:
         """The sample of examples with `marks` (example, metric, statistic), made of `rows`."""
         by_metric = [np.array([row[m] for row in marks], float) for m in range(len(metrics))]
-        return cls(tuple(metrics), tuple(by_metric), _numbered(rows))
+        numbers = None
+        if rows is not None and None not in rows and len(set(rows)) < len(rows):
+            numbers = np.asarray(np.unique(np.array(rows), return_inverse=True)[1])
+        return cls(tuple(metrics), tuple(by_metric), numbers)
 
     @property
     def n(self) -> int:
-        """The number of examples."""
         return len(self.statistics[0])
 
     @property
     def by_metric(self) -> dict[str, float]:
-        """The score in each metric."""
-        ones = np.ones((1, self.n))
-        return {
-            name: float(metric(name).combine(ones @ rows, self.n)[0])
-            for name, rows in zip(self.metrics, self.statistics, strict=True)
-        }
+        scores = self._scores(np.ones((1, self.n)))
+        return {name: float(score[0]) for name, score in zip(self.metrics, scores, strict=True)}
 
     @property
     def score(self) -> float:
@@ -82,22 +80,24 @@ class Sample:
 
         Weights are whole numbers, as BLEU needs them; rows may sum to other numbers than n.
         """
+        return np.asarray(np.mean(self._scores(weights), axis=0))
+
+    def _scores(self, weights: Array) -> list[Array]:
         counted = weights.sum(axis=1)
-        columns = [
+        return [
             metric(name).combine(weights @ rows, counted)
             for name, rows in zip(self.metrics, self.statistics, strict=True)
         ]
-        return np.asarray(np.mean(columns, axis=0))
 
     def interval(self, seed: int = 0) -> Interval:
-        """The percentile interval over examples (or rows) drawn anew with replacement."""
+        """The percentile interval over examples (or rows) drawn with replacement."""
         return interval_of(self.replicates(self.draws(np.random.default_rng(seed), REPLICATES)))
 
     def draws(self, generator: np.random.Generator, replicates: int) -> Array:
-        """How often each example comes in so many draws with replacement, [replicates, n].
+        """How often each draw with replacement has each example, [replicates, n].
 
-        As many are drawn as there are: examples, or rows with all of their examples. A draw of rows
-        of several sizes has more or fewer examples than there are, and its score is theirs.
+        A draw has as many examples as there are, or as many rows with all of their examples. If
+        rows differ in size, the number of examples differs between draws.
         """
         count = self.n if self.rows is None else int(self.rows.max()) + 1
         drawn = generator.multinomial(count, np.full(count, 1 / count), size=replicates)
@@ -105,10 +105,10 @@ class Sample:
 
     @property
     def independent(self) -> float:
-        """So many independent examples would tell the mean of the first statistic as well.
+        """The number of independent examples with the same information on the first statistic.
 
-        n where each example has its own row, else p(1-p) over the variance of the mean p of values
-        from 0 to 1, estimated over rows (Kish 1965); the number of rows where all values are equal.
+        n if each example has its own row, else p(1-p) over the variance of the mean p of values
+        from 0 to 1, estimated over rows (Kish 1965); the number of rows if all values are equal.
         """
         if self.rows is None:
             return float(self.n)
@@ -120,22 +120,13 @@ class Sample:
         return float(min(spread / variance, self.n)) if spread and variance else float(count)
 
 
-def _numbered(rows: Sequence[int | None] | None) -> Array | None:
-    """`rows` numbered from 0 on; None where each example has its own, or none is known."""
-    if rows is None or None in rows or len(set(rows)) == len(rows):
-        return None
-    return np.asarray(np.unique(np.array(rows), return_inverse=True)[1])
-
-
 def dataset_replicates(
     samples: Mapping[str, Sequence[Sample]], *, replicates: int = REPLICATES, seed: int = 0
 ) -> dict[str, Array]:
-    """For each model the mean over datasets in so many resamples, [replicates].
+    """Each model's mean over datasets in each resample, [replicates] by model.
 
-    `samples[model]` has one sample per dataset, the same datasets and examples for all models. A
-    resample draws the datasets with replacement, and for every dataset drawn its examples (or
-    rows), so it covers both the choice of datasets and that of examples. All models share the
-    draws.
+    All models have the same datasets and examples, and share the draws: datasets with replacement,
+    and for every dataset drawn its examples (or rows).
     """
     generator = np.random.default_rng(seed)
     count = len(next(iter(samples.values())))

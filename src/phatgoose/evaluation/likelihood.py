@@ -1,9 +1,9 @@
-"""Log-likelihoods of answer choices; each prompt is computed once where that can be.
+"""Log-likelihoods of answer choices; each prompt is computed once if that can be.
 
 A causal model reads a prompt and all its choices in one row, and no choice sees another
-(`tasks.batching`). Where the attention mask can't express that, the prompt's keys and values
-are kept and expanded over the choices; a sequence-to-sequence model keeps the encoder's output. A
-model that keeps more state than that reads the prompt with every choice.
+(`tasks.batching`). If the attention mask can't express that, the prompt's keys and values are kept
+and expanded over the choices; a sequence-to-sequence model keeps the encoder's output. A model that
+keeps more state than that reads the prompt with every choice.
 """
 
 from __future__ import annotations
@@ -18,20 +18,8 @@ from transformers import DynamicCache, PreTrainedModel
 from ..base.offloading import input_device
 from ..base.token_masks import cache_argument
 from ..errors import EvaluationError
-from ..tasks.batching import (
-    IGNORED,
-    BranchedText,
-    batches_of_tokens,
-    can_pack,
-    contiguous_head,
-    decoder_start,
-    head_at,
-    pack_rows,
-    packed_batches,
-    pad_left,
-    pad_right,
-    position_ids,
-)
+from ..tasks import batching
+from ..tasks.batching import IGNORED, BranchedText, pad_left, pad_right, position_ids
 
 Tokens = Sequence[int]
 BeforePass = Callable[[Sequence[int]], None]  # takes the index of the prompt of each row to come
@@ -57,7 +45,7 @@ def choice_log_likelihoods(
     """
     if not model.config.is_encoder_decoder and not all(prompt for prompt, _ in rows):
         raise EvaluationError("An input has no tokens, so no choice can follow it.")
-    score = _packed if can_pack(model) else _padded
+    score = _packed if batching.can_pack(model) else _padded
     distinct = [(prompt, list(dict.fromkeys(map(tuple, choices)))) for prompt, choices in rows]
     with torch.inference_mode():
         for index, means in score(model, distinct, pad_token_id, budget, before_pass):
@@ -74,8 +62,8 @@ def _packed(
 ) -> Iterator[tuple[int, list[float]]]:
     """One pass for each batch; the last token of a choice is predicted, not read."""
     texts = [BranchedText(prompt, [choice[:-1] for choice in choices]) for prompt, choices in rows]
-    for batch in packed_batches([text.length for text in texts], budget):
-        packed = pack_rows([[texts[i] for i in row] for row in batch], pad, model.dtype)
+    for batch in batching.packed_batches([text.length for text in texts], budget):
+        packed = batching.pack_rows([[texts[i] for i in row] for row in batch], pad, model.dtype)
         order = [i for row in batch for i in row]
         before_pass([order[owner] for owner in packed.owners.flatten().tolist()])
         runs = [  # what predicts a target: the stem's last token of each text, and its branches
@@ -83,7 +71,7 @@ def _packed(
             for i, start in zip(order, packed.starts.tolist(), strict=True)
         ]
         inputs = {name: tensor.to(input_device(model)) for name, tensor in packed.inputs.items()}
-        with head_at(model, torch.cat(runs).to(input_device(model))):
+        with batching.head_at(model, torch.cat(runs).to(input_device(model))):
             logits = model(**inputs, use_cache=False).logits.squeeze(0)
         yield from _means(logits, [rows[i][1] for i in order], order)
 
@@ -93,8 +81,7 @@ def _means(
 ) -> Iterator[tuple[int, list[float]]]:
     """(index, means) from the logits [places, vocabulary] of texts, one text after the other.
 
-    The first place of a text predicts the first token of all its choices, the next ones the rest of
-    the first choice, and so on.
+    The first place of a text predicts the first token of all its choices, the next ones the rest.
     """
     places, labels, lengths, begin = list[int](), list[int](), list[int](), 0
     for each in choices:
@@ -127,8 +114,8 @@ def _padded(
     if model._is_stateful:
         score = _score_whole
     lengths = [len(prompt) + sum(map(len, choices)) for prompt, choices in rows]
-    with contiguous_head(model):
-        for batch in batches_of_tokens(lengths, budget):
+    with batching.contiguous_head(model):
+        for batch in batching.batches_of_tokens(lengths, budget):
             chosen = [rows[i] for i in batch]
 
             def announce(places: Sequence[int], batch: Sequence[int] = batch) -> None:
@@ -142,7 +129,6 @@ def _padded(
 def _score_causal(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
-    """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = input_device(model)
     prompts = pad_left([prompt for prompt, _ in rows], pad).to(device)
     real = pad_left([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
@@ -152,12 +138,13 @@ def _score_causal(
     announce(range(len(rows)))
     first = model(input_ids=prompts, attention_mask=real, **held, **passed)
     owner = _owners(rows, device)
-    labels = _targets(rows, IGNORED).to(device)  # [choices, longest]
+    choices = [choice for _, each in rows for choice in each]
+    labels = pad_right(choices, IGNORED).to(device)  # [choices, longest]
     start = first.logits[:, -1:].index_select(0, owner)
     if labels.shape[1] == 1:
         return _mean_log_likelihood(start, labels)
     cache.batch_select_indices(owner)
-    inputs = _targets(rows, pad).to(device)[:, :-1]
+    inputs = pad_right(choices, pad).to(device)[:, :-1]
     present = labels[:, :-1].ne(IGNORED).long()
     mask = torch.cat([real.index_select(0, owner), present], dim=1)
     positions = position_ids(mask)[:, -inputs.shape[1] :]
@@ -171,7 +158,6 @@ def _score_causal(
 def _score_whole(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
-    """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = input_device(model)
     texts = [[*prompt, *choice[:-1]] for prompt, choices in rows for choice in choices]
     labels = pad_left([choice for _, choices in rows for choice in choices], IGNORED).to(device)
@@ -187,7 +173,6 @@ def _score_whole(
 def _score_seq2seq(
     model: PreTrainedModel, rows: Sequence[ChoicePrompt], pad: int, announce: BeforePass
 ) -> Tensor:
-    """Mean log-likelihood of every choice of every row, in order, [choices]."""
     device = input_device(model)
     prompts = pad_right([prompt for prompt, _ in rows], pad).to(device)
     real = pad_right([[1] * len(prompt) for prompt, _ in rows], 0).to(device)
@@ -195,7 +180,7 @@ def _score_seq2seq(
     encoded = model.get_encoder()(input_ids=prompts, attention_mask=real)
     states, form = encoded.last_hidden_state, type(encoded)  # some models ask for more of it
     owner = _owners(rows, device)
-    start = decoder_start(model)
+    start = batching.decoder_start(model)
     choices = [choice for _, each in rows for choice in each]
     means = torch.empty(len(choices), device=device)
     for group in _of_similar_length([len(choice) for choice in choices]):
@@ -232,10 +217,6 @@ def _owners(rows: Sequence[ChoicePrompt], device: torch.device) -> Tensor:
     return torch.arange(len(rows)).repeat_interleave(counts).to(device)
 
 
-def _targets(rows: Sequence[ChoicePrompt], fill: int) -> Tensor:
-    return pad_right([choice for _, choices in rows for choice in choices], fill)
-
-
 def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
     """[choices] from logits [choices, longest, vocabulary] and labels [choices, longest]."""
     counted = labels.ne(IGNORED)
@@ -245,6 +226,5 @@ def _mean_log_likelihood(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _passes(model: PreTrainedModel, **arguments: Tensor | int) -> dict[str, Tensor | int]:
-    """Those of `arguments` that this model's forward takes."""
     accepted = inspect.signature(model.forward).parameters
     return {name: value for name, value in arguments.items() if name in accepted}

@@ -1,18 +1,17 @@
 """Metrics: how well an answer matches the accepted ones, from 0 to 1.
 
-A metric turns every example into a few numbers whose sum over any set of examples is all that the
-set's score depends on:
+A metric turns every example into a few numbers. A set's score depends on their sums only:
 
     statistics = np.array([metric.measure(answer, accepted) for answer, accepted in rows])
     score      = metric.combine(statistics.sum(0), n)       # statistics [n, s], score []
     resampled  = metric.combine(weights @ statistics, n)    # weights [b, n], rows sum to n -> [b]
 
-so that a bootstrap is one matrix product, even for corpus BLEU, which is no mean over examples.
+so a bootstrap is one matrix product, even for corpus BLEU, which is no mean over examples.
 
-They follow the paper's released code (its src/data/metrics.py, which calls the `evaluate` library),
-which differs in this: it rounds every score to 3 decimals; it compares generated answers with the
-white space around them; its ROUGE-L is the middle of 1000 random resamples rather than the mean;
-its BLEU is that of tensorflow/nmt, without smoothing and with the shortest reference's length.
+They follow the paper's released code (src/data/metrics.py, which calls the `evaluate` library)
+except that it rounds scores to 3 decimals, compares generated answers with the white space around
+them, takes the middle of 1000 random resamples as ROUGE-L instead of the mean, and has the BLEU of
+tensorflow/nmt, without smoothing and with the shortest reference's length.
 """
 
 from __future__ import annotations
@@ -43,14 +42,13 @@ ROUGE, SACREBLEU = "rouge_score", "sacrebleu"  # of the extra 'metrics'
 
 @dataclass(frozen=True)
 class Metric:
-    """One way to score answers.
+    """One way to score answers: `name` is its key in METRICS, `label` its name in tables.
 
-    `name` is its key in METRICS, `label` its name in tables. `measure` takes a prediction and the
-    accepted answers and returns the example's s statistics; it raises EvaluationError when no
-    answer is accepted or a bare text is given for the sequence of them. `combine` takes summed
-    statistics [..., s] and the number of examples in each sum ([...] or one for all, at least 1,
-    repeated examples counted) and returns scores [...] in [0, 1]. `module` is what the extra
-    'metrics' has to be there for, None where `measure` needs nothing of it; `combine` never does.
+    `measure` takes a prediction and the accepted answers and returns the example's s statistics. It
+    raises EvaluationError if no answer is accepted or they are one bare text. `combine` takes
+    summed statistics [..., s] and the number of examples in each sum ([...] or one for all, at
+    least 1, repeated examples counted) and returns scores [...] in [0, 1]. `module` is the package
+    of the extra 'metrics' that `measure` needs, None for none; `combine` never needs one.
     """
 
     name: str
@@ -60,7 +58,7 @@ class Metric:
     module: str | None = None
 
     def check_installed(self) -> None:
-        """Raise EvaluationError where `measure` lacks its package: before hours of answering."""
+        """Raise EvaluationError if `measure` lacks its package: before hours of answering."""
         if self.module is not None and find_spec(self.module) is None:
             raise _missing(self.name, self.module)
 
@@ -90,51 +88,43 @@ def _checked(references: Sequence[str]) -> Sequence[str]:
 
 
 def _mean(totals: Array, n: Array | int) -> Array:
-    """The mean over examples: totals [..., 1], n [...] or one number -> [...]."""
     return np.asarray(totals[..., 0] / n)
 
 
 def _identical(prediction: str, reference: str) -> float:
-    """1 for the same text, character for character: for choices, which are not written."""
     return prediction == reference
 
 
 def _identical_stripped(prediction: str, reference: str) -> float:
-    """1 for the same text, case-sensitive, once white space around both is removed.
-
-    The released code compares raw: a reference with a blank at its end can't be matched there.
-    """
+    # The released code compares raw: a reference with a blank at its end can't be matched there.
     return prediction.strip() == reference.strip()
 
 
 def _squad_words(text: str) -> list[str]:
-    """The words that SQuAD compares: lower case, without ASCII punctuation and English articles.
+    """The words that SQuAD compares: `normalize_answer` of evaluate-v1.1.py (Rajpurkar et al.
+    2016).
 
-    `normalize_answer` of SQuAD's evaluate-v1.1.py (Rajpurkar et al. 2016); transformers 5 no longer
-    has it. Punctuation is deleted before articles are, so "the-end" is the one word "theend".
+    Punctuation is deleted before articles are, so "the-end" is the one word "theend".
     """
     return ARTICLES.sub(" ", text.lower().translate(NO_PUNCTUATION)).split()
 
 
 def _squad_exact(prediction: str, reference: str) -> float:
-    """1 for the same words in the same order: `exact_match_score` of evaluate-v1.1.py."""
+    """`exact_match_score` of evaluate-v1.1.py."""
     return _squad_words(prediction) == _squad_words(reference)
 
 
 def _squad_f1(prediction: str, reference: str) -> float:
-    """The harmonic mean of precision and recall over words: `f1_score` of evaluate-v1.1.py.
-
-    0 where no word is shared, as there: also for two texts without words (SQuAD v2.0 gives 1).
-    """
+    """`f1_score` of evaluate-v1.1.py: 0 for two texts without words, where SQuAD v2.0 gives 1."""
     ours, theirs = _squad_words(prediction), _squad_words(reference)
     shared = (Counter(ours) & Counter(theirs)).total()
     return 2 * shared / (len(ours) + len(theirs)) if shared else 0.0
 
 
 def _rouge_l(prediction: str, reference: str) -> float:
-    """The F-measure of the longest common subsequence of words, not stemmed (rouge-score).
+    """The F-measure of the longest common subsequence of words (rouge-score).
 
-    Not stemmed because `evaluate.load("rouge")`, which the released code calls, doesn't by default.
+    Not stemmed: `evaluate.load("rouge")`, which the released code calls, doesn't by default.
     rouge-score sees lower-cased words of a-z and 0-9 alone: answers in other scripts score 0.
     """
     score: float = _rouge_scorer().score(reference, prediction)["rougeL"].fmeasure
@@ -154,7 +144,6 @@ def _bleu() -> Any:
 
 
 def _imported(name: str, package: str, module: str) -> Any:
-    """The `module` of `package`, for the metric `name`."""
     try:
         return import_module(f"{package}.{module}")
     except ImportError as error:
@@ -179,8 +168,8 @@ def _corpus_bleu(counts: Array, n: Array | int) -> Array:
     """`sacrebleu.corpus_bleu` / 100 of the sums: counts [..., 10] -> [...]; `n` plays no part.
 
     Smoothed as by default there ("exp"), without effective order: a set without a single 4-gram,
-    such as answers of up to three words, scores 0 even where they are right. Examples are counted
-    a whole number of times; a fraction raises EvaluationError.
+    such as answers of up to three words, scores 0 even if they are right. Examples are counted a
+    whole number of times; a fraction raises EvaluationError.
     """
     if not np.array_equal(np.rint(counts), counts):
         raise EvaluationError("BLEU needs whole counts: weigh examples by whole numbers, float64.")

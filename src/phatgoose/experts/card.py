@@ -53,15 +53,14 @@ LONGEST_CELL = 500
 
 
 def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
-    """The card of an expert of this `kind` at so many `sites`, in Markdown.
-
-    It begins with the front matter that the Hub reads. `info` is what `phatgoose.json` says.
-    """
+    """The card of an expert of this `kind`, in Markdown; `info` is what `phatgoose.json` says."""
     in_peft = kinds()[kind].peft_type is not None
     base = info["base"]
+    # In YAML an id without an owner might be a number.
+    quoted = base["id"] if "/" in base["id"] else json.dumps(base["id"])
     return CARD.format(
         name=info["name"],
-        front=f"base_model: {_quoted(base['id'])}\n" if is_hub_id(base["id"]) else "",
+        front=f"base_model: {quoted}\n" if is_hub_id(base["id"]) else "",
         base_id=_code(base["id"]),
         revision=f" at revision `{_code(base['revision'])}`" if base["revision"] else "",
         fingerprint=_code(base["fingerprint"] or "not recorded"),
@@ -76,19 +75,12 @@ def model_card(info: Mapping[str, Any], kind: str, sites: int) -> str:
     )
 
 
-def _quoted(name: str) -> str:
-    """A Hub id in YAML; without an owner it might be a number there."""
-    return name if "/" in name else json.dumps(name)
-
-
 def _cell(value: object) -> str:
-    """`value` as plain text for a table cell: HTML and Markdown escaped, on one line."""
     text = html.escape(one_line(value, LONGEST_CELL), quote=False)
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", text)
 
 
 def _code(text: str) -> str:
-    """`text` as it can stand between backticks."""
     return one_line(text).replace("`", "'")
 
 

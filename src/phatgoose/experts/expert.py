@@ -1,6 +1,7 @@
-"""The expert directory: what it says of itself, and everything that it holds.
+"""The expert directory: an adapter, untouched, with gates and statistics in files beside it.
 
-How an expert's training inputs became tokens, as it records it; a warning when use differs.
+docs/format.md specifies it. Everything is safetensors or JSON; nothing is pickled. A directory is
+written under another name and renamed, so that one that exists is complete.
 """
 
 from __future__ import annotations
@@ -47,23 +48,19 @@ def recorded_formatting(hyperparameters: Mapping[str, Any], where: str) -> Forma
 
     Raises ConfigError, naming `where` it was found, for values that no formatting can have.
     """
-    known = {
-        f.name: hyperparameters[f.name] for f in fields(Formatting) if f.name in hyperparameters
-    }
+    names = {field.name for field in fields(Formatting)}
+    known = {name: value for name, value in hyperparameters.items() if name in names}
     return from_mapping(Formatting, {**UNRECORDED, **known}, where) if known else None
 
 
 def format_record(
     hyperparameters: Mapping[str, Any], metrics: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """What a pool's records say of it: settings, and how many inputs were cut if known.
-
-    None for an expert that records no formatting.
-    """
+    """What a pool's records say of it; None for an expert that records no formatting."""
     try:
         formatting = recorded_formatting(hyperparameters, "hyperparameters")
     except ConfigError:
-        return None
+        formatting = None
     if formatting is None:
         return None
     kept = {name: getattr(formatting, name) for name in ("max_input_tokens", "truncation", "chat")}
@@ -106,10 +103,6 @@ def _words(formatting: Formatting) -> str:
         f"{', in the chat template' if formatting.chat else ''}"
     )
 
-
-# -------------------------------------------------------------------------------------------------
-# `phatgoose.json`: what an expert directory says of itself (docs/format.md).
-# -------------------------------------------------------------------------------------------------
 
 FORMAT_VERSION = 1
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -207,13 +200,6 @@ def _without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# -------------------------------------------------------------------------------------------------
-# The expert directory: an adapter, untouched, with gates and statistics in files beside it.
-#
-# docs/format.md specifies the format. Everything is safetensors or JSON; nothing is pickled. A
-# directory is written under another name and renamed, so that one that exists is complete.
-# -------------------------------------------------------------------------------------------------
-
 MOST_EMBEDDINGS = 1000  # the format's limit (docs/format.md)
 
 
@@ -260,17 +246,13 @@ class Expert:
     files: Mapping[str, TensorFile] = field(default_factory=dict, repr=False, compare=False)
 
     def __repr__(self) -> str:
-        """Its name, its kind, and what it shares."""
         shared = [part for part in ("gates", "means", "readings", "embeddings") if self.has(part)]
         kind = kinds()[self.kind].label if self.modules else "empty"
         return f"<Expert {self.name!r}, {', '.join([kind, *shared])} (sites: {len(self.modules)})>"
 
     @property
     def name(self) -> str:
-        """The expert's name, unique within a pool: the one in `phatgoose.json`.
-
-        It doesn't change with the directory's name, and no other name finds the expert.
-        """
+        """The one in `phatgoose.json`, whatever the directory is called; unique within a pool."""
         return self.info.name
 
     @property
@@ -406,10 +388,9 @@ def check_expert(directory: str | Path) -> list[str]:
 
 
 def base_named_in(directory: Path) -> BaseReference | None:
-    """The base that the expert or plain adapter in `directory` names, None when it names none.
+    """The base, with its revision, that the expert or plain adapter in `directory` names, if any.
 
-    With the revision that is named too. Raises ExpertError when it is neither, or when what stands
-    for a revision is none.
+    Raises ExpertError when it is neither, or when what stands for a revision is none.
     """
     if (directory / LAYOUT.info).is_file():
         return read_info(directory / LAYOUT.info).base
@@ -417,10 +398,7 @@ def base_named_in(directory: Path) -> BaseReference | None:
 
 
 def named_revision(config: Mapping[str, Any]) -> str | None:
-    """The revision of its base that an adapter's `config` names, None where it names none.
-
-    Raises ExpertError for what no revision can be.
-    """
+    """The revision of its base that an adapter's `config` names. Raises ExpertError for none."""
     named = config.get("revision")
     if named is not None and not (isinstance(named, str) and named.isprintable()):
         raise ExpertError(
@@ -431,7 +409,6 @@ def named_revision(config: Mapping[str, Any]) -> str | None:
 
 
 def _adapter_base(directory: Path) -> BaseReference | None:
-    """The base that the adapter's own configuration names, None when it names none."""
     named = named_base(directory)
     if named is None:
         return None
@@ -494,17 +471,14 @@ def _problems(expert: Expert) -> Iterator[str]:
     yield from _vector_problems(expert)
 
 
-def _are_unit_rows(rows: Tensor) -> bool:
-    """True when docs/format.md allows these embeddings."""
-    if rows.dtype != torch.float32 or not 0 < len(rows) <= MOST_EMBEDDINGS:
-        return False
-    return bool(((rows.norm(dim=-1) - 1).abs() < 1e-3).all())
-
-
 def _vector_problems(expert: Expert) -> Iterator[str]:
     """Vectors that lack a site, sites that lack a vector, and vectors of the wrong kind."""
     rows = expert.embeddings
-    if rows is not None and not _are_unit_rows(rows):
+    if rows is not None and not (
+        rows.dtype == torch.float32
+        and 0 < len(rows) <= MOST_EMBEDDINGS
+        and bool(((rows.norm(dim=-1) - 1).abs() < 1e-3).all())
+    ):
         yield (
             f"Expert {expert.name!r}: embeddings of shape {tuple(rows.shape)} and type "
             f"{rows.dtype}; wanted float32, at most {MOST_EMBEDDINGS} rows, each of length 1."

@@ -70,10 +70,7 @@ class HubReference:
 
 
 def local_folder(place: str | Path) -> Path:
-    """The folder at `place`: itself, or the local copy of a reference to the Hub.
-
-    Raises ExpertError when a reference can't be read or fetched.
-    """
+    """The folder at `place`: itself, or the local copy of a reference to the Hub."""
     return fetch(HubReference.parse(str(place))) if HubReference.is_one(place) else Path(place)
 
 
@@ -187,7 +184,6 @@ def push(
 
 
 def _no_single_expert(reference: HubReference, fetched: Path) -> str:
-    """The message for a folder that is no expert, but may hold some."""
     inner = sorted(path.parent.name for path in fetched.glob(f"*/{LAYOUT.info}"))
     if not inner:
         return (
@@ -200,15 +196,11 @@ def _no_single_expert(reference: HubReference, fetched: Path) -> str:
 
 @contextmanager
 def _reported(what: str) -> Iterator[None]:
-    """Turns whatever huggingface_hub raises into an ExpertError that begins with `what`.
-
-    Its errors derive from OSError, ValueError and RuntimeError, and those of its HTTP client from
-    Exception alone.
-    """
+    """Turns whatever huggingface_hub raises into an ExpertError that begins with `what`."""
     try:
         with without_progress_bars():
             yield
-    except Exception as error:
+    except Exception as error:  # those of its HTTP client derive from Exception alone
         chain = [error] if error.__cause__ is None else [error, error.__cause__]
         text = " ".join(" ".join(str(each) or type(each).__name__ for each in chain).split())
         raise ExpertError(f"{what}: {one_line(text)}") from error

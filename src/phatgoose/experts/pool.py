@@ -92,7 +92,7 @@ class Pool(Mapping[str, Expert]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The experts' names, in order: index z of a routing is the z-th of them."""
+        """In order: index z of a routing is the z-th of them."""
         return tuple(expert.name for expert in self.experts)
 
     @property
@@ -113,14 +113,10 @@ class Pool(Mapping[str, Expert]):
         """Every site at which at least one expert acts."""
         return tuple(dict.fromkeys(site for expert in self.experts for site in expert.modules))
 
-    @cached_property
-    def _by_name(self) -> dict[str, Expert]:
-        return {expert.name: expert for expert in self.experts}
-
     def __getitem__(self, name: object) -> Expert:
         """The expert called `name`. Raises KeyError, which lists the names, when there is none."""
-        if isinstance(name, str) and name in self._by_name:
-            return self._by_name[name]
+        if name in self.names:
+            return self.experts[self.names.index(name)]
         by_place = " By their order they are in pool.experts." if isinstance(name, int) else ""
         raise KeyError(f"{self._unknown(name)}{by_place}")
 
@@ -134,7 +130,6 @@ class Pool(Mapping[str, Expert]):
         return len(self.experts)
 
     def __repr__(self) -> str:
-        """How many experts, of which base, and the first names."""
         on = f" on {self.base.id!r}" if self.experts else ""
         more = ["…"] if len(self) > MOST_NAMED else []
         return f"<Pool{on} (experts: {len(self)}): {', '.join([*self.names[:MOST_NAMED], *more])}>"
@@ -301,7 +296,7 @@ def _read_manifest(path: Path) -> Iterator[Expert]:
 
 
 def _steers(path: str) -> bool:
-    """True for a path that errors couldn't name on one line; file names may hold anything else."""
+    """True for a path that errors couldn't name on one line."""
     return any(unicodedata.category(character) in ("Cc", "Zl", "Zp") for character in path)
 
 
@@ -324,7 +319,6 @@ def _check_hashes(expert: Expert, record: Mapping[str, Any]) -> None:
 
 
 def _missing(without: Sequence[str], kind: str) -> str:
-    """The message for experts that lack a `kind` of REMEDIES."""
     many = len(without) > 1
     return (
         f"{'Experts' if many else 'Expert'} {', '.join(map(repr, without))} "

@@ -29,16 +29,13 @@ class PromptStates(PromptReading):
         self.blocks = range(len(blocks_of(model)))
 
     def begin(self, mask: Tensor) -> None:
-        """A batch comes whose tokens are where `mask` [texts, columns] is 1."""
         self._mask, self._states = mask, list[Tensor]()
 
     def see_block(self, index: int, hidden: Tensor) -> None:
-        """Keep both places of `hidden` [texts, columns, d]."""
         end, whole = last_token(hidden, self._mask).float(), mean_token(hidden, self._mask)
         self._states.append(torch.stack([end, whole], dim=1).cpu())
 
     def found(self) -> Tensor:
-        """The batch's states, in the order of PLACES and blocks."""
         return torch.stack(self._states, dim=2)
 
 

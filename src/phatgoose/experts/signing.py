@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..errors import ConfigError, ExpertError
 from ..files.atomic import write_text
@@ -118,24 +118,18 @@ def _check_key(key: Path) -> None:
         raise ExpertError(f"Key {key} can't be read: {reason(error)}.") from error
 
 
-class _Library(NamedTuple):
-    hashing: Any
-    signing: Any
-    verifying: Any
-
-
-def _library() -> _Library:
+def _library() -> Any:
     """The library model-signing, an optional extra."""
     try:
-        from model_signing import hashing, signing, verifying
+        import model_signing
     except ImportError as error:
         raise ConfigError(
             "Signatures need model-signing: pip install 'phatgoose[sign]'."
         ) from error
-    return _Library(hashing, signing, verifying)
+    return model_signing
 
 
-def _hashing(library: _Library) -> Any:
+def _hashing(library: Any) -> Any:
     """SHA-256 of every file, in one thread, but for the signature itself."""
     config = library.hashing.Config().use_file_serialization(max_workers=1)
     return config.set_ignored_paths(paths=[LAYOUT.signature])

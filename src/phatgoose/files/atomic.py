@@ -1,7 +1,4 @@
-"""Writing all or nothing, where files of ours are kept, and what interrupted writing left.
-
-Where phatgoose keeps what it has made once for this user.
-"""
+"""Files and folders that appear whole or not at all, and what interrupted writing left."""
 
 from __future__ import annotations
 
@@ -32,10 +29,6 @@ def user_cache() -> Path:
     return home / "phatgoose"
 
 
-# -------------------------------------------------------------------------------------------------
-# Write all or nothing: files and folders are made under temporary names and renamed.
-# -------------------------------------------------------------------------------------------------
-
 OPEN_FILES = re.compile(r"/dev/fd|/proc/[^/]+(/task/[^/]+)?/fd")  # folders of them
 MOST_LINKS = 40
 WRITING_ERRORS = (OSError, SafetensorError)  # safetensors has an error of its own for a full disk
@@ -47,11 +40,14 @@ def new_directory(
 ) -> Iterator[Path]:
     """A temporary folder that becomes `target` when the context ends well, and vanishes otherwise.
 
-    With `overwrite` an existing `target` is replaced, and kept if that fails. Leftovers of killed
-    runs are removed. Raises `error` when `target` exists without `overwrite`, even if another
-    process has just made it, and when something can't be written.
+    With `overwrite` an existing `target` is replaced, and kept if that fails. Raises `error` when
+    `target` exists without `overwrite`, even if another process has just made it, and when
+    something can't be written.
     """
-    told, target = target, _in_its_folder(target)
+    told = target
+    # A path that holds while the folder is renamed: ".." may lead through it, and "." is it.
+    has_name = target.name not in ("", "..")
+    target = target.parent.resolve() / target.name if has_name else target.resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         clear_left_overs(target)
@@ -72,20 +68,12 @@ def new_directory(
         raise error(f"{told} can't be written: {reason(problem)}.") from problem
 
 
-def _in_its_folder(target: Path) -> Path:
-    """`target` by a path that holds while it is renamed: ".." may lead through it, "." is it."""
-    if target.name in ("", ".."):
-        return target.resolve()
-    return target.parent.resolve() / target.name
-
-
 @contextmanager
 def new_file(target: Path) -> Iterator[Path]:
     """A temporary file that becomes `target` when the context ends well, and vanishes otherwise.
 
-    Never writes through a link: the file is created under an unguessable name, and a link at
-    `target` is replaced. Leftovers of killed runs are removed. Only what no file can replace, a
-    pipe or a device such as /dev/stdout, is written into.
+    A link at `target` is replaced, never written through. Only what no file can replace, a pipe or
+    a device such as /dev/stdout, is written into.
     """
     if is_stream(target):
         with tempfile.TemporaryDirectory() as scratch:
@@ -102,10 +90,7 @@ def new_file(target: Path) -> Iterator[Path]:
 
 
 def is_stream(target: Path) -> bool:
-    """True for what is neither a file nor a folder (a pipe, a device), and for open files by name.
-
-    That is /dev/stdout and its like, wherever they lead, and links to all of these.
-    """
+    """True for pipes, devices, open files by name (/dev/stdout), and links to these."""
     place = str(target)
     for _ in range(MOST_LINKS):
         if OPEN_FILES.fullmatch(os.path.dirname(os.path.abspath(place))):
@@ -125,15 +110,13 @@ def require_free(
 
 
 def require_writable(target: Path, error: type[PhatgooseError]) -> None:
-    """Raise `error` unless a file can be written at `target`, before the work whose result it is.
-
-    Nothing is made; of folders that are to be made, the first that is there already is tried.
-    """
+    """Raise `error` unless a file can be written at `target`; nothing is made there yet."""
     try:
         if target.is_dir():
             raise IsADirectoryError("it is a folder")
         if is_stream(target):
             return
+        # The nearest folder that exists; those between are made later.
         folder = next(each for each in target.absolute().parents if each.exists())
         with temporary_file(folder / target.name):
             pass
@@ -150,18 +133,12 @@ def write_text(path: Path, content: str, error: type[PhatgooseError]) -> None:
         raise error(f"{path} can't be written: {reason(problem)}.") from problem
 
 
-# -------------------------------------------------------------------------------------------------
-# Temporary files and folders beside a result, and the removal of those that killed runs left.
-#
-# A process holds a lock (flock) on each of its own while it uses them, so an unlocked one has no
-# owner any more. On file systems without locks nothing is removed.
-# -------------------------------------------------------------------------------------------------
-
+# A process holds a lock (flock) on its temporary files and folders, so an unlocked one has no owner
+# any more and may be removed. On file systems without locks nothing is removed.
 try:
     import fcntl
 except ImportError:  # on Windows leftovers stay
     fcntl = None  # type: ignore[assignment]
-
 
 UNFINISHED, REPLACED = "unfinished", "replaced"  # a new result, and the old one it replaces
 YOUNG = 60.0  # seconds; the process that made so new a file may not have locked it yet
@@ -176,14 +153,12 @@ def temporary_folder(target: Path, kind: str = UNFINISHED) -> Iterator[Path]:
     at `target`, the old one is moved back; if that fails, the next run does it.
     """
     folder = Path(tempfile.mkdtemp(prefix=_prefix(target, kind), dir=target.parent))
-    held = _hold(folder)
-    try:
-        yield folder
-    finally:
-        with suppress(OSError):
-            _remove(folder, target)
-        if held is not None:
-            os.close(held)
+    with _held(folder):
+        try:
+            yield folder
+        finally:
+            with suppress(OSError):
+                _remove(folder, target)
 
 
 @contextmanager
@@ -194,7 +169,7 @@ def temporary_file(target: Path) -> Iterator[Path]:
     if not held:
         os.close(opened)  # some systems can't rename an open file
     try:
-        Path(name).chmod(0o666 & ~_mask())
+        _give_default_mode(Path(name))
         yield Path(name)
     finally:
         with suppress(OSError):
@@ -210,22 +185,29 @@ def clear_left_overs(target: Path) -> None:
     """
     bring_back(target)
     prefixes = tuple(_prefix(target, kind) for kind in (REPLACED, UNFINISHED))
-    for name in sorted(os.listdir(target.parent)):
-        if name.startswith(prefixes):
-            with suppress(OSError):  # another process may clear it too
-                _clear(target.parent / name, target)
+    for path in sorted(target.parent.iterdir()):
+        if not path.name.startswith(prefixes):
+            continue
+        with suppress(OSError):  # another process may clear it too
+            found = path.lstat()
+            ours = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)  # a pipe may block
+            if ours and time.time() - found.st_ctime >= YOUNG:
+                with _held(path) as is_ours:
+                    if is_ours:
+                        _remove(path, target)
 
 
 def bring_back(target: Path) -> None:
-    """Put what was at `target` back there where the process was killed that replaced it.
-
-    Nothing happens while that process is at it, or where the system doesn't allow it.
-    """
+    """Put what was at `target` back if the process that replaced it was killed."""
     with suppress(OSError):
-        if not os.path.exists(target):
-            for name in os.listdir(target.parent):
-                if name.startswith(_prefix(target, REPLACED)):
-                    _bring_back(target.parent / name, target)
+        if os.path.exists(target):
+            return
+        for path in target.parent.iterdir():
+            if path.name.startswith(_prefix(target, REPLACED)):
+                with _held(path) as is_ours:
+                    if is_ours and _is_kept(path, target):
+                        os.rename(path / target.name, target)
+                        path.rmdir()
 
 
 def is_there(target: Path) -> bool:
@@ -235,10 +217,7 @@ def is_there(target: Path) -> bool:
 
 
 def being_replaced(folder: Path) -> list[Path]:
-    """The old results of `folder` that other processes replace just now, out of their place.
-
-    What can be brought back is.
-    """
+    """The old results of `folder` that other processes replace just now, out of their place."""
     kept = []
     for name in sorted(os.listdir(folder)):
         of, found, _ = name.rpartition(f".{REPLACED}-")
@@ -250,37 +229,16 @@ def being_replaced(folder: Path) -> list[Path]:
     return kept
 
 
-def _bring_back(path: Path, target: Path) -> None:
-    held = _hold(path)
-    if held is None:
-        return
-    try:
-        if _is_kept(path, target):
-            os.rename(path / target.name, target)
-            path.rmdir()
-    finally:
-        os.close(held)
-
-
 def open_to_readers(folder: Path) -> None:
     """Give a temporary folder and all in it the default modes of new ones."""
-    mask = _mask()
     for path in (folder, *folder.rglob("*")):
-        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+        _give_default_mode(path)
 
 
-def _clear(path: Path, target: Path) -> None:
-    found = path.lstat()
-    ours = stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)  # opening a pipe may block
-    if not ours or time.time() - found.st_ctime < YOUNG:
-        return
-    held = _hold(path)
-    if held is None:
-        return
-    try:
-        _remove(path, target)
-    finally:
-        os.close(held)
+def _give_default_mode(path: Path) -> None:
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _remove(path: Path, target: Path) -> None:
@@ -294,10 +252,7 @@ def _remove(path: Path, target: Path) -> None:
 
 
 def _is_kept(path: Path, target: Path) -> bool:
-    """True for a folder that holds a replaced result which has no successor.
-
-    It was locked before the result was moved into it.
-    """
+    """True for a folder that holds a replaced result which has no successor."""
     is_one = path.name.startswith(_prefix(target, REPLACED))
     return is_one and os.path.exists(path / target.name) and not os.path.exists(target)
 
@@ -306,22 +261,18 @@ def _prefix(target: Path, kind: str) -> str:
     return f".{target.name}.{kind}-"
 
 
-def _hold(path: Path) -> int | None:
-    """`path`, opened and locked; None when another process holds it or it can't be locked."""
+@contextmanager
+def _held(path: Path) -> Iterator[bool]:
+    """True while `path` is locked here; False if another process has it or it can't be locked."""
     try:
         opened = os.open(path, os.O_RDONLY | NO_LINK)
     except OSError:
-        return None
-    if _lock(opened):
-        return opened
-    os.close(opened)
-    return None
-
-
-def _mask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        yield False
+        return
+    try:
+        yield _lock(opened)
+    finally:
+        os.close(opened)
 
 
 def _lock(opened: int) -> bool:

@@ -55,10 +55,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_patterns(patterns: Iterable[str], where: str) -> None:
-    """Raise ExpertError unless each of `patterns` is short and RE2 can match it.
-
-    `where` names their place in messages.
-    """
+    """Raise ExpertError unless each of `patterns` is short and RE2 can match it."""
     listed = list(patterns)
     if len(listed) > MOST_PATTERNS or sum(map(len, listed)) > MOST_TOGETHER:
         raise ExpertError(
@@ -110,7 +107,6 @@ class ByName(dict[str, Any]):
     """
 
     def keys(self) -> Any:
-        """No pattern to try."""
         return {}.keys()
 
 

@@ -1,7 +1,4 @@
-"""Files of others, read strictly: JSON, TOML, regular files only, and what is quoted of them.
-
-Other people's words in our error messages: short, printable, on one line.
-"""
+"""Files of others, read strictly: JSON, TOML, regular files only, and what is quoted of them."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import math
 import stat
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +39,10 @@ def reason(problem: Exception) -> str:
     return str(getattr(problem, "strerror", None) or problem)
 
 
-# -------------------------------------------------------------------------------------------------
-# Text that no UTF-8 can hold: half of a character.
-# -------------------------------------------------------------------------------------------------
-
-
 def half_character(text: str) -> str | None:
     """The first character of `text` that UTF-8 can't encode, None where it can encode all.
 
-    JSON may hold one where a text was cut within an emoji; Python makes one of a byte in an
-    argument or a file's name that is not UTF-8. No tokenizer reads it and no file takes it.
+    JSON may hold one where an emoji was cut; Python makes one of a byte that is not UTF-8.
     """
     try:
         text.encode()
@@ -60,13 +51,8 @@ def half_character(text: str) -> str | None:
     return None
 
 
-# -------------------------------------------------------------------------------------------------
-# Files of a stranger's folder: regular ones only, and none outside of it.
-#
-# An expert may come from anywhere, so nothing outside its folder is read on its behalf: a symbolic
-# link must stay in the folder. In a Hub cache it may lead from a snapshot to the blobs of the same
-# repository, which is how huggingface_hub keeps files.
-# -------------------------------------------------------------------------------------------------
+# An expert may come from anywhere, so nothing outside its folder is read on its behalf. A symbolic
+# link must stay in the folder; in a Hub cache it may lead to the blobs of the same repository.
 
 HASHED_AT_ONCE = 2**20
 
@@ -102,10 +88,7 @@ def require_regular(path: Path, error: type[PhatgooseError], label: str | None =
 
 
 def refuse_pipes(place: str | Path, error: type[PhatgooseError]) -> None:
-    """Raise `error` where the folder `place`, which another library reads, holds pipes or devices.
-
-    In it, or in a folder in it. Anything else than a folder is left to that library.
-    """
+    """Raise `error` if the folder `place` or a folder in it holds pipes or devices."""
     for path in (*Path(place).glob("*"), *Path(place).glob("*/*")):
         if path.is_fifo() or path.is_char_device():
             raise error(f"{path} is not a regular file.")
@@ -130,10 +113,6 @@ def _blobs_of(folder: Path) -> tuple[Path, ...]:
             return (above.parent.parent / "blobs",)
     return ()
 
-
-# -------------------------------------------------------------------------------------------------
-# JSON files of bounded size and depth, read strictly.
-# -------------------------------------------------------------------------------------------------
 
 MOST_JSON_BYTES = 16 * 2**20
 MOST_NESTED = 100  # lists and objects inside each other; copying and writing recurse too
@@ -210,12 +189,9 @@ def _nested(content: Any) -> int:
         if not level:
             break
         depth += 1
-        level = [inner for each in level for inner in _parts(each)]
+        parts = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [inner for part in parts for inner in part]
     return depth
-
-
-def _parts(content: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return content.values() if isinstance(content, dict) else content
 
 
 def _finite(text: str) -> float:
@@ -228,10 +204,6 @@ def _finite(text: str) -> float:
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
-
-# -------------------------------------------------------------------------------------------------
-# TOML files of bounded size.
-# -------------------------------------------------------------------------------------------------
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -246,8 +218,7 @@ MOST_DOTS = 1000  # in a line: the parser's time grows with the square of a dott
 def read_toml(path: Path, what: str, error: type[PhatgooseError]) -> dict[str, Any]:
     """The table in the TOML file `path`, which messages call a `what`, such as "Recipe".
 
-    Raises `error` when there is no such file, or it is not TOML, larger than MOST_TOML_BYTES or
-    nested deeper than MOST_NESTED levels.
+    Raises `error` as `parse_file` does, and when there is no such file.
     """
     label = f"{what} {path}"
     try:

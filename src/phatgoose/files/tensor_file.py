@@ -1,7 +1,4 @@
-"""Files of tensors: views of a mapping, and reading ahead.
-
-Compute the next items in threads while the present one is used.
-"""
+"""Files of tensors as views of their mapping, and reading ahead in threads."""
 
 from __future__ import annotations
 
@@ -55,14 +52,6 @@ def prefetch(function: Callable[[Item], Result], items: Iterable[Item]) -> Itera
                 future.cancel()
 
 
-# -------------------------------------------------------------------------------------------------
-# safetensors files mapped into memory: read when used, never copied, released after use.
-#
-# The tensors of a file are views of its mapping, so opening a file reads its header only. A file
-# that is replaced (renamed over) keeps its old content for whoever has it open; one that is
-# written in place would change under them, which nothing here ever does.
-# -------------------------------------------------------------------------------------------------
-
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 TYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
@@ -72,7 +61,7 @@ TYPES = {
 NAMES = {dtype: name for name, dtype in TYPES.items()}
 DAMAGE = (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError)
 LENGTH = struct.Struct("<Q")  # the header's length, which precedes it
-LONGEST_HEADER = 100_000_000  # bytes; the library refuses longer ones
+LONGEST_HEADER = 100_000_000  # bytes
 LONGEST_NAME = 500
 MOST_NUMBERS = 2**48  # of a tensor
 ALIGNMENT = 64  # of the data in files written here
@@ -94,7 +83,8 @@ class TensorRecord(NamedTuple):
 class TensorFile(Mapping[str, Tensor]):
     """Every tensor of a safetensors file by name, as views of the mapped file.
 
-    Read-only: `release` would lose what is written.
+    Opening reads the header only. A file that is replaced (renamed over) keeps its old content
+    here. Read-only: `release` would lose what is written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -142,7 +132,6 @@ class TensorFile(Mapping[str, Tensor]):
         return len(self.records)
 
     def sha256(self) -> str:
-        """The SHA-256 of the mapped file, in hexadecimal."""
         digest = hashlib.sha256()
         for begin in range(0, len(self._bytes), AT_ONCE):
             digest.update(self._content(begin, begin + AT_ONCE))
@@ -253,16 +242,12 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def _check_header(path: Path) -> None:
-    """Raise ValueError for a header that would take seconds and gigabytes to parse.
-
-    Its padding (spaces at the end) costs nothing. The library itself refuses a truncated header and
-    one longer than LONGEST_HEADER.
-    """
+    """Raise ValueError for a header that would take seconds and gigabytes to parse."""
     with path.open("rb") as file:
         begin = file.read(LENGTH.size)
         length = LENGTH.unpack(begin)[0] if len(begin) == LENGTH.size else 0
-        if MOST_JSON_BYTES < length <= LONGEST_HEADER:
-            used = len(file.read(length).rstrip())
+        if MOST_JSON_BYTES < length <= LONGEST_HEADER:  # the library refuses longer ones
+            used = len(file.read(length).rstrip())  # padding costs nothing
             if used > MOST_JSON_BYTES:
                 raise ValueError(f"its header has {used} bytes; at most {MOST_JSON_BYTES} are read")
 
@@ -289,7 +274,6 @@ def _record(dtype: str, shape: list[int], data_offsets: list[int]) -> TensorReco
 
 
 def _find_madvise() -> Any:
-    """The system's madvise function, None where there is none."""
     if not hasattr(mmap, "MADV_DONTNEED"):
         return None
     try:

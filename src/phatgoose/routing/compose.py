@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..base.fingerprint import (
     BaseReference,
+    Mark,
     check_base,
     fingerprint,
     marks_of,
@@ -119,6 +120,7 @@ def prepare(
         records=pool.records(),
         routing=router.routing,
         lookup=lookup,
+        marks=found.marks,
     )
     parts.router.read_base(found.model, found.tokenizer, pool)
     return Preparation(pool, found.model, sites, parts)
@@ -200,7 +202,7 @@ def install(model: PreTrainedModel, parts: Composition) -> PreTrainedModel:
     if parts.lookup is not None:
         parts.lookup.attach(model)
     if not parts.marks:  # those of a model that grows are as old as it
-        parts.marks = marks_of(model)
+        parts.marks.update(marks_of(model))  # in place: twins of a base may share them
         is_here = all(mark.content is not None for mark in parts.marks.values())
         parts.differs = is_here and surely_differs(model, parts.base)
     setattr(model, ROUTED, parts)
@@ -231,6 +233,7 @@ class ResolvedBase:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     reference: BaseReference
+    marks: dict[str, Mark]
 
 
 def resolve_base(
@@ -267,4 +270,5 @@ def resolve_base(
             stacklevel=3,
         )
         reference = replace(reference, fingerprint=wanted.fingerprint)
-    return ResolvedBase(model, tokenizer, reference)
+    shared = base.marks if isinstance(base, Base) else None
+    return ResolvedBase(model, tokenizer, reference, {} if shared is None else shared)

@@ -1,10 +1,8 @@
-"""Batches as model inputs: padding, several texts in a row, logits of targets only.
-
-Batches as model inputs: token pairs collated, rows padded, rows grouped by length.
-"""
+"""Batches as model inputs: padding, several texts in a row, logits of targets only."""
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import inspect
 import itertools
@@ -33,10 +31,10 @@ class Collator:
 
     Causal models get prompt and target in one left-padded row, so that all targets end in the last
     columns; sequence-to-sequence models get them separately. `labels` is [rows, longest target],
-    aligned right or left accordingly, IGNORED where there is no target token. With `packs`, pairs
-    share rows where the model can be packed: `labels` [1, tokens] then holds all target tokens and
-    `places` [tokens] the positions that predict them, in any order of the pairs. Raises
-    BaseModelError as `decoder_start` does.
+    aligned right or left accordingly, IGNORED without a target token. With `packs`, pairs share
+    rows if the model can be packed: `labels` [1, tokens] then holds all target tokens and `places`
+    [tokens] the positions that predict them, in any order of the pairs. Raises BaseModelError as
+    `decoder_start` does.
     """
 
     def __init__(self, model: PreTrainedModel, pad_token_id: int, *, packs: bool = False) -> None:
@@ -50,7 +48,6 @@ class Collator:
         self._wants_positions = "position_ids" in accepted
 
     def __call__(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
-        """The pairs as tensors that `target_logits` and the model's forward take."""
         if self._packs:
             return self._packed(pairs)
         return self._seq2seq(pairs) if self._is_encoder_decoder else self._causal(pairs)
@@ -61,9 +58,8 @@ class Collator:
         (rows,) = packed_batches([text.length for text in texts], sys.maxsize)
         packed = pack_rows([[texts[i] for i in row] for row in rows], self._pad, self._dtype)
         places, labels = list[int](), list[int]()
-        for index, start in zip(
-            [i for row in rows for i in row], packed.starts.tolist(), strict=True
-        ):
+        order = [i for row in rows for i in row]
+        for index, start in zip(order, packed.starts.tolist(), strict=True):
             first = max(len(pairs[index].prompt), 1)  # a text's first token can't be predicted
             places += range(start + first - 1, start + texts[index].length)
             labels += (pairs[index].prompt + pairs[index].target)[first:]
@@ -82,12 +78,11 @@ class Collator:
 
     def _seq2seq(self, pairs: Sequence[TokenPair]) -> dict[str, Tensor]:
         prompts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
+        inputs = [[self._start, *row[:-1]] for row in targets]
         return {
             "input_ids": pad_right(prompts, self._pad),
             "attention_mask": pad_right([[1] * len(row) for row in prompts], 0),
-            "decoder_input_ids": pad_right(
-                [[self._start, *row[:-1]] for row in targets], self._pad
-            ),
+            "decoder_input_ids": pad_right(inputs, self._pad),
             "decoder_attention_mask": pad_right([[1] * len(row) for row in targets], 0),
             "labels": pad_right(targets, IGNORED),
         }
@@ -96,8 +91,7 @@ class Collator:
 def decoder_start(model: PreTrainedModel) -> int:
     """The id of the token that the answers of a sequence-to-sequence `model` begin with.
 
-    Raises BaseModelError where its config names none: any guess would train or score other answers
-    than the base was made for.
+    Raises BaseModelError if its config names none: a guess could train or score other answers.
     """
     start: int | None = getattr(model.config, "decoder_start_token_id", None)
     if start is None:
@@ -143,14 +137,12 @@ def batches_of_tokens(lengths: Sequence[int], budget: int) -> Iterator[list[int]
         yield batch
 
 
-# -------------------------------------------------------------------------------------------------
 # Batches with almost no padding: several texts share a row, and none attends to another.
 #
 # A text is a stem and branches that continue it: a prompt and its answer choices. A row holds
 # texts one after the other. The attention mask lets a branch see only its stem and itself, and
 # positions restart with each text and return to the stem's end with each branch. So the model's
 # output for every token is the same as for its stem and branch alone.
-# -------------------------------------------------------------------------------------------------
 
 IMPLEMENTATIONS = ("sdpa", "eager")  # of attention: those that add a mask to the scores
 FULL = "full_attention"
@@ -170,7 +162,6 @@ class BranchedText:
 
     @property
     def length(self) -> int:
-        """The tokens of stem and branches together."""
         return len(self.stem) + sum(map(len, self.branches))
 
 
@@ -209,23 +200,17 @@ def can_pack(model: PreTrainedModel) -> bool:
 def packed_batches(lengths: Sequence[int], budget: int) -> Iterator[list[list[int]]]:
     """Batches of rows of text indices: every text once, at most `budget` tokens with padding.
 
-    A text longer than the budget comes alone. The longest come first, so that memory runs out early
-    or never. A nearly full batch may leave its last texts to the next one, where fitting them all
-    would take long rows.
+    As `batches_of_tokens`, but a nearly full batch may leave its last texts to the next one, if
+    fitting them all would take long rows.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
     while order:
-        ends = sorted({_filled(order, lengths, fill * budget) for fill in FILLS}, reverse=True)
-        found = [_rows(order[:end], lengths, budget) for end in ends]
+        totals = list(itertools.accumulate(lengths[i] for i in order[: budget + 1]))
+        ends = {max(1, bisect.bisect_right(totals, fill * budget)) for fill in FILLS}
+        found = [_rows(order[:end], lengths, budget) for end in sorted(ends, reverse=True)]
         _, rows = min(found, key=lambda each: each[0])
         yield rows
         order = order[sum(map(len, rows)) :]
-
-
-def _filled(order: Sequence[int], lengths: Sequence[int], room: float) -> int:
-    """How many of the first texts in `order` fit into `room` together, at least one."""
-    totals = itertools.accumulate(lengths[i] for i in order)
-    return max(1, sum(1 for _ in itertools.takewhile(lambda total: total <= room, totals)))
 
 
 def _rows(
@@ -262,10 +247,10 @@ def _distributed(order: Sequence[int], lengths: Sequence[int], count: int) -> li
 def pack_rows(
     rows: Sequence[Sequence[BranchedText]], pad_token_id: int, dtype: torch.dtype
 ) -> PackedBatch:
-    """The texts of each row as one batch; `dtype` is that of the model.
+    """The texts of each row as one batch, numbered row by row; `dtype` is that of the model.
 
-    `inputs` are what its forward pass takes. Texts are numbered row by row. Padding sees the first
-    token of its row and not itself, which is how `token_masks` recognises it.
+    Padding sees the first token of its row and not itself, which is how `token_masks` recognises
+    it.
     """
     columns = max(sum(text.length for text in row) for row in rows)
     shape = (len(rows), columns)
@@ -300,10 +285,6 @@ def _visible(owners: Tensor, branches: Tensor) -> Tensor:
     return torch.where(padding, first, earlier & same_text & (same_branch | in_stem))
 
 
-# -------------------------------------------------------------------------------------------------
-# The logits of target tokens, and no more of them than needed.
-# -------------------------------------------------------------------------------------------------
-
 # Up to so many tokens in a row, keeping all attention probabilities takes no more memory than the
 # rest of a backward pass (six bytes per token, head and column).
 SHORT_ROW = 256
@@ -318,7 +299,8 @@ def target_logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     inputs: dict[str, Any] = {
         key: value for key, value in batch.items() if key not in ("labels", "places")
     }
-    inner = _unwrapped(model)
+    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+    inner = inner.get_base_model() if isinstance(inner, PeftModel) else inner
     if "places" in batch:
         columns = batch["input_ids"].shape[1]
         with head_at(inner, batch["places"]), quick_backward(inner, columns):
@@ -336,15 +318,8 @@ def _logits(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     return logits
 
 
-def _unwrapped(model: nn.Module) -> Any:
-    """The transformers model inside wrappers for several devices or PEFT's layers."""
-    inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
-    return inner.get_base_model() if isinstance(inner, PeftModel) else inner
-
-
 @contextmanager
 def _head_input(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Apply `change` to the input of the output layer of `model` while the context is open."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     handle = head.register_forward_pre_hook(lambda _, args: (change(args[0]), *args[1:]))
     try:
@@ -356,9 +331,8 @@ def _head_input(model: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterato
 def contiguous_head(model: nn.Module) -> AbstractContextManager[None]:
     """Hand the output layer of `model` contiguous rows while the context is open.
 
-    Logits asked for at the last positions only reach it as a strided view, for which torch copies
-    the whole output matrix once per row: a quarter of a training step (SmolLM2, 8 x 128 tokens),
-    half of reading one prompt of 24. A view of one row counts as contiguous, and is copied too.
+    Logits of the last positions reach it as a strided view, for which torch copies the whole output
+    matrix once per row: a quarter of a training step, half of reading one prompt of 24.
     """
     return _head_input(model, lambda hidden: hidden.clone(memory_format=torch.contiguous_format))
 
@@ -376,7 +350,7 @@ def quick_backward(model: PreTrainedModel, columns: int) -> Iterator[None]:
     """Use the attention with the faster backward pass while the context is open.
 
     On a CPU plain products take half the time of torch's fused kernel, but they keep every
-    probability, so only where rows of `columns` tokens are short. `model` can be packed.
+    probability, so only if rows of `columns` tokens are short. `model` can be packed.
     """
     usual = model.config.get_text_config()._attn_implementation
     if model.device.type != "cpu" or columns > SHORT_ROW or usual == "eager":

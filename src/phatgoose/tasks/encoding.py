@@ -8,11 +8,13 @@ end with the end-of-sequence token. All cutting to length happens here (`Formatt
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from statistics import median
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,24 +23,38 @@ from ..base.sites import Positions, positions_of
 from ..base.untrusted_text import render_chat
 from ..config import Formatting
 from ..errors import TaskError
-from .cuts import Cut, Cuts, cut_tokens
+from ..files.strict import one_line
 from .task import Example, Span
 
 SPACES = ("Ġ", "▁", " ")  # how vocabularies write a token's leading space
 CONTEXT = 48  # characters before an answer that can influence its tokens
+CUTS = ("inputs", "inputs_cut", "inputs_cut_to", "inputs_cut_by")  # in an expert's metrics
+WARN_FROM = 0.1  # warn from this share of cut inputs on
+HEAD_SHARE = 4  # truncation middle: the head gets a quarter of the room, the tail the rest
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+
+def cut_tokens(tokens: Sequence[T], room: int, truncation: str) -> list[T]:
+    """At most `room` of the tokens; `truncation` says which part goes (middle, left or right)."""
+    if len(tokens) <= room:
+        return list(tokens)
+    head = {"left": 0, "right": room}.get(truncation, room // HEAD_SHARE)
+    return [*tokens[:head], *tokens[len(tokens) - (room - head) :]]
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """A tokenised input; `cut` is None if it is whole."""
+class Cut:
+    """One input or target cut to `most` tokens, which removed `lost` tokens."""
 
-    tokens: list[int]
-    cut: Cut | None = None
+    most: int
+    lost: int
 
 
 @dataclass(frozen=True)
-class Target:
-    """A tokenised target, end-of-sequence included; `cut` is None if it is whole."""
+class Fitted:
+    """A tokenised input, or a target with its end of sequence; `cut` is None if it is whole."""
 
     tokens: list[int]
     cut: Cut | None = None
@@ -58,7 +74,6 @@ class TokenPair:
 
     @property
     def length(self) -> int:
-        """The number of tokens of prompt and target together."""
         return len(self.prompt) + len(self.target)
 
 
@@ -88,7 +103,6 @@ class Encoder:
 
     @classmethod
     def of(cls, base: Base, formatting: Formatting | None = None) -> Encoder:
-        """The encoder for a base model."""
         return cls.for_model(base.model, base.tokenizer, formatting)
 
     @classmethod
@@ -98,7 +112,6 @@ class Encoder:
         tokenizer: PreTrainedTokenizerBase,
         formatting: Formatting | None = None,
     ) -> Encoder:
-        """The encoder for a model, routed or not."""
         return cls(
             tokenizer,
             is_encoder_decoder=bool(model.config.is_encoder_decoder),
@@ -113,20 +126,19 @@ class Encoder:
         return TokenPair(prompt.tokens, answer.tokens, prompt.cut, answer.cut)
 
     def pairs(self, examples: Iterable[Example]) -> list[TokenPair]:
-        """Prompts and targets of `examples`."""
         return [self.pair(each.input, each.target, each.passage) for each in examples]
 
     def prompt(self, text: str) -> list[int]:
         """The tokens of an input without a known passage; see `fitted`."""
         return self.fitted(text).tokens
 
-    def fitted(self, text: str, passage: Span | None = None, *, followed_by: int = 0) -> Prompt:
+    def fitted(self, text: str, passage: Span | None = None, *, followed_by: int = 0) -> Fitted:
         """The tokens of an input, cut to `max_input_tokens` and to the base's positions.
 
         In a causal model, `followed_by` positions stay free for what follows the input. Tokens that
         the tokenizer adds stay (BOS, T5's final </s>), except an end before a causal model's
         answer. So do the words of a chat template, which count against positions only. Trailing
-        spaces belong to the answer where the tokenizer makes one token of a space and a word. With
+        spaces belong to the answer if the tokenizer makes one token of a space and a word. With
         truncation "middle", the middle of `passage` goes if that is enough, else that of the whole
         text. Raises TaskError when no position is left for the input.
         """
@@ -135,17 +147,17 @@ class Encoder:
         most = self._most(followed_by)
         room = most - (0 if self.formatting.chat else len(self._before) + len(self._after))
         if len(tokens) <= room:
-            return Prompt(self._wrapped(tokens, text))
+            return Fitted(self._wrapped(tokens, text))
         left = self._cut(text, tokens, passage, max(room, 0))
-        return Prompt(self._wrapped(left), Cut(most, len(tokens) - len(left)))
+        return Fitted(self._wrapped(left), Cut(most, len(tokens) - len(left)))
 
-    def target(self, input_text: str, text: str) -> Target:
+    def target(self, input_text: str, text: str) -> Fitted:
         """The tokens of a target that follows `input_text`, cut on the right.
 
         At most `max_target_tokens` are kept, and no more than the base has positions for. A space
         separates a causal model's target from the prompt, unless the prompt ends in white space or
-        is wrapped in a chat template. The target has the tokens that it has when tokenised together
-        with the prompt. Warns where that would change the prompt's tokens.
+        is wrapped in a chat template. The tokens are those of the target in prompt and target
+        together. Warns if that would change the prompt's tokens.
         """
         prompt, space = self._apart(input_text)
         apart = self.is_encoder_decoder
@@ -157,8 +169,8 @@ class Encoder:
         if places is not None:
             most = min(most, max(places, 1))
         if len(tokens) <= most:
-            return Target(tokens)
-        return Target([*tokens[: most - 1], tokens[-1]], Cut(most, len(tokens) - most))
+            return Fitted(tokens)
+        return Fitted([*tokens[: most - 1], tokens[-1]], Cut(most, len(tokens) - most))
 
     def prompt_text(self, context: str) -> str:
         """The prompt's part of `context`: trailing spaces may belong to the answer (`fitted`)."""
@@ -193,7 +205,6 @@ class Encoder:
         return min(most, places - (self._around if self.formatting.chat else 0))
 
     def _cut(self, text: str, tokens: list[int], passage: Span | None, room: int) -> list[int]:
-        """At most `room` of the `tokens` of `text`."""
         how = self.formatting.truncation
         if passage is not None and how == "middle" and self.tokenizer.is_fast:
             places = self._encoded(text, return_offsets_mapping=True)["offset_mapping"]
@@ -222,12 +233,10 @@ class Encoder:
 
     @cached_property
     def _end_of_chat(self) -> str:
-        """The text before an answer in the chat template."""
         return _end_of(self._chat(""))
 
     def _chat(self, text: str) -> str:
-        messages = [{"role": "user", "content": text}]
-        return render_chat(self.tokenizer, messages)
+        return render_chat(self.tokenizer, [{"role": "user", "content": text}])
 
     def _apart(self, text: str) -> tuple[str, str]:
         """(the prompt's text, the white space between it and an answer)."""
@@ -237,7 +246,6 @@ class Encoder:
         return prompt, text[len(prompt) :] or ("" if prompt[-1:].isspace() else " ")
 
     def _following(self, prompt: str, text: str) -> list[int]:
-        """The tokens of `text` after `prompt`, tokenised together."""
         end = self._end_of_chat if self.formatting.chat else _end_of(prompt)
         context, joined = self._encoded([end, end + text])["input_ids"]
         if joined[: len(context)] == context:
@@ -264,8 +272,8 @@ def added_tokens(
 ) -> tuple[list[int], list[int]]:
     """(tokens, tokens) that the tokenizer adds before and after a prompt.
 
-    A causal model continues the prompt, so for it those after it, such as an end of sequence, are
-    left out.
+    A causal model continues the prompt, so those after it, such as an end of sequence, are left
+    out.
     """
     whole = list(tokenizer("a")["input_ids"])
     plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
@@ -280,3 +288,89 @@ def _end_of(text: str) -> str:
         return text
     end = text[-CONTEXT:]
     return end.partition(" ")[2].lstrip(" ") or end
+
+
+@dataclass(frozen=True)
+class Cuts:
+    """How many of a task's `inputs` were `cut`, to `most` tokens, losing `median` in the median.
+
+    `beyond` counts the inputs that are longer, with their answers, than the `trained` length of a
+    base with rotary positions. Such a base accepts them, with unknown quality. `targets` counts the
+    same of the inputs' targets; None if they were not counted.
+    """
+
+    inputs: int = 0
+    cut: int = 0
+    most: int = 0
+    median: int = 0
+    beyond: int = 0
+    trained: int | None = None
+    targets: Cuts | None = None
+
+    @classmethod
+    def of(
+        cls,
+        cuts: Sequence[Cut | None],
+        lengths: Sequence[int] = (),
+        trained: int | None = None,
+        *,
+        targets: Sequence[Cut | None] = (),
+    ) -> Cuts:
+        """The summary of `cuts`, None for a whole input; `lengths` are compared with `trained`."""
+        found = [cut for cut in cuts if cut is not None]
+        return cls(
+            inputs=len(cuts),
+            cut=len(found),
+            most=max((cut.most for cut in found), default=0),
+            median=round(median(cut.lost for cut in found)) if found else 0,
+            beyond=0 if trained is None else sum(length > trained for length in lengths),
+            trained=trained,
+            targets=cls.of(targets) if targets else None,
+        )
+
+    @property
+    def share(self) -> float:
+        return self.cut / self.inputs if self.inputs else 0.0
+
+    def text(self, what: str = "input") -> str:
+        """In words: "12 of 400 inputs (3 %) cut to 512 tokens, by 87 in the median"."""
+        return (
+            f"{self.cut} of {self.inputs} {what}{'' if self.inputs == 1 else 's'} "
+            f"({_percent(self.share)}) cut to {self.most} tokens, by {self.median} in the median"
+        )
+
+    def report(self, task: str) -> None:
+        """Log the cuts of `task` in one line, or warn from a tenth of its inputs on.
+
+        Always warns of cut targets, and of inputs beyond the trained length of the base.
+        """
+        if self.cut and self.share < WARN_FROM:
+            logger.info("%s: %s", one_line(task), self.text())
+        elif self.cut:
+            warnings.warn(f"{one_line(task)}: {self.text()}.", stacklevel=2)
+        if self.targets is not None and self.targets.cut:
+            warnings.warn(f"{one_line(task)}: {self.targets.text('target')}.", stacklevel=2)
+        if self.beyond:
+            warnings.warn(
+                f"{one_line(task)}: {self.beyond} of {self.inputs} inputs and their answers are "
+                f"longer than the {self.trained} tokens that the base was trained for; lower "
+                f"max_input_tokens, or max_new_tokens where answers are generated.",
+                stacklevel=2,
+            )
+
+    def record(self) -> dict[str, int]:
+        """The counts that an expert records among its metrics, by the names in CUTS."""
+        values = (self.inputs, self.cut, self.most, self.median)
+        return dict(zip(CUTS, values if self.cut else values[:2], strict=False))
+
+
+def recorded_share(metrics: Mapping[str, Any]) -> str | None:
+    """The share of cut inputs in an expert's metrics, in words; None if not recorded."""
+    inputs, cut = (metrics.get(name) for name in CUTS[:2])
+    if type(inputs) is not int or type(cut) is not int or not 0 <= cut <= inputs or not inputs:
+        return None
+    return _percent(cut / inputs)
+
+
+def _percent(share: float) -> str:
+    return "under 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"

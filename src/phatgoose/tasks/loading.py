@@ -1,6 +1,6 @@
 """Loading tasks: files, the Hub, rows in memory, and prompt templates.
 
-Prompt templates in promptsource's notation, `input ||| target` in jinja2, that users write.
+Templates that users write have promptsource's notation, `input ||| target` in jinja2.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import csv
 import json
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,16 +22,9 @@ from ..files.strict import first_line, half_character, one_line, reason, require
 from .task import Example, Span, Task
 
 SEPARATOR = "|||"
-# What an expression in a template may raise.
 TEMPLATE_FAILURES = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
+    *(TemplateError, ArithmeticError, AttributeError, LookupError),
+    *(MemoryError, RecursionError, TypeError, ValueError),
 )
 
 
@@ -72,10 +65,9 @@ class RowTemplate:
 def longest_field(
     row: Mapping[str, Any], text: str, shown: Callable[[str], str] = str
 ) -> Span | None:
-    """Where `text` holds the longest of the values of `row` that occur in it exactly once.
+    """Where `text` holds the longest of the values of `row` that occur in it exactly once, or None.
 
-    Values inside lists and dicts count individually. `shown` maps a value to how its template
-    prints it. None where no value is found.
+    Values inside lists and dicts count individually. `shown` maps a value to its printed form.
     """
     for value in sorted(_texts_in(row), key=len, reverse=True):
         piece = shown(value).strip()
@@ -92,10 +84,6 @@ def _texts_in(value: Any) -> Iterator[str]:
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from _texts_in(item)
 
-
-# -------------------------------------------------------------------------------------------------
-# Load a task: from JSON Lines, CSV, a dataset on the Hub, or rows in memory.
-# -------------------------------------------------------------------------------------------------
 
 EMPTY = ("nan", "<NA>", "NaT")  # cells without a value: of floats, of pandas, of its dates
 PLAIN = (str, int, list, tuple, dict)  # what is no such cell
@@ -123,10 +111,9 @@ def load_task(
     whatever fields a row has, and with `choices` ("yes ||| no", jinja2) the choices are. `name`
     defaults to the file's stem.
 
-    Raises TaskError, naming the line, for what is none of these, a missing file, broken line,
-    missing field, a text that holds half a character, an empty choice, a target that is not among
-    the choices, a CSV row of more cells than the header names, a name that is no UTF-8, or a source
-    without examples.
+    Raises TaskError, naming the line, for anything else, a row that is broken or lacks a field, a
+    text that holds half a character, an empty choice, a target that is not among the choices, a
+    name that is no UTF-8, or a source without examples.
     """
     rows, label, default_name = _open_source(source)
     if not isinstance(name, str | None):
@@ -147,13 +134,8 @@ def load_task(
     if not any(splits.values()):
         place = source if isinstance(source, str | Path) else label
         raise TaskError(f"{place} has no examples.")
-    return Task(
-        name or default_name,
-        train=tuple(splits["train"]),
-        validation=tuple(splits["validation"]),
-        test=tuple(splits["test"]),
-        source=label,
-    )
+    train, validation, test = (tuple(splits[split]) for split in SPLITS)
+    return Task(name or default_name, train, validation, test, source=label)
 
 
 def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[Task]:
@@ -174,11 +156,7 @@ def given_tasks(given: Task | str | Path | Iterable[Task | str | Path]) -> list[
 
 
 def given_task(given: Task | str | Path) -> Task:
-    """The one task that a caller names. Raises TaskError as `given_tasks` does."""
-    if not isinstance(given, Task | str | Path):
-        raise TaskError(f"{NO_TASK}, not {shortened(given)}; load_task makes a Task of rows.")
-    (task,) = given_tasks(given)
-    return task
+    return given if isinstance(given, Task) else _named(given)
 
 
 def _named(task: object) -> Task:
@@ -188,7 +166,7 @@ def _named(task: object) -> Task:
 
 
 def check_task_name(name: str) -> None:
-    """Raise TaskError where results can't be written under `name`: a file's that is no UTF-8."""
+    """Raise TaskError if results can't be written under `name`: a file's that is no UTF-8."""
     if half_character(name) is not None:
         raise TaskError(
             f"{shortened(name)} can't be a name in results, for it is not UTF-8; rename that file "
@@ -224,21 +202,18 @@ def _read_jsonl(path: Path) -> Rows:
     try:
         with path.open(encoding="utf-8-sig") as lines:  # str.splitlines would split at U+2028 too
             for number, line in enumerate(lines, 1):
-                if line.strip():
-                    where = f"{path}, line {number}"
-                    yield where, _parse(line, where)
+                if not line.strip():
+                    continue
+                where = f"{path}, line {number}"
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise TaskError(f"{where}: broken JSON ({one_line(error)}).") from error
+                if not isinstance(row, dict):
+                    raise TaskError(f"{where}: wanted an object with fields, got {line[:40]!r}.")
+                yield where, row
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(f"Task file {path} can't be read: {reason(error)}.") from error
-
-
-def _parse(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise TaskError(f"{where}: broken JSON ({one_line(error)}).") from error
-    if not isinstance(row, dict):
-        raise TaskError(f"{where}: wanted an object with fields, got {line[:40]!r}.")
-    return row
 
 
 def _read_csv(path: Path) -> Rows:
@@ -247,10 +222,15 @@ def _read_csv(path: Path) -> Rows:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             try:
-                _require_different(reader.fieldnames or (), path)
+                _require_different(filter(None, reader.fieldnames or ()), path)
                 for row in reader:
                     where = f"{path}, line {reader.line_num}"
-                    yield where, _fitting(row, where)
+                    if None in row:  # where DictReader puts what is beyond the header
+                        raise TaskError(
+                            f"{where}: more cells than the header names; put a text that holds a "
+                            f"comma in double quotes."
+                        )
+                    yield where, row
             except csv.Error as error:
                 raise TaskError(
                     f"{path}, the row from line {reader.line_num + 1}: broken CSV ({error}); a "
@@ -261,22 +241,11 @@ def _read_csv(path: Path) -> Rows:
         raise TaskError(f"Task file {path} can't be read: {reason(error)}.") from error
 
 
-def _fitting(row: Mapping[str | None, Any], where: str) -> Mapping[str, Any]:
-    """The row of a CSV file. Raises TaskError where it has more cells than there are columns."""
-    if None in row:  # where DictReader puts them
-        raise TaskError(
-            f"{where}: more cells than the header names; put a text that holds a comma in double "
-            f"quotes."
-        )
-    return {str(name): cell for name, cell in row.items()}
-
-
-def _require_different(names: Sequence[str], path: Path) -> None:
-    """Raise TaskError where two columns have one name; columns without a name are nobody's."""
-    for name, count in Counter(filter(None, names)).items():
+def _require_different(names: Iterable[Any], where: str | Path) -> None:
+    for name, count in Counter(names).items():
         if count > 1:
             raise TaskError(
-                f"{path}: {count} columns are named {shortened(name)}; give them different names."
+                f"{where}: {count} columns are named {shortened(name)}; give them different names."
             )
 
 
@@ -303,24 +272,24 @@ def datasets_library(needed_for: object) -> Any:
 
 
 def _read_memory(rows: Any, label: str = "memory") -> Rows:
+    parts: list[tuple[str, str, Any, dict[str, str]]] = [(label, f"{label},", rows, {})]
     if isinstance(rows, Mapping) and not _are_columns(rows):  # a DatasetDict: split name -> rows
-        unknown = [split for split in rows if split not in SPLITS]
+        unknown = ", ".join(str(split) for split in rows if split not in SPLITS)
         if unknown:
-            warnings.warn(
-                f"{label}: splits left out: {', '.join(map(str, unknown))}.", stacklevel=4
-            )
-        for split in SPLITS:
-            for number, row in enumerate(_rows_of(rows.get(split, ()), f"{label}, {split}"), 1):
-                where = f"{label}, {split} row {number}"
-                yield where, {**_fields(row, where), "split": split}
-        return
-    for number, row in enumerate(_rows_of(rows, label), 1):
-        where = f"{label}, row {number}"
-        yield where, _fields(row, where)
+            warnings.warn(f"{label}: splits left out: {unknown}.", stacklevel=4)
+        places = {split: f"{label}, {split}" for split in SPLITS}
+        parts = [
+            (place, place, rows.get(split, ()), {"split": split}) for split, place in places.items()
+        ]
+    for place, before, part, split in parts:
+        for number, row in enumerate(_rows_of(part, place), 1):
+            where = f"{before} row {number}"
+            if not isinstance(row, Mapping):
+                raise TaskError(f"{where}: wanted a dict with fields, got {row!r:.40}.")
+            yield where, {**row, **split}
 
 
 def _rows_of(rows: Any, label: str) -> Iterable[Any]:
-    """The rows of what a task is made of. Raises TaskError, naming `label`, for what has none."""
     if isinstance(rows, Mapping):
         return _rows_of_columns(rows, label)
     if not _is_frame(rows):
@@ -331,17 +300,11 @@ def _rows_of(rows: Any, label: str) -> Iterable[Any]:
             )
         found: Iterable[Any] = rows
         return found
-    for name, count in Counter(rows.columns).items():
-        if count > 1:
-            raise TaskError(
-                f"{label}: {count} columns are named {shortened(name)}; give them different names."
-            )
-    columns = {name: rows[name] for name in rows.columns}
-    return _rows_of_columns(columns, label)
+    _require_different(rows.columns, label)
+    return _rows_of_columns({name: rows[name] for name in rows.columns}, label)
 
 
 def _rows_of_columns(columns: Mapping[str, Any], label: str) -> Iterator[dict[str, Any]]:
-    """The rows of columns of one length. Raises TaskError, naming `label`, where they are none."""
     for name, cells in columns.items():
         if isinstance(cells, str | bytes) or not hasattr(cells, "__len__"):
             raise TaskError(
@@ -369,14 +332,7 @@ def _is_frame(rows: Any) -> bool:
     return hasattr(rows, "columns") and hasattr(rows, "__getitem__") and hasattr(rows, "__len__")
 
 
-def _fields(row: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(row, Mapping):
-        raise TaskError(f"{where}: wanted a dict with fields, got {row!r:.40}.")
-    return row
-
-
 def _example(row: Mapping[str, Any], where: str) -> Example:
-    """The example in `row`. Raises TaskError, naming `where`, for a bad field."""
     texts = {}
     for key in ("input", "target"):
         value = _plain(row.get(key))
@@ -422,7 +378,6 @@ def _plain(value: Any) -> Any:
 
 
 def _listed(cell: str, where: str) -> list[Any]:
-    """The items of a list in a CSV cell. Raises TaskError where it is JSON, but broken."""
     looks_like_json = cell.startswith("[") and cell.rstrip().endswith("]")
     try:
         return list(json.loads(cell)) if looks_like_json else cell.split(SEPARATOR)
@@ -433,7 +388,6 @@ def _listed(cell: str, where: str) -> list[Any]:
 
 
 def _whole(text: str, where: str) -> str:
-    """`text`. Raises TaskError where it holds half a character, which no tokenizer reads."""
     half = half_character(text)
     if half is not None:
         raise TaskError(

@@ -15,15 +15,13 @@ from .task import VALIDATION_MOST, Task, draw
 
 
 def mix(tasks: Sequence[Task], name: str, *, most: int | None = None, seed: int = 0) -> Task:
-    """One task with the training examples of all `tasks`.
+    """One task with the training examples of all `tasks`, and no test split.
 
-    Training draws from them uniformly, so from each task in proportion to its size. A task with
-    more than `most` examples gives `most`, drawn once by `seed` (as T0 caps large datasets); None
-    caps nothing. Validation examples are each task's own, or those that `with_validation(seed)`
-    sets apart, at most VALIDATION_MOST of each, so that the few that training draws of them are not
-    all of the largest task. There is no test split.
-
-    Raises TaskError when there are no tasks, one can't be trained on, or `most` is below 1.
+    Each task counts in proportion to its size. A task with more than `most` examples gives `most`,
+    drawn once by `seed` (as T0 caps large datasets). Validation examples are each task's own, or
+    those that `with_validation(seed)` sets apart, up to VALIDATION_MOST of each, so that the few
+    that training draws are not all of the largest task. Raises TaskError when there are no tasks,
+    one can't be trained on, or `most` is below 1.
     """
     if not tasks:
         raise TaskError(f"The mixture {name!r} has no tasks.")
@@ -65,13 +63,10 @@ def mixture(
 
 @dataclass(frozen=True)
 class _Mixture(TrainingTask):
-    """A `mixture` of `tasks`."""
-
     tasks: tuple[TrainingTask, ...]
     most: int | None
     seed: int
 
     def portable(self) -> TrainingTask:
-        """The mixture of what each task is for another machine."""
         tasks = [task.portable() for task in self.tasks]
         return mixture(tasks, self.name, most=self.most, seed=self.seed)

@@ -1,8 +1,8 @@
 """Neutral text: forty passages of many kinds, the same for everybody, to measure gates against.
 
 What a site sees of any text at all tells no task from another. Contributors and aggregators who
-measure it on the same passages take off the same. Not in the paper. The passages are ours; gates
-trained with them depend on them, so they never change.
+measure it on the same passages subtract the same. Not in the paper. Gates trained with these
+passages depend on them, so they never change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,12 @@ PASSAGES = Path(__file__).with_name("neutral.txt")  # separated by empty lines
 
 def neutral_examples() -> list[Example]:
     """The passages, each cut in two at the space nearest its middle: input and target."""
-    passages = PASSAGES.read_text(encoding="utf-8").strip().split("\n\n")
-    return [_halves(passage) for passage in passages]
+    examples = []
+    for passage in PASSAGES.read_text(encoding="utf-8").strip().split("\n\n"):
+        spaces = [place for place, letter in enumerate(passage) if letter.isspace()]
+        middle = min(spaces, key=lambda place: abs(place - len(passage) / 2))
+        examples.append(Example(passage[:middle].rstrip(), passage[middle:].lstrip()))
+    return examples
 
 
 def over_neutral_text(
@@ -54,7 +58,14 @@ def over_neutral_text(
         see(site, torch.zeros(0, site.in_features))
     pairs = Encoder.for_model(model, tokenizer).pairs(neutral_examples())
     read_pairs(model, sites, pairs, tokenizer.pad_token_id, see)
-    return {name: _moments(*sums[name]) for name in sites}
+    found = {}
+    for name in sites:
+        count, total, squares = sums[name]
+        mean = total / count.clamp(min=1)
+        variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
+        deviation = variance.sqrt().masked_fill(count == 0, 1.0)
+        found[name] = mean.float(), deviation.float()
+    return found
 
 
 def moments(
@@ -62,15 +73,3 @@ def moments(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Mean and deviation of each site's input over the passages' tokens, float32 [n] each."""
     return over_neutral_text(model, tokenizer, names, lambda _, u: u)
-
-
-def _moments(count: Tensor, total: Tensor, squares: Tensor) -> tuple[Tensor, Tensor]:
-    mean = total / count.clamp(min=1)
-    variance = (squares / count.clamp(min=1) - mean.square()).clamp(min=0)
-    return mean.float(), variance.sqrt().masked_fill(count == 0, 1.0).float()
-
-
-def _halves(passage: str) -> Example:
-    spaces = [place for place, letter in enumerate(passage) if letter.isspace()]
-    middle = min(spaces, key=lambda place: abs(place - len(passage) / 2))
-    return Example(passage[:middle].rstrip(), passage[middle:].lstrip())

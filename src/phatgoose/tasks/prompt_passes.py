@@ -58,8 +58,8 @@ def read_prompts(
 ) -> Tensor:
     """What `reading` finds in each of the `prompts`, given by their tokens, [prompts, ..].
 
-    Each passes once, in batches of prompts of like length, through the encoder or all of a causal
-    model but its head. A progress bar shows the `label`, if there is one.
+    In batches of prompts of like length, through the encoder or all of a causal model but its head.
+    A progress bar shows the `label`, if there is one.
     """
     stack, device = prompt_stack(model), input_device(model)
     options = {} if model.config.is_encoder_decoder else {"use_cache": False}
@@ -172,14 +172,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
 
 
 class _WholeConfig(GenerationConfig):  # type: ignore[misc]
-    """A config whose open fields have the library's defaults.
-
-    `generate` fills those of any other from the model's generation_config, which may penalise
-    repetitions, suppress tokens or stop at texts: other answers than the model's likeliest.
-    """
-
+    # `generate` fills the open fields of any other config from the model's generation_config, which
+    # may penalise repetitions, suppress tokens or stop at texts: not the model's likeliest answers.
     def update(self, defaults_only: bool = False, **given: Any) -> dict[str, Any]:
-        """As GenerationConfig's, but `defaults_only` fills in nobody else's defaults."""
         if defaults_only:
             usual = self._get_default_generation_params()
             usual.pop("max_length", None)  # it warns of one beside max_new_tokens

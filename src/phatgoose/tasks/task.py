@@ -7,12 +7,13 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import TaskError
 
 VALIDATION_SHARE = 0.1
 VALIDATION_MOST = 500
+T = TypeVar("T")
 Span = tuple[int, int]  # characters of a text: the first, and the first after the span
 
 
@@ -20,10 +21,9 @@ Span = tuple[int, int]  # characters of a text: the first, and the first after t
 class Example:
     """One example. `choices` is empty for open-ended tasks; `references` are all right answers.
 
-    `passage` is where in `input` the longest field of its template stands: the part that an input
-    that is too long is shortened in. None where no template is known. `row` numbers the dataset's
-    row that it was made of where others may be made of the same (in other templates); None where
-    none is. Equality ignores both.
+    `passage` is the longest field of its template in `input`: the part to shorten if the input is
+    too long. None if no template is known. `row` numbers the dataset's row that it was made of, if
+    others may be made of the same (in other templates). Equality ignores both.
     """
 
     input: str
@@ -51,7 +51,7 @@ class Task:
 
     `source` says where the data came from (of a file only its name), `validation_origin` where the
     validation split came from. `metrics` are names in `evaluation.metrics.METRICS`, and the task's
-    score is their mean; empty means accuracy where there are choices, exact match otherwise.
+    score is their mean; empty means accuracy if there are choices, exact match otherwise.
     `max_new_tokens` bounds generated answers; None leaves the bound to the evaluation.
     """
 
@@ -65,7 +65,6 @@ class Task:
     max_new_tokens: int | None = None
 
     def __repr__(self) -> str:
-        """Its name, where it came from, and how many examples each split has."""
         splits = {split: getattr(self, split) for split in ("train", "validation", "test")}
         counts = ", ".join(f"{split}: {len(held)}" for split, held in splits.items())
         return f"<Task {self.name!r} from {self.source!r} ({counts})>"
@@ -73,10 +72,8 @@ class Task:
     @property
     def digest(self) -> str:
         """A hash of all examples: the same for the same data, wherever they came from."""
-        splits = [
-            [example.content for example in part]
-            for part in (self.train, self.validation, self.test)
-        ]
+        parts = (self.train, self.validation, self.test)
+        splits = [[example.content for example in part] for part in parts]
         return hashlib.sha256(json.dumps(splits).encode()).hexdigest()
 
     def with_validation(self, seed: int = 0) -> Task:
@@ -115,7 +112,7 @@ class Task:
         return draw(examples, limit, seed)
 
 
-def draw(examples: tuple[Example, ...], most: int | None, seed: int) -> tuple[Example, ...]:
+def draw(examples: tuple[T, ...], most: int | None, seed: int) -> tuple[T, ...]:
     """At most `most` of the examples (None: all), the same for a given seed, in file order."""
     if most is None or most >= len(examples):
         return examples
@@ -124,7 +121,6 @@ def draw(examples: tuple[Example, ...], most: int | None, seed: int) -> tuple[Ex
 
 
 def named_apart(tasks: Iterable[Task]) -> list[Task]:
-    """These tasks. Raises TaskError when two of them have one name."""
     found = list(tasks)
     names = [task.name for task in found]
     for name in names:

@@ -1,95 +1,91 @@
-"""The plan of a training, worked out beforehand and spread over workers.
+"""What training a pool will cost: steps, tokens, parameters, memory, disk and time.
 
-A training plan spread over workers: how long it takes, and what the machines need.
+Nothing is trained and nothing downloaded, but for `Planner.measure`. With a frozen base, a trained
+token takes 4 operations for each parameter of the linear layers that it passes: 2 forward, and 2
+back through the activations. Validation and statistics go forward only. Left out are adapter and
+gates (2 % of T5-XL's), attention scores, padding, the optimiser, reading data, and embeddings.
 """
 
 from __future__ import annotations
 
 import heapq
 import math
-from collections import Counter
+import os
+import re
+import tempfile
+import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
 
+import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedConfig, PreTrainedModel, T5Config
 
 from ..base.fingerprint import dtype_name
-from ..base.loading import choose_dtype, load_tokenizer
+from ..base.loading import choose_dtype, load_base, load_skeleton, load_tokenizer
+from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import BaseModelError, ConfigError, TaskError
+from ..experts.expert import MOST_EMBEDDINGS
 from ..experts.kinds.registry import kind_for
-from ..tasks.encoding import Encoder
+from ..experts.readings import readings_size
+from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.suites.registry import TrainingTask
-from ..tasks.task import Task
-from .plan_costs import (
-    EMBEDDING_DIMS,
-    MEASURED,
-    SAMPLE,
-    TFLOPS,
-    TOKENS_PER_WORD,
-    TRAINED,
-    CostModel,
-    PlannedTask,
-    Shapes,
-    Speed,
+from ..tasks.task import Example, Task, draw
+from .new_modules import parameters_at, placed_sites
+from .train_expert import train_expert
+from .trainer import TrainingCallback
+
+SAMPLE = 200  # examples whose tokens are counted
+TFLOPS = 100.0  # sustained by an A100- or H100-class GPU in bfloat16; assumed, not measured
+OPERATIONS = 4  # for each parameter and trained token: see above
+EMBEDDING_DIMS = 384  # of the default embedder, all-MiniLM-L6-v2
+FLOAT32 = 4  # bytes
+CHECKPOINT_COPIES = 3 * 3  # a parameter and AdamW's two moments; best, last, and the next one
+TRAINABLE_COPIES = 4  # a parameter, its gradient and two moments
+KEPT = 2  # times: norms, activation functions and rotations keep as much as the linears between
+LOGIT_BYTES = 10  # of one logit: bfloat16, float32, its gradient
+RUNTIME_BYTES = 600_000_000  # of torch, transformers and what they load
+TRIAL_STEPS = 3  # the first is a warm-up and isn't timed
+T5_XL = T5Config(
+    **{"d_model": 2048, "d_ff": 5120, "num_layers": 24, "num_heads": 32},
+    feed_forward_proj="gated-gelu",
+    tie_word_embeddings=False,
 )
+KNOWN_BASES: dict[str, PreTrainedConfig] = {"google/t5-xl-lm-adapt": T5_XL}  # the paper's
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """How `workers` workers train a plan's experts, each free worker taking the next one.
+class PlannedTask:
+    """What training one expert will cost.
 
-    `seconds` is the time until the last expert is finished, `share` the part of the workers' time
-    spent training. `memory_bytes` is one worker's, `gpus` all workers' together. `working_bytes` is
-    the size of the unfinished work of all experts in training, `disk_bytes` of the finished ones.
+    `examples` are the training examples, None if unknown; `is_bound` means that the data or the
+    base's tokenizer aren't here, so that sequences count with the length to which they are cut.
+    `tokens` include validation and statistics.
     """
 
-    workers: int
-    gpus: float
+    name: str
+    source: str
+    examples: int | None
+    steps: int
+    gate_steps: int
+    tokens: int
+    is_bound: bool
     seconds: float
-    share: float
-    memory_bytes: int
-    working_bytes: int
     disk_bytes: int
-
-
-def schedule(plan: Plan, workers: int, gpus_per_worker: float = 0.0) -> Schedule:
-    """The schedule of `plan` on so many workers, which take experts in the plan's order.
-
-    Raises ConfigError for fewer than one worker or a negative number of GPUs.
-    """
-    if workers < 1:
-        raise ConfigError(f"workers is {workers!r}, but must be at least 1.")
-    if not 0 <= gpus_per_worker < math.inf:
-        raise ConfigError(f"gpus_per_worker is {gpus_per_worker!r}, but must be 0 or more.")
-    needed = min(workers, len(plan.tasks))
-    free = [plan.start_seconds] * needed
-    for task in plan.tasks:
-        heapq.heapreplace(free, free[0] + task.seconds)
-    seconds = max(free, default=0.0)
-    return Schedule(
-        workers=workers,
-        gpus=workers * gpus_per_worker,
-        seconds=seconds,
-        share=plan.seconds / (seconds * workers) if seconds else 0.0,
-        memory_bytes=plan.memory_bytes,
-        working_bytes=needed * plan.working_bytes,
-        disk_bytes=plan.disk_bytes,
-    )
-
-
-# -------------------------------------------------------------------------------------------------
-# What a training run will cost: nothing is trained and nothing downloaded.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
     """What training a pool of experts of the kind `peft` will cost, task by task.
 
-    `sites`, `expert_parameters` and `gate_parameters` are those of one expert. `working_bytes` is
-    the size of one expert's unfinished work, `memory_bytes` the memory of the process, and
-    `start_seconds` the time until training begins. `notes` state the assumptions.
+    `sites`, `expert_parameters` and `gate_parameters` are those of one expert, `working_bytes` its
+    checkpoints while it trains, `memory_bytes` the memory of the process. `notes` state what was
+    assumed, and what to do if this machine has less memory.
     """
 
     base: str
@@ -101,161 +97,293 @@ class Plan:
     tasks: tuple[PlannedTask, ...]
     working_bytes: int
     memory_bytes: int
-    start_seconds: float
     notes: tuple[str, ...]
 
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of all experts, gates included."""
-        return sum(task.steps + task.gate_steps for task in self.tasks)
+    def totals(self) -> dict[str, float]:
+        """Sums over all experts, which train one after the other; steps include the gates'."""
+        names = ("steps", "tokens", "seconds", "disk_bytes")
+        sums = {name: sum(getattr(task, name) for task in self.tasks) for name in names}
+        return sums | {"steps": sums["steps"] + sum(task.gate_steps for task in self.tasks)}
 
-    @property
-    def sequences(self) -> int:
-        """Sequences of all experts, those that are only measured included."""
-        return sum(task.trained + task.measured for task in self.tasks)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all experts."""
-        return sum(task.tokens for task in self.tasks)
-
-    @property
-    def seconds(self) -> float:
-        """The time of all experts, one after the other."""
-        return sum(task.seconds for task in self.tasks)
-
-    @property
-    def disk_bytes(self) -> int:
-        """The size of all expert directories."""
-        return sum(task.disk_bytes for task in self.tasks)
+    def seconds_on(self, workers: int) -> float:
+        """The time on so many workers, each of which takes the next expert when it is free."""
+        free = [0.0] * workers
+        for task in self.tasks:
+            heapq.heapreplace(free, free[0] + task.seconds)
+        return max(free)
 
 
-def plan_training(
-    base: str,
-    tasks: Sequence[TrainingTask],
-    *,
-    peft: Peft | None = None,
-    training: Training | None = None,
-    gate_training: GateTraining | None = None,
-    formatting: Formatting | None = None,
-    dtype: str = "auto",
-    tflops: float | None = None,
-    tokens_per_second: float | None = None,
-    speed: Speed | None = None,
-) -> Plan:
-    """What training an expert of `base` on each task will cost.
+class Speed(NamedTuple):
+    """Trained tokens a second, without padding, and the peak memory if it was measured too."""
 
-    A task is planned with the micro-batch that its suite names for it, if any
-    (`TrainingTask.settings`), and else with that of `training`. Data on this machine are read, one
-    dataset at a time; datasets on the Hub are not. The base's weights are never needed. `tflops` is
-    the sustained speed, in 10^12 operations a second (None: TFLOPS); `tokens_per_second`, as
-    training reports it, or a measured `speed` take precedence.
+    tokens_per_second: float
+    memory_bytes: int | None = None
 
-    Raises ConfigError for a speed that is not positive and finite, BaseModelError when the base's
-    config isn't on this machine (the bases of the recipes are built in), TaskError for a task file
-    of the user's own that can't be used.
+
+class Planner:
+    """Plans trainings of experts of `base` with these settings, at a `speed` or at `tflops`.
+
+    Without either, TFLOPS are assumed. Raises BaseModelError when the base's config isn't on this
+    machine (the paper's is built in), ConfigError when no site matches or a speed is not positive
+    and finite.
     """
-    peft, training = peft or Lora(), training or Training()
-    gate_training, formatting = gate_training or GateTraining(), formatting or Formatting()
-    for name, given in (("tflops", tflops), ("tokens_per_second", tokens_per_second)):
-        if given is not None and not (0 < given < math.inf):
-            raise ConfigError(f"{name} is {given!r}, but must be above 0 and finite.")
-    shapes = Shapes.of(base, peft)
-    kept = kind_for(peft).new_modules.dtype or choose_dtype(dtype)
-    costs = CostModel(
-        shapes,
-        training,
-        gate_training,
-        formatting,
-        _encoder(base, shapes, formatting),
-        kept.itemsize,
-        TFLOPS if tflops is None else tflops,
-        speed or (None if tokens_per_second is None else Speed.of(tokens_per_second)),
-    )
-    unread: list[str] = []
-    planned = tuple(
-        costs.plan(task, _read(task, training.seed, unread))
-        for task in tqdm(tasks, desc="plan", unit="task", leave=False, disable=None)
-    )
-    return Plan(
-        base=base,
-        peft=kind_for(peft).name,
-        dtype=dtype_name(kept),
-        sites=shapes.sites,
-        expert_parameters=shapes.expert,
-        gate_parameters=shapes.gates,
-        tasks=planned,
-        working_bytes=costs.working_bytes,
-        memory_bytes=costs.memory_bytes(planned),
-        start_seconds=costs.speed.start_seconds if costs.speed else 0.0,
-        notes=tuple(_notes(base, costs, planned, unread)),
-    )
+
+    def __init__(
+        self,
+        base: str,
+        *,
+        peft: Peft | None = None,
+        training: Training | None = None,
+        gate_training: GateTraining | None = None,
+        formatting: Formatting | None = None,
+        dtype: str = "auto",
+        tflops: float | None = None,
+        speed: Speed | None = None,
+    ) -> None:
+        for name, value in (("tflops", tflops), *(speed._asdict().items() if speed else ())):
+            if value is not None and not (0 < value < math.inf):
+                raise ConfigError(f"{name} is {value!r}, but must be above 0 and finite.")
+        self.base, self.dtype, self.tflops, self.speed = base, dtype, tflops, speed
+        self.peft, self.training = peft or Lora(), training or Training()
+        self.gates, self.formatting = gate_training or GateTraining(), formatting or Formatting()
+        self._model = _skeleton(base)
+        self._sites = list(placed_sites(self._model, self.peft).values())
+        self._expert = parameters_at(self._model, self.peft)
+        self._gate = sum(site.in_features for site in self._sites)
+        self._learnt = self._expert + (self._gate if self.gates.joint else 0)
+        self._stored = kind_for(self.peft).new_modules.dtype or choose_dtype(dtype)
+        head: Any = self._model.get_output_embeddings()
+        self._logits: tuple[int, ...] = (0, 0) if head is None else tuple(head.weight.shape)
+
+    def plan(self, tasks: Sequence[TrainingTask]) -> Plan:
+        """What training an expert on each task will cost, with the task's own micro-batch if any.
+
+        Data on this machine are read, one dataset at a time; datasets on the Hub are not. Raises
+        TaskError for a file that can't be used.
+        """
+        try:
+            tokenizer = load_tokenizer(self.base, offline=True)
+            encoder = Encoder.for_model(self._model, tokenizer, self.formatting)
+        except BaseModelError:
+            encoder = None
+        planned, batches, unread = [], [], list[str]()
+        for task in tqdm(tasks, desc="plan", unit="task", leave=False, disable=None):
+            data = None
+            try:
+                if task.origin != "hub":
+                    data = task.load().with_validation(self.training.seed)
+            except TaskError as error:
+                if task.origin == "file":
+                    raise
+                unread = unread or [f"A copy can't be read: {error}"]
+            lengths = self._lengths(data, encoder)
+            planned.append(self._task(task, data, lengths))
+            batches.append((lengths, _rows(task.settings(self.training))))
+        checkpoints = CHECKPOINT_COPIES * FLOAT32 * self._learnt
+        measured = self.speed and self.speed.memory_bytes
+        memory_notes = [] if measured else self._memory_notes(batches)
+        return Plan(
+            base=self.base,
+            peft=kind_for(self.peft).name,
+            dtype=dtype_name(self._stored),
+            sites=len(self._sites),
+            expert_parameters=self._expert,
+            gate_parameters=self._gate,
+            tasks=tuple(planned),
+            working_bytes=checkpoints + self._stored.itemsize * self._expert,
+            memory_bytes=measured or self._memory(batches),
+            notes=(*self._notes(planned), *memory_notes, *unread),
+        )
+
+    def _lengths(self, data: Task | None, encoder: Encoder | None) -> _Lengths:
+        """The tokens of a sample, else the most there can be."""
+        if data is None or encoder is None:
+            limits = self.formatting
+            return _Lengths([limits.max_input_tokens], [limits.max_target_tokens], is_bound=True)
+        pairs = _pairs(encoder, draw(data.train, SAMPLE, self.training.seed))
+        return _Lengths([len(pair.prompt) for pair in pairs], [len(pair.target) for pair in pairs])
+
+    def _task(self, task: TrainingTask, data: Task | None, lengths: _Lengths) -> PlannedTask:
+        training, gates = self.training, self.gates
+        examples = task.entry.train_examples if data is None else len(data.train)
+        gate_steps = 0 if gates.joint else gates.gate_steps
+        trained = training.batch_size * (training.steps + gate_steps)
+        most = training.eval_examples
+        validated = most if data is None else min(most, len(data.validation))
+        read = min(gates.statistics_examples, examples or gates.statistics_examples)
+        forward = validated * math.ceil(training.steps / training.eval_every)
+        forward += read * (gates.means + gates.readings)
+        prompt, target = fmean(lengths.prompts), fmean(lengths.targets)
+        vectors = self._gate * (1 + gates.means)
+        vectors += readings_size(self._model.config) * gates.readings
+        vectors += EMBEDDING_DIMS * min(MOST_EMBEDDINGS, read) * gates.embeddings
+        return PlannedTask(
+            name=task.name,
+            source=task.entry.source or task.named,
+            examples=examples,
+            steps=training.steps,
+            gate_steps=gate_steps,
+            tokens=round((trained + forward) * (prompt + target)),
+            is_bound=lengths.is_bound,
+            seconds=(trained + forward / 2) * self._seconds(prompt, target),
+            disk_bytes=self._stored.itemsize * self._expert + FLOAT32 * vectors,
+        )
+
+    def _seconds(self, prompt: float, target: float) -> float:
+        """The time of a trained sequence of so many tokens."""
+        if self.speed is not None:
+            return (prompt + target) / self.speed.tokens_per_second
+        passed = {"encoder": 0, "decoder": 0}
+        for site in find_sites(self._model).values():
+            passed[site.stream] += site.in_features * site.out_features
+        # Logits are computed for targets only; an encoder-decoder reads prompts in its encoder.
+        operations = prompt * (passed["encoder"] or passed["decoder"])
+        operations += target * (passed["decoder"] + math.prod(self._logits))
+        return OPERATIONS * operations / (1e12 * (self.tflops or TFLOPS))
+
+    def _memory(self, batches: Sequence[tuple[_Lengths, int]], most_rows: int | None = None) -> int:
+        """The memory of a process whose micro-batches have at most so many rows.
+
+        Base, trained parameters with gradients and moments, and what the backward pass needs of the
+        longest sequences of a sample: every site's input and output, as much again for what lies
+        between, and the logits. Attention's probabilities are left out.
+        """
+        features = sum(site.in_features + site.out_features for site in self._sites)
+        activations = [0]
+        for lengths, rows in batches:
+            size = min(rows, most_rows or rows)
+            longest = max(map(sum, zip(lengths.prompts, lengths.targets, strict=True)))
+            kept = KEPT * features * self._stored.itemsize * size * longest
+            activations.append(kept + LOGIT_BYTES * self._logits[0] * size * max(lengths.targets))
+        base = sum(int(parameter.numel()) for parameter in self._model.parameters())
+        held = self._stored.itemsize * base + TRAINABLE_COPIES * FLOAT32 * self._learnt
+        return RUNTIME_BYTES + held + max(activations)
+
+    def _memory_notes(self, batches: Sequence[tuple[_Lengths, int]]) -> list[str]:
+        """That memory is counted, and a remedy where this machine has less."""
+        notes = ["Memory is counted for the longest sequences of a sample; --measure finds it."]
+        here, most = memory_here(), max((rows for _, rows in batches), default=1)
+        needs = {rows: self._memory(batches, rows) for rows in range(most, 0, -1)}
+        fitting = [rows for rows in needs if here is None or needs[rows] <= here]
+        if fitting[:1] == [most]:
+            return notes
+        remedy = "cut inputs (max_input_tokens), choose bfloat16 or a smaller base"
+        if fitting:
+            needed = tqdm.format_sizeof(needs[fitting[0]])
+            remedy = f"with micro_batch_size {fitting[0]} it takes {needed}B"
+        return [*notes, f"This machine has {tqdm.format_sizeof(here or 0)}B of memory: {remedy}."]
+
+    def _notes(self, planned: Sequence[PlannedTask]) -> list[str]:
+        """How tokens and time are known."""
+        notes = []
+        if bound := sum(task.is_bound for task in planned):
+            notes.append(
+                f"For {bound} of {len(planned)} tasks data or tokenizer aren't on this machine: "
+                f"sequences count with the {self.formatting.max_input_tokens} + "
+                f"{self.formatting.max_target_tokens} tokens to which they are cut."
+            )
+        if self.speed is not None:
+            how = "measured here on a few steps" if self.speed.memory_bytes else "as given"
+            speed = f"{self.speed.tokens_per_second:.4g} trained tokens a second, {how}"
+        else:
+            assumed = "" if self.tflops else ", assumed of an A100- or H100-class GPU in bfloat16"
+            speed = f"{self.tflops or TFLOPS:g} TFLOP/s sustained{assumed}"
+        return [*notes, f"Time is at {speed}."]
+
+    def measure(self, tasks: Sequence[TrainingTask]) -> Speed:
+        """The speed and peak memory of a few steps here, on the data of `tasks`.
+
+        A step has two micro-batches: one drawn, and the longest of a sample of all tasks. Raises
+        TaskError when no task has its data on this machine, and what training raises.
+        """
+        here = [task for task in tasks if task.origin != "hub"]
+        if not here:
+            raise TaskError("No task has its data on this machine: no speed can be measured here.")
+        base = load_base(self.base, dtype=self.dtype)
+        encoder, times = Encoder.of(base, self.formatting), list[float]()
+        trials = (
+            _trial(task.load(), _rows(task.settings(self.training)), encoder) for task in here
+        )
+        task, _ = max(trials, key=lambda trial: trial[1])
+        short = replace(
+            self.training,
+            steps=TRIAL_STEPS,
+            eval_every=TRIAL_STEPS,
+            batch_size=len(task.train),
+            micro_batch_size=len(task.train) // 2,
+        )
+        with tempfile.TemporaryDirectory(prefix="phatgoose-") as folder:
+            expert = train_expert(
+                base,
+                task,
+                out=Path(folder) / "trial",
+                peft=self.peft,
+                training=short,
+                gate_training=replace(self.gates, gate_steps=1, embeddings=False),
+                formatting=self.formatting,
+                callback=TrainingCallback(on_steps=lambda _: times.append(time.perf_counter())),
+            )
+        tokens = expert.info.metrics["expert_tokens"] * (TRIAL_STEPS - 1) / TRIAL_STEPS
+        return Speed(tokens / (times[TRIAL_STEPS] - times[1]), most_memory())
 
 
-def _encoder(base: str, shapes: Shapes, formatting: Formatting) -> Encoder | None:
-    """The base's encoder, None when its tokenizer isn't on this machine."""
+class _Lengths(NamedTuple):
+    """Tokens of some prompts and targets; `is_bound` means the most there can be."""
+
+    prompts: Sequence[int]
+    targets: Sequence[int]
+    is_bound: bool = False
+
+
+def _skeleton(base: str) -> PreTrainedModel:
+    """The base without its weights."""
     try:
-        tokenizer = load_tokenizer(base, offline=True)
-    except BaseModelError:
-        return None
-    return Encoder(tokenizer, is_encoder_decoder=shapes.is_encoder_decoder, formatting=formatting)
+        return load_skeleton(base)
+    except BaseModelError as error:
+        if base in KNOWN_BASES:
+            return load_skeleton(KNOWN_BASES[base])
+        hint = "Nothing is downloaded here: have the base's config.json at hand."
+        raise BaseModelError(f"{error} {hint}") from error
 
 
-def _read(task: TrainingTask, seed: int, unread: list[str]) -> Task | None:
-    """The task, split as for training; None where its data are not on this machine.
+def _rows(training: Training) -> int:
+    return min(training.micro_batch_size, training.batch_size)
 
-    The reason why a copy can't be read is added to `unread`.
+
+def _pairs(encoder: Encoder, examples: Sequence[Example]) -> Sequence[TokenPair]:
+    """Their tokens, without a warning of targets that are cut: training will warn."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return encoder.pairs(examples)
+
+
+def _trial(task: Task, rows: int, encoder: Encoder) -> tuple[Task, int]:
+    """Of a sample of `task` its longest micro-batch, which counts tokens, after as many drawn.
+
+    A batch is sorted by length, so the longest come together. Twice as many are validated at once.
     """
-    if task.origin == "hub":
-        return None
-    try:
-        return task.load().with_validation(seed)
-    except TaskError as error:
-        if task.origin == "file":
-            raise
-        unread.append(str(error))
-        return None
+    sample = draw(task.train, SAMPLE, seed=0)
+    lengths = [pair.length for pair in _pairs(encoder, sample)]
+    order = sorted(range(len(sample)), key=lambda row: -lengths[row])
+    longest = tuple(sample[row] for row in order[: 2 * rows])
+    train = (*sample[:rows], *longest[:rows])
+    return replace(task, train=train, validation=longest), sum(lengths[r] for r in order[:rows])
 
 
-def _notes(
-    base: str, costs: CostModel, tasks: Sequence[PlannedTask], unread: Sequence[str]
-) -> list[str]:
-    """The assumptions, in sentences."""
-    limits = costs.formatting
-    most = f"{limits.max_input_tokens} + {limits.max_target_tokens}"
-    meanings = {
-        "measured": f"measured on up to {SAMPLE} of its examples",
-        "words": (
-            f"estimated as {TOKENS_PER_WORD} a word of up to {SAMPLE} examples, since the base's "
-            f"tokenizer isn't on this machine"
-        ),
-        "limits": (
-            f"taken as the {most} to which it is cut, an upper bound that is usually far too high, "
-            f"since the data aren't on this machine"
-        ),
-    }
-    counts = Counter(task.lengths for task in tasks)
-    notes = [
-        f"For {count} of {len(tasks)} tasks, the tokens of a sequence are {meanings[basis]}."
-        for basis, count in counts.items()
-    ]
-    if costs.speed is None:
-        notes.append(
-            f"Time is {TRAINED} operations for each linear parameter and trained token, {MEASURED} "
-            f"for validation and statistics, at {costs.tflops:g} TFLOP/s sustained; "
-            f"{TFLOPS:g} is assumed of an A100- or H100-class GPU in bfloat16, not measured."
-        )
-    else:
-        notes.append(costs.speed.note())
-    if costs.speed is None or costs.speed.memory_bytes is None:
-        notes.append(
-            "Memory is counted, not measured: base, trained parameters with gradients and moments, "
-            "and the activations of a micro-batch of the longest sequences of a sample."
-        )
-    if costs.shapes.from_table:
-        notes.append(f"The config of {base} isn't on this machine; its published shapes are used.")
-    if costs.gate_training.embeddings:
-        notes.append(f"Embeddings are taken to have {EMBEDDING_DIMS} dimensions.")
-    if unread:
-        notes.append(f"{len(unread)} copies can't be read, the first because: {unread[0]}")
-    return notes
+def most_memory() -> int | None:
+    """The peak memory of this process in bytes, of its GPU if there is one; None if unknown."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_reserved())
+    try:  # rather than getrusage, which tells a new process what its parent held
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return None
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)
+    return 1024 * int(found[1]) if found else None
+
+
+def memory_here() -> int | None:
+    """The bytes of memory of this machine, of its GPU if there is one; None if unknown."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if os.name == "posix" else None

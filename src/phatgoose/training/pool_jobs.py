@@ -13,10 +13,8 @@ from ..base.loading import Base, load_base, recorded_id
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..jobs import BaseLocation, Engine, LocalEngine
 from ..tasks.suites.registry import TrainingTask
-from . import processes
-from .progress import TrainingCallback
-from .train_expert import train_expert
-from .trainer import settings_of_training, warn_of_other_settings
+from .train_expert import settings_of_training, train_expert, warn_of_other_settings
+from .trainer import TrainingCallback, join_processes
 from .workdir import ExpertFolder, TrainedExpert, expert_folder
 
 PATIENCE = 60.0  # seconds to wait for the lock of a lost worker on another machine
@@ -110,7 +108,7 @@ class _ExpertWorkshop:
     def open(self, tell: Callable[[int], None]) -> Iterator[TrainJob]:
         """A function that trains experts; the base is loaded once."""
         base = self.base
-        processes.join()  # each loads it onto its own GPU
+        join_processes()  # each loads it onto its own GPU
         if isinstance(base, BaseLocation):
             base = base.load()
         elif isinstance(base, str):
@@ -134,8 +132,7 @@ class _ExpertWorkshop:
                     restart=job.restart,
                     callback=TrainingCallback(tell, destination.on_saved),
                 )
-            info, place = expert.info, self.folder.place(job.name)
-            return TrainedExpert(expert.name, place, info.metrics, info.hyperparameters)
+            return TrainedExpert.of(expert.info, self.folder.place(job.name))
 
         yield train
 

@@ -1,8 +1,7 @@
-"""Statistics for other routers, which a contributor may share beside gates (paper section 4.2).
+"""Statistics for other routers, measured when an expert is trained, or later (paper section 4.2).
 
 Mean activations are for Average Activation, embeddings of training inputs for Retrieval, readings
-of prompts for router discriminant, which isn't the paper's. They are measured when an expert is
-trained, or later.
+of prompts for router discriminant, which isn't the paper's.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +25,6 @@ from ..experts.adapter import ModifiedLinear, applied
 from ..experts.expert import MOST_EMBEDDINGS, Expert, expert_files, recorded_formatting
 from ..experts.kinds.kind import SiteModule
 from ..experts.readings import PromptStates, readings_of
-from ..tasks.cuts import Cuts
 from ..tasks.embeddings import (
     DEFAULT_EMBEDDER,
     PAPER_TEXT,
@@ -34,9 +33,9 @@ from ..tasks.embeddings import (
     paper_texts,
     prompt_texts,
 )
-from ..tasks.encoding import Encoder, TokenPair
+from ..tasks.encoding import Cuts, Encoder, TokenPair
 from ..tasks.prompt_passes import read_pairs, read_prompts
-from ..tasks.task import Example, Task, draw
+from ..tasks.task import Task, draw
 
 
 def measure(
@@ -76,7 +75,12 @@ def measure(
         embedder=embedder,
         embedding_form=embedding_form,
     )
-    _refuse_foreign_files(expert.directory)
+    foreign = {path.name for path in expert.directory.iterdir()} - set(expert_files())
+    if foreign:
+        raise ExpertError(
+            f"{expert.directory} also holds {', '.join(sorted(foreign))}, which rewriting the "
+            f"expert would lose; move that away first."
+        )
     base = load_base(base) if isinstance(base, str) else base
     check_base(expert.info.base, base.reference, f"expert {expert.name!r}")
     recorded = expert.info.hyperparameters
@@ -126,14 +130,18 @@ def statistics_of(
     """
     means, readings, embeddings, cuts = None, None, None, Cuts()
     label = task.name if shows_bars else None
-    count = settings.statistics_examples
-    if settings.embeddings:
-        examples = draw(task.train, min(count, MOST_EMBEDDINGS), seed)
-        embeddings = embed_texts(_embedded(examples, encoder, settings), settings.embedder)
-    pairs = []
-    if settings.means or settings.readings:
-        pairs = encoder.pairs(draw(task.train, count, seed))
+    examples, pairs = draw(task.train, settings.statistics_examples, seed), []
+    in_papers_form = settings.embedding_form == PAPER_TEXT
+    if settings.means or settings.readings or not in_papers_form:
+        pairs = encoder.pairs(examples)
         cuts = encoder.cuts(pairs)
+    if settings.embeddings:
+        texts = (
+            paper_texts(examples)
+            if in_papers_form
+            else prompt_texts(encoder.tokenizer, [pair.prompt for pair in pairs])
+        )
+        embeddings = embed_texts(draw(tuple(texts), MOST_EMBEDDINGS, seed), settings.embedder)
     if settings.readings:
         base.model.eval()
         prompts = [pair.prompt for pair in pairs]
@@ -147,14 +155,6 @@ def statistics_of(
     return Statistics(means, readings, embeddings, cuts)
 
 
-def _embedded(examples: Sequence[Example], encoder: Encoder, settings: GateTraining) -> list[str]:
-    """The texts to embed for `examples`."""
-    if settings.embedding_form == PAPER_TEXT:
-        return paper_texts(examples)
-    prompts = [encoder.fitted(row.input, row.passage).tokens for row in examples]
-    return prompt_texts(encoder.tokenizer, prompts)
-
-
 def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) -> Expert:
     """The expert with what was `found` by `settings`, and what it had where nothing was."""
     measured = replace(
@@ -163,23 +163,18 @@ def _with_statistics(expert: Expert, found: Statistics, settings: GateTraining) 
         readings=expert.readings if found.readings is None else found.readings,
         embeddings=expert.embeddings if found.embeddings is None else found.embeddings,
     )
+    how: dict[str, Any] = {}
+    if found.embeddings is not None:
+        how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
     recorded = {
         **expert.info.hyperparameters,
         "statistics_examples": settings.statistics_examples,
         "means": bool(measured.means),
         "readings": bool(measured.readings),
         "embeddings": measured.embeddings is not None,
+        **how,
     }
-    info = replace(expert.info, hyperparameters=recorded)
-    if found.embeddings is not None:
-        how = {"embedder": settings.embedder, "embedding_form": settings.embedding_form}
-        info = replace(
-            info,
-            embedder=settings.embedder,
-            embedding_form=settings.embedding_form,
-            hyperparameters={**recorded, **how},
-        )
-    return replace(measured, info=info)
+    return replace(measured, info=replace(expert.info, hyperparameters=recorded, **how))
 
 
 def mean_activations(
@@ -206,12 +201,3 @@ def mean_activations(
 
     read_pairs(model, sites, pairs, pad_token_id, add, label)
     return {name: (total / max(counts[name], 1)).float() for name, total in totals.items()}
-
-
-def _refuse_foreign_files(directory: Path) -> None:
-    foreign = {path.name for path in directory.iterdir()} - set(expert_files())
-    if foreign:
-        raise ExpertError(
-            f"{directory} also holds {', '.join(sorted(foreign))}, which rewriting the expert "
-            f"would lose; move that away first."
-        )

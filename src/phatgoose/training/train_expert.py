@@ -1,6 +1,7 @@
-"""Experts: an adapter of any kind trained on a task, then its gates and statistics.
+"""Training an expert: an adapter on a task, then its gates, then statistics (paper section 3).
 
-Gates follow the expert, or are trained together with it (both in `gates`).
+Each stage leaves its result in the work folder (`workdir`), where an interrupted run resumes. The
+expert's directory is written last, whole or not at all.
 """
 
 from __future__ import annotations
@@ -8,28 +9,52 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from ..base.loading import Base
+from ..base.fingerprint import check_base, dtype_name
+from ..base.loading import Base, load_base
+from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Lora, Peft, Training, given_or_default
-from ..experts.expert import Expert
-from ..experts.kinds.kind import FreshExpert
+from ..errors import BaseModelError, ConfigError, ExpertError
+from ..experts.adapter import adapter_files, applied, check_fit, read_modules
+from ..experts.expert import LAYOUT, Expert, check_name
 from ..experts.kinds.registry import kind_for
-from ..tasks.cuts import Cuts
+from ..files.atomic import is_there
+from ..files.strict import sha256_of, shortened
+from ..tasks.embeddings import load_embedder
+from ..tasks.encoding import CUTS, Encoder
+from ..tasks.loading import given_task
+from ..tasks.neutral import moments
+from ..tasks.prompt_passes import read_pairs
 from ..tasks.task import Task, draw
-from . import processes
-from .gates import Record, add_gates, take_gates
+from .gates import GatedLinear, take_gates
 from .new_modules import fresh_expert, parameters_at
-from .progress import TrainingCallback
-from .trainer import FitReport, TrainingRun, finished_expert, fit, settings_of_training
-from .workdir import open_work
+from .statistics import statistics_of
+from .trainer import TrainingCallback, fit, is_first, join_processes, wait_for_all
+from .workdir import discard_work, open_work, work_of
 
 REPORT = "report.json"
 JOINT_GATES = "gates.safetensors"
+GATE_CHECKPOINT_EVERY = 25
+# Settings of `Training` that gates are trained with, too.
+SHARED = ("batch_size", "micro_batch_size", "warmup_ratio", "weight_decay", "max_grad_norm")
+# Settings that unfinished work may differ in: statistics are measured at the end.
+STATISTICS = (
+    "statistics_examples",
+    "means",
+    "readings",
+    "embeddings",
+    "embedder",
+    "embedding_form",
+)
 
 
 def train_expert(
@@ -52,12 +77,11 @@ def train_expert(
     it, or with `gate_training.joint` together with it, for its steps and at its learning rate
     (paper Appendix A); the files are the same either way.
     `base` is a loaded base or its name; a loaded one serves many tasks. `task` may be a file or
-    `hub:DATASET` too. Checkpoints are kept in
-    `.<out's name>.work` beside `out`. `resume` continues an interrupted run (and loads a finished
-    expert, with a warning where that has other settings), `restart` throws its work away; with
-    neither, existing work is an error.
-    Where `accelerate launch` started several processes, all of them call this, share each batch,
-    and the first one writes.
+    `hub:DATASET` too. Checkpoints are kept in `.<out's name>.work` beside `out`. `resume` continues
+    an interrupted run (and loads a finished expert, with a warning if that has other settings),
+    `restart` throws its work away; with neither, existing work is an error.
+    If `accelerate launch` started several processes, all of them call this, share each batch, and
+    the first one writes.
     Raises ExpertError when `out` exists, the name can't be an expert's or training diverges,
     ConfigError when resumed work had other settings, RoutingError when means are wanted and the
     base pads inside, TaskError when the task can't be used.
@@ -65,40 +89,167 @@ def train_expert(
     out, peft = Path(out), peft or Lora()
     kind_for(peft)  # refuses what is none
     training = given_or_default(Training, training, "training")
-    gate_training = given_or_default(GateTraining, gate_training, "gate_training")
+    gates = given_or_default(GateTraining, gate_training, "gate_training")
     formatting = given_or_default(Formatting, formatting, "formatting")
-    settings = settings_of_training(peft, training, gate_training, formatting)
+    settings = settings_of_training(peft, training, gates, formatting)
     finished = finished_expert(out, settings, resume=resume)
     if finished is not None:
         return finished
-    run = TrainingRun.of(
-        base,
-        task,
-        out,
-        training=training,
-        gate_training=gate_training,
-        formatting=formatting,
-        name=name,
-        callback=callback,
-    )
+    run = TrainingRun.of(base, task, out, training, gates, formatting, name, callback)
     parameters_at(run.base.model, peft)  # refuses bad settings before anything is written
     with open_work(out, run.identity(peft), resume=resume, restart=restart) as work:
-        adapter = _train_adapter(run, peft)
+        adapter = _trained_adapter(run, peft)
         record = Record(
             hyperparameters={"peft": kind_for(peft).name, **asdict(peft)},
             metrics=json.loads((work / REPORT).read_text(encoding="utf-8")),
-            gates=load_file(work / JOINT_GATES) if run.gate_training.joint else None,
+            gates=load_file(work / JOINT_GATES) if gates.joint else None,
             cuts_told=True,
         )
-        return add_gates(run, adapter, record)
+        return _with_gates_and_statistics(run, adapter, record)
 
 
-def _train_adapter(run: TrainingRun, peft: Peft) -> Path:
+def train_gates(
+    base: Base | str | Path,
+    adapter: str | Path,
+    task: Task | str | Path,
+    *,
+    out: str | Path,
+    training: Training | None = None,
+    gate_training: GateTraining | None = None,
+    formatting: Formatting | None = None,
+    name: str | None = None,
+    resume: bool = False,
+    restart: bool = False,
+) -> Expert:
+    """The expert made of an existing adapter and gates trained for it on `task`.
+
+    Everything but the gates is frozen; steps, learning rate and statistics follow `gate_training`,
+    the rest `training` (paper section 3). The expert is written to `out`, named `name` or after it.
+    `adapter` is a PEFT LoRA or (IA)³ or a bottleneck adapter, or an expert without gates (an
+    imported one), whose records are kept: the settings of `training` are not recorded as its own,
+    but as the gates' (docs/format.md). `resume` continues an interrupted run (and loads a finished
+    expert), `restart` throws its work away. Raises ExpertError when the adapter can't be used or
+    doesn't fit the base, `out` exists or training diverges; WrongBaseError when it records another
+    base; ConfigError when resumed work had other settings or joint training is asked for;
+    RoutingError when means are wanted and the base pads inside; TaskError when the task can't be
+    used.
+    """
+    out, adapter = Path(out), Path(adapter)
+    if gate_training is not None and gate_training.joint:
+        raise ConfigError(
+            "joint is on, but an adapter that exists can't be trained together with its gates; "
+            "turn it off here, or train a new expert."
+        )
+    training = given_or_default(Training, training, "training")
+    gates = given_or_default(GateTraining, gate_training, "gate_training")
+    formatting = given_or_default(Formatting, formatting, "formatting")
+    settings = _gate_settings(training, gates) | asdict(formatting)
+    finished = finished_expert(out, settings, resume=resume)
+    if finished is not None:
+        return finished
+    modules = read_modules(adapter)
+    run = TrainingRun.of(base, task, out, training, gates, formatting, name)
+    record = Record(found=True)
+    if (adapter / LAYOUT.info).is_file():
+        earlier = Expert.load(adapter)
+        check_base(earlier.info.base, run.base.reference, f"expert {earlier.name!r}")
+        record = Record(earlier.info.hyperparameters, earlier.info.metrics, found=True)
+    check_fit(adapter.name, modules, find_sites(run.base.model))
+    identity = run.identity(adapter=sha256_of(adapter / adapter_files(adapter).weights))
+    with open_work(out, identity, resume=resume, restart=restart):
+        return _with_gates_and_statistics(run, adapter, record)
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """The training of the expert `name`, to be written to `out`.
+
+    `task` has a validation split; `digest` is that of the task as it was given.
+    """
+
+    base: Base
+    task: Task
+    digest: str
+    encoder: Encoder
+    training: Training
+    gate_training: GateTraining
+    out: Path
+    name: str
+    callback: TrainingCallback
+
+    @classmethod
+    def of(
+        cls,
+        base: Base | str | Path,
+        task: Task | str | Path,
+        out: Path,
+        training: Training,
+        gate_training: GateTraining,
+        formatting: Formatting,
+        name: str | None,
+        callback: TrainingCallback | None = None,
+    ) -> TrainingRun:
+        """The run with these settings; a base given by name is loaded.
+
+        What is made last, after hours perhaps, is refused here: raises ConfigError if embeddings
+        are wanted and their embedder can't be loaded, RoutingError if means are and the base pads
+        inside. Raises ExpertError for a name that can't be an expert's, TaskError when the task
+        can't be used.
+        """
+        check_name(name or out.name)
+        task = given_task(task)
+        if gate_training.embeddings:
+            load_embedder(gate_training.embedder)
+        join_processes()
+        base = load_base(base) if isinstance(base, str | Path) else base
+        if not isinstance(base, Base):
+            raise BaseModelError(
+                f"base is a {type(base).__name__}; wanted its name, its folder, or a loaded Base "
+                f"(phatgoose.base.loading.load_base)."
+            )
+        split, encoder = task.with_validation(training.seed), Encoder.of(base, formatting)
+        if gate_training.means:  # read one example as they will be measured
+            model, padding = base.model, base.tokenizer.pad_token_id
+            pairs = encoder.pairs(split.validation[:1])
+            read_pairs(model, find_sites(model), pairs, padding, lambda *_: None)
+        return cls(
+            base=base,
+            task=split,
+            digest=task.digest,
+            encoder=encoder,
+            training=training,
+            gate_training=gate_training,
+            out=out,
+            name=name or out.name,
+            callback=callback or TrainingCallback(),
+        )
+
+    @property
+    def work(self) -> Path:
+        """The folder of its unfinished work."""
+        return work_of(self.out)
+
+    def identity(self, *shape: Peft, **more: str) -> dict[str, Any]:
+        """What unfinished work must share to be resumed by this run, for `open_work`."""
+        settings = (*shape, self.training, self.gate_training, self.encoder.formatting)
+        return {
+            "base": self.base.fingerprint,
+            "dtype": dtype_name(self.base.model.dtype),
+            **more,
+            "task": self.digest,
+            "settings": [
+                {name: value for name, value in asdict(each).items() if name not in STATISTICS}
+                for each in settings
+            ],
+        }
+
+
+def _trained_adapter(run: TrainingRun, peft: Peft) -> Path:
     """The folder of the trained adapter, made unless an earlier run finished it.
 
     Joint gates are left in the work folder beside the report.
     """
-    task, training, work = run.task, run.training, run.work
+    task, training, work, joint = run.task, run.training, run.work, run.gate_training.joint
     finished = work / "adapter"
     if finished.is_dir():
         run.callback.on_steps(training.steps)
@@ -106,37 +257,205 @@ def _train_adapter(run: TrainingRun, peft: Peft) -> Path:
     validated = draw(task.validation, training.eval_examples, training.seed)
     train, validation = map(run.encoder.pairs, (task.train, validated))
     cuts = run.encoder.cuts(train)
-    if processes.is_first():
+    if is_first():
         cuts.report(task.name)
     torch.manual_seed(training.seed)
-    with fresh_expert(run.base, peft, joint=run.gate_training.joint) as fresh:
+    with fresh_expert(run.base, peft, joint=joint) as fresh:
         report = fit(
             fresh.model,
-            run=run,
-            stage="expert",
+            run.base,
             train=train,
             validation=validation,
+            training=training,
             steps=training.steps,
             learning_rate=training.learning_rate,
             checkpoint_every=min(training.eval_every, training.steps),
+            work=work / "expert",
+            label=f"{task.name}: expert",
+            callback=run.callback,
         )
-        gates = take_gates(fresh.parts) if run.gate_training.joint else None
-        if processes.is_first():
+        gates = take_gates(fresh.parts) if joint else None
+        if is_first():
             if gates is not None:
                 save_file(gates, work / JOINT_GATES)
-            _save_adapter(fresh, work, report, cuts)
+            unfinished = work / "adapter.unfinished"
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
+            fresh.save(unfinished)
+            metrics = {f"expert_{key}": value for key, value in asdict(report).items()}
+            (work / REPORT).write_text(json.dumps(metrics | cuts.record()), encoding="utf-8")
+            os.rename(unfinished, finished)
             shutil.rmtree(work / "expert")
             run.callback.on_saved()
-        processes.wait_for_all()
+        wait_for_all()
     return finished
 
 
-def _save_adapter(fresh: FreshExpert, work: Path, report: FitReport, cuts: Cuts) -> None:
-    """The adapter and the report, complete or not at all."""
-    unfinished = work / "adapter.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    fresh.save(unfinished)
-    metrics = {f"expert_{key}": value for key, value in asdict(report).items()} | cuts.record()
-    (work / REPORT).write_text(json.dumps(metrics), encoding="utf-8")
-    os.rename(unfinished, work / "adapter")
+@dataclass(frozen=True)
+class Record:
+    """What an expert records of its making before its gates.
+
+    `gates` are those trained jointly with the expert; None means that they are still to be trained.
+    `found` means that the adapter is of an earlier training, of which `hyperparameters` say all
+    that is known. `cuts_told` means that the user knows how many of the task's inputs were cut.
+    """
+
+    hyperparameters: Mapping[str, object] = field(default_factory=dict)
+    metrics: Mapping[str, object] = field(default_factory=dict)
+    gates: Mapping[str, Tensor] | None = None
+    found: bool = False
+    cuts_told: bool = False
+
+
+def _with_gates_and_statistics(run: TrainingRun, adapter: Path, record: Record) -> Expert:
+    """The finished expert at `run.out`; of several processes the first measures and writes."""
+    modules, settings, task = read_modules(adapter), run.gate_training, run.task
+    metrics, gates = dict(record.metrics), record.gates
+    if gates is None:
+        gates, found = _trained_gates(run, modules, tell_cuts=not record.cuts_told)
+        metrics = {key: value for key, value in metrics.items() if key not in CUTS} | found
+    if not is_first():
+        wait_for_all()
+        return Expert.load(run.out)
+    measured = statistics_of(
+        run.base,
+        modules,
+        task,
+        run.encoder,
+        settings,
+        run.training.seed,
+        shows_bars=run.callback.shows_bar,
+    )
+    expert = Expert.from_peft(
+        adapter,
+        gates,
+        base=run.base.reference,
+        name=run.name,
+        means=measured.means,
+        readings=measured.readings,
+        embeddings=measured.embeddings,
+        embedder=settings.embedder if settings.embeddings else None,
+        embedding_form=settings.embedding_form if settings.embeddings else None,
+        task={
+            "name": task.name,
+            "source": task.source,
+            "train_examples": len(task.train),
+            "validation_examples": len(task.validation),
+            "validation_origin": task.validation_origin,
+        },
+        hyperparameters=_hyperparameters(run, record),
+        metrics=metrics,
+    )
+    saved = expert.save(run.out)
+    wait_for_all()
+    return saved
+
+
+def _trained_gates(
+    run: TrainingRun, modules: Mapping[str, Any], *, tell_cuts: bool
+) -> tuple[Mapping[str, Tensor], dict[str, object]]:
+    """Gates trained for the frozen `modules`, and their metrics (paper section 3)."""
+    base, settings = run.base, run.gate_training
+    pairs = run.encoder.pairs(run.task.train)
+    cuts = run.encoder.cuts(pairs)
+    if is_first() and tell_cuts:
+        cuts.report(run.task.name)
+    # Not in the paper: inputs are standardised by what sites see of neutral text, since a gate
+    # moves along what is large for every token, which tells no task.
+    standardises = settings.gate_inputs != "raw"
+    usual = moments(base.model, base.tokenizer, modules) if standardises else {}
+    with applied(base.model, modules, GatedLinear) as layers:
+        for site, (mean, deviation) in usual.items():
+            layers[site].standardise(mean, deviation)
+        base.model.requires_grad_(False)
+        for layer in layers.values():
+            layer.gate.requires_grad_(True)
+        report = fit(
+            base.model,
+            base,
+            train=pairs,
+            validation=(),  # the paper selects no gate checkpoint: the last step's gates are kept
+            training=run.training,
+            steps=settings.gate_steps,
+            learning_rate=_gate_learning_rate(run.training, settings),
+            checkpoint_every=min(GATE_CHECKPOINT_EVERY, settings.gate_steps),
+            work=run.work / "gates",
+            label=f"{run.task.name}: gates",
+            callback=run.callback,
+        )
+        gates = {site: layer.vector() for site, layer in layers.items()}
+    known = {f"gate_{key}": value for key, value in asdict(report).items() if value is not None}
+    return gates, cuts.record() | known
+
+
+def _hyperparameters(run: TrainingRun, record: Record) -> dict[str, object]:
+    """The settings to be recorded; those of an adapter that was found stay what they are."""
+    training, gates = asdict(run.training), asdict(run.gate_training)
+    if record.found:
+        training, gates = {}, _gate_settings(run.training, run.gate_training)
+    if run.gate_training.joint:  # gates have the expert's
+        del gates["gate_steps"], gates["gate_learning_rate"]
+    formatting = asdict(run.encoder.formatting)
+    return {**record.hyperparameters, **training, **gates, **formatting}
+
+
+def _gate_settings(training: Training, gates: GateTraining) -> dict[str, object]:
+    """What is recorded of gates' training for an adapter that was there already.
+
+    The seed is the statistics' too, which `measure` draws again.
+    """
+    shared = {f"gate_{name}": getattr(training, name) for name in SHARED}
+    rate = _gate_learning_rate(training, gates)
+    return {"seed": training.seed, **asdict(gates), **shared, "gate_learning_rate": rate}
+
+
+def _gate_learning_rate(training: Training, gates: GateTraining) -> float:
+    return gates.gate_learning_rate or training.learning_rate
+
+
+def finished_expert(out: Path, settings: Mapping[str, Any], *, resume: bool) -> Expert | None:
+    """The expert that an earlier run finished at `out`, None where nothing is.
+
+    Warns where it records other `settings` than these. Raises ExpertError when something is there
+    and not to be resumed.
+    """
+    if not is_there(out):
+        return None
+    if not resume:
+        raise ExpertError(f"{out} exists already; choose another place, or resume to keep it.")
+    expert = Expert.load(out)
+    discard_work(out)  # not before: it may be all that there is
+    warn_of_other_settings(str(out), expert.info.hyperparameters, settings)
+    return expert
+
+
+def settings_of_training(
+    peft: Peft, training: Training, gates: GateTraining, formatting: Formatting
+) -> dict[str, Any]:
+    """What an expert of these settings records of them, for `warn_of_other_settings`."""
+    shape = {"peft": kind_for(peft).name, **asdict(peft)}
+    return {**shape, **asdict(training), **asdict(gates), **asdict(formatting)}
+
+
+def warn_of_other_settings(
+    place: str, recorded: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    """Warn that the finished expert at `place` is kept, where what it records isn't `settings`.
+
+    Those of statistics, which can be measured later, are left out, and whatever it doesn't record.
+    """
+
+    def value(name: str, held: Mapping[str, Any]) -> Any:
+        follows_expert = name == "gate_learning_rate" and held[name] is None
+        return held.get("learning_rate") if follows_expert else held[name]
+
+    names = [name for name in settings if name in recorded and name not in STATISTICS]
+    other = [
+        f"{name} {shortened(value(name, recorded), 40)}, not {shortened(value(name, settings), 40)}"
+        for name in names
+        if value(name, recorded) != value(name, settings)
+    ]
+    if other:
+        warnings.warn(
+            f"{place} is kept as it is, with other settings: {'; '.join(other)}.", stacklevel=4
+        )

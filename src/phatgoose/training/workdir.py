@@ -1,8 +1,11 @@
-"""Where unfinished work and finished experts lie, here or at a URL.
+"""Where unfinished work and finished experts lie: in a directory, or at a URL (s3://…, gs://…).
 
-Unfinished training: the folder beside its result in which a run works, locked, and can resume.
-
-The folder's name starts with a dot, so that nothing takes it for a finished result.
+A run works in a folder beside its result, locked, and can resume there. Its name starts with a dot,
+so that nothing takes it for a finished result. For a URL that fsspec can open, experts are trained
+in a temporary directory, and each part is copied up as soon as it is complete: checkpoints, the
+trained adapter, the expert. An unfinished expert is copied down before its training resumes, so it
+can resume on any machine. Nothing locks a URL, and only one process trains an expert that goes to
+it.
 """
 
 from __future__ import annotations
@@ -12,19 +15,19 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import fsspec
 from filelock import FileLock, Timeout
 
 from ..errors import ConfigError, ExpertError, PhatgooseError
-from ..experts.expert import LAYOUT, Expert, expert_files
+from ..experts.expert import LAYOUT, Expert, ExpertInfo, expert_files
 from ..files.atomic import WRITING_ERRORS, is_there, write_text
 from ..files.strict import first_line, reason
-from . import processes
+from .trainer import is_first, process_count, wait_for_all
 
 IDENTITY, LOCK = "run.json", "lock"
 
@@ -43,8 +46,8 @@ def open_work(
     be written; ConfigError when the work to resume has another identity.
     """
     work = work_of(out)
-    if not processes.is_first():
-        processes.wait_for_all()
+    if not is_first():
+        wait_for_all()
         yield work
         return
     file, content = work / IDENTITY, json.dumps(identity, indent=2)
@@ -69,7 +72,7 @@ def open_work(
                     f"The unfinished work in {work} had other settings, data or another base; "
                     f"repeat them, or use restart to throw it away."
                 )
-            processes.wait_for_all()
+            wait_for_all()
             yield work
         if out.exists():
             discard_work(out)  # its lock is free: some file systems remove no open file
@@ -120,15 +123,6 @@ def _empty(work: Path) -> None:
             path.unlink()
 
 
-# -------------------------------------------------------------------------------------------------
-# Where experts go: a directory, or a URL that fsspec can open (s3://…, gs://…).
-#
-# Experts are always trained in a directory. For a URL that is a temporary one, and each part is
-# copied up as soon as it is complete: checkpoints, the trained adapter, the expert. An unfinished
-# expert is copied down before its training resumes, so it can resume on any machine. Nothing locks
-# a URL, and only one process trains an expert that goes to it.
-# -------------------------------------------------------------------------------------------------
-
 TRIAL = "trial"  # an empty file that shows that one can write
 SNAPSHOT = "snapshot.json"  # the files of unfinished work and their sizes, written last
 UNFINISHED = ".unfinished-"  # between a file's name and random digits, until it is whole
@@ -143,31 +137,9 @@ class TrainedExpert:
     metrics: Mapping[str, Any]
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
 
-
-class ExpertFolder(Protocol):
-    """Where experts go."""
-
-    def place(self, name: str) -> str:
-        """Where the expert `name` is, or will be."""
-
-    def has(self, name: str) -> bool:
-        """True when something of that name is there already."""
-
-    def finished(self, name: str) -> TrainedExpert:
-        """The finished expert `name`. Raises ExpertError when it can't be read."""
-
-    def training(
-        self, name: str, patience: float, *, restart: bool = False
-    ) -> AbstractContextManager[Destination]:
-        """A context with the directory to train `name` in; the expert is here when it ends well.
-
-        A lost worker's lock on unfinished work is waited for, up to `patience` seconds. `restart`
-        is the run's, which throws unfinished work away. Raises ConfigError where several processes
-        train the expert and can't share the folder.
-        """
-
-    def portable(self) -> ExpertFolder:
-        """The same folder for another process, which may have another working directory."""
+    @classmethod
+    def of(cls, info: ExpertInfo, place: str) -> TrainedExpert:
+        return cls(info.name, place, info.metrics, info.hyperparameters)
 
 
 @dataclass(frozen=True)
@@ -178,68 +150,53 @@ class Destination:
     on_saved: Callable[[], None]
 
 
-def expert_folder(out: str | Path) -> ExpertFolder:
-    """The folder at `out`, a path or a URL. Raises ConfigError for a URL that can't be used."""
-    if "://" not in str(out):
-        return LocalFolder(Path(out))
-    try:
-        files, root = fsspec.core.url_to_fs(str(out))
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"{out} can't be used as a folder: {error}") from error
-    return RemoteFolder(str(out).rstrip("/"), files, root.rstrip("/"))
-
-
 @dataclass(frozen=True)
 class LocalFolder:
-    """A directory, shared by all workers where there are several."""
+    """A directory of experts, shared by all workers where there are several."""
 
     path: Path
 
     def place(self, name: str) -> str:
-        """Where the expert `name` is, or will be."""
         return str(self.path / name)
 
     def has(self, name: str) -> bool:
-        """True when something of that name is there already."""
         return is_there(self.path / name)
 
     def finished(self, name: str) -> TrainedExpert:
         """The expert `name`; unfinished work left beside it is removed."""
         expert = Expert.load(self.path / name)
         discard_work(self.path / name)
-        info = expert.info
-        return TrainedExpert(expert.name, self.place(name), info.metrics, info.hyperparameters)
+        return TrainedExpert.of(expert.info, self.place(name))
 
     @contextmanager
     def training(
         self, name: str, patience: float, *, restart: bool = False
     ) -> Iterator[Destination]:
-        """The directory itself, where complete parts stay; a run that restarts empties its work."""
+        """The directory itself, where complete parts stay; a run that restarts empties its work.
+
+        A lost worker's lock is waited for, up to `patience` seconds.
+        """
         wait_for_work(self.path / name, patience)
         yield Destination(self.path / name, lambda: None)
 
     def portable(self) -> LocalFolder:
-        """The same by its absolute path."""
+        """The same by its absolute path, for a process with another working directory."""
         return LocalFolder(self.path.absolute())
 
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder of one of fsspec's file systems."""
+    """A folder of experts in one of fsspec's file systems. Raises ExpertError where it fails."""
 
     url: str
     files: Any  # an fsspec file system
     root: str
 
     def place(self, name: str) -> str:
-        """Where the expert `name` is, or will be."""
         return f"{self.url}/{name}"
 
     def has(self, name: str) -> bool:
-        """True when the whole expert is there: its description is copied last.
-
-        Raises ExpertError where the store doesn't answer.
-        """
+        """True when the whole expert is there: its description is copied last."""
         with self._reported(name, "read"):
             return bool(self.files.exists(f"{self.root}/{name}/{LAYOUT.info}"))
 
@@ -248,9 +205,8 @@ class RemoteFolder:
         place = f"{self.root}/{name}/{LAYOUT.info}"
         with self._reported(name, "read"):
             info = json.loads(self.files.cat_file(place))
-            found = TrainedExpert(
-                name, self.place(name), info["metrics"], info.get("hyperparameters", {})
-            )
+            settings = info.get("hyperparameters", {})
+            found = TrainedExpert(name, self.place(name), info["metrics"], settings)
         with suppress(Exception):  # the expert is whole, whoever may remove what
             self._kept_work(name).remove()
         return found
@@ -261,11 +217,12 @@ class RemoteFolder:
     ) -> Iterator[Destination]:
         """A temporary directory with what was copied up of the expert's unfinished training.
 
-        With `restart` that is removed first, so that no later run can take it up again.
+        With `restart` that is removed first, so that no later run can take it up again. Raises
+        ConfigError for several processes, which can't share the directory.
         """
-        if processes.count() > 1:
+        if process_count() > 1:
             raise ConfigError(
-                f"{self.url} is for one process; {processes.count()} processes that train one "
+                f"{self.url} is for one process; {process_count()} processes that train one "
                 f"expert need a folder that all of them see."
             )
         kept = self._kept_work(name)
@@ -299,8 +256,7 @@ class RemoteFolder:
             raise ExpertError(told) from error
 
     def portable(self) -> RemoteFolder:
-        """Itself: a URL is the same everywhere."""
-        return self
+        return self  # a URL is the same everywhere
 
     def _kept_work(self, name: str) -> KeptWork:
         return KeptWork(self.files, f"{self.root}/.{name}.work")
@@ -323,6 +279,20 @@ class RemoteFolder:
                 self.files.rm_file(f"{place}/{name}")
 
 
+ExpertFolder = LocalFolder | RemoteFolder
+
+
+def expert_folder(out: str | Path) -> ExpertFolder:
+    """The folder at `out`, a path or a URL. Raises ConfigError for a URL that can't be used."""
+    if "://" not in str(out):
+        return LocalFolder(Path(out))
+    try:
+        files, root = fsspec.core.url_to_fs(str(out))
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{out} can't be used as a folder: {error}") from error
+    return RemoteFolder(str(out).rstrip("/"), files, root.rstrip("/"))
+
+
 class Stamp(NamedTuple):
     """What changes with a file: its size, and when it was written, in nanoseconds."""
 
@@ -331,7 +301,6 @@ class Stamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> Stamp:
-        """That of the file at `path`."""
         status = path.stat()
         return cls(status.st_size, status.st_mtime_ns)
 
@@ -362,7 +331,7 @@ class KeptWork:
 
     def _is_fetched(self, listed: object, work: Path) -> bool:
         """Copy the `listed` files down; False as soon as one isn't what the list says."""
-        if not isinstance(listed, dict) or not all(_is_inside(file) for file in listed):
+        if not isinstance(listed, dict) or not all(map(_is_inside, listed)):
             return False
         for file, size in listed.items():
             (work / file).parent.mkdir(parents=True, exist_ok=True)

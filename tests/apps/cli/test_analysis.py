@@ -1,4 +1,4 @@
-"""`phatgoose analyse` and `phatgoose explain`, on a tiny pool."""
+"""`phatgoose analyse` and `explain`, on a tiny pool."""
 
 from __future__ import annotations
 
@@ -14,20 +14,8 @@ TASKS = ("--task", "first.jsonl", "--task", "second.jsonl", "--dtype", "float32"
 
 
 def test_a_pool_is_analysed_under_several_routers(told, analysed, tmp_path):
-    code, out, err = told(
-        "analyse",
-        analysed,
-        *TASKS,
-        "--against",
-        "arrow,merged",
-        "--scores",
-        "scores.json",
-        "--leave-one-out",
-        "--limit",
-        "3",
-        "--out",
-        "seen",
-    )
+    options = "--against arrow,merged --scores scores.json --leave-one-out --limit 3 --out seen"
+    code, out, err = told("analyse", analysed, *TASKS, *options.split())
     assert code == 0, err
     assert "report -> seen/report.html" in out
     for text in ("PHATGOOSE", "Arrow", "first", "second", "e1"):
@@ -47,23 +35,8 @@ def test_a_suite_without_scores_or_texts(told, analysed, tmp_path):
     suite = tmp_path / "suite"
     suite.mkdir()
     (tmp_path / "first.jsonl").rename(suite / "first.jsonl")
-    code, _, err = told(
-        "analyse",
-        analysed,
-        "--suite",
-        suite,
-        "--dtype",
-        "float32",
-        "--no-score",
-        "--examples",
-        "0",
-        "--keep",
-        "e0",
-        "--keep",
-        "e3",
-        "--out",
-        "seen",
-    )
+    options = "--dtype float32 --no-score --examples 0 --keep e0 --keep e3 --out seen"
+    code, _, err = told("analyse", analysed, "--suite", suite, *options.split())
     assert code == 0, err
     numbers = json.loads((tmp_path / "seen" / "analysis.json").read_text())
     assert numbers["experts"] == ["e0", "e3"]
@@ -85,20 +58,8 @@ def test_a_routed_models_folder_is_analysed_and_explained(
 
 
 def test_what_looks_wrong_is_a_warning(told, analysed):
-    code, _, err = told(
-        "analyse",
-        analysed,
-        *TASKS,
-        "--no-score",
-        "--k",
-        "1",
-        "--keep",
-        "e0",
-        "--keep",
-        "e1",
-        "--router",
-        "average-activation",
-    )
+    options = "--no-score --k 1 --keep e0 --keep e1 --router average-activation"
+    code, _, err = told("analyse", analysed, *TASKS, *options.split())
     assert code == 0, err
     for line in err.splitlines():
         if "warning" in line:
@@ -112,34 +73,44 @@ def test_a_setting_that_the_router_ignores_is_told(told, analysed):
     assert "warning: Router merged doesn't use --k." in err.splitlines()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("POOL",), "Name what to read with --task or --suite"),
-        (("BASE", *TASKS), "neither a pool nor a routed model"),
-        (("POOL", *TASKS, "--against", "nothing"), "router is 'nothing'"),
-        (("POOL", *TASKS, "--smoothing", "2"), "smoothing is 2.0"),
-        (("POOL", *TASKS, "--data", "copies"), "--data is for --suite, which was not given"),
-        (("POOL", *TASKS, "--results", "none.jsonl"), "none.jsonl don't exist"),
-        (("POOL", *TASKS, "--no-score", "--leave-one-out"), "needs a pool of several"),
-        (("POOL", *TASKS, "--expert", "e0"), "expert is for router single; here it is phatgoose"),
-        (("POOL", *TASKS, "--against", "oracle"), "Router oracle needs the scores"),
-        (("POOL", *TASKS, "--scores", "first.jsonl"), "first.jsonl holds no scores"),
-    ],
-)
-def test_what_cannot_be_analysed_is_told_in_a_line(told, analysed, llama, arguments, message):
-    places = {"POOL": analysed, "BASE": llama.id}
-    code, _, err = told("analyse", *(places.get(word, word) for word in arguments))
-    assert code == 2
-    assert message in " ".join(err.split())
-    assert "Traceback" not in err
+def test_a_prompt_that_is_cut_is_told(told, analysed):
+    options = ("--answer", "yes", "--dtype", "float32", "--max-input-tokens", 4)
+    code, _, err = told("explain", analysed, "Is a heron a bird?", *options)
+    assert code == 0
+    assert "the prompt: 1 of 1 input (100 %) cut to 4 tokens, by 14 in the median." in err
 
 
-@pytest.mark.parametrize("out", ["first.jsonl", "first.jsonl/report"])
-def test_a_report_that_cannot_be_written_is_told_before_the_work(told, analysed, monkeypatch, out):
-    monkeypatch.setattr(
-        "phatgoose.analysis.analyse.analyse", lambda *_, **__: pytest.fail("worked")
+def test_a_prompt_is_explained(told, analysed, tmp_path):
+    options = ("--dtype", "float32", "--layer", "1", "--kind", "q_proj", "--table")
+    answer = ("--answer", "yes\x1b[31m")  # it must not steer the terminal
+    code, out, err = told(
+        "explain", analysed, "Is a heron a bird?", *answer, *options, "--json", "explained.json"
     )
-    code, _, err = told("analyse", analysed, *TASKS, "--out", out)
-    assert code == 2
-    assert f"{out}/report.html can't be written" in " ".join(err.split())
+    assert code == 0, err
+    assert "Is a heron a bird? yes" in out
+    assert "\x1b[31m" not in out
+    data = json.loads((tmp_path / "explained.json").read_text())
+    assert "".join(row["token"] for row in data["tokens"]).startswith("Is a heron a bird? yes")
+    for row in data["tokens"]:
+        assert len(row["experts"]) == 2
+        assert sum(row["experts"].values()) == pytest.approx(1, abs=1e-3)
+    assert {row["part"] for row in data["tokens"]} == {"prompt", "answer"}
+    assert data["trace"]["format"] == "phatgoose-trace-1"
+    first = next(iter(data["tokens"][0]["experts"].items()))
+    assert re.search(rf"I\s*│ prompt │ {first[0]} {first[1]:.2f}", out)
+
+
+@pytest.mark.parametrize("router", ["discriminant", "discriminant-phatgoose"])
+def test_what_is_chosen_for_the_whole_prompt_is_shown(told, analysed, tmp_path, router):
+    """It is chosen by the prompt alone, whatever answer stands after it."""
+    whole = []
+    for answer in ("yes", "apples, pears and plums; 1 + 2 = 3"):
+        options = ("--answer", answer, "--router", router, "--input-k", 2, "--dtype", "float32")
+        code, out, err = told("explain", analysed, "Is a heron?", *options, "--json", "told.json")
+        assert code == 0, err
+        trace = json.loads((tmp_path / "told.json").read_text())["trace"]
+        (first, one), (second, other) = trace["whole"]
+        assert f"for the whole prompt: {first} {one:.2f}, {second} {other:.2f}" in out
+        assert one + other == pytest.approx(1, abs=1e-3)
+        whole.append(trace["whole"])
+    assert whole[0] == whole[1]

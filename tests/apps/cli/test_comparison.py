@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import phatgoose
 from command_line import open_row, review, write_rows
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
@@ -24,12 +23,8 @@ from tiny import make_model, make_tokenizer, write_expert
 SUITES = ["--suites", "a.toml,b"]
 BOTH = [*SUITES, "--methods", "base,phatgoose", "--dtype", "float32", "--max-new-tokens", "2"]
 LIMIT = ["--limit", "3"]
-EMBEDDED = (
-    "retrieval",
-    "centroid",
-    "glider",
-    "joint-discriminant",
-)  # these experts have no embeddings
+# These experts have no embeddings.
+EMBEDDED = ("retrieval", "centroid", "glider", "joint-discriminant")
 RUN = [name for name in METHODS if name not in (*EMBEDDED, *DERIVED)]
 
 
@@ -85,26 +80,21 @@ def test_compare_prints_a_table_and_writes_three_more(here, phat):
     assert {row["n"] for row in rows} == {"3"}
 
 
-def test_the_table_shows_the_means_and_intervals_of_the_files(here, phat):
+def test_tables_show_the_means_differences_and_intervals_of_the_files(here, phat):
     outcome = phat("compare", "experts", *BOTH, "--out", "x")
-    summary = json.loads(Path("x/comparison.json").read_text())["rows"]["phatgoose"]["summary"]
-    (line,) = (line for line in outcome.out.splitlines() if line.startswith("│ PHATGOOSE"))
+    rows = json.loads(Path("x/comparison.json").read_text())["rows"]
+    means, differences = outcome.out.split("difference to PHATGOOSE in points")
+    (own,) = (line for line in means.splitlines() if line.startswith("│ PHATGOOSE"))
+    (base,) = (line for line in differences.splitlines() if line.startswith("│ Base model"))
     for column in ("a[bold]", "b", "all datasets"):
-        mean, (low, high) = summary[column]["mean"], summary[column]["interval"].values()
-        assert f"{100 * mean:.1f} [{100 * low:.0f}, {100 * high:.0f}]" in line
-        assert f"{column} (" in outcome.out
-
-
-def test_a_second_table_shows_the_differences_in_pairs(here, phat):
-    outcome = phat("compare", "experts", *BOTH, "--out", "x")
-    summary = json.loads(Path("x/comparison.json").read_text())["rows"]["base"]["summary"]
-    _, differences = outcome.out.split("difference to PHATGOOSE in points")
-    (line,) = (line for line in differences.splitlines() if line.startswith("│ Base model"))
-    for column in ("a[bold]", "b", "all datasets"):
+        assert f"{column} (" in means
         assert column in differences
-        gap = summary[column]["difference"]
-        low, high = summary[column]["difference_interval"].values()
-        assert f"{100 * gap:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in line
+        summary = rows["phatgoose"]["summary"][column]
+        low, high = summary["interval"].values()
+        assert f"{100 * summary['mean']:.1f} [{100 * low:.0f}, {100 * high:.0f}]" in own
+        summary = rows["base"]["summary"][column]
+        low, high = summary["difference_interval"].values()
+        assert f"{100 * summary['difference']:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]" in base
     alone = [*SUITES, "--dtype", "float32", "--max-new-tokens", "2", *LIMIT, "--out", "x"]
     for method in ("base", "phatgoose"):
         outcome = phat("compare", "experts", *alone, "--methods", method)
@@ -223,54 +213,6 @@ def test_help_shows_its_flags_and_none_that_mean_nothing_here(phat):
     assert not {"--router", "--expert", "--scores", "--steps"} & shown
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--methods", "base,best"], "Method 'best' is unknown; known are all, base, random"),
-        (["--methods", ","], "No method was given"),
-        (["--methods", "base", "--methods", "retrieval"], "Expert 'e0' has no embeddings"),
-        (["--suites", "nowhere"], "Suite 'nowhere' is neither a known name"),
-        (["--suites", "missing.toml"], "missing.toml can't be read"),
-        (
-            ["--reference", "experts/e1"],
-            "is 'experts/e1', but must have the form LABEL=MODEL",
-        ),
-        (["--reference", "=experts/e1"], "must have the form LABEL=MODEL"),
-        (["--reference", "mine="], "must have the form LABEL=MODEL"),
-        (["--reference", "caf\udce9=x"], "is not UTF-8"),
-        (["--reference", "a=x", "--reference", "a=y"], "Two references are called 'a'"),
-        (["--reference", "mine=./nowhere"], "'./nowhere' can't be loaded"),
-        (["--reference", "merged=experts/e1"], "can't be called 'merged'"),
-        (["--reference", "e1=experts/e1", "--methods", "oracle"], "both called 'e1'"),
-        (["--limit", "0"], "limit"),
-        (["--k", "0"], "k is 0"),
-        (["--kernel", "fast", "--methods", "phatgoose"], "kernel is 'fast'"),
-        (["--base", "other-base", "--methods", "merged"], "The base of Merged Experts is"),
-        (["--dtype", "int3"], "'int3'"),
-        (["--recipe", "missing.toml"], "can't be read"),
-        (["--router", "arrow"], "--router"),
-        (["--out", "a.toml/x", "--methods", "base"], "can't be written"),
-    ],
-    ids=lambda value: "-".join(value) if isinstance(value, list) else "",
-)
-def test_errors_are_one_line(here, phat, arguments, complaint):
-    options = {"--suites": "b", "--methods": "base", "--limit": "1", "--out": "x"}
-    options = {flag: value for flag, value in options.items() if flag not in arguments}
-    given = [word for option in options.items() for word in option]
-    outcome = phat("compare", "experts", *arguments, *given)
-    assert outcome.code == 2
-    assert re.fullmatch(r"error: [^\n]+\n", outcome.err), outcome.err
-    assert complaint in outcome.err
-    assert not Path("x/comparison.md").exists()
-
-
-def test_a_pool_without_experts_and_no_suite_are_errors(here, phat):
-    assert "No expert was found" in phat("compare", "b", *BOTH).err
-    outcome = phat("compare", "experts")
-    assert (outcome.code, outcome.err.count("\n")) == (2, 1)
-    assert "suite" in outcome.err
-
-
 def test_its_scores_serve_oracle_and_best_individual(here, phat):
     methods = ["--methods", "oracle,best-individual"]
     options = ["--dtype", "float32", "--max-new-tokens", "2"]
@@ -296,7 +238,3 @@ def test_a_comparison_without_single_experts_serves_no_oracle(here, phat):
     outcome = phat("evaluate", "experts", "--task", "b/reviews.jsonl", *routing)
     assert outcome.code == 2
     assert re.fullmatch(r"error: [^\n]+\n", outcome.err)
-
-
-def test_compare_is_at_the_root_of_the_package():
-    assert phatgoose.compare is compare

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from phatgoose.apps.cli import app
-from phatgoose.apps.cli.options import with_flags
+from phatgoose.apps.cli.options import open_pool, split, with_flags
 from phatgoose.config import (
     IA3,
     Bottleneck,
@@ -99,3 +99,14 @@ def test_every_command_explains_itself(command, phat):
     outcome = phat(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert f"phatgoose {command}" in outcome.out or f" {command} " in outcome.out
+
+
+def test_names_are_repeated_or_listed():
+    assert split(["a,b", "c", ",d,"]) == ["a", "b", "c", "d"]
+    assert split(None) == []
+
+
+def test_one_place_or_several_make_a_pool(llama_pool):
+    one, two = (expert.directory for expert in llama_pool.experts[:2])
+    assert open_pool([one.parent]).names == llama_pool.names
+    assert open_pool([one, two]).names == ("e0", "e1")

@@ -7,11 +7,7 @@ import re
 
 import pytest
 
-from command_line import (
-    BASE,
-    refused,
-    write_rows,
-)
+from command_line import BASE, write_rows
 from planted import ATTACKS, attacked, honest
 
 
@@ -51,22 +47,6 @@ def test_a_k_above_the_pool_is_lowered_with_a_warning_of_one_line(here, phat):
     assert phat("generate", "routed", "Film", "--max-new-tokens", 2, *BASE).code == 0
 
 
-def test_a_router_is_chosen_for_pools_alone(here, phat):
-    assert phat("compose", "experts", "--out", "routed", *BASE).code == 0
-    for place in ("routed", "tiny-base"):
-        for command in (
-            ["generate", place, "Film"],
-            ["evaluate", place, "--task", "reviews.jsonl"],
-            ["explain", place, "Film"],
-            ["analyse", place, "--task", "reviews.jsonl"],
-            ["export", place, "--out", "x"],
-        ):
-            outcome = phat(*command, "--router", "arrow", *BASE)
-            assert outcome.code == 2
-            assert "not" in outcome.err
-            assert f"{place} is" in outcome.err
-
-
 def test_templates_serve_rows_of_any_fields(here, phat):
     write_rows(here / "raw.jsonl", [{"text": f"t{i}", "label": i % 2} for i in range(6)])
     outcome = phat(
@@ -75,42 +55,6 @@ def test_templates_serve_rows_of_any_fields(here, phat):
     )  # fmt: skip
     assert outcome.code == 0, outcome.err
     assert "rank classification" in outcome.out
-
-
-@pytest.mark.parametrize(
-    ("command", "complaint"),
-    [
-        (["generate", "experts", "Film", "--temperature", 2], "--temperature is for --sample"),
-        (["generate", "experts", "Film", "--seed", 0], "--seed is for --sample"),
-        (["export", "experts", "--out", "x", "--limit", 9], "--limit is for --task"),
-        (["export", "experts", "--out", "x", "--template", "a ||| b"], "--template is for --task"),
-        (["analyse", "experts", "--suite", "t0ho", "--choices", "a"], "--choices is for --task"),
-        (
-            ["explain", "experts", "Film", "--answer", "", "--max-new-tokens", 4],
-            "leave it out with --answer",
-        ),
-    ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
-)
-def test_an_option_that_would_do_nothing_is_refused(here, phat, command, complaint):
-    outcome = phat(*command)
-    assert outcome.code == 2
-    assert complaint in outcome.err
-    assert outcome.err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("command", "complaint"),
-    [
-        (["generate", "experts", "caf\udce9"], r"The prompt holds '\udce9', which is no character"),
-        (["export", "experts", "--out", "x", "--prompt", "\udce9"], r"The prompt holds '\udce9'"),
-        (["generate", "experts", "Film", "--sample", "--seed", 1 << 70], "from 0 to 4294967295"),
-        (["generate", "experts", "Film", "--sample", "--seed", -1], "from 0 to 4294967295"),
-    ],
-    ids=lambda value: ascii(" ".join(map(str, value))) if isinstance(value, list) else "",
-)
-def test_bytes_that_are_no_text_and_seeds_of_no_kind_are_refused(here, phat, command, complaint):
-    refused(phat(*command, *BASE), complaint)
 
 
 def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
@@ -123,34 +67,8 @@ def test_settings_that_the_router_ignores_are_told_in_one_line(here, phat):
         outcome = phat(*command, *ignored)
         assert outcome.code == 0
         assert outcome.err == "warning: Router merged doesn't use --affinity, --k.\n"
-    taken = [
-        "generate",
-        "experts",
-        "Film",
-        "--max-new-tokens",
-        1,
-        "--k",
-        1,
-        "--router-temperature",
-        2,
-    ]
+    taken = ["generate", "experts", "Film", "--max-new-tokens", 1, "--k", 1]
     assert phat(*taken, *BASE).err == ""
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["evaluate", "experts", "--task", "reviews.jsonl"],
-        ["explain", "experts", "Film"],
-        ["train", "reviews.jsonl", "--out", "new", "--plan", "--measure"],
-    ],
-)
-def test_a_file_that_cannot_be_written_is_told_before_the_work(here, phat, monkeypatch, command):
-    for work in ("apps.cli.options.ModelOptions.open", "training.plan.plan_training"):
-        monkeypatch.setattr(f"phatgoose.{work}", lambda *_, **__: pytest.fail("worked"))
-    outcome = phat(*command, "--base", "tiny-base", "--json", "reviews.jsonl/x.json")
-    assert outcome.code == 2
-    assert "reviews.jsonl/x.json can't be written" in outcome.err
 
 
 @pytest.fixture
@@ -191,3 +109,12 @@ def test_compose_warns_of_experts_that_look_unlike_the_others(crowd, phat):
     (line,) = outcome.err.splitlines()
     assert line.startswith("warning: 1 of 8 experts don't look like the others: e2.")
     assert "phatgoose audit" in line
+
+
+@pytest.mark.parametrize("query", ["?router=merged&k=4", ""])
+def test_settings_that_a_router_ignores_are_told(phat, llama_pool, query):
+    pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
+    place = f"goose={llama_pool.experts[0].directory.parent}{query}"
+    flags = [] if query else ["--router", "merged", "--k", 4]
+    outcome = phat("serve", place, *flags, "--dtype", "float33")
+    assert outcome.err.splitlines()[0] == "warning: Router merged doesn't use --k."

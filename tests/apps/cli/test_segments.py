@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from command_line import Outcome, run
 from growth_cases import write_small_experts
 from phatgoose.experts.expert import LAYOUT
 from phatgoose.routing.saved.tensors import read_saved
-
-
-@pytest.fixture
-def phat(capsys) -> Callable[..., Outcome]:
-    return lambda *arguments: run(capsys, *arguments)
 
 
 @pytest.fixture
@@ -43,26 +36,6 @@ def test_a_routed_models_folder_is_changed_by_commands(phat, folder):
     assert (done.code, done.out) == (0, "3 experts at 14 sites in 1 file -> routed\n")
     assert read_saved(folder / "routed").names == ("x0000", "x0002", "x0003")
     assert phat("generate", "routed", "Hello", "--max-new-tokens", "2").code == 0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["add", "nowhere", "experts/x0001"], "nowhere holds no routed model"),
-        (["add", "routed", "experts/x0000"], "'x0000' is there already"),
-        (["remove", "routed", "x9"], "no expert 'x9'; there are x0000, x0001"),
-        (["compact", "routed", "--stored", "int4"], "not in 'int4'"),
-        (["compose", "experts", "--out", "new", "--stored", "int4"], "not in 'int4'"),
-        (["pool", "experts", "--duplicates", "2"], "above 0 and at most 1"),
-    ],
-)
-def test_what_is_wrong_is_one_line(phat, folder, arguments, complaint):
-    phat("compose", "experts/x0000", "experts/x0001", "--out", "routed")
-    done = phat(*arguments)
-    assert done.code == 2
-    assert complaint in done.err
-    assert done.err.count("\n") == 1
-    assert not (folder / "new").exists()
 
 
 def test_a_pool_tells_its_near_duplicates(phat, folder):

@@ -91,16 +91,3 @@ def test_a_mixture_is_fixed_for_prompts_or_a_task(here, phat):
         assert record["chosen_for"] == ("the prompt", "unseen")[number]
         assert sum(record["experts"].values()) == pytest.approx(1)
         assert record["fidelity"]["texts"] == record["chosen_for"]
-
-
-def test_what_can_t_be_is_refused_in_one_line_and_nothing_is_left(here, phat):
-    before = set(here.iterdir())
-    start = ["export", "experts", "--out", "x"]
-    refused(phat(*start, "--k", 1, *BASE), "--prompt or --task, or route by merged or single")
-    refused(phat(*start, "--merged", "--rank", 2), "--rank is for adapters")
-    cut = ("--router", "merged", "--max-input-tokens", 5)
-    refused(phat(*start, *cut, *BASE), "--max-input-tokens is for --prompt or --task")
-    refused(phat(*start, "--prompt", "a", "--task", "b.jsonl"), "give one of --prompt and --task")
-    refused(phat("export", "tiny-base", "--out", "x", *BASE), "neither a routed model nor a pool")
-    refused(phat("export", "experts", "--out", "experts"), "exists already")
-    assert set(here.iterdir()) == before

@@ -16,7 +16,15 @@ from rich.text import Text
 import phatgoose.apps
 from paths import GOLDEN
 from phatgoose.apps.cli import main
-from phatgoose.apps.console import PlainFormatter, complain, say, show
+from phatgoose.apps.console import (
+    COLOURS,
+    PlainFormatter,
+    coloured,
+    complain,
+    expert_style,
+    say,
+    show,
+)
 
 APPS = Path(phatgoose.apps.__file__).parent
 STEERING = ["\x1b[2J", "\x1b]0;title\x07", "\x9b2J", "\r", "\x08", "\u202e", "\u2028", "\ud800"]
@@ -98,3 +106,18 @@ def test_names_of_tasks_reach_no_terminal_raw(tmp_path, capsys, monkeypatch):
         main(["train", str(task), "--out", str(tmp_path / "out"), "--base", str(tmp_path)])
     assert caught.value.code == 2
     assert "\x1b" not in printed(capsys)
+
+
+def test_tokens_have_their_experts_colours_above_a_legend():
+    text = coloured([("a", 0, False), ("b", None, False), ("c", 8, True)], {8: "eighth"})
+    assert text.plain == "abc\n\n eighth  "
+    styles = {text.plain[span.start : span.end]: str(span.style) for span in text.spans}
+    assert styles == {
+        "a": COLOURS[0],
+        "c": f"{COLOURS[1]} underline bold",
+        " eighth ": f"reverse {COLOURS[1]} underline",
+    }
+
+
+def test_every_expert_of_two_rounds_has_a_style_of_its_own():
+    assert len({expert_style(expert) for expert in range(2 * len(COLOURS))}) == 2 * len(COLOURS)

@@ -1,19 +1,33 @@
-"""The demo on a tiny base with few steps."""
+"""The demo on a tiny base with few steps, its tasks, and what it says of a comparison."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
+from made_comparison import made_comparison
 from phatgoose.apps.demo import demo
-from phatgoose.apps.demo.demo import SKILLS
+from phatgoose.apps.demo.demo import (
+    SKILLS,
+    TASKS,
+    gains_of,
+    lifts_of,
+    trained_task,
+    unseen_suite,
+    unseen_tasks,
+    write_gains,
+)
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.saved.load import load
+from phatgoose.tasks.loading import load_task
+from phatgoose.tasks.task import Example
 
 EXPERTS = tuple(SKILLS)
 UNSEEN = tuple(SKILLS.values())
@@ -38,40 +52,111 @@ def test_the_demo_leaves_experts_tables_a_report_and_a_model_and_goes_on_where_i
     base_folders, phat, tmp_path, monkeypatch
 ):
     out = tmp_path / "demo"
-    shown = phat("demo", "--base", base_folders["llama"], "--out", out, "--seed", 3)
-    assert shown.code == 0
+    outcome = phat("demo", "--base", base_folders["llama"], "--out", out, "--seed", 3)
+    assert outcome.code == 0
     for part in (*EXPERTS, "Base model", "PHATGOOSE", "Oracle *", "over sentiment", "Done"):
-        assert part in shown.out
-    assert f"Report -> {out / 'analysis' / 'report.html'}" in shown.out
-    told = shown.out.partition("Three commands to try next:\n")[2].splitlines()[:3]
+        assert part in outcome.out
+    assert f"Report -> {out / 'analysis' / 'report.html'}" in outcome.out
+    told = outcome.out.partition("Three commands to try next:\n")[2].splitlines()[:3]
     commands = [shlex.split(line) for line in told]
     assert [command[1] for command in commands] == ["generate", "demo", "train"]
     comparison = json.loads((out / "comparison.json").read_text())
     routed = composition_of(load(out / "routed"))
-    assert set(comparison["rows"]) == {
-        "base",
-        "merged",
-        "phatgoose",
-        "oracle",
-        routed.routing.router,
-    }
+    shown = {"base", "merged", "phatgoose", "oracle", routed.routing.router}
+    assert set(comparison["rows"]) == shown
     assert comparison["suites"] == {"unseen": list(UNSEEN)}
     written = json.loads((out / "gains.json").read_text())["written"]
     assert set(written) == set(UNSEEN)
-    assert "answered in writing" in shown.out
+    assert "answered in writing" in outcome.out
     assert {row["n"] for row in comparison["rows"]["phatgoose"]["datasets"].values()} == {3}
     assert sorted(comparison["experts"]) == sorted(EXPERTS)
     assert "<html" in (out / "analysis" / "report.html").read_text(encoding="utf-8")
     assert routed.experts == EXPERTS
     for expert in Pool.open(out / "experts").experts:
         assert expert.info.hyperparameters["seed"] == 3
-    every = phat(
-        "demo", "--base", base_folders["llama"], "--out", out, "--seed", 3, "--all-methods"
-    )
+    words = ("demo", "--base", base_folders["llama"], "--out", out, "--seed", 3)
+    every = phat(*words, "--all-methods")
     assert every.code == 0
     comparison = json.loads((out / "comparison.json").read_text())
     embedded = {"retrieval", "centroid", "glider", "joint-discriminant"}
     assert set(METHODS) - set(comparison["rows"]) == embedded
     monkeypatch.setattr("phatgoose.evaluation.comparison.cells.score", None)  # all is there already
-    again = phat("demo", "--base", base_folders["llama"], "--out", out, "--seed", 3)
-    assert again.code == 0
+    assert phat(*words).code == 0
+
+
+DIGEST = "f7092605b49a6aa09b6cf4bc434f9a6462f6e8da01a276c303129d1479632a57"
+
+
+def rows_of(names: tuple[str, ...], split: str) -> dict[str, tuple[Example, ...]]:
+    return {name: getattr(load_task(TASKS / f"{name}.csv"), split) for name in names}
+
+
+def test_the_unseen_tasks_are_a_suite_in_the_order_of_the_skills():
+    tasks = unseen_tasks(7)
+    assert [len(task.test) for task in tasks] == [7] * len(SKILLS)
+    assert unseen_suite(tasks).names == UNSEEN
+    assert unseen_suite(tasks).load() == tuple(tasks)
+    assert [trained_task(name).name for name in SKILLS] == list(EXPERTS)
+
+
+def test_its_rows_are_distinct_and_no_unseen_task_has_a_row_that_is_trained_on():
+    trained, unseen = rows_of(EXPERTS, "train"), rows_of(UNSEEN, "test")
+    for rows in trained.values():
+        assert len({row.input for row in rows}) == len(rows) >= 200
+    for rows in unseen.values():
+        assert len({row.input for row in rows}) == len(rows) == demo.EVALUATED
+    seen = {row.input for rows in trained.values() for row in rows}
+    assert not seen & {row.input for rows in unseen.values() for row in rows}
+
+
+def test_the_right_answer_of_its_rows_stands_at_each_place_equally_often():
+    for name, rows in (rows_of(EXPERTS, "train") | rows_of(UNSEEN, "test")).items():
+        assert len({row.target for row in rows}) > 1
+        if name in ("bookings", "course_places"):  # answered in writing
+            assert not any(row.choices for row in rows)
+            continue
+        places = Counter(row.choices.index(row.target) for row in rows)
+        assert set(places) == set(range(len(rows[0].choices)))
+        assert max(places.values()) - min(places.values()) <= 1
+
+
+def test_its_files_hold_the_rows_that_the_results_in_its_page_were_measured_on():
+    digests = "".join(load_task(TASKS / f"{name}.csv").digest for name in (*EXPERTS, *UNSEEN))
+    assert hashlib.sha256(digests.encode()).hexdigest() == DIGEST
+
+
+def test_gains_are_over_the_base_and_each_single_expert_the_smallest_first():
+    comparison = made_comparison()
+    gains = gains_of(comparison, "phatgoose")
+    assert {gain.over for gain in gains} == {"base", "e0", "e1"}
+    assert [gain.difference for gain in gains] == sorted(gain.difference for gain in gains)
+    mean = {name: sum(r.score for r in rows.values()) for name, rows in comparison.results.items()}
+    for gain in gains:
+        rows = comparison.experts.get(gain.over)
+        other = mean["base"] if rows is None else sum(row.score for row in rows.values())
+        assert gain.difference == pytest.approx(100 * (mean["phatgoose"] - other) / 3)
+        assert gain.interval.low <= gain.difference <= gain.interval.high
+
+
+def test_a_row_has_no_gain_over_its_equal():
+    comparison = made_comparison()
+    same = replace(comparison, experts={"twin": comparison.results["twin"]})
+    (twin,) = (gain for gain in gains_of(same, "phatgoose") if gain.over == "twin")
+    assert (twin.difference, twin.interval.low, twin.interval.high) == (0, 0, 0)
+    assert twin.in_words == "+0.0 [+0.0, +0.0] over twin"
+
+
+def test_lifts_are_points_above_the_base_on_the_unseen_task_of_each_skill():
+    lifts = lifts_of(made_comparison(), {"e1": "a", "e0": "b"})
+    assert lifts == {"e1": pytest.approx(50), "e0": pytest.approx(50)}
+
+
+def test_what_is_written_is_what_was_found(tmp_path):
+    comparison = made_comparison()
+    gains, lifts = gains_of(comparison, "phatgoose"), lifts_of(comparison, {"e1": "a"})
+    write_gains(tmp_path / "gains.json", "phatgoose", gains, lifts, {"a": 12.5})
+    found = json.loads((tmp_path / "gains.json").read_text(encoding="utf-8"))
+    assert (found["router"], found["lifts"]) == ("phatgoose", lifts)
+    assert found["written"] == {"a": 12.5}
+    assert [each["over"] for each in found["gains"]] == [gain.over for gain in gains]
+    assert found["gains"][0]["interval"]["low"] == gains[0].interval.low

@@ -56,9 +56,6 @@ def chromium():
         yield opened
 
 
-# --- without a browser ----------------------------------------------------------------------------
-
-
 def test_the_page_stands_alone(few):
     page = few.read_text(encoding="utf-8")
     assert re.findall(r"""(?:src|href)=["']?(?!#|data:)[^"'#>]+""", page) == []
@@ -89,9 +86,6 @@ def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(EvaluationError, match="can't be written"):
         write_report(make_analysis(2, layers=1), tmp_path / "file" / "report")
-
-
-# --- in a browser ---------------------------------------------------------------------------------
 
 
 def looks(page):
@@ -296,3 +290,23 @@ def test_a_report_keeps_no_figures_of_an_earlier_one(tmp_path):
     kinds = ("layers", "datasets", "usage")
     wanted = {f"{kind}-{router}.png" for kind in kinds for router in analysis.routers}
     assert {path.name for path in figures.iterdir()} == {"mine.png", *wanted}
+
+
+def test_texts_cannot_break_out_of_the_page():
+    hostile = "</script><img src=x onerror=alert(1)>\u2028<!--"
+    packed = inline_json({"tokens": [hostile]})
+    assert "<" not in packed
+    assert json.loads(packed) == {"tokens": [hostile]}
+
+
+def test_an_analysis_without_scores_or_oracle_has_a_page_too(tmp_path):
+    analysis = make_analysis(3, layers=2)
+    bare = {
+        name: replace(router, scores={}, findings=(), traces={})
+        for name, router in analysis.routers.items()
+    }
+    found = replace(analysis, routers=bare, oracle={}, effects=(), agreements={})
+    page = write_report(found, tmp_path / "new" / "folder").read_text(encoding="utf-8")
+    assert "How far from Oracle" not in page
+    assert "Token by token" not in page
+    assert "Experts by layer" in page

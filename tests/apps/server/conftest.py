@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from phatgoose.base.loading import load_base
 from phatgoose.config import Serving
+from routed_models import compose_by
 
 
 @pytest.fixture(scope="module")
@@ -13,23 +16,63 @@ def pool(pool_of):
 
 
 @pytest.fixture(scope="module")
+def tokenizer(pool):
+    return load_base(pool.base.id, dtype="float32").tokenizer
+
+
+@pytest.fixture(scope="module")
 def app(pool):
     import serving
 
-    return serving.app_of(pool, Serving(read_timeout=1, max_connections=8, max_routings=3))
+    return serving.app_of(pool, Serving(read_timeout=1, max_routings=2, max_queue=40))
 
 
 @pytest.fixture(scope="module")
 def client(app):
     import serving
 
-    with serving.client_of(app) as client:
+    with serving.client_of(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def chat(pool):
+    """A client of a server whose base has a chat template."""
+    import serving
+
+    with serving.client_of(serving.app_of(pool, template=serving.CHAT_TEMPLATE)) as client:
         yield client
 
 
 @pytest.fixture(scope="module")
 def guarded(pool):
+    """A client of a server with two API keys."""
     import serving
 
     with serving.client_of(serving.app_of(pool, api_keys=["secret", "other"])) as client:
         yield client
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def runner_of(pool_of):
+    """`runner_of(kind, router)`: the pool of that kind of base, composed, without end tokens."""
+    from phatgoose.apps.server.models import ModelRunner
+
+    made = {}
+
+    def make(kind="llama", router="phatgoose"):
+        if (kind, router) not in made:
+            pool = pool_of(kind)
+            base = load_base(pool.base.id, dtype="float32")
+            runner = ModelRunner(compose_by(router, pool, base), base.tokenizer)
+            runner.ends = frozenset()
+            made[kind, router] = runner
+        return made[kind, router]
+
+    return make

@@ -1,22 +1,25 @@
-"""Every cell of a comparison is what evaluate says of the model composed by hand."""
+"""Cells of a comparison, and the version of the code and the machine that scored them."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
 
 import pytest
+import torch
 
-from comparisons import (
-    EXPERTS,
-    REFERENCES,
-    ROUTERS,
-    TASKS,
-    TOKENS,
-    by_hand,
-    stored_in,
-)
+import phatgoose
+from comparisons import EXPERTS, REFERENCES, ROUTERS, TASKS, TOKENS, by_hand, stored_in
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
+from phatgoose.evaluation.comparison import cells as module
+from phatgoose.evaluation.comparison.cells import circumstances, code_version
 from phatgoose.evaluation.evaluate import evaluate
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.routers import prompt_router as base_reader
@@ -121,3 +124,175 @@ def test_rows_that_go_by_the_same_readings_read_each_prompt_once(setting, tmp_pa
     rows = ["discriminant", "discriminant-phatgoose", "joint-discriminant"]
     setting.run(tmp_path, rows, routing=Routing(reading_place="end", input_k=2))
     assert len(read) == len(set(map(tuple, read))) > 0
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory) -> Path:
+    """A copy of the package's source."""
+    folder = tmp_path_factory.mktemp("copy") / "phatgoose"
+    ignored = shutil.ignore_patterns("__pycache__")
+    return shutil.copytree(Path(phatgoose.__file__).parent, folder, ignore=ignored)
+
+
+@pytest.fixture
+def version_with(package, monkeypatch) -> Callable[[str, str, str], str]:
+    """`version_with(file, old, new)`: the code's version with that edit, undone afterwards."""
+    monkeypatch.setattr(module, "PACKAGE", package)
+
+    def version(file: str, old: str, new: str) -> str:
+        text = (package / file).read_text(encoding="utf-8")
+        assert old in text
+        try:
+            (package / file).write_text(text.replace(old, new, 1), encoding="utf-8")
+            return code_version.__wrapped__()
+        finally:
+            (package / file).write_text(text, encoding="utf-8")
+
+    return version
+
+
+@pytest.fixture(scope="module")
+def unedited(package) -> str:
+    """The version of the copy as it is."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "PACKAGE", package)
+        return code_version.__wrapped__()
+
+
+def test_the_version_names_the_release_and_is_the_same_every_time():
+    assert code_version() == code_version() == code_version.__wrapped__()
+    assert re.fullmatch(rf"{re.escape(phatgoose.__version__)}\+[0-9a-f]{{12}}", code_version())
+
+
+def test_comments_docstrings_and_layout_do_not_count(version_with, package, unedited):
+    text = (package / "evaluation/evaluate.py").read_text(encoding="utf-8")
+    edited = text
+    for old, new in (
+        ("TOKEN_BUDGET = 4096\n", "# A comment.\n\nTOKEN_BUDGET = (\n    4096  # and one\n)\n"),
+        ('"""Zero-shot evaluation', '"""Zero-shot scores'),  # a module's docstring
+        ('"""What the model answered', '"""The words that the model answered'),  # a class's
+        ('"""The unweighted mean', '"""The plain mean'),  # a method's
+        ('    """The score of these `answers` to the examples of an evaluation set."""\n', ""),
+    ):
+        assert old in edited
+        edited = edited.replace(old, new, 1)
+    assert version_with("evaluation/evaluate.py", text, edited) == unedited
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("evaluation/evaluate.py", "TOKEN_BUDGET = 4096", "TOKEN_BUDGET = 4097"),
+        ("routing/compose.py", "READ_AT_ONCE = 2**26", "READ_AT_ONCE = 2**25"),
+        ("evaluation/intervals.py", "REPLICATES = 2000", "REPLICATES = 1000"),
+        ("routing/kernels/plain.py", "import torch\n", "import torch as pytorch\n"),
+        ("routing/routers/vector_router.py", "def standardise(", "def standardize("),
+        ("routing/routers/phatgoose.py", "class Phatgoose(", "class PHATGOOSE("),
+        ("routing/routers/fixed.py", "class Merged(", "class MergedExperts("),
+    ],
+)
+def test_a_change_of_what_the_code_does_counts(version_with, unedited, file, old, new):
+    assert version_with(file, old, new) != unedited
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["evaluation/comparison/compare.py", "training/train_expert.py", "tasks/suites/registry.py"],
+)
+def test_code_that_no_score_depends_on_does_not_count(version_with, unedited, file):
+    assert version_with(file, "import", "import this\nimport") == unedited
+
+
+DECISIVE = (
+    *("evaluation.evaluate", "routing.open_model", "routing.compose", "routing.saved.load"),
+    *("experts.pool", "experts.expert", "experts.kinds.peft", "base.loading", "base.sites"),
+    *("routing.layers", "routing.kernels.choice", "routing.kernels.plain"),
+    *("routing.routers.registry", "routing.routers.arrow", "routing.routers.router"),
+    *("routing.routers.vector_router", "routing.routers.fixed", "routing.routers.random"),
+    *("routing.routers.oracle", "tasks.embeddings", "config"),
+    *("tasks.encoding", "evaluation.likelihood", "tasks.batching"),
+    *("evaluation.metrics", "evaluation.intervals", "tasks.task"),
+)
+OTHER = ("apps", "tasks.suites", "training", "evaluation.comparison", "analysis", "jobs")
+
+
+def test_what_decides_a_score_is_found_by_its_imports():
+    found = module._imported_by(module.SCORING)
+    assert found >= set(DECISIVE)
+    assert not {module for module in found if module.startswith(OTHER)}
+
+
+needs_git = pytest.mark.skipif(shutil.which("git") is None, reason="no git")
+
+
+def found() -> dict[str, str | None]:
+    return circumstances(torch.device("cpu"), Path(__file__))
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A package in a folder of its own."""
+    folder = tmp_path / "src" / "package"
+    folder.mkdir(parents=True)
+    (folder / "__init__.py").write_text("")
+    monkeypatch.setattr(module, "PACKAGE", folder)
+    return folder
+
+
+def git(checkout, *words: str) -> str:
+    who = {
+        f"GIT_{role}_{what}": "x" for role in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")
+    }
+    done = subprocess.run(
+        ["git", "-C", checkout, *words],
+        check=True,
+        capture_output=True,
+        text=True,
+        env={**os.environ, **who},
+    )
+    return done.stdout.strip()
+
+
+@needs_git
+def test_the_commit_is_that_of_the_checkout_and_says_when_files_differ(checkout):
+    git(checkout, "init", "-q")
+    git(checkout, "add", ".")
+    git(checkout, "commit", "-q", "-m", "first")
+    head = git(checkout, "rev-parse", "--short=9", "HEAD")
+    assert found()["commit"] == head
+    (checkout / "__init__.py").write_text("changed = True\n")
+    assert found()["commit"] == f"{head}+changes"
+
+
+@needs_git
+def test_a_package_installed_in_somebody_elses_checkout_has_no_commit(checkout):
+    git(checkout.parent, "init", "-q")
+    git(checkout.parent, "commit", "-q", "--allow-empty", "-m", "theirs")
+    assert found()["commit"] is None
+
+
+def test_without_git_or_a_checkout_there_is_no_commit(checkout, monkeypatch):
+    assert found()["commit"] is None
+    monkeypatch.setenv("PATH", "")
+    assert found()["commit"] is None
+
+
+def test_the_machine_is_its_processor_and_the_number_of_cores(tmp_path, monkeypatch):
+    processors = tmp_path / "cpuinfo"
+    processors.write_text("processor\t: 0\nmodel\t\t: 85\nmodel name\t: A Processor\n" * 2)
+    monkeypatch.setattr(module, "PROCESSORS", processors)
+    assert found()["machine"] == f"A Processor, {os.cpu_count()} cores"
+    processors.unlink()
+    machine = found()["machine"]
+    assert machine is not None
+    assert machine.endswith(" cores")
+    assert not machine.startswith(",")
+
+
+def test_the_date_is_that_of_the_last_finished_cell_in_utc(tmp_path):
+    results = tmp_path / "results.jsonl"
+    results.write_text("{}")
+    when = datetime(2026, 11, 26, 10, 0, 5, tzinfo=timezone.utc)
+    os.utime(results, (when.timestamp(),) * 2)
+    made = circumstances(torch.device("cpu"), results)
+    assert made["date"] == "2026-11-26T10:00:05+00:00"

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import signal
-from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
@@ -33,20 +32,12 @@ from comparisons import (
 from forked import forked, kill_self, needs_fork
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, Routing
-from phatgoose.errors import (
-    ConfigError,
-    EvaluationError,
-    PoolError,
-    RoutingError,
-    TaskError,
-    WrongBaseError,
-)
+from phatgoose.errors import ConfigError, PoolError, RoutingError, TaskError, WrongBaseError
 from phatgoose.evaluation.comparison import cells as module
 from phatgoose.evaluation.comparison.compare import compare
 from phatgoose.evaluation.comparison.methods import METHODS
 from phatgoose.evaluation.comparison.result_store import ResultStore
 from phatgoose.evaluation.evaluate import evaluate, score
-from phatgoose.evaluation.intervals import Interval
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.routing.routers.registry import ROUTERS as REGISTRY
@@ -54,9 +45,6 @@ from phatgoose.tasks.suites.entries import Entry, Suite
 from tiny import logits_of, make_ids
 
 pytestmark = pytest.mark.usefixtures("toy_embedder")
-
-
-# What follows from them
 
 
 def test_a_task_is_a_suite_of_its_own(setting, tasks, llama, tmp_path):
@@ -91,25 +79,6 @@ def test_oracle_is_the_best_expert_of_each_dataset_and_best_individual_that_of_a
     assert len(set(choices["oracle"].values())) > 1
 
 
-def test_a_suites_mean_is_that_of_its_datasets_unweighted(done):
-    for row, summaries in done.comparison.summaries.items():
-        results = done.comparison.results[row]
-        for column, names in {**SUITES, "all datasets": TASKS}.items():
-            wanted = np.mean([results[name].score for name in names])
-            assert summaries[column].mean == pytest.approx(wanted, abs=1e-12)
-            assert summaries[column].interval.low <= wanted <= summaries[column].interval.high
-            if row != "phatgoose":
-                own = done.comparison.summaries["phatgoose"][column].mean
-                assert summaries[column].difference == summaries[column].mean - own
-
-
-def test_rows_of_the_same_answers_differ_by_exactly_nothing(done):
-    for same in done.comparison.summaries["a pool"].values():
-        assert (same.difference, same.difference_interval) == (0, Interval(0, 0))
-    for other in done.comparison.summaries["base"].values():
-        assert other.difference_interval.low < other.difference_interval.high
-
-
 @pytest.mark.parametrize("router", ["oracle", "best-individual"])
 def test_the_written_scores_make_the_model_of_the_row(done, setting, tasks, llama, router):
     model = compose(setting.pool, llama, router=router, scores=done.folder / "comparison.json")
@@ -138,30 +107,11 @@ def test_the_tables_are_written_with_all_that_was_set(done, setting):
     assert settings.keys() >= {"commit"}
 
 
-# The base
-
-
 def test_the_base_is_the_same_bit_by_bit_afterwards(setting, llama, tmp_path):
     ids = make_ids(3)
     before = logits_of(llama.model, ids)
     options = {"references": setting.references, "suites": setting.suites[1], "limit": 1}
     setting.run(tmp_path, "all", base=llama, **options)
-    assert not hasattr(llama.model, "phatgoose")
-    assert torch.equal(logits_of(llama.model, ids), before)
-
-
-@pytest.mark.parametrize("row", ["base", "retrieval", "merged", "phatgoose", "arrow", "e1"])
-def test_the_base_is_the_same_after_an_error_within(setting, llama, tmp_path, monkeypatch, row):
-    ids = make_ids(3)
-    before = logits_of(llama.model, ids)
-
-    def broken(*_, **__):
-        raise EvaluationError("broken")
-
-    monkeypatch.setattr(module, "score", broken)
-    methods = ["oracle"] if row in EXPERTS else [row]
-    with pytest.raises(EvaluationError, match="broken"):
-        setting.run(tmp_path, methods, base=llama)
     assert not hasattr(llama.model, "phatgoose")
     assert torch.equal(logits_of(llama.model, ids), before)
 
@@ -174,9 +124,6 @@ def test_a_base_that_is_routed_already_is_refused(setting, llama, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-# Going on
-
-
 SMALL = ("base", "phatgoose", "oracle")  # 5 rows on 4 datasets
 
 
@@ -184,7 +131,7 @@ def stop_time(patch: pytest.MonkeyPatch) -> None:
     """Nothing takes any time and all is made at once: so all files of two runs are the same."""
     patch.setattr(module, "time", SimpleNamespace(monotonic=lambda: 0.0))
     where = {"date": "2026-11-26T10:00:00+00:00", "commit": None, "machine": "A Chip, 2 cores"}
-    patch.setattr("phatgoose.evaluation.comparison.compare.circumstances", lambda *_: where)
+    patch.setattr("phatgoose.evaluation.comparison.cells.circumstances", lambda *_: where)
 
 
 @pytest.fixture
@@ -256,27 +203,12 @@ def test_a_killed_comparison_goes_on_where_it_stopped(setting, tmp_path, compute
     assert files(out) == files(whole)
 
 
-def test_a_broken_line_in_the_middle_is_told_and_nothing_is_lost(setting, out):
-    store = out / "results.jsonl"
-    first, *rest = store.read_text().split("\n")
-    store.write_text("\n".join([first, "{broken", *rest]))
-    before = files(out)
-    with pytest.raises(EvaluationError, match=r"out/results\.jsonl is no file of results"):
-        setting.run(out, ["base"])
-    assert files(out) == before
-
-
 def test_a_finished_comparison_is_only_read(setting, done, out, computed):
     before = files(out)
     comparison = setting.run(out, references=setting.references)
     assert computed == []
     assert files(out) == before
     assert comparison.summaries == done.comparison.summaries
-
-
-def test_a_part_of_a_finished_comparison_needs_nothing(setting, out, computed):
-    comparison = setting.run(out, ["merged", "oracle"], suites=setting.suites[1])
-    assert (computed, list(comparison.results)) == ([], ["merged", "oracle"])
 
 
 def test_more_methods_and_references_are_added(setting, tmp_path, computed):
@@ -299,12 +231,41 @@ def test_more_suites_are_added(setting, out, tmp_path, computed):
     assert comparison.columns["all datasets"] == (*TASKS, "new")
 
 
-def test_one_more_expert_leaves_single_experts_and_the_base(setting, out, computed, pool_of):
-    (*_, another) = pool_of("llama").experts
-    pool = Pool((*setting.pool.experts, another))
-    methods = ["base", "merged", "phatgoose", "oracle"]
+def with_another_expert(pool: Pool, more: Pool) -> Pool:
+    return Pool((*pool.experts, more.experts[-1]))
+
+
+def with_other_gates(pool: Pool, _: Pool) -> Pool:
+    return with_first(pool, gates={site: -gate for site, gate in pool.experts[0].gates.items()})
+
+
+def with_another_scale(pool: Pool, _: Pool) -> Pool:
+    lora = pool.experts[0].lora.items()  # lora_alpha stands beside the weights' file
+    return with_first(pool, modules={site: replace(each, scale=9.0) for site, each in lora})
+
+
+READ_GATES = [name for name, spec in REGISTRY.items() if "gates" in spec.needs]
+READ_GATES.remove("phatgoose-input")  # leaves each input to an expert who has answered it
+
+
+@pytest.mark.parametrize(
+    ("change", "methods", "computed_rows"),
+    [
+        (
+            with_another_expert,
+            ["base", "merged", "phatgoose", "oracle"],
+            ["merged", "phatgoose", "e3"],
+        ),
+        (with_other_gates, "all", READ_GATES),
+        (with_another_scale, ["base", "merged", "oracle"], ["merged", "e0"]),
+    ],
+)
+def test_other_experts_leave_what_does_not_depend_on_them(
+    setting, out, computed, pool_of, change, methods, computed_rows
+):
+    pool = change(setting.pool, pool_of("llama"))
     setting.run(out, methods, pool=pool, suites=setting.suites[1])
-    assert computed == cells_of("merged", "phatgoose", "e3", tasks=SUITES["plain"])
+    assert computed == cells_of(*computed_rows, tasks=SUITES["plain"])
 
 
 def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
@@ -313,45 +274,24 @@ def test_another_k_leaves_what_does_not_depend_on_it(setting, out, computed):
     assert computed == cells_of(*rows, tasks=SUITES["plain"])
 
 
-def test_other_gates_leave_what_does_not_depend_on_them(setting, out, computed):
-    gates = {site: -gate for site, gate in setting.pool.experts[0].gates.items()}
-    setting.run(out, pool=with_first(setting.pool, gates=gates), suites=setting.suites[1])
-    rows = [name for name, spec in REGISTRY.items() if "gates" in spec.needs]
-    rows.remove("phatgoose-input")  # leaves each input to an expert who has answered it
-    assert computed == cells_of(*rows, tasks=SUITES["plain"])
-
-
-def test_another_scale_of_an_adapter_leaves_the_other_experts(setting, out, computed):
-    lora = setting.pool.experts[0].lora.items()  # lora_alpha stands beside the weights' file
-    modules = {site: replace(each, scale=9.0) for site, each in lora}
-    pool = with_first(setting.pool, modules=modules)
-    setting.run(out, ["base", "merged", "oracle"], pool=pool, suites=setting.suites[1])
-    assert computed == cells_of("merged", "e0", tasks=SUITES["plain"])
-
-
-def test_other_examples_leave_nothing(setting, out, computed):
-    setting.run(out, ["base"], limit=3)  # all that count has
-    assert computed == cells_of("base", tasks=["choose", "pick", "say"])
-    setting.run(out, ["base"], limit=3, seed=1)
-    assert computed[3:] == cells_of("base", tasks=["choose", "pick", "say"])
-    setting.run(out, ["base"], limit=9)  # more than any has
-    assert len(computed) == 6
-
-
-def test_other_answers_lengths_leave_choices_and_tasks_of_their_own(setting, out, computed):
-    setting.run(out, ["base"], max_new_tokens=TOKENS + 1)
-    assert computed == cells_of("base", tasks=["count"])
+LARGER = [name for name in TASKS if name != "count"]  # has three examples
 
 
 @pytest.mark.filterwarnings("ignore:.* cut to 7 tokens")
-def test_another_formatting_leaves_nothing(setting, out, computed):
-    setting.run(out, ["base"], formatting=Formatting(max_input_tokens=7))
-    assert computed == cells_of("base")
-
-
-def test_inputs_that_were_cut_on_the_right_are_scored_anew(setting, out, computed):
-    setting.run(out, ["base"], formatting=Formatting(truncation="right"))
-    assert computed == cells_of("base")  # though none is cut: the rule belongs to the key
+@pytest.mark.parametrize(
+    ("options", "tasks"),
+    [
+        ({"limit": 3}, LARGER),
+        ({"limit": 3, "seed": 1}, LARGER),
+        ({"limit": 9}, []),
+        ({"max_new_tokens": TOKENS + 1}, ["count"]),  # choices and tasks of their own stay
+        ({"formatting": Formatting(max_input_tokens=7)}, TASKS),
+        ({"formatting": Formatting(truncation="right")}, TASKS),  # though none is cut
+    ],
+)
+def test_other_examples_or_forms_are_scored_anew(setting, out, computed, options, tasks):
+    setting.run(out, ["base"], **options)
+    assert computed == cells_of("base", tasks=tasks)
 
 
 def test_what_is_cut_is_told_once_a_dataset_and_kept_with_each_cell(setting, tmp_path):
@@ -364,20 +304,6 @@ def test_what_is_cut_is_told_once_a_dataset_and_kept_with_each_cell(setting, tmp
         assert result["cuts"]["cut"] == (9 if result["task"] == "choose" else 0)
 
 
-def test_experts_trained_on_inputs_of_another_form_are_told(setting, tmp_path):
-    expert = setting.pool.experts[0]
-    info = replace(expert.info, hyperparameters={"max_input_tokens": 112})
-    pool = Pool((replace(expert, info=info), *setting.pool.experts[1:]))
-    with pytest.warns(UserWarning, match="e0 was trained with max_input_tokens 112, truncation r"):
-        setting.run(tmp_path, ["merged"], pool=pool, limit=2)
-
-
-def test_changed_examples_of_the_same_name_are_scored_anew(setting, out, tmp_path, computed):
-    rows = [CHOOSE[1], *CHOOSE[1:]]
-    setting.run(out, ["base"], suites=write_rows(tmp_path / "plain/choose.jsonl", rows).parent)
-    assert computed == cells_of("base", tasks=["choose"])
-
-
 def test_another_precision_or_base_leaves_nothing(setting, out, computed):
     setting.run(out, ["base"], base=load_base(setting.base, dtype="bfloat16"))
     assert computed == cells_of("base")
@@ -386,17 +312,11 @@ def test_another_precision_or_base_leaves_nothing(setting, out, computed):
 
 
 def test_edited_code_leaves_nothing(setting, out, computed, monkeypatch):
-    for place in (
-        "phatgoose.evaluation.comparison.cells.code_version",
-        "phatgoose.evaluation.comparison.compare.code_version",
-    ):
-        monkeypatch.setattr(place, lambda: "0.1.0+edited")
+    place = "phatgoose.evaluation.comparison.cells.code_version"
+    monkeypatch.setattr(place, lambda: "0.1.0+edited")
     comparison = setting.run(out, ["base"])
     assert computed == cells_of("base")
     assert comparison.settings["code"] == "0.1.0+edited"
-
-
-# What is drawn and what is left out
 
 
 def test_all_methods_score_the_same_examples(setting, tasks, tmp_path, monkeypatch):
@@ -446,9 +366,7 @@ def test_all_means_all_that_the_pool_can_do(setting, tmp_path, part, nothing):
 )
 def test_a_method_that_was_asked_for_must_be_possible(setting, tmp_path, part, method, complaint):
     pool = with_first(setting.pool, **part)
-    refused(
-        PoolError, complaint, lambda out: setting.run(out, ["base", method], pool=pool), tmp_path
-    )
+    refused(PoolError, complaint, setting, tmp_path, methods=["base", method], pool=pool)
 
 
 def test_a_method_that_cannot_have_the_settings_is_left_out_of_all_and_refused_by_name(
@@ -461,10 +379,8 @@ def test_a_method_that_cannot_have_the_settings_is_left_out_of_all_and_refused_b
     assert left_out == {"uniform-top-k", "glider"}
     assert len(comparison.notes) == 2
 
-    def run(out):
-        setting.run(out, ["base", "glider"], **options)
-
-    refused(ConfigError, "router glider can only be standardised", run, tmp_path)
+    options["methods"] = ["base", "glider"]
+    refused(ConfigError, "router glider can only be standardised", setting, tmp_path, **options)
 
 
 def test_suites_come_as_names_paths_or_suites_and_one_alone(setting, tasks, tmp_path):
@@ -489,13 +405,11 @@ def test_each_finished_cell_is_told(setting, tmp_path, caplog):
     ]
 
 
-# What is refused, before anything is computed
-
-
-def refused(error: type[Exception], complaint: str, run: Callable[[Path], Any], out: Path) -> None:
+def refused(error: type[Exception], complaint: str, setting: Any, folder: Path, **options) -> None:
+    """The comparison is refused before anything is computed or written."""
     with pytest.raises(error, match=complaint):
-        run(out / "new")
-    assert not (out / "new").exists()
+        setting.run(folder / "refused", **{"methods": ["base", "merged"], **options})
+    assert not (folder / "refused").exists()
 
 
 @pytest.mark.parametrize(
@@ -514,73 +428,40 @@ def test_what_cannot_be_compared_is_told(setting, tmp_path, error, complaint, ar
     places = arguments.get("references", {})
     references = {label: setting.references[place] for label, place in places.items()}
     options = {"methods": ["oracle"], **arguments, "references": references}
-    refused(error, complaint, lambda out: setting.run(out, **options), tmp_path)
+    refused(error, complaint, setting, tmp_path, **options)
 
 
-def test_two_datasets_of_one_name_or_two_suites_of_one_name_are_refused(setting, tmp_path):
+def test_different_datasets_of_one_name_or_two_suites_of_one_name_are_refused(setting, tmp_path):
     write_rows(tmp_path / "other" / "choose.jsonl", CHOOSE[:5])
     write_rows(tmp_path / "other" / "plain" / "pick.jsonl", PICK)
-    for new, complaint in (
-        (tmp_path / "other", "different datasets called 'choose'"),
-        (tmp_path / "other" / "plain", "Two suites are called 'plain'"),
-    ):
-        suites = [*setting.suites, new]
-        refused(
-            TaskError,
-            complaint,
-            lambda out, suites=suites: setting.run(out, ["base"], suites=suites),
-            tmp_path,
-        )
-
-
-def test_a_routed_model_of_another_base_is_refused(setting, tmp_path):
-    options = {
-        "base": load_base(setting.references["a base"], dtype="float32"),
-        "references": {"old": setting.references["a routed model"]},
-    }
-    refused(
-        WrongBaseError,
-        "The base of old is",
-        lambda out: setting.run(out, ["base"], **options),
-        tmp_path,
-    )
-
-
-def test_experts_of_another_base_are_refused(setting, pool_of, tmp_path):
-    foreign = pool_of("t5", (4, 4)).experts[0].directory
-    for label, options in (
-        ("joint", {"references": {"joint": foreign}}),
-        ("Merged Experts", {"base": load_base(setting.references["a base"], dtype="float32")}),
-    ):
-        refused(
-            WrongBaseError,
-            f"The base of {label} is",
-            lambda out, options=options: setting.run(out, ["base", "merged"], **options),
-            tmp_path,
-        )
-
-
-def test_one_dataset_under_two_metrics_is_two(setting, tmp_path):
     (tmp_path / "s.toml").write_text(
         f'[[tasks]]\nfile = "{setting.suites[1]}/choose.jsonl"\nmetrics = ["rouge-l"]\n'
     )
-    suites = [*setting.suites, tmp_path / "s.toml"]
-    refused(
-        TaskError,
-        "different datasets called 'choose'",
-        lambda out: setting.run(out, ["base"], suites=suites),
-        tmp_path,
-    )
+    for new, complaint in (
+        ("other", "different datasets called 'choose'"),
+        ("s.toml", "different datasets called 'choose'"),  # by its metrics
+        ("other/plain", "Two suites are called 'plain'"),
+    ):
+        suites = [*setting.suites, tmp_path / new]
+        refused(TaskError, complaint, setting, tmp_path, suites=suites)
+
+
+def test_experts_and_routed_models_of_another_base_are_refused(setting, pool_of, tmp_path):
+    foreign = pool_of("t5", (4, 4)).experts[0].directory
+    another = load_base(setting.references["a base"], dtype="float32")
+    old = {"old": setting.references["a routed model"]}
+    for label, options in (
+        ("joint", {"references": {"joint": foreign}}),
+        ("Merged Experts", {"base": another}),
+        ("old", {"base": another, "references": old, "methods": ["base"]}),
+    ):
+        refused(WrongBaseError, f"The base of {label} is", setting, tmp_path, **options)
 
 
 def test_an_expert_that_is_called_like_a_method_is_refused(setting, tmp_path):
     first = setting.pool.experts[0]
     pool = with_first(setting.pool, info=replace(first.info, name="random"))
-    refused(
-        ConfigError,
-        "both called 'random'",
-        lambda out: setting.run(out, ["random", "oracle"], pool=pool),
-        tmp_path,
-    )
+    options = {"methods": ["random", "oracle"], "pool": pool}
+    refused(ConfigError, "both called 'random'", setting, tmp_path, **options)
     comparison = setting.run(tmp_path, ["random"], pool=pool, limit=1)  # nothing to mix up
     assert list(comparison.results) == ["random"]

@@ -1,4 +1,4 @@
-"""The rows of a comparison: what each composes, and what tells its results from others'."""
+"""The rows of a comparison: their labels, what each composes, what tells their results apart."""
 
 from __future__ import annotations
 
@@ -11,22 +11,37 @@ import torch
 
 from phatgoose.base.loading import load_base
 from phatgoose.config import Routing
-from phatgoose.errors import BaseModelError, ConfigError, PoolError, WrongBaseError
+from phatgoose.errors import PoolError
 from phatgoose.evaluation.comparison.methods import (
     DERIVED,
     METHODS,
     Row,
+    label_with_settings,
     reference_row,
     rows_of,
     single_rows,
 )
-from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.routers.registry import ROUTERS
 from phatgoose.routing.saved.save import save
 from routed_models import with_embeddings
 from tiny import logits_of, make_ids, make_model, make_tokenizer
+
+
+def test_there_is_a_method_for_every_router_and_the_base():
+    assert set(METHODS) == {"base", *ROUTERS} - {"single"}
+    assert list(METHODS)[-2:] == list(DERIVED)
+    assert list(METHODS).index("phatgoose") < list(METHODS).index("phatgoose-input")
+
+
+def test_a_label_names_every_setting_that_is_not_the_usual_one():
+    usual = {"router": "discriminant", "reading_place": "both", "input_k": None, "kernel": "auto"}
+    assert label_with_settings(usual) == "Discriminant"
+    changed = usual | {"reading_place": "end", "input_k": 3}
+    assert label_with_settings(changed) == "Discriminant, reading place = end, input k = 3"
+
 
 ROUTING = Routing(k=2)
 COMPOSED = ["random", "retrieval", "centroid", "average-activation", "arrow", "spectr", "merged"]
@@ -78,12 +93,6 @@ def test_a_method_composes_the_pool_by_its_router(three, llama, name):
     assert not hasattr(llama.model, "phatgoose")
 
 
-def test_the_base_row_is_the_base_as_it_is(three, llama):
-    with row_of("base", three).model(llama) as opened:
-        assert opened.model is llama.model
-        assert not hasattr(opened.model, "phatgoose")
-
-
 def test_single_rows_are_the_experts_alone(three, llama):
     rows = single_rows(three)
     assert [row.name for row in rows] == ["e0", "e1", "e2"]
@@ -113,20 +122,7 @@ def test_every_row_has_an_identity_of_its_own(three):
 @pytest.mark.parametrize(
     ("settings", "matter_to"),
     [
-        (
-            {"k": 1},
-            {
-                *[
-                    "random",
-                    "average-activation",
-                    "arrow",
-                    "spectr",
-                    "uniform-top-k",
-                    "phatgoose",
-                    "glider",
-                ]
-            },
-        ),
+        ({"k": 1}, TOP_K),
         ({"eps": 1e-3}, {"average-activation", *GATED}),
         ({"affinity": "raw"}, {"average-activation", "phatgoose"}),
         ({"router_temperature": 2.0}, {"average-activation", "arrow", "phatgoose", "glider"}),
@@ -193,13 +189,6 @@ def test_an_expert_alone_is_the_same_whatever_pool_it_is_in(three):
     assert smaller == {name: wanted[name] for name in ("e0", "e2")}
 
 
-def test_an_expert_read_again_is_the_same(three):
-    again = Pool(tuple(Expert.load(expert.directory) for expert in three.experts))
-    names = ["phatgoose", "arrow", "average-activation", "merged"]
-    for one, other in zip(*(rows_of(p, names, ROUTING) for p in (three, again)), strict=True):
-        assert one.identity == other.identity
-
-
 # References
 
 
@@ -259,24 +248,6 @@ def test_another_base_is_loaded_in_the_precision_of_the_comparison(base_folders,
         with row.model(base) as opened:
             assert opened.model is not base.model
             assert opened.model.dtype == base.model.dtype
-
-
-@pytest.mark.parametrize("label", ["phatgoose", "base", "oracle"])
-def test_a_label_that_is_a_methods_name_is_refused(three, label):
-    with pytest.raises(ConfigError, match=f"can't be called '{label}'"):
-        reference_row(label, three.experts[0].directory, ROUTING)
-
-
-def test_a_place_that_is_nothing_is_told():
-    with pytest.raises(BaseModelError, match=r"\./nowhere"):
-        reference_row("x", "./nowhere", ROUTING)
-
-
-def test_a_reference_for_another_base_is_refused(three, base_folders):
-    row = reference_row("foreign", three.experts[0].directory, ROUTING)
-    other = load_base(base_folders["qwen2"], dtype="float32")
-    with pytest.raises(WrongBaseError), row.model(other):
-        pass
 
 
 def test_a_reference_pool_that_cannot_be_routed_is_told_at_once(write, tmp_path, llama):

@@ -24,7 +24,7 @@ from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose
 from phatgoose.tasks.task import Example, Task
-from phatgoose.training.gates import train_gates
+from phatgoose.training.train_expert import train_gates
 from tiny import copied_model, logits_of, make_ids, make_model, make_tokenizer
 
 DOCUMENT = ROOT / "docs" / "imports.md"

@@ -12,16 +12,10 @@ from phatgoose.tasks.suites.t0 import t0_held_in
 from phatgoose.tasks.task import Example
 
 datasets = pytest.importorskip("datasets")
+pytestmark = pytest.mark.usefixtures("private_cache")
 
 REPOSITORY = "r-three/Phatgoose_flanv2_offline"
 IRONY = "FLANV2/NIV2/Irony Detection"
-
-
-@pytest.fixture(autouse=True)
-def _quiet():
-    datasets.disable_progress_bars()
-    yield
-    datasets.enable_progress_bars()
 
 
 def row(number: int, kind: str = "zs_noopt") -> dict[str, str]:
@@ -47,15 +41,8 @@ def test_the_suite_has_the_papers_166_datasets_in_its_order():
     families = [name.split("_")[0] for name in suite.names]
     assert families[36:72] == ["flan2021"] * 36
     assert families[72:147] == ["niv2"] * 75
-    assert suite.names[147:154] == (
-        "wsc",
-        "copa",
-        "hellaswag",
-        "wic",
-        "race_high",
-        "race_middle",
-        "web_questions",
-    )
+    added = "wsc copa hellaswag wic race_high race_middle web_questions"
+    assert " ".join(suite.names[147:154]) == added
     assert families[154:] == ["dialog"] * 4 + ["flan2021"] * 8
 
 
@@ -87,32 +74,6 @@ def test_the_added_p3_datasets_are_entries_like_those_of_t0():
     assert race.train_examples == 62445 * 8
     assert (questions.metrics, questions.max_new_tokens) == (("rouge-l",), 31)
     assert all(entry.train_examples for entry in flan().entries[147:154])
-
-
-def test_an_added_p3_dataset_is_rendered_by_its_templates(tmp_path):
-    rows = [{"question": f"who is {i}", "answers": [f"N{i}", f"M{i}"]} for i in range(3)]
-    for split in ("train", "test"):
-        path = tmp_path / f"data/web_questions/{split}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        datasets.Dataset.from_list(rows).to_parquet(path)
-    template = """dataset: web_questions
-templates:
-  1: !Template
-    answer_choices: null
-    id: 1
-    jinja: 'Tell me: {{question}} ||| {{answers.0}}'
-    metadata: !TemplateMetadata
-      choices_in_prompt: false
-      original_task: true
-    name: tell
-    reference: ''
-"""
-    (tmp_path / "templates/web_questions").mkdir(parents=True)
-    (tmp_path / "templates/web_questions/templates.yaml").write_text(template, encoding="utf-8")
-    task = flan().entry("web_questions").read(Sources(tmp_path / "data", tmp_path / "templates"))
-    assert len(task.train) == 3
-    assert task.validation[1] == Example("Tell me: who is 1", "N1", (), ("N1", "M1"))
-    assert task.metrics == ("rouge-l",)
 
 
 def test_rows_become_examples_as_they_are(tmp_path):

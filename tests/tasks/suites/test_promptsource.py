@@ -59,9 +59,6 @@ def rendered(jinja, row, choices=None, name="test"):
     return PromptTemplate(name, jinja, choices).render(row)
 
 
-# --- reading ---
-
-
 def test_reads_templates_and_sorts_them_by_name(folder):
     first, second = read_templates(folder(), "fruit")
     assert first == PromptTemplate("Any fruit", "Name a fruit. ||| {{fruit}}")
@@ -125,23 +122,13 @@ def test_broken_files_are_refused_by_name(folder, text, reason):
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_not_text_are_refused(folder):
-    root = folder()
-    (root / "fruit/templates.yaml").write_bytes(b"templates: \xff\xfe")
-    with pytest.raises(TaskError, match="can't be read"):
-        read_templates(root, "fruit")
-
-
-def test_folder_given(tmp_path):
-    assert templates_folder(Sources(templates=tmp_path)) == tmp_path
-    with pytest.raises(TaskError, match=r"nowhere does not exist; .*promptsource==0\.2\.3"):
-        templates_folder(Sources(templates=tmp_path / "nowhere"))
-
-
 def test_folder_of_the_installed_package_is_found_without_importing_it(tmp_path, monkeypatch):
     (tmp_path / "promptsource/templates").mkdir(parents=True)
     (tmp_path / "promptsource/__init__.py").write_text("raise RuntimeError", encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(TaskError, match=r"nowhere does not exist; .*promptsource==0\.2\.3"):
+        templates_folder(Sources(templates=tmp_path / "nowhere"))
+    assert templates_folder(Sources(templates=tmp_path)) == tmp_path
     assert templates_folder(Sources()) == tmp_path / "promptsource/templates"
     assert "promptsource" not in sys.modules
     (tmp_path / "promptsource/templates").rmdir()
@@ -149,42 +136,37 @@ def test_folder_of_the_installed_package_is_found_without_importing_it(tmp_path,
         templates_folder(Sources())
 
 
-def test_no_folder_without_the_package(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(TaskError, match="Prompt templates are missing"):
-        templates_folder(Sources())
+OPTIONS = {"fruit": "a lemon", "label": 0, "options": ["red", " blue"], "key": 1}
 
 
-# --- rendering ---
-
-
-def test_input_target_and_choices_are_stripped():
-    row = {"fruit": "a lemon", "label": 0}
-    assert rendered(" Taste of\n{{fruit}}?  |||\n{{answer_choices[label]}} ", row, "sour|||sweet ")
-    assert rendered(
-        " Taste of\n{{fruit}}?  |||\n{{answer_choices[label]}} ", row, " sour|||sweet "
-    ) == Example("Taste of\na lemon?", "sour", ("sour", "sweet"))
-
-
-def test_choices_are_rendered_from_the_row():
-    row = {"options": ["red", " blue"], "key": 1}
-    made = rendered(
-        "Pick: {{answer_choices | join(', ')}} ||| {{answer_choices[key]}}",
-        row,
-        "{{options | join('|||')}}",
-    )
-    assert made == Example("Pick: red, blue", "blue", ("red", "blue"))
-
-
-def test_no_choices_are_none_for_the_template():
-    assert rendered("{{answer_choices is none}} ||| x", {}) == Example("True", "x")
-
-
-def test_several_targets():
-    made = rendered("Name a primary colour. ||| {{all | join(' ||| ')}}", {"all": ["red", "blue"]})
-    assert made == Example("Name a primary colour.", "red", (), ("red", "blue"))
-    made = rendered("Q ||| red ||| ||| blue |||", {})
-    assert made == Example("Q", "red", (), ("red", "blue"))
+@pytest.mark.parametrize(
+    ("jinja", "choices", "wanted"),
+    [
+        (
+            " Taste of\n{{fruit}}?  |||\n{{answer_choices[label]}} ",
+            " sour|||sweet ",
+            Example("Taste of\na lemon?", "sour", ("sour", "sweet")),
+        ),
+        (
+            "Pick: {{answer_choices | join(', ')}} ||| {{answer_choices[key]}}",
+            "{{options | join('|||')}}",
+            Example("Pick: red, blue", "blue", ("red", "blue")),
+        ),
+        ("{{answer_choices is none}} ||| x", None, Example("True", "x")),
+        ("{% set _ = options.append(1) %}{{options | length}} ||| x", None, Example("3", "x")),
+        (
+            "{% for x in [1, 2] %}{{['a'] | choice}}{% endfor %} ||| {{answer_choices[0]}}",
+            "{{['b'] | choice}}",
+            Example("aa", "b", ("b",)),
+        ),
+        ("Q ||| red ||| ||| blue |||", None, Example("Q", "red", (), ("red", "blue"))),
+        ("Q ||| {{options | join(' ||| ')}}", None, Example("Q", "red", (), ("red", "blue"))),
+    ],
+)
+def test_input_targets_and_choices_are_rendered_from_the_row(jinja, choices, wanted):
+    row = {**OPTIONS, "options": list(OPTIONS["options"])}
+    assert rendered(jinja, row, choices) == wanted
+    assert row == OPTIONS
 
 
 @pytest.mark.parametrize(
@@ -221,13 +203,6 @@ def test_whatever_texts_a_row_has_they_come_back(row):
     row = {key: f"<{value}>" for key, value in row.items()}
     made = rendered("{{a}}/{{answer_choices[0]}} ||| {{c}}", row, "{{b}} ||| {{c}}")
     assert made == Example(f"{row['a']}/{row['b']}", row["c"], (row["b"], row["c"]))
-
-
-def test_templates_do_not_change_the_row():
-    row = {"items": ["a"]}
-    made = rendered("{% set _ = items.append('b') %}{{items | length}} ||| x", row)
-    assert made == Example("2", "x")
-    assert row == {"items": ["a"]}
 
 
 def test_long_values_are_cut_as_promptsource_does():
@@ -269,15 +244,6 @@ def test_choice_draws_the_same_in_another_process():
         for _ in range(2)
     }
     assert len(runs) == 1
-
-
-def test_choice_works_in_loops_and_choices():
-    made = rendered(
-        "{% for x in [1, 2] %}{{['a'] | choice}}{% endfor %} ||| {{answer_choices[0]}}",
-        {},
-        "{{['b'] | choice}}",
-    )
-    assert made == Example("aa", "b", ("b",))
 
 
 def test_most_frequent_and_zip():

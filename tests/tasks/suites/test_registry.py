@@ -1,4 +1,4 @@
-"""The table of all suites."""
+"""Suites of one's own, and the table of all suites."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import pytest
 
 from fake_packages import install
 from phatgoose.errors import TaskError
+from phatgoose.tasks.loading import load_task
 from phatgoose.tasks.suites import registry
-from phatgoose.tasks.suites.entries import Entry, Suite
-from phatgoose.tasks.suites.registry import SUITES, open_suite
+from phatgoose.tasks.suites.entries import Entry, Sources, Suite
+from phatgoose.tasks.suites.registry import SUITES, local_suite, open_suite
+from phatgoose.tasks.task import Example
 from suite_files import FULL, write
 
 
@@ -67,6 +69,117 @@ def test_listing_the_suites_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def complaint(path: Path) -> str:
+    with pytest.raises(TaskError) as caught:
+        local_suite(path)
+    return str(caught.value)
+
+
+def test_a_task_file_is_a_suite_of_its_own(tmp_path):
+    (tmp_path / "one.jsonl").write_text('{"input": "a", "target": "x"}\n')
+    suite = open_suite(tmp_path / "one.jsonl")
+    assert (suite.name, suite.names) == ("one", ("one",))
+    assert suite.load() == (load_task(tmp_path / "one.jsonl"),)
+
+
+def test_a_folders_task_files_are_its_suite(folder):
+    suite = local_suite(folder)
+    assert suite.name == "mine"
+    assert suite.names == ("a", "b")
+    first, second = suite.load()
+    assert first.test == (Example("1+1", "2"),)
+    assert second.name == "b"
+    assert second.test == (Example("Is it?", "yes", ("yes", "no")),)
+    assert second.validation == (Example("Was it?", "no"),)
+    assert second.train == (Example("Will it?", "no", (), ("no", "never")),)
+    assert (second.metrics, second.max_new_tokens) == ((), None)
+
+
+def test_a_toml_file_lists_tasks_and_how_they_are_scored(folder):
+    suite = local_suite(write(folder.parent, FULL))
+    assert suite.name == "my-suite"
+    assert suite.names == ("questions", "a")
+    entry = suite.entry("questions")
+    assert (entry.metrics, entry.max_new_tokens) == (("accuracy", "rouge-l"), 8)
+    assert (entry.micro_batch_size, entry.train_examples) == (None, None)
+    task = entry.read(Sources())
+    assert task.name == "questions"
+    assert (task.metrics, task.max_new_tokens) == (("accuracy", "rouge-l"), 8)
+    assert task.source == "b.jsonl"
+
+
+def test_the_suffix_is_appended_to_every_input(folder):
+    first, second = local_suite(write(folder.parent, FULL)).load()
+    assert first.test == (Example("Is it?\nAnswer:", "yes", ("yes", "no")),)
+    assert first.validation == (Example("Was it?\nAnswer:", "no"),)
+    assert first.train == (Example("Will it?\nAnswer:", "no", (), ("no", "never")),)
+    assert second.test == (Example("1+1", "2"),)
+
+
+def test_name_and_suffix_have_defaults(folder):
+    suite = local_suite(write(folder, '[[tasks]]\nfile = "b.jsonl"\n'))
+    assert (suite.name, suite.names) == ("suite", ("b",))
+    assert suite.load()[0].test[0].input == "Is it?"
+
+
+def test_files_are_read_when_an_entry_is(folder):
+    (folder / "b.jsonl").write_text("{broken", encoding="utf-8")
+    suite = local_suite(folder)
+    with pytest.raises(TaskError, match=r"b\.jsonl, line 1: broken JSON"):
+        suite.entry("b").read(Sources())
+
+
+TASK = '[[tasks]]\nfile = "b.jsonl"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = ", "is not valid TOML"),
+        ("nmae = 'x'\n" + TASK, "suite.toml: unknown key 'nmae'; known are name, suffix, tasks."),
+        (
+            TASK + "metric = ['accuracy']",
+            "suite.toml, task 1: unknown key 'metric'; known are file",
+        ),
+        ("name = 3\n" + TASK, "suite.toml: name is 3, but must be a text."),
+        ("suffix = 3\n" + TASK, "suite.toml: suffix is 3, but must be a text."),
+        ("tasks = ['b.jsonl']", "tasks must be tables, each headed [[tasks]]."),
+        ("[tasks]\nfile = 'b.jsonl'", "tasks must be tables, each headed [[tasks]]."),
+        ("name = 'x'", "suite.toml has no tasks"),
+        ("[[tasks]]\nname = 'x'", "suite.toml, task 1: file is missing."),
+        ("[[tasks]]\nfile = 'notes.txt'", "notes.txt, but must be a .jsonl or .csv file."),
+        ("[[tasks]]\nfile = 'none.jsonl'", "none.jsonl does not exist."),
+        (TASK + "name = 3", "task 1: name is 3, but must be a text."),
+        (TASK + "name = ''", "task 1: name is empty; give one, or leave the key out for 'b'."),
+        ("name = ''\n" + TASK, "suite.toml: name is empty; give one, or leave the key out for"),
+        (TASK + "suffix = 3", "task 1: suffix is 3, but must be a text."),
+        (TASK + "metrics = 'accuracy'", "metrics is 'accuracy', but must be a list such as"),
+        (TASK + "metrics = [1]", "metrics is [1], but must be a list such as"),
+        (TASK + "max_new_tokens = 0", "max_new_tokens is 0, but must be a whole number above 0."),
+        (TASK + "max_new_tokens = true", "max_new_tokens is True, but must be"),
+        (TASK + "max_new_tokens = 1.5", "max_new_tokens is 1.5, but must be"),
+        (TASK + TASK, "2 tasks are called 'b'; give them different names."),
+    ],
+)
+def test_a_suite_that_can_not_be_meant_is_refused(folder, text, message):
+    assert message in complaint(write(folder, text))
+
+
+def test_what_is_no_suite_is_refused(folder, tmp_path):
+    assert "Task file" in complaint(folder / "nowhere.jsonl")
+    assert "must be a folder of task files, one of them, or a .toml" in complaint(tmp_path / "no")
+    assert "can't be read: No such file" in complaint(tmp_path / "nowhere.toml")
+    (tmp_path / "empty").mkdir()
+    assert "empty has no tasks" in complaint(tmp_path / "empty")
+    (folder / "b.csv").write_text("input,target\n1,2\n", encoding="utf-8")
+    assert "2 tasks are called 'b'" in complaint(folder)
+
+
+def test_hidden_files_are_no_tasks(folder):
+    (folder / "._a.jsonl").write_bytes(b"\0\5\26\7")  # what macOS puts beside a file
+    assert local_suite(folder).names == ("a", "b")
 
 
 def test_a_suite_of_another_package_is_known_by_name(tmp_path, monkeypatch):

@@ -1,7 +1,4 @@
-"""Commands of researchers: compare, lm-eval, analyse, explain.
-
-Commands of researchers: compare, lm-eval.
-"""
+"""Commands of researchers: compare, lm-eval, analyse, explain."""
 
 from __future__ import annotations
 
@@ -17,21 +14,7 @@ from ...errors import ConfigError, EvaluationError, RoutingError, TaskError
 from ...files.atomic import require_writable, write_text
 from ...files.strict import half_character, shortened
 from ..console import say, show
-from .options import (
-    BaseOptions,
-    EngineOptions,
-    ModelArgument,
-    ModelOptions,
-    PoolArgument,
-    ScoringOptions,
-    SourceOptions,
-    TemplateOptions,
-    Without,
-    only_with,
-    open_pool,
-    split,
-    warn_of_unused,
-)
+from . import options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,7 +25,7 @@ if TYPE_CHECKING:
 
 def compare(
     *,
-    pool: PoolArgument,
+    pool: options.PoolArgument,
     suites: Annotated[
         list[str],
         typer.Option(
@@ -61,11 +44,11 @@ def compare(
         "LABEL=MODEL: one more row, from an expert, a pool, a routed model or a base (repeatable).",
     ] = None,
     out: Annotated[Path, "Folder of results and tables."] = Path("comparison"),
-    scoring: ScoringOptions,
-    source: SourceOptions,
-    base: BaseOptions,
-    engine: EngineOptions,
-    routing: Annotated[Routing, Without(("router", "expert"))],
+    scoring: options.ScoringOptions,
+    source: options.SourceOptions,
+    base: options.BaseOptions,
+    engine: options.EngineOptions,
+    routing: Annotated[Routing, options.Without(("router", "expert"))],
     formatting: Formatting,
 ) -> None:
     """Score many methods on whole suites, side by side; finished cells in --out are kept."""
@@ -73,12 +56,12 @@ def compare(
     from ...evaluation.comparison.compare import compare as run
     from ..tables import differences_table, means_table
 
-    opened = open_pool(pool)
+    opened = options.open_pool(pool)
     with engine.open() as chosen:
         comparison = run(
             opened,
-            split(suites),
-            split(methods),
+            options.split(suites),
+            options.split(methods),
             out=out,
             base=base.load_for(opened),
             references=references,
@@ -102,7 +85,6 @@ def lm_eval(context: typer.Context) -> None:
 
 
 def _references(values: list[str]) -> dict[str, str]:
-    """Models by label, from LABEL=MODEL."""
     references = {}
     for value in values:
         label, sign, place = value.partition("=")
@@ -116,14 +98,9 @@ def _references(values: list[str]) -> dict[str, str]:
     return references
 
 
-# -------------------------------------------------------------------------------------------------
-# Commands to see the routing: analyse, explain.
-# -------------------------------------------------------------------------------------------------
-
-
 def analyse(
     *,
-    model: ModelArgument,
+    model: options.ModelArgument,
     task: Annotated[list[str] | None, "Task file or hub:DATASET (repeatable)."] = None,
     suite: Annotated[list[str] | None, "A suite, as for compare (repeatable)."] = None,
     out: Annotated[Path, "Folder of the report."] = Path("analysis"),
@@ -135,10 +112,10 @@ def analyse(
     score: Annotated[bool, "Score the tasks too."] = True,
     examples: Annotated[int, "Texts of each task to show token by token.", {"min": 0}] = 1,
     smoothing: Annotated[float, "Share of the uniform distribution in KL divergences."] = 0.01,
-    opening: ModelOptions,
-    scoring: ScoringOptions,
-    template: TemplateOptions,
-    source: SourceOptions,
+    opening: options.ModelOptions,
+    scoring: options.ScoringOptions,
+    template: options.TemplateOptions,
+    source: options.SourceOptions,
     routing: Routing,
     formatting: Formatting,
     given: frozenset[str],
@@ -150,8 +127,8 @@ def analyse(
     from ..report.page import REPORT, write_report
     from ..tables import routers_table
 
-    only_with("--task", bool(task), vars(template))
-    only_with("--suite", bool(suite), vars(source))
+    options.only_with("--task", bool(task), vars(template))
+    options.only_with("--suite", bool(suite), vars(source))
     tasks = [template.load(name) for name in task or []]
     tasks += [read for name in suite or [] for read in open_suite(name).load(source.sources)]
     if not tasks:
@@ -159,12 +136,13 @@ def analyse(
     curves = pool_size_curves(results) if results else []
     subject, base = _subject(model, opening, routing, given)
     if base is not None and not against:
-        warn_of_unused(routing, given)
+        options.warn_of_unused(routing, given)
     require_writable(out / REPORT, EvaluationError)
+    others = options.split(against)
     analysis = run(
         subject,
         tasks,
-        routers=split(against) if base is None else [routing.router, *split(against)],
+        routers=others if base is None else [routing.router, *others],
         routing=routing,
         base=base,
         scores=opening.scores,
@@ -183,7 +161,7 @@ def analyse(
 
 
 def _subject(
-    model: str, opening: ModelOptions, routing: Routing, given: frozenset[str]
+    model: str, opening: options.ModelOptions, routing: Routing, given: frozenset[str]
 ) -> tuple[PreTrainedModel | Pool, Base | None]:
     """What is analysed: a routed model, or a pool and the base of its experts."""
     from ...experts.pool import Pool
@@ -201,14 +179,14 @@ def _subject(
 
 def explain(
     *,
-    model: ModelArgument,
+    model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to explain.")],
     answer: Annotated[str | None, "Explain this answer instead of the model's own."] = None,
     layer: Annotated[str | None, "Look at one layer: 7, or 'encoder 7'. Default: all."] = None,
     kind: Annotated[str | None, "Look at one kind of site, such as q_proj. Default: all."] = None,
     table: Annotated[bool, "List every token with its experts' weights."] = False,
     json: Annotated[Path | None, "Write weights and the whole trace here."] = None,
-    opening: ModelOptions,
+    opening: options.ModelOptions,
     max_new_tokens: Annotated[
         int | None, "Tokens of the model's own answer at most; default: 16.", {"min": 1}
     ] = None,

@@ -11,23 +11,8 @@ from ...config import Formatting, GateTraining, Training
 from ...errors import ConfigError, ExpertError
 from ...experts.kinds.registry import kinds
 from ...files.atomic import require_free
-from ...tasks.cuts import recorded_share
 from ..console import say
-from .options import (
-    ANOTHER_OUT,
-    BaseOptions,
-    EngineOptions,
-    ExpertName,
-    ExpertOut,
-    ExpertShapes,
-    RequireSigner,
-    RestartOptions,
-    SourceOptions,
-    TaskOption,
-    TemplateOptions,
-    Without,
-    only_with,
-)
+from . import options
 from .plan import PlanOptions, plan_experts
 
 if TYPE_CHECKING:
@@ -52,13 +37,13 @@ def train(
     mixture_most: Annotated[
         int | None, "With --multitask: draw at most so many training examples of each task."
     ] = None,
-    base: BaseOptions,
-    template: TemplateOptions,
-    source: SourceOptions,
-    unfinished: RestartOptions,
-    engine: EngineOptions,
+    base: options.BaseOptions,
+    template: options.TemplateOptions,
+    source: options.SourceOptions,
+    unfinished: options.RestartOptions,
+    engine: options.EngineOptions,
     plan: PlanOptions,
-    shapes: ExpertShapes,
+    shapes: options.ExpertShapes,
     training: Training,
     gates: GateTraining,
     formatting: Formatting,
@@ -67,13 +52,13 @@ def train(
     """Train experts: adapter, gates and statistics for each task."""
     if not tasks:
         raise ConfigError("No task was given: name task files or a recipe that lists some.")
-    only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
+    options.only_with("--multitask NAME", multitask is not None, {"mixture_most": mixture_most})
     shape = shapes.of(peft or "lora")
     plan.check()
     from ...tasks.multitask import mixture
     from ...tasks.suites.registry import open_tasks
-    from ...training import processes
     from ...training.pool_jobs import ExpertJob, train_experts
+    from ...training.trainer import is_first
     from ...training.workdir import expert_folder
 
     opened = open_tasks(tasks, source.sources, **vars(template))
@@ -90,7 +75,9 @@ def train(
         settings |= {"training": training, "gate_training": gates}
         plan_experts(plan, engine, name, missing, len(opened) - len(missing), settings)
         return
-    _read_own_files(missing, training.seed)
+    for task in missing:  # mistakes in the user's own files show before training
+        if task.origin == "file":
+            task.load().with_validation(training.seed)
     jobs = [
         ExpertJob(task, task.settings(training), gates, unfinished.resume, unfinished.restart)
         for task in opened
@@ -98,15 +85,8 @@ def train(
     with engine.open() as chosen:
         trained = train_experts(name, jobs, out=out, engine=chosen, **settings)
         for number, expert in enumerate(trained, 1):
-            if processes.is_first():
+            if is_first():
                 say(f"[{number}/{len(jobs)}] {_summary(expert)} -> {expert.place}")
-
-
-def _read_own_files(tasks: list[TrainingTask], seed: int) -> None:
-    """Read the user's own task files once, so that mistakes in them show before training."""
-    for task in tasks:
-        if task.origin == "file":
-            task.load().with_validation(seed)
 
 
 def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resume: bool) -> None:
@@ -124,12 +104,13 @@ def _refuse_taken_names(tasks: list[TrainingTask], folder: ExpertFolder, *, resu
         named[task.name] = task.named
         if folder.has(task.name) and not resume:
             raise ExpertError(
-                f"{folder.place(task.name)} exists already; {ANOTHER_OUT}, or --resume."
+                f"{folder.place(task.name)} exists already; {options.ANOTHER_OUT}, or --resume."
             )
 
 
 def _summary(expert: TrainedExpert) -> str:
-    """The result of a training, on one line."""
+    from ...tasks.encoding import recorded_share
+
     metrics = expert.metrics
     loss, speed = metrics.get("expert_validation_loss"), metrics.get("gate_tokens_per_second")
     if loss is None:  # an expert of `gate` or `import` is there already
@@ -150,25 +131,25 @@ def gate(
             help="Folder of the adapter (LoRA, (IA)³, bottleneck), or an imported expert."
         ),
     ],
-    task: TaskOption,
-    out: ExpertOut,
-    base: BaseOptions,
-    template: TemplateOptions,
-    name: ExpertName = None,
-    unfinished: RestartOptions,
-    training: Annotated[Training, Without(("steps", "eval_every", "eval_examples"))],
+    task: options.TaskOption,
+    out: options.ExpertOut,
+    base: options.BaseOptions,
+    template: options.TemplateOptions,
+    name: options.ExpertName = None,
+    unfinished: options.RestartOptions,
+    training: Annotated[Training, options.Without(("steps", "eval_every", "eval_examples"))],
     gates: GateTraining,
     formatting: Formatting,
 ) -> None:
     """Train gates for an adapter or an imported expert."""
     if not unfinished.resume:
-        require_free(out, ExpertError, f"{ANOTHER_OUT}, or --resume")
+        require_free(out, ExpertError, f"{options.ANOTHER_OUT}, or --resume")
     from ...experts.expert import base_named_in
-    from ...training import processes
-    from ...training.gates import train_gates
+    from ...training.train_expert import train_gates
+    from ...training.trainer import is_first, join_processes
 
     loaded = template.load(task)
-    processes.join()  # each loads the base onto its own GPU
+    join_processes()  # each loads the base onto its own GPU
     expert = train_gates(
         base.load(None if base.base else base_named_in(adapter)),
         adapter,
@@ -180,14 +161,14 @@ def gate(
         name=name,
         **vars(unfinished),
     )
-    if processes.is_first():
+    if is_first():
         say(f"{expert.name}: gates at {len(expert.gates)} sites -> {out}")
 
 
 def measure(
     *,
     expert: Annotated[Path, typer.Argument(help="The expert directory; it is rewritten.")],
-    task: TaskOption,
+    task: options.TaskOption,
     means: Annotated[bool, "Measure each site's mean activation."] = True,
     readings: Annotated[bool, "Measure how the base alone reads the prompts."] = True,
     embeddings: Annotated[bool, "Embed training inputs (needs the extra 'retrieval')."] = True,
@@ -200,8 +181,8 @@ def measure(
     embedding_form: Annotated[
         str, "What is embedded: prompt, or for router retrieval as in the paper: paper."
     ] = GateTraining.embedding_form,
-    base: BaseOptions,
-    template: TemplateOptions,
+    base: options.BaseOptions,
+    template: options.TemplateOptions,
 ) -> None:
     """Measure statistics for an expert that exists already.
 
@@ -227,7 +208,7 @@ def measure(
 
 def check(
     directories: Annotated[list[Path], typer.Argument(help="Expert directories.")],
-    require_signer: RequireSigner = None,
+    require_signer: options.RequireSigner = None,
 ) -> None:
     """Verify expert directories and name what is wrong.
 
@@ -250,7 +231,8 @@ def check(
 
 
 def _contents(expert: Expert) -> str:
-    """What an expert has, on one line."""
+    from ...tasks.encoding import recorded_share
+
     parts = ("gates", "means", "readings", "embeddings")
     answers = ", ".join(f"{part}: {'yes' if expert.has(part) else 'no'}" for part in parts)
     share = recorded_share(expert.info.metrics)

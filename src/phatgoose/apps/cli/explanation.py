@@ -68,7 +68,6 @@ class Explanation:
             yield table
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON: each token's weights, by expert, and the whole trace."""
         return {
             "router": self.trace.router,
             "answer": self.answer,

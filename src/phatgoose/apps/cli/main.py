@@ -59,30 +59,21 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "explain": evaluation.explain,
     "serve": serving.serve,
 }
-OTHERS_WORDS = {  # of a command that hands all its words on
-    "allow_extra_args": True,
-    "ignore_unknown_options": True,
-    "help_option_names": [],
-}
+HANDS_ON: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+HANDS_ON["help_option_names"] = []  # lm-eval has a --help of its own
 for name, command in COMMANDS.items():
-    app.command(name, context_settings=OTHERS_WORDS if name == "lm-eval" else None)(
-        with_flags(command)
-    )
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"phatgoose {__version__}")
-        raise typer.Exit
+    settings = HANDS_ON if name == "lm-eval" else None
+    app.command(name, context_settings=settings)(with_flags(command))
 
 
 @app.callback()
 def _options(
     context: typer.Context,
-    version: bool = typer.Option(
-        False, "--version", callback=_show_version, is_eager=True, help="Print the version."
-    ),
+    version: bool = typer.Option(False, "--version", help="Print the version."),
 ) -> None:
+    if version:
+        typer.echo(f"phatgoose {__version__}")
+        raise typer.Exit
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
 
@@ -110,7 +101,9 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         code = _reader_gone()
     except OSError as error:  # a name that is too long, a folder that is closed to the user
-        code = _failed(_refused(error))
+        named = error.filename is not None
+        what = f"{shortened(str(error.filename))} can't be used: {reason(error)}."
+        code = _failed(what if named else first_line(error))
     if code == INTERRUPTED:
         command = next(iter(sys.argv[1:] if arguments is None else arguments), "")
         say(f"interrupted{GOES_ON.get(command, '')}", err=True)
@@ -118,16 +111,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _reader_gone() -> int:
-    """The exit status where nobody reads our output any more, as with `| head`; nothing is said."""
+    """Print nothing more when no one reads our output, as with `| head`."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return READER_GONE
-
-
-def _refused(error: OSError) -> str:
-    """What the system refused, and why."""
-    if error.filename is None:
-        return first_line(error)
-    return f"{shortened(str(error.filename))} can't be used: {reason(error)}."
 
 
 def _failed(message: str) -> int:
@@ -152,8 +138,4 @@ def _quieten() -> None:
     logging.getLogger("phatgoose").setLevel(logging.INFO)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # tells of every retry
     warnings.simplefilter("ignore", FutureWarning)
-    warnings.showwarning = _show_warning
-
-
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    complain("warning", message, "yellow")
+    warnings.showwarning = lambda message, *_, **__: complain("warning", message, "yellow")

@@ -106,7 +106,6 @@ def read_recipe(path: str | Path) -> Recipe:
 
 
 def _table(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
-    """The settings in the recipe's table `key`."""
     table = content[key]
     if not isinstance(table, dict):
         raise ConfigError(f"{path}: {key} must be a table, such as [{key}].")
@@ -116,7 +115,6 @@ def _table(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def _folder(path: Path, content: Mapping[str, Any], key: str) -> Path | None:
-    """The folder that the recipe names, None when it names none."""
     value = content.get(key)
     if not isinstance(value, str | None):
         raise ConfigError(f"{path}: {key} is {shortened(value)}, but must be a folder.")
@@ -143,13 +141,11 @@ def _relative_to(folder: Path, task: str) -> str:
     return os.path.join(os.curdir, path) if in_suite(path) else path
 
 
-# -------------------------------------------------------------------------------------------------
 # Command-line flags from annotations: a command takes objects, typer shows one flag per field.
 #
 # `Annotated[type, "help"]` is the flag of a parameter, of a field of an option group (options.py)
 # and of a setting (`config`), named after it; {"min": 1} may follow the help text. Settings are
 # their defaults, overlaid by the recipe, overlaid by the command line.
-# -------------------------------------------------------------------------------------------------
 
 TABLE_OF = {config: table for table, config in RECIPE_TABLES.items()}
 RECIPE = Annotated[Path | None, "TOML file with settings; flags given here win over it."]
@@ -233,7 +229,6 @@ class _Parameters:
             self.settings.setdefault(table, list(settings_of(config)))
 
     def shown(self) -> Iterator[inspect.Parameter]:
-        """What typer is shown."""
         yield from self.own
         if self.configs:
             yield _option("recipe", RECIPE, None)
@@ -275,7 +270,6 @@ class _Parameters:
 
 
 def flag_of(name: str) -> str:
-    """The flag of the setting or option with this name."""
     return "--" + name.replace("_", "-")
 
 
@@ -297,7 +291,6 @@ def _option(name: str, annotation: Any, default: Any) -> inspect.Parameter:
 
 
 def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
-    """The flag of a setting; None means that it was not given."""
     kind = next(option for option in get_args(setting.type) or (setting.type,) if option)
     shown = setting.help
     shown += f" One of {', '.join((AUTO, *ROUTERS))}." if setting.name == "router" else ""
@@ -308,11 +301,9 @@ def _setting_flag(setting: Setting, panel: str) -> inspect.Parameter:
     return _option(setting.name, Annotated[kind | None, option], None)
 
 
-# -------------------------------------------------------------------------------------------------
 # Options that several commands share, in groups: each option is defined and described once.
 #
 # A command takes a group as one parameter (`with_flags`) and hands it on whole.
-# -------------------------------------------------------------------------------------------------
 
 ANOTHER_OUT = "choose another --out"  # for `require_free`
 PoolArgument = Annotated[
@@ -342,7 +333,6 @@ StoredOption = Annotated[
 
 
 def open_pool(places: list[Path]) -> Pool:
-    """The pool in these places (`PoolArgument`)."""
     from ...experts.pool import Pool
 
     return Pool.open(places[0] if len(places) == 1 else places)
@@ -355,8 +345,6 @@ def split(values: list[str] | None) -> list[str]:
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """Which base model, computed in which type."""
-
     base: BaseOption = None
     dtype: Annotated[str, "auto, bfloat16, float16 or float32."] = "auto"
 
@@ -434,15 +422,12 @@ class ModelOptions(BaseOptions):
 
 @dataclass(frozen=True)
 class TemplateOptions:
-    """How the rows of a task become examples."""
-
     template: Annotated[str | None, "jinja2 template 'input ||| target' over a row's fields."] = (
         None
     )
     choices: Annotated[str | None, "jinja2 template of the answer choices, 'yes ||| no'."] = None
 
     def load(self, source: str) -> Task:
-        """The task in a file, or hub:DATASET."""
         from ...tasks.loading import load_task
 
         return load_task(source, **vars(self))
@@ -450,8 +435,6 @@ class TemplateOptions:
 
 @dataclass(frozen=True)
 class SourceOptions:
-    """Where the files of suites are."""
-
     data: Annotated[Path | None, "Folder of copies of Hub datasets; default: the Hub itself."] = (
         None
     )
@@ -459,7 +442,6 @@ class SourceOptions:
 
     @property
     def sources(self) -> Sources:
-        """The same for `tasks.suites`."""
         from ...tasks.suites.entries import Sources
 
         return Sources(**vars(self))
@@ -480,21 +462,16 @@ class ScoringOptions:
 
 @dataclass(frozen=True)
 class RestartOptions:
-    """What becomes of unfinished training."""
-
     resume: Annotated[bool, "Continue unfinished work."] = False
     restart: Annotated[bool, "Throw unfinished work away."] = False
 
     def __post_init__(self) -> None:
-        """Raise ConfigError where both are asked for."""
         if self.resume and self.restart:
             raise ConfigError("--resume continues what --restart throws away; give one of them.")
 
 
 @dataclass(frozen=True)
 class RayOptions:
-    """Where work is done."""
-
     engine: Annotated[str, "local (this process) or ray (needs the extra 'ray')."] = "local"
     address: Annotated[
         str | None,
@@ -521,8 +498,6 @@ class RayOptions:
 
 @dataclass(frozen=True)
 class EngineOptions(RayOptions):
-    """Where jobs are done."""
-
     workers: Annotated[
         int | None, "With --engine ray: so many workers; default: all that fit.", {"min": 1}
     ] = None
@@ -547,8 +522,6 @@ class EngineOptions(RayOptions):
 
 @dataclass(frozen=True)
 class ReplicaOptions(RayOptions):
-    """Where copies of a server run."""
-
     replicas: Annotated[
         int | None, "With --engine ray: so many copies of the server (default: 1).", {"min": 1}
     ] = None

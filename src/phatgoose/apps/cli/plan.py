@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
+from tqdm import tqdm
 
 from ...errors import ConfigError
 from ...experts.kinds.registry import kinds
@@ -19,19 +20,14 @@ from .options import EngineOptions, flag_of, only_with
 
 if TYPE_CHECKING:
     from ...tasks.suites.registry import TrainingTask
-    from ...training.plan import Plan, Schedule
-    from ...training.plan_costs import PlannedTask
-
+    from ...training.plan import Plan
 
 WIDE = 180  # columns where output goes to a file
-TOTALS = ("steps", "sequences", "tokens", "seconds", "disk_bytes")
-ORIGINS = {"file": "", "copy": " (copy)", "hub": " (Hub)"}
+format_sizeof = tqdm.format_sizeof  # 1234 as 1.23k
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What is planned instead of trained, and at which speed."""
-
     plan: Annotated[
         bool,
         "Train nothing and download nothing: print steps, time, memory and disk; "
@@ -39,14 +35,14 @@ class PlanOptions:
     ] = False
     tflops: Annotated[
         float | None,
-        "With --plan: speed kept up, in 10^12 operations a second (default: 100, assumed "
-        "of an A100- or H100-class GPU in bfloat16).",
+        "With --plan: sustained TFLOP/s (default: 100, assumed of an A100- or H100-class GPU in "
+        "bfloat16).",
     ] = None
     tokens_per_second: Annotated[
         float | None, "With --plan: speed as training reports it, instead of --tflops."
     ] = None
     measure: Annotated[
-        bool, "With --plan: train a few batches here for the speed and the memory of a worker."
+        bool, "With --plan: train a few steps here to find a worker's speed and memory."
     ] = False
     json: Annotated[Path | None, "With --plan: write it here too."] = None
 
@@ -74,94 +70,75 @@ def plan_experts(
     """
     if options.json is not None:
         require_writable(options.json, ConfigError)
-    from ...training.plan import plan_training, schedule
-    from ...training.plan_costs import measure_speed
+    from ...training.plan import Planner, Speed
 
-    plan = plan_training(
+    given = options.tokens_per_second
+    planner = Planner(
         base,
-        tasks,
         **settings,
         tflops=options.tflops,
-        tokens_per_second=options.tokens_per_second,
-        speed=measure_speed(base, tasks, **settings) if options.measure else None,
+        speed=None if given is None else Speed(given),
     )
-    spread = schedule(plan, engine.workers or 1, engine.gpus_per_worker or 0.0)
-    show(_table(plan), width=WIDE)
+    if options.measure:
+        planner.speed = planner.measure(tasks)
+    plan = planner.plan(tasks)
+    totals = plan.totals()
+    show(_table(plan, totals), width=WIDE)
     kept = [f"{finished} experts are finished and not counted."] if finished else []
-    for line in (_expert(plan), _spread(spread, _largest_bound(plan)), *kept, *plan.notes):
+    for line in (*_sums(plan, totals, engine), *kept, *plan.notes):
         show(line, width=WIDE)
     if options.json is not None:
-        totals = {name: getattr(plan, name) for name in TOTALS}
-        record = {**asdict(plan), "totals": totals, "schedule": asdict(spread)}
+        workers = engine.workers or 1
+        spread = {"workers": workers, "seconds": plan.seconds_on(workers)}
+        record = {**asdict(plan), "totals": totals, "schedule": spread}
         write_text(options.json, json.dumps(record, indent=2) + "\n", ConfigError)
         say(f"plan -> {options.json}")
 
 
-def _table(plan: Plan) -> Table:
-    count = len(plan.tasks)
-    table = Table(title=f"{count} experts to train on {plan.base}")
+def _table(plan: Plan, totals: Mapping[str, float]) -> Table:
+    table = Table(title=f"{len(plan.tasks)} experts to train on {plan.base}")
     table.add_column("expert", no_wrap=True)
     table.add_column("data", overflow="fold")
-    for column in ("examples", "steps", "sequences", "tokens", "time", "disk"):
+    for column in ("examples", "steps", "tokens", "time", "disk"):
         table.add_column(column, justify="right", no_wrap=True)
     for task in plan.tasks:
-        table.add_row(*map(Text, _cells(task)))
+        examples = "?" if task.examples is None else f"{task.examples:,}"
+        steps = f"{task.steps:,} + {task.gate_steps:,}"
+        costs = _costs(vars(task), is_bound=task.is_bound)
+        table.add_row(*map(Text, (task.name, task.source, examples, steps, *costs)))
     table.add_section()
-    bound = _largest_bound(plan)
-    sums = (
-        f"{plan.sequences:,}",
-        bound + _amount(plan.tokens),
-        bound + _duration(plan.seconds),
-        _size(plan.disk_bytes),
-    )
-    table.add_row("total", f"{count} tasks", "", f"{plan.steps:,}", *sums)
+    costs = _costs(totals, is_bound=_is_bound(plan))
+    table.add_row("total", f"{len(plan.tasks)} tasks", "", f"{totals['steps']:,}", *costs)
     return table
 
 
-def _expert(plan: Plan) -> str:
-    """What one expert is, in words."""
-    return (
+def _costs(numbers: Mapping[str, float], *, is_bound: bool) -> tuple[str, str, str]:
+    """Tokens, time and disk; "≤" stands before upper bounds."""
+    bound = "≤ " if is_bound else ""
+    tokens, disk = format_sizeof(numbers["tokens"]), format_sizeof(numbers["disk_bytes"])
+    return bound + tokens, bound + _duration(numbers["seconds"]), f"{disk}B"
+
+
+def _is_bound(plan: Plan) -> bool:
+    return any(task.is_bound for task in plan.tasks)
+
+
+def _sums(plan: Plan, totals: Mapping[str, float], engine: EngineOptions) -> tuple[str, str]:
+    """What one expert is, and what the workers need, in words."""
+    expert = (
         f"An expert: {plan.sites} sites, {plan.expert_parameters:,} {kinds()[plan.peft].label} "
-        f"parameters (kept in {plan.dtype}), {plan.gate_parameters:,} gate parameters. Checkpoints "
-        f"while it trains: up to {_size(plan.working_bytes)}."
+        f"parameters (kept in {plan.dtype}), {plan.gate_parameters:,} gate parameters."
     )
-
-
-def _spread(spread: Schedule, bound: str) -> str:
-    """How long the workers take and what their machines must have, in words."""
-    workers = "1 worker" if spread.workers == 1 else f"{spread.workers} workers"
-    gpus = f" ({spread.gpus:g} GPUs)" if spread.gpus else ""
-    return (
-        f"On {workers}{gpus}: {bound}{_duration(spread.seconds)}, training {spread.share:.0%} of "
-        f"their time. Each takes {_size(spread.memory_bytes)} of memory; together up to "
-        f"{_size(spread.working_bytes)} of disk for checkpoints beside {_size(spread.disk_bytes)} "
-        f"for experts."
+    count = engine.workers or 1
+    gpus = count * (engine.gpus_per_worker or 0.0)
+    workers = "1 worker" if count == 1 else f"{count} workers"
+    time = f"{'≤ ' if _is_bound(plan) else ''}{_duration(plan.seconds_on(count))}"
+    checkpoints = format_sizeof(min(count, len(plan.tasks)) * plan.working_bytes)
+    return expert, (
+        f"On {workers}{f' ({gpus:g} GPUs)' if gpus else ''}: {time}. Each takes "
+        f"{format_sizeof(plan.memory_bytes)}B of memory; disk: {checkpoints}B for checkpoints, "
+        f"{format_sizeof(totals['disk_bytes'])}B for experts."
     )
-
-
-def _cells(task: PlannedTask) -> tuple[str, ...]:
-    examples = "?" if task.examples is None else f"{task.examples:,}"
-    listed = task.examples is not None and not task.counted
-    bound = _bound(task)
-    return (
-        task.name,
-        task.source + ORIGINS[task.place],
-        f"{'~' if listed else ''}{examples}",
-        f"{task.steps:,} + {task.gate_steps:,}",
-        f"{task.trained + task.measured:,}",
-        bound + _amount(task.tokens),
-        bound + _duration(task.seconds),
-        _size(task.disk_bytes),
-    )
-
-
-def _bound(task: PlannedTask) -> str:
-    """What stands before numbers that are upper bounds."""
-    return "≤ " if task.lengths == "limits" else ""
-
-
-def _largest_bound(plan: Plan) -> str:
-    return max(map(_bound, plan.tasks), default="")
 
 
 def _duration(seconds: float) -> str:
@@ -169,15 +146,3 @@ def _duration(seconds: float) -> str:
         if seconds < most * length:
             return f"{seconds / length:.{0 if unit == 's' else 1}f} {unit}"
     return f"{seconds / 86400:,.1f} days"
-
-
-def _amount(number: float) -> str:
-    """A large number in thousands, millions or billions."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:,.1f} {unit}"
-    return f"{number:,.0f}"
-
-
-def _size(number: int) -> str:
-    return f"{_amount(number)}B" if number >= 1000 else f"{number} B"

@@ -1,7 +1,4 @@
-"""Commands of aggregators: pool, audit, compose, generate, evaluate, add, remove, compact, demo.
-
-Commands of aggregators: pool, audit, compose, generate, evaluate, demo.
-"""
+"""Commands of aggregators, from pool and compose to generate and evaluate; the demo."""
 
 from __future__ import annotations
 
@@ -15,20 +12,7 @@ from ...config import Formatting, Routing
 from ...errors import ConfigError, EvaluationError, PoolError, RoutingError
 from ...files.atomic import require_free, require_writable
 from ..console import say, show
-from .options import (
-    ANOTHER_OUT,
-    BaseOption,
-    BaseOptions,
-    ModelArgument,
-    ModelOptions,
-    PoolArgument,
-    ScoringOptions,
-    StoredOption,
-    TemplateOptions,
-    only_with,
-    open_pool,
-    warn_of_unused,
-)
+from . import options
 
 if TYPE_CHECKING:
     from ...routing.saved.tensors import SavedModel
@@ -77,7 +61,7 @@ def pool(
         raise ConfigError("--import and --base are for 'hub:OWNER/*', which was not given.")
     if out:
         check_manifest_name(out)
-    opened = open_pool(places)
+    opened = options.open_pool(places)
     show(pool_table(opened))
     if duplicates is not None:
         show(duplicates_table(near_duplicates(opened, duplicates), duplicates))
@@ -109,10 +93,10 @@ def _from_owner(pattern: str, folder: Path | None, base: str | None) -> list[Pat
 
 def audit(
     *,
-    pool: PoolArgument,
+    pool: options.PoolArgument,
     neutral: Annotated[bool, "Read neutral text too, which needs the base."] = True,
     json: Annotated[Path | None, "Write every number and finding here."] = None,
-    base: BaseOptions,
+    base: options.BaseOptions,
 ) -> None:
     """Look for experts of a pool that don't look like the others.
 
@@ -124,7 +108,7 @@ def audit(
     from ...analysis.audit import audit as run
     from ..tables import audit_table
 
-    opened = open_pool(pool)
+    opened = options.open_pool(pool)
     report = run(opened, base.load_for(opened) if neutral else None)
     if json:  # before the table, whose reader may have gone away
         report.write_json(json)
@@ -142,10 +126,10 @@ def audit(
 
 def compose(
     *,
-    pool: PoolArgument,
+    pool: options.PoolArgument,
     out: Annotated[Path, "Folder of the routed model."],
-    opening: ModelOptions,
-    stored: StoredOption = None,
+    opening: options.ModelOptions,
+    stored: options.StoredOption = None,
     routing: Routing,
     given: frozenset[str],
 ) -> None:
@@ -154,13 +138,13 @@ def compose(
     It is written site by site: the pool may be larger than memory. Experts that don't look like the
     others are a warning ('phatgoose audit' says more).
     """
-    require_free(out, RoutingError, ANOTHER_OUT)
+    require_free(out, RoutingError, options.ANOTHER_OUT)
     from ...analysis.audit import audit as look
     from ...routing.routers.registry import spec_of
     from ...routing.saved.segments import save_pool
 
-    warn_of_unused(routing, given)
-    opened = open_pool(pool).select(opening.keep, opening.leave_out)
+    options.warn_of_unused(routing, given)
+    opened = options.open_pool(pool).select(opening.keep, opening.leave_out)
     base = opening.load_for(opened)
     unusual = look(opened).summary
     if unusual:
@@ -175,9 +159,9 @@ def compose(
 
 def generate(
     *,
-    model: ModelArgument,
+    model: options.ModelArgument,
     prompt: Annotated[str, typer.Argument(help="The text to continue or answer.")],
-    opening: ModelOptions,
+    opening: options.ModelOptions,
     max_new_tokens: Annotated[int, "Tokens to generate at most.", {"min": 1}] = 64,
     sample: Annotated[bool, "Sample instead of greedy."] = False,
     temperature: Annotated[
@@ -193,7 +177,7 @@ def generate(
     from ..generation import Sampling, recorded_tokens
     from ..generation import generate as run
 
-    only_with("--sample", sample, {"temperature": temperature, "seed": seed})
+    options.only_with("--sample", sample, {"temperature": temperature, "seed": seed})
     sampling = Sampling(max_new_tokens, (temperature or 1.0) if sample else None, seed or 0)
     opened = opening.open(model, routing, given)
     result = run(opened.model, opened.tokenizer, prompt, formatting, sampling, record=show_experts)
@@ -207,11 +191,11 @@ def generate(
 
 def evaluate(
     *,
-    model: ModelArgument,
+    model: options.ModelArgument,
     task: Annotated[list[str], "Task file or hub:DATASET (repeatable)."],
-    opening: ModelOptions,
-    template: TemplateOptions,
-    scoring: ScoringOptions,
+    opening: options.ModelOptions,
+    template: options.TemplateOptions,
+    scoring: options.ScoringOptions,
     json: Annotated[Path | None, "Write scores and predictions here."] = None,
     routing: Routing,
     formatting: Formatting,
@@ -237,7 +221,7 @@ def evaluate(
 
 
 def demo(
-    base: BaseOption = None,
+    base: options.BaseOption = None,
     out: Annotated[Path, "Folder of the demo's results."] = Path("demo"),
     seed: Annotated[int, "Seed of the experts' training."] = 0,
     all_methods: Annotated[bool, "Show every router in the table, not a few."] = False,
@@ -248,18 +232,14 @@ def demo(
     run_demo(base or "smollm2", out, seed=seed, all_methods=all_methods)
 
 
-# -------------------------------------------------------------------------------------------------
-# Commands that change a routed model's folder: add, remove, compact.
-# -------------------------------------------------------------------------------------------------
-
 FolderArgument = Annotated[Path, typer.Argument(help="A routed model's folder.")]
 
 
-def add(model: FolderArgument, places: PoolArgument) -> None:
+def add(model: FolderArgument, places: options.PoolArgument) -> None:
     """Add experts to a routed model's folder."""
     from ...routing.saved.segments import add_to_saved
 
-    _tell(add_to_saved(model, open_pool(places)), model)
+    _tell(add_to_saved(model, options.open_pool(places)), model)
 
 
 def remove(
@@ -274,7 +254,7 @@ def remove(
     _tell(remove_from_saved(model, names), model)
 
 
-def compact(model: FolderArgument, stored: StoredOption = None) -> None:
+def compact(model: FolderArgument, stored: options.StoredOption = None) -> None:
     """Write a routed model's folder anew, without what was removed."""
     from ...routing.saved.segments import compact as rewrite
 

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ...config import ROUTING_SETTINGS, Routing, Serving
 from ..console import say
 from ..processor import advice
-from .options import ModelOptions, ReplicaOptions, warn_of_unused
-
-if TYPE_CHECKING:
-    from ..server.settings import ServedModel
+from . import options
 
 
 def serve(
@@ -39,8 +35,8 @@ def serve(
         "Another name that the server is asked for by, such as a proxy's (repeatable; "
         "'*': any). Without it those of this machine's loopback and --host.",
     ] = None,
-    opening: ModelOptions,
-    replicas: ReplicaOptions,
+    opening: options.ModelOptions,
+    replicas: options.ReplicaOptions,
     routing: Routing,
     serving: Serving,
     given: frozenset[str],
@@ -60,7 +56,7 @@ def serve(
     )
     for each in models:
         if each.routing is not None:
-            warn_of_unused(each.routing)
+            options.warn_of_unused(each.routing)
     keys = keys_of(os.environ.get(API_KEYS), api_key or ())
     names = ", ".join(each.name for each in models)
     hosts = (host, *(allow_host or ()))
@@ -75,20 +71,7 @@ def serve(
         if (advised := advice()) is not None:
             say(advised, err=True)
         run(app, host, port, serving)
-    else:
-        _serve_on_ray(models, serving, keys, hosts, replicas, host, port)
-
-
-def _serve_on_ray(
-    models: Sequence[ServedModel],
-    serving: Serving,
-    keys: tuple[str, ...],
-    hosts: tuple[str, ...],
-    replicas: ReplicaOptions,
-    host: str,
-    port: int,
-) -> None:
-    """Serve by replicas on a Ray cluster until the process is told to end."""
+        return
     from ..ray import connected
     from ..ray.replicas import run_replicas
 

@@ -12,18 +12,7 @@ from ...errors import ConfigError, RoutingError
 from ...experts.kinds.registry import kinds
 from ...files.atomic import require_free
 from ..console import say
-from .options import (
-    ANOTHER_OUT,
-    BaseOption,
-    ExpertName,
-    ExpertOut,
-    ModelArgument,
-    ModelOptions,
-    RequireSigner,
-    TemplateOptions,
-    check_routing_flags,
-    only_with,
-)
+from . import options
 
 if TYPE_CHECKING:
     from ...experts.expert import Expert
@@ -35,9 +24,9 @@ def import_command(
     source: Annotated[
         str, typer.Argument(help="Folder of the adapter, or its Hub id (OWNER/NAME@REVISION).")
     ],
-    out: ExpertOut,
-    base: BaseOption = None,
-    name: ExpertName = None,
+    out: options.ExpertOut,
+    base: options.BaseOption = None,
+    name: options.ExpertName = None,
     allow_loss: Annotated[
         float | None,
         "Approximate adapters that are no LoRA (LoHa, LoKr, …) by one that may lose this "
@@ -61,7 +50,6 @@ def import_command(
 
 
 def _imported(expert: Expert) -> str:
-    """The result of an import, on one line."""
     text = f"{expert.name}: {len(expert.modules)} sites, {kinds()[expert.kind].label}"
     sizes = sorted({module.size for module in expert.modules.values() if module.size is not None})
     if sizes:
@@ -101,8 +89,8 @@ def pull(
     reference: Annotated[
         str, typer.Argument(help="OWNER/NAME on the Hub, with /FOLDER and @REVISION if wanted.")
     ],
-    out: ExpertOut,
-    require_signer: RequireSigner = None,
+    out: options.ExpertOut,
+    require_signer: options.RequireSigner = None,
 ) -> None:
     """Fetch an expert from the Hub."""
     from ...experts.hub import pull as fetch
@@ -113,7 +101,7 @@ def pull(
 
 def export(
     *,
-    model: ModelArgument,
+    model: options.ModelArgument,
     out: Annotated[Path, "Folder of the adapter or the model."],
     merged: Annotated[
         bool, "Write the whole model with the updates in its weights, not an adapter."
@@ -132,8 +120,8 @@ def export(
         int | None, "Use so many inputs of --task, drawn by --seed; default: 100.", {"min": 1}
     ] = None,
     seed: Annotated[int | None, "Seed of the draw; default: 0."] = None,
-    template: TemplateOptions,
-    opening: ModelOptions,
+    template: options.TemplateOptions,
+    opening: options.ModelOptions,
     routing: Routing,
     formatting: Formatting,
     given: frozenset[str],
@@ -143,21 +131,21 @@ def export(
     For PEFT, transformers, vLLM, llama.cpp, Ollama: docs/export.md. Routers merged, single and
     best-individual are constant; of others --prompt or --task fixes a mixture.
     """
-    require_free(out, RoutingError, ANOTHER_OUT)
+    require_free(out, RoutingError, options.ANOTHER_OUT)
     if merged and rank is not None:
         raise ConfigError("--rank is for adapters; leave it out with --merged.")
     if prompt and task:
         raise ConfigError(
             "A mixture is fixed for prompts or for a task: give one of --prompt and --task."
         )
-    only_with("--task", task is not None, {"limit": limit, "seed": seed, **vars(template)})
+    options.only_with("--task", task is not None, {"limit": limit, "seed": seed, **vars(template)})
     form = dict.fromkeys(given & {setting.name for setting in settings_of(Formatting)}, True)
-    only_with("--prompt or --task", bool(prompt or task), form)
+    options.only_with("--prompt or --task", bool(prompt or task), form)
     texts = _texts(prompt, task, limit or 100, seed or 0, template, formatting)
     from ...routing.export.export import export as run
     from ...routing.export.export import open_routed
 
-    check_routing_flags(model, routing, given)
+    options.check_routing_flags(model, routing, given)
     opened = open_routed(model, routing=routing, **vars(opening))
     result = run(opened, out, texts=texts, merged=merged, rank=rank)
     for line in _told(result):
@@ -169,10 +157,9 @@ def _texts(
     task: str | None,
     limit: int,
     seed: int,
-    template: TemplateOptions,
+    template: options.TemplateOptions,
     formatting: Formatting,
 ) -> Texts | None:
-    """What a mixture is fixed for, None for nothing."""
     from ...routing.export.shares import Texts, prompt_texts
     from ..generation import check_text
 
@@ -187,7 +174,6 @@ def _texts(
 
 
 def _told(result: Export) -> list[str]:
-    """What was exported and what it lost, in lines."""
     from ...routing.export.export import EXPORT_INFO
 
     shares = sorted(result.shares.whole().items(), key=lambda pair: -pair[1])

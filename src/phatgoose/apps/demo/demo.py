@@ -1,11 +1,10 @@
 """The demo: the whole story on small tasks of our own, on a laptop, in minutes.
 
-The demo's skills: each a task to train an expert on, and an unseen task that asks for it.
-
-The unseen task is of another domain, with other texts and other wordings of the instruction, and
-for some skills other answer words. What an answer is called (which code stands for which topic) is
-a convention of ours that no base can know; a house fine-tunes for its conventions. All
-texts in `tasks/` were written for this demo.
+It trains five experts with their gates, composes them, and compares the result with the base and
+each single expert on five tasks that no expert was trained on. Each of those asks for the skill of
+one training task in another domain and other words, so its score says whether routing carries a
+skill over. How an answer is called is a convention of ours that no base can know. All texts in
+`tasks/` were written for this demo.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from ...tasks.embeddings import can_embed
 from ...tasks.loading import load_task
 from ...tasks.suites.entries import Entry, Suite
 from ...tasks.task import Task
-from ...training.progress import TrainingCallback
 from ...training.train_expert import train_expert
+from ...training.trainer import TrainingCallback
 from ..console import show
 from ..generation import Sampling, generate, recorded_tokens
 from ..report.page import write_report
@@ -58,7 +57,6 @@ SKILLS = {  # the training task, which names the expert: the unseen task
 
 
 def trained_task(name: str) -> Task:
-    """The training task of an expert of SKILLS."""
     return load_task(TASKS / f"{name}.csv")
 
 
@@ -76,17 +74,10 @@ def without_choices(tasks: list[Task]) -> list[Task]:
 
 
 def unseen_suite(tasks: list[Task]) -> Suite:
-    """The `tasks` as a suite called unseen."""
-
     def entry(task: Task) -> Entry:
         return Entry(task.name, lambda _: task)
 
     return Suite("unseen", tuple(map(entry, tasks)))
-
-
-# -------------------------------------------------------------------------------------------------
-# How far a routed model's mean is above the base's and each single expert's.
-# -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,6 @@ class Gain:
 
     @property
     def in_words(self) -> str:
-        """Such as "+31.2 [+18.0, +44.1] over triage"."""
         low, high = self.interval.low, self.interval.high
         return f"{self.difference:+.1f} [{low:+.1f}, {high:+.1f}] over {self.over}"
 
@@ -136,20 +126,10 @@ def lifts_of(comparison: Comparison, skills: dict[str, str]) -> dict[str, float]
 def write_gains(
     path: Path, row: str, gains: list[Gain], lifts: dict[str, float], written: dict[str, float]
 ) -> None:
-    """Write the gains of `row`, each expert's lift and what `row` scores in writing, as JSON."""
     found = [asdict(gain) for gain in gains]
     content = {"router": row, "lifts": lifts, "gains": found, "written": written}
     write_text(path, json.dumps(content, indent=2) + "\n", EvaluationError)
 
-
-# -------------------------------------------------------------------------------------------------
-# The demo: the whole story on small tasks of our own, on a laptop, in minutes.
-#
-# It trains five experts with their gates, composes them, and compares the result with the base and
-# each single expert on five tasks that no expert was trained on. Each of those asks for the skill
-# of one training task in another domain and other words, so its score says whether routing carries
-# a skill over.
-# -------------------------------------------------------------------------------------------------
 
 ROUTER = AUTO  # the demo's router; PHATGOOSE stands beside it in the table
 BESIDE = (BASE, "merged", "retrieval", "phatgoose", "oracle")
@@ -218,13 +198,11 @@ def _step(title: str, rest: str = "") -> Text:
 
 
 def _shown(router: str) -> list[str]:
-    """The methods of the table, in its order; Retrieval needs a sentence embedder."""
     wanted = {*BESIDE, router} - (set() if can_embed() else {"retrieval"})
     return [name for name in METHODS if name in wanted]
 
 
 def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
-    """The experts of SKILLS, those that `folder` lacks trained behind one progress bar."""
     training, gates = replace(TRAINING, seed=seed), replace(GATES, embeddings=can_embed())
     missing = [name for name in SKILLS if not (folder / name).is_dir()]
     steps = len(missing) * (training.steps + gates.gate_steps)
@@ -245,7 +223,6 @@ def _train_pool(base: Base, folder: Path, seed: int) -> Pool:
 
 
 def _verdict(router: str, gains: list[Gain], lifts: dict[str, float]) -> str:
-    """What the table says: each skill's lift, and the routed model against all others."""
     lifted = ", ".join(f"{name} {lift:+.0f}" for name, lift in lifts.items())
     return "\n".join(
         [
@@ -257,7 +234,6 @@ def _verdict(router: str, gains: list[Gain], lifts: dict[str, float]) -> str:
 
 
 def _written(scores: dict[str, float]) -> str:
-    """What the routed model scores where it isn't given choices to rank."""
     each = ", ".join(f"{task} {score:.0f}" for task, score in scores.items())
     mean = sum(scores.values()) / len(scores)
     return (
@@ -267,7 +243,6 @@ def _written(scores: dict[str, float]) -> str:
 
 
 def _ending(out: Path, report: Path) -> str:
-    """Where the results are, and three commands to go on with."""
     installed = Path(sys.executable).with_name(COMMAND)
     program = COMMAND if shutil.which(COMMAND) else installed
     return (

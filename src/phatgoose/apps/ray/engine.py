@@ -1,7 +1,4 @@
-"""Jobs on a Ray cluster: the connection, workers, and the engine that replaces lost ones.
-
-The connection to a Ray cluster; the only module that imports Ray.
-"""
+"""Jobs on a Ray cluster: the connection, workers, and the engine that replaces lost ones."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from ...files.strict import first_line, one_line
 from ...jobs import AnyJob, AnyResult, Job, Workshop
 from ..processor import bound_spinning, keep_to
 
-bound_spinning()  # workers get it, with the environment of this process or by `_environment`
+bound_spinning()  # workers get it, with the environment of this process or by `connected`
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when Ray starts a cluster
 # Ray would give workers a lower priority than the command that they work for.
 os.environ.setdefault("RAY_worker_niceness", "0")
@@ -28,7 +25,7 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 try:
-    import ray as ray  # for replicas.py too
+    import ray as ray  # for replicas.py too: Ray reads the variables above when it is imported
 except ImportError as error:
     raise ConfigError("The engine ray needs Ray: pip install 'phatgoose[ray]'.") from error
 
@@ -60,8 +57,13 @@ def connected(address: str | None = None) -> Iterator[None]:
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE,
     }
-    if address is not None:
-        options = {"address": address, "runtime_env": {"env_vars": _environment()}}
+    if address is not None:  # workers on other machines should have these variables too
+        passed_on = {
+            name: value
+            for name, value in os.environ.items()
+            if name in PASSED_ON or name.startswith(OURS)
+        }
+        options = {"address": address, "runtime_env": {"env_vars": passed_on}}
     try:
         ray.init(logging_level=logging.ERROR, **options)
     except (ConnectionError, RuntimeError, ValueError) as error:
@@ -74,24 +76,14 @@ def connected(address: str | None = None) -> Iterator[None]:
         ray.shutdown()
 
 
-def _environment() -> dict[str, str]:
-    """The variables of this process that workers on other machines should have too."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name in PASSED_ON or name.startswith(OURS)
-    }
-
-
-# -------------------------------------------------------------------------------------------------
-# A Ray actor that opens a workshop once and does one job after another with it.
-# -------------------------------------------------------------------------------------------------
-
 PROGRESS = "progress"  # the thread that answers `units` while a job runs
 
 
 class Worker:
-    """The actor; torch has as many threads in it as it has `cpus`."""
+    """The Ray actor: it opens a workshop once and does one job after another with it.
+
+    torch has as many threads in it as it has `cpus`.
+    """
 
     def __init__(self, workshop: list[Any], folder: str, cpus: float) -> None:
         self._workshop, self._units, self._cpus = workshop, 0, cpus
@@ -108,39 +100,15 @@ class Worker:
         return str(ray.get_runtime_context().get_node_id())
 
     def do(self, job: Job) -> Any:
-        """The job's result."""
         self._units = 0
         return self._work(job)
 
     def units(self) -> int:
-        """How many units of the current job are done."""
         return self._units
 
     def _tell(self, units: int) -> None:
         self._units += units
 
-
-def start_worker(workshop: Any, *, gpus: float, cpus: float) -> Any:
-    """A handle to a new worker, which starts when the cluster has room. `workshop` is a reference.
-
-    Ray could restart a lost worker, but wouldn't say which job it had; so the engine replaces it.
-    """
-    actor = ray.remote(
-        num_gpus=gpus,
-        num_cpus=cpus,
-        max_restarts=0,
-        concurrency_groups={PROGRESS: 1},
-    )(Worker)
-    return actor.remote([workshop], os.getcwd(), cpus)
-
-
-# -------------------------------------------------------------------------------------------------
-# The engine: starts workers, assigns jobs to them, and replaces lost workers.
-#
-# When a worker is lost (its process was killed, its machine went away), its job's `again` is
-# assigned to another one, which needs only the job's own folder. If this process dies, its workers
-# end; the next run of the same jobs finds what they have finished.
-# -------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger(__name__)
 
@@ -153,6 +121,10 @@ WAITING = 30.0  # seconds without any worker after which the log says so
 @dataclass
 class RayEngine:
     """Runs jobs on the cluster that this process is connected to (see `connected`).
+
+    When a worker is lost (its process was killed, its machine went away), its job's `again` is
+    assigned to another one, which needs only the job's own folder. If this process dies, its
+    workers end; the next run of the same jobs finds what they have finished.
 
     `workers` None means as many as fit. `gpus_per_worker` may be a fraction; None means one if the
     cluster has any. `cpus_per_worker` (None: 1) is also the number of a worker's threads.
@@ -256,7 +228,6 @@ class _Run:
 
     @property
     def is_unfinished(self) -> bool:
-        """True while a job is left or running."""
         return bool(self._left) or any(worker.job is not None for worker in self._workers)
 
     def step(self) -> Generator[tuple[Any, Any], None, None]:
@@ -271,7 +242,6 @@ class _Run:
         self._update_bar()
 
     def stop(self) -> None:
-        """End all workers, whatever they are doing."""
         for worker in self._workers:
             ray.kill(worker.actor)
 
@@ -281,11 +251,14 @@ class _Run:
         room = self._engine.workers or _fitting(self._needs)  # machines come and go
         wanted = min(room, busy + len(self._left))
         while len(self._workers) < wanted:
-            actor = start_worker(self._workshop, cpus=self._needs["CPU"], gpus=self._needs["GPU"])
+            cpus, gpus = self._needs["CPU"], self._needs["GPU"]
+            # Ray could restart a lost worker, but wouldn't say which job it had.
+            options = {"max_restarts": 0, "concurrency_groups": {PROGRESS: 1}}
+            kind = ray.remote(num_gpus=gpus, num_cpus=cpus, **options)(Worker)
+            actor = kind.remote([self._workshop], os.getcwd(), cpus)
             self._workers.append(_WorkerHandle(actor, actor.open.remote()))
 
     def _assign(self) -> None:
-        """Give each idle worker a job (see `job_for`)."""
         for worker in self._workers:
             if worker.answer is not None or not self._left:
                 continue

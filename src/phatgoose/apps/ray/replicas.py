@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +14,7 @@ from ...files.strict import first_line
 from ...jobs import absolute
 from ..processor import keep_to
 from ..server import ServedModel, create_app
+from ..server.connections import handling_signals
 from .engine import ray
 
 try:
@@ -25,7 +25,6 @@ except ImportError as error:
 
 
 NAME = "phatgoose"
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 RUNNING = 256  # most requests that a replica computes besides those in its queue
 
 
@@ -76,15 +75,10 @@ def replicated(
 def run_replicas(*arguments: Any, **options: Any) -> None:
     """Run `replicated` until SIGTERM or SIGINT. Must be called in the main thread."""
     stopped = threading.Event()
-    with replicated(*arguments, **options):
-        before = {number: signal.signal(number, lambda *_: stopped.set()) for number in SIGNALS}
-        try:
-            while not stopped.is_set():  # a long wait isn't ended by a signal on every platform
-                with suppress(InterruptedError):
-                    stopped.wait(1.0)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    with replicated(*arguments, **options), handling_signals(lambda *_: stopped.set()):
+        while not stopped.is_set():  # a long wait isn't ended by a signal on every platform
+            with suppress(InterruptedError):
+                stopped.wait(1.0)
 
 
 def _portable(model: ServedModel) -> ServedModel:

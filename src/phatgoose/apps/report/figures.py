@@ -62,8 +62,6 @@ styled = matplotlib.rc_context(STYLE)
 
 @dataclass(frozen=True)
 class Point:
-    """A dataset in `divergence_scatter`."""
-
     dataset: str
     divergence: float
     score: float
@@ -245,7 +243,6 @@ def pool_size_figure(curves: Sequence[PoolSizeCurve]) -> Figure:
 
 
 def write_png(figure: Figure, path: str | Path) -> None:
-    """Draw `figure` to the PNG file `path`, on white."""
     with new_file(Path(path)) as unfinished:
         figure.savefig(unfinished, format="png", dpi=150, facecolor="white")
 
@@ -270,23 +267,18 @@ def svg_of(figure: Figure, name: str, label: str) -> str:
 
 @dataclass(frozen=True)
 class _Shown:
-    """The experts that get a row, and the rows' labels."""
-
     labels: list[str]
     rows: list[int]
 
     @property
     def is_few(self) -> bool:
-        """True where there is space for large text."""
         return len(self.rows) <= 12
 
     @property
     def font_size(self) -> int:
-        """That of the labels."""
         return 9 if self.is_few else 7
 
     def of(self, values: Array) -> Array:
-        """The rows of `values` [E, ..] that are shown."""
         return np.asarray(values[self.rows])
 
     def said(self, shares: Array) -> str:

@@ -1,16 +1,12 @@
-"""The report of an analysis as one page: its sections, template and files.
-
-The files that pages are made of, as text.
-"""
+"""The report of an analysis: a page that needs no network, its numbers and figures beside it."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -26,16 +22,7 @@ from ...evaluation.comparison.methods import label_of
 from ...evaluation.comparison.tables import in_per_cent
 from ...files.atomic import write_text
 from ...files.strict import reason
-from .figures import (
-    Point,
-    dataset_matrix,
-    divergence_scatter,
-    heat_maps,
-    pool_size_figure,
-    svg_of,
-    usage_bars,
-    write_png,
-)
+from . import figures as draw
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +32,6 @@ EXPLORER_JS, EXPLORER_CSS = "explorer.js", "explorer.css"  # any page may use th
 
 
 def asset(name: str, folder: Path = FOLDER) -> str:
-    """The content of a file in `folder`, by default beside this one."""
     return (folder / name).read_text(encoding="utf-8")
 
 
@@ -67,57 +53,36 @@ def render(template: str, folder: Path = FOLDER, **values: Any) -> str:
     return environment.get_template(template).render(values)
 
 
-# -------------------------------------------------------------------------------------------------
-# What the report's page says: its tables and figures, section by section.
-# -------------------------------------------------------------------------------------------------
-
 Array = NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table: the first cell of each row is its name."""
-
+class Table(NamedTuple):
     caption: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
 
 
-@dataclass(frozen=True)
-class PageFigure:
-    """A figure drawn for the page, and its caption."""
-
+class PageFigure(NamedTuple):
     svg: str
     caption: str
 
     @classmethod
     def of(cls, figure: Figure, name: str, caption: str) -> PageFigure:
-        """`figure` under a `name` of its own."""
-        return cls(svg_of(figure, name, caption), caption)
+        return cls(draw.svg_of(figure, name, caption), caption)
 
 
-@dataclass(frozen=True)
-class FigureGroup:
-    """Figures that fold away together."""
-
-    name: str
-    figures: Sequence[PageFigure]
-
-
-@dataclass(frozen=True)
-class Section:
-    """One section of the page."""
+class Section(NamedTuple):
+    """One section of the page; `groups` are figures by name that fold away together."""
 
     id: str
     name: str
     texts: Sequence[str] = ()
     tables: Sequence[Table] = ()
     figures: Sequence[PageFigure] = ()
-    groups: Sequence[FigureGroup] = field(default=())
+    groups: Mapping[str, Sequence[PageFigure]] = {}
 
 
 def sections_of(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> list[Section]:
-    """All sections that the analysis has something for, in order."""
     parts: Iterable[Section | None] = (
         _scores(analysis),
         _usage(analysis),
@@ -154,7 +119,7 @@ def _scores(analysis: Analysis) -> Section | None:
 def _usage(analysis: Analysis) -> Section:
     shares = {label_of(name): router.mean() for name, router in analysis.routers.items()}
     figure = PageFigure.of(
-        usage_bars(shares, analysis.experts),
+        draw.usage_bars(shares, analysis.experts),
         "usage",
         "Each expert's share of the weight, mean over datasets and sites; dashed: an even share.",
     )
@@ -202,7 +167,6 @@ def _usage_table(analysis: Analysis) -> Table:
 
 
 def _groups_table(analysis: Analysis) -> Table:
-    """Who serves prompts, answers, and each kind of site, by router."""
     rows: dict[str, list[str]] = {}
     for router in analysis.routers.values():
         every = list(router.distributions.values())
@@ -261,14 +225,16 @@ def _mean_divergence(analysis: Analysis, router: str, other: str) -> str:
 
 
 def _layers(analysis: Analysis) -> Section:
-    groups = []
+    groups = {}
     for index, dataset in enumerate(analysis.datasets):
         figures: list[PageFigure] = []
         for name, router in analysis.routers.items():
-            figure = heat_maps({dataset: router.distributions[dataset]}, oracle=analysis.oracle)
+            figure = draw.heat_maps(
+                {dataset: router.distributions[dataset]}, oracle=analysis.oracle
+            )
             caption = f"{label_of(name)} on {dataset}: mean weight of each expert at each layer."
             figures.append(PageFigure.of(figure, f"layers-{index}-{len(figures)}", caption))
-        groups.append(FigureGroup(dataset, figures))
+        groups[dataset] = figures
     return Section("layers", "Experts by layer", groups=groups)
 
 
@@ -285,12 +251,12 @@ def _divergences(analysis: Analysis) -> Section | None:
         if found is not None:
             label = label_of(name)
             correlations[label] = found
-            points[label] = [Point(d, each[d].to, router.scores[d].score) for d in each]
+            points[label] = [draw.Point(d, each[d].to, router.scores[d].score) for d in each]
     if not rows:
         return None
     figures: list[PageFigure] = []
     if points:
-        figure = divergence_scatter(points, correlations)
+        figure = draw.divergence_scatter(points, correlations)
         caption = (
             "Score against KL(router ‖ Oracle), a point per dataset; r is Pearson's with Fisher's "
             "95 % interval, ρ Spearman's. The paper finds r = −0.2."
@@ -309,7 +275,7 @@ def _datasets(analysis: Analysis) -> Section:
     figures: list[PageFigure] = []
     tables: list[Table] = []
     for index, (name, router) in enumerate(analysis.routers.items()):
-        figure = dataset_matrix(router.by_dataset(), analysis.experts, oracle=analysis.oracle)
+        figure = draw.dataset_matrix(router.by_dataset(), analysis.experts, oracle=analysis.oracle)
         ring = " A ring marks Oracle's expert." if analysis.oracle else ""
         caption = f"{label_of(name)}: share of each expert on each dataset.{ring}"
         figures.append(PageFigure.of(figure, f"datasets-{index}", caption))
@@ -351,13 +317,9 @@ def _sizes(curves: Sequence[PoolSizeCurve]) -> Section | None:
     if not curves:
         return None
     caption = "Mean score against the number of experts; faint points are single pools."
-    figure = PageFigure.of(pool_size_figure(curves), "sizes", caption)
+    figure = PageFigure.of(draw.pool_size_figure(curves), "sizes", caption)
     return Section("sizes", "Pools of different size", figures=[figure])
 
-
-# -------------------------------------------------------------------------------------------------
-# The report of an analysis: a page that needs no network, its numbers and figures beside it.
-# -------------------------------------------------------------------------------------------------
 
 REPORT, NUMBERS, FIGURES = "report.html", "analysis.json", "figures"
 PER_ROUTER = LAYERS, DATASETS, USAGE = "layers", "datasets", "usage"  # kinds of figures
@@ -381,15 +343,17 @@ def write_report(
         (folder / FIGURES).mkdir(exist_ok=True)
         _remove_figures(folder / FIGURES)
         for name, router in analysis.routers.items():
-            layers = heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
-            write_png(layers, folder / FIGURES / f"{LAYERS}-{name}.png")
+            layers = draw.heat_maps(router.distributions, oracle=analysis.oracle, most=everyone)
+            draw.write_png(layers, folder / FIGURES / f"{LAYERS}-{name}.png")
             shares = router.by_dataset()
-            matrix = dataset_matrix(shares, analysis.experts, oracle=analysis.oracle, most=everyone)
-            write_png(matrix, folder / FIGURES / f"{DATASETS}-{name}.png")
-            bars = usage_bars(shares, analysis.experts, most=everyone)
-            write_png(bars, folder / FIGURES / f"{USAGE}-{name}.png")
+            matrix = draw.dataset_matrix(
+                shares, analysis.experts, oracle=analysis.oracle, most=everyone
+            )
+            draw.write_png(matrix, folder / FIGURES / f"{DATASETS}-{name}.png")
+            bars = draw.usage_bars(shares, analysis.experts, most=everyone)
+            draw.write_png(bars, folder / FIGURES / f"{USAGE}-{name}.png")
         if curves:
-            write_png(pool_size_figure(curves), folder / FIGURES / f"{POOL_SIZES}.png")
+            draw.write_png(draw.pool_size_figure(curves), folder / FIGURES / f"{POOL_SIZES}.png")
     except OSError as error:
         raise EvaluationError(f"{folder} can't be written: {reason(error)}.") from error
     return folder / REPORT
@@ -402,7 +366,6 @@ def _remove_figures(folder: Path) -> None:
 
 
 def report_page(analysis: Analysis, curves: Sequence[PoolSizeCurve] = ()) -> str:
-    """The page, as HTML with everything in it."""
     parts = sections_of(analysis, curves)
     findings = [
         (label_of(name), finding.message)

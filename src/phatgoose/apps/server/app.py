@@ -1,10 +1,4 @@
-"""The server's application: routes, errors, OpenAPI schema and page.
-
-The page at /: a prompt, answers that stream, and each token's experts.
-
-It is one self-contained file that asks the API for everything it shows of the models. Its headers
-let the browser run only these scripts and styles and reach only this server.
-"""
+"""The server's application: its routes, errors, OpenAPI schema and page."""
 
 from __future__ import annotations
 
@@ -19,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -27,11 +22,11 @@ from starlette.responses import Response
 from ... import __version__
 from ...config import Serving
 from ..report.page import EXPLORER_CSS, EXPLORER_JS, asset, render
-from .api_errors import ApiError, error_body
-from .guards import AccessControl, RequestGuard
-from .metrics import CONTENT_TYPE_LATEST, MetricsMiddleware
-from .models import REQUESTABLE_ROUTERS, load_models
-from .schema import (
+from .guards import AccessControl, MetricsMiddleware, RequestGuard
+from .models import load_models
+from .protocol import (
+    REQUESTABLE_ROUTERS,
+    ApiError,
     ChatReply,
     ChatRequest,
     CompletionReply,
@@ -40,6 +35,7 @@ from .schema import (
     Health,
     ModelCard,
     ModelList,
+    error_body,
 )
 from .service import Service
 from .settings import ServedModel
@@ -53,6 +49,8 @@ def _allowed(content: str) -> str:
     return f"'sha256-{base64.b64encode(digest).decode()}'"
 
 
+# The page at / is one self-contained file that asks the API for everything it shows of the models.
+# Its headers let the browser run only these scripts and styles and reach only this server.
 CSS = asset("report.css") + asset(EXPLORER_CSS) + asset("page.css", FOLDER)
 ROUTERS = f"const ROUTERS = {json.dumps(['', *REQUESTABLE_ROUTERS])};\n"
 SCRIPT = asset(EXPLORER_JS) + ROUTERS + asset("page.js", FOLDER)
@@ -68,10 +66,6 @@ HEADERS = {
     "Cache-Control": "no-cache",
 }
 
-
-# -------------------------------------------------------------------------------------------------
-# Error handlers, and an OpenAPI schema that describes them.
-# -------------------------------------------------------------------------------------------------
 
 DESCRIPTIONS = {
     400: "The request is invalid, or the model can't answer it.",
@@ -112,36 +106,33 @@ def responses_of(
     }
 
 
-def streamed(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The responses of a route that answers whole or as a stream."""
+def answering(wanted: type[BaseModel], reply: type[BaseModel], *guarded: int) -> dict[str, Any]:
+    """What the schema says of a route that reads its body itself and answers whole or streams."""
     description = "The answer, or with stream a chunk in each event."
     streams = {"description": description, "content": {"text/event-stream": EVENTS}}
-    return {**responses_of(*statuses), 200: streams}
-
-
-def body_of(wanted: type[BaseModel]) -> dict[str, Any]:
-    """The schema of a body that its route reads by itself."""
+    statuses = (400, 404, 408, 413, 415, 429, 500, 503, 504, *guarded)
     form = {"schema": {"$ref": PLACE.format(model=wanted.__name__)}}
-    return {"requestBody": {"required": True, "content": {"application/json": form}}}
+    body = {"requestBody": {"required": True, "content": {"application/json": form}}}
+    return {
+        "response_model": reply,
+        "responses": {**responses_of(*statuses), 200: streams},
+        "openapi_extra": body,
+    }
 
 
 def install_errors(app: FastAPI) -> None:
     """Answer every error of `app` in OpenAI's form, and describe that in its schema."""
     app.add_exception_handler(HTTPException, _refused)
-    app.add_exception_handler(Exception, _failed)
+    app.add_exception_handler(Exception, _refused)
     app.openapi = _schema_of(app)  # type: ignore[method-assign]
 
 
-def _refused(_: Request, error: Exception) -> JSONResponse:
+async def _refused(_: Request, error: Exception) -> JSONResponse:
     if not isinstance(error, HTTPException):
-        return _failed(_, error)
+        return JSONResponse(error_body(500, "The server failed; its log says more."), 500)
     plain = error_body(error.status_code, str(error.detail))
     body = error.body if isinstance(error, ApiError) else plain
     return JSONResponse(body, error.status_code, error.headers)
-
-
-def _failed(_: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(error_body(500, "The server failed; its log says more."), 500)
 
 
 def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
@@ -164,11 +155,6 @@ def _schema_of(app: FastAPI) -> Callable[[], dict[str, Any]]:
         return found
 
     return schema
-
-
-# -------------------------------------------------------------------------------------------------
-# The FastAPI application and its routes.
-# -------------------------------------------------------------------------------------------------
 
 
 def create_app(
@@ -250,7 +236,8 @@ def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
         responses={**refused, 200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     )
     async def metrics() -> Response:
-        return Response(service.metrics.exposition(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        content = generate_latest(service.metrics.registry)
+        return Response(content, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     @router.get("/v1/models", summary="What is served", responses=refused)
     async def models() -> ModelList:
@@ -262,14 +249,10 @@ def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
     async def model(name: str) -> ModelCard:
         return service.card(service.find(name))
 
-    answered = streamed(400, 404, 408, 413, 415, 429, 500, 504, *guarded)
-
     @router.post(
         "/v1/completions",
         summary="Continue a text",
-        response_model=CompletionReply,
-        responses=answered,
-        openapi_extra=body_of(CompletionRequest),
+        **answering(CompletionRequest, CompletionReply, *guarded),
     )
     async def completions(request: Request) -> Response:
         return await service.answer(CompletionRequest, request)
@@ -277,9 +260,7 @@ def _guarded_routes(service: Service, *guarded: int) -> APIRouter:
     @router.post(
         "/v1/chat/completions",
         summary="Answer in a conversation",
-        response_model=ChatReply,
-        responses=answered,
-        openapi_extra=body_of(ChatRequest),
+        **answering(ChatRequest, ChatReply, *guarded),
     )
     async def chat(request: Request) -> Response:
         return await service.answer(ChatRequest, request)

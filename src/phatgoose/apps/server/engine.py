@@ -1,7 +1,4 @@
-"""The engine: one thread that generates all answers, in batches.
-
-Sequences that wait to be computed; clients take turns.
-"""
+"""The engine: one thread that generates all answers, a step of every batch in turn."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutput
 
 from ...analysis.traces import TraceKeeper, TraceStream
@@ -20,17 +18,13 @@ from ...base.loading import texts_of
 from ...config import Serving
 from ...errors import PhatgooseError
 from ...tasks.batching import decoder_start, pad_left
-from .api_errors import bad_request, busy, for_clients
-from .metrics import Metrics
-from .models import Cache, ModelRunner, drop_columns, join
+from .models import Cache, ModelRunner
+from .protocol import bad_request, busy, for_clients
 from .sequences import ANSWER, PROMPT, ActiveSequence, Failure, TokenScores, token_scores
 
 
 class FairQueue:
-    """A queue of sequences for each client.
-
-    The next turn is that of the client served longest ago; each client's own keep their order.
-    """
+    """Each client's sequences in their order; the next turn is the client's served longest ago."""
 
     def __init__(self) -> None:
         self._by_client: dict[str, list[ActiveSequence]] = {}  # in the order of their turns
@@ -42,7 +36,6 @@ class FairQueue:
         return (each for own in self._by_client.values() for each in own)
 
     def count(self, client: str) -> int:
-        """How many sequences of `client` wait."""
         return len(self._by_client.get(client, ()))
 
     def heads(self) -> list[ActiveSequence]:
@@ -50,7 +43,6 @@ class FairQueue:
         return [own[0] for own in self._by_client.values()]
 
     def add(self, sequences: Sequence[ActiveSequence]) -> None:
-        """Append `sequences`, each to its client's queue."""
         for each in sequences:
             self._by_client.setdefault(each.client, []).append(each)
 
@@ -61,15 +53,32 @@ class FairQueue:
             self._by_client[head.client] = own[1:]
 
     def drop_cancelled(self) -> None:
-        """Remove cancelled sequences."""
         waiting = [each for each in self if not each.is_cancelled]
         self._by_client = {}
         self.add(waiting)
 
 
-# -------------------------------------------------------------------------------------------------
-# Reading prompts: keys, values and what is reported about prompt tokens.
-# -------------------------------------------------------------------------------------------------
+# transformers' caches can drop rows; joining two caches and dropping columns is done here.
+
+
+def join(one: Cache, other: Cache) -> None:
+    """Add the rows of `other` to `one`, both padded on the left to the longer one's columns."""
+    columns = max(one.get_seq_length(), other.get_seq_length())
+
+    def together(*pair: Tensor) -> Tensor:  # [rows, heads, tokens, n] each
+        return torch.cat([pad(each, (0, 0, columns - each.shape[-2], 0)) for each in pair])
+
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        mine.keys = together(mine.keys, theirs.keys)
+        mine.values = together(mine.values, theirs.values)
+
+
+def drop_columns(cache: Cache, columns: int) -> None:
+    """Drop the first `columns` of every row."""
+    for layer in cache.layers:
+        layer.keys = layer.keys[..., columns:, :].contiguous()
+        layer.values = layer.values[..., columns:, :].contiguous()
+
 
 # Most logits in one pass where prompts are scored; longer prompts are read in several passes.
 MOST_LOGITS = 1 << 26
@@ -176,17 +185,14 @@ class _DistinctPrompts:
         for name, stream in keeper.streams().items() if keeper is not None else ():
             is_start = self._runner.is_encoder_decoder and name == "decoder"
             for row, group in enumerate(self._owners):
-                part = (
-                    self._start_of(stream, row) if is_start else self._part(stream, row, begin, end)
-                )
+                if is_start:
+                    pieces = texts_of(self._runner.tokenizer, [decoder_start(self._runner.model)])
+                    part = stream.some(slice(row, row + 1), pieces, [ANSWER])
+                else:
+                    part = self._part(stream, row, begin, end)
                 for each in group:
                     if each.decoding.routing and part.tokens:
-                        each.add_routing(part)
-
-    def _start_of(self, stream: TraceStream, row: int) -> TraceStream:
-        start = decoder_start(self._runner.model)
-        pieces = texts_of(self._runner.tokenizer, [start])
-        return stream.some(slice(row, row + 1), pieces, [ANSWER])
+                        each.routing.append(part)
 
     def _part(self, stream: TraceStream, row: int, begin: int, end: int) -> TraceStream:
         """What `stream`, of the columns `begin` to `end`, has of the prompt in `row`."""
@@ -197,17 +203,13 @@ class _DistinctPrompts:
         return stream.some(chosen, pieces, [PROMPT] * len(pieces))
 
 
-# -------------------------------------------------------------------------------------------------
-# Sequences that one model computes together, one token each per step.
-#
-# Sequences join between two steps, once their prompts have been read, and leave when they are
-# finished. An encoder-decoder model's begin together and none joins later, since some such models
-# count positions by the batch.
-# -------------------------------------------------------------------------------------------------
-
-
 class Batch:
-    """Sequences of one model, a row each, with their keys and values."""
+    """Sequences of one model, a row each, with their keys and values; all get a token per step.
+
+    Sequences join between two steps, once their prompts have been read, and leave when they are
+    finished. An encoder-decoder model's begin together and none joins later, since some such models
+    count positions by the batch.
+    """
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
@@ -232,11 +234,8 @@ class Batch:
         if self.sequences:
             join(self._cache, read.cache)
             columns = max(self._mask.shape[1], read.mask.shape[1])
-            both = (
-                torch.nn.functional.pad(mask, (columns - mask.shape[1], 0))
-                for mask in (self._mask, read.mask)
-            )
-            self._mask = torch.cat(list(both))
+            masks = (self._mask, read.mask)
+            self._mask = torch.cat([pad(mask, (columns - mask.shape[1], 0)) for mask in masks])
         else:
             self._cache, self._mask, self._encoded = read.cache, read.mask, read.encoded
         self.sequences += newcomers
@@ -284,17 +283,8 @@ class Batch:
             for row, sequence in enumerate(self.sequences):
                 if sequence.decoding.routing:
                     last = stream.some(slice(row, row + 1), sequence.shown[-1:], [ANSWER])
-                    sequence.add_routing(last)
+                    sequence.routing.append(last)
 
-
-# -------------------------------------------------------------------------------------------------
-# The engine: one thread that generates all answers, a step of every batch in turn.
-#
-# Sequences wait in one queue for all models, and clients take turns. A sequence is admitted while
-# the tokens that all batches will hold stay within the limit; a client who has some running
-# already gets more only while enough is left for others. A batch has sequences of one model and
-# routing only.
-# -------------------------------------------------------------------------------------------------
 
 MOST_READ = 2048  # prompt tokens read between two steps, unless a single prompt is longer
 SHARE = 3  # a client may hold three times the tokens left free: alone three quarters of all
@@ -305,10 +295,16 @@ log = logging.getLogger(__name__)
 
 
 class GenerationEngine:
-    """Computes sequences; all public methods may be called from any thread."""
+    """Computes sequences in batches, each of one model and routing.
 
-    def __init__(self, limits: Serving, metrics: Metrics) -> None:
-        self._limits, self._metrics = limits, metrics
+    Sequences wait in one queue for all models, and clients take turns. A sequence is admitted while
+    the tokens that all batches will hold stay within the limit; a client who has some running
+    already gets more only while enough is left for others. `count` is told the rows of each pass.
+    All public methods may be called from any thread.
+    """
+
+    def __init__(self, limits: Serving, count: Callable[[int], object] = lambda rows: None) -> None:
+        self._limits, self._count = limits, count
         self._queue = FairQueue()
         self._batches: list[Batch] = []
         self._changed = threading.Condition()
@@ -316,7 +312,6 @@ class GenerationEngine:
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to compute, in a thread of its own."""
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="phatgoose-engine", daemon=True)
         self._thread.start()
@@ -331,7 +326,6 @@ class GenerationEngine:
 
     @property
     def is_alive(self) -> bool:
-        """True while answers are computed."""
         return self._thread is not None and self._thread.is_alive()
 
     def submit(self, sequences: Sequence[ActiveSequence]) -> None:
@@ -362,7 +356,6 @@ class GenerationEngine:
                 raise busy(f"{own} answers of yours are waiting already; try again in a while.")
             self._queue.add(sequences)
             self._changed.notify()
-        self._update_metrics()
 
     def cancel(self, sequences: Sequence[ActiveSequence]) -> None:
         """Stop computing `sequences`; their places are free from the next step on."""
@@ -371,16 +364,13 @@ class GenerationEngine:
                 each.is_cancelled = True
             self._queue.drop_cancelled()
             self._changed.notify()
-        self._update_metrics()
 
     @property
     def running(self) -> int:
-        """How many sequences are being computed."""
         return len(self._running())
 
     @property
     def waiting(self) -> int:
-        """How many sequences are in the queue."""
         with self._changed:
             return len(self._queue)
 
@@ -396,7 +386,6 @@ class GenerationEngine:
                         if batch.sequences:
                             self._guarded(batch, batch.step)
                     self._drop_empty()
-                    self._update_metrics()
         finally:
             with self._changed:
                 self._stopping = True
@@ -422,7 +411,7 @@ class GenerationEngine:
         self._drop_empty()
         read = 0
         while read < MOST_READ and (group := self._next_group(MOST_READ - read)):
-            read += _padded(group)
+            read += _padded_tokens(group)
             batch = self._batch_for(group[0].runner)
             self._guarded(batch, partial(batch.join, group), group)
 
@@ -444,7 +433,9 @@ class GenerationEngine:
         is_short = False
         for head in self._queue.heads():
             together = [*group, head]
-            if group and (head.runner is not group[0].runner or _padded(together) > most_read):
+            if group and (
+                head.runner is not group[0].runner or _padded_tokens(together) > most_read
+            ):
                 continue
             held = self._held_by(head.client, group)
             if held and is_short:
@@ -481,7 +472,7 @@ class GenerationEngine:
         if batch not in self._batches:
             self._batches.append(batch)
         size = len(batch.sequences) + len(joining)
-        self._metrics.count_batch(size)
+        self._count(size)
         try:
             work()
         except Exception as error:
@@ -489,12 +480,8 @@ class GenerationEngine:
             concerned, batch.sequences = [*batch.sequences, *joining], []
             _fail(concerned, for_clients(error) if isinstance(error, PhatgooseError) else FAILED)
 
-    def _update_metrics(self) -> None:
-        self._metrics.set_load(self.waiting, self.running)
 
-
-def _padded(sequences: Sequence[ActiveSequence]) -> int:
-    """Tokens of the prompts of `sequences`, padding included."""
+def _padded_tokens(sequences: Sequence[ActiveSequence]) -> int:
     return len(sequences) * max(len(each.prompt) for each in sequences)
 
 

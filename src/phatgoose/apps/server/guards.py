@@ -1,7 +1,4 @@
-"""Guards: who may use the server, how much a request may send, how long it may take.
-
-Host, origin and API key of a request, checked before its body is read.
-"""
+"""What each request passes before its route: it is counted, allowed, and read completely."""
 
 from __future__ import annotations
 
@@ -11,17 +8,76 @@ import hmac
 import ipaddress
 import re
 import socket
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .api_errors import ApiError, busy
+from .protocol import CLIENT_GONE, ApiError, busy
+
+UNROUTED = "other"  # the path under which requests to unknown paths are counted
+
+SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 150, 300)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """What Prometheus reads at /metrics: the numbers of one application, in their own registry."""
+
+    def __init__(self) -> None:
+        self.registry = own = CollectorRegistry()
+        path, model = ["path"], ["model"]
+        self.requests = Counter(
+            "phatgoose_requests", "Requests answered.", [*path, "status"], registry=own
+        )
+        words = "Seconds from a request to the end of its answer."
+        self.seconds = Histogram(
+            "phatgoose_request_seconds", words, path, buckets=SECONDS, registry=own
+        )
+        self.prompt = Counter("phatgoose_prompt_tokens", "Tokens of prompts.", model, registry=own)
+        self.generated = Counter(
+            "phatgoose_generated_tokens", "Tokens generated.", model, registry=own
+        )
+        self.waiting = Gauge("phatgoose_waiting", "Answers in the queue.", registry=own)
+        self.running = Gauge("phatgoose_running", "Answers being computed.", registry=own)
+        words = "Answers in a batch when it read prompts or made a step."
+        self.batch = Histogram("phatgoose_batch_rows", words, buckets=SIZES, registry=own)
+
+
+class MetricsMiddleware:
+    """Counts and times every request by its route, or by its path if that is one of `paths`."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, paths: Collection[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = time.perf_counter(), CLIENT_GONE
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            known = scope["path"] if scope["path"] in self._paths else UNROUTED
+            path = str(getattr(scope.get("route"), "path", known))
+            self._metrics.requests.labels(path, str(status)).inc()
+            self._metrics.seconds.labels(path).observe(time.perf_counter() - begun)
+
 
 ANY_HOST = "*"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -55,10 +111,12 @@ class AccessControl:
             self._check_origins(headers.getlist("origin"), hosts)
         if not self._digests or scope["path"] in OPEN:
             return f"address {_network_of(scope.get('client'))}"
-        return f"key {self._known(_key_of(headers))}"
+        bearer = (value.partition(" ") for value in headers.getlist("authorization"))
+        keys = (key.strip() for scheme, _, key in bearer if scheme.lower() == "bearer")
+        return f"key {self._known(next(keys, None))}"
 
     def _check_hosts(self, hosts: Sequence[str]) -> None:
-        """A page whose name was made to resolve here (DNS rebinding) asks for that name."""
+        # A page whose name was made to resolve here (DNS rebinding) asks for that name.
         for name in map(host_of, hosts):
             if not (self._any or name in self._hosts or (self._addresses and _is_address(name))):
                 raise ApiError(
@@ -69,17 +127,15 @@ class AccessControl:
                 )
 
     def _check_origins(self, origins: Sequence[str], hosts: Sequence[str]) -> None:
-        """A browser names the page that asks; pages of other servers may only read."""
+        # A browser names the page that asks; pages of other servers may only read.
         own = [host.lower() for host in hosts]
         if any(origin.partition("://")[2].lower() not in own for origin in origins):
             message = "Pages of other servers may not use this one."
             raise ApiError(403, message, code="foreign_origin")
 
     def _known(self, key: str | None) -> str:
-        """A name for the client who has `key`.
-
-        All keys are compared, by digest and in constant time, so that timing reveals nothing.
-        """
+        """A name for the client who has `key`."""
+        # All keys are compared, by digest and in constant time, so that timing reveals nothing.
         given = hashlib.sha256((key or "").encode(errors="replace")).digest()
         same = [hmac.compare_digest(given, digest) for digest in self._digests]
         if key is None or not sum(same):
@@ -118,206 +174,6 @@ def _network_of(client: Sequence[Any] | None) -> str:
     return str(ipaddress.ip_network((name.partition("%")[0], NETWORK), strict=False))
 
 
-def _key_of(headers: Headers) -> str | None:
-    for value in headers.getlist("authorization"):
-        scheme, _, key = value.partition(" ")
-        if scheme.lower() == "bearer":
-            return key.strip()
-    return None
-
-
-# -------------------------------------------------------------------------------------------------
-# Limits on the number of connections and on how long each may wait.
-#
-# uvicorn only bounds how long a connection may idle between two requests. Here each is checked
-# once a second, and cut off when it waits too long for the client to send or read.
-# -------------------------------------------------------------------------------------------------
-
-CHECKING = 1.0  # seconds between two checks of the connections
-WRITING = 30.0  # seconds in which a client must read what was written to it
-HURRIED = 5.0  # the same while other answers wait for a place
-UNREAD = 16 << 10  # bytes held for a client in this process, and again in the kernel
-SLICE = 4 << 10  # bytes given to h11 at a time
-FRAMING = 4 << 10  # bytes of framing that a chunked body may have, plus a quarter of its own
-UNWANTED = 16 << 10  # bytes of a body that may still come after the request was answered
-FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nConnection: close\r\n"
-    b"Content-Length: 0\r\n\r\n"
-)
-HEAD, BODY, READER, SERVER, CLOSING = "head", "body", "reader", "server", "closing"
-EVICTED = (HEAD, BODY)  # connections that make room for new ones, in this order
-
-
-@dataclass(frozen=True)
-class State:
-    """What a connection waits for, in which request (None: the first), and since when.
-
-    `waits_for` is a request's head or body, the client as a reader, the server, or the closing.
-    """
-
-    waits_for: str
-    request: object
-    since: float
-
-
-class GuardedConnection(H11Protocol):
-    """A connection that `ConnectionGuard` checks.
-
-    Always h11's protocol, whatever else is installed: it bounds the headers.
-    """
-
-    def __init__(self, guard: ConnectionGuard, **options: Any) -> None:
-        super().__init__(**options)
-        self._guard = guard
-        self._body = self._framing = self._unwanted = 0  # bytes of the current request
-        self._writes = True  # the client reads what it is sent
-        self.state = State(HEAD, None, self.loop.time())
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Register the connection, which may be closed if there are too many.
-
-        asyncio sets TCP_NODELAY only where the listening socket names its protocol; without it each
-        small answer waits 40 ms for an acknowledgement. Linux would hold 4 MiB for a client that
-        reads nothing, a stream of 16,000 tokens, and nobody would notice.
-        """
-        super().connection_made(transport)
-        transport.set_write_buffer_limits(UNREAD)
-        sock = transport.get_extra_info("socket")
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if hasattr(socket, "TCP_NOTSENT_LOWAT"):  # Windows has none
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNREAD)
-        self._guard.add(self)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Unregister the connection."""
-        self._guard.discard(self)
-        super().connection_lost(exc)
-
-    def data_received(self, data: bytes) -> None:
-        """Give `data` to h11 in slices.
-
-        h11 needs 10 µs for each chunk: a second for one read, if its chunks are of one byte. So
-        after each slice a client that sends such chunks is cut off.
-        """
-        for begin in range(0, len(data), SLICE):
-            if not self.transport.is_closing():
-                self._read(data[begin : begin + SLICE])
-
-    def _read(self, piece: bytes) -> None:
-        cycle = self.cycle
-        had = 0 if cycle is None else len(cycle.body)
-        super().data_received(piece)
-        if self.cycle is not cycle:
-            self._body = self._framing = self._unwanted = 0
-        elif cycle is not None and cycle.more_body:
-            if cycle.response_complete:
-                self._unwanted += len(piece)
-            else:
-                self._body += len(cycle.body) - had
-                self._framing += len(piece) - (len(cycle.body) - had)
-            if self._framing > FRAMING + self._body // 4 or self._unwanted > UNWANTED:
-                self.cut()
-
-    def pause_writing(self) -> None:
-        """The client reads too slowly."""
-        self._writes = False
-        super().pause_writing()
-
-    def resume_writing(self) -> None:
-        """The client has caught up."""
-        self._writes = True
-        super().resume_writing()
-
-    @property
-    def waits_for(self) -> str:
-        """What the connection waits for."""
-        if self.transport.is_closing():
-            return CLOSING
-        if self.cycle is None or self.cycle.response_complete:
-            return HEAD
-        if self.cycle.more_body:
-            return BODY
-        return SERVER if self._writes else READER
-
-    def check(self, now: float) -> State:
-        """The state at this time."""
-        waits_for = self.waits_for
-        if waits_for != self.state.waits_for or self.cycle is not self.state.request:
-            self.state = State(waits_for, self.cycle, now)
-        return self.state
-
-    def cut(self) -> None:
-        """Close at once; what the client has not read is lost."""
-        self.transport.abort()
-
-
-class ConnectionGuard:
-    """All connections of a server: at most `most`, with `seconds` for each part of a request.
-
-    `protocol` makes one when uvicorn asks for it. When there are too many, the connection is closed
-    that has kept the server waiting for its request longest; if there is none, the new one. While
-    `is_in_demand()`, because other answers wait, a client that reads nothing is cut off sooner.
-    """
-
-    def __init__(
-        self, most: int, seconds: float, is_in_demand: Callable[[], bool] = lambda: False
-    ) -> None:
-        self._most, self._is_in_demand = most, is_in_demand
-        self._limits = {HEAD: seconds, READER: WRITING, CLOSING: WRITING}
-        self._limits[BODY] = seconds + 5  # RequestGuard answers a late one first
-        self._open: set[GuardedConnection] = set()
-        self._timer: asyncio.TimerHandle | None = None
-
-    def protocol(self, **options: Any) -> GuardedConnection:
-        """A new connection."""
-        return GuardedConnection(self, **options)
-
-    def __len__(self) -> int:
-        return len(self._open)
-
-    def add(self, connection: GuardedConnection) -> None:
-        """Register a connection, and make room for it."""
-        self._open.add(connection)
-        if len(self._open) > self._most:
-            self._make_room(connection)
-        if self._timer is None:
-            self._timer = connection.loop.call_later(CHECKING, self._check, connection.loop)
-
-    def discard(self, connection: GuardedConnection) -> None:
-        """Unregister a connection."""
-        self._open.discard(connection)
-
-    def _make_room(self, new: GuardedConnection) -> None:
-        states = {each: each.check(new.loop.time()) for each in self._open - {new}}
-        ranks = {
-            each: (EVICTED.index(state.waits_for), state.since)
-            for each, state in states.items()
-            if state.waits_for in EVICTED
-        }
-        if ranks:
-            idlest = min(ranks, key=lambda each: ranks[each])
-            self._open.discard(idlest)
-            idlest.cut()
-            return
-        new.transport.write(FULL)
-        new.transport.close()
-
-    def _check(self, loop: asyncio.AbstractEventLoop) -> None:
-        now, limits = loop.time(), dict(self._limits)
-        if self._is_in_demand():
-            limits[READER] = HURRIED
-        for connection in list(self._open):
-            state = connection.check(now)
-            if now - state.since > limits.get(state.waits_for, float("inf")):
-                connection.cut()
-        self._timer = loop.call_later(CHECKING, self._check, loop) if self._open else None
-
-
-# -------------------------------------------------------------------------------------------------
-# Middleware: bodies are JSON, complete in time, and bounded in size.
-# -------------------------------------------------------------------------------------------------
-
 CLIENT = "phatgoose.client"  # key of a request's scope: who sends it
 REQUEST_BODY = "phatgoose.body"  # and its RequestBody
 AT_ONCE = 64  # bodies of the greatest size that are held together
@@ -336,11 +192,9 @@ class RequestBody:
 
     @property
     def content(self) -> bytes:
-        """All that was read."""
         return b"".join(self._pieces)
 
     async def read(self) -> None:
-        """Read all of it. Raises ApiError when there is no room for it."""
         while not self._is_over:
             self.add(await self._piece())
 
@@ -361,7 +215,6 @@ class RequestBody:
             left -= len(await self._piece())
 
     def release(self) -> None:
-        """Free what is held."""
         self._guard.held -= self._size
         self._pieces, self._size = [], 0
 
@@ -386,7 +239,6 @@ class RequestGuard:
         self.held = 0  # bytes of all bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -424,5 +276,4 @@ class RequestGuard:
             raise ApiError(408, message, code="timeout") from None
 
     def too_large(self) -> ApiError:
-        """The error for a larger body."""
         return ApiError(413, f"The request has more than {self.most} bytes.", code="too_large")

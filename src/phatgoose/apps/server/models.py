@@ -1,8 +1,6 @@
 """The served models, and one forward pass of each.
 
-Keys and values of many sequences in one cache, padded on the left.
-
-transformers' caches can drop rows; joining two caches and dropping columns is done here.
+All routings over one base share its weights, and those of the same experts their stacked factors.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -27,46 +25,22 @@ from ...base.token_masks import cache_argument
 from ...config import Routing
 from ...errors import BaseModelError, ConfigError, RoutingError
 from ...experts.pool import Pool
-from ...routing.composition import Composition, composition_if_any, composition_of
+from ...routing.composition import composition_if_any
 from ...routing.layers import RoutedLinear
 from ...routing.open_model import compose_pool, is_pool, is_routed, require_pool
 from ...routing.recording import watch
 from ...routing.routers.prompt_router import PromptReader
-from ...routing.routers.registry import AUTO, ROUTERS, spec_of
+from ...routing.routers.registry import AUTO, spec_of
 from ...routing.routers.router import Mixtures
 from ...routing.saved.load import base_of, load
 from ...routing.saved.tensors import HASHES
 from ...tasks.batching import contiguous_head, position_ids
 from ...tasks.encoding import added_tokens
 from ...tasks.prompt_passes import end_tokens
+from .protocol import RoutingOverride
 from .settings import ServedModel
 
 Cache: TypeAlias = Any  # DynamicCache or EncoderDecoderCache; transformers has no types for mypy
-
-
-def join(one: Cache, other: Cache) -> None:
-    """Add the rows of `other` to `one`, both padded on the left to the longer one's columns."""
-    columns = max(one.get_seq_length(), other.get_seq_length())
-    for mine, theirs in zip(one.layers, other.layers, strict=True):
-        mine.keys = torch.cat([_padded(mine.keys, columns), _padded(theirs.keys, columns)])
-        mine.values = torch.cat([_padded(mine.values, columns), _padded(theirs.values, columns)])
-
-
-def _padded(states: Tensor, columns: int) -> Tensor:
-    """`states` [rows, heads, tokens, n] with zeros before them: [rows, heads, columns, n]."""
-    return torch.nn.functional.pad(states, (0, 0, columns - states.shape[-2], 0))
-
-
-def drop_columns(cache: Cache, columns: int) -> None:
-    """Drop the first `columns` of every row."""
-    for layer in cache.layers:
-        layer.keys = layer.keys[..., columns:, :].contiguous()
-        layer.values = layer.values[..., columns:, :].contiguous()
-
-
-# -------------------------------------------------------------------------------------------------
-# One forward pass of a served model, whatever its architecture.
-# -------------------------------------------------------------------------------------------------
 
 
 class ModelRunner:
@@ -95,12 +69,10 @@ class ModelRunner:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
         device: torch.device = self.model.device
         return device
 
     def new_cache(self) -> Cache:
-        """An empty cache for the model."""
         if self.is_encoder_decoder:
             return EncoderDecoderCache(DynamicCache(), DynamicCache())
         return DynamicCache()
@@ -168,35 +140,16 @@ class ModelRunner:
             self._lookup.serve(Mixtures.joined(each for each in experts if each is not None))
 
     def _pass(self, inputs: dict[str, Any], cache: Cache, keeper: TraceKeeper | None) -> Tensor:
+        held = {self._cache_name: cache}
         with self._watched(keeper), contiguous_head(self.model):
-            logits: Tensor = self.model(
-                **inputs, **{self._cache_name: cache}, use_cache=True
-            ).logits
+            logits: Tensor = self.model(**inputs, **held, use_cache=True).logits
         return logits
 
     def _watched(self, keeper: TraceKeeper | None) -> Any:
         return watch(self.model, keeper.add) if keeper is not None else nullcontext()
 
 
-# -------------------------------------------------------------------------------------------------
-# The served models.
-#
-# All routings over one base share its weights, and those of the same experts their stacked
-# factors.
-# -------------------------------------------------------------------------------------------------
-
-REQUESTABLE_ROUTERS = tuple(name for name, spec in ROUTERS.items() if "task" not in spec.given)
 BY_TASK = "Router {} chooses by a task's name, which no request has."
-
-
-@dataclass(frozen=True)
-class RoutingOverride:
-    """What a request changes of its model's routing; None leaves a setting as it is served."""
-
-    router: str | None = None
-    k: int | None = None
-    keep: tuple[str, ...] | None = None
-    leave_out: tuple[str, ...] | None = None
 
 
 class _Bases:
@@ -218,6 +171,7 @@ class _Bases:
             if of == dtype and base.fingerprint == wanted.fingerprint:
                 return _renamed(base, wanted)
         base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
+        base = replace(base, marks={})  # nothing here changes weights
         self._loaded.append((base, dtype))
         return base
 
@@ -246,17 +200,14 @@ class LoadedModel:
         if is_routed(place):
             self.base = bases.get(named or base_of(place), settings.dtype)
             model = load(place, twin(self.base), retrieval_embedder=self._embedder)
-            self.parts: Composition | None = composition_of(model)
-            self.routing = self.parts.routing
         elif is_pool(place):
             self.base = bases.get(named or self.pool.base, settings.dtype)
             model = self.compose(self.pool, settings.routing or Routing())
-            self.parts = composition_of(model)
-            self.routing = self.parts.routing
         else:
             self.base = bases.get(BaseReference(place), settings.dtype)
-            self.routing, self.parts = Routing(), None
             model = twin(self.base).model
+        self.parts = composition_if_any(model)
+        self.routing = self.parts.routing if self.parts else Routing()
         if getattr(model, "_is_stateful", False):
             raise BaseModelError(
                 f"{self.base.id!r} keeps more state than keys and values; the server can't batch "
@@ -266,15 +217,13 @@ class LoadedModel:
 
     def _check(self) -> None:
         settings = self.settings
-        embedder_alone = Routing(retrieval_embedder=self._embedder)  # any model may be given one
-        routing = (
-            None if settings.routing == embedder_alone and self._embedder else settings.routing
-        )
-        given = routing or settings.keep or settings.leave_out or settings.scores
-        if given:
+        routing = settings.routing
+        if self._embedder and routing == Routing(retrieval_embedder=self._embedder):
+            routing = None  # any model may be given an embedder
+        if routing or settings.keep or settings.leave_out or settings.scores:
             require_pool(settings.place)
-        router = settings.routing.router if settings.routing else None
-        if router not in (None, AUTO) and "task" in spec_of(router).given:
+        router = settings.routing.router if settings.routing else AUTO
+        if router != AUTO and "task" in spec_of(router).given:
             raise ConfigError(BY_TASK.format(router))
 
     @property
@@ -294,11 +243,9 @@ class LoadedModel:
         return opened.select(self.settings.keep, self.settings.leave_out)
 
     def find_experts(self, pools: Iterable[Pool]) -> None:
-        """Take a saved model's experts from the first of `pools` that has all of them.
-
-        The places that its own file names are not the operator's: they are neither opened nor
-        fetched.
-        """
+        """Take a saved model's experts from the first of `pools` that has all of them."""
+        # The places that its own file names are not the operator's: they are neither opened nor
+        # fetched.
         if self.parts is None or not is_routed(self.settings.place):
             return
         wanted = [_identity(record) for record in self.parts.records]

@@ -1,7 +1,5 @@
 """A request's bytes become prompts as tokens and decoding settings, at bounded cost.
 
-A body's bytes to a validated request, at bounded cost.
-
 A body of 1 MiB can hold hundreds of thousands of lists and objects. Creating them takes seconds,
 since Python's garbage collector scans all of them again and again, and validating each against
 every form that a field may have takes minutes and gigabytes. So they are counted first.
@@ -13,20 +11,19 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 from transformers import PreTrainedTokenizerBase
 
-from ...base.untrusted_text import MOST_SECONDS, UntrustedText, chat_of
+from ...base.untrusted_text import MOST_SECONDS, TimeLeft, UntrustedText, chat_of
 from ...config import Serving
-from ...errors import BaseModelError, PhatgooseError
+from ...errors import BaseModelError, EngineError, PhatgooseError
 from ...files.strict import shortened
 from ...routing.routers.router import Mixtures
-from .api_errors import ApiError, bad_request, for_clients
 from .models import ModelRunner
-from .schema import ChatRequest, CompletionRequest
+from .protocol import ApiError, ChatRequest, CompletionRequest, bad_request, for_clients
 from .sequences import Decoding, seed_of
 
 MOST_CONTAINERS = 10_000  # objects and lists in one request
@@ -109,28 +106,16 @@ def _place_of(error: ErrorDetails, body: Any) -> tuple[int | str, ...]:
     return tuple(place)
 
 
-class _Reach(NamedTuple):
-    """How far a value was right before its error."""
-
-    depth: int
-    item: int  # of the list that it is in
-    fits: bool  # in its type
-
-
-def _how_far(found: tuple[tuple[int | str, ...], ErrorDetails]) -> _Reach:
+def _how_far(found: tuple[tuple[int | str, ...], ErrorDetails]) -> tuple[int, int, bool]:
+    """How far a value was right: depth of the error, item of its list, whether its type fits."""
     place, error = found
-    last = place[-1] if place else ""
-    item = last if isinstance(last, int) else 0
-    return _Reach(len(place), item, not error["type"].endswith("_type"))
+    item = place[-1] if place and isinstance(place[-1], int) else 0
+    return len(place), item, not error["type"].endswith("_type")
 
 
 def _invalid(message: str, param: str | None = None) -> ApiError:
     return bad_request(message, param, "invalid_request")
 
-
-# -------------------------------------------------------------------------------------------------
-# A request's prompts as tokens and its decoding settings, checked against the model's limits.
-# -------------------------------------------------------------------------------------------------
 
 TOO_LONG, UNREADABLE = "context_length_exceeded", "prompt_unreadable"
 CHARACTERS = 16  # a token; a text with more is refused before it is turned into tokens
@@ -183,10 +168,17 @@ class RequestPreparer:
     def prompts(
         self, request: CompletionRequest | ChatRequest, seconds: float = MOST_SECONDS
     ) -> list[RequestPrompt]:
-        """The prompts of `request`, read in `seconds` at most."""
-        if isinstance(request, ChatRequest):
-            return [self.chat_prompt(request, seconds)]
-        return self.completion_prompts(request, seconds)
+        """The prompts of `request`; template and tokenizer together get `seconds` at most."""
+        field = "messages" if isinstance(request, ChatRequest) else "prompt"
+        left = TimeLeft(min(seconds, MOST_SECONDS))
+        try:
+            if isinstance(request, ChatRequest):
+                return [self._chat_prompt(request, left)]
+            return self._completion_prompts(request, left)
+        except BaseModelError as error:
+            raise bad_request(for_clients(error), field, UNREADABLE) from error
+        except EngineError as error:
+            raise ApiError(503, for_clients(error)) from error
 
     def prepare(
         self, request: CompletionRequest | ChatRequest, prompts: list[RequestPrompt]
@@ -202,19 +194,28 @@ class RequestPreparer:
         answers = list(map(PreparedAnswer, owners, decodings, experts))
         return PreparedRequest(request, self._runner, prompts, answers)
 
-    def completion_prompts(
-        self, request: CompletionRequest, seconds: float = MOST_SECONDS
+    def _completion_prompts(
+        self, request: CompletionRequest, left: TimeLeft
     ) -> list[RequestPrompt]:
-        """The prompts of a completion."""
-        given = request.prompt
+        given, runner = request.prompt, self._runner
         is_one = isinstance(given, str) or isinstance(given[0], int)
-        texts = cast("list[str | list[int]]", [given] if is_one else given)
-        self._check_number(len(texts), request.n or 1)
-        for text in texts:
-            self._check_length(text, "prompt")
-        return self._prompts(texts, seconds)
+        prompts = cast("list[str | list[int]]", [given] if is_one else given)
+        self._check_number(len(prompts), request.n or 1)
+        for prompt in prompts:
+            self._check_length(prompt, "prompt")
+        texts = [each for each in prompts if isinstance(each, str)]
+        rows = [each for each in prompts if not isinstance(each, str)]
+        if texts:
+            before, after = runner.added
+            found = self._tokens(texts, "prompt", left)
+            tokens = [(*before, *each, *after) or (_first(runner.tokenizer),) for each in found]
+            return list(map(RequestPrompt, tokens, texts))
+        for token in (token for row in rows for token in row if token >= runner.vocabulary):
+            message = f"Token {token} is unknown; the model has {runner.vocabulary}."
+            raise bad_request(message, "prompt")
+        return list(map(RequestPrompt, map(tuple, rows), self._texts.texts(rows, left)))
 
-    def chat_prompt(self, request: ChatRequest, seconds: float = MOST_SECONDS) -> RequestPrompt:
+    def _chat_prompt(self, request: ChatRequest, left: TimeLeft) -> RequestPrompt:
         """A conversation as the base's chat template writes it."""
         tokenizer = self._runner.tokenizer
         if not tokenizer.chat_template:
@@ -228,13 +229,9 @@ class RequestPreparer:
             for message in request.messages
         ]
         most = self._most_tokens * CHARACTERS
-        try:
-            chat = chat_of(tokenizer, messages)
-            text = self._texts.chat(*chat, most=most, seconds=seconds)
-        except BaseModelError as error:
-            raise bad_request(for_clients(error), "messages", UNREADABLE) from error
+        text = self._texts.chat(*chat_of(tokenizer, messages), left, most=most)
         self._check_count(text.length, "characters", CHARACTERS, "messages")
-        (tokens,) = self._tokens([str(text.content)], "messages", seconds)
+        (tokens,) = self._tokens([str(text.content)], "messages", left)
         return RequestPrompt(tuple(tokens), str(text.content))
 
     def decoding(
@@ -265,31 +262,9 @@ class RequestPreparer:
             ignores_end=bool(request.ignore_eos),
         )
 
-    def _prompts(self, given: list[str | list[int]], seconds: float) -> list[RequestPrompt]:
-        """The prompts `given` as texts or tokens, all in the same form."""
-        runner = self._runner
-        texts = [each for each in given if isinstance(each, str)]
-        rows = [each for each in given if not isinstance(each, str)]
-        if texts:
-            before, after = runner.added
-            found = self._tokens(texts, "prompt", seconds)
-            tokens = [(*before, *each, *after) or (_first(runner.tokenizer),) for each in found]
-            return list(map(RequestPrompt, tokens, texts))
-        for token in (token for row in rows for token in row if token >= runner.vocabulary):
-            message = f"Token {token} is unknown; the model has {runner.vocabulary}."
-            raise bad_request(message, "prompt")
-        try:
-            shown = self._texts.texts(rows, seconds=seconds)
-        except BaseModelError as error:
-            raise bad_request(for_clients(error), "prompt", UNREADABLE) from error
-        return list(map(RequestPrompt, map(tuple, rows), shown))
-
-    def _tokens(self, texts: Sequence[str], field: str, seconds: float) -> list[list[int]]:
+    def _tokens(self, texts: Sequence[str], field: str, left: TimeLeft) -> list[list[int]]:
         most = self._most_tokens * CHARACTERS  # what exceeds less is refused with its answer
-        try:
-            found = self._texts.tokens(texts, most=most, seconds=seconds)
-        except BaseModelError as error:
-            raise bad_request(for_clients(error), field, UNREADABLE) from error
+        found = self._texts.tokens(texts, left, most=most)
         for each in found:
             self._check_count(each.length, "tokens", CHARACTERS, field)
         return [each.content for each in found]

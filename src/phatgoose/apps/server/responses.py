@@ -1,49 +1,33 @@
-"""Progress to JSON: whole responses and chunks of a stream."""
+"""Replies: followed while they are computed, and written as whole responses or event streams."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from ...analysis.measures import heaviest
 from ...analysis.routing_distribution import PARTS
 from ...analysis.traces import Trace, TraceStream, chosen_for_whole, join_streams
 from ...base.loading import UNFINISHED
 from ...routing.composition import composition_of
+from . import protocol
+from .engine import GenerationEngine
+from .protocol import CLIENT_GONE, AnswerReply, ApiError, Deadline
 from .requests import PreparedRequest
-from .schema import (
-    AnswerReply,
-    AssistantMessage,
-    ChatChoice,
-    ChatChunk,
-    ChatChunkChoice,
-    ChatLogprobs,
-    ChatReply,
-    ChatRequest,
-    ChatToken,
-    CompletionChoice,
-    CompletionReply,
-    CompletionRequest,
-    Delta,
-    RoutingDetail,
-    RoutingReport,
-    TextLogprobs,
-    TokenRouting,
-    TopToken,
-    Usage,
-)
-from .sequences import Progress, ScoredToken
+from .sequences import ActiveSequence, Failure, Progress, ScoredToken
 
-
-@dataclass
-class ChoiceState:
-    """What of one answer was sent so far."""
-
-    is_begun: bool = False
-    streams: tuple[str, ...] = ()  # of the trace sent, in their order
+LARGE = 256  # tokens in one event from which on JSON is written in a thread
 
 
 class ResponseBuilder:
@@ -63,15 +47,17 @@ class ResponseBuilder:
             "created": int(time.time()),
             "model": self.request.model,
         }
-        self._states = [ChoiceState() for _ in prepared.answers]
+        self._streams: dict[int, tuple[str, ...]] = {}  # of each choice's trace, once it was sent
         self._generated = [0] * len(prepared.answers)
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> protocol.Usage:
         """Tokens until now."""
         given = sum(len(prompt.tokens) for prompt in self.prepared.prompts)
         made = sum(self._generated)
-        return Usage(prompt_tokens=given, completion_tokens=made, total_tokens=given + made)
+        return protocol.Usage(
+            prompt_tokens=given, completion_tokens=made, total_tokens=given + made
+        )
 
     def opening(self) -> list[AnswerReply]:
         """The chunks that a stream begins with."""
@@ -99,14 +85,14 @@ class ResponseBuilder:
     def _chunk_choice(self, progress: Progress) -> Any:
         raise NotImplementedError
 
-    def _routing(self, progress: Progress) -> RoutingReport | None:
+    def _routing(self, progress: Progress) -> protocol.RoutingReport | None:
         """The routing in `progress`: a whole trace the first time, then what follows it."""
         if not progress.routing:
             return None
         detail = self.request.routing_detail
         parts = composition_of(self.prepared.runner.model)
         streams = join_streams(progress.routing)
-        report = RoutingReport(
+        report = protocol.RoutingReport(
             router=parts.routing.router,
             k=parts.routing.k,
             experts=list(parts.experts),
@@ -117,14 +103,13 @@ class ResponseBuilder:
                 for token in _token_routings(stream, parts.experts, detail)
             ],
         )
-        state = self._states[progress.choice]
-        if detail.trace and state.streams:
+        sent = self._streams.get(progress.choice)
+        if detail.trace and sent:
             report.more = [
-                {"stream": state.streams.index(stream.name), **stream.tokens_dict()}
-                for stream in streams
+                {"stream": sent.index(stream.name), **stream.tokens_dict()} for stream in streams
             ]
         elif detail.trace:
-            state.streams = tuple(stream.name for stream in streams)
+            self._streams[progress.choice] = tuple(stream.name for stream in streams)
             whole = chosen_for_whole(parts, self.prepared.answers[progress.choice].experts)
             trace = Trace(parts.experts, parts.routing.router, tuple(streams), whole)
             report.trace = trace.to_dict()
@@ -133,7 +118,7 @@ class ResponseBuilder:
 
 def builder_of(prepared: PreparedRequest) -> ResponseBuilder:
     """The builder for the endpoint of a request."""
-    is_chat = isinstance(prepared.request, ChatRequest)
+    is_chat = isinstance(prepared.request, protocol.ChatRequest)
     return (ChatBuilder if is_chat else CompletionBuilder)(prepared)
 
 
@@ -150,11 +135,11 @@ def _joined(events: Sequence[Progress]) -> Progress:
 
 
 def _token_routings(
-    stream: TraceStream, experts: Sequence[str], detail: RoutingDetail
-) -> list[TokenRouting]:
+    stream: TraceStream, experts: Sequence[str], detail: protocol.RoutingDetail
+) -> list[protocol.TokenRouting]:
     shares = stream.shares(len(experts), detail.layer, detail.kind)
     return [
-        TokenRouting(
+        protocol.TokenRouting(
             token=token,
             part=PARTS[part],
             stream=stream.name,
@@ -168,33 +153,32 @@ class CompletionBuilder(ResponseBuilder):
     """Responses of /v1/completions."""
 
     prefix = "cmpl-"
-    whole_model = chunk_model = CompletionReply
-    request: CompletionRequest
+    whole_model = chunk_model = protocol.CompletionReply
+    request: protocol.CompletionRequest
 
-    def _choice(self, progress: Progress) -> CompletionChoice:
-        state = self._states[progress.choice]
-        is_echo = self.request.echo and not state.is_begun
-        prompt = self.prepared.answers[progress.choice].prompt.text if is_echo else ""
-        state.is_begun = True
-        asked = self.request.logprobs is not None
-        return CompletionChoice(
+    def __init__(self, prepared: PreparedRequest) -> None:
+        super().__init__(prepared)
+        answers = prepared.answers if self.request.echo else []
+        self._echoes = {choice: each.prompt.text for choice, each in enumerate(answers)}
+
+    def _choice(self, progress: Progress) -> protocol.CompletionChoice:
+        logprobs = None
+        if self.request.logprobs is not None:
+            logprobs = protocol.TextLogprobs(
+                tokens=[token.text for token in progress.tokens],
+                token_logprobs=[token.logprob for token in progress.tokens],
+                top_logprobs=[_by_text(token) for token in progress.tokens],
+                text_offset=[token.place for token in progress.tokens],
+            )
+        return protocol.CompletionChoice(
             index=progress.choice,
-            text=prompt + progress.text,
-            logprobs=_text_logprobs(progress.tokens) if asked else None,
+            text=self._echoes.pop(progress.choice, "") + progress.text,  # once
+            logprobs=logprobs,
             finish_reason=progress.finish,
             routing=self._routing(progress),
         )
 
     _chunk_choice = _choice
-
-
-def _text_logprobs(tokens: Sequence[ScoredToken]) -> TextLogprobs:
-    return TextLogprobs(
-        tokens=[token.text for token in tokens],
-        token_logprobs=[token.logprob for token in tokens],
-        top_logprobs=[_by_text(token) for token in tokens],
-        text_offset=[token.place for token in tokens],
-    )
 
 
 def _by_text(token: ScoredToken) -> dict[str, float] | None:
@@ -211,47 +195,180 @@ class ChatBuilder(ResponseBuilder):
     """Responses of /v1/chat/completions."""
 
     prefix = "chatcmpl-"
-    whole_model, chunk_model = ChatReply, ChatChunk
-    request: ChatRequest
+    whole_model, chunk_model = protocol.ChatReply, protocol.ChatChunk
+    request: protocol.ChatRequest
 
     def opening(self) -> list[AnswerReply]:
         """A chunk for each answer that says who speaks."""
-        role = Delta(role="assistant", content="")
-        return [
-            ChatChunk(**self.identity, choices=[ChatChunkChoice(index=index, delta=role)])
-            for index in range(len(self._states))
+        role = protocol.Delta(role="assistant", content="")
+        choices = [
+            protocol.ChatChunkChoice(index=index, delta=role)
+            for index in range(len(self.prepared.answers))
         ]
+        return [protocol.ChatChunk(**self.identity, choices=[choice]) for choice in choices]
 
-    def _choice(self, progress: Progress) -> ChatChoice:
-        return ChatChoice(
+    def _choice(self, progress: Progress) -> protocol.ChatChoice:
+        return protocol.ChatChoice(
             index=progress.choice,
-            message=AssistantMessage(content=progress.text),
+            message=protocol.AssistantMessage(content=progress.text),
             logprobs=self._logprobs(progress),
             finish_reason=progress.finish or "stop",
             routing=self._routing(progress),
         )
 
-    def _chunk_choice(self, progress: Progress) -> ChatChunkChoice:
-        return ChatChunkChoice(
+    def _chunk_choice(self, progress: Progress) -> protocol.ChatChunkChoice:
+        return protocol.ChatChunkChoice(
             index=progress.choice,
-            delta=Delta(content=progress.text) if progress.text else Delta(),
+            delta=protocol.Delta(content=progress.text) if progress.text else protocol.Delta(),
             logprobs=self._logprobs(progress),
             finish_reason=progress.finish,
             routing=self._routing(progress),
         )
 
-    def _logprobs(self, progress: Progress) -> ChatLogprobs | None:
+    def _logprobs(self, progress: Progress) -> protocol.ChatLogprobs | None:
         if not self.request.logprobs:
             return None
-        return ChatLogprobs(content=[_chat_token(token) for token in progress.tokens])
+        return protocol.ChatLogprobs(content=[_chat_token(token) for token in progress.tokens])
 
 
-def _chat_token(token: ScoredToken) -> ChatToken:
-    best = [TopToken(token=t, logprob=p, bytes=_bytes_of(t)) for t, p in token.top]
+def _chat_token(token: ScoredToken) -> protocol.ChatToken:
+    best = [protocol.TopToken(token=t, logprob=p, bytes=_bytes_of(t)) for t, p in token.top]
     own = token.logprob if token.logprob is not None else 0.0
-    return ChatToken(token=token.text, logprob=own, bytes=_bytes_of(token.text), top_logprobs=best)
+    return protocol.ChatToken(
+        token=token.text, logprob=own, bytes=_bytes_of(token.text), top_logprobs=best
+    )
 
 
 def _bytes_of(text: str) -> list[int] | None:
     """The bytes of a token's text, None where it is part of a character, shown at its last one."""
     return None if UNFINISHED in text else list(text.encode())
+
+
+class PendingReply:
+    """The answers to one request, while they are computed."""
+
+    def __init__(
+        self,
+        engine: GenerationEngine,
+        builder: ResponseBuilder,
+        client: str,
+        deadline: Deadline,
+        done: Callable[[], None],
+    ) -> None:
+        """Queue all answers, due by `deadline`; `done` is called once, when the reply is closed.
+
+        Must be made in the event loop's thread. Raises ApiError when the queue has no room.
+        """
+        self.builder, self._engine, self._done = builder, engine, done
+        self._deadline, loop = deadline, asyncio.get_running_loop()
+        self._events: asyncio.Queue[Progress | Failure] = asyncio.Queue()
+
+        def deliver(event: Progress | Failure) -> None:
+            loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._sequences = [
+            ActiveSequence(
+                builder.prepared.runner,
+                each.prompt.tokens,
+                each.decoding,
+                deliver,
+                choice,
+                client,
+                each.experts,
+                echoed=each.prompt.text if each.decoding.echo else "",
+            )
+            for choice, each in enumerate(builder.prepared.answers)
+        ]
+        engine.submit(self._sequences)
+
+    async def progress(self) -> AsyncIterator[Progress]:
+        """What is new, until all answers are finished.
+
+        Raises ApiError when the time is over or the engine failed.
+        """
+        left = len(self._sequences)
+        while left:
+            try:
+                event = await asyncio.wait_for(self._events.get(), self._deadline.left)
+            except asyncio.TimeoutError:
+                raise self._deadline.missed() from None
+            if isinstance(event, Failure):
+                raise ApiError(500, event.message)
+            left -= event.finish is not None
+            yield event
+
+    def close(self) -> None:
+        """Free the places of unfinished answers; must be called in any case."""
+        self._engine.cancel([each for each in self._sequences if each.finish is None])
+        done, self._done = self._done, lambda: None
+        done()
+
+    async def whole(self, request: Request) -> str:
+        """All answers at once, as JSON. A client that disconnects frees the reply's places."""
+        gone = asyncio.ensure_future(_gone(request))
+        work = asyncio.ensure_future(self._everything())
+        try:
+            await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ApiError(CLIENT_GONE, "The client went away.")
+            return work.result()
+        finally:
+            for task in (gone, work):
+                task.cancel()
+            self.close()
+
+    async def _everything(self) -> str:
+        events: list[list[Progress]] = [[] for _ in self._sequences]
+        size = 0
+        async for progress in self.progress():
+            events[progress.choice].append(progress)
+            size += progress.size
+        return await _written(size, lambda: self.builder.whole(events).model_dump_json())
+
+    async def events(self) -> AsyncIterator[str]:
+        """All answers as they come, as server-sent events."""
+        builder, options = self.builder, self.builder.request.stream_options
+        try:
+            for chunk in builder.opening():
+                yield _event(chunk)
+            async for progress in self.progress():
+                write = partial(_chunk_event, builder, progress)
+                yield await _written(progress.size, write)
+            if options is not None and options.include_usage:
+                yield _event(builder.closing())
+            yield "data: [DONE]\n\n"
+        except ApiError as error:
+            yield f"data: {json.dumps(error.body)}\n\n"
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _written(size: int, write: Callable[[], str]) -> str:
+    """The JSON that `write` returns, in a thread if it is large: the event loop serves others."""
+    return await run_in_threadpool(write) if size > LARGE else write()
+
+
+def _event(content: BaseModel) -> str:
+    return f"data: {content.model_dump_json()}\n\n"
+
+
+def _chunk_event(builder: ResponseBuilder, progress: Progress) -> str:
+    return _event(builder.chunk(progress))
+
+
+class EventStream(StreamingResponse):
+    """A reply's events; closes it when the client has them or is gone."""
+
+    def __init__(self, reply: PendingReply) -> None:
+        headers = {"Cache-Control": "no-store"}
+        super().__init__(reply.events(), media_type="text/event-stream", headers=headers)
+        self._reply = reply
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._reply.close()

@@ -1,14 +1,11 @@
-"""One answer while it is generated.
-
-Where an answer ends: the texts that its request wants it to stop before.
-"""
+"""One answer while it is generated: its next token, what it reports, and where it ends."""
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +15,7 @@ from ...analysis.traces import TraceStream
 from ...base.loading import Detokeniser, shown_as, text_of
 from ...routing.routers.router import Mixtures
 from .models import ModelRunner
+from .protocol import Finish
 
 
 def earliest(text: str, stops: Sequence[str], begin: int) -> int | None:
@@ -34,10 +32,6 @@ def held_back(text: str, stops: Sequence[str]) -> int:
             return length
     return 0
 
-
-# -------------------------------------------------------------------------------------------------
-# Choosing the next token, and log-probabilities of alternatives.
-# -------------------------------------------------------------------------------------------------
 
 COLDEST = 1e-4  # a temperature below is greedy: the best token's probability is 1 in any case
 SEEDS = 1 << 63
@@ -65,7 +59,7 @@ class Decoding:
 
     @property
     def scores_prompt(self) -> bool:
-        """True if the log-probabilities of the prompt's tokens are wanted."""
+        """Whether the log-probabilities of the prompt's tokens are wanted."""
         return self.echo and self.logprobs is not None
 
 
@@ -84,7 +78,7 @@ class TokenScores(NamedTuple):
 
 
 class Sampler:
-    """Chooses tokens with its own random generator, so that they don't depend on the batch."""
+    """Chooses tokens by a random generator of its own, so that they don't depend on the batch."""
 
     def __init__(self, decoding: Decoding, device: torch.device) -> None:
         self._generator: torch.Generator | None = None
@@ -127,12 +121,7 @@ def seed_of(seed: int | None, number: int) -> int:
     return (seed + number) % SEEDS
 
 
-# -------------------------------------------------------------------------------------------------
-# One answer while it is generated, and the events that it emits.
-# -------------------------------------------------------------------------------------------------
-
 PROMPT, ANSWER = 0, 1  # parts of a trace
-Finish = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -168,7 +157,7 @@ class Progress:
 
     @property
     def size(self) -> int:
-        """How many tokens it reports."""
+        """How many tokens it reports on."""
         return len(self.tokens) + sum(len(stream.tokens) for stream in self.routing)
 
 
@@ -205,7 +194,7 @@ class ActiveSequence:
         self.finish: Finish | None = None
         self.generated: list[int] = []
         self.shown: list[str] = []  # each generated token as text
-        self._routing: list[TraceStream] = []
+        self.routing: list[TraceStream] = []  # of tokens that passed the model, for the next event
         self._ends = () if decoding.ignores_end else runner.ends
         self._sampler = Sampler(decoding, runner.device)
         before = () if runner.is_encoder_decoder else self.prompt  # the text that it continues
@@ -221,7 +210,6 @@ class ActiveSequence:
 
     @property
     def is_over(self) -> bool:
-        """True if nothing more is to be computed."""
         return self.is_cancelled or self.finish is not None
 
     def emit_prompt(self, scores: Sequence[TokenScores]) -> None:
@@ -240,10 +228,6 @@ class ActiveSequence:
             is_special = not piece and self._echoed.startswith(text, end)
             end += len(text) if is_special else len(piece)
 
-    def add_routing(self, stream: TraceStream) -> None:
-        """Keep the routing of tokens that passed the model, for the next event."""
-        self._routing.append(stream)
-
     def advance(self, logits: Tensor) -> None:
         """Choose the next token by `logits` [V] and deliver what is new."""
         if self.decoding.max_tokens == 0:
@@ -255,7 +239,11 @@ class ActiveSequence:
         piece, begin = self._detokeniser.add(token), len(self._text)
         self._text += piece
         self.shown.append(shown_as(self.runner.tokenizer, token, piece))
-        scored = self._scored_answer(token, len(self._echoed) + begin, logits)
+        place = len(self._echoed) + begin
+        scored = ScoredToken(self.shown[-1], place)
+        if self.decoding.logprobs is not None:
+            (scores,) = token_scores(logits[None], [token], self.decoding.logprobs)
+            scored = self._scored(self.shown[-1], place, scores)
         self._unsent.append((len(self._text), scored))
         if token in self._ends:
             self.finish = "stop"
@@ -265,13 +253,6 @@ class ActiveSequence:
             self._text += self._detokeniser.rest()
         self._cut_at_stop(len(self._text) - begin)
         self._emit()
-
-    def _scored_answer(self, token: int, place: int, logits: Tensor) -> ScoredToken:
-        shown = self.shown[-1]
-        if self.decoding.logprobs is None:
-            return ScoredToken(shown, place)
-        (scores,) = token_scores(logits[None], [token], self.decoding.logprobs)
-        return self._scored(shown, place, scores)
 
     def _scored(self, text: str, place: int, scores: TokenScores) -> ScoredToken:
         tokenizer, own = self.runner.tokenizer, scores.own.token
@@ -302,9 +283,9 @@ class ActiveSequence:
         self._unsent = self._unsent[len(ready) :]
         text = self._text[self._sent : safe] if ready or self.finish else ""
         self._sent += len(text)
-        if self.finish and self._routing and self.shown:
-            self._routing.append(self._routing[-1].without_experts(self.shown[-1], ANSWER))
-        routing, self._routing = tuple(self._routing), []
+        if self.finish and self.routing and self.shown:
+            self.routing.append(self.routing[-1].without_experts(self.shown[-1], ANSWER))
+        routing, self.routing = tuple(self.routing), []
         if text or ready or routing or self.finish:
             tokens = tuple(token for _, token in ready)
             generated = len(self.generated)

@@ -1,187 +1,48 @@
-"""What the routes call: finds the model, starts a request, follows it to its reply.
-
-One request while its answers are computed: whole or as a stream.
-"""
+"""What the routes call: it finds the model and its routing, has the request read, and starts it."""
 
 from __future__ import annotations
 
 import asyncio
-import json
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import fields
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import anyio
 from fastapi import Request
-from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from ...analysis.routing_distribution import layers_and_kinds, site_label
 from ...base.untrusted_text import UntrustedText
-from ...config import Serving
+from ...config import Routing, Serving
 from ...errors import PhatgooseError
+from ...experts.pool import Pool
 from ...files.strict import shortened
-from .api_errors import CLIENT_GONE, ApiError, Deadline, bad_request, for_clients, without_paths
+from ...tasks.embeddings import without_downloads
 from .engine import GenerationEngine
-from .guards import CLIENT
-from .guards import REQUEST_BODY as BODY
-from .metrics import Metrics
-from .models import LoadedModel, ModelRunner, RoutingOverride
-from .readers import Readers
+from .guards import CLIENT, REQUEST_BODY, Metrics
+from .models import LoadedModel, ModelRunner, share_factors
+from .protocol import (
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Deadline,
+    Health,
+    ModelCard,
+    RoutingOverride,
+    Sites,
+    bad_request,
+    busy,
+    for_clients,
+    without_paths,
+)
 from .requests import PreparedRequest, RequestPreparer, parsed
-from .responses import ResponseBuilder, builder_of
-from .routing_cache import RoutingCache
-from .schema import ChatRequest, CompletionRequest, Health, ModelCard, Sites
-from .sequences import ActiveSequence, Failure, Progress
-
-LARGE = 256  # tokens in one event from which on JSON is written in a thread
-
-
-class PendingReply:
-    """The answers to one request, while they are computed."""
-
-    def __init__(
-        self,
-        engine: GenerationEngine,
-        builder: ResponseBuilder,
-        client: str,
-        deadline: Deadline,
-        done: Callable[[], None],
-    ) -> None:
-        """Queue all answers, due by `deadline`; `done` is called once, when the reply is closed.
-
-        Must be made in the event loop's thread. Raises ApiError when the queue has no room.
-        """
-        self.builder, self._engine, self._done = builder, engine, done
-        self._deadline, loop = deadline, asyncio.get_running_loop()
-        self._events: asyncio.Queue[Progress | Failure] = asyncio.Queue()
-
-        def deliver(event: Progress | Failure) -> None:
-            loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        runner, answers = builder.prepared.runner, builder.prepared.answers
-        self._sequences = [
-            ActiveSequence(
-                runner,
-                each.prompt.tokens,
-                each.decoding,
-                deliver,
-                choice,
-                client,
-                each.experts,
-                echoed=each.prompt.text if each.decoding.echo else "",
-            )
-            for choice, each in enumerate(answers)
-        ]
-        engine.submit(self._sequences)
-
-    async def progress(self) -> AsyncIterator[Progress]:
-        """What is new, until all answers are finished.
-
-        Raises ApiError when the time is over or the engine failed.
-        """
-        left = len(self._sequences)
-        while left:
-            try:
-                event = await asyncio.wait_for(self._events.get(), self._deadline.left)
-            except asyncio.TimeoutError:
-                raise self._deadline.missed() from None
-            if isinstance(event, Failure):
-                raise ApiError(500, event.message)
-            left -= event.finish is not None
-            yield event
-
-    def close(self) -> None:
-        """Free the places of unfinished answers; must be called in any case."""
-        self._engine.cancel([each for each in self._sequences if each.finish is None])
-        done, self._done = self._done, lambda: None
-        done()
-
-
-async def whole_answer(reply: PendingReply, request: Request) -> str:
-    """All answers at once, as JSON. A client that disconnects frees the reply's places."""
-    gone = asyncio.ensure_future(_gone(request))
-    work = asyncio.ensure_future(_everything(reply))
-    try:
-        await asyncio.wait({gone, work}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
-            raise ApiError(CLIENT_GONE, "The client went away.")
-        return work.result()
-    finally:
-        for task in (gone, work):
-            task.cancel()
-        reply.close()
-
-
-async def _everything(reply: PendingReply) -> str:
-    builder = reply.builder
-    events: list[list[Progress]] = [[] for _ in builder.prepared.answers]
-    size = 0
-    async for progress in reply.progress():
-        events[progress.choice].append(progress)
-        size += progress.size
-    return await _written(size, lambda: builder.whole(events).model_dump_json())
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-class EventStream(StreamingResponse):
-    """All answers as they come, in server-sent events."""
-
-    def __init__(self, reply: PendingReply) -> None:
-        super().__init__(_events(reply), media_type="text/event-stream")
-        self.headers["Cache-Control"] = "no-store"
-        self._reply = reply
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send everything; close the reply when the client has it or is gone."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._reply.close()
-
-
-async def _events(reply: PendingReply) -> AsyncIterator[str]:
-    builder = reply.builder
-    options = builder.request.stream_options
-    try:
-        for chunk in builder.opening():
-            yield _event(chunk)
-        async for progress in reply.progress():
-            yield await _written(progress.size, partial(_chunk, builder, progress))
-        if options is not None and options.include_usage:
-            yield _event(builder.closing())
-        yield "data: [DONE]\n\n"
-    except ApiError as error:
-        yield _event(error.body)
-
-
-def _chunk(builder: ResponseBuilder, progress: Progress) -> str:
-    return _event(builder.chunk(progress))
-
-
-async def _written(size: int, write: Callable[[], str]) -> str:
-    """The JSON that `write` returns, in a thread if it is large: the event loop serves others."""
-    return await run_in_threadpool(write) if size > LARGE else write()
-
-
-def _event(content: BaseModel | dict[str, Any]) -> str:
-    if isinstance(content, BaseModel):
-        return f"data: {content.model_dump_json(exclude_none=False)}\n\n"
-    return f"data: {json.dumps(content)}\n\n"
-
-
-# -------------------------------------------------------------------------------------------------
-# What the routes call: finds the model, prepares the request, starts it.
-# -------------------------------------------------------------------------------------------------
+from .responses import EventStream, PendingReply, builder_of
 
 PARSERS = 1  # bodies parsed at once: parsing holds Python's lock, so more threads would only wait
 SMALL = 1 << 14  # bytes of a body that is parsed sooner than a thread is started
@@ -190,6 +51,7 @@ STUCK = 30.0  # seconds after which a reader won't come back: three times what i
 SHOWN = 80  # characters of a name that an error repeats
 
 Wanted = TypeVar("Wanted", CompletionRequest, ChatRequest)
+Found = TypeVar("Found")
 
 
 class Service:
@@ -198,7 +60,9 @@ class Service:
     def __init__(self, models: Mapping[str, LoadedModel], limits: Serving) -> None:
         self.models, self.limits = models, limits
         self.metrics = Metrics()
-        self.engine = GenerationEngine(limits, self.metrics)
+        self.engine = engine = GenerationEngine(limits, self.metrics.batch.observe)
+        self.metrics.waiting.set_function(lambda: engine.waiting)
+        self.metrics.running.set_function(lambda: engine.running)
         self.begun = int(time.time())
         self.routings = RoutingCache(models, limits.max_routings)
         self._parsers = anyio.CapacityLimiter(PARSERS)
@@ -208,7 +72,6 @@ class Service:
         self._texts = {id(each): _Texts(UntrustedText(each), Readers(1)) for each in tokenizers}
 
     def start(self) -> None:
-        """Begin to compute answers."""
         self.engine.start()
         for each in self._texts.values():
             each.process.start()
@@ -217,13 +80,10 @@ class Service:
         """Stop reading and computing, and wait a while for routings being composed."""
         for each in self._texts.values():
             each.process.close()
-            each.readers.stop()
-        self._lookups.stop()
         self.engine.stop()
         self.routings.stop(self.limits.shutdown_timeout)
 
     def health(self) -> Health:
-        """Whether answers are computed, and what is going on."""
         readers = [self._lookups, *(each.readers for each in self._texts.values())]
         running = [seconds for each in readers for seconds in each.running()]
         stuck = sum(seconds > STUCK for seconds in running)
@@ -238,11 +98,9 @@ class Service:
         )
 
     def cards(self) -> list[ModelCard]:
-        """The cards of all models."""
         return [self.card(loaded) for loaded in self.models.values()]
 
     def card(self, loaded: LoadedModel) -> ModelCard:
-        """What clients can read about a model."""
         parts, runner = loaded.parts, loaded.runner
         return ModelCard(
             id=loaded.settings.name,
@@ -270,12 +128,10 @@ class Service:
         return loaded
 
     async def answer(self, wanted: type[Wanted], http: Request) -> Response:
-        """The answer to a request, whole or as a stream. Raises ApiError when there is none.
-
-        The event loop only waits here: slow work is done in threads, a few at a time.
-        """
+        """The answer to a request, whole or as a stream. Raises ApiError when there is none."""
+        # The event loop only waits here: slow work is done in threads, a few at a time.
         deadline = Deadline.after(self.limits.timeout)
-        body, client = http.scope[BODY], http.scope[CLIENT]
+        body, client = http.scope[REQUEST_BODY], http.scope[CLIENT]
         content = body.content
         if len(content) > SMALL:
             request = await anyio.to_thread.run_sync(parsed, wanted, content, limiter=self._parsers)
@@ -295,9 +151,8 @@ class Service:
             def done() -> None:
                 found.release()
                 usage = builder.usage
-                self.metrics.count_tokens(
-                    request.model, usage.prompt_tokens, usage.completion_tokens
-                )
+                self.metrics.prompt.labels(request.model).inc(usage.prompt_tokens)
+                self.metrics.generated.labels(request.model).inc(usage.completion_tokens)
 
             reply = PendingReply(self.engine, builder, client, deadline, done)
         except BaseException:
@@ -305,7 +160,7 @@ class Service:
             raise
         if request.stream:
             return EventStream(reply)
-        return Response(await whole_answer(reply, http), media_type="application/json")
+        return Response(await reply.whole(http), media_type="application/json")
 
     async def _prepared(
         self,
@@ -317,12 +172,14 @@ class Service:
         """The request as tokens, with its experts; both are found in threads if that takes long."""
         texts = self._texts[id(runner.tokenizer)]
         preparer = RequestPreparer(runner, self.limits, texts.process)
-        read = partial(preparer.prompts, request)
-        prompts = await texts.readers.run(client, deadline, read)
+        prompts = await texts.readers.run(
+            client, deadline, lambda seconds: preparer.prompts(request, seconds)
+        )
         if not runner.looks_prompts_up:
             return preparer.prepare(request, prompts)
-        prepare = partial(preparer.prepare, request, prompts)
-        return await self._lookups.run(client, deadline, lambda _: prepare())
+        return await self._lookups.run(
+            client, deadline, lambda _: preparer.prepare(request, prompts)
+        )
 
 
 class _Texts(NamedTuple):
@@ -361,3 +218,216 @@ def _check_routing(request: CompletionRequest | ChatRequest, loaded: LoadedModel
     ):
         kind, kinds = shortened(detail.kind, SHOWN), ", ".join(sites.kinds)
         raise bad_request(f"There is no kind {kind}; kinds are {kinds}.", "routing")
+
+
+FOR_EACH = 2  # routings composed at once for one client: as many as the page shows side by side
+
+Key = tuple[str, Routing, tuple[str, ...]]  # model, routing, experts
+
+
+class Acquired(NamedTuple):
+    """A model for one request, which calls `release` when it is done."""
+
+    runner: ModelRunner
+    release: Callable[[], None] = lambda: None
+
+
+@dataclass(eq=False)
+class CachedRouting:
+    """A routing, composed or being composed for `client`, and how many `requests` need it."""
+
+    client: str
+    runner: asyncio.Future[ModelRunner]
+    requests: int = 0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.runner.done() and self.runner.exception() is None
+
+    def release(self) -> None:
+        self.requests -= 1
+
+
+class RoutingCache:
+    """At most `most` routings of `models`, composed off the engine's thread, oldest use first.
+
+    A request waits for its own routing, at most until its deadline, while others are served. The
+    least recently used routing that no request needs makes room for a new one. All methods run in
+    the event loop's thread, but for `_compose`.
+    """
+
+    def __init__(self, models: Mapping[str, LoadedModel], most: int) -> None:
+        self._models, self._most = models, most
+        self._cached: dict[Key, CachedRouting] = {}
+        self._composing = threading.Lock()  # one at a time: it takes all cores anyway
+        self._threads: list[threading.Thread] = []
+
+    @property
+    def composed(self) -> list[ModelRunner]:
+        return [each.runner.result() for each in list(self._cached.values()) if each.is_ready]
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._cached) - len(self.composed)
+
+    @property
+    def requests(self) -> int:
+        """How many requests need one or wait for one."""
+        return sum(each.requests for each in self._cached.values())
+
+    async def acquire(
+        self, loaded: LoadedModel, override: RoutingOverride, client: str, deadline: Deadline
+    ) -> Acquired:
+        """`loaded` with `override` applied, composed if it isn't cached.
+
+        Raises PhatgooseError for an impossible override, ApiError when too much is asked for at
+        once or it isn't there by the `deadline`.
+        """
+        if override == RoutingOverride():
+            return Acquired(loaded.runner)
+        routing, pool = await run_in_threadpool(loaded.overridden, override)
+        if loaded.parts and (routing, pool.names) == (loaded.routing, loaded.parts.experts):
+            return Acquired(loaded.runner)
+        key = (loaded.settings.name, routing, pool.names)
+        if key not in self._cached:
+            self._begin(key, loaded, pool, client)
+        cached = self._cached[key] = self._cached.pop(key)  # now the last
+        cached.requests += 1
+        try:
+            runner = await asyncio.wait_for(asyncio.shield(cached.runner), deadline.left)
+        except BaseException as error:
+            cached.release()
+            if isinstance(error, asyncio.TimeoutError):
+                seconds = f"{deadline.seconds:g} seconds"
+                message = f"The routing wasn't composed in {seconds}; it goes on."
+                raise ApiError(504, message, code="timeout") from None
+            raise
+        return Acquired(runner, cached.release)
+
+    def stop(self, seconds: float) -> None:
+        """Wait for what is being composed, `seconds` at most."""
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+
+    def _begin(self, key: Key, loaded: LoadedModel, pool: Pool, client: str) -> None:
+        """Start to compose a routing. Raises ApiError when there is no room for it."""
+        clients = [each.client for each in self._cached.values() if not each.is_ready]
+        if len(clients) >= self._most or clients.count(client) >= FOR_EACH:
+            raise busy("Too many routings are being composed; try again in a while.", 5)
+        if len(self._cached) >= self._most:
+            unused = (k for k, each in self._cached.items() if each.is_ready and not each.requests)
+            if (oldest := next(unused, None)) is None:
+                raise busy("Too many different routings are in use; try again in a while.", 5)
+            del self._cached[oldest]
+        thread, runner = in_thread(lambda: self._compose(loaded, pool, key[1]))
+        self._threads = [each for each in self._threads if each.is_alive()] + [thread]
+        runner.add_done_callback(lambda done: done.exception() and self._cached.pop(key))
+        self._cached[key] = CachedRouting(client, runner)
+
+    def _compose(self, loaded: LoadedModel, pool: Pool, routing: Routing) -> ModelRunner:
+        with self._composing, without_downloads():  # a client must not start downloads
+            model = loaded.compose(pool, routing)
+            runners = [*(each.runner for each in self._models.values()), *self.composed]
+            share_factors(model, [runner.model for runner in runners])
+            return ModelRunner(model, loaded.base.tokenizer)
+
+
+class Readers:
+    """Up to `most` works at once, in threads; the client served longest ago is next.
+
+    All methods are for the event loop's thread.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+        self._waiting: dict[str, deque[asyncio.Future[None]]] = {}  # in the order of turns
+        self._begun: dict[object, float] = {}
+
+    @property
+    def waiting(self) -> int:
+        return sum(not place.done() for line in self._waiting.values() for place in line)
+
+    def running(self) -> list[float]:
+        """For how many seconds each running work has run."""
+        now = asyncio.get_running_loop().time()
+        return [now - begun for begun in self._begun.values()]
+
+    async def run(self, client: str, deadline: Deadline, work: Callable[[float], Found]) -> Found:
+        """What `work` returns; it is told how many seconds are left, and runs in a thread.
+
+        Raises what it does, and ApiError at the deadline: the work then goes on, in its place,
+        until it returns.
+        """
+        try:
+            await self._turn(client, deadline)
+        except asyncio.TimeoutError:
+            raise deadline.missed() from None
+        try:
+            if not (seconds := deadline.left):
+                raise deadline.missed()
+            _, result = in_thread(lambda: work(seconds))
+        except BaseException:  # also where no more threads can be started
+            self._pass_on()
+            raise
+        self._begun[result] = asyncio.get_running_loop().time()
+        result.add_done_callback(self._finished)
+        await asyncio.wait([result], timeout=deadline.left)
+        if not result.done():
+            raise deadline.missed()
+        return result.result()  # which may raise a TimeoutError of the work's own
+
+    async def _turn(self, client: str, deadline: Deadline) -> None:
+        if self._free:
+            self._free -= 1
+            return
+        place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.setdefault(client, deque()).append(place)
+        try:
+            await asyncio.wait_for(asyncio.shield(place), deadline.left)
+        except BaseException:
+            if place.done():  # the turn came as this one gave up
+                self._pass_on()
+            place.cancel()
+            raise
+
+    def _finished(self, result: asyncio.Future[Any]) -> None:
+        del self._begun[result]
+        self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Give a thread's place to the next in turn."""
+        while self._waiting:
+            client = next(iter(self._waiting))
+            line = self._waiting.pop(client)
+            place = line.popleft()
+            if line:
+                self._waiting[client] = line  # behind the others
+            if not place.done():
+                place.set_result(None)
+                return
+        self._free += 1
+
+
+def in_thread(work: Callable[[], Found]) -> tuple[threading.Thread, asyncio.Future[Found]]:
+    """A daemon thread that does `work`, and what comes of it. For the event loop's thread.
+
+    Threads of asyncio and anyio are waited for when the process ends, even one that is stuck.
+    """
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[Any] = loop.create_future()
+    result.add_done_callback(lambda done: done.cancelled() or done.exception())  # it may be unseen
+
+    def run() -> None:
+        try:
+            end = partial(result.set_result, work())
+        except Exception as error:
+            end = partial(result.set_exception, error)
+        except BaseException as error:  # a panic in Rust
+            end = partial(result.set_exception, RuntimeError(str(error)))
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(end)
+
+    thread = threading.Thread(target=run, name="phatgoose-work", daemon=True)
+    thread.start()
+    return thread, result

@@ -1,10 +1,4 @@
-"""Cells of a comparison: one row on one dataset, with the code and machine that scored it.
-
-The version of the code that decides what a score is: results of another version are outdated.
-
-It is a hash of definitions, wherever they stand. Finished results stay valid when files are moved,
-split or joined, and when comments, docstrings or layout change.
-"""
+"""Cells of a comparison: one row on one dataset, with the code and machine that scored it."""
 
 from __future__ import annotations
 
@@ -40,7 +34,7 @@ from ...routing.routers.prompt_router import PromptReader, RememberedStates
 from ...routing.routers.registry import ROUTERS
 from ...tasks.encoding import Encoder
 from ..evaluate import Answer, EvaluationSet, Questions, TaskScore, score, task_score
-from .methods import Row, RowLocation
+from .methods import Row
 
 PACKAGE = Path(__file__).parents[2]
 HOMES = [spec.home.rpartition(".")[0] for spec in ROUTERS.values() if isinstance(spec.home, str)]
@@ -58,19 +52,18 @@ SCORING = (  # these, and all that they import; registries import routers and ki
 )
 RELEASE = re.compile(r'^__version__ = "(.+)"$', re.MULTILINE)  # read: the root imports this module
 KERNEL = PACKAGE / "routing" / "kernels" / "native.cpp"
+Import = tuple[int, str | None, tuple[str, ...]]  # level, module, names
 
 
 @cache
 def code_version() -> str:
-    """The release and a hash of all definitions that decide what a score is.
+    """The release and a hash of all definitions that decide what a score is, wherever they are.
 
-    They are the statements at the top of the scoring modules and of every module that these
-    import, without imports of our own and `__all__`, each once and in no order; and the source of
-    the native kernel.
+    They are the top-level statements of the scoring modules and of every module that these import,
+    without comments, docstrings, imports of our own and `__all__`, each once and in no order, and
+    the source of the native kernel. So results stay valid when files are moved, split or joined.
     """
-    definitions = {
-        text for module in _imported_by(SCORING) for text in _contents(module).definitions
-    }
+    definitions = {text for module in _imported_by(SCORING) for text in _contents(module)[1]}
     digest = hashlib.sha256()
     for definition in sorted(definitions):
         digest.update(definition.encode())
@@ -85,52 +78,37 @@ def _imported_by(modules: tuple[str, ...]) -> set[str]:
     waiting = list(modules)
     while waiting:
         module = waiting.pop()
-        if module not in found:
-            found.add(module)
-            waiting.extend(_imports(module))
+        if module in found:
+            continue
+        found.add(module)
+        package = module.split(".")
+        if _file(module).name != "__init__.py":
+            package = package[:-1]
+        for level, source, names in _contents(module)[0]:
+            origin = ".".join([*package[: len(package) - level + 1], *([source] if source else [])])
+            possible = (origin, *(f"{origin}.{name}".lstrip(".") for name in names))
+            waiting += [name for name in possible if name and _file(name).is_file()]
     return found
 
 
-def _imports(module: str) -> Iterator[str]:
-    package = module.split(".")
-    if _file(module).name != "__init__.py":
-        package = package[:-1]
-    for level, source, names in _contents(module).imports:
-        above = package[: len(package) - level + 1]
-        origin = ".".join([*above, *([source] if source else [])])
-        for name in (origin, *(f"{origin}.{each}".lstrip(".") for each in names)):
-            if name and _file(name).is_file():
-                yield name
-
-
-@dataclass(frozen=True)
-class _Contents:
-    """What a file says: `imports` of our own as (level, module, names), and its `definitions`.
-
-    Definitions are the statements at its top, as text that no move changes.
-    """
-
-    imports: tuple[tuple[int, str | None, tuple[str, ...]], ...]
-    definitions: tuple[str, ...]
-
-
-def _contents(module: str) -> _Contents:
+def _contents(module: str) -> tuple[tuple[Import, ...], tuple[str, ...]]:
+    """A module's imports of our own, and its definitions as text that no move changes."""
     return _contents_of(_file(module).read_text(encoding="utf-8"))
 
 
 @lru_cache(maxsize=1024)
-def _contents_of(text: str) -> _Contents:
+def _contents_of(text: str) -> tuple[tuple[Import, ...], tuple[str, ...]]:
     tree = ast.parse(text)
     imports = tuple(
         (node.level, node.module, tuple(alias.name for alias in node.names))
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and node.level
     )
-    return _Contents(imports, tuple(map(ast.dump, _Essence().visit(tree).body)))
+    return imports, tuple(map(ast.dump, _Essence().visit(tree).body))
 
 
 class _Essence(ast.NodeTransformer):
-    """Removes what doesn't decide a score: docstrings, imports of our own and `__all__`."""
+    """Removes what doesn't decide a score."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -147,9 +125,6 @@ class _Essence(ast.NodeTransformer):
     def visit_Assign(self, node: ast.Assign) -> ast.AST | None:
         return None if ast.unparse(node.targets[0]) == "__all__" else self.generic_visit(node)
 
-    def visit_AugAssign(self, node: ast.AugAssign) -> ast.AST | None:
-        return None if ast.unparse(node.target) == "__all__" else self.generic_visit(node)
-
 
 def _file(module: str) -> Path:
     place = PACKAGE.joinpath(*module.split("."))
@@ -157,21 +132,17 @@ def _file(module: str) -> Path:
     return package if package.is_file() else place.with_suffix(".py")
 
 
-# -------------------------------------------------------------------------------------------------
-# When, by which commit and on what machine a comparison was made: what its file says of itself.
-# -------------------------------------------------------------------------------------------------
-
 PROCESSORS = Path("/proc/cpuinfo")
 SECONDS = 20  # for git
 DIGITS = 9  # of a commit
 
 
 def circumstances(device: torch.device, results: Path) -> dict[str, str | None]:
-    """`date`, `commit` and `machine` of a comparison on `device`, whose cells are in `results`.
+    """`date` of the last finished cell (UTC), `commit` of this package and `machine` of a
+    comparison.
 
-    The date, UTC, is that of the last finished cell. The commit is that of this package, None where
-    it is installed. The machine is its GPU or its processor, and the number of cores; workers
-    elsewhere may have other ones.
+    The commit is None if the package is installed. The machine is the GPU or processor of `device`
+    and the number of cores; workers elsewhere may have other ones.
     """
     finished = datetime.fromtimestamp(results.stat().st_mtime, timezone.utc)
     return {
@@ -182,10 +153,7 @@ def circumstances(device: torch.device, results: Path) -> dict[str, str | None]:
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit of the checkout that `folder` is part of, with "+changes" where its files differ.
-
-    None where it is part of none, or there is no git.
-    """
+    """The commit of the checkout of `folder`, with "+changes" if its files differ, None without."""
     if not _git(folder, "ls-files", "."):  # no checkout, or one of somebody else's
         return None
     changed = _git(folder, "status", "--porcelain", "--untracked-files=no", ".")
@@ -194,7 +162,6 @@ def commit_of(folder: Path) -> str | None:
 
 
 def _git(folder: Path, *words: str) -> str | None:
-    """What git says of `folder`, None where it says nothing or there is no git."""
     git = shutil.which("git")
     if git is None:
         return None
@@ -219,11 +186,6 @@ def chip_of(device: torch.device) -> str:
     return next(names, "") or platform.processor() or platform.machine()
 
 
-# -------------------------------------------------------------------------------------------------
-# Answers that rows share: where one expert alone serves an input, it has answered already.
-# -------------------------------------------------------------------------------------------------
-
-
 def may_share(settings: Mapping[str, Any]) -> bool:
     """True for a row whose `settings` say that its router chooses for whole inputs."""
     return "input_k" in settings
@@ -231,7 +193,10 @@ def may_share(settings: Mapping[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class SharedAnswers:
-    """What single experts answered: by expert and dataset, the results as they are stored."""
+    """What single experts answered: by expert and dataset, the results as they are stored.
+
+    If one expert alone serves an input, it has answered already.
+    """
 
     results: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
@@ -262,16 +227,12 @@ class SharedAnswers:
         return replace(found, ties=ties, cuts=questions.cuts)
 
 
-# -------------------------------------------------------------------------------------------------
-# Cells of a comparison: one row on one dataset, scored by a worker of an engine.
-# -------------------------------------------------------------------------------------------------
-
 Scorer = Callable[["Cell"], dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """The job of one cell; `key` identifies its result in the store."""
+    """The job of scoring one row on one dataset; `key` identifies its result in the store."""
 
     row: str
     dataset: str
@@ -280,7 +241,6 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
         return f"{self.row} on {self.dataset}"
 
     @property
@@ -308,72 +268,62 @@ def cell_of(row: Row, dataset: EvaluationSet, base: Base) -> Cell:
 
 @dataclass(frozen=True)
 class CellWorkshop:
-    """Scores cells with a base, from rows and datasets by name."""
+    """Scores cells with a base, from rows and datasets by name.
 
-    base: Base
+    One for another process has the locations of base and experts, which it loads itself, each once,
+    and the version of the `code` that it was made by.
+    """
+
+    base: Base | BaseLocation
     rows: Mapping[str, Row]
     datasets: Mapping[str, EvaluationSet]
     shared: SharedAnswers = field(default_factory=SharedAnswers)
+    code: str = ""
 
     @contextmanager
     def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
         """A function that scores a cell and returns its result as it is stored.
 
         A row stays composed until a cell of another row comes, and rows that go by the same
-        readings of the base share them. Closing the context restores the base.
+        readings of the base share them. Closing the context restores the base. Raises
+        EvaluationError if another version of the code is here than the one that began.
         """
+        base, rows = self._loaded()
         remembered = RememberedStates()
         with ExitStack() as composed:
             at: str | None = None
-            opened = OpenedModel(self.base.model, self.base.tokenizer)
+            opened = OpenedModel(base.model, base.tokenizer)
 
             def score(cell: Cell) -> dict[str, Any]:
                 nonlocal at, opened
                 if cell.row != at:
                     at = None
                     composed.close()
-                    opened = composed.enter_context(self.rows[cell.row].model(self.base))
+                    opened = composed.enter_context(rows[cell.row].model(base))
                     at = cell.row
-                    if opened.model is self.base.model:
+                    if opened.model is base.model:
                         _remember(opened, remembered)
                 return _score(opened, self.datasets[cell.dataset], self.shared)
 
             yield score
 
-    def portable(self) -> PortableCellWorkshop:
-        """The workshop for another process, by the locations of base and experts."""
-        rows = {name: row.portable() for name, row in self.rows.items()}
-        base = BaseLocation.of(self.base)
-        return PortableCellWorkshop(base, rows, self.datasets, code_version(), self.shared)
-
-
-@dataclass(frozen=True)
-class PortableCellWorkshop:
-    """A `CellWorkshop` for another process, which loads base and experts itself, each once."""
-
-    base: BaseLocation
-    rows: Mapping[str, RowLocation]
-    datasets: Mapping[str, EvaluationSet]
-    code: str
-    shared: SharedAnswers
-
-    @contextmanager
-    def open(self, tell: Callable[[int], None]) -> Iterator[Scorer]:
-        """As `CellWorkshop`. Raises EvaluationError when the code here has another version."""
+    def _loaded(self) -> tuple[Base, Mapping[str, Row]]:
+        if not isinstance(self.base, BaseLocation):
+            return self.base, self.rows
         if self.code != code_version():
             raise EvaluationError(
                 f"A worker runs phatgoose {code_version()}, but the comparison was begun with "
                 f"{self.code}; install the same version on all machines."
             )
-        loaded: dict[str, Expert] = {}
-        rows = {name: row.open(loaded) for name, row in self.rows.items()}
-        workshop = CellWorkshop(self.base.load(), rows, self.datasets, self.shared)
-        with workshop.open(tell) as score:
-            yield score
+        experts: dict[str, Expert] = {}
+        return self.base.load(), {name: row.loaded(experts) for name, row in self.rows.items()}
 
-    def portable(self) -> PortableCellWorkshop:
-        """Itself."""
-        return self
+    def portable(self) -> CellWorkshop:
+        if isinstance(self.base, BaseLocation):
+            return self
+        rows = {name: row.portable() for name, row in self.rows.items()}
+        base = BaseLocation.of(self.base)
+        return replace(self, base=base, rows=rows, code=code_version())
 
 
 def _remember(opened: OpenedModel, remembered: RememberedStates) -> None:
@@ -384,10 +334,9 @@ def _remember(opened: OpenedModel, remembered: RememberedStates) -> None:
 
 
 def _score(opened: OpenedModel, dataset: EvaluationSet, shared: SharedAnswers) -> dict[str, Any]:
-    """The result of one cell, as it is stored.
+    """The result of one cell, as it is stored: `tied` are examples with several best choices.
 
-    `tied` names examples with several best choices; `rows`, where several examples were made of one
-    row, which they were made of.
+    `rows`, if several examples were made of one row, tells which they were made of.
     """
     begun = time.monotonic()
     encoder = Encoder.for_model(opened.model, opened.tokenizer, dataset.settings.formatting)

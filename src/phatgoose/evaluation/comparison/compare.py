@@ -32,15 +32,8 @@ from ...tasks.suites.registry import open_suite
 from ...tasks.task import Task
 from ..evaluate import MAX_NEW_TOKENS, TOKEN_BUDGET, EvaluationSet, ScoringSettings
 from ..intervals import Sample
-from .cells import (
-    Cell,
-    CellWorkshop,
-    SharedAnswers,
-    cell_of,
-    circumstances,
-    code_version,
-    may_share,
-)
+from . import cells as scoring
+from .cells import CellWorkshop, SharedAnswers
 from .methods import DERIVED, METHODS, Row, reference_row, rows_of, runnable_methods, single_rows
 from .result_store import ResultStore
 from .tables import Comparison, Result, write_tables
@@ -50,9 +43,12 @@ RESULTS = "results.jsonl"
 logger = logging.getLogger(__name__)
 
 
+Source = Suite | Task | str | Path
+
+
 def compare(
     pool: Pool | str | Path,
-    suites: Iterable[Suite | Task | str | Path] | Suite | Task | str | Path,
+    suites: Iterable[Source] | Source,
     methods: Iterable[str] | str = "all",
     *,
     out: str | Path,
@@ -107,7 +103,7 @@ def compare(
         notes=tuple(notes),
         settings={
             **_settings(base, pool, settings, routing),
-            **circumstances(base.model.device, Path(out) / RESULTS),
+            **scoring.circumstances(base.model.device, Path(out) / RESULTS),
         },
     )
     comparison = _with_derived(comparison, wanted, pool)
@@ -118,7 +114,6 @@ def compare(
 def _settings(
     base: Base, pool: Pool, settings: ScoringSettings, routing: Routing
 ) -> dict[str, Any]:
-    """How everything was scored, as plain data."""
     return {
         "base": asdict(base.reference),
         "dtype": dtype_name(base.model.dtype),
@@ -133,17 +128,13 @@ def _settings(
         },
         "max_new_tokens": settings.max_new_tokens,
         "token_budget": settings.token_budget,
-        "code": code_version(),
+        "code": scoring.code_version(),
         "formatting": asdict(settings.formatting),
     }
 
 
 def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
-    """Refuse what can't be compared, before hours of computing.
-
-    That is a routed base, an empty comparison, an expert with the name of another row, and experts
-    of another base.
-    """
+    """Refuse what can't be compared, before hours of computing."""
     if hasattr(base.model, ROUTED):
         raise RoutingError("This base model is routed already; detach it first.")
     if not rows and not singles:
@@ -157,25 +148,17 @@ def _check(base: Base, rows: Sequence[Row], singles: Sequence[Row]) -> None:
             check_base(row.base, base.reference, row.label)
 
 
-def _opened(suite: Suite | Task | str | Path) -> Suite:
-    """The suite of this name or place, or a task as a suite of its own."""
-    if isinstance(suite, Task):
-        task = suite
-        entry = Entry(task.name, lambda _: task, task.metrics, task.max_new_tokens)
-        return Suite(task.name, (entry,))
-    return suite if isinstance(suite, Suite) else open_suite(suite)
-
-
 def _load(
-    suites: Iterable[Suite | Task | str | Path] | Suite | Task | str | Path,
-    sources: Sources | None,
-    settings: ScoringSettings,
+    suites: Iterable[Source] | Source, sources: Sources | None, settings: ScoringSettings
 ) -> tuple[dict[str, tuple[str, ...]], dict[str, EvaluationSet]]:
-    """(datasets' names by suite, datasets by name); raises TaskError for names that clash."""
+    """(datasets' names by suite, datasets by name)."""
     columns: dict[str, tuple[str, ...]] = {}
     datasets: dict[str, EvaluationSet] = {}
     for suite in [suites] if isinstance(suites, str | Path | Suite | Task) else suites:
-        opened = _opened(suite)
+        if isinstance(suite, Task):
+            opened = _suite_of(suite)
+        else:
+            opened = suite if isinstance(suite, Suite) else open_suite(suite)
         if opened.name in columns:
             raise TaskError(f"Two suites are called {opened.name!r}; rename one.")
         for task in opened.load(sources):
@@ -186,6 +169,11 @@ def _load(
     if not datasets:
         raise TaskError("No suite was given to compare on.")
     return columns, datasets
+
+
+def _suite_of(task: Task) -> Suite:
+    entry = Entry(task.name, lambda _: task, task.metrics, task.max_new_tokens)
+    return Suite(task.name, (entry,))
 
 
 def _report_inputs(
@@ -208,59 +196,49 @@ def _run(
     store: ResultStore,
     engine: Engine,
 ) -> dict[str, dict[str, Result]]:
-    """Every row's result on every dataset, computed by `engine` where the store has none.
+    """Every row's result on every dataset, computed by `engine` if the store has none.
 
     Rows that may leave inputs to single experts come last: these have answered by then.
     """
     every = {row.name: row for row in (*rows, *singles)}
     cells = {
-        name: [cell_of(row, dataset, base) for dataset in datasets.values()]
+        name: [scoring.cell_of(row, dataset, base) for dataset in datasets.values()]
         for name, row in every.items()
     }
-    missing = _distinct(
-        cell for each in cells.values() for cell in each if store.get(cell.key) is None
-    )
-    sharing = {name for name, row in every.items() if singles and may_share(row.identity)}
+    missing = {  # by key: two rows may be one model
+        json.dumps(cell.key, sort_keys=True): cell
+        for each in cells.values()
+        for cell in each
+        if store.get(cell.key) is None
+    }.values()
+
+    def stored(row: str) -> dict[str, Mapping[str, Any]]:
+        return {cell.dataset: store.get(cell.key) or {} for cell in cells[row]}
+
+    sharing = {name for name, row in every.items() if singles and scoring.may_share(row.identity)}
     first = [cell for cell in missing if cell.row not in sharing]
     last = [cell for cell in missing if cell.row in sharing]
     total = sum(map(len, cells.values()))
     finished = total - len(missing)
     with tqdm(total=total, initial=finished, desc="compare", unit="cell", disable=None) as bar:
         for part in filter(None, (first, last)):
-            known = {row.name: _stored(cells[row.name], store) for row in singles if part is last}
+            known = {row.name: stored(row.name) for row in singles if part is last}
             workshop = CellWorkshop(base, every, datasets, SharedAnswers(known))
             with closing(engine.run(workshop, part, bar)) as results:
                 for cell, result in results:
                     store.add(cell.key, result)
                     finished += 1
                     logger.info("[%d/%d] %s: %.3f", finished, total, cell.name, result["score"])
-    found = {name: _stored(each, store) for name, each in cells.items()}
     return {
-        name: {dataset: _result(stored) for dataset, stored in each.items()}
-        for name, each in found.items()
+        name: {dataset: _result(result) for dataset, result in stored(name).items()}
+        for name in every
     }
 
 
-def _stored(cells: Iterable[Cell], store: ResultStore) -> dict[str, Mapping[str, Any]]:
-    """What the store has of `cells`, by dataset; all of them are there."""
-    return {cell.dataset: store.get(cell.key) or {} for cell in cells}
-
-
-def _distinct(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells without those of the same key: two rows may be one model."""
-    return list({json.dumps(cell.key, sort_keys=True): cell for cell in cells}.values())
-
-
 def _result(stored: Mapping[str, Any]) -> Result:
-    return Result(
-        task=stored["task"],
-        metric=stored["metric"],
-        low=stored["low"],
-        high=stored["high"],
-        ties=stored["ties"],
-        seconds=stored["seconds"],
-        sample=Sample.of(stored["metrics"], stored["marks"], stored.get("rows")),
-    )
+    plain = {name: stored[name] for name in ("task", "metric", "low", "high", "ties", "seconds")}
+    sample = Sample.of(stored["metrics"], stored["marks"], stored.get("rows"))
+    return Result(**plain, sample=sample)
 
 
 def _with_derived(comparison: Comparison, wanted: Sequence[str], pool: Pool) -> Comparison:

@@ -1,7 +1,4 @@
-"""The methods of a comparison, and the model that each composes.
-
-The methods of a comparison: the base, and every router of the registry (paper section 4.2).
-"""
+"""The methods of a comparison: the base, and every router of the registry (paper section 4.2)."""
 
 from __future__ import annotations
 
@@ -46,15 +43,11 @@ NAMES = {"lora": "LoRA factors"}  # of needs, for people, where their own name s
 
 
 def label_of(router: str) -> str:
-    """The name of a router in tables."""
     return METHODS.get(router, router)
 
 
 def label_with_settings(identity: Mapping[str, Any]) -> str:
-    """The name of the router of a row's `identity`, with every setting that isn't the usual one.
-
-    Such as "Discriminant, reading place = end, input k = 3".
-    """
+    """Such as "Discriminant, reading place = end, input k = 3", from a row's `identity`."""
     return ", ".join([label_of(identity["router"]), *unusual_settings(identity)])
 
 
@@ -73,8 +66,7 @@ def runnable_methods(
 ) -> tuple[list[str], list[str]]:
     """(names of the methods to run, notes on those of "all" that were left out).
 
-    Raises ConfigError for an unknown name; for a named one that can't be run PoolError, or
-    ConfigError where it can't have the settings in `routing`.
+    Raises ConfigError for an unknown name or settings that a named one can't have, else PoolError.
     """
     wanted = [methods] if isinstance(methods, str) else list(methods)
     for name in wanted:
@@ -118,10 +110,9 @@ Lacks = dict[str, tuple[str, ...]]  # by the name of an expert, what it has not
 
 
 def lacking(pool: Pool, *, stand_in: bool = False) -> dict[str, Lacks]:
-    """For each method that needs more than adapters, what experts lack of its needs.
+    """For each method that needs more than adapters, what experts lack of its needs, if anything.
 
-    Experts that lack nothing are not there. With `stand_in` LoRAs need no gates, where gates are
-    all that is needed.
+    With `stand_in` LoRAs need no gates, if gates are all that is needed.
     """
 
     def lacks(expert: Expert, need: str, needs: tuple[str, ...]) -> bool:
@@ -164,17 +155,12 @@ def _named(needs: tuple[str, ...]) -> tuple[str, str | None]:
     return " and ".join(NAMES.get(need, need) for need in needs), (*commands, None)[0]
 
 
-# -------------------------------------------------------------------------------------------------
-# The rows of a comparison: the model that each composes, and what identifies its results.
-# -------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Row:
     """One model of a comparison.
 
     `identity` differs from that of any other model. `pool` None means the model at `place`, or the
-    base alone where that is None too.
+    base alone if that is None too. In another process `locations` of experts stand for the pool.
     """
 
     name: str
@@ -183,6 +169,7 @@ class Row:
     pool: Pool | None = None
     routing: Routing | None = None
     place: str | None = None
+    locations: tuple[str, ...] = ()
 
     @property
     def base(self) -> BaseReference | None:
@@ -191,14 +178,31 @@ class Row:
             return self.pool.base
         return base_of(self.place) if self.place is not None and is_routed(self.place) else None
 
-    def portable(self) -> RowLocation:
-        """The row for another process, by the locations of its experts."""
+    def portable(self) -> Row:
+        """The row for another process, which `loaded` turns into this one."""
         place = None if self.place is None else absolute(self.place)
-        experts = None if self.pool is None else self.pool.records()
-        return RowLocation(
-            replace(self, pool=None, place=place),
-            None if experts is None else tuple(record["path"] for record in experts),
-        )
+        records = () if self.pool is None else self.pool.records()
+        locations = tuple(record["path"] for record in records)
+        return replace(self, pool=None, place=place, locations=locations)
+
+    def loaded(self, experts: dict[str, Expert]) -> Row:
+        """The row with its pool; experts that `experts`, by location, lacks are loaded and added.
+
+        Raises PoolError when the experts there are not those that the row was made of.
+        """
+        if not self.locations:
+            return self
+        for place in self.locations:
+            if place not in experts:
+                experts[place] = Expert.load(local_folder(place))
+        pool = Pool(tuple(experts[place] for place in self.locations))
+        row = pool_row(self.name, self.label, pool, self.routing or Routing())
+        if row.identity != self.identity:
+            raise PoolError(
+                f"{self.label}: the experts that this worker finds at {self.locations[0]} and the "
+                f"other places are not those that the comparison was begun with."
+            )
+        return row
 
     @contextmanager
     def model(self, base: Base) -> Iterator[OpenedModel]:
@@ -219,33 +223,6 @@ class Row:
                 detach(opened.model)
 
 
-@dataclass(frozen=True)
-class RowLocation:
-    """A row by the locations of its experts, for another process; None where it has no pool."""
-
-    row: Row
-    experts: tuple[str, ...] | None
-
-    def open(self, loaded: dict[str, Expert]) -> Row:
-        """The row; experts that `loaded`, by location, lacks are loaded and added to it.
-
-        Raises PoolError when the experts there are not those that the row was made of.
-        """
-        if self.experts is None:
-            return self.row
-        for place in self.experts:
-            if place not in loaded:
-                loaded[place] = Expert.load(local_folder(place))
-        pool = Pool(tuple(loaded[place] for place in self.experts))
-        row = pool_row(self.row.name, self.row.label, pool, self.row.routing or Routing())
-        if row.identity != self.row.identity:
-            raise PoolError(
-                f"{self.row.label}: the experts that this worker finds at {self.experts[0]} and "
-                f"the other places are not those that the comparison was begun with."
-            )
-        return row
-
-
 def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
     """The rows for those of `methods` that are not derived, in the order of METHODS."""
     rows = []
@@ -259,7 +236,6 @@ def rows_of(pool: Pool, methods: Sequence[str], routing: Routing) -> list[Row]:
 
 
 def single_rows(pool: Pool) -> list[Row]:
-    """A row for each expert of the pool, alone."""
     return [
         pool_row(name, name, pool.select([name]), Routing(router="single", k=1))
         for name in pool.names
@@ -269,8 +245,8 @@ def single_rows(pool: Pool) -> list[Row]:
 def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
     """A row for any other model: a routed model's folder, a pool, an expert, a base by id or path.
 
-    A pool is routed as PHATGOOSE, an expert stands alone. Raises ConfigError for a label that is
-    the name of a method, and what composing a pool would for its settings and experts.
+    A pool is routed as PHATGOOSE, an expert stands alone. Raises ConfigError for the label of a
+    method.
     """
     if label in METHODS:
         raise ConfigError(f"A reference can't be called {label!r}: that is the name of a method.")
@@ -287,7 +263,6 @@ def reference_row(label: str, place: str | Path, routing: Routing) -> Row:
 
 
 def pool_row(name: str, label: str, pool: Pool, routing: Routing) -> Row:
-    """The row of `pool` routed by `routing`."""
     spec = spec_of(routing.router)
     settings = {key: getattr(routing, key) for key in (*spec.settings, "kernel")}
     shared = [*spec.needs]

@@ -20,24 +20,23 @@ LOCK = ".lock"
 
 
 class ResultStore:
-    """Results by key in the JSON Lines file `path`, which the first result creates.
+    """Results by key (any JSON object) in the JSON Lines file `path`, which the first result
+    creates.
 
-    A key is any JSON object; equal content means equal key. Every result is on the disk when `add`
-    returns, so an interruption loses only the result being computed. Reading changes nothing: a
-    last line that was cut off is dropped from the file when the next result is added. Raises
-    EvaluationError when the file can't be read or written, is a symbolic link, or has a line that
-    is no result.
+    Every result is on the disk when `add` returns, so an interruption loses only the one in
+    progress. Reading changes nothing: a last line that was cut off goes when the next result is
+    added. Raises EvaluationError when the file can't be read or written, is a symbolic link, or has
+    a line that is no result.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._keys: dict[str, Mapping[str, Any]] = {}
-        self._results: dict[str, Mapping[str, Any]] = {}
+        self._records: dict[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {}
         self._cut_off_at: int | None = None
         for line in self._complete_lines():
             try:
                 record = json.loads(line)
-                self._keep(record["key"], record["result"])
+                self._records[_digest(record["key"])] = record["key"], record["result"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise EvaluationError(
                     f"{self.path} is no file of results: {line[:40]!r} is no result. Move it away."
@@ -67,8 +66,7 @@ class ResultStore:
             lock.release()
 
     def get(self, key: Mapping[str, Any]) -> Mapping[str, Any] | None:
-        """The result stored under `key`, None when there is none."""
-        return self._results.get(_digest(key))
+        return self._records.get(_digest(key), (key, None))[1]
 
     def add(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
         """Keep `result` under `key`, in memory and on the disk."""
@@ -84,21 +82,16 @@ class ResultStore:
                 os.fsync(file.fileno())
         except OSError as error:
             raise EvaluationError(f"{self.path} can't be written: {reason(error)}.") from error
-        self._keep(key, result)
+        self._records[_digest(key)] = key, result
 
     def items(self) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
         """(key, result) of all results, in the order in which they were first added."""
-        return ((key, self._results[digest]) for digest, key in self._keys.items())
-
-    def _keep(self, key: Mapping[str, Any], result: Mapping[str, Any]) -> None:
-        digest = _digest(key)
-        self._keys[digest], self._results[digest] = key, result
+        return iter(self._records.values())
 
     def __len__(self) -> int:
-        return len(self._results)
+        return len(self._records)
 
     def _complete_lines(self) -> Iterator[str]:
-        """The file's lines, without a last one that was cut off while it was written."""
         if self.path.is_symlink():
             raise EvaluationError(f"{self.path} is a symbolic link; results go to a file itself.")
         if not self.path.exists():

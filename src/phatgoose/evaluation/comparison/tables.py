@@ -17,17 +17,9 @@ from ..intervals import CONFIDENCE, Interval, Sample, dataset_replicates, interv
 from .methods import unusual_settings
 
 ANCHOR = "phatgoose"  # the row that all others are compared with, in pairs
-FORMULAS: tuple[str, ...] = (
-    "=",
-    "+",
-    "-",
-    "@",
-    "\t",
-    "\r",
-    "\n",
-)  # how cells of a spreadsheet's begin
-FORMULAS += ("\uff1d", "\uff0b", "\uff0d", "\uff20")  # the first four in full width
-ALL = "all datasets"  # the column over every suite's datasets, where there are several suites
+FORMULAS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")  # how formulas of spreadsheets begin
+ALL = "all datasets"  # the column over every suite's datasets, if there are several suites
+HEAD = ("method", "suite", "dataset", "metric", "score", "low", "high", "n", "ties", "seconds")
 
 
 def in_per_cent(score: float, low: float, high: float, form: str = ".1f") -> str:
@@ -49,29 +41,24 @@ class Result:
 
     @property
     def score(self) -> float:
-        """The mean over the dataset's metrics, from 0 to 1."""
         return self.sample.score
 
     @property
     def n(self) -> int:
-        """The number of examples."""
         return self.sample.n
 
     @property
     def in_per_cent(self) -> str:
-        """The score and its interval, as tables show them."""
         return in_per_cent(self.score, self.low, self.high)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
-        sample = self.sample
         return {
             "metric": self.metric,
-            "score": sample.score,
-            "by_metric": sample.by_metric,
+            "score": self.score,
+            "by_metric": self.sample.by_metric,
             "low": self.low,
             "high": self.high,
-            "n": sample.n,
+            "n": self.n,
             "ties": self.ties,
             "seconds": self.seconds,
         }
@@ -82,7 +69,7 @@ class Summary:
     """One model's mean over a suite's datasets, unweighted, with its interval.
 
     `difference` is this model's mean less PHATGOOSE's, its interval from the same resamples; both
-    are None for PHATGOOSE itself and where it was not run.
+    are None for PHATGOOSE itself and if it was not run.
     """
 
     mean: float
@@ -92,12 +79,10 @@ class Summary:
 
     @property
     def in_per_cent(self) -> str:
-        """The mean and its interval, as tables show them."""
         return in_per_cent(self.mean, self.interval.low, self.interval.high)
 
     @property
     def difference_in_points(self) -> str:
-        """The difference and its interval, as tables show them; empty where there is none."""
         if self.difference is None or self.difference_interval is None:
             return ""
         low, high = self.difference_interval.low, self.difference_interval.high
@@ -123,7 +108,6 @@ class Comparison:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """Its rows and how many datasets."""
         return f"<Comparison of {', '.join(self.results)} (datasets: {len(self.datasets)})>"
 
     @property
@@ -138,7 +122,7 @@ class Comparison:
         return tuple(dict.fromkeys(task for tasks in self.suites.values() for task in tasks))
 
     def title(self, row: str) -> str:
-        """The first cell of a row: its label, with a star where it is not zero-shot."""
+        """The first cell of a row: its label, with a star if it is not zero-shot."""
         return self.labels.get(row, row) + (" *" if row in self.choices else "")
 
     @cached_property
@@ -150,13 +134,16 @@ class Comparison:
                 name: [results[task].sample for task in tasks]
                 for name, results in self.results.items()
             }
-            replicates = dataset_replicates(samples)
+            drawn = dataset_replicates(samples)
             means = {
-                name: sum(sample.score for sample in parts) / len(parts)
-                for name, parts in samples.items()
+                name: sum(s.score for s in parts) / len(parts) for name, parts in samples.items()
             }
-            for name in self.results:
-                rows[name][column] = _summary(name, means, replicates)
+            for name, mean in means.items():
+                summary = Summary(mean, interval_of(drawn[name]))
+                if name != ANCHOR and ANCHOR in means:
+                    apart = interval_of(drawn[name] - drawn[ANCHOR])
+                    summary = Summary(mean, summary.interval, mean - means[ANCHOR], apart)
+                rows[name][column] = summary
         return rows
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,19 +173,19 @@ class Comparison:
     def to_csv(self) -> str:
         """One line per row and dataset, the single experts' included.
 
-        A name that a spreadsheet would take for a formula begins with an apostrophe.
+        A name that a spreadsheet would take for a formula begins with an apostrophe, as OWASP
+        advises against CSV injection: datasets are named after untrusted files.
         """
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(
-            ["method", "suite", "dataset", "metric", "score", "low", "high", "n", "ties", "seconds"]
-        )
+        writer.writerow(HEAD)
         for name, results in [*self.results.items(), *self.experts.items()]:
             for suite, tasks in self.suites.items():
                 for task in tasks:
                     r = results[task]
+                    texts = (name, suite, task, r.metric)
+                    names = [f"'{each}" if each.startswith(FORMULAS) else each for each in texts]
                     numbers = [f"{value:.6f}" for value in (r.score, r.low, r.high)]
-                    names = map(_no_formula, (name, suite, task, r.metric))
                     writer.writerow([*names, *numbers, r.n, r.ties, r.seconds])
         return text.getvalue()
 
@@ -208,8 +195,7 @@ class Comparison:
         return "\n".join("\n".join(part) + "\n" for part in map(list, parts) if part)
 
     def _means(self) -> Iterator[str]:
-        yield "## Means over datasets, in per cent, with 95 % intervals"
-        yield ""
+        yield "## Means over datasets, in per cent, with 95 % intervals\n"
         counts = [f"{column} ({len(tasks)})" for column, tasks in self.columns.items()]
         yield from markdown_table(
             ["method", *counts],
@@ -218,10 +204,9 @@ class Comparison:
                 for name, summaries in self.summaries.items()
             ),
         )
-        yield ""
         yield (
-            "Intervals resample the datasets and, within each, its examples; all methods share the "
-            "draws."
+            "\nIntervals resample the datasets and, within each, its examples; all methods share "
+            "the draws."
         )
         if self.choices:
             yield (
@@ -235,8 +220,7 @@ class Comparison:
     def _differences(self) -> Iterator[str]:
         if ANCHOR not in self.results:
             return
-        yield f"## Difference to {self.labels[ANCHOR]}, in points, with 95 % intervals in pairs"
-        yield ""
+        yield f"## Difference to {self.labels[ANCHOR]}, in points, with 95 % intervals in pairs\n"
         yield from markdown_table(
             ["method", *self.columns],
             (
@@ -247,10 +231,8 @@ class Comparison:
         )
 
     def _datasets(self) -> Iterator[str]:
-        yield "## Per dataset, in per cent"
-        yield ""
-        tasks = self.datasets
-        rows = {**self.results, **self.experts}
+        yield "## Per dataset, in per cent\n"
+        tasks, rows = self.datasets, {**self.results, **self.experts}
         first = next(iter(rows.values()))
         yield from markdown_table(
             ["method", *(f"{task} (n={first[task].n})" for task in tasks)],
@@ -259,23 +241,27 @@ class Comparison:
                 for name, results in rows.items()
             ),
         )
-        yield ""
-        yield _metrics({task: first[task].metric for task in tasks})
+        by_metric: dict[str, list[str]] = {}
+        for task in tasks:
+            by_metric.setdefault(first[task].metric, []).append(task)
+        listed = (f"{metric} ({', '.join(names)})" for metric, names in by_metric.items())
+        yield f"\nScored by {'; '.join(listed)}."
         for name, chosen in self.choices.items():
             said = ", ".join(f"{expert} for {task}" for task, expert in chosen.items())
             everywhere = set(chosen.values())
-            yield ""
-            yield f"{self.labels[name]}: {everywhere.pop() if len(everywhere) == 1 else said}."
+            yield f"\n{self.labels[name]}: {everywhere.pop() if len(everywhere) == 1 else said}."
 
     def _costs(self) -> Iterator[str]:
-        yield "## Cells and seconds of scoring"
-        yield ""
+        yield "## Cells and seconds of scoring\n"
         rows = {**self.results, **self.experts}
-        seconds = {name: sum(each.seconds for each in rows[name].values()) for name in rows}
         yield from markdown_table(
             ["model", "cells", "seconds"],
             (
-                [self._named(name), str(len(results)), f"{seconds[name]:.0f}"]
+                [
+                    self._named(name),
+                    str(len(results)),
+                    f"{sum(each.seconds for each in results.values()):.0f}",
+                ]
                 for name, results in rows.items()
                 if name not in self.choices
             ),
@@ -291,52 +277,20 @@ def write_tables(comparison: Comparison, folder: Path) -> None:
     Raises EvaluationError when that fails.
     """
     content = json.dumps(comparison.to_dict(), indent=2, ensure_ascii=False) + "\n"
-    for file, text in (
-        ("comparison.md", comparison.to_markdown()),
-        ("comparison.csv", comparison.to_csv()),
-        ("comparison.json", content),
-    ):
-        write_text(folder / file, text, EvaluationError)
-
-
-def _summary(name: str, means: Mapping[str, float], replicates: Mapping[str, Any]) -> Summary:
-    interval = interval_of(replicates[name])
-    if name == ANCHOR or ANCHOR not in means:
-        return Summary(means[name], interval)
-    return Summary(
-        means[name],
-        interval,
-        means[name] - means[ANCHOR],
-        interval_of(replicates[name] - replicates[ANCHOR]),
-    )
+    write_text(folder / "comparison.md", comparison.to_markdown(), EvaluationError)
+    write_text(folder / "comparison.csv", comparison.to_csv(), EvaluationError)
+    write_text(folder / "comparison.json", content, EvaluationError)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """The lines of a table in Markdown."""
-    yield _line(head)
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+    yield line(head)
     yield "|" + "---|" * len(head)
-    yield from map(_line, rows)
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _no_formula(name: str) -> str:
-    """`name` as a cell that spreadsheets show as it is: datasets are named after strangers' files.
-
-    As OWASP advises against CSV injection, with the wide forms that some programs read too.
-    """
-    return f"'{name}" if name.startswith(FORMULAS) else name
-
-
-def _metrics(by_task: Mapping[str, str]) -> str:
-    """Which metric scored which datasets, in a sentence."""
-    tasks: dict[str, list[str]] = {metric: [] for metric in by_task.values()}
-    for task, metric in by_task.items():
-        tasks[metric].append(task)
-    listed = (f"{metric} ({', '.join(names)})" for metric, names in tasks.items())
-    return f"Scored by {'; '.join(listed)}."
+    yield from map(line, rows)
 
 
 def _how(settings: Mapping[str, Any]) -> str:

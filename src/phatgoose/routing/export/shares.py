@@ -16,8 +16,7 @@ from ...base.blocks import headless
 from ...base.offloading import input_device
 from ...config import Formatting
 from ...errors import ConfigError, RoutingError, TaskError
-from ...tasks.cuts import Cuts
-from ...tasks.encoding import Encoder
+from ...tasks.encoding import Cuts, Encoder
 from ...tasks.neutral import neutral_examples
 from ...tasks.prompt_passes import continued
 from ...tasks.task import Example

@@ -1,6 +1,6 @@
 """Affinities: five ways to score activations against gates or mean activations.
 
-docs/first-study.md compares them. The symbols are those of `routers.vector_router`. M is the mean
+The first study compares them. The symbols are those of `routers.vector_router`. M is the mean
 activation of the pool at a site [n]: the mean over experts of the means that they share, none of
 which moves it by more than the pool's median is worth (`routers.bounds`).
 

@@ -1,6 +1,6 @@
 """PHATGOOSE per input: one expert for a whole input, chosen by gates.
 
-Not in the paper, which chooses for every token at every site anew. In docs/first-study.md a pool of
+Not in the paper, which chooses for every token at every site anew. In the first study a pool of
 weak experts does better with one of them alone, and gates find it without an embedder. With
 `input_k` above 1 the k experts with the highest mean affinities act together, weighted by the
 softmax of these means over `input_temperature`. The symbols are those of `routers.affinities`.

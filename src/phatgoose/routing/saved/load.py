@@ -51,6 +51,7 @@ def load(
         experts=saved.names,
         records=saved.records,
         routing=routing,
+        marks=found.marks,
     )
     inputs = {name: sites[name].in_features for name in saved.sites}
     held = SavedLookup(saved.info.get("lookup", {}), saved.tensors, len(saved.names), inputs)

@@ -25,11 +25,10 @@ SUFFIX = "\nAnswer:"  # the whole prompt: no instruction, no worked examples
 def bbh(*, complete: bool = False) -> Suite:
     """The suite "bbh": the 22 tasks of BIG-bench Hard that the paper's released code evaluates.
 
-    `complete` adds dyck_languages, the paper's 23rd, and names the suite "bbh-23". A prompt is a
-    row's input and a line "Answer:". A task's `test` holds all rows of the dataset's train and
-    validation splits (of three tasks from lukaemon/bbh: of its test split). With choices, every
-    choice that BIG-bench scores 1 is a right answer. `micro_batch_size` is the released code's for
-    evaluation; nothing is trained on these tasks.
+    `complete` adds dyck_languages, the paper's 23rd. A prompt is a row's input and a line
+    "Answer:". A task's `test` holds all rows of the dataset's train and validation splits (of three
+    tasks from lukaemon/bbh: of its test split). Every choice that BIG-bench scores 1 is a right
+    answer.
     """
     return _suite("bbh", "bbh-23", complete)
 

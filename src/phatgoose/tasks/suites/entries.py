@@ -45,18 +45,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Suite:
-    """A named list of datasets, in order."""
-
     name: str
     entries: tuple[Entry, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The datasets' names, in order."""
         return tuple(entry.name for entry in self.entries)
 
     def entry(self, name: str) -> Entry:
-        """The entry called `name`. Raises TaskError when there is none."""
         for entry in self.entries:
             if entry.name == name:
                 return entry
@@ -65,5 +61,4 @@ class Suite:
         )
 
     def load(self, sources: Sources | None = None) -> tuple[Task, ...]:
-        """Every dataset, loaded. Raises TaskError naming the one that can't be."""
         return tuple(entry.read(sources or Sources()) for entry in self.entries)

@@ -34,30 +34,21 @@ TRAIN_MOST = 500_000
 def flan() -> Suite:
     """The suite "flan": 166 tasks with a train and a validation split, in the paper's code's order.
 
-    The 36 + 7 of P3 are as in `t0_held_in` (the released code validates wsc, copa, hellaswag and
-    wic on every row in every original-task template). The others use the zero-shot rows that have
-    an input and a target. A tenth of them (10 000 at most), drawn with a fixed seed, is validation,
-    the rest (500 000 at most) training: the same rows as in the released code.
+    The 36 + 7 of P3 are as in `t0_held_in`. The others use the zero-shot rows that have an input
+    and a target. A tenth of them (10 000 at most), drawn with a fixed seed, is validation, the rest
+    (500 000 at most) training: the same rows as in the released code.
     """
     table = read_toml(Path(__file__).with_suffix(".toml"), "Suite", TaskError)
-    prompted = {
-        group: tuple(_prompted_entry(table["dataset"], row) for row in table[group])
-        for group in ("flan2021", "niv2", "addition")
-    }
-    return Suite(
-        "flan",
-        (
-            *t0_held_in().entries,
-            *prompted["flan2021"],
-            *prompted["niv2"],
-            *(held_in_entry(row) for row in table["p3"]),
-            *prompted["addition"],
-        ),
-    )
+    entries = [*t0_held_in().entries]
+    for group in ("flan2021", "niv2", "p3", "addition"):
+        if group == "p3":
+            entries += map(held_in_entry, table[group])
+        else:
+            entries += (_prompted_entry(table["dataset"], row) for row in table[group])
+    return Suite("flan", tuple(entries))
 
 
 def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
-    """The entry of a dataset whose rows are prompts, in a folder of the repository `dataset`."""
     most = row["max_length"] - 1  # it counts the decoder's start token
     folder = f"FLANV2/{row['path']}"
     task = Task(row["name"], source=f"{dataset}, {folder}", metrics=METRICS, max_new_tokens=most)
@@ -65,18 +56,10 @@ def _prompted_entry(dataset: str, row: Mapping[str, Any]) -> Entry:
     def read(sources: Sources) -> Task:
         return _split(task, list(_zero_shot_examples(sources, dataset, folder)))
 
-    return Entry(
-        task.name,
-        read,
-        metrics=METRICS,
-        max_new_tokens=most,
-        micro_batch_size=row["micro_batch_size"],
-        source=task.source,
-    )
+    return Entry(task.name, read, METRICS, most, row["micro_batch_size"], source=task.source)
 
 
 def _split(task: Task, examples: list[Example]) -> Task:
-    """`task` with the examples divided into training and validation."""
     order = np.random.RandomState(SPLIT_SEED).permutation(len(examples))
     count = min(int(len(examples) * VALIDATION_SHARE), VALIDATION_MOST)
     train = order[count:]

@@ -167,41 +167,36 @@ def _read_files(
 def _saved_dataset(folder: Path, request: _Request) -> Path | None:
     """The folder that `save_to_disk` wrote for the split; None if it did not write `folder`."""
     if (folder / "dataset_dict.json").is_file():
-        if (folder / request.split / "state.json").is_file():
-            return folder / request.split
-        raise _missing_split(
-            request, folder, {part.parent.name for part in folder.glob("*/state.json")}
-        )
-    if (folder / "state.json").is_file():  # one Dataset without splits
-        if request.split == "train":
-            return folder
-        raise _missing_split(request, folder, {"train"})
-    return None
+        parts = {path.parent.name: path.parent for path in folder.glob("*/state.json")}
+    elif (folder / "state.json").is_file():  # one Dataset without splits
+        parts = {"train": folder}
+    else:
+        return None
+    if request.split not in parts:
+        raise _missing_split(request, folder, set(parts))
+    return parts[request.split]
 
 
 def _files(root: Path, request: _Request) -> list[Path]:
-    """The files that hold the split. Raises TaskError when there are none."""
     declared = _declared_configs(root, request)
     name = request.config or _default_of(declared)
     if name is not None and name in declared:
         return _declared_files(root, declared[name], request)
-    folder = root
-    if request.config is not None:
-        places = [root / request.config, root / "default"]  # the Hub's export renames a single one
-        folders = [place for place in places if place.is_dir()]
-        folders += [root] if request.config == "default" else []
-        if not folders:
-            known = set(declared) or {path.name for path in root.iterdir() if path.is_dir()}
-            raise TaskError(
-                f"{request}: {root} has no configuration {request.config}; "
-                f"it has {', '.join(sorted(known)) or 'none'}."
-            )
-        folder = folders[0]
-    return _named_files(folder, request)
+    if request.config is None:
+        return _named_files(root, request)
+    places = [root / request.config, root / "default"]  # the Hub's export renames a single one
+    folders = [place for place in places if place.is_dir()]
+    folders += [root] if request.config == "default" else []
+    if not folders:
+        known = set(declared) or {path.name for path in root.iterdir() if path.is_dir()}
+        raise TaskError(
+            f"{request}: {root} has no configuration {request.config}; "
+            f"it has {', '.join(sorted(known)) or 'none'}."
+        )
+    return _named_files(folders[0], request)
 
 
 def _declared_configs(root: Path, request: _Request) -> Mapping[str, Mapping[str, Any]]:
-    """The configurations in the README's header, by name."""
     readme = root / "README.md"
     if not readme.is_file():
         return {}
@@ -302,7 +297,6 @@ def _groups(folder: Path, files: list[Path], fits: Callable[[str], bool]) -> dic
 
 
 def _missing_split(request: _Request, folder: Path, there: set[str]) -> TaskError:
-    """The error for a split that `folder` lacks, naming what is there instead."""
     if there:
         return TaskError(f"{request} isn't in {folder}; there are {', '.join(sorted(there)[:8])}.")
     return TaskError(

@@ -1,6 +1,6 @@
-"""P3: promptsource's templates, and examples made of rows and templates.
+"""P3: promptsource's templates, read and rendered without the package, and examples of them.
 
-Prompt templates in promptsource's files, read and rendered without the package.
+P3 is Sanh et al. 2022, "Multitask Prompted Training Enables Zero-Shot Task Generalization".
 
 A template is a jinja2 text, `input ||| target`, filled from a row of its dataset. It renders what
 `Template.apply` of promptsource 0.2.3 gives, which the paper's code calls, including the truncation
@@ -62,20 +62,17 @@ class PromptTemplate:
 
     @cached_property
     def fields(self) -> frozenset[str]:
-        """The fields of a row that the template mentions."""
         names: set[str] = set()
         for source in (self.jinja, self.answer_choices or ""):
             names |= find_undeclared_variables(ENVIRONMENT.parse(source))
         return frozenset(names - {"answer_choices"} - ENVIRONMENT.globals.keys())
 
     def render(self, row: Mapping[str, Any]) -> Example | None:
-        """The row's example; None where the template gives no input or no target.
+        """The row's example; None if the template gives no input or no target, on purpose or not.
 
-        The target is the first of the right answers; the references are all of them where a
-        template gives several, empty otherwise. Templates render to nothing on purpose (a prompt
-        only for one kind of question), or lack an input or a target for a row. The paper's code
-        trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its p3.py, lines 133 to 143); we
-        leave such pairs out. The same row always gives the same text. Raises TaskError when an
+        The target is the first of the right answers; the references are all of them if there are
+        several. The paper's code trains and scores on "<NO INPUT>" and "<NO LABEL>" instead (its
+        p3.py, lines 133 to 143). The same row always gives the same text. Raises TaskError if an
         expression fails on the row.
         """
         if "answer_choices" in row:
@@ -93,16 +90,17 @@ class PromptTemplate:
         if len(parts) < 2 or not parts[0] or not parts[1]:
             return None
         references = tuple(part for part in parts[1:] if part) if len(parts) > 2 else ()
-        passage = longest_field(row, parts[0], _shortened)
+        passage = longest_field(
+            row, parts[0], lambda value: do_truncate(ENVIRONMENT, value, LONGEST_VALUE)
+        )
         return Example(parts[0], parts[1], tuple(choices or ()), references, passage)
 
 
 def read_templates(folder: Path, dataset: str) -> tuple[PromptTemplate, ...]:
     """The templates of `dataset` ("NAME" or "NAME/CONFIG"), sorted by name as promptsource does.
 
-    They are in `folder/NAME/CONFIG/templates.yaml`. Raises TaskError, naming the file, when it is
-    missing, has another format, a tag other than promptsource's two, or a template that isn't valid
-    jinja2.
+    They are in `folder/NAME/CONFIG/templates.yaml`. Raises TaskError, naming the file, if it is
+    missing or not as promptsource writes it.
     """
     file = folder / dataset / FILE_NAME
     try:
@@ -138,9 +136,6 @@ def templates_folder(sources: Sources) -> Path:
     raise TaskError(f"Prompt templates are missing; {HOW_TO_GET}")
 
 
-# --- rendering ---
-
-
 class _Draws:
     """The draws of the filter `choice` for one row: random, but repeatable."""
 
@@ -171,15 +166,9 @@ def _most_frequent(items: Sequence[Any]) -> list[Any] | None:
     return [item for item, count in counts.items() if count == most]
 
 
-def _environment() -> SandboxedEnvironment:
-    environment = SandboxedEnvironment()
-    environment.globals["zip"] = zip
-    environment.filters["choice"] = _choice
-    environment.filters["most_frequent"] = _most_frequent
-    return environment
-
-
-ENVIRONMENT = _environment()
+ENVIRONMENT = SandboxedEnvironment()
+ENVIRONMENT.globals["zip"] = zip
+ENVIRONMENT.filters |= {"choice": _choice, "most_frequent": _most_frequent}
 
 
 @lru_cache(maxsize=2048)
@@ -191,11 +180,6 @@ def _compiled(source: str) -> Template:
 def _truncating(jinja: str) -> str:
     """The template with each expression truncated, exactly as promptsource writes it."""
     return jinja.replace("}}", f" | string | truncate({LONGEST_VALUE}) }}}}")
-
-
-def _shortened(value: str) -> str:
-    """A value as a plain expression prints it."""
-    return do_truncate(ENVIRONMENT, value, LONGEST_VALUE)
 
 
 def _split(text: str) -> list[str]:
@@ -211,9 +195,6 @@ def _protect(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_protect(item) for item in value]
     return value
-
-
-# --- reading ---
 
 
 SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is 10 times faster
@@ -233,7 +214,6 @@ for _tag in ("!Template", "!TemplateMetadata"):
 
 
 def _template(node: Any, file: Path) -> PromptTemplate:
-    """The template that `node` describes, its jinja2 checked."""
     name = node.get("name") if isinstance(node, dict) else None
     if not isinstance(name, str):
         raise TaskError(f"Template file {file}: wanted a template with a name, got {node!r:.60}.")
@@ -245,10 +225,7 @@ def _template(node: Any, file: Path) -> PromptTemplate:
     if not isinstance(metadata, dict):
         raise TaskError(f"{where}: metadata must be fields, got {metadata!r:.60}.")
     template = PromptTemplate(
-        name,
-        jinja,
-        choices or None,
-        original_task=bool(metadata.get("original_task")),
+        name, jinja, choices or None, original_task=bool(metadata.get("original_task"))
     )
     try:
         for source in (template.answer_choices or "", _truncating(template.jinja)):
@@ -257,12 +234,6 @@ def _template(node: Any, file: Path) -> PromptTemplate:
         raise TaskError(f"{where} is not valid jinja2: {error}.") from error
     return template
 
-
-# -------------------------------------------------------------------------------------------------
-# Examples from the rows of a dataset and P3's prompt templates.
-#
-# P3 is Sanh et al. 2022, "Multitask Prompted Training Enables Zero-Shot Task Generalization".
-# -------------------------------------------------------------------------------------------------
 
 Row = Mapping[str, Any]
 
@@ -286,7 +257,6 @@ class P3Dataset:
 
     @property
     def source(self) -> str:
-        """Where the data come from, in words."""
         return f"{self.hub}, prompts of P3"
 
     @property
@@ -295,7 +265,6 @@ class P3Dataset:
         return "/".join(filter(None, (self.hub.split("/")[-1], self.config)))
 
     def prompt_templates(self, sources: Sources) -> list[PromptTemplate]:
-        """The templates without the ignored ones, sorted by name."""
         if self.prompt:
             choices = "|||".join(self.prompt_choices)
             return [PromptTemplate(self.name, self.prompt, choices, original_task=True)]
@@ -336,8 +305,6 @@ def without(
 
 
 class _Renamed(Sequence[Row]):
-    """Rows with other names for some of their fields."""
-
     def __init__(self, rows: Sequence[Row], names: Mapping[str, str]) -> None:
         self._rows, self._names = rows, names
 
@@ -351,9 +318,9 @@ class _Renamed(Sequence[Row]):
 class Picker:
     """Makes examples of one dataset's pairs of a row and a template, and counts those left out.
 
-    It leaves out pairs for which the template fails or renders no input or no target and, where
-    answers are ranked, pairs whose target is not among the choices. The paper's code uses
-    "<NO INPUT>" and "<NO LABEL>" instead, and the choice closest to the target.
+    These are pairs without an input or a target and, if answers are ranked, whose target is no
+    choice. The paper's code uses "<NO INPUT>" and "<NO LABEL>", and the choice closest to the
+    target.
     """
 
     def __init__(
@@ -366,8 +333,7 @@ class Picker:
 
     def training(self, pairs: Iterable[tuple[Row, PromptTemplate]]) -> tuple[Example, ...]:
         """Examples to train on; their choices are those that the prompt offers, if any."""
-        examples = (self._example(row, template) for row, template in pairs)
-        return self._some("training", examples)
+        return self._some("training", (self._example(row, template) for row, template in pairs))
 
     def graded(self, pairs: Iterable[tuple[Row, PromptTemplate]]) -> tuple[Example, ...]:
         """Examples to score: with choices to rank, or without where text is generated."""
@@ -385,7 +351,6 @@ class Picker:
         return self._some("evaluation", (e and replace(e, row=number) for number, e in numbered))
 
     def warn(self) -> None:
-        """Warn once about the pairs that were left out."""
         if self._left_out:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self._left_out.items())
             first = f" First failure: {self._failure}" if self._failure else ""
@@ -417,21 +382,16 @@ class Picker:
         return example
 
     def _graded(self, row: Row, template: PromptTemplate) -> Example | None:
-        return (self._open_ended if self._generated else self._ranked)(row, template)
-
-    def _ranked(self, row: Row, template: PromptTemplate) -> Example | None:
-        example = self._example(row, template)
-        if example is not None and example.target not in example.choices:
-            self._left_out["whose target is not among the answer choices"] += 1
-            return None
-        return example
-
-    def _open_ended(self, row: Row, template: PromptTemplate) -> Example | None:
         example = self._example(row, template)
         if example is None:
             return None
-        found = self._accepted(row, self._references) if self._references else ()
-        return replace(example, choices=(), references=found or example.references)
+        if self._generated:
+            found = self._accepted(row, self._references) if self._references else ()
+            return replace(example, choices=(), references=found or example.references)
+        if example.target in example.choices:
+            return example
+        self._left_out["whose target is not among the answer choices"] += 1
+        return None
 
     def _accepted(self, row: Row, path: str) -> tuple[str, ...]:
         """The answers at `path` in a row, without empty ones."""

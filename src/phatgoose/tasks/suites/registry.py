@@ -1,7 +1,4 @@
-"""Suites by name: the paper's, one's own, and what a user can name to train on.
-
-One's own suites: a folder of task files, or a TOML file that lists them.
-"""
+"""Suites by name: the paper's, one's own (task files), and what a user can name to train on."""
 
 from __future__ import annotations
 
@@ -34,17 +31,18 @@ def local_suite(path: str | Path) -> Suite:
     the TOML file) and optionally `name`, `metrics`, `max_new_tokens` and a `suffix` of its own.
 
     An entry reads its task file when it is read itself. Raises TaskError, naming file and key, for
-    a path that is neither, a suite without tasks, a task file that doesn't exist, an unknown key, a
-    value of the wrong type, a name that is empty or no UTF-8, or two tasks with one name.
-    Evaluation checks that the metrics exist.
+    anything else. Evaluation checks that the metrics exist.
     """
     path = Path(path)
     if path.suffix in TASK_FILES and not path.is_dir():
         if not path.is_file():
             raise TaskError(f"Task file {path} does not exist.")
         suite = Suite(path.stem, (_entry(path, path.stem),))
+    elif path.is_dir():
+        files = sorted(f for f in path.iterdir() if f.suffix in TASK_FILES and f.name[0] != ".")
+        suite = Suite(path.resolve().name, tuple(_entry(file, file.stem) for file in files))
     else:
-        suite = _folder_suite(path) if path.is_dir() else _toml_suite(path)
+        suite = _toml_suite(path)
     if not suite.entries:
         raise TaskError(f"{path} has no tasks; wanted .jsonl or .csv files, or [[tasks]] in TOML.")
     for name in (suite.name, *suite.names):
@@ -64,8 +62,6 @@ def _entry(
     max_new_tokens: int | None = None,
     suffix: str = "",
 ) -> Entry:
-    """The entry of one task file; `suffix` is appended to every input."""
-
     def read(_: Sources) -> Task:
         task = load_task(file, name=name)
         splits: dict[str, Any] = {
@@ -77,15 +73,6 @@ def _entry(
     return Entry(name, read, metrics, max_new_tokens, source=str(file))
 
 
-def _folder_suite(folder: Path) -> Suite:
-    files = sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix in TASK_FILES and not file.name.startswith(".")
-    )
-    return Suite(folder.resolve().name, tuple(_entry(file, file.stem) for file in files))
-
-
 def _toml_suite(path: Path) -> Suite:
     if path.suffix != ".toml":
         raise TaskError(
@@ -93,22 +80,19 @@ def _toml_suite(path: Path) -> Suite:
         )
     content = read_toml(path, "Suite", TaskError)
     _require_known(content, SUITE_KEYS, str(path))
-    name = _name(content, str(path), path.stem)
+    name = _text(content, "name", str(path), path.stem)
     suffix = _text(content, "suffix", str(path), "")
     tables = content.get("tasks", [])
     if not (isinstance(tables, list) and all(isinstance(table, dict) for table in tables)):
         raise TaskError(f"{path}: tasks must be tables, each headed [[tasks]].")
-    return Suite(
-        name,
-        tuple(
-            _listed_entry(table, f"{path}, task {number}", path.parent, suffix)
-            for number, table in enumerate(tables, 1)
-        ),
+    entries = (
+        _listed_entry(table, f"{path}, task {number}", path.parent, suffix)
+        for number, table in enumerate(tables, 1)
     )
+    return Suite(name, tuple(entries))
 
 
 def _listed_entry(table: Mapping[str, Any], where: str, folder: Path, suffix: str) -> Entry:
-    """The entry of one table [[tasks]], checked."""
     _require_known(table, TASK_KEYS, where)
     file = folder / _text(table, "file", where)
     if file.suffix not in TASK_FILES:
@@ -125,13 +109,8 @@ def _listed_entry(table: Mapping[str, Any], where: str, folder: Path, suffix: st
         raise TaskError(
             f"{where}: max_new_tokens is {shortened(most)}, but must be a whole number above 0."
         )
-    return _entry(
-        file,
-        _name(table, where, file.stem),
-        tuple(metrics),
-        most,
-        _text(table, "suffix", where, suffix),
-    )
+    name = _text(table, "name", where, file.stem)
+    return _entry(file, name, tuple(metrics), most, _text(table, "suffix", where, suffix))
 
 
 def _require_known(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -140,25 +119,18 @@ def _require_known(table: Mapping[str, Any], known: tuple[str, ...], where: str)
             raise TaskError(f"{where}: unknown key {shortened(key)}; known are {', '.join(known)}.")
 
 
-def _name(table: Mapping[str, Any], where: str, default: str) -> str:
-    name = _text(table, "name", where, default)
-    if not name:
-        raise TaskError(f"{where}: name is empty; give one, or leave the key out for {default!r}.")
-    return name
-
-
 def _text(table: Mapping[str, Any], key: str, where: str, default: str | None = None) -> str:
     value = table.get(key, default)
     if value is None:
         raise TaskError(f"{where}: {key} is missing.")
     if not isinstance(value, str):
         raise TaskError(f"{where}: {key} is {shortened(value)}, but must be a text.")
+    if key == "name" and not value:
+        raise TaskError(f"{where}: name is empty; give one, or leave the key out for {default!r}.")
     return value
 
 
-# -------------------------------------------------------------------------------------------------
-# The suites that are known by name. A new one is a module with a function, and a record here.
-# -------------------------------------------------------------------------------------------------
+# A new suite is a module with a function, and a record here.
 
 
 @dataclass(frozen=True)
@@ -215,12 +187,6 @@ def open_suite(name_or_path: str | Path) -> Suite:
     )
 
 
-# -------------------------------------------------------------------------------------------------
-# What a user can name to train on: a suite, one of its datasets, a task file, a Hub dataset.
-#
-# The paper's pools have 36 and 166 datasets, so each is loaded only when its training begins.
-# -------------------------------------------------------------------------------------------------
-
 HUB = "hub:"
 
 Origin = Literal["file", "copy", "hub"]
@@ -241,7 +207,6 @@ class TrainingTask:
 
     @property
     def name(self) -> str:
-        """The task's name, and that of its expert."""
         return self.entry.name
 
     def settings(self, training: Training) -> Training:
@@ -265,10 +230,8 @@ class TrainingTask:
         if self.origin == "file":
             task = self.load()
             return replace(self, entry=replace(self.entry, read=lambda _: task))
-        folders = [
-            folder and folder.absolute() for folder in (self.sources.data, self.sources.templates)
-        ]
-        return replace(self, sources=Sources(*folders))
+        places = (self.sources.data, self.sources.templates)
+        return replace(self, sources=Sources(*(each and each.absolute() for each in places)))
 
 
 def open_tasks(
@@ -283,9 +246,7 @@ def open_tasks(
     A name is a suite (t0hi, flan, a suite file .toml, a folder of task files), which means all its
     datasets, one dataset of a suite (`t0hi/ag_news`, `mine.toml/reviews`), a task file (.jsonl,
     .csv) or `hub:DATASET`. `template` and `choices`, as in `load_task`, are for the latter two.
-
-    Raises TaskError for a name that is none of these, an unknown dataset, a suite to evaluate on
-    only, a file that doesn't exist, and templates where nothing uses them.
+    Raises TaskError for anything else, and for a suite to evaluate on only.
     """
     sources = sources or Sources()
     tasks: list[TrainingTask] = []
@@ -302,20 +263,16 @@ def open_tasks(
 
 
 def _single(name: str, sources: Sources, template: str | None, choices: str | None) -> TrainingTask:
-    """The task of a file or of the Hub."""
     origin: Origin = "hub" if name.startswith(HUB) else "file"
     if origin == "file" and not Path(name).is_file():
         raise TaskError(f"Task file {name} does not exist.")
-    entry = Entry(
-        default_name(name),
-        lambda _: load_task(name, template=template, choices=choices),
-        source=name,
+    read = partial(load_task, name, template=template, choices=choices)
+    return TrainingTask(
+        Entry(default_name(name), lambda _: read(), source=name), name, origin, sources
     )
-    return TrainingTask(entry, name, origin, sources)
 
 
 def _of_suite(name: str, sources: Sources) -> list[TrainingTask]:
-    """The tasks of a suite, or of one of its datasets."""
     whole, _, dataset = name.rpartition("/")
     if whole in known_suites() or whole.endswith(".toml"):
         suite = whole

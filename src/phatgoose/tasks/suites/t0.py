@@ -44,13 +44,14 @@ def t0_held_in() -> Suite:
 def held_in_entry(table: Mapping[str, Any]) -> Entry:
     """The entry of a dataset to train on, described as in t0.toml's table held_in."""
     dataset = _HeldIn(**_tupled(table))
+    pairs = (dataset.train_rows - dataset.set_apart) * dataset.train_templates
     return Entry(
         dataset.name,
         partial(_held_in_task, dataset),
-        metrics=dataset.metrics,
-        max_new_tokens=dataset.max_new_tokens,
-        micro_batch_size=dataset.micro_batch_size,
-        train_examples=dataset.train_examples,
+        dataset.metrics,
+        dataset.max_new_tokens,
+        dataset.micro_batch_size,
+        train_examples=min(pairs, MOST_TRAIN_PAIRS),
         source=dataset.source,
     )
 
@@ -61,25 +62,20 @@ def t0_held_out() -> Suite:
     Every row of the evaluation split comes in every original-task template, so that a task's
     accuracy is the mean over its templates. Story Cloze must be requested from its authors.
     """
-    entries = tuple(
-        Entry(
-            dataset.name, partial(_held_out_task, dataset), metrics=ACCURACY, source=dataset.source
-        )
-        for dataset in (_HeldOut(**_tupled(table)) for table in _tables()["held_out"])
+    datasets = [_HeldOut(**_tupled(table)) for table in _tables()["held_out"]]
+    entries = (
+        Entry(each.name, partial(_held_out_task, each), ACCURACY, source=each.source)
+        for each in datasets
     )
-    return Suite("t0ho", entries)
-
-
-# --- what t0.toml says ---
+    return Suite("t0ho", tuple(entries))
 
 
 @dataclass(frozen=True, kw_only=True)
 class _HeldIn(P3Dataset):
-    """A dataset to train on.
+    """A dataset to train on: `validation` is a split, of which at most `validation_rows` are used.
 
-    `validation` is a split, of which at most `validation_rows` random rows are used (None: all).
-    `set_apart` rows of it become validation where it is also the training split. `references` is
-    the path to a row's accepted answers, which generated text is compared with.
+    `set_apart` rows of it become validation if it is also the training split. `references` is the
+    path to a row's accepted answers, which generated text is compared with.
     """
 
     metrics: tuple[str, ...] = ACCURACY
@@ -93,12 +89,6 @@ class _HeldIn(P3Dataset):
     ignored_in_validation: tuple[str, ...] = ()
     references: str | None = None
     max_new_tokens: int | None = None
-
-    @property
-    def train_examples(self) -> int:
-        """The number of pairs of a row and a template to train on."""
-        pairs = (self.train_rows - self.set_apart) * self.train_templates
-        return min(pairs, MOST_TRAIN_PAIRS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,9 +106,6 @@ def _tables() -> dict[str, list[dict[str, Any]]]:
 
 def _tupled(table: Mapping[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in table.items()}
-
-
-# --- the two kinds of task ---
 
 
 def _held_in_task(dataset: _HeldIn, sources: Sources) -> Task:

@@ -1,0 +1,472 @@
+"""OpenAI's protocol: errors, and the bodies of requests and responses, with our fields for routing.
+
+Unknown fields are refused by name rather than ignored. Fields of OpenAI's that aren't supported are
+accepted with the value that asks for nothing. A list is validated up to its first error: collecting
+all errors of a long one would take longer than any answer. Docstrings of bodies are part of
+/openapi.json.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from fastapi import HTTPException
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...files.strict import one_line
+from ...routing.routers.registry import ROUTERS
+
+MOST_SHOWN = 500  # characters of an error
+
+KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+PART = r"[^/\\'\":;,]*[^/\\'\":;,\s]"  # of a path; names may have spaces
+PATH = re.compile(rf"(?<![\w.:/-])(?:~|[A-Za-z]:)?(?:[/\\]{PART})+")  # an absolute one
+CLIENT_GONE = 499  # nginx's status of a request whose client has disconnected
+
+
+class ApiError(HTTPException):
+    """Why a request is not answered; `param` is the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.body = error_body(status, message, code, param)
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> ApiError:
+    return ApiError(400, message, param=param, code=code)
+
+
+def busy(message: str, seconds: int = 1) -> ApiError:
+    """The error of a request that may be repeated after some `seconds`."""
+    return ApiError(429, message, code="overloaded", headers={"Retry-After": str(seconds)})
+
+
+def error_body(
+    status: int, message: str, code: str | None = None, param: str | None = None
+) -> dict[str, Any]:
+    """OpenAI's JSON body of an error."""
+    kind = KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def for_clients(error: object) -> str:
+    """An error of the library as clients see it: one line, shortened, without absolute paths."""
+    return without_paths(one_line(error, MOST_SHOWN))
+
+
+def without_paths(message: str) -> str:
+    """`message` with each absolute path cut to its last part."""
+    return PATH.sub(lambda found: re.split(r"[/\\]", found[0])[-1], message)
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """A request may take `seconds`, until the event loop's clock shows `end`."""
+
+    seconds: float
+    end: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        """The deadline `seconds` from now. Must be called in the event loop's thread."""
+        return cls(seconds, asyncio.get_running_loop().time() + seconds)
+
+    @property
+    def left(self) -> float:
+        return max(0.0, self.end - asyncio.get_running_loop().time())
+
+    def missed(self) -> ApiError:
+        message = f"The answer took longer than {self.seconds:g} seconds."
+        return ApiError(504, message, code="timeout")
+
+
+# Requests.
+
+MOST_LOGPROBS = 20
+MOST_PROMPTS = MOST_MESSAGES = 5_000  # of one request
+SEED = 1 << 63
+MOST_TOKENS = 1 << 20  # in a prompt; what the model can hold is checked later
+REQUESTABLE_ROUTERS = tuple(name for name, spec in ROUTERS.items() if "task" not in spec.given)
+Name = Annotated[str, Field(min_length=1, max_length=512)]
+Names = Annotated[list[Name], Field(max_length=5_000, fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Token = Annotated[int, Field(ge=0, lt=1 << 31)]
+Tokens = Annotated[list[Token], Field(min_length=1, max_length=MOST_TOKENS, fail_fast=True)]
+Router = Literal[REQUESTABLE_ROUTERS]  # type: ignore[valid-type]
+Nothing = Annotated[list[Any], Field(max_length=0, fail_fast=True)]
+Finish = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class RoutingOverride:
+    """What a request changes of its model's routing; None leaves a setting as it is served."""
+
+    router: str | None = None
+    k: int | None = None
+    keep: tuple[str, ...] | None = None
+    leave_out: tuple[str, ...] | None = None
+
+
+class Strict(BaseModel):
+    """No unknown fields, no text where a number is wanted, no NaN."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Strict):
+    """What a stream has besides the answer."""
+
+    include_usage: bool = Field(False, description="End with a chunk that counts tokens.")
+
+
+class RoutingDetail(Strict):
+    """Which part of the routing is reported."""
+
+    layer: str | None = Field(default=None, description="Only sites of this layer; null: all.")
+    kind: str | None = Field(
+        default=None, description="Only sites of this kind, by its last words (q_proj); null: all."
+    )
+    trace: bool = Field(
+        default=False, description="Report every site, in the form of docs/analysis.md."
+    )
+
+
+class GenerationRequest(Strict):
+    """The fields of both kinds of request."""
+
+    model: Name = Field(description="A name from /v1/models.")
+    max_tokens: int | None = Field(None, ge=0, description="Tokens to generate at most.")
+    temperature: float | None = Field(1, ge=0, le=2, description="0 is greedy.")
+    top_p: float | None = Field(
+        1, ge=0, le=1, description="Sample from the likeliest tokens, up to this total probability."
+    )
+    n: int | None = Field(1, ge=1, le=128, description="Answers to each prompt.")
+    seed: int | None = Field(None, ge=-SEED, lt=SEED, description="The same seed, the same answer.")
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = Field(
+        None, description="Texts that end the answer; not part of it."
+    )
+    stream: bool | None = Field(False, description="Answer in server-sent events.")
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="Ignored.")
+    frequency_penalty: float | None = Field(0, ge=0, le=0, description="Not supported.")
+    presence_penalty: float | None = Field(0, ge=0, le=0, description="Not supported.")
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = Field(
+        None, description="Not supported."
+    )
+    ignore_eos: bool | None = Field(
+        False, description="Continue after the token that ends an answer (for benchmarks)."
+    )
+    router: Router | None = Field(None, description="Instead of the router that it is served with.")
+    k: int | None = Field(None, ge=1, le=1 << 16, description="Experts per token at each site.")
+    keep: Names | None = Field(None, description="Use only these experts.")
+    leave_out: Names | None = Field(None, description="Leave out these experts.")
+    routing: bool | RoutingDetail | None = Field(
+        False, description="Report each token's experts and their weights."
+    )
+
+    @property
+    def routing_detail(self) -> RoutingDetail:
+        return self.routing if isinstance(self.routing, RoutingDetail) else RoutingDetail()
+
+    @property
+    def override(self) -> RoutingOverride:
+        keep, leave_out = (
+            None if names is None else tuple(names) for names in (self.keep, self.leave_out)
+        )
+        return RoutingOverride(self.router, self.k, keep, leave_out)
+
+
+class CompletionRequest(GenerationRequest):
+    """A request to /v1/completions."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+        | Tokens
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
+    ) = Field(description="A text, its tokens, or a list of either.")
+    logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="Number of alternatives to each token."
+    )
+    echo: bool | None = Field(False, description="Begin with the prompt.")
+    best_of: int | None = Field(None, ge=1, le=1, description="Not supported.")
+    suffix: Annotated[str, Field(max_length=0)] | None = Field(None, description="Not supported.")
+
+
+class TextPart(Strict):
+    """A piece of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(Strict):
+    """A message of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"] = Field(
+        description="The template gets system for developer."
+    )
+    content: (
+        str
+        | Annotated[list[TextPart], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)]
+    )
+    name: str | None = Field(None, description="Handed to the template.")
+    refusal: None = Field(None, description="As in answers, which may be sent back.")
+    audio: None = Field(None, description="Not supported.")
+    function_call: None = Field(None, description="Not supported.")
+    tool_calls: Nothing | None = Field(None, description="Not supported.")
+    annotations: Nothing | None = Field(None, description="Not supported.")
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text for part in self.content)
+
+
+class ResponseFormat(Strict):
+    """The form of an answer."""
+
+    type: Literal["text"]
+
+
+class ChatRequest(GenerationRequest):
+    """A request to /v1/chat/completions."""
+
+    messages: Annotated[
+        list[Message], Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    ]
+    max_completion_tokens: int | None = Field(None, ge=1, description="Replaces max_tokens.")
+    logprobs: bool | None = Field(False, description="Report each token's log-probability.")
+    top_logprobs: int | None = Field(
+        None, ge=0, le=MOST_LOGPROBS, description="Number of alternatives to each token."
+    )
+    response_format: ResponseFormat | None = Field(None, description="Only text is supported.")
+    tools: Nothing | None = Field(None, description="Not supported.")
+    tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
+
+
+# Responses.
+
+
+class Reply(BaseModel):
+    """No unknown fields."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Problem(Reply):
+    """What is wrong; `param` is the field at fault."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorReply(Reply):
+    """A request that was not answered."""
+
+    error: Problem
+
+
+class Usage(Reply):
+    """Tokens of a request: prompts counted once each, answers with the token that ends them."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class TokenRouting(Reply):
+    """A token and its experts, by name, with the mean of their weights over the sites asked for.
+
+    `part` is prompt or answer. The last token of an answer has no experts: it never passed the
+    model.
+    """
+
+    token: str
+    part: str
+    stream: str
+    experts: dict[str, float]
+
+
+class RoutingReport(Reply):
+    """Which experts served an answer's tokens.
+
+    `trace` is present if it was asked for (docs/analysis.md). In a stream it comes once; `more` has
+    the tokens that follow, one entry for each of the trace's streams that has new ones.
+    """
+
+    router: str
+    k: int
+    experts: list[str]
+    tokens: list[TokenRouting]
+    trace: dict[str, Any] | None = None
+    more: list[dict[str, Any]] | None = None
+
+
+class TextLogprobs(Reply):
+    """Log-probabilities of a completion, one entry a token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int]
+
+
+class CompletionChoice(Reply):
+    """One answer, or what is new of it in a stream."""
+
+    index: int
+    text: str
+    logprobs: TextLogprobs | None = None
+    finish_reason: Finish | None = None
+    routing: RoutingReport | None = None
+
+
+class AnswerReply(Reply):
+    """The fields of every reply with answers."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    choices: list[Any]
+    usage: Usage | None = None
+
+
+class CompletionReply(AnswerReply):
+    """The answers to a prompt or several, or a chunk of a stream."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class TopToken(Reply):
+    """An alternative token, with its bytes in UTF-8, null where it is part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class ChatToken(TopToken):
+    """A token that was chosen."""
+
+    top_logprobs: list[TopToken]
+
+
+class ChatLogprobs(Reply):
+    """Log-probabilities of an answer, one entry a token."""
+
+    content: list[ChatToken]
+    refusal: None = None
+
+
+class AssistantMessage(Reply):
+    """A message of the model."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(Reply):
+    """One answer."""
+
+    index: int
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish
+    routing: RoutingReport | None = None
+
+
+class ChatReply(AnswerReply):
+    """The answers to a conversation."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class Delta(Reply):
+    """What is new of a message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(Reply):
+    """What is new of an answer."""
+
+    index: int
+    delta: Delta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Finish | None = None
+    routing: RoutingReport | None = None
+
+
+class ChatChunk(AnswerReply):
+    """A chunk of a stream."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[ChatChunkChoice]
+
+
+class Sites(Reply):
+    """Layers and kinds of site whose routing can be asked for."""
+
+    layers: list[str]
+    kinds: list[str]
+
+
+class ModelCard(Reply):
+    """A served model; router, k and sites are None for a base alone."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "phatgoose"
+    base: str
+    router: str | None = None
+    k: int | None = None
+    experts: list[str] = []
+    sites: Sites | None = None
+    context: int | None = None
+    chat: bool = False
+
+
+class ModelList(Reply):
+    """All served models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Health(Reply):
+    """Whether the server works, how many answers wait and run, and how prompts are read.
+
+    `reading` prompts are being turned into tokens or wait for it, the longest for `longest_reading`
+    seconds. `readers_stuck` won't come back; `readers_ended` exceeded their limits and were
+    replaced.
+    """
+
+    status: Literal["ok", "failing"]
+    waiting: int
+    running: int
+    reading: int
+    longest_reading: float
+    readers_stuck: int
+    readers_ended: int

@@ -1,0 +1,337 @@
+"""Whatever can be wrong is told in one line, with exit status 2, and writes nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from command_line import BASE, GATE_FLAGS, TRAIN, Outcome, open_row, refused, review, write_rows
+from command_line import snapshot as snapshot_of
+from phatgoose.apps.cli import main
+from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.files.strict import sha256_of
+
+SITE = "model.layers.0.self_attn.q_proj"
+WORDS = {  # what words in capitals stand for
+    "TRAIN": TRAIN,
+    "BASE": BASE,
+    "GATE": [*BASE, *GATE_FLAGS],
+    "PLAN": ["--base", "tiny-base", "--out", "new", "--plan"],
+    "BYTES": ["caf\udce9"],
+    "LONG": ["Once upon a time " * 20],  # longer than a file's name may be
+    "LONG.jsonl": ["Once upon a time " * 20 + ".jsonl"],
+    "COMPARE": ["compare", "experts", *BASE[2:], "--limit", "1", "--out", "new", "--suites"],
+}
+REFUSALS = """
+train nowhere.jsonl TRAIN => nowhere.jsonl does not exist
+train empty.jsonl TRAIN => empty.jsonl has no examples
+train broken.jsonl TRAIN => broken.jsonl, line 2
+train no-target.jsonl TRAIN => line 2: target is missing
+train no-input.jsonl TRAIN => line 1: input is missing
+train odd-target.jsonl TRAIN => line 2: target 'so so'
+train single.jsonl TRAIN => at least two
+train TRAIN => No task was given
+train reviews.jsonl reviews.jsonl TRAIN => Two tasks are named 'reviews'
+train reviews.jsonl broken.jsonl TRAIN => broken.jsonl, line 2
+train 'my reviews.jsonl' TRAIN => 'my reviews' can't name an expert
+train LONG.jsonl TRAIN => File name too long
+train reviews.jsonl --recipe bad.toml TRAIN => unknown setting 'lerning_rate'
+train --recipe worse.toml TRAIN => not valid TOML
+train --recipe nowhere.toml TRAIN => can't be read
+train reviews.jsonl TRAIN --rank 0 => rank is 0
+train reviews.jsonl TRAIN --steps many => --steps
+train reviews.jsonl TRAIN --sites nothing => matches 'nothing'
+train reviews.jsonl TRAIN --sites ( => not a regular expression
+train reviews.jsonl TRAIN --chat => no chat template
+train reviews.jsonl TRAIN --base ./nowhere => './nowhere'
+train reviews.jsonl TRAIN --out file/new => can't be written
+train reviews.jsonl TRAIN --out experts => experts/reviews exists already
+train reviews.jsonl --peft dora BASE => --peft is 'dora', but must be one of lora, ia3, bottleneck
+train reviews.jsonl --peft ia3 --rank 4 BASE => --rank is for --peft lora; the experts are ia3
+train reviews.jsonl --size 4 BASE => --size is for --peft bottleneck; the experts are lora
+train reviews.jsonl --peft ia3 --init-std 1 BASE => --init-std is for --peft lora
+train reviews.jsonl --peft ia3 --sites nothing BASE --out new => matches 'nothing'
+train reviews.jsonl TRAIN --mixture-most 5 => --mixture-most is for --multitask NAME
+train reviews.jsonl TRAIN --multitask all --mixture-most 0 => most is 0
+train reviews.jsonl TRAIN --multitask a/b => 'a/b' can't name an expert
+train reviews.jsonl TRAIN --multitask '' => '' can't name an expert
+train reviews.jsonl TRAIN --multitask LONG => at most 200, and begin with a letter or digit
+train reviews.jsonl TRAIN --tflops 3 => --tflops is for --plan
+train reviews.jsonl TRAIN --tokens-per-second 0 => --tokens-per-second is for --plan
+train reviews.jsonl TRAIN --json p.json => --json is for --plan
+train reviews.jsonl TRAIN --measure => --measure is for --plan
+train reviews.jsonl PLAN --tflops -1 => tflops is -1.0
+train reviews.jsonl PLAN --tokens-per-second 0 => tokens_per_second is 0.0
+train reviews.jsonl PLAN --base nobody/nothing => config.json at hand
+train reviews.jsonl PLAN --json file/p.json => can't be written
+train reviews.jsonl PLAN --measure --tflops 3 => --tflops gives a speed, and --measure finds one
+train reviews.jsonl TRAIN --workers 2 => --workers is for --engine ray
+train reviews.jsonl TRAIN --engine slurm => --engine is 'slurm', but must be local or ray
+gate experts/reviews --task nowhere.jsonl --out new/x BASE => nowhere.jsonl does not exist
+gate none --task reviews.jsonl --out new/x BASE => none is no PEFT adapter
+gate bare --task reviews.jsonl --out file/x GATE => can't be written
+gate experts/reviews --task reviews.jsonl --out new BASE --joint => joint is on
+measure bare --task reviews.jsonl --no-means --no-readings --no-embeddings => nothing to measure
+measure bare --task reviews.jsonl --statistics-examples 0 => statistics_examples is 0
+measure bare --task nowhere.jsonl => nowhere.jsonl does not exist
+measure bare --task single.jsonl --no-embeddings => at least two
+measure none --task reviews.jsonl => none is no expert directory
+measure tiny-base --task reviews.jsonl => phatgoose.json is missing
+measure bare --task reviews.jsonl --base ./nowhere => './nowhere'
+check damaged/cut => damaged/cut/adapter_model.safetensors is dam
+check damaged/nan => holds a value that is not finite
+check damaged/gate => the gate has shape (7,)
+check damaged/changed => SHA-256
+check damaged/foreign => version 99 is unknown
+check experts => holds experts: name each (experts/
+check none => none is no expert directory
+import reviews.jsonl --out new => is no folder
+import experts/reviews --out new --allow-loss 7 => allow_loss is 7.0, but must be from 0 to below 1
+pool damaged/cut => damaged or truncated
+pool damaged/nan => not finite
+pool damaged/gate => wanted (32,) and float32
+pool twins => Two experts are named 'reviews'
+pool none => No expert was found in none
+pool nowhere => nowhere does not exist
+pool experts --out a.txt => end in .json
+pool pool.json bare => a manifest, which stands
+pool experts experts/reviews => experts/reviews is named twice
+pool reviews.jsonl => reviews.jsonl is no folder
+pool LONG => File name too long
+pool experts --out file/pool.json => can't be written
+pool experts --colour red => --colour
+pool experts --duplicates 2 => above 0 and at most 1
+compose experts --recipe bad.toml --out new => unknown setting 'lerning_rate'
+compose experts --out new --router best BASE => router is 'best', but must be one of
+compose experts --out new --kernel fast BASE => kernel is 'fast'
+compose experts --out new --k 0 BASE => k is 0
+compose experts --out new --base other-base => The base of the experts is
+compose damaged/cut --out new BASE => damaged or truncated
+compose experts bare --out new BASE => Expert 'bare' has no gates: run 'phatgoose gate'
+compose experts twins/one --out new BASE => Two experts are named 'reviews'
+compose none --out new => No expert was found
+compose experts --out new --leave-out reviews --leave-out counting => No expert is left
+compose experts --out file/new BASE => can't be written
+compose experts --out none => none exists already
+compose experts --out new --stored int4 => not in 'int4'
+compose experts => out
+add nowhere bare => nowhere holds no routed model
+add routed experts/reviews => 'reviews' is there already
+remove routed x9 => no expert 'x9'
+compact routed --stored int4 => not in 'int4'
+export experts --out new --prompt hi --task unseen.jsonl => give one of --prompt and --task
+export experts --out new --k 1 BASE => --prompt or --task, or route by merged or single
+export experts --out new --merged --rank 2 => --rank is for adapters
+export experts --out new --router merged --chat BASE => --chat is for --prompt or --task
+export tiny-base --out new BASE => neither a routed model nor a pool
+export experts --out experts => exists already
+export experts --out new --limit 9 => --limit is for --task
+export experts --out new --template 'a ||| b' => --template is for --task
+export experts --out new --prompt BYTES BASE => The prompt holds
+generate tiny-base hi --dtype int3 => 'int3'
+generate experts hi --max-new-tokens 0 BASE => max
+generate experts hi --sample --temperature 0 BASE => temperature
+generate experts hi --temperature 2 => --temperature is for --sample
+generate experts hi --seed 0 => --seed is for --sample
+generate experts hi --sample --seed 1180591620717411303424 BASE => from 0 to 4294967295
+generate experts hi --sample --seed -1 BASE => from 0 to 4294967295
+generate experts '' BASE => prompt
+generate experts BYTES BASE => The prompt holds '\\udce9', which is no character
+generate tiny-base hi --show-experts => not routed
+generate experts hi --base other-base => base of the experts
+generate experts hi --keep nobody => no expert 'nobody'; it has counting, reviews
+generate ./nowhere hi => No folder of that name is here
+generate LONG experts => File name too long
+generate experts hi there => there
+evaluate experts --task nowhere.jsonl BASE => nowhere.jsonl does not exist
+evaluate experts --task mixed.jsonl BASE => with and without choices
+evaluate experts --task unseen.jsonl --limit 0 BASE => limit
+evaluate experts --task unseen.jsonl --base other-base => The base of the experts is
+evaluate experts --task unseen.jsonl --task unseen.jsonl BASE => Two tasks are called 'unseen'
+evaluate experts --task unseen.jsonl --json file/s.json BASE => can't be written
+evaluate LONG --task unseen.jsonl => File name too long
+explain LONG experts => File name too long
+explain experts '' => prompt is empty
+explain experts BYTES BASE => The prompt holds '\\udce9', which is no character
+explain experts hi --answer BYTES BASE => The answer holds '\\udce9', which is no character
+explain experts hi --answer yes BASE --layer 9 => layers are 0, 1
+explain experts hi --answer yes BASE --kind nothing => kinds self_attn.q_proj
+explain experts hi BASE --router oracle --scores scores.json => goes by the task's name
+explain experts hi --answer '' --max-new-tokens 4 => leave it out with --answer
+analyse experts => Name what to read with --task or --suite
+analyse tiny-base --task unseen.jsonl => neither a pool nor a routed model
+analyse experts --task unseen.jsonl BASE --against nothing => router is 'nothing'
+analyse experts --task unseen.jsonl BASE --smoothing 2 => smoothing is 2.0
+analyse experts --task unseen.jsonl --data copies => --data is for --suite, which was not given
+analyse experts --suite t0ho --choices a => --choices is for --task
+analyse experts --task unseen.jsonl --results none.jsonl => none.jsonl don't exist
+analyse experts --keep reviews --task unseen.jsonl BASE --leave-one-out => needs a pool of several
+analyse experts --task unseen.jsonl BASE --expert reviews => expert is for router single; here it is
+analyse experts --task unseen.jsonl BASE --against oracle => Router oracle needs the scores
+analyse experts --task unseen.jsonl BASE --scores unseen.jsonl => unseen.jsonl holds no scores
+analyse experts --task unseen.jsonl BASE --out file => file/report.html can't be written
+COMPARE unseen.jsonl --methods base,best => Method 'best' is unknown; known are all, base, random
+COMPARE unseen.jsonl --methods , => No method was given
+COMPARE unseen.jsonl --methods base --methods retrieval => Expert 'counting' has no embeddings
+COMPARE nowhere --methods base => Suite 'nowhere' is neither a known name
+COMPARE missing.toml --methods base => missing.toml can't be read
+COMPARE LONG --methods base => File name too long
+COMPARE unseen.jsonl --reference experts/reviews => must have the form LABEL=MODEL
+COMPARE unseen.jsonl --reference =experts/reviews => must have the form LABEL=MODEL
+COMPARE unseen.jsonl --reference mine= => must have the form LABEL=MODEL
+COMPARE unseen.jsonl --reference a=x --reference a=y => Two references are called 'a'
+COMPARE unseen.jsonl --methods base --reference mine=./nowhere => './nowhere' can't be loaded
+COMPARE unseen.jsonl --methods base --reference merged=bare => can't be called 'merged'
+COMPARE unseen.jsonl --methods oracle --reference reviews=bare => both called 'reviews'
+COMPARE unseen.jsonl --methods base --limit 0 => limit
+COMPARE unseen.jsonl --methods merged --base other-base => The base of Merged Experts is
+COMPARE unseen.jsonl --router arrow => --router
+COMPARE unseen.jsonl --methods base --out file/x => can't be written
+compare none --suite unseen.jsonl => No expert was found
+compare experts => suite
+serve experts --replicas 2 => --replicas is for --engine ray
+serve experts --router nothing => nothing
+serve experts --dtype float33 => float33
+trian => trian
+"""
+
+
+def change_vectors(expert: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    vectors = load_file(expert / LAYOUT.vectors)
+    change(vectors)
+    save_file(vectors, expert / LAYOUT.vectors)
+    info = json.loads((expert / LAYOUT.info).read_text())
+    info["vectors_sha256"] = sha256_of(expert / LAYOUT.vectors)
+    (expert / LAYOUT.info).write_text(json.dumps(info))
+
+
+def damage(folder: Path) -> None:
+    """Everything that is wrong with the inputs above, beside the good ones."""
+    (folder / "empty.jsonl").touch()
+    (folder / "broken.jsonl").write_text(json.dumps(review(0)) + "\n{not json\n")
+    write_rows(folder / "no-target.jsonl", [review(0), {"input": "x", "label": "y"}])
+    write_rows(folder / "no-input.jsonl", [{"target": "y"}])
+    write_rows(folder / "odd-target.jsonl", [review(0), review(1, target="so so")])
+    write_rows(folder / "single.jsonl", [review(0)])
+    write_rows(folder / "my reviews.jsonl", [review(i) for i in range(4)])
+    write_rows(folder / "mixed.jsonl", [review(0), open_row(1)])
+    scores = {"reviews": {"unseen": 0.5}, "counting": {"unseen": 0.4}}
+    (folder / "scores.json").write_text(json.dumps({"experts": scores}))
+    (folder / "bad.toml").write_text("[training]\nlerning_rate = 1.0\n")
+    (folder / "worse.toml").write_text("[training\n")
+    (folder / "file").write_text("in the way")
+    (folder / "pool.json").write_text("{}")
+    (folder / "none").mkdir()
+    reviews = folder / "experts" / "reviews"
+    for name in ("cut", "nan", "gate", "changed", "foreign"):
+        shutil.copytree(reviews, folder / "damaged" / name)
+    for name in ("one", "two"):
+        shutil.copytree(reviews, folder / "twins" / name)
+    weights = folder / "damaged" / "cut" / ADAPTER_WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-50])
+    change_vectors(folder / "damaged" / "nan", lambda v: v[f"gate.{SITE}"].fill_(float("nan")))
+    gate = {f"gate.{SITE}": torch.zeros(7)}
+    change_vectors(folder / "damaged" / "gate", lambda v: v.update(gate))
+    shutil.copy(folder / "experts" / "counting" / ADAPTER_WEIGHTS, folder / "damaged" / "changed")
+    info = folder / "damaged" / "foreign" / LAYOUT.info
+    info.write_text(json.dumps({**json.loads(info.read_text()), "format_version": 99}))
+    bare = Expert.from_peft(reviews, {}, name="bare", base=Expert.load(reviews).info.base)
+    bare.save(folder / "bare")
+
+
+@pytest.fixture(scope="module")
+def damaged(workshop, tmp_path_factory) -> Path:
+    folder = shutil.copytree(workshop, tmp_path_factory.mktemp("damaged") / "here")
+    damage(folder)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.chdir(folder)
+        with pytest.raises(SystemExit) as caught:
+            main(["compose", "experts", "--out", "routed", *BASE])
+    assert caught.value.code == 0
+    (folder / "routed" / ".lock").touch()  # which stays
+    return folder
+
+
+@pytest.mark.parametrize("case", REFUSALS.strip().splitlines())
+def test_bad_input_is_told_in_one_line_and_writes_nothing(case, damaged, phat, monkeypatch):
+    if case.startswith("serve"):
+        pytest.importorskip("fastapi", reason="needs phatgoose[serve]")
+    monkeypatch.chdir(damaged)
+    before = snapshot_of(damaged)
+    line, _, complaint = case.partition(" => ")
+    words = [each for word in shlex.split(line) for each in WORDS.get(word, [word])]
+    refused(phat(*words), complaint)
+    after = snapshot_of(damaged)
+    shutil.rmtree(damaged / "new", ignore_errors=True)  # the next case starts afresh
+    assert after.keys() == before.keys()
+
+
+def test_several_problems_are_told_in_a_line_each(damaged, phat):
+    places = [damaged / "damaged/cut", damaged / "experts/reviews", damaged / "damaged/gate"]
+    outcome = phat("check", *places)
+    assert outcome.code == 2
+    assert outcome.out.startswith("ok")
+    assert [line.split(":")[0] for line in outcome.err.splitlines()] == ["error", "error"]
+
+
+@pytest.mark.parametrize("place", ["routed", "tiny-base"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate PLACE Film",
+        "evaluate PLACE --task reviews.jsonl",
+        "explain PLACE Film",
+        "analyse PLACE --task reviews.jsonl",
+        "export PLACE --out new",
+    ],
+)
+def test_a_router_is_chosen_for_pools_alone(damaged, phat, monkeypatch, place, command):
+    monkeypatch.chdir(damaged)
+    words = command.replace("PLACE", place).split()
+    refused(phat(*words, "--router", "arrow", *BASE), f"{place} is")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["evaluate", "experts", "--task", "reviews.jsonl"],
+        ["explain", "experts", "Film"],
+        ["analyse", "experts", "--task", "reviews.jsonl"],
+        ["train", "reviews.jsonl", "--out", "new", "--plan", "--measure"],
+    ],
+)
+def test_a_file_that_cannot_be_written_is_told_before_the_work(damaged, phat, monkeypatch, command):
+    monkeypatch.chdir(damaged)
+    work = ("apps.cli.options.ModelOptions.open", "analysis.analyse.analyse")
+    for each in (*work, "training.plan.Planner.measure"):
+        monkeypatch.setattr(f"phatgoose.{each}", lambda *_, **__: pytest.fail("worked"))
+    place = ["--out", "file"] if command[0] == "analyse" else ["--json", "file/x.json"]
+    refused(phat(*command, "--base", "tiny-base", *place), "can't be written")
+
+
+@pytest.mark.parametrize(
+    ("problem", "line"),
+    [
+        (
+            PermissionError(13, "Permission denied", "x\ny"),
+            r"'x\ny' can't be used: Permission denied.",
+        ),
+        (OSError("it broke\nin two"), "it broke"),
+    ],
+)
+def test_what_the_system_refuses_is_told_in_one_line(phat, monkeypatch, problem, line):
+    def refuse(*_: object) -> None:
+        raise problem
+
+    monkeypatch.setattr("phatgoose.experts.pool.Pool.open", refuse)
+    assert phat("pool", "anywhere") == Outcome(2, "", f"error: {line}\n")

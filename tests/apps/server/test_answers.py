@@ -1,0 +1,315 @@
+"""Answers: completions, chats, streams, log-probabilities and routing, of models of each kind."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from contextlib import closing
+from http.client import HTTPConnection
+
+import pytest
+
+import serving
+from phatgoose.apps.server import create_app, served_models
+from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.protocol import ChatRequest
+from phatgoose.apps.server.requests import RequestPreparer
+from phatgoose.apps.server.responses import builder_of
+from phatgoose.apps.server.sequences import Progress, ScoredToken
+from phatgoose.base.loading import UNFINISHED, load_base
+from phatgoose.config import Serving
+from phatgoose.routing.compose import compose
+from phatgoose.routing.saved.save import save
+from serving import CHAT, CHATS, GREEDY, JSON, PATH, PROMPT, ask, error_of, events, text_of
+
+LONG = {**GREEDY, "max_tokens": 1000}
+
+
+def joined(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def test_a_greedy_completion_is_what_generate_gives(client, pool, tokenizer):
+    prompt = tokenizer(PROMPT)["input_ids"]
+    tokens = serving.generated(pool, prompt, 6)
+    reply = ask(client, **GREEDY)
+    (choice,) = reply["choices"]
+    assert choice["text"] == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert (reply["object"], reply["id"][:5]) == ("text_completion", "cmpl-")
+    counts = {"prompt_tokens": len(prompt), "completion_tokens": len(tokens)}
+    assert reply["usage"] == {**counts, "total_tokens": len(prompt) + len(tokens)}
+
+
+def test_prompts_may_be_tokens_and_many(client, tokenizer):
+    ids = [tokenizer(text)["input_ids"] for text in (PROMPT, "who?")]
+    wanted = [text_of(client, **{**GREEDY, "prompt": text}) for text in (PROMPT, "who?")]
+    for prompts in ([PROMPT, "who?"], ids):
+        choices = ask(client, **{**GREEDY, "prompt": prompts})["choices"]
+        assert [choice["text"] for choice in choices] == wanted
+    assert text_of(client, **{**GREEDY, "prompt": ids[0]}) == wanted[0]
+    assert len(ask(client, **{**GREEDY, "prompt": "", "max_tokens": 1})["choices"]) == 1
+
+
+def test_several_answers_differ_and_the_same_seed_gives_the_same_ones(client):
+    wish = {**GREEDY, "temperature": 1.5, "n": 3, "seed": 7}
+    first, again = (ask(client, **wish)["choices"] for _ in range(2))
+    assert [choice["index"] for choice in first] == [0, 1, 2]
+    assert len({choice["text"] for choice in first}) == 3
+    assert [choice["text"] for choice in first] == [choice["text"] for choice in again]
+    assert text_of(client, **{**wish, "n": 1, "seed": 8}) == first[1]["text"]
+
+
+def test_a_stream_makes_the_whole_answer(client):
+    wish = {**GREEDY, "max_tokens": 20, "n": 2, "temperature": 1.2, "seed": 3, "logprobs": 1}
+    whole = ask(client, **wish)
+    chunks = events(client, **wish, stream_options={"include_usage": True})
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["choices"] == []
+    for index in (0, 1):
+        parts = [c["choices"][0] for c in chunks[:-1] if c["choices"][0]["index"] == index]
+        wanted = whole["choices"][index]
+        assert "".join(part["text"] for part in parts) == wanted["text"]
+        assert [part["finish_reason"] for part in parts[:-1]] == [None] * (len(parts) - 1)
+        assert parts[-1]["finish_reason"] == wanted["finish_reason"]
+        assert joined(part["logprobs"]["tokens"] for part in parts) == wanted["logprobs"]["tokens"]
+        offsets = joined(part["logprobs"]["text_offset"] for part in parts)
+        assert offsets == wanted["logprobs"]["text_offset"]
+    assert len({chunk["id"] for chunk in chunks}) == 1
+
+
+def test_echo_tells_the_prompt_and_its_log_probabilities(client, tokenizer):
+    count = len(tokenizer(PROMPT)["input_ids"])
+    (choice,) = ask(client, **{**GREEDY, "echo": True, "logprobs": 2})["choices"]
+    assert choice["text"] == PROMPT + text_of(client, **GREEDY)
+    told = choice["logprobs"]
+    assert "".join(told["tokens"][:count]) == PROMPT
+    assert {len(part) for part in told.values()} == {count + 6}
+    assert told["token_logprobs"][0] is None
+    assert told["top_logprobs"][0] is None
+    columns = (told["tokens"], told["token_logprobs"], told["top_logprobs"])
+    for number, (text, own, top) in list(enumerate(zip(*columns, strict=True)))[1:]:
+        assert text in top
+        assert own <= max(top.values()) <= 0
+        assert number < count or own == max(top.values())  # greedy, as lm-eval sees it
+    chunks = events(client, **{**GREEDY, "echo": True})
+    assert "".join(c["choices"][0]["text"] for c in chunks) == choice["text"]
+    scored = ask(client, **{**GREEDY, "echo": True, "logprobs": 0, "max_tokens": 0})
+    assert scored["choices"][0]["text"] == PROMPT
+    assert scored["usage"]["completion_tokens"] == 0
+
+
+def test_stop_ends_an_answer(client):
+    whole = text_of(client, **{**GREEDY, "max_tokens": 30})
+    stop = whole[3:5]
+    for wish in (stop, ["nothing", stop]):
+        (choice,) = ask(client, **{**GREEDY, "max_tokens": 30, "stop": wish})["choices"]
+        assert choice["text"] == whole[: whole.index(stop)]
+        assert choice["finish_reason"] == "stop"
+
+
+def test_a_chat_is_the_completion_of_its_template(chat):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]},
+    ]
+    wish = {"model": "goose", "messages": messages, "temperature": 0, "max_completion_tokens": 6}
+    reply = ask(chat, path=CHATS, **wish, logprobs=True, top_logprobs=2)
+    text = "[system] Be brief.\n[user] hi\n[assistant] "
+    wanted = ask(chat, **{**GREEDY, "prompt": text})
+    assert reply["usage"] == wanted["usage"]
+    assert reply["object"] == "chat.completion"
+    (choice,) = reply["choices"]
+    content = wanted["choices"][0]["text"]
+    assert choice["message"] == {"role": "assistant", "content": content, "refusal": None}
+    assert len(choice["logprobs"]["content"]) == 6
+    token = choice["logprobs"]["content"][0]
+    assert token["logprob"] == token["top_logprobs"][0]["logprob"]
+    assert bytes(token["bytes"]).decode() == token["token"]
+    *chunks, last = events(chat, CHATS, **wish, stream_options={"include_usage": True})
+    assert (last["choices"], last["usage"]) == ([], reply["usage"])
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    assert "".join(c["choices"][0]["delta"]["content"] or "" for c in chunks) == content
+    assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
+def test_without_a_limit_a_chat_takes_what_the_server_gives(pool):
+    limits = Serving(max_tokens=9)
+    app = serving.app_of(pool, limits, template=serving.CHAT_TEMPLATE, endless=True)
+    with serving.client_of(app) as client:
+        body = {**CHAT, "max_tokens": None}
+        assert ask(client, path=CHATS, **body)["usage"]["completion_tokens"] == 9
+
+
+def test_a_developer_speaks_as_the_system_and_answers_may_be_sent_back(chat):
+    told = {"role": "assistant", "content": "ho", "refusal": None, "tool_calls": None}
+    talk = [{"role": "developer", "content": "be"}, {"role": "user", "content": "hi"}, told]
+    asked = {"model": "goose", "messages": talk, "max_tokens": 4, "temperature": 0}
+    first = ask(chat, path=CHATS, **asked)
+    asked["messages"] = [{**talk[0], "role": "system"}, talk[1], {**told, "annotations": []}]
+    second = ask(chat, path=CHATS, **asked)
+    assert first["choices"] == second["choices"]
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"router": "merged"},
+        {"router": "arrow", "k": 1},
+        {"k": 1},
+        {"keep": ["e1", "e2"]},
+        {"leave_out": ["e0"]},
+        {"router": "single", "keep": ["e3"]},
+    ],
+    ids=str,
+)
+def test_a_request_may_have_its_own_routing(client, pool, tokenizer, wish):
+    prompt = tokenizer(PROMPT)["input_ids"]
+    wanted = serving.generated(pool, prompt, 6, **wish)
+    assert wanted != serving.generated(pool, prompt, 6)
+    text = tokenizer.decode(wanted, skip_special_tokens=True)
+    assert text_of(client, **GREEDY, **wish) == text
+
+
+def test_models_by_name_are_told_apart(client):
+    mean = text_of(client, **{**GREEDY, "model": "mean"})
+    assert mean == text_of(client, **GREEDY, router="merged") != text_of(client, **GREEDY)
+    listed = {card["id"]: card["router"] for card in client.get("/v1/models").json()["data"]}
+    assert listed == {"goose": "phatgoose", "mean": "merged"}
+    assert client.get("/v1/models/goose").json()["experts"] == ["e0", "e1", "e2", "e3"]
+
+
+def test_routing_tells_each_tokens_experts(client, tokenizer):
+    count = len(tokenizer(PROMPT)["input_ids"])
+    wish = {**GREEDY, "routing": {"layer": "1", "kind": "q_proj", "trace": True}}
+    (choice,) = ask(client, **wish)["choices"]
+    routing = choice["routing"]
+    assert (routing["router"], routing["k"]) == ("phatgoose", 2)
+    parts = [token["part"] for token in routing["tokens"]]
+    assert parts == ["prompt"] * count + ["answer"] * 6
+    assert "".join(token["token"] for token in routing["tokens"][:count]) == PROMPT
+    for token in routing["tokens"][:-1]:
+        assert sum(token["experts"].values()) == pytest.approx(1, abs=0.01)
+        assert len(token["experts"]) == 2
+        assert list(token["experts"].values()) == sorted(token["experts"].values(), reverse=True)
+    assert routing["tokens"][-1]["experts"] == {}
+    assert routing["trace"]["format"] == "phatgoose-trace-1"
+    everywhere = ask(client, **GREEDY, routing=True)["choices"][0]["routing"]
+    assert everywhere["trace"] is None
+    assert max(len(token["experts"]) for token in everywhere["tokens"]) > 2
+
+
+def test_a_trace_tells_who_was_chosen_for_the_whole_prompt(client, pool):
+    wish = {**GREEDY, "router": "discriminant", "routing": {"trace": True}}
+    (choice,) = ask(client, **wish)["choices"]
+    ((expert, weight),) = choice["routing"]["trace"]["whole"]
+    assert expert in pool.names
+    assert weight == 1
+    assert {expert} == set(choice["routing"]["tokens"][0]["experts"])
+    (choice,) = ask(client, **GREEDY, routing={"trace": True})["choices"]
+    assert choice["routing"]["trace"]["whole"] == []
+
+
+def test_a_stream_tells_its_routing_piece_by_piece(client):
+    wish = {**GREEDY, "routing": {"trace": True}}
+    whole = ask(client, **wish)["choices"][0]["routing"]
+    parts = [c["choices"][0]["routing"] for c in events(client, **wish)]
+    parts = [part for part in parts if part]
+    assert joined(part["tokens"] for part in parts) == whole["tokens"]
+    assert parts[0]["trace"]["streams"][0]["sites"] == whole["trace"]["streams"][0]["sites"]
+    assert [part["trace"] for part in parts[1:]] == [None] * (len(parts) - 1)
+    tokens = parts[0]["trace"]["streams"][0]["tokens"]
+    tokens += joined(more["tokens"] for part in parts[1:] for more in part["more"])
+    assert tokens == whole["trace"]["streams"][0]["tokens"]
+
+
+def test_a_saved_model_and_a_base_alone_are_served_too(pool, tmp_path, tokenizer):
+    save(compose(pool, load_base(pool.base.id, dtype="float32"), k=1), tmp_path / "routed")
+    places = [str(tmp_path / "routed"), f"base={pool.base.id}", f"pool={serving.folder_of(pool)}"]
+    app = create_app(served_models(places, dtype="float32"))
+    wanted = serving.generated(pool, tokenizer(PROMPT)["input_ids"], 6, k=1)
+    with serving.client_of(app) as client:
+        saved = {**GREEDY, "model": "routed"}
+        text = text_of(client, **saved)
+        assert text == tokenizer.decode(wanted, skip_special_tokens=True)
+        assert text_of(client, **saved, k=2) != text  # those of the pool
+        alone = {**GREEDY, "model": "base"}
+        assert text_of(client, **alone) != text
+        assert "base model alone" in error_of(client, **alone, routing=True)["message"]
+        assert "no experts" in error_of(client, **alone, k=1)["message"]
+        assert client.get("/v1/models/base").json()["router"] is None
+
+
+def test_an_encoder_decoder_model_is_served(pool_of, base_folders):
+    pool = pool_of("t5")
+    app = serving.app_of(pool)
+    tokenizer = load_base(pool.base.id, dtype="float32").tokenizer
+    wanted = serving.generated(pool, tokenizer(PROMPT)["input_ids"], 6)
+    with serving.client_of(app) as client:
+        (choice,) = ask(client, **GREEDY, routing=True)["choices"]
+        assert choice["text"] == tokenizer.decode(wanted[1:], skip_special_tokens=True)
+        streams = [token["stream"] for token in choice["routing"]["tokens"]]
+        assert streams.count("encoder") == len(tokenizer(PROMPT)["input_ids"])
+        assert "encoder-decoder" in error_of(client, **GREEDY, echo=True)["message"]
+
+
+def test_special_tokens_of_an_echoed_text_have_their_place(client):
+    asked = {"model": "goose", "prompt": "ab</s>cd", "echo": True, "logprobs": 1, "max_tokens": 3}
+    (choice,) = ask(client, **asked)["choices"]
+    told = choice["logprobs"]
+    assert told["tokens"][:5] == ["a", "b", "</s>", "c", "d"]
+    assert told["text_offset"][:6] == [0, 1, 2, 6, 7, 8]
+
+
+def test_parts_of_a_character_have_no_bytes(llama):
+    llama.tokenizer.chat_template = serving.CHAT_TEMPLATE
+    preparer = RequestPreparer(ModelRunner(llama.model, llama.tokenizer), Serving())
+    request = ChatRequest(**CHAT, logprobs=True, top_logprobs=1)
+    builder = builder_of(preparer.prepare(request, preparer.prompts(request)))
+    tokens = [ScoredToken(UNFINISHED, 0, -1.0, ((UNFINISHED, -1.0),)), ScoredToken("é", 0, -1.0)]
+    whole = [[Progress(0, "é", tuple(tokens), (), "stop", 2)]]
+    (choice,) = builder.whole(whole).model_dump()["choices"]
+    first, last = choice["logprobs"]["content"]
+    assert first["bytes"] is first["top_logprobs"][0]["bytes"] is None
+    assert last["bytes"] == list("é".encode())
+
+
+def test_a_request_that_takes_too_long_is_ended(pool):
+    app = serving.app_of(pool, Serving(timeout=1, max_tokens=2000), endless=True)
+    engine, wish = app.state.service.engine, {**LONG, "max_tokens": 1990}
+    with serving.client_of(app) as client:
+        with serving.held(2):
+            assert error_of(client, 504, **wish)["code"] == "timeout"
+        serving.until(lambda: engine.running == 0)
+        with serving.held(2):
+            reply = client.post(PATH, json={**wish, "stream": True})
+        *_, last = reply.text.strip().split("data: ")
+        assert json.loads(last)["error"]["code"] == "timeout"
+        serving.until(lambda: engine.running == 0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_goes_away_frees_its_place(pool, stream):
+    app = serving.app_of(pool, endless=True)
+    engine, routings = app.state.service.engine, app.state.service.routings
+
+    def post(client, **body):
+        client.request("POST", PATH, json.dumps(body), JSON)
+
+    with (
+        serving.running(app) as address,
+        closing(HTTPConnection(address.removeprefix("http://"), timeout=60)) as client,
+    ):
+        with serving.held(2):
+            post(client, **LONG, stream=stream, k=1)
+            if stream:
+                with client.getresponse() as reply:
+                    assert reply.readline().startswith(b"data: ")
+            serving.until(lambda: engine.running == 1)
+            (row,) = [row for batch in engine._batches for row in batch.sequences]
+            client.close()
+            serving.until(lambda: row.is_cancelled)
+        serving.until(lambda: engine.running == engine.waiting == 0)
+        serving.until(lambda: routings.requests == 0)
+        post(client, **GREEDY)
+        with client.getresponse() as reply:
+            assert reply.status == 200

@@ -1,0 +1,186 @@
+"""Sequences that join, leave and share a batch get what they would get alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import DynamicCache, MistralConfig, MistralForCausalLM
+
+from batched import GREEDY, TOKENIZER, alone, by_generate, finish, prompt_of, row_of
+from phatgoose.apps.server import engine
+from phatgoose.apps.server.engine import Batch, drop_columns, join
+from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.sequences import Decoding
+from tiny import VOCABULARY
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+OTHERS = ("average-activation", "arrow", "spectr", "glider", "merged", "single")
+OTHERS += ("retrieval", "centroid", "logo", "discriminant", "joint-discriminant")
+OTHERS += ("phatgoose-input", "phatgoose-evidence", "discriminant-phatgoose")
+
+
+def test_rows_together_get_what_each_gets_alone(runner_of, kind):
+    runner, batch = runner_of(kind), Batch(runner_of(kind))
+    rows = [
+        row_of(runner, prompt_of(seed), replace(GREEDY, max_tokens=2 + 4 * (seed % 3)))
+        for seed in range(5)
+    ]
+    batch.join(rows)
+    finish(batch)
+    rows.append(alone(runner, prompt_of(0), replace(GREEDY, max_tokens=10)))
+    for row, seed in zip(rows, (0, 1, 2, 3, 4, 0), strict=True):
+        assert row.generated == by_generate(runner, prompt_of(seed), row.decoding.max_tokens)
+        assert row.finish == "length"
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_rows_may_join_and_leave_between_any_two_steps(runner_of, kind):
+    runner, batch = runner_of(kind), Batch(runner_of(kind))
+    lengths = [9, 2, 14, 5, 7, 1]
+    rows = [
+        row_of(runner, prompt_of(i), replace(GREEDY, max_tokens=n)) for i, n in enumerate(lengths)
+    ]
+    batch.join(rows[:2])
+    batch.step()
+    batch.step()  # the second leaves
+    batch.join(rows[2:3])  # longer than what is there
+    batch.step()
+    batch.join(rows[3:])
+    batch.step()
+    assert [row.finish for row in rows] == [None, "length", None, None, None, "length"]
+    finish(batch)
+    for i, (row, n) in enumerate(zip(rows, lengths, strict=True)):
+        assert row.generated == by_generate(runner, prompt_of(i), n)
+
+
+def test_sliding_windows_slide_in_batches_too():
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 8}
+    ids = {"eos_token_id": None, "pad_token_id": 0, "bos_token_id": 1}
+    config = MistralConfig(vocab_size=VOCABULARY, **small, **heads, **ids)
+    runner = ModelRunner(MistralForCausalLM(config).eval(), TOKENIZER)
+    runner.ends = frozenset()
+    batch = Batch(runner)
+    rows = [row_of(runner, prompt_of(seed, 20 - 7 * seed)) for seed in range(3)]
+    batch.join(rows[:1])
+    batch.step()
+    batch.join(rows[1:])
+    finish(batch)
+    for seed, row in enumerate(rows):
+        assert row.generated == by_generate(runner, prompt_of(seed, 20 - 7 * seed), 12)
+
+
+def test_an_encoder_decoder_batch_takes_no_joiners(runner_of):
+    runner = runner_of("t5")
+    batch = Batch(runner)
+    assert batch.is_open
+    batch.join([row_of(runner, prompt_of(0))])
+    assert not batch.is_open
+
+
+@pytest.mark.parametrize("router", OTHERS)
+def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
+    runner = runner_of("llama", router)
+    batch = Batch(runner)
+    experts = runner.experts_of([prompt_of(seed) for seed in range(4)])
+    rows = [row_of(runner, prompt_of(seed), experts=experts[seed]) for seed in range(4)]
+    batch.join(rows[:2])
+    batch.step()
+    batch.join(rows[2:])
+    finish(batch)
+    for seed, row in enumerate(rows):
+        runner.model.phatgoose.lookup and runner.model.phatgoose.lookup.serve(None)
+        assert row.generated == by_generate(runner, prompt_of(seed), 12)
+
+
+def test_columns_that_nobody_needs_are_dropped(runner_of):
+    batch = Batch(runner_of())
+    short = row_of(runner_of(), prompt_of(0, 40), replace(GREEDY, max_tokens=2))
+    batch.join([short, row_of(runner_of(), prompt_of(1, 4))])
+    assert batch._mask.shape == (2, 40)
+    batch.step()
+    assert batch._mask.shape == (1, 5)
+    assert batch._cache.get_seq_length() == 5
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_company(runner_of):
+    runner = runner_of()
+    wishes = [Decoding(10, 0.9, 0.95, seed) for seed in range(4)]
+    single = [alone(runner, prompt_of(2), wish).generated for wish in wishes]
+    assert len({tuple(tokens) for tokens in single}) == 4
+    assert alone(runner, prompt_of(2), wishes[0]).generated == single[0]
+    batch = Batch(runner)
+    rows = [row_of(runner, prompt_of(2), wish) for wish in wishes]
+    batch.join([row_of(runner, prompt_of(7)), *rows])
+    finish(batch)
+    assert [row.generated for row in rows] == single
+
+
+def test_a_prompt_that_several_answers_share_is_read_once(runner_of, monkeypatch):
+    runner = runner_of()
+    seen, decode = [], runner.decode
+
+    def watched(ids, *arguments, **options):
+        seen.append(tuple(ids.shape))
+        return decode(ids, *arguments, **options)
+
+    monkeypatch.setattr(runner, "decode", watched)
+    batch = Batch(runner)
+    rows = [row_of(runner, prompt_of(0, 6), choice=i) for i in range(3)]
+    rows.append(row_of(runner, prompt_of(1, 8)))
+    batch.join(rows)
+    finish(batch)
+    assert seen[0] == (2, 8)
+    assert seen[1] == (4, 1)
+    assert rows[0].generated == rows[2].generated == by_generate(runner, prompt_of(0, 6), 12)
+
+
+def test_a_long_prompt_is_scored_in_several_passes(runner_of, monkeypatch):
+    runner = runner_of()
+    wish = Decoding(2, 0.0, logprobs=1, echo=True, routing=True)
+    prompts = [prompt_of(1, 23), prompt_of(2, 11)]
+
+    def told():
+        batch, rows = Batch(runner), [row_of(runner, prompt, wish) for prompt in prompts]
+        batch.join(rows)
+        finish(batch)
+        return [row.deliver for row in rows]
+
+    at_once = told()
+    monkeypatch.setattr(engine, "MOST_LOGITS", 2 * 4 * VOCABULARY)  # four columns at a time
+    for one, other in zip(at_once, told(), strict=True):
+        assert [t.text for t in one.tokens] == [t.text for t in other.tokens]
+        scores = [[t.logprob for t in each.tokens[1:]] for each in (one, other)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+        experts = [np.concatenate([s.experts for s in each.routing]) for each in (one, other)]
+        assert (experts[0] == experts[1]).mean() > 0.98
+
+
+def cache(rows: int, tokens: int, value: float) -> DynamicCache:
+    """One layer of two heads whose states are all `value`."""
+    states = torch.full((rows, 2, tokens, 4), value)
+    made = DynamicCache()
+    made.update(states, states + 10, 0)
+    return made
+
+
+def test_rows_are_padded_on_the_left_to_the_longer_ones_columns():
+    one = cache(1, 2, 1.0)
+    join(one, cache(2, 3, 2.0))
+    keys, values = one.layers[0].keys, one.layers[0].values
+    assert keys.shape == values.shape == (3, 2, 3, 4)
+    assert keys[:, 0, :, 0].tolist() == [[0, 1, 1], [2, 2, 2], [2, 2, 2]]
+    assert values[:, 0, :, 0].tolist() == [[0, 11, 11], [12, 12, 12], [12, 12, 12]]
+
+
+def test_the_first_columns_are_dropped():
+    one = cache(1, 2, 1.0)
+    join(one, cache(1, 3, 2.0))
+    drop_columns(one, 1)
+    assert one.get_seq_length() == 2
+    assert one.layers[0].keys[:, 1, :, 3].tolist() == [[1, 1], [2, 2]]

@@ -1,0 +1,199 @@
+"""The engine: who is computed when, and what happens when it fails."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from batched import GREEDY, by_generate, finish, prompt_of, raises, row_of
+from phatgoose.apps.server.engine import Batch, GenerationEngine
+from phatgoose.apps.server.protocol import ApiError
+from phatgoose.apps.server.sequences import Failure
+from phatgoose.config import Serving
+from phatgoose.errors import RoutingError
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+def engine_of(**limits):
+    return GenerationEngine(Serving(**{"max_batch_tokens": 4096, **limits}))
+
+
+@pytest.fixture
+def engine():
+    """A running engine."""
+    made = engine_of()
+    made.start()
+    yield made
+    made.stop()
+
+
+def submit(engine, rows):
+    engine.submit(rows)
+    for row in rows:
+        assert row.deliver.over.wait(30)
+    return rows
+
+
+def test_different_models_are_never_in_one_batch(engine, runner_of):
+    runners = [runner_of("llama", router) for router in ("phatgoose", "merged")]
+    wanted = [by_generate(runner, prompt_of(1), 12) for runner in runners]
+    assert wanted[0] != wanted[1]
+    rows = [row_of(runners[number % 2], prompt_of(1)) for number in range(6)]
+    for row in rows:
+        engine.submit([row])
+    for number, row in enumerate(rows):
+        assert row.deliver.over.wait(30)
+        assert row.generated == wanted[number % 2]
+
+
+def test_more_rows_than_fit_wait_for_their_turn(runner_of):
+    engine = engine_of(max_batch_tokens=3 * (8 + 12))
+    rows = [row_of(runner_of(), prompt_of(seed, 8), client=str(seed)) for seed in range(8)]
+    most = []
+    for row in rows:
+        engine.submit([row])
+    assert engine.waiting == 8
+    with torch.inference_mode():
+        while engine.waiting or engine.running:
+            engine._admit()
+            most.append(sum(batch.tokens_with() for batch in engine._batches))
+            for batch in engine._batches:
+                batch.step()
+    assert max(most) == 60
+    assert all(row.finish == "length" for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("limits", "number", "tokens", "status", "said"),
+    [
+        ({"max_batch_tokens": 30}, 1, 20, 400, "32 tokens"),
+        ({"max_queue": 3}, 4, 5, 400, "at most 3"),
+        ({"max_queue": 3}, 2, 5, 429, "2 answers are waiting"),
+        ({"max_client_queue": 4}, 5, 5, 400, "at most 4"),
+        ({"max_client_queue": 3}, 2, 5, 429, "2 answers of yours are waiting"),
+    ],
+)
+def test_what_can_never_fit_and_what_comes_too_much_is_refused(
+    runner_of, limits, number, tokens, status, said
+):
+    engine = engine_of(**limits)
+    engine.submit(short_rows(runner_of(), 2, "greedy", prompt=5))
+    with pytest.raises(ApiError, match=said) as refused:
+        engine.submit(short_rows(runner_of(), number, "greedy", prompt=tokens))
+    assert refused.value.status_code == status
+    assert status == 400 or refused.value.headers["Retry-After"] == "1"
+    assert engine.waiting == 2
+    if "max_client_queue" in limits:
+        engine.submit(short_rows(runner_of(), 3, "other"))
+        assert engine.waiting == 5
+
+
+def short_rows(runner, number, client, tokens=12, prompt=8):
+    wish = replace(GREEDY, max_tokens=tokens)
+    return [row_of(runner, prompt_of(seed, prompt), wish, client=client) for seed in range(number)]
+
+
+def computed(engine):
+    """The clients of the rows that are computed, after one more look into the queue."""
+    with torch.inference_mode():
+        engine._admit()
+    return [row.client for batch in engine._batches for row in batch.sequences]
+
+
+def end(engine, client):
+    engine.cancel([r for b in engine._batches for r in b.sequences if r.client == client])
+
+
+def test_a_client_alone_leaves_a_quarter_for_others(runner_of):
+    engine = engine_of(max_batch_tokens=400)  # twenty rows of twenty
+    engine.submit(short_rows(runner_of(), 19, "greedy"))
+    assert computed(engine) == ["greedy"] * 15
+    engine.submit(short_rows(runner_of(), 1, "polite"))
+    engine.submit(short_rows(runner_of(), 9, "second"))
+    assert computed(engine) == ["greedy"] * 15 + ["polite"] + ["second"] * 3
+    assert computed(engine)[19:] == []
+    end(engine, "greedy")
+    clients = computed(engine)
+    assert clients.count("second") == 9  # at most three times what is left
+    assert clients.count("greedy") == 4
+    assert engine.waiting == 0
+
+
+def test_clients_take_turns(runner_of):
+    engine = engine_of(max_batch_tokens=60)
+    order = []
+    for client, number in (("a", 4), ("b", 4), ("c", 2)):
+        rows = short_rows(runner_of(), number, client, tokens=1)
+        for row in rows:
+            row.deliver = lambda event, row=row: order.append(row.client)
+        engine.submit(rows)
+    while engine.waiting:
+        computed(engine)
+    assert "".join(order) == "abcabcabab"
+
+
+def test_a_long_row_is_not_passed_over_for_ever(runner_of):
+    engine = engine_of(max_batch_tokens=400)
+    engine.submit(short_rows(runner_of(), 19, "greedy"))
+    assert len(computed(engine)) == 15
+    engine.submit(short_rows(runner_of(), 1, "long", tokens=372))
+    engine.submit(short_rows(runner_of(), 1, "polite", tokens=1))
+    engine.cancel(engine._batches[0].sequences[:5])  # it is the greedy one's turn, once
+    assert computed(engine) == ["greedy"] * 11  # and the polite one, who was answered at once
+    assert [each.client for each in engine._queue] == ["long", *["greedy"] * 3]
+    end(engine, "greedy")
+    assert computed(engine) == ["long"]
+    end(engine, "long")
+    assert computed(engine) == ["greedy"] * 3
+
+
+def test_the_engine_looks_no_expert_up(runner_of, toy_embedder, monkeypatch):
+    """Whoever prepares a request has: an embedder may take minutes, and all others would wait."""
+    runner = runner_of("llama", "retrieval")
+    (experts,) = runner.experts_of([prompt_of(1)])
+    monkeypatch.setattr(runner._lookup, "find", raises(AssertionError("looked up")))
+    batch, row = Batch(runner), row_of(runner, prompt_of(1), experts=experts)
+    batch.join([row])
+    finish(batch)
+    assert row.finish == "length"
+
+
+def test_a_cancelled_row_leaves_its_place(engine, runner_of):
+    rows = [
+        row_of(runner_of(), prompt_of(seed), replace(GREEDY, max_tokens=2000)) for seed in range(2)
+    ]
+    engine.submit([rows[0]])
+    other = submit(engine, [row_of(runner_of(), prompt_of(3), client="other")])[0]
+    engine.cancel([rows[0]])
+    submit(engine, [row_of(runner_of(), prompt_of(4))])
+    assert engine.running == 0
+    assert len(rows[0].generated) < 2000
+    assert other.generated == by_generate(runner_of(), prompt_of(3), 12)
+
+
+def test_a_pass_that_fails_fails_its_own_rows_alone(engine, runner_of, monkeypatch):
+    runner = runner_of("llama", "arrow")
+    monkeypatch.setattr(runner, "decode", raises(RoutingError("no")))
+    (row,) = submit(engine, [row_of(runner, prompt_of(1))])
+    assert row.deliver.events == [Failure("no")]
+    monkeypatch.setattr(runner, "decode", raises(ValueError("a secret")))
+    (row,) = submit(engine, [row_of(runner, prompt_of(1))])
+    assert "secret" not in row.deliver.events[0].message
+    (row,) = submit(engine, [row_of(runner_of(), prompt_of(1))])
+    assert row.finish == "length"
+
+
+def test_a_stopped_engine_fails_what_is_left(runner_of):
+    engine = engine_of()
+    engine.start()
+    assert engine.is_alive
+    row = row_of(runner_of(), prompt_of(0), replace(GREEDY, max_tokens=3000))
+    engine.submit([row])
+    engine.stop()
+    assert isinstance(row.deliver.events[-1], Failure)
+    assert not engine.is_alive
+    with pytest.raises(ApiError, match="stopped"):
+        engine.submit([row_of(runner_of(), prompt_of(0))])

@@ -1,0 +1,208 @@
+"""What requests pass before their routes: metrics, hosts, origins, API keys, bodies."""
+
+from __future__ import annotations
+
+import json
+import socket
+
+import pytest
+
+import serving
+from phatgoose.apps.server.guards import AT_ONCE, AccessControl, RequestBody, RequestGuard, host_of
+from phatgoose.apps.server.protocol import ApiError
+from serving import CHATS, GREEDY, JSON, PATH, ask, error_of, events
+
+MIB = 1 << 20
+EVIL, BEARER = {"Host": "evil.example"}, {"Authorization": "Bearer other"}
+FORM = {"Content-Type": "application/x-www-form-urlencoded"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "status", "code"),
+    [
+        (("GET", PATH, None, {}), 405, None),
+        (("GET", "/nowhere", None, {}), 404, None),
+        (("GET", "/v1/models/duck", None, {}), 404, "model_not_found"),
+        (("POST", PATH, b"x" * (2 * MIB), JSON), 413, "too_large"),
+        (("POST", PATH, (b"x" * MIB for _ in range(2)), JSON), 413, "too_large"),
+        *(
+            (("POST", PATH, json.dumps(GREEDY), {"Content-Type": kind}), 415, None)
+            for kind in ("", "text/plain", FORM["Content-Type"], "multipart/form-data", "text/json")
+        ),
+        *(
+            (("GET", path, None, {"Host": host}), 403, "unknown_host")
+            for path in ("/", "/healthz", "/v1/models", "/openapi.json", "/nowhere")
+            for host in ("evil.example", "evil.example:8000")
+        ),
+        *(
+            (("POST", PATH, json.dumps(GREEDY), {**JSON, "Origin": origin}), 403, "foreign_origin")
+            for origin in ("http://evil.example", "null", "http://localhost:81", "file:")
+        ),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_is_refused_before_its_body_is_looked_at(client, request_, status, code):
+    method, path, content, headers = request_
+    reply = client.request(method, path, content=content, headers=headers)
+    assert reply.status_code == status
+    error = reply.json()["error"]
+    assert error["code"] == code
+    assert error["message"]
+    assert error["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "LOCALHOST:8000"},
+        {"Host": "127.0.0.1:80"},
+        {"Host": "[::1]:8000"},
+        {"Host": "localhost."},
+        {"Origin": "http://localhost"},
+        {"Content-Type": "application/json; charset=utf-8"},
+        {"Content-Type": "Application/vnd.api+JSON"},
+    ],
+    ids=str,
+)
+def test_who_is_let_in(client, headers):
+    content = json.dumps(GREEDY)
+    assert client.post(PATH, content=content, headers={**JSON, **headers}).status_code == 200
+    foreign = {"Origin": "http://evil.example"}  # which may read
+    assert client.get("/v1/models", headers=foreign).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "content", "headers"),
+    [
+        ("POST", PATH, b"{", JSON),
+        ("POST", PATH, b"[" * 100_000, JSON),
+        ("POST", PATH, b"{}", {}),
+        ("POST", PATH, b"x" * (2 * MIB), JSON),
+        ("POST", CHATS, b"{}", JSON),
+        ("GET", "/v1/models", None, {}),
+        ("GET", "/v1/models/duck", None, {}),
+        ("GET", "/metrics", None, {}),
+        ("GET", "/nowhere", None, {}),
+        ("DELETE", PATH, None, {}),
+    ],
+    ids=str,
+)
+def test_the_key_is_asked_for_before_anything_else(guarded, method, path, content, headers):
+    for key in (None, "Bearer wrong", "Basic secret", "Bearer", "Bearer \xe9"):
+        given = {**headers, **({"Authorization": key.encode("latin-1")} if key else {})}
+        reply = guarded.request(method, path, content=content, headers=given)
+        assert reply.status_code == 401
+        assert reply.headers["WWW-Authenticate"] == "Bearer"
+        assert reply.json()["error"]["code"] == "invalid_api_key"
+    given = {**headers, "Authorization": "bearer other"}
+    assert guarded.request(method, path, content=content, headers=given).status_code != 401
+
+
+def test_what_needs_no_key_says_nothing_of_the_models(guarded):
+    for path in ("/", "/healthz", "/openapi.json"):
+        assert guarded.get(path).status_code == 200
+    assert guarded.post("/", content=b"{", headers=JSON).status_code == 405
+    paths = guarded.get("/openapi.json").json()["paths"]
+    assert paths["/v1/models"]["get"]["security"]
+    assert "security" not in paths["/healthz"]["get"]
+
+
+def client_of(doors, address="a", key=None, host="localhost"):
+    headers = [(b"host", host.encode())]
+    headers += [(b"authorization", f"Bearer {key}".encode())] if key else []
+    scope = {"headers": headers, "method": "GET", "path": "/v1/models"}
+    return doors.check({**scope, "client": address and (address, 1)})
+
+
+@pytest.mark.parametrize(
+    ("hosts", "let_in", "kept_out"),
+    [
+        ([], ["localhost", "127.0.0.1:8000", "[::1]"], ["192.168.0.2", "goose.example", ""]),
+        (["192.168.0.2"], ["192.168.0.2:8000", "localhost"], ["192.168.0.3", "goose.example"]),
+        (["::1", "Goose.Example"], ["goose.example", "[::1]:1"], ["x.goose.example"]),
+        (["0.0.0.0"], ["192.168.0.2", "10.0.0.1:80", "[fe80::1]:80"], ["goose.example", "1.2.3"]),
+        (["::"], ["192.168.0.2", socket.gethostname()], ["goose.example"]),
+        (["*"], ["goose.example", "10.0.0.1"], []),
+    ],
+    ids=str,
+)
+def test_hosts_are_those_that_the_operator_names(hosts, let_in, kept_out):
+    for host in let_in:
+        assert client_of(AccessControl(hosts), host=host)
+    for host in kept_out:
+        with pytest.raises(ApiError):
+            client_of(AccessControl(hosts), host=host)
+
+
+def test_hosts_are_read_with_and_without_a_port():
+    written = ["A.b:80", "[::1]:80", "::1", "a.b.", " 1.2.3.4 "]
+    assert list(map(host_of, written)) == ["a.b", "::1", "::1", "a.b", "1.2.3.4"]
+
+
+def test_clients_are_told_apart_by_key_and_else_by_address():
+    keyed = AccessControl(keys=["one", "two"])
+    names = [client_of(keyed, address, key) for address in ("a", "b") for key in ("one", "two")]
+    assert names[:2] == names[2:]
+    assert names[0] != names[1]
+    assert not any("one" in name or "two" in name for name in names)
+    free = AccessControl()
+    assert client_of(free, "10.0.0.1", "x") != client_of(free, "10.0.0.2", "x")
+    assert client_of(free, "fd00::1:2") == client_of(free, "fd00::9:9")  # one customer's network
+    assert client_of(free, "fd00::1") != client_of(free, "fd00:0:0:1::1")
+    assert client_of(free, None) == client_of(free, "unknown")
+
+
+def test_bodies_are_counted_together_and_let_go():
+    gate = RequestGuard(None, AccessControl(), 100, 1)
+    full = [RequestBody(gate, None) for _ in range(AT_ONCE)]
+    for body in full:
+        body.add(b"x" * 100)
+    another = RequestBody(gate, None)
+    with pytest.raises(ApiError) as refused:
+        another.add(b"x")
+    assert refused.value.status_code == 429
+    for body in (*full, another, another):
+        body.release()
+    assert gate.held == 0
+    with pytest.raises(ApiError) as refused:
+        another.add(b"x" * 101)
+    assert refused.value.status_code == 413
+
+
+def test_bodies_are_let_go_whatever_became_of_the_request(client, app):
+    gates = []
+    layer = app.middleware_stack
+    while layer is not None:
+        gates += [layer] if isinstance(layer, RequestGuard) else []
+        layer = getattr(layer, "app", getattr(layer, "_app", None))
+    for body in (GREEDY, {**GREEDY, "model": "duck"}, {"x": 1}):
+        client.post(PATH, json=body)
+    client.post(PATH, content=b"{}" * MIB, headers=JSON)
+    assert gates[0].held == 0
+
+
+def test_metrics_count_what_happened(pool):
+    with serving.client_of(serving.app_of(pool, endless=True)) as client:
+        ask(client, **GREEDY)
+        events(client, **GREEDY)
+        error_of(client, **{**GREEDY, "n": -1})
+        client.get("/nowhere")
+        with serving.held(1):
+            thread, _ = serving.in_a_thread(client.post, PATH, json=GREEDY)
+            serving.until(lambda: "phatgoose_running 1.0" in client.get("/metrics").text)
+        thread.join()
+        serving.until(lambda: "phatgoose_running 0.0" in client.get("/metrics").text)
+        reply = client.get("/metrics")
+        assert reply.headers["content-type"].startswith("text/plain")
+        lines = reply.text.splitlines()
+    path = 'path="/v1/completions"'
+    for line in (
+        f'phatgoose_requests_total{{{path},status="200"}} 3.0',
+        f'phatgoose_requests_total{{{path},status="400"}} 1.0',
+        'phatgoose_requests_total{path="other",status="404"} 1.0',
+        'phatgoose_generated_tokens_total{model="goose"} 18.0',
+        "phatgoose_waiting 0.0",
+        f"phatgoose_request_seconds_count{{{path}}} 4.0",
+        "phatgoose_batch_rows_count 18.0",
+    ):
+        assert line in lines

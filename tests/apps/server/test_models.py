@@ -1,0 +1,142 @@
+"""Served models: how an operator names them, what they share, whose experts they may have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+import serving
+from phatgoose.apps.server import ServedModel, create_app, keys_of, served_models
+from phatgoose.apps.server.models import _Bases
+from phatgoose.base.fingerprint import BaseReference
+from phatgoose.base.loading import load_base
+from phatgoose.config import Routing
+from phatgoose.errors import ConfigError, PhatgooseError
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.compose import compose
+from phatgoose.routing.saved.save import save
+from serving import GREEDY, ask, error_of
+
+
+def test_weights_of_a_base_are_in_memory_once(pool_of):
+    app = serving.app_of(pool_of("llama"))
+    goose, mean = (served.runner.model for served in app.state.service.models.values())
+    assert goose is not mean
+    pairs = zip(goose.parameters(), mean.parameters(), strict=True)
+    assert all(one is other for one, other in pairs)
+
+
+def test_what_a_saved_model_says_of_its_experts_places_is_opened_for_nobody(
+    pool, tmp_path, monkeypatch
+):
+    """It may come from a stranger, and who asks to reroute it may be one."""
+    save(compose(pool, load_base(pool.base.id, dtype="float32"), k=1), tmp_path / "routed")
+    info = json.loads((tmp_path / "routed" / "routed.json").read_text())
+    info["experts"][0]["path"] = "hub:stranger/expert"
+    (tmp_path / "routed" / "routed.json").write_text(json.dumps(info))
+    other = pool.select(leave_out=[pool.names[0]])
+    other.write_manifest(tmp_path / "fewer.json")
+    places = [str(tmp_path / "routed"), str(tmp_path / "fewer.json")]
+    app = create_app(served_models(places, dtype="float32"))
+    with serving.client_of(app) as client:
+        opened = []
+        monkeypatch.setattr(Pool, "open", opened.append)
+        asked = {**GREEDY, "model": "routed"}
+        for change in ({"k": 2}, {"keep": [pool.names[1]]}, {"router": "merged"}):
+            message = error_of(client, **asked, **change)["message"]
+            assert "only while a pool with its experts" in message
+        ask(client, **asked)
+    assert opened == []
+
+
+def test_settings_that_a_model_cannot_have_are_refused(pool):
+    with pytest.raises(ConfigError, match="is not a pool"):
+        create_app([ServedModel("b", pool.base.id, Routing())])
+    with pytest.raises(ConfigError, match="oracle"):
+        create_app([ServedModel("b", str(serving.folder_of(pool)), Routing("oracle"))])
+    with pytest.raises(PhatgooseError):
+        create_app([ServedModel("x", str(serving.folder_of(pool) / "nothing.json"))])
+
+
+def test_equal_weights_by_another_name_have_that_one_s_tokenizer(base_folders, tmp_path):
+    """Whichever of them was loaded first: a chat template, say, is the folder's own."""
+    other = shutil.copytree(base_folders["llama"], tmp_path / "chatty")
+    tokenizer = load_base(other, dtype="float32").tokenizer
+    tokenizer.chat_template = "{{ messages }}"
+    tokenizer.save_pretrained(other)
+    for first, second in ((base_folders["llama"], other), (other, base_folders["llama"])):
+        bases = _Bases()
+        one = bases.get(BaseReference(str(first)), "float32")
+        two = bases.get(BaseReference(str(second), fingerprint=one.fingerprint), "float32")
+        assert two.model is one.model
+        assert (one.id, two.id) == (str(first), str(second))
+        for base in (one, two):
+            assert bool(base.tokenizer.chat_template) == (base.id == str(other))
+    gone = bases.get(BaseReference(str(tmp_path / "gone"), fingerprint=one.fingerprint), "float32")
+    assert gone is one
+
+
+def test_keys_are_read_from_a_list():
+    assert keys_of(" a, b,,") == ("a", "b")
+    assert keys_of(None) == ()
+    assert keys_of("b", ["a,c ", "d"]) == ("a,c", "d", "b")
+    with pytest.raises(ConfigError, match="An API key is empty"):
+        keys_of("b", [""])
+
+
+def test_places_name_models_and_their_routing(tmp_path):
+    odd = tmp_path / "a=b?c"
+    odd.mkdir()
+    models = served_models(
+        ["x/experts", "mine=pool.json", "hub:me/x@v1", str(odd), "arrow=experts?router=arrow&k=3"],
+        routing=Routing(eps=1e-3),
+    )
+    assert [(model.name, model.place) for model in models] == [
+        ("experts", "x/experts"),
+        ("mine", "pool.json"),
+        ("me/x@v1", "hub:me/x@v1"),
+        ("a=b?c", str(odd)),
+        ("arrow", "experts"),
+    ]
+    assert [model.routing for model in models[:4]] == [Routing(eps=1e-3)] * 4
+    assert models[4].routing == Routing("arrow", 3, eps=1e-3)
+
+
+def test_every_setting_of_a_routing_is_read_as_its_type():
+    written = "spectr_shortlist=2&input_k=3&input_temperature=0.5&stand_in=true&expert=7&eps=1"
+    (model,) = served_models([f"x?{written}"], routing=Routing(k=4))
+    assert model.routing == Routing(
+        k=4,
+        spectr_shortlist=2,
+        input_k=3,
+        input_temperature=0.5,
+        stand_in=True,
+        expert="7",
+        eps=1.0,
+    )
+    (model,) = served_models(["x?stand_in=false"], routing=Routing(stand_in=True))
+    assert model.routing == Routing()
+
+
+@pytest.mark.parametrize(
+    ("places", "said"),
+    [
+        ([], "no model"),
+        (["a/b\x1b[31m"], "NAME=PLACE"),
+        (["x\ny=experts"], "NAME=PLACE"),
+        (["x\u202ey=experts"], "NAME=PLACE"),
+        (["a/x", "b/x"], "NAME=PLACE"),
+        (["x?router"], "router=NAME"),
+        (["x?k=two"], "k is 'two'"),
+        (["x?rooter=arrow"], "unknown setting 'rooter'"),
+        (["x?input_k="], "input_k is '', but must be a whole number"),
+        (["x?stand_in=1"], "stand_in is '1', but must be true or false"),
+        (["x?k=2&router=arrow&k=3"], "'k' is given 2 times"),
+    ],
+    ids=str,
+)
+def test_places_that_make_no_sense_are_refused(places, said):
+    with pytest.raises(ConfigError, match=said):
+        served_models(places)

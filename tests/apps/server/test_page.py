@@ -1,0 +1,216 @@
+"""The server's page in a browser: answers that stream, tokens in colours, two routings compared."""
+
+from __future__ import annotations
+
+import re
+from contextlib import contextmanager
+
+import pytest
+
+import serving
+from browser import PATIENCE, browser
+from phatgoose.apps.server.app import CSS, HEADERS, PAGE, SCRIPT
+from phatgoose.config import Serving
+from serving import PROMPT
+
+LIMITS = Serving(max_tokens=500)
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def app(pool_of):
+    return serving.app_of(pool_of("llama"), LIMITS, endless=True)
+
+
+@pytest.fixture(scope="module")
+def address(app):
+    with serving.running(app) as address:
+        yield address
+
+
+@contextmanager
+def visit(chromium, address, expected=(), **options):
+    """The page, which must not complain, nor ask anybody else for anything."""
+    context = chromium.new_context(**options)
+    context.set_default_timeout(PATIENCE)
+    page = context.new_page()
+    complaints, asked = [], []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(address)
+    yield page
+    context.close()
+    assert [text for text in complaints if not any(word in text for word in expected)] == []
+    assert [url for url in asked if not url.startswith((address, "data:"))] == []
+
+
+def answer(page, tokens=12, prompt=PROMPT):
+    page.locator("#model option").first.wait_for(state="attached")
+    page.fill("#prompt", prompt)
+    page.fill("#length", str(tokens))
+    before = int(page.locator("#panes").get_attribute("data-answers") or 0)
+    page.click("#run")
+    page.locator(f"#panes[data-answers='{before + 1}']").wait_for()
+
+
+def pieces(page, side="a"):
+    return page.locator(f"#pane-{side} .tx-token").all_text_contents()
+
+
+def looks(page, side="a"):
+    spans = page.locator(f"#pane-{side} .tx-token")
+    return [
+        re.sub("tx-token|tx-dim", "", span.get_attribute("class")).strip() for span in spans.all()
+    ]
+
+
+def test_the_page_stands_alone_and_says_so_to_the_browser(app):
+    with serving.client_of(app) as client:
+        reply = client.get("/")
+    assert reply.text == PAGE
+    policy = reply.headers["Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+    assert "unsafe" not in policy
+    assert re.findall(r"""(?:src|href)=["']?(?!#|data:)[^"'#>]+""", PAGE) == []
+    assert "@import" not in CSS
+    assert "://" not in SCRIPT
+    assert HEADERS["X-Content-Type-Options"] == "nosniff"
+    ids = re.findall(r'\bid="([^"]+)"', PAGE)
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'\bfor="([^"]+)"', PAGE)) <= set(ids)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_an_answer_has_the_colours_of_its_experts(chromium, address, app, scheme):
+    with visit(chromium, address, color_scheme=scheme) as page:
+        answer(page)
+        said = pieces(page)
+        assert "".join(said).startswith(PROMPT)
+        assert len(said) == len(PROMPT) + 12
+        bold = page.locator("#pane-a .tx-token[data-part=answer]").count()
+        assert bold == 12
+        seen = looks(page)
+        assert seen[-1] == "tx-none"  # the last token never passed the model
+        assert len(set(seen)) > 2
+        page.locator("#pane-a .tx-layer input").fill("1")
+        page.locator("#pane-a .tx-controls select").last.select_option("mlp.up_proj")
+        assert looks(page) != seen
+        page.locator("#pane-a .tx-token").nth(3).hover()
+        assert "mean over 1 site" in page.locator("#pane-a .tx-details").inner_text()
+        assert "12 tokens" in page.locator("#pane-a .status").inner_text()
+        colour = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", colour)[:3])) > 380) == (scheme == "light")
+
+
+def test_two_routings_are_seen_side_by_side(chromium, address):
+    with visit(chromium, address, viewport={"width": 1200, "height": 800}) as page:
+        page.check("#compare")
+        page.select_option("#router-b", "arrow")
+        page.fill("#k-b", "1")
+        page.fill("#experts-b", "e1, e2")
+        answer(page)
+        assert pieces(page)[: len(PROMPT)] == pieces(page, "b")[: len(PROMPT)]
+        assert pieces(page) != pieces(page, "b")
+        assert "router phatgoose" in page.locator("#pane-a .status").inner_text()
+        assert "router arrow" in page.locator("#pane-b .status").inner_text()
+        left, right = (page.locator(f"#pane-{side}").bounding_box() for side in "ab")
+        assert left["y"] == right["y"]
+        assert left["x"] + left["width"] <= right["x"]
+
+        def colours(side):
+            buttons = page.locator(f"#pane-{side} .tx-legend button").all()
+            return {
+                re.search(r"e\d", b.inner_text())[0]: b.locator("span").first.get_attribute("class")
+                for b in buttons
+            }
+
+        one, other = colours("a"), colours("b")
+        assert set(other) <= {"e1", "e2"}
+        assert all(one[name] == look for name, look in other.items() if name in one)
+        page.locator("#pane-b .tx-layer input").fill("2")  # both show what one is told to
+        assert page.locator("#pane-a .tx-layer output").inner_text() == "1"
+        answer(page)
+        assert page.locator("#pane-a .tx-layer output").inner_text() == "1"
+
+
+def test_tokens_come_one_by_one_and_can_be_stopped(chromium, address, app):
+    engine = app.state.service.engine
+    with visit(chromium, address) as page, serving.held(40) as released:
+        page.locator("#model option").first.wait_for(state="attached")
+        page.fill("#prompt", PROMPT)
+        page.fill("#length", "490")
+        page.click("#run")
+        page.locator("#pane-a .tx-token").nth(len(PROMPT) + 3).wait_for()
+        assert engine.running == 1
+        (row,) = [row for batch in engine._batches for row in batch.sequences]
+        page.click("#stop")
+        page.locator("#panes[aria-busy=false]").wait_for()
+        assert "stopped" in page.locator("#pane-a .status").inner_text()
+        assert len(PROMPT) + 3 < len(pieces(page)) <= len(PROMPT) + 41
+        serving.until(lambda: row.is_cancelled)
+        released.set()
+        serving.until(lambda: engine.running == 0)
+        assert len(row.generated) <= 42
+
+
+def test_the_keyboard_does_all(chromium, address):
+    with visit(chromium, address) as page:
+        page.locator("#model option").first.wait_for(state="attached")
+        page.locator("#prompt").focus()
+        page.keyboard.type(PROMPT)
+        page.keyboard.press("Control+Enter")
+        page.locator("#pane-a .tx-token").nth(len(PROMPT) + 5).wait_for()
+        page.locator("#panes[aria-busy=false]").wait_for()
+        page.locator("#pane-a .tx-text").focus()
+        page.keyboard.press("ArrowRight")
+        assert "token 2 of" in page.locator("#pane-a .tx-details").inner_text()
+        for role, name in (("combobox", "Model"), ("textbox", "Prompt"), ("button", "Answer")):
+            assert page.get_by_role(role, name=name).count() == 1
+        assert page.get_by_role("region", name="First answer").count() == 1
+
+
+def test_a_phone_shows_all_without_scrolling_sideways(chromium, address):
+    size = {"width": 360, "height": 740}
+    with visit(chromium, address, viewport=size, has_touch=True) as page:
+        page.check("#compare")
+        answer(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        page.locator("#pane-b .tx-token").nth(2).tap()
+        assert "token 3 of" in page.locator("#pane-b .tx-details").inner_text()
+        above, below = (page.locator(f"#pane-{side}").bounding_box() for side in "ab")
+        assert above["y"] + above["height"] <= below["y"]
+
+
+def test_what_goes_wrong_is_told(chromium, address):
+    with visit(chromium, address, expected=["400"]) as page:
+        page.fill("#experts-a", "nobody")
+        answer(page)
+        assert "no expert 'nobody'" in page.get_by_role("alert").inner_text()
+        page.fill("#experts-a", "")
+        answer(page)
+        assert page.locator("#problem").is_hidden()
+
+
+def test_a_key_is_asked_for_where_there_is_one(chromium, pool_of):
+    options = {"template": serving.CHAT_TEMPLATE, "endless": True, "api_keys": ["secret"]}
+    app = serving.app_of(pool_of("llama"), LIMITS, **options)
+    with (
+        serving.running(app) as address,
+        visit(chromium, address, expected=["401"]) as page,
+    ):
+        page.locator("#key").wait_for()
+        page.fill("#secret", "wrong")
+        page.click("#unlock")
+        page.locator("#problem").wait_for()
+        page.fill("#secret", "secret")
+        page.click("#unlock")
+        page.locator("#key").wait_for(state="hidden")
+        assert page.locator("#as").input_value() == "chat"
+        answer(page)
+        assert "".join(pieces(page)).startswith("[user] to be or not")

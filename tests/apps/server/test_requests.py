@@ -1,0 +1,382 @@
+"""Requests: refused in few words at bounded cost, and prepared within what the model can hold."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+from pydantic import ValidationError
+
+from phatgoose.apps.server import requests as request_parsing
+from phatgoose.apps.server.models import ModelRunner
+from phatgoose.apps.server.protocol import ApiError, ChatRequest, CompletionRequest
+from phatgoose.apps.server.requests import RequestPreparer, parsed
+from phatgoose.base import untrusted_text
+from phatgoose.config import Serving
+from serving import CHAT, CHATS, GREEDY, JSON, PATH, app_of, client_of, error_of, in_a_thread, until
+from short_bases import few_places
+from tiny import with_added
+
+MIB = 1 << 20
+ALL = ["e0", "e1", "e2", "e3"]
+
+
+@pytest.mark.parametrize(
+    ("change", "param", "said"),
+    [
+        ({"max_tokens": "5"}, "max_tokens", "valid integer"),
+        ({"max_tokens": 5000}, "max_tokens", "this server generates 1024 at most"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"frequency_penalty": 1}, "frequency_penalty", "less than or equal to 0"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "at most 0 items"),
+        ({"best_of": 4}, "best_of", "less than or equal to 1"),
+        ({"suffix": "x"}, "suffix", "at most 0 characters"),
+        ({"tools": []}, "tools", "Extra inputs are not permitted"),
+        ({"n": 100}, "n", "one request may have 64"),
+        # Of several forms of a field the fault of the one that the value has is told.
+        ({"prompt": []}, "prompt", "prompt: List should have at least 1 item"),
+        ({"prompt": ["a", 3]}, "prompt", "prompt.1: Input should be a valid string"),
+        ({"prompt": [[1, 2], []]}, "prompt", "prompt.1: List should have at least 1 item"),
+        ({"prompt": 5}, "prompt", "prompt: Input should be a valid string"),
+        ({"prompt": [5000]}, "prompt", "Token 5000 is unknown"),
+        ({"stop": ""}, "stop", "stop: String should have at least 1 character"),
+        ({"stop": ["a", ""]}, "stop", "stop.1: String should have at least 1 character"),
+        ({"stop": ["a"] * 17}, "stop", "stop: List should have at most 16 items"),
+        ({"str": 1}, "str", "str: Extra inputs are not permitted"),
+        ({"keep": "a"}, "keep", "keep: Input should be a valid list"),
+        ({"prompt": "x" * 3000}, "max_tokens", "the model can hold 2048 together"),
+        # Routings.
+        ({"routing": {"layr": "1"}}, "routing", "routing.layr: Extra inputs are not permitted"),
+        ({"routing": {"layer": "7"}}, "routing", "layers are 0, 1"),
+        ({"routing": {"kind": "wq"}}, "routing", "mlp.up_proj"),
+        ({"keep": ["e9"]}, "keep", "no expert 'e9'"),
+        ({"leave_out": ALL}, "leave_out", "No expert is left"),
+        ({"router": "oracle"}, "router", "Input should be"),
+        ({"router": "best-individual"}, "router", "comparison"),
+        ({"router": "retrieval"}, "router", "embeddings"),
+        ({"router": "retrieval", "keep": ["nobody"]}, None, "no expert 'nobody'"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_is_wrong_is_named(client, pool, change, param, said):
+    error = error_of(client, **{**GREEDY, **change})
+    assert said in error["message"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert str(pool.experts[0].directory.parent) not in error["message"]
+
+
+def message(**fields):
+    return {"role": "user", "content": "a", **fields}
+
+
+PICTURE = [{"type": "image_url", "text": ""}]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs"),
+        ({"messages": []}, "messages: List should have at least 1 item"),
+        ({"messages": [message(content=[])]}, "messages.0.content: List should have at least 1"),
+        ({"messages": [message(content=PICTURE)]}, "content.0.type: Input should be 'text'"),
+        ({"messages": [message(tool_calls=[{}])]}, "messages.0.tool_calls"),
+        ({"messages": [message(), message(role="system")]}, "The system speaks first."),
+    ],
+    ids=str,
+)
+def test_what_is_wrong_with_a_chat_is_named(chat, change, said):
+    assert said in error_of(chat, path=CHATS, **{**CHAT, **change})["message"]
+
+
+def test_without_a_chat_template_there_are_no_chats(client):
+    assert "no chat template" in error_of(client, path=CHATS, **CHAT)["message"]
+
+
+def body_of(field: str) -> bytes:
+    return b'{"model": "goose", "prompt": "a", ' + field.encode() + b"}"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"{",
+        b"[" * 100_000,
+        b'{"prompt": "\xff"}',
+        b"null",
+        b'{"model": "goose", "prompt": "\\ud800"}',
+        b'{"model": "goose", "prompt": ["a", "\\udfff b"]}',
+        b'{"model": "goose", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        body_of('"stop": "\\ud800"'),
+        body_of('"user": "\\ud800"'),
+        body_of('"temperature": NaN'),
+        body_of('"temperature": Infinity'),
+        body_of('"temperature": 1e999'),
+        body_of('"top_p": -1e999'),
+        body_of('"seed": ' + "9" * 5000),
+        body_of('"seed": 1e400'),
+        body_of('"n": 1' + "0" * 400),
+        b'{"model": "goose", "prompt": ' + b"[" * 500 + b"]" * 500 + b"}",
+    ],
+    ids=lambda body: str(body[:60]),
+)
+def test_what_is_no_json_no_text_and_no_number_is_refused(client, body):
+    for path in (PATH, CHATS):
+        reply = client.post(path, content=body, headers=JSON)
+        assert reply.status_code == 400
+        assert reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "key"),
+    [
+        ('"max_tokens": 1, "max_tokens": 1', "max_tokens"),
+        ('"mod\\u0065l": "mean"', "model"),
+        ('"stream_options": {"include_usage": true, "include_usage": false}', "include_usage"),
+        ('"x\\u001b": 1, "x\\u001b": 1', "x\\x1b"),
+        ('"' + "x" * 999 + '": 1, "' + "x" * 999 + '": 2', "x" * 59),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_key_that_appears_twice_is_refused_by_name(client, fields, key):
+    reply = client.post(PATH, content=body_of(fields), headers=JSON)
+    error = reply.json()["error"]
+    assert error["message"] == f"The key {key} appears twice in one object."
+    assert (reply.status_code, error["param"], error["code"]) == (400, key, "invalid_request")
+
+
+def test_the_same_key_in_two_objects_is_no_fault():
+    messages = '[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]'
+    assert parsed(ChatRequest, f'{{"model": "goose", "messages": {messages}}}'.encode())
+
+
+def test_names_in_errors_are_cut_and_printable(client):
+    name = "\x1b[31m" + "x" * 300
+    names = [f"zebra{number}" + "x" * 490 for number in range(1000)]
+    changes = ({name: 1}, {"routing": {"layer": name}}, {"leave_out": names}, {"model": name})
+    for change in changes:
+        error = error_of(client, 404 if "model" in change else 400, **{**GREEDY, **change})
+        assert error["message"].isprintable()
+        assert len(error["message"]) < 600
+    assert client.get("/v1/models/%1B%5B31m" + "x" * 3000).json()["error"]["message"].isprintable()
+
+
+def filled(before: bytes, piece: bytes, after: bytes = b"]}") -> bytes:
+    """A body of a MiB: many pieces in a list or object of a request."""
+    before = b'{"model":"goose",' + before
+    return before + b",".join([piece] * ((MIB - len(before) - 9) // (len(piece) + 1))) + after
+
+
+ZEBRAS = b",".join(b'"zebra%d":1' % i for i in range(60_000))
+HERD = b'"' + b"zebra" * 200_000 + b'"'
+HOSTILE = {
+    "objects": filled(b'"prompt":[', b"{}"),
+    "lists": filled(b'"prompt":[', b"[]"),
+    "texts": filled(b'"prompt":[', b'""'),
+    "tokens": filled(b'"prompt":[', b"1"),
+    "numbers": filled(b'"prompt":[', b"0.5"),
+    "mixed": filled(b'"prompt":["a",', b"1"),
+    "messages": filled(b'"prompt":"a","messages":[', b"{}"),
+    "biases": b'{"model":"goose","prompt":"a","logit_bias":{' + ZEBRAS + b"}}",
+    "fields": b'{"model":"goose",' + ZEBRAS + b"}",
+    "one name": b'{"model":"goose",' + HERD + b":1}",
+    "one model": b'{"prompt":"a","model":' + HERD + b"}",
+    "one router": b'{"prompt":"a","model":"goose","router":' + HERD + b"}",
+    "one expert": b'{"prompt":"a","model":"goose","keep":[' + HERD + b"]}",
+    "one stop": b'{"prompt":"a","model":"goose","stop":' + HERD + b"}",
+    "one text": b'{"model":"goose","prompt":' + HERD + b"}",
+    "deep": b"[" * 1_000_000,
+    "deep objects": b'{"a":' * 200_000,
+    "digits": b'{"model":"goose","prompt":"a","seed":' + b"9" * 1_000_000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_what_a_body_of_a_mib_costs_is_bounded_and_nothing_of_it_is_repeated(client, name):
+    reply = client.post(PATH, content=HOSTILE[name], headers=JSON)
+    assert reply.status_code == 400
+    assert len(reply.content) < 1000
+    assert reply.text.count("zebra") < 20
+    assert "input" not in reply.json()["error"]
+
+
+@pytest.mark.parametrize("wanted", [CompletionRequest, ChatRequest])
+@pytest.mark.parametrize("fault", [{}, [], "", 0.5, [{}], {"x": {}}], ids=str)
+def test_lists_are_looked_through_to_their_first_fault_alone(wanted, fault):
+    """However long they are, few errors are made of them: each costs a KiB."""
+    lists = {name: [fault] * 300 for name in ("prompt", "messages", "keep", "stop", "tools")}
+    with pytest.raises(ValidationError) as wrong:
+        wanted.model_validate({"model": "goose", **lists, "logit_bias": {"1": 1}})
+    assert wrong.value.error_count() < 16
+
+
+def test_lists_are_counted_before_they_are_made(monkeypatch):
+    monkeypatch.setattr(request_parsing, "from_json", None)
+    for name in ("objects", "lists", "fields", "biases", "deep", "deep objects"):
+        with pytest.raises(ApiError, match="objects and lists"):
+            parsed(CompletionRequest, HOSTILE[name])
+
+
+@pytest.mark.parametrize(
+    "text", ["[{:" * 40_000, '"[\\"{:\\\\' * 40_000, "\\" * 40_000 + "[" * 20_000]
+)
+def test_what_stands_in_texts_is_not_counted(text):
+    body = json.dumps({"model": text[:9], "prompt": text}).encode()
+    assert parsed(CompletionRequest, body).prompt == text
+
+
+def test_what_cannot_fit_is_refused_before_it_is_read(client, app, monkeypatch):
+    def read(*_, **__):
+        raise AssertionError("the prompt was read")
+
+    for name in ("chat", "tokens", "texts"):
+        monkeypatch.setattr(untrusted_text.UntrustedText, name, read)
+    for prompt in ("a" * 40_000, [5] * 3000, ["a", "a" * 40_000]):
+        error = error_of(client, **{**GREEDY, "prompt": prompt})
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+
+
+def asked(prompt, **fields) -> CompletionRequest:
+    return CompletionRequest(model="goose", prompt=prompt, **fields)
+
+
+def test_more_than_an_encoder_or_a_decoder_holds_is_a_400():
+    base = few_places("bart")
+    preparer = RequestPreparer(ModelRunner(base.model, base.tokenizer), Serving())
+    for text, tokens, words in (
+        ("a" * 30, 4, "The prompt has 31 tokens; the model's encoder can hold 24."),
+        ("a", 25, "max_tokens is 25; the model's decoder can hold 24."),
+    ):
+        request = asked(text, max_tokens=tokens)
+        (prompt,) = preparer.prompts(request)
+        with pytest.raises(ApiError) as refusal:
+            preparer.decoding(request, 0, prompt)
+        assert (refusal.value.status_code, refusal.value.detail) == (400, words)
+    chat = ChatRequest(model="goose", messages=[{"role": "user", "content": "a"}])
+    assert preparer.decoding(chat, 0, prompt).max_tokens == 24
+
+
+def test_a_text_that_an_answer_follows_has_no_end(llama):
+    tokenizer = with_added(["<bos>"], ["</s>"])
+    (prompt,) = RequestPreparer(ModelRunner(llama.model, tokenizer), Serving()).prompts(asked("ab"))
+    assert tokenizer.decode(list(prompt.tokens)) == "<bos>ab"
+
+
+# Chat templates and tokenizers that take all time or memory, or aren't there.
+
+SLOW = {
+    "loop": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "power": "{% set a = 9 %}{{ a ** (a ** a) }}",
+    "doubled": (
+        "{% set x = namespace(y='a' * 999) %}{% for i in range(60) %}{% set x.y = x.y + x.y %}"
+        "{% endfor %}{{ x.y | length }}"
+    ),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limits are Linux's")
+@pytest.mark.parametrize("template", SLOW.values(), ids=SLOW)
+def test_a_template_that_wants_everything_keeps_nobody_else_waiting(pool_of, monkeypatch, template):
+    monkeypatch.setattr(untrusted_text, "SECONDS", 1)
+    monkeypatch.setattr(untrusted_text, "MEMORY", 256 << 20)
+    app = two_bases(pool_of, template)
+    with client_of(app) as client:
+        chats = [in_a_thread(client.post, CHATS, json=CHAT) for _ in range(3)]
+        until(lambda: client.get("/healthz").json()["reading"])
+        begun = time.monotonic()
+        assert client.post(PATH, json={**GREEDY, "model": "other"}).status_code == 200
+        answered = time.monotonic() - begun
+        for thread, _ in chats:
+            thread.join()
+        whole = time.monotonic() - begun
+        assert client.post(PATH, json=GREEDY).status_code == 200
+        until(lambda: not client.get("/healthz").json()["running"])
+        health = client.get("/healthz").json()
+    for _, (reply,) in chats:
+        error = reply.json()["error"]
+        assert (reply.status_code, error["param"]) == (400, "messages")
+        assert error["code"] == "prompt_unreadable"
+        assert error["message"].startswith("The base's chat template failed: it took ")
+    numbers = {"waiting": 0, "running": 0, "reading": 0, "longest_reading": 0.0}
+    assert health == {"status": "ok", **numbers, "readers_stuck": 0, "readers_ended": 3}
+    assert template == SLOW["doubled"] or answered < whole
+
+
+def test_a_tokenizer_that_fails_is_an_error_of_its_request(client, monkeypatch):
+    monkeypatch.setattr(untrusted_text._Process, "ask", lambda *_: {"failed": "too much"})
+    error = error_of(client, **GREEDY)
+    assert (error["param"], error["code"]) == ("prompt", "prompt_unreadable")
+    assert error["message"] == "The base's tokenizer failed: too much."
+
+
+def test_the_server_stops_at_once_beside_a_template_that_takes_for_ever(pool_of):
+    app = two_bases(pool_of, SLOW["power"])
+    with client_of(app) as client:
+        thread, found = in_a_thread(client.post, CHATS, json=CHAT)
+        until(lambda: client.get("/healthz").json()["reading"])
+        begun = time.monotonic()
+        app.state.service.stop()
+        thread.join(30)
+        assert time.monotonic() - begun < untrusted_text.SECONDS
+    assert found[0].status_code == 503
+    assert found[0].json()["error"]["message"] == "The server was stopped."
+
+
+def test_a_request_that_a_template_outlasts_is_a_504(pool):
+    app = app_of(pool, Serving(timeout=1), template=SLOW["loop"])
+    with client_of(app) as client:
+        late = error_of(client, 504, CHATS, **CHAT)
+        assert late["message"] == "The answer took longer than 1 seconds."
+        until(lambda: not client.get("/healthz").json()["reading"])
+        assert client.post(PATH, json=GREEDY).status_code == 200
+
+
+def test_template_and_tokenizer_share_the_time_of_a_request(llama, monkeypatch):
+    """Of the ten seconds the tokenizer gets what the template has left."""
+    llama.tokenizer.chat_template = "{{ messages[0].content }}"
+    texts = untrusted_text.UntrustedText(llama.tokenizer)
+    texts.start()
+    given, ask = [], untrusted_text._Process.ask
+
+    def slow(process, question, seconds):
+        given.append(seconds)
+        time.sleep(0.2)
+        return ask(process, question, seconds)
+
+    monkeypatch.setattr(untrusted_text._Process, "ask", slow)
+    preparer = RequestPreparer(ModelRunner(llama.model, llama.tokenizer), Serving(), texts)
+    preparer.prompts(ChatRequest(**CHAT))
+    texts.close()
+    assert given[0] == untrusted_text.MOST_SECONDS
+    assert given[1] <= given[0] - 0.2
+
+
+@pytest.mark.parametrize("problem", ["no processes", "no python"])
+def test_a_process_that_cannot_be_started_is_the_server_s_fault(client, app, monkeypatch, problem):
+    def fails(*_, **__):
+        raise OSError("Resource temporarily unavailable")
+
+    (texts,) = (each.process for each in app.state.service._texts.values())
+    texts._process.end()
+    with monkeypatch.context() as patch:
+        if problem == "no processes":
+            patch.setattr(untrusted_text.subprocess, "Popen", fails)
+        else:
+            patch.setattr(untrusted_text, "START", "raise SystemExit # {module}")
+        error = error_of(client, 503, **GREEDY)
+    assert error["message"].startswith("The process for the base's tokenizer didn't start: ")
+    assert error["type"] == "server_error"
+    assert client.post(PATH, json=GREEDY).status_code == 200
+
+
+def two_bases(pool_of, template):
+    """An application of experts of one base, which has `template`, and of another as "other"."""
+    from phatgoose.apps.server import ServedModel, create_app
+
+    places = {"goose": pool_of("llama"), "other": pool_of("gpt2")}
+    places = {name: str(pool.experts[0].directory.parent) for name, pool in places.items()}
+    app = create_app([ServedModel(*each, dtype="float32") for each in places.items()])
+    app.state.service.models["goose"].runner.tokenizer.chat_template = template
+    return app

@@ -1,0 +1,199 @@
+"""What an answer reports while it is generated, and where it ends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from batched import GREEDY, alone, finish, prompt_of, row_of
+from phatgoose.analysis.traces import trace
+from phatgoose.apps.server.engine import Batch
+from phatgoose.apps.server.sequences import (
+    Alternative,
+    Decoding,
+    Sampler,
+    TokenScores,
+    seed_of,
+    token_scores,
+)
+from phatgoose.tasks.encoding import Encoder
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+def test_log_probabilities_are_those_of_one_pass(runner_of, kind):
+    runner = runner_of(kind)
+    wish = Decoding(5, 0.0, logprobs=3, echo=kind != "t5")
+    rows = [row_of(runner, prompt_of(seed), wish) for seed in (1, 2)]
+    batch = Batch(runner)
+    batch.join(rows)
+    finish(batch)
+    for seed, row in zip((1, 2), rows, strict=True):
+        told = row.deliver.tokens
+        if kind == "t5":
+            ids = torch.tensor([[0, *row.generated]])
+            logits = runner.model(torch.tensor([prompt_of(seed)]), decoder_input_ids=ids).logits[0]
+            targets = row.generated
+        else:
+            ids = torch.tensor([[*prompt_of(seed), *row.generated]])
+            logits, targets = runner.model(ids).logits[0], ids[0, 1:].tolist()
+            assert told[0].logprob is None
+            told = told[1:]
+        wanted = logits[:-1].float().log_softmax(-1)
+        assert len(told) == len(targets)
+        for token, target, scores in zip(told, targets, wanted, strict=True):
+            assert token.logprob == pytest.approx(scores[target].item(), abs=2e-4)
+            best = scores.topk(3).values.tolist()
+            assert [p for _, p in token.top] == pytest.approx(best, abs=2e-4)
+
+
+def test_an_end_token_ends_an_answer_and_is_told_without_text(runner_of):
+    runner = runner_of()
+    whole = alone(runner, prompt_of(1)).generated
+    runner.ends = frozenset([whole[3]])
+    try:
+        row = alone(runner, prompt_of(1), replace(GREEDY, logprobs=0))
+        ignoring = alone(runner, prompt_of(1), replace(GREEDY, ignores_end=True))
+    finally:
+        runner.ends = frozenset()
+    assert ignoring.generated == whole
+    assert row.generated == whole[: whole.index(whole[3]) + 1]
+    assert row.finish == "stop"
+    assert len(row.deliver.tokens) == len(row.generated)
+
+
+def test_a_stop_cuts_the_text_and_nothing_of_it_is_told_before(runner_of):
+    runner = runner_of()
+    whole = alone(runner, prompt_of(4), replace(GREEDY, max_tokens=30)).deliver.text
+    assert len(whole) > 8
+    stop = whole[5:8]
+    row = alone(runner, prompt_of(4), replace(GREEDY, max_tokens=30, stop=(stop, "zzz")))
+    assert row.finish == "stop"
+    assert row.deliver.text == whole[: whole.index(stop)]
+    assert len(row.deliver.tokens) < len(row.generated)
+
+
+def test_a_stop_in_bytes_that_are_no_character_cuts_too(runner_of):
+    row = row_of(runner_of(), prompt_of(1), Decoding(5, 0.0, stop=("\ufffd",)))
+    for token in row.runner.tokenizer.convert_tokens_to_ids(["a", *4 * "ÿ"]):  # 0xff four times
+        advance(row, token)
+    assert (row.deliver.text, row.finish) == ("a", "stop")
+
+
+def advance(row, token):
+    """Let `token` be the one that is chosen."""
+    row.advance(torch.nn.functional.one_hot(torch.tensor(token), 300).float())
+
+
+TEXTS = st.text(st.sampled_from("a \n.äß漢\u0301😀👩\u200d🚀"), min_size=1, max_size=12)
+
+
+@given(TEXTS, TEXTS, st.sampled_from([(), ("😀",), ("a.", "漢漢")]), st.booleans())
+def test_each_token_is_placed_where_its_character_begins(runner_of, prompt, answer, stop, echo):
+    """The tokenizer has a token for each byte, so most characters consist of several."""
+    runner = runner_of()
+    before, after = (runner.tokenizer(text)["input_ids"] for text in (prompt, answer))
+    wish = Decoding(len(after), 0.0, stop=stop, logprobs=0, echo=echo)
+    row = row_of(runner, before, wish, echoed=prompt if echo else "")
+    if echo:
+        row.emit_prompt([TokenScores(Alternative(token, -1.0), ()) for token in before[1:]])
+    for token in after:
+        if row.finish is None:
+            advance(row, token)
+    shown = (prompt if echo else "") + answer
+    places = [place for place, each in enumerate(shown) for _ in each.encode()]
+    told = row.deliver.tokens
+    assert [token.place for token in told] == places[: len(told)]
+    for token in told:
+        assert token.text in (shown[token.place], "\ufffd")
+    assert answer.startswith(row.deliver.text)
+    assert row.finish == "stop" or row.deliver.text == answer
+
+
+def test_an_end_token_is_placed_after_the_text(runner_of):
+    row = row_of(runner_of(), prompt_of(1), Decoding(2, 0.0, logprobs=0), echoed="abc")
+    for token in (40, 1):
+        advance(row, token)
+    assert [(each.text, each.place) for each in row.deliver.tokens][1] == ("</s>", 4)
+
+
+def test_an_answer_of_no_tokens_ends_at_once(runner_of):
+    row = alone(runner_of(), prompt_of(1), Decoding(0, logprobs=1, echo=True))
+    assert row.finish == "length"
+    assert row.generated == []
+    assert len(row.deliver.tokens) == len(prompt_of(1))
+
+
+def test_routing_is_that_of_one_pass(runner_of, kind):
+    """Prompt and answer traced at once, as `explain` does, from rows that shared a batch."""
+    runner = runner_of(kind)
+    texts = ["to be, or not", "who?"]
+    encoder = Encoder(runner.tokenizer, is_encoder_decoder=kind == "t5")
+    prompts = [encoder.prompt(text) for text in texts]
+    rows = [row_of(runner, prompt, Decoding(6, 0.0, routing=True)) for prompt in prompts]
+    batch = Batch(runner)
+    batch.join([*rows, row_of(runner, prompt_of(5))])
+    finish(batch)
+    for text, row in zip(texts, rows, strict=True):
+        names = [stream.name for stream in row.deliver.routing]
+        assert set(names) == ({"encoder", "decoder"} if kind == "t5" else {"decoder"})
+        got = [s for s in row.deliver.routing if s.name == "decoder"]
+        experts = np.concatenate([s.experts for s in got])
+        weights = np.concatenate([s.weights for s in got])
+        assert weights[-1].max() == 0  # the last token never passed the model
+        if kind != "t5":
+            assert "".join(t for s in got for t in s.tokens) == text + "".join(row.shown)
+            assert [p for s in got for p in s.parts] == [0] * len(row.prompt) + [1] * 6
+        fixed = FixedEncoder(encoder, row)
+        wanted = {s.name: s for s in trace(runner.model, fixed, fixed.pair(text, "")).streams}[
+            "decoder"
+        ]
+        count = len(wanted.experts)
+        assert (experts[:count] == wanted.experts).mean() > 0.98
+        assert np.abs(weights[:count].astype(int) - wanted.weights).max() <= 255
+        same = experts[:count] == wanted.experts
+        assert np.abs(weights[:count].astype(int) - wanted.weights)[same].mean() < 1
+
+
+class FixedEncoder:
+    """An encoder whose pair is a row's prompt and answer."""
+
+    def __init__(self, encoder, row):
+        self.tokenizer, self.is_encoder_decoder = encoder.tokenizer, encoder.is_encoder_decoder
+        self._pair = encoder.pair("a", "b")
+        self._pair = replace(self._pair, prompt=list(row.prompt), target=list(row.generated))
+
+    def pair(self, *_):
+        return self._pair
+
+
+def test_sampling_follows_temperature_and_top_p():
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+
+    def shares(**wish):
+        sampler = Sampler(Decoding(1, seed=3, **wish), torch.device("cpu"))
+        drawn = torch.tensor([sampler(logits) for _ in range(600)])
+        return drawn.bincount(minlength=4) / 600
+
+    torch.testing.assert_close(shares(temperature=1.0), logits.softmax(0), atol=0.08, rtol=0)
+    torch.testing.assert_close(shares(temperature=2.0), (logits / 2).softmax(0), atol=0.08, rtol=0)
+    assert shares(temperature=1.0, top_p=0.7)[2:].sum() == 0
+    assert shares(temperature=1.0, top_p=0.0)[0] == 1
+    assert shares(temperature=1e-30)[0] == 1
+
+
+def test_seeds_of_one_request_differ_and_a_missing_one_is_drawn():
+    assert [seed_of(5, i) for i in range(3)] == [5, 6, 7]
+    assert seed_of(-1, 0) >= 0
+    assert seed_of(None, 0) != seed_of(None, 0)
+
+
+def test_infinite_log_probabilities_are_told_as_numbers():
+    logits = torch.tensor([[0.0, -torch.inf]])
+    ((own, top),) = token_scores(logits, [1], 2)
+    assert own.logprob == top[1].logprob == -9999

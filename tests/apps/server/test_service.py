@@ -1,0 +1,237 @@
+"""What the routes call: requests read and routings composed beside others, in turns, in time."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+
+import pytest
+
+import serving
+from phatgoose.apps.server import service
+from phatgoose.apps.server.models import LoadedModel
+from phatgoose.apps.server.protocol import ApiError, Deadline, RoutingOverride
+from phatgoose.apps.server.service import Readers, RoutingCache
+from phatgoose.config import Serving
+from phatgoose.errors import ConfigError
+from phatgoose.routing import compose
+from serving import GREEDY, PATH, ask, error_of
+
+NEVER = Deadline(math.inf, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("owner", "step"), [(service, "parsed"), (service.RequestPreparer, "prompts")]
+)
+def test_the_server_is_well_while_it_reads_a_request(client, monkeypatch, owner, step):
+    with serving.blocked(monkeypatch, owner, step) as (called, go_on):
+        large = {**GREEDY, "user": "x" * 20_000}
+        thread, found = serving.in_a_thread(client.post, PATH, json=large)
+        assert called.wait(30)
+        assert client.get("/healthz").status_code == 200
+        assert client.get("/v1/models").status_code == 200
+        go_on.set()
+        thread.join()
+    assert found[0].status_code == 200
+
+
+def test_a_reader_that_does_not_come_back_is_told(client, monkeypatch):
+    monkeypatch.setattr(service, "STUCK", 0.05)
+    preparer = service.RequestPreparer
+    with serving.blocked(monkeypatch, preparer, "prompts") as (called, go_on):
+        thread, found = serving.in_a_thread(client.post, PATH, json=GREEDY)
+        assert called.wait(30)
+        serving.until(lambda: client.get("/healthz").status_code == 503)
+        health = client.get("/healthz").json()
+        assert (health["status"], health["readers_stuck"]) == ("failing", 1)
+        go_on.set()
+        thread.join()
+    assert found[0].status_code == 200
+    assert client.get("/healthz").json()["status"] == "ok"
+
+
+def test_composing_and_answering_share_the_time_of_a_request(pool, monkeypatch):
+    """An answer has only what composing left of it, here nothing."""
+    acquire = RoutingCache.acquire
+
+    async def slow(self, *arguments):
+        await asyncio.sleep(1.1)
+        return await acquire(self, *arguments)
+
+    monkeypatch.setattr(RoutingCache, "acquire", slow)
+    app = serving.app_of(pool, Serving(timeout=1))
+    with serving.client_of(app) as client:
+        late = error_of(client, 504, **GREEDY)
+    assert late["message"] == "The answer took longer than 1 seconds."
+    assert app.state.service.routings.requests == 0
+
+
+def test_others_are_served_while_a_routing_is_composed(guarded, monkeypatch):
+    """Its own client may have two on their way, all of them so many; what is there goes on."""
+    routings = guarded.app.state.service.routings
+
+    def ask(key, **change):
+        headers = {"Authorization": f"Bearer {key}"}
+        return guarded.post(PATH, json={**GREEDY, **change}, headers=headers)
+
+    with serving.blocked(monkeypatch, LoadedModel, "compose") as (called, go_on):
+        begun = [serving.in_a_thread(ask, "secret", k=k) for k in (1, 1, 3)]
+        assert called.wait(30)
+        serving.until(lambda: routings.unfinished == 2)
+        assert ask("other").status_code == 200
+        assert ask("secret").status_code == 200
+        refused = ask("secret", k=4)
+        assert refused.status_code == 429
+        assert "Retry-After" in refused.headers
+        go_on.set()
+        for thread, found in begun:
+            thread.join()
+            assert found[0].status_code == 200
+    assert ask("secret", k=4).status_code == 200
+    serving.until(lambda: routings.requests == 0)
+    assert len(routings.composed) == 3
+
+
+def test_a_routing_that_takes_too_long_is_not_waited_for(pool, monkeypatch):
+    app = serving.app_of(pool, Serving(timeout=1))
+    routings = app.state.service.routings
+    with serving.client_of(app) as client:
+        with serving.blocked(monkeypatch, LoadedModel, "compose") as (_, go_on):
+            assert "it goes on" in error_of(client, 504, **GREEDY, k=1)["message"]
+            ask(client, **GREEDY)
+            go_on.set()
+        serving.until(lambda: routings.composed and not routings.unfinished)
+        serving.until(lambda: routings.requests == 0)
+        ask(client, **GREEDY, k=1)
+
+
+def test_a_routing_that_fails_fails_for_all_who_wait(client, app, monkeypatch):
+    routings = app.state.service.routings
+    before = len(routings.composed)
+
+    def fails(*_):
+        raise ConfigError("nothing at /home/me/experts")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadedModel, "compose", fails)
+        assert error_of(client, **GREEDY, k=1)["message"] == "nothing at experts"
+    assert (len(routings.composed), routings.unfinished) == (before, 0)
+    ask(client, **GREEDY, k=1)
+
+
+def test_routings_are_kept_and_make_room_for_each_other(app, client):
+    goose, routings = app.state.service.models["goose"], app.state.service.routings
+
+    def acquire(k):
+        return client.portal.call(routings.acquire, goose, RoutingOverride(k=k), "somebody", NEVER)
+
+    for k in (1, 3, 4, 1):
+        ask(client, **GREEDY, k=k)
+    assert len(routings.composed) == 2
+    one, other = acquire(1), acquire(3)
+    again = acquire(1)
+    assert again.runner is one.runner
+    assert acquire(2).runner is goose.runner
+    again.release()
+    assert "routings" in error_of(client, 429, **GREEDY, k=4)["message"]
+    for each in (one, other):
+        each.release()
+    ask(client, **GREEDY, k=4)
+    layers = [runner.model.phatgoose.layers for runner in routings.composed]
+    for name, layer in goose.parts.layers.items():
+        assert all(each[name].A is layer.A for each in layers)  # in memory once
+
+
+def test_the_weights_of_a_base_are_marked_once(pool, monkeypatch):
+    """Which reads all of them: seconds for a large base."""
+    marked, marks_of = [], compose.marks_of
+    monkeypatch.setattr(compose, "marks_of", lambda model: marked.append(1) or marks_of(model))
+    app = serving.app_of(pool)
+    with serving.client_of(app) as client:
+        ask(client, **GREEDY, k=1)
+        ask(client, **GREEDY, router="arrow")
+    assert len(marked) == 1
+    (one, other) = (each.parts.marks for each in app.state.service.models.values())
+    assert one is other
+    assert one == marks_of(app.state.service.models["goose"].base.model)
+
+
+def test_clients_take_turns():
+    """Of a client that asks four times and one that asks once later, the second isn't last."""
+    served, go_on = [], threading.Event()
+
+    async def ask_all():
+        readers, deadline = Readers(1), Deadline.after(60)
+
+        def work(name):
+            return lambda _: go_on.wait(30) and served.append(name)
+
+        names = ["greedy 1", "greedy 2", "greedy 3", "greedy 4", "polite"]
+        works = [readers.run(name.split()[0], deadline, work(name)) for name in names]
+        tasks = [asyncio.ensure_future(each) for each in works]
+        await asyncio.sleep(0.05)
+        assert (readers.waiting, len(readers.running())) == (4, 1)
+        go_on.set()
+        await asyncio.gather(*tasks)
+        assert (readers.waiting, readers.running()) == (0, [])
+
+    asyncio.run(ask_all())
+    assert served.index("polite") <= 2
+    assert sorted(served) == ["greedy 1", "greedy 2", "greedy 3", "greedy 4", "polite"]
+
+
+def test_work_that_outlives_its_request_keeps_its_place_and_no_other():
+    go_on = threading.Event()
+
+    async def ask():
+        readers = Readers(1)
+        for number in range(3):  # the first is stuck; the others wait for its place in vain
+            with pytest.raises(ApiError) as late:
+                await readers.run("a", Deadline.after(0.05), lambda _: go_on.wait(30))
+            assert late.value.status_code == 504, number
+        assert (readers.waiting, len(readers.running())) == (0, 1)
+        go_on.set()
+        assert await readers.run("a", Deadline.after(30), lambda left: 0 < left <= 30)
+        assert readers.running() == []
+
+    asyncio.run(ask())
+
+
+class Panic(BaseException):
+    """As errors of compiled Rust are."""
+
+
+def test_what_work_raises_arrives_and_the_next_is_done(monkeypatch):
+    def work(error):
+        raise error
+
+    async def ask():
+        readers = Readers(1)
+        for error, wanted in ((ValueError("no"), ValueError), (Panic("no"), RuntimeError)):
+            with pytest.raises(wanted, match="no"):
+                await readers.run("a", Deadline.after(30), lambda _, error=error: work(error))
+        with monkeypatch.context() as patch:
+            refused = RuntimeError("can't start new thread")
+            patch.setattr(service.threading.Thread, "start", lambda _: work(refused))
+            with pytest.raises(RuntimeError, match="can't start"):
+                await readers.run("a", Deadline.after(30), lambda _: 4)
+        assert await readers.run("a", Deadline.after(30), lambda _: 5) == 5
+
+    asyncio.run(ask())
+
+
+def test_a_stuck_thread_does_not_keep_the_loop_from_ending():
+    go_on = threading.Event()
+
+    async def give_up():
+        work = Readers(1).run("a", Deadline.after(60), lambda _: go_on.wait(60))
+        asked = asyncio.ensure_future(work)
+        await asyncio.sleep(0.05)
+        asked.cancel()
+
+    asyncio.run(asyncio.wait_for(give_up(), 30))
+    stuck = [each for each in threading.enumerate() if each.name == "phatgoose-work"]
+    assert stuck
+    assert all(each.daemon for each in stuck)
+    go_on.set()

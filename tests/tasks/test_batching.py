@@ -1,0 +1,210 @@
+"""Batches: within their budget, padded or packed, and the logits of targets only."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import MistralConfig, MistralForCausalLM
+
+from phatgoose.base.sites import find_sites
+from phatgoose.base.token_masks import watch_inputs
+from phatgoose.errors import BaseModelError
+from phatgoose.tasks.batching import (
+    IGNORED,
+    BranchedText,
+    Collator,
+    batches_of_tokens,
+    can_pack,
+    contiguous_head,
+    decoder_start,
+    head_at,
+    pack_rows,
+    packed_batches,
+    pad_left,
+    pad_right,
+    quick_backward,
+    target_logits,
+)
+from phatgoose.tasks.encoding import TokenPair
+from tiny import assert_same_logits, copied_model, logits_of, make_model, pairs_of
+from training_runs import TASK
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 120))
+def test_batches_visit_each_row_once_within_the_budget(lengths, budget):
+    batches = list(batches_of_tokens(lengths, budget))
+    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+    for batch in batches:
+        padded = len(batch) * max(lengths[index] for index in batch)
+        assert padded <= budget or len(batch) == 1
+
+
+def test_rows_are_padded_on_the_side_that_was_asked_for():
+    assert pad_left([[5], [6, 7]], 0).tolist() == [[0, 5], [6, 7]]
+    assert pad_right([[5], [6, 7]], 0).tolist() == [[5, 0], [6, 7]]
+
+
+def test_a_target_begins_with_the_token_that_the_base_names():
+    model = copied_model("t5")
+    model.config.decoder_start_token_id = 7
+    batch = Collator(model, 0)([TokenPair([5], [8, 9, 1])])
+    assert decoder_start(model) == 7
+    assert batch["decoder_input_ids"].tolist() == [[7, 8, 9]]
+
+
+def test_a_base_that_names_no_token_to_begin_with_is_refused():
+    model = copied_model("t5")
+    model.config.decoder_start_token_id = None
+    with pytest.raises(BaseModelError, match="has no decoder_start_token_id"):
+        Collator(model, 0)
+    assert Collator(copied_model("llama"), 0)([TokenPair([5], [8, 1])])  # needs none
+
+
+TEXTS = (
+    BranchedText([5, 6, 7], [[8, 9], [10], []]),
+    BranchedText([11]),
+    BranchedText([12, 13], [[14, 15, 16]]),
+    BranchedText([17, 18, 19, 20, 21]),
+)
+
+
+def as_rows(lengths, batches):
+    return [
+        (len(rows), max(sum(lengths[i] for i in row) for row in rows), rows) for rows in batches
+    ]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(1, 60), max_size=40), st.integers(1, 300))
+def test_every_text_is_in_one_batch_and_none_exceeds_the_budget(lengths, budget):
+    batches = list(packed_batches(lengths, budget))
+    visited = [index for rows in batches for row in rows for index in row]
+    assert sorted(visited) == list(range(len(lengths)))
+    for count, columns, rows in as_rows(lengths, batches):
+        assert all(rows)
+        assert count * columns <= budget or len(rows) == len(rows[0]) == 1
+
+
+def test_hardly_anything_is_padding():
+    generator = random.Random(0)
+    lengths = [min(max(round(69 * generator.lognormvariate(0, 0.75)), 8), 400) for _ in range(200)]
+    batches = as_rows(lengths, packed_batches(lengths, 4096))
+    assert sum(count * columns for count, columns, _ in batches) < 1.05 * sum(lengths)
+
+
+def test_a_batch_is_not_filled_at_the_price_of_long_rows():
+    lengths = [145, 140] * 10 + [130] * 10  # 4150 tokens: one of them too many for the budget
+    batches = as_rows(lengths, packed_batches(lengths, 4096))
+    assert max(columns for _, columns, _ in batches) <= 150
+    assert sum(count * columns for count, columns, _ in batches) < 1.1 * sum(lengths)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+def test_logits_are_those_of_each_text_alone(kind, implementation):
+    model = make_model(kind)
+    model.set_attn_implementation(implementation)
+    packed = pack_rows([[TEXTS[0], TEXTS[1]], [TEXTS[2], TEXTS[3]]], 0, torch.float32)
+    with torch.no_grad():
+        logits = model(**packed.inputs, use_cache=False).logits.flatten(0, 1)
+        for text, start in zip(TEXTS, packed.starts.tolist(), strict=True):
+            stem = len(text.stem)
+            at = start + stem
+            for branch in text.branches or [[]]:
+                alone = model(torch.tensor([[*text.stem, *branch]])).logits[0]
+                together = torch.cat([logits[start : start + stem], logits[at : at + len(branch)]])
+                torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+                at += len(branch)
+
+
+def test_padding_is_known_by_not_seeing_itself():
+    model = make_model("llama")
+    packed = pack_rows([[TEXTS[0]], [TEXTS[1], TEXTS[1]]], 0, torch.float32)
+    sites, seen = find_sites(model), []
+    watched = watch_inputs(model, sites, lambda site, u, real: seen.append(real))
+    with watched, torch.no_grad():
+        logits = model(**packed.inputs).logits
+    assert len(seen) == len(sites)
+    assert all(torch.equal(real, packed.owners >= 0) for real in seen)
+    assert packed.owners.tolist() == [[0] * 6, [1, 2, -1, -1, -1, -1]]
+    assert logits.isfinite().all()
+
+
+def test_models_are_packed_only_where_every_layer_obeys_the_mask():
+    assert all(can_pack(make_model(kind)) for kind in ("llama", "gpt2", "qwen2"))
+    assert not can_pack(make_model("t5"))
+    assert not can_pack(make_sliding(window=4))
+    assert can_pack(make_sliding(window=None))
+    other = make_model("llama")
+    other.config._attn_implementation = "flex_attention"
+    assert not can_pack(other)
+
+
+def make_sliding(window: int | None) -> MistralForCausalLM:
+    return MistralForCausalLM(
+        MistralConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=window,
+        )
+    )
+
+
+def test_targets_stand_where_they_are_predicted(base):
+    pairs = pairs_of(base, TASK)
+    batch = Collator(base.model, 0)(pairs)
+    with torch.no_grad():
+        logits = target_logits(base.model, batch)
+    assert logits.shape[:2] == batch["labels"].shape
+    for pair, row, labels in zip(pairs, logits, batch["labels"], strict=True):
+        if base.is_encoder_decoder:
+            target = torch.tensor([[0, *pair.target[:-1]]])
+            wanted = logits_of(base.model, torch.tensor([pair.prompt]), decoder_input_ids=target)[0]
+        else:
+            ids = torch.tensor([pair.prompt + pair.target])
+            wanted = logits_of(base.model, ids)[0, len(pair.prompt) - 1 : -1]
+        assert labels[labels != IGNORED].tolist() == pair.target
+        assert_same_logits(row[labels != IGNORED], wanted)
+
+
+def test_the_head_sees_the_asked_for_places_only():
+    model, ids = make_model("llama"), torch.tensor([[4, 5, 6], [7, 8, 9]])
+    whole = model(ids).logits
+    with head_at(model, torch.tensor([5, 0, 0])):
+        some = model(ids).logits
+    torch.testing.assert_close(some[0], whole.flatten(0, 1)[[5, 0, 0]], atol=1e-5, rtol=1e-5)
+    assert model(ids).logits.shape == whole.shape
+
+
+@pytest.mark.parametrize(("columns", "inside"), [(256, "eager"), (257, "sdpa")])
+def test_attention_is_plain_in_short_rows_and_as_before_afterwards(columns, inside):
+    model = make_model("llama")
+    with quick_backward(model, columns):
+        assert model.config._attn_implementation == inside
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_the_last_position_reaches_the_head_as_rows_of_its_own(rows):
+    """torch copies the whole output matrix for a view, even for a view of one row."""
+    model, ids = make_model("llama"), torch.arange(3, 3 + 5 * rows).reshape(rows, 5)
+    seen: list[tuple[int, ...]] = []
+    head = model.get_output_embeddings()
+    wanted = model(ids, logits_to_keep=1).logits
+    head.register_forward_hook(lambda _, args, __: seen.append(args[0].stride()))
+    model(ids, logits_to_keep=1)
+    with contiguous_head(model):
+        got = model(ids, logits_to_keep=1).logits
+    model(ids, logits_to_keep=1)
+    size = head.in_features
+    assert seen == [(5 * size, size, 1), (size, size, 1), (5 * size, size, 1)]
+    torch.testing.assert_close(got, wanted)

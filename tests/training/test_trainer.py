@@ -1,0 +1,260 @@
+"""The trainer: losses, checkpoints, the order of examples, and several processes."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import re
+import socket
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from phatgoose.base.loading import Base, load_base
+from phatgoose.config import GateTraining, Lora, Training
+from phatgoose.errors import ConfigError, ExpertError
+from phatgoose.experts.expert import LAYOUT, check_expert
+from phatgoose.experts.kinds.peft import ADAPTER_WEIGHTS
+from phatgoose.tasks.batching import target_logits
+from phatgoose.tasks.encoding import TokenPair
+from phatgoose.tasks.task import Example, Task
+from phatgoose.training import trainer as trainer_module
+from phatgoose.training.train_expert import train_expert
+from phatgoose.training.trainer import (
+    PartialTrainer,
+    _micro_batch,
+    is_first,
+    join_processes,
+    newest_checkpoint,
+    process_count,
+    process_rank,
+    visiting_order,
+    wait_for_all,
+)
+from tiny import peft_model
+from training_runs import (
+    PASS,
+    TASK,
+    TRAINING,
+    assert_same_expert,
+    interrupted,
+    target_nll,
+    train,
+    without_dropout,
+    words,
+)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+@pytest.mark.parametrize("micro", [1, 3])
+def test_the_training_loss_is_the_mean_over_all_target_tokens_of_the_batch(base, tmp_path, micro):
+    without_dropout(base.model)
+    wanted = target_nll(base.model, base, TASK.train).mean().item()
+    training = replace(TRAINING, steps=1, batch_size=6, micro_batch_size=micro, eval_every=1)
+    expert = train(base, tmp_path / "echo", training=training)
+    assert expert.info.metrics["expert_train_loss"] == pytest.approx(wanted, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5"], indirect=True)
+@pytest.mark.parametrize("micro", [1, 4])
+def test_the_validation_loss_is_the_mean_over_all_target_tokens(base, tmp_path, micro):
+    training = replace(TRAINING, micro_batch_size=micro)
+    expert = train(base, tmp_path / "echo", training=training)
+    wanted = target_nll(peft_model(base, expert.directory), base, TASK.validation).mean().item()
+    assert expert.info.metrics["expert_validation_loss"] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_micro_batch_changes_the_result_by_rounding_only(llama, tmp_path):
+    training = replace(TRAINING, steps=1, batch_size=6, eval_every=1, warmup_ratio=0.0)
+
+    def factors(micro: int) -> Tensor:
+        settings = replace(training, micro_batch_size=micro)
+        expert = train(llama, tmp_path / str(micro), training=settings)
+        return torch.cat([t.flatten() for lora in expert.lora.values() for t in (lora.A, lora.B)])
+
+    close = (factors(1) - factors(6)).abs() < 1e-3 * training.learning_rate
+    assert close.float().mean() > 0.99
+
+
+def test_the_last_step_is_validated_whatever_the_interval(llama, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    expert = train(llama, tmp_path / "echo", training=replace(TRAINING, steps=5, eval_every=3))
+    steps = re.findall(r"step (\d+) of 5, validation loss", caplog.text)
+    assert steps == ["3", "5"]
+    assert expert.info.metrics["expert_best_step"] in (3, 5)
+
+
+def test_the_best_checkpoint_is_kept(llama, tmp_path, caplog):
+    task = Task("liar", words("yes", "yes", "yes", "yes"), validation=words("no", "maybe"))
+    training = replace(TRAINING, steps=10, learning_rate=0.1)
+    with caplog.at_level(logging.INFO, "phatgoose.training.trainer"):
+        expert = train(llama, tmp_path / "liar", task, training)
+    logged = re.findall(r"step (\d+) of 10, validation loss ([\d.]+)", caplog.text)
+    losses = {int(step): float(loss) for step, loss in logged}
+    best = min(losses, key=losses.get)
+    assert len(losses) == 5
+    assert best != 10
+    assert expert.info.metrics["expert_best_step"] == best
+    loss = target_nll(peft_model(llama, expert.directory), llama, task.validation).mean().item()
+    assert loss == pytest.approx(losses[best], abs=1e-3)
+
+
+def test_a_process_takes_an_equal_share_of_a_batch_or_says_why_not(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "1")
+    assert (process_count(), process_rank(), is_first()) == (3, 1, False)
+    assert _micro_batch(Training(batch_size=12, micro_batch_size=8)) == 4
+    assert _micro_batch(Training(batch_size=30, micro_batch_size=8)) == 5
+    with pytest.raises(ConfigError, match="batch_size is 16, but must be a multiple of the 3"):
+        _micro_batch(Training(batch_size=16))
+
+
+def test_a_checkpoint_cut_short_is_dropped(llama, tmp_path, monkeypatch):
+    training = replace(TRAINING, eval_every=1)
+    whole = train(llama, tmp_path / "whole", training=training)
+    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=10, training=training)
+    newest = tmp_path / ".cut.work" / "expert" / "checkpoint-3"
+    (newest / "complete").unlink()
+    (newest / "trainable.safetensors").write_bytes(b"torn")
+    resumed = train(llama, tmp_path / "cut", training=training, resume=True)
+    assert_same_expert(resumed, whole)
+
+
+DIVERGED = "echo: {}: training diverged, the {} is {} at step {}; lower the learning rate and use"
+
+
+def broken_after(passes: int, value: float):
+    """Target logits that are `value` from that pass on."""
+    calls = []
+
+    def broken(model, inputs):
+        calls.append(1)
+        return target_logits(model, inputs) * (value if len(calls) > passes else 1.0)
+
+    return broken
+
+
+# A run's forward passes: per LoRA step 2; after steps 2 and 4 one validation; 2 per gate step.
+@pytest.mark.parametrize(
+    ("passes", "stage", "what", "step"),
+    [
+        (2, "expert", "loss", "2 of 4"),
+        (4, "expert", "validation loss", "2 of 4"),
+        (12, "gates", "loss", "2 of 2"),
+    ],
+)
+def test_a_training_that_diverges_stops_at_once(
+    llama, tmp_path, monkeypatch, passes, stage, what, step
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "target_logits", broken_after(passes, float("nan")))
+        told = DIVERGED.format(stage, what, "nan", step)
+        with pytest.raises(ExpertError, match=re.escape(told)):
+            train(llama, tmp_path / "echo")
+    assert not (tmp_path / "echo").exists()
+
+
+def test_a_last_step_that_diverges_is_told_again_when_resumed(llama, tmp_path, monkeypatch):
+    def overflowing(self, *inputs, **more):
+        loss = original(self, *inputs, **more)
+        if "gate" in next(self._trained())[0]:
+            next(self._trained())[1].grad[0] = float("inf")
+        return loss
+
+    original = PartialTrainer.training_step
+    told = DIVERGED.format("gates", "largest trained number", "nan", "1 of 1")
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialTrainer, "training_step", overflowing)
+        with pytest.raises(ExpertError, match=re.escape(told)):
+            train(llama, tmp_path / "echo", gate_training=GateTraining(gate_steps=1))
+    with pytest.raises(ExpertError, match=re.escape(told)):
+        train(llama, tmp_path / "echo", gate_training=GateTraining(gate_steps=1), resume=True)
+    train(llama, tmp_path / "echo", gate_training=GateTraining(gate_steps=1), restart=True)
+
+
+def test_every_pass_visits_each_example_once_and_batches_hold_similar_lengths():
+    pairs = [TokenPair([5] * (1 + i * 7 % 10), [1]) for i in range(10)]
+    order = visiting_order(pairs, batch=4, steps=5, seed=0)
+    assert len(order) == 20
+    assert sorted(order) == sorted([*range(10)] * 2)
+    lengths = [pairs[index].length for index in order]
+    assert all(lengths[i : i + 4] == sorted(lengths[i : i + 4]) for i in range(0, 20, 4))
+    assert order == visiting_order(pairs, batch=4, steps=5, seed=0)
+    assert order != visiting_order(pairs, batch=4, steps=5, seed=1)
+
+
+def test_the_newest_complete_checkpoint_is_the_one_to_go_on_from(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+    for step in (2, 10, 12):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}" / "complete").touch()
+    assert newest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert not (tmp_path / "checkpoint-12").exists()
+
+
+ANSWERS = ("yes", "no, never", "perhaps")
+ROWS = [Example(f"Number {i}{'!' * (i % 5)}:", ANSWERS[i % 3]) for i in range(23)]
+NUMBERS = Task("numbers", tuple(ROWS[:16]), validation=tuple(ROWS[16:]))  # 7: not to be halved
+SHARED = Training(steps=5, batch_size=8, micro_batch_size=2, eval_every=2, learning_rate=2e-2)
+
+
+def train_together(base: Base | str, out: Path, *, joint: bool) -> None:
+    gates = GateTraining(gate_steps=3, statistics_examples=4, joint=joint)
+    train_expert(
+        base, NUMBERS, out=out, peft=Lora(rank=2), training=SHARED, gate_training=gates, resume=True
+    )
+
+
+def train_as(rank: int, port: int, base: Path, out: Path, joint: bool) -> None:
+    """What one of two processes does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "LOCAL_WORLD_SIZE": "2"}
+    warnings.simplefilter("default")
+    torch.set_num_threads(1)
+    train_together(load_base(base, dtype="float32"), out, joint=joint)
+    torch.distributed.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_two_processes_train_the_expert_of_one(base_folders, llama, tmp_path, joint):
+    train_together(llama, tmp_path / "alone" / "numbers", joint=joint)
+    port, context = free_port(), multiprocessing.get_context("fork")
+    places = (port, base_folders["llama"], tmp_path / "together" / "numbers", joint)
+    both = [context.Process(target=train_as, args=(rank, *places)) for rank in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(120)
+    ended = [process.exitcode for process in both]
+    for process in both:
+        process.kill()
+    assert ended == [0, 0]
+    alone, together = (tmp_path / place / "numbers" for place in ("alone", "together"))
+    assert check_expert(together) == []
+    assert sorted(path.name for path in together.parent.iterdir()) == ["numbers"]
+    for file in (ADAPTER_WEIGHTS, LAYOUT.vectors):
+        wanted, got = load_file(alone / file), load_file(together / file)
+        assert wanted.keys() == got.keys()
+        for name, tensor in wanted.items():
+            largest = float(tensor.abs().max())
+            torch.testing.assert_close(got[name], tensor, rtol=0, atol=1e-3 * largest)
+
+
+def test_one_process_is_the_first_of_one_and_waits_for_nobody():
+    assert (process_count(), process_rank(), is_first()) == (1, 0, True)
+    join_processes()
+    wait_for_all()

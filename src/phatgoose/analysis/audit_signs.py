@@ -18,7 +18,7 @@ from ..errors import PoolError
 from ..experts.expert import Expert
 from ..experts.pool import Pool
 from ..experts.readings import PLACES
-from ..routing.routers.vector_router import standardise
+from ..routing.routers.phatgoose import standardise
 from ..routing.stacks import stack_of
 from .findings import squared_norms
 

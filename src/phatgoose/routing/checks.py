@@ -28,7 +28,7 @@ UNIT = ("embeddings", "centroids")  # and which of them are unit vectors, or 0
 LONGEST = 1.01  # of unit vectors that are rounded
 PRODUCTS = {"lora": ("A", "B"), "bottleneck": ("down", "up")}  # fields that are multiplied
 SQUARED = torch.finfo(torch.float32).max ** 0.5  # what a norm after the layer can still square
-SHARED = "ndvcbhfg"  # letters that stand for one size in all files
+SHARED = "ndcbhfg"  # letters that stand for one size in all files
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class Form:
 
 SITE_TENSORS = {
     "experts": Form("E", INDICES),
-    "votes": Form("Ev"),
     "folded": Form("dn"),
     "A": Form("Prn", FACTORS),
     "A_scale": Form("Pr"),
@@ -75,7 +74,7 @@ def check_site(
     """
     where = f"Experts at {site.name}"
     held = {"experts": stack.experts, **stack.tensors(), **state}
-    sizes = {"n": site.in_features, "v": site.in_features + 1, "d": site.out_features}
+    sizes = {"n": site.in_features, "d": site.out_features}
     check_tensors(where, held, pool_size, sizes, form)
 
 
@@ -110,7 +109,6 @@ def check_tensors(
         raise RoutingError(f"{where}: there are {', '.join(unknown)}, which no router wants.")
     found = _sizes_of(where, held, forms, sizes)
     _check_range(where, "experts", held["experts"], pool_size, ascending=True)
-    _check_columns(where, found)
     _check_parts(where, held)
     if "activations" in held:
         _check_range(where, "activations", held["activations"], len(ACTIVATIONS))
@@ -130,7 +128,7 @@ def check_lookup(
     sizes: Mapping[str, int],
     form: Mapping[str, str],
 ) -> dict[str, int]:
-    """As `check_tensors`, of the tensors that a lookup saves (`Router.lookup_form`)."""
+    """As `check_tensors`, of the tensors of a prompt router (`ByPrompt.prompt_form`)."""
     if held.keys() != form.keys():
         raise RoutingError(f"{where}: there are {_named(held)}; wanted {' and '.join(form)}.")
     forms = {name: Form(form[name], INDICES if name == OWNERS else FLOATS) for name in form}
@@ -205,12 +203,6 @@ def _sizes_of(
             )
         found |= got
     return found
-
-
-def _check_columns(where: str, sizes: Mapping[str, int]) -> None:
-    n, v = sizes.get("n"), sizes.get("v")
-    if n is not None and v not in (None, n + 1):
-        raise RoutingError(f"{where}: {v} columns for {n} inputs; wanted one more than inputs.")
 
 
 def _check_parts(where: str, held: Mapping[str, Tensor]) -> None:

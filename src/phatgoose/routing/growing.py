@@ -24,6 +24,7 @@ from ..experts.pool import Pool
 from .compose import check_pool_fits, detach, install, routed_layer, stack_at
 from .composition import Composition, composition_of
 from .layers import FoldedLinear, RoutedLayer, RoutedLinear
+from .routers.prompt_router import ByPrompt
 from .routers.router import Router, warn_of_lowered_k
 from .stacks import (
     SitePart,
@@ -51,7 +52,9 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
     try:
         sites = find_sites(model)
         check_pool_fits(pool, sites)
-        lookup = parts.lookup and parts.lookup.grown(pool, len(parts.experts))
+        router, prompt_router = parts.router, parts.prompt_router
+        if isinstance(router, ByPrompt) and prompt_router is not None:
+            prompt_router = router.grown(prompt_router, pool)
         added = {name: stack_at(model, name, pool) for name in pool.sites}
         states = {name: parts.router.state_at(pool, name) for name in pool.sites}
         pool.release()
@@ -60,7 +63,7 @@ def add_experts(model: PreTrainedModel, pool: Pool | str | Path) -> PreTrainedMo
             experts=(*parts.experts, *pool.names),
             records=[*parts.records, *pool.records()],
             layers={},
-            lookup=lookup,
+            prompt_router=prompt_router,
         )
         for name in dict.fromkeys((*parts.layers, *added)):
             grown.layers[name] = _grown(
@@ -83,12 +86,15 @@ def remove_experts(model: PreTrainedModel, names: Iterable[str]) -> PreTrainedMo
     left = check_removal(parts.router, parts.experts, names, folded=_has_folded(parts))
     check_in_place(parts.layers.values())
     place = renumbered(torch.tensor(left), len(parts.experts))
+    router, prompt_router = parts.router, parts.prompt_router
+    if isinstance(router, ByPrompt) and prompt_router is not None:
+        prompt_router = router.shrunk(prompt_router, place)
     smaller = replace(
         parts,
         experts=tuple(parts.experts[z] for z in left),
         records=[parts.records[z] for z in left],
         layers={},
-        lookup=parts.lookup and parts.lookup.shrunk(place),
+        prompt_router=prompt_router,
     )
     for name, layer in parts.layers.items():
         shrunk = _shrunk(layer, smaller, place)

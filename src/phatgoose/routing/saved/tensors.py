@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,9 @@ from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
 from ..checks import LARGEST, OWNERS, SCALES, SITE_TENSORS, check_lookup, check_tensors
-from ..routers.phatgoose_input import VOTES
+from ..routers.earlier import translated
+from ..routers.prompt_router import ByPrompt, Tables
+from ..routers.registry import choice_of
 from ..routers.router import router_of
 from ..stacks import (
     TENSORS,
@@ -37,7 +39,6 @@ from ..stacks import (
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
 VERSIONS = (1, 2)  # 2 has segments
-NAMED_ANEW = "retrieval_embedder"  # by the user who loads the model: a file can't have one loaded
 HASHES = ("adapter_sha256", "vectors_sha256", "embeddings_sha256")  # in an expert's record
 
 
@@ -101,13 +102,21 @@ def removed_in(info: Mapping[str, Any]) -> frozenset[int]:
 
 
 def routing_in(info: Mapping[str, Any]) -> Routing:
-    """The settings in a description. Raises TypeError or ConfigError when they are none."""
-    return Routing(**{**info["routing"], NAMED_ANEW: None})
+    """The routing in a description, as it is written now or was before settings had routers.
+
+    An embedder isn't there: the user who loads the model names it, a file can't have one loaded.
+    Raises TypeError or ConfigError when it is none.
+    """
+    if not isinstance(info["routing"], dict):
+        raise TypeError(f"routing is {shortened(info['routing'])}")
+    routing = Routing(**translated(info["routing"]))
+    choice_of(routing.router)
+    return routing
 
 
 def routing_record(routing: Routing) -> dict[str, Any]:
     """What a description says of `routing`: all but the embedder."""
-    return {key: value for key, value in asdict(routing).items() if key != NAMED_ANEW}
+    return {"router": routing.router, "k": routing.k, "kernel": routing.kernel}
 
 
 def _check_experts(info: Mapping[str, Any]) -> None:
@@ -227,8 +236,6 @@ class SavedTensors(Mapping[str, Tensor]):
         if kind != "lookup":
             return self._site(site)[kind]
         tensor = joined([s.tensors[name] for s in self._segments if name in s.tensors])
-        if name.startswith(VOTES):
-            return tensor
         owners = self._counted(OWNED) if OWNED in self._names else slice(None)
         return tensor[self._place[owners] >= 0]
 
@@ -286,6 +293,19 @@ class SavedModel:
     def names(self) -> tuple[str, ...]:
         """The names of the experts that are left."""
         return tuple(record["name"] for record in self.records)
+
+    def stack(self, site: str) -> SiteStack:
+        """The experts' modules at `site`."""
+        held = self.tensors
+        stored = {kind: held[f"{kind}.{site}"] for kind in TENSORS if f"{kind}.{site}" in held}
+        return SiteStack.of(stored, held[f"experts.{site}"])
+
+    @property
+    def tables(self) -> Tables:
+        """What its prompt router knows of the experts, if it has one."""
+        begin = "lookup."
+        held = {n.removeprefix(begin): self.tensors[n] for n in self.tensors if n.startswith(begin)}
+        return Tables(self.names, held, self.info.get("lookup", {}))
 
     @cached_property
     def sites(self) -> tuple[str, ...]:
@@ -385,7 +405,7 @@ class _Forms(NamedTuple):
 def _forms(routing: Routing) -> _Forms:
     """Those of the router of `routing`. Raises ConfigError."""
     router = router_of(routing)
-    return _Forms(router.form, router.lookup_form)
+    return _Forms(router.form, router.prompt_form if isinstance(router, ByPrompt) else {})
 
 
 def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _Sizes:
@@ -397,10 +417,6 @@ def _checked(file: TensorFile, experts: int, known: _Sizes, forms: _Forms) -> _S
         if kind == "lookup" and site in forms.lookup:
             lookup[site] = file[name]
             continue
-        if name.startswith(VOTES):
-            kind, site = "votes", name.removeprefix(VOTES)
-        elif kind == "votes":
-            kind = ""
         if kind not in (*SITE_TENSORS, *forms.site) or not site:
             raise RoutingError(
                 f"{file.path} holds {shortened(name, 200)}, which is no part of a routed model."

@@ -99,7 +99,6 @@ def wait_for_work(out: Path, seconds: float) -> None:
 
 
 def work_of(out: Path) -> Path:
-    """The folder of the unfinished work on `out`."""
     return out.parent / f".{out.name}.work"
 
 

@@ -65,8 +65,9 @@ def compose_by(router: str, pool: Pool, base: Base, **options: object) -> PreTra
 
 def of_task(model: PreTrainedModel, task: str) -> PreTrainedModel:
     """`model`, told by hand that all inputs to come belong to `task`; router oracle must know."""
-    if composition_of(model).lookup is not None:
-        composition_of(model).lookup.begin_task(task)
+    context = composition_of(model).context
+    if context is not None and context.router.name == "oracle":
+        context.use(context.choose([[]], task=task))
     return model
 
 

@@ -199,7 +199,7 @@ def one_by_one(name: str, prompts=PROMPTS, **options) -> torch.Tensor:
     """The answers that each prompt gets from the expert voted for, alone."""
     model = voting(name)
     owners = (
-        composition_of(model).lookup.find([list(p) for p in prompts]).experts.flatten().tolist()
+        composition_of(model).context.choose([list(p) for p in prompts]).experts.flatten().tolist()
     )
     assert len(set(owners)) > 1
     rows = []
@@ -241,8 +241,8 @@ def test_a_copy_votes_with_its_own_model():
     other = copy.deepcopy(model)
     detach(model)
     assert_same_logits(answers(other), wanted)
-    assert composition_of(other).lookup._model is other
-    assert composition_of(other).lookup is not composition_of(voting("opt")).lookup
+    assert composition_of(other).context._model is other
+    assert composition_of(other).context is not composition_of(voting("opt")).context
     detach(other)
     for module in (*model.modules(), *other.modules()):
         assert not module._forward_pre_hooks

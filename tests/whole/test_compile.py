@@ -38,7 +38,7 @@ each_backend = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.fixture(autouse=True)
 def _forget_graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No test sees the graphs of another; the eager layers use the kernels that graphs do."""
-    for user in ("routing.kernels.choice", "routing.routers.phatgoose"):
+    for user in ("routing.kernels.choice", "routing.kernels.native"):
         monkeypatch.setattr(f"phatgoose.{user}.runs_natively", lambda *_: False)
     torch._dynamo.reset()
     yield
@@ -126,7 +126,7 @@ def test_an_announced_expert_is_one_graph_with_the_rest(small):
     compiled, ids = torch.compile(model, fullgraph=True, backend="eager"), make_ids(rows=2)
     found = []
     for task in ("one", "other"):
-        composition_of(model).lookup.begin_task(task)
+        composition_of(model).context.use(composition_of(model).context.choose([[]], task=task))
         found.append(logits_of(compiled, ids, use_cache=False))
         assert_same_logits(found[-1], logits_of(model, ids, use_cache=False))
     assert not torch.equal(*found)

@@ -85,9 +85,9 @@ def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
     """Nothing says whose token the base's own expert sees."""
     pool = Pool(tuple(random_expert(base.model, seed) for seed in range(3)))
     routed = compose(pool, base, router="logo", k=2)
-    lookup = composition_of(routed).lookup
+    context = composition_of(routed).context
     encoder = Encoder.of(base)
-    found = lookup.find([encoder.prompt(example.input) for example in CHOICE_TASK.test])
+    found = context.choose([encoder.prompt(example.input) for example in CHOICE_TASK.test])
     assert len(found.weights[:, 0].unique()) > 1
     with pytest.raises(RoutingError, match="pass inputs one by one"):
         evaluate(routed, CHOICE_TASK, tokenizer=base.tokenizer)
@@ -95,9 +95,9 @@ def test_prompts_with_experts_of_their_own_pass_one_by_one(base):
     for example, prediction, mixture in zip(
         CHOICE_TASK.test, scored.predictions, found.each(), strict=True
     ):
-        lookup.serve(mixture)
+        context.use(mixture)
         wanted = naive_scores(routed, base, example)
-        lookup.serve(None)
+        context.use(None)
         assert prediction.scores == pytest.approx(wanted, abs=1e-4)
 
 

@@ -38,7 +38,6 @@ from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.growing import add_experts, remove_experts
-from phatgoose.routing.routers.oracle import TaskTable
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.segments import add_to_saved, compact, remove_from_saved, save_pool
 from phatgoose.routing.saved.tensors import read_saved
@@ -148,8 +147,8 @@ def run(model: PreTrainedModel) -> None:
         for module in layer.modules():
             for name, tensor in module.named_buffers(recurse=False):
                 setattr(module, name, tensor.clone())
-    if isinstance(parts.lookup, TaskTable):
-        parts.lookup.begin_task("second")
+    if parts.routing.router == "oracle":
+        parts.context.use(parts.context.choose([[]], task="second"))
     assert logits_of(model, IDS).shape == (*IDS.shape, VOCABULARY)
 
 
@@ -374,7 +373,7 @@ def test_names_of_tasks_do_not_reach_a_terminal_as_they_are(strangers, bases, tm
     model = load(folder, bases["float32"])
     try:
         with pytest.raises(RoutingError) as caught:
-            composition_of(model).lookup.begin_task("third")
+            composition_of(model).context.choose([[]], task="third")
         assert str(caught.value).isprintable()
     finally:
         detach(model)

@@ -25,9 +25,10 @@ from ..evaluation.evaluate import Evaluation, ScoringSettings, TaskScore
 from ..experts.pool import Pool
 from ..files.atomic import write_text
 from ..routing.compose import compose, detach
-from ..routing.composition import announcing, composition_of
+from ..routing.composition import composition_of, routing_for
 from ..routing.open_model import is_routed, loaded_base, open_model
 from ..routing.routers.automatic import settled
+from ..routing.routers.prompt_router import ByPrompt
 from ..routing.routers.router import Scores, check_routing, read_scores, router_of
 from ..tasks.encoding import Encoder
 from ..tasks.loading import given_tasks
@@ -340,15 +341,16 @@ def _check_router(
 ) -> None:
     """Raise what composing `pool` by `routing` would, before other routers have been read.
 
-    Lookups that need nothing but vectors and readings are not made: these are checked.
+    Prompt routers that need nothing but vectors and readings are not made: these are checked.
     """
     router = router_of(routing)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # composing warns
         check_routing(router, pool)
         narrowed = router.narrow(pool, scores)
-        if router.spec.given or "embeddings" in router.spec.needs:
-            router.lookup_of(narrowed, scores, tokenizer)
+        by_more = router.spec.given or "embeddings" in router.spec.needs
+        if isinstance(router, ByPrompt) and by_more:
+            router.for_model(router.tables(narrowed, scores), tokenizer)
 
 
 def _composed_subject(
@@ -431,7 +433,8 @@ def _traces(
     scoring = settings.scoring
     chosen = task.evaluation_examples(scoring.limit, scoring.seed)[: settings.traced]
     pairs, traces = encoder.pairs(chosen), []
-    with announcing(model, task.name, [pair.prompt for pair in pairs], chosen) as before_pass:
+    prompts = [pair.prompt for pair in pairs]
+    with routing_for(model, prompts, task=task.name, examples=chosen) as before_pass:
         for index, pair in enumerate(pairs):
             before_pass([index])
             traces.append(trace(model, encoder, pair))

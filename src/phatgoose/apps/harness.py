@@ -113,9 +113,9 @@ class PhatgooseLM(HFLM):  # type: ignore[misc]
         self.arguments = ModelArguments.of(arguments)
         model = _open_routed(self.arguments)
         parts = composition_of(model)
-        if parts.lookup is not None:
+        if parts.context is not None:
             raise ConfigError(
-                f"Router {parts.routing.router} needs whole examples, which lm_eval hands over in "
+                f"Router {parts.routing.name} needs whole examples, which lm_eval hands over in "
                 f"pieces; score it with 'phatgoose evaluate', or use another router."
             )
         super().__init__(
@@ -219,7 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
-    """The routed model in a folder, or one composed of a pool."""
     device = arguments.device
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         device = None  # lm_eval's default is cuda:0, also on a machine without a GPU

@@ -128,7 +128,7 @@ def check_lookup(
     sizes: Mapping[str, int],
     form: Mapping[str, str],
 ) -> dict[str, int]:
-    """As `check_tensors`, of the tensors that a lookup saves (`Router.lookup_form`)."""
+    """As `check_tensors`, of the tensors of a prompt router (`ByPrompt.prompt_form`)."""
     if held.keys() != form.keys():
         raise RoutingError(f"{where}: there are {_named(held)}; wanted {' and '.join(form)}.")
     forms = {name: Form(form[name], INDICES if name == OWNERS else FLOATS) for name in form}

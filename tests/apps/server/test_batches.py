@@ -94,7 +94,7 @@ def test_other_routers_batch_as_well(runner_of, router, toy_embedder):
     batch.join(rows[2:])
     finish(batch)
     for seed, row in enumerate(rows):
-        runner.model.phatgoose.lookup and runner.model.phatgoose.lookup.serve(None)
+        runner.model.phatgoose.context and runner.model.phatgoose.context.use(None)
         assert row.generated == by_generate(runner, prompt_of(seed), 12)
 
 

@@ -54,10 +54,22 @@ def test_what_a_saved_model_says_of_its_experts_places_is_opened_for_nobody(
 def test_settings_that_a_model_cannot_have_are_refused(pool):
     with pytest.raises(ConfigError, match="is not a pool"):
         create_app([ServedModel("b", pool.base.id, Routing())])
-    with pytest.raises(ConfigError, match="oracle"):
-        create_app([ServedModel("b", str(serving.folder_of(pool)), Routing("oracle"))])
+    for routing, told in (
+        (Routing("oracle"), "goes by the task's name"),
+        (Routing("retrieval:form=paper"), "form=paper embeds answer choices"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            create_app([ServedModel("b", str(serving.folder_of(pool)), routing)])
     with pytest.raises(PhatgooseError):
         create_app([ServedModel("x", str(serving.folder_of(pool) / "nothing.json"))])
+
+
+def test_a_saved_model_that_goes_by_more_than_prompts_is_refused(pool, tmp_path):
+    scores = {name: {"task": z} for z, name in enumerate(pool.names)}
+    base = load_base(pool.base.id, dtype="float32")
+    save(compose(pool, base, router="oracle", scores=scores), tmp_path / "routed")
+    with pytest.raises(ConfigError, match="goes by the task's name"):
+        create_app(served_models([str(tmp_path / "routed")], dtype="float32"))
 
 
 def test_equal_weights_by_another_name_have_that_one_s_tokenizer(base_folders, tmp_path):

@@ -12,7 +12,6 @@ from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
 from phatgoose.routing.routers import registry
 from phatgoose.routing.routers.earlier import SETTINGS, translated
-from phatgoose.routing.routers.prompt_router import PromptReader
 from phatgoose.routing.routers.registry import ROUTERS, choice_of, spec_of, split_routers
 from phatgoose.tasks.batching import pad_left, pad_right
 from routed_models import compose_by
@@ -23,9 +22,8 @@ from topic_prompts import experts_of
 @pytest.mark.parametrize("router", ROUTERS)
 def test_weights_of_every_router_sum_to_one(llama, llama_pool, toy_embedder, router):
     model = compose_by(router, llama_pool, llama)
-    if isinstance(composition_of(model).lookup, PromptReader):
-        lookup = composition_of(model).lookup
-        lookup.serve(experts_of(lookup, ("plums", "1 + 2", "WHO?")))
+    if composition_of(model).context and router != "oracle":
+        composition_of(model).context.use(experts_of(model, ("plums", "1 + 2", "WHO?")))
     for layer in composition_of(model).layers.values():
         decision = layer.router(random(6, layer.in_features))
         assert decision.experts.shape == decision.weights.shape

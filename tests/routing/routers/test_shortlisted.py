@@ -12,9 +12,9 @@ from phatgoose.errors import PoolError
 from phatgoose.experts.pool import Pool
 from phatgoose.routing.compose import compose, detach
 from phatgoose.routing.composition import composition_of
+from phatgoose.routing.context import Choice
 from phatgoose.routing.routers.configs import AFFINITIES
 from phatgoose.routing.routers.phatgoose import standardise
-from phatgoose.routing.routers.router import Mixtures
 from phatgoose.routing.saved.load import load
 from phatgoose.routing.saved.save import save
 from tiny import assert_same_logits, logits_of, make_ids, random
@@ -42,7 +42,7 @@ def test_gates_choose_within_each_rows_shortlist(base, pool, k, prior):
     model = compose(pool, base, router=f"{NAME}:prior={prior}", k=k)
     shares = torch.tensor([[0.7, 0.2, 0.1], [0.5, 0.3, 0.2]])
     shortlists = torch.tensor([[3, 0, 2], [1, 2, 0]])
-    composition_of(model).lookup.serve(Mixtures(shortlists, shares))
+    composition_of(model).context.use(Choice(shortlists, shares))
     for site, layer in composition_of(model).layers.items():
         u = random(6, layer.in_features)  # three tokens of each row
         decision = layer.router(u)
@@ -85,11 +85,11 @@ def test_experts_absent_at_a_site_get_no_weight(llama, llama_pool):
     pool = Pool((without, *llama_pool.experts[1:]))
     model = compose(pool, llama, router=NAME, k=2)
     layer = composition_of(model).layers[site]
-    composition_of(model).lookup.serve(Mixtures(torch.tensor([[0, 2]]), torch.tensor([[0.9, 0.1]])))
+    composition_of(model).context.use(Choice(torch.tensor([[0, 2]]), torch.tensor([[0.9, 0.1]])))
     decision = layer.router(random(3, layer.in_features))
     assert decision.weights.tolist() == [[1.0, 0.0]] * 3
     assert decision.experts[:, 0].tolist() == [1] * 3  # e2, the second that acts there
-    composition_of(model).lookup.serve(Mixtures.alone(torch.tensor([0])))
+    composition_of(model).context.use(Choice.alone(torch.tensor([0])))
     assert not layer.router(random(3, layer.in_features)).weights.any()
     assert not layer.router.distribution(random(3, layer.in_features)).any()
 
@@ -99,8 +99,8 @@ def test_who_has_next_to_no_share_acts_where_the_first_does_not(llama, llama_poo
     modules = {site: llama_pool.experts[0].modules[site]}
     first = replace(llama_pool.experts[0], modules=modules)
     model = compose(Pool((first, *llama_pool.experts[1:])), llama, router=NAME, k=2)
-    alone = Mixtures(torch.tensor([[0, 2, 3]]), torch.tensor([[1.0, 0.0, 0.0]]))
-    composition_of(model).lookup.serve(alone)
+    alone = Choice(torch.tensor([[0, 2, 3]]), torch.tensor([[1.0, 0.0, 0.0]]))
+    composition_of(model).context.use(alone)
     layer = composition_of(model).layers["model.layers.1.self_attn.q_proj"]
     decision = layer.router(random(3, layer.in_features))
     torch.testing.assert_close(decision.weights.sum(dim=-1), torch.ones(3))
@@ -109,8 +109,7 @@ def test_who_has_next_to_no_share_acts_where_the_first_does_not(llama, llama_poo
 
 def test_the_distribution_is_the_whole_shortlists(llama, llama_pool):
     model = compose(llama_pool, llama, router=NAME, k=1)
-    lookup = composition_of(model).lookup
-    lookup.serve(Mixtures(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.4]])))
+    composition_of(model).context.use(Choice(torch.tensor([[3, 1]]), torch.tensor([[0.6, 0.4]])))
     layer = next(iter(composition_of(model).layers.values()))
     shares = layer.router.distribution(random(5, layer.in_features))
     torch.testing.assert_close(shares.sum(dim=-1), torch.ones(5))

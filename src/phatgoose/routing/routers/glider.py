@@ -18,28 +18,24 @@ divides the whole logit.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
-from ...errors import RoutingError
-from .centroid import Centroid, CentroidReader
+from ..context import Choice, RoutingContext
+from .centroid import Centroid, NearestCentroids
 from .configs import Glider as GliderConfig
 from .phatgoose import PaperRule, PhatgooseRouter
-from .router import Lookup, Mixtures, RouterSite
+from .router import RouterSite
 
 
-class GliderReader(CentroidReader):
-    """The cosines of an input to all centroids, in the place of weights."""
+class AllCentroids(NearestCentroids):
+    """The cosines of a prompt to all centroids, in the place of weights."""
 
     name = "glider"
     chooses = False
 
-    def nearest_to(self, queries: Tensor) -> Mixtures:
-        """All experts for each of `queries` [texts, dims], with their cosines."""
-        cosines = queries @ self.centroids.T
-        return Mixtures(torch.arange(cosines.shape[1]).expand_as(cosines), cosines)
+    def choice(self, scores: Tensor) -> Choice:
+        return Choice(torch.arange(scores.shape[1]).expand_as(scores), scores)
 
 
 class GliderRouter(PhatgooseRouter):
@@ -48,29 +44,29 @@ class GliderRouter(PhatgooseRouter):
     fused = one_call = False
     acting: Tensor
 
-    def __init__(self, site: RouterSite, k: int, config: GliderConfig, lookup: Lookup) -> None:
-        """`lookup` holds the cosines; the temperature divides λ, as it has divided the gates."""
+    def __init__(
+        self, site: RouterSite, k: int, config: GliderConfig, context: RoutingContext
+    ) -> None:
+        """`context` has the cosines; the temperature divides λ, as it has divided the gates."""
         super().__init__(site.state["vectors"], k, config.eps)
-        self.lookup, self.scale = lookup, config.weight / config.temperature
+        self.context, self.scale = context, config.weight / config.temperature
         self.sees_all = site.sees_all
         self.register_buffer("acting", site.experts, persistent=False)
 
     def affinities(self, u: Tensor) -> Tensor:
         """The logits of every token of u [T, n] and expert, float32 [T, E].
 
-        Raises as `Lookup.of_each` does.
+        Raises as `RoutingContext.of_each` does.
         """
-        cosines = self.lookup.of_each(u, self.sees_all).weights[:, self.acting]
+        cosines = self.context.of_each(u, self.sees_all).weights[:, self.acting]
         return super().affinities(u) + self.scale * cosines
 
 
 class Glider(PaperRule, Centroid):
     """Router glider."""
 
-    reader: ClassVar[type[CentroidReader]] = GliderReader
+    nearest = AllCentroids
 
     def at(self, site: RouterSite) -> GliderRouter:
         """The router's module at one site."""
-        if site.lookup is None:
-            raise RoutingError("Router glider has no centroids to hold inputs against.")
-        return GliderRouter(site, self.k, self.config, site.lookup)
+        return GliderRouter(site, self.k, self.config, self.context_of(site))

@@ -17,8 +17,8 @@ from ..checks import check_folded
 from ..compose import dtype_at, install, resolve_base, routed_layer
 from ..composition import Composition
 from ..layers import FoldedLinear, RoutedLayer
-from ..routers.router import SavedLookup
-from ..stacks import TENSORS, SiteStack
+from ..routers.prompt_router import ByPrompt
+from ..routers.router import router_of
 from .tensors import ROUTED_INFO, SavedModel, base_in, read_description, read_saved
 
 
@@ -45,17 +45,18 @@ def load(
     for name in saved.sites:
         if name not in sites:
             raise WrongBaseError(f"Experts in {directory} act on {name}, which the base lacks.")
+    router, prompt_router = router_of(routing), None
+    if isinstance(router, ByPrompt):
+        prompt_router = router.for_model(saved.tables, found.tokenizer)
     parts = Composition(
         base=found.reference,
         tokenizer=found.tokenizer,
         experts=saved.names,
         records=saved.records,
         routing=routing,
+        prompt_router=prompt_router,
         marks=found.marks,
     )
-    inputs = {name: sites[name].in_features for name in saved.sites}
-    held = SavedLookup(saved.info.get("lookup", {}), saved.tensors, len(saved.names), inputs)
-    parts.lookup = parts.router.saved_lookup(held, found.tokenizer)
     for name in saved.sites:
         parts.layers[name] = _layer(found.model, sites[name], saved, parts)
     return install(found.model, parts)
@@ -86,7 +87,6 @@ def _layer(
             )
         check_folded(folded, name)
         return FoldedLinear(original, site, folded, experts, len(parts.experts))
-    held = {kind: tensors[f"{kind}.{name}"] for kind in TENSORS if f"{kind}.{name}" in tensors}
     state = {kind: tensors[f"{kind}.{name}"] for kind in router.form}
-    stack = SiteStack.of(held, experts).to(device, dtype)
+    stack = saved.stack(name).to(device, dtype)
     return routed_layer(original, site, stack, state, parts, may_fold=False)

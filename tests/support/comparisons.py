@@ -69,15 +69,12 @@ def answers_of(inputs: Sequence[str], tokens: int, base: Base, pool: Pool) -> li
 
 @dataclass(frozen=True)
 class Setting:
-    """What a comparison is made of."""
-
     base: Path
     pool: Pool
     suites: tuple[Path | str, ...]
     references: dict[str, Path | str]
 
     def run(self, out: Path, methods: Any = "all", **options: Any) -> Comparison:
-        """The comparison of `methods`, with all else as it stands here unless `options` say so."""
         given = {"base": load_base(self.base, dtype="float32"), "max_new_tokens": TOKENS, **options}
         suites = given.pop("suites", self.suites)
         return compare(given.pop("pool", self.pool), suites, methods, out=out, **given)
@@ -85,8 +82,6 @@ class Setting:
 
 @dataclass(frozen=True)
 class Done:
-    """A finished comparison and where it is."""
-
     folder: Path
     comparison: Comparison
 
@@ -112,11 +107,9 @@ def by_hand(row: str, setting: Setting, base: Base, **options: int) -> Any:
 
 
 def with_first(pool: Pool, **parts: Any) -> Pool:
-    """The pool with other `parts` in its first expert."""
     first, *rest = pool.experts
     return Pool((replace(first, **parts), *rest))
 
 
 def stored_in(folder: Path) -> list[dict[str, Any]]:
-    """The cells in results.jsonl."""
     return [json.loads(line) for line in (folder / "results.jsonl").read_bytes().splitlines()]

@@ -17,8 +17,6 @@ from phatgoose.routing.stacks import PARTS, Part, SiteStack
 
 @dataclass(frozen=True)
 class Shift(SiteModule):
-    """One site's vector."""
-
     kind: ClassVar[str] = "shift"
 
     vector: Tensor
@@ -32,8 +30,6 @@ class Shift(SiteModule):
 
 @dataclass(frozen=True)
 class ShiftStack(Part):
-    """The vectors of all experts at a site."""
-
     names: ClassVar[Mapping[str, str]] = {"shifts": "shifts", "rows": "shift_rows"}
 
     shifts: Tensor
@@ -42,8 +38,6 @@ class ShiftStack(Part):
 
 @dataclass(frozen=True)
 class StackWithShifts(SiteStack):
-    """A stack with one more part."""
-
     shift: ShiftStack | None = None
 
 

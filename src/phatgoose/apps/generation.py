@@ -34,7 +34,6 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a seed that no other setting may have either."""
         if not SEED.holds(self.seed):
             raise ConfigError(f"seed is {self.seed}, but must be {SEED.words}.")
 

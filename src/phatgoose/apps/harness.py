@@ -219,7 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _open_routed(arguments: ModelArguments) -> PreTrainedModel:
-    """The routed model in a folder, or one composed of a pool."""
     device = arguments.device
     if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
         device = None  # lm_eval's default is cuda:0, also on a machine without a GPU

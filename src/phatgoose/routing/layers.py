@@ -29,7 +29,7 @@ from ..base.sites import Site
 from ..errors import RoutingError
 from .kernels.choice import Kernel, choose_kernel, one_call
 from .routers.router import RoutingDecision, SiteRouter
-from .stacks import LoraStack, SiteStack
+from .stacks import LoraStack, SiteStack, renumbered
 from .watching import watches_over
 
 # The parts of a stack that `RoutedLinear` adds; another one would be left out without a word.
@@ -112,8 +112,7 @@ class RoutedLinear(RoutedLayer):
         self.is_plain = stack.plain_lora is not None
         if not self.is_plain:
             for part, rows in stack.rows().items():
-                place = torch.full((len(stack.experts),), -1, device=rows.device)
-                place[rows] = torch.arange(len(rows), device=rows.device)
+                place = renumbered(rows, len(stack.experts))
                 self.register_buffer(f"{part}_place", place, persistent=False)
         own_sum = product is None and kernel in ("auto", "native", "triton")
         self.one_call = self.is_plain and own_sum and router.one_call

@@ -57,10 +57,6 @@ def test_train_check_pool_compose_generate_and_evaluate_tell_one_story(here, pha
         assert outcome.err == ""
 
 
-def test_the_version_is_the_packages(phat):
-    assert phat("--version") == Outcome(0, f"phatgoose {phatgoose.__version__}\n", "")
-
-
 def test_no_command_at_all_shows_the_commands(phat):
     outcome = phat()
     assert "Traceback" not in outcome.err

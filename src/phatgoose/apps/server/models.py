@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -122,7 +122,6 @@ class ModelRunner:
 
     @property
     def looks_prompts_up(self) -> bool:
-        """True for a router that picks experts by prompt, which may take long."""
         return self._context is not None
 
     def experts_of(self, prompts: Sequence[Sequence[int]]) -> list[Choice | None]:
@@ -150,8 +149,6 @@ class ModelRunner:
 
 
 class _Bases:
-    """Base models, each loaded once."""
-
     def __init__(self) -> None:
         self._loaded: list[tuple[Base, str]] = []
 
@@ -166,20 +163,16 @@ class _Bases:
                 return base
         for base, of in self._loaded:
             if of == dtype and base.fingerprint == wanted.fingerprint:
-                return _renamed(base, wanted)
+                with suppress(BaseModelError):  # no tokenizer there
+                    tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
+                    return replace(
+                        base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision
+                    )
+                return base
         base = load_base(wanted.id, dtype=dtype, revision=wanted.revision)
         base = replace(base, marks={})  # nothing here changes weights
         self._loaded.append((base, dtype))
         return base
-
-
-def _renamed(base: Base, wanted: BaseReference) -> Base:
-    """`base` by the name `wanted` and with the tokenizer there; itself where there is none."""
-    try:
-        tokenizer = load_tokenizer(wanted.id, revision=wanted.revision, offline=True)
-    except BaseModelError:
-        return base
-    return replace(base, tokenizer=tokenizer, id=wanted.id, revision=wanted.revision)
 
 
 class LoadedModel:
@@ -257,7 +250,6 @@ class LoadedModel:
                 return
 
     def compose(self, pool: Pool, routing: Routing) -> PreTrainedModel:
-        """`pool` composed over the base, sharing its weights."""
         scores = self.settings.scores
         return compose_pool(pool, twin(self.base), routing=routing, scores=scores)
 

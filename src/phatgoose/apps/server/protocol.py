@@ -276,6 +276,8 @@ class ChatRequest(GenerationRequest):
     tool_choice: Literal["none", "auto"] | None = Field(None, description="There are no tools.")
 
 
+AnyRequest = CompletionRequest | ChatRequest
+
 # Responses.
 
 

@@ -157,7 +157,6 @@ class Progress:
 
     @property
     def size(self) -> int:
-        """How many tokens it reports on."""
         return len(self.tokens) + sum(len(stream.tokens) for stream in self.routing)
 
 
@@ -205,7 +204,6 @@ class ActiveSequence:
 
     @property
     def most_tokens(self) -> int:
-        """Tokens of prompt and answer together, at most."""
         return len(self.prompt) + self.decoding.max_tokens
 
     @property

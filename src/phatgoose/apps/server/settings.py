@@ -78,7 +78,6 @@ def _served(written: str, options: Mapping[str, Any]) -> ServedModel:
 
 
 def _routing(query: str, options: Mapping[str, Any], written: str) -> Routing | None:
-    """The routing of `options`, changed as `query` says."""
     common: Routing | None = options.get("routing")
     if not query:
         return common

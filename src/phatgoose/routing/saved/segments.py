@@ -19,7 +19,6 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...base.fingerprint import check_base
 from ...base.loading import Base
 from ...config import Routing
 from ...errors import ConfigError, ExpertError, RoutingError
@@ -34,7 +33,7 @@ from ...files.atomic import (
 from ...files.strict import reason
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
-from ..growing import check_growth, check_removal, check_unfolded
+from ..growing import check_growth, check_removal
 from ..routers.prompt_router import ByPrompt
 from ..routers.router import Scores, router_of
 from ..stacks import stack_of
@@ -116,9 +115,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
         router, first = router_of(saved.routing), saved.segments[0].tensors
-        check_growth(router, saved.names, pool)
-        check_unfolded(_has_folded(saved))
-        check_base(pool.base, saved.base)
+        check_growth(router, saved.names, pool, saved.base, folded=_has_folded(saved))
         _check_sizes(saved, pool)
         rows: dict[str, Tensor] = {}
         if isinstance(router, ByPrompt):
@@ -159,8 +156,8 @@ def remove_from_saved(directory: str | Path, names: Iterable[str]) -> SavedModel
     """
     with _changing(Path(directory)) as folder:
         saved = read_saved(folder)
-        left = check_removal(router_of(saved.routing), saved.names, names)
-        check_unfolded(_has_folded(saved))
+        router, folded = router_of(saved.routing), _has_folded(saved)
+        left = check_removal(router, saved.names, names, folded=folded)
         stay = {saved.left[z] for z in left}
         gone = [z for z in range(len(saved.info["experts"])) if z not in stay]
         return _describe(folder, saved, segments=_segments(saved), removed=gone)

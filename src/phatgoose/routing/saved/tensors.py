@@ -26,7 +26,15 @@ from ..routers.earlier import translated
 from ..routers.prompt_router import ByPrompt, Tables
 from ..routers.registry import choice_of
 from ..routers.router import router_of
-from ..stacks import TENSORS, SiteStack, joined, joined_stacks, kept_stack, take_rows
+from ..stacks import (
+    TENSORS,
+    SitePart,
+    SiteStack,
+    joined,
+    joined_parts,
+    kept_part,
+    renumbered,
+)
 
 ROUTED_INFO = "routed.json"
 ROUTED_WEIGHTS = "routed.safetensors"
@@ -185,28 +193,27 @@ class SavedTensors(Mapping[str, Tensor]):
         """`left` are the indices of the experts that are left, in order."""
         self._segments = segments
         count = sum(segment.experts for segment in segments)
-        self._place = torch.full((count,), -1)
-        self._place[list(left)] = torch.arange(len(left))
-        self._rows = {}  # by site, where experts that act there were removed
-        gone = set()
-        names = [
-            name for name in self._all_names() if name.partition(".")[0] not in SCALES.values()
-        ]
-        for name in names:
-            kind, _, site = name.partition(".")
-            if kind == "experts" and len(left) < count:
-                stay = (self._place[self._counted(name)] >= 0).nonzero().flatten()
-                self._rows[site] = stay
-                if not len(stay):
-                    gone.add(site)
-        parts = [(kind, site) for kind, _, site in (n.partition(".") for n in names)]
-        parts = [(kind, site) for kind, site in parts if site not in gone]
+        self._place = renumbered(torch.tensor(left), count)
+        self._are_all = len(left) == count
+        names = dict.fromkeys(name for segment in segments for name in segment.tensors)
+        split = [(kind, site) for kind, _, site in (name.partition(".") for name in names)]
+        gone = {
+            site
+            for kind, site in split
+            if kind == "experts" and not (self._place[self._counted(f"experts.{site}")] >= 0).any()
+        }
+        parts = [(k, site) for k, site in split if k not in SCALES.values() and site not in gone]
+        self._kinds: dict[str, list[str]] = {}  # of tensors at each site
+        for kind, site in parts:
+            self._kinds.setdefault(site, []).append(kind)
         mixed = {site for kind, site in parts if kind in TENSORS and kind not in FACTORS}
-        self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a site and its stack, by name
+        self._latest: tuple[str, dict[str, Tensor]] = ("", {})  # a site and its tensors, by kind
         self._names: dict[str, None] = {}
         for kind, site in parts:
-            # Which tensors a stack of several kinds has depends on the experts that are left.
-            held = self._stack(site) if kind in TENSORS and site in mixed else (kind,)
+            held = [kind]
+            if kind in TENSORS and site in mixed:
+                # Which tensors a stack of several kinds has depends on the experts that are left.
+                held = [name for name in self._site(site) if name in TENSORS]
             self._names |= {f"{name}.{site}": None for name in held}
         self._latest = ("", {})
 
@@ -223,39 +230,32 @@ class SavedTensors(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         kind, _, site = name.partition(".")
-        if kind in TENSORS:
-            return self._stack(site)[kind]
         if name == OWNED or kind == "experts":
             place = self._place[self._counted(name)]
             return place[place >= 0]
-        tensor = self._joined(name)
-        if kind == "lookup":
-            owners = self._counted(OWNED) if OWNED in self._names else slice(None)
-            return tensor[self._place[owners] >= 0]
-        return take_rows(tensor, self._rows[site]) if site in self._rows else tensor
+        if kind != "lookup":
+            return self._site(site)[kind]
+        tensor = joined([s.tensors[name] for s in self._segments if name in s.tensors])
+        owners = self._counted(OWNED) if OWNED in self._names else slice(None)
+        return tensor[self._place[owners] >= 0]
 
-    def _all_names(self) -> dict[str, None]:
-        return dict.fromkeys(name for segment in self._segments for name in segment.tensors)
-
-    def _stack(self, site: str) -> dict[str, Tensor]:
-        """The tensors of the stack at `site`."""
+    def _site(self, site: str) -> dict[str, Tensor]:
+        """The tensors at `site` but "experts", joined as those of a model in memory are."""
         if self._latest[0] != site:
-            stacks = []
+            parts = []
             for segment in self._segments:
                 file = segment.tensors
-                if f"experts.{site}" not in file:
-                    continue
-                names = (kind for kind in TENSORS if f"{kind}.{site}" in file)
-                held = {kind: dequantised(file, f"{kind}.{site}") for kind in names}
-                stacks.append(SiteStack.of(held, file[f"experts.{site}"]))
-            stack = joined_stacks(stacks)
-            if site in self._rows:
-                stack = kept_stack(stack, self._rows[site])
-            self._latest = (site, stack.tensors())
+                if f"experts.{site}" in file:
+                    kinds = [kind for kind in self._kinds[site] if f"{kind}.{site}" in file]
+                    held = {kind: dequantised(file, f"{kind}.{site}") for kind in kinds}
+                    state = {k: held[k] for k in kinds if k not in (*TENSORS, "experts")}
+                    experts = held["experts"] + segment.first
+                    parts.append(SitePart(SiteStack.of(held, experts), state))
+            part = joined_parts(parts)
+            if not self._are_all:
+                part = kept_part(part, self._place) or part
+            self._latest = (site, {**part.stack.tensors(), **part.state})
         return self._latest[1]
-
-    def _joined(self, name: str) -> Tensor:
-        return joined([s.tensors[name] for s in self._segments if name in s.tensors])
 
     def _counted(self, name: str) -> Tensor:
         """Indices of experts, those of each segment counting on from the segment before."""

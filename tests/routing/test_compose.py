@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 
-from oracle import mixture, naively_routed, update
+from oracle import mixture, naively_routed
 from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.errors import (
@@ -244,13 +245,9 @@ def test_a_routed_model_loads_a_state_dict_of_the_base(base, pool):
     assert not loaded.missing_keys
     assert not loaded.unexpected_keys
     assert torch.equal(logits_of(model, ids), wanted)
-
-
-def test_a_missing_key_is_still_missed(llama, llama_pool):
-    model = compose(llama_pool, llama)
-    state = model.state_dict()
-    del state[f"{Q_PROJ['llama']}.weight"]
-    with pytest.raises(RuntimeError, match="q_proj"):
+    missed = next(iter(state))
+    del state[missed]
+    with pytest.raises(RuntimeError, match=re.escape(missed)):
         model.load_state_dict(state)
 
 
@@ -360,16 +357,6 @@ def test_a_layer_in_bfloat16_is_the_mixture_up_to_rounding(base, pool, kind):
     assert layer(u).dtype == torch.bfloat16
     atol = 2 * torch.finfo(torch.bfloat16).eps * float(wanted.abs().max())
     torch.testing.assert_close(layer(u).double(), wanted, rtol=0, atol=atol)
-
-
-def test_the_update_of_an_expert_is_scaled_by_alpha_over_rank(llama, make_expert):
-    expert = make_expert(llama, "one", rank=4, lora_alpha=6)
-    u = torch.randn(32, generator=torch.Generator().manual_seed(0))
-    layer = layer_of(compose(Pool((expert,)), llama, k=1), Q_PROJ["llama"])
-    lora = expert.lora[Q_PROJ["llama"]]
-    wanted = 6 / 4 * lora.B @ (lora.A @ u)
-    torch.testing.assert_close(update(expert, Q_PROJ["llama"], u).float(), wanted)
-    torch.testing.assert_close(layer(u[None])[0] - layer.base(u), wanted, **PRECISE)
 
 
 def test_gradients_reach_the_input_through_the_experts(llama, llama_pool):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +12,13 @@ from phatgoose.base.fingerprint import BaseReference
 from phatgoose.base.loading import load_base
 from phatgoose.config import Formatting, GateTraining, Lora, Training
 from phatgoose.errors import ConfigError, ExpertError, TaskError, WrongBaseError
-from phatgoose.experts.adapter import ModifiedLinear, applied, read_modules
-from phatgoose.experts.expert import LAYOUT, Expert
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.kinds.peft import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from phatgoose.tasks.task import Example, Task
 from phatgoose.training import statistics as statistics_module
 from phatgoose.training.statistics import measure
 from phatgoose.training.train_expert import train_expert, train_gates
-from tiny import assert_same_logits, logits_of, make_adapter, make_ids, peft_model
+from tiny import make_adapter
 from toy_embedders import embed
 from training_runs import trained
 
@@ -157,15 +155,6 @@ def test_at_most_a_thousand_embeddings_are_kept(llama, tmp_path, monkeypatch):
     assert len(expert.embeddings) == 6
 
 
-def test_only_training_examples_are_measured(llama, tmp_path, monkeypatch):
-    expert, seen = trained(llama, tmp_path / "count", train), []
-    monkeypatch.setattr(
-        statistics_module, "embed_texts", lambda texts, *_: seen.extend(texts) or embed(texts)
-    )
-    measure(expert, llama, TASK, means=False)
-    assert seen == [each.input for each in TASK.with_validation(TRAINING.seed).train]
-
-
 @pytest.mark.parametrize("form", ["prompt", "paper"])
 def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
     expert, seen = trained(base, tmp_path / "count", train), []
@@ -183,15 +172,6 @@ def test_what_is_embedded_is_recorded(base, tmp_path, monkeypatch, form):
     else:  # cut as the model reads them
         assert all(text.startswith(read) for text, read in zip(whole, seen, strict=True))
         assert len(set(map(len, seen)) - set(map(len, whole))) > 0
-
-
-def test_the_expert_at_full_strength_is_the_peft_model(base, tmp_path):
-    folder, ids = make_adapter(base, tmp_path / "adapter"), make_ids()
-    plain = logits_of(base.model, ids)
-    with applied(base.model, read_modules(folder), ModifiedLinear):
-        got = logits_of(base.model, ids)
-    assert_same_logits(got, logits_of(peft_model(base, folder), ids))
-    assert torch.equal(logits_of(base.model, ids), plain)
 
 
 def test_means_measured_with_gates_trained_are_those_without_them(llama, tmp_path):
@@ -243,26 +223,6 @@ def test_foreign_files_are_not_lost(llama, tmp_path):
     expert = trained(llama, tmp_path / "count", train)
     (expert.directory / "notes.txt").write_text("mine")
     refused(ExpertError, "also holds notes.txt", expert, llama, TASK)
-
-
-def test_what_fails_half_way_leaves_the_expert_as_it_was(llama, tmp_path, monkeypatch):
-    expert = trained(llama, tmp_path / "count", train)
-
-    def fail(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("phatgoose.experts.expert.save_file", fail)
-    refused(ExpertError, "No space left", expert, llama, TASK)
-    assert [path.name for path in tmp_path.iterdir()] == ["count"]
-
-
-def test_a_damaged_expert_is_refused(llama, tmp_path):
-    expert = trained(llama, tmp_path / "count", train)
-    info = json.loads((expert.directory / LAYOUT.info).read_text())
-    info["adapter_sha256"] = "0" * 64
-    (expert.directory / LAYOUT.info).write_text(json.dumps(info))
-    with pytest.raises(ExpertError, match="was changed after"):
-        measure(expert.directory, llama, TASK)
 
 
 def test_two_measurements_at_one_time_both_count(llama, tmp_path, monkeypatch):

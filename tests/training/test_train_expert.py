@@ -98,17 +98,12 @@ def test_peft_loads_the_expert_and_computes_as_the_trained_model_did(base, tmp_p
 
 
 def test_a_finished_expert_is_complete_and_leaves_no_work_behind(llama, tmp_path):
-    expert = train(llama, tmp_path / "echo")
+    expert = train(llama, tmp_path / "echo", name="other")
     assert expert.lora.keys() == expert.gates.keys() == expert.means.keys()
     assert expert.lora.keys() == find_sites(llama.model).keys()
-    assert expert.info.base == llama.reference
-    assert (expert.info.name, expert.info.task["name"]) == ("echo", "echo")
     assert [path.name for path in tmp_path.iterdir()] == ["echo"]
-
-
-def test_settings_and_results_are_recorded(llama, tmp_path):
-    info = train(llama, tmp_path / "echo", name="other").info
-    assert info.name == "other"
+    info = expert.info
+    assert (info.name, info.task["name"], info.base) == ("other", "echo", llama.reference)
     wanted = {"rank": 2, "alpha": 4, "steps": 4, "learning_rate": 0.02, "gate_steps": 2}
     assert wanted.items() <= info.hyperparameters.items()
     assert info.metrics["expert_steps"] == 4
@@ -123,11 +118,6 @@ def test_training_lowers_the_loss(llama, tmp_path):
     before = target_nll(llama.model, llama, TASK.train).mean()
     after = target_nll(peft_model(llama, expert.directory), llama, TASK.train).mean()
     assert after < 0.5 * before
-
-
-def test_an_expert_does_not_depend_on_what_its_base_served_before(llama, tmp_path, whole):
-    train(llama, tmp_path / "first", Task("other", words("x", "y", "z")))
-    assert_same_expert(train(llama, tmp_path / "second"), whole)
 
 
 def test_a_bfloat16_base_is_trained_through_float32_copies(base_folders, tmp_path, monkeypatch):
@@ -149,6 +139,7 @@ def test_a_bfloat16_base_is_trained_through_float32_copies(base_folders, tmp_pat
 
 def test_training_depends_on_its_seed_alone(llama, tmp_path, whole):
     torch.manual_seed(2)
+    train(llama, tmp_path / "first", Task("other", words("x", "y", "z")))  # on the same base
     assert_same_expert(train(llama, tmp_path / "again"), whole)
     other = train(llama, tmp_path / "other", training=replace(TRAINING, seed=7))
     assert (other.directory / ADAPTER).read_bytes() != (whole.directory / ADAPTER).read_bytes()
@@ -188,11 +179,8 @@ def test_unfinished_work_is_an_error_unless_resumed_or_restarted(
         train(llama, tmp_path / "cut")
     assert (tmp_path / ".cut.work" / "expert" / "checkpoint-2").is_dir()
     assert_same_expert(train(llama, tmp_path / "cut", restart=True), whole)
-
-
-def test_restarting_with_other_settings_uses_them(llama, tmp_path, monkeypatch):
-    interrupted(monkeypatch, llama, tmp_path / "cut", PASS, call=8)
-    expert = train(llama, tmp_path / "cut", peft=replace(LORA, rank=3), restart=True)
+    interrupted(monkeypatch, llama, tmp_path / "again", PASS, call=8)
+    expert = train(llama, tmp_path / "again", peft=replace(LORA, rank=3), restart=True)
     assert {lora.A.shape[0] for lora in expert.lora.values()} == {3}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 import os
+import platform
 import re
 import tempfile
 import time
@@ -30,13 +31,13 @@ from ..base.loading import choose_dtype, load_base, load_skeleton, load_tokenize
 from ..base.sites import find_sites
 from ..config import Formatting, GateTraining, Lora, Peft, Training
 from ..errors import BaseModelError, ConfigError, TaskError
-from ..experts.adapter import kind_for
 from ..experts.expert import MOST_EMBEDDINGS
+from ..experts.kinds.registry import kind_for
 from ..experts.readings import readings_size
 from ..tasks.encoding import Encoder, TokenPair
 from ..tasks.suites.registry import TrainingTask
 from ..tasks.task import Example, Task, draw
-from .new_modules import modules_for, parameters_at, placed_sites
+from .new_modules import parameters_at, placed_sites
 from .train_expert import train_expert
 from .trainer import TrainingCallback
 
@@ -151,7 +152,8 @@ class Planner:
         self._expert = parameters_at(self._model, self.peft)
         self._gate = sum(site.in_features for site in self._sites)
         self._learnt = self._expert + (self._gate if self.gates.joint else 0)
-        self._stored = modules_for(self.peft).dtype or choose_dtype(dtype)
+        self._computed = choose_dtype(dtype)
+        self._stored = kind_for(self.peft).new_modules.dtype or self._computed
         head: Any = self._model.get_output_embeddings()
         self._logits: tuple[int, ...] = (0, 0) if head is None else tuple(head.weight.shape)
 
@@ -253,10 +255,10 @@ class Planner:
         for lengths, rows in batches:
             size = min(rows, most_rows or rows)
             longest = max(map(sum, zip(lengths.prompts, lengths.targets, strict=True)))
-            kept = KEPT * features * self._stored.itemsize * size * longest
+            kept = KEPT * features * self._computed.itemsize * size * longest
             activations.append(kept + LOGIT_BYTES * self._logits[0] * size * max(lengths.targets))
         base = sum(int(parameter.numel()) for parameter in self._model.parameters())
-        held = self._stored.itemsize * base + TRAINABLE_COPIES * FLOAT32 * self._learnt
+        held = self._computed.itemsize * base + TRAINABLE_COPIES * FLOAT32 * self._learnt
         return RUNTIME_BYTES + held + max(activations)
 
     def _memory_notes(self, batches: Sequence[tuple[_Lengths, int]]) -> list[str]:
@@ -371,13 +373,17 @@ def _trial(task: Task, rows: int, encoder: Encoder) -> tuple[Task, int]:
 
 
 def most_memory() -> int | None:
-    """The peak memory of this process in bytes, of its GPU if there is one; None if unknown."""
+    """The peak of this process in bytes, of its GPU if there is one; None if unknown."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_reserved())
     try:  # rather than getrusage, which tells a new process what its parent held
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:
-        return None
+        if platform.system() != "Darwin":
+            return None
+        import resource  # not on Windows
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)
     return 1024 * int(found[1]) if found else None
 

@@ -34,13 +34,11 @@ class ExpertJob:
 
     @property
     def name(self) -> str:
-        """The task's name, and that of its expert."""
         return self.task.name
 
     @property
     def group(self) -> str:
-        """Its own: experts share only the base, which every worker has."""
-        return self.name
+        return self.name  # experts share only the base, which every worker has
 
     @property
     def size(self) -> int:
@@ -137,7 +135,6 @@ class _ExpertWorkshop:
         yield train
 
     def portable(self) -> _ExpertWorkshop:
-        """The same with the base by its location."""
         base = self.base
         if isinstance(base, Base):
             base = BaseLocation.of(base)

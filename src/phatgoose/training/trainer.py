@@ -103,7 +103,6 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]  # transformers is unt
 
     @property
     def tokens_per_second(self) -> float:
-        """The speed so far, validation left out; 0 before the first step."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:

@@ -40,7 +40,7 @@ def test_a_smaller_model_is_the_composed_one(llama, uneven, toy_embedder, router
     pool = Pool(tuple(e for e in with_embeddings(uneven).experts if e.name in left))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        wanted = compose(pool, copy.deepcopy(llama), router=router, k=2)
+        wanted = compose(pool, copy.deepcopy(llama), router=router)
     assert_same_models(model, wanted)
 
 

@@ -28,7 +28,7 @@ from ...tasks.embeddings import (
 )
 from ...tasks.prompt_passes import PromptReading, read_prompts
 from ..context import NOBODY, Choice, RoutingContext, base_alone
-from ..stacks import SiteStack
+from ..stacks import SiteStack, joined
 from .router import Router, RouterSite, RoutingDecision, Scores, SiteRouter, highest
 
 OWNERS = "owners"  # among tables, whose experts the rows of the others are
@@ -55,18 +55,17 @@ class Tables:
         """The tensors by their names in files."""
         return {f"lookup.{name}": tensor for name, tensor in self.tensors.items()}
 
-    def grown(self, new: Tables) -> Tables:
-        """These experts and those of `new`. Raises PoolError when sizes differ."""
-        tensors = {}
-        for name, old in self.tensors.items():
-            more = new.tensors[name]
-            if old.shape[1:] != more.shape[1:]:
-                raise PoolError(
-                    f"The new experts' {name} have shape {tuple(more.shape[1:])}, those of the "
-                    f"pool {tuple(old.shape[1:])}; measure them again."
-                )
-            tensors[name] = torch.cat([old, more + len(self.names) if name == OWNERS else more])
-        return Tables((*self.names, *new.names), tensors, self.info)
+    def grown(self, *new: Tables) -> Tables:
+        """These experts and those of `new`, in order. Raises PoolError when sizes differ."""
+        rows: dict[str, list[Tensor]] = {name: [old] for name, old in self.tensors.items()}
+        names = self.names
+        for more in new:
+            check_joinable(self.tensors, more.tensors)
+            for name, held in rows.items():
+                added = more.tensors[name]
+                held.append(added + len(names) if name == OWNERS else added)
+            names += more.names
+        return Tables(names, {name: joined(held) for name, held in rows.items()}, self.info)
 
     def shrunk(self, place: Tensor) -> Tables:
         """Those of the experts whose new index `place` [E] gives; -1 for those that leave."""
@@ -76,6 +75,16 @@ class Tables:
         if OWNERS in tensors:
             tensors[OWNERS] = owners[owners >= 0]
         return Tables(names, tensors, self.info)
+
+
+def check_joinable(held: Mapping[str, Tensor], new: Mapping[str, Tensor]) -> None:
+    """Raise PoolError unless the tables `new` can join those that are `held`."""
+    for name, old in held.items():
+        if old.shape[1:] != new[name].shape[1:]:
+            raise PoolError(
+                f"The new experts' {name} have shape {tuple(new[name].shape[1:])}, those of the "
+                f"pool {tuple(old.shape[1:])}; measure them again."
+            )
 
 
 class PromptRouter:

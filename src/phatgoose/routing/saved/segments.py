@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from ...base.loading import Base
 from ...config import Routing
-from ...errors import ConfigError, ExpertError, RoutingError
+from ...errors import ConfigError, RoutingError
 from ...experts.pool import Pool, check_alike
 from ...files.atomic import (
     clear_left_overs,
@@ -34,7 +34,7 @@ from ...files.strict import reason
 from ...files.tensor_file import TensorFile, write_tensors
 from ..compose import prepare, routed_layers
 from ..growing import check_growth, check_removal
-from ..routers.prompt_router import ByPrompt
+from ..routers.prompt_router import ByPrompt, check_joinable
 from ..routers.router import Scores, router_of
 from ..stacks import declared, stack_of
 from .save import described, layer_tensors
@@ -44,6 +44,7 @@ from .tensors import (
     SEGMENT_FILE,
     SavedModel,
     described_by,
+    lookup_in,
     quantised,
     read_saved,
 )
@@ -115,7 +116,7 @@ def add_to_saved(directory: str | Path, pool: Pool | str | Path) -> SavedModel:
         if isinstance(router, ByPrompt):
             embedder = saved.info.get("lookup", {}).get("embedder")
             rows = router.tables(pool, embedder=embedder).saved()
-        _check_rows(rows, first)
+        check_joinable(lookup_in(first), lookup_in(rows))
         kind = _kind_of(first)
         kinds = {name.partition(".")[0]: tensor.dtype for name, tensor in first.items()}
         computed = kind if kind not in (None, torch.int8) else torch.float32
@@ -251,17 +252,6 @@ def _as_stored(
             yield from quantised(part, site, tensor)
         else:
             yield name, tensor.to(kind)
-
-
-def _check_rows(rows: Mapping[str, Tensor], held: Mapping[str, Tensor]) -> None:
-    """Raise ExpertError unless `rows` are of the sizes of those `held` of a prompt router."""
-    for name, tensor in rows.items():
-        got, wanted = tuple(tensor.shape[1:]), tuple(held[name].shape[1:])
-        if got != wanted:
-            raise ExpertError(
-                f"The new experts have {name.removeprefix('lookup.')} of size {got}, those that "
-                f"are there {wanted}; measure them again."
-            )
 
 
 def _has_folded(saved: SavedModel) -> bool:

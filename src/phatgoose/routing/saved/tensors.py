@@ -21,7 +21,7 @@ from ...errors import ConfigError, ExpertError, RoutingError
 from ...experts.expert import check_name
 from ...files.strict import one_line, read_json_object, shortened
 from ...files.tensor_file import TensorFile, prefetch
-from ..checks import LARGEST, OWNERS, SCALE, check_lookup, check_tensors, tensors_of_sites
+from ..checks import LARGEST, SCALE, check_lookup, check_tensors, tensors_of_sites
 from ..routers.earlier import translated
 from ..routers.prompt_router import ByPrompt, Tables
 from ..routers.registry import choice_of
@@ -173,8 +173,13 @@ def _check_lookup(lookup: Any, experts: int) -> None:
 # row's largest magnitude / 127, so that every number is off by at most 1/254 of it.
 # -------------------------------------------------------------------------------------------------
 
-OWNED = f"lookup.{OWNERS}"
+LOOKUP = "lookup."  # begins the names of what a prompt router knows
 SEGMENT_FILE = re.compile(r"routed(-[0-9a-f]{12})?\.safetensors")
+
+
+def lookup_in(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a prompt router's tables, by what follows LOOKUP in their names."""
+    return {n.removeprefix(LOOKUP): tensors[n] for n in tensors if n.startswith(LOOKUP)}
 
 
 @dataclass(frozen=True)
@@ -230,14 +235,22 @@ class SavedTensors(Mapping[str, Tensor]):
         if name not in self._names:
             raise KeyError(name)
         kind, _, site = name.partition(".")
-        if name == OWNED or kind == "experts":
+        if kind == "lookup":
+            return self._tables.tensors[site]
+        if kind == "experts":
             place = self._place[self._counted(name)]
             return place[place >= 0]
-        if kind != "lookup":
-            return self._site(site)[kind]
-        tensor = joined([s.tensors[name] for s in self._segments if name in s.tensors])
-        owners = self._counted(OWNED) if OWNED in self._names else slice(None)
-        return tensor[self._place[owners] >= 0]
+        return self._site(site)[kind]
+
+    @cached_property
+    def _tables(self) -> Tables:
+        """What a prompt router knows of the experts, joined as for a model in memory."""
+        parts = [
+            Tables(("",) * segment.experts, lookup_in(segment.tensors))
+            for segment in self._segments
+        ]
+        tables = parts[0].grown(*parts[1:])
+        return tables if self._are_all else tables.shrunk(self._place)
 
     def _site(self, site: str) -> dict[str, Tensor]:
         """The tensors at `site` but "experts", joined as those of a model in memory are."""
@@ -301,9 +314,7 @@ class SavedModel:
     @property
     def tables(self) -> Tables:
         """What its prompt router knows of the experts, if it has one."""
-        begin = "lookup."
-        held = {n.removeprefix(begin): self.tensors[n] for n in self.tensors if n.startswith(begin)}
-        return Tables(self.names, held, self.info.get("lookup", {}))
+        return Tables(self.names, lookup_in(self.tensors), self.info.get("lookup", {}))
 
     @cached_property
     def sites(self) -> tuple[str, ...]:

@@ -91,7 +91,7 @@ def check_tensors(
         raise RoutingError(
             f"{where}: there are {', '.join(unknown)}, of no router or kind of expert here."
         )
-    stacked = {name for name in held if name.removesuffix(SCALE) in declared().tensors}
+    stacked = [name for name in held if name.removesuffix(SCALE) in declared().tensors]
     others = {name: tensor for name, tensor in held.items() if name not in stacked}
     found = _sizes_of(where, others, forms, sizes)
     for part in declared().parts.values():
